@@ -1,0 +1,121 @@
+"""A job's command line, YAML file and environment, all typed by the same frozen dataclasses.
+
+Precedence: command line, environment (`STPM_<NAME>`), YAML file (`--config`), preset, default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+from stpm.errors import ConfigError, StpmError
+from stpm.options import Integers, Names
+from stpm.recipe import PRESETS, Preset, Recipe
+
+_PRESET_HELP = (
+    "where the recipe starts from; `paper`: sgd 0.4, batch 32, 100 epochs; "
+    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. The defaults below are those of `paper`"
+)
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+register_type(Integers, serializer=list, deserializer=lambda v: Integers(int(i) for i in _items(v)))
+register_type(Names, serializer=list, deserializer=lambda v: Names(str(i) for i in _items(v)))
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(f"{' '.join(message.split())}; see --help") from ex
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program: its options, as dataclasses, and the function that takes one of each and a `say`.
+
+    A job with a Recipe among its options has `--preset`, which sets the recipe's defaults.
+
+    Args:
+        prog: its file name.
+        description: what it does.
+        kinds: the option dataclasses, fields unique across them.
+        run: takes an instance of each kind and a function that prints a line; returns the exit code.
+        hidden: fields that are not the user's to set.
+    """
+
+    prog: str
+    description: str | None
+    kinds: tuple[type, ...]
+    run: Callable[..., int]
+    hidden: tuple[str, ...] = ()
+
+    def __call__(self, argv: Sequence[str]) -> int:
+        """Parse, make the dataclasses, run; returns the exit code. Raises StpmError."""
+        return self.run(*self.parse(argv), say)
+
+    def parse(self, argv: Sequence[str]) -> list[Any]:
+        """One instance per kind.
+
+        Raises:
+            ConfigError: if an option is unknown, or a value cannot be.
+        """
+        parser = self.parser()
+        values = parser.parse_args(list(argv))
+        if "preset" in values:
+            preset = dataclasses.asdict(PRESETS[values.preset])
+            parser.set_defaults({name: value for name, value in preset.items() if name not in self.hidden})
+            values = parser.parse_args(list(argv))
+        return [_made_from(kind, values) for kind in self.kinds]
+
+    def parser(self) -> ArgumentParser:
+        parser = _Parser(
+            prog=self.prog,
+            description=self.description,
+            env_prefix="STPM",
+            default_env=True,
+            allow_abbrev=False,
+            print_config="--print-config",
+        )
+        parser.add_argument("--config", action="config", help="YAML file that sets any of these options")
+        if Recipe in self.kinds:
+            parser.add_argument("--preset", type=Preset, default="paper", help=_PRESET_HELP)
+        for kind in self.kinds:
+            hints = get_type_hints(kind)
+            for field in dataclasses.fields(kind):
+                if field.name not in self.hidden:
+                    parser.add_argument(
+                        f"--{field.name.replace('_', '-')}",
+                        type=hints[field.name],
+                        default=field.default,
+                        help=field.metadata["help"].replace("%", "%%"),
+                    )
+        return parser
+
+
+def run_job(job: Job) -> NoReturn:
+    """Run a job as a process: its exit code, and errors as one line on standard error."""
+    try:
+        code = job(sys.argv[1:])
+    except StpmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+def say(line: str) -> None:
+    """A line for the person who runs the job, at once."""
+    print(line, flush=True)
+
+
+def _made_from(kind: type, values: Namespace) -> Any:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(values).items() if name in names})

@@ -1,0 +1,39 @@
+"""The connection to Ray: an existing cluster where `RAY_ADDRESS` names one, else one of this process's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Read by Ray Train when it is imported: with its default a fit takes ten seconds longer to end.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+import ray
+from ray.data import DataContext
+
+_LEAST_CPUS = 2
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Connected to Ray for the time of the block; a connection that was there before is left as it was."""
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        # The scoring pipeline needs a CPU beside the one that its scorer takes, so one core counts as two.
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, _LEAST_CPUS), include_dashboard=False, **quiet)
+    for noisy in ("ray.data", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        ray.shutdown()

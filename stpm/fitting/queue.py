@@ -1,0 +1,72 @@
+"""The queue that a pool of workers takes its tasks from, longest first.
+
+When a worker process dies, Ray Train restarts the whole group, and every task that was running is suspect, though
+at most one is guilty. So a suspect runs again alone; one that then dies in company of nobody is set aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from stpm.fitting.loop import Epoch
+from stpm.fitting.task import FitTask, Outcome
+
+Event = tuple[str, Epoch] | Outcome
+
+WAIT: Literal["wait"] = "wait"
+
+
+class TaskQueue:
+    """Tasks, who runs them, and how they ended. Lives in one actor; knows no Ray."""
+
+    def __init__(self, tasks: Sequence[FitTask]) -> None:
+        self._waiting = sorted(tasks, key=lambda task: task.cost)
+        self._suspects: list[FitTask] = []
+        self._running: dict[str, FitTask] = {}
+        self._deaths: dict[str, int] = {}
+        self._group = ""
+        self._events: list[Event] = []
+
+    def take(self, group: str) -> FitTask | Literal["wait"] | None:
+        """A task for a worker of a group, "wait" if there may be one later, None if all are done.
+
+        Args:
+            group: names one start of the worker group; a new name says that the last one died.
+        """
+        if group != self._group:
+            self._group = group
+            self._suspect_running()
+        if self._waiting and not self._alone():
+            task = self._waiting.pop()
+        elif self._suspects and not self._running:
+            task = self._suspects.pop()
+        else:
+            return WAIT if self._waiting or self._suspects or self._running else None
+        self._running[task.key] = task
+        return task
+
+    def report(self, key: str, epoch: Epoch) -> None:
+        self._events.append((key, epoch))
+
+    def finish(self, outcome: Outcome) -> None:
+        self._running.pop(outcome.key, None)
+        self._events.append(outcome)
+
+    def events(self, since: int) -> list[Event]:
+        """What happened, from the event number `since` on."""
+        return self._events[since:]
+
+    def _alone(self) -> bool:
+        return any(key in self._deaths for key in self._running)
+
+    def _suspect_running(self) -> None:
+        alone = len(self._running) == 1
+        for key, task in self._running.items():
+            self._deaths[key] = self._deaths.get(key, 0) + 1
+            if self._deaths[key] > 1 and alone:
+                reason = f"its worker process died {self._deaths[key]} times (out of memory?); it was set aside"
+                self._events.append(Outcome.failed(task, reason))
+            else:
+                self._suspects.append(task)
+        self._running.clear()

@@ -1,0 +1,155 @@
+"""Fit every category of a data set: plan the tasks, run the pool, tell what happens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from stpm import mvtec, storage
+from stpm.cluster import connected
+from stpm.errors import ConfigError, DataError
+from stpm.fitting.loop import Epoch
+from stpm.fitting.pool import PoolOptions, run_pool
+from stpm.fitting.queue import Event
+from stpm.fitting.task import FitTask, Outcome
+from stpm.models import ModelStore
+from stpm.networks import load_teacher
+from stpm.options import Names, option
+from stpm.recipe import Recipe
+
+Say = Callable[[str], None]
+
+_LISTERS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """Where the images are and where the models go."""
+
+    data: str = option("", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://)")
+    models: str = option("", "model store that the students go to: a folder or a URI")
+    categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
+
+    def __post_init__(self) -> None:
+        for name in ("data", "models"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is missing; give a folder or a URI")
+
+
+def fit_categories(
+    categories: Sequence[mvtec.Category], recipe: Recipe, stores: Mapping[int, str], pool: PoolOptions, say: Say
+) -> list[Outcome]:
+    """Fit one student per category and seed, in one pool; what the stores already hold is reused.
+
+    Args:
+        categories: what to fit.
+        recipe: how; its seed is replaced by each of the stores'.
+        stores: model store by seed.
+        pool: the workers.
+        say: told of each epoch and outcome, a line each.
+
+    Returns:
+        One outcome per category and seed.
+
+    Raises:
+        ConfigError: if the teacher cannot be had, or the workers do not fit the cluster.
+    """
+    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    tasks = [
+        FitTask.of(category, dataclasses.replace(recipe, seed=seed), store, ModelStore(store).put_teacher(weights))
+        for seed, store in stores.items()
+        for category in categories
+    ]
+    outcomes = []
+    waiting = []
+    for task in tasks:
+        record = task.existing()
+        if record is None:
+            waiting.append(task)
+        else:
+            outcomes.append(Outcome.done(task, record, "reused"))
+            say(f"{task.key}: model {record.model_id} is there already, with this recipe and these images")
+    if waiting:
+        scratch = storage.join(next(iter(stores.values())), ".train")
+        with connected():
+            outcomes += run_pool(waiting, pool, scratch, _teller(waiting, say))
+    return outcomes
+
+
+def read_categories(
+    root: str, wanted: Sequence[str], say: Say
+) -> tuple[list[mvtec.Category], dict[str, str]]:
+    """The categories of a data set that can be used, and by name the reason why others cannot.
+
+    Raises:
+        DataError: if the data set itself is missing or empty, or a wanted category is not there.
+    """
+    names = mvtec.find_categories(root, wanted)
+
+    def read(name: str) -> mvtec.Category | DataError:
+        try:
+            return mvtec.read_category(root, name)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        found = dict(zip(names, pool.map(read, names), strict=True))
+    failures = {name: str(result) for name, result in found.items() if isinstance(result, DataError)}
+    for name, reason in failures.items():
+        say(f"{name}: failed: {reason}")
+    return [result for result in found.values() if isinstance(result, mvtec.Category)], failures
+
+
+def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, say: Say) -> int:
+    """The fit job. Returns its exit code: 0 all fitted, 2 some categories failed, 3 none could be fitted.
+
+    Raises:
+        ConfigError: if the options cannot be run at all.
+    """
+    try:
+        categories, failures = read_categories(storage.absolute(options.data), options.categories, say)
+    except DataError as error:
+        say(f"error: {error}")
+        return 3
+    outcomes = (
+        fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, say)
+        if categories
+        else []
+    )
+    failed = len(failures) + sum(outcome.status == "failed" for outcome in outcomes)
+    good = len(outcomes) + len(failures) - failed
+    say(f"{good} of {good + failed} categories have a model in {options.models}")
+    return exit_code(good, failed)
+
+
+def exit_code(good: int, failed: int) -> int:
+    """0 if nothing failed, 2 if something did, 3 if nothing else was there."""
+    if not failed:
+        return 0
+    return 2 if good else 3
+
+
+def _teller(tasks: Sequence[FitTask], say: Say) -> Callable[[Event], None]:
+    epochs = {task.key: task.recipe.epochs for task in tasks}
+    width = max(map(len, epochs))
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Outcome):
+            if event.record is None:
+                say(f"{event.key:<{width}}  failed: {event.reason}")
+            else:
+                fit = event.record.fit
+                say(f"{event.key:<{width}}  fitted in {fit.seconds:.1f} s, epoch {fit.kept_epoch} kept")
+            return
+        key, epoch = event
+        say(_line(key, epoch, epochs[key], width))
+
+    return tell
+
+
+def _line(key: str, epoch: Epoch, epochs: int, width: int) -> str:
+    return (
+        f"{key:<{width}}  epoch {epoch.number:>{len(str(epochs))}}/{epochs}  train loss {epoch.train_loss:.4f}  "
+        f"validation loss {epoch.validation_loss:.4f}  {epoch.images_per_second:.0f} images/s"
+    )

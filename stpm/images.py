@@ -1,0 +1,100 @@
+"""From the bytes of an image file to uint8 RGB pixels at model size. Fitting and scoring share it.
+
+Conventions: EXIF orientation is not applied, since masks and peak coordinates refer to the pixels as stored.
+16-bit grey is divided by 257, the full range of its type, so that two images of one camera compare.
+An alpha channel is dropped. Of an animation or a multi-page file the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from stpm.errors import ImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+ERROR_KINDS = ("missing", "unreadable", "empty", "not_an_image", "damaged", "too_large", "unsupported", "no_model")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 100_000_000
+
+# Every file is checked against max_pixels from its header, before anything is allocated.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels at model size: (size, size, 3) uint8 RGB; width and height are those of the file."""
+
+    pixels: Pixels
+    width: int
+    height: int
+
+
+def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode an image and stretch it to size × size (bilinear with antialiasing), as the paper does.
+
+    Raises:
+        ImageError: whatever the bytes hold, nothing else is raised.
+    """
+    image = _open(data, max_pixels)
+    width, height = image.size
+    rgb = _as_rgb(image)
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    return Decoded(np.asarray(rgb), width, height)
+
+
+def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
+    """A ground-truth mask at its own size, (height, width) bool; any value above 0 is defect.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    image = _open(data, max_pixels)
+    values = np.asarray(image if image.mode in ("L", "1") or image.mode.startswith("I") else image.convert("L"))
+    return values > 0
+
+
+def resize_mask(mask: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
+    """A mask at model size, (size, size) bool, by nearest neighbour."""
+    image = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(image.resize((size, size), Image.Resampling.NEAREST)) > 0
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise ImageError("not_an_image", f"{len(data)} bytes that no image format begins with") from error
+    except Exception as error:
+        raise ImageError("damaged", f"broken header: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width}×{height} pixels, at most {max_pixels:,} are allowed")
+    try:
+        image.load()
+    except Exception as error:
+        raise ImageError("damaged", f"{image.format} of {width}×{height}: {error}") from error
+    return image
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255, which turns almost all of a 16-bit image white.
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError("unsupported", f"{image.format} with 32 bits per pixel has no fixed range; save it with 8 or 16")
+    try:
+        return image.convert("RGB")
+    except Exception as error:
+        raise ImageError("unsupported", f"{image.format} in mode {image.mode}: {error}") from error

@@ -1,0 +1,241 @@
+"""The model store: one folder per category, published whole, verified when loaded; no pickle anywhere.
+
+    <store>/teachers/<digest>.safetensors     once per store
+    <store>/<category>/student.safetensors
+    <store>/<category>/calibration.parquet    `score`: float32, ascending
+    <store>/<category>/history.parquet        one row per epoch
+    <store>/<category>/model.json             written last; a folder without it is not a model
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import platform
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stpm import __version__, storage
+from stpm.calibration import Calibration, HeatmapScale
+from stpm.errors import ConfigError, ModelError
+from stpm.forward import Precision
+from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
+from stpm.options import Integers
+from stpm.recipe import Recipe
+
+FORMAT = 1
+_TEACHERS = "teachers"
+_RECORD = "model.json"
+_STUDENT = "student.safetensors"
+_CALIBRATION = "calibration.parquet"
+_HISTORY = "history.parquet"
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """What fitting did: wall seconds (decoding included), losses in [0, 2] of the epoch that was kept."""
+
+    seconds: float
+    epochs: int
+    kept_epoch: int
+    train_loss: float
+    validation_loss: float
+    train_count: int
+    validation_count: int
+    device: str
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """model.json: all that scoring needs to know besides the weights. Digests are SHA-256."""
+
+    category: str
+    recipe: Recipe
+    precision: Precision
+    teacher_digest: str
+    data_fingerprint: str
+    heatmap_scale: HeatmapScale
+    fit: FitSummary
+    files: dict[str, str]
+    versions: dict[str, str]
+    created: str
+    format: int = FORMAT
+
+    @property
+    def model_id(self) -> str:
+        return f"{self.category}-{self.files[_STUDENT][:12]}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready for scoring: its student in eval mode on the CPU."""
+
+    record: ModelRecord
+    student: Trunk
+    calibration: Calibration
+
+
+def library_versions() -> dict[str, str]:
+    names = ("torch", "timm", "ray", "numpy", "pillow")
+    return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+
+
+class ModelStore:
+    """Models under a URI. Safe to read while others publish."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri)
+
+    def put_teacher(self, state: StateDict) -> str:
+        """Store a teacher's weights once; returns their digest."""
+        data = serialise(state)
+        digest = storage.digest(data)
+        uri = self._teacher_uri(digest)
+        if not storage.exists(uri):
+            storage.publish(uri, data)
+        return digest
+
+    def load_teacher(self, recipe: Recipe, digest: str) -> Trunk:
+        """The frozen teacher of a model.
+
+        Raises:
+            ModelError: if it is missing, damaged or not of the recipe's architecture.
+        """
+        uri = self._teacher_uri(digest)
+        state = deserialise(self._read_verified(uri, digest), uri)
+        return trunk_from(architecture_of(recipe.teacher), recipe.levels, state, uri)
+
+    def save(
+        self,
+        *,
+        category: str,
+        recipe: Recipe,
+        precision: Precision,
+        teacher_digest: str,
+        data_fingerprint: str,
+        student: StateDict,
+        calibration: Calibration,
+        history: pa.Table,
+        fit: FitSummary,
+    ) -> ModelRecord:
+        """Publish a model in the place of an older one of the same category, if there is one."""
+        contents = {
+            _STUDENT: serialise(student),
+            _CALIBRATION: _parquet(pa.table({"score": calibration.scores})),
+            _HISTORY: _parquet(history),
+        }
+        record = ModelRecord(
+            category=storage.safe_name(category, "category"),
+            recipe=recipe,
+            precision=precision,
+            teacher_digest=teacher_digest,
+            data_fingerprint=data_fingerprint,
+            heatmap_scale=calibration.scale,
+            fit=fit,
+            files={name: storage.digest(data) for name, data in contents.items()},
+            versions=library_versions(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        # Readers go by model.json: without it there is no model, and its digests tie the four files together.
+        storage.remove(self._uri(category, _RECORD))
+        for name, data in contents.items():
+            storage.publish(self._uri(category, name), data)
+        storage.publish(self._uri(category, _RECORD), json.dumps(dataclasses.asdict(record), indent=2).encode())
+        return record
+
+    def categories(self) -> list[str]:
+        """Names of the categories that have a model, sorted.
+
+        Raises:
+            ModelError: if the store is missing or holds no model.
+        """
+        fs, path = storage.filesystem(self.uri)
+        found = sorted(p.rstrip("/").split("/")[-2] for p in fs.glob(f"{fs._strip_protocol(path)}/*/{_RECORD}"))
+        if not found:
+            raise ModelError(f"{self.uri}: no models here; fit some with jobs/fit.py --models {self.uri}")
+        return found
+
+    def record(self, category: str) -> ModelRecord:
+        """A model's record.
+
+        Raises:
+            ModelError: if there is no such model, or the record is foreign or of another format.
+        """
+        uri = self._uri(category, _RECORD)
+        try:
+            return _record_from(json.loads(storage.read(uri)), uri)
+        except FileNotFoundError as error:
+            raise ModelError(f"{self.uri}: no model for category {category!r}") from error
+        except (ValueError, OSError) as error:
+            raise ModelError(f"{uri}: cannot be read: {error}") from error
+
+    def load(self, category: str) -> Model:
+        """A model, each file verified by its digest.
+
+        Raises:
+            ModelError: if a file is missing, damaged or foreign.
+        """
+        record = self.record(category)
+        uri = self._uri(category, _STUDENT)
+        state = deserialise(self._read_verified(uri, record.files[_STUDENT]), uri)
+        scores = self._table(record, _CALIBRATION).column("score").to_numpy().astype(np.float32)
+        return Model(
+            record=record,
+            student=trunk_from(architecture_of(record.recipe.teacher), record.recipe.levels, state, uri),
+            calibration=Calibration(scores, record.heatmap_scale),
+        )
+
+    def history(self, record: ModelRecord) -> pa.Table:
+        """Loss per epoch: columns of `stpm.fitting.loop.Epoch`."""
+        return self._table(record, _HISTORY)
+
+    def _table(self, record: ModelRecord, name: str) -> pa.Table:
+        data = self._read_verified(self._uri(record.category, name), record.files[name])
+        return pq.read_table(io.BytesIO(data))
+
+    def _uri(self, category: str, name: str) -> str:
+        return storage.join(self.uri, storage.safe_name(category, "category"), name)
+
+    def _teacher_uri(self, digest: str) -> str:
+        return storage.join(self.uri, _TEACHERS, f"{digest}.safetensors")
+
+    @staticmethod
+    def _read_verified(uri: str, digest: str) -> bytes:
+        try:
+            data = storage.read(uri)
+        except OSError as error:
+            raise ModelError(f"{uri}: cannot be read: {error}") from error
+        if storage.digest(data) != digest:
+            raise ModelError(f"{uri}: its SHA-256 is {storage.digest(data)}, {digest} expected; fit the model again")
+        return data
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def _record_from(values: Any, uri: str) -> ModelRecord:
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise ModelError(f"{uri}: format {found!r}, this version reads {FORMAT}; fit the model again")
+    try:
+        recipe = values["recipe"] | {"levels": Integers(values["recipe"]["levels"])}
+        return ModelRecord(
+            **values
+            | {
+                "recipe": Recipe(**recipe),
+                "heatmap_scale": HeatmapScale(**values["heatmap_scale"]),
+                "fit": FitSummary(**values["fit"]),
+            }
+        )
+    except (TypeError, KeyError, ConfigError) as error:
+        raise ModelError(f"{uri}: not a record of this version: {error}; fit the model again") from error

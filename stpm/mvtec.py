@@ -1,0 +1,81 @@
+"""The MVTec AD layout over any filesystem.
+
+    <root>/<category>/train/good/*                        defect-free images, the only ones that fitting sees
+    <root>/<category>/test/<good or defect>/*             test images; the folder's name is the label
+    <root>/<category>/ground_truth/<defect>/<stem>_mask.png   optional masks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from stpm import storage
+from stpm.errors import DataError
+from stpm.images import SUFFIXES
+
+GOOD = "good"
+
+
+@dataclass(frozen=True)
+class TestImage:
+    """One test image. `label` is "good" or a defect type; `mask` is a URI, or "" if there is none."""
+
+    __test__ = False
+
+    uri: str
+    label: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class Category:
+    """The images of one category, sorted by URI; `train` holds defect-free images with their sizes in bytes."""
+
+    name: str
+    train: tuple[tuple[str, int], ...]
+    test: tuple[TestImage, ...]
+
+
+def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
+    """Names of the categories under a data set, sorted; `wanted` chooses among them.
+
+    Raises:
+        DataError: if the data set is missing or empty, or a wanted category is not there.
+    """
+    names = storage.children(root)
+    if not names:
+        raise DataError(f"{root}: no category folders; expected <category>/train/good/ in the MVTec AD layout")
+    unknown = sorted(set(wanted) - set(names))
+    if unknown:
+        raise DataError(f"{root}: no category {', '.join(unknown)}; there are {', '.join(names)}")
+    return sorted(wanted) if wanted else names
+
+
+def read_category(root: str, name: str) -> Category:
+    """List one category.
+
+    Raises:
+        DataError: if its name may not become a path, or it has no training images.
+    """
+    storage.safe_name(name, "category")
+    folder = storage.join(root, name)
+    listed = [(uri, size) for uri, size in storage.files(folder) if uri.lower().endswith(SUFFIXES)]
+    train, test, masks = [], [], {}
+    depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
+    for uri, size in listed:
+        match PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]:
+            case ("train", "good", _):
+                train.append((uri, size))
+            case ("test", label, _):
+                test.append((uri, label))
+            case ("ground_truth", label, file):
+                masks[label, PurePosixPath(file).stem.removesuffix("_mask")] = uri
+    if not train:
+        raise DataError(f"{folder}: no images in train/good (of {', '.join(SUFFIXES)})")
+    return Category(
+        name=name,
+        train=tuple(train),
+        test=tuple(TestImage(uri, label, masks.get((label, PurePosixPath(uri).stem), "")) for uri, label in test),
+    )

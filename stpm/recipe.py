@@ -1,0 +1,88 @@
+"""Recipe: every choice that shapes a model, validated when made, stored with the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from stpm.errors import ConfigError
+from stpm.matching import Combine
+from stpm.options import Integers, option
+
+Preset = Literal["paper", "notebook"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one student is fitted. The defaults are those of preset `paper` (Wang et al., section 4).
+
+    Raises:
+        ConfigError: if a value, or a combination of values, cannot be run.
+    """
+
+    teacher: str = option("resnet18.tv_in1k", "teacher as ARCHITECTURE.TAG of timm, or `demo`: the package's own")
+    teacher_weights: str = option(
+        "", "weights of the teacher from a .safetensors or .pth file (URI) instead; `random`: an untrained control"
+    )
+    levels: Integers = option(Integers((1, 2, 3)), "pyramid levels, as timm's out_indices, finest first")
+    size: int = option(256, "height and width of the networks' input, in pixels; images are stretched to it")
+    normalisation: Literal["imagenet", "none"] = option(
+        "imagenet", "`imagenet`: mean and deviation per channel; `none`: pixels from 0 to 1"
+    )
+    optimiser: Literal["sgd", "adam"] = option("sgd", "optimiser")
+    learning_rate: float = option(0.4, "learning rate, constant")
+    momentum: float = option(0.9, "momentum of sgd")
+    weight_decay: float = option(1e-4, "weight decay")
+    batch: int = option(32, "images per step")
+    epochs: int = option(100, "passes over the training images")
+    loss_scale: float = option(
+        32.0, "factor on the mean loss of a batch before its gradient; 32 is the sum over a full batch of 32"
+    )
+    validation_share: float = option(0.2, "share of the defect-free images held out, for validation and calibration")
+    keep: Literal["best", "last"] = option("best", "epoch that is kept: lowest validation loss, or the last")
+    zero_init_residual: bool = option(
+        False, "start the student's residual branches at zero, as timm does, where the architecture has them"
+    )
+    combine: Combine = option("product", "how the levels' distance maps are combined")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"
+    )
+    seed: int = option(0, "seed of the split, the student's initialisation and the order of the images")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.levels) and list(self.levels) == sorted(set(self.levels)) and self.levels[0] >= 0,
+                 "levels", self.levels, "give increasing levels, such as 1,2,3")
+        _require(32 <= self.size <= 4096, "size", self.size, "give 32 to 4096 pixels")
+        for name in ("batch", "epochs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        for name in ("learning_rate", "loss_scale"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, value, "give a number above 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "give 0 to below 1")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "give 0 or more")
+        _require(0 < self.validation_share < 1, "validation_share", self.validation_share,
+                 "give a share between 0 and 1: calibration needs held-out images")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "give 0 to 2147483647")
+        _require(bool(self.teacher), "teacher", self.teacher, "give ARCHITECTURE.TAG, such as resnet18.tv_in1k")
+
+
+def _require(holds: bool, name: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name.replace('_', '-')} is {value!r}; {remedy}")
+
+
+PRESETS: dict[Preset, Recipe] = {
+    "paper": Recipe(),
+    "notebook": Recipe(
+        normalisation="none",
+        optimiser="adam",
+        learning_rate=4e-4,
+        weight_decay=0.0,
+        batch=4,
+        epochs=20,
+        loss_scale=1.0,
+        keep="last",
+        zero_init_residual=True,
+    ),
+}

@@ -1,0 +1,156 @@
+"""URIs and filesystems: everything that is read or written goes through here, on any fsspec filesystem.
+
+Objects are published whole: a reader sees the old bytes or the new ones, never half of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import fsspec
+import pyarrow.fs as pafs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
+
+from stpm.errors import ConfigError, DataError
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+_MAX_NAME = 128
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a URI, and the URI's path on it.
+
+    Credentials, endpoint and region come from the cloud's own chain (for S3 that includes `AWS_ENDPOINT_URL`).
+
+    Raises:
+        ConfigError: if the scheme is unknown, or its package is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        scheme = get_protocol(uri)
+        extra = _EXTRAS.get(scheme)
+        hint = f"pip install 'stpm[{extra}]'" if extra else f"install the fsspec package for {scheme}://"
+        raise ConfigError(f"{uri}: cannot open {scheme}:// here ({error}); {hint}") from error
+    except ValueError as error:
+        raise ConfigError(f"{uri}: {error}; use a local path, s3://, gs:// or abfs://") from error
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    return get_protocol(uri) in ("file", "local")
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, so that other processes find it; any other URI unchanged."""
+    if is_local(uri):
+        return str(Path(LocalFileSystem._strip_protocol(uri)).expanduser().absolute())
+    return uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def safe_name(name: str, what: str) -> str:
+    """The name, if it may become part of a path on every filesystem.
+
+    Raises:
+        DataError: if it is empty, longer than 128 characters, starts with a dot, ends with a dot or a
+            space, is reserved on Windows, or holds a control character or one of `<>:"/\\|?*`.
+    """
+    problem = None
+    if not name or len(name) > _MAX_NAME:
+        problem = f"has {len(name)} characters, 1 to {_MAX_NAME} are allowed"
+    elif match := _UNSAFE.search(name):
+        problem = f"holds the character {match.group()!r}"
+    elif name.startswith(".") or name.endswith((".", " ")):
+        problem = "starts with a dot, or ends with a dot or a space"
+    elif name.split(".")[0].lower() in _WINDOWS_RESERVED:
+        problem = "is a name that Windows reserves"
+    if problem:
+        raise DataError(f"{what} {name[:_MAX_NAME]!r} {problem}; rename it")
+    return name
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def read(uri: str) -> bytes:
+    """All bytes of an object. Raises FileNotFoundError or another OSError as the filesystem does."""
+    fs, path = filesystem(uri)
+    return bytes(fs.cat_file(path))
+
+
+def publish(uri: str, data: bytes) -> None:
+    """Write an object so that no reader ever sees a part of it.
+
+    Object stores are atomic per object; on a local disk the bytes go beside and are renamed.
+    """
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(beside).chmod(0o644)
+        Path(beside).replace(target)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def remove(uri: str) -> None:
+    """Remove a file or a whole folder; no error if there is none."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def children(uri: str) -> list[str]:
+    """Names of the folders right under a folder, sorted; hidden ones left out.
+
+    Raises:
+        DataError: if the folder does not exist.
+    """
+    fs, path = filesystem(uri)
+    try:
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{uri}: no such folder") from error
+    names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"]
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def files(uri: str) -> list[tuple[str, int]]:
+    """Every file under a folder, at any depth, as (URI, size in bytes), sorted by URI; none if it is missing."""
+    fs, path = filesystem(uri)
+    found = fs.find(path, detail=True)
+    return sorted((fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
+                  for name, info in found.items())
+
+
+def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The same filesystem as pyarrow and Ray take it, and the URI's path on it."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pafs.LocalFileSystem(), path
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
