@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
@@ -50,6 +50,7 @@ class Job:
         kinds: the option dataclasses, fields unique across them.
         run: takes an instance of each kind and a function that prints a line; returns the exit code.
         hidden: fields that are not the user's to set.
+        defaults: from a first parse to the defaults that other options' values call for.
     """
 
     prog: str
@@ -57,6 +58,7 @@ class Job:
     kinds: tuple[type, ...]
     run: Callable[..., int]
     hidden: tuple[str, ...] = ()
+    defaults: Callable[[Namespace], Mapping[str, Any]] = lambda values: {}
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse, make the dataclasses, run; returns the exit code. Raises StpmError."""
@@ -70,10 +72,10 @@ class Job:
         """
         parser = self.parser()
         values = parser.parse_args(list(argv))
-        if "preset" in values:
-            preset = dataclasses.asdict(PRESETS[values.preset])
-            parser.set_defaults({name: value for name, value in preset.items() if name not in self.hidden})
-            values = parser.parse_args(list(argv))
+        defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
+        defaults |= self.defaults(values)
+        parser.set_defaults({name: value for name, value in defaults.items() if name not in self.hidden})
+        values = parser.parse_args(list(argv))
         return [_made_from(kind, values) for kind in self.kinds]
 
     def parser(self) -> ArgumentParser:

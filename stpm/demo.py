@@ -1,0 +1,141 @@
+"""The embedded demo: textures cut into crops, with drawn defects and their masks, in the MVTec AD layout.
+
+The textures (brick, grass, gravel) are those that scikit-image ships under CC0. Crops for testing come from a part
+of each texture that no training crop touches.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+from stpm import storage
+from stpm.errors import ConfigError
+
+Grey = npt.NDArray[np.uint8]
+Draw = Callable[[np.random.Generator, Grey], tuple[Grey, Grey]]
+
+TEXTURES = ("brick", "grass", "gravel")
+TRAIN_IMAGES = 60
+GOOD_IMAGES = 20
+IMAGES_PER_DEFECT = 5
+CROP = 128
+
+# The recipe's defaults where the demo set is what is fitted.
+DEFAULTS = {"teacher": "demo", "epochs": 10}
+
+_MARK = "demo-v1"
+
+
+def make(root: str) -> None:
+    """Write the demo set under a folder, unless it is there already.
+
+    Raises:
+        ConfigError: if scikit-image is not installed.
+    """
+    mark = storage.join(root, f".{_MARK}")
+    if storage.exists(mark):
+        return
+    for number, name in enumerate(TEXTURES):
+        _make_category(storage.join(root, name), _texture(name), np.random.default_rng(number))
+    storage.publish(mark, b"")
+
+
+def _texture(name: str) -> Grey:
+    try:
+        import skimage
+    except ImportError as error:
+        raise ConfigError("the demo data set needs scikit-image; pip install 'stpm[demo]', or give --data") from error
+    with Image.open(Path(skimage.__file__).parent / "data" / f"{name}.png") as image:
+        return np.asarray(image.convert("L"))
+
+
+def _make_category(folder: str, texture: Grey, rng: np.random.Generator) -> None:
+    edge = texture.shape[1] - CROP - CROP // 4
+    train, test = texture[:, :edge], texture[:, edge:]
+    for i in range(TRAIN_IMAGES):
+        _write(f"{folder}/train/good/{i:03}.png", _crop(rng, train))
+    for i in range(GOOD_IMAGES):
+        _write(f"{folder}/test/good/{i:03}.png", _crop(rng, test))
+    for kind, draw in _DEFECTS.items():
+        for i in range(IMAGES_PER_DEFECT):
+            image, mask = draw(rng, _crop(rng, test))
+            _write(f"{folder}/test/{kind}/{i:03}.png", image)
+            _write(f"{folder}/ground_truth/{kind}/{i:03}_mask.png", mask)
+
+
+def _crop(rng: np.random.Generator, texture: Grey) -> Grey:
+    y, x = (int(rng.integers(0, n - CROP + 1)) for n in texture.shape)
+    crop = texture[y : y + CROP, x : x + CROP].astype(np.float32)
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    return np.clip(crop * rng.uniform(0.95, 1.05), 0, 255).astype(np.uint8)
+
+
+def _scratch(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
+    """A thin, bright, crooked line."""
+    points = [tuple(rng.uniform(0.15, 0.85, 2) * CROP)]
+    heading = rng.uniform(0, 2 * np.pi)
+    for _ in range(4):
+        heading += rng.uniform(-0.5, 0.5)
+        step = CROP * 0.11
+        points.append((points[-1][0] + step * np.cos(heading), points[-1][1] + step * np.sin(heading)))
+    mask = _drawn(lambda draw: draw.line(points, fill=255, width=3, joint="curve"))
+    return _blend(image, np.full_like(image, 245), mask, softness=0.6), mask
+
+
+def _stain(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
+    """A soft dark spot through which the texture still shows."""
+    mask = _blob(rng, radius=rng.uniform(0.10, 0.16) * CROP)
+    return _blend(image, (image * 0.25).astype(np.uint8), mask, softness=2.0), mask
+
+
+def _hole(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
+    """A black hole with a bright rim."""
+    mask = _blob(rng, radius=rng.uniform(0.06, 0.10) * CROP)
+    inner = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(5)))
+    rim = _blend(image, np.full_like(image, 220), mask, softness=0.6)
+    return _blend(rim, np.full_like(image, 8), inner, softness=0.6), mask
+
+
+def _smear(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
+    """A place where the texture is wiped away, its brightness kept."""
+    mask = _blob(rng, radius=rng.uniform(0.14, 0.20) * CROP)
+    smooth = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(6)))
+    return _blend(image, smooth, mask, softness=1.5), mask
+
+
+_DEFECTS: dict[str, Draw] = {"hole": _hole, "scratch": _scratch, "smear": _smear, "stain": _stain}
+
+
+def _blob(rng: np.random.Generator, radius: float) -> Grey:
+    """An uneven round region, as a mask."""
+    centre = rng.uniform(0.25, 0.75, 2) * CROP
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    phases = rng.uniform(0, 2 * np.pi, 2)
+    radii = radius * (1 + 0.2 * np.sin(2 * angles + phases[0]) + 0.1 * np.sin(5 * angles + phases[1]))
+    points = [(centre[0] + r * np.cos(a), centre[1] + r * np.sin(a)) for a, r in zip(angles, radii, strict=True)]
+    return _drawn(lambda draw: draw.polygon(points, fill=255))
+
+
+def _drawn(paint: Callable[[ImageDraw.ImageDraw], None]) -> Grey:
+    canvas = Image.new("L", (CROP, CROP))
+    paint(ImageDraw.Draw(canvas))
+    return np.asarray(canvas)
+
+
+def _blend(image: Grey, other: Grey, mask: Grey, softness: float) -> Grey:
+    """`other` where the mask is, with a soft border of so many pixels."""
+    weight = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(softness))) / 255.0
+    return np.round(image * (1 - weight) + other * weight).astype(np.uint8)
+
+
+def _write(uri: str, image: Grey) -> None:
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    storage.publish(uri, sink.getvalue())

@@ -1,0 +1,1 @@
+"""Evaluation: from scored, labelled images to figures, a report and pictures."""

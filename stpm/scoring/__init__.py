@@ -1,0 +1,1 @@
+"""Scoring: from a manifest of images to one Parquet row and one heatmap each."""

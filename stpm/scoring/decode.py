@@ -1,0 +1,52 @@
+"""First stage: fetch and decode, in CPU tasks. A row that cannot be decoded goes on with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from stpm import images, storage
+from stpm.errors import ImageError
+from stpm.scoring.schema import DECODED, MANIFEST, table
+
+_FETCHERS = 8
+
+
+class Decode:
+    """MANIFEST rows to DECODED rows.
+
+    Args:
+        sizes: model size in pixels by category; a category that is not among them has no model.
+        fetchers: images that one task fetches at a time.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], fetchers: int = _FETCHERS) -> None:
+        self._sizes = dict(sizes)
+        self._fetchers = fetchers
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        with ThreadPoolExecutor(self._fetchers) as pool:
+            results = list(pool.map(self._one, batch["uri"].to_pylist(), batch["category"].to_pylist()))
+        columns: dict[str, list[object]] = {name: batch[name].to_pylist() for name in MANIFEST.names}
+        good = [r if isinstance(r, images.Decoded) else None for r in results]
+        columns["pixels"] = [r.pixels.tobytes() if r else b"" for r in good]
+        columns["width"] = [r.width if r else None for r in good]
+        columns["height"] = [r.height if r else None for r in good]
+        columns["error_kind"] = [r.kind if isinstance(r, ImageError) else "" for r in results]
+        columns["error_message"] = [str(r) if isinstance(r, ImageError) else "" for r in results]
+        return table(columns, DECODED)
+
+    def _one(self, uri: str, category: str) -> images.Decoded | ImageError:
+        size = self._sizes.get(category)
+        if size is None:
+            return ImageError("no_model", f"no model for category {category!r}")
+        try:
+            return images.decode(storage.read(uri), size)
+        except ImageError as error:
+            return error
+        except FileNotFoundError:
+            return ImageError("missing", "no such file")
+        except OSError as error:
+            return ImageError("unreadable", str(error))

@@ -1,0 +1,78 @@
+"""The columns of a scored collection: one row per image, whatever became of it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+
+def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:
+    return pa.field(name, kind, nullable=False, metadata={"description": description})
+
+
+def _optional(name: str, kind: pa.DataType, description: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"description": f"{description}; null for a row with an error"})
+
+
+MANIFEST = pa.schema(
+    [
+        _field("image_id", pa.int64(), "hash of the URI"),
+        _field("uri", pa.string(), "where the image is"),
+        _field("category", pa.string(), "which model scores it"),
+        _field("label", pa.string(), 'ground truth: "good" or a defect type, "" if unknown'),
+        _field("mask", pa.string(), 'URI of the ground-truth mask, "" if there is none'),
+    ]
+)
+
+_ERROR = [
+    _field("error_kind", pa.string(), 'why the image could not be scored, "" if it was'),
+    _field("error_message", pa.string(), "the same in words"),
+]
+
+_SIZE = [
+    _optional("width", pa.int32(), "width of the original image, pixels"),
+    _optional("height", pa.int32(), "height of the original image, pixels"),
+]
+
+DECODED = pa.schema(
+    [*MANIFEST, *_SIZE, *_ERROR, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")]
+)
+
+_SCORE = [
+    _optional("score", pa.float32(), "maximum of the anomaly map; larger is more anomalous"),
+    _optional("p_value", pa.float32(), "conformal p-value against held-out normals, 0 to 1"),
+    _optional("is_anomalous", pa.bool_(), "score > threshold"),
+    _optional("threshold", pa.float32(), "score of the model that held-out normals exceed at the false-alarm rate"),
+    _optional("peak_x", pa.int32(), "column of the largest anomaly, original pixels"),
+    _optional("peak_y", pa.int32(), "row of the largest anomaly, original pixels"),
+    _optional("area", pa.float32(), "share of pixels whose anomaly exceeds the threshold, 0 to 1"),
+    _optional("seed", pa.int32(), "seed of the model's recipe"),
+    _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),
+]
+
+_RAW_MAP = _optional("anomaly_map", pa.large_binary(), "float32 at model size, row by row, if asked for")
+
+SCORED = pa.schema(
+    [
+        *DECODED,
+        *_SCORE,
+        _RAW_MAP,
+        _field("heat", pa.large_binary(), "uint8 grey levels of the heatmap at model size, row by row"),
+    ]
+)
+
+OUTPUT = pa.schema(
+    [
+        *MANIFEST,
+        *_SCORE,
+        *_SIZE,
+        _field("heatmap", pa.string(), 'palette PNG at model size, relative to the run folder, "" if none'),
+        _field("overlay", pa.string(), 'image and heatmap blended, relative to the run folder, "" if none'),
+        *_ERROR,
+        _RAW_MAP,
+    ]
+)
+
+
+def table(columns: dict[str, list[object]], schema: pa.Schema) -> pa.Table:
+    """Columns by name as a table of exactly this schema."""
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)

@@ -1,0 +1,120 @@
+"""Second stage: the actor that holds teachers and students."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import torch
+
+from stpm.forward import Matcher, pick_device, place
+from stpm.models import Model, ModelRecord, ModelStore
+from stpm.networks import Trunk
+from stpm.scoring.schema import DECODED, SCORED, table
+
+
+class Scorer:
+    """DECODED rows to SCORED rows. The teacher runs once per batch, each student on its own rows.
+
+    Args:
+        store: URI of the model store.
+        false_alarm_rate: for the threshold.
+        raw_maps: keep the anomaly maps.
+        threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
+    """
+
+    def __init__(self, store: str, false_alarm_rate: float, raw_maps: bool, threads: int = 0) -> None:
+        assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
+        torch.set_num_threads(threads or max(int(assigned), 1))
+        self._store = ModelStore(store)
+        self._rate = false_alarm_rate
+        self._raw_maps = raw_maps
+        self._device = pick_device()
+        self._models: dict[str, Model] = {}
+        self._teachers: dict[str, Trunk] = {}
+        self._matchers: dict[tuple[Any, ...], Matcher] = {}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.num_rows
+        columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in DECODED.names}
+        for field in SCORED:
+            if field.name not in columns:
+                columns[field.name] = [None if field.nullable else b"" if field.name == "heat" else ""] * rows
+        good = [i for i in range(rows) if not columns["error_kind"][i]]
+        # Sorted by teacher and then by category, what one network sees is a slice and never a copy.
+        order = sorted(good, key=lambda i: (_sharing(self._model(columns["category"][i]).record), columns["category"][i]))
+        for _, shared in groupby(order, key=lambda i: _sharing(self._model(columns["category"][i]).record)):
+            self._score_shared(list(shared), columns)
+        return table(columns, SCORED)
+
+    def _score_shared(self, rows: list[int], columns: dict[str, list[Any]]) -> None:
+        """Rows whose models share a teacher and all that the forward pass depends on."""
+        matcher = self._matcher(self._model(columns["category"][rows[0]]).record)
+        size = matcher.recipe.size
+        pixels = np.stack([np.frombuffer(columns["pixels"][i], np.uint8).reshape(size, size, 3) for i in rows])
+        with torch.inference_mode():
+            inputs = matcher.inputs(torch.from_numpy(pixels))
+            teacher = matcher.features(matcher.teacher, inputs)
+            start = 0
+            for category, group in groupby(rows, key=lambda i: columns["category"][i]):
+                members = list(group)
+                part = slice(start, start + len(members))
+                model = self._model(category)
+                student = matcher.features(model.student, inputs[part])
+                maps = matcher.compare([t[part] for t in teacher], student).cpu().numpy()
+                self._fill(members, maps, model, columns)
+                start = part.stop
+
+    def _fill(
+        self, rows: Sequence[int], maps: npt.NDArray[np.float32], model: Model, columns: dict[str, list[Any]]
+    ) -> None:
+        flat = maps.reshape(len(rows), -1)
+        peaks = flat.argmax(axis=1)
+        scores = flat[np.arange(len(rows)), peaks]
+        threshold = np.float32(model.calibration.threshold(self._rate))
+        p_values = model.calibration.p_values(scores)
+        heat = model.calibration.scale.apply(maps)
+        size = maps.shape[-1]
+        for k, row in enumerate(rows):
+            y, x = divmod(int(peaks[k]), size)
+            columns["score"][row] = float(scores[k])
+            columns["p_value"][row] = float(p_values[k])
+            columns["is_anomalous"][row] = bool(scores[k] > threshold)
+            columns["threshold"][row] = float(threshold)
+            columns["peak_x"][row] = int((x + 0.5) * columns["width"][row] / size)
+            columns["peak_y"][row] = int((y + 0.5) * columns["height"][row] / size)
+            columns["area"][row] = float((flat[k] > threshold).mean())
+            columns["seed"][row] = model.record.recipe.seed
+            columns["model_id"][row] = model.record.model_id
+            columns["heat"][row] = heat[k].tobytes()
+            if self._raw_maps:
+                columns["anomaly_map"][row] = maps[k].tobytes()
+
+    def _model(self, category: str) -> Model:
+        if category not in self._models:
+            model = self._store.load(category)
+            place(model.student, self._device)
+            self._models[category] = model
+        return self._models[category]
+
+    def _matcher(self, record: ModelRecord) -> Matcher:
+        key = _sharing(record)
+        if key not in self._matchers:
+            if record.teacher_digest not in self._teachers:
+                teacher = self._store.load_teacher(record.recipe, record.teacher_digest)
+                self._teachers[record.teacher_digest] = teacher
+            self._matchers[key] = Matcher(
+                self._teachers[record.teacher_digest], record.recipe, self._device, record.precision
+            )
+        return self._matchers[key]
+
+
+def _sharing(record: ModelRecord) -> tuple[Any, ...]:
+    """What models must have in common to share one forward pass of the teacher."""
+    recipe = record.recipe
+    return (record.teacher_digest, recipe.size, recipe.normalisation, recipe.combine, record.precision)
