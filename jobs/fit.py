@@ -1,8 +1,8 @@
 """Fit one student per category of a data set in the MVTec AD layout, with Ray Train."""
 
+from stpm.cli import Job, run_job
 from stpm.fitting.pool import PoolOptions
 from stpm.fitting.run import FitOptions, run_fit
-from stpm.cli import Job, run_job
 from stpm.recipe import Recipe
 
 JOB = Job("fit.py", __doc__, (FitOptions, Recipe, PoolOptions), run_fit)

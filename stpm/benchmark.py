@@ -34,7 +34,11 @@ class BenchmarkOptions:
         ConfigError: if no seed is given, or one twice.
     """
 
-    data: str = option("", "data set in the MVTec AD layout: a folder or a URI; none: the demo set, made on the spot")
+    data: str = option(
+        "",
+        "data set in the MVTec AD layout: a folder or a URI; none: the demo set, made on the spot, with its own "
+        "defaults for teacher, size, batch and epochs",
+    )
     out: str = option("runs/benchmark", "run folder for models/, scores/, heatmaps/ and the report: a folder or a URI")
     categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
     seeds: Integers = option(Integers((0,)), "seeds to fit and score each category with, separated by commas")
@@ -51,9 +55,7 @@ def demo_defaults(values: Any) -> dict[str, Any]:
     return {} if values.data else demo.DEFAULTS
 
 
-def run_benchmark(
-    options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, scoring: ScoreOptions, say: Say
-) -> int:
+def run_benchmark(options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, scoring: ScoreOptions, say: Say) -> int:
     """The benchmark job. Returns its exit code: 0 all done, 2 something failed, 3 nothing could be done.
 
     Raises:
@@ -79,9 +81,9 @@ def run_benchmark(
                 records = [o.record for o in outcomes if o.seed == seed and o.record]
                 if records:
                     say(f"seed {seed}: scoring the test images of {len(records)} categories")
-                    results += _score_and_evaluate(categories, records, store, scoring, Target(
-                        out, f"seed-{seed}", raw_maps=True
-                    ))
+                    results += _score_and_evaluate(
+                        categories, records, store, scoring, Target(out, f"seed-{seed}", raw_maps=True)
+                    )
     failures += [Failure(r.model.category, problem) for r in results for problem in r.figures.problems]
     report = Report(data, recipe, results, failures)
     report.write(out)

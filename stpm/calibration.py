@@ -9,24 +9,26 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
 
+_BEYOND = 10.0
+
 
 @dataclass(frozen=True)
 class HeatmapScale:
-    """The fixed range of a model's heatmaps, in units of the anomaly map, both above 0.
+    """The fixed range of a model's heatmaps, in units of the anomaly map, 0 < low < edge.
 
-    `low` (the median pixel of held-out normals) is drawn as 0 and `high` as 1, logarithmically. `high` lies as
-    far above the largest pixel of any held-out normal as that lies above `low`, so the middle of the scale is the
-    edge of what is normal.
+    Logarithmic: `low` (the median pixel of held-out normals) and below are drawn as 0, `edge` (the largest pixel of
+    any held-out normal) as one half, ten times `edge` and above as 1. So the middle of the scale means the same for
+    every model: here ends what was seen on good images.
     """
 
     low: float
-    high: float
+    edge: float
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
         """Grey levels 0 to 255 of a map of any shape."""
-        span = np.log(self.high / self.low)
-        position = np.log(np.maximum(anomaly_map, self.low) / self.low) / span
-        return np.round(np.clip(position, 0.0, 1.0) * 255).astype(np.uint8)
+        value = np.log(np.maximum(anomaly_map, self.low))
+        points = np.log([self.low, self.edge, self.edge * _BEYOND])
+        return np.round(np.interp(value, points, (0.0, 127.5, 255.0))).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -73,4 +75,4 @@ def calibrate(anomaly_maps: npt.NDArray[np.float32]) -> Calibration:
     tiny = np.finfo(np.float32).tiny
     low = max(float(np.median(anomaly_maps)), float(tiny))
     edge = max(float(scores[-1]), low * (1 + 1e-6))
-    return Calibration(scores.astype(np.float32), HeatmapScale(low=low, high=edge * (edge / low)))
+    return Calibration(scores.astype(np.float32), HeatmapScale(low=low, edge=edge))

@@ -1,6 +1,7 @@
 """A job's command line, YAML file and environment, all typed by the same frozen dataclasses.
 
-Precedence: command line, environment (`STPM_<NAME>`), YAML file (`--config`), preset, default.
+Precedence: command line (where a file named by `--config` counts as the options in it, and later ones win),
+environment (`STPM_<NAME>`), preset, default.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from stpm.recipe import PRESETS, Preset, Recipe
 
 _PRESET_HELP = (
     "where the recipe starts from; `paper`: sgd 0.4, batch 32, 100 epochs; "
-    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. The defaults below are those of `paper`"
+    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. Defaults are shown for the preset that is chosen"
 )
+# Options that print something and exit: only once the preset has set the defaults.
+_SHOWING = ("--print-config", "--help", "-h")
 
 
 def _items(value: Any) -> list[Any]:
@@ -71,7 +74,7 @@ class Job:
             ConfigError: if an option is unknown, or a value cannot be.
         """
         parser = self.parser()
-        values = parser.parse_args(list(argv))
+        values = parser.parse_args([word for word in argv if not word.startswith(_SHOWING)])
         defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
         defaults |= self.defaults(values)
         parser.set_defaults({name: value for name, value in defaults.items() if name not in self.hidden})

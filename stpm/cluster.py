@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 # Read by Ray Train when it is imported: with its default a fit takes ten seconds longer to end.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Ray's C++ core writes to this process's own standard error; at its default it warns on every pool of actors.
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 from ray.data import DataContext
@@ -28,8 +30,9 @@ def connected() -> Iterator[None]:
     else:
         # The scoring pipeline needs a CPU beside the one that its scorer takes, so one core counts as two.
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, _LEAST_CPUS), include_dashboard=False, **quiet)
-    for noisy in ("ray.data", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

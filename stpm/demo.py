@@ -18,16 +18,17 @@ from stpm import storage
 from stpm.errors import ConfigError
 
 Grey = npt.NDArray[np.uint8]
-Draw = Callable[[np.random.Generator, Grey], tuple[Grey, Grey]]
+Draw = Callable[[np.random.Generator, Grey, Grey], tuple[Grey, Grey]]
 
-TEXTURES = ("brick", "grass", "gravel")
-TRAIN_IMAGES = 60
+# Each texture, and the one whose pieces are its foreign bodies.
+TEXTURES = {"brick": "gravel", "grass": "brick", "gravel": "brick"}
+TRAIN_IMAGES = 160
 GOOD_IMAGES = 20
 IMAGES_PER_DEFECT = 5
 CROP = 128
 
 # The recipe's defaults where the demo set is what is fitted.
-DEFAULTS = {"teacher": "demo", "epochs": 10}
+DEFAULTS = {"teacher": "demo", "size": CROP, "batch": 8, "epochs": 15}
 
 _MARK = "demo-v1"
 
@@ -41,8 +42,8 @@ def make(root: str) -> None:
     mark = storage.join(root, f".{_MARK}")
     if storage.exists(mark):
         return
-    for number, name in enumerate(TEXTURES):
-        _make_category(storage.join(root, name), _texture(name), np.random.default_rng(number))
+    for number, (name, other) in enumerate(TEXTURES.items()):
+        _make_category(storage.join(root, name), _texture(name), _texture(other), np.random.default_rng(number))
     storage.publish(mark, b"")
 
 
@@ -55,7 +56,7 @@ def _texture(name: str) -> Grey:
         return np.asarray(image.convert("L"))
 
 
-def _make_category(folder: str, texture: Grey, rng: np.random.Generator) -> None:
+def _make_category(folder: str, texture: Grey, other: Grey, rng: np.random.Generator) -> None:
     edge = texture.shape[1] - CROP - CROP // 4
     train, test = texture[:, :edge], texture[:, edge:]
     for i in range(TRAIN_IMAGES):
@@ -64,7 +65,7 @@ def _make_category(folder: str, texture: Grey, rng: np.random.Generator) -> None
         _write(f"{folder}/test/good/{i:03}.png", _crop(rng, test))
     for kind, draw in _DEFECTS.items():
         for i in range(IMAGES_PER_DEFECT):
-            image, mask = draw(rng, _crop(rng, test))
+            image, mask = draw(rng, _crop(rng, test), _crop(rng, other))
             _write(f"{folder}/test/{kind}/{i:03}.png", image)
             _write(f"{folder}/ground_truth/{kind}/{i:03}_mask.png", mask)
 
@@ -74,43 +75,38 @@ def _crop(rng: np.random.Generator, texture: Grey) -> Grey:
     crop = texture[y : y + CROP, x : x + CROP].astype(np.float32)
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
-    return np.clip(crop * rng.uniform(0.95, 1.05), 0, 255).astype(np.uint8)
+    brightness = rng.uniform(0.95, 1.05)
+    return np.asarray(np.clip(crop * brightness, 0, 255), np.uint8)
 
 
-def _scratch(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
-    """A thin, bright, crooked line."""
-    points = [tuple(rng.uniform(0.15, 0.85, 2) * CROP)]
-    heading = rng.uniform(0, 2 * np.pi)
-    for _ in range(4):
-        heading += rng.uniform(-0.5, 0.5)
-        step = CROP * 0.11
-        points.append((points[-1][0] + step * np.cos(heading), points[-1][1] + step * np.sin(heading)))
-    mask = _drawn(lambda draw: draw.line(points, fill=255, width=3, joint="curve"))
-    return _blend(image, np.full_like(image, 245), mask, softness=0.6), mask
+def _foreign(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
+    """A piece of another texture."""
+    mask = _blob(rng, radius=rng.uniform(0.12, 0.18) * CROP)
+    return _blend(image, other, mask, softness=0.6), mask
 
 
-def _stain(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
+def _stain(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
     """A soft dark spot through which the texture still shows."""
     mask = _blob(rng, radius=rng.uniform(0.10, 0.16) * CROP)
     return _blend(image, (image * 0.25).astype(np.uint8), mask, softness=2.0), mask
 
 
-def _hole(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
+def _hole(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
     """A black hole with a bright rim."""
-    mask = _blob(rng, radius=rng.uniform(0.06, 0.10) * CROP)
+    mask = _blob(rng, radius=rng.uniform(0.10, 0.15) * CROP)
     inner = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(5)))
-    rim = _blend(image, np.full_like(image, 220), mask, softness=0.6)
-    return _blend(rim, np.full_like(image, 8), inner, softness=0.6), mask
+    rim = _blend(image, np.full_like(image, 235), mask, softness=0.6)
+    return _blend(rim, np.full_like(image, 5), inner, softness=0.6), mask
 
 
-def _smear(rng: np.random.Generator, image: Grey) -> tuple[Grey, Grey]:
+def _smear(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
     """A place where the texture is wiped away, its brightness kept."""
     mask = _blob(rng, radius=rng.uniform(0.14, 0.20) * CROP)
     smooth = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(6)))
     return _blend(image, smooth, mask, softness=1.5), mask
 
 
-_DEFECTS: dict[str, Draw] = {"hole": _hole, "scratch": _scratch, "smear": _smear, "stain": _stain}
+_DEFECTS: dict[str, Draw] = {"foreign": _foreign, "hole": _hole, "smear": _smear, "stain": _stain}
 
 
 def _blob(rng: np.random.Generator, radius: float) -> Grey:

@@ -18,7 +18,16 @@ from stpm.errors import ImageError
 
 Pixels = npt.NDArray[np.uint8]
 
-ERROR_KINDS = ("missing", "unreadable", "empty", "not_an_image", "damaged", "too_large", "unsupported", "no_model")
+ERROR_KINDS = (
+    "missing",
+    "unreadable",
+    "empty",
+    "not_an_image",
+    "damaged",
+    "too_large",
+    "unsupported",
+    "no_model",
+)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 100_000_000
 
@@ -93,7 +102,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ImageError("unsupported", f"{image.format} with 32 bits per pixel has no fixed range; save it with 8 or 16")
+        raise ImageError(
+            "unsupported", f"{image.format} with 32 bits per pixel has no fixed range; save it with 8 or 16"
+        )
     try:
         return image.convert("RGB")
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import interpolate
 
 Combine = Literal["product", "sum"]
 COMBINES: tuple[Combine, ...] = ("product", "sum")
@@ -42,7 +42,8 @@ def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
     t_norm = torch.linalg.vector_norm(teacher, dim=1)
     s_norm = torch.linalg.vector_norm(student, dim=1)
     squares = (t_norm > _EPS).float() + (s_norm > _EPS).float()
-    return (0.5 * squares - dot / (t_norm * s_norm).clamp_min(_EPS)).clamp(0.0, 2.0)
+    cosine = dot / (t_norm * s_norm).clamp_min(_EPS)
+    return torch.clamp(squares / 2 - cosine, 0.0, 2.0)
 
 
 def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
@@ -62,7 +63,7 @@ def anomaly_map(distances: Sequence[Tensor], size: int, combine: Combine = "prod
         (B, size, size) float32: up to 2ᴸ for a product of L levels, up to 2L for a sum.
     """
     upsampled = torch.stack(
-        [F.interpolate(d[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0] for d in distances]
+        [interpolate(d[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0] for d in distances]
     )
     return upsampled.prod(dim=0) if combine == "product" else upsampled.sum(dim=0)
 

@@ -1,10 +1,10 @@
 """The model store: one folder per category, published whole, verified when loaded; no pickle anywhere.
 
-    <store>/teachers/<digest>.safetensors     once per store
-    <store>/<category>/student.safetensors
-    <store>/<category>/calibration.parquet    `score`: float32, ascending
-    <store>/<category>/history.parquet        one row per epoch
-    <store>/<category>/model.json             written last; a folder without it is not a model
+<store>/teachers/<digest>.safetensors     once per store
+<store>/<category>/student.safetensors
+<store>/<category>/calibration.parquet    `score`: float32, ascending
+<store>/<category>/history.parquet        one row per epoch
+<store>/<category>/model.json             written last; a folder without it is not a model
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The MVTec AD layout over any filesystem.
 
-    <root>/<category>/train/good/*                        defect-free images, the only ones that fitting sees
-    <root>/<category>/test/<good or defect>/*             test images; the folder's name is the label
-    <root>/<category>/ground_truth/<defect>/<stem>_mask.png   optional masks
+<root>/<category>/train/good/*                        defect-free images, the only ones that fitting sees
+<root>/<category>/test/<good or defect>/*             test images; the folder's name is the label
+<root>/<category>/ground_truth/<defect>/<stem>_mask.png   optional masks
 """
 
 from __future__ import annotations

@@ -38,10 +38,7 @@ class Trunk(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(images)
         # Some architectures (Swin among them) keep channels last.
-        return [
-            f if f.shape[1] == c else f.permute(0, 3, 1, 2)
-            for f, c in zip(features, self.channels, strict=True)
-        ]
+        return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels, strict=True)]
 
 
 def architecture_of(teacher: str) -> str:
@@ -129,15 +126,17 @@ def trunk_from(architecture: str, levels: tuple[int, ...], state: StateDict, ori
 
 def serialise(state: StateDict) -> bytes:
     """Weights as safetensors; the same weights give the same bytes."""
-    return save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    data: bytes = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    return data
 
 
 def deserialise(data: bytes, origin: str) -> StateDict:
     """Weights from safetensors. Raises ModelError if the bytes are damaged."""
     try:
-        return load_safetensors(data)
+        state: StateDict = load_safetensors(data)
     except SafetensorError as error:
         raise ModelError(f"{origin}: not a safetensors file, or damaged: {error}") from error
+    return state
 
 
 def _read_weights(uri: str) -> StateDict:

@@ -23,7 +23,8 @@ class Recipe:
 
     teacher: str = option("resnet18.tv_in1k", "teacher as ARCHITECTURE.TAG of timm, or `demo`: the package's own")
     teacher_weights: str = option(
-        "", "weights of the teacher from a .safetensors or .pth file (URI) instead; `random`: an untrained control"
+        "",
+        "weights of the teacher from a .safetensors or .pth file (URI) instead; `random`: an untrained control",
     )
     levels: Integers = option(Integers((1, 2, 3)), "pyramid levels, as timm's out_indices, finest first")
     size: int = option(256, "height and width of the networks' input, in pixels; images are stretched to it")
@@ -51,8 +52,12 @@ class Recipe:
     seed: int = option(0, "seed of the split, the student's initialisation and the order of the images")
 
     def __post_init__(self) -> None:
-        _require(bool(self.levels) and list(self.levels) == sorted(set(self.levels)) and self.levels[0] >= 0,
-                 "levels", self.levels, "give increasing levels, such as 1,2,3")
+        _require(
+            bool(self.levels) and list(self.levels) == sorted(set(self.levels)) and self.levels[0] >= 0,
+            "levels",
+            self.levels,
+            "give increasing levels, such as 1,2,3",
+        )
         _require(32 <= self.size <= 4096, "size", self.size, "give 32 to 4096 pixels")
         for name in ("batch", "epochs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
@@ -61,8 +66,12 @@ class Recipe:
             _require(math.isfinite(value) and value > 0, name, value, "give a number above 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "give 0 to below 1")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "give 0 or more")
-        _require(0 < self.validation_share < 1, "validation_share", self.validation_share,
-                 "give a share between 0 and 1: calibration needs held-out images")
+        _require(
+            0 < self.validation_share < 1,
+            "validation_share",
+            self.validation_share,
+            "give a share between 0 and 1: calibration needs held-out images",
+        )
         _require(0 <= self.seed < 2**31, "seed", self.seed, "give 0 to 2147483647")
         _require(bool(self.teacher), "teacher", self.teacher, "give ARCHITECTURE.TAG, such as resnet18.tv_in1k")
 

@@ -18,7 +18,15 @@ from fsspec.utils import get_protocol
 
 from stpm.errors import ConfigError, DataError
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "abfs": "azure",
+    "abfss": "azure",
+    "az": "azure",
+}
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 _MAX_NAME = 128
@@ -73,7 +81,7 @@ def safe_name(name: str, what: str) -> str:
         problem = f"holds the character {match.group()!r}"
     elif name.startswith(".") or name.endswith((".", " ")):
         problem = "starts with a dot, or ends with a dot or a space"
-    elif name.split(".")[0].lower() in _WINDOWS_RESERVED:
+    elif name.split(".", maxsplit=1)[0].lower() in _WINDOWS_RESERVED:
         problem = "is a name that Windows reserves"
     if problem:
         raise DataError(f"{what} {name[:_MAX_NAME]!r} {problem}; rename it")
@@ -139,8 +147,10 @@ def files(uri: str) -> list[tuple[str, int]]:
     """Every file under a folder, at any depth, as (URI, size in bytes), sorted by URI; none if it is missing."""
     fs, path = filesystem(uri)
     found = fs.find(path, detail=True)
-    return sorted((fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
-                  for name, info in found.items())
+    return sorted(
+        (fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
+        for name, info in found.items()
+    )
 
 
 def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -18,7 +18,18 @@ from stpm.evaluation.metrics import UndefinedMetricError, auroc
 from stpm.mvtec import GOOD
 from stpm.scoring.pipeline import Target
 
-_COLUMNS = ("uri", "label", "mask", "score", "width", "height", "overlay", "error_kind", "error_message", "anomaly_map")
+_COLUMNS = (
+    "uri",
+    "label",
+    "mask",
+    "score",
+    "width",
+    "height",
+    "overlay",
+    "error_kind",
+    "error_message",
+    "anomaly_map",
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,9 @@ def evaluate(target: Target, category: str, size: int) -> Figures:
     undefined: dict[str, str] = {}
     problems = [
         f"{r['uri']}: {r['error_kind']}: {r['error_message']}"
-        for r in rows.filter(pc.not_equal(rows["error_kind"], "")).select(
-            ["uri", "error_kind", "error_message"]
-        ).to_pylist()
+        for r in rows.filter(pc.not_equal(rows["error_kind"], ""))
+        .select(["uri", "error_kind", "error_message"])
+        .to_pylist()
     ]
 
     def measured(name: str, measure: Callable[[], float]) -> float | None:
@@ -99,7 +110,9 @@ def _pixel_auroc(scored: pa.Table, size: int) -> float:
     if len(without) == defects:
         raise UndefinedMetricError("no masks")
     if without:
-        raise DataError(f"{len(without)} of {defects} defects have no mask, {without[0]} among them; add or remove masks")
+        raise DataError(
+            f"{len(without)} of {defects} defects have no mask, {without[0]} among them; add or remove masks"
+        )
     truth = np.stack([_ground_truth(row, size) for row in images_of_interest])
     maps = np.stack([np.frombuffer(m.as_buffer(), np.float32).reshape(size, size) for m in scored["anomaly_map"]])
     return auroc(truth, maps)
@@ -114,5 +127,7 @@ def _ground_truth(row: dict[str, Any], size: int) -> npt.NDArray[np.bool_]:
         raise DataError(f"mask {row['mask']} cannot be read: {error}") from error
     if mask.shape != (row["height"], row["width"]):
         height, width = mask.shape
-        raise DataError(f"mask {row['mask']} is {width}×{height}, its image {row['uri']} {row['width']}×{row['height']}")
+        raise DataError(
+            f"mask {row['mask']} is {width}×{height}, its image {row['uri']} {row['width']}×{row['height']}"
+        )
     return images.resize_mask(mask, size)

@@ -82,9 +82,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """report.json: `categories.<name>` and `mean` hold means over seeds, with `_std` beside each AUROC."""
         categories = {name: _summary(results) for name, results in self.categories().items()}
-        means = {
-            key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED
-        }
+        means = {key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED}
         return {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "data": self.data,

@@ -87,7 +87,7 @@ def fit(images: Pixels, matcher: Matcher, recipe: Recipe, on_epoch: Callable[[Ep
     pixels = torch.from_numpy(images)
     teacher = _TeacherFeatures(matcher, pixels, recipe.batch)
     history: list[Epoch] = []
-    best: tuple[Epoch, StateDict] | None = None
+    best: tuple[Epoch, StateDict] = Epoch(0, math.inf, math.inf, 0.0), {}
     for number in range(1, recipe.epochs + 1):
         order = train[np.random.default_rng((recipe.seed, number)).permutation(len(train))]
         start = time.perf_counter()
@@ -95,12 +95,13 @@ def fit(images: Pixels, matcher: Matcher, recipe: Recipe, on_epoch: Callable[[Ep
         speed = len(train) / (time.perf_counter() - start)
         epoch = Epoch(number, train_loss, _validate(student, matcher, pixels, teacher, held_out, recipe.batch), speed)
         if not math.isfinite(epoch.train_loss + epoch.validation_loss):
-            raise DivergedError(f"loss is {train_loss} in epoch {number}; lower --learning-rate ({recipe.learning_rate})")
+            raise DivergedError(
+                f"loss is {train_loss} in epoch {number}; lower --learning-rate ({recipe.learning_rate})"
+            )
         history.append(epoch)
         on_epoch(epoch)
-        if best is None or recipe.keep == "last" or epoch.validation_loss < best[0].validation_loss:
+        if recipe.keep == "last" or epoch.validation_loss < best[0].validation_loss:
             best = epoch, copy.deepcopy(student.net.state_dict())
-    assert best is not None, "a recipe has at least one epoch"
     kept, state = best
     student.net.load_state_dict(dict(state))
     maps = [matcher.anomaly_maps(student.eval(), images[i]) for i in _batches(held_out, recipe.batch)]
@@ -148,7 +149,10 @@ def _optimiser(student: Trunk, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimiser == "adam":
         return torch.optim.Adam(student.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        student.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        student.parameters(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
     )
 
 

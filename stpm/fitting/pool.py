@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -130,13 +131,12 @@ def _work(config: dict[str, Any]) -> None:
         if task == WAIT:
             stop.wait(_POLL_SECONDS)
             continue
-        key = task.key
         try:
-            outcome = run_task(task, lambda epoch, key=key: queue.report.remote(key, epoch))
+            outcome = run_task(task, partial(queue.report.remote, task.key))
         except StpmError as error:
             outcome = Outcome.failed(task, str(error))
         except Exception as error:
-            log.exception("%s failed", key)
+            log.exception("%s failed", task.key)
             outcome = Outcome.failed(task, f"{type(error).__name__}: {error}")
         ray.get(queue.finish.remote(outcome))
 

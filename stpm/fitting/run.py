@@ -38,7 +38,11 @@ class FitOptions:
 
 
 def fit_categories(
-    categories: Sequence[mvtec.Category], recipe: Recipe, stores: Mapping[int, str], pool: PoolOptions, say: Say
+    categories: Sequence[mvtec.Category],
+    recipe: Recipe,
+    stores: Mapping[int, str],
+    pool: PoolOptions,
+    say: Say,
 ) -> list[Outcome]:
     """Fit one student per category and seed, in one pool; what the stores already hold is reused.
 
@@ -77,9 +81,7 @@ def fit_categories(
     return outcomes
 
 
-def read_categories(
-    root: str, wanted: Sequence[str], say: Say
-) -> tuple[list[mvtec.Category], dict[str, str]]:
+def read_categories(root: str, wanted: Sequence[str], say: Say) -> tuple[list[mvtec.Category], dict[str, str]]:
     """The categories of a data set that can be used, and by name the reason why others cannot.
 
     Raises:

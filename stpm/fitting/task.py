@@ -146,5 +146,7 @@ def load_pixels(uris: list[str], size: int) -> images.Pixels:
     if problems:
         shown = "; ".join(sorted(problems)[:_SHOWN_FILES])
         more = f"; and {len(problems) - _SHOWN_FILES} more" if len(problems) > _SHOWN_FILES else ""
-        raise DataError(f"{len(problems)} of {len(uris)} training images cannot be read: {shown}{more}; repair or remove them")
+        raise DataError(
+            f"{len(problems)} of {len(uris)} training images cannot be read: {shown}{more}; repair or remove them"
+        )
     return pixels

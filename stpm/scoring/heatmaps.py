@@ -70,7 +70,9 @@ class WriteHeatmaps:
     def __call__(self, batch: pa.Table) -> pa.Table:
         columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in SCORED.names}
         with ThreadPoolExecutor(_WRITERS) as pool:
-            names = list(pool.map(self._write, columns["image_id"], columns["category"], columns["pixels"], columns["heat"]))
+            names = list(
+                pool.map(self._write, columns["image_id"], columns["category"], columns["pixels"], columns["heat"])
+            )
         columns["heatmap"] = [name for name, _ in names]
         columns["overlay"] = [name for _, name in names]
         return table(columns, OUTPUT)
@@ -92,4 +94,3 @@ def _png(image: Image.Image) -> bytes:
     sink = io.BytesIO()
     image.save(sink, "PNG", compress_level=_COMPRESSION)
     return sink.getvalue()
-

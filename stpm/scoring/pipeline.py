@@ -33,7 +33,8 @@ class ScoreOptions:
     """
 
     false_alarm_rate: float = option(
-        0.01, "share of good images that may be called anomalous, 0 to 1; sets the threshold from held-out normals"
+        0.01,
+        "share of good images that may be called anomalous, 0 to 1; sets the threshold from held-out normals",
     )
     batch_size: int = option(16, "images per forward pass")
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
@@ -119,7 +120,10 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
         ray.data.read_parquet(path, filesystem=filesystem, num_cpus=_STAGE_CPUS)
         .repartition(target_num_rows_per_block=_BLOCK_ROWS)
         .map_batches(
-            Decode(sizes).__call__, batch_format="pyarrow", batch_size=options.batch_size, num_cpus=_STAGE_CPUS
+            Decode(sizes).__call__,
+            batch_format="pyarrow",
+            batch_size=options.batch_size,
+            num_cpus=_STAGE_CPUS,
         )
         .map_batches(
             Scorer,
@@ -129,8 +133,6 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
             batch_size=options.batch_size,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         .map_batches(
             WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps).__call__,

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from stpm import storage
+from stpm.calibration import finest_rate
 from stpm.cluster import connected
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.models import ModelStore
-from stpm.calibration import finest_rate
 from stpm.options import option
 from stpm.scoring.manifest import of_folder
 from stpm.scoring.pipeline import ScoreOptions, Target, score_manifest

@@ -47,7 +47,9 @@ class Scorer:
                 columns[field.name] = [None if field.nullable else b"" if field.name == "heat" else ""] * rows
         good = [i for i in range(rows) if not columns["error_kind"][i]]
         # Sorted by teacher and then by category, what one network sees is a slice and never a copy.
-        order = sorted(good, key=lambda i: (_sharing(self._model(columns["category"][i]).record), columns["category"][i]))
+        order = sorted(
+            good, key=lambda i: (_sharing(self._model(columns["category"][i]).record), columns["category"][i])
+        )
         for _, shared in groupby(order, key=lambda i: _sharing(self._model(columns["category"][i]).record)):
             self._score_shared(list(shared), columns)
         return table(columns, SCORED)

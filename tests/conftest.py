@@ -1,0 +1,81 @@
+"""Fixtures that all tests share, and the line that says whether the real data was there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from stpm.forward import Matcher
+from stpm.networks import architecture_of, load_teacher, trunk_from
+from stpm.recipe import Recipe
+
+REPOSITORY = Path(__file__).parent.parent
+REAL_DATA = REPOSITORY.parent / "shared" / "data" / "mvtec"
+
+# A student of a few thousand weights: what is tested is the machinery, and a test set fits in a second.
+TINY = Recipe(
+    teacher="test_resnet",
+    teacher_weights="random",
+    size=64,
+    epochs=2,
+    batch=4,
+    precision="float32",
+    validation_share=0.25,
+)
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    return TINY
+
+
+@pytest.fixture
+def real_data() -> Path:
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"real data: {REAL_DATA} is not there")
+    return REAL_DATA
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """The root of an empty in-memory filesystem."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield "memory://root"
+    fs.store.clear()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def matcher_of() -> Callable[[Recipe], Matcher]:
+    """A matcher with an untrained teacher, as the pool would make it."""
+
+    def make(recipe: Recipe) -> Matcher:
+        state = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+        teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, state, "test")
+        return Matcher(teacher, recipe, torch.device("cpu"), "float32")
+
+    return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """CI must show that the tests on real data ran."""
+    reports = [
+        (outcome, report)
+        for outcome in ("passed", "failed", "skipped")
+        for report in terminalreporter.getreports(outcome)
+        if "real_data" in getattr(report, "keywords", {}) and (report.when == "call" or outcome == "skipped")
+    ]
+    if reports:
+        terminalreporter.section("tests on real data")
+        for outcome, report in reports:
+            terminalreporter.write_line(f"{outcome.upper()} {report.nodeid}")

@@ -1,0 +1,53 @@
+"""Small data sets in the MVTec AD layout, made anywhere that fsspec reaches."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from stpm import storage
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, kind)
+    return sink.getvalue()
+
+
+def make_category(
+    root: str,
+    name: str,
+    *,
+    train: int = 8,
+    good: int = 4,
+    defects: int = 4,
+    masks: bool = True,
+    grey: bool = False,
+    kind: str = "PNG",
+    shape: tuple[int, int] = (48, 40),
+    seed: int = 0,
+) -> None:
+    """Noise around a grey level; a defect is a bright square, and its mask that square."""
+    rng = np.random.default_rng(seed)
+    suffix = {"PNG": "png", "JPEG": "jpg"}[kind]
+
+    def normal() -> np.ndarray:
+        size = shape if grey else (*shape, 3)
+        return rng.integers(90, 130, size, dtype=np.uint8)
+
+    def put(path: str, pixels: np.ndarray, as_kind: str = kind) -> None:
+        storage.publish(storage.join(root, name, path), encoded(pixels, as_kind))
+
+    for i in range(train):
+        put(f"train/good/{i:03}.{suffix}", normal())
+    for i in range(good):
+        put(f"test/good/{i:03}.{suffix}", normal())
+    for i in range(defects):
+        pixels, mask = normal(), np.zeros(shape, np.uint8)
+        pixels[10:26, 8:24] = rng.integers(0, 255, pixels[10:26, 8:24].shape, dtype=np.uint8)
+        mask[10:26, 8:24] = 255
+        put(f"test/square/{i:03}.{suffix}", pixels)
+        if masks:
+            put(f"ground_truth/square/{i:03}_mask.png", mask, "PNG")

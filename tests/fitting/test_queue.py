@@ -1,0 +1,112 @@
+"""The queue alone, its workers played by the test."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stpm.fitting.loop import Epoch
+from stpm.fitting.queue import WAIT, TaskQueue
+from stpm.fitting.task import FitTask, Outcome
+from tests.conftest import TINY
+
+
+def task(name: str, images: int = 1) -> FitTask:
+    return FitTask(name, tuple((f"{name}/{i}", 1) for i in range(images)), TINY, "store", "digest")
+
+
+def ended(queue: TaskQueue) -> dict[str, str]:
+    return {e.category: e.status for e in queue.events(0) if isinstance(e, Outcome)}
+
+
+def finish(queue: TaskQueue, taken: object) -> None:
+    assert isinstance(taken, FitTask)
+    queue.finish(Outcome(taken.key, taken.category, 0, "fitted"))
+
+
+def test_the_longest_comes_first() -> None:
+    queue = TaskQueue([task("short"), task("long", 9), task("middle", 5)])
+    taken = [queue.take("g") for _ in range(3)]
+    assert [t.category for t in taken if isinstance(t, FitTask)] == ["long", "middle", "short"]
+    assert queue.take("g") == WAIT
+    for t in taken:
+        finish(queue, t)
+    assert queue.take("g") is None
+
+
+def test_the_same_category_with_two_seeds_is_two_tasks() -> None:
+    other = dataclasses.replace(task("a"), recipe=dataclasses.replace(TINY, seed=1))
+    queue = TaskQueue([task("a"), other])
+    assert {queue.take("g").key for _ in range(2)} == {"a (seed 0)", "a (seed 1)"}  # type: ignore[union-attr]
+
+
+def test_events_are_read_from_where_one_left_off() -> None:
+    queue = TaskQueue([task("a")])
+    epoch = Epoch(1, 0.5, 0.5, 10.0)
+    finish(queue, queue.take("g"))
+    queue.report("a (seed 0)", epoch)
+    assert queue.events(1) == [("a (seed 0)", epoch)]
+    assert queue.events(2) == []
+
+
+def test_after_a_death_the_innocent_neighbour_is_fitted_and_the_guilty_set_aside() -> None:
+    queue = TaskQueue([task("guilty", 9), task("innocent", 8), task("later")])
+    assert [queue.take("1").category for _ in range(2)] == ["guilty", "innocent"]  # type: ignore[union-attr]
+    # The group dies and comes back: what nobody suspects goes first.
+    later = queue.take("2")
+    assert isinstance(later, FitTask)
+    assert later.category == "later"
+    assert queue.take("2") == WAIT
+    finish(queue, later)
+    group, alone = "2", []
+    while (taken := queue.take(group)) is not None:
+        assert isinstance(taken, FitTask), "nothing else runs, so there is no reason to wait"
+        alone.append(taken.category)
+        assert queue.take(group) == WAIT, "a suspect runs alone"
+        if taken.category == "guilty":
+            group += "x"
+        else:
+            finish(queue, taken)
+    assert sorted(alone) == ["guilty", "innocent"]
+    assert ended(queue) == {"later": "fitted", "innocent": "fitted", "guilty": "failed"}
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.data())
+def test_whatever_dies_every_task_ends_once_and_only_the_guilty_fail(
+    tasks: int, workers: int, data: st.DataObject
+) -> None:
+    guilty = data.draw(st.sets(st.integers(0, tasks - 1)))
+    queue = TaskQueue([task(str(i)) for i in range(tasks)])
+    group, held = 0, dict.fromkeys(range(workers))
+    done: set[int] = set()
+    for _ in range(1000):
+        worker = data.draw(st.sampled_from(sorted(set(held) - done))) if set(held) - done else None
+        if worker is None:
+            break
+        mine = held[worker]
+        if mine is None:
+            taken = queue.take(str(group))
+            if taken is None:
+                done.add(worker)
+            held[worker] = taken if isinstance(taken, FitTask) else None
+        elif int(mine.category) in guilty:
+            group += 1
+            held, done = dict.fromkeys(range(workers)), set()
+        else:
+            finish(queue, mine)
+            held[worker] = None
+    outcomes = [e for e in queue.events(0) if isinstance(e, Outcome)]
+    assert sorted(o.category for o in outcomes) == sorted(map(str, range(tasks)))
+    assert {int(o.category) for o in outcomes if o.status == "failed"} == guilty
+
+
+def test_a_reason_is_given() -> None:
+    queue = TaskQueue([task("guilty")])
+    queue.take("1")
+    queue.take("2")
+    assert queue.take("3") is None
+    outcome = queue.events(0)[0]
+    assert isinstance(outcome, Outcome)
+    assert "died 2 times" in outcome.reason

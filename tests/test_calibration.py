@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stpm.calibration import HeatmapScale, calibrate, finest_rate, p_values, threshold
+
+SCORES = st.lists(st.floats(0, 8, width=32), min_size=1, max_size=60)
+
+
+@given(SCORES, SCORES)
+def test_p_values_are_the_definition(calibration: list[float], scores: list[float]) -> None:
+    ordered = np.sort(np.array(calibration, np.float32))
+    expected = [(1 + sum(c >= s for c in ordered)) / (len(ordered) + 1) for s in np.array(scores, np.float32)]
+    np.testing.assert_allclose(p_values(ordered, np.array(scores, np.float32)), expected, rtol=1e-6)
+
+
+@given(SCORES, st.floats(0, 8, width=32), st.floats(0.001, 0.999))
+def test_above_the_threshold_is_a_p_value_up_to_the_rate(calibration: list[float], score: float, rate: float) -> None:
+    ordered = np.sort(np.array(calibration, np.float32))
+    supported = max(rate, finest_rate(len(ordered)))
+    above = score > threshold(ordered, rate)
+    p = p_values(ordered, np.array([score], np.float32)).astype(np.float64)[0]
+    assert above == (p <= supported + 1e-6)
+
+
+def test_on_exchangeable_scores_the_false_alarm_rate_holds() -> None:
+    rng = np.random.default_rng(0)
+    for rate in (0.02, 0.05, 0.2):
+        alarms = []
+        for _ in range(2000):
+            scores = rng.gamma(2.0, size=120).astype(np.float32)
+            alarms.append((scores[100:] > threshold(np.sort(scores[:100]), rate)).mean())
+        assert np.mean(alarms) <= rate + 3 * np.std(alarms) / np.sqrt(len(alarms))
+
+
+def test_calibration_of_maps() -> None:
+    maps = np.array([[[1.0, 2.0], [3.0, 4.0]], [[0.5, 0.5], [0.5, 9.0]]], np.float32)
+    found = calibrate(maps)
+    np.testing.assert_array_equal(found.scores, [4.0, 9.0])
+    assert (found.scale.low, found.scale.edge) == (1.5, 9.0)
+
+
+def test_constant_maps_have_a_scale_too() -> None:
+    scale = calibrate(np.zeros((3, 4, 4), np.float32)).scale
+    assert 0 < scale.low < scale.edge
+    assert (scale.apply(np.zeros((4, 4), np.float32)) == 0).all()
+
+
+def test_the_edge_of_normal_is_the_middle_of_every_scale() -> None:
+    for scale in (HeatmapScale(1e-4, 0.1), HeatmapScale(0.01, 0.02)):
+        levels = scale.apply(np.array([0.0, scale.low, scale.edge, 10 * scale.edge, 8.0], np.float32))
+        assert levels.tolist()[:2] == [0, 0]
+        assert levels[2] == pytest.approx(127.5, abs=1)
+        assert levels.tolist()[3:] == [255, 255]
+
+
+@given(st.lists(st.floats(0, 8, width=32), min_size=2, max_size=50))
+def test_a_larger_anomaly_is_never_drawn_lower(values: list[float]) -> None:
+    ordered = np.sort(np.array(values, np.float32))
+    levels = HeatmapScale(1e-3, 0.2).apply(ordered).astype(int)
+    assert (np.diff(levels) >= 0).all()

@@ -1,0 +1,123 @@
+"""One set of options from the command line, the environment, a YAML file and the preset."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stpm.benchmark import BenchmarkOptions
+from stpm.cli import Job
+from stpm.errors import ConfigError
+from stpm.recipe import Recipe
+from tests.conftest import REPOSITORY
+
+
+def job(name: str) -> Job:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "jobs" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Job = module.JOB
+    return found
+
+
+def recipe_of(*argv: str) -> Recipe:
+    return job("benchmark").parse(["--data", "x", *argv])[1]  # type: ignore[no-any-return]
+
+
+def test_the_command_line_of_the_issue() -> None:
+    line = (
+        "--data s3://b/d --out s3://b/o --categories a,b --preset notebook --epochs 3 --seeds 0,1 "
+        "--teacher resnet18.tv_in1k --teacher-weights /w.pth --workers 2"
+    )
+    options, recipe, pool, _ = job("benchmark").parse(line.split())
+    assert options == BenchmarkOptions("s3://b/d", "s3://b/o", options.categories, options.seeds)
+    assert (options.categories, options.seeds) == (("a", "b"), (0, 1))
+    assert (recipe.epochs, recipe.optimiser, recipe.batch) == (3, "adam", 4)
+    assert (recipe.teacher, recipe.teacher_weights, pool.workers) == ("resnet18.tv_in1k", "/w.pth", 2)
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: notebook\nepochs: 7\nbatch: 9\nlevels: [1, 2]\nteacher_weights: from-file\n")
+    assert recipe_of("--config", str(file)).learning_rate == 4e-4
+    monkeypatch.setenv("STPM_EPOCHS", "8")
+    monkeypatch.setenv("STPM_SIZE", "128")
+    recipe = recipe_of("--config", str(file), "--batch", "11")
+    assert (recipe.batch, recipe.epochs, recipe.size) == (11, 7, 128)
+    assert (recipe.levels, recipe.teacher_weights) == ((1, 2), "from-file")
+
+
+def test_without_data_the_demo_set_brings_its_defaults() -> None:
+    demo = job("benchmark").parse([])[1]
+    assert (demo.teacher, demo.epochs) == ("demo", 15)
+    assert job("benchmark").parse(["--epochs", "2"])[1].epochs == 2
+    assert recipe_of().teacher == "resnet18.tv_in1k"
+
+
+def test_the_resolved_configuration_is_printed_and_reads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--data", "x", "--preset", "notebook", "--epochs", "5", "--categories", "a,b"]
+    with pytest.raises(SystemExit):
+        job("benchmark").parse([*argv, "--print-config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["epochs"] == 5
+    (tmp_path / "c.yaml").write_text(printed)
+    assert job("benchmark").parse(["--config", str(tmp_path / "c.yaml")]) == job("benchmark").parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--epochs", "many"], "epochs"),
+        (["--epochs", "0"], "epochs is 0; give at least 1"),
+        (["--no-such-option", "1"], "no-such-option"),
+        (["--preset", "secret"], "preset"),
+        (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
+        (["--seeds", "a"], "seeds"),
+        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a share between 0 and 1"),
+        (["--config", "/no/such/file.yaml"], "config"),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_clear_error(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        job("benchmark").parse(argv)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fit", "score", "benchmark"])
+def test_help_explains_every_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        job(name).parse(["--help"])
+    shown = capsys.readouterr().out
+    for action in job(name).parser()._actions:
+        if action.dest not in ("help", "config", "print_config"):
+            assert f"--{action.dest.replace('_', '-')}" in shown
+            assert action.help
+    assert " ".join(shown.split()).count("default: ") >= len(job(name).parser()._actions) - 3
+
+
+@pytest.mark.parametrize("name", ["fit", "score"])
+def test_a_missing_option_exits_with_one_line(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stpm.cli import run_job
+
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit) as exit_:
+        run_job(job(name))
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        job("fit").parse(["--preset", "notebook", "--help"])
+    assert "default: 0.0004)" in capsys.readouterr().out

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from stpm.errors import ImageError
+from stpm.images import ERROR_KINDS, decode, decode_mask, resize_mask
+from tests.datasets import encoded
+
+GRADIENT = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
+COLOURS = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+
+
+def kind_of(data: bytes, **limits: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode(data, 64, **limits)
+    assert caught.value.kind in ERROR_KINDS
+    assert str(caught.value)
+    return caught.value.kind
+
+
+def test_pixels_are_rgb_at_model_size_with_the_original_size_beside() -> None:
+    decoded = decode(encoded(COLOURS), 64)
+    assert decoded.pixels.shape == (64, 64, 3)
+    assert decoded.pixels.dtype == np.uint8
+    assert (decoded.width, decoded.height) == (40, 30)
+
+
+def test_an_image_of_model_size_is_not_touched() -> None:
+    pixels = COLOURS[:30, :30]
+    np.testing.assert_array_equal(decode(encoded(pixels), 30).pixels, pixels)
+
+
+def test_grey_becomes_three_equal_channels() -> None:
+    pixels = decode(encoded(GRADIENT), 64).pixels
+    assert (pixels[..., 0] == pixels[..., 1]).all()
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_16_bit_grey_keeps_its_range() -> None:
+    deep = (np.linspace(0, 65535, 64 * 64).reshape(64, 64)).astype(np.uint16)
+    pixels = decode(encoded(deep), 64).pixels[..., 0]
+    np.testing.assert_allclose(pixels, deep / 257, atol=1)
+    assert (pixels == 255).mean() < 0.01
+
+
+def test_one_pixel_is_an_image() -> None:
+    decoded = decode(encoded(np.full((1, 1, 3), 77, np.uint8)), 64)
+    assert (decoded.pixels == 77).all()
+    assert (decoded.width, decoded.height) == (1, 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_common_mode_is_read(mode: str) -> None:
+    sink = io.BytesIO()
+    kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    image = Image.fromarray(GRADIENT)
+    image = Image.fromarray(GRADIENT.astype(np.uint16) * 257) if mode == "I;16" else image.convert("RGB").convert(mode)
+    image.save(sink, kind)
+    pixels = decode(sink.getvalue(), 64).pixels
+    assert pixels.shape == (64, 64, 3)
+    assert pixels.max() > 200
+    assert pixels.min() < 50
+
+
+def test_what_is_wrong_has_a_kind() -> None:
+    png, jpeg = encoded(COLOURS), encoded(COLOURS, "JPEG")
+    assert kind_of(b"") == "empty"
+    assert kind_of(b"just some text in a file called image.png") == "not_an_image"
+    assert kind_of(jpeg[: len(jpeg) // 2]) == "damaged"
+    assert kind_of(png[: len(png) // 2]) == "damaged"
+    assert kind_of(png, max_pixels=100) == "too_large"
+    sink = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(sink, "TIFF")
+    assert kind_of(sink.getvalue()) == "unsupported"
+
+
+def test_a_huge_header_is_refused_before_anything_is_allocated() -> None:
+    png = bytearray(encoded(COLOURS))
+    png[16:24] = (40_000).to_bytes(4, "big") * 2
+    import zlib
+
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    assert kind_of(bytes(png)) == "too_large"
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_bytes_raise_anything_but_an_image_error(data: st.DataObject) -> None:
+    original = bytearray(encoded(COLOURS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]))))
+    for position in data.draw(st.lists(st.integers(0, min(len(original), 200) - 1), max_size=8)):
+        original[position] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(original)))
+    try:
+        assert decode(bytes(original[:cut]), 32, max_pixels=1_000_000).pixels.shape == (32, 32, 3)
+    except ImageError as error:
+        assert error.kind in ERROR_KINDS
+
+
+def test_masks_keep_their_own_size_and_shrink_by_nearest_neighbour() -> None:
+    mask = np.zeros((30, 40), np.uint8)
+    mask[:, 20:] = 255
+    read = decode_mask(encoded(mask))
+    np.testing.assert_array_equal(read, mask > 0)
+    np.testing.assert_array_equal(resize_mask(read, 10), np.tile(np.arange(10) >= 5, (10, 1)))
+
+
+def test_an_error_survives_pickling() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(ImageError("empty", "no bytes")))
+    assert (error.kind, str(error)) == ("empty", "no bytes")

@@ -1,0 +1,108 @@
+"""The method's equations against plain numpy, written from the paper."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from stpm.matching import anomaly_map, distance_map, image_score, matching_loss
+
+SHAPES = [(2, 8, 16, 16), (2, 12, 8, 8), (2, 20, 4, 4)]
+
+
+def features(seed: int, shapes: list[tuple[int, ...]] = SHAPES) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def reference_distance(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
+    """Equations 1 and 2 as printed: normalise each vector over channels, then half the squared distance."""
+
+    def unit(f: np.ndarray) -> np.ndarray:
+        norm = np.sqrt((f.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
+        return np.divide(f, norm, out=np.zeros_like(f, np.float64), where=norm > 0)
+
+    return 0.5 * ((unit(teacher) - unit(student)) ** 2).sum(axis=1)
+
+
+def reference_upsample(distances: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear interpolation between pixel centres, clamped at the borders, for (H, W)."""
+    n = distances.shape[0]
+    position = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
+    low = np.floor(position).astype(int)
+    high = np.minimum(low + 1, n - 1)
+    weight = position - low
+    rows = distances[low] * (1 - weight)[:, None] + distances[high] * weight[:, None]
+    return rows[:, low] * (1 - weight) + rows[:, high] * weight
+
+
+def test_loss_and_anomaly_map_are_those_of_the_paper() -> None:
+    teacher, student = features(0), features(1)
+    distances = [reference_distance(t, s) for t, s in zip(teacher, student, strict=True)]
+    loss = np.mean([d.mean() for d in distances])
+    product = np.ones((2, 64, 64))
+    for d in distances:
+        product *= np.stack([reference_upsample(image, 64) for image in d])
+
+    t, s = [[torch.from_numpy(f) for f in side] for side in (teacher, student)]
+    assert matching_loss(t, s).item() == pytest.approx(loss, abs=1e-6)
+    maps = anomaly_map([distance_map(a, b) for a, b in zip(t, s, strict=True)], 64)
+    np.testing.assert_allclose(maps.numpy(), product, atol=1e-5)
+    np.testing.assert_allclose(image_score(maps).numpy(), product.max(axis=(1, 2)), atol=1e-5)
+
+
+def test_a_sum_of_levels_adds_the_upsampled_maps() -> None:
+    distances = [torch.rand(1, 4, 4), torch.rand(1, 8, 8)]
+    expected = sum(reference_upsample(d[0].numpy(), 16) for d in distances)
+    np.testing.assert_allclose(anomaly_map(distances, 16, "sum")[0].numpy(), expected, atol=1e-6)
+
+
+@given(
+    hnp.arrays(np.float32, (2, 1, 5, 2, 2), elements=st.floats(-1e3, 1e3, width=32)),
+    st.floats(0.01, 100.0),
+)
+@settings(deadline=None)
+def test_distances_are_bounded_symmetric_and_blind_to_scale(pair: np.ndarray, scale: float) -> None:
+    t, s = torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+    distance = distance_map(t, s)
+    assert ((distance >= 0) & (distance <= 2)).all()
+    np.testing.assert_allclose(distance.numpy(), reference_distance(pair[0], pair[1]), atol=2e-6)
+    torch.testing.assert_close(distance, distance_map(s, t))
+    torch.testing.assert_close(distance, distance_map(t * scale, s), atol=1e-5, rtol=0)
+
+
+def test_equal_features_have_distance_zero_and_opposite_ones_two() -> None:
+    f = torch.randn(1, 16, 3, 3)
+    assert distance_map(f, f).max() < 1e-6
+    torch.testing.assert_close(distance_map(f, -f), torch.full((1, 3, 3), 2.0))
+
+
+def test_features_without_direction_are_half_away_from_any_other() -> None:
+    zero, other = torch.zeros(1, 4, 1, 1), torch.randn(1, 4, 1, 1)
+    assert distance_map(zero, other).item() == pytest.approx(0.5)
+    assert distance_map(zero, zero).item() == 0.0
+
+
+def test_half_precision_features_are_compared_in_float32() -> None:
+    t, s = (torch.from_numpy(f).bfloat16() for f in (features(2)[0], features(3)[0]))
+    distance = distance_map(t, s)
+    assert distance.dtype == torch.float32
+    np.testing.assert_allclose(distance.numpy(), reference_distance(t.float().numpy(), s.float().numpy()), atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_normalised_form() -> None:
+    t, s = torch.randn(2, 6, 4, 4, dtype=torch.float32), torch.randn(2, 6, 4, 4, requires_grad=True)
+    distance_map(t, s).mean().backward()
+    ours, s.grad = s.grad, None
+    normal = torch.nn.functional.normalize
+    (0.5 * (normal(t, dim=1) - normal(s, dim=1)).pow(2).sum(1)).mean().backward()
+    torch.testing.assert_close(ours, s.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_features_of_different_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\) and student \(1, 5, 2, 2\)"):
+        distance_map(torch.zeros(1, 4, 2, 2), torch.zeros(1, 5, 2, 2))

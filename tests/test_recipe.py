@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stpm.errors import ConfigError
+from stpm.options import Integers
+from stpm.recipe import PRESETS, Recipe
+
+
+def test_the_presets_are_what_their_sources_say() -> None:
+    paper, notebook = PRESETS["paper"], PRESETS["notebook"]
+    assert (paper.optimiser, paper.learning_rate, paper.momentum, paper.weight_decay) == ("sgd", 0.4, 0.9, 1e-4)
+    assert (paper.batch, paper.epochs, paper.size, paper.normalisation) == (32, 100, 256, "imagenet")
+    assert (notebook.optimiser, notebook.learning_rate, notebook.batch, notebook.epochs) == ("adam", 4e-4, 4, 20)
+    assert (notebook.size, notebook.normalisation) == (256, "none")
+    assert paper.validation_share == notebook.validation_share == 0.2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("levels", Integers()),
+        ("levels", Integers((3, 1))),
+        ("levels", Integers((1, 1))),
+        ("levels", Integers((-1, 1))),
+        ("size", 8),
+        ("batch", 0),
+        ("epochs", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("loss_scale", float("inf")),
+        ("momentum", 1.0),
+        ("weight_decay", -1.0),
+        ("validation_share", 0.0),
+        ("validation_share", 1.0),
+        ("seed", -1),
+        ("teacher", ""),
+    ],
+)
+def test_a_value_that_cannot_be_run_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field.replace('_', '-')} is .*; give"):
+        Recipe(**{field: value})

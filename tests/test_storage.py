@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stpm import storage
+from stpm.errors import ConfigError, DataError
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    return str(tmp_path) if request.param == "local" else memory
+
+
+def test_what_is_published_reads_back_and_is_replaced_whole(root: str) -> None:
+    uri = storage.join(root, "a", "b.bin")
+    assert not storage.exists(uri)
+    storage.publish(uri, b"one")
+    storage.publish(uri, b"two")
+    assert storage.read(uri) == b"two"
+    assert [size for _, size in storage.files(root)] == [3]
+
+
+def test_files_are_found_at_any_depth_and_read_by_their_uri(root: str) -> None:
+    for name in ("b/2.txt", "a.txt", "b/c/3.txt"):
+        storage.publish(storage.join(root, name), name.encode())
+    assert [storage.read(uri).decode() for uri, _ in storage.files(root)] == ["a.txt", "b/2.txt", "b/c/3.txt"]
+    assert storage.files(storage.join(root, "nothing")) == []
+
+
+def test_children_are_folders_sorted_and_not_hidden(root: str) -> None:
+    for name in ("z/1", "a/1", ".hidden/1", "file"):
+        storage.publish(storage.join(root, name), b"x")
+    assert storage.children(root) == ["a", "z"]
+    with pytest.raises(DataError, match=r"nothing: no such folder"):
+        storage.children(storage.join(root, "nothing"))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    uri = str(tmp_path / "x")
+    storage.publish(uri, b"old")
+    with pytest.raises(TypeError):
+        storage.publish(uri, "not bytes")  # type: ignore[arg-type]
+    assert storage.read(uri) == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_remove_takes_a_folder_or_nothing(root: str) -> None:
+    storage.publish(storage.join(root, "d", "x"), b"")
+    storage.remove(storage.join(root, "d"))
+    storage.remove(storage.join(root, "d"))
+    assert not storage.exists(storage.join(root, "d", "x"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".x",
+        "a/b",
+        "a\\b",
+        "a\x00b",
+        "a\nb",
+        "x" * 300,
+        "CON",
+        "nul.txt",
+        "a.",
+        "a ",
+        "<b>",
+        'a"b',
+        "a:b",
+    ],
+)
+def test_names_that_may_not_become_paths(name: str) -> None:
+    with pytest.raises(DataError, match="category"):
+        storage.safe_name(name, "category")
+
+
+@pytest.mark.parametrize("name", ["bottle", "metal_nut", "Teil 7", "größe-ü", "part#4", "consumer", "a..b"])
+def test_names_that_may(name: str) -> None:
+    assert storage.safe_name(name, "category") == name
+
+
+def test_an_unknown_scheme_says_what_to_use() -> None:
+    with pytest.raises(ConfigError, match="s3://"):
+        storage.filesystem("nonsense://bucket/key")
+
+
+def test_local_paths_become_absolute_and_others_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
+    assert storage.absolute(f"file://{tmp_path}/y") == str(tmp_path / "y")
+    assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
