@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +10,19 @@ import ray
 
 from stpm import demo, storage
 from stpm.cluster import connected
+from stpm.console import NOTHING_DONE, Say, exit_code
 from stpm.errors import ConfigError, DataError
 from stpm.evaluation.category import evaluate
 from stpm.evaluation.gallery import gallery
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.fitting.pool import PoolOptions
-from stpm.fitting.run import exit_code, fit_categories, read_categories
+from stpm.fitting.run import fit_categories, read_categories
 from stpm.models import ModelRecord, ModelStore
 from stpm.mvtec import Category
 from stpm.options import Integers, Names, option
 from stpm.recipe import Recipe
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.pipeline import ScoreOptions, Target, score_manifest
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def run_benchmark(options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, 
         categories, unreadable = read_categories(data, options.categories, say)
     except DataError as error:
         say(f"error: {error}")
-        return 3
+        return NOTHING_DONE
     failures = [Failure(name, reason) for name, reason in unreadable.items()]
     results: list[Result] = []
     if categories:

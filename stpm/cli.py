@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
+from stpm.console import USAGE, say
 from stpm.errors import ConfigError, StpmError
 from stpm.options import Integers, Names
 from stpm.recipe import PRESETS, Preset, Recipe
@@ -97,12 +98,7 @@ class Job:
             hints = get_type_hints(kind)
             for field in dataclasses.fields(kind):
                 if field.name not in self.hidden:
-                    parser.add_argument(
-                        f"--{field.name.replace('_', '-')}",
-                        type=hints[field.name],
-                        default=field.default,
-                        help=field.metadata["help"].replace("%", "%%"),
-                    )
+                    _add_option(parser, field, hints[field.name])
         return parser
 
 
@@ -112,13 +108,18 @@ def run_job(job: Job) -> NoReturn:
         code = job(sys.argv[1:])
     except StpmError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 1
+        code = USAGE
     sys.exit(code)
 
 
-def say(line: str) -> None:
-    """A line for the person who runs the job, at once."""
-    print(line, flush=True)
+def _add_option(parser: ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
+    name = field.name.replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    if kind is bool:
+        yes_no = ActionYesNo(yes_prefix="", no_prefix="no-")
+        parser.add_argument(f"--{name}", action=yes_no, default=field.default, help=text)
+    else:
+        parser.add_argument(f"--{name}", type=kind, default=field.default, help=text)
 
 
 def _made_from(kind: type, values: Namespace) -> Any:

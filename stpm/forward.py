@@ -79,7 +79,7 @@ class Matcher:
     @torch.no_grad()
     def anomaly_maps(self, student: Trunk, images: Pixels) -> npt.NDArray[np.float32]:
         """(B, size, size, 3) uint8 RGB to (B, size, size) float32 anomaly maps of a student in eval mode."""
-        inputs = self.inputs(torch.from_numpy(images))
+        inputs = self.inputs(torch.tensor(images))
         teacher = self.features(self.teacher, inputs)
         maps = self.compare(teacher, self.features(student, inputs))
         return maps.cpu().numpy()

@@ -124,5 +124,5 @@ def test_a_record_that_is_no_record(store: ModelStore, tiny: Recipe, content: by
 
 
 def test_a_category_that_may_not_be_a_path_is_refused(store: ModelStore) -> None:
-    with pytest.raises(DataError, match="'../nut' holds the character '/'"):
+    with pytest.raises(DataError, match=r"'../nut' holds the character '/'"):
         store.load("../nut")

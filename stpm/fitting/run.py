@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from stpm import mvtec, storage
 from stpm.cluster import connected
+from stpm.console import NOTHING_DONE, Say, exit_code
 from stpm.errors import ConfigError, DataError
 from stpm.fitting.loop import Epoch
 from stpm.fitting.pool import PoolOptions, run_pool
@@ -17,8 +18,6 @@ from stpm.models import ModelStore
 from stpm.networks import load_teacher
 from stpm.options import Names, option
 from stpm.recipe import Recipe
-
-Say = Callable[[str], None]
 
 _LISTERS = 16
 
@@ -113,7 +112,7 @@ def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, say: Say) ->
         categories, failures = read_categories(storage.absolute(options.data), options.categories, say)
     except DataError as error:
         say(f"error: {error}")
-        return 3
+        return NOTHING_DONE
     outcomes = (
         fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, say)
         if categories
@@ -123,13 +122,6 @@ def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, say: Say) ->
     good = len(outcomes) + len(failures) - failed
     say(f"{good} of {good + failed} categories have a model in {options.models}")
     return exit_code(good, failed)
-
-
-def exit_code(good: int, failed: int) -> int:
-    """0 if nothing failed, 2 if something did, 3 if nothing else was there."""
-    if not failed:
-        return 0
-    return 2 if good else 3
 
 
 def _teller(tasks: Sequence[FitTask], say: Say) -> Callable[[Event], None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -12,13 +12,12 @@ import pyarrow.dataset as ds
 from stpm import storage
 from stpm.calibration import finest_rate
 from stpm.cluster import connected
+from stpm.console import NOTHING_DONE, Say, exit_code
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.models import ModelStore
 from stpm.options import option
 from stpm.scoring.manifest import of_folder
 from stpm.scoring.pipeline import ScoreOptions, Target, score_manifest
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class CollectionOptions:
     images: str = option("", "images to score: a folder or a URI, searched at any depth")
     out: str = option("", "run folder for scores/*.parquet and heatmaps/: a folder or a URI")
     category: str = option("", "category of the images: the model that scores them")
-    heatmaps: bool = option(True, "write a heatmap and an overlay for each image, as PNG")
+    heatmaps: Literal["all", "none"] = option("all", "images that get a heatmap and an overlay, as PNG")
     raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
 
     def __post_init__(self) -> None:
@@ -44,14 +43,14 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
     Raises:
         ConfigError: if the options cannot be run.
     """
-    target = Target(storage.absolute(collection.out), "scores", collection.heatmaps, collection.raw_maps)
+    target = Target(storage.absolute(collection.out), "scores", collection.heatmaps == "all", collection.raw_maps)
     store = ModelStore(collection.models)
     try:
         record = store.record(collection.category)
         manifest = of_folder(storage.absolute(collection.images), collection.category)
     except (ModelError, DataError) as error:
         say(f"error: {error}")
-        return 3
+        return NOTHING_DONE
     finest = finest_rate(record.fit.validation_count)
     if options.false_alarm_rate < finest:
         say(
@@ -80,6 +79,4 @@ def _tell(target: Target, images: int, seconds: float, say: Say) -> int:
         f"{rows.num_rows} rows in {target.scores}: {anomalous} anomalous, {failed.num_rows} with an error; "
         f"{seconds:.0f} s, {images / seconds:.0f} images/s with Ray's start"
     )
-    if not failed.num_rows:
-        return 0
-    return 2 if failed.num_rows < rows.num_rows else 3
+    return exit_code(rows.num_rows - failed.num_rows, failed.num_rows)

@@ -1,0 +1,179 @@
+"""The stages of the pipeline as plain functions from batch to batch: no Ray runs here."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from stpm import mvtec, storage
+from stpm.fitting.task import FitTask, run_task
+from stpm.images import decode
+from stpm.models import ModelStore
+from stpm.networks import load_teacher
+from stpm.recipe import Recipe
+from stpm.scoring.decode import Decode
+from stpm.scoring.heatmaps import WriteHeatmaps, jet_palette, overlay, palette_png
+from stpm.scoring.manifest import image_id, of_folder, of_test_images
+from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
+from stpm.scoring.scorer import Scorer
+from tests.datasets import encoded, make_category
+
+CATEGORIES = ("grey", "nut")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two categories and a model of each."""
+    from tests.conftest import TINY
+
+    root = tmp_path_factory.mktemp("run")
+    for name in CATEGORIES:
+        make_category(str(root / "data"), name, grey=name == "grey", kind="JPEG" if name == "grey" else "PNG")
+        store = str(root / "models")
+        digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+        category = mvtec.read_category(str(root / "data"), name)
+        run_task(FitTask.of(category, TINY, store, digest), lambda epoch: None)
+    return root
+
+
+def manifest(run: Path) -> pa.Table:
+    return of_test_images([mvtec.read_category(str(run / "data"), name) for name in CATEGORIES])
+
+
+def scorer(run: Path, raw_maps: bool = True) -> Scorer:
+    return Scorer(str(run / "models"), 0.3, raw_maps, threads=1)
+
+
+def scored(run: Path, rows: pa.Table) -> pa.Table:
+    return scorer(run)(Decode(dict.fromkeys(CATEGORIES, 64))(rows))
+
+
+def test_image_ids_are_stable_64_bit_and_differ() -> None:
+    assert image_id("s3://bucket/a.png") == -520363251256440237
+    ids = {image_id(f"file-{i}") for i in range(10_000)}
+    assert len(ids) == 10_000
+    assert all(-(2**63) <= i < 2**63 for i in ids)
+
+
+def test_a_folder_becomes_a_manifest(run: Path) -> None:
+    rows = of_folder(str(run / "data" / "nut" / "test"), "nut")
+    assert rows.schema.equals(MANIFEST)
+    assert rows.num_rows == 8
+    assert set(rows["category"].to_pylist()) == {"nut"}
+
+
+def test_every_row_of_a_mixed_batch_gets_its_own_models_score(run: Path) -> None:
+    rows = manifest(run)
+    mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
+    out = scored(run, mixed).to_pylist()
+    store = ModelStore(str(run / "models"))
+    for row in out:
+        model = store.load(row["category"])
+        matcher = scorer(run)._matcher(model.record)
+        pixels = decode(storage.read(row["uri"]), 64).pixels
+        expected = matcher.anomaly_maps(model.student, pixels[None])[0]
+        actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-7)
+        assert row["score"] == actual.max()
+        assert row["model_id"] == model.record.model_id
+        assert row["is_anomalous"] == (row["score"] > row["threshold"])
+        assert row["area"] == pytest.approx((actual > np.float32(row["threshold"])).mean())
+        y, x = np.unravel_index(actual.argmax(), actual.shape)
+        assert (row["peak_x"], row["peak_y"]) == (int((x + 0.5) * 40 / 64), int((y + 0.5) * 48 / 64))
+
+
+def test_schemas_are_kept_from_stage_to_stage(run: Path, tmp_path: Path) -> None:
+    decoded = Decode(dict.fromkeys(CATEGORIES, 64))(manifest(run))
+    assert decoded.schema.equals(DECODED)
+    out = scorer(run)(decoded)
+    assert out.schema.equals(SCORED)
+    assert WriteHeatmaps(str(tmp_path), "heatmaps", True)(out).schema.equals(OUTPUT)
+    assert all(field.metadata[b"description"] for field in OUTPUT)
+
+
+def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path) -> None:
+    good = storage.read(manifest(run)["uri"][0].as_py())
+    contents = {"empty.png": b"", "text.png": b"hello", "cut.jpg": good[: len(good) // 2]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "deep.png").write_bytes(encoded(np.full((9, 9), 40_000, np.uint16)))
+    (tmp_path / "dot.png").write_bytes(encoded(np.full((1, 1, 3), 9, np.uint8)))
+    names = [*contents, "deep.png", "dot.png", "gone.png"]
+    uris = [str(tmp_path / name) for name in names]
+    columns: dict[str, list[object]] = {
+        "image_id": list(range(7)),
+        "uri": [*uris, uris[-2]],
+        "category": [*["nut"] * 6, "no/such\nmodel"],
+        "label": [""] * 7,
+        "mask": [""] * 7,
+    }
+    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", True)(scored(run, table(columns, MANIFEST))).to_pylist()
+    assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
+    for row in out:
+        failed = bool(row["error_kind"])
+        assert bool(row["error_message"]) == failed
+        assert (row["score"] is None) == failed
+        assert (row["model_id"] == "") == failed
+        assert (row["heatmap"] == "") == failed
+    assert [(row["width"], row["height"]) for row in out[3:5]] == [(9, 9), (1, 1)]
+
+
+def test_a_batch_of_errors_alone_passes_through(run: Path) -> None:
+    out = scored(run, manifest(run).slice(0, 2).set_column(2, MANIFEST.field("category"), pa.array(["x", "x"])))
+    assert out["error_kind"].to_pylist() == ["no_model", "no_model"]
+
+
+def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
+    rows = scored(run, manifest(run))
+    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", True)(rows).to_pylist()
+    store = ModelStore(str(run / "models"))
+    for row, before in zip(out, rows.to_pylist(), strict=True):
+        name = f"heatmaps/x/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
+        assert (row["heatmap"], row["overlay"]) == (f"{name}.png", f"{name}_overlay.png")
+        with Image.open(tmp_path / row["heatmap"]) as image:
+            assert (image.mode, image.size) == ("P", (64, 64))
+            levels = np.asarray(image)
+        raw = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
+        np.testing.assert_array_equal(levels, store.record(row["category"]).heatmap_scale.apply(raw))
+        pixels = np.frombuffer(before["pixels"], np.uint8).reshape(64, 64, 3)
+        with Image.open(tmp_path / row["overlay"]) as image:
+            np.testing.assert_array_equal(np.asarray(image), overlay(pixels, levels))
+
+
+def test_without_pictures_nothing_is_written(run: Path, tmp_path: Path) -> None:
+    out = WriteHeatmaps(str(tmp_path), "heatmaps", False)(scored(run, manifest(run)))
+    assert set(out["heatmap"].to_pylist()) == {""}
+    assert not list(tmp_path.iterdir())
+
+
+def test_raw_maps_are_kept_only_when_asked_for(run: Path) -> None:
+    decoded = Decode(dict.fromkeys(CATEGORIES, 64))(manifest(run))
+    assert scorer(run, raw_maps=False)(decoded)["anomaly_map"].null_count == decoded.num_rows
+
+
+def test_the_palette_runs_from_blue_over_green_to_red() -> None:
+    palette = jet_palette().astype(int)
+    assert palette[0].tolist() == [0, 0, 128]
+    assert palette[255].tolist() == [128, 0, 0]
+    assert palette[127, 1] == 255
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    with Image.open(io.BytesIO(palette_png(levels))) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), jet_palette()[levels])
+
+
+def test_an_overlay_is_half_image_and_half_heatmap(rng: np.random.Generator) -> None:
+    pixels, heat = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), rng.integers(0, 256, (4, 4), dtype=np.uint8)
+    expected = (pixels.astype(float) + jet_palette()[heat]) / 2
+    np.testing.assert_allclose(overlay(pixels, heat), expected, atol=0.5)
+
+
+def test_the_same_image_scores_the_same_in_any_batch(run: Path, tiny: Recipe) -> None:
+    rows = manifest(run)
+    whole = scored(run, rows)["score"].to_numpy()
+    alone = [scored(run, rows.slice(i, 1))["score"][0].as_py() for i in range(rows.num_rows)]
+    np.testing.assert_allclose(whole, alone, rtol=1e-4)
