@@ -1,0 +1,70 @@
+"""Real jobs in real processes, and a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.conftest import REPOSITORY
+
+# What keeps a whole job at seconds; the machinery is the same as for a real recipe.
+TINY_RECIPE = ["--teacher", "test_resnet", "--teacher-weights", "random", "--size", "64", "--batch", "4"]
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment without anything that would lead a job to another cluster."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "STPM_"))}
+    return kept | extra
+
+
+def start_job(name: str, *options: str, **extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "jobs" / f"{name}.py"), *options],
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    process = start_job(name, *options, **extra)
+    out, err = process.communicate(timeout=600)
+    print(out, err, sep="\n")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    """The environment in which s3:// means a server of our own, with an empty bucket named `bucket`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "a-key-that-no-log-may-show",
+        "AWS_SECRET_ACCESS_KEY": "a-secret-that-no-log-may-show",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield settings
+    server.stop()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,165 @@
+"""The whole job on a small data set with everything that can be wrong in it; then what it wrote is read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from stpm.models import ModelStore
+from stpm.scoring.schema import OUTPUT
+from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.datasets import encoded, make_category
+
+pytestmark = pytest.mark.cluster
+
+SEEDS = (0, 1)
+OPTIONS = ["--epochs", "3", "--seeds", "0,1", *TINY_RECIPE]
+
+
+@dataclass(frozen=True)
+class Ran:
+    data: Path
+    out: Path
+    process: subprocess.CompletedProcess[str]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.out / "report.json").read_text())
+        return found
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = ds.dataset(self.out / "scores").to_table().to_pylist()
+        return found
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    root = tmp_path_factory.mktemp("benchmark")
+    data = root / "data"
+    make_category(str(data), "colour")
+    make_category(str(data), "grey", masks=False, grey=True, kind="JPEG")
+    make_category(str(data), "odd", train=6)
+    test = data / "odd" / "test" / "good"
+    (test / "dot.png").write_bytes(encoded(np.full((1, 1, 3), 100, np.uint8)))
+    (test / "deep.png").write_bytes(encoded(np.full((48, 40), 28_000, np.uint16)))
+    jpeg = encoded(np.full((48, 40, 3), 100, np.uint8), "JPEG")
+    (test / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    make_category(str(data), "broken")
+    (data / "broken" / "train" / "good" / "003.png").write_bytes(b"not an image")
+    make_category(str(data), "mismatch")
+    (data / "mismatch" / "ground_truth" / "square" / "001_mask.png").write_bytes(encoded(np.zeros((9, 9), np.uint8)))
+    (data / "hollow").mkdir()
+    (data / "license.txt").write_text("not a category")
+    out = root / "out"
+    return Ran(data, out, run_job("benchmark", "--data", str(data), "--out", str(out), *OPTIONS))
+
+
+def test_it_says_that_something_failed_and_what(ran: Ran) -> None:
+    assert ran.process.returncode == 2
+    assert "Traceback" not in ran.process.stdout + ran.process.stderr
+    failures = {(f["category"].split(" ")[0], f["reason"]) for f in ran.report["failures"]}
+    named = {
+        "hollow": str(ran.data / "hollow"),
+        "broken": str(ran.data / "broken/train/good/003.png"),
+        "odd": str(ran.data / "odd/test/good/cut.jpg"),
+        "mismatch": str(ran.data / "mismatch/ground_truth/square/001_mask.png"),
+    }
+    assert {category for category, _ in failures} == set(named)
+    for category, path in named.items():
+        assert all(path in reason for name, reason in failures if name == category)
+        assert path in ran.process.stdout
+
+
+def test_both_losses_of_every_epoch_are_printed(ran: Ran) -> None:
+    for category in ("colour", "grey", "odd", "mismatch"):
+        for seed in SEEDS:
+            lines = [line for line in ran.process.stdout.splitlines() if line.startswith(f"{category} (seed {seed})")]
+            for epoch in (1, 2, 3):
+                assert any(f"epoch {epoch}/3  train loss" in line and "validation loss" in line for line in lines)
+
+
+def test_every_test_image_has_one_row_per_seed(ran: Ran) -> None:
+    images = {
+        str(path)
+        for category in ("colour", "grey", "odd", "mismatch")
+        for path in (ran.data / category / "test").rglob("*.*")
+    }
+    for seed in SEEDS:
+        paths = list((ran.out / "scores").glob(f"seed-{seed}_*.parquet"))
+        assert paths
+        assert sorted(ds.dataset(paths).to_table()["uri"].to_pylist()) == sorted(images)
+    errors = [row for row in ran.rows if row["error_kind"]]
+    assert {(row["uri"].rsplit("/", 1)[-1], row["error_kind"]) for row in errors} == {("cut.jpg", "damaged")}
+    assert all(row["score"] is None for row in errors)
+
+
+def test_the_schema_is_written_with_its_descriptions(ran: Ran) -> None:
+    written = pq.read_schema(next((ran.out / "scores").glob("*.parquet")))
+    assert written.names == OUTPUT.names
+    assert written.types == OUTPUT.types
+    assert all(field.metadata[b"description"] for field in written)
+
+
+def test_figures_in_the_report_are_those_of_the_rows(ran: Ran) -> None:
+    for category in ("colour", "grey", "odd", "mismatch"):
+        for seed in SEEDS:
+            rows = [r for r in ran.rows if r["category"] == category and r["seed"] == seed]
+            labels = [row["label"] != "good" for row in rows]
+            expected = roc_auc_score(labels, [row["score"] for row in rows])
+            found = ran.report["categories"][category]["seeds"][str(seed)]
+            assert found["image_auroc"] == pytest.approx(expected)
+    categories = ran.report["categories"]
+    assert categories["colour"]["pixel_auroc"] is not None
+    assert categories["grey"]["undefined"] == {"pixel_auroc": "no masks"}
+    assert "9×9" in categories["mismatch"]["undefined"]["pixel_auroc"]
+    assert ran.report["mean"]["image_auroc"] == pytest.approx(np.mean([c["image_auroc"] for c in categories.values()]))
+    table = pq.read_table(ran.out / "report.parquet").to_pylist()
+    assert len(table) == len(categories) * len(SEEDS)
+    assert all(row["fit_seconds"] > 0 and row["train_loss"] > 0 for row in table)
+
+
+def test_pictures_and_models_are_there(ran: Ran) -> None:
+    for row in ran.rows:
+        if not row["error_kind"]:
+            for name in ("heatmap", "overlay"):
+                with Image.open(ran.out / row[name]) as image:
+                    assert image.size == (64, 64)
+    for seed in SEEDS:
+        with Image.open(ran.out / "gallery" / f"seed-{seed}" / "colour.png") as image:
+            assert image.width > 1000
+        store = ModelStore(str(ran.out / "models" / f"seed-{seed}"))
+        assert store.categories() == ["colour", "grey", "mismatch", "odd"]
+        for category in store.categories():
+            model = store.load(category)
+            assert store.history(model.record).num_rows == 3
+            assert {r["model_id"] for r in ran.rows if r["category"] == category and r["seed"] == seed} - {""} == {
+                model.record.model_id
+            }
+    assert not (ran.out / "models" / "seed-0" / ".train").exists()
+
+
+def test_a_second_run_fits_nothing_again_and_ends_with_the_same_figures(ran: Ran) -> None:
+    before = ran.report["categories"]
+    again = run_job(
+        "benchmark", "--data", str(ran.data), "--out", str(ran.out), "--categories", "colour,grey", *OPTIONS
+    )
+    assert again.returncode == 0
+    assert again.stdout.count("is there already") == 4
+    assert "epoch" not in again.stdout
+    after = ran.report["categories"]
+    assert set(after) == {"colour", "grey"}
+    for category, values in after.items():
+        for metric in ("image_auroc", "pixel_auroc"):
+            assert values[metric] == pytest.approx(before[category][metric])
+    assert len(ran.rows) == 2 * 2 * 8

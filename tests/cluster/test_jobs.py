@@ -1,0 +1,69 @@
+"""fit and score alone, and what they say of input that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+
+from stpm.models import ModelStore
+from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+TINY_FIT = ["--epochs", "2", *TINY_RECIPE]
+
+
+def test_fit_then_score_with_relative_paths(here: Path) -> None:
+    make_category("data", "nut")
+    make_category("data", "bolt")
+    fit = run_job("fit", "--data", "data", "--models", "models", "--categories", "nut", *TINY_FIT)
+    assert fit.returncode == 0
+    assert ModelStore("models").categories() == ["nut"]
+
+    images = ["--images", "data/nut/test", "--out", "run", "--category", "nut"]
+    score = run_job("score", "--models", "models", *images)
+    assert score.returncode == 0
+    assert "warning: nut has 2 held-out normals" in score.stdout
+    rows = ds.dataset("run/scores").to_table().to_pylist()
+    assert len(rows) == 8
+    assert all((here / "run" / row["overlay"]).exists() and row["anomaly_map"] is None for row in rows)
+
+    # Again, with an image that is none: the first run's rows are replaced, not doubled.
+    (here / "data/nut/test/good/zero.png").write_bytes(b"")
+    again = run_job("score", "--models", "models", *images, "--heatmaps", "none", "--raw-maps")
+    assert again.returncode == 2
+    assert "zero.png: empty: the file has no bytes" in again.stdout
+    rows = ds.dataset("run/scores").to_table().to_pylist()
+    assert len(rows) == 9
+    assert all(row["overlay"] == "" for row in rows)
+    assert sum(row["anomaly_map"] is not None for row in rows) == 8
+    assert not (here / "run/heatmaps").exists() or not list((here / "run/heatmaps").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "code", "message"),
+    [
+        ("fit", ["--data", "nowhere", "--models", "m"], 3, "nowhere: no such folder"),
+        ("fit", ["--data", "data", "--models", "m", "--categories", "bolt"], 3, "no category bolt; there are nut"),
+        ("fit", ["--data", "data", "--models", "m", "--epochs", "0"], 1, "epochs is 0; give at least 1"),
+        ("fit", ["--data", "data", "--models", "m", "--teacher", "resnet81.x"], 1, "is not an architecture of timm"),
+        ("fit", ["--data", "data", "--models", "m", "--teacher-weights", "w.pth"], 1, "w.pth: cannot be read"),
+        ("fit", ["--data", "data", "--models", "m", *TINY_RECIPE, "--workers", "99"], 1, "do not fit the cluster"),
+        ("score", ["--models", "m", "--images", "data", "--out", "o", "--category", "nut"], 3, "no model for category"),
+        ("benchmark", ["--data", "nowhere", "--out", "o"], 3, "nowhere: no such folder"),
+        ("benchmark", ["--data", "weird://x", "--out", "o"], 1, "weird://x"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_an_exit_code(
+    here: Path, job: str, options: list[str], code: int, message: str
+) -> None:
+    make_category("data", "nut", train=2, good=0, defects=0)
+    process = run_job(job, *options)
+    assert process.returncode == code
+    said = process.stdout + process.stderr
+    assert message in said
+    assert "Traceback" not in said
+    assert not Path("m").exists() or not list(Path("m").rglob("model.json"))

@@ -1,0 +1,39 @@
+"""Data and output in object storage: a real S3 server, real requests."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stpm import storage
+from stpm.evaluation.category import read_rows
+from stpm.models import ModelStore
+from stpm.scoring.pipeline import Target
+from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+
+def test_the_whole_job_from_s3_to_s3(s3: dict[str, str]) -> None:
+    data, out = "s3://bucket/data sets/one", "s3://bucket/runs/a"
+    make_category(data, "nut")
+    make_category(data, "grey", grey=True, kind="JPEG")
+    process = run_job("benchmark", "--data", data, "--out", out, "--epochs", "2", *TINY_RECIPE)
+    assert process.returncode == 0
+
+    report = json.loads(storage.read(f"{out}/report.json"))
+    assert set(report["categories"]) == {"nut", "grey"}
+    assert all(values["pixel_auroc"] is not None for values in report["categories"].values())
+    assert ModelStore(f"{out}/models/seed-0").load("nut").record.category == "nut"
+    rows = read_rows(Target(out, "seed-0"), "nut", ["uri", "heatmap", "score"]).to_pylist()
+    assert len(rows) == 8
+    assert all(row["uri"].startswith(f"{data}/nut/test/") for row in rows)
+    assert all(storage.read(f"{out}/{row['heatmap']}").startswith(b"\x89PNG") for row in rows)
+    assert not [uri for uri, _ in storage.files(f"{out}/models") if ".train" in uri]
+
+    written = b"".join(storage.read(uri) for uri, _ in storage.files(out) if uri.endswith((".json", ".parquet")))
+    for secret in (s3["AWS_ACCESS_KEY_ID"], s3["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in process.stdout + process.stderr
+        assert secret.encode() not in written

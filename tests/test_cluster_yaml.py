@@ -1,0 +1,49 @@
+"""cluster.yaml against Ray's own validator, and its node types against what the jobs ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from stpm.fitting.pool import PoolOptions, scaling
+from stpm.scoring.pipeline import ScorerPool
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    prepared: dict[str, Any] = prepare_config(yaml.safe_load((REPOSITORY / "cluster.yaml").read_text()))
+    return prepared
+
+
+def test_ray_accepts_it(config: dict[str, Any]) -> None:
+    validate_config(config)
+    del config["provider"]["type"]
+    with pytest.raises(Exception, match="type"):
+        validate_config(config)
+
+
+def test_the_head_runs_no_work(config: dict[str, Any]) -> None:
+    head = config["available_node_types"][config["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}
+    assert any("--num-cpus=0" in command for command in config["head_start_ray_commands"])
+
+
+def test_both_pools_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
+    gpu = config["available_node_types"]["gpu"]
+    nodes = gpu["max_workers"]
+    assert 1 <= nodes <= config["max_workers"]
+    resources = {name: float(amount * nodes) for name, amount in gpu["resources"].items()}
+    assert scaling(PoolOptions(), resources, tasks=100).num_workers == nodes
+    pool = ScorerPool.of(0, resources, blocks=100)
+    assert (pool.size, pool.num_gpus) == (nodes, 1.0)
+    assert pool.num_cpus * pool.size < resources["CPU"] - 1
+
+
+def test_every_node_demands_the_token(config: dict[str, Any]) -> None:
+    assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert all("RAY_AUTH_MODE=token" in command for command in commands if " start " in command)
