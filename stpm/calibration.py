@@ -9,16 +9,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
 
-_BEYOND = 10.0
+_COMMON = 0.99
+_BEYOND = 5.0
 
 
 @dataclass(frozen=True)
 class HeatmapScale:
     """The fixed range of a model's heatmaps, in units of the anomaly map, 0 < low < edge.
 
-    Logarithmic: `low` (the median pixel of held-out normals) and below are drawn as 0, `edge` (the largest pixel of
-    any held-out normal) as one half, ten times `edge` and above as 1. So the middle of the scale means the same for
-    every model: here ends what was seen on good images.
+    Logarithmic: `low` (the 99th percentile of held-out normals' pixels) and below are drawn as 0, `edge` (the largest
+    pixel of any held-out normal) as one half, five times `edge` and above as 1. So the middle of the scale means the
+    same for every model: here ends what was seen on good images.
     """
 
     low: float
@@ -73,6 +74,6 @@ def calibrate(anomaly_maps: npt.NDArray[np.float32]) -> Calibration:
     """From the maps of held-out normals, (n, H, W) float32, to their calibration."""
     scores = np.sort(anomaly_maps.reshape(len(anomaly_maps), -1).max(axis=1))
     tiny = np.finfo(np.float32).tiny
-    low = max(float(np.median(anomaly_maps)), float(tiny))
+    low = max(float(np.quantile(anomaly_maps, _COMMON)), float(tiny))
     edge = max(float(scores[-1]), low * (1 + 1e-6))
     return Calibration(scores.astype(np.float32), HeatmapScale(low=low, edge=edge))

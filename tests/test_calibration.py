@@ -37,10 +37,10 @@ def test_on_exchangeable_scores_the_false_alarm_rate_holds() -> None:
 
 
 def test_calibration_of_maps() -> None:
-    maps = np.array([[[1.0, 2.0], [3.0, 4.0]], [[0.5, 0.5], [0.5, 9.0]]], np.float32)
+    maps = np.arange(1.0, 1001.0, dtype=np.float32).reshape(2, 20, 25)
     found = calibrate(maps)
-    np.testing.assert_array_equal(found.scores, [4.0, 9.0])
-    assert (found.scale.low, found.scale.edge) == (1.5, 9.0)
+    np.testing.assert_array_equal(found.scores, [500.0, 1000.0])
+    assert (sum(maps.ravel() > found.scale.low), found.scale.edge) == (10, 1000.0)
 
 
 def test_constant_maps_have_a_scale_too() -> None:
@@ -51,7 +51,7 @@ def test_constant_maps_have_a_scale_too() -> None:
 
 def test_the_edge_of_normal_is_the_middle_of_every_scale() -> None:
     for scale in (HeatmapScale(1e-4, 0.1), HeatmapScale(0.01, 0.02)):
-        levels = scale.apply(np.array([0.0, scale.low, scale.edge, 10 * scale.edge, 8.0], np.float32))
+        levels = scale.apply(np.array([0.0, scale.low, scale.edge, 5 * scale.edge, 8.0], np.float32))
         assert levels.tolist()[:2] == [0, 0]
         assert levels[2] == pytest.approx(127.5, abs=1)
         assert levels.tolist()[3:] == [255, 255]
