@@ -71,10 +71,8 @@ class Matcher:
 
     def teacher_features(self, inputs: Tensor) -> list[Tensor]:
         """Features of the teacher, without gradient."""
-        with torch.inference_mode():
-            features = self.features(self.teacher, inputs)
-        # Leaving inference mode by a copy-free view would keep the tensors from taking part in a student's loss.
-        return [f.clone() for f in features] if torch.is_grad_enabled() else features
+        with torch.no_grad():
+            return self.features(self.teacher, inputs)
 
     @torch.no_grad()
     def anomaly_maps(self, student: Trunk, images: Pixels) -> npt.NDArray[np.float32]:

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
+from stpm import storage
 from tests.conftest import REPOSITORY
 
 # What keeps a whole job at seconds; the machinery is the same as for a real recipe.
@@ -57,9 +59,9 @@ def s3() -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        import boto3
-
-        boto3.client("s3").create_bucket(Bucket="bucket")
+        # fsspec keeps filesystems by their arguments, and the endpoint comes from the environment.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        storage.filesystem("s3://bucket")[0].mkdir("bucket")
         yield settings
     server.stop()
 
