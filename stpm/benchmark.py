@@ -107,8 +107,8 @@ def _score_and_evaluate(
 
 def _evaluate(target: Target, record: ModelRecord) -> Any:
     """In a Ray task, next to the maps: one category's figures, and its gallery written."""
-    figures = evaluate(target, record.category, record.recipe.size)
-    picture = gallery(target, record.category)
+    figures = evaluate(target, record.category, record.recipe.view)
+    picture = gallery(target, record.category, record.recipe.view)
     if picture:
         storage.publish(storage.join(target.out, "gallery", target.name, f"{record.category}.png"), picture)
     return figures

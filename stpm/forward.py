@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stpm.images import Pixels
-from stpm.matching import anomaly_map, distance_map
+from stpm.matching import LevelStatistics, anomaly_map, distance_map, standardised
 from stpm.networks import Trunk
 from stpm.recipe import Recipe
 
@@ -75,17 +75,23 @@ class Matcher:
             return self.features(self.teacher, inputs)
 
     @torch.no_grad()
-    def anomaly_maps(self, student: Trunk, images: Pixels) -> npt.NDArray[np.float32]:
-        """(B, size, size, 3) uint8 RGB to (B, size, size) float32 anomaly maps of a student in eval mode."""
+    def distances(self, student: Trunk, images: Pixels) -> list[Tensor]:
+        """(B, size, size, 3) uint8 RGB to one (B, Hₗ, Wₗ) float32 map per level, of a student in eval mode."""
         inputs = self.inputs(torch.tensor(images))
-        teacher = self.features(self.teacher, inputs)
-        maps = self.compare(teacher, self.features(student, inputs))
-        return maps.cpu().numpy()
+        return compare(self.features(self.teacher, inputs), self.features(student, inputs))
 
-    def compare(self, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
-        """(B, size, size) float32 anomaly maps of two sets of features."""
-        distances = [distance_map(t, s) for t, s in zip(teacher, student, strict=True)]
-        return anomaly_map(distances, self.recipe.size, self.recipe.combine)
+    def anomaly_maps(
+        self, distances: list[Tensor], statistics: list[LevelStatistics] | None
+    ) -> npt.NDArray[np.float32]:
+        """(B, size, size) float32 from the levels' distances; `statistics` if the recipe combines `calibrated`."""
+        if statistics is not None:
+            distances = standardised(distances, statistics)
+        return anomaly_map(distances, self.recipe.size, self.recipe.combine).cpu().numpy()
+
+
+def compare(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
+    """Distance maps of two sets of features, one (B, Hₗ, Wₗ) float32 per level."""
+    return [distance_map(t, s) for t, s in zip(teacher, student, strict=True)]
 
 
 def place(trunk: Trunk, device: torch.device) -> Trunk:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,33 @@ MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None
 
 
+Resize = Literal["stretch", "crop"]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model sees of an image: `size` × `size` pixels of the whole, stretched, or of its central square."""
+
+    size: int
+    resize: Resize = "stretch"
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of that part, in pixels of an original of this width and height."""
+        if self.resize == "stretch":
+            return 0.0, 0.0, float(width), float(height)
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+
+    def to_original(self, x: int, y: int, width: int, height: int) -> tuple[int, int]:
+        """The original's pixel under the centre of a pixel at model size."""
+        left, top, right, bottom = self.box(width, height)
+        return (
+            int(left + (x + 0.5) * (right - left) / self.size),
+            int(top + (y + 0.5) * (bottom - top) / self.size),
+        )
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Pixels at model size: (size, size, 3) uint8 RGB; width and height are those of the file."""
@@ -44,8 +72,8 @@ class Decoded:
     height: int
 
 
-def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode an image and stretch it to size × size (bilinear with antialiasing), as the paper does.
+def decode(data: bytes, view: View, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode an image and bring what the view shows to model size, bilinearly with antialiasing.
 
     Raises:
         ImageError: whatever the bytes hold, nothing else is raised.
@@ -53,8 +81,8 @@ def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Decoded:
     image = _open(data, max_pixels)
     width, height = image.size
     rgb = _as_rgb(image)
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    if rgb.size != (view.size, view.size):
+        rgb = rgb.resize((view.size, view.size), Image.Resampling.BILINEAR, box=view.box(width, height))
     return Decoded(np.asarray(rgb), width, height)
 
 
@@ -69,10 +97,11 @@ def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.boo
     return values > 0
 
 
-def resize_mask(mask: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
-    """A mask at model size, (size, size) bool, by nearest neighbour."""
+def resize_mask(mask: npt.NDArray[np.bool_], view: View) -> npt.NDArray[np.bool_]:
+    """What the view shows of a mask, (size, size) bool, by nearest neighbour."""
     image = Image.fromarray(mask.astype(np.uint8))
-    return np.asarray(image.resize((size, size), Image.Resampling.NEAREST)) > 0
+    box = view.box(*image.size)
+    return np.asarray(image.resize((view.size, view.size), Image.Resampling.NEAREST, box=box)) > 0
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

@@ -7,23 +7,36 @@ float32, from 0 (same direction) to 2 (opposite). Larger means more anomalous ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-Combine = Literal["product", "sum"]
-COMBINES: tuple[Combine, ...] = ("product", "sum")
+Combine = Literal["product", "sum", "calibrated"]
 
 _EPS = 1e-12
+# Of a level's mean deviation: keeps a position that hardly varied among few images from drowning all others.
+_FLOOR = 0.5
+
+
+@dataclass(frozen=True)
+class LevelStatistics:
+    """Mean and deviation over normal images of one level's distance at each position, (H, W) float32 both."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def to(self, device: torch.device) -> LevelStatistics:
+        return LevelStatistics(self.mean.to(device), self.deviation.to(device))
 
 
 def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
     """Half the squared distance between the features, each normalised over channels (equations 1 and 2).
 
     ½‖t̂ − ŝ‖² = ½(‖t̂‖² + ‖ŝ‖²) − ⟨t, s⟩ / (‖t‖‖s‖): three reductions instead of two normalised copies. The
-    squared norm of a normalised vector is 1, or 0 where the feature vector itself is zero.
+    squared norm of a normalised vector is 1, or 0 where the feature vector itself is zero (shorter than 1e-12).
 
     Args:
         teacher: (B, C, H, W), any float type; reductions are made in float32.
@@ -51,16 +64,46 @@ def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tenso
     return torch.stack([distance_map(t, s).mean() for t, s in zip(teacher, student, strict=True)]).mean()
 
 
+def level_statistics(distances: Sequence[Tensor]) -> list[LevelStatistics]:
+    """From one (N, Hₗ, Wₗ) map per level of N ≥ 2 normal images to their statistics per position."""
+    return [LevelStatistics(d.mean(dim=0), _floored(d.var(dim=0))) for d in distances]
+
+
+def standardised(distances: Sequence[Tensor], statistics: Sequence[LevelStatistics]) -> list[Tensor]:
+    """How many deviations above the mean of normal images each distance lies: maps of the same shapes."""
+    return [(d - s.mean) / s.deviation for d, s in zip(distances, statistics, strict=True)]
+
+
+def standardised_without_itself(distances: Sequence[Tensor]) -> list[Tensor]:
+    """Each of N ≥ 3 normal images standardised by the statistics of the other N − 1.
+
+    An image that had a part in its own mean and deviation would look more normal than any image that comes later.
+    """
+    result = []
+    for d in distances:
+        n = len(d)
+        mean = (d.sum(dim=0) - d) / (n - 1)
+        squares = (d.square().sum(dim=0) - d.square()) / (n - 1)
+        variance = (squares - mean.square()).clamp_min(0.0) * (n - 1) / (n - 2)
+        result.append((d - mean) / torch.stack([_floored(v) for v in variance]))
+    return result
+
+
+def _floored(variance: Tensor) -> Tensor:
+    floor = _FLOOR * variance.mean().sqrt()
+    return (variance + floor.square() + _EPS).sqrt()
+
+
 def anomaly_map(distances: Sequence[Tensor], size: int, combine: Combine = "product") -> Tensor:
     """Combine the levels' distance maps at input size (equation 4).
 
     Args:
-        distances: one (B, Hₗ, Wₗ) map per level.
+        distances: one (B, Hₗ, Wₗ) map per level; for `calibrated`, standardised ones.
         size: height and width of the result, in pixels; maps are upsampled bilinearly.
-        combine: `product` as in the paper, or `sum`.
+        combine: `product` as in the paper; `sum` and `calibrated` add.
 
     Returns:
-        (B, size, size) float32: up to 2ᴸ for a product of L levels, up to 2L for a sum.
+        (B, size, size) float32: up to 2ᴸ for a product of L levels, up to 2L for a sum, unbounded if calibrated.
     """
     upsampled = torch.stack(
         [interpolate(d[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0] for d in distances]

@@ -3,7 +3,9 @@
 <store>/teachers/<digest>.safetensors     once per store
 <store>/<category>/student.safetensors
 <store>/<category>/calibration.parquet    `score`: float32, ascending
+<store>/<category>/levels.safetensors     mean and deviation of each level, where the recipe combines by them
 <store>/<category>/history.parquet        one row per epoch
+<store>/<category>/loss.png               the same as a picture
 <store>/<category>/model.json             written last; a folder without it is not a model
 """
 
@@ -21,11 +23,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from stpm import __version__, storage
 from stpm.calibration import Calibration, HeatmapScale
 from stpm.errors import ConfigError, ModelError
-from stpm.forward import Precision
+from stpm.forward import Precision, place
+from stpm.matching import LevelStatistics
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
 from stpm.options import Integers
 from stpm.recipe import Recipe
@@ -36,6 +41,9 @@ _RECORD = "model.json"
 _STUDENT = "student.safetensors"
 _CALIBRATION = "calibration.parquet"
 _HISTORY = "history.parquet"
+_LEVELS = "levels.safetensors"
+_PICTURE = "loss.png"
+_CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class FitSummary:
     validation_loss: float
     train_count: int
     validation_count: int
+    calibration_count: int
     device: str
 
 
@@ -75,11 +84,16 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class Model:
-    """A model ready for scoring: its student in eval mode on the CPU."""
+    """A model ready for scoring, its student in eval mode."""
 
     record: ModelRecord
     student: Trunk
     calibration: Calibration
+    statistics: list[LevelStatistics] | None
+
+    def to(self, device: torch.device) -> Model:
+        statistics = None if self.statistics is None else [level.to(device) for level in self.statistics]
+        return dataclasses.replace(self, student=place(self.student, device), statistics=statistics)
 
 
 def library_versions() -> dict[str, str]:
@@ -102,15 +116,20 @@ class ModelStore:
             storage.publish(uri, data)
         return digest
 
-    def load_teacher(self, recipe: Recipe, digest: str) -> Trunk:
-        """The frozen teacher of a model.
+    def load_teacher(self, teacher: str, levels: tuple[int, ...], digest: str) -> Trunk:
+        """A frozen teacher, from the store alone.
+
+        Args:
+            teacher: its name in the recipe.
+            levels: its pyramid levels.
+            digest: of its weights.
 
         Raises:
-            ModelError: if it is missing, damaged or not of the recipe's architecture.
+            ModelError: if it is missing, damaged or not of that architecture.
         """
         uri = self._teacher_uri(digest)
         state = deserialise(self._read_verified(uri, digest), uri)
-        return trunk_from(architecture_of(recipe.teacher), recipe.levels, state, uri)
+        return trunk_from(architecture_of(teacher), levels, state, uri)
 
     def save(
         self,
@@ -122,7 +141,9 @@ class ModelStore:
         data_fingerprint: str,
         student: StateDict,
         calibration: Calibration,
+        statistics: list[LevelStatistics] | None,
         history: pa.Table,
+        picture: bytes,
         fit: FitSummary,
     ) -> ModelRecord:
         """Publish a model in the place of an older one of the same category, if there is one."""
@@ -130,7 +151,10 @@ class ModelStore:
             _STUDENT: serialise(student),
             _CALIBRATION: _parquet(pa.table({"score": calibration.scores})),
             _HISTORY: _parquet(history),
+            _PICTURE: picture,
         }
+        if statistics is not None:
+            contents[_LEVELS] = serialise(_named(statistics))
         record = ModelRecord(
             category=storage.safe_name(category, "category"),
             recipe=recipe,
@@ -186,11 +210,20 @@ class ModelStore:
         uri = self._uri(category, _STUDENT)
         state = deserialise(self._read_verified(uri, record.files[_STUDENT]), uri)
         scores = self._table(record, _CALIBRATION).column("score").to_numpy().astype(np.float32)
+        statistics = None
+        if _LEVELS in record.files:
+            levels = self._uri(category, _LEVELS)
+            statistics = _unnamed(deserialise(self._read_verified(levels, record.files[_LEVELS]), levels))
         return Model(
             record=record,
             student=trunk_from(architecture_of(record.recipe.teacher), record.recipe.levels, state, uri),
             calibration=Calibration(scores, record.heatmap_scale),
+            statistics=statistics,
         )
+
+    def checkpoint_uri(self, category: str) -> str:
+        """Where a fit of this category keeps its progress while it runs."""
+        return self._uri(category, _CHECKPOINT)
 
     def history(self, record: ModelRecord) -> pa.Table:
         """Loss per epoch: columns of `stpm.fitting.loop.Epoch`."""
@@ -221,6 +254,18 @@ def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
+
+
+def _named(statistics: list[LevelStatistics]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{level}": tensor
+        for level, of in enumerate(statistics)
+        for name, tensor in (("mean", of.mean), ("deviation", of.deviation))
+    }
+
+
+def _unnamed(tensors: StateDict) -> list[LevelStatistics]:
+    return [LevelStatistics(tensors[f"mean.{i}"], tensors[f"deviation.{i}"]) for i in range(len(tensors) // 2)]
 
 
 def _record_from(values: Any, uri: str) -> ModelRecord:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError
+from stpm.images import Resize, View
 from stpm.matching import Combine
 from stpm.options import Integers, option
 
@@ -27,16 +28,22 @@ class Recipe:
         "weights of the teacher from a .safetensors or .pth file (URI) instead; `random`: an untrained control",
     )
     levels: Integers = option(Integers((1, 2, 3)), "pyramid levels, as timm's out_indices, finest first")
-    size: int = option(256, "height and width of the networks' input, in pixels; images are stretched to it")
+    size: int = option(256, "height and width of the networks' input, in pixels")
+    resize: Resize = option(
+        "stretch", "`stretch`: the whole image, whatever its proportions; `crop`: shorter side to size, centre cropped"
+    )
     normalisation: Literal["imagenet", "none"] = option(
         "imagenet", "`imagenet`: mean and deviation per channel; `none`: pixels from 0 to 1"
     )
     optimiser: Literal["sgd", "adam"] = option("sgd", "optimiser")
-    learning_rate: float = option(0.4, "learning rate, constant")
+    learning_rate: float = option(0.4, "learning rate, at its highest")
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate over time; `cosine` ends at 0")
+    warmup_epochs: int = option(0, "epochs in which the learning rate rises linearly to its highest")
     momentum: float = option(0.9, "momentum of sgd")
     weight_decay: float = option(1e-4, "weight decay")
     batch: int = option(32, "images per step")
     epochs: int = option(100, "passes over the training images")
+    early_stopping: int = option(0, "epochs without a lower validation loss after which fitting ends; 0: never")
     loss_scale: float = option(
         32.0, "factor on the mean loss of a batch before its gradient; 32 is the sum over a full batch of 32"
     )
@@ -45,11 +52,25 @@ class Recipe:
     zero_init_residual: bool = option(
         False, "start the student's residual branches at zero, as timm does, where the architecture has them"
     )
-    combine: Combine = option("product", "how the levels' distance maps are combined")
+    combine: Combine = option(
+        "product",
+        "how the levels' distance maps become one: `product`, `sum`, or `calibrated`: the sum of what lies above "
+        "the mean of held-out images at each position, in their deviations",
+    )
+    calibration_folds: int = option(
+        0,
+        "calibrate on every good image: fit this many more students, each without a share of the images that it then "
+        "scores; 0: calibrate on the held-out images alone",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"
     )
     seed: int = option(0, "seed of the split, the student's initialisation and the order of the images")
+
+    @property
+    def view(self) -> View:
+        """What the networks see of an image."""
+        return View(self.size, self.resize)
 
     def __post_init__(self) -> None:
         _require(
@@ -73,6 +94,20 @@ class Recipe:
             "give a share between 0 and 1: calibration needs held-out images",
         )
         _require(0 <= self.seed < 2**31, "seed", self.seed, "give 0 to 2147483647")
+        for name in ("warmup_epochs", "early_stopping"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        _require(
+            self.warmup_epochs < self.epochs,
+            "warmup_epochs",
+            self.warmup_epochs,
+            f"give fewer than the {self.epochs} epochs, or raise --epochs",
+        )
+        _require(
+            self.calibration_folds != 1 and self.calibration_folds >= 0,
+            "calibration_folds",
+            self.calibration_folds,
+            "give 2 or more, or 0",
+        )
         _require(bool(self.teacher), "teacher", self.teacher, "give ARCHITECTURE.TAG, such as resnet18.tv_in1k")
 
 

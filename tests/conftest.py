@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from stpm.fitting.task import Limits
 from stpm.forward import Matcher
 from stpm.networks import architecture_of, load_teacher, trunk_from
 from stpm.recipe import Recipe
@@ -27,6 +28,9 @@ TINY = Recipe(
     precision="float32",
     validation_share=0.25,
 )
+
+
+LIMITS = Limits(memory=2**30, device_memory=2**30, checkpoint_seconds=1e9)
 
 
 @pytest.fixture

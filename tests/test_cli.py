@@ -120,4 +120,4 @@ def test_a_missing_option_exits_with_one_line(
 def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job("fit").parse(["--preset", "notebook", "--help"])
-    assert "default: 0.0004)" in capsys.readouterr().out
+    assert "default: 0.0004)" in " ".join(capsys.readouterr().out.split())

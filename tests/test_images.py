@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stpm.errors import ImageError
-from stpm.images import ERROR_KINDS, decode, decode_mask, resize_mask
+from stpm.images import ERROR_KINDS, Resize, View, decode, decode_mask, resize_mask
 from tests.datasets import encoded
 
 GRADIENT = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
@@ -18,14 +18,14 @@ COLOURS = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
 
 def kind_of(data: bytes, **limits: int) -> str:
     with pytest.raises(ImageError) as caught:
-        decode(data, 64, **limits)
+        decode(data, View(64), **limits)
     assert caught.value.kind in ERROR_KINDS
     assert str(caught.value)
     return caught.value.kind
 
 
 def test_pixels_are_rgb_at_model_size_with_the_original_size_beside() -> None:
-    decoded = decode(encoded(COLOURS), 64)
+    decoded = decode(encoded(COLOURS), View(64))
     assert decoded.pixels.shape == (64, 64, 3)
     assert decoded.pixels.dtype == np.uint8
     assert (decoded.width, decoded.height) == (40, 30)
@@ -33,24 +33,24 @@ def test_pixels_are_rgb_at_model_size_with_the_original_size_beside() -> None:
 
 def test_an_image_of_model_size_is_not_touched() -> None:
     pixels = COLOURS[:30, :30]
-    np.testing.assert_array_equal(decode(encoded(pixels), 30).pixels, pixels)
+    np.testing.assert_array_equal(decode(encoded(pixels), View(30)).pixels, pixels)
 
 
 def test_grey_becomes_three_equal_channels() -> None:
-    pixels = decode(encoded(GRADIENT), 64).pixels
+    pixels = decode(encoded(GRADIENT), View(64)).pixels
     assert (pixels[..., 0] == pixels[..., 1]).all()
     assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
 def test_16_bit_grey_keeps_its_range() -> None:
     deep = (np.linspace(0, 65535, 64 * 64).reshape(64, 64)).astype(np.uint16)
-    pixels = decode(encoded(deep), 64).pixels[..., 0]
+    pixels = decode(encoded(deep), View(64)).pixels[..., 0]
     np.testing.assert_allclose(pixels, deep / 257, atol=1)
     assert (pixels == 255).mean() < 0.01
 
 
 def test_one_pixel_is_an_image() -> None:
-    decoded = decode(encoded(np.full((1, 1, 3), 77, np.uint8)), 64)
+    decoded = decode(encoded(np.full((1, 1, 3), 77, np.uint8)), View(64))
     assert (decoded.pixels == 77).all()
     assert (decoded.width, decoded.height) == (1, 1)
 
@@ -62,7 +62,7 @@ def test_every_common_mode_is_read(mode: str) -> None:
     image = Image.fromarray(GRADIENT)
     image = Image.fromarray(GRADIENT.astype(np.uint16) * 257) if mode == "I;16" else image.convert("RGB").convert(mode)
     image.save(sink, kind)
-    pixels = decode(sink.getvalue(), 64).pixels
+    pixels = decode(sink.getvalue(), View(64)).pixels
     assert pixels.shape == (64, 64, 3)
     assert pixels.max() > 200
     assert pixels.min() < 50
@@ -97,7 +97,7 @@ def test_no_bytes_raise_anything_but_an_image_error(data: st.DataObject) -> None
         original[position] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(original)))
     try:
-        assert decode(bytes(original[:cut]), 32, max_pixels=1_000_000).pixels.shape == (32, 32, 3)
+        assert decode(bytes(original[:cut]), View(32), max_pixels=1_000_000).pixels.shape == (32, 32, 3)
     except ImageError as error:
         assert error.kind in ERROR_KINDS
 
@@ -107,7 +107,7 @@ def test_masks_keep_their_own_size_and_shrink_by_nearest_neighbour() -> None:
     mask[:, 20:] = 255
     read = decode_mask(encoded(mask))
     np.testing.assert_array_equal(read, mask > 0)
-    np.testing.assert_array_equal(resize_mask(read, 10), np.tile(np.arange(10) >= 5, (10, 1)))
+    np.testing.assert_array_equal(resize_mask(read, View(10)), np.tile(np.arange(10) >= 5, (10, 1)))
 
 
 def test_an_error_survives_pickling() -> None:
@@ -115,3 +115,36 @@ def test_an_error_survives_pickling() -> None:
 
     error = pickle.loads(pickle.dumps(ImageError("empty", "no bytes")))
     assert (error.kind, str(error)) == ("empty", "no bytes")
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (33, 32)])
+def test_a_crop_shows_the_central_square(width: int, height: int) -> None:
+    pixels = COLOURS.repeat(2, axis=0)[:height, :width] if height > 30 else COLOURS[:height, :width]
+    side = min(pixels.shape[:2])
+    top, left = ((n - side) // 2 for n in pixels.shape[:2])
+    square = pixels[top : top + side, left : left + side]
+    view = View(side, "crop")
+    if (pixels.shape[0] - side) % 2 == (pixels.shape[1] - side) % 2 == 0:
+        np.testing.assert_array_equal(decode(encoded(pixels), view).pixels, square)
+    assert view.box(*pixels.shape[1::-1])[2] - view.box(*pixels.shape[1::-1])[0] == side
+
+
+@given(
+    st.sampled_from(["stretch", "crop"]),
+    st.integers(1, 500),
+    st.integers(1, 500),
+    st.integers(0, 63),
+    st.integers(0, 63),
+)
+def test_a_pixel_leads_back_into_the_original(resize: Resize, width: int, height: int, x: int, y: int) -> None:
+    view = View(64, resize)
+    left, top, right, bottom = view.box(width, height)
+    original_x, original_y = view.to_original(x, y, width, height)
+    assert 0 <= original_x < width
+    assert 0 <= original_y < height
+    assert left - 1 < original_x < right
+    assert top - 1 < original_y < bottom
+    marked = np.zeros((height, width), bool)
+    marked[original_y, original_x] = True
+    if resize == "stretch" and 64 % width == 64 % height == 0:
+        assert resize_mask(marked, view)[y, x]

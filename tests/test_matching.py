@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stpm.matching import anomaly_map, distance_map, image_score, matching_loss
+from stpm.matching import (
+    anomaly_map,
+    distance_map,
+    image_score,
+    level_statistics,
+    matching_loss,
+    standardised,
+    standardised_without_itself,
+)
 
 SHAPES = [(2, 8, 16, 16), (2, 12, 8, 8), (2, 20, 4, 4)]
 
@@ -62,7 +70,11 @@ def test_a_sum_of_levels_adds_the_upsampled_maps() -> None:
 
 
 @given(
-    hnp.arrays(np.float32, (2, 1, 5, 2, 2), elements=st.floats(-1e3, 1e3, width=32)),
+    hnp.arrays(
+        np.float32,
+        (2, 1, 5, 2, 2),
+        elements=st.just(0.0) | st.floats(2**-10, 2**10, width=32) | st.floats(-(2**10), -(2**-10), width=32),
+    ),
     st.floats(0.01, 100.0),
 )
 @settings(deadline=None)
@@ -106,3 +118,30 @@ def test_the_gradient_is_that_of_the_normalised_form() -> None:
 def test_features_of_different_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\) and student \(1, 5, 2, 2\)"):
         distance_map(torch.zeros(1, 4, 2, 2), torch.zeros(1, 5, 2, 2))
+
+
+def test_standardised_distances_are_deviations_above_the_mean() -> None:
+    normals = [torch.rand(50, 4, 4), torch.rand(50, 2, 2)]
+    statistics = level_statistics(normals)
+    new = [torch.rand(3, 4, 4), torch.rand(3, 2, 2)]
+    for n, d, result in zip(normals, new, standardised(new, statistics), strict=True):
+        deviation = n.numpy().std(axis=0, ddof=1)
+        floor = 0.5 * np.sqrt((deviation**2).mean())
+        expected = (d.numpy() - n.numpy().mean(axis=0)) / np.sqrt(deviation**2 + floor**2)
+        np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_normal_image_has_no_part_in_its_own_standard() -> None:
+    normals = [torch.rand(6, 4, 4), torch.rand(6, 2, 2)]
+    result = standardised_without_itself(normals)
+    for i in range(6):
+        others = [torch.cat([n[:i], n[i + 1 :]]) for n in normals]
+        expected = standardised([n[i : i + 1] for n in normals], level_statistics(others))
+        for level, e in zip(result, expected, strict=True):
+            torch.testing.assert_close(level[i : i + 1], e, rtol=1e-3, atol=1e-4)
+
+
+def test_positions_that_never_varied_have_a_finite_standard() -> None:
+    constant = [torch.full((5, 3, 3), 0.25)]
+    assert torch.isfinite(standardised(constant, level_statistics(constant))[0]).all()
+    assert torch.isfinite(standardised_without_itself(constant)[0]).all()

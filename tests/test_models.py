@@ -12,11 +12,12 @@ import torch
 from stpm import storage
 from stpm.calibration import calibrate
 from stpm.errors import DataError, ModelError
+from stpm.matching import level_statistics
 from stpm.models import FitSummary, ModelRecord, ModelStore
 from stpm.networks import build_student, load_teacher
 from stpm.recipe import Recipe
 
-SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, "cpu")
+SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
 
 
 def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
@@ -29,6 +30,8 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         data_fingerprint="f",
         student=build_student(recipe.teacher, recipe.levels, seed, False).net.state_dict(),
         calibration=calibrate(np.random.default_rng(0).random((5, 8, 8), np.float32)),
+        statistics=level_statistics([torch.rand(4, 3, 3), torch.rand(4, 2, 2)]),
+        picture=b"png",
         history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
         fit=SUMMARY,
     )
@@ -50,8 +53,11 @@ def test_what_is_saved_loads(store: ModelStore, tiny: Recipe) -> None:
         model.calibration.scores, calibrate(np.random.default_rng(0).random((5, 8, 8), np.float32)).scores
     )
     assert store.history(record)["train_loss"].to_pylist() == [0.7, 0.5]
-    assert store.load_teacher(record.recipe, record.teacher_digest).channels == model.student.channels
+    assert store.load_teacher(tiny.teacher, tiny.levels, record.teacher_digest).channels == model.student.channels
     assert store.categories() == ["nut"]
+    assert model.statistics
+    assert [tuple(level.mean.shape) for level in model.statistics] == [(3, 3), (2, 2)]
+    assert all((level.deviation > 0).all() for level in model.statistics)
 
 
 def test_a_store_holds_plain_files_and_its_teacher_once(store: ModelStore, tiny: Recipe) -> None:
@@ -59,8 +65,8 @@ def test_a_store_holds_plain_files_and_its_teacher_once(store: ModelStore, tiny:
         save(store, tiny, category)
     names = sorted(uri.removeprefix(store.uri).lstrip("/").split("/root/")[-1] for uri, _ in storage.files(store.uri))
     assert len([n for n in names if n.startswith("teachers/")]) == 1
-    assert {n.rsplit(".", 1)[-1] for n in names} == {"json", "parquet", "safetensors"}
-    assert len(names) == 2 * 4 + 1
+    assert {n.rsplit(".", 1)[-1] for n in names} == {"json", "parquet", "png", "safetensors"}
+    assert len(names) == 2 * 6 + 1
 
 
 def test_a_new_model_takes_the_place_of_the_old(store: ModelStore, tiny: Recipe) -> None:
@@ -93,7 +99,7 @@ def test_a_damaged_teacher_is_noticed(store: ModelStore, tiny: Recipe) -> None:
     record = save(store, tiny)
     storage.publish(storage.join(store.uri, "teachers", f"{record.teacher_digest}.safetensors"), b"x")
     with pytest.raises(ModelError, match="its SHA-256 is"):
-        store.load_teacher(tiny, record.teacher_digest)
+        store.load_teacher(tiny.teacher, tiny.levels, record.teacher_digest)
 
 
 @pytest.mark.parametrize(

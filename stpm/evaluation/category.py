@@ -59,7 +59,7 @@ def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) 
     return rows.sort_by("uri")
 
 
-def evaluate(target: Target, category: str, size: int) -> Figures:
+def evaluate(target: Target, category: str, view: images.View) -> Figures:
     """The figures of one category.
 
     Pixels are compared at model size: masks are brought to it by nearest neighbour.
@@ -67,7 +67,7 @@ def evaluate(target: Target, category: str, size: int) -> Figures:
     Args:
         target: the pass that scored the category's test images, with raw maps.
         category: its name.
-        size: model size in pixels.
+        view: what the model saw of each image.
     """
     rows = read_rows(target, category)
     scored = rows.filter(pc.equal(rows["error_kind"], ""))
@@ -93,7 +93,7 @@ def evaluate(target: Target, category: str, size: int) -> Figures:
 
     return Figures(
         image_auroc=measured("image_auroc", lambda: auroc(is_defect, scores)),
-        pixel_auroc=measured("pixel_auroc", lambda: _pixel_auroc(scored, size)),
+        pixel_auroc=measured("pixel_auroc", lambda: _pixel_auroc(scored, view)),
         good_count=int((~is_defect).sum()),
         defect_count=int(is_defect.sum()),
         error_count=rows.num_rows - scored.num_rows,
@@ -102,7 +102,7 @@ def evaluate(target: Target, category: str, size: int) -> Figures:
     )
 
 
-def _pixel_auroc(scored: pa.Table, size: int) -> float:
+def _pixel_auroc(scored: pa.Table, view: images.View) -> float:
     """Over all pixels of the good images and of the defects."""
     images_of_interest: list[dict[str, Any]] = scored.select(["uri", "label", "mask", "width", "height"]).to_pylist()
     without = [row["uri"] for row in images_of_interest if row["label"] != GOOD and not row["mask"]]
@@ -113,14 +113,16 @@ def _pixel_auroc(scored: pa.Table, size: int) -> float:
         raise DataError(
             f"{len(without)} of {defects} defects have no mask, {without[0]} among them; add or remove masks"
         )
-    truth = np.stack([_ground_truth(row, size) for row in images_of_interest])
-    maps = np.stack([np.frombuffer(m.as_buffer(), np.float32).reshape(size, size) for m in scored["anomaly_map"]])
+    truth = np.stack([_ground_truth(row, view) for row in images_of_interest])
+    maps = np.stack(
+        [np.frombuffer(m.as_buffer(), np.float32).reshape(view.size, view.size) for m in scored["anomaly_map"]]
+    )
     return auroc(truth, maps)
 
 
-def _ground_truth(row: dict[str, Any], size: int) -> npt.NDArray[np.bool_]:
+def _ground_truth(row: dict[str, Any], view: images.View) -> npt.NDArray[np.bool_]:
     if row["label"] == GOOD:
-        return np.zeros((size, size), bool)
+        return np.zeros((view.size, view.size), bool)
     try:
         mask = images.decode_mask(storage.read(row["mask"]))
     except (ImageError, OSError) as error:
@@ -130,4 +132,4 @@ def _ground_truth(row: dict[str, Any], size: int) -> npt.NDArray[np.bool_]:
         raise DataError(
             f"mask {row['mask']} is {width}×{height}, its image {row['uri']} {row['width']}×{row['height']}"
         )
-    return images.resize_mask(mask, size)
+    return images.resize_mask(mask, view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -19,10 +20,15 @@ _CAPTION = 22
 _BACKGROUND, _INK = "white", "black"
 
 
-def gallery(target: Target, category: str) -> bytes | None:
+def gallery(target: Target, category: str, view: images.View) -> bytes | None:
     """A 2×2 PNG of defects with their heatmaps, or None if no defect was scored.
 
     The defect types take turns, each giving its images in the order of their names: none is picked for its score.
+
+    Args:
+        target: the pass that scored the category's test images, with heatmaps.
+        category: its name.
+        view: what the model saw of each image.
     """
     rows = read_rows(target, category, ("uri", "label", "score", "overlay", "is_anomalous")).to_pylist()
     chosen = _take_turns([row for row in rows if row["overlay"] and row["label"] != GOOD])
@@ -31,7 +37,7 @@ def gallery(target: Target, category: str) -> bytes | None:
     width, height = 2 * _TILE + _GAP, _TILE + _CAPTION
     sheet = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), _BACKGROUND)
     for place, row in enumerate(chosen):
-        sheet.paste(_cell(target, row), (_GAP + place % 2 * (width + _GAP), _GAP + place // 2 * (height + _GAP)))
+        sheet.paste(_cell(target, row, view), (_GAP + place % 2 * (width + _GAP), _GAP + place // 2 * (height + _GAP)))
     sink = io.BytesIO()
     sheet.save(sink, "PNG")
     return sink.getvalue()
@@ -45,9 +51,9 @@ def _take_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [of[turn] for turn in range(turns) for of in by_label.values() if turn < len(of)][:_CELLS]
 
 
-def _cell(target: Target, row: dict[str, Any]) -> Image.Image:
+def _cell(target: Target, row: dict[str, Any], view: images.View) -> Image.Image:
     cell = Image.new("RGB", (2 * _TILE + _GAP, _TILE + _CAPTION), _BACKGROUND)
-    original = Image.fromarray(images.decode(storage.read(row["uri"]), _TILE).pixels)
+    original = Image.fromarray(images.decode(storage.read(row["uri"]), dataclasses.replace(view, size=_TILE)).pixels)
     with Image.open(io.BytesIO(storage.read(storage.join(target.out, row["overlay"])))) as overlay:
         cell.paste(original, (0, 0))
         cell.paste(overlay.resize((_TILE, _TILE)), (_TILE + _GAP, 0))

@@ -89,7 +89,7 @@ class Report:
             "recipe": {k: v for k, v in dataclasses.asdict(self.recipe).items() if k != "seed"},
             "protocol": {
                 "input_size": self.recipe.size,
-                "resize": "stretched, bilinear with antialiasing",
+                "resize": f"{self.recipe.resize}, bilinear with antialiasing",
                 "image_score": "maximum of the anomaly map",
                 "mask_resolution": f"{self.recipe.size}×{self.recipe.size}, nearest neighbour",
                 "mask_threshold": "above 0",

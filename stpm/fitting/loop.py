@@ -1,29 +1,29 @@
-"""One category's fit: images in memory to a student. No Ray, no I/O."""
+"""One student's fit: images in memory to weights. No Ray, no I/O."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stpm.calibration import Calibration, calibrate
 from stpm.errors import DataError, StpmError
-from stpm.forward import Matcher, place
-from stpm.images import Pixels
+from stpm.fitting.features import TeacherFeatures
+from stpm.forward import place
 from stpm.matching import matching_loss
 from stpm.networks import StateDict, Trunk, architecture_of, build_student
 from stpm.recipe import Recipe
 
 Indices = npt.NDArray[np.int64]
 
-_FEATURE_BUDGET = 2 * 1024**3
+# Where no gradient is kept and batch statistics play no part, the result does not depend on it.
+EVALUATION_BATCH = 16
 
 
 class DivergedError(StpmError):
@@ -41,15 +41,39 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """All that decides how a fit goes on: the random stream of each epoch follows from its number and the seed.
+
+    `optimiser` holds the optimiser's tensors by parameter and name; `best` is the student of the epoch with the lowest
+    validation loss, empty if the recipe keeps the last.
+    """
+
+    student: StateDict
+    optimiser: dict[int, dict[str, Tensor]]
+    best: StateDict
+    history: tuple[Epoch, ...]
+
+
+class Checkpoints(Protocol):
+    """Where a fit's progress is kept while it runs."""
+
+    def load(self) -> Progress | None:
+        """What to go on from, or None to start."""
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+
+    def save(self, progress: Progress) -> None:
+        """Keep this instead of what was kept."""
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """A student's weights on the CPU, and how it came about."""
+    """A student's weights on the CPU, the losses of every epoch, and the epoch whose weights these are."""
 
     student: StateDict
     history: tuple[Epoch, ...]
     kept: Epoch
-    calibration: Calibration
-    train_count: int
-    validation_count: int
 
 
 def split(count: int, share: float, seed: int) -> tuple[Indices, Indices]:
@@ -65,115 +89,122 @@ def split(count: int, share: float, seed: int) -> tuple[Indices, Indices]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def fit(images: Pixels, matcher: Matcher, recipe: Recipe, on_epoch: Callable[[Epoch], None]) -> Fitted:
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step, counted from 0 over the whole fit."""
+    warmup = recipe.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    progress = (step - warmup) / (recipe.epochs * steps_per_epoch - warmup)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def fit(
+    features: TeacherFeatures,
+    train: Indices,
+    held_out: Indices,
+    recipe: Recipe,
+    on_epoch: Callable[[Epoch], None],
+    checkpoints: Checkpoints | None = None,
+) -> Fitted:
     """Fit one student.
 
     Args:
-        images: (N, size, size, 3) uint8 RGB, defect-free, N ≥ 2.
-        matcher: holds the teacher.
-        recipe: the choices; the same recipe, images and device type give the same student.
+        features: the images, and the teacher's view of them.
+        train: of which images the student learns.
+        held_out: on which the validation loss is measured.
+        recipe: the choices. The same recipe, images, kind of device and number of threads give the same student,
+            also if the fit was interrupted and went on from its checkpoint.
         on_epoch: called after each epoch.
+        checkpoints: where progress is kept; None keeps none.
 
     Raises:
-        DataError: if there are fewer than two images.
         DivergedError: if a loss stops being finite.
     """
-    train, held_out = split(len(images), recipe.validation_share, recipe.seed)
+    matcher = features.matcher
     student = place(
         build_student(architecture_of(recipe.teacher), recipe.levels, recipe.seed, recipe.zero_init_residual),
         matcher.device,
     )
     optimiser = _optimiser(student, recipe)
-    pixels = torch.from_numpy(images)
-    teacher = _TeacherFeatures(matcher, pixels, recipe.batch)
     history: list[Epoch] = []
-    best: tuple[Epoch, StateDict] = Epoch(0, math.inf, math.inf, 0.0), {}
-    for number in range(1, recipe.epochs + 1):
+    best: StateDict = {}
+    if checkpoints and (progress := checkpoints.load()):
+        student.net.load_state_dict(dict(progress.student))
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": progress.optimiser, "param_groups": groups})
+        history, best = list(progress.history), progress.best
+    while len(history) < recipe.epochs and not _stops_early(history, recipe):
+        number = len(history) + 1
         order = train[np.random.default_rng((recipe.seed, number)).permutation(len(train))]
         start = time.perf_counter()
-        train_loss = _train(student, optimiser, matcher, pixels, teacher, order, recipe)
+        train_loss = _train(student, optimiser, features, order, recipe, number)
         speed = len(train) / (time.perf_counter() - start)
-        epoch = Epoch(number, train_loss, _validate(student, matcher, pixels, teacher, held_out, recipe.batch), speed)
+        epoch = Epoch(number, train_loss, _validate(student, features, held_out), speed)
         if not math.isfinite(epoch.train_loss + epoch.validation_loss):
             raise DivergedError(
                 f"loss is {train_loss} in epoch {number}; lower --learning-rate ({recipe.learning_rate})"
             )
         history.append(epoch)
         on_epoch(epoch)
-        if recipe.keep == "last" or epoch.validation_loss < best[0].validation_loss:
-            best = epoch, copy.deepcopy(student.net.state_dict())
-    kept, state = best
-    student.net.load_state_dict(dict(state))
-    maps = [matcher.anomaly_maps(student.eval(), images[i]) for i in _batches(held_out, recipe.batch)]
-    return Fitted(
-        student={k: v.cpu() for k, v in state.items()},
-        history=tuple(history),
-        kept=kept,
-        calibration=calibrate(np.concatenate(maps)),
-        train_count=len(train),
-        validation_count=len(held_out),
-    )
+        if recipe.keep == "best" and _best(history) is epoch:
+            best = _copy(student)
+        if checkpoints and checkpoints.due():
+            checkpoints.save(Progress(_copy(student), _tensors(optimiser), best, tuple(history)))
+    if recipe.keep == "last":
+        return Fitted(_copy(student), tuple(history), history[-1])
+    return Fitted({k: v.cpu() for k, v in best.items()}, tuple(history), _best(history))
 
 
-class _TeacherFeatures:
-    """The teacher's features of images by index: kept where they fit the budget, else computed anew.
+def _best(history: list[Epoch]) -> Epoch:
+    return min(history, key=lambda epoch: epoch.validation_loss)
 
-    What is kept is the direction of each feature vector in half precision: all that the loss needs, and small
-    enough never to overflow.
-    """
 
-    def __init__(self, matcher: Matcher, pixels: Tensor, batch: int) -> None:
-        self._matcher = matcher
-        self._pixels = pixels
-        one = matcher.teacher_features(matcher.inputs(pixels[:1]))
-        self._kept: list[Tensor] | None = None
-        if sum(f.numel() for f in one) * 2 * len(pixels) <= _FEATURE_BUDGET:
-            self._kept = [
-                torch.empty((len(pixels), *f.shape[1:]), dtype=torch.float16, device=matcher.device).to(
-                    memory_format=torch.channels_last
-                )
-                for f in one
-            ]
-            for indices in _batches(np.arange(len(pixels)), batch):
-                for kept, level in zip(self._kept, self._compute(torch.from_numpy(indices)), strict=True):
-                    kept[indices] = torch.nn.functional.normalize(level.float(), dim=1).half()
+def _stops_early(history: list[Epoch], recipe: Recipe) -> bool:
+    if not recipe.early_stopping or not history:
+        return False
+    return history[-1].number - _best(history).number >= recipe.early_stopping
 
-    def __call__(self, indices: Tensor) -> list[Tensor]:
-        return self._compute(indices) if self._kept is None else [kept[indices] for kept in self._kept]
 
-    def _compute(self, indices: Tensor) -> list[Tensor]:
-        return self._matcher.teacher_features(self._matcher.inputs(self._pixels[indices]))
+def _copy(student: Trunk) -> StateDict:
+    return {k: v.detach().cpu().clone() for k, v in student.net.state_dict().items()}
+
+
+def _tensors(optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor | None]] = optimiser.state_dict()["state"]
+    return {i: {k: v.cpu() for k, v in of.items() if v is not None} for i, of in state.items()}
 
 
 def _optimiser(student: Trunk, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimiser == "adam":
         return torch.optim.Adam(student.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        student.parameters(),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
+        student.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
 
 
-def _batches(indices: Indices, size: int) -> list[Indices]:
+def batches(indices: Indices, size: int) -> list[Indices]:
+    """Runs of `size` indices, the last one of what is left."""
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 def _train(
     student: Trunk,
     optimiser: torch.optim.Optimizer,
-    matcher: Matcher,
-    pixels: Tensor,
-    teacher: _TeacherFeatures,
+    features: TeacherFeatures,
     order: Indices,
     recipe: Recipe,
+    number: int,
 ) -> float:
     student.train()
+    matcher = features.matcher
     total = torch.zeros((), device=matcher.device)
-    for chosen in _batches(order, recipe.batch):
-        indices = torch.from_numpy(chosen)
-        loss = matching_loss(teacher(indices), matcher.features(student, matcher.inputs(pixels[indices])))
+    steps = batches(order, recipe.batch)
+    for step, chosen in enumerate(steps, (number - 1) * len(steps)):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(recipe, step, len(steps))
+        loss = _loss(student, features, chosen)
         optimiser.zero_grad(set_to_none=True)
         (loss * recipe.loss_scale).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -182,13 +213,12 @@ def _train(
 
 
 @torch.no_grad()
-def _validate(
-    student: Trunk, matcher: Matcher, pixels: Tensor, teacher: _TeacherFeatures, held_out: Indices, batch: int
-) -> float:
+def _validate(student: Trunk, features: TeacherFeatures, held_out: Indices) -> float:
     student.eval()
-    total = 0.0
-    for chosen in _batches(held_out, batch):
-        indices = torch.from_numpy(chosen)
-        loss = matching_loss(teacher(indices), matcher.features(student, matcher.inputs(pixels[indices])))
-        total += float(loss) * len(chosen)
-    return total / len(held_out)
+    losses = [float(_loss(student, features, chosen)) * len(chosen) for chosen in batches(held_out, EVALUATION_BATCH)]
+    return sum(losses) / len(held_out)
+
+
+def _loss(student: Trunk, features: TeacherFeatures, chosen: Indices) -> Tensor:
+    indices = torch.from_numpy(chosen)
+    return matching_loss(features(indices), features.matcher.features(student, features.inputs(indices)))

@@ -20,12 +20,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from stpm import storage
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.queue import WAIT, Event, TaskQueue
-from stpm.fitting.task import FitTask, Outcome, run_task
+from stpm.fitting.task import FitTask, Limits, Outcome, run_task
 from stpm.options import option
 
 _POLL_SECONDS = 0.3
 _RESTARTS_PER_TASK = 2
 _RESTARTS_OF_NODES = 3
+_SHARE_OF_MEMORY = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,14 @@ class PoolOptions:
     workers: int = option(0, "workers that fit in parallel; 0: one per GPU, or without GPUs one per CPU core")
     gpus_per_worker: float = option(1.0, "share of a GPU that a worker takes, where the cluster has GPUs; 0: use CPUs")
     cpus_per_worker: int = option(1, "CPU cores, and so threads, that a worker takes")
+    memory_gib: float = option(
+        0.0,
+        "GiB that a worker may take for decoded images (beyond it they go to a file) and for the teacher's features "
+        "(beyond it they are computed anew); 0: its share of half the node's memory",
+    )
+    checkpoint_seconds: float = option(
+        30.0, "seconds between checkpoints of a fit, at the end of an epoch; 0: every epoch"
+    )
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -49,6 +58,10 @@ class PoolOptions:
             raise ConfigError(f"cpus-per-worker is {self.cpus_per_worker}; give at least 1")
         if self.gpus_per_worker < 0:
             raise ConfigError(f"gpus-per-worker is {self.gpus_per_worker}; give 0 or more")
+        if self.memory_gib < 0:
+            raise ConfigError(f"memory-gib is {self.memory_gib}; give a number above 0, or 0 for the worker's share")
+        if self.checkpoint_seconds < 0:
+            raise ConfigError(f"checkpoint-seconds is {self.checkpoint_seconds}; give 0 or more")
 
 
 def scaling(options: PoolOptions, resources: dict[str, float], tasks: int) -> ScalingConfig:
@@ -91,7 +104,7 @@ def run_pool(
     filesystem, path = storage.arrow_filesystem(scratch)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"queue": queue},
+        train_loop_config={"queue": queue, "options": options},
         # Workers never speak to each other: gloo starts on every device, and on shared ones.
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=scaling(options, ray.cluster_resources(), len(tasks)),
@@ -122,9 +135,10 @@ def run_pool(
 
 def _work(config: dict[str, Any]) -> None:
     """The loop of one worker. A task that raises is that task's outcome, and the worker goes on."""
-    queue = config["queue"]
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    torch.set_num_threads(max(int(cpus), 1))
+    queue, options = config["queue"], config["options"]
+    assigned = ray.get_runtime_context().get_assigned_resources()
+    torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
+    limits = _limits(options, assigned)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
     stop = threading.Event()
     while (task := ray.get(queue.take.remote(group))) is not None:
@@ -132,13 +146,26 @@ def _work(config: dict[str, Any]) -> None:
             stop.wait(_POLL_SECONDS)
             continue
         try:
-            outcome = run_task(task, partial(queue.report.remote, task.key))
+            outcome = run_task(task, limits, partial(queue.report.remote, task.key))
         except StpmError as error:
             outcome = Outcome.failed(task, str(error))
         except Exception as error:
             log.exception("%s failed", task.key)
             outcome = Outcome.failed(task, f"{type(error).__name__}: {error}")
         ray.get(queue.finish.remote(outcome))
+
+
+def _limits(options: PoolOptions, assigned: dict[str, float]) -> Limits:
+    context = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    share = assigned.get("CPU", 1) / max(node["Resources"].get("CPU", 1), 1)
+    memory = options.memory_gib * 2**30 or node["Resources"]["memory"] * _SHARE_OF_MEMORY * share
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    return Limits(
+        memory=int(memory),
+        device_memory=int(free * _SHARE_OF_MEMORY * min(assigned.get("GPU", 0), 1)),
+        checkpoint_seconds=options.checkpoint_seconds,
+    )
 
 
 class _Follower:

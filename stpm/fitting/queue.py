@@ -12,7 +12,8 @@ from typing import Literal
 from stpm.fitting.loop import Epoch
 from stpm.fitting.task import FitTask, Outcome
 
-Event = tuple[str, Epoch] | Outcome
+# What a task told of itself (an epoch, or words), or how it ended.
+Event = tuple[str, Epoch | str] | Outcome
 
 WAIT: Literal["wait"] = "wait"
 
@@ -46,8 +47,8 @@ class TaskQueue:
         self._running[task.key] = task
         return task
 
-    def report(self, key: str, epoch: Epoch) -> None:
-        self._events.append((key, epoch))
+    def report(self, key: str, told: Epoch | str) -> None:
+        self._events.append((key, told))
 
     def finish(self, outcome: Outcome) -> None:
         self._running.pop(outcome.key, None)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stpm import mvtec, storage
 from stpm.cluster import connected
 from stpm.console import NOTHING_DONE, Say, exit_code
 from stpm.errors import ConfigError, DataError
-from stpm.fitting.loop import Epoch
 from stpm.fitting.pool import PoolOptions, run_pool
-from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
+from stpm.fitting.teller import Teller
 from stpm.models import ModelStore
 from stpm.networks import load_teacher
 from stpm.options import Names, option
@@ -76,7 +76,7 @@ def fit_categories(
     if waiting:
         scratch = storage.join(next(iter(stores.values())), ".train")
         with connected():
-            outcomes += run_pool(waiting, pool, scratch, _teller(waiting, say))
+            outcomes += run_pool(waiting, pool, scratch, Teller(waiting, say, sys.stdout.isatty()))
     return outcomes
 
 
@@ -122,28 +122,3 @@ def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, say: Say) ->
     good = len(outcomes) + len(failures) - failed
     say(f"{good} of {good + failed} categories have a model in {options.models}")
     return exit_code(good, failed)
-
-
-def _teller(tasks: Sequence[FitTask], say: Say) -> Callable[[Event], None]:
-    epochs = {task.key: task.recipe.epochs for task in tasks}
-    width = max(map(len, epochs))
-
-    def tell(event: Event) -> None:
-        if isinstance(event, Outcome):
-            if event.record is None:
-                say(f"{event.key:<{width}}  failed: {event.reason}")
-            else:
-                fit = event.record.fit
-                say(f"{event.key:<{width}}  fitted in {fit.seconds:.1f} s, epoch {fit.kept_epoch} kept")
-            return
-        key, epoch = event
-        say(_line(key, epoch, epochs[key], width))
-
-    return tell
-
-
-def _line(key: str, epoch: Epoch, epochs: int, width: int) -> str:
-    return (
-        f"{key:<{width}}  epoch {epoch.number:>{len(str(epochs))}}/{epochs}  train loss {epoch.train_loss:.4f}  "
-        f"validation loss {epoch.validation_loss:.4f}  {epoch.images_per_second:.0f} images/s"
-    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -16,15 +18,36 @@ import pyarrow as pa
 import torch
 
 from stpm import images, storage
+from stpm.calibration import Calibration
 from stpm.errors import DataError, ImageError, ModelError
-from stpm.fitting.loop import Epoch, fit
+from stpm.fitting.checkpoint import StoredCheckpoints
+from stpm.fitting.curves import loss_curves
+from stpm.fitting.features import TeacherFeatures
+from stpm.fitting.held_out import calibrate_student, cross_fitted
+from stpm.fitting.loop import Epoch, fit, split
 from stpm.forward import Matcher, pick_device, resolve_precision
 from stpm.models import FitSummary, ModelRecord, ModelStore
 from stpm.mvtec import Category
+from stpm.networks import Trunk
 from stpm.recipe import Recipe
 
 _READERS = 8
 _SHOWN_FILES = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one worker may take: bytes of memory, bytes of its device's memory, seconds between checkpoints."""
+
+    memory: int
+    device_memory: int
+    checkpoint_seconds: float
+
+    def room_for_features(self, pixels: images.Pixels, device: torch.device) -> int:
+        """Bytes that the teacher's features may take beside the decoded images."""
+        if device.type != "cpu":
+            return self.device_memory
+        return self.memory if _on_disk(pixels) else self.memory - pixels.nbytes
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,12 @@ class FitTask:
         lines = (f"{uri.rsplit('/', 1)[-1]}\t{size}\n" for uri, size in self.train)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that the student depends on, but the device."""
+        parts = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def existing(self) -> ModelRecord | None:
         """The model in the store, if it is the one that this task would make."""
         try:
@@ -90,54 +119,86 @@ class Outcome:
         return cls(task.key, task.category, task.recipe.seed, status, record)
 
 
-def run_task(task: FitTask, on_epoch: Callable[[Epoch], None]) -> Outcome:
-    """Fit and publish one model.
+def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]) -> Outcome:
+    """Fit, calibrate and publish one model.
+
+    Args:
+        task: what.
+        limits: what it may take.
+        tell: told of each epoch, and of choices that were made, in words.
 
     Raises:
         StpmError: if the images, the teacher or the loss forbid it.
     """
     start = time.perf_counter()
+    recipe = task.recipe
     store = ModelStore(task.store)
     device = pick_device()
-    precision = resolve_precision(task.recipe.precision, device)
-    matcher = Matcher(store.load_teacher(task.recipe, task.teacher_digest), task.recipe, device, precision)
-    fitted = fit(load_pixels([uri for uri, _ in task.train], task.recipe.size), matcher, task.recipe, on_epoch)
+    precision = resolve_precision(recipe.precision, device)
+    teacher = _teacher(task.store, recipe.teacher, recipe.levels, task.teacher_digest)
+    matcher = Matcher(teacher, recipe, device, precision)
+    pixels = load_pixels([uri for uri, _ in task.train], recipe.view, limits.memory)
+    seconds = time.perf_counter() - start
+    features = TeacherFeatures(matcher, pixels, limits.room_for_features(pixels, device))
+    tell(
+        f"{len(pixels)} images decoded in {seconds:.1f} s, in {'a file' if _on_disk(pixels) else 'memory'}; teacher's "
+        f"features {'kept' if features.kept else 'computed anew'} ({features.size / 2**20:.0f} MiB); {precision}"
+    )
+    fingerprint = f"{task.fingerprint}-{precision}-{device.type}"
+    checkpoints = StoredCheckpoints(store.checkpoint_uri(task.category), fingerprint, limits.checkpoint_seconds)
+    train, held_out = split(len(pixels), recipe.validation_share, recipe.seed)
+    fitted = fit(features, train, held_out, recipe, tell, checkpoints)
+    calibration, statistics = calibrate_student(fitted.student, matcher, pixels, held_out, recipe)
+    if recipe.calibration_folds:
+        tell(f"fitting {recipe.calibration_folds} more students, to calibrate on every image")
+        calibration = Calibration(cross_fitted(features, pixels, recipe), calibration.scale)
     record = store.save(
         category=task.category,
-        recipe=task.recipe,
+        recipe=recipe,
         precision=precision,
         teacher_digest=task.teacher_digest,
         data_fingerprint=task.data_fingerprint,
         student=fitted.student,
-        calibration=fitted.calibration,
+        calibration=calibration,
+        statistics=statistics,
         history=pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history]),
+        picture=loss_curves(fitted.history, fitted.kept.number, task.category),
         fit=FitSummary(
             seconds=time.perf_counter() - start,
             epochs=len(fitted.history),
             kept_epoch=fitted.kept.number,
             train_loss=fitted.kept.train_loss,
             validation_loss=fitted.kept.validation_loss,
-            train_count=fitted.train_count,
-            validation_count=fitted.validation_count,
+            train_count=len(train),
+            validation_count=len(held_out),
+            calibration_count=len(calibration.scores),
             device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         ),
     )
+    checkpoints.clear()
     return Outcome.done(task, record, "fitted")
 
 
-def load_pixels(uris: list[str], size: int) -> images.Pixels:
-    """Decode images into one (N, size, size, 3) uint8 array.
+@lru_cache(maxsize=1)
+def _teacher(store: str, teacher: str, levels: tuple[int, ...], digest: str) -> Trunk:
+    """A worker's tasks share their teacher."""
+    return ModelStore(store).load_teacher(teacher, levels, digest)
+
+
+def load_pixels(uris: list[str], view: images.View, budget: int) -> images.Pixels:
+    """Decode images into one (N, size, size, 3) uint8 array: in memory within a budget of bytes, else in a file.
 
     Raises:
         DataError: naming the files that cannot be read. A student is not fitted on what is left, since a set that
             lost images silently is not the set that its owner chose.
     """
-    pixels = np.empty((len(uris), size, size, 3), np.uint8)
+    shape = (len(uris), view.size, view.size, 3)
+    pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _file_backed(shape)
     problems: list[str] = []
 
     def load(index: int) -> None:
         try:
-            pixels[index] = images.decode(storage.read(uris[index]), size).pixels
+            pixels[index] = images.decode(storage.read(uris[index]), view).pixels
         except (ImageError, OSError) as error:
             problems.append(f"{uris[index]}: {error}")
 
@@ -150,3 +211,13 @@ def load_pixels(uris: list[str], size: int) -> images.Pixels:
             f"{len(problems)} of {len(uris)} training images cannot be read: {shown}{more}; repair or remove them"
         )
     return pixels
+
+
+def _file_backed(shape: tuple[int, ...]) -> images.Pixels:
+    # The file has no name, so that it is gone with the process, however that ends.
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _on_disk(pixels: images.Pixels) -> bool:
+    return isinstance(pixels, np.memmap)

@@ -18,12 +18,12 @@ class Decode:
     """MANIFEST rows to DECODED rows.
 
     Args:
-        sizes: model size in pixels by category; a category that is not among them has no model.
+        views: what each category's model sees; a category that is not among them has no model.
         fetchers: images that one task fetches at a time.
     """
 
-    def __init__(self, sizes: Mapping[str, int], fetchers: int = _FETCHERS) -> None:
-        self._sizes = dict(sizes)
+    def __init__(self, views: Mapping[str, images.View], fetchers: int = _FETCHERS) -> None:
+        self._views = dict(views)
         self._fetchers = fetchers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -39,11 +39,11 @@ class Decode:
         return table(columns, DECODED)
 
     def _one(self, uri: str, category: str) -> images.Decoded | ImageError:
-        size = self._sizes.get(category)
-        if size is None:
+        view = self._views.get(category)
+        if view is None:
             return ImageError("no_model", f"no model for category {category!r}")
         try:
-            return images.decode(storage.read(uri), size)
+            return images.decode(storage.read(uri), view)
         except ImageError as error:
             return error
         except FileNotFoundError:

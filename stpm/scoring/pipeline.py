@@ -12,6 +12,7 @@ from ray.data.datasource import FilenameProvider
 
 from stpm import storage
 from stpm.errors import ConfigError, ModelError
+from stpm.images import View
 from stpm.models import ModelStore
 from stpm.options import option
 from stpm.scoring.decode import Decode
@@ -112,7 +113,7 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
     target.clear()
     manifest_uri = storage.join(target.out, "manifests", f"{target.name}.parquet")
     _write_manifest(manifest, manifest_uri)
-    sizes = _model_sizes(manifest, store)
+    views = _views(manifest, store)
     pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-manifest.num_rows // _BLOCK_ROWS))
     filesystem, path = storage.arrow_filesystem(manifest_uri)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
@@ -120,7 +121,7 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
         ray.data.read_parquet(path, filesystem=filesystem, num_cpus=_STAGE_CPUS)
         .repartition(target_num_rows_per_block=_BLOCK_ROWS)
         .map_batches(
-            Decode(sizes).__call__,
+            Decode(views).__call__,
             batch_format="pyarrow",
             batch_size=options.batch_size,
             num_cpus=_STAGE_CPUS,
@@ -149,17 +150,17 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
     )
 
 
-def _model_sizes(manifest: pa.Table, store: ModelStore) -> dict[str, int]:
-    sizes = {}
+def _views(manifest: pa.Table, store: ModelStore) -> dict[str, View]:
+    views = {}
     problems = []
     for category in sorted(set(manifest["category"].to_pylist())):
         try:
-            sizes[category] = store.record(category).recipe.size
+            views[category] = store.record(category).recipe.view
         except ModelError as error:
             problems.append(str(error))
-    if not sizes:
+    if not views:
         raise ModelError("; ".join(problems))
-    return sizes
+    return views
 
 
 def _write_manifest(manifest: pa.Table, uri: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from stpm.forward import Matcher, pick_device, place
+from stpm.forward import Matcher, compare, pick_device
 from stpm.models import Model, ModelRecord, ModelStore
 from stpm.networks import Trunk
 from stpm.scoring.schema import DECODED, SCORED, table
@@ -68,7 +68,7 @@ class Scorer:
                 part = slice(start, start + len(members))
                 model = self._model(category)
                 student = matcher.features(model.student, inputs[part])
-                maps = matcher.compare([t[part] for t in teacher], student).cpu().numpy()
+                maps = matcher.anomaly_maps(compare([t[part] for t in teacher], student), model.statistics)
                 self._fill(members, maps, model, columns)
                 start = part.stop
 
@@ -88,8 +88,9 @@ class Scorer:
             columns["p_value"][row] = float(p_values[k])
             columns["is_anomalous"][row] = bool(scores[k] > threshold)
             columns["threshold"][row] = float(threshold)
-            columns["peak_x"][row] = int((x + 0.5) * columns["width"][row] / size)
-            columns["peak_y"][row] = int((y + 0.5) * columns["height"][row] / size)
+            columns["peak_x"][row], columns["peak_y"][row] = model.record.recipe.view.to_original(
+                x, y, columns["width"][row], columns["height"][row]
+            )
             columns["area"][row] = float((flat[k] > threshold).mean())
             columns["seed"][row] = model.record.recipe.seed
             columns["model_id"][row] = model.record.model_id
@@ -99,16 +100,14 @@ class Scorer:
 
     def _model(self, category: str) -> Model:
         if category not in self._models:
-            model = self._store.load(category)
-            place(model.student, self._device)
-            self._models[category] = model
+            self._models[category] = self._store.load(category).to(self._device)
         return self._models[category]
 
     def _matcher(self, record: ModelRecord) -> Matcher:
         key = _sharing(record)
         if key not in self._matchers:
             if record.teacher_digest not in self._teachers:
-                teacher = self._store.load_teacher(record.recipe, record.teacher_digest)
+                teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
                 self._teachers[record.teacher_digest] = teacher
             self._matchers[key] = Matcher(
                 self._teachers[record.teacher_digest], record.recipe, self._device, record.precision

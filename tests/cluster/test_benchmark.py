@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +83,14 @@ def test_it_says_that_something_failed_and_what(ran: Ran) -> None:
 
 
 def test_both_losses_of_every_epoch_are_printed(ran: Ran) -> None:
-    for category in ("colour", "grey", "odd", "mismatch"):
-        for seed in SEEDS:
+    for seed in SEEDS:
+        store = ModelStore(str(ran.out / "models" / f"seed-{seed}"))
+        for category in store.categories():
             lines = [line for line in ran.process.stdout.splitlines() if line.startswith(f"{category} (seed {seed})")]
-            for epoch in (1, 2, 3):
-                assert any(f"epoch {epoch}/3  train loss" in line and "validation loss" in line for line in lines)
+            for kind in ("train", "validation"):
+                told = re.findall(rf"{kind} loss ((?:\d\.\d+ )+)", "\n".join(lines))
+                stored = store.history(store.record(category))[f"{kind}_loss"].to_pylist()
+                assert " ".join(told).split() == [f"{loss:.4f}" for loss in stored]
 
 
 def test_every_test_image_has_one_row_per_seed(ran: Ran) -> None:

@@ -25,6 +25,7 @@ from tests.conftest import TINY
 from tests.datasets import encoded, make_category
 
 SIZE = 64
+VIEW = images.View(SIZE)
 
 
 def scored_run(root: Path, *, masks: bool = True, broken: int = 0) -> Target:
@@ -63,7 +64,7 @@ def rows_of(target: Target) -> list[dict[str, object]]:
 
 def test_figures_are_sklearns(tmp_path: Path) -> None:
     target = scored_run(tmp_path)
-    figures = evaluate(target, "nut", SIZE)
+    figures = evaluate(target, "nut", VIEW)
     rows = rows_of(target)
     labels = [row["label"] != "good" for row in rows]
     assert figures.image_auroc == pytest.approx(roc_auc_score(labels, [row["score"] for row in rows]))
@@ -73,7 +74,7 @@ def test_figures_are_sklearns(tmp_path: Path) -> None:
         if row["mask"]:
             with Image.open(str(row["mask"])) as image:
                 mask = np.asarray(image) > 0
-        truth.append(images.resize_mask(mask, SIZE))
+        truth.append(images.resize_mask(mask, VIEW))
         maps.append(np.frombuffer(row["anomaly_map"], np.float32))  # type: ignore[call-overload]
     assert figures.pixel_auroc == pytest.approx(roc_auc_score(np.ravel(truth), np.ravel(maps)))
     assert figures.pixel_auroc > 0.6
@@ -82,7 +83,7 @@ def test_figures_are_sklearns(tmp_path: Path) -> None:
 
 
 def test_without_masks_pixels_are_undefined_and_that_is_no_failure(tmp_path: Path) -> None:
-    figures = evaluate(scored_run(tmp_path, masks=False), "nut", SIZE)
+    figures = evaluate(scored_run(tmp_path, masks=False), "nut", VIEW)
     assert figures.image_auroc is not None
     assert (figures.pixel_auroc, figures.undefined) == (None, {"pixel_auroc": "no masks"})
     assert figures.problems == ()
@@ -92,7 +93,7 @@ def test_a_mask_whose_size_differs_is_named_and_images_still_count(tmp_path: Pat
     target = scored_run(tmp_path)
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
     mask.write_bytes(encoded(np.zeros((10, 20), np.uint8)))
-    figures = evaluate(target, "nut", SIZE)
+    figures = evaluate(target, "nut", VIEW)
     assert figures.image_auroc is not None
     assert figures.pixel_auroc is None
     assert figures.problems == (figures.undefined["pixel_auroc"],)
@@ -105,31 +106,31 @@ def test_a_mask_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
     target = scored_run(tmp_path)
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
     mask.unlink() if content is None else mask.write_bytes(content)
-    assert str(mask) in evaluate(target, "nut", SIZE).problems[0]
+    assert str(mask) in evaluate(target, "nut", VIEW).problems[0]
 
 
 def test_error_rows_are_problems_and_do_not_count(tmp_path: Path) -> None:
-    figures = evaluate(scored_run(tmp_path, broken=2), "nut", SIZE)
+    figures = evaluate(scored_run(tmp_path, broken=2), "nut", VIEW)
     assert (figures.good_count, figures.defect_count, figures.error_count) == (4, 6, 2)
     assert len(figures.problems) == 2
     assert "test/good/000.png: damaged: cut off" in figures.problems[0]
 
 
 def test_a_category_of_defects_alone_is_undefined(tmp_path: Path) -> None:
-    figures = evaluate(scored_run(tmp_path, broken=6), "nut", SIZE)
+    figures = evaluate(scored_run(tmp_path, broken=6), "nut", VIEW)
     assert figures.image_auroc is None
     assert figures.undefined["image_auroc"] == "no good ones among 6"
 
 
 def test_the_gallery_shows_four_defects(tmp_path: Path) -> None:
-    picture = gallery(scored_run(tmp_path), "nut")
+    picture = gallery(scored_run(tmp_path), "nut", VIEW)
     assert picture
     with Image.open(io.BytesIO(picture)) as image:
         assert image.size == (2 * 520 + 24, 2 * 278 + 24)
         # The second half of each cell is the overlay.
         assert image.getpixel((8 + 256 + 8 + 100, 8 + 100)) == (99, 99, 99)
     target = Target(str(tmp_path / "run"), "seed-0")
-    assert gallery(target, "no-such-category") is None
+    assert gallery(target, "no-such-category", VIEW) is None
 
 
 def result(category: str, seed: int, image: float | None, pixel: float | None) -> Result:
@@ -140,7 +141,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         teacher_digest="t",
         data_fingerprint="d",
         heatmap_scale=HeatmapScale(0.1, 1.0),
-        fit=FitSummary(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, "cpu"),
+        fit=FitSummary(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
         files={"student.safetensors": f"{seed}" * 64},
         versions={},
         created="now",

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from stpm.errors import DataError
 from stpm.fitting import loop
-from stpm.fitting.loop import DivergedError, Epoch, fit, split
+from stpm.fitting.features import TeacherFeatures
+from stpm.fitting.held_out import calibrate_student, cross_fitted
+from stpm.fitting.loop import DivergedError, Epoch, Progress, fit, learning_rate, split
 from stpm.forward import Matcher
 from stpm.networks import architecture_of, trunk_from
 from stpm.recipe import PRESETS, Recipe
 
 MatcherOf = Callable[[Recipe], Matcher]
+BUDGET = 2**30
 
 
 @pytest.fixture
@@ -24,9 +27,22 @@ def images(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(90, 130, (9, 64, 64, 3), dtype=np.uint8)
 
 
-def fitted(images: np.ndarray, recipe: Recipe, matcher_of: MatcherOf) -> tuple[loop.Fitted, list[Epoch]]:
+def fitted(
+    images: np.ndarray,
+    recipe: Recipe,
+    matcher_of: MatcherOf,
+    checkpoints: loop.Checkpoints | None = None,
+    budget: int = BUDGET,
+) -> tuple[loop.Fitted, list[Epoch]]:
     seen: list[Epoch] = []
-    return fit(images, matcher_of(recipe), recipe, seen.append), seen
+    features = TeacherFeatures(matcher_of(recipe), images, budget)
+    assert features.kept == (budget > 0)
+    train, held_out = split(len(images), recipe.validation_share, recipe.seed)
+    return fit(features, train, held_out, recipe, seen.append, checkpoints), seen
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @given(st.integers(2, 500), st.floats(0.01, 0.99), st.integers(0, 1000))
@@ -52,18 +68,62 @@ def test_both_losses_are_told_for_every_epoch(images: np.ndarray, tiny: Recipe, 
     assert [epoch.number for epoch in seen] == [1, 2]
     assert tuple(seen) == result.history
     assert all(0 < epoch.train_loss < 2 and 0 < epoch.validation_loss < 2 for epoch in seen)
-    assert (result.train_count, result.validation_count) == (7, 2)
 
 
-@pytest.mark.parametrize("preset", ["paper", "notebook"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_a_seed_decides_every_weight(preset: str, images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
     ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "validation_share")
     recipe = dataclasses.replace(PRESETS[preset], **{name: getattr(tiny, name) for name in ours})  # type: ignore[index]
     first, again = (fitted(images, recipe, matcher_of)[0] for _ in range(2))
     other = fitted(images, dataclasses.replace(recipe, seed=1), matcher_of)[0]
-    assert all(torch.equal(first.student[k], again.student[k]) for k in first.student)
+    assert same(first.student, again.student)
     assert [e.train_loss for e in first.history] == [e.train_loss for e in again.history]
-    assert any(not torch.equal(first.student[k], other.student[k]) for k in first.student)
+    assert not same(first.student, other.student)
+
+
+class InterruptedFitError(Exception):
+    pass
+
+
+class Memory:
+    """Checkpoints after every epoch, and a death after the n-th."""
+
+    def __init__(self, dies_after: int) -> None:
+        self.progress: Progress | None = None
+        self._left = dies_after
+
+    def load(self) -> Progress | None:
+        return self.progress
+
+    def due(self) -> bool:
+        return True
+
+    def save(self, progress: Progress) -> None:
+        self.progress = progress
+        self._left -= 1
+        if not self._left:
+            raise InterruptedFitError
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("dies_after", [1, 3])
+def test_a_fit_that_was_interrupted_ends_with_the_same_bits(
+    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf, optimiser: str, keep: str, dies_after: int
+) -> None:
+    recipe = dataclasses.replace(
+        tiny, optimiser=optimiser, keep=keep, epochs=5, schedule="cosine", warmup_epochs=2, learning_rate=0.01
+    )
+    whole, _ = fitted(images, recipe, matcher_of)
+    memory = Memory(dies_after)
+    with pytest.raises(InterruptedFitError):
+        fitted(images, recipe, matcher_of, memory)
+    resumed, seen = fitted(images, recipe, matcher_of, memory)
+    assert [epoch.number for epoch in seen] == list(range(dies_after + 1, 6))
+    assert same(whole.student, resumed.student)
+    assert whole.kept.number == resumed.kept.number
+    losses = [[(e.train_loss, e.validation_loss) for e in of.history] for of in (whole, resumed)]
+    assert losses[0] == losses[1]
 
 
 def test_the_loss_falls(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
@@ -80,22 +140,58 @@ def test_the_epoch_that_is_kept(images: np.ndarray, tiny: Recipe, matcher_of: Ma
         assert result.kept == (best if keep == "best" else result.history[-1])
 
 
+def test_early_stopping_ends_when_the_validation_loss_no_longer_falls(
+    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf
+) -> None:
+    recipe = dataclasses.replace(tiny, epochs=200, early_stopping=3, learning_rate=0.01)
+    history = fitted(images, recipe, matcher_of)[0].history
+    assert len(history) < 200
+    best = min(history, key=lambda epoch: epoch.validation_loss).number
+    assert history[-1].number == best + 3
+
+
+def test_learning_rates() -> None:
+    recipe = Recipe(epochs=10, learning_rate=1.0, warmup_epochs=2, schedule="cosine")
+    rates = [learning_rate(recipe, step, 5) for step in range(50)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    np.testing.assert_allclose(rates[10:], 0.5 * (1 + np.cos(np.pi * np.arange(40) / 40)))
+    assert {learning_rate(Recipe(), step, 5) for step in range(500)} == {0.4}
+
+
 def test_calibration_is_the_held_out_images_scored_by_the_kept_student(
     images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
     result, _ = fitted(images, tiny, matcher_of)
+    matcher, held_out = matcher_of(tiny), split(len(images), tiny.validation_share, tiny.seed)[1]
+    calibration, statistics = calibrate_student(result.student, matcher, images, held_out, tiny)
     student = trunk_from(tiny.teacher, tiny.levels, result.student, "test")
-    held_out = split(len(images), tiny.validation_share, tiny.seed)[1]
-    maps = matcher_of(tiny).anomaly_maps(student, images[held_out])
-    np.testing.assert_array_equal(result.calibration.scores, np.sort(maps.max(axis=(1, 2))))
+    maps = matcher.anomaly_maps(matcher.distances(student, images[held_out]), None)
+    np.testing.assert_array_equal(calibration.scores, np.sort(maps.max(axis=(1, 2))))
+    assert statistics is None
 
 
-def test_features_computed_anew_fit_the_same_student(
-    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrated_levels_need_three_held_out_images(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+    recipe = dataclasses.replace(tiny, combine="calibrated")
+    result, _ = fitted(images, recipe, matcher_of)
+    matcher = matcher_of(recipe)
+    with pytest.raises(DataError, match="2 held-out images; combine `calibrated` needs 3"):
+        calibrate_student(result.student, matcher, images, np.arange(2), recipe)
+    calibration, statistics = calibrate_student(result.student, matcher, images, np.arange(5), recipe)
+    assert len(calibration.scores) == 5
+    assert statistics
+    assert len(statistics) == 3
+
+
+def test_cross_fitted_scores_are_one_for_every_image(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+    recipe = dataclasses.replace(tiny, calibration_folds=3)
+    scores = cross_fitted(TeacherFeatures(matcher_of(recipe), images, BUDGET), images, recipe)
+    assert len(scores) == len(images)
+    assert (np.diff(scores) >= 0).all()
+
+
+def test_features_computed_anew_fit_the_same_student(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
     kept, _ = fitted(images, tiny, matcher_of)
-    monkeypatch.setattr(loop, "_FEATURE_BUDGET", 0)
-    anew, _ = fitted(images, tiny, matcher_of)
+    anew, _ = fitted(images, tiny, matcher_of, budget=0)
     for first, second in zip(kept.history, anew.history, strict=True):
         # Kept features are rounded to half precision, nothing else differs.
         assert first.train_loss == pytest.approx(second.train_loss, rel=2e-2)
@@ -105,13 +201,13 @@ def test_the_last_smaller_batch_steps_as_far_as_its_mean_says(
     images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
     """The loss scale multiplies the mean of a batch, whatever its size: a batch twice over changes no gradient."""
-    recipe = dataclasses.replace(tiny, batch=64, epochs=1, validation_share=0.12)
-    matcher = matcher_of(recipe)
+    matcher = matcher_of(tiny)
+    weights = fitted(images, tiny, matcher_of)[0].student
     gradients = []
     for batch in (images[:3], np.concatenate([images[:3], images[:3]])):
-        student = trunk_from(recipe.teacher, recipe.levels, fitted(images, recipe, matcher_of)[0].student, "test")
+        student = trunk_from(tiny.teacher, tiny.levels, weights, "test")
         inputs = matcher.inputs(torch.from_numpy(batch))
-        loss = loop.matching_loss(matcher.teacher_features(inputs), student(inputs)) * recipe.loss_scale
+        loss = loop.matching_loss(matcher.teacher_features(inputs), student(inputs)) * tiny.loss_scale
         loss.backward()
         gradients.append(next(student.parameters()).grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
@@ -132,5 +228,7 @@ def test_a_patch_scores_above_images_like_those_that_were_fitted(
     normal = rng.integers(90, 130, (6, 64, 64, 3), dtype=np.uint8)
     odd = normal.copy()
     odd[:, 20:40, 20:40] = 250
-    scores = matcher_of(recipe).anomaly_maps(student, np.concatenate([normal, odd])).max(axis=(1, 2))
+    matcher = matcher_of(recipe)
+    maps = matcher.anomaly_maps(matcher.distances(student, np.concatenate([normal, odd])), None)
+    scores = maps.max(axis=(1, 2))
     assert scores[6:].min() > 2 * scores[:6].max()

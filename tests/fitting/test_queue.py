@@ -78,25 +78,26 @@ def test_whatever_dies_every_task_ends_once_and_only_the_guilty_fail(
     tasks: int, workers: int, data: st.DataObject
 ) -> None:
     guilty = data.draw(st.sets(st.integers(0, tasks - 1)))
+    order = data.draw(st.randoms(use_true_random=False))
     queue = TaskQueue([task(str(i)) for i in range(tasks)])
-    group, held = 0, dict.fromkeys(range(workers))
-    done: set[int] = set()
-    for _ in range(1000):
-        worker = data.draw(st.sampled_from(sorted(set(held) - done))) if set(held) - done else None
-        if worker is None:
-            break
-        mine = held[worker]
-        if mine is None:
-            taken = queue.take(str(group))
-            if taken is None:
-                done.add(worker)
-            held[worker] = taken if isinstance(taken, FitTask) else None
-        elif int(mine.category) in guilty:
-            group += 1
-            held, done = dict.fromkeys(range(workers)), set()
-        else:
-            finish(queue, mine)
-            held[worker] = None
+    group = 0
+    held: dict[int, FitTask | None] = dict.fromkeys(range(workers))
+    while held:
+        for worker in order.sample(sorted(held), len(held)):
+            mine = held[worker]
+            if mine is None:
+                taken = queue.take(str(group))
+                if taken is None:
+                    del held[worker]
+                elif isinstance(taken, FitTask):
+                    held[worker] = taken
+            elif int(mine.category) in guilty:
+                group += 1
+                held = dict.fromkeys(range(workers))
+                break
+            else:
+                finish(queue, mine)
+                held[worker] = None
     outcomes = [e for e in queue.events(0) if isinstance(e, Outcome)]
     assert sorted(o.category for o in outcomes) == sorted(map(str, range(tasks)))
     assert {int(o.category) for o in outcomes if o.status == "failed"} == guilty

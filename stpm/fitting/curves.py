@@ -1,0 +1,28 @@
+"""The losses of a fit as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from stpm.fitting.loop import Epoch
+
+
+def loss_curves(history: Sequence[Epoch], kept: int, title: str) -> bytes:
+    """Training and validation loss over epochs, the kept epoch marked: a PNG of 640 × 400."""
+    figure = Figure(figsize=(6.4, 4.0), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    epochs = [epoch.number for epoch in history]
+    axes.plot(epochs, [epoch.train_loss for epoch in history], label="training", marker=".")
+    axes.plot(epochs, [epoch.validation_loss for epoch in history], label="validation", marker=".")
+    axes.axvline(kept, color="grey", linestyle=":", label=f"kept: {kept}")
+    # A category's name is text, whatever dollar signs it has.
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="epoch", ylabel="loss (0 to 2)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png")
+    return sink.getvalue()

@@ -1,0 +1,53 @@
+"""The teacher's features of a category's images: computed once and kept where they fit, else computed anew."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from stpm.forward import Matcher
+from stpm.images import Pixels
+
+_BATCH = 16
+
+
+class TeacherFeatures:
+    """Images by index, and the teacher's features of them.
+
+    What is kept is the direction of each feature vector in half precision: all that the loss needs, and too small to
+    overflow.
+
+    Args:
+        matcher: holds the teacher.
+        images: (N, size, size, 3) uint8 RGB.
+        budget: bytes that kept features may take.
+    """
+
+    def __init__(self, matcher: Matcher, images: Pixels, budget: int) -> None:
+        self.matcher = matcher
+        self._pixels = torch.from_numpy(images)
+        one = self._compute(torch.arange(1))
+        self.size = sum(f.numel() for f in one) * 2 * len(images)
+        self.kept = self.size <= budget
+        self._features: list[Tensor] = []
+        if self.kept:
+            self._features = [self._empty(f) for f in one]
+            for indices in torch.split(torch.arange(len(images)), _BATCH):
+                for level, computed in zip(self._features, self._compute(indices), strict=True):
+                    level[indices] = normalize(computed.float(), dim=1).half()
+
+    def __call__(self, indices: Tensor) -> list[Tensor]:
+        """Features of the images of these indices, one (B, Cₗ, Hₗ, Wₗ) tensor per level."""
+        return [level[indices] for level in self._features] if self.kept else self._compute(indices)
+
+    def inputs(self, indices: Tensor) -> Tensor:
+        """(B, 3, size, size) float32 network inputs."""
+        return self.matcher.inputs(self._pixels[indices])
+
+    def _compute(self, indices: Tensor) -> list[Tensor]:
+        return self.matcher.teacher_features(self.inputs(indices))
+
+    def _empty(self, like: Tensor) -> Tensor:
+        shape = (len(self._pixels), *like.shape[1:])
+        return torch.empty(shape, dtype=torch.float16, device=like.device, memory_format=torch.channels_last)

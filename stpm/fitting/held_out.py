@@ -1,0 +1,69 @@
+"""Calibration: images that a student never saw, scored by the code that scoring uses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stpm.calibration import Calibration, calibrate
+from stpm.errors import DataError
+from stpm.fitting.features import TeacherFeatures
+from stpm.fitting.loop import EVALUATION_BATCH, Indices, batches, fit
+from stpm.forward import Matcher, place
+from stpm.images import Pixels
+from stpm.matching import LevelStatistics, level_statistics, standardised_without_itself
+from stpm.networks import StateDict, architecture_of, trunk_from
+from stpm.recipe import Recipe
+
+_LEAST_TO_STANDARDISE = 3
+
+
+def calibrate_student(
+    student: StateDict, matcher: Matcher, images: Pixels, held_out: Indices, recipe: Recipe
+) -> tuple[Calibration, list[LevelStatistics] | None]:
+    """Scores and heatmap scale from the held-out images; and the levels' statistics, if the recipe needs them.
+
+    Raises:
+        DataError: if they are too few to standardise by.
+    """
+    distances = _distances(student, matcher, images, held_out, recipe)
+    statistics = level_statistics(distances) if recipe.combine == "calibrated" else None
+    return calibrate(_maps(distances, matcher, recipe)), statistics
+
+
+def cross_fitted(features: TeacherFeatures, images: Pixels, recipe: Recipe) -> npt.NDArray[np.float32]:
+    """One score for every image, from students that were fitted without it: ascending, of length N.
+
+    Each fold's student runs all epochs and keeps the last, so that no choice is made on the fold that it scores.
+    """
+    order = np.random.default_rng(recipe.seed).permutation(len(images))
+    folds = [np.sort(fold) for fold in np.array_split(order, recipe.calibration_folds)]
+    without_choice = dataclasses.replace(recipe, keep="last", early_stopping=0)
+    scores = []
+    for fold in folds:
+        fitted = fit(features, np.setdiff1d(order, fold), fold, without_choice, lambda epoch: None)
+        distances = _distances(fitted.student, features.matcher, images, fold, recipe)
+        scores.append(_maps(distances, features.matcher, recipe).max(axis=(1, 2)))
+    return np.sort(np.concatenate(scores))
+
+
+def _distances(weights: StateDict, matcher: Matcher, images: Pixels, indices: Indices, recipe: Recipe) -> list[Tensor]:
+    student = trunk_from(architecture_of(recipe.teacher), recipe.levels, weights, "fitted student")
+    place(student, matcher.device)
+    parts = [matcher.distances(student, images[chosen]) for chosen in batches(indices, EVALUATION_BATCH)]
+    return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+
+def _maps(distances: list[Tensor], matcher: Matcher, recipe: Recipe) -> npt.NDArray[np.float32]:
+    if recipe.combine == "calibrated":
+        if len(distances[0]) < _LEAST_TO_STANDARDISE:
+            raise DataError(
+                f"{len(distances[0])} held-out images; combine `calibrated` needs {_LEAST_TO_STANDARDISE}: add images, "
+                "raise --validation-share, or choose another --combine"
+            )
+        distances = standardised_without_itself(distances)
+    return matcher.anomaly_maps(distances, None)

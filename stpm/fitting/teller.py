@@ -1,0 +1,112 @@
+"""Tells what happens in the pool: a line per epoch where someone watches, fewer in a log file, none lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from stpm.console import Say
+from stpm.fitting.loop import Epoch
+from stpm.fitting.queue import Event
+from stpm.fitting.task import FitTask, Outcome
+
+_LOG_SECONDS = 5.0
+_BAR = 20
+
+
+class Teller:
+    """Called with each event of a pool, on one thread.
+
+    Args:
+        tasks: all that the pool runs.
+        say: takes a line.
+        watched: someone looks on; otherwise a task's epochs are gathered, and told at most every five seconds.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, tasks: Sequence[FitTask], say: Say, watched: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say = say
+        self._clock = clock
+        self._pause = 0.0 if watched else _LOG_SECONDS
+        self._tasks = {task.key: task for task in tasks}
+        self._width = max(map(len, self._tasks))
+        self._gathered: dict[str, list[Epoch]] = {}
+        self._told: dict[str, float] = {}
+        self._first: dict[str, float] = {}
+        self._ended = 0
+        self._epochs_done: dict[str, int] = {}
+        self._start = clock()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Outcome):
+            self._tell_epochs(event.key)
+            self._tell_outcome(event)
+            return
+        key, told = event
+        if isinstance(told, str):
+            self._line(key, told)
+            return
+        self._gathered.setdefault(key, []).append(told)
+        self._epochs_done[key] = told.number
+        last = told.number == self._tasks[key].recipe.epochs
+        if last or self._clock() - self._told.get(key, -self._pause) >= self._pause:
+            self._tell_epochs(key)
+
+    def _tell_epochs(self, key: str) -> None:
+        epochs = self._gathered.pop(key, [])
+        if not epochs:
+            return
+        self._told[key] = self._clock()
+        first = self._first.setdefault(key, epochs[0].train_loss)
+        task = self._tasks[key]
+        total = str(task.recipe.epochs)
+        numbers = (
+            f"{epochs[-1].number:>{len(total)}}" if len(epochs) == 1 else f"{epochs[0].number}-{epochs[-1].number}"
+        )
+        left = (task.recipe.epochs - epochs[-1].number) * len(task.train) * (1 - task.recipe.validation_share)
+        speed = epochs[-1].images_per_second
+        line = (
+            f"epoch {numbers}/{total}  train loss {_several(e.train_loss for e in epochs)}  "
+            f"validation loss {_several(e.validation_loss for e in epochs)}  {speed:.0f} images/s"
+        )
+        if left:
+            line += f"  {_duration(left / speed)} left"
+        if epochs[-1].train_loss > first:
+            line += f"  above its start, {first:.4f}: it may be diverging, lower --learning-rate"
+        self._line(key, line)
+
+    def _tell_outcome(self, outcome: Outcome) -> None:
+        self._ended += 1
+        if outcome.record is None:
+            self._line(outcome.key, f"failed: {outcome.reason}")
+        else:
+            fit = outcome.record.fit
+            self._line(outcome.key, f"fitted in {fit.seconds:.1f} s, epoch {fit.kept_epoch} of {fit.epochs} kept")
+        self._epochs_done[outcome.key] = self._tasks[outcome.key].recipe.epochs
+        total = len(self._tasks)
+        filled = _BAR * self._ended // total
+        line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {self._ended}/{total} ended"
+        done = sum(task.cost * self._epochs_done.get(key, 0) / task.recipe.epochs for key, task in self._tasks.items())
+        whole = sum(task.cost for task in self._tasks.values())
+        if self._ended < total:
+            line += f", about {_duration((self._clock() - self._start) * (whole - done) / done)} left"
+        self._say(line)
+
+    def _line(self, key: str, text: str) -> None:
+        self._say(f"{key:<{self._width}}  {text}")
+
+
+def _several(losses: Iterable[float]) -> str:
+    return " ".join(f"{loss:.4f}" for loss in losses)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

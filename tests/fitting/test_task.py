@@ -1,0 +1,135 @@
+"""One task with its input and output: what is stored, and what survives an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stpm import images, mvtec, storage
+from stpm.errors import DataError
+from stpm.fitting.loop import Epoch
+from stpm.fitting.task import FitTask, Limits, load_pixels, run_task
+from stpm.models import ModelStore
+from stpm.networks import load_teacher
+from stpm.recipe import Recipe
+from tests.conftest import LIMITS
+from tests.datasets import make_category
+
+EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
+
+
+def task_in(root: str, recipe: Recipe, store: str = "models", **changes: int) -> FitTask:
+    make_category(f"{root}/data", "nut", **changes)
+    uri = f"{root}/{store}"
+    digest = ModelStore(uri).put_teacher(load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    return FitTask.of(mvtec.read_category(f"{root}/data", "nut"), recipe, uri, digest)
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    return str(tmp_path) if request.param == "local" else memory
+
+
+def weights(task: FitTask) -> dict[str, torch.Tensor]:
+    return ModelStore(task.store).load(task.category).student.net.state_dict()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_interrupted_task_goes_on_and_stores_the_same_bits(root: str, tiny: Recipe) -> None:
+    recipe = dataclasses.replace(tiny, epochs=4)
+    undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
+    run_task(undisturbed, LIMITS, lambda told: None)
+
+    def die(told: Epoch | str) -> None:
+        if isinstance(told, Epoch) and told.number == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_task(task, EVERY_EPOCH, die)
+    assert task.existing() is None
+    seen: list[Epoch | str] = []
+    run_task(task, EVERY_EPOCH, seen.append)
+    assert [told.number for told in seen if isinstance(told, Epoch)] == [3, 4]
+    ours, theirs = weights(task), weights(undisturbed)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert storage.read(f"{task.store}/nut/student.safetensors") == storage.read(
+        f"{undisturbed.store}/nut/student.safetensors"
+    )
+    assert not storage.exists(ModelStore(task.store).checkpoint_uri("nut"))
+    assert task.existing()
+
+
+@pytest.mark.parametrize("damage", ["half", "other recipe"])
+def test_progress_that_is_not_this_tasks_is_not_used(
+    root: str, tiny: Recipe, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(told: Epoch | str) -> None:
+        if isinstance(told, Epoch) and told.number == 2:
+            raise Killed
+
+    task = task_in(root, dataclasses.replace(tiny, epochs=3))
+    with pytest.raises(Killed):
+        run_task(task, EVERY_EPOCH, die)
+    checkpoint = ModelStore(task.store).checkpoint_uri("nut")
+    if damage == "half":
+        data = storage.read(checkpoint)
+        storage.publish(checkpoint, data[: len(data) // 2])
+    else:
+        task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, learning_rate=0.1))
+    seen: list[Epoch | str] = []
+    run_task(task, EVERY_EPOCH, seen.append)
+    assert [told.number for told in seen if isinstance(told, Epoch)] == [1, 2, 3]
+
+
+def test_a_model_is_done_only_for_its_own_recipe_teacher_and_images(root: str, tiny: Recipe) -> None:
+    task = task_in(root, tiny)
+    run_task(task, LIMITS, lambda told: None)
+    assert task.existing()
+    assert dataclasses.replace(task, recipe=dataclasses.replace(tiny, epochs=9)).existing() is None
+    assert dataclasses.replace(task, teacher_digest="other").existing() is None
+    assert dataclasses.replace(task, train=task.train[1:]).existing() is None
+
+
+def test_folds_calibrate_on_every_image(root: str, tiny: Recipe) -> None:
+    task = task_in(root, dataclasses.replace(tiny, calibration_folds=2))
+    record = run_task(task, LIMITS, lambda told: None).record
+    assert record
+    assert record.fit.calibration_count == 8
+    assert len(ModelStore(task.store).load("nut").calibration.scores) == 8
+
+
+def test_images_beyond_the_budget_go_to_a_file_and_nothing_else_changes(root: str, tiny: Recipe) -> None:
+    task = task_in(root, tiny)
+    uris = [uri for uri, _ in task.train]
+    in_memory = load_pixels(uris, tiny.view, 2**30)
+    on_disk = load_pixels(uris, tiny.view, 0)
+    assert isinstance(on_disk, np.memmap)
+    assert not isinstance(in_memory, np.memmap)
+    np.testing.assert_array_equal(in_memory, on_disk)
+    told: list[Epoch | str] = []
+    run_task(task, Limits(0, 0, 1e9), told.append)
+    assert isinstance(told[0], str)
+    assert "in a file; teacher's features computed anew" in told[0]
+
+
+def test_broken_files_are_all_named(tmp_path: Path) -> None:
+    make_category(str(tmp_path), "nut", train=9)
+    folder = tmp_path / "nut" / "train" / "good"
+    for i in range(7):
+        (folder / f"{i:03}.png").write_bytes(b"")
+    uris = [str(path) for path in sorted(folder.iterdir())]
+    with pytest.raises(DataError, match=r"7 of 9 training images cannot be read: .*000.png.*; and 2 more; repair"):
+        load_pixels(uris, images.View(64), 2**30)
+
+
+def test_a_loss_curve_is_a_picture(root: str, tiny: Recipe) -> None:
+    task = task_in(root, tiny)
+    run_task(task, LIMITS, lambda told: None)
+    assert storage.read(f"{task.store}/nut/loss.png").startswith(b"\x89PNG")
