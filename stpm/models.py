@@ -221,6 +221,10 @@ class ModelStore:
             statistics=statistics,
         )
 
+    def folder(self, category: str) -> str:
+        """The folder of a category."""
+        return storage.join(self.uri, storage.safe_name(category, "category"))
+
     def checkpoint_uri(self, category: str) -> str:
         """Where a fit of this category keeps its progress while it runs."""
         return self._uri(category, _CHECKPOINT)
@@ -234,7 +238,7 @@ class ModelStore:
         return pq.read_table(io.BytesIO(data))
 
     def _uri(self, category: str, name: str) -> str:
-        return storage.join(self.uri, storage.safe_name(category, "category"), name)
+        return storage.join(self.folder(category), name)
 
     def _teacher_uri(self, digest: str) -> str:
         return storage.join(self.uri, _TEACHERS, f"{digest}.safetensors")

@@ -30,6 +30,7 @@ _EXTRAS = {
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 _MAX_NAME = 128
+_UNFINISHED = ".part"
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -110,7 +111,7 @@ def publish(uri: str, data: bytes) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
+    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=_UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -119,6 +120,13 @@ def publish(uri: str, data: bytes) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def sweep(uri: str) -> None:
+    """Remove what writers that were killed left unfinished in a local folder; nobody may be writing there."""
+    if is_local(uri):
+        for left in Path(absolute(uri)).glob(f".*{_UNFINISHED}"):
+            left.unlink(missing_ok=True)
 
 
 def remove(uri: str) -> None:

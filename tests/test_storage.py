@@ -94,3 +94,11 @@ def test_local_paths_become_absolute_and_others_stay(monkeypatch: pytest.MonkeyP
     assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
     assert storage.absolute(f"file://{tmp_path}/y") == str(tmp_path / "y")
     assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    storage.publish(str(tmp_path / "kept"), b"x")
+    (tmp_path / ".abc.part").write_bytes(b"half")
+    storage.sweep(str(tmp_path))
+    storage.sweep(str(tmp_path / "nothing"))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

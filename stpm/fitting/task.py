@@ -133,6 +133,7 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
     start = time.perf_counter()
     recipe = task.recipe
     store = ModelStore(task.store)
+    storage.sweep(store.folder(task.category))
     device = pick_device()
     precision = resolve_precision(recipe.precision, device)
     teacher = _teacher(task.store, recipe.teacher, recipe.levels, task.teacher_digest)

@@ -1,0 +1,38 @@
+"""A driver whose pool has one task that kills its worker process, each time. Run by test_faults."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from stpm import mvtec
+from stpm.cluster import connected
+from stpm.console import say
+from stpm.fitting.pool import PoolOptions, run_pool
+from stpm.fitting.task import FitTask
+from stpm.fitting.teller import Teller
+from stpm.models import ModelStore
+from stpm.networks import load_teacher
+from tests.conftest import TINY
+
+
+class DeadlyTask(FitTask):
+    @property
+    def data_fingerprint(self) -> str:  # type: ignore[override]
+        os._exit(1)
+
+
+def main(data: str, models: str) -> None:
+    digest = ModelStore(models).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    tasks = [
+        (DeadlyTask if name == "deadly" else FitTask).of(mvtec.read_category(data, name), TINY, models, digest)
+        for name in mvtec.find_categories(data)
+    ]
+    with connected():
+        outcomes = run_pool(tasks, PoolOptions(workers=2), f"{models}/.train", Teller(tasks, say, watched=True))
+    for outcome in outcomes:
+        say(f"outcome {outcome.category} {outcome.status} {outcome.reason}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

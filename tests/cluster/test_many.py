@@ -1,0 +1,47 @@
+"""Two hundred categories, each of a second's work or less."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stpm.models import ModelStore
+from tests.cluster.conftest import TINY_RECIPE, start_job
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+COUNT = 200
+
+
+def test_two_hundred_categories_neither_grow_the_driver_nor_wait_for_it(tmp_path: Path) -> None:
+    for i in range(COUNT):
+        make_category(str(tmp_path / "data"), f"part-{i:03}", train=6, good=0, defects=0, seed=i)
+    begin = time.monotonic()
+    process = start_job(
+        "fit", "--data", str(tmp_path / "data"), "--models", str(tmp_path / "models"), "--epochs", "3", *TINY_RECIPE
+    )
+    assert process.stdout
+    memory = []
+    first = 0.0
+    for line in process.stdout:
+        if " ended" in line:
+            first = first or time.monotonic()
+            memory.append(psutil.Process(process.pid).memory_info().rss)
+    process.communicate(timeout=60)
+    seconds = time.monotonic() - begin
+    assert process.returncode == 0
+    store = ModelStore(str(tmp_path / "models"))
+    names = store.categories()
+    assert len(names) == COUNT == len(memory)
+    work = sum(store.record(name).fit.seconds for name in names)
+    print(
+        f"{seconds:.0f} s in all, {begin + seconds - first:.0f} s from the first end to the last, {work:.0f} s of work"
+    )
+    print(f"driver {memory[0] / 2**20:.0f} MiB at the first, {memory[-1] / 2**20:.0f} MiB at the last")
+    assert memory[-1] < 1.1 * memory[COUNT // 4]
+    # Two workers: half of the work's seconds is the least that it could take.
+    assert begin + seconds - first < 3 * work / 2
