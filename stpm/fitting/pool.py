@@ -16,6 +16,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stpm import storage
 from stpm.errors import ConfigError, StpmError
@@ -100,7 +101,9 @@ def run_pool(
     Returns:
         One outcome per task, in the order they ended. Tasks that never ran are failed.
     """
-    queue = ray.remote(num_cpus=0)(TaskQueue).remote(list(tasks))
+    # With the driver, and not on a node that may be taken away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    queue = ray.remote(num_cpus=0, scheduling_strategy=here)(TaskQueue).remote(list(tasks))
     filesystem, path = storage.arrow_filesystem(scratch)
     trainer = TorchTrainer(
         _work,

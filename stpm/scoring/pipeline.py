@@ -110,11 +110,11 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
         ModelError: if no row's category has a model.
         ConfigError: if the scorers do not fit the cluster.
     """
+    views = _views(manifest, store)
+    pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-manifest.num_rows // _BLOCK_ROWS))
     target.clear()
     manifest_uri = storage.join(target.out, "manifests", f"{target.name}.parquet")
     _write_manifest(manifest, manifest_uri)
-    views = _views(manifest, store)
-    pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-manifest.num_rows // _BLOCK_ROWS))
     filesystem, path = storage.arrow_filesystem(manifest_uri)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     rows = (

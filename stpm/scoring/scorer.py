@@ -12,14 +12,18 @@ import pyarrow as pa
 import ray
 import torch
 
+from stpm.errors import ModelError
 from stpm.forward import Matcher, compare, pick_device
 from stpm.models import Model, ModelRecord, ModelStore
-from stpm.networks import Trunk
 from stpm.scoring.schema import DECODED, SCORED, table
+
+Sharing = tuple[str, ...]
 
 
 class Scorer:
     """DECODED rows to SCORED rows. The teacher runs once per batch, each student on its own rows.
+
+    A model that cannot be loaded makes its rows errors, and no others.
 
     Args:
         store: URI of the model store.
@@ -35,9 +39,8 @@ class Scorer:
         self._rate = false_alarm_rate
         self._raw_maps = raw_maps
         self._device = pick_device()
-        self._models: dict[str, Model] = {}
-        self._teachers: dict[str, Trunk] = {}
-        self._matchers: dict[tuple[Any, ...], Matcher] = {}
+        self._models: dict[str, Model | ModelError] = {}
+        self._matchers: dict[Sharing, Matcher] = {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.num_rows
@@ -45,18 +48,23 @@ class Scorer:
         for field in SCORED:
             if field.name not in columns:
                 columns[field.name] = [None if field.nullable else b"" if field.name == "heat" else ""] * rows
-        good = [i for i in range(rows) if not columns["error_kind"][i]]
+        good: list[tuple[Sharing, str, int]] = []
+        for i in range(rows):
+            if columns["error_kind"][i]:
+                continue
+            category = columns["category"][i]
+            model = self._model(category)
+            if isinstance(model, ModelError):
+                columns["error_kind"][i], columns["error_message"][i] = "no_model", str(model)
+            else:
+                good.append((_sharing(model.record), category, i))
         # Sorted by teacher and then by category, what one network sees is a slice and never a copy.
-        order = sorted(
-            good, key=lambda i: (_sharing(self._model(columns["category"][i]).record), columns["category"][i])
-        )
-        for _, shared in groupby(order, key=lambda i: _sharing(self._model(columns["category"][i]).record)):
-            self._score_shared(list(shared), columns)
+        for sharing, shared in groupby(sorted(good), key=lambda row: row[0]):
+            self._score_shared(self._matchers[sharing], [i for _, _, i in shared], columns)
         return table(columns, SCORED)
 
-    def _score_shared(self, rows: list[int], columns: dict[str, list[Any]]) -> None:
+    def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""
-        matcher = self._matcher(self._model(columns["category"][rows[0]]).record)
         size = matcher.recipe.size
         pixels = np.stack([np.frombuffer(columns["pixels"][i], np.uint8).reshape(size, size, 3) for i in rows])
         with torch.inference_mode():
@@ -66,7 +74,7 @@ class Scorer:
             for category, group in groupby(rows, key=lambda i: columns["category"][i]):
                 members = list(group)
                 part = slice(start, start + len(members))
-                model = self._model(category)
+                model = self._loaded(category)
                 student = matcher.features(model.student, inputs[part])
                 maps = matcher.anomaly_maps(compare([t[part] for t in teacher], student), model.statistics)
                 self._fill(members, maps, model, columns)
@@ -98,24 +106,38 @@ class Scorer:
             if self._raw_maps:
                 columns["anomaly_map"][row] = maps[k].tobytes()
 
-    def _model(self, category: str) -> Model:
+    def _model(self, category: str) -> Model | ModelError:
+        """The model, with its matcher made ready; or why there is none."""
         if category not in self._models:
-            self._models[category] = self._store.load(category).to(self._device)
+            try:
+                model = self._store.load(category).to(self._device)
+                self._make_matcher(model.record)
+                self._models[category] = model
+            except ModelError as error:
+                self._models[category] = error
         return self._models[category]
 
-    def _matcher(self, record: ModelRecord) -> Matcher:
-        key = _sharing(record)
-        if key not in self._matchers:
-            if record.teacher_digest not in self._teachers:
-                teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-                self._teachers[record.teacher_digest] = teacher
-            self._matchers[key] = Matcher(
-                self._teachers[record.teacher_digest], record.recipe, self._device, record.precision
-            )
-        return self._matchers[key]
+    def _loaded(self, category: str) -> Model:
+        model = self._model(category)
+        if isinstance(model, ModelError):
+            raise model
+        return model
+
+    def _make_matcher(self, record: ModelRecord) -> None:
+        sharing = _sharing(record)
+        if sharing not in self._matchers:
+            teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
+            self._matchers[sharing] = Matcher(teacher, record.recipe, self._device, record.precision)
 
 
-def _sharing(record: ModelRecord) -> tuple[Any, ...]:
+def _sharing(record: ModelRecord) -> Sharing:
     """What models must have in common to share one forward pass of the teacher."""
     recipe = record.recipe
-    return (record.teacher_digest, recipe.size, recipe.normalisation, recipe.combine, record.precision)
+    return (
+        record.teacher_digest,
+        ",".join(map(str, recipe.levels)),
+        str(recipe.size),
+        recipe.normalisation,
+        recipe.combine,
+        record.precision,
+    )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from stpm import mvtec, storage
 from stpm.fitting.task import FitTask, run_task
+from stpm.forward import Matcher
 from stpm.images import View, decode
-from stpm.models import ModelStore
+from stpm.models import Model, ModelStore
 from stpm.networks import load_teacher
 from stpm.recipe import Recipe
 from stpm.scoring.decode import Decode
@@ -55,6 +58,13 @@ def scored(run: Path, rows: pa.Table) -> pa.Table:
     return scorer(run)(Decode(dict.fromkeys(CATEGORIES, View(64)))(rows))
 
 
+def _matcher(run: Path, model: Model) -> Matcher:
+    record = model.record
+    store = ModelStore(str(run / "models"))
+    teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
+    return Matcher(teacher, record.recipe, torch.device("cpu"), record.precision)
+
+
 def test_image_ids_are_stable_64_bit_and_differ() -> None:
     assert image_id("s3://bucket/a.png") == -520363251256440237
     ids = {image_id(f"file-{i}") for i in range(10_000)}
@@ -76,7 +86,7 @@ def test_every_row_of_a_mixed_batch_gets_its_own_models_score(run: Path) -> None
     store = ModelStore(str(run / "models"))
     for row in out:
         model = store.load(row["category"])
-        matcher = scorer(run)._matcher(model.record)
+        matcher = _matcher(run, model)
         pixels = decode(storage.read(row["uri"]), View(64)).pixels
         expected = matcher.anomaly_maps(matcher.distances(model.student, pixels[None]), model.statistics)[0]
         actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
@@ -179,3 +189,26 @@ def test_the_same_image_scores_the_same_in_any_batch(run: Path, tiny: Recipe) ->
     whole = scored(run, rows)["score"].to_numpy()
     alone = [scored(run, rows.slice(i, 1))["score"][0].as_py() for i in range(rows.num_rows)]
     np.testing.assert_allclose(whole, alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["nut/student.safetensors", "teachers"])
+def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(run / "models", tmp_path / "models")
+    damaged = tmp_path / "models" / file
+    if damaged.is_dir():
+        damaged = next(damaged.iterdir())
+    damaged.write_bytes(b"x")
+    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    out = Scorer(str(tmp_path / "models"), 0.3, raw_maps=False, threads=1)(decoded).to_pylist()
+    broken = {"nut"} if file.startswith("nut") else set(CATEGORIES)
+    for row in out:
+        assert (row["error_kind"] == "no_model") == (row["category"] in broken)
+        assert (row["score"] is None) == (row["category"] in broken)
+        assert ("its SHA-256 is" in row["error_message"]) == (row["category"] in broken)
+
+
+def test_one_image_is_a_collection_too(run: Path, memory: str) -> None:
+    uri = manifest(run)["uri"][0].as_py()
+    assert of_folder(uri, "nut")["uri"].to_pylist() == [uri]
+    storage.publish(f"{memory}/a/b.png", storage.read(uri))
+    assert len(of_folder(f"{memory}/a/b.png", "nut")) == 1
