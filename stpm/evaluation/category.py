@@ -17,6 +17,7 @@ from stpm.errors import DataError, ImageError
 from stpm.evaluation.metrics import UndefinedMetricError, auroc
 from stpm.mvtec import GOOD
 from stpm.scoring.pipeline import Target
+from stpm.scoring.schema import OUTPUT
 
 _COLUMNS = (
     "uri",
@@ -53,6 +54,8 @@ def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) 
         for uri, _ in storage.files(target.scores)
         if (name := uri.rsplit("/", 1)[-1]).startswith(f"{target.name}_")
     ]
+    if not paths:
+        return pa.schema([OUTPUT.field(name) for name in columns]).empty_table()
     rows = ds.dataset(paths, filesystem=filesystem, format="parquet").to_table(
         columns=list(columns), filter=ds.field("category") == category
     )

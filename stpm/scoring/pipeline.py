@@ -98,7 +98,7 @@ class ScorerPool:
 
 
 def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions, target: Target) -> None:
-    """Score every row of a manifest and write one output row each. Needs a connection to Ray.
+    """Score every row of a manifest and write one output row each, none for none. Needs a connection to Ray.
 
     Args:
         manifest: of schema MANIFEST.
@@ -110,6 +110,9 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
         ModelError: if no row's category has a model.
         ConfigError: if the scorers do not fit the cluster.
     """
+    if not manifest.num_rows:
+        target.clear()
+        return
     views = _views(manifest, store)
     pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-manifest.num_rows // _BLOCK_ROWS))
     target.clear()

@@ -67,3 +67,11 @@ def test_what_cannot_be_done_is_one_line_and_an_exit_code(
     assert message in said
     assert "Traceback" not in said
     assert not Path("m").exists() or not list(Path("m").rglob("model.json"))
+
+
+def test_a_data_set_without_test_images_is_fitted_and_its_figures_are_undefined(here: Path) -> None:
+    make_category("data", "nut", good=0, defects=0)
+    process = run_job("benchmark", "--data", "data", "--out", "run", *TINY_FIT)
+    assert process.returncode == 0
+    assert "nut: image_auroc is undefined: no defective ones among 0" in process.stdout
+    assert ModelStore("run/models/seed-0").categories() == ["nut"]
