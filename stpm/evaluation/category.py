@@ -49,11 +49,7 @@ class Figures:
 def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) -> pa.Table:
     """The rows of one category that one pass wrote, sorted by URI."""
     filesystem, folder = storage.arrow_filesystem(target.scores)
-    paths = [
-        f"{folder}/{name}"
-        for uri, _ in storage.files(target.scores)
-        if (name := uri.rsplit("/", 1)[-1]).startswith(f"{target.name}_")
-    ]
+    paths = [f"{folder}/{uri.rsplit('/', 1)[-1]}" for uri in target.files()]
     if not paths:
         return pa.schema([OUTPUT.field(name) for name in columns]).empty_table()
     rows = ds.dataset(paths, filesystem=filesystem, format="parquet").to_table(

@@ -59,11 +59,11 @@ def fit_categories(
         ConfigError: if the teacher cannot be had, or the workers do not fit the cluster.
     """
     weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    tasks = [
-        FitTask.of(category, dataclasses.replace(recipe, seed=seed), store, ModelStore(store).put_teacher(weights))
-        for seed, store in stores.items()
-        for category in categories
-    ]
+    tasks = []
+    for seed, store in stores.items():
+        digest = ModelStore(store).put_teacher(weights)
+        seeded = dataclasses.replace(recipe, seed=seed)
+        tasks += [FitTask.of(category, seeded, store, digest) for category in categories]
     outcomes = []
     waiting = []
     for task in tasks:

@@ -62,11 +62,15 @@ class Target:
     def scores(self) -> str:
         return storage.join(self.out, "scores")
 
+    def files(self) -> list[str]:
+        """URIs of the Parquet files that a pass of this name wrote."""
+        written = [uri for uri, _ in storage.files(self.scores)]
+        return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
+
     def clear(self) -> None:
         """Remove what an earlier pass of this name left, whole or in part."""
-        for uri, _ in storage.files(self.scores):
-            if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_"):
-                storage.remove(uri)
+        for uri in self.files():
+            storage.remove(uri)
         storage.remove(storage.join(self.out, "heatmaps", self.name))
 
 

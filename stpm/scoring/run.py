@@ -51,10 +51,10 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
-    finest = finest_rate(record.fit.validation_count)
+    finest = finest_rate(record.fit.calibration_count)
     if options.false_alarm_rate < finest:
         say(
-            f"warning: {collection.category} has {record.fit.validation_count} held-out normals, which support no "
+            f"warning: {collection.category} has {record.fit.calibration_count} held-out normals, which support no "
             f"false-alarm rate below {finest:.3f}; {options.false_alarm_rate:g} would take "
             f"{int(1 / options.false_alarm_rate + 0.5) - 1}. Its largest normal score is the threshold"
         )
