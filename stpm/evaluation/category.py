@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import pyarrow.dataset as ds
 
 from stpm import images, storage
 from stpm.errors import DataError, ImageError
-from stpm.evaluation.metrics import UndefinedMetricError, auroc
+from stpm.evaluation.metrics import UndefinedMetricError, auroc, average_precision, f1_max, share
+from stpm.evaluation.pixels import Bounded, PixelCounts
 from stpm.mvtec import GOOD
 from stpm.scoring.pipeline import Target
 from stpm.scoring.schema import OUTPUT
@@ -24,37 +25,60 @@ _COLUMNS = (
     "label",
     "mask",
     "score",
+    "is_anomalous",
     "width",
     "height",
-    "overlay",
     "error_kind",
     "error_message",
-    "anomaly_map",
 )
+_MAPS_AT_ONCE = 16
+
+# Integration limits of AUPRO, as false positive rates: the customary one, and a strict one.
+AUPRO_LIMITS = {"pixel_aupro": 0.3, "pixel_aupro_05": 0.05}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is measured of one category, each in [0, 1], or None where it is undefined.
+
+    Recall and false-alarm rate are the verdicts' at the calibrated threshold; F1-max takes the best threshold there is,
+    chosen with the labels.
+    """
+
+    image_auroc: float | None = None
+    image_average_precision: float | None = None
+    image_f1_max: float | None = None
+    image_recall: float | None = None
+    image_false_alarm_rate: float | None = None
+    pixel_auroc: float | None = None
+    pixel_average_precision: float | None = None
+    pixel_f1_max: float | None = None
+    pixel_aupro: float | None = None
+    pixel_aupro_05: float | None = None
+
+
+METRICS = tuple(metric.name for metric in fields(Metrics))
 
 
 @dataclass(frozen=True)
 class Figures:
-    """AUROCs in [0, 1], or None with the reason in `undefined`; counts of test images; and what went wrong."""
+    """Metrics, with a reason in `undefined` for each that is None; counts of test images; and what went wrong.
 
-    image_auroc: float | None
-    pixel_auroc: float | None
+    `pixel_error` is the largest error that any pixel metric may have.
+    """
+
+    metrics: Metrics
     good_count: int
     defect_count: int
     error_count: int
+    pixel_error: float = 0.0
     undefined: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
 def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) -> pa.Table:
     """The rows of one category that one pass wrote, sorted by URI."""
-    filesystem, folder = storage.arrow_filesystem(target.scores)
-    paths = [f"{folder}/{uri.rsplit('/', 1)[-1]}" for uri in target.files()]
-    if not paths:
-        return pa.schema([OUTPUT.field(name) for name in columns]).empty_table()
-    rows = ds.dataset(paths, filesystem=filesystem, format="parquet").to_table(
-        columns=list(columns), filter=ds.field("category") == category
-    )
+    rows = _dataset(target).to_table(columns=list(columns), filter=ds.field("category") == category)
     return rows.sort_by("uri")
 
 
@@ -72,51 +96,82 @@ def evaluate(target: Target, category: str, view: images.View) -> Figures:
     scored = rows.filter(pc.equal(rows["error_kind"], ""))
     is_defect = np.array([label != GOOD for label in scored["label"].to_pylist()], bool)
     scores = scored["score"].to_numpy().astype(np.float32)
-    undefined: dict[str, str] = {}
+    verdicts = np.array(scored["is_anomalous"].to_pylist(), bool)
     problems = [
         f"{r['uri']}: {r['error_kind']}: {r['error_message']}"
         for r in rows.filter(pc.not_equal(rows["error_kind"], ""))
         .select(["uri", "error_kind", "error_message"])
         .to_pylist()
     ]
-
-    def measured(name: str, measure: Callable[[], float]) -> float | None:
+    measures: dict[str, Callable[[], float]] = {
+        "image_auroc": lambda: auroc(is_defect, scores),
+        "image_average_precision": lambda: average_precision(is_defect, scores),
+        "image_f1_max": lambda: f1_max(is_defect, scores),
+        "image_recall": lambda: share(verdicts[is_defect], "defective ones"),
+        "image_false_alarm_rate": lambda: share(verdicts[~is_defect], "good ones"),
+    }
+    values: dict[str, float] = {}
+    undefined: dict[str, str] = {}
+    for name, measure in measures.items():
         try:
-            return measure()
+            values[name] = measure()
         except UndefinedMetricError as error:
             undefined[name] = str(error)
-        except DataError as error:
-            undefined[name] = str(error)
-            problems.append(str(error))
-        return None
-
+    error_bound = 0.0
+    try:
+        pixels = _pixel_figures(_pixel_counts(target, category, scored, view))
+    except (UndefinedMetricError, DataError) as error:
+        undefined |= {name: str(error) for name in METRICS if name.startswith("pixel")}
+        problems += [str(error)] if isinstance(error, DataError) else []
+    else:
+        values |= {name: figure.value for name, figure in pixels.items()}
+        error_bound = max(figure.error for figure in pixels.values())
     return Figures(
-        image_auroc=measured("image_auroc", lambda: auroc(is_defect, scores)),
-        pixel_auroc=measured("pixel_auroc", lambda: _pixel_auroc(scored, view)),
+        metrics=Metrics(**values),
         good_count=int((~is_defect).sum()),
         defect_count=int(is_defect.sum()),
         error_count=rows.num_rows - scored.num_rows,
+        pixel_error=error_bound,
         undefined=undefined,
         problems=tuple(problems),
     )
 
 
-def _pixel_auroc(scored: pa.Table, view: images.View) -> float:
-    """Over all pixels of the good images and of the defects."""
-    images_of_interest: list[dict[str, Any]] = scored.select(["uri", "label", "mask", "width", "height"]).to_pylist()
-    without = [row["uri"] for row in images_of_interest if row["label"] != GOOD and not row["mask"]]
-    defects = sum(row["label"] != GOOD for row in images_of_interest)
+def _pixel_figures(counts: PixelCounts) -> dict[str, Bounded]:
+    return {
+        "pixel_auroc": counts.auroc(),
+        "pixel_average_precision": counts.average_precision(),
+        "pixel_f1_max": counts.f1_max(),
+    } | {name: counts.aupro(limit) for name, limit in AUPRO_LIMITS.items()}
+
+
+def _pixel_counts(target: Target, category: str, scored: pa.Table, view: images.View) -> PixelCounts:
+    """Over all pixels of the good images and of the defects, a few maps in memory at a time."""
+    of_uri: dict[str, dict[str, Any]] = {row["uri"]: row for row in scored.to_pylist()}
+    without = [row["uri"] for row in of_uri.values() if row["label"] != GOOD and not row["mask"]]
+    defects = sum(row["label"] != GOOD for row in of_uri.values())
     if len(without) == defects:
         raise UndefinedMetricError("no masks")
     if without:
         raise DataError(
             f"{len(without)} of {defects} defects have no mask, {without[0]} among them; add or remove masks"
         )
-    truth = np.stack([_ground_truth(row, view) for row in images_of_interest])
-    maps = np.stack(
-        [np.frombuffer(m.as_buffer(), np.float32).reshape(view.size, view.size) for m in scored["anomaly_map"]]
-    )
-    return auroc(truth, maps)
+    counts = PixelCounts.empty()
+    chosen = (ds.field("category") == category) & (ds.field("error_kind") == "")
+    for batch in _dataset(target).to_batches(["uri", "anomaly_map"], filter=chosen, batch_size=_MAPS_AT_ONCE):
+        if batch.num_rows:
+            maps = [
+                np.frombuffer(m.as_buffer(), np.float32).reshape(view.size, view.size) for m in batch["anomaly_map"]
+            ]
+            truth = [_ground_truth(of_uri[uri], view) for uri in batch["uri"].to_pylist()]
+            counts += PixelCounts.of(np.stack(maps), np.stack(truth))
+    return counts
+
+
+def _dataset(target: Target) -> ds.Dataset:
+    filesystem, folder = storage.arrow_filesystem(target.scores)
+    paths = [f"{folder}/{uri.rsplit('/', 1)[-1]}" for uri in target.files()]
+    return ds.dataset(paths, schema=None if paths else OUTPUT, filesystem=filesystem, format="parquet")
 
 
 def _ground_truth(row: dict[str, Any], view: images.View) -> npt.NDArray[np.bool_]:

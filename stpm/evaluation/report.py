@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.evaluation.category import Figures
+from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures
 from stpm.models import ModelRecord, library_versions
 from stpm.recipe import Recipe
 
-AUROCS = ("image_auroc", "pixel_auroc")
-_AVERAGED = (*AUROCS, "fit_seconds", "train_loss", "validation_loss")
+_AVERAGED = (*METRICS, "fit_seconds", "train_loss", "validation_loss")
+_SHOWN = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_aupro": "AUPRO"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Result:
         return {
             "category": self.model.category,
             "seed": self.model.recipe.seed,
-            "image_auroc": figures.image_auroc,
-            "pixel_auroc": figures.pixel_auroc,
+            **dataclasses.asdict(figures.metrics),
+            "pixel_error": figures.pixel_error,
             "train_count": fit.train_count,
             "validation_count": fit.validation_count,
             "good_count": figures.good_count,
@@ -80,7 +80,7 @@ class Report:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """report.json: `categories.<name>` and `mean` hold means over seeds, with `_std` beside each AUROC."""
+        """report.json: `categories.<name>` and `mean` hold means over seeds, with `_std` beside each metric."""
         categories = {name: _summary(results) for name, results in self.categories().items()}
         means = {key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED}
         return {
@@ -93,6 +93,9 @@ class Report:
                 "image_score": "maximum of the anomaly map",
                 "mask_resolution": f"{self.recipe.size}×{self.recipe.size}, nearest neighbour",
                 "mask_threshold": "above 0",
+                "aupro": f"8-connected regions, false positive rate up to {AUPRO_LIMITS['pixel_aupro']}; "
+                f"pixel_aupro_05 up to {AUPRO_LIMITS['pixel_aupro_05']}",
+                "pixel_metrics": "from counts by score; pixel_error bounds what differs from the exact figures",
                 "versions": library_versions(),
             },
             "categories": categories,
@@ -113,8 +116,7 @@ class Report:
         lines = [
             [
                 name,
-                _shown(values, "image_auroc"),
-                _shown(values, "pixel_auroc"),
+                *(_shown(values, metric) for metric in _SHOWN),
                 f"{values['train_count']}+{values['validation_count']}",
                 f"{values['good_count']}+{values['defect_count']}",
                 f"{values['fit_seconds']:.1f}",
@@ -127,11 +129,10 @@ class Report:
         mean = report["mean"]
         if lines:
             fit = "" if mean["fit_seconds"] is None else f"{mean['fit_seconds']:.1f}"
-            lines.append(["mean", _shown(mean, "image_auroc"), _shown(mean, "pixel_auroc"), "", "", fit, "", "", ""])
+            lines.append(["mean", *(_shown(mean, metric) for metric in _SHOWN), "", "", fit, "", "", ""])
         headers = [
             "category",
-            "image AUROC",
-            "pixel AUROC",
+            *_SHOWN.values(),
             "train+held out",
             "good+defect",
             "fit s",
@@ -139,11 +140,12 @@ class Report:
             "val. loss",
             "seeds",
         ]
-        text: str = tabulate(lines, headers, disable_numparse=True, colalign=("left", *("right",) * 8)) if lines else ""
+        align = ("left", *("right",) * (len(headers) - 1))
+        text: str = tabulate(lines, headers, disable_numparse=True, colalign=align) if lines else ""
         notes = [
-            f"{name}: {metric} is undefined: {reason}"
+            f"{name}: {', '.join(metrics)} undefined: {reason}"
             for name, values in report["categories"].items()
-            for metric, reason in values["undefined"].items()
+            for reason, metrics in _by_reason(values["undefined"]).items()
         ]
         failures = [f"{failure.category}: failed: {failure.reason}" for failure in self.failures]
         return "\n".join(filter(None, [text, *notes, *failures]))
@@ -158,8 +160,8 @@ _PARQUET = pa.schema(
     [
         ("category", pa.string()),
         ("seed", pa.int64()),
-        ("image_auroc", pa.float64()),
-        ("pixel_auroc", pa.float64()),
+        *((metric, pa.float64()) for metric in METRICS),
+        ("pixel_error", pa.float64()),
         ("train_count", pa.int64()),
         ("validation_count", pa.int64()),
         ("good_count", pa.int64()),
@@ -181,12 +183,19 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
     rows = [result.row() for result in results]
     first = rows[0]
     summary: dict[str, Any] = {key: _mean([row[key] for row in rows]) for key in _AVERAGED}
-    summary |= {f"{key}_std": _deviation([row[key] for row in rows]) for key in AUROCS}
+    summary |= {f"{key}_std": _deviation([row[key] for row in rows]) for key in METRICS}
     counts = ("train_count", "validation_count", "good_count", "defect_count", "error_count")
     summary |= {key: first[key] for key in counts}
     summary["undefined"] = results[0].figures.undefined
     summary["seeds"] = {str(row["seed"]): {k: v for k, v in row.items() if k not in counts} for row in rows}
     return summary
+
+
+def _by_reason(undefined: dict[str, str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for metric, reason in undefined.items():
+        grouped.setdefault(reason, []).append(metric)
+    return grouped
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -125,7 +125,7 @@ def test_figures_in_the_report_are_those_of_the_rows(ran: Ran) -> None:
             assert found["image_auroc"] == pytest.approx(expected)
     categories = ran.report["categories"]
     assert categories["colour"]["pixel_auroc"] is not None
-    assert categories["grey"]["undefined"] == {"pixel_auroc": "no masks"}
+    assert categories["grey"]["undefined"]["pixel_auroc"] == "no masks"
     assert "9×9" in categories["mismatch"]["undefined"]["pixel_auroc"]
     assert ran.report["mean"]["image_auroc"] == pytest.approx(np.mean([c["image_auroc"] for c in categories.values()]))
     table = pq.read_table(ran.out / "report.parquet").to_pylist()

@@ -73,5 +73,7 @@ def test_a_data_set_without_test_images_is_fitted_and_its_figures_are_undefined(
     make_category("data", "nut", good=0, defects=0)
     process = run_job("benchmark", "--data", "data", "--out", "run", *TINY_FIT)
     assert process.returncode == 0
-    assert "nut: image_auroc is undefined: no defective ones among 0" in process.stdout
+    assert (
+        "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0" in process.stdout
+    )
     assert ModelStore("run/models/seed-0").categories() == ["nut"]

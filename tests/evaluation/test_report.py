@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from stpm import images, storage
 from stpm.calibration import HeatmapScale
-from stpm.evaluation.category import Figures, evaluate
+from stpm.evaluation.category import METRICS, Figures, Metrics, evaluate
 from stpm.evaluation.gallery import gallery
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.models import FitSummary, ModelRecord
@@ -67,7 +67,7 @@ def test_figures_are_sklearns(tmp_path: Path) -> None:
     figures = evaluate(target, "nut", VIEW)
     rows = rows_of(target)
     labels = [row["label"] != "good" for row in rows]
-    assert figures.image_auroc == pytest.approx(roc_auc_score(labels, [row["score"] for row in rows]))
+    assert figures.metrics.image_auroc == pytest.approx(roc_auc_score(labels, [row["score"] for row in rows]))
     truth, maps = [], []
     for row in rows:
         mask = np.zeros((48, 40), bool)
@@ -76,16 +76,26 @@ def test_figures_are_sklearns(tmp_path: Path) -> None:
                 mask = np.asarray(image) > 0
         truth.append(images.resize_mask(mask, VIEW))
         maps.append(np.frombuffer(row["anomaly_map"], np.float32))  # type: ignore[call-overload]
-    assert figures.pixel_auroc == pytest.approx(roc_auc_score(np.ravel(truth), np.ravel(maps)))
-    assert figures.pixel_auroc > 0.6
+    assert figures.metrics.pixel_auroc == pytest.approx(roc_auc_score(np.ravel(truth), np.ravel(maps)))
+    assert figures.metrics.pixel_auroc > 0.6
+    expected = average_precision_score(np.ravel(truth), np.ravel(maps))
+    assert figures.metrics.pixel_average_precision == pytest.approx(expected)
+    scores, flags = np.array([row["score"] for row in rows]), np.array(labels)
+    verdicts = np.array([row["is_anomalous"] for row in rows])
+    assert figures.metrics.image_average_precision == pytest.approx(average_precision_score(labels, scores))
+    assert figures.metrics.image_f1_max == pytest.approx(max(f1_score(labels, scores >= at) for at in scores))
+    assert figures.metrics.image_recall == pytest.approx(verdicts[flags].mean())
+    assert figures.metrics.image_false_alarm_rate == pytest.approx(verdicts[~flags].mean())
+    assert None not in dataclasses.asdict(figures.metrics).values()
     assert (figures.good_count, figures.defect_count, figures.error_count) == (6, 6, 0)
     assert (figures.undefined, figures.problems) == ({}, ())
 
 
 def test_without_masks_pixels_are_undefined_and_that_is_no_failure(tmp_path: Path) -> None:
     figures = evaluate(scored_run(tmp_path, masks=False), "nut", VIEW)
-    assert figures.image_auroc is not None
-    assert (figures.pixel_auroc, figures.undefined) == (None, {"pixel_auroc": "no masks"})
+    assert figures.metrics.image_auroc is not None
+    assert figures.metrics.pixel_auroc is None
+    assert figures.undefined == {name: "no masks" for name in METRICS if name.startswith("pixel")}
     assert figures.problems == ()
 
 
@@ -94,8 +104,8 @@ def test_a_mask_whose_size_differs_is_named_and_images_still_count(tmp_path: Pat
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
     mask.write_bytes(encoded(np.zeros((10, 20), np.uint8)))
     figures = evaluate(target, "nut", VIEW)
-    assert figures.image_auroc is not None
-    assert figures.pixel_auroc is None
+    assert figures.metrics.image_auroc is not None
+    assert figures.metrics.pixel_auroc is None
     assert figures.problems == (figures.undefined["pixel_auroc"],)
     assert f"mask {mask} is 20×10, its image" in figures.problems[0]
     assert "square/002.png 40×48" in figures.problems[0]
@@ -118,8 +128,13 @@ def test_error_rows_are_problems_and_do_not_count(tmp_path: Path) -> None:
 
 def test_a_category_of_defects_alone_is_undefined(tmp_path: Path) -> None:
     figures = evaluate(scored_run(tmp_path, broken=6), "nut", VIEW)
-    assert figures.image_auroc is None
+    assert figures.metrics.image_auroc is None
     assert figures.undefined["image_auroc"] == "no good ones among 6"
+    assert figures.metrics.image_recall is not None
+    assert (figures.metrics.image_false_alarm_rate, figures.undefined["image_false_alarm_rate"]) == (
+        None,
+        "no good ones",
+    )
 
 
 def test_the_gallery_shows_four_defects(tmp_path: Path) -> None:
@@ -147,7 +162,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         created="now",
     )
     undefined = {} if pixel is not None else {"pixel_auroc": "no masks"}
-    return Result(record, Figures(image, pixel, 4, 5, 0, undefined))
+    return Result(record, Figures(Metrics(image_auroc=image, pixel_auroc=pixel), 4, 5, 0, undefined=undefined))
 
 
 REPORT = Report(
@@ -186,7 +201,7 @@ def test_the_table_has_a_row_per_category_and_seed(tmp_path: Path) -> None:
 def test_the_printed_table_says_all_of_it() -> None:
     text = REPORT.as_text()
     assert "0.5000 ± 0.3536" in text
-    assert "b: pixel_auroc is undefined: no masks" in text
+    assert "b: pixel_auroc undefined: no masks" in text
     assert "c: failed: /data/c: no images" in text
 
 

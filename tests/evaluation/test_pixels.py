@@ -1,0 +1,177 @@
+"""Pixel figures against plain implementations of their definitions, scikit-learn, and hand-made cases."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from stpm.evaluation.metrics import UndefinedMetricError
+from stpm.evaluation.pixels import PixelCounts
+
+LIMITS = (0.05, 0.3, 1.0)
+
+
+def regions_of(mask: np.ndarray) -> list[list[tuple[int, int]]]:
+    """8-connected regions by flood fill."""
+    left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
+    regions = []
+    while left:
+        region, edge = [], [left.pop()]
+        while edge:
+            y, x = edge.pop()
+            region.append((y, x))
+            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= around
+            edge += around
+        regions.append(region)
+    return regions
+
+
+def aupro_by_definition(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
+    """One threshold at a time, one region at a time."""
+    regions = [(i, region) for i, mask in enumerate(masks) for region in regions_of(mask)]
+    outside = maps[~masks]
+    curve = [(0.0, 0.0)]
+    for threshold in sorted(set(maps.ravel().tolist()), reverse=True):
+        overlap = [np.mean([maps[i][place] >= threshold for place in region]) for i, region in regions]
+        curve.append((float(np.mean(outside >= threshold)), float(np.mean(overlap))))
+    area = 0.0
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x1 <= limit:
+            area += (x1 - x0) * (y0 + y1) / 2
+        elif x0 < limit:
+            at_limit = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
+            area += (limit - x0) * (y0 + at_limit) / 2
+    return area / limit
+
+
+def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Maps and masks with every kind of trouble: ties, constant maps, negative scores, whole and empty masks."""
+    n, size = int(rng.integers(1, 4)), int(rng.integers(3, 13))
+    masks = rng.random((n, size, size)) < rng.choice([0.02, 0.1, 0.4, 0.9])
+    masks[0, 0, 0], masks[-1, -1, -1] = True, False
+    maps = rng.normal(size=masks.shape) * 10.0 ** rng.integers(-20, 3) + masks * rng.choice([0.0, 1.0, 3.0])
+    kind = rng.integers(4)
+    if kind == 1:
+        maps = np.round(maps, 1)
+    elif kind == 2:
+        maps = np.abs(maps) ** 3
+    elif kind == 3:
+        maps = np.full_like(maps, maps.flat[0])
+    return maps.astype(np.float32), masks
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_figures_are_those_of_the_definitions(seed: int) -> None:
+    maps, masks = random_case(np.random.default_rng(seed))
+    counts = PixelCounts.of(maps, masks)
+    precision, recall, _ = precision_recall_curve(masks.ravel(), maps.ravel())
+    f1 = [2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)]
+    assert counts.auroc() == pytest.approx((roc_auc_score(masks.ravel(), maps.ravel()), 0.0))
+    assert counts.average_precision() == pytest.approx((average_precision_score(masks.ravel(), maps.ravel()), 0.0))
+    assert counts.f1_max() == pytest.approx((max(f1), 0.0))
+    for limit in LIMITS:
+        assert counts.aupro(limit) == pytest.approx((aupro_by_definition(maps, masks, limit), 0.0))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_with_fewer_keys_the_exact_figure_is_within_the_bound(seed: int) -> None:
+    maps, masks = random_case(np.random.default_rng(seed))
+    exact, coarse = PixelCounts.of(maps, masks), PixelCounts.of(maps, masks, most_keys=8)
+    assert len(coarse.keys) <= 8
+    figures = [PixelCounts.auroc, PixelCounts.average_precision, PixelCounts.f1_max]
+    figures += [lambda counts, limit=limit: counts.aupro(limit) for limit in LIMITS]
+    for figure in figures:
+        value, error = figure(coarse)
+        assert abs(value - figure(exact).value) <= error + 1e-12
+
+
+def test_the_bound_is_below_1e_4_on_maps_like_real_ones() -> None:
+    rng = np.random.default_rng(0)
+    masks = np.zeros((40, 128, 128), bool)
+    masks[::2, 40:60, 50:90] = True
+    maps = (rng.lognormal(-9, 1.5, masks.shape) * np.where(masks, 4, 1)).astype(np.float32)
+    counts = sum(
+        (PixelCounts.of(m[None], k[None]) for m, k in zip(maps, masks, strict=True)), start=PixelCounts.empty()
+    )
+    assert counts.lost_bits > 0
+    for figure in (counts.auroc(), counts.average_precision(), counts.f1_max(), counts.aupro(0.3), counts.aupro(0.05)):
+        assert figure.error < 1e-4
+    value, error = counts.auroc()
+    assert abs(value - roc_auc_score(masks.ravel(), maps.ravel())) <= error
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(4, 200), st.data())
+def test_the_order_and_grouping_of_merges_do_not_matter(seed: int, most_keys: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    maps, masks = rng.lognormal(0, 3, (6, 5, 5)).astype(np.float32), rng.random((6, 5, 5)) < 0.3
+    whole = PixelCounts.of(maps, masks, most_keys)
+    parts = [PixelCounts.of(maps[i : i + 1], masks[i : i + 1], most_keys) for i in data.draw(st.permutations(range(6)))]
+    while len(parts) > 1:
+        i = data.draw(st.integers(0, len(parts) - 2))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    (merged,) = parts
+    assert merged.lost_bits == whole.lost_bits
+    assert merged.regions == whole.regions
+    np.testing.assert_array_equal(merged.keys, whole.keys)
+    np.testing.assert_array_equal(merged.good, whole.good)
+    np.testing.assert_array_equal(merged.defect, whole.defect)
+    np.testing.assert_allclose(merged.overlap, whole.overlap)
+
+
+def test_regions_touch_at_corners_and_never_across_images() -> None:
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, 0, 0] = masks[0, 1, 1] = True  # one region of two pixels
+    masks[1, 0, 0] = True
+    maps = np.zeros(masks.shape, np.float32)
+    maps[1, 0, 0] = 1
+    counts = PixelCounts.of(maps, masks)
+    assert counts.regions == 2
+    # Found: all of one region, none of the other, before any good pixel; then straight to the far corner.
+    assert counts.aupro(1.0).value == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_the_state_does_not_grow_with_the_number_of_images() -> None:
+    rng = np.random.default_rng(0)
+    sizes = []
+    counts = PixelCounts.empty()
+    for _ in range(60):
+        maps = rng.lognormal(0, 1, (4, 64, 64)).astype(np.float32)
+        counts += PixelCounts.of(maps, rng.random(maps.shape) < 0.01)
+        sizes.append(len(pickle.dumps(counts)))
+    assert max(sizes) < 2**17 * 28 + 10_000
+    assert counts.good.sum() + counts.defect.sum() == 60 * 4 * 64 * 64
+
+
+def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
+    maps = np.array([[[-2.0, -1.0, -0.0, 0.0, 1.0]]], np.float32)
+    masks = np.array([[[False, False, False, True, True]]])
+    counts = PixelCounts.of(maps, masks)
+    assert len(counts.keys) == 4
+    assert counts.auroc().value == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()))
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks", "reason"),
+    [
+        ([[1.0, 2.0]], [[False, False]], "no defective pixels"),
+        ([[1.0, 2.0]], [[True, True]], "no good pixels"),
+        ([[1.0, float("nan")]], [[True, False]], "not finite"),
+        ([[1.0, float("inf")]], [[True, False]], "not finite"),
+    ],
+)
+def test_what_is_undefined_has_a_reason(maps: list[list[float]], masks: list[list[bool]], reason: str) -> None:
+    with pytest.raises(UndefinedMetricError, match=reason):
+        PixelCounts.of(np.array([maps], np.float32), np.array([masks])).aupro(0.3)
+
+
+def test_maps_and_masks_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        PixelCounts.of(np.zeros((1, 2, 2), np.float32), np.zeros((1, 2, 3), bool))
