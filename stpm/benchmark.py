@@ -16,7 +16,7 @@ from stpm.evaluation.category import evaluate
 from stpm.evaluation.gallery import gallery
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.fitting.pool import PoolOptions
-from stpm.fitting.run import fit_categories, read_categories
+from stpm.fitting.run import fit_categories, read_categories, warn_of_few_normals
 from stpm.models import ModelRecord, ModelStore
 from stpm.mvtec import Category
 from stpm.options import Integers, Names, option
@@ -76,6 +76,7 @@ def run_benchmark(options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, 
             stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
             outcomes = fit_categories(categories, recipe, stores, pool, say)
             failures += [Failure(o.key, o.reason) for o in outcomes if o.status == "failed"]
+            warn_of_few_normals(outcomes, scoring.false_alarm_rate, say)
             for seed, store in stores.items():
                 records = [o.record for o in outcomes if o.seed == seed and o.record]
                 if records:

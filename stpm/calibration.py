@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from stpm.errors import ConfigError
+
 Floats = npt.NDArray[np.floating]
 
 _COMMON = 0.99
 _BEYOND = 5.0
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,35 @@ def threshold(calibration: npt.NDArray[np.float32], false_alarm_rate: float) -> 
     return float(calibration[n - 1 - min(allowed, n - 1)])
 
 
-def finest_rate(n: int) -> float:
-    """The smallest false-alarm rate that n held-out normals support."""
-    return 1.0 / (n + 1)
+def check_rate(false_alarm_rate: float) -> None:
+    """Raises ConfigError if it is not a share."""
+    if not 0 < false_alarm_rate < 1:
+        raise ConfigError(f"false-alarm-rate is {false_alarm_rate}; give a share between 0 and 1")
+
+
+def normals_for(false_alarm_rate: float) -> int:
+    """The fewest held-out normals that support a rate: the smallest n with 1/(n+1) at most the rate."""
+    return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
+
+
+def shortfall(counts: Mapping[str, int], false_alarm_rate: float) -> str:
+    """A warning that names the models whose held-out normals are too few for a rate; empty if there are none.
+
+    Args:
+        counts: held-out normals by category.
+        false_alarm_rate: in (0, 1).
+    """
+    needed = normals_for(false_alarm_rate)
+    few = {name: n for name, n in counts.items() if n < needed}
+    if not few:
+        return ""
+    shown = ", ".join(f"{name} has {n} and supports {1 / (n + 1):.3f}" for name, n in list(few.items())[:_SHOWN])
+    more = f", and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
+    return (
+        f"warning: false-alarm-rate {false_alarm_rate:g} takes {needed} held-out normals; {shown}{more}. There, the "
+        "largest normal score is the threshold. Give more good images, or fit with --calibration-folds 5, which "
+        "calibrates on all of them"
+    )
 
 
 def calibrate(anomaly_maps: npt.NDArray[np.float32]) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 Say = Callable[[str], None]
@@ -12,9 +13,23 @@ SOME_FAILED = 2
 NOTHING_DONE = 3
 
 
+# Back to the start of the line, and clear it.
+_REWRITE = "\r\x1b[K"
+
+
 def say(line: str) -> None:
-    """A line on standard output, at once."""
-    print(line, flush=True)
+    """A line on standard output, at once; on a terminal it takes the place of what `show` wrote."""
+    print(f"{_REWRITE}{line}" if watched() else line, flush=True)
+
+
+def show(line: str) -> None:
+    """On a terminal, a line that stays at the bottom until the next one."""
+    print(f"{_REWRITE}{line}", end="", flush=True)
+
+
+def watched() -> bool:
+    """Whether standard output is a terminal."""
+    return sys.stdout.isatty()
 
 
 def exit_code(good: int, failed: int) -> int:

@@ -43,7 +43,7 @@ _CALIBRATION = "calibration.parquet"
 _HISTORY = "history.parquet"
 _LEVELS = "levels.safetensors"
 _PICTURE = "loss.png"
-_CHECKPOINT = "checkpoint.safetensors"
+_CHECKPOINT = "checkpoint-{}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class ModelStore:
         """Publish a model in the place of an older one of the same category, if there is one."""
         contents = {
             _STUDENT: serialise(student),
-            _CALIBRATION: _parquet(pa.table({"score": calibration.scores})),
-            _HISTORY: _parquet(history),
+            _CALIBRATION: storage.parquet(pa.table({"score": calibration.scores})),
+            _HISTORY: storage.parquet(history),
             _PICTURE: picture,
         }
         if statistics is not None:
@@ -225,9 +225,9 @@ class ModelStore:
         """The folder of a category."""
         return storage.join(self.uri, storage.safe_name(category, "category"))
 
-    def checkpoint_uri(self, category: str) -> str:
-        """Where a fit of this category keeps its progress while it runs."""
-        return self._uri(category, _CHECKPOINT)
+    def checkpoint_uri(self, category: str, number: int = 0) -> str:
+        """Where a fit of this category keeps its progress while it runs; a task of several fits numbers them."""
+        return self._uri(category, _CHECKPOINT.format(number))
 
     def history(self, record: ModelRecord) -> pa.Table:
         """Loss per epoch: columns of `stpm.fitting.loop.Epoch`."""
@@ -252,12 +252,6 @@ class ModelStore:
         if storage.digest(data) != digest:
             raise ModelError(f"{uri}: its SHA-256 is {storage.digest(data)}, {digest} expected; fit the model again")
         return data
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    return sink.getvalue()
 
 
 def _named(statistics: list[LevelStatistics]) -> dict[str, Tensor]:

@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
@@ -159,6 +161,14 @@ def files(uri: str) -> list[tuple[str, int]]:
         (fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
         for name, info in found.items()
     )
+
+
+def parquet(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from stpm.calibration import calibrate
 from stpm.errors import DataError, ModelError
 from stpm.matching import level_statistics
 from stpm.models import FitSummary, ModelRecord, ModelStore
-from stpm.networks import build_student, load_teacher
+from stpm.networks import architecture_of, build_student, load_teacher
 from stpm.recipe import Recipe
 
 SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
@@ -28,7 +29,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         precision="float32",
         teacher_digest=teacher,
         data_fingerprint="f",
-        student=build_student(recipe.teacher, recipe.levels, seed, False).net.state_dict(),
+        student=build_student(architecture_of(recipe.teacher), recipe.levels, seed, False).net.state_dict(),
         calibration=calibrate(np.random.default_rng(0).random((5, 8, 8), np.float32)),
         statistics=level_statistics([torch.rand(4, 3, 3), torch.rand(4, 2, 2)]),
         picture=b"png",
@@ -40,6 +41,20 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
 @pytest.fixture(params=["local", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> ModelStore:
     return ModelStore(str(tmp_path) if request.param == "local" else memory)
+
+
+def test_loading_never_tries_the_network(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ModelStore(str(tmp_path))
+    recipe = dataclasses.replace(tiny, teacher="test_resnet.r160_in1k")
+    record = save(store, recipe)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"the network was tried: {arguments}")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    store.load("nut")
+    store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
 
 
 def test_what_is_saved_loads(store: ModelStore, tiny: Recipe) -> None:

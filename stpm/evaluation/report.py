@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tabulate import tabulate
 
 from stpm import storage
@@ -106,9 +104,7 @@ class Report:
     def as_parquet(self) -> bytes:
         """report.parquet: one row per category and seed."""
         rows = [result.row() for results in self.categories().values() for result in results]
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_PARQUET), sink)
-        return sink.getvalue()
+        return storage.parquet(pa.Table.from_pylist(rows, schema=_PARQUET))
 
     def as_text(self) -> str:
         """The table that is printed: a line per category, and their mean."""

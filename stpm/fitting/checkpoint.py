@@ -28,10 +28,12 @@ class StoredCheckpoints:
         uri: of the object.
         fingerprint: of all that the fit depends on.
         seconds: between two checkpoints, at least.
+        keep_end: save the end of the fit too, since its task goes on.
     """
 
-    def __init__(self, uri: str, fingerprint: str, seconds: float) -> None:
+    def __init__(self, uri: str, fingerprint: str, seconds: float, keep_end: bool) -> None:
         self._uri = uri
+        self._keep_end = keep_end
         self._fingerprint = fingerprint
         self._seconds = seconds
         self._last = time.monotonic()
@@ -57,7 +59,9 @@ class StoredCheckpoints:
             history=tuple(Epoch(**epoch) for epoch in header["history"]),
         )
 
-    def due(self) -> bool:
+    def due(self, last: bool) -> bool:
+        if last:
+            return self._keep_end
         return time.monotonic() - self._last >= self._seconds
 
     def save(self, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from torch import Tensor
 from stpm.calibration import Calibration, calibrate
 from stpm.errors import DataError
 from stpm.fitting.features import TeacherFeatures
-from stpm.fitting.loop import EVALUATION_BATCH, Indices, batches, fit
+from stpm.fitting.loop import EVALUATION_BATCH, Checkpoints, Indices, batches, fit
 from stpm.forward import Matcher, place
 from stpm.images import Pixels
 from stpm.matching import LevelStatistics, level_statistics, standardised_without_itself
@@ -35,17 +36,26 @@ def calibrate_student(
     return calibrate(_maps(distances, matcher, recipe)), statistics
 
 
-def cross_fitted(features: TeacherFeatures, images: Pixels, recipe: Recipe) -> npt.NDArray[np.float32]:
+def cross_fitted(
+    features: TeacherFeatures, images: Pixels, recipe: Recipe, checkpoints: Sequence[Checkpoints | None]
+) -> npt.NDArray[np.float32]:
     """One score for every image, from students that were fitted without it: ascending, of length N.
 
     Each fold's student runs all epochs and keeps the last, so that no choice is made on the fold that it scores.
+
+    Args:
+        features: the images' features.
+        images: (N, size, size, 3) uint8 RGB.
+        recipe: with the number of folds.
+        checkpoints: where each fold's fit keeps its progress.
     """
     order = np.random.default_rng(recipe.seed).permutation(len(images))
     folds = [np.sort(fold) for fold in np.array_split(order, recipe.calibration_folds)]
     without_choice = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores = []
-    for fold in folds:
-        fitted = fit(features, np.setdiff1d(order, fold), fold, without_choice, lambda epoch: None)
+    for fold, kept in zip(folds, checkpoints, strict=True):
+        rest = np.setdiff1d(order, fold)
+        fitted = fit(features, rest, fold, without_choice, lambda epoch: None, kept)
         distances = _distances(fitted.student, features.matcher, images, fold, recipe)
         scores.append(_maps(distances, features.matcher, recipe).max(axis=(1, 2)))
     return np.sort(np.concatenate(scores))

@@ -60,8 +60,8 @@ class Checkpoints(Protocol):
     def load(self) -> Progress | None:
         """What to go on from, or None to start."""
 
-    def due(self) -> bool:
-        """Whether it is time to save."""
+    def due(self, last: bool) -> bool:
+        """Whether it is time to save, at the end of an epoch that may be the last."""
 
     def save(self, progress: Progress) -> None:
         """Keep this instead of what was kept."""
@@ -135,7 +135,7 @@ def fit(
         groups = optimiser.state_dict()["param_groups"]
         optimiser.load_state_dict({"state": progress.optimiser, "param_groups": groups})
         history, best = list(progress.history), progress.best
-    while len(history) < recipe.epochs and not _stops_early(history, recipe):
+    while not _ended(history, recipe):
         number = len(history) + 1
         order = train[np.random.default_rng((recipe.seed, number)).permutation(len(train))]
         start = time.perf_counter()
@@ -150,7 +150,7 @@ def fit(
         on_epoch(epoch)
         if recipe.keep == "best" and _best(history) is epoch:
             best = _copy(student)
-        if checkpoints and checkpoints.due():
+        if checkpoints and checkpoints.due(_ended(history, recipe)):
             checkpoints.save(Progress(_copy(student), _tensors(optimiser), best, tuple(history)))
     if recipe.keep == "last":
         return Fitted(_copy(student), tuple(history), history[-1])
@@ -161,7 +161,9 @@ def _best(history: list[Epoch]) -> Epoch:
     return min(history, key=lambda epoch: epoch.validation_loss)
 
 
-def _stops_early(history: list[Epoch], recipe: Recipe) -> bool:
+def _ended(history: list[Epoch], recipe: Recipe) -> bool:
+    if len(history) == recipe.epochs:
+        return True
     if not recipe.early_stopping or not history:
         return False
     return history[-1].number - _best(history).number >= recipe.early_stopping

@@ -51,6 +51,9 @@ class PoolOptions:
     checkpoint_seconds: float = option(
         30.0, "seconds between checkpoints of a fit, at the end of an epoch; 0: every epoch"
     )
+    tensorboard: str = option(
+        "", "local folder for TensorBoard's event files, one run per seed and category; none: not written"
+    )
 
     def __post_init__(self) -> None:
         if self.workers < 0:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stpm import mvtec, storage
+from stpm.calibration import check_rate, shortfall
 from stpm.cluster import connected
-from stpm.console import NOTHING_DONE, Say, exit_code
+from stpm.console import NOTHING_DONE, Say, exit_code, show, watched
 from stpm.errors import ConfigError, DataError
+from stpm.fitting.event_files import EventFiles
 from stpm.fitting.pool import PoolOptions, run_pool
+from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
 from stpm.models import ModelStore
@@ -29,11 +31,17 @@ class FitOptions:
     data: str = option("", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://)")
     models: str = option("", "model store that the students go to: a folder or a URI")
     categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
+    false_alarm_rate: float = option(
+        0.01,
+        "share of good images that scoring may call anomalous, 0 to 1; it shapes no model, but fitting warns where "
+        "the held-out normals are too few for it",
+    )
 
     def __post_init__(self) -> None:
         for name in ("data", "models"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing; give a folder or a URI")
+        check_rate(self.false_alarm_rate)
 
 
 def fit_categories(
@@ -76,8 +84,28 @@ def fit_categories(
     if waiting:
         scratch = storage.join(next(iter(stores.values())), ".train")
         with connected():
-            outcomes += run_pool(waiting, pool, scratch, Teller(waiting, say, sys.stdout.isatty()))
+            outcomes += run_pool(waiting, pool, scratch, _listener(waiting, pool, say))
     return outcomes
+
+
+def _listener(tasks: Sequence[FitTask], pool: PoolOptions, say: Say) -> Callable[[Event], None]:
+    tell = Teller(tasks, say, show if watched() else None)
+    if not pool.tensorboard:
+        return tell
+    write = EventFiles(pool.tensorboard, tasks)
+
+    def both(event: Event) -> None:
+        write(event)
+        tell(event)
+
+    return both
+
+
+def warn_of_few_normals(outcomes: Sequence[Outcome], false_alarm_rate: float, say: Say) -> None:
+    """Say which models cannot support a false-alarm rate."""
+    counts = {o.category: o.record.fit.calibration_count for o in outcomes if o.record}
+    if warning := shortfall(counts, false_alarm_rate):
+        say(warning)
 
 
 def read_categories(root: str, wanted: Sequence[str], say: Say) -> tuple[list[mvtec.Category], dict[str, str]]:
@@ -118,6 +146,7 @@ def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, say: Say) ->
         if categories
         else []
     )
+    warn_of_few_normals(outcomes, options.false_alarm_rate, say)
     failed = len(failures) + sum(outcome.status == "failed" for outcome in outcomes)
     good = len(outcomes) + len(failures) - failed
     say(f"{good} of {good + failed} categories have a model in {options.models}")

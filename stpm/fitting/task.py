@@ -146,13 +146,21 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         f"features {'kept' if features.kept else 'computed anew'} ({features.size / 2**20:.0f} MiB); {precision}"
     )
     fingerprint = f"{task.fingerprint}-{precision}-{device.type}"
-    checkpoints = StoredCheckpoints(store.checkpoint_uri(task.category), fingerprint, limits.checkpoint_seconds)
+    checkpoints, *of_folds = (
+        StoredCheckpoints(
+            store.checkpoint_uri(task.category, number),
+            fingerprint,
+            limits.checkpoint_seconds,
+            keep_end=recipe.calibration_folds > 0,
+        )
+        for number in range(recipe.calibration_folds + 1)
+    )
     train, held_out = split(len(pixels), recipe.validation_share, recipe.seed)
     fitted = fit(features, train, held_out, recipe, tell, checkpoints)
     calibration, statistics = calibrate_student(fitted.student, matcher, pixels, held_out, recipe)
     if recipe.calibration_folds:
         tell(f"fitting {recipe.calibration_folds} more students, to calibrate on every image")
-        calibration = Calibration(cross_fitted(features, pixels, recipe), calibration.scale)
+        calibration = Calibration(cross_fitted(features, pixels, recipe, of_folds), calibration.scale)
     record = store.save(
         category=task.category,
         recipe=recipe,
@@ -176,7 +184,8 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
             device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         ),
     )
-    checkpoints.clear()
+    for kept in (checkpoints, *of_folds):
+        kept.clear()
     return Outcome.done(task, record, "fitted")
 
 

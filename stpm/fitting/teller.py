@@ -20,16 +20,18 @@ class Teller:
     Args:
         tasks: all that the pool runs.
         say: takes a line.
-        watched: someone looks on; otherwise a task's epochs are gathered, and told at most every five seconds.
+        show: rewrites the line at the bottom, where someone looks on; None: a log, in which a task's epochs are
+            gathered, and told at most every five seconds.
         clock: seconds, for tests.
     """
 
     def __init__(
-        self, tasks: Sequence[FitTask], say: Say, watched: bool, clock: Callable[[], float] = time.monotonic
+        self, tasks: Sequence[FitTask], say: Say, show: Say | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._say = say
         self._clock = clock
-        self._pause = 0.0 if watched else _LOG_SECONDS
+        self._show = show
+        self._pause = 0.0 if show else _LOG_SECONDS
         self._tasks = {task.key: task for task in tasks}
         self._width = max(map(len, self._tasks))
         self._gathered: dict[str, list[Epoch]] = {}
@@ -40,6 +42,13 @@ class Teller:
         self._start = clock()
 
     def __call__(self, event: Event) -> None:
+        self._tell(event)
+        if self._show and self._ended < len(self._tasks):
+            self._show(self._bar())
+        elif isinstance(event, Outcome):
+            self._say(self._bar())
+
+    def _tell(self, event: Event) -> None:
         if isinstance(event, Outcome):
             self._tell_epochs(event.key)
             self._tell_outcome(event)
@@ -85,14 +94,16 @@ class Teller:
             fit = outcome.record.fit
             self._line(outcome.key, f"fitted in {fit.seconds:.1f} s, epoch {fit.kept_epoch} of {fit.epochs} kept")
         self._epochs_done[outcome.key] = self._tasks[outcome.key].recipe.epochs
+
+    def _bar(self) -> str:
         total = len(self._tasks)
-        filled = _BAR * self._ended // total
-        line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {self._ended}/{total} ended"
         done = sum(task.cost * self._epochs_done.get(key, 0) / task.recipe.epochs for key, task in self._tasks.items())
         whole = sum(task.cost for task in self._tasks.values())
-        if self._ended < total:
+        filled = int(_BAR * done / whole)
+        line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {self._ended}/{total} ended"
+        if 0 < done < whole:
             line += f", about {_duration((self._clock() - self._start) * (whole - done) / done)} left"
-        self._say(line)
+        return line
 
     def _line(self, key: str, text: str) -> None:
         self._say(f"{key:<{self._width}}  {text}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 from ray.data.datasource import FilenameProvider
 
 from stpm import storage
+from stpm.calibration import check_rate
 from stpm.errors import ConfigError, ModelError
 from stpm.images import View
 from stpm.models import ModelStore
@@ -41,8 +41,7 @@ class ScoreOptions:
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
 
     def __post_init__(self) -> None:
-        if not 0 < self.false_alarm_rate < 1:
-            raise ConfigError(f"false-alarm-rate is {self.false_alarm_rate}; give a share between 0 and 1")
+        check_rate(self.false_alarm_rate)
         if self.batch_size < 1:
             raise ConfigError(f"batch-size is {self.batch_size}; give at least 1")
         if self.scorers < 0:
@@ -121,7 +120,7 @@ def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions,
     pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-manifest.num_rows // _BLOCK_ROWS))
     target.clear()
     manifest_uri = storage.join(target.out, "manifests", f"{target.name}.parquet")
-    _write_manifest(manifest, manifest_uri)
+    storage.publish(manifest_uri, storage.parquet(manifest))
     filesystem, path = storage.arrow_filesystem(manifest_uri)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     rows = (
@@ -168,9 +167,3 @@ def _views(manifest: pa.Table, store: ModelStore) -> dict[str, View]:
     if not views:
         raise ModelError("; ".join(problems))
     return views
-
-
-def _write_manifest(manifest: pa.Table, uri: str) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(manifest, sink)
-    storage.publish(uri, sink.getvalue().to_pybytes())

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from stpm import storage
-from stpm.calibration import finest_rate
+from stpm.calibration import shortfall
 from stpm.cluster import connected
 from stpm.console import NOTHING_DONE, Say, exit_code
 from stpm.errors import ConfigError, DataError, ModelError
@@ -51,13 +51,8 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
-    finest = finest_rate(record.fit.calibration_count)
-    if options.false_alarm_rate < finest:
-        say(
-            f"warning: {collection.category} has {record.fit.calibration_count} held-out normals, which support no "
-            f"false-alarm rate below {finest:.3f}; {options.false_alarm_rate:g} would take "
-            f"{int(1 / options.false_alarm_rate + 0.5) - 1}. Its largest normal score is the threshold"
-        )
+    if warning := shortfall({collection.category: record.fit.calibration_count}, options.false_alarm_rate):
+        say(warning)
     say(f"{manifest.num_rows} images under {collection.images}, scored by {record.model_id}")
     start = time.perf_counter()
     with connected():

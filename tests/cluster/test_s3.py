@@ -16,6 +16,19 @@ from tests.datasets import make_category
 pytestmark = pytest.mark.cluster
 
 
+def test_fit_alone_from_s3_to_s3(s3: dict[str, str]) -> None:
+    data, models = "s3://bucket/fit/data", "s3://bucket/fit/models"
+    make_category(data, "nut")
+    options = ["--data", data, "--models", models, "--epochs", "3", "--checkpoint-seconds", "0", *TINY_RECIPE]
+    assert run_job("fit", *options).returncode == 0
+    first = storage.read(f"{models}/nut/model.json")
+    again = run_job("fit", *options)
+    assert again.returncode == 0
+    assert "is there already" in again.stdout
+    assert storage.read(f"{models}/nut/model.json") == first
+    assert not [uri for uri, _ in storage.files(models) if "checkpoint" in uri or ".train" in uri]
+
+
 def test_the_whole_job_from_s3_to_s3(s3: dict[str, str]) -> None:
     data, out = "s3://bucket/data sets/one", "s3://bucket/runs/a"
     make_category(data, "nut")

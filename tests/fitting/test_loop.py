@@ -95,7 +95,7 @@ class Memory:
     def load(self) -> Progress | None:
         return self.progress
 
-    def due(self) -> bool:
+    def due(self, last: bool) -> bool:
         return True
 
     def save(self, progress: Progress) -> None:
@@ -184,7 +184,7 @@ def test_calibrated_levels_need_three_held_out_images(images: np.ndarray, tiny: 
 
 def test_cross_fitted_scores_are_one_for_every_image(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
     recipe = dataclasses.replace(tiny, calibration_folds=3)
-    scores = cross_fitted(TeacherFeatures(matcher_of(recipe), images, BUDGET), images, recipe)
+    scores = cross_fitted(TeacherFeatures(matcher_of(recipe), images, BUDGET), images, recipe, [None] * 3)
     assert len(scores) == len(images)
     assert (np.diff(scores) >= 0).all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from stpm import images, mvtec, storage
 from stpm.errors import DataError
+from stpm.fitting import loop
 from stpm.fitting.loop import Epoch
 from stpm.fitting.task import FitTask, Limits, load_pixels, run_task
 from stpm.models import ModelStore
@@ -103,6 +105,35 @@ def test_folds_calibrate_on_every_image(root: str, tiny: Recipe) -> None:
     assert record
     assert record.fit.calibration_count == 8
     assert len(ModelStore(task.store).load("nut").calibration.scores) == 8
+
+
+@pytest.mark.parametrize("dies_in_fold", [1, 2])
+def test_an_interrupted_calibration_goes_on_with_the_fold_it_was_in(
+    root: str, tiny: Recipe, dies_in_fold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(tiny, epochs=3, calibration_folds=2)
+    undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
+    run_task(undisturbed, LIMITS, lambda told: None)
+    trained: list[int] = []
+    original = loop._train
+
+    def count(*arguments: Any) -> float:
+        trained.append(arguments[-1])
+        if dying and trained == [1, 2, 3] * dies_in_fold + [1, 2]:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "_train", count)
+    dying = True
+    with pytest.raises(Killed):
+        run_task(task, EVERY_EPOCH, lambda told: None)
+    dying = False
+    trained.clear()
+    run_task(task, EVERY_EPOCH, lambda told: None)
+    assert trained == [2, 3] + [1, 2, 3] * (2 - dies_in_fold)
+    for name in ("student.safetensors", "calibration.parquet"):
+        assert storage.read(f"{task.store}/nut/{name}") == storage.read(f"{undisturbed.store}/nut/{name}")
+    assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
 def test_images_beyond_the_budget_go_to_a_file_and_nothing_else_changes(root: str, tiny: Recipe) -> None:

@@ -19,14 +19,20 @@ class Clock:
 
 
 def told(watched: bool, seconds_per_epoch: float, epochs: int = 100) -> list[str]:
+    return both_told(watched, seconds_per_epoch, epochs)[0]
+
+
+def both_told(watched: bool, seconds_per_epoch: float, epochs: int = 100) -> tuple[list[str], list[str]]:
+    """What was said, and what was shown at the bottom."""
     lines: list[str] = []
+    shown: list[str] = []
     clock = Clock()
-    teller = Teller([TASK, OTHER], lines.append, watched, clock)
+    teller = Teller([TASK, OTHER], lines.append, shown.append if watched else None, clock)
     for number in range(1, epochs + 1):
         clock.now += seconds_per_epoch
         teller((TASK.key, Epoch(number, 1 / number, 2 / number, 50.0)))
     teller(Outcome.failed(TASK, "it broke"))
-    return lines
+    return lines, shown
 
 
 def test_where_someone_watches_each_epoch_is_a_line() -> None:
@@ -55,12 +61,17 @@ def test_what_was_gathered_is_told_before_the_end() -> None:
 
 
 def test_the_whole_has_a_bar_and_a_time_left() -> None:
-    assert told(True, 1.0)[-1] == "[##########..........] 1/2 ended, about 2 min left"
+    assert told(False, 1.0)[-1] == "[##########..........] 1/2 ended, about 2 min left"
+    lines, shown = both_told(True, 1.0)
+    assert not any("ended" in line for line in lines)
+    assert len(shown) == 101
+    assert shown[19] == "[##..................] 0/2 ended, about 3 min left"
+    assert shown[-1] == "[##########..........] 1/2 ended, about 2 min left"
 
 
 def test_a_loss_above_its_start_is_said() -> None:
     lines: list[str] = []
-    teller = Teller([TASK], lines.append, True)
+    teller = Teller([TASK], lines.append, lambda line: None)
     for number, loss in enumerate((0.8, 0.5, 0.9), 1):
         teller((TASK.key, Epoch(number, loss, 0.5, 50.0)))
     assert ["diverging" in line for line in lines] == [False, False, True]

@@ -1,0 +1,132 @@
+"""What each speed measure of fitting brings: images per second of training, with all of them and without each.
+
+    python bench/fit_speed.py --data DATA --category bottle
+
+One process, no Ray, one run; a Markdown table. `seconds` is what a fit of 15 epochs takes, made of the first epoch,
+the steady ones and what comes before them. Nothing else may run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from stpm import images, mvtec, storage
+from stpm.fitting import loop
+from stpm.fitting.features import TeacherFeatures
+from stpm.fitting.loop import fit, split
+from stpm.fitting.task import load_pixels
+from stpm.forward import Matcher, pick_device, place, resolve_precision
+from stpm.networks import Trunk, architecture_of, load_teacher, trunk_from
+from stpm.recipe import PRESETS, Recipe
+
+_BUDGET = 4 * 2**30
+_EPOCHS = 4
+_WHOLE = 15
+
+Place = Callable[[Trunk, torch.device], Trunk]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds before the first epoch, of the first, and of each later one; training images per epoch."""
+
+    before: float
+    first: float
+    steady: float
+    images: int
+
+    def row(self, name: str, best: Speed | None) -> list[str]:
+        whole = self.before + self.first + self.steady * (_WHOLE - 1)
+        ratio = "" if best is None else f"{best.steady / self.steady:.2f}"
+        return [name, f"{self.images / self.steady:.1f}", ratio, f"{whole:.0f}"]
+
+
+def measured(
+    uris: list[str],
+    recipe: Recipe,
+    threads: int,
+    *,
+    keep_features: bool = True,
+    decode_once: bool = True,
+    placed: Place = place,
+) -> Speed:
+    """One short fit."""
+    torch.set_num_threads(threads)
+    device = pick_device()
+    architecture = architecture_of(recipe.teacher)
+    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    teacher = trunk_from(architecture, recipe.levels, weights, recipe.teacher)
+    matcher = Matcher(teacher, recipe, device, resolve_precision(recipe.precision, device))
+    start = time.perf_counter()
+    pixels = load_pixels(uris, recipe.view, _BUDGET)
+    decoding = time.perf_counter() - start
+    features = TeacherFeatures(matcher, pixels, _BUDGET if keep_features else 0)
+    before = time.perf_counter() - start
+    train, held_out = split(len(pixels), recipe.validation_share, recipe.seed)
+    ends = [time.perf_counter()]
+    with patch.object(loop, "place", placed):
+        fit(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))
+    first, *later = np.diff(ends).tolist()
+    again = 0.0 if decode_once else decoding
+    return Speed(before, first + again, statistics.median(later) + again, len(train))
+
+
+def contiguous(trunk: Trunk, device: torch.device) -> Trunk:
+    trunk.register_forward_pre_hook(lambda module, arguments: (arguments[0].contiguous(),))
+    return trunk.to(device=device, memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+
+
+def compiled(trunk: Trunk, device: torch.device) -> Trunk:
+    trunk = place(trunk, device)
+    trunk.net.compile()
+    return trunk
+
+
+def one_by_one(uris: list[str], recipe: Recipe) -> float:
+    """Images per second of decoding without parallel readers."""
+    start = time.perf_counter()
+    for uri in uris:
+        images.decode(storage.read(uri), recipe.view)
+    return len(uris) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
+    parser.add_argument("--category", default="bottle")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    arguments = parser.parse_args()
+    recipe = dataclasses.replace(PRESETS["paper"], teacher="demo", epochs=_EPOCHS)
+    category = mvtec.read_category(storage.absolute(arguments.data), arguments.category)
+    uris, threads = [uri for uri, _ in category.train], arguments.threads
+    best = measured(uris, recipe, threads)
+    rows = [best.row("all", None)]
+    float32 = dataclasses.replace(recipe, precision="float32")
+    for name, speed in (
+        ("in float32", measured(uris, float32, threads)),
+        ("teacher's features computed anew", measured(uris, recipe, threads, keep_features=False)),
+        ("channels first", measured(uris, recipe, threads, placed=contiguous)),
+        ("images decoded anew in each epoch", measured(uris, recipe, threads, decode_once=False)),
+        ("one thread", measured(uris, recipe, 1)),
+        ("torch.compile added", measured(uris, recipe, threads, placed=compiled)),
+    ):
+        rows.append(speed.row(name, best))
+    print(tabulate(rows, ["measure", "images/s", "of all", "seconds"], tablefmt="github", disable_numparse=True))
+    start = time.perf_counter()
+    load_pixels(uris, recipe.view, _BUDGET)
+    parallel = len(uris) / (time.perf_counter() - start)
+    print(f"\ndecoding: {parallel:.0f} images/s in parallel, {one_by_one(uris, recipe):.0f} one by one")
+
+
+if __name__ == "__main__":
+    main()
