@@ -72,7 +72,7 @@ def measured(
     decoding = time.perf_counter() - start
     features = TeacherFeatures(matcher, pixels, _BUDGET if keep_features else 0)
     before = time.perf_counter() - start
-    train, held_out = split(len(pixels), recipe.validation_share, recipe.seed)
+    train, held_out = split(len(pixels), recipe)
     ends = [time.perf_counter()]
     with patch.object(loop, "place", placed):
         fit(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))

@@ -12,6 +12,7 @@ per run, and the means as ratios to the peer's at the end. Nothing else may run 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -32,7 +33,6 @@ from stpm.fitting.loop import split
 from stpm.recipe import PRESETS
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SHARE = PRESETS["paper"].validation_share
 _SIZE = PRESETS["paper"].size
 _METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro")
 _SAMPLE_SECONDS = 1.0
@@ -99,7 +99,7 @@ def peers(python: str, category: mvtec.Category, seed: int, epochs: int, threads
     train, test = out / "train", out / "test"
     train.mkdir()
     test.mkdir()
-    chosen, _ = split(len(category.train), _SHARE, seed)
+    chosen, _ = split(len(category.train), dataclasses.replace(PRESETS["paper"], seed=seed))
     for number in chosen:
         uri = category.train[int(number)][0]
         (train / Path(uri).name).symlink_to(uri)

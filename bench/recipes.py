@@ -56,7 +56,7 @@ def run(category: mvtec.Category, recipe: Recipe) -> dict[str, Any]:
     matcher = Matcher(teacher, recipe, device, resolve_precision(recipe.precision, device))
     start = time.perf_counter()
     pixels = load_pixels([uri for uri, _ in category.train], recipe.view, _BUDGET)
-    train, held_out = split(len(pixels), recipe.validation_share, recipe.seed)
+    train, held_out = split(len(pixels), recipe)
     fitted = fit(TeacherFeatures(matcher, pixels, _BUDGET), train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="data set in the MVTec AD layout, with masks")
     parser.add_argument("--seeds", default="0", help="seeds, separated by commas (default: 0)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--train-images", type=int, help="fit on the first so many images alone")
     parser.add_argument("choices", nargs="+", help="name=value pairs on top of preset paper and teacher demo")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -142,8 +143,10 @@ def main() -> None:
     for text in arguments.choices:
         for seed in map(int, arguments.seeds.split(",")):
             for name in mvtec.find_categories(arguments.data):
-                recipe = dataclasses.replace(chosen(base, text), seed=seed)
-                result = run(mvtec.read_category(arguments.data, name), recipe)
+                category = mvtec.read_category(arguments.data, name)
+                category = dataclasses.replace(category, train=category.train[: arguments.train_images])
+                recipe = dataclasses.replace(chosen(base, text), seed=seed).for_images(len(category.train))
+                result = run(category, recipe)
                 print(json.dumps({"choices": text, "category": name, "seed": seed} | result), flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +44,9 @@ class Recipe:
     weight_decay: float = option(1e-4, "weight decay")
     batch: int = option(32, "images per step")
     epochs: int = option(100, "passes over the training images")
+    least_steps: int = option(
+        0, "steps that a fit makes at least: where the images are so few that `epochs` would make fewer, it runs longer"
+    )
     early_stopping: int = option(0, "epochs without a lower validation loss after which fitting ends; 0: never")
     loss_scale: float = option(
         32.0, "factor on the mean loss of a batch before its gradient; 32 is the sum over a full batch of 32"
@@ -72,6 +76,15 @@ class Recipe:
         """What the networks see of an image."""
         return View(self.size, self.resize)
 
+    def held_out(self, images: int) -> int:
+        """How many of so many good images are held out: the share, at least one, and never all."""
+        return min(max(round(images * self.validation_share), 1), images - 1)
+
+    def for_images(self, images: int) -> Recipe:
+        """The recipe with the epochs that a category of so many good images gets."""
+        steps_per_epoch = math.ceil(max(images - self.held_out(images), 1) / self.batch)
+        return dataclasses.replace(self, epochs=max(self.epochs, math.ceil(self.least_steps / steps_per_epoch)))
+
     def __post_init__(self) -> None:
         _require(
             bool(self.levels) and list(self.levels) == sorted(set(self.levels)) and self.levels[0] >= 0,
@@ -94,7 +107,7 @@ class Recipe:
             "give a share between 0 and 1: calibration needs held-out images",
         )
         _require(0 <= self.seed < 2**31, "seed", self.seed, "give 0 to 2147483647")
-        for name in ("warmup_epochs", "early_stopping"):
+        for name in ("warmup_epochs", "early_stopping", "least_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         _require(
             self.warmup_epochs < self.epochs,

@@ -42,3 +42,13 @@ def test_the_presets_are_what_their_sources_say() -> None:
 def test_a_value_that_cannot_be_run_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field.replace('_', '-')} is .*; give"):
         Recipe(**{field: value})
+
+
+def test_a_category_of_few_images_gets_the_steps_all_the_same() -> None:
+    recipe = Recipe(batch=8, epochs=5, least_steps=100)
+    # 48 of 60 images are trained on: 6 steps per epoch, so 17 epochs for 100 steps.
+    assert recipe.for_images(60).epochs == 17
+    assert recipe.for_images(209).epochs == 5
+    assert recipe.for_images(2).epochs == 100
+    assert Recipe(batch=8, epochs=5).for_images(2).epochs == 5
+    assert recipe.for_images(60).for_images(60) == recipe.for_images(60)

@@ -76,16 +76,16 @@ class Fitted:
     kept: Epoch
 
 
-def split(count: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Random indices to train on and to hold out: a share of `count`, at least one of each.
+def split(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
+    """Random indices to train on and to hold out, ascending.
 
     Raises:
         DataError: if there are fewer than two.
     """
     if count < 2:
         raise DataError(f"{count} defect-free image; at least 2 are needed, one to train on and one to hold out")
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = min(max(round(count * share), 1), count - 1)
+    order = np.random.default_rng(recipe.seed).permutation(count)
+    held_out = recipe.held_out(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 

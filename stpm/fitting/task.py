@@ -65,7 +65,7 @@ class FitTask:
 
     @classmethod
     def of(cls, category: Category, recipe: Recipe, store: str, teacher_digest: str) -> FitTask:
-        return cls(category.name, category.train, recipe, store, teacher_digest)
+        return cls(category.name, category.train, recipe.for_images(len(category.train)), store, teacher_digest)
 
     @property
     def key(self) -> str:
@@ -155,7 +155,7 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         )
         for number in range(recipe.calibration_folds + 1)
     )
-    train, held_out = split(len(pixels), recipe.validation_share, recipe.seed)
+    train, held_out = split(len(pixels), recipe)
     fitted = fit(features, train, held_out, recipe, tell, checkpoints)
     calibration, statistics = calibrate_student(fitted.student, matcher, pixels, held_out, recipe)
     if recipe.calibration_folds:

@@ -18,6 +18,8 @@ from stpm.forward import Matcher
 from stpm.networks import architecture_of, trunk_from
 from stpm.recipe import PRESETS, Recipe
 
+PAPER = PRESETS["paper"]
+
 MatcherOf = Callable[[Recipe], Matcher]
 BUDGET = 2**30
 
@@ -37,7 +39,7 @@ def fitted(
     seen: list[Epoch] = []
     features = TeacherFeatures(matcher_of(recipe), images, budget)
     assert features.kept == (budget > 0)
-    train, held_out = split(len(images), recipe.validation_share, recipe.seed)
+    train, held_out = split(len(images), recipe)
     return fit(features, train, held_out, recipe, seen.append, checkpoints), seen
 
 
@@ -47,20 +49,20 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 @given(st.integers(2, 500), st.floats(0.01, 0.99), st.integers(0, 1000))
 def test_a_split_is_a_partition_with_something_on_each_side(count: int, share: float, seed: int) -> None:
-    train, held_out = split(count, share, seed)
+    train, held_out = split(count, dataclasses.replace(PAPER, validation_share=share, seed=seed))
     assert sorted([*train, *held_out]) == list(range(count))
     assert len(train) >= 1
     assert abs(len(held_out) - count * share) <= 1
 
 
 def test_the_papers_split_is_80_to_20_and_depends_on_the_seed() -> None:
-    assert tuple(map(len, split(209, 0.2, 0))) == (167, 42)
-    assert (split(209, 0.2, 0)[1] != split(209, 0.2, 1)[1]).any()
+    assert tuple(map(len, split(209, PAPER))) == (167, 42)
+    assert (split(209, PAPER)[1] != split(209, dataclasses.replace(PAPER, seed=1))[1]).any()
 
 
 def test_one_image_is_too_few() -> None:
     with pytest.raises(DataError, match="1 defect-free image; at least 2"):
-        split(1, 0.2, 0)
+        split(1, PAPER)
 
 
 def test_both_losses_are_told_for_every_epoch(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
@@ -162,7 +164,7 @@ def test_calibration_is_the_held_out_images_scored_by_the_kept_student(
     images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
     result, _ = fitted(images, tiny, matcher_of)
-    matcher, held_out = matcher_of(tiny), split(len(images), tiny.validation_share, tiny.seed)[1]
+    matcher, held_out = matcher_of(tiny), split(len(images), tiny)[1]
     calibration, statistics = calibrate_student(result.student, matcher, images, held_out, tiny)
     student = trunk_from(tiny.teacher, tiny.levels, result.student, "test")
     maps = matcher.anomaly_maps(matcher.distances(student, images[held_out]), None)

@@ -38,7 +38,7 @@ def both_told(watched: bool, seconds_per_epoch: float, epochs: int = 100) -> tup
 def test_where_someone_watches_each_epoch_is_a_line() -> None:
     lines = told(True, 0.1)
     assert sum("epoch" in line for line in lines) == 100
-    assert "epoch   2/100  train loss 0.5000  validation loss 1.0000  50 images/s  15 s left" in lines[1]
+    assert "epoch   2/100  train loss 0.5000  validation loss 1.0000  50 images/s  16 s left" in lines[1]
 
 
 def test_a_log_has_few_lines_and_every_loss() -> None:
