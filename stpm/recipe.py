@@ -12,7 +12,11 @@ from stpm.images import Resize, View
 from stpm.matching import Combine
 from stpm.options import Integers, option
 
-Preset = Literal["paper", "notebook"]
+Preset = Literal["default", "paper", "notebook"]
+
+
+# Held-out images whose levels are standardised by each other need two others each.
+LEAST_TO_STANDARDISE = 3
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ class Recipe:
         return View(self.size, self.resize)
 
     def held_out(self, images: int) -> int:
-        """How many of so many good images are held out: the share, at least one, and never all."""
-        return min(max(round(images * self.validation_share), 1), images - 1)
+        """How many of so many good images are held out: the share, at least what is needed, and never all."""
+        least = LEAST_TO_STANDARDISE if self.combine == "calibrated" else 1
+        return min(max(round(images * self.validation_share), least), images - 1)
 
     def for_images(self, images: int) -> Recipe:
         """The recipe with the epochs that a category of so many good images gets."""
@@ -129,7 +134,16 @@ def _require(holds: bool, name: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{name.replace('_', '-')} is {value!r}; {remedy}")
 
 
+# `default` was chosen without a label of a real defect: see docs/recipes.md.
 PRESETS: dict[Preset, Recipe] = {
+    "default": Recipe(
+        schedule="cosine",
+        warmup_epochs=1,
+        batch=8,
+        epochs=5,
+        least_steps=100,
+        combine="calibrated",
+    ),
     "paper": Recipe(),
     "notebook": Recipe(
         normalisation="none",

@@ -9,7 +9,11 @@ import hashlib
 import os
 import re
 import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -32,6 +36,7 @@ _EXTRAS = {
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 _MAX_NAME = 128
+_LISTERS = 16
 _UNFINISHED = ".part"
 
 
@@ -161,6 +166,63 @@ def files(uri: str) -> list[tuple[str, int]]:
         (fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
         for name, info in found.items()
     )
+
+
+def stream(uri: str) -> Iterator[str]:
+    """URIs of every file under a folder or prefix at any depth, or of the one file that it names; none if missing.
+
+    A page of a listing at a time: what is listed is never held as a whole. Folders are listed side by side where the
+    filesystem has folders; the order is the filesystem's.
+    """
+    fs, path = filesystem(uri)
+    if not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
+        yield from _stream_s3(fs, path)
+    elif fs.isfile(path):
+        yield _uri(fs, path)
+    else:
+        yield from _stream_folders(fs, path)
+
+
+def _stream_s3(fs: Any, path: str) -> Iterator[str]:
+    bucket, _, key = path.partition("/")
+    if key and fs.isfile(path):
+        yield f"s3://{path}"
+        return
+    page: dict[str, Any] = {"IsTruncated": True}
+    prefix = f"{key.rstrip('/')}/" if key else ""
+    while page["IsTruncated"]:
+        token = page.get("NextContinuationToken")
+        more = {"ContinuationToken": token} if token else {}
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        yield from (f"s3://{bucket}/{o['Key']}" for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
+
+
+def _stream_folders(fs: Any, path: str) -> Iterator[str]:
+    def listed(folder: str) -> tuple[list[str], list[str]]:
+        try:
+            entries = fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            return [], []
+        folders = sorted(e["name"] for e in entries if e["type"] == "directory" and e["name"].rstrip("/") != folder)
+        return folders, sorted(e["name"] for e in entries if e["type"] == "file")
+
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        waiting = deque([pool.submit(listed, path.rstrip("/"))])
+        while waiting:
+            folders, names = waiting.popleft().result()
+            waiting.extend(pool.submit(listed, folder) for folder in folders)
+            yield from (_uri(fs, name) for name in names)
+
+
+def _uri(fs: Any, path: str) -> str:
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def glob(uri: str) -> list[str]:
+    """URIs of the files that a pattern names (`*`, `?`, `[…]`, and `**` for any depth), sorted."""
+    fs, path = filesystem(uri)
+    found = fs.glob(path, detail=True)
+    return sorted(_uri(fs, name) for name, info in found.items() if info["type"] == "file")
 
 
 def parquet(table: pa.Table) -> bytes:

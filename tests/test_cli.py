@@ -12,7 +12,7 @@ import yaml
 from stpm.benchmark import BenchmarkOptions
 from stpm.cli import Job
 from stpm.errors import ConfigError
-from stpm.recipe import Recipe
+from stpm.recipe import PRESETS, Recipe
 from tests.conftest import REPOSITORY
 
 
@@ -55,7 +55,7 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_data_the_demo_set_brings_its_defaults() -> None:
     demo = job("benchmark").parse([])[1]
-    assert (demo.teacher, demo.epochs) == ("demo", 15)
+    assert (demo.teacher, demo.size, demo.epochs) == ("demo", 128, 5)
     assert job("benchmark").parse(["--epochs", "2"])[1].epochs == 2
     assert recipe_of().teacher == "resnet18.tv_in1k"
 
@@ -115,6 +115,11 @@ def test_a_missing_option_exits_with_one_line(
         run_job(job(name))
     assert exit_.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_preset_default_is_the_default() -> None:
+    assert recipe_of() == PRESETS["default"]
+    assert recipe_of("--preset", "paper") == PRESETS["paper"]
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,6 @@ def test_every_extra_it_names_is_one() -> None:
         assert f"`{extra}`" in README or f"{extra}]" in README
 
 
-@pytest.mark.parametrize("preset", ["paper", "notebook"])
+@pytest.mark.parametrize("preset", ["default", "paper", "notebook"])
 def test_the_presets_are_named(preset: str) -> None:
     assert f"| `{preset}` |" in README

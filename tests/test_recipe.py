@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ def test_the_presets_are_what_their_sources_say() -> None:
     assert (paper.batch, paper.epochs, paper.size, paper.normalisation) == (32, 100, 256, "imagenet")
     assert (notebook.optimiser, notebook.learning_rate, notebook.batch, notebook.epochs) == ("adam", 4e-4, 4, 20)
     assert (notebook.size, notebook.normalisation) == (256, "none")
+    default = PRESETS["default"]
+    changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
+    assert changed == {"schedule", "warmup_epochs", "batch", "epochs", "least_steps", "combine"}
     assert paper.validation_share == notebook.validation_share == 0.2
 
 
@@ -52,3 +56,9 @@ def test_a_category_of_few_images_gets_the_steps_all_the_same() -> None:
     assert recipe.for_images(2).epochs == 100
     assert Recipe(batch=8, epochs=5).for_images(2).epochs == 5
     assert recipe.for_images(60).for_images(60) == recipe.for_images(60)
+
+
+def test_what_is_held_out_is_the_share_and_enough_and_never_all() -> None:
+    paper, default = PRESETS["paper"], PRESETS["default"]
+    assert [paper.held_out(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
+    assert [default.held_out(n) for n in (2, 4, 8, 209)] == [1, 3, 3, 42]

@@ -17,8 +17,7 @@ from stpm.errors import DataError, ImageError
 from stpm.evaluation.metrics import UndefinedMetricError, auroc, average_precision, f1_max, share
 from stpm.evaluation.pixels import Bounded, PixelCounts
 from stpm.mvtec import GOOD
-from stpm.scoring.pipeline import Target
-from stpm.scoring.schema import OUTPUT
+from stpm.scoring.target import Target
 
 _COLUMNS = (
     "uri",
@@ -78,7 +77,7 @@ class Figures:
 
 def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) -> pa.Table:
     """The rows of one category that one pass wrote, sorted by URI."""
-    rows = _dataset(target).to_table(columns=list(columns), filter=ds.field("category") == category)
+    rows = target.dataset().to_table(columns=list(columns), filter=ds.field("category") == category)
     return rows.sort_by("uri")
 
 
@@ -158,7 +157,7 @@ def _pixel_counts(target: Target, category: str, scored: pa.Table, view: images.
         )
     counts = PixelCounts.empty()
     chosen = (ds.field("category") == category) & (ds.field("error_kind") == "")
-    for batch in _dataset(target).to_batches(["uri", "anomaly_map"], filter=chosen, batch_size=_MAPS_AT_ONCE):
+    for batch in target.dataset().to_batches(["uri", "anomaly_map"], filter=chosen, batch_size=_MAPS_AT_ONCE):
         if batch.num_rows:
             maps = [
                 np.frombuffer(m.as_buffer(), np.float32).reshape(view.size, view.size) for m in batch["anomaly_map"]
@@ -166,12 +165,6 @@ def _pixel_counts(target: Target, category: str, scored: pa.Table, view: images.
             truth = [_ground_truth(of_uri[uri], view) for uri in batch["uri"].to_pylist()]
             counts += PixelCounts.of(np.stack(maps), np.stack(truth))
     return counts
-
-
-def _dataset(target: Target) -> ds.Dataset:
-    filesystem, folder = storage.arrow_filesystem(target.scores)
-    paths = [f"{folder}/{uri.rsplit('/', 1)[-1]}" for uri in target.files()]
-    return ds.dataset(paths, schema=None if paths else OUTPUT, filesystem=filesystem, format="parquet")
 
 
 def _ground_truth(row: dict[str, Any], view: images.View) -> npt.NDArray[np.bool_]:

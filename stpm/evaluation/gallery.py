@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stpm import images, storage
 from stpm.evaluation.category import read_rows
 from stpm.mvtec import GOOD
-from stpm.scoring.pipeline import Target
+from stpm.scoring.target import Target
 
 _CELLS = 4
 _TILE = 256

@@ -18,9 +18,7 @@ from stpm.forward import Matcher, place
 from stpm.images import Pixels
 from stpm.matching import LevelStatistics, level_statistics, standardised_without_itself
 from stpm.networks import StateDict, architecture_of, trunk_from
-from stpm.recipe import Recipe
-
-_LEAST_TO_STANDARDISE = 3
+from stpm.recipe import LEAST_TO_STANDARDISE, Recipe
 
 
 def calibrate_student(
@@ -70,9 +68,9 @@ def _distances(weights: StateDict, matcher: Matcher, images: Pixels, indices: In
 
 def _maps(distances: list[Tensor], matcher: Matcher, recipe: Recipe) -> npt.NDArray[np.float32]:
     if recipe.combine == "calibrated":
-        if len(distances[0]) < _LEAST_TO_STANDARDISE:
+        if len(distances[0]) < LEAST_TO_STANDARDISE:
             raise DataError(
-                f"{len(distances[0])} held-out images; combine `calibrated` needs {_LEAST_TO_STANDARDISE}: add images, "
+                f"{len(distances[0])} held-out images; combine `calibrated` needs {LEAST_TO_STANDARDISE}: add images, "
                 "raise --validation-share, or choose another --combine"
             )
         distances = standardised_without_itself(distances)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 
 from stpm import images, storage
 from stpm.errors import ImageError
-from stpm.scoring.schema import DECODED, MANIFEST, table
+from stpm.scoring.schema import DECODED, MANIFEST, table, with_carried
 
 _FETCHERS = 8
 
@@ -28,22 +29,24 @@ class Decode:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         with ThreadPoolExecutor(self._fetchers) as pool:
-            results = list(pool.map(self._one, batch["uri"].to_pylist(), batch["category"].to_pylist()))
-        columns: dict[str, list[object]] = {name: batch[name].to_pylist() for name in MANIFEST.names}
+            results = list(pool.map(self._one, batch.to_pylist()))
+        columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in MANIFEST.names}
         good = [r if isinstance(r, images.Decoded) else None for r in results]
         columns["pixels"] = [r.pixels.tobytes() if r else b"" for r in good]
-        columns["width"] = [r.width if r else None for r in good]
-        columns["height"] = [r.height if r else None for r in good]
+        for name in ("width", "height", "bytes"):
+            columns[name] = [getattr(r, name) if r else None for r in good]
         columns["error_kind"] = [r.kind if isinstance(r, ImageError) else "" for r in results]
         columns["error_message"] = [str(r) if isinstance(r, ImageError) else "" for r in results]
-        return table(columns, DECODED)
+        return with_carried(table(columns, DECODED), batch)
 
-    def _one(self, uri: str, category: str) -> images.Decoded | ImageError:
-        view = self._views.get(category)
+    def _one(self, row: dict[str, Any]) -> images.Decoded | ImageError:
+        if row["error_kind"]:
+            return ImageError(row["error_kind"], row["error_message"])
+        view = self._views.get(row["category"])
         if view is None:
-            return ImageError("no_model", f"no model for category {category!r}")
+            return ImageError("no_model", f"no model for category {row['category']!r}")
         try:
-            return images.decode(storage.read(uri), view)
+            return images.decode(storage.read(row["uri"]), view)
         except ImageError as error:
             return error
         except FileNotFoundError:

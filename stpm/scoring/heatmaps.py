@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,9 @@ from PIL import Image
 
 from stpm import storage
 from stpm.images import Pixels
-from stpm.scoring.schema import OUTPUT, SCORED, table
+from stpm.scoring.schema import OUTPUT, SCORED, table, with_carried
+
+Heatmaps = Literal["all", "anomalous", "none"]
 
 _WRITERS = 8
 _OPACITY = 0.5
@@ -59,26 +61,36 @@ class WriteHeatmaps:
     Args:
         out: URI of the run folder.
         folder: under it, where the pictures go; their names are image ids.
-        enabled: write pictures at all.
+        wanted: which images get pictures.
     """
 
-    def __init__(self, out: str, folder: str, enabled: bool) -> None:
+    def __init__(self, out: str, folder: str, wanted: Heatmaps) -> None:
         self._out = out
         self._folder = folder
-        self._enabled = enabled
+        self._wanted = wanted
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in SCORED.names}
         with ThreadPoolExecutor(_WRITERS) as pool:
             names = list(
-                pool.map(self._write, columns["image_id"], columns["category"], columns["pixels"], columns["heat"])
+                pool.map(
+                    self._write,
+                    columns["image_id"],
+                    columns["category"],
+                    columns["pixels"],
+                    columns["heat"],
+                    columns["is_anomalous"],
+                )
             )
         columns["heatmap"] = [name for name, _ in names]
         columns["overlay"] = [name for _, name in names]
-        return table(columns, OUTPUT)
+        return with_carried(table(columns, OUTPUT), batch)
 
-    def _write(self, image_id: int, category: str, pixels: bytes, heat: bytes) -> tuple[str, str]:
-        if not (self._enabled and heat):
+    def _write(
+        self, image_id: int, category: str, pixels: bytes, heat: bytes, is_anomalous: bool | None
+    ) -> tuple[str, str]:
+        wanted = self._wanted == "all" or (self._wanted == "anomalous" and is_anomalous)
+        if not (wanted and heat):
             return "", ""
         size = int(len(heat) ** 0.5)
         levels = np.frombuffer(heat, np.uint8).reshape(size, size)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 from ray.data.datasource import FilenameProvider
 
 from stpm import storage
 from stpm.calibration import check_rate
-from stpm.errors import ConfigError, ModelError
+from stpm.errors import ConfigError
 from stpm.images import View
 from stpm.models import ModelStore
 from stpm.options import option
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
 from stpm.scoring.scorer import Scorer
+from stpm.scoring.target import Target
 
 # Ray's read and repartition tasks ask for a whole CPU each: if the actors took all, nothing would ever move.
 _SPARE_CPUS = 1
-_STAGE_CPUS = 0.25
+STAGE_CPUS = 0.25
 _BLOCK_ROWS = 64
 
 
@@ -39,38 +43,17 @@ class ScoreOptions:
     )
     batch_size: int = option(16, "images per forward pass")
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
+    rows_per_file: int = option(
+        512, "rows of a Parquet file, at least; what a kill costs at most, for each task that writes"
+    )
 
     def __post_init__(self) -> None:
         check_rate(self.false_alarm_rate)
-        if self.batch_size < 1:
-            raise ConfigError(f"batch-size is {self.batch_size}; give at least 1")
+        for name in ("batch_size", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
         if self.scorers < 0:
             raise ConfigError(f"scorers is {self.scorers}; give 1 or more, or 0 to take what the cluster has")
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a pass writes: `<out>/scores/<name>_*.parquet`, and `<out>/heatmaps/<name>/` if pictures are wanted."""
-
-    out: str
-    name: str
-    heatmaps: bool = True
-    raw_maps: bool = False
-
-    @property
-    def scores(self) -> str:
-        return storage.join(self.out, "scores")
-
-    def files(self) -> list[str]:
-        """URIs of the Parquet files that a pass of this name wrote."""
-        written = [uri for uri, _ in storage.files(self.scores)]
-        return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
-
-    def clear(self) -> None:
-        """Remove what an earlier pass of this name left, whole or in part."""
-        for uri in self.files():
-            storage.remove(uri)
-        storage.remove(storage.join(self.out, "heatmaps", self.name))
 
 
 @dataclass(frozen=True)
@@ -100,70 +83,89 @@ class ScorerPool:
         return cls(size, share, 1.0 if gpus else 0.0)
 
 
-def score_manifest(manifest: pa.Table, store: ModelStore, options: ScoreOptions, target: Target) -> None:
-    """Score every row of a manifest and write one output row each, none for none. Needs a connection to Ray.
+def score_shards(
+    shards: Sequence[str],
+    rows: int,
+    views: Mapping[str, View],
+    store: ModelStore,
+    options: ScoreOptions,
+    target: Target,
+) -> None:
+    """Score every row of some manifest shards and write one output row each. Needs a connection to Ray.
 
     Args:
-        manifest: of schema MANIFEST.
-        store: the models; rows of a category that has none become rows with an error.
+        shards: URIs of Parquet files of schema MANIFEST, with the user's own columns.
+        rows: how many they hold.
+        views: what each category's model sees; rows of any other category become rows with an error.
+        store: the models.
         options: how.
         target: where to.
 
     Raises:
-        ModelError: if no row's category has a model.
         ConfigError: if the scorers do not fit the cluster.
     """
-    if not manifest.num_rows:
-        target.clear()
-        return
-    views = _views(manifest, store)
-    pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-manifest.num_rows // _BLOCK_ROWS))
-    target.clear()
-    manifest_uri = storage.join(target.out, "manifests", f"{target.name}.parquet")
-    storage.publish(manifest_uri, storage.parquet(manifest))
-    filesystem, path = storage.arrow_filesystem(manifest_uri)
+    pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-rows // _BLOCK_ROWS))
+    filesystem, _ = storage.arrow_filesystem(target.manifest)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
-    rows = (
-        ray.data.read_parquet(path, filesystem=filesystem, num_cpus=_STAGE_CPUS)
-        .repartition(target_num_rows_per_block=_BLOCK_ROWS)
-        .map_batches(
-            Decode(views).__call__,
-            batch_format="pyarrow",
-            batch_size=options.batch_size,
-            num_cpus=_STAGE_CPUS,
+    with _checkpointed(target):
+        (
+            ray.data.read_parquet(
+                [storage.arrow_filesystem(uri)[1] for uri in shards], filesystem=filesystem, num_cpus=STAGE_CPUS
+            )
+            .repartition(target_num_rows_per_block=_BLOCK_ROWS)
+            .map_batches(
+                Decode(views).__call__,
+                batch_format="pyarrow",
+                batch_size=options.batch_size,
+                num_cpus=STAGE_CPUS,
+            )
+            .map_batches(
+                Scorer,
+                fn_constructor_args=(store.uri, options.false_alarm_rate, target.raw_maps),
+                compute=ActorPoolStrategy(size=pool.size),
+                batch_format="pyarrow",
+                batch_size=options.batch_size,
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus,
+            )
+            .map_batches(
+                WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps).__call__,
+                batch_format="pyarrow",
+                batch_size=options.batch_size,
+                num_cpus=STAGE_CPUS,
+            )
+            .write_parquet(
+                out_path,
+                filesystem=out_filesystem,
+                filename_provider=FilenameProvider(target.name, "parquet"),
+                min_rows_per_file=min(options.rows_per_file, _BLOCK_ROWS) if target.raw_maps else options.rows_per_file,
+                ray_remote_args={"num_cpus": STAGE_CPUS},
+            )
         )
-        .map_batches(
-            Scorer,
-            fn_constructor_args=(store.uri, options.false_alarm_rate, target.raw_maps),
-            compute=ActorPoolStrategy(size=pool.size),
-            batch_format="pyarrow",
-            batch_size=options.batch_size,
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-        )
-        .map_batches(
-            WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps).__call__,
-            batch_format="pyarrow",
-            batch_size=options.batch_size,
-            num_cpus=_STAGE_CPUS,
-        )
-    )
-    rows.write_parquet(
-        out_path,
-        filesystem=out_filesystem,
-        filename_provider=FilenameProvider(target.name, "parquet"),
-        ray_remote_args={"num_cpus": _STAGE_CPUS},
-    )
 
 
-def _views(manifest: pa.Table, store: ModelStore) -> dict[str, View]:
-    views = {}
-    problems = []
-    for category in sorted(set(manifest["category"].to_pylist())):
-        try:
-            views[category] = store.record(category).recipe.view
-        except ModelError as error:
-            problems.append(str(error))
-    if not views:
-        raise ModelError("; ".join(problems))
-    return views
+@contextmanager
+def _checkpointed(target: Target) -> Iterator[None]:
+    """Data sets made in the block write down the ids of the rows that they have written."""
+    context = DataContext.get_current()
+    filesystem, path = storage.arrow_filesystem(target.checkpoint)
+    context.checkpoint_config = CheckpointConfig(
+        id_column="image_id",
+        checkpoint_path=path,
+        override_filesystem=filesystem,
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=_CleaningManager,
+    )
+    try:
+        yield
+    finally:
+        context.checkpoint_config = None
+
+
+class _CleaningManager(CheckpointManager):  # type: ignore[misc]
+    """Ray's clean-up of what writers left half done, without its filter: the rows that come in are those left."""
+
+    def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> tuple[None, int]:
+        if data_file_dir is not None:
+            self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+        return None, 0

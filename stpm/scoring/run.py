@@ -2,76 +2,111 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from dataclasses import dataclass
-from typing import Literal
-
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.calibration import shortfall
 from stpm.cluster import connected
-from stpm.console import NOTHING_DONE, Say, exit_code
+from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.models import ModelStore
-from stpm.options import option
-from stpm.scoring.manifest import of_folder
-from stpm.scoring.pipeline import ScoreOptions, Target, score_manifest
+from stpm.options import Names, option
+from stpm.scoring import manifest
+from stpm.scoring.heatmaps import Heatmaps
+from stpm.scoring.ledger import Counts, Identity
+from stpm.scoring.passes import Pass, failed_rows, run_pass
+from stpm.scoring.pipeline import ScoreOptions
+from stpm.scoring.sources import STANDARD_INPUT, Categories, rows_of
+from stpm.scoring.target import Target
+
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class CollectionOptions:
-    """What is scored, with which model, and where the results go."""
+    """What is scored, with which model, and where the results go.
+
+    Raises:
+        ConfigError: if something is missing, or cannot be.
+    """
 
     models: str = option("", "model store: a folder or a URI")
-    images: str = option("", "images to score: a folder or a URI, searched at any depth")
-    out: str = option("", "run folder for scores/*.parquet and heatmaps/: a folder or a URI")
-    category: str = option("", "category of the images: the model that scores them")
-    heatmaps: Literal["all", "none"] = option("all", "images that get a heatmap and an overlay, as PNG")
+    images: Names = option(
+        Names(),
+        "what to score, separated by commas: folders or prefixes (searched at any depth), globs, manifests (.parquet, "
+        ".csv or .jsonl with a column `uri`; others are carried to the output), or - for a URI per line on standard "
+        "input",
+    )
+    out: str = option("", "run folder for scores/*.parquet, heatmaps/ and run.json: a folder or a URI")
+    category: str = option("", "category of every image: the model that scores it")
+    category_from: str = option(
+        "", "the category of an image from the last parts of its path, such as {category}/{date}/{name}"
+    )
+    allow: Names = option(
+        Names(),
+        "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
+    )
+    heatmaps: Heatmaps = option("all", "images that get a heatmap and an overlay, as PNG: all, anomalous or none")
     raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
+    fresh: bool = option(False, "remove what earlier runs left in the run folder, and start over")
+    max_error_rate: float = option(0.01, "share of images, 0 to 1, that may be errors before the exit code is 2")
 
     def __post_init__(self) -> None:
-        for name in ("models", "images", "out", "category"):
+        for name in ("models", "images", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing")
+        if not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a share between 0 and 1")
+        Categories(self.category, self.category_from)
 
 
 def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> int:
-    """The score job. Returns its exit code: 0 all scored, 2 some images could not be, 3 none could.
+    """The score job. Returns its exit code: 0 all scored, 2 too many images could not be, 3 none could.
 
     Raises:
-        ConfigError: if the options cannot be run.
+        ConfigError: if the options cannot be run, or the run folder holds another pass.
     """
-    target = Target(storage.absolute(collection.out), "scores", collection.heatmaps == "all", collection.raw_maps)
+    target = Target.alone(storage.absolute(collection.out), collection.heatmaps, collection.raw_maps)
     store = ModelStore(collection.models)
+    sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
+    categories = Categories(collection.category, collection.category_from)
+    identity = Identity(
+        images=sources,
+        false_alarm_rate=options.false_alarm_rate,
+        heatmaps=collection.heatmaps,
+        raw_maps=collection.raw_maps,
+        category=collection.category,
+        category_from=collection.category_from,
+        allow=tuple(collection.allow),
+    )
+    of = Pass(lambda: rows_of(sources, categories, collection.allow, sys.stdin), identity, store, options, target)
     try:
-        record = store.record(collection.category)
-        manifest = of_folder(storage.absolute(collection.images), collection.category)
+        with connected():
+            counts = run_pass(of, start_over=collection.fresh, replace=False, say=say)
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
-    if warning := shortfall({collection.category: record.fit.calibration_count}, options.false_alarm_rate):
+    _warn(store, target, options, say)
+    return _tell(counts, target, collection.max_error_rate, say)
+
+
+def _warn(store: ModelStore, target: Target, options: ScoreOptions, say: Say) -> None:
+    fixed = manifest.read(target.manifest)
+    scored = set(store.categories()) & set(fixed.categories if fixed else ())
+    counts = {name: store.record(name).fit.calibration_count for name in sorted(scored)}
+    if warning := shortfall(counts, options.false_alarm_rate):
         say(warning)
-    say(f"{manifest.num_rows} images under {collection.images}, scored by {record.model_id}")
-    start = time.perf_counter()
-    with connected():
-        score_manifest(manifest, store, options, target)
-    seconds = time.perf_counter() - start
-    return _tell(target, manifest.num_rows, seconds, say)
 
 
-def _tell(target: Target, images: int, seconds: float, say: Say) -> int:
-    filesystem, path = storage.arrow_filesystem(target.scores)
-    rows = ds.dataset(path, filesystem=filesystem).to_table(
-        columns=["uri", "is_anomalous", "error_kind", "error_message"]
-    )
-    failed = rows.filter(pc.not_equal(rows["error_kind"], ""))
-    for row in failed.slice(0, 10).to_pylist():
+def _tell(counts: Counts, target: Target, max_error_rate: float, say: Say) -> int:
+    for row in failed_rows(target, _SHOWN):
         say(f"{row['uri']}: {row['error_kind']}: {row['error_message']}")
-    anomalous = pc.sum(rows["is_anomalous"]).as_py() or 0
+    kinds = ", ".join(f"{number} {kind}" for kind, number in counts.errors.items())
     say(
-        f"{rows.num_rows} rows in {target.scores}: {anomalous} anomalous, {failed.num_rows} with an error; "
-        f"{seconds:.0f} s, {images / seconds:.0f} images/s with Ray's start"
+        f"{counts.rows} rows in {target.scores}: {counts.anomalous} anomalous, {counts.failed} with an error"
+        f"{f' ({kinds})' if kinds else ''}"
     )
-    return exit_code(rows.num_rows - failed.num_rows, failed.num_rows)
+    if counts.rows and counts.failed == counts.rows:
+        return NOTHING_DONE
+    return SOME_FAILED if counts.failed > max_error_rate * counts.rows else ALL_DONE

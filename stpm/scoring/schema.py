@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pyarrow as pa
 
 
@@ -13,6 +16,11 @@ def _optional(name: str, kind: pa.DataType, description: str) -> pa.Field:
     return pa.field(name, kind, metadata={"description": f"{description}; null for a row with an error"})
 
 
+_ERROR = [
+    _field("error_kind", pa.string(), 'why the image could not be scored, "" if it was'),
+    _field("error_message", pa.string(), "the same in words"),
+]
+
 MANIFEST = pa.schema(
     [
         _field("image_id", pa.int64(), "hash of the URI"),
@@ -20,22 +28,17 @@ MANIFEST = pa.schema(
         _field("category", pa.string(), "which model scores it"),
         _field("label", pa.string(), 'ground truth: "good" or a defect type, "" if unknown'),
         _field("mask", pa.string(), 'URI of the ground-truth mask, "" if there is none'),
+        *_ERROR,
     ]
 )
-
-_ERROR = [
-    _field("error_kind", pa.string(), 'why the image could not be scored, "" if it was'),
-    _field("error_message", pa.string(), "the same in words"),
-]
 
 _SIZE = [
     _optional("width", pa.int32(), "width of the original image, pixels"),
     _optional("height", pa.int32(), "height of the original image, pixels"),
+    _optional("bytes", pa.int64(), "size of the file"),
 ]
 
-DECODED = pa.schema(
-    [*MANIFEST, *_SIZE, *_ERROR, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")]
-)
+DECODED = pa.schema([*MANIFEST, *_SIZE, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")])
 
 _SCORE = [
     _optional("score", pa.float32(), "maximum of the anomaly map; larger is more anomalous"),
@@ -62,7 +65,7 @@ SCORED = pa.schema(
 
 OUTPUT = pa.schema(
     [
-        *MANIFEST,
+        *(field for field in MANIFEST if field not in _ERROR),
         *_SCORE,
         *_SIZE,
         _field("heatmap", pa.string(), 'palette PNG at model size, relative to the run folder, "" if none'),
@@ -73,6 +76,27 @@ OUTPUT = pa.schema(
 )
 
 
-def table(columns: dict[str, list[object]], schema: pa.Schema) -> pa.Table:
+# What each stage has of its own: a manifest may carry columns of any other name to the output.
+_OWN = frozenset(name for schema in (MANIFEST, SCORED, OUTPUT) for name in schema.names)
+
+
+def carried(schema: pa.Schema) -> list[str]:
+    """Names of the columns that are the user's own."""
+    return [name for name in schema.names if name not in _OWN]
+
+
+def taken(schema: pa.Schema) -> list[str]:
+    """Names of the columns that a user's table has and that scoring writes itself."""
+    return [name for name in schema.names if name in _OWN and name not in MANIFEST.names]
+
+
+def with_carried(result: pa.Table, batch: pa.Table) -> pa.Table:
+    """A stage's result with the user's own columns of the batch that it was made of."""
+    for name in carried(batch.schema):
+        result = result.append_column(batch.schema.field(name), batch[name])
+    return result
+
+
+def table(columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
     """Columns by name as a table of exactly this schema."""
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)

@@ -15,7 +15,7 @@ import torch
 from stpm.errors import ModelError
 from stpm.forward import Matcher, compare, pick_device
 from stpm.models import Model, ModelRecord, ModelStore
-from stpm.scoring.schema import DECODED, SCORED, table
+from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 
 Sharing = tuple[str, ...]
 
@@ -61,7 +61,7 @@ class Scorer:
         # Sorted by teacher and then by category, what one network sees is a slice and never a copy.
         for sharing, shared in groupby(sorted(good), key=lambda row: row[0]):
             self._score_shared(self._matchers[sharing], [i for _, _, i in shared], columns)
-        return table(columns, SCORED)
+        return with_carried(table(columns, SCORED), batch)
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""

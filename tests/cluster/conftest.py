@@ -16,7 +16,18 @@ from stpm import storage
 from tests.conftest import REPOSITORY
 
 # What keeps a whole job at seconds; the machinery is the same as for a real recipe.
-TINY_RECIPE = ["--teacher", "test_resnet", "--teacher-weights", "random", "--size", "64", "--batch", "4"]
+TINY_RECIPE = [
+    "--preset",
+    "paper",
+    "--teacher",
+    "test_resnet",
+    "--teacher-weights",
+    "random",
+    "--size",
+    "64",
+    "--batch",
+    "4",
+]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

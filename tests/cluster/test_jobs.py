@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -31,17 +32,38 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     rows = ds.dataset("run/scores").to_table().to_pylist()
     assert len(rows) == 8
     assert all((here / "run" / row["overlay"]).exists() and row["anomaly_map"] is None for row in rows)
+    run = json.loads((here / "run/run.json").read_text())
+    assert run["counts"]["rows"] == 8
+    assert run["counts"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
+    assert run["models"] == {"nut": rows[0]["model_id"]}
+    assert {path.name for path in (here / "run").iterdir()} == {
+        "_SUCCESS",
+        "heatmaps",
+        "manifest",
+        "run.json",
+        "scores",
+    }
 
-    # Again, with an image that is none: the first run's rows are replaced, not doubled.
+    # Once more: nothing is done. Otherwise: nothing is touched.
+    again = run_job("score", "--models", "models", *images)
+    assert again.returncode == 0
+    assert "all of them are scored already" in again.stdout
+    other = run_job("score", "--models", "models", *images, "--heatmaps", "none")
+    assert other.returncode == 1
+    assert "heatmaps was 'all' and is 'none'" in other.stderr
+    assert ds.dataset("run/scores").to_table().to_pylist() == rows
+
+    # Afresh, with an image that is none.
     (here / "data/nut/test/good/zero.png").write_bytes(b"")
-    again = run_job("score", "--models", "models", *images, "--heatmaps", "none", "--raw-maps")
-    assert again.returncode == 2
-    assert "zero.png: empty: the file has no bytes" in again.stdout
+    fresh = ["--fresh", "--heatmaps", "none", "--raw-maps"]
+    some = run_job("score", "--models", "models", *images, *fresh)
+    assert some.returncode == 2
+    assert "zero.png: empty: the file has no bytes" in some.stdout
     rows = ds.dataset("run/scores").to_table().to_pylist()
     assert len(rows) == 9
     assert all(row["overlay"] == "" for row in rows)
     assert sum(row["anomaly_map"] is not None for row in rows) == 8
-    assert not (here / "run/heatmaps").exists() or not list((here / "run/heatmaps").rglob("*.png"))
+    assert not (here / "run/heatmaps").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.real_data]
 def test_real_defects_are_found(real_data: Path, tmp_path: Path) -> None:
     process = run_job(
         "benchmark",
-        *("--data", str(real_data), "--out", str(tmp_path), "--teacher", "demo", "--batch", "8", "--epochs", "3"),
+        *("--data", str(real_data), "--out", str(tmp_path), "--teacher", "demo"),
     )
     assert process.returncode == 0
     categories = json.loads((tmp_path / "report.json").read_text())["categories"]

@@ -19,8 +19,8 @@ from stpm.evaluation.report import Failure, Report, Result
 from stpm.models import FitSummary, ModelRecord
 from stpm.mvtec import read_category
 from stpm.scoring.manifest import of_test_images
-from stpm.scoring.pipeline import Target
 from stpm.scoring.schema import OUTPUT, table
+from stpm.scoring.target import Target
 from tests.conftest import TINY
 from tests.datasets import encoded, make_category
 
@@ -32,8 +32,8 @@ def scored_run(root: Path, *, masks: bool = True, broken: int = 0) -> Target:
     """A run folder as scoring leaves it, with maps drawn by chance; defects score a little higher."""
     make_category(str(root / "data"), "nut", good=6, defects=6, masks=masks)
     rng = np.random.default_rng(1)
-    manifest = of_test_images([read_category(str(root / "data"), "nut")])
-    target = Target(str(root / "run"), "seed-0", raw_maps=True)
+    (manifest,) = of_test_images([read_category(str(root / "data"), "nut")])
+    target = Target.among(str(root / "run"), "seed-0")
     columns: dict[str, list[object]] = {f.name: [None] * manifest.num_rows for f in OUTPUT}
     columns |= {name: manifest[name].to_pylist() for name in manifest.schema.names}
     for i, label in enumerate(columns["label"]):
@@ -144,7 +144,7 @@ def test_the_gallery_shows_four_defects(tmp_path: Path) -> None:
         assert image.size == (2 * 520 + 24, 2 * 278 + 24)
         # The second half of each cell is the overlay.
         assert image.getpixel((8 + 256 + 8 + 100, 8 + 100)) == (99, 99, 99)
-    target = Target(str(tmp_path / "run"), "seed-0")
+    target = Target.among(str(tmp_path / "run"), "seed-0")
     assert gallery(target, "no-such-category", VIEW) is None
 
 

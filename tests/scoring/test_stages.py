@@ -6,6 +6,7 @@ import dataclasses
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from stpm.networks import load_teacher
 from stpm.recipe import Recipe
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps, jet_palette, overlay, palette_png
-from stpm.scoring.manifest import image_id, of_folder, of_test_images
+from stpm.scoring.manifest import image_id, of_test_images
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
 from stpm.scoring.scorer import Scorer
 from tests.conftest import LIMITS, TINY
@@ -47,7 +48,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def manifest(run: Path) -> pa.Table:
-    return of_test_images([mvtec.read_category(str(run / "data"), name) for name in CATEGORIES])
+    rows = pa.concat_tables(of_test_images([mvtec.read_category(str(run / "data"), name) for name in CATEGORIES]))
+    ids = pa.array([image_id(uri) for uri in rows["uri"].to_pylist()], pa.int64())
+    return rows.set_column(0, MANIFEST.field("image_id"), ids)
 
 
 def scorer(run: Path, raw_maps: bool = True) -> Scorer:
@@ -70,13 +73,6 @@ def test_image_ids_are_stable_64_bit_and_differ() -> None:
     ids = {image_id(f"file-{i}") for i in range(10_000)}
     assert len(ids) == 10_000
     assert all(-(2**63) <= i < 2**63 for i in ids)
-
-
-def test_a_folder_becomes_a_manifest(run: Path) -> None:
-    rows = of_folder(str(run / "data" / "nut" / "test"), "nut")
-    assert rows.schema.equals(MANIFEST)
-    assert rows.num_rows == 8
-    assert set(rows["category"].to_pylist()) == {"nut"}
 
 
 def test_every_row_of_a_mixed_batch_gets_its_own_models_score(run: Path) -> None:
@@ -104,7 +100,7 @@ def test_schemas_are_kept_from_stage_to_stage(run: Path, tmp_path: Path) -> None
     assert decoded.schema.equals(DECODED)
     out = scorer(run)(decoded)
     assert out.schema.equals(SCORED)
-    assert WriteHeatmaps(str(tmp_path), "heatmaps", True)(out).schema.equals(OUTPUT)
+    assert WriteHeatmaps(str(tmp_path), "heatmaps", "all")(out).schema.equals(OUTPUT)
     assert all(field.metadata[b"description"] for field in OUTPUT)
 
 
@@ -123,8 +119,10 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path)
         "category": [*["nut"] * 6, "no/such\nmodel"],
         "label": [""] * 7,
         "mask": [""] * 7,
+        "error_kind": [""] * 7,
+        "error_message": [""] * 7,
     }
-    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", True)(scored(run, table(columns, MANIFEST))).to_pylist()
+    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all")(scored(run, table(columns, MANIFEST))).to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
     for row in out:
         failed = bool(row["error_kind"])
@@ -142,7 +140,7 @@ def test_a_batch_of_errors_alone_passes_through(run: Path) -> None:
 
 def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
     rows = scored(run, manifest(run))
-    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", True)(rows).to_pylist()
+    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", "all")(rows).to_pylist()
     store = ModelStore(str(run / "models"))
     for row, before in zip(out, rows.to_pylist(), strict=True):
         name = f"heatmaps/x/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
@@ -207,8 +205,27 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
         assert ("its SHA-256 is" in row["error_message"]) == (row["category"] in broken)
 
 
-def test_one_image_is_a_collection_too(run: Path, memory: str) -> None:
-    uri = manifest(run)["uri"][0].as_py()
-    assert of_folder(uri, "nut")["uri"].to_pylist() == [uri]
-    storage.publish(f"{memory}/a/b.png", storage.read(uri))
-    assert len(of_folder(f"{memory}/a/b.png", "nut")) == 1
+def test_the_users_own_columns_go_with_their_rows(run: Path, tmp_path: Path) -> None:
+    rows = manifest(run)
+    rows = rows.append_column("line", pa.array([f"line {i}" for i in range(rows.num_rows)]))
+    out = WriteHeatmaps(str(tmp_path), "heatmaps", "none")(scored(run, rows))
+    assert out.schema.names == [*OUTPUT.names, "line"]
+    lines = dict(zip(rows["uri"].to_pylist(), rows["line"].to_pylist(), strict=True))
+    assert all(lines[row["uri"]] == row["line"] for row in out.to_pylist())
+
+
+def test_a_row_that_its_manifest_refused_is_not_read(run: Path) -> None:
+    rows = manifest(run).slice(0, 1)
+    rows = rows.set_column(5, MANIFEST.field("error_kind"), pa.array(["not_allowed"]))
+    (row,) = Decode({"grey": View(64)})(rows).to_pylist()
+    assert (row["error_kind"], row["pixels"], row["bytes"]) == ("not_allowed", b"", None)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("all", 8), ("none", 0), ("anomalous", 3)])
+def test_pictures_are_of_those_that_are_wanted(run: Path, tmp_path: Path, wanted: Any, expected: int) -> None:
+    rows = scored(run, manifest(run).slice(0, 8))
+    verdicts = pa.array([i < 3 for i in range(8)])
+    rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), verdicts)
+    out = WriteHeatmaps(str(tmp_path), "heatmaps", wanted)(rows).to_pylist()
+    assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
+    assert len(list(tmp_path.rglob("*_overlay.png"))) == expected

@@ -1,0 +1,132 @@
+"""What a pass is, what it has done, and whether another run may go on with it: run.json, and _SUCCESS at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from stpm import storage
+from stpm.errors import ConfigError
+from stpm.models import library_versions
+
+_RUN = "run.json"
+_SUCCESS = "_SUCCESS"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that decides a pass's rows, but the models. `manifest` is the digest of the rows where those are given."""
+
+    images: tuple[str, ...]
+    false_alarm_rate: float
+    heatmaps: str
+    raw_maps: bool
+    category: str = ""
+    category_from: str = ""
+    allow: tuple[str, ...] = ()
+    manifest: str = ""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What came of a pass: rows, those called anomalous, and errors by kind; the same by category; bytes read."""
+
+    rows: int = 0
+    anomalous: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    categories: dict[str, dict[str, int]] = field(default_factory=dict)
+    bytes_read: int = 0
+
+    @property
+    def failed(self) -> int:
+        return sum(self.errors.values())
+
+
+class Ledger:
+    """The state of one pass, in a folder.
+
+    Args:
+        home: URI of the folder.
+    """
+
+    def __init__(self, home: str) -> None:
+        self._home = home
+        self.run_uri = storage.join(home, _RUN)
+        self._success_uri = storage.join(home, _SUCCESS)
+
+    def begin(self, identity: Identity) -> list[str]:
+        """Take up the pass that is there, or start one; returns what differs from the one that is there.
+
+        Where something differs nothing is changed.
+        """
+        now = json.loads(json.dumps(asdict(identity)))
+        before = self._read()
+        if before:
+            return _differences(before["identity"], now)
+        self._write({"identity": now, "started": _now(), "versions": library_versions()})
+        return []
+
+    def bind(self, models: dict[str, str]) -> list[str]:
+        """Say which model scores which category; returns what differs from what an earlier run said."""
+        values = self._require()
+        if "models" in values:
+            return _differences(values["models"], models)
+        self._write(values | {"models": models})
+        return []
+
+    def done(self) -> Counts | None:
+        """The counts of a pass that has ended, or None."""
+        if not storage.exists(self._success_uri):
+            return None
+        return Counts(**self._require()["counts"])
+
+    def finish(self, counts: Counts, seconds: float, rows_now: int) -> None:
+        """Write the counts, and `_SUCCESS` last.
+
+        Args:
+            counts: of the whole pass.
+            seconds: that this run took.
+            rows_now: that this run scored; an earlier one may have scored the others.
+        """
+        speed = rows_now / seconds if seconds else 0.0
+        result = {"counts": asdict(counts), "ended": _now(), "seconds": round(seconds, 3)}
+        self._write(self._require() | result | {"images_per_second": round(speed, 3)})
+        storage.publish(self._success_uri, b"")
+
+    def clear(self) -> None:
+        """Forget the pass. `_SUCCESS` goes first."""
+        storage.remove(self._success_uri)
+        storage.remove(self.run_uri)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            values: dict[str, Any] = json.loads(storage.read(self.run_uri))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.run_uri} is not a run's record ({error}); give another --out, or --fresh"
+            ) from error
+        if "identity" not in values:
+            raise ConfigError(f"{self.run_uri} is not a run's record; give another --out, or --fresh")
+        return values
+
+    def _require(self) -> dict[str, Any]:
+        values = self._read()
+        if values is None:
+            raise ConfigError(f"{self.run_uri} was removed while its pass ran; run again")
+        return values
+
+    def _write(self, values: dict[str, Any]) -> None:
+        storage.publish(self.run_uri, json.dumps(values, indent=2, ensure_ascii=False).encode())
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

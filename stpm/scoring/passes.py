@@ -1,0 +1,146 @@
+"""A pass over a collection: its manifest fixed first, every row written once, whatever kills it, `_SUCCESS` last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from stpm.console import Say
+from stpm.errors import ConfigError, ModelError
+from stpm.models import ModelRecord, ModelStore
+from stpm.scoring import manifest
+from stpm.scoring.ledger import Counts, Identity, Ledger
+from stpm.scoring.pipeline import ScoreOptions, score_shards
+from stpm.scoring.remaining import remaining_shards
+from stpm.scoring.target import Target
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a run is asked to do.
+
+    Args:
+        rows: makes the manifest's rows; not called where an earlier run fixed them.
+        identity: what decides the rows that come out.
+        store: the models.
+        options: how to score.
+        target: where to write.
+    """
+
+    rows: Callable[[], Iterable[pa.Table]]
+    identity: Identity
+    store: ModelStore
+    options: ScoreOptions
+    target: Target
+
+
+def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
+    """Score what is not yet scored. Needs a connection to Ray.
+
+    Args:
+        of: the pass.
+        start_over: forget what earlier runs did.
+        replace: start over where something differs, instead of refusing.
+        say: told what was found and what is left.
+
+    Returns:
+        The counts of the whole pass.
+
+    Raises:
+        ConfigError: if the target holds another pass, or the scorers do not fit the cluster.
+        DataError: if the sources cannot be read.
+        ModelError: if no row's category has a model.
+    """
+    ledger = Ledger(of.target.home)
+    if start_over:
+        of.target.clear()
+    if differences := ledger.begin(of.identity):
+        _refuse_unless(replace, of.target, differences)
+        of.target.clear()
+        ledger.begin(of.identity)
+    fixed = manifest.read(of.target.manifest) or manifest.write(of.rows(), of.target.manifest)
+    say(f"{fixed.rows} images{f', {fixed.doubles} doubles left out' if fixed.doubles else ''}")
+    records = _records(of.store, fixed.categories, say)
+    if differences := ledger.bind({name: record.model_id for name, record in records.items()}):
+        _refuse_unless(replace, of.target, differences)
+        return run_pass(of, start_over=True, replace=replace, say=say)
+    if counts := ledger.done():
+        say(f"all of them are scored already, see {ledger.run_uri}")
+        return counts
+    start = time.perf_counter()
+    shards, left = remaining_shards(of.target)
+    if left < fixed.rows:
+        say(f"{fixed.rows - left} are scored already, {left} are left")
+    if left:
+        views = {name: record.recipe.view for name, record in records.items()}
+        score_shards(shards, left, views, of.store, of.options, of.target)
+    counts = count(of.target)
+    if counts.rows != fixed.rows:
+        raise ConfigError(f"{counts.rows} rows in {of.target.scores} for {fixed.rows} images; run again with --fresh")
+    ledger.finish(counts, time.perf_counter() - start, left)
+    of.target.clear_state()
+    return counts
+
+
+def count(target: Target) -> Counts:
+    """Go through the rows of a pass, some at a time."""
+    columns = ["category", "error_kind", "is_anomalous", "bytes"]
+    rows = anomalous = size = 0
+    errors: dict[str, int] = {}
+    categories: dict[str, dict[str, int]] = {}
+    for batch in target.dataset().to_batches(columns):
+        table = pa.Table.from_batches([batch])
+        rows += table.num_rows
+        anomalous += pc.sum(table["is_anomalous"]).as_py() or 0
+        size += pc.sum(table["bytes"]).as_py() or 0
+        by_kind = table.group_by(["category", "error_kind"]).aggregate([("is_anomalous", "sum"), ([], "count_all")])
+        for group in by_kind.to_pylist():
+            of = categories.setdefault(group["category"], {"rows": 0, "anomalous": 0, "errors": 0})
+            of["rows"] += group["count_all"]
+            of["anomalous"] += group["is_anomalous_sum"] or 0
+            if group["error_kind"]:
+                of["errors"] += group["count_all"]
+                errors[group["error_kind"]] = errors.get(group["error_kind"], 0) + group["count_all"]
+    return Counts(rows, anomalous, dict(sorted(errors.items())), dict(sorted(categories.items())), size)
+
+
+def failed_rows(target: Target, most: int) -> list[dict[str, str]]:
+    """The first rows with an error: uri, error_kind, error_message."""
+    found: ds.Dataset = target.dataset()
+    columns = ["uri", "error_kind", "error_message"]
+    rows: list[dict[str, str]] = (
+        found.scanner(columns=columns, filter=ds.field("error_kind") != "").head(most).to_pylist()
+    )
+    return rows
+
+
+def _records(store: ModelStore, categories: Iterable[str], say: Say) -> dict[str, ModelRecord]:
+    """The models of these categories, those that have one."""
+    records, problems = {}, []
+    for category in categories:
+        try:
+            if category:
+                records[category] = store.record(category)
+        except ModelError as error:
+            problems.append(str(error))
+    if not records:
+        raise ModelError("; ".join(problems[:_SHOWN]) or "no image has a category; see --category and --category-from")
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        say(f"warning: {len(problems)} categories have no model: {'; '.join(problems[:_SHOWN])}{more}")
+    return records
+
+
+def _refuse_unless(replace: bool, target: Target, differences: list[str]) -> None:
+    if not replace:
+        raise ConfigError(
+            f"{target.out} holds a pass that was made otherwise: {'; '.join(differences[:_SHOWN])}. Give another "
+            "--out, or --fresh to remove it and start over"
+        )

@@ -1,0 +1,80 @@
+"""Where a pass writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow.dataset as ds
+
+from stpm import storage
+from stpm.scoring.heatmaps import Heatmaps
+from stpm.scoring.ledger import Ledger
+from stpm.scoring.schema import OUTPUT
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a pass writes: `<out>/scores/<name>_*.parquet`, and `<out>/heatmaps/<name>/` if pictures are wanted.
+
+    `home` is the folder of the pass's own record and state: the run folder, or one of several in it.
+    """
+
+    out: str
+    name: str
+    home: str
+    heatmaps: Heatmaps = "all"
+    raw_maps: bool = False
+
+    @classmethod
+    def alone(cls, out: str, heatmaps: Heatmaps, raw_maps: bool) -> Target:
+        """The one pass of a run folder."""
+        return cls(out, "scores", out, heatmaps, raw_maps)
+
+    @classmethod
+    def among(cls, out: str, name: str) -> Target:
+        """One of several passes of a run folder, whose figures are wanted."""
+        return cls(out, name, storage.join(out, "passes", name), raw_maps=True)
+
+    @property
+    def scores(self) -> str:
+        return storage.join(self.out, "scores")
+
+    @property
+    def manifest(self) -> str:
+        """The folder of the manifest's shards."""
+        return storage.join(self.home, "manifest")
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder of what says which rows are written, while the pass runs."""
+        return storage.join(self.home, "checkpoint")
+
+    @property
+    def remaining(self) -> str:
+        """The folder of the shards of what is left, while the pass runs."""
+        return storage.join(self.home, "remaining")
+
+    def files(self) -> list[str]:
+        """URIs of the Parquet files that the pass wrote."""
+        written = [uri for uri, _ in storage.files(self.scores)]
+        return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
+
+    def dataset(self) -> ds.Dataset:
+        """The rows that the pass wrote."""
+        filesystem, folder = storage.arrow_filesystem(self.scores)
+        paths = [f"{folder}/{uri.rsplit('/', 1)[-1]}" for uri in self.files()]
+        return ds.dataset(paths, schema=None if paths else OUTPUT, filesystem=filesystem, format="parquet")
+
+    def clear(self) -> None:
+        """Remove what earlier runs of the pass left, whole or in part."""
+        Ledger(self.home).clear()
+        for uri in self.files():
+            storage.remove(uri)
+        storage.remove(storage.join(self.out, "heatmaps", self.name))
+        storage.remove(self.manifest)
+        self.clear_state()
+
+    def clear_state(self) -> None:
+        """Remove what only an unfinished pass needs."""
+        storage.remove(self.checkpoint)
+        storage.remove(self.remaining)

@@ -1,0 +1,140 @@
+"""A pass whose processes are killed for real, at random moments; how often, `STPM_TEST_KILLS` says."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+from PIL import Image
+
+from stpm import storage
+from tests.cluster.conftest import TINY_RECIPE, run_job, start_job
+from tests.datasets import encoded, make_category
+
+pytestmark = pytest.mark.cluster
+
+KILLS = range(int(os.environ.get("STPM_TEST_KILLS", "1")))
+IMAGES = 1500
+# Files of few rows: so that a kill finds some that are written, some half written and some that are not.
+OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--batch-size", "4", "--max-error-rate", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a collection with every fiftieth file broken, and an undisturbed pass over it."""
+    root = tmp_path_factory.mktemp("run")
+    make_category(str(root / "data"), "nut")
+    fit = ["--data", str(root / "data"), "--models", str(root / "models"), "--epochs", "1", *TINY_RECIPE]
+    assert run_job("fit", *fit).returncode == 0
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    for i in range(IMAGES):
+        pixels = rng.integers(90, 130, (48, 40, 3), dtype=np.uint8)
+        pixels[: i % 40, :20] += 60
+        data = encoded(pixels, "JPEG" if i % 2 else "PNG")
+        (root / "images" / f"{i:04}.{'jpg' if i % 2 else 'png'}").write_bytes(data[:40] if i % 50 == 0 else data)
+    process = score(root, root / "undisturbed")
+    assert process.returncode == 0
+    return root
+
+
+def arguments(root: Path, out: object) -> list[str]:
+    return ["--models", str(root / "models"), "--images", str(root / "images"), "--out", str(out), *OPTIONS]
+
+
+def score(root: Path, out: object) -> object:
+    return run_job("score", *arguments(root, out))
+
+
+def rows_of(out: str) -> dict[int, dict[str, object]]:
+    filesystem, path = storage.arrow_filesystem(f"{out}/scores")
+    rows = ds.dataset(path, filesystem=filesystem, format="parquet").to_table().to_pylist()
+    assert len(rows) == IMAGES
+    by_id = {row["image_id"]: row for row in rows}
+    assert len(by_id) == IMAGES
+    return by_id
+
+
+def check_same(root: Path, out: str) -> None:
+    """The pass ended as the undisturbed one did."""
+    expected, found = rows_of(str(root / "undisturbed")), rows_of(out)
+    assert expected.keys() == found.keys()
+    for image_id, row in expected.items():
+        other = found[image_id]
+        for name in ("uri", "error_kind", "is_anomalous", "heatmap", "width", "bytes", "model_id"):
+            assert row[name] == other[name], (row["uri"], name)
+        if row["score"] is not None:
+            assert other["score"] == pytest.approx(row["score"], rel=1e-5)
+    for row in random.sample([row for row in expected.values() if row["heatmap"]], 40):
+        pictures = []
+        for folder in (str(root / "undisturbed"), out):
+            with Image.open(pa.BufferReader(storage.read(f"{folder}/{row['heatmap']}"))) as image:
+                pictures.append(np.asarray(image).astype(int))
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    names = {uri.removeprefix(f"{out}/").split("/")[0] for uri, _ in storage.files(out)}
+    assert names == {"_SUCCESS", "heatmaps", "manifest", "run.json", "scores"}
+
+
+def wait_for_rows(out: str, at_least: int) -> None:
+    """Until some files of rows are there."""
+    deadline = time.monotonic() + 300
+    while len([uri for uri, _ in storage.files(f"{out}/scores")]) < at_least:
+        assert time.monotonic() < deadline, "no rows were written"
+        time.sleep(0.2)
+
+
+def workers(driver: int, name: str) -> list[psutil.Process]:
+    children = psutil.Process(driver).children(recursive=True)
+    return [child for child in children if name in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("victim", ["MapWorker", "Map"])
+def test_a_killed_actor_or_task_costs_time_alone(kill: int, victim: str, run: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    process = start_job("score", *arguments(run, out))
+    wait_for_rows(out, random.randint(1, 6))
+    candidates = workers(process.pid, f"ray::{victim}")
+    if candidates:
+        random.choice(candidates).send_signal(signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=400)
+    print(stdout, stderr)
+    assert process.returncode == 0
+    check_same(run, out)
+
+
+def kill_all(driver: int) -> None:
+    """As a machine that fails: the driver, and all that it started."""
+    others = psutil.Process(driver).children(recursive=True)
+    psutil.Process(driver).kill()
+    for other in others:
+        if other.is_running():
+            other.kill()
+
+
+@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_killed_driver_is_taken_up_by_the_next_run(
+    kill: int, place: str, run: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if place == "s3":
+        request.getfixturevalue("s3")
+    out = str(tmp_path / "out") if place == "local" else f"s3://bucket/killed-{kill}"
+    process = start_job("score", *arguments(run, out))
+    wait_for_rows(out, random.randint(1, 8))
+    time.sleep(random.uniform(0, 0.5))
+    kill_all(process.pid)
+    process.communicate(timeout=60)
+    assert not storage.exists(f"{out}/_SUCCESS")
+    again = score(run, out)
+    assert again.returncode == 0
+    assert "are scored already" in again.stdout
+    check_same(run, out)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from stpm.errors import ConfigError
+from stpm.scoring.ledger import Counts, Identity, Ledger
+
+IDENTITY = Identity(("s3://a", "s3://b"), 0.01, "all", False, category="nut")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(str(tmp_path))
+
+
+def test_a_pass_is_taken_up_by_the_same_and_by_no_other(ledger: Ledger) -> None:
+    assert ledger.begin(IDENTITY) == []
+    assert ledger.begin(IDENTITY) == []
+    other = dataclasses.replace(IDENTITY, false_alarm_rate=0.05, images=("s3://a",))
+    assert ledger.begin(other) == [
+        "images was ['s3://a', 's3://b'] and is ['s3://a']",
+        "false_alarm_rate was 0.01 and is 0.05",
+    ]
+    assert ledger.begin(IDENTITY) == []
+    ledger.clear()
+    assert ledger.begin(other) == []
+
+
+def test_a_pass_is_bound_to_its_models(ledger: Ledger) -> None:
+    ledger.begin(IDENTITY)
+    assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}) == []
+    assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}) == []
+    assert ledger.bind({"nut": "nut-2"}) == ["nut was 'nut-1' and is 'nut-2'", "bolt was 'bolt-1' and is None"]
+
+
+def test_success_comes_last_and_gives_the_counts(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.begin(IDENTITY)
+    assert ledger.done() is None
+    counts = Counts(10, 2, {"empty": 1}, {"nut": {"rows": 10, "anomalous": 2, "errors": 1}}, 12345)
+    ledger.finish(counts, seconds=2.0, rows_now=5)
+    assert ledger.done() == counts
+    assert counts.failed == 1
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["counts"]["bytes_read"] == 12345
+    assert run["images_per_second"] == 2.5
+    assert run["identity"]["category"] == "nut"
+    assert run["started"] <= run["ended"]
+    assert (tmp_path / "_SUCCESS").exists()
+    ledger.clear()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}'])
+def test_a_foreign_run_json_is_refused(ledger: Ledger, tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match="is not a run's record"):
+        ledger.begin(IDENTITY)

@@ -1,0 +1,182 @@
+"""What sources of images become, as rows of a manifest."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stpm import storage
+from stpm.errors import ConfigError, DataError
+from stpm.scoring.schema import MANIFEST
+from stpm.scoring.sources import Allowed, Categories, rows_of
+
+NUT = Categories("nut")
+
+
+def rows(*sources: str, categories: Categories = NUT, **options: object) -> list[dict[str, object]]:
+    chunks = list(rows_of(sources, categories, **options))  # type: ignore[arg-type]
+    found = pa.concat_tables(chunks, promote_options="default").to_pylist()
+    # The filesystem in memory puts a slash before its paths.
+    return [row | {"uri": row["uri"].replace("memory:///", "memory://")} for row in found]
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    uri = str(tmp_path) if request.param == "local" else memory
+    for name in ("b.png", "a.JPG", "deep/er/c.tiff", "deep/d.webp", "notes.txt", "deep/x.csv"):
+        storage.publish(f"{uri}/images/{name}", b"x")
+    storage.publish(f"{uri}/images-of-others/e.png", b"x")
+    return uri
+
+
+def test_a_folder_gives_the_images_at_any_depth_and_nothing_else(root: str) -> None:
+    (chunk,) = rows_of([f"{root}/images"], NUT)
+    assert chunk.schema.equals(MANIFEST)
+    names = {str(uri).split("/images/")[1] for uri in chunk["uri"].to_pylist()}
+    assert names == {"b.png", "a.JPG", "deep/er/c.tiff", "deep/d.webp"}
+    assert set(chunk["category"].to_pylist()) == {"nut"}
+
+
+def test_one_image_is_a_source_too(root: str) -> None:
+    assert [row["uri"] for row in rows(f"{root}/images/b.png")] == [f"{root}/images/b.png"]
+
+
+def test_a_glob_gives_what_it_names(root: str) -> None:
+    assert [row["uri"] for row in rows(f"{root}/images/*.png")] == [f"{root}/images/b.png"]
+    assert len(rows(f"{root}/images/**")) == 4
+
+
+def test_several_sources_are_one_list(root: str) -> None:
+    lines = [f"{root}/images/b.png\n", "\n", f"  {root}/elsewhere/no-suffix\n"]
+    found = [row["uri"] for row in rows(f"{root}/images-of-others", "-", lines=lines)]
+    assert found == [f"{root}/images-of-others/e.png", f"{root}/images/b.png", f"{root}/elsewhere/no-suffix"]
+
+
+@pytest.mark.parametrize("source", ["nothing", "images/*.bmp", "images/notes.txt"])
+def test_a_source_without_images_is_named(root: str, source: str) -> None:
+    with pytest.raises(DataError, match="no images here"):
+        rows(f"{root}/{source}")
+
+
+def write_manifest(uri: str, records: list[dict[str, object]]) -> None:
+    kind = uri.rsplit(".", 1)[1]
+    if kind == "parquet":
+        data = storage.parquet(pa.Table.from_pylist(records))
+    elif kind == "csv":
+        names = list(records[0])
+        data = "\n".join([",".join(names), *(",".join(str(r[n]) for n in names) for r in records)]).encode()
+    else:
+        data = "\n".join(json.dumps(record) for record in records).encode()
+    storage.publish(uri, data)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_manifests_own_columns_are_kept(root: str, kind: str) -> None:
+    records: list[dict[str, object]] = [
+        {"uri": "images/b.png", "category": "bolt", "line": 3, "label": "good"},
+        {"uri": f"{root}/images/a.JPG", "category": "", "line": 4, "label": "scratch"},
+    ]
+    write_manifest(f"{root}/list.{kind}", records)
+    first, second = rows(f"{root}/list.{kind}")
+    assert (first["uri"], first["category"], first["line"]) == (f"{root}/images/b.png", "bolt", 3)
+    # Where the manifest names no category the option does.
+    assert (second["uri"], second["category"], second["label"]) == (f"{root}/images/a.JPG", "nut", "scratch")
+    assert all(row["error_kind"] == "" for row in (first, second))
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    listed = ["a.png", "/etc/passwd", "../up.png", "s3://other/x.png", "file:///etc/passwd", "simplecache::a.png"]
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "in" / "list.csv").open("w") as file:
+        csv.writer(file).writerows([["uri"], *([uri] for uri in listed)])
+    found = rows(str(tmp_path / "in" / "list.csv"))
+    assert [row["error_kind"] for row in found] == ["", *["not_allowed"] * 5]
+    assert f"only what is under {tmp_path / 'in'}" in str(found[1]["error_message"])
+    allowed = rows(str(tmp_path / "in" / "list.csv"), allow=[str(tmp_path / "in"), "s3://other"])
+    assert [row["error_kind"] for row in allowed] == [
+        "",
+        "not_allowed",
+        "not_allowed",
+        "",
+        "not_allowed",
+        "not_allowed",
+    ]
+
+
+def test_a_manifest_cannot_name_masks_elsewhere(tmp_path: Path) -> None:
+    write_manifest(
+        f"{tmp_path}/list.jsonl", [{"uri": "a.png", "mask": "m.png"}, {"uri": "b.png", "mask": "/etc/passwd"}]
+    )
+    good, bad = rows(f"{tmp_path}/list.jsonl")
+    assert (good["mask"], good["error_kind"]) == (f"{tmp_path}/m.png", "")
+    assert bad["error_kind"] == "not_allowed"
+
+
+def test_by_default_a_manifest_may_name_its_own_bucket_or_folder() -> None:
+    assert Allowed.by("s3://plant/lists/a.csv", []).prefixes == ("s3://plant",)
+    assert Allowed.by("/data/lists/a.csv", []).prefixes == ("/data/lists",)
+    allowed = Allowed(("s3://plant",))
+    assert allowed.refusal("s3://plant/images/a.png") == ""
+    for uri in ("s3://plants/a.png", "s3://plant/../other/a.png", "/plant", "filecache::s3://plant/a.png"):
+        assert "see --allow" in allowed.refusal(uri)
+
+
+def test_manifests_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    write_manifest(f"{tmp_path}/a.csv", [{"path": "a.png"}])
+    with pytest.raises(DataError, match="no column `uri`; its columns are path"):
+        rows(f"{tmp_path}/a.csv")
+    write_manifest(f"{tmp_path}/b.csv", [{"uri": "a.png", "score": 1}])
+    with pytest.raises(ConfigError, match="column score is one that scoring writes itself"):
+        rows(f"{tmp_path}/b.csv")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match=r"c\.parquet: this manifest cannot be read"):
+        rows(f"{tmp_path}/c.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: this manifest cannot be read"):
+        rows(f"{tmp_path}/d.parquet")
+
+
+def test_a_large_manifest_comes_in_chunks(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": [f"{i}.png" for i in range(25_000)]}), tmp_path / "m.parquet")
+    chunks = list(rows_of([f"{tmp_path}/m.parquet"], NUT))
+    assert max(chunk.num_rows for chunk in chunks) <= 10_000
+    assert sum(chunk.num_rows for chunk in chunks) == 25_000
+
+
+@pytest.mark.parametrize(
+    ("pattern", "uri", "category"),
+    [
+        ("{category}/{date}/{name}", "s3://dump/plant/nut/2026-11-24/1.png", "nut"),
+        ("{category}/{name}", "nut/1.png", "nut"),
+        ("{line}-{category}.png", "s3://dump/7-nut.png", "nut"),
+        ("{category}/{date}/{name}", "1.png", ""),
+        ("raw.{category}/{name}", "/data/rawXnut/1.png", ""),
+        ("raw.{category}/{name}", "/data/raw.nut/1.png", "nut"),
+    ],
+)
+def test_a_pattern_over_the_end_of_the_path_gives_the_category(pattern: str, uri: str, category: str) -> None:
+    assert Categories(pattern=pattern).of(uri) == category
+
+
+def test_an_image_without_a_category_is_a_row_with_an_error(tmp_path: Path) -> None:
+    for name in ("top.png", "nut/x.png"):
+        storage.publish(f"{tmp_path}/i/{name}", b"x")
+    found = {str(r["uri"])[-5:]: r for r in rows(f"{tmp_path}/i", categories=Categories(pattern="i/{category}/{n}"))}
+    assert (found["x.png"]["category"], found["x.png"]["error_kind"]) == ("nut", "")
+    assert found["p.png"]["error_kind"] == "no_model"
+    assert "see --category" in str(found["p.png"]["error_message"])
+
+
+@pytest.mark.parametrize("pattern", ["{name}", "{category}/{category}", "{category}/{a}/{a}"])
+def test_a_pattern_names_the_category_once(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="once, and no name twice"):
+        Categories(pattern=pattern)
+
+
+def test_a_category_is_given_in_one_way() -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        Categories("nut", "{category}/{name}")
