@@ -37,3 +37,14 @@ def exit_code(good: int, failed: int) -> int:
     if not failed:
         return ALL_DONE
     return SOME_FAILED if good else NOTHING_DONE
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -10,15 +10,16 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import tenacity
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
@@ -37,7 +38,14 @@ _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "l
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 _MAX_NAME = 128
 _LISTERS = 16
+# Seconds: a store that is away for longer is down.
+_PATIENCE = 60.0
+_LONGEST_PAUSE = 10.0
+
+_CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "google", "urllib3")
 _UNFINISHED = ".part"
+
+T = TypeVar("T")
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -101,10 +109,43 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(path))
 
 
-def read(uri: str) -> bytes:
-    """All bytes of an object. Raises FileNotFoundError or another OSError as the filesystem does."""
+def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The bytes of an object, or a range of them. What may pass is tried again, with growing pauses.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        OSError: if it cannot be read all the same.
+    """
     fs, path = filesystem(uri)
-    return bytes(fs.cat_file(path))
+    return _with_patience(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+
+
+def _with_patience(uri: str, act: Callable[[], T]) -> T:
+    """Remote storage answers 500, 503 or nothing at times: trying again later is all that helps."""
+    if is_local(uri):
+        return act()
+    patient = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE),
+        stop=tenacity.stop_after_delay(_PATIENCE),
+        reraise=True,
+    )
+    try:
+        return patient(act)
+    except Exception as error:
+        if _is_clients_own(error):
+            raise OSError(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def _may_pass(error: BaseException) -> bool:
+    lasting = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+    return (isinstance(error, OSError) and not lasting) or _is_clients_own(error)
+
+
+def _is_clients_own(error: BaseException) -> bool:
+    """Where a connection breaks, a cloud's client raises what is no OSError."""
+    return not isinstance(error, OSError) and type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def publish(uri: str, data: bytes) -> None:
@@ -114,7 +155,7 @@ def publish(uri: str, data: bytes) -> None:
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
+        _with_patience(uri, lambda: fs.pipe_file(path, data))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from stpm.fitting.pool import PoolOptions, scaling
+from stpm.fitting.pool import PoolOptions, scaling, shared_out
 from stpm.scoring.pipeline import ScorerPool
 from tests.conftest import REPOSITORY
 
@@ -37,7 +37,8 @@ def test_both_pools_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
     nodes = gpu["max_workers"]
     assert 1 <= nodes <= config["max_workers"]
     resources = {name: float(amount * nodes) for name, amount in gpu["resources"].items()}
-    assert scaling(PoolOptions(), resources, tasks=100).num_workers == nodes
+    each = [{name: float(amount) for name, amount in gpu["resources"].items()}] * nodes
+    assert scaling(shared_out(PoolOptions(), each, 100), each, tasks=100).num_workers == nodes
     pool = ScorerPool.of(0, resources, blocks=100)
     assert (pool.size, pool.num_gpus) == (nodes, 1.0)
     assert pool.num_cpus * pool.size < resources["CPU"] - 1

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
+import aiohttp
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
@@ -102,3 +106,56 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     storage.sweep(str(tmp_path))
     storage.sweep(str(tmp_path / "nothing"))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+class Flaky(MemoryFileSystem):
+    """Answers with these errors first."""
+
+    protocol = "flaky"
+    errors: ClassVar[list[Exception]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"bytes"[start:end]
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(storage, "_LONGEST_PAUSE", 0.01)
+    Flaky.errors = []
+    return Flaky
+
+
+def test_what_may_pass_is_tried_again(flaky: type[Flaky]) -> None:
+    flaky.errors = [OSError("503 Slow Down"), TimeoutError(), aiohttp.ServerDisconnectedError(), ConnectionResetError()]
+    assert storage.read("flaky://a") == b"bytes"
+    assert flaky.errors == []
+    assert storage.read("flaky://a", 1, 3) == b"yt"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("a"), PermissionError("a"), TypeError("a bug")])
+def test_what_will_not_pass_is_raised_at_once(flaky: type[Flaky], error: Exception) -> None:
+    flaky.errors = [error, OSError("never reached")]
+    with pytest.raises(type(error)):
+        storage.read("flaky://a")
+    assert len(flaky.errors) == 1
+
+
+def test_patience_ends_and_a_clients_own_error_is_an_oserror(
+    flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PATIENCE", 0.05)
+    flaky.errors = [aiohttp.ServerDisconnectedError() for _ in range(1000)]
+    with pytest.raises(OSError, match="ServerDisconnectedError: Server disconnected"):
+        storage.read("flaky://a")
+
+
+def test_a_listing_is_streamed_a_page_at_a_time(tmp_path: Path) -> None:
+    for i in range(5):
+        storage.publish(f"{tmp_path}/deep/{i}/x.png", b"")
+    found = storage.stream(str(tmp_path))
+    assert next(found) == f"{tmp_path}/deep/0/x.png"
+    assert len(list(found)) == 4
+    assert list(storage.stream(str(tmp_path / "nothing"))) == []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,11 @@ _POLL_SECONDS = 0.3
 _RESTARTS_PER_TASK = 2
 _RESTARTS_OF_NODES = 3
 _SHARE_OF_MEMORY = 0.5
+# A student this small gains little from more.
+_MOST_THREADS = 8
+_SHOWN_NODES = 4
+
+Resources = Mapping[str, float]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +48,11 @@ class PoolOptions:
 
     workers: int = option(0, "workers that fit in parallel; 0: one per GPU, or without GPUs one per CPU core")
     gpus_per_worker: float = option(1.0, "share of a GPU that a worker takes, where the cluster has GPUs; 0: use CPUs")
-    cpus_per_worker: int = option(1, "CPU cores, and so threads, that a worker takes")
+    cpus_per_worker: int = option(
+        0,
+        "CPU cores, and so threads, that a worker takes; 0: as many as leave a worker for each category, or for each "
+        "share of a GPU, and at most 8",
+    )
     memory_gib: float = option(
         0.0,
         "GiB that a worker may take for decoded images (beyond it they go to a file) and for the teacher's features "
@@ -58,8 +68,10 @@ class PoolOptions:
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"workers is {self.workers}; give 1 or more, or 0 to take what the cluster has")
-        if self.cpus_per_worker < 1:
-            raise ConfigError(f"cpus-per-worker is {self.cpus_per_worker}; give at least 1")
+        if self.cpus_per_worker < 0:
+            raise ConfigError(
+                f"cpus-per-worker is {self.cpus_per_worker}; give at least 1, or 0 to share what there is"
+            )
         if self.gpus_per_worker < 0:
             raise ConfigError(f"gpus-per-worker is {self.gpus_per_worker}; give 0 or more")
         if self.memory_gib < 0:
@@ -68,26 +80,63 @@ class PoolOptions:
             raise ConfigError(f"checkpoint-seconds is {self.checkpoint_seconds}; give 0 or more")
 
 
-def scaling(options: PoolOptions, resources: dict[str, float], tasks: int) -> ScalingConfig:
-    """The worker group that these resources and this many tasks call for.
+def shared_out(options: PoolOptions, nodes: Sequence[Resources], tasks: int) -> PoolOptions:
+    """The options with the CPUs that a worker takes, where they leave that open.
+
+    The number of threads has a part in the last bits of a student. So `tasks` counts what a run is asked for, and not
+    what is left of it after an interruption.
+    """
+    if options.cpus_per_worker:
+        return options
+    wanted = options.workers or tasks
+    most = _places(options, nodes, 1)
+    for cpus in range(_MOST_THREADS, 1, -1):
+        if _places(options, nodes, cpus) >= min(wanted, most) > 0:
+            return dataclasses.replace(options, cpus_per_worker=cpus)
+    return dataclasses.replace(options, cpus_per_worker=1)
+
+
+def scaling(options: PoolOptions, nodes: Sequence[Resources], tasks: int) -> ScalingConfig:
+    """The worker group that these nodes and this many tasks call for.
+
+    Args:
+        options: with the CPUs that a worker takes.
+        nodes: what each node has.
+        tasks: what there is to do.
 
     Raises:
-        ConfigError: if not even one worker fits.
+        ConfigError: if not even one worker fits, or not as many as are wanted.
     """
-    use_gpu = resources.get("GPU", 0) > 0 and options.gpus_per_worker > 0
-    fits = resources.get("CPU", 0) // options.cpus_per_worker
-    if use_gpu:
-        fits = min(fits, resources["GPU"] // options.gpus_per_worker)
-    wanted = options.workers or int(fits)
-    if wanted < 1 or (options.workers and wanted > fits):
-        have = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+    fits = _places(options, nodes, options.cpus_per_worker)
+    wanted = options.workers or fits
+    use_gpu = _use_gpu(options, nodes)
+    if wanted < 1 or wanted > fits:
+        have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes[:_SHOWN_NODES])
         raise ConfigError(
             f"{max(wanted, 1)} workers of {options.cpus_per_worker} CPUs"
-            f"{f' and {options.gpus_per_worker:g} GPUs' if use_gpu else ''} do not fit the cluster's {have}; "
+            f"{f' and {options.gpus_per_worker:g} GPUs' if use_gpu else ''} do not fit the cluster's nodes ({have}); "
             "lower --workers, --cpus-per-worker or --gpus-per-worker"
         )
     per_worker = {"CPU": float(options.cpus_per_worker)} | ({"GPU": options.gpus_per_worker} if use_gpu else {})
     return ScalingConfig(num_workers=min(wanted, tasks), use_gpu=use_gpu, resources_per_worker=per_worker)
+
+
+def _use_gpu(options: PoolOptions, nodes: Sequence[Resources]) -> bool:
+    return options.gpus_per_worker > 0 and any(node.get("GPU", 0) > 0 for node in nodes)
+
+
+def _places(options: PoolOptions, nodes: Sequence[Resources], cpus: int) -> int:
+    """How many workers of so many CPUs the nodes hold: a worker is never split over two."""
+    places = [int(node.get("CPU", 0) // cpus) for node in nodes]
+    if _use_gpu(options, nodes):
+        shares = [int(node.get("GPU", 0) / options.gpus_per_worker + 1e-9) for node in nodes]
+        places = [min(pair) for pair in zip(places, shares, strict=True)]
+    return sum(places)
+
+
+def node_resources() -> list[Resources]:
+    """What each node of the connected cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def run_pool(
@@ -97,7 +146,7 @@ def run_pool(
 
     Args:
         tasks: what to fit, at least one.
-        options: the workers.
+        options: the workers, with the CPUs that each takes.
         scratch: a URI that every node reaches, for Ray Train's own state; removed afterwards.
         on_event: called on a thread of its own for each epoch and each outcome, as they come.
 
@@ -113,7 +162,7 @@ def run_pool(
         train_loop_config={"queue": queue, "options": options},
         # Workers never speak to each other: gloo starts on every device, and on shared ones.
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=scaling(options, ray.cluster_resources(), len(tasks)),
+        scaling_config=scaling(options, node_resources(), len(tasks)),
         run_config=RunConfig(
             name=f"fit-{uuid.uuid4().hex[:8]}",
             storage_path=path,

@@ -12,7 +12,7 @@ from stpm.cluster import connected
 from stpm.console import NOTHING_DONE, Say, exit_code, show, watched
 from stpm.errors import ConfigError, DataError
 from stpm.fitting.event_files import EventFiles
-from stpm.fitting.pool import PoolOptions, run_pool
+from stpm.fitting.pool import PoolOptions, node_resources, run_pool, shared_out
 from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
@@ -84,7 +84,8 @@ def fit_categories(
     if waiting:
         scratch = storage.join(next(iter(stores.values())), ".train")
         with connected():
-            outcomes += run_pool(waiting, pool, scratch, _listener(waiting, pool, say))
+            shared = shared_out(pool, node_resources(), len(tasks))
+            outcomes += run_pool(waiting, shared, scratch, _listener(waiting, pool, say))
     return outcomes
 
 

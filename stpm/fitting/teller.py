@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from stpm.console import Say
+from stpm.console import Say, duration
 from stpm.fitting.loop import Epoch
 from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
@@ -81,7 +81,7 @@ class Teller:
             f"validation loss {_several(e.validation_loss for e in epochs)}  {speed:.0f} images/s"
         )
         if left:
-            line += f"  {_duration(left / speed)} left"
+            line += f"  {duration(left / speed)} left"
         if epochs[-1].train_loss > first:
             line += f"  above its start, {first:.4f}: it may be diverging, lower --learning-rate"
         self._line(key, line)
@@ -102,7 +102,7 @@ class Teller:
         filled = int(_BAR * done / whole)
         line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {self._ended}/{total} ended"
         if 0 < done < whole:
-            line += f", about {_duration((self._clock() - self._start) * (whole - done) / done)} left"
+            line += f", about {duration((self._clock() - self._start) * (whole - done) / done)} left"
         return line
 
     def _line(self, key: str, text: str) -> None:
@@ -111,13 +111,3 @@ class Teller:
 
 def _several(losses: Iterable[float]) -> str:
     return " ".join(f"{loss:.4f}" for loss in losses)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from stpm import storage
 from stpm.images import Pixels
+from stpm.scoring.progress import Done
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_carried
 
 Heatmaps = Literal["all", "anomalous", "none"]
@@ -62,9 +64,11 @@ class WriteHeatmaps:
         out: URI of the run folder.
         folder: under it, where the pictures go; their names are image ids.
         wanted: which images get pictures.
+        report: told of each batch that is done; None tells nobody.
     """
 
-    def __init__(self, out: str, folder: str, wanted: Heatmaps) -> None:
+    def __init__(self, out: str, folder: str, wanted: Heatmaps, report: Callable[[Done], None] | None = None) -> None:
+        self._report = report
         self._out = out
         self._folder = folder
         self._wanted = wanted
@@ -84,6 +88,9 @@ class WriteHeatmaps:
             )
         columns["heatmap"] = [name for name, _ in names]
         columns["overlay"] = [name for _, name in names]
+        if self._report:
+            errors = sum(map(bool, columns["error_kind"]))
+            self._report(Done(batch.num_rows, errors, sum(map(bool, columns["is_anomalous"]))))
         return with_carried(table(columns, OUTPUT), batch)
 
     def _write(

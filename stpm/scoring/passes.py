@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from stpm.console import Say
+from stpm.cluster import connected
+from stpm.console import Say, show, watched
 from stpm.errors import ConfigError, ModelError
 from stpm.models import ModelRecord, ModelStore
 from stpm.scoring import manifest
 from stpm.scoring.ledger import Counts, Identity, Ledger
 from stpm.scoring.pipeline import ScoreOptions, score_shards
+from stpm.scoring.progress import Progress
 from stpm.scoring.remaining import remaining_shards
 from stpm.scoring.target import Target
 
@@ -42,7 +44,7 @@ class Pass:
 
 
 def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
-    """Score what is not yet scored. Needs a connection to Ray.
+    """Score what is not yet scored, on Ray.
 
     Args:
         of: the pass.
@@ -75,12 +77,14 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         say(f"all of them are scored already, see {ledger.run_uri}")
         return counts
     start = time.perf_counter()
-    shards, left = remaining_shards(of.target)
-    if left < fixed.rows:
-        say(f"{fixed.rows - left} are scored already, {left} are left")
-    if left:
-        views = {name: record.recipe.view for name, record in records.items()}
-        score_shards(shards, left, views, of.store, of.options, of.target)
+    with connected():
+        shards, left = remaining_shards(of.target)
+        if left < fixed.rows:
+            say(f"{fixed.rows - left} are scored already, {left} are left")
+        if left:
+            views = {name: record.recipe.view for name, record in records.items()}
+            progress = Progress(left, say, show if watched() else None)
+            score_shards(shards, left, views, of.store, of.options, of.target, progress)
     counts = count(of.target)
     if counts.rows != fixed.rows:
         raise ConfigError(f"{counts.rows} rows in {of.target.scores} for {fixed.rows} images; run again with --fresh")

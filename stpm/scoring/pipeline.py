@@ -20,6 +20,7 @@ from stpm.models import ModelStore
 from stpm.options import option
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
+from stpm.scoring.progress import Progress, followed
 from stpm.scoring.scorer import Scorer
 from stpm.scoring.target import Target
 
@@ -90,6 +91,7 @@ def score_shards(
     store: ModelStore,
     options: ScoreOptions,
     target: Target,
+    progress: Progress,
 ) -> None:
     """Score every row of some manifest shards and write one output row each. Needs a connection to Ray.
 
@@ -100,6 +102,7 @@ def score_shards(
         store: the models.
         options: how.
         target: where to.
+        progress: told how far it is.
 
     Raises:
         ConfigError: if the scorers do not fit the cluster.
@@ -107,7 +110,7 @@ def score_shards(
     pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-rows // _BLOCK_ROWS))
     filesystem, _ = storage.arrow_filesystem(target.manifest)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
-    with _checkpointed(target):
+    with _checkpointed(target), followed(progress) as report:
         (
             ray.data.read_parquet(
                 [storage.arrow_filesystem(uri)[1] for uri in shards], filesystem=filesystem, num_cpus=STAGE_CPUS
@@ -129,7 +132,7 @@ def score_shards(
                 num_gpus=pool.num_gpus,
             )
             .map_batches(
-                WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps).__call__,
+                WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps, report).__call__,
                 batch_format="pyarrow",
                 batch_size=options.batch_size,
                 num_cpus=STAGE_CPUS,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from stpm import storage
 from stpm.calibration import shortfall
-from stpm.cluster import connected
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.models import ModelStore
@@ -82,8 +81,7 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
     )
     of = Pass(lambda: rows_of(sources, categories, collection.allow, sys.stdin), identity, store, options, target)
     try:
-        with connected():
-            counts = run_pass(of, start_over=collection.fresh, replace=False, say=say)
+        counts = run_pass(of, start_over=collection.fresh, replace=False, say=say)
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE

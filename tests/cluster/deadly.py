@@ -29,7 +29,9 @@ def main(data: str, models: str) -> None:
         for name in mvtec.find_categories(data)
     ]
     with connected():
-        outcomes = run_pool(tasks, PoolOptions(workers=2), f"{models}/.train", Teller(tasks, say, watched=True))
+        outcomes = run_pool(
+            tasks, PoolOptions(workers=2, cpus_per_worker=1), f"{models}/.train", Teller(tasks, say, None)
+        )
     for outcome in outcomes:
         say(f"outcome {outcome.category} {outcome.status} {outcome.reason}")
 

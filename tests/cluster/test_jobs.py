@@ -63,7 +63,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     assert len(rows) == 9
     assert all(row["overlay"] == "" for row in rows)
     assert sum(row["anomaly_map"] is not None for row in rows) == 8
-    assert not (here / "run/heatmaps").exists()
+    assert not list((here / "run/heatmaps").rglob("*.png"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""How far a pass is: stages report to an actor, the driver asks it, and tells."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from stpm.console import Say, duration
+
+_POLL_SECONDS = 1.0
+_LOG_SECONDS = 5.0
+
+
+class Done(NamedTuple):
+    """Rows that came through, and those of them that are errors or anomalous. A task that ran twice counts twice."""
+
+    rows: int = 0
+    errors: int = 0
+    anomalous: int = 0
+
+    def __add__(self, other: tuple[Any, ...]) -> Done:
+        return Done(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Tally:
+    """The actor: sums what tasks report."""
+
+    def __init__(self) -> None:
+        self._done = Done()
+
+    def add(self, done: Done) -> None:
+        self._done += done
+
+    def read(self) -> Done:
+        return self._done
+
+
+class Report:
+    """What a task calls with what it has done; nothing waits for it."""
+
+    def __init__(self, tally: Any) -> None:
+        self._tally = tally
+
+    def __call__(self, done: Done) -> None:
+        self._tally.add.remote(done)
+
+
+class Progress:
+    """Tells how far a pass is: at the bottom of a terminal, or as a line every five seconds in a log.
+
+    Args:
+        total: rows.
+        say: takes a line.
+        show: rewrites the line at the bottom, where someone looks on; None in a log.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, total: int, say: Say, show: Say | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total = total
+        self._say = say
+        self._show = show
+        self._clock = clock
+        self._start = self._told = clock()
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, done: Done) -> None:
+        now = self._clock()
+        if done.rows and self._first is None:
+            self._first = now, done.rows
+        if self._show:
+            self._show(self._line(done, now))
+        elif now - self._told >= _LOG_SECONDS:
+            self._told = now
+            self._say(self._line(done, now))
+
+    def _line(self, done: Done, now: float) -> str:
+        rows = min(done.rows, self._total)
+        line = f"{rows}/{self._total} images, {done.errors} errors, {done.anomalous} anomalous"
+        # Ray's start and the models' loading are not the speed of what follows.
+        since, before = self._first or (now, 0)
+        if rows > before and now > since:
+            speed = (rows - before) / (now - since)
+            line += f", {speed:.0f} images/s, about {duration((self._total - rows) / speed)} left"
+        return line
+
+
+@contextmanager
+def followed(progress: Progress) -> Iterator[Report]:
+    """What tasks report to in the block is told while it runs."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote()
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(_POLL_SECONDS):
+            progress(ray.get(tally.read.remote()))
+
+    thread = threading.Thread(target=follow, name="score-progress", daemon=True)
+    thread.start()
+    try:
+        yield Report(tally)
+    finally:
+        stop.set()
+        thread.join()
+        ray.kill(tally)

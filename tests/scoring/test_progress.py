@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from stpm.scoring.progress import Done, Progress, Tally
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def told(watched: bool) -> list[str]:
+    lines: list[str] = []
+    clock = Clock()
+    progress = Progress(1000, lines.append, lines.append if watched else None, clock)
+    for second in range(1, 21):
+        clock.now = second
+        # Ten seconds of starting, then 50 images a second.
+        progress(Done(max(second - 10, 0) * 50, 2, 1))
+    return lines
+
+
+def test_a_terminal_shows_each_step_and_a_log_one_in_five_seconds() -> None:
+    assert len(told(True)) == 20
+    assert len(told(False)) == 4
+
+
+def test_the_time_of_starting_is_not_the_speed() -> None:
+    first, *_, last = told(True)
+    assert first == "0/1000 images, 2 errors, 1 anomalous"
+    assert last == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
+
+
+def test_a_tally_adds_up() -> None:
+    tally = Tally()
+    tally.add(Done(16, 1, 2))
+    tally.add(Done(4, 0, 1))
+    assert tally.read() == Done(20, 1, 3)
