@@ -4,10 +4,10 @@
     python bench/peer_fit.py --data DATA --category bottle --peer PEER/bin/python --seeds 0,1,2
 
 The same teacher, training images, epochs, batch and cores for both, with preset `paper` and anomalib's own recipe; and
-preset `default` as it is. Time is that of the
-whole process until its model is there, imports and Ray's start included; memory is the largest sum over the process
-tree, a shared page divided among those who share it. Figures are made from both sides' maps by one code. A JSON line
-per run, and the means as ratios to the peer's at the end. Nothing else may run on the machine meanwhile.
+preset `default` as it is. Time is that of the whole process until its model is there, imports and Ray's start included;
+memory is the largest sum over the process tree, a shared page divided among those who share it. Figures are made from
+both sides' maps by one code. A JSON line per run, and the means as ratios to the peer's at the end. Nothing else may
+run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
+import pyarrow as pa
 
 from stpm import images, mvtec, storage
 from stpm.evaluation.metrics import auroc
 from stpm.evaluation.pixels import PixelCounts
 from stpm.fitting.loop import split
 from stpm.recipe import PRESETS
+from stpm.scoring.decode import Decode
+from stpm.scoring.manifest import of_test_images
+from stpm.scoring.scorer import Scorer
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SIZE = PRESETS["paper"].size
 _METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro")
-_SAMPLE_SECONDS = 1.0
+_SAMPLE_SECONDS = 3.0
 
 
 class PeakMemory(threading.Thread):
@@ -84,18 +90,19 @@ def timed(command: list[str], until: str = "") -> dict[str, float]:
     return {"seconds": round(seconds, 1), "peak_mib": round((peak or memory.peak) / 2**20)}
 
 
-def ours(data: str, category: str, seed: int, recipe: list[str], out: Path) -> dict[str, Any]:
-    """Fit by the fit job; score and evaluate by the benchmark job, which reuses the model."""
-    common = ["--data", data, "--categories", category, "--teacher", "demo", *recipe]
-    models = str(out / "models" / f"seed-{seed}")
-    result = timed([sys.executable, "jobs/fit.py", "--models", models, "--seed", str(seed), *common])
-    timed([sys.executable, "jobs/benchmark.py", "--out", str(out), "--seeds", str(seed), *common])
-    found = json.loads((out / "report.json").read_text())["categories"][category]
-    return result | {metric: found[metric] for metric in _METRICS}
+def ours(data: str, category: mvtec.Category, seed: int, recipe: list[str], out: Path) -> dict[str, Any]:
+    """Fit by the fit job; score by the stages of the score job."""
+    options = ["--data", data, "--categories", category.name, "--models", str(out), "--seed", str(seed)]
+    result = timed([sys.executable, "jobs/fit.py", *options, "--teacher", "demo", *recipe])
+    decode = Decode({category.name: images.View(_SIZE)})
+    scorer = Scorer(str(out), 0.01, raw_maps=True, threads=psutil.cpu_count(logical=False) or 1)
+    rows = scorer(decode(pa.concat_tables(of_test_images([category])))).to_pylist()
+    maps = np.stack([np.frombuffer(row["anomaly_map"], np.float32).reshape(_SIZE, _SIZE) for row in rows])
+    return result | figures(category.test, maps)
 
 
 def peers(python: str, category: mvtec.Category, seed: int, epochs: int, threads: int, out: Path) -> dict[str, Any]:
-    """Fit by anomalib, on the images that our split trains on; its maps evaluated by our metrics."""
+    """Fit by anomalib, on the images that our split trains on."""
     train, test = out / "train", out / "test"
     train.mkdir()
     test.mkdir()
@@ -110,12 +117,15 @@ def peers(python: str, category: mvtec.Category, seed: int, epochs: int, threads
     result = timed([python, str(_ROOT / "bench" / "anomalib_fit.py"), *words], until="fitted")
     with np.load(out / "maps.npz") as saved:
         paths, maps = saved["paths"], saved["maps"]
-    shown = [category.test[int(Path(path).stem)] for path in paths]
-    masks = np.stack([_mask(image.mask) for image in shown])
-    counts = PixelCounts.of(maps, masks)
+    return result | figures([category.test[int(Path(path).stem)] for path in paths], maps)
+
+
+def figures(shown: Sequence[mvtec.TestImage], maps: npt.NDArray[np.float32]) -> dict[str, float]:
+    """Of the anomaly maps of test images."""
+    counts = PixelCounts.of(maps, np.stack([_mask(image.mask) for image in shown]))
     labels = np.array([image.label != mvtec.GOOD for image in shown])
-    figures = (auroc(labels, maps.max(axis=(1, 2))), counts.auroc().value, counts.aupro(0.3).value)
-    return result | dict(zip(_METRICS, figures, strict=True))
+    values = (auroc(labels, maps.max(axis=(1, 2))), counts.auroc().value, counts.aupro(0.3).value)
+    return dict(zip(_METRICS, values, strict=True))
 
 
 def _mask(uri: str) -> Any:
@@ -143,7 +153,7 @@ def main() -> None:
         for side, recipe in sides.items():
             with tempfile.TemporaryDirectory() as folder:
                 if recipe:
-                    run = ours(data, arguments.category, seed, recipe, Path(folder))
+                    run = ours(data, category, seed, recipe, Path(folder))
                 else:
                     run = peers(arguments.peer, category, seed, arguments.epochs, arguments.threads, Path(folder))
             runs.setdefault(side, []).append(run)

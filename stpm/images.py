@@ -29,6 +29,7 @@ ERROR_KINDS = (
     "too_large",
     "unsupported",
     "no_model",
+    "out_of_memory",
 )
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 100_000_000

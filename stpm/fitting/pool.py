@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stpm import storage
+from stpm.cluster import KEEPING_MEMORY
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.queue import WAIT, Event, TaskQueue
 from stpm.fitting.task import FitTask, Limits, Outcome, run_task
@@ -166,6 +167,7 @@ def run_pool(
         run_config=RunConfig(
             name=f"fit-{uuid.uuid4().hex[:8]}",
             storage_path=path,
+            worker_runtime_env=KEEPING_MEMORY,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=_RESTARTS_PER_TASK * len(tasks) + _RESTARTS_OF_NODES),
         ),

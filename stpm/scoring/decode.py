@@ -11,8 +11,16 @@ import pyarrow as pa
 from stpm import images, storage
 from stpm.errors import ImageError
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_carried
+from stpm.scoring.sources import archive_of
 
 _FETCHERS = 8
+
+
+def _read(row: Mapping[str, Any]) -> bytes:
+    if row["tar_length"] < 0:
+        return storage.read(row["uri"])
+    start = row["tar_offset"]
+    return storage.read(archive_of(row["uri"]), start, start + row["tar_length"])
 
 
 class Decode:
@@ -46,7 +54,7 @@ class Decode:
         if view is None:
             return ImageError("no_model", f"no model for category {row['category']!r}")
         try:
-            return images.decode(storage.read(row["uri"]), view)
+            return images.decode(_read(row), view)
         except ImageError as error:
             return error
         except FileNotFoundError:

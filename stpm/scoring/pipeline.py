@@ -14,6 +14,7 @@ from ray.data.datasource import FilenameProvider
 
 from stpm import storage
 from stpm.calibration import check_rate
+from stpm.cluster import KEEPING_MEMORY
 from stpm.errors import ConfigError
 from stpm.images import View
 from stpm.models import ModelStore
@@ -21,13 +22,14 @@ from stpm.options import option
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
 from stpm.scoring.progress import Progress, followed
-from stpm.scoring.scorer import Scorer
+from stpm.scoring.scorer import FIRST_BATCH, LARGEST_BATCH, Scorer
 from stpm.scoring.target import Target
 
 # Ray's read and repartition tasks ask for a whole CPU each: if the actors took all, nothing would ever move.
 _SPARE_CPUS = 1
 STAGE_CPUS = 0.25
 _BLOCK_ROWS = 64
+_STAGE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class ScoreOptions:
         0.01,
         "share of good images that may be called anomalous, 0 to 1; sets the threshold from held-out normals",
     )
-    batch_size: int = option(16, "images per forward pass")
+    batch_size: int = option(
+        0,
+        "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved where memory runs "
+        "out",
+    )
+    model_memory_gib: float = option(1.0, "GiB of students that a scorer keeps loaded, those used last")
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
     rows_per_file: int = option(
         512, "rows of a Parquet file, at least; what a kill costs at most, for each task that writes"
@@ -50,9 +57,9 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         check_rate(self.false_alarm_rate)
-        for name in ("batch_size", "rows_per_file"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        for name, least in (("batch_size", 0), ("rows_per_file", 1), ("model_memory_gib", 0)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
         if self.scorers < 0:
             raise ConfigError(f"scorers is {self.scorers}; give 1 or more, or 0 to take what the cluster has")
 
@@ -119,22 +126,29 @@ def score_shards(
             .map_batches(
                 Decode(views).__call__,
                 batch_format="pyarrow",
-                batch_size=options.batch_size,
+                batch_size=_STAGE_ROWS,
                 num_cpus=STAGE_CPUS,
             )
             .map_batches(
                 Scorer,
-                fn_constructor_args=(store.uri, options.false_alarm_rate, target.raw_maps),
+                fn_constructor_args=(
+                    store.uri,
+                    options.false_alarm_rate,
+                    target.raw_maps,
+                    options.batch_size,
+                    int(options.model_memory_gib * 2**30),
+                ),
                 compute=ActorPoolStrategy(size=pool.size),
                 batch_format="pyarrow",
-                batch_size=options.batch_size,
+                batch_size=LARGEST_BATCH if pool.num_gpus else FIRST_BATCH,
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
+                runtime_env=KEEPING_MEMORY,
             )
             .map_batches(
                 WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps, report).__call__,
                 batch_format="pyarrow",
-                batch_size=options.batch_size,
+                batch_size=_STAGE_ROWS,
                 num_cpus=STAGE_CPUS,
             )
             .write_parquet(

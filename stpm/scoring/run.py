@@ -18,6 +18,7 @@ from stpm.scoring.passes import Pass, failed_rows, run_pass
 from stpm.scoring.pipeline import ScoreOptions
 from stpm.scoring.sources import STANDARD_INPUT, Categories, rows_of
 from stpm.scoring.target import Target
+from stpm.scoring.triage import write_triage
 
 _SHOWN = 10
 
@@ -48,6 +49,7 @@ class CollectionOptions:
     )
     heatmaps: Heatmaps = option("all", "images that get a heatmap and an overlay, as PNG: all, anomalous or none")
     raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
+    top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
     fresh: bool = option(False, "remove what earlier runs left in the run folder, and start over")
     max_error_rate: float = option(0.01, "share of images, 0 to 1, that may be errors before the exit code is 2")
 
@@ -57,6 +59,8 @@ class CollectionOptions:
                 raise ConfigError(f"--{name} is missing")
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a share between 0 and 1")
+        if self.top < 0:
+            raise ConfigError(f"top is {self.top}; give 0 or more")
         Categories(self.category, self.category_from)
 
 
@@ -85,6 +89,8 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
+    if collection.top:
+        write_triage(target, collection.top)
     _warn(store, target, options, say)
     return _tell(counts, target, collection.max_error_rate, say)
 

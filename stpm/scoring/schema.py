@@ -21,6 +21,11 @@ _ERROR = [
     _field("error_message", pa.string(), "the same in words"),
 ]
 
+_PLACE = [
+    _field("tar_offset", pa.int64(), "where the image begins in its tar archive, bytes"),
+    _field("tar_length", pa.int64(), "how long it is there, -1 if the image is a file of its own"),
+]
+
 MANIFEST = pa.schema(
     [
         _field("image_id", pa.int64(), "hash of the URI"),
@@ -29,6 +34,7 @@ MANIFEST = pa.schema(
         _field("label", pa.string(), 'ground truth: "good" or a defect type, "" if unknown'),
         _field("mask", pa.string(), 'URI of the ground-truth mask, "" if there is none'),
         *_ERROR,
+        *_PLACE,
     ]
 )
 
@@ -65,7 +71,7 @@ SCORED = pa.schema(
 
 OUTPUT = pa.schema(
     [
-        *(field for field in MANIFEST if field not in _ERROR),
+        *(field for field in MANIFEST if field not in (*_ERROR, *_PLACE)),
         *_SCORE,
         *_SIZE,
         _field("heatmap", pa.string(), 'palette PNG at model size, relative to the run folder, "" if none'),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -17,11 +19,15 @@ from stpm.forward import Matcher, compare, pick_device
 from stpm.models import Model, ModelRecord, ModelStore
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 
+FIRST_BATCH = 16
+LARGEST_BATCH = 256
+_WORTH_IT = 1.05
+
 Sharing = tuple[str, ...]
 
 
 class Scorer:
-    """DECODED rows to SCORED rows. The teacher runs once per batch, each student on its own rows.
+    """DECODED rows to SCORED rows. The teacher runs once per forward pass, each student on its own rows.
 
     A model that cannot be loaded makes its rows errors, and no others.
 
@@ -29,17 +35,29 @@ class Scorer:
         store: URI of the model store.
         false_alarm_rate: for the threshold.
         raw_maps: keep the anomaly maps.
+        batch_size: images per forward pass; 0: found on the device.
+        memory: bytes of students that are kept loaded.
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
     """
 
-    def __init__(self, store: str, false_alarm_rate: float, raw_maps: bool, threads: int = 0) -> None:
+    def __init__(
+        self,
+        store: str,
+        false_alarm_rate: float,
+        raw_maps: bool,
+        batch_size: int = 0,
+        memory: int = 2**30,
+        threads: int = 0,
+    ) -> None:
         assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
         torch.set_num_threads(threads or max(int(assigned), 1))
         self._store = ModelStore(store)
         self._rate = false_alarm_rate
         self._raw_maps = raw_maps
         self._device = pick_device()
-        self._models: dict[str, Model | ModelError] = {}
+        self._batch = BatchSize(batch_size, grows=self._device.type != "cpu")
+        self._records: dict[str, ModelRecord | ModelError] = {}
+        self._models = LoadedModels(self._store, self._device, memory)
         self._matchers: dict[Sharing, Matcher] = {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -53,32 +71,59 @@ class Scorer:
             if columns["error_kind"][i]:
                 continue
             category = columns["category"][i]
-            model = self._model(category)
-            if isinstance(model, ModelError):
-                columns["error_kind"][i], columns["error_message"][i] = "no_model", str(model)
+            record = self._record(category)
+            if isinstance(record, ModelError):
+                _fail(columns, [i], "no_model", record)
             else:
-                good.append((_sharing(model.record), category, i))
+                good.append((_sharing(record), category, i))
         # Sorted by teacher and then by category, what one network sees is a slice and never a copy.
         for sharing, shared in groupby(sorted(good), key=lambda row: row[0]):
-            self._score_shared(self._matchers[sharing], [i for _, _, i in shared], columns)
+            members = [i for _, _, i in shared]
+            try:
+                matcher = self._matcher(sharing, columns["category"][members[0]])
+            except ModelError as error:
+                _fail(columns, members, "no_model", error)
+            else:
+                self._score_shared(matcher, members, columns)
         return with_carried(table(columns, SCORED), batch)
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""
+        start = 0
+        while start < len(rows):
+            part = rows[start : start + self._batch.now]
+            began = time.perf_counter()
+            try:
+                self._forward(matcher, part, columns)
+            except torch.cuda.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                if len(part) > 1:
+                    self._batch.halve(len(part))
+                    continue
+                _fail(columns, part, "out_of_memory", error)
+            self._batch.ran(len(part), time.perf_counter() - began)
+            start += len(part)
+
+    @torch.inference_mode()
+    def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:
         size = matcher.recipe.size
         pixels = np.stack([np.frombuffer(columns["pixels"][i], np.uint8).reshape(size, size, 3) for i in rows])
-        with torch.inference_mode():
-            inputs = matcher.inputs(torch.from_numpy(pixels))
-            teacher = matcher.features(matcher.teacher, inputs)
-            start = 0
-            for category, group in groupby(rows, key=lambda i: columns["category"][i]):
-                members = list(group)
-                part = slice(start, start + len(members))
-                model = self._loaded(category)
-                student = matcher.features(model.student, inputs[part])
-                maps = matcher.anomaly_maps(compare([t[part] for t in teacher], student), model.statistics)
-                self._fill(members, maps, model, columns)
-                start = part.stop
+        inputs = matcher.inputs(torch.from_numpy(pixels))
+        teacher = matcher.features(matcher.teacher, inputs)
+        start = 0
+        for category, group in groupby(rows, key=lambda i: columns["category"][i]):
+            members = list(group)
+            part = slice(start, start + len(members))
+            start = part.stop
+            try:
+                model = self._models.get(category)
+            except ModelError as error:
+                self._records[category] = error
+                _fail(columns, members, "no_model", error)
+                continue
+            student = matcher.features(model.student, inputs[part])
+            maps = matcher.anomaly_maps(compare([t[part] for t in teacher], student), model.statistics)
+            self._fill(members, maps, model, columns)
 
     def _fill(
         self, rows: Sequence[int], maps: npt.NDArray[np.float32], model: Model, columns: dict[str, list[Any]]
@@ -106,28 +151,94 @@ class Scorer:
             if self._raw_maps:
                 columns["anomaly_map"][row] = maps[k].tobytes()
 
-    def _model(self, category: str) -> Model | ModelError:
-        """The model, with its matcher made ready; or why there is none."""
-        if category not in self._models:
+    def _record(self, category: str) -> ModelRecord | ModelError:
+        """What is known of a category's model, or why there is none."""
+        if category not in self._records:
             try:
-                model = self._store.load(category).to(self._device)
-                self._make_matcher(model.record)
-                self._models[category] = model
+                self._records[category] = self._store.record(category)
             except ModelError as error:
-                self._models[category] = error
-        return self._models[category]
+                self._records[category] = error
+        return self._records[category]
 
-    def _loaded(self, category: str) -> Model:
-        model = self._model(category)
-        if isinstance(model, ModelError):
-            raise model
-        return model
-
-    def _make_matcher(self, record: ModelRecord) -> None:
-        sharing = _sharing(record)
+    def _matcher(self, sharing: Sharing, category: str) -> Matcher:
         if sharing not in self._matchers:
+            record = self._store.record(category)
             teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
             self._matchers[sharing] = Matcher(teacher, record.recipe, self._device, record.precision)
+        return self._matchers[sharing]
+
+
+class LoadedModels:
+    """Models by category, those kept that were used last.
+
+    Args:
+        store: where they come from.
+        device: where they go.
+        memory: bytes of weights that are kept; the one in use always is.
+    """
+
+    def __init__(self, store: ModelStore, device: torch.device, memory: int) -> None:
+        self._store = store
+        self._device = device
+        self._memory = memory
+        self._models: OrderedDict[str, Model] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+
+    def get(self, category: str) -> Model:
+        """Raises ModelError if it cannot be loaded."""
+        if category not in self._models:
+            model = self._store.load(category).to(self._device)
+            self._models[category] = model
+            self._sizes[category] = sum(t.nbytes for t in model.student.state_dict().values())
+            while len(self._models) > 1 and sum(self._sizes.values()) > self._memory:
+                oldest, _ = self._models.popitem(last=False)
+                del self._sizes[oldest]
+        self._models.move_to_end(category)
+        return self._models[category]
+
+
+class BatchSize:
+    """Images per forward pass: as given, or doubled while that is faster; halved where memory runs out.
+
+    Args:
+        wanted: the number; 0: to be found.
+        grows: the device gains by more than a few; a CPU does not.
+    """
+
+    def __init__(self, wanted: int, grows: bool) -> None:
+        self.now = wanted or FIRST_BATCH
+        self._settled = bool(wanted) or not grows
+        self._best = 0.0
+        self._warm = False
+
+    def ran(self, images: int, seconds: float) -> None:
+        """So many images took so long."""
+        if self._settled or images < self.now:
+            return
+        if not self._warm:
+            # The first pass of a size pays for choosing its kernels.
+            self._warm = True
+            return
+        speed = images / seconds
+        self._warm = False
+        if speed < self._best * _WORTH_IT:
+            self.now //= 2
+            self._settled = True
+        elif self.now * 2 > LARGEST_BATCH:
+            self._settled = True
+        else:
+            self._best = speed
+            self.now *= 2
+
+    def halve(self, failed: int) -> None:
+        """So many images were too many."""
+        self.now = max(failed // 2, 1)
+        self._settled = True
+
+
+def _fail(columns: dict[str, list[Any]], rows: Sequence[int], kind: str, error: Exception) -> None:
+    for i in rows:
+        columns["error_kind"][i], columns["error_message"][i] = kind, str(error)
 
 
 def _sharing(record: ModelRecord) -> Sharing:

@@ -1,13 +1,14 @@
-"""Where images come from: folders, prefixes, globs, manifests, a list of URIs; as manifest rows, a chunk at a time."""
+"""Where images come from: folders, globs, tar archives, manifests, lists; as manifest rows, a chunk at a time."""
 
 from __future__ import annotations
 
 import re
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -23,6 +24,8 @@ STANDARD_INPUT = "-"
 CHUNK = 10_000
 
 _MANIFESTS = (".parquet", ".csv", ".jsonl", ".ndjson")
+_ARCHIVE = ".tar"
+_MEMBER = "#"
 _GLOB = re.compile(r"[*?\[]")
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -100,19 +103,37 @@ def _under(uri: str, prefix: str) -> bool:
     return uri == prefix or uri.startswith(f"{prefix.rstrip('/')}/")
 
 
+class Place(NamedTuple):
+    """An image: its URI, and where in its tar archive it lies; a length of -1 is a file of its own."""
+
+    uri: str
+    offset: int = 0
+    length: int = -1
+
+    @property
+    def path(self) -> str:
+        """What a pattern over the path is matched with: within an archive, the member's own."""
+        return self.uri if self.length < 0 else self.uri[len(archive_of(self.uri)) + len(_MEMBER) :]
+
+
+def archive_of(uri: str) -> str:
+    """The archive that a member's URI names: `shard.tar#dir/name.png` to `shard.tar`."""
+    return uri[: uri.index(f"{_ARCHIVE}{_MEMBER}") + len(_ARCHIVE)]
+
+
 def rows_of(
     sources: Sequence[str], categories: Categories, allow: Sequence[str] = (), lines: Iterable[str] = ()
 ) -> Iterator[pa.Table]:
     """Manifest rows of several sources, at most `CHUNK` at a time; ids are not yet there, nor doubles found.
 
     Args:
-        sources: folders, prefixes, globs, manifests (Parquet, CSV, JSON lines) or `-` for a list of URIs.
+        sources: folders, prefixes, globs, tar archives, manifests (Parquet, CSV, JSON lines) or `-` for a list of URIs.
         categories: for images whose manifest does not name one.
         allow: prefixes that a manifest's URIs may have, if not those of the manifest itself.
         lines: the list, a URI per line.
 
     Raises:
-        DataError: if a source has no image, or a manifest cannot be read.
+        DataError: if a source has no image, or a manifest or an archive cannot be read.
         ConfigError: if a manifest has a column that scoring writes itself.
     """
     for source in sources:
@@ -120,28 +141,43 @@ def rows_of(
             yield from _of_manifest(storage.absolute(source), categories, Allowed.by(source, allow))
             continue
         found = False
-        for uris in _chunks(_listed(source, lines)):
+        for places in _chunks(_listed(source, lines)):
             found = True
-            yield _table(uris, [categories.of(uri) for uri in uris], [""] * len(uris))
+            yield _table(places, [categories.of(place.path) for place in places], [""] * len(places))
         if not found:
-            raise DataError(f"{source}: no images here (of {', '.join(SUFFIXES)})")
+            raise DataError(f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {_ARCHIVE})")
 
 
-def _listed(source: str, lines: Iterable[str]) -> Iterator[str]:
+def _listed(source: str, lines: Iterable[str]) -> Iterator[Place]:
     if source == STANDARD_INPUT:
-        yield from (storage.absolute(line.strip()) for line in lines if line.strip())
+        yield from (Place(storage.absolute(line.strip())) for line in lines if line.strip())
         return
     uri = storage.absolute(source)
-    found = storage.glob(uri) if _GLOB.search(uri) else storage.stream(uri)
-    yield from (name for name in found if name.lower().endswith(SUFFIXES))
+    for name in storage.glob(uri) if _GLOB.search(uri) else storage.stream(uri):
+        if name.lower().endswith(SUFFIXES):
+            yield Place(name)
+        elif name.endswith(_ARCHIVE):
+            yield from _members(name)
 
 
-def _chunks(uris: Iterator[str]) -> Iterator[list[str]]:
-    while chunk := list(islice(uris, CHUNK)):
+def _members(uri: str) -> Iterator[Place]:
+    """The images of a tar archive: headers are read, and images skipped."""
+    fs, path = storage.filesystem(uri)
+    try:
+        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                    yield Place(f"{uri}{_MEMBER}{member.name}", member.offset_data, member.size)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{uri}: this archive cannot be read: {error}; write it without compression") from error
+
+
+def _chunks(places: Iterator[Place]) -> Iterator[list[Place]]:
+    while chunk := list(islice(places, CHUNK)):
         yield chunk
 
 
-def _table(uris: list[str], categories: list[str], refusals: list[str], known: pa.Table | None = None) -> pa.Table:
+def _table(places: list[Place], categories: list[str], refusals: list[str], known: pa.Table | None = None) -> pa.Table:
     """Rows with a category and no refusal are good; `known` gives labels, masks and the user's own columns."""
     kinds, messages = [], []
     for category, refusal in zip(categories, refusals, strict=True):
@@ -151,6 +187,7 @@ def _table(uris: list[str], categories: list[str], refusals: list[str], known: p
         else:
             kinds.append("" if category else "no_model")
             messages.append("" if category else "the image has no category; see --category and --category-from")
+    uris = [place.uri for place in places]
     known = pa.table({"uri": uris}) if known is None else known
     columns: dict[str, list[Any]] = {
         "image_id": [0] * len(uris),
@@ -160,6 +197,8 @@ def _table(uris: list[str], categories: list[str], refusals: list[str], known: p
         "mask": _texts(known, "mask") or [""] * len(uris),
         "error_kind": kinds,
         "error_message": messages,
+        "tar_offset": [place.offset for place in places],
+        "tar_length": [place.length for place in places],
     }
     return with_carried(table(columns, MANIFEST), known)
 
@@ -184,7 +223,7 @@ def _of_manifest(uri: str, categories: Categories, allowed: Allowed) -> Iterator
         refusals = [allowed.refusal(image) for image in uris]
         if masks:
             refusals = [r or (allowed.refusal(m) if m else "") for r, m in zip(refusals, masks, strict=True)]
-        yield _table(uris, chosen, refusals, _with_masks(rows, masks))
+        yield _table([Place(image) for image in uris], chosen, refusals, _with_masks(rows, masks))
 
 
 def _with_masks(rows: pa.Table, masks: list[str]) -> pa.Table:

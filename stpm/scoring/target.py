@@ -45,6 +45,11 @@ class Target:
         return storage.join(self.home, "manifest")
 
     @property
+    def triage(self) -> str:
+        """The page of the most anomalous images."""
+        return storage.join(self.home, "triage.html")
+
+    @property
     def checkpoint(self) -> str:
         """The folder of what says which rows are written, while the pass runs."""
         return storage.join(self.home, "checkpoint")
@@ -71,7 +76,8 @@ class Target:
         for uri in self.files():
             storage.remove(uri)
         storage.remove(storage.join(self.out, "heatmaps", self.name))
-        storage.remove(self.manifest)
+        for uri in (self.manifest, self.triage):
+            storage.remove(uri)
         self.clear_state()
 
     def clear_state(self) -> None:

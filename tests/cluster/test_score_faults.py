@@ -80,7 +80,7 @@ def check_same(root: Path, out: str) -> None:
                 pictures.append(np.asarray(image).astype(int))
         assert np.abs(pictures[0] - pictures[1]).max() <= 1
     names = {uri.removeprefix(f"{out}/").split("/")[0] for uri, _ in storage.files(out)}
-    assert names == {"_SUCCESS", "heatmaps", "manifest", "run.json", "scores"}
+    assert names == {"_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "triage.html"}
 
 
 def wait_for_rows(out: str, at_least: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -180,3 +182,21 @@ def test_a_pattern_names_the_category_once(pattern: str) -> None:
 def test_a_category_is_given_in_one_way() -> None:
     with pytest.raises(ConfigError, match="give one"):
         Categories("nut", "{category}/{name}")
+
+
+def test_a_damaged_or_packed_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(b"x" * 4096))
+    with pytest.raises(DataError, match=r"a\.tar: this archive cannot be read"):
+        rows(f"{tmp_path}/a.tar")
+
+
+def test_archives_and_images_in_a_folder_are_one_list(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"x")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.add(tmp_path / "x.png", "nut/1.png")
+        archive.add(tmp_path / "x.png", "nut/1.cls")
+    found = rows(str(tmp_path), categories=Categories(pattern="{category}/{name}"))
+    assert [(row["uri"], row["tar_length"]) for row in found] == [
+        (f"{tmp_path}/s.tar#nut/1.png", 1),
+        (f"{tmp_path}/x.png", -1),
+    ]

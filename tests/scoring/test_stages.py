@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps, jet_palette, overlay, palette_png
 from stpm.scoring.manifest import image_id, of_test_images
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
-from stpm.scoring.scorer import Scorer
+from stpm.scoring.scorer import BatchSize, LoadedModels, Scorer
+from stpm.scoring.sources import Categories, rows_of
 from tests.conftest import LIMITS, TINY
 from tests.datasets import encoded, make_category
 
@@ -121,6 +123,8 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path)
         "mask": [""] * 7,
         "error_kind": [""] * 7,
         "error_message": [""] * 7,
+        "tar_offset": [0] * 7,
+        "tar_length": [-1] * 7,
     }
     out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all")(scored(run, table(columns, MANIFEST))).to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
@@ -229,3 +233,90 @@ def test_pictures_are_of_those_that_are_wanted(run: Path, tmp_path: Path, wanted
     out = WriteHeatmaps(str(tmp_path), "heatmaps", wanted)(rows).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert len(list(tmp_path.rglob("*_overlay.png"))) == expected
+
+
+@pytest.mark.parametrize("fits", [1, 3, 5])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    run: Path, fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    expected = scorer(run)(decoded).to_pylist()
+    original, tried = Matcher.features, []
+
+    def small(matcher: Matcher, trunk: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+        tried.append(len(inputs))
+        if len(inputs) > fits:
+            raise torch.cuda.OutOfMemoryError(f"{len(inputs)} images")
+        return original(matcher, trunk, inputs)
+
+    monkeypatch.setattr(Matcher, "features", small)
+    out = Scorer(str(run / "models"), 0.3, raw_maps=False, threads=1)(decoded).to_pylist()
+    assert max(tried) > fits
+    for row, other in zip(out, expected, strict=True):
+        assert row["error_kind"] == ""
+        assert row["score"] == pytest.approx(other["score"], rel=1e-3)
+
+
+def test_an_image_that_alone_is_too_much_is_an_error_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run).slice(0, 3))
+
+    def never(matcher: Matcher, trunk: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+        raise torch.cuda.OutOfMemoryError("no memory at all")
+
+    monkeypatch.setattr(Matcher, "features", never)
+    for row in scorer(run)(decoded).to_pylist():
+        assert (row["error_kind"], row["error_message"], row["score"]) == ("out_of_memory", "no memory at all", None)
+
+
+def batches_of(speeds: dict[int, float], wanted: int = 0, grows: bool = True) -> int:
+    """Where the size settles if a batch of n runs at speeds[n] images per second."""
+    batch = BatchSize(wanted, grows)
+    for _ in range(40):
+        batch.ran(batch.now, batch.now / speeds[batch.now])
+    return batch.now
+
+
+def test_the_batch_grows_while_that_is_faster() -> None:
+    assert batches_of({16: 100.0, 32: 190.0, 64: 300.0, 128: 305.0}) == 64
+    assert batches_of({16: 100.0, 32: 90.0}) == 16
+    assert batches_of({16: 1.0, 32: 2.0, 64: 4.0, 128: 8.0, 256: 16.0}) == 256
+    assert batches_of({16: 1.0}, grows=False) == 16
+    assert batches_of({5: 1.0}, wanted=5) == 5
+
+
+def test_the_models_used_last_are_kept_within_the_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, loaded = ModelStore(str(run / "models")), []
+    original = ModelStore.load
+    monkeypatch.setattr(ModelStore, "load", lambda self, name: loaded.append(name) or original(self, name))
+    roomy = LoadedModels(store, torch.device("cpu"), 2**30)
+    for name in ("nut", "grey", "nut", "grey"):
+        assert roomy.get(name).record.category == name
+    assert loaded == ["nut", "grey"]
+    loaded.clear()
+    tight = LoadedModels(store, torch.device("cpu"), 1)
+    for name in ("nut", "nut", "grey", "nut"):
+        assert tight.get(name).record.category == name
+    assert loaded == ["nut", "grey", "nut"]
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_member_of_an_archive_scores_as_the_file_does(run: Path, tmp_path: Path, memory: str, place: str) -> None:
+    files = manifest(run).slice(0, 8)
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for uri in files["uri"].to_pylist():
+            data = storage.read(uri)
+            info = tarfile.TarInfo(f"grey/#{uri.rsplit('/', 1)[1]}" if "good" in uri else f"grey/{Path(uri).name}.jpg")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        archive.addfile(tarfile.TarInfo("grey/000.json"))
+    out = f"{tmp_path if place == 'local' else memory}/shards/0.tar"
+    storage.publish(out, sink.getvalue())
+    (members,) = rows_of([out.rsplit("/", 1)[0]], Categories(pattern="{category}/{name}"))
+    assert members.num_rows == 8
+    assert set(members["category"].to_pylist()) == {"grey"}
+    members = members.set_column(2, MANIFEST.field("category"), files["category"])
+    for ours, theirs in zip(scored(run, members).to_pylist(), scored(run, files).to_pylist(), strict=True):
+        assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
+        assert ours["score"] == theirs["score"]
+        assert ".tar#grey/" in ours["uri"]

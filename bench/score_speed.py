@@ -1,0 +1,106 @@
+"""How much of the machine the score job uses: its steady images per second over those of a bare loop.
+
+    python bench/score_speed.py --data DATA --category bottle --images 3000
+
+The loop reads, decodes, resizes, runs teacher and student, makes the map, and writes both pictures, with the functions
+that the job uses: one process of one thread per core, its best arrangement on a CPU. The job's speed is its own last
+progress line, without Ray's start. Nothing else may run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stpm import mvtec, storage
+from stpm.models import ModelStore
+from stpm.scoring import manifest
+from stpm.scoring.decode import Decode
+from stpm.scoring.heatmaps import WriteHeatmaps
+from stpm.scoring.scorer import Scorer
+from stpm.scoring.sources import Categories, rows_of
+
+_ROOT = Path(__file__).resolve().parents[1]
+_BATCH = 16
+_WARM = 3
+_SPEED = re.compile(r"(\d+)/(\d+) images.*?, (\d+) images/s")
+
+
+def collection(category: mvtec.Category, count: int, folder: Path) -> None:
+    """So many images with names of their own, from the category's test images in turn."""
+    folder.mkdir()
+    for i in range(count):
+        uri = category.test[i % len(category.test)].uri
+        shutil.copyfile(uri, folder / f"{i:06}{Path(uri).suffix}")
+
+
+def loop(store: str, rows: pa.Table, out: str, category: str) -> float:
+    """Seconds that one process of one thread takes for all rows, once warm."""
+    decode = Decode({category: ModelStore(store).record(category).recipe.view}, fetchers=1)
+    scorer = Scorer(store, 0.01, raw_maps=False, batch_size=_BATCH, threads=1)
+    write = WriteHeatmaps(out, "heatmaps/loop", "all")
+    batches = [rows.slice(i, _BATCH) for i in range(0, rows.num_rows, _BATCH)]
+    for batch in batches[:_WARM]:
+        write(scorer(decode(batch)))
+    start = time.perf_counter()
+    for batch in batches:
+        write(scorer(decode(batch)))
+    return float(time.perf_counter() - start)
+
+
+def bare(store: str, images: Path, out: Path, category: str, processes: int) -> float:
+    """Images per second of the loop in so many processes."""
+    manifest.write(rows_of([str(images)], Categories(category)), str(out / "manifest"))
+    rows = pa.concat_tables(pq.read_table(uri) for uri in manifest.shards(str(out / "manifest")))
+    share = -(-rows.num_rows // processes)
+    parts = [rows.slice(i * share, share) for i in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        seconds = pool.starmap(loop, [(store, part, str(out), category) for part in parts])
+    return sum(part.num_rows / s for part, s in zip(parts, seconds, strict=True))
+
+
+def job(store: str, images: Path, out: Path, category: str) -> float:
+    """Images per second of the score job, once it is under way."""
+    options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category, "--top", "0"]
+    command = [sys.executable, "jobs/score.py", *options]
+    ran: subprocess.CompletedProcess[str] = subprocess.run(
+        command, cwd=_ROOT, capture_output=True, text=True, check=True
+    )
+    return float(_SPEED.findall(ran.stdout)[-1][2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="local folder in the MVTec AD layout")
+    parser.add_argument("--category", default="bottle")
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="of the loop")
+    arguments = parser.parse_args()
+    data = storage.absolute(arguments.data)
+    with tempfile.TemporaryDirectory() as folder:
+        root, name = Path(folder), arguments.category
+        fit = ["--data", data, "--models", str(root / "models"), "--categories", name, "--teacher", "demo"]
+        subprocess.run(
+            [sys.executable, "jobs/fit.py", *fit, "--epochs", "1", "--least-steps", "0"], cwd=_ROOT, check=True
+        )
+        collection(mvtec.read_category(data, name), arguments.images, root / "images")
+        result = {
+            "loop": bare(str(root / "models"), root / "images", root / "loop", name, arguments.processes),
+            "job": job(str(root / "models"), root / "images", root / "job", name),
+        }
+    print(json.dumps({k: round(v, 1) for k, v in result.items()} | {"ratio": round(result["job"] / result["loop"], 3)}))
+
+
+if __name__ == "__main__":
+    main()

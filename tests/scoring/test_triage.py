@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from stpm.scoring.schema import OUTPUT, table
+from stpm.scoring.target import Target
+from stpm.scoring.triage import most_anomalous, write_triage
+
+EVIL = "s3://b/<img src=x onerror=alert(1)>&\"'.png"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    """A hundred rows of two models with different thresholds, one of them with an error, one with an evil name."""
+    target = Target.alone(str(tmp_path), "all", raw_maps=False)
+    columns: dict[str, list[Any]] = {field.name: [None] * 100 for field in OUTPUT}
+    for i in range(100):
+        category = ("nut", "a b#c")[i % 2]
+        columns["image_id"][i] = i
+        columns["uri"][i] = EVIL if i == 99 else f"s3://b/{i}.png"
+        columns["category"][i] = category
+        columns["threshold"][i] = 1.0 if category == "nut" else 100.0
+        columns["score"][i] = None if i == 0 else (i / 50) * columns["threshold"][i]
+        columns["p_value"][i] = None if i == 0 else 0.02
+        columns["is_anomalous"][i] = None if i == 0 else i > 50
+        columns["peak_x"][i] = columns["peak_y"][i] = i
+        columns["overlay"][i] = f"heatmaps/scores/{category}/{i}.png" if i % 10 else ""
+        for name in ("label", "mask", "heatmap", "model_id", "error_kind", "error_message"):
+            columns[name][i] = ""
+    rows = table(columns, OUTPUT)
+    (tmp_path / "scores").mkdir()
+    pq.write_table(rows.slice(0, 60), tmp_path / "scores" / "scores_0.parquet")
+    pq.write_table(rows.slice(60), tmp_path / "scores" / "scores_1.parquet")
+    return target
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_order_is_by_score_over_threshold_across_models(target: Target) -> None:
+    rows = most_anomalous(target, 7)
+    assert [row["peak_x"] for row in rows] == [99, 98, 97, 96, 95, 94, 93]
+    assert rows[0]["excess"] == pytest.approx(99 / 50)
+    assert len(most_anomalous(target, 500)) == 99
+
+
+def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_path: Path) -> None:
+    assert write_triage(target, 20) == 20
+    text = (tmp_path / "triage.html").read_text()
+    page = Page(text)
+    assert EVIL in page.texts
+    assert all(set(image) == {"src", "loading", "alt"} for image in page.images)
+    assert page.images[0]["src"] == "heatmaps/scores/a%20b%23c/99.png"
+    assert len(page.images) == 18
+    assert sum("no picture was written" in piece for piece in page.texts) == 2
+    assert "script" not in text
+
+
+def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
+    assert write_triage(Target.alone(str(tmp_path), "all", raw_maps=False), 5) == 0
+    assert (tmp_path / "triage.html").exists()
