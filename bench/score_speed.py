@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import mvtec, storage
+from stpm.cluster import KEEPING_MEMORY
 from stpm.models import ModelStore
 from stpm.scoring import manifest
 from stpm.scoring.decode import Decode
@@ -65,18 +67,17 @@ def bare(store: str, images: Path, out: Path, category: str, processes: int) -> 
     rows = pa.concat_tables(pq.read_table(uri) for uri in manifest.shards(str(out / "manifest")))
     share = -(-rows.num_rows // processes)
     parts = [rows.slice(i * share, share) for i in range(processes)]
+    os.environ.update(KEEPING_MEMORY["env_vars"])
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         seconds = pool.starmap(loop, [(store, part, str(out), category) for part in parts])
-    return sum(part.num_rows / s for part, s in zip(parts, seconds, strict=True))
+    return float(sum(part.num_rows / s for part, s in zip(parts, seconds, strict=True)))
 
 
 def job(store: str, images: Path, out: Path, category: str) -> float:
     """Images per second of the score job, once it is under way."""
     options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category, "--top", "0"]
     command = [sys.executable, "jobs/score.py", *options]
-    ran: subprocess.CompletedProcess[str] = subprocess.run(
-        command, cwd=_ROOT, capture_output=True, text=True, check=True
-    )
+    ran = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
     return float(_SPEED.findall(ran.stdout)[-1][2])
 
 
