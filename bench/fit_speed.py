@@ -2,8 +2,8 @@
 
     python bench/fit_speed.py --data DATA --category bottle
 
-A process for each, no Ray, one run; a Markdown table. `seconds` is what a fit of 15 epochs takes, made of the first epoch,
-the steady ones and what comes before them. Nothing else may run on the machine meanwhile.
+A process for each, no Ray, one run; a Markdown table. `seconds` is what a fit of 15 epochs takes, made of the first
+epoch, the steady ones and what comes before them. Nothing else may run on the machine meanwhile.
 """
 
 from __future__ import annotations
