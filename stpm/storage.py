@@ -57,7 +57,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ConfigError: if the scheme is unknown, or its package is not installed.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
+        # A listing that is remembered would hide what other processes wrote since.
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except ImportError as error:
         scheme = get_protocol(uri)
         extra = _EXTRAS.get(scheme)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.errors import ConfigError
@@ -67,7 +68,8 @@ def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:
     """
     storage.remove(folder)
     seen = SeenIds()
-    rows = doubles = shards = 0
+    rows = doubles = 0
+    written: list[tuple[str, list[str]]] = []
     categories: set[str] = set()
     digest = hashlib.sha256()
     own: dict[str, pa.DataType] = {}
@@ -84,13 +86,26 @@ def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:
             continue
         data = storage.parquet(kept)
         digest.update(data)
-        storage.publish(storage.join(folder, f"{shards:06}.parquet"), data)
-        shards += 1
+        written.append((storage.join(folder, f"{len(written):06}.parquet"), carried(kept.schema)))
+        storage.publish(written[-1][0], data)
         rows += kept.num_rows
         categories.update(kept["category"].unique().to_pylist())
+    for uri, names in written:
+        if names != list(own):
+            storage.publish(uri, storage.parquet(_with_columns(uri, own)))
     found = Manifest(rows, doubles, tuple(sorted(categories)), digest.hexdigest())
     storage.publish(storage.join(folder, _WHOLE), json.dumps(asdict(found), indent=2).encode())
     return found
+
+
+def _with_columns(uri: str, own: dict[str, pa.DataType]) -> pa.Table:
+    """A shard with every column of the user's, in one order: null where its source has none."""
+    shard = pq.read_table(pa.BufferReader(storage.read(uri)))
+    result = shard.select(MANIFEST.names)
+    for name, kind in own.items():
+        known = name in shard.schema.names
+        result = result.append_column(name, shard[name] if known else pa.nulls(shard.num_rows, kind))
+    return result
 
 
 def read(folder: str) -> Manifest | None:

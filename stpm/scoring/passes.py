@@ -75,6 +75,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         return run_pass(of, start_over=True, replace=replace, say=say)
     if counts := ledger.done():
         say(f"all of them are scored already, see {ledger.run_uri}")
+        of.target.clear_state()
         return counts
     start = time.perf_counter()
     with connected():
@@ -143,7 +144,8 @@ def _records(store: ModelStore, categories: Iterable[str], say: Say) -> dict[str
 
 
 def _refuse_unless(replace: bool, target: Target, differences: list[str]) -> None:
-    if not replace:
+    """A pass that has not written a row yet is nobody's loss."""
+    if not replace and target.files():
         raise ConfigError(
             f"{target.out} holds a pass that was made otherwise: {'; '.join(differences[:_SHOWN])}. Give another "
             "--out, or --fresh to remove it and start over"

@@ -211,7 +211,9 @@ def _texts(rows: pa.Table, name: str) -> list[str]:
 
 def _of_manifest(uri: str, categories: Categories, allowed: Allowed) -> Iterator[pa.Table]:
     folder = uri.rsplit("/", 1)[0]
+    empty = True
     for rows in _batches(uri):
+        empty = False
         if "uri" not in rows.schema.names:
             raise DataError(f"{uri}: no column `uri`; its columns are {', '.join(rows.schema.names)}")
         if clash := taken(rows.schema):
@@ -224,6 +226,8 @@ def _of_manifest(uri: str, categories: Categories, allowed: Allowed) -> Iterator
         if masks:
             refusals = [r or (allowed.refusal(m) if m else "") for r, m in zip(refusals, masks, strict=True)]
         yield _table([Place(image) for image in uris], chosen, refusals, _with_masks(rows, masks))
+    if empty:
+        raise DataError(f"{uri}: this manifest has no rows")
 
 
 def _with_masks(rows: pa.Table, masks: list[str]) -> pa.Table:

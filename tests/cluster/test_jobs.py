@@ -25,6 +25,11 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     assert "false-alarm-rate 0.01 takes 99 held-out normals; nut has 2 and supports 0.333" in fit.stdout
     assert ModelStore("models").categories() == ["nut"]
 
+    # What has not scored anything holds no later run up.
+    assert (
+        run_job("score", "--models", "models", "--images", "nothing", "--out", "run", "--category", "nut").returncode
+        == 3
+    )
     images = ["--images", "data/nut/test", "--out", "run", "--category", "nut"]
     score = run_job("score", "--models", "models", *images)
     assert score.returncode == 0

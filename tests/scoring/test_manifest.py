@@ -22,6 +22,7 @@ from stpm.scoring.schema import MANIFEST, table
 def chunk(uris: list[str], category: str = "nut", **own: list[object]) -> pa.Table:
     columns: dict[str, list[object]] = {name: [""] * len(uris) for name in MANIFEST.names}
     columns |= {"image_id": [0] * len(uris), "uri": list(uris), "category": [category] * len(uris)}
+    columns |= {"tar_offset": [0] * len(uris), "tar_length": [-1] * len(uris)}
     rows = table(columns, MANIFEST)
     for name, values in own.items():
         rows = rows.append_column(name, pa.array(values))
@@ -65,8 +66,10 @@ def test_the_digest_is_of_the_rows(folder: str) -> None:
 
 
 def test_own_columns_are_kept_and_must_agree(folder: str) -> None:
-    manifest.write([chunk(["a"], line=[7]), chunk(["b"])], folder)
-    assert [row["line"] for row in rows_in(folder)] == [7, None]
+    manifest.write([chunk(["a"]), chunk(["b"], line=[7]), chunk(["c"], shift=["x"])], folder)
+    shards = [pq.read_table(pa.BufferReader(storage.read(uri))) for uri in manifest.shards(folder)]
+    assert all(shard.schema.names == [*MANIFEST.names, "line", "shift"] for shard in shards)
+    assert [(row["line"], row["shift"]) for row in rows_in(folder)] == [(None, None), (7, None), (None, "x")]
     with pytest.raises(ConfigError, match="column line is int64 in one manifest and string in another"):
         manifest.write([chunk(["a"], line=[7]), chunk(["b"], line=["7"])], folder)
 

@@ -135,6 +135,9 @@ def test_manifests_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     write_manifest(f"{tmp_path}/b.csv", [{"uri": "a.png", "score": 1}])
     with pytest.raises(ConfigError, match="column score is one that scoring writes itself"):
         rows(f"{tmp_path}/b.csv")
+    pq.write_table(pa.table({"uri": pa.array([], pa.string())}), tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r"e\.parquet: this manifest has no rows"):
+        rows(f"{tmp_path}/e.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match=r"c\.parquet: this manifest cannot be read"):
         rows(f"{tmp_path}/c.parquet")
