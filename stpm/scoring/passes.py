@@ -22,6 +22,7 @@ from stpm.scoring.remaining import remaining_shards
 from stpm.scoring.target import Target
 
 _SHOWN = 5
+_ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,14 @@ def count(target: Target) -> Counts:
 
 def failed_rows(target: Target, most: int) -> list[dict[str, str]]:
     """The first rows with an error: uri, error_kind, error_message."""
-    found: ds.Dataset = target.dataset()
-    columns = ["uri", "error_kind", "error_message"]
-    rows: list[dict[str, str]] = (
-        found.scanner(columns=columns, filter=ds.field("error_kind") != "").head(most).to_pylist()
-    )
-    return rows
+    rows: list[dict[str, str]] = []
+    # A file at a time and to its end: a scan that is left early goes on in threads, and they crash at exit where the
+    # filesystem is Python's.
+    for file in target.dataset().get_fragments():
+        rows += file.to_table(columns=_ERROR_COLUMNS, filter=ds.field("error_kind") != "").to_pylist()
+        if len(rows) >= most:
+            break
+    return rows[:most]
 
 
 def _records(store: ModelStore, categories: Iterable[str], say: Say) -> dict[str, ModelRecord]:
