@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import requests
 from moto.server import ThreadedMotoServer
 
 from stpm import storage
@@ -72,6 +73,8 @@ def s3() -> Iterator[dict[str, str]]:
             patch.setenv(name, value)
         # fsspec keeps filesystems by their arguments, and the endpoint comes from the environment.
         fsspec.get_filesystem_class("s3").clear_instance_cache()
+        # What the server holds belongs to the process, and outlives a server.
+        requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10).raise_for_status()
         storage.filesystem("s3://bucket")[0].mkdir("bucket")
         yield settings
     server.stop()

@@ -47,6 +47,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
         "manifest",
         "run.json",
         "scores",
+        "triage.html",
     }
 
     # Once more: nothing is done. Otherwise: nothing is touched.
