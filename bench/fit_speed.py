@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from recipes import matcher_of
 from tabulate import tabulate
 
 from stpm import images, mvtec, storage
@@ -28,8 +29,8 @@ from stpm.fitting import loop
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
 from stpm.fitting.task import load_pixels
-from stpm.forward import Matcher, pick_device, place, resolve_precision
-from stpm.networks import Trunk, architecture_of, load_teacher, trunk_from
+from stpm.forward import place
+from stpm.networks import Trunk
 from stpm.recipe import PRESETS, Recipe
 
 _BUDGET = 4 * 2**30
@@ -78,11 +79,7 @@ def _measured(
     uris: list[str], recipe: Recipe, threads: int, keep_features: bool, decode_once: bool, placed: Place
 ) -> Speed:
     torch.set_num_threads(threads)
-    device = pick_device()
-    architecture = architecture_of(recipe.teacher)
-    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = trunk_from(architecture, recipe.levels, weights, recipe.teacher)
-    matcher = Matcher(teacher, recipe, device, resolve_precision(recipe.precision, device))
+    matcher = matcher_of(recipe)
     start = time.perf_counter()
     pixels = load_pixels(uris, recipe.view, _BUDGET)
     decoding = time.perf_counter() - start

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pyarrow as pa
+from recipes import mask_of
 
 from stpm import images, mvtec, storage
 from stpm.evaluation.metrics import auroc
@@ -122,16 +123,10 @@ def peers(python: str, category: mvtec.Category, seed: int, epochs: int, threads
 
 def figures(shown: Sequence[mvtec.TestImage], maps: npt.NDArray[np.float32]) -> dict[str, float]:
     """Of the anomaly maps of test images."""
-    counts = PixelCounts.of(maps, np.stack([_mask(image.mask) for image in shown]))
+    counts = PixelCounts.of(maps, np.stack([mask_of(image.mask, images.View(_SIZE)) for image in shown]))
     labels = np.array([image.label != mvtec.GOOD for image in shown])
     values = (auroc(labels, maps.max(axis=(1, 2))), counts.auroc().value, counts.aupro(0.3).value)
     return dict(zip(_METRICS, values, strict=True))
-
-
-def _mask(uri: str) -> Any:
-    if not uri:
-        return np.zeros((_SIZE, _SIZE), bool)
-    return images.resize_mask(images.decode_mask(storage.read(uri)), images.View(_SIZE))
 
 
 def main() -> None:

@@ -47,13 +47,17 @@ def chosen(base: Recipe, text: str) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
+def matcher_of(recipe: Recipe) -> Matcher:
+    """The recipe's teacher on this process's device."""
+    device = pick_device()
+    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
+    return Matcher(teacher, recipe, device, resolve_precision(recipe.precision, device))
+
+
 def run(category: mvtec.Category, recipe: Recipe) -> dict[str, Any]:
     """Fit one student and score the category's test images."""
-    device = pick_device()
-    architecture = architecture_of(recipe.teacher)
-    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = trunk_from(architecture, recipe.levels, weights, recipe.teacher)
-    matcher = Matcher(teacher, recipe, device, resolve_precision(recipe.precision, device))
+    matcher = matcher_of(recipe)
     start = time.perf_counter()
     pixels = load_pixels([uri for uri, _ in category.train], recipe.view, _BUDGET)
     train, held_out = split(len(pixels), recipe)
@@ -64,10 +68,12 @@ def run(category: mvtec.Category, recipe: Recipe) -> dict[str, Any]:
         "train_loss": round(fitted.kept.train_loss, 5),
         "seconds": round(seconds, 1),
     }
-    student = place(trunk_from(architecture, recipe.levels, fitted.student, "student"), device)
+    student = place(
+        trunk_from(architecture_of(recipe.teacher), recipe.levels, fitted.student, "student"), matcher.device
+    )
     test = load_pixels([image.uri for image in category.test], recipe.view, _BUDGET)
     labels = np.array([image.label != mvtec.GOOD for image in category.test])
-    truth = np.stack([_mask(image.mask, recipe.view) for image in category.test])
+    truth = np.stack([mask_of(image.mask, recipe.view) for image in category.test])
     real = _distances(matcher, student, test)
     # One half gives the statistics of `calibrated`, the other is drawn on: no image is judged by its own.
     apart, kept = held_out[::2], held_out[1::2]
@@ -75,7 +81,9 @@ def run(category: mvtec.Category, recipe: Recipe) -> dict[str, Any]:
     drawn_pixels, drawn_truth = drawn_on(pixels[kept])
     drawn = _distances(matcher, student, drawn_pixels)
     for combine in get_args(Combine):
-        combiner = Matcher(teacher, dataclasses.replace(recipe, combine=combine), device, matcher.precision)
+        combiner = Matcher(
+            matcher.teacher, dataclasses.replace(recipe, combine=combine), matcher.device, matcher.precision
+        )
         _, statistics = calibrate_student(fitted.student, combiner, pixels, held_out, combiner.recipe)
         half = level_statistics(normal) if combine == "calibrated" else None
         result[combine] = {
@@ -124,7 +132,8 @@ def _aurocs(labels: Masks, truth: Masks, maps: npt.NDArray[np.float32]) -> list[
     return [round(auroc(labels, maps.max(axis=(1, 2))), 4), round(auroc(truth, maps), 4)]
 
 
-def _mask(uri: str, view: images.View) -> Masks:
+def mask_of(uri: str, view: images.View) -> Masks:
+    """A test image's ground truth at model size; no URI is no defect."""
     if not uri:
         return np.zeros((view.size, view.size), bool)
     return images.resize_mask(images.decode_mask(storage.read(uri)), view)

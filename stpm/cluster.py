@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 from ray.data import DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _LEAST_CPUS = 2
 
@@ -27,6 +28,11 @@ KEEPING_MEMORY = {
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
     }
 }
+
+
+def beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """Where a driver's own actors run: not on a node that may be taken away."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 @contextmanager

@@ -275,6 +275,11 @@ def parquet(table: pa.Table) -> bytes:
     return data
 
 
+def read_table(uri: str) -> pa.Table:
+    """A stored Parquet file as a table. Raises as `read` does."""
+    return pq.read_table(pa.BufferReader(read(uri)))
+
+
 def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The same filesystem as pyarrow and Ray take it, and the URI's path on it."""
     fs, path = filesystem(uri)

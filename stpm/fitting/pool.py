@@ -17,10 +17,9 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stpm import storage
-from stpm.cluster import KEEPING_MEMORY
+from stpm.cluster import KEEPING_MEMORY, beside_the_driver
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.queue import WAIT, Event, TaskQueue
 from stpm.fitting.task import FitTask, Limits, Outcome, run_task
@@ -154,9 +153,7 @@ def run_pool(
     Returns:
         One outcome per task, in the order they ended. Tasks that never ran are failed.
     """
-    # With the driver, and not on a node that may be taken away.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    queue = ray.remote(num_cpus=0, scheduling_strategy=here)(TaskQueue).remote(list(tasks))
+    queue = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(TaskQueue).remote(list(tasks))
     filesystem, path = storage.arrow_filesystem(scratch)
     trainer = TorchTrainer(
         _work,

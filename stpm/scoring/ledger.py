@@ -52,7 +52,6 @@ class Ledger:
     """
 
     def __init__(self, home: str) -> None:
-        self._home = home
         self.run_uri = storage.join(home, _RUN)
         self._success_uri = storage.join(home, _SUCCESS)
 

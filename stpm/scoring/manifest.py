@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.errors import ConfigError
@@ -100,7 +99,7 @@ def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:
 
 def _with_columns(uri: str, own: dict[str, pa.DataType]) -> pa.Table:
     """A shard with every column of the user's, in one order: null where its source has none."""
-    shard = pq.read_table(pa.BufferReader(storage.read(uri)))
+    shard = storage.read_table(uri)
     result = shard.select(MANIFEST.names)
     for name, kind in own.items():
         known = name in shard.schema.names

@@ -80,7 +80,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         return counts
     start = time.perf_counter()
     with connected():
-        shards, left = remaining_shards(of.target)
+        shards, left = remaining_shards(of.target, fixed.rows)
         if left < fixed.rows:
             say(f"{fixed.rows - left} are scored already, {left} are left")
         if left:

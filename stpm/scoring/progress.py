@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stpm.cluster import beside_the_driver
 from stpm.console import Say, duration
 
 _POLL_SECONDS = 1.0
@@ -93,8 +93,7 @@ class Progress:
 @contextmanager
 def followed(progress: Progress) -> Iterator[Report]:
     """What tasks report to in the block is told while it runs."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote()
+    tally = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(Tally).remote()
     stop = threading.Event()
 
     def follow() -> None:

@@ -67,6 +67,7 @@ class Scorer:
             if field.name not in columns:
                 columns[field.name] = [None if field.nullable else b"" if field.name == "heat" else ""] * rows
         good: list[tuple[Sharing, str, int]] = []
+        records: dict[Sharing, ModelRecord] = {}
         for i in range(rows):
             if columns["error_kind"][i]:
                 continue
@@ -75,12 +76,14 @@ class Scorer:
             if isinstance(record, ModelError):
                 _fail(columns, [i], "no_model", record)
             else:
-                good.append((_sharing(record), category, i))
+                sharing = _sharing(record)
+                records[sharing] = record
+                good.append((sharing, category, i))
         # Sorted by teacher and then by category, what one network sees is a slice and never a copy.
         for sharing, shared in groupby(sorted(good), key=lambda row: row[0]):
             members = [i for _, _, i in shared]
             try:
-                matcher = self._matcher(sharing, columns["category"][members[0]])
+                matcher = self._matcher(sharing, records[sharing])
             except ModelError as error:
                 _fail(columns, members, "no_model", error)
             else:
@@ -160,9 +163,8 @@ class Scorer:
                 self._records[category] = error
         return self._records[category]
 
-    def _matcher(self, sharing: Sharing, category: str) -> Matcher:
+    def _matcher(self, sharing: Sharing, record: ModelRecord) -> Matcher:
         if sharing not in self._matchers:
-            record = self._store.record(category)
             teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
             self._matchers[sharing] = Matcher(teacher, record.recipe, self._device, record.precision)
         return self._matchers[sharing]

@@ -6,6 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Categories:
         found = self._expression.search(uri)
         return found["category"] if found else ""
 
-    @property
+    @cached_property
     def _expression(self) -> re.Pattern[str]:
         parts = _FIELD.split(self.pattern.strip("/"))
         literal, names = parts[::2], parts[1::2]
