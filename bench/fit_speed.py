@@ -28,7 +28,7 @@ from stpm.cluster import KEEPING_MEMORY
 from stpm.fitting import loop
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
-from stpm.fitting.task import load_pixels
+from stpm.fitting.worker import load_pixels
 from stpm.forward import place
 from stpm.networks import Trunk
 from stpm.recipe import PRESETS, Recipe

@@ -25,11 +25,11 @@ from stpm.evaluation.metrics import auroc
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.held_out import calibrate_student
 from stpm.fitting.loop import fit, split
-from stpm.fitting.task import load_pixels
+from stpm.fitting.worker import load_pixels
 from stpm.forward import Matcher, pick_device, place, resolve_precision
-from stpm.matching import Combine, level_statistics
+from stpm.matching import level_statistics
 from stpm.networks import Trunk, architecture_of, load_teacher, trunk_from
-from stpm.recipe import PRESETS, Recipe
+from stpm.recipe import PRESETS, Combine, Recipe
 
 _BUDGET = 4 * 2**30
 _BATCH = 16

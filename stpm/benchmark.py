@@ -18,10 +18,11 @@ from stpm.evaluation.gallery import gallery
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.fitting.pool import PoolOptions
 from stpm.fitting.run import fit_categories, read_categories, warn_of_few_normals
-from stpm.models import ModelRecord, ModelStore
+from stpm.models import ModelStore
 from stpm.mvtec import Category
 from stpm.options import Integers, Names, option
 from stpm.recipe import Recipe
+from stpm.record import ModelRecord
 from stpm.scoring.ledger import Identity
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.passes import Pass, run_pass

@@ -12,9 +12,7 @@ from torch import Tensor
 from stpm.images import Pixels
 from stpm.matching import LevelStatistics, anomaly_map, distance_map, standardised
 from stpm.networks import Trunk
-from stpm.recipe import Recipe
-
-Precision = Literal["float32", "bfloat16"]
+from stpm.recipe import Precision, Recipe
 
 # Per channel, of pixels from 0 to 1: the values every ImageNet model of torchvision was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-Combine = Literal["product", "sum", "calibrated"]
+from stpm.recipe import Combine
 
 _EPS = 1e-12
 # Of a level's mean deviation: keeps a position that hardly varied among few images from drowning all others.

@@ -29,57 +29,20 @@ from torch import Tensor
 from stpm import __version__, storage
 from stpm.calibration import Calibration, HeatmapScale
 from stpm.errors import ConfigError, ModelError
-from stpm.forward import Precision, place
+from stpm.forward import place
 from stpm.matching import LevelStatistics
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
 from stpm.options import Integers
-from stpm.recipe import Recipe
+from stpm.recipe import Precision, Recipe
+from stpm.record import FORMAT, STUDENT, FitSummary, ModelRecord
 
-FORMAT = 1
 _TEACHERS = "teachers"
 _RECORD = "model.json"
-_STUDENT = "student.safetensors"
 _CALIBRATION = "calibration.parquet"
 _HISTORY = "history.parquet"
 _LEVELS = "levels.safetensors"
 _PICTURE = "loss.png"
 _CHECKPOINT = "checkpoint-{}.safetensors"
-
-
-@dataclass(frozen=True)
-class FitSummary:
-    """What fitting did: wall seconds (decoding included), losses in [0, 2] of the epoch that was kept."""
-
-    seconds: float
-    epochs: int
-    kept_epoch: int
-    train_loss: float
-    validation_loss: float
-    train_count: int
-    validation_count: int
-    calibration_count: int
-    device: str
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """model.json: all that scoring needs to know besides the weights. Digests are SHA-256."""
-
-    category: str
-    recipe: Recipe
-    precision: Precision
-    teacher_digest: str
-    data_fingerprint: str
-    heatmap_scale: HeatmapScale
-    fit: FitSummary
-    files: dict[str, str]
-    versions: dict[str, str]
-    created: str
-    format: int = FORMAT
-
-    @property
-    def model_id(self) -> str:
-        return f"{self.category}-{self.files[_STUDENT][:12]}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +111,7 @@ class ModelStore:
     ) -> ModelRecord:
         """Publish a model in the place of an older one of the same category, if there is one."""
         contents = {
-            _STUDENT: serialise(student),
+            STUDENT: serialise(student),
             _CALIBRATION: storage.parquet(pa.table({"score": calibration.scores})),
             _HISTORY: storage.parquet(history),
             _PICTURE: picture,
@@ -207,8 +170,8 @@ class ModelStore:
             ModelError: if a file is missing, damaged or foreign.
         """
         record = self.record(category)
-        uri = self._uri(category, _STUDENT)
-        state = deserialise(self._read_verified(uri, record.files[_STUDENT]), uri)
+        uri = self._uri(category, STUDENT)
+        state = deserialise(self._read_verified(uri, record.files[STUDENT]), uri)
         scores = self._table(record, _CALIBRATION).column("score").to_numpy().astype(np.float32)
         statistics = None
         if _LEVELS in record.files:

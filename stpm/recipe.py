@@ -9,10 +9,11 @@ from typing import Literal
 
 from stpm.errors import ConfigError
 from stpm.images import Resize, View
-from stpm.matching import Combine
 from stpm.options import Integers, option
 
 Preset = Literal["default", "paper", "notebook"]
+Combine = Literal["product", "sum", "calibrated"]
+Precision = Literal["float32", "bfloat16"]
 
 
 # Held-out images whose levels are standardised by each other need two others each.

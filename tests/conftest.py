@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from stpm.fitting.task import Limits
+from stpm.fitting.worker import Limits
 from stpm.forward import Matcher
 from stpm.networks import architecture_of, load_teacher, trunk_from
 from stpm.recipe import Recipe

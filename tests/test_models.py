@@ -14,9 +14,10 @@ from stpm import storage
 from stpm.calibration import calibrate
 from stpm.errors import DataError, ModelError
 from stpm.matching import level_statistics
-from stpm.models import FitSummary, ModelRecord, ModelStore
+from stpm.models import ModelStore
 from stpm.networks import architecture_of, build_student, load_teacher
 from stpm.recipe import Recipe
+from stpm.record import FitSummary, ModelRecord
 
 SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
 

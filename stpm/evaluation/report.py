@@ -15,8 +15,9 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures
-from stpm.models import ModelRecord, library_versions
+from stpm.models import library_versions
 from stpm.recipe import Recipe
+from stpm.record import ModelRecord
 
 _AVERAGED = (*METRICS, "fit_seconds", "train_loss", "validation_loss")
 _SHOWN = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_aupro": "AUPRO"}

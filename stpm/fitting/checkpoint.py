@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stpm import storage
 from stpm.errors import ModelError
-from stpm.fitting.loop import Epoch, Progress
+from stpm.fitting.loop import Progress
+from stpm.fitting.task import Epoch
 from stpm.networks import deserialise, serialise
 
 _JSON = "json"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from stpm.fitting.loop import Epoch
+from stpm.fitting.task import Epoch
 
 
 def loss_curves(history: Sequence[Epoch], kept: int, title: str) -> bytes:

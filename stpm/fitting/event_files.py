@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from tensorboardX import SummaryWriter
+from typing import Any
 
 from stpm import storage
-from stpm.fitting.loop import Epoch
 from stpm.fitting.queue import Event
-from stpm.fitting.task import FitTask, Outcome
+from stpm.fitting.task import Epoch, FitTask, Outcome
 
 
 class EventFiles:
@@ -24,7 +22,7 @@ class EventFiles:
     def __init__(self, folder: str, tasks: Sequence[FitTask]) -> None:
         self._folder = Path(folder)
         self._tasks = {task.key: task for task in tasks}
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: dict[str, Any] = {}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Outcome):
@@ -38,7 +36,10 @@ class EventFiles:
             writer.add_scalar("loss/validation", told.validation_loss, told.number)
             writer.add_scalar("images_per_second", told.images_per_second, told.number)
 
-    def _open(self, key: str) -> SummaryWriter:
+    def _open(self, key: str) -> Any:
+        # Its import takes over a second, and most fits need none.
+        from tensorboardX import SummaryWriter
+
         task = self._tasks[key]
         folder = self._folder / f"seed-{task.recipe.seed}" / storage.safe_name(task.category, "category")
         self._writers[key] = SummaryWriter(str(folder))

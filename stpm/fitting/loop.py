@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stpm.errors import DataError, StpmError
 from stpm.fitting.features import TeacherFeatures
+from stpm.fitting.task import Epoch
 from stpm.forward import place
 from stpm.matching import matching_loss
 from stpm.networks import StateDict, Trunk, architecture_of, build_student
@@ -28,16 +29,6 @@ EVALUATION_BATCH = 16
 
 class DivergedError(StpmError):
     """A loss that is no longer a number."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Mean losses of one epoch (in [0, 2]), counted from 1, and its training speed."""
-
-    number: int
-    train_loss: float
-    validation_loss: float
-    images_per_second: float
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from stpm import storage
 from stpm.cluster import KEEPING_MEMORY, beside_the_driver
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.queue import WAIT, Event, TaskQueue
-from stpm.fitting.task import FitTask, Limits, Outcome, run_task
+from stpm.fitting.task import FitTask, Outcome
 from stpm.options import option
 
 _POLL_SECONDS = 0.3
@@ -189,10 +189,14 @@ def run_pool(
 
 def _work(config: dict[str, Any]) -> None:
     """The loop of one worker. A task that raises is that task's outcome, and the worker goes on."""
+    # Ray Train's controller unpickles this too, and would wait for the import of what it never runs.
+    from stpm.fitting.worker import Limits, run_task
+
     queue, options = config["queue"], config["options"]
     assigned = ray.get_runtime_context().get_assigned_resources()
     torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
-    limits = _limits(options, assigned)
+    memory, device_memory = _memory(options, assigned)
+    limits = Limits(memory, device_memory, options.checkpoint_seconds)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
     stop = threading.Event()
     while (task := ray.get(queue.take.remote(group))) is not None:
@@ -209,17 +213,14 @@ def _work(config: dict[str, Any]) -> None:
         ray.get(queue.finish.remote(outcome))
 
 
-def _limits(options: PoolOptions, assigned: dict[str, float]) -> Limits:
+def _memory(options: PoolOptions, assigned: dict[str, float]) -> tuple[int, int]:
+    """Bytes of this worker's node, and of its device, that it may take."""
     context = ray.get_runtime_context()
     node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     share = assigned.get("CPU", 1) / max(node["Resources"].get("CPU", 1), 1)
     memory = options.memory_gib * 2**30 or node["Resources"]["memory"] * _SHARE_OF_MEMORY * share
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    return Limits(
-        memory=int(memory),
-        device_memory=int(free * _SHARE_OF_MEMORY * min(assigned.get("GPU", 0), 1)),
-        checkpoint_seconds=options.checkpoint_seconds,
-    )
+    return int(memory), int(free * _SHARE_OF_MEMORY * min(assigned.get("GPU", 0), 1))
 
 
 class _Follower:

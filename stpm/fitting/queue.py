@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from stpm.fitting.loop import Epoch
-from stpm.fitting.task import FitTask, Outcome
+from stpm.fitting.task import Epoch, FitTask, Outcome
 
 # What a task told of itself (an epoch, or words), or how it ended.
 Event = tuple[str, Epoch | str] | Outcome

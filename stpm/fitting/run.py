@@ -16,6 +16,7 @@ from stpm.fitting.pool import PoolOptions, node_resources, run_pool, shared_out
 from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
+from stpm.fitting.worker import existing_model
 from stpm.models import ModelStore
 from stpm.networks import load_teacher
 from stpm.options import Names, option
@@ -75,7 +76,7 @@ def fit_categories(
     outcomes = []
     waiting = []
     for task in tasks:
-        record = task.existing()
+        record = existing_model(task)
         if record is None:
             waiting.append(task)
         else:

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from stpm.console import Say, duration
-from stpm.fitting.loop import Epoch
 from stpm.fitting.queue import Event
-from stpm.fitting.task import FitTask, Outcome
+from stpm.fitting.task import Epoch, FitTask, Outcome
 
 _LOG_SECONDS = 5.0
 _BAR = 20

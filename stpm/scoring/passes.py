@@ -13,7 +13,8 @@ import pyarrow.dataset as ds
 from stpm.cluster import connected
 from stpm.console import Say, show, watched
 from stpm.errors import ConfigError, ModelError
-from stpm.models import ModelRecord, ModelStore
+from stpm.models import ModelStore
+from stpm.record import ModelRecord
 from stpm.scoring import manifest
 from stpm.scoring.ledger import Counts, Identity, Ledger
 from stpm.scoring.pipeline import ScoreOptions, score_shards

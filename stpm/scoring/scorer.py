@@ -16,7 +16,8 @@ import torch
 
 from stpm.errors import ModelError
 from stpm.forward import Matcher, compare, pick_device
-from stpm.models import Model, ModelRecord, ModelStore
+from stpm.models import Model, ModelStore
+from stpm.record import ModelRecord
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 
 FIRST_BATCH = 16

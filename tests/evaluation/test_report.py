@@ -16,8 +16,8 @@ from stpm.calibration import HeatmapScale
 from stpm.evaluation.category import METRICS, Figures, Metrics, evaluate
 from stpm.evaluation.gallery import gallery
 from stpm.evaluation.report import Failure, Report, Result
-from stpm.models import FitSummary, ModelRecord
 from stpm.mvtec import read_category
+from stpm.record import FitSummary, ModelRecord
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.target import Target

@@ -7,8 +7,7 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event as EventProto
 
 from stpm.fitting.event_files import EventFiles
-from stpm.fitting.loop import Epoch
-from stpm.fitting.task import FitTask, Outcome
+from stpm.fitting.task import Epoch, FitTask, Outcome
 from tests.conftest import TINY
 
 TASK = FitTask("nut", (("a", 1),), dataclasses.replace(TINY, seed=3), "s", "d")

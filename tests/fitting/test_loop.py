@@ -13,7 +13,8 @@ from stpm.errors import DataError
 from stpm.fitting import loop
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.held_out import calibrate_student, cross_fitted
-from stpm.fitting.loop import DivergedError, Epoch, Progress, fit, learning_rate, split
+from stpm.fitting.loop import DivergedError, Progress, fit, learning_rate, split
+from stpm.fitting.task import Epoch
 from stpm.forward import Matcher
 from stpm.networks import architecture_of, trunk_from
 from stpm.recipe import PRESETS, Recipe

@@ -7,9 +7,8 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stpm.fitting.loop import Epoch
 from stpm.fitting.queue import WAIT, TaskQueue
-from stpm.fitting.task import FitTask, Outcome
+from stpm.fitting.task import Epoch, FitTask, Outcome
 from tests.conftest import TINY
 
 

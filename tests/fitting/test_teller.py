@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from stpm.fitting.loop import Epoch
-from stpm.fitting.task import FitTask, Outcome
+from stpm.fitting.task import Epoch, FitTask, Outcome
 from stpm.fitting.teller import Teller
 from tests.conftest import TINY
 

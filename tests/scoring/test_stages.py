@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from stpm import mvtec, storage
-from stpm.fitting.task import FitTask, run_task
+from stpm.fitting.task import FitTask
+from stpm.fitting.worker import run_task
 from stpm.forward import Matcher
 from stpm.images import View, decode
 from stpm.models import Model, ModelStore

@@ -13,8 +13,8 @@ import torch
 from stpm import images, mvtec, storage
 from stpm.errors import DataError
 from stpm.fitting import loop
-from stpm.fitting.loop import Epoch
-from stpm.fitting.task import FitTask, Limits, load_pixels, run_task
+from stpm.fitting.task import Epoch, FitTask
+from stpm.fitting.worker import Limits, existing_model, load_pixels, run_task
 from stpm.models import ModelStore
 from stpm.networks import load_teacher
 from stpm.recipe import Recipe
@@ -55,7 +55,7 @@ def test_an_interrupted_task_goes_on_and_stores_the_same_bits(root: str, tiny: R
 
     with pytest.raises(Killed):
         run_task(task, EVERY_EPOCH, die)
-    assert task.existing() is None
+    assert existing_model(task) is None
     seen: list[Epoch | str] = []
     run_task(task, EVERY_EPOCH, seen.append)
     assert [told.number for told in seen if isinstance(told, Epoch)] == [3, 4]
@@ -65,7 +65,7 @@ def test_an_interrupted_task_goes_on_and_stores_the_same_bits(root: str, tiny: R
         f"{undisturbed.store}/nut/student.safetensors"
     )
     assert not storage.exists(ModelStore(task.store).checkpoint_uri("nut"))
-    assert task.existing()
+    assert existing_model(task)
 
 
 @pytest.mark.parametrize("damage", ["half", "other recipe"])
@@ -93,10 +93,10 @@ def test_progress_that_is_not_this_tasks_is_not_used(
 def test_a_model_is_done_only_for_its_own_recipe_teacher_and_images(root: str, tiny: Recipe) -> None:
     task = task_in(root, tiny)
     run_task(task, LIMITS, lambda told: None)
-    assert task.existing()
-    assert dataclasses.replace(task, recipe=dataclasses.replace(tiny, epochs=9)).existing() is None
-    assert dataclasses.replace(task, teacher_digest="other").existing() is None
-    assert dataclasses.replace(task, train=task.train[1:]).existing() is None
+    assert existing_model(task)
+    assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(tiny, epochs=9))) is None
+    assert existing_model(dataclasses.replace(task, teacher_digest="other")) is None
+    assert existing_model(dataclasses.replace(task, train=task.train[1:])) is None
 
 
 def test_folds_calibrate_on_every_image(root: str, tiny: Recipe) -> None:
