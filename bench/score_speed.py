@@ -1,10 +1,11 @@
-"""How much of the machine the score job uses: its steady images per second over those of a bare loop.
+"""How much of the machine the score job uses: its steady images per second over those of a bare loop, and of a peer.
 
-    python bench/score_speed.py --data DATA --category bottle --images 3000
+    python bench/score_speed.py --data DATA --category bottle --images 3000 [--peer PEER/bin/python]
 
-The loop reads, decodes, resizes, runs teacher and student, makes the map, and writes both pictures, with the functions
-that the job uses: one process of one thread per core, its best arrangement on a CPU. The job's speed is its own last
-progress line, without Ray's start. Nothing else may run on the machine meanwhile.
+The loop reads, decodes, resizes, runs teacher and student, makes the map, and writes the heatmap and the overlay, with
+the functions that the job uses: one process of one thread per core, its best arrangement on a CPU. The job's speed is
+that between its first and its last line of progress, without Ray's start. The peer is anomalib's `Engine.predict` on a
+part of the same images, with its visualiser, and without its imports. Nothing else may run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from stpm.scoring.sources import Categories, rows_of
 _ROOT = Path(__file__).resolve().parents[1]
 _BATCH = 16
 _WARM = 3
-_SPEED = re.compile(r"(\d+)/(\d+) images.*?, (\d+) images/s")
+_PEER_IMAGES = 500
+_DONE = re.compile(r"^(\d+)/(\d+) images")
 
 
 def collection(category: mvtec.Category, count: int, folder: Path) -> None:
@@ -49,9 +51,10 @@ def collection(category: mvtec.Category, count: int, folder: Path) -> None:
 
 def loop(store: str, rows: pa.Table, out: str, category: str) -> float:
     """Seconds that one process of one thread takes for all rows, once warm."""
-    decode = Decode({category: ModelStore(store).record(category).recipe.view}, fetchers=1)
+    views = {category: ModelStore(store).record(category).recipe.view}
+    decode = Decode(views, fetchers=1)
     scorer = Scorer(store, 0.01, raw_maps=False, batch_size=_BATCH, threads=1)
-    write = WriteHeatmaps(out, "heatmaps/loop", "all")
+    write = WriteHeatmaps(out, "heatmaps/loop", "all", views)
     batches = [rows.slice(i, _BATCH) for i in range(0, rows.num_rows, _BATCH)]
     for batch in batches[:_WARM]:
         write(scorer(decode(batch)))
@@ -75,10 +78,36 @@ def bare(store: str, images: Path, out: Path, category: str, processes: int) -> 
 
 def job(store: str, images: Path, out: Path, category: str) -> float:
     """Images per second of the score job, once it is under way."""
-    options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category, "--top", "0"]
-    command = [sys.executable, "jobs/score.py", *options]
-    ran = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
-    return float(_SPEED.findall(ran.stdout)[-1][2])
+    options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category]
+    command = [sys.executable, "jobs/score.py", *options, "--top", "0", "--overlay"]
+    told: list[tuple[float, int]] = []
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if (match := _DONE.match(line)) and int(match[1]):
+                told.append((time.perf_counter(), int(match[1])))
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+    (start, first), (end, last) = told[0], told[-1]
+    return (last - first) / (end - start)
+
+
+def peers(python: str, images: Path, folder: Path) -> float:
+    """Images per second of anomalib's prediction."""
+    part = folder / "part"
+    part.mkdir()
+    for path in sorted(images.iterdir())[:_PEER_IMAGES]:
+        (part / path.name).symlink_to(path)
+    script = [
+        python,
+        str(_ROOT / "bench" / "anomalib_predict.py"),
+        "--images",
+        str(part),
+        "--out",
+        str(folder / "peer"),
+    ]
+    ran = subprocess.run(script, cwd=folder, capture_output=True, text=True, check=True)
+    return float(ran.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -87,6 +116,7 @@ def main() -> None:
     parser.add_argument("--category", default="bottle")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="of the loop")
+    parser.add_argument("--peer", help="python of the environment that has anomalib")
     arguments = parser.parse_args()
     data = storage.absolute(arguments.data)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +130,10 @@ def main() -> None:
             "loop": bare(str(root / "models"), root / "images", root / "loop", name, arguments.processes),
             "job": job(str(root / "models"), root / "images", root / "job", name),
         }
-    print(json.dumps({k: round(v, 1) for k, v in result.items()} | {"ratio": round(result["job"] / result["loop"], 3)}))
+        if arguments.peer:
+            result["peer"] = peers(arguments.peer, root / "images", root)
+    ratios = {f"job_to_{side}": round(result["job"] / speed, 3) for side, speed in result.items() if side != "job"}
+    print(json.dumps({k: round(v, 1) for k, v in result.items()} | ratios))
 
 
 if __name__ == "__main__":

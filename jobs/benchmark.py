@@ -2,6 +2,8 @@
 
 from stpm.benchmark import BenchmarkOptions, demo_defaults, run_benchmark
 from stpm.cli import Job, run_job
+from stpm.evaluation.gate import GateOptions
+from stpm.evaluation.run import EvaluationOptions
 from stpm.fitting.pool import PoolOptions
 from stpm.recipe import Recipe
 from stpm.scoring.pipeline import ScoreOptions
@@ -9,7 +11,7 @@ from stpm.scoring.pipeline import ScoreOptions
 JOB = Job(
     prog="benchmark.py",
     description=__doc__,
-    kinds=(BenchmarkOptions, Recipe, PoolOptions, ScoreOptions),
+    kinds=(BenchmarkOptions, Recipe, PoolOptions, ScoreOptions, EvaluationOptions, GateOptions),
     run=run_benchmark,
     hidden=("seed",),
     defaults=demo_defaults,

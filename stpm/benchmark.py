@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from stpm import demo, storage
 from stpm.cluster import connected
-from stpm.console import NOTHING_DONE, Say, exit_code
+from stpm.console import NOTHING_DONE, Say
 from stpm.errors import ConfigError, DataError
-from stpm.evaluation.category import evaluate
-from stpm.evaluation.gallery import gallery
+from stpm.evaluation.gate import Gate, GateOptions
 from stpm.evaluation.report import Failure, Report, Result
+from stpm.evaluation.run import EvaluationOptions, conclude, evaluate_pass, problems_of
 from stpm.fitting.pool import PoolOptions
 from stpm.fitting.run import fit_categories, read_categories, warn_of_few_normals
 from stpm.models import ModelStore
 from stpm.mvtec import Category
 from stpm.options import Integers, Names, option
 from stpm.recipe import Recipe
-from stpm.record import ModelRecord
 from stpm.scoring.ledger import Identity
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.passes import Pass, run_pass
@@ -59,12 +56,21 @@ def demo_defaults(values: Any) -> dict[str, Any]:
     return {} if values.data else demo.DEFAULTS
 
 
-def run_benchmark(options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, scoring: ScoreOptions, say: Say) -> int:
-    """The benchmark job. Returns its exit code: 0 all done, 2 something failed, 3 nothing could be done.
+def run_benchmark(
+    options: BenchmarkOptions,
+    recipe: Recipe,
+    pool: PoolOptions,
+    scoring: ScoreOptions,
+    evaluation: EvaluationOptions,
+    gate: GateOptions,
+    say: Say,
+) -> int:
+    """The benchmark job. Returns its exit code: 0 all done, 2 something failed or fell short, 3 nothing could be done.
 
     Raises:
         StpmError: if it cannot be run at all.
     """
+    requirements = Gate.of(gate)
     out = storage.absolute(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
     if not options.data:
@@ -86,43 +92,24 @@ def run_benchmark(options: BenchmarkOptions, recipe: Recipe, pool: PoolOptions, 
                 records = [o.record for o in outcomes if o.seed == seed and o.record]
                 if records:
                     say(f"seed {seed}: scoring the test images of {len(records)} categories")
-                    results += _score_and_evaluate(data, categories, records, store, scoring, out, seed, say)
-    failures += [Failure(r.model.category, problem) for r in results for problem in r.figures.problems]
-    report = Report(data, recipe, results, failures)
-    report.write(out)
-    say(f"\n{report.as_text()}\n\nreport, models, scores and heatmaps are in {out}")
-    return exit_code(len(results), len(failures))
+                    fitted = [c for c in categories if c.name in {record.category for record in records}]
+                    target = Target.among(out, f"seed-{seed}")
+                    _score(data, fitted, ModelStore(store), scoring, target, say)
+                    results += evaluate_pass(target, records, ModelStore(store), evaluation)
+    failures += problems_of(results)
+    code = conclude(Report(data, results, failures, evaluation.masks_at), out, requirements, say)
+    say(f"models, scores and heatmaps are in {out}")
+    return code
 
 
-def _score_and_evaluate(
-    data: str,
-    categories: Sequence[Category],
-    records: Sequence[ModelRecord],
-    store: str,
-    scoring: ScoreOptions,
-    out: str,
-    seed: int,
-    say: Say,
-) -> list[Result]:
-    fitted = {record.category for record in records}
-    chosen = [category for category in categories if category.name in fitted]
-    target = Target.among(out, f"seed-{seed}")
-    digest = hashlib.sha256(repr([category.test for category in chosen]).encode()).hexdigest()
-    identity = Identity((data,), scoring.false_alarm_rate, target.heatmaps, target.raw_maps, manifest=digest)
-    of = Pass(lambda: of_test_images(chosen), identity, ModelStore(store), scoring, target)
-    if any(category.test for category in chosen):
-        run_pass(of, start_over=False, replace=True, say=say)
-    else:
+def _score(
+    data: str, categories: Sequence[Category], store: ModelStore, options: ScoreOptions, target: Target, say: Say
+) -> None:
+    """Score the test images, those of an earlier run left as they are where nothing differs."""
+    if not any(category.test for category in categories):
         target.clear()
-    remote = ray.remote(_evaluate)
-    figures = ray.get([remote.remote(target, record) for record in records])
-    return [Result(record, found) for record, found in zip(records, figures, strict=True)]
-
-
-def _evaluate(target: Target, record: ModelRecord) -> Any:
-    """In a Ray task, next to the maps: one category's figures, and its gallery written."""
-    figures = evaluate(target, record.category, record.recipe.view)
-    picture = gallery(target, record.category, record.recipe.view)
-    if picture:
-        storage.publish(storage.join(target.out, "gallery", target.name, f"{record.category}.png"), picture)
-    return figures
+        return
+    digest = hashlib.sha256(repr([category.test for category in categories]).encode()).hexdigest()
+    identity = Identity((data,), options.false_alarm_rate, target.heatmaps, target.raw_maps, manifest=digest)
+    of = Pass(lambda: of_test_images(categories), identity, store, options, target)
+    run_pass(of, start_over=False, replace=True, say=say)

@@ -23,6 +23,7 @@ ERROR_KINDS = (
     "not_allowed",
     "missing",
     "unreadable",
+    "timeout",
     "empty",
     "not_an_image",
     "damaged",
@@ -55,6 +56,13 @@ class View:
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         return left, top, left + side, top + side
+
+    def proportions(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in which that part has its own proportions, the shorter side `size`, neither over four."""
+        left, top, right, bottom = self.box(width, height)
+        sides = right - left, bottom - top
+        across, down = (min(round(side * self.size / min(sides)), 4 * self.size) for side in sides)
+        return across, down
 
     def to_original(self, x: int, y: int, width: int, height: int) -> tuple[int, int]:
         """The original's pixel under the centre of a pixel at model size."""
@@ -105,6 +113,17 @@ def resize_mask(mask: npt.NDArray[np.bool_], view: View) -> npt.NDArray[np.bool_
     image = Image.fromarray(mask.astype(np.uint8))
     box = view.box(*image.size)
     return np.asarray(image.resize((view.size, view.size), Image.Resampling.NEAREST, box=box)) > 0
+
+
+def seen_of_mask(mask: npt.NDArray[np.bool_], view: View) -> npt.NDArray[np.bool_]:
+    """The part of a mask that the view shows, at its own resolution."""
+    left, top, right, bottom = map(round, view.box(mask.shape[1], mask.shape[0]))
+    return mask[top:bottom, left:right]
+
+
+def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
+    """An anomaly map at another size, (height, width) float32, linearly."""
+    return np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

@@ -35,7 +35,7 @@ def test_the_command_line_of_the_issue() -> None:
         "--data s3://b/d --out s3://b/o --categories a,b --preset notebook --epochs 3 --seeds 0,1 "
         "--teacher resnet18.tv_in1k --teacher-weights /w.pth --workers 2"
     )
-    options, recipe, pool, _ = job("benchmark").parse(line.split())
+    options, recipe, pool, *_ = job("benchmark").parse(line.split())
     assert options == BenchmarkOptions("s3://b/d", "s3://b/o", options.categories, options.seeds)
     assert (options.categories, options.seeds) == (("a", "b"), (0, 1))
     assert (recipe.epochs, recipe.optimiser, recipe.batch) == (3, "adam", 4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,23 +16,30 @@ import pyarrow.dataset as ds
 
 from stpm import images, storage
 from stpm.errors import DataError, ImageError
-from stpm.evaluation.metrics import UndefinedMetricError, auroc, average_precision, f1_max, share
-from stpm.evaluation.pixels import Bounded, PixelCounts
+from stpm.evaluation import intervals
+from stpm.evaluation.curves import Curves, histogram, image_roc, pixel_pro, pixel_roc
+from stpm.evaluation.intervals import Interval
+from stpm.evaluation.metrics import Flags, Scores, UndefinedMetricError, auroc, average_precision, f1_max, share
+from stpm.evaluation.pixels import Bounded, Map, Mask, PixelCounts
 from stpm.mvtec import GOOD
 from stpm.scoring.target import Target
+
+MasksAt = Literal["model", "original"]
 
 _COLUMNS = (
     "uri",
     "label",
     "mask",
     "score",
+    "threshold",
     "is_anomalous",
     "width",
     "height",
     "error_kind",
     "error_message",
 )
-_MAPS_AT_ONCE = 16
+# A map at original size may have a hundred times as many pixels.
+_MAPS_AT_ONCE = {"model": 16, "original": 1}
 
 # Integration limits of AUPRO, as false positive rates: the customary one, and a strict one.
 AUPRO_LIMITS = {"pixel_aupro": 0.3, "pixel_aupro_05": 0.05}
@@ -57,22 +66,36 @@ class Metrics:
 
 
 METRICS = tuple(metric.name for metric in fields(Metrics))
+PIXEL_METRICS = tuple(name for name in METRICS if name.startswith("pixel"))
+# All others are better when they are larger.
+SMALLER_IS_BETTER = frozenset({"image_false_alarm_rate"})
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Metrics, with a reason in `undefined` for each that is None; counts of test images; and what went wrong.
+class Measured:
+    """Metrics of some good and some defective images, and how many there were.
 
-    `pixel_error` is the largest error that any pixel metric may have.
+    `undefined` has a reason for each metric that is None, `intervals` a 95 % interval for each image metric that is
+    not. `pixel_error` is the largest error that any pixel metric may have.
     """
 
     metrics: Metrics
     good_count: int
     defect_count: int
-    error_count: int
     pixel_error: float = 0.0
     undefined: dict[str, str] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figures(Measured):
+    """Of a whole category, and of each defect type against all good images; what did not count, and what went wrong."""
+
+    error_count: int = 0
+    unlabelled_count: int = 0
     problems: tuple[str, ...] = ()
+    defects: dict[str, Measured] = field(default_factory=dict)
+    curves: Curves = field(default_factory=Curves)
 
 
 def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) -> pa.Table:
@@ -81,27 +104,61 @@ def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) 
     return rows.sort_by("uri")
 
 
-def evaluate(target: Target, category: str, view: images.View) -> Figures:
+def evaluate(target: Target, category: str, view: images.View, masks_at: MasksAt = "model") -> Figures:
     """The figures of one category.
 
-    Pixels are compared at model size: masks are brought to it by nearest neighbour.
-
     Args:
-        target: the pass that scored the category's test images, with raw maps.
+        target: the pass that scored the category's test images; pixel metrics need its raw maps.
         category: its name.
         view: what the model saw of each image.
+        masks_at: where pixels are compared. `model`: masks are brought to model size by nearest neighbour, as the
+            paper's authors do. `original`: maps are brought linearly to the size of what the model saw.
     """
-    rows = read_rows(target, category)
-    scored = rows.filter(pc.equal(rows["error_kind"], ""))
-    is_defect = np.array([label != GOOD for label in scored["label"].to_pylist()], bool)
+    every = read_rows(target, category)
+    rows = every.filter(pc.not_equal(every["label"], ""))
+    good_rows = pc.equal(rows["error_kind"], "")
+    scored, failed = rows.filter(good_rows), rows.filter(pc.invert(good_rows))
+    problems = [f"{r['uri']}: {r['error_kind']}: {r['error_message']}" for r in failed.to_pylist()]
+    labels = np.array(scored["label"].to_pylist(), object)
     scores = scored["score"].to_numpy().astype(np.float32)
     verdicts = np.array(scored["is_anomalous"].to_pylist(), bool)
-    problems = [
-        f"{r['uri']}: {r['error_kind']}: {r['error_message']}"
-        for r in rows.filter(pc.not_equal(rows["error_kind"], ""))
-        .select(["uri", "error_kind", "error_message"])
-        .to_pylist()
-    ]
+    pixels: dict[str, PixelCounts] = {}
+    why_not = ""
+    try:
+        pixels = _pixel_counts(target, category, scored, view, masks_at)
+    except (UndefinedMetricError, DataError) as error:
+        why_not = str(error)
+        problems += [why_not] if isinstance(error, DataError) else []
+
+    def measured(types: set[str]) -> Measured:
+        chosen = np.array([label in types or label == GOOD for label in labels], bool)
+        counts = [of for label, of in pixels.items() if label in types or label == GOOD]
+        return _measured(labels[chosen] != GOOD, scores[chosen], verdicts[chosen], counts, why_not)
+
+    types = set(labels.tolist()) - {GOOD}
+    whole = measured(types)
+    drawn: dict[str, Any] = {}
+    if whole.metrics.image_auroc is not None:
+        drawn["image_roc"] = image_roc(labels != GOOD, scores)
+    if whole.metrics.pixel_auroc is not None:
+        everything = reduce(add, pixels.values())
+        drawn |= {"pixel_roc": pixel_roc(everything), "pixel_pro": pixel_pro(everything, AUPRO_LIMITS["pixel_aupro"])}
+    if len(scores):
+        drawn["scores"] = histogram(scores, labels.tolist(), scored["threshold"][0].as_py())
+    return Figures(
+        **vars(whole),
+        error_count=failed.num_rows,
+        unlabelled_count=every.num_rows - rows.num_rows,
+        problems=tuple(problems),
+        defects={name: measured({name}) for name in sorted(types)},
+        curves=Curves(**drawn),
+    )
+
+
+def _measured(
+    is_defect: Flags, scores: Scores, verdicts: Flags, counts: Sequence[PixelCounts], why_not: str
+) -> Measured:
+    """Every metric that is defined; `counts` add up to all pixels, `why_not` is why there are none."""
     measures: dict[str, Callable[[], float]] = {
         "image_auroc": lambda: auroc(is_defect, scores),
         "image_average_precision": lambda: average_precision(is_defect, scores),
@@ -116,36 +173,41 @@ def evaluate(target: Target, category: str, view: images.View) -> Figures:
             values[name] = measure()
         except UndefinedMetricError as error:
             undefined[name] = str(error)
-    error_bound = 0.0
+    bounds: dict[str, Interval] = {}
+    if "image_auroc" in values:
+        bounds |= {f"image_{name}": ends for name, ends in intervals.bootstrapped(is_defect, scores).items()}
+    if "image_recall" in values:
+        bounds["image_recall"] = intervals.of_share(verdicts[is_defect], "defective ones")
+    if "image_false_alarm_rate" in values:
+        bounds["image_false_alarm_rate"] = intervals.of_share(verdicts[~is_defect], "good ones")
+    figures, reason = _pixel_figures(counts, why_not)
+    values |= {name: figure.value for name, figure in figures.items()}
+    undefined |= dict.fromkeys(PIXEL_METRICS, reason) if reason else {}
+    bound = max((figure.error for figure in figures.values()), default=0.0)
+    defects = int(is_defect.sum())
+    return Measured(Metrics(**values), len(is_defect) - defects, defects, bound, undefined, bounds)
+
+
+def _pixel_figures(parts: Sequence[PixelCounts], why_not: str) -> tuple[dict[str, Bounded], str]:
+    """All pixel metrics, or none and the reason."""
+    if why_not:
+        return {}, why_not
+    counts = reduce(add, parts, PixelCounts.empty())
     try:
-        pixels = _pixel_figures(_pixel_counts(target, category, scored, view))
-    except (UndefinedMetricError, DataError) as error:
-        undefined |= {name: str(error) for name in METRICS if name.startswith("pixel")}
-        problems += [str(error)] if isinstance(error, DataError) else []
-    else:
-        values |= {name: figure.value for name, figure in pixels.items()}
-        error_bound = max(figure.error for figure in pixels.values())
-    return Figures(
-        metrics=Metrics(**values),
-        good_count=int((~is_defect).sum()),
-        defect_count=int(is_defect.sum()),
-        error_count=rows.num_rows - scored.num_rows,
-        pixel_error=error_bound,
-        undefined=undefined,
-        problems=tuple(problems),
-    )
+        figures = {
+            "pixel_auroc": counts.auroc(),
+            "pixel_average_precision": counts.average_precision(),
+            "pixel_f1_max": counts.f1_max(),
+        }
+        return figures | {name: counts.aupro(limit) for name, limit in AUPRO_LIMITS.items()}, ""
+    except UndefinedMetricError as error:
+        return {}, str(error)
 
 
-def _pixel_figures(counts: PixelCounts) -> dict[str, Bounded]:
-    return {
-        "pixel_auroc": counts.auroc(),
-        "pixel_average_precision": counts.average_precision(),
-        "pixel_f1_max": counts.f1_max(),
-    } | {name: counts.aupro(limit) for name, limit in AUPRO_LIMITS.items()}
-
-
-def _pixel_counts(target: Target, category: str, scored: pa.Table, view: images.View) -> PixelCounts:
-    """Over all pixels of the good images and of the defects, a few maps in memory at a time."""
+def _pixel_counts(
+    target: Target, category: str, scored: pa.Table, view: images.View, masks_at: MasksAt
+) -> dict[str, PixelCounts]:
+    """By label, over all pixels of its images; a few maps in memory at a time."""
     of_uri: dict[str, dict[str, Any]] = {row["uri"]: row for row in scored.to_pylist()}
     without = [row["uri"] for row in of_uri.values() if row["label"] != GOOD and not row["mask"]]
     defects = sum(row["label"] != GOOD for row in of_uri.values())
@@ -155,28 +217,52 @@ def _pixel_counts(target: Target, category: str, scored: pa.Table, view: images.
         raise DataError(
             f"{len(without)} of {defects} defects have no mask, {without[0]} among them; add or remove masks"
         )
-    counts = PixelCounts.empty()
-    chosen = (ds.field("category") == category) & (ds.field("error_kind") == "")
-    for batch in target.dataset().to_batches(["uri", "anomaly_map"], filter=chosen, batch_size=_MAPS_AT_ONCE):
-        if batch.num_rows:
-            maps = [
-                np.frombuffer(m.as_buffer(), np.float32).reshape(view.size, view.size) for m in batch["anomaly_map"]
-            ]
-            truth = [_ground_truth(of_uri[uri], view) for uri in batch["uri"].to_pylist()]
-            counts += PixelCounts.of(np.stack(maps), np.stack(truth))
+    counts: dict[str, PixelCounts] = {}
+    for rows in _map_rows(target, category, _MAPS_AT_ONCE[masks_at]):
+        by_label: dict[str, list[tuple[Map, Mask]]] = {}
+        for row in rows:
+            known = of_uri[row["uri"]]
+            if row["anomaly_map"] is None:
+                raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
+            heat = np.frombuffer(row["anomaly_map"], np.float32).reshape(view.size, view.size)
+            by_label.setdefault(known["label"], []).append(_compared(heat, known, view, masks_at))
+        for label, pairs in by_label.items():
+            maps, masks = zip(*pairs, strict=True)
+            counts[label] = counts.get(label, PixelCounts.empty()) + PixelCounts.of(maps, masks)
     return counts
 
 
-def _ground_truth(row: dict[str, Any], view: images.View) -> npt.NDArray[np.bool_]:
+def _map_rows(target: Target, category: str, at_once: int) -> Iterator[list[dict[str, Any]]]:
+    chosen = (ds.field("category") == category) & (ds.field("error_kind") == "") & (ds.field("label") != "")
+    for batch in target.dataset().to_batches(["uri", "anomaly_map"], filter=chosen, batch_size=at_once):
+        yield batch.to_pylist()
+
+
+def _compared(heat: Map, row: Mapping[str, Any], view: images.View, masks_at: MasksAt) -> tuple[Map, Mask]:
+    """A map and its mask at one size."""
+    mask = ground_truth(row)
+    if masks_at == "model":
+        return heat, images.resize_mask(mask, view)
+    seen = images.seen_of_mask(mask, view)
+    return images.resize_map(heat, *seen.shape), seen
+
+
+def ground_truth(row: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
+    """The mask of a row's image, (height, width); empty for a good one.
+
+    Raises:
+        DataError: if it cannot be read, or is of another size than its image.
+    """
+    shape = (row["height"], row["width"])
     if row["label"] == GOOD:
-        return np.zeros((view.size, view.size), bool)
+        return np.zeros(shape, bool)
     try:
         mask = images.decode_mask(storage.read(row["mask"]))
     except (ImageError, OSError) as error:
         raise DataError(f"mask {row['mask']} cannot be read: {error}") from error
-    if mask.shape != (row["height"], row["width"]):
+    if mask.shape != shape:
         height, width = mask.shape
         raise DataError(
             f"mask {row['mask']} is {width}×{height}, its image {row['uri']} {row['width']}×{row['height']}"
         )
-    return images.resize_mask(mask, view)
+    return mask

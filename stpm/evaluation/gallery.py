@@ -1,26 +1,46 @@
-"""A picture per category: four defects, each beside its heatmap."""
+"""Pictures of what was found and missed: the image with its mask's outline beside its heatmap."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
 
 from stpm import images, storage
-from stpm.evaluation.category import read_rows
+from stpm.errors import DataError, ImageError
+from stpm.evaluation.category import ground_truth, read_rows
 from stpm.mvtec import GOOD
+from stpm.scoring.archives import read_uri
+from stpm.scoring.heatmaps import heat_over
 from stpm.scoring.target import Target
 
 _CELLS = 4
 _TILE = 256
+_SMALL = 160
 _GAP = 8
 _CAPTION = 22
-_BACKGROUND, _INK = "white", "black"
+_BACKGROUND, _INK, _OUTLINE = "white", "black", (0, 255, 255)
+_COLUMNS = ("uri", "label", "mask", "width", "height", "score", "heatmap", "is_anomalous")
+
+Row = dict[str, Any]
 
 
-def gallery(target: Target, category: str, view: images.View) -> bytes | None:
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One image of a gallery: `picture` is a JPEG, the image beside its heatmap."""
+
+    uri: str
+    label: str
+    score: float
+    is_anomalous: bool
+    picture: bytes
+
+
+def sheet(target: Target, category: str, view: images.View) -> bytes | None:
     """A 2×2 PNG of defects with their heatmaps, or None if no defect was scored.
 
     The defect types take turns, each giving its images in the order of their names: none is picked for its score.
@@ -30,33 +50,62 @@ def gallery(target: Target, category: str, view: images.View) -> bytes | None:
         category: its name.
         view: what the model saw of each image.
     """
-    rows = read_rows(target, category, ("uri", "label", "score", "overlay", "is_anomalous")).to_pylist()
-    chosen = _take_turns([row for row in rows if row["overlay"] and row["label"] != GOOD])
+    rows = read_rows(target, category, _COLUMNS).to_pylist()
+    chosen = _take_turns([row for row in rows if row["heatmap"] and row["label"] != GOOD])
     if not chosen:
         return None
     width, height = 2 * _TILE + _GAP, _TILE + _CAPTION
-    sheet = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), _BACKGROUND)
+    page = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), _BACKGROUND)
     for place, row in enumerate(chosen):
-        sheet.paste(_cell(target, row, view), (_GAP + place % 2 * (width + _GAP), _GAP + place // 2 * (height + _GAP)))
-    sink = io.BytesIO()
-    sheet.save(sink, "PNG")
-    return sink.getvalue()
+        page.paste(_cell(target, row, view), (_GAP + place % 2 * (width + _GAP), _GAP + place // 2 * (height + _GAP)))
+    return _encoded(page, "PNG")
 
 
-def _take_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_label: dict[str, list[dict[str, Any]]] = {}
+def galleries(target: Target, category: str, view: images.View, most: int = _CELLS) -> dict[str, list[Tile]]:
+    """The largest scores, the missed defects and the false alarms, each the most telling first.
+
+    An image that can no longer be read is left out: what was scored is in the figures all the same.
+
+    Args:
+        target: the pass that scored the category's test images, with heatmaps.
+        category: its name.
+        view: what the model saw of each image.
+        most: images of each kind.
+    """
+    rows = [row for row in read_rows(target, category, _COLUMNS).to_pylist() if row["score"] is not None]
+    rows.sort(key=lambda row: -row["score"])
+    kinds: dict[str, Sequence[Row]] = {
+        "Largest scores": rows,
+        "Missed defects": [row for row in reversed(rows) if row["label"] != GOOD and not row["is_anomalous"]],
+        "False alarms": [row for row in rows if row["label"] == GOOD and row["is_anomalous"]],
+    }
+    return {kind: _tiles(target, chosen, view, most) for kind, chosen in kinds.items()}
+
+
+def _tiles(target: Target, rows: Sequence[Row], view: images.View, most: int) -> list[Tile]:
+    tiles: list[Tile] = []
+    for row in rows:
+        if len(tiles) == most:
+            break
+        try:
+            picture = _encoded(_pair(target, row, view, _SMALL), "JPEG")
+        except (ImageError, DataError, OSError):
+            continue
+        tiles.append(Tile(row["uri"], row["label"], row["score"], row["is_anomalous"], picture))
+    return tiles
+
+
+def _take_turns(rows: list[Row]) -> list[Row]:
+    by_label: dict[str, list[Row]] = {}
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
     turns = max(map(len, by_label.values()), default=0)
     return [of[turn] for turn in range(turns) for of in by_label.values() if turn < len(of)][:_CELLS]
 
 
-def _cell(target: Target, row: dict[str, Any], view: images.View) -> Image.Image:
+def _cell(target: Target, row: Row, view: images.View) -> Image.Image:
     cell = Image.new("RGB", (2 * _TILE + _GAP, _TILE + _CAPTION), _BACKGROUND)
-    original = Image.fromarray(images.decode(storage.read(row["uri"]), dataclasses.replace(view, size=_TILE)).pixels)
-    with Image.open(io.BytesIO(storage.read(storage.join(target.out, row["overlay"])))) as overlay:
-        cell.paste(original, (0, 0))
-        cell.paste(overlay.resize((_TILE, _TILE)), (_TILE + _GAP, 0))
+    cell.paste(_pair(target, row, view, _TILE), (0, 0))
     verdict = "anomalous" if row["is_anomalous"] else "missed at this threshold"
     name = row["uri"].rsplit("/", 1)[-1]
     ImageDraw.Draw(cell).text(
@@ -66,3 +115,25 @@ def _cell(target: Target, row: dict[str, Any], view: images.View) -> Image.Image
         font=ImageFont.load_default(14),
     )
     return cell
+
+
+def _pair(target: Target, row: Row, view: images.View, size: int) -> Image.Image:
+    """The image with its mask's outline, and right of it the same with its heatmap, if one was written."""
+    pair = Image.new("RGB", (2 * size + _GAP, size), _BACKGROUND)
+    seen = dataclasses.replace(view, size=size)
+    pixels = images.decode(read_uri(row["uri"]), seen).pixels
+    if row["heatmap"]:
+        heat = storage.read(storage.join(target.out, row["heatmap"]))
+        pair.paste(Image.fromarray(heat_over(pixels, heat)), (size + _GAP, 0))
+    if row["mask"]:
+        mask = images.resize_mask(ground_truth(row), seen)
+        pixels = pixels.copy()
+        pixels[mask & ~binary_erosion(mask, iterations=2)] = _OUTLINE
+    pair.paste(Image.fromarray(pixels), (0, 0))
+    return pair
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, kind)
+    return sink.getvalue()

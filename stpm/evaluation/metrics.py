@@ -24,19 +24,19 @@ def auroc(is_defect: Flags, scores: Scores) -> float:
     Raises:
         UndefinedMetricError: if there is only one class, or a score is not finite.
     """
-    _require_both_classes(is_defect, scores)
+    require_both_classes(is_defect, scores)
     return float(roc_auc_score(is_defect.ravel(), scores.ravel()))
 
 
 def average_precision(is_defect: Flags, scores: Scores) -> float:
     """Precision averaged over the recall it is reached at, without interpolation. Arguments as for `auroc`."""
-    _require_both_classes(is_defect, scores)
+    require_both_classes(is_defect, scores)
     return float(average_precision_score(is_defect.ravel(), scores.ravel()))
 
 
 def f1_max(is_defect: Flags, scores: Scores) -> float:
     """The largest F1 that any threshold reaches: an upper bound, chosen with the labels. Arguments as for `auroc`."""
-    _require_both_classes(is_defect, scores)
+    require_both_classes(is_defect, scores)
     precision, recall, _ = precision_recall_curve(is_defect.ravel(), scores.ravel())
     return float((2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)).max())
 
@@ -47,12 +47,18 @@ def share(chosen: Flags, of: str) -> float:
     Raises:
         UndefinedMetricError: if there is none; `of` says of what.
     """
-    if not chosen.size:
-        raise UndefinedMetricError(f"no {of}")
+    require_some(chosen, of)
     return float(chosen.mean())
 
 
-def _require_both_classes(is_defect: Flags, scores: Scores) -> None:
+def require_some(chosen: Flags, of: str) -> None:
+    """Raises UndefinedMetricError if there is none; `of` says of what."""
+    if not chosen.size:
+        raise UndefinedMetricError(f"no {of}")
+
+
+def require_both_classes(is_defect: Flags, scores: Scores) -> None:
+    """Raises UndefinedMetricError if there is only one class, or a score is not finite."""
     defects = int(is_defect.sum())
     if defects in (0, is_defect.size):
         raise UndefinedMetricError(f"no {'good' if defects else 'defective'} ones among {is_defect.size}")

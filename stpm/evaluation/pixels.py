@@ -8,6 +8,7 @@ grouping. Each figure comes with a bound on what ties may have changed, computed
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from stpm.evaluation.metrics import UndefinedMetricError
 
 # Bounds errors near 1e-5 on real maps, at a few megabytes.
 MOST_KEYS = 2**17
+
+Map = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 _EIGHT_CONNECTED = np.ones((3, 3), int)
 
@@ -48,27 +53,30 @@ class PixelCounts:
     most_keys: int = MOST_KEYS
 
     @classmethod
-    def of(cls, maps: npt.NDArray[np.float32], masks: npt.NDArray[np.bool_], most_keys: int = MOST_KEYS) -> PixelCounts:
-        """Counts of (N, H, W) anomaly maps and masks; regions are 8-connected and never cross images.
+    def of(cls, maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, most_keys: int = MOST_KEYS) -> PixelCounts:
+        """Counts of some anomaly maps and masks, (H, W) each, as lists or as arrays (N, H, W).
+
+        Regions are 8-connected and never cross images.
 
         Raises:
             UndefinedMetricError: if a score is not finite.
         """
-        if maps.shape != masks.shape:
-            raise ValueError(f"maps {maps.shape} and masks {masks.shape} differ in shape")
-        if not np.isfinite(maps).all():
+        for each, mask in zip(maps, masks, strict=True):
+            if each.shape != mask.shape:
+                raise ValueError(f"map {each.shape} and mask {mask.shape} differ in shape")
+        scores = _joined(maps, np.float32)
+        if not np.isfinite(scores).all():
             raise UndefinedMetricError("a score is not finite")
-        weights, regions = _region_shares(masks)
-        defect = masks.ravel()
+        shares, regions = zip(*map(_region_shares, masks), strict=True) if len(masks) else ((), ())
+        defect = _joined(masks, np.bool_)
         return _grouped(
-            _ordered_bits(maps).ravel(), ~defect, defect, weights.ravel(), regions, lost_bits=0, most_keys=most_keys
+            _ordered_bits(scores), ~defect, defect, _joined(shares, np.float64), sum(regions), 0, most_keys
         )._bounded()
 
     @classmethod
     def empty(cls) -> PixelCounts:
         """Of no image."""
-        nothing = np.zeros((0, 0, 0), np.float32)
-        return cls.of(nothing, nothing.astype(bool))
+        return cls.of([], [])
 
     def __add__(self, other: PixelCounts) -> PixelCounts:
         """Counts of both sets of images."""
@@ -86,8 +94,7 @@ class PixelCounts:
 
     def auroc(self) -> Bounded:
         """Area under the ROC curve over pixels, ties counting half."""
-        good, defect = self._descending()
-        x, y = _curve(good / good.sum()), _curve(defect / defect.sum())
+        x, y = self.roc_curve()
         return self._bound(float(np.trapezoid(y, x)), (np.diff(x) * np.diff(y)).sum() / 2)
 
     def average_precision(self) -> Bounded:
@@ -122,15 +129,29 @@ class PixelCounts:
         Args:
             limit: largest false positive rate, in (0, 1].
         """
+        x, y, cut = self._pro(limit)
+        # The bin that the limit cuts may have its whole rise before it.
+        rises = np.diff(y)
+        rises[-1] = max(rises[-1], self._rise_at(cut))
+        return self._bound(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
+
+    def roc_curve(self) -> Curve:
+        """False positive rate and recall over pixels, both ascending from 0 to 1."""
+        good, defect = self._descending()
+        return _curve(good / good.sum()), _curve(defect / defect.sum())
+
+    def pro_curve(self, limit: float) -> Curve:
+        """What `aupro` integrates: false positive rate and per-region overlap, both ascending from 0."""
+        x, y, _ = self._pro(limit)
+        return x, y
+
+    def _pro(self, limit: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
+        """The curve up to the limit, and how many of its points are not beyond it."""
         good, _ = self._descending()
         x, y = _curve(good / good.sum()), _curve(self.overlap[::-1] / self.regions)
         inside = int(np.searchsorted(x, limit, side="right"))
         at_limit = np.interp(limit, x, y) if inside < len(x) else y[-1]
-        x, y = np.append(x[:inside], limit), np.append(y[:inside], at_limit)
-        # The bin that the limit cuts may have its whole rise before it.
-        rises = np.diff(y)
-        rises[-1] = max(rises[-1], self._rise_at(inside))
-        return self._bound(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
+        return np.append(x[:inside], limit), np.append(y[:inside], at_limit), inside
 
     def _bound(self, value: float, error: float) -> Bounded:
         """While no bit is lost, ties are real and the figure is exact."""
@@ -188,17 +209,18 @@ def _ordered_bits(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
     return ordered
 
 
-def _region_shares(masks: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.float64], int]:
+def _region_shares(mask: Mask) -> tuple[npt.NDArray[np.float64], int]:
     """For every pixel one over the size of its region, 0 outside; and the number of regions."""
-    shares = np.zeros(masks.shape)
-    regions = 0
-    for share, mask in zip(shares, masks, strict=True):
-        labels, found = ndimage.label(mask, _EIGHT_CONNECTED)
-        if found:
-            sizes = np.bincount(labels.ravel())
-            share[mask] = 1 / sizes[labels[mask]]
-            regions += found
-    return shares, regions
+    labels, found = ndimage.label(mask, _EIGHT_CONNECTED)
+    shares = np.zeros(mask.shape)
+    if found:
+        sizes = np.bincount(labels.ravel())
+        shares[mask] = 1 / sizes[labels[mask]]
+    return shares, int(found)
+
+
+def _joined(arrays: Iterable[npt.NDArray[Any]], kind: type) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, kind), *(array.ravel() for array in arrays)])
 
 
 def _curve(steps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

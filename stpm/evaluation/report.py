@@ -1,12 +1,12 @@
-"""The report: figures per category and seed, their means, and how they are shown."""
+"""The report: figures per category and seed, their means, and the files that they are written to."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,9 +14,11 @@ import pyarrow as pa
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures
+from stpm.evaluation import published
+from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures, MasksAt, Measured
+from stpm.evaluation.gallery import Tile
+from stpm.evaluation.intervals import CONFIDENCE
 from stpm.models import library_versions
-from stpm.recipe import Recipe
 from stpm.record import ModelRecord
 
 _AVERAGED = (*METRICS, "fit_seconds", "train_loss", "validation_loss")
@@ -25,10 +27,12 @@ _SHOWN = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_aup
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one category with one seed."""
+    """What came of one category with one seed; `history` has the losses per epoch, by column."""
 
     model: ModelRecord
     figures: Figures
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    galleries: Mapping[str, Sequence[Tile]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """Flat: one row of report.parquet."""
@@ -36,12 +40,9 @@ class Result:
         return {
             "category": self.model.category,
             "seed": self.model.recipe.seed,
-            **dataclasses.asdict(figures.metrics),
-            "pixel_error": figures.pixel_error,
+            **_measured(figures),
             "train_count": fit.train_count,
             "validation_count": fit.validation_count,
-            "good_count": figures.good_count,
-            "defect_count": figures.defect_count,
             "error_count": figures.error_count,
             "fit_seconds": fit.seconds,
             "epochs": fit.epochs,
@@ -52,6 +53,13 @@ class Result:
             "device": fit.device,
             "model_id": self.model.model_id,
         }
+
+    def defect_rows(self) -> list[dict[str, Any]]:
+        """Flat: the rows of defects.parquet."""
+        return [
+            {"category": self.model.category, "seed": self.model.recipe.seed, "defect": name, **_measured(of)}
+            for name, of in self.figures.defects.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,9 @@ class Report:
     """The figures of a benchmark run."""
 
     data: str
-    recipe: Recipe
     results: Sequence[Result]
     failures: Sequence[Failure]
+    masks_at: MasksAt = "model"
 
     def categories(self) -> dict[str, list[Result]]:
         """Results by category, both in order."""
@@ -79,33 +87,86 @@ class Report:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """report.json: `categories.<name>` and `mean` hold means over seeds, with `_std` beside each metric."""
-        categories = {name: _summary(results) for name, results in self.categories().items()}
+        """report.json: `categories.<name>` and `mean` hold means over seeds, with `_std` beside each metric.
+
+        `_interval` beside an image metric has the ends of its 95 % interval over test sets, in the mean over seeds.
+        """
+        categories = {name: self._summary(name, results) for name, results in self.categories().items()}
         means = {key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED}
         return {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "data": self.data,
-            "recipe": {k: v for k, v in dataclasses.asdict(self.recipe).items() if k != "seed"},
-            "protocol": {
-                "input_size": self.recipe.size,
-                "resize": f"{self.recipe.resize}, bilinear with antialiasing",
-                "image_score": "maximum of the anomaly map",
-                "mask_resolution": f"{self.recipe.size}×{self.recipe.size}, nearest neighbour",
-                "mask_threshold": "above 0",
-                "aupro": f"8-connected regions, false positive rate up to {AUPRO_LIMITS['pixel_aupro']}; "
-                f"pixel_aupro_05 up to {AUPRO_LIMITS['pixel_aupro_05']}",
-                "pixel_metrics": "from counts by score; pixel_error bounds what differs from the exact figures",
-                "versions": library_versions(),
-            },
+            "recipe": self._in_common(dataclasses.asdict(result.model.recipe) for result in self.results),
+            "protocol": self._protocol(),
             "categories": categories,
             "mean": means | {"categories": len(categories)},
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
         }
 
+    def _protocol(self) -> dict[str, Any]:
+        recipes = self._in_common(dataclasses.asdict(result.model.recipe) for result in self.results)
+        size = recipes.get("size")
+        at_model = f"model size ({size}×{size}): masks by nearest neighbour"
+        return {
+            "input_size": size,
+            "resize": f"{recipes.get('resize')}, bilinear with antialiasing",
+            "image_score": "maximum of the anomaly map",
+            "mask_resolution": at_model if self.masks_at == "model" else "original size: maps enlarged linearly",
+            "mask_threshold": "above 0",
+            "aupro": f"8-connected regions, false positive rate up to {AUPRO_LIMITS['pixel_aupro']}; "
+            f"pixel_aupro_05 up to {AUPRO_LIMITS['pixel_aupro_05']}",
+            "pixel_metrics": "from counts by score; pixel_error bounds what differs from the exact figures",
+            "intervals": f"{CONFIDENCE:.0%}, over test sets of this size: bootstrap within good and defective images; "
+            "of shares, Wilson's",
+            "versions": library_versions(),
+        }
+
+    @staticmethod
+    def _in_common(values: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """Fields with their value, or "varies"; the seed, which does, left out."""
+        found: dict[str, Any] = {}
+        for each in values:
+            for name, value in each.items():
+                found[name] = value if found.setdefault(name, value) == value else "varies"
+        found.pop("seed", None)
+        return found
+
+    def _summary(self, category: str, results: Sequence[Result]) -> dict[str, Any]:
+        rows = [result.row() for result in results]
+        first, figures = rows[0], results[0].figures
+        summary: dict[str, Any] = {key: _mean([row[key] for row in rows]) for key in _AVERAGED}
+        summary |= {f"{key}_std": _deviation([row[key] for row in rows]) for key in METRICS}
+        summary |= _intervals([result.figures for result in results])
+        summary |= {key: first[key] for key in _COUNTS}
+        summary["undefined"] = figures.undefined
+        summary["defects"] = {
+            name: _summary_of([r.figures.defects[name] for r in results if name in r.figures.defects])
+            for name in figures.defects
+        }
+        if category in published.MVTEC_AD:
+            images = sum(first[key] for key in ("good_count", "defect_count", "error_count"))
+            theirs = published.MVTEC_AD[category]
+            summary["published"] = {metric: getattr(theirs, metric) for metric in published.METRICS} | {
+                "difference_of_protocol": published.difference_of_protocol(
+                    category, images, results[0].model.recipe, self.masks_at
+                )
+            }
+        summary["seeds"] = {
+            str(row["seed"]): {k: v for k, v in row.items() if k not in _COUNTS}
+            | {f"{name}_interval": list(ends) for name, ends in result.figures.intervals.items()}
+            for row, result in zip(rows, results, strict=True)
+        }
+        return summary
+
     def as_parquet(self) -> bytes:
         """report.parquet: one row per category and seed."""
         rows = [result.row() for results in self.categories().values() for result in results]
         return storage.parquet(pa.Table.from_pylist(rows, schema=_PARQUET))
+
+    def defects_as_parquet(self) -> bytes:
+        """defects.parquet: one row per category, seed and defect type, each against all good images."""
+        rows = [row for results in self.categories().values() for result in results for row in result.defect_rows()]
+        return storage.parquet(pa.Table.from_pylist(rows, schema=_DEFECTS))
 
     def as_text(self) -> str:
         """The table that is printed: a line per category, and their mean."""
@@ -147,22 +208,59 @@ class Report:
         failures = [f"{failure.category}: failed: {failure.reason}" for failure in self.failures]
         return "\n".join(filter(None, [text, *notes, *failures]))
 
+    def as_markdown(self) -> str:
+        """report.md: a table to paste."""
+        report = self.as_json()
+        rows = [
+            [
+                _escaped(name),
+                *(_shown(values, metric) for metric in _SHOWN),
+                values["good_count"],
+                values["defect_count"],
+            ]
+            for name, values in report["categories"].items()
+        ]
+        if rows:
+            rows.append(["**mean**", *(_shown(report["mean"], metric) for metric in _SHOWN), "", ""])
+        headers = ["category", *_SHOWN.values(), "good", "defects"]
+        table: str = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+        protocol = report["protocol"]
+        notes = [
+            f"{', '.join(map(str, sorted({r.model.recipe.seed for r in self.results})))} as seeds; "
+            f"input {protocol['input_size']}, {protocol['resize']}; masks at {protocol['mask_resolution']}; "
+            f"AUPRO: {protocol['aupro']}.",
+            *(f"- {_escaped(failure.category)}: failed: {_escaped(failure.reason)}" for failure in self.failures),
+        ]
+        return "\n\n".join([table, *notes]) + "\n"
+
     def write(self, out: str) -> None:
-        storage.publish(storage.join(out, "report.parquet"), self.as_parquet())
+        """Write report.json, report.parquet, defects.parquet and report.md under a URI."""
         data = json.dumps(self.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        storage.publish(storage.join(out, "report.json"), data.encode())
+        contents = {
+            "report.parquet": self.as_parquet(),
+            "defects.parquet": self.defects_as_parquet(),
+            "report.md": self.as_markdown().encode(),
+            "report.json": data.encode(),
+        }
+        for name, content in contents.items():
+            storage.publish(storage.join(out, name), content)
 
 
+_COUNTS = ("train_count", "validation_count", "good_count", "defect_count", "error_count")
+_MEASURED = [
+    *((metric, pa.float64()) for metric in METRICS),
+    ("pixel_error", pa.float64()),
+    ("good_count", pa.int64()),
+    ("defect_count", pa.int64()),
+]
+_DEFECTS = pa.schema([("category", pa.string()), ("seed", pa.int64()), ("defect", pa.string()), *_MEASURED])
 _PARQUET = pa.schema(
     [
         ("category", pa.string()),
         ("seed", pa.int64()),
-        *((metric, pa.float64()) for metric in METRICS),
-        ("pixel_error", pa.float64()),
+        *_MEASURED,
         ("train_count", pa.int64()),
         ("validation_count", pa.int64()),
-        ("good_count", pa.int64()),
-        ("defect_count", pa.int64()),
         ("error_count", pa.int64()),
         ("fit_seconds", pa.float64()),
         ("epochs", pa.int64()),
@@ -176,16 +274,31 @@ _PARQUET = pa.schema(
 )
 
 
-def _summary(results: Sequence[Result]) -> dict[str, Any]:
-    rows = [result.row() for result in results]
-    first = rows[0]
-    summary: dict[str, Any] = {key: _mean([row[key] for row in rows]) for key in _AVERAGED}
-    summary |= {f"{key}_std": _deviation([row[key] for row in rows]) for key in METRICS}
-    counts = ("train_count", "validation_count", "good_count", "defect_count", "error_count")
-    summary |= {key: first[key] for key in counts}
-    summary["undefined"] = results[0].figures.undefined
-    summary["seeds"] = {str(row["seed"]): {k: v for k, v in row.items() if k not in counts} for row in rows}
-    return summary
+def _measured(of: Measured) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(of.metrics),
+        "pixel_error": of.pixel_error,
+        "good_count": of.good_count,
+        "defect_count": of.defect_count,
+    }
+
+
+def _summary_of(seeds: Sequence[Measured]) -> dict[str, Any]:
+    """Means over seeds of one defect type."""
+    rows = [_measured(of) for of in seeds]
+    means: dict[str, Any] = {metric: _mean([row[metric] for row in rows]) for metric in METRICS}
+    counts = {key: rows[0][key] for key in ("good_count", "defect_count")}
+    return means | counts | _intervals(seeds) | {"undefined": seeds[0].undefined}
+
+
+def _intervals(seeds: Sequence[Measured]) -> dict[str, list[float] | None]:
+    """The ends of each image metric's interval, in the mean over seeds."""
+    found: dict[str, list[float] | None] = {}
+    for metric in METRICS:
+        ends = [of.intervals[metric] for of in seeds if metric in of.intervals]
+        if ends:
+            found[f"{metric}_interval"] = [statistics.fmean(end) for end in zip(*ends, strict=True)]
+    return found
 
 
 def _by_reason(undefined: dict[str, str]) -> dict[str, list[str]]:
@@ -210,3 +323,8 @@ def _shown(values: dict[str, Any], key: str) -> str:
         return "–"
     deviation = values.get(f"{key}_std")
     return f"{values[key]:.4f}" if deviation is None else f"{values[key]:.4f} ± {deviation:.4f}"
+
+
+def _escaped(text: str) -> str:
+    """For a cell of a Markdown table, where HTML and bars would mean something."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#&" else " " if c in "\r\n" else c for c in text)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from stpm import images, storage
+from stpm import images
 from stpm.errors import ImageError
+from stpm.scoring import archives
+from stpm.scoring.archives import Place
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_carried
-from stpm.scoring.sources import archive_of
+from stpm.scoring.time_limit import run_within
 
+IMAGE_SECONDS = 300.0
 _FETCHERS = 8
-
-
-def _read(row: Mapping[str, Any]) -> bytes:
-    if row["tar_length"] < 0:
-        return storage.read(row["uri"])
-    start = row["tar_offset"]
-    return storage.read(archive_of(row["uri"]), start, start + row["tar_length"])
 
 
 class Decode:
@@ -28,16 +24,23 @@ class Decode:
 
     Args:
         views: what each category's model sees; a category that is not among them has no model.
+        seconds: that fetching and decoding one image may take.
         fetchers: images that one task fetches at a time.
     """
 
-    def __init__(self, views: Mapping[str, images.View], fetchers: int = _FETCHERS) -> None:
+    def __init__(
+        self, views: Mapping[str, images.View], seconds: float = IMAGE_SECONDS, fetchers: int = _FETCHERS
+    ) -> None:
         self._views = dict(views)
+        self._seconds = seconds
         self._fetchers = fetchers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        with ThreadPoolExecutor(self._fetchers) as pool:
-            results = list(pool.map(self._one, batch.to_pylist()))
+        tasks = [partial(self._one, row) for row in batch.to_pylist()]
+        late: images.Decoded | ImageError = ImageError(
+            "timeout", f"not fetched and decoded within {self._seconds:g} s; see --image-seconds"
+        )
+        results = run_within(self._seconds, self._fetchers, tasks, late)
         columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in MANIFEST.names}
         good = [r if isinstance(r, images.Decoded) else None for r in results]
         columns["pixels"] = [r.pixels.tobytes() if r else b"" for r in good]
@@ -54,7 +57,7 @@ class Decode:
         if view is None:
             return ImageError("no_model", f"no model for category {row['category']!r}")
         try:
-            return images.decode(_read(row), view)
+            return images.decode(archives.read(Place(row["uri"], row["archive_start"], row["archive_length"])), view)
         except ImageError as error:
             return error
         except FileNotFoundError:

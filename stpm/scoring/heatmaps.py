@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -13,9 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
-from stpm.images import Pixels
+from stpm.images import Pixels, View
 from stpm.scoring.progress import Done
-from stpm.scoring.schema import OUTPUT, SCORED, table, with_carried
+from stpm.scoring.schema import OUTPUT, SCORED, with_carried
 
 Heatmaps = Literal["all", "anomalous", "none"]
 
@@ -57,56 +57,66 @@ def overlay(pixels: Pixels, heat: Pixels) -> Pixels:
     return np.round(blended).astype(np.uint8)
 
 
+def heat_over(pixels: Pixels, png: bytes) -> Pixels:
+    """An image of any size, (H, W, 3) uint8 RGB, with a heatmap that was written as `palette_png` over it."""
+    with Image.open(io.BytesIO(png)) as image:
+        heat = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
+    return overlay(pixels, np.asarray(heat))
+
+
 class WriteHeatmaps:
-    """SCORED rows to OUTPUT rows, writing a palette PNG and an overlay for each image that has a score.
+    """SCORED rows to OUTPUT rows, writing a palette PNG for each image that has a score.
 
     Args:
         out: URI of the run folder.
         folder: under it, where the pictures go; their names are image ids.
         wanted: which images get pictures.
+        overlays: the views of the categories whose images get an overlay too, in their own proportions.
         report: told of each batch that is done; None tells nobody.
     """
 
-    def __init__(self, out: str, folder: str, wanted: Heatmaps, report: Callable[[Done], None] | None = None) -> None:
+    def __init__(
+        self,
+        out: str,
+        folder: str,
+        wanted: Heatmaps,
+        overlays: Mapping[str, View] | None = None,
+        report: Callable[[Done], None] | None = None,
+    ) -> None:
         self._report = report
         self._out = out
         self._folder = folder
         self._wanted = wanted
+        self._overlays = dict(overlays or {})
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in SCORED.names}
+        rows = batch.select([name for name in SCORED.names if name != "anomaly_map"]).to_pylist()
         with ThreadPoolExecutor(_WRITERS) as pool:
-            names = list(
-                pool.map(
-                    self._write,
-                    columns["image_id"],
-                    columns["category"],
-                    columns["pixels"],
-                    columns["heat"],
-                    columns["is_anomalous"],
-                )
-            )
-        columns["heatmap"] = [name for name, _ in names]
-        columns["overlay"] = [name for _, name in names]
+            names = list(pool.map(self._write, rows))
+        columns: dict[str, Any] = {name: batch[name] for name in OUTPUT.names if name in batch.schema.names}
+        columns["heatmap"] = pa.array([name for name, _ in names], pa.string())
+        columns["overlay"] = pa.array([name for _, name in names], pa.string())
         if self._report:
-            errors = sum(map(bool, columns["error_kind"]))
-            self._report(Done(batch.num_rows, errors, sum(map(bool, columns["is_anomalous"]))))
-        return with_carried(table(columns, OUTPUT), batch)
+            errors = sum(bool(row["error_kind"]) for row in rows)
+            self._report(Done(batch.num_rows, errors, sum(bool(row["is_anomalous"]) for row in rows)))
+        return with_carried(pa.table([columns[name] for name in OUTPUT.names], schema=OUTPUT), batch)
 
-    def _write(
-        self, image_id: int, category: str, pixels: bytes, heat: bytes, is_anomalous: bool | None
-    ) -> tuple[str, str]:
-        wanted = self._wanted == "all" or (self._wanted == "anomalous" and is_anomalous)
-        if not (wanted and heat):
+    def _write(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        wanted = self._wanted == "all" or (self._wanted == "anomalous" and row["is_anomalous"])
+        if not (wanted and row["heat"]):
             return "", ""
-        size = int(len(heat) ** 0.5)
-        levels = np.frombuffer(heat, np.uint8).reshape(size, size)
-        rgb = np.frombuffer(pixels, np.uint8).reshape(size, size, 3)
-        stem = f"{self._folder}/{storage.safe_name(category, 'category')}/{image_id & (2**64 - 1):016x}"
-        plain, blended = f"{stem}.png", f"{stem}_overlay.png"
-        storage.publish(storage.join(self._out, plain), palette_png(levels))
-        storage.publish(storage.join(self._out, blended), _png(Image.fromarray(overlay(rgb, levels))))
-        return plain, blended
+        size = int(len(row["heat"]) ** 0.5)
+        levels = np.frombuffer(row["heat"], np.uint8).reshape(size, size)
+        category = storage.safe_name(row["category"], "category")
+        stem = f"{self._folder}/{category}/{row['image_id'] & (2**64 - 1):016x}"
+        storage.publish(storage.join(self._out, f"{stem}.png"), palette_png(levels))
+        if category not in self._overlays:
+            return f"{stem}.png", ""
+        rgb = np.frombuffer(row["pixels"], np.uint8).reshape(size, size, 3)
+        blended = Image.fromarray(overlay(rgb, levels))
+        proportions = self._overlays[category].proportions(row["width"], row["height"])
+        storage.publish(storage.join(self._out, f"{stem}_overlay.png"), _png(blended.resize(proportions)))
+        return f"{stem}.png", f"{stem}_overlay.png"
 
 
 def _png(image: Image.Image) -> bytes:

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from stpm import storage
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, DataError
 from stpm.models import library_versions
 
 _RUN = "run.json"
@@ -23,6 +23,7 @@ class Identity:
     false_alarm_rate: float
     heatmaps: str
     raw_maps: bool
+    overlay: bool = False
     category: str = ""
     category_from: str = ""
     allow: tuple[str, ...] = ()
@@ -67,13 +68,27 @@ class Ledger:
         self._write({"identity": now, "started": _now(), "versions": library_versions()})
         return []
 
-    def bind(self, models: dict[str, str]) -> list[str]:
-        """Say which model scores which category; returns what differs from what an earlier run said."""
+    def bind(self, models: dict[str, str], store: str) -> list[str]:
+        """Say which model of a store scores which category; returns what differs from what an earlier run said.
+
+        The same models may lie elsewhere by now.
+        """
         values = self._require()
-        if "models" in values:
-            return _differences(values["models"], models)
-        self._write(values | {"models": models})
+        if differences := _differences(values.get("models", models), models):
+            return differences
+        self._write(values | {"models": models, "store": store})
         return []
+
+    def models(self) -> tuple[str, dict[str, str]]:
+        """URI of the store, and the model of each category.
+
+        Raises:
+            DataError: if the pass has not come so far.
+        """
+        values = self._read() or {}
+        if "models" not in values:
+            raise DataError(f"{self.run_uri}: no record of a scored pass; run the score job first")
+        return values["store"], values["models"]
 
     def done(self) -> Counts | None:
         """The counts of a pass that has ended, or None."""
@@ -81,18 +96,27 @@ class Ledger:
             return None
         return Counts(**self._require()["counts"])
 
-    def finish(self, counts: Counts, seconds: float, rows_now: int) -> None:
+    def finish(self, counts: Counts, seconds: float, rows_now: int, device_seconds: float, speed: float) -> None:
         """Write the counts, and `_SUCCESS` last.
 
         Args:
             counts: of the whole pass.
             seconds: that this run took.
             rows_now: that this run scored; an earlier one may have scored the others.
+            device_seconds: that this run's scorers computed, all of them together.
+            speed: images per second once the run was under way.
         """
-        speed = rows_now / seconds if seconds else 0.0
+        overall = rows_now / seconds if seconds else 0.0
         result = {"counts": asdict(counts), "ended": _now(), "seconds": round(seconds, 3)}
-        self._write(self._require() | result | {"images_per_second": round(speed, 3)})
+        result["device_seconds"] = round(device_seconds, 3)
+        result |= {"images_per_second": round(overall, 3), "steady_images_per_second": round(speed, 3)}
+        self._write(self._require() | result)
         storage.publish(self._success_uri, b"")
+
+    def speed(self) -> tuple[float, float]:
+        """Images per second of the last run that ended the pass: overall, and once it was under way."""
+        values = self._require()
+        return values["images_per_second"], values["steady_images_per_second"]
 
     def clear(self) -> None:
         """Forget the pass. `_SUCCESS` goes first."""

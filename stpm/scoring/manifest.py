@@ -47,8 +47,8 @@ def of_test_images(categories: Sequence[Category]) -> Iterator[pa.Table]:
             "mask": [image.mask for image in images],
             "error_kind": [""] * len(images),
             "error_message": [""] * len(images),
-            "tar_offset": [0] * len(images),
-            "tar_length": [-1] * len(images),
+            "archive_start": [0] * len(images),
+            "archive_length": [-1] * len(images),
         }
         yield table(columns, MANIFEST)
 

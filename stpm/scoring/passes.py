@@ -18,7 +18,7 @@ from stpm.record import ModelRecord
 from stpm.scoring import manifest
 from stpm.scoring.ledger import Counts, Identity, Ledger
 from stpm.scoring.pipeline import ScoreOptions, score_shards
-from stpm.scoring.progress import Progress
+from stpm.scoring.progress import Done, Progress
 from stpm.scoring.remaining import remaining_shards
 from stpm.scoring.target import Target
 
@@ -72,7 +72,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
     fixed = manifest.read(of.target.manifest) or manifest.write(of.rows(), of.target.manifest)
     say(f"{fixed.rows} images{f', {fixed.doubles} doubles left out' if fixed.doubles else ''}")
     records = _records(of.store, fixed.categories, say)
-    if differences := ledger.bind({name: record.model_id for name, record in records.items()}):
+    if differences := ledger.bind({name: r.model_id for name, r in records.items()}, of.store.uri):
         _refuse_unless(replace, of.target, differences)
         return run_pass(of, start_over=True, replace=replace, say=say)
     if counts := ledger.done():
@@ -80,6 +80,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         of.target.clear_state()
         return counts
     start = time.perf_counter()
+    done, speed = Done(), 0.0
     with connected():
         shards, left = remaining_shards(of.target, fixed.rows)
         if left < fixed.rows:
@@ -87,11 +88,11 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         if left:
             views = {name: record.recipe.view for name, record in records.items()}
             progress = Progress(left, say, show if watched() else None)
-            score_shards(shards, left, views, of.store, of.options, of.target, progress)
+            done, speed = score_shards(shards, left, views, of.store, of.options, of.target, progress)
     counts = count(of.target)
     if counts.rows != fixed.rows:
         raise ConfigError(f"{counts.rows} rows in {of.target.scores} for {fixed.rows} images; run again with --fresh")
-    ledger.finish(counts, time.perf_counter() - start, left)
+    ledger.finish(counts, time.perf_counter() - start, left, done.device_seconds, speed)
     of.target.clear_state()
     return counts
 

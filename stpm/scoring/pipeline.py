@@ -19,9 +19,9 @@ from stpm.errors import ConfigError
 from stpm.images import View
 from stpm.models import ModelStore
 from stpm.options import option
-from stpm.scoring.decode import Decode
+from stpm.scoring.decode import IMAGE_SECONDS, Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
-from stpm.scoring.progress import Progress, followed
+from stpm.scoring.progress import Done, Progress, followed
 from stpm.scoring.scorer import FIRST_BATCH, LARGEST_BATCH, Scorer
 from stpm.scoring.target import Target
 
@@ -50,6 +50,9 @@ class ScoreOptions:
         "out",
     )
     model_memory_gib: float = option(1.0, "GiB of students that a scorer keeps loaded, those used last")
+    image_seconds: float = option(
+        IMAGE_SECONDS, "seconds that fetching and decoding one image may take; beyond them it is a row with an error"
+    )
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
     rows_per_file: int = option(
         512, "rows of a Parquet file, at least; what a kill costs at most, for each task that writes"
@@ -60,6 +63,8 @@ class ScoreOptions:
         for name, least in (("batch_size", 0), ("rows_per_file", 1), ("model_memory_gib", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
+        if not self.image_seconds > 0:
+            raise ConfigError(f"image-seconds is {self.image_seconds}; give more than 0")
         if self.scorers < 0:
             raise ConfigError(f"scorers is {self.scorers}; give 1 or more, or 0 to take what the cluster has")
 
@@ -99,7 +104,7 @@ def score_shards(
     options: ScoreOptions,
     target: Target,
     progress: Progress,
-) -> None:
+) -> tuple[Done, float]:
     """Score every row of some manifest shards and write one output row each. Needs a connection to Ray.
 
     Args:
@@ -111,10 +116,14 @@ def score_shards(
         target: where to.
         progress: told how far it is.
 
+    Returns:
+        What the stages reported, and their steady speed in images per second.
+
     Raises:
         ConfigError: if the scorers do not fit the cluster.
     """
     pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-rows // _BLOCK_ROWS))
+    overlays = views if target.overlays else {}
     filesystem, _ = storage.arrow_filesystem(target.manifest)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     with _checkpointed(target), followed(progress) as report:
@@ -124,7 +133,7 @@ def score_shards(
             )
             .repartition(target_num_rows_per_block=_BLOCK_ROWS)
             .map_batches(
-                Decode(views).__call__,
+                Decode(views, options.image_seconds).__call__,
                 batch_format="pyarrow",
                 batch_size=_STAGE_ROWS,
                 num_cpus=STAGE_CPUS,
@@ -137,6 +146,8 @@ def score_shards(
                     target.raw_maps,
                     options.batch_size,
                     int(options.model_memory_gib * 2**30),
+                    0,
+                    report,
                 ),
                 compute=ActorPoolStrategy(size=pool.size),
                 batch_format="pyarrow",
@@ -146,7 +157,7 @@ def score_shards(
                 runtime_env=KEEPING_MEMORY,
             )
             .map_batches(
-                WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps, report).__call__,
+                WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps, overlays, report).__call__,
                 batch_format="pyarrow",
                 batch_size=_STAGE_ROWS,
                 num_cpus=STAGE_CPUS,
@@ -159,6 +170,7 @@ def score_shards(
                 ray_remote_args={"num_cpus": STAGE_CPUS},
             )
         )
+        return report.total(), report.speed()
 
 
 @contextmanager

@@ -18,27 +18,46 @@ _LOG_SECONDS = 5.0
 
 
 class Done(NamedTuple):
-    """Rows that came through, and those of them that are errors or anomalous. A task that ran twice counts twice."""
+    """Rows that came through, and those of them that are errors or anomalous; seconds that scorers computed.
+
+    A task that ran twice counts twice.
+    """
 
     rows: int = 0
     errors: int = 0
     anomalous: int = 0
+    device_seconds: float = 0.0
 
     def __add__(self, other: tuple[Any, ...]) -> Done:
         return Done(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Tally:
-    """The actor: sums what tasks report."""
+    """The actor: sums what tasks report.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._done = Done()
+        self._first: tuple[float, int] | None = None
+        self._last = 0.0
 
     def add(self, done: Done) -> None:
         self._done += done
+        if done.rows:
+            self._last = self._clock()
+            self._first = self._first or (self._last, self._done.rows)
 
     def read(self) -> Done:
         return self._done
+
+    def speed(self) -> float:
+        """Rows per second from the first report on, without what came before it: starting, loading; 0 if unknown."""
+        since, before = self._first or (0.0, 0)
+        return (self._done.rows - before) / (self._last - since) if self._last > since else 0.0
 
 
 class Report:
@@ -49,6 +68,16 @@ class Report:
 
     def __call__(self, done: Done) -> None:
         self._tally.add.remote(done)
+
+    def total(self) -> Done:
+        """All that was reported so far."""
+        total: Done = ray.get(self._tally.read.remote())
+        return total
+
+    def speed(self) -> float:
+        """See `Tally.speed`."""
+        speed: float = ray.get(self._tally.speed.remote())
+        return speed
 
 
 class Progress:
@@ -94,16 +123,17 @@ class Progress:
 def followed(progress: Progress) -> Iterator[Report]:
     """What tasks report to in the block is told while it runs."""
     tally = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(Tally).remote()
+    report = Report(tally)
     stop = threading.Event()
 
     def follow() -> None:
         while not stop.wait(_POLL_SECONDS):
-            progress(ray.get(tally.read.remote()))
+            progress(report.total())
 
     thread = threading.Thread(target=follow, name="score-progress", daemon=True)
     thread.start()
     try:
-        yield Report(tally)
+        yield report
     finally:
         stop.set()
         thread.join()

@@ -11,11 +11,13 @@ from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.models import ModelStore
 from stpm.options import Names, option
+from stpm.record import ModelRecord
 from stpm.scoring import manifest
 from stpm.scoring.heatmaps import Heatmaps
 from stpm.scoring.ledger import Counts, Identity
 from stpm.scoring.passes import Pass, failed_rows, run_pass
 from stpm.scoring.pipeline import ScoreOptions
+from stpm.scoring.rehearsal import rehearse
 from stpm.scoring.sources import STANDARD_INPUT, Categories, rows_of
 from stpm.scoring.target import Target
 from stpm.scoring.triage import write_triage
@@ -34,9 +36,9 @@ class CollectionOptions:
     models: str = option("", "model store: a folder or a URI")
     images: Names = option(
         Names(),
-        "what to score, separated by commas: folders or prefixes (searched at any depth), globs, manifests (.parquet, "
-        ".csv or .jsonl with a column `uri`; others are carried to the output), or - for a URI per line on standard "
-        "input",
+        "what to score, separated by commas: folders or prefixes (searched at any depth), globs, tar archives, "
+        "manifests (.parquet, .csv or .jsonl with a column `uri`; others are carried to the output), .parquet files "
+        "with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input",
     )
     out: str = option("", "run folder for scores/*.parquet, heatmaps/ and run.json: a folder or a URI")
     category: str = option("", "category of every image: the model that scores it")
@@ -47,9 +49,13 @@ class CollectionOptions:
         Names(),
         "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
     )
-    heatmaps: Heatmaps = option("all", "images that get a heatmap and an overlay, as PNG: all, anomalous or none")
+    heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
+    overlay: bool = option(False, "write beside each heatmap the image with it over it, in the image's own proportions")
     raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
+    dry_run: bool = option(
+        False, "list everything, score 200 images of it, and say what the whole would take; nothing is left behind"
+    )
     fresh: bool = option(False, "remove what earlier runs left in the run folder, and start over")
     max_error_rate: float = option(0.01, "share of images, 0 to 1, that may be errors before the exit code is 2")
 
@@ -70,7 +76,8 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
     Raises:
         ConfigError: if the options cannot be run, or the run folder holds another pass.
     """
-    target = Target.alone(storage.absolute(collection.out), collection.heatmaps, collection.raw_maps)
+    out = storage.absolute(collection.out)
+    target = Target.alone(out, collection.heatmaps, collection.raw_maps, collection.overlay)
     store = ModelStore(collection.models)
     sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
     categories = Categories(collection.category, collection.category_from)
@@ -79,28 +86,32 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
         false_alarm_rate=options.false_alarm_rate,
         heatmaps=collection.heatmaps,
         raw_maps=collection.raw_maps,
+        overlay=collection.overlay,
         category=collection.category,
         category_from=collection.category_from,
         allow=tuple(collection.allow),
     )
     of = Pass(lambda: rows_of(sources, categories, collection.allow, sys.stdin), identity, store, options, target)
     try:
+        if collection.dry_run:
+            rehearse(of, say)
+            return ALL_DONE
         counts = run_pass(of, start_over=collection.fresh, replace=False, say=say)
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
+    records = _records(store, target)
     if collection.top:
-        write_triage(target, collection.top)
-    _warn(store, target, options, say)
+        write_triage(target, collection.top, {record.category: record.recipe.view for record in records})
+    if warning := shortfall({r.category: r.fit.calibration_count for r in records}, options.false_alarm_rate):
+        say(warning)
     return _tell(counts, target, collection.max_error_rate, say)
 
 
-def _warn(store: ModelStore, target: Target, options: ScoreOptions, say: Say) -> None:
+def _records(store: ModelStore, target: Target) -> list[ModelRecord]:
+    """Of the models that scored something."""
     fixed = manifest.read(target.manifest)
-    scored = set(store.categories()) & set(fixed.categories if fixed else ())
-    counts = {name: store.record(name).fit.calibration_count for name in sorted(scored)}
-    if warning := shortfall(counts, options.false_alarm_rate):
-        say(warning)
+    return [store.record(name) for name in sorted(set(store.categories()) & set(fixed.categories if fixed else ()))]
 
 
 def _tell(counts: Counts, target: Target, max_error_rate: float, say: Say) -> int:

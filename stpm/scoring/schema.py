@@ -22,8 +22,8 @@ _ERROR = [
 ]
 
 _PLACE = [
-    _field("tar_offset", pa.int64(), "where the image begins in its tar archive, bytes"),
-    _field("tar_length", pa.int64(), "how long it is there, -1 if the image is a file of its own"),
+    _field("archive_start", pa.int64(), "where in its archive the image begins: byte of a tar, row of a Parquet file"),
+    _field("archive_length", pa.int64(), "how long it is there, -1 if the image is a file of its own"),
 ]
 
 MANIFEST = pa.schema(
@@ -75,7 +75,11 @@ OUTPUT = pa.schema(
         *_SCORE,
         *_SIZE,
         _field("heatmap", pa.string(), 'palette PNG at model size, relative to the run folder, "" if none'),
-        _field("overlay", pa.string(), 'image and heatmap blended, relative to the run folder, "" if none'),
+        _field(
+            "overlay",
+            pa.string(),
+            'image under its heatmap, in its own proportions, path as above, "" if none',
+        ),
         *_ERROR,
         _RAW_MAP,
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +18,7 @@ from stpm.errors import ModelError
 from stpm.forward import Matcher, compare, pick_device
 from stpm.models import Model, ModelStore
 from stpm.record import ModelRecord
+from stpm.scoring.progress import Done
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 
 FIRST_BATCH = 16
@@ -39,6 +40,7 @@ class Scorer:
         batch_size: images per forward pass; 0: found on the device.
         memory: bytes of students that are kept loaded.
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
+        report: told how long each batch took; None tells nobody.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class Scorer:
         batch_size: int = 0,
         memory: int = 2**30,
         threads: int = 0,
+        report: Callable[[Done], None] | None = None,
     ) -> None:
         assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
         torch.set_num_threads(threads or max(int(assigned), 1))
         self._store = ModelStore(store)
         self._rate = false_alarm_rate
+        self._report = report
         self._raw_maps = raw_maps
         self._device = pick_device()
         self._batch = BatchSize(batch_size, grows=self._device.type != "cpu")
@@ -62,6 +66,7 @@ class Scorer:
         self._matchers: dict[Sharing, Matcher] = {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        start = time.perf_counter()
         rows = batch.num_rows
         columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in DECODED.names}
         for field in SCORED:
@@ -89,6 +94,8 @@ class Scorer:
                 _fail(columns, members, "no_model", error)
             else:
                 self._score_shared(matcher, members, columns)
+        if self._report:
+            self._report(Done(device_seconds=time.perf_counter() - start))
         return with_carried(table(columns, SCORED), batch)
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:

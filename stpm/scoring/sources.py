@@ -1,15 +1,14 @@
-"""Where images come from: folders, globs, tar archives, manifests, lists; as manifest rows, a chunk at a time."""
+"""Where images come from: folders, globs, archives, manifests, lists; as manifest rows, a chunk at a time."""
 
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -19,14 +18,13 @@ import pyarrow.parquet as pq
 from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.images import SUFFIXES
+from stpm.scoring.archives import IMAGE_COLUMNS, PARQUET, TAR, Place, image_column, members, row_of
 from stpm.scoring.schema import MANIFEST, table, taken, with_carried
 
 STANDARD_INPUT = "-"
 CHUNK = 10_000
 
 _MANIFESTS = (".parquet", ".csv", ".jsonl", ".ndjson")
-_ARCHIVE = ".tar"
-_MEMBER = "#"
 _GLOB = re.compile(r"[*?\[]")
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -104,31 +102,14 @@ def _under(uri: str, prefix: str) -> bool:
     return uri == prefix or uri.startswith(f"{prefix.rstrip('/')}/")
 
 
-class Place(NamedTuple):
-    """An image: its URI, and where in its tar archive it lies; a length of -1 is a file of its own."""
-
-    uri: str
-    offset: int = 0
-    length: int = -1
-
-    @property
-    def path(self) -> str:
-        """What a pattern over the path is matched with: within an archive, the member's own."""
-        return self.uri if self.length < 0 else self.uri[len(archive_of(self.uri)) + len(_MEMBER) :]
-
-
-def archive_of(uri: str) -> str:
-    """The archive that a member's URI names: `shard.tar#dir/name.png` to `shard.tar`."""
-    return uri[: uri.index(f"{_ARCHIVE}{_MEMBER}") + len(_ARCHIVE)]
-
-
 def rows_of(
     sources: Sequence[str], categories: Categories, allow: Sequence[str] = (), lines: Iterable[str] = ()
 ) -> Iterator[pa.Table]:
     """Manifest rows of several sources, at most `CHUNK` at a time; ids are not yet there, nor doubles found.
 
     Args:
-        sources: folders, prefixes, globs, tar archives, manifests (Parquet, CSV, JSON lines) or `-` for a list of URIs.
+        sources: folders, prefixes, globs, tar archives, manifests (Parquet, CSV, JSON lines), Parquet files that hold
+            the images themselves, or `-` for a list of URIs. A glob may end in any of these.
         categories: for images whose manifest does not name one.
         allow: prefixes that a manifest's URIs may have, if not those of the manifest itself.
         lines: the list, a URI per line.
@@ -138,39 +119,29 @@ def rows_of(
         ConfigError: if a manifest has a column that scoring writes itself.
     """
     for source in sources:
-        if source != STANDARD_INPUT and source.lower().endswith(_MANIFESTS) and not _GLOB.search(source):
-            yield from _of_manifest(storage.absolute(source), categories, Allowed.by(source, allow))
+        uri = source if source == STANDARD_INPUT else storage.absolute(source)
+        globbed = storage.glob(uri) if _GLOB.search(uri) else None
+        if uri.lower().endswith(_MANIFESTS):
+            for table in [uri] if globbed is None else globbed:
+                yield from _of_table(table, categories, Allowed.by(table, allow))
             continue
         found = False
-        for places in _chunks(_listed(source, lines)):
+        for places in _chunks(_listed(uri, globbed, lines)):
             found = True
             yield _table(places, [categories.of(place.path) for place in places], [""] * len(places))
         if not found:
-            raise DataError(f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {_ARCHIVE})")
+            raise DataError(f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {TAR})")
 
 
-def _listed(source: str, lines: Iterable[str]) -> Iterator[Place]:
-    if source == STANDARD_INPUT:
+def _listed(uri: str, globbed: Sequence[str] | None, lines: Iterable[str]) -> Iterator[Place]:
+    if uri == STANDARD_INPUT:
         yield from (Place(storage.absolute(line.strip())) for line in lines if line.strip())
         return
-    uri = storage.absolute(source)
-    for name in storage.glob(uri) if _GLOB.search(uri) else storage.stream(uri):
+    for name in storage.stream(uri) if globbed is None else globbed:
         if name.lower().endswith(SUFFIXES):
             yield Place(name)
-        elif name.endswith(_ARCHIVE):
-            yield from _members(name)
-
-
-def _members(uri: str) -> Iterator[Place]:
-    """The images of a tar archive: headers are read, and images skipped."""
-    fs, path = storage.filesystem(uri)
-    try:
-        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if member.isfile() and member.name.lower().endswith(SUFFIXES):
-                    yield Place(f"{uri}{_MEMBER}{member.name}", member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{uri}: this archive cannot be read: {error}; write it without compression") from error
+        elif name.endswith(TAR):
+            yield from members(name)
 
 
 def _chunks(places: Iterator[Place]) -> Iterator[list[Place]]:
@@ -198,8 +169,8 @@ def _table(places: list[Place], categories: list[str], refusals: list[str], know
         "mask": _texts(known, "mask") or [""] * len(uris),
         "error_kind": kinds,
         "error_message": messages,
-        "tar_offset": [place.offset for place in places],
-        "tar_length": [place.length for place in places],
+        "archive_start": [place.start for place in places],
+        "archive_length": [place.length for place in places],
     }
     return with_carried(table(columns, MANIFEST), known)
 
@@ -210,23 +181,27 @@ def _texts(rows: pa.Table, name: str) -> list[str]:
     return [value or "" for value in rows[name].cast(pa.string()).to_pylist()]
 
 
-def _of_manifest(uri: str, categories: Categories, allowed: Allowed) -> Iterator[pa.Table]:
+def _of_table(uri: str, categories: Categories, allowed: Allowed) -> Iterator[pa.Table]:
+    """Rows of a manifest, or of a Parquet file that holds images."""
     folder = uri.rsplit("/", 1)[0]
+    numbers = count()
     empty = True
     for rows in _batches(uri):
         empty = False
-        if "uri" not in rows.schema.names:
-            raise DataError(f"{uri}: no column `uri`; its columns are {', '.join(rows.schema.names)}")
         if clash := taken(rows.schema):
             raise ConfigError(f"{uri}: column {clash[0]} is one that scoring writes itself; rename it")
-        uris = [_resolved(name, folder) for name in _texts(rows, "uri")]
-        named = _texts(rows, "category") or [""] * len(uris)
-        chosen = [name or categories.of(image) for name, image in zip(named, uris, strict=True)]
+        if "uri" in rows.schema.names:
+            places = [Place(_resolved(name, folder)) for name in _texts(rows, "uri")]
+            refusals = [allowed.refusal(place.uri) for place in places]
+        else:
+            places = [row_of(uri, number) for number in islice(numbers, rows.num_rows)]
+            refusals = [""] * len(places)
+        named = _texts(rows, "category") or [""] * len(places)
+        chosen = [name or categories.of(place.path) for name, place in zip(named, places, strict=True)]
         masks = [_resolved(mask, folder) if mask else "" for mask in _texts(rows, "mask")]
-        refusals = [allowed.refusal(image) for image in uris]
         if masks:
             refusals = [r or (allowed.refusal(m) if m else "") for r, m in zip(refusals, masks, strict=True)]
-        yield _table([Place(image) for image in uris], chosen, refusals, _with_masks(rows, masks))
+        yield _table(places, chosen, refusals, _with_masks(rows, masks))
     if empty:
         raise DataError(f"{uri}: this manifest has no rows")
 
@@ -245,16 +220,28 @@ def _resolved(name: str, folder: str) -> str:
 
 
 def _batches(uri: str) -> Iterator[pa.Table]:
-    """A manifest's rows, some thousands at a time."""
+    """A table's rows, some thousands at a time, without the images that it may hold.
+
+    Raises:
+        DataError: if it cannot be read, or says nothing of images.
+    """
     filesystem, path = storage.arrow_filesystem(uri)
     try:
         with filesystem.open_input_file(path) as file:
-            if uri.lower().endswith(".parquet"):
-                batches: Iterable[pa.RecordBatch] = pq.ParquetFile(file).iter_batches(CHUNK)
-            elif uri.lower().endswith(".csv"):
-                batches = pa_csv.open_csv(file)
+            batches: Iterable[pa.RecordBatch]
+            if uri.lower().endswith(PARQUET):
+                parquet = pq.ParquetFile(file)
+                schema = parquet.schema_arrow
+                held = "" if "uri" in schema.names else image_column(schema)
+                batches = parquet.iter_batches(CHUNK, columns=[name for name in schema.names if name != held])
             else:
-                batches = pa_json.open_json(file)
+                reader: Any = pa_csv.open_csv(file) if uri.lower().endswith(".csv") else pa_json.open_json(file)
+                batches, schema, held = reader, reader.schema, ""
+            if "uri" not in schema.names and not held:
+                raise DataError(
+                    f"{uri}: no column `uri`, nor images in a column {' or '.join(IMAGE_COLUMNS)}; its columns are "
+                    f"{', '.join(schema.names)}"
+                )
             for batch in batches:
                 rows = pa.Table.from_batches([batch])
                 for start in range(0, rows.num_rows, CHUNK):

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import pyarrow.dataset as ds
 
 from stpm import storage
+from stpm.errors import DataError
 from stpm.scoring.heatmaps import Heatmaps
 from stpm.scoring.ledger import Ledger
 from stpm.scoring.schema import OUTPUT
+
+_PASSES = "passes"
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,31 @@ class Target:
     home: str
     heatmaps: Heatmaps = "all"
     raw_maps: bool = False
+    overlays: bool = False
 
     @classmethod
-    def alone(cls, out: str, heatmaps: Heatmaps, raw_maps: bool) -> Target:
+    def alone(cls, out: str, heatmaps: Heatmaps = "all", raw_maps: bool = False, overlays: bool = False) -> Target:
         """The one pass of a run folder."""
-        return cls(out, "scores", out, heatmaps, raw_maps)
+        return cls(out, "scores", out, heatmaps, raw_maps, overlays)
 
     @classmethod
     def among(cls, out: str, name: str) -> Target:
         """One of several passes of a run folder, whose figures are wanted."""
-        return cls(out, name, storage.join(out, "passes", name), raw_maps=True)
+        return cls(out, name, storage.join(out, _PASSES, name), raw_maps=True)
+
+    @classmethod
+    def found(cls, out: str) -> list[Target]:
+        """The passes that a run folder holds.
+
+        Raises:
+            DataError: if there is none.
+        """
+        if storage.exists(storage.join(out, _PASSES)):
+            return [cls.among(out, name) for name in storage.children(storage.join(out, _PASSES))]
+        target = cls.alone(out)
+        if not target.files():
+            raise DataError(f"{out}: no scores here; give the run folder of the score or benchmark job")
+        return [target]
 
     @property
     def scores(self) -> str:

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import heapq
+import io
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jinja2
+from PIL import Image
 
-from stpm import storage
+from stpm import images, storage
+from stpm.errors import DataError, ImageError
+from stpm.scoring.archives import read_uri
+from stpm.scoring.heatmaps import heat_over
 from stpm.scoring.target import Target
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("stpm.scoring", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
-_COLUMNS = ["uri", "category", "score", "threshold", "p_value", "is_anomalous", "overlay", "peak_x", "peak_y"]
+_COLUMNS = ["uri", "category", "score", "threshold", "p_value", "is_anomalous", "heatmap", "peak_x", "peak_y"]
+_TILE = 256
+_READERS = 8
 
 
-def write_triage(target: Target, most: int) -> int:
-    """Write the page beside the run's record; returns how many images are on it.
+def write_triage(target: Target, most: int, views: Mapping[str, images.View]) -> int:
+    """Write the page beside the run's record, its pictures in it; returns how many images are on it.
 
     Images of different models are ordered by how far they are above their model's threshold, as a ratio.
 
     Args:
         target: a pass that has ended.
         most: images on the page.
+        views: what each category's model sees.
     """
     rows = most_anomalous(target, most)
-    page = _TEMPLATES.get_template("triage.html").render(rows=rows, out=target.out)
+    with ThreadPoolExecutor(_READERS) as pool:
+        pictures = list(pool.map(lambda row: _picture(target, row, views[row["category"]]), rows))
+    shown = [row | {"picture": picture} for row, picture in zip(rows, pictures, strict=True)]
+    page = _TEMPLATES.get_template("triage.html").render(rows=shown, out=target.out)
     storage.publish(target.triage, page.encode())
     return len(rows)
+
+
+def _picture(target: Target, row: Mapping[str, Any], view: images.View) -> str:
+    """The image with its heatmap over it, if one was written, as a data URI; "" if it can no longer be read."""
+    try:
+        decoded = images.decode(read_uri(row["uri"]), dataclasses.replace(view, size=_TILE))
+        heat = storage.read(storage.join(target.out, row["heatmap"])) if row["heatmap"] else b""
+    except (ImageError, DataError, OSError):
+        return ""
+    pixels = heat_over(decoded.pixels, heat) if heat else decoded.pixels
+    sink = io.BytesIO()
+    proportions = dataclasses.replace(view, size=_TILE).proportions(decoded.width, decoded.height)
+    Image.fromarray(pixels).resize(proportions).save(sink, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
 def most_anomalous(target: Target, most: int) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas as pd
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +26,7 @@ from tests.datasets import encoded, make_category
 pytestmark = pytest.mark.cluster
 
 SEEDS = (0, 1)
+EVIL = "<img src=x onerror=alert(1)>"
 OPTIONS = ["--epochs", "3", "--seeds", "0,1", *TINY_RECIPE]
 
 
@@ -61,6 +64,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     make_category(str(data), "mismatch")
     (data / "mismatch" / "ground_truth" / "square" / "001_mask.png").write_bytes(encoded(np.zeros((9, 9), np.uint8)))
     (data / "hollow").mkdir()
+    make_category(str(data), EVIL)
     (data / "license.txt").write_text("not a category")
     out = root / "out"
     return Ran(data, out, run_job("benchmark", "--data", str(data), "--out", str(out), *OPTIONS))
@@ -69,9 +73,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 def test_it_says_that_something_failed_and_what(ran: Ran) -> None:
     assert ran.process.returncode == 2
     assert "Traceback" not in ran.process.stdout + ran.process.stderr
-    failures = {(f["category"].split(" ")[0], f["reason"]) for f in ran.report["failures"]}
+    failures = {(f["category"].split(" (seed")[0], f["reason"]) for f in ran.report["failures"]}
     named = {
         "hollow": str(ran.data / "hollow"),
+        EVIL: "holds the character '<'",
         "broken": str(ran.data / "broken/train/good/003.png"),
         "odd": str(ran.data / "odd/test/good/cut.jpg"),
         "mismatch": str(ran.data / "mismatch/ground_truth/square/001_mask.png"),
@@ -115,6 +120,27 @@ def test_the_schema_is_written_with_its_descriptions(ran: Ran) -> None:
     assert all(field.metadata[b"description"] for field in written)
 
 
+def test_other_programs_find_the_most_anomalous_of_each_category(ran: Ran) -> None:
+    expected = {}
+    for category in ("colour", "grey", "odd", "mismatch"):
+        rows = [
+            row for row in ran.rows if row["category"] == category and row["seed"] == 0 and row["score"] is not None
+        ]
+        expected[category] = [row["uri"] for row in sorted(rows, key=lambda row: -row["score"])[:3]]
+    files = str(ran.out / "scores" / "seed-0_*.parquet")
+    query = (
+        "select category, uri from read_parquet(?) where error_kind = '' "
+        "qualify row_number() over (partition by category order by score desc) <= 3 order by score desc"
+    )
+    found: dict[str, list[str]] = {}
+    for category, uri in duckdb.execute(query, [files]).fetchall():
+        found.setdefault(category, []).append(uri)
+    assert found == expected
+    frame = pd.concat([pd.read_parquet(path) for path in sorted((ran.out / "scores").glob("seed-0_*.parquet"))])
+    top = frame[frame.error_kind == ""].sort_values("score", ascending=False).groupby("category").head(3)
+    assert {name: group.uri.tolist() for name, group in top.groupby("category")} == expected
+
+
 def test_figures_in_the_report_are_those_of_the_rows(ran: Ran) -> None:
     for category in ("colour", "grey", "odd", "mismatch"):
         for seed in SEEDS:
@@ -133,12 +159,24 @@ def test_figures_in_the_report_are_those_of_the_rows(ran: Ran) -> None:
     assert all(row["fit_seconds"] > 0 and row["train_loss"] > 0 for row in table)
 
 
+def test_the_report_is_also_a_page_and_a_table_to_paste(ran: Ran) -> None:
+    page = (ran.out / "report.html").read_text()
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert EVIL not in page
+    assert page.count("<svg") == 3 * 4
+    lines = (ran.out / "report.md").read_text().splitlines()
+    assert sum(line.startswith(("| colour", "| grey", "| odd", "| mismatch", "| **mean**")) for line in lines) == 5
+    types = pq.read_table(ran.out / "defects.parquet").to_pylist()
+    assert {(row["category"], row["defect"]) for row in types} == {
+        (name, "square") for name in ("colour", "grey", "odd", "mismatch")
+    }
+
+
 def test_pictures_and_models_are_there(ran: Ran) -> None:
     for row in ran.rows:
         if not row["error_kind"]:
-            for name in ("heatmap", "overlay"):
-                with Image.open(ran.out / row[name]) as image:
-                    assert image.size == (64, 64)
+            with Image.open(ran.out / row["heatmap"]) as image:
+                assert image.size == (64, 64)
     for seed in SEEDS:
         with Image.open(ran.out / "gallery" / f"seed-{seed}" / "colour.png") as image:
             assert image.width > 1000

@@ -36,9 +36,11 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     assert "nut has 2 and supports 0.333" in score.stdout
     rows = ds.dataset("run/scores").to_table().to_pylist()
     assert len(rows) == 8
-    assert all((here / "run" / row["overlay"]).exists() and row["anomaly_map"] is None for row in rows)
+    assert all((here / "run" / row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
+    assert Path("run/triage.html").read_text().count("data:image/jpeg") == 8
     run = json.loads((here / "run/run.json").read_text())
     assert run["counts"]["rows"] == 8
+    assert 0 < run["device_seconds"] < 2 * run["seconds"]
     assert run["counts"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
     assert {path.name for path in (here / "run").iterdir()} == {
@@ -49,6 +51,12 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
         "scores",
         "triage.html",
     }
+
+    # What it would take elsewhere, and no trace of having asked.
+    dry = run_job("score", "--models", "models", *images[:2], "--out", "dry", "--category", "nut", "--dry-run")
+    assert dry.returncode == 0
+    assert "all 8 images: about" in dry.stdout
+    assert not list(Path("dry").rglob("*.*"))
 
     # Once more: nothing is done. Otherwise: nothing is touched.
     again = run_job("score", "--models", "models", *images)
@@ -67,7 +75,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     assert "zero.png: empty: the file has no bytes" in some.stdout
     rows = ds.dataset("run/scores").to_table().to_pylist()
     assert len(rows) == 9
-    assert all(row["overlay"] == "" for row in rows)
+    assert all(row["heatmap"] == "" for row in rows)
     assert sum(row["anomaly_map"] is not None for row in rows) == 8
     assert not list((here / "run/heatmaps").rglob("*.png"))
 

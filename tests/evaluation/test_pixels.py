@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from bench.peer_aupro import case as peer_case
 from stpm.evaluation.metrics import UndefinedMetricError
 from stpm.evaluation.pixels import PixelCounts
 
@@ -65,6 +68,15 @@ def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     elif kind == 3:
         maps = np.full_like(maps, maps.flat[0])
     return maps.astype(np.float32), masks
+
+
+PEER = json.loads((Path(__file__).parent / "peer_aupro.json").read_text())
+
+
+@pytest.mark.parametrize("seed", range(len(PEER["aupro"])))
+def test_aupro_is_the_peers(seed: int) -> None:
+    counts = PixelCounts.of(*peer_case(seed))
+    assert [counts.aupro(limit).value for limit in PEER["limits"]] == pytest.approx(PEER["aupro"][seed], abs=2e-6)
 
 
 @pytest.mark.parametrize("seed", range(200))

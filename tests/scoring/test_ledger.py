@@ -32,16 +32,16 @@ def test_a_pass_is_taken_up_by_the_same_and_by_no_other(ledger: Ledger) -> None:
 
 def test_a_pass_is_bound_to_its_models(ledger: Ledger) -> None:
     ledger.begin(IDENTITY)
-    assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}) == []
-    assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}) == []
-    assert ledger.bind({"nut": "nut-2"}) == ["nut was 'nut-1' and is 'nut-2'", "bolt was 'bolt-1' and is None"]
+    assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}, "store") == []
+    assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}, "store") == []
+    assert ledger.bind({"nut": "nut-2"}, "store") == ["nut was 'nut-1' and is 'nut-2'", "bolt was 'bolt-1' and is None"]
 
 
 def test_success_comes_last_and_gives_the_counts(ledger: Ledger, tmp_path: Path) -> None:
     ledger.begin(IDENTITY)
     assert ledger.done() is None
     counts = Counts(10, 2, {"empty": 1}, {"nut": {"rows": 10, "anomalous": 2, "errors": 1}}, 12345)
-    ledger.finish(counts, seconds=2.0, rows_now=5)
+    ledger.finish(counts, seconds=2.0, rows_now=5, device_seconds=1.5, speed=9.0)
     assert ledger.done() == counts
     assert counts.failed == 1
     run = json.loads((tmp_path / "run.json").read_text())

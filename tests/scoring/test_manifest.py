@@ -22,7 +22,7 @@ from stpm.scoring.schema import MANIFEST, table
 def chunk(uris: list[str], category: str = "nut", **own: list[object]) -> pa.Table:
     columns: dict[str, list[object]] = {name: [""] * len(uris) for name in MANIFEST.names}
     columns |= {"image_id": [0] * len(uris), "uri": list(uris), "category": [category] * len(uris)}
-    columns |= {"tar_offset": [0] * len(uris), "tar_length": [-1] * len(uris)}
+    columns |= {"archive_start": [0] * len(uris), "archive_length": [-1] * len(uris)}
     rows = table(columns, MANIFEST)
     for name, values in own.items():
         rows = rows.append_column(name, pa.array(values))

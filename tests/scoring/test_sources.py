@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
+from stpm.scoring import archives
+from stpm.scoring.archives import Place
 from stpm.scoring.schema import MANIFEST
 from stpm.scoring.sources import Allowed, Categories, rows_of
 
@@ -130,7 +133,7 @@ def test_by_default_a_manifest_may_name_its_own_bucket_or_folder() -> None:
 
 def test_manifests_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     write_manifest(f"{tmp_path}/a.csv", [{"path": "a.png"}])
-    with pytest.raises(DataError, match="no column `uri`; its columns are path"):
+    with pytest.raises(DataError, match="no column `uri`, nor images in a column image or bytes; its columns are path"):
         rows(f"{tmp_path}/a.csv")
     write_manifest(f"{tmp_path}/b.csv", [{"uri": "a.png", "score": 1}])
     with pytest.raises(ConfigError, match="column score is one that scoring writes itself"):
@@ -199,7 +202,45 @@ def test_archives_and_images_in_a_folder_are_one_list(tmp_path: Path) -> None:
         archive.add(tmp_path / "x.png", "nut/1.png")
         archive.add(tmp_path / "x.png", "nut/1.cls")
     found = rows(str(tmp_path), categories=Categories(pattern="{category}/{name}"))
-    assert [(row["uri"], row["tar_length"]) for row in found] == [
+    assert [(row["uri"], row["archive_length"]) for row in found] == [
         (f"{tmp_path}/s.tar#nut/1.png", 1),
         (f"{tmp_path}/x.png", -1),
     ]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_images_may_be_rows_of_a_parquet_file(tmp_path: Path, nested: bool) -> None:
+    files = [bytes([i]) * (i + 1) for i in range(25)]
+    column = [{"bytes": data, "path": "x.png"} for data in files] if nested else files
+    name = "image" if nested else "bytes"
+    table = pa.table({name: column, "category": ["nut"] * 24 + [""], "line": list(range(25))})
+    pq.write_table(table, tmp_path / "part-0.parquet", row_group_size=10)
+    pq.write_table(table.slice(0, 3), tmp_path / "part-1.parquet")
+    found = rows(f"{tmp_path}/part-*.parquet", categories=Categories("bolt"))
+    assert [row["uri"] for row in found[:2]] == [f"{tmp_path}/part-0.parquet#0", f"{tmp_path}/part-0.parquet#1"]
+    assert found[-1]["uri"] == f"{tmp_path}/part-1.parquet#2"
+    assert (found[24]["category"], found[24]["line"], found[0]["error_kind"]) == ("bolt", 24, "")
+    assert name not in found[0]
+    assert len(found) == 28
+    for row, data in zip(found, files, strict=False):
+        assert archives.read(Place(row["uri"], row["archive_start"], row["archive_length"])) == data
+        assert archives.read_uri(row["uri"]) == data
+    with pytest.raises(FileNotFoundError, match="has 25 rows, row 25 is wanted"):
+        archives.read_uri(f"{tmp_path}/part-0.parquet#25")
+
+
+def test_a_member_of_a_tar_is_found_by_its_uri(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, data in (("a/1.png", b"one"), ("a/2.png", b"two")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert archives.read_uri(f"{tmp_path}/s.tar#a/2.png") == b"two"
+    with pytest.raises(FileNotFoundError, match="no such image in the archive"):
+        archives.read_uri(f"{tmp_path}/s.tar#a/3.png")
+
+
+def test_a_table_that_says_nothing_of_images_is_named_with_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.png"], "x": [1]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"no column `uri`, nor images in a column image or bytes; its columns are im"):
+        rows(f"{tmp_path}/t.parquet")

@@ -24,7 +24,7 @@ from stpm.models import Model, ModelStore
 from stpm.networks import load_teacher
 from stpm.recipe import Recipe
 from stpm.scoring.decode import Decode
-from stpm.scoring.heatmaps import WriteHeatmaps, jet_palette, overlay, palette_png
+from stpm.scoring.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png
 from stpm.scoring.manifest import image_id, of_test_images
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
 from stpm.scoring.scorer import BatchSize, LoadedModels, Scorer
@@ -124,8 +124,8 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path)
         "mask": [""] * 7,
         "error_kind": [""] * 7,
         "error_message": [""] * 7,
-        "tar_offset": [0] * 7,
-        "tar_length": [-1] * 7,
+        "archive_start": [0] * 7,
+        "archive_length": [-1] * 7,
     }
     out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all")(scored(run, table(columns, MANIFEST))).to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
@@ -145,7 +145,8 @@ def test_a_batch_of_errors_alone_passes_through(run: Path) -> None:
 
 def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
     rows = scored(run, manifest(run))
-    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", "all")(rows).to_pylist()
+    views = dict.fromkeys(CATEGORIES, View(64))
+    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", "all", views)(rows).to_pylist()
     store = ModelStore(str(run / "models"))
     for row, before in zip(out, rows.to_pylist(), strict=True):
         name = f"heatmaps/x/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
@@ -157,7 +158,10 @@ def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_p
         np.testing.assert_array_equal(levels, store.record(row["category"]).heatmap_scale.apply(raw))
         pixels = np.frombuffer(before["pixels"], np.uint8).reshape(64, 64, 3)
         with Image.open(tmp_path / row["overlay"]) as image:
-            np.testing.assert_array_equal(np.asarray(image), overlay(pixels, levels))
+            # Images of 40 × 48: the shorter side is the model's.
+            assert image.size == (64, 77)
+            expected = Image.fromarray(overlay(pixels, levels)).resize((64, 77))
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
 def test_without_pictures_nothing_is_written(run: Path, tmp_path: Path) -> None:
@@ -185,6 +189,14 @@ def test_an_overlay_is_half_image_and_half_heatmap(rng: np.random.Generator) -> 
     pixels, heat = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), rng.integers(0, 256, (4, 4), dtype=np.uint8)
     expected = (pixels.astype(float) + jet_palette()[heat]) / 2
     np.testing.assert_allclose(overlay(pixels, heat), expected, atol=0.5)
+
+
+def test_a_written_heatmap_goes_over_an_image_of_any_size(rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    heat = np.full((4, 4), 200, np.uint8)
+    np.testing.assert_array_equal(
+        heat_over(pixels, palette_png(heat)), overlay(pixels, np.full((8, 12), 200, np.uint8))
+    )
 
 
 def test_the_same_image_scores_the_same_in_any_batch(run: Path, tiny: Recipe) -> None:
@@ -233,7 +245,8 @@ def test_pictures_are_of_those_that_are_wanted(run: Path, tmp_path: Path, wanted
     rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), verdicts)
     out = WriteHeatmaps(str(tmp_path), "heatmaps", wanted)(rows).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
-    assert len(list(tmp_path.rglob("*_overlay.png"))) == expected
+    assert {row["overlay"] for row in out} == {""}
+    assert len(list(tmp_path.rglob("*.png"))) == expected
 
 
 @pytest.mark.parametrize("fits", [1, 3, 5])

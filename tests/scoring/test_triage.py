@@ -1,36 +1,50 @@
 from __future__ import annotations
 
+import base64
+import io
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from stpm import storage
+from stpm.images import View
+from stpm.scoring.heatmaps import palette_png
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.target import Target
 from stpm.scoring.triage import most_anomalous, write_triage
+from tests.datasets import encoded
 
-EVIL = "s3://b/<img src=x onerror=alert(1)>&\"'.png"
+VIEWS = {"nut": View(64), "a b#c": View(64)}
+EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 
 
 @pytest.fixture
 def target(tmp_path: Path) -> Target:
     """A hundred rows of two models with different thresholds, one of them with an error, one with an evil name."""
-    target = Target.alone(str(tmp_path), "all", raw_maps=False)
+    target = Target.alone(str(tmp_path))
     columns: dict[str, list[Any]] = {field.name: [None] * 100 for field in OUTPUT}
     for i in range(100):
         category = ("nut", "a b#c")[i % 2]
         columns["image_id"][i] = i
-        columns["uri"][i] = EVIL if i == 99 else f"s3://b/{i}.png"
+        columns["uri"][i] = EVIL if i == 99 else f"/nowhere/{i}.png"
         columns["category"][i] = category
         columns["threshold"][i] = 1.0 if category == "nut" else 100.0
         columns["score"][i] = None if i == 0 else (i / 50) * columns["threshold"][i]
         columns["p_value"][i] = None if i == 0 else 0.02
         columns["is_anomalous"][i] = None if i == 0 else i > 50
         columns["peak_x"][i] = columns["peak_y"][i] = i
-        columns["overlay"][i] = f"heatmaps/scores/{category}/{i}.png" if i % 10 else ""
-        for name in ("label", "mask", "heatmap", "model_id", "error_kind", "error_message"):
+        columns["heatmap"][i] = f"heatmaps/scores/{category}/{i}.png" if i % 10 else ""
+        if i in (97, 98):
+            path = tmp_path / f"{i}.png"
+            path.write_bytes(encoded(np.full((20, 40, 3), 90, np.uint8)))
+            columns["uri"][i] = str(path)
+            storage.publish(str(tmp_path / columns["heatmap"][i]), palette_png(np.zeros((64, 64), np.uint8)))
+        for name in ("label", "mask", "overlay", "model_id", "error_kind", "error_message"):
             columns[name][i] = ""
     rows = table(columns, OUTPUT)
     (tmp_path / "scores").mkdir()
@@ -62,17 +76,23 @@ def test_the_order_is_by_score_over_threshold_across_models(target: Target) -> N
 
 
 def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_path: Path) -> None:
-    assert write_triage(target, 20) == 20
+    assert write_triage(target, 20, VIEWS) == 20
     text = (tmp_path / "triage.html").read_text()
     page = Page(text)
     assert EVIL in page.texts
     assert all(set(image) == {"src", "loading", "alt"} for image in page.images)
-    assert page.images[0]["src"] == "heatmaps/scores/a%20b%23c/99.png"
-    assert len(page.images) == 18
-    assert sum("no picture was written" in piece for piece in page.texts) == 2
+    assert len(page.images) == 2
+    assert sum("the image can no longer be read" in piece for piece in page.texts) == 18
+    kind, data = str(page.images[0]["src"]).split(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.size == (512, 256)
+        red, green, blue = image.convert("RGB").resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
+        assert blue > red
+        assert blue > green
     assert "script" not in text
 
 
 def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
-    assert write_triage(Target.alone(str(tmp_path), "all", raw_maps=False), 5) == 0
+    assert write_triage(Target.alone(str(tmp_path)), 5, VIEWS) == 0
     assert (tmp_path / "triage.html").exists()

@@ -1,0 +1,81 @@
+"""Pixel metrics of many maps: memory and time per map, and how far they are from the exact figures.
+
+    python bench/pixel_metrics.py
+
+Maps of 256 × 256 are made as they are counted, 16 at a time, each number in a process of its own, whose peak memory is
+what the system says. scikit-learn's exact AUROC and average precision are timed and compared on the smallest number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from stpm.evaluation.pixels import PixelCounts
+
+_SIZE = 256
+_AT_ONCE = 16
+
+
+def made(count: int) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
+    """Maps as products of three smooth distances give them, and masks, some at a time."""
+    for start in range(0, count, _AT_ONCE):
+        rng = np.random.default_rng(start)
+        many = min(_AT_ONCE, count - start)
+        maps = rng.lognormal(-14, 1, (many, _SIZE, _SIZE)).astype(np.float32)
+        masks = np.zeros(maps.shape, bool)
+        for each in range(0, many, 2):
+            y, x = rng.integers(0, _SIZE - 40, 2)
+            masks[each, y : y + 40, x : x + 30] = True
+        maps[masks] *= 5
+        yield maps, masks
+
+
+def counted(count: int) -> dict[str, float]:
+    """Of so many maps: seconds per map, the process's peak memory, figures and the bound on their error."""
+    counts = PixelCounts.empty()
+    seconds = 0.0
+    for maps, masks in made(count):
+        start = time.perf_counter()
+        counts += PixelCounts.of(maps, masks)
+        seconds += time.perf_counter() - start
+    figures = {"auroc": counts.auroc(), "ap": counts.average_precision(), "aupro": counts.aupro(0.3)}
+    return {
+        "maps": count,
+        "ms_per_map": seconds / count * 1000,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "error_bound": max(figure.error for figure in figures.values()),
+    } | {name: figure.value for name, figure in figures.items()}
+
+
+def exact(count: int) -> dict[str, float]:
+    """The same by scikit-learn, all maps at once."""
+    maps, masks = (np.concatenate(parts).ravel() for parts in zip(*made(count), strict=True))
+    start = time.perf_counter()
+    figures = {"auroc": roc_auc_score(masks, maps), "ap": average_precision_score(masks, maps)}
+    seconds = time.perf_counter() - start
+    return {"exact_ms_per_map": seconds / count * 1000} | {f"exact_{name}": value for name, value in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--maps", default="100,1000,10000", help="numbers of maps, separated by commas")
+    numbers = list(map(int, parser.parse_args().maps.split(",")))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for number in numbers:
+            result = pool.apply(counted, (number,))
+            if number == min(numbers):
+                result |= pool.apply(exact, (number,))
+            print(json.dumps({name: round(value, 7) for name, value in result.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

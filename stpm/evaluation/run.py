@@ -1,0 +1,140 @@
+"""From scored, labelled images to a report: what the benchmark ends with, and the evaluate job on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from stpm import storage
+from stpm.cluster import connected
+from stpm.console import NOTHING_DONE, SOME_FAILED, Say, exit_code
+from stpm.errors import ConfigError, DataError, ModelError
+from stpm.evaluation.category import Figures, MasksAt, evaluate
+from stpm.evaluation.gallery import Tile, galleries, sheet
+from stpm.evaluation.gate import Gate, GateOptions
+from stpm.evaluation.page import write_page
+from stpm.evaluation.report import Failure, Report, Result
+from stpm.models import ModelStore
+from stpm.options import option
+from stpm.record import ModelRecord
+from stpm.scoring.ledger import Ledger
+from stpm.scoring.target import Target
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How figures are made."""
+
+    masks_at: MasksAt = option(
+        "model",
+        "where pixels are compared; `model`: masks brought to model size, as the paper's authors do; `original`: maps "
+        "brought to the image's size",
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which run is evaluated.
+
+    Raises:
+        ConfigError: if none is named.
+    """
+
+    scores: str = option(
+        "",
+        "run folder of the score job (with --raw-maps, and a manifest with columns `label` and `mask`) or of the "
+        "benchmark: a folder or a URI",
+    )
+    models: str = option("", "model store of that run, where it is no longer where it was")
+    out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise ConfigError("--scores is missing; give the run folder of the score or benchmark job")
+
+
+def evaluate_pass(
+    target: Target, records: Sequence[ModelRecord], store: ModelStore, options: EvaluationOptions
+) -> list[Result]:
+    """The results of some categories of one pass, in Ray tasks next to the maps. Needs a connection to Ray."""
+    remote = ray.remote(_evaluate)
+    found = ray.get([remote.remote(target, record, options.masks_at) for record in records])
+    return [
+        Result(record, figures, store.history(record).to_pydict(), tiles)
+        for record, (figures, tiles) in zip(records, found, strict=True)
+    ]
+
+
+def _evaluate(target: Target, record: ModelRecord, masks_at: MasksAt) -> tuple[Figures, dict[str, list[Tile]]]:
+    view = record.recipe.view
+    figures = evaluate(target, record.category, view, masks_at)
+    if picture := sheet(target, record.category, view):
+        storage.publish(storage.join(target.out, "gallery", target.name, f"{record.category}.png"), picture)
+    return figures, galleries(target, record.category, view)
+
+
+def conclude(report: Report, out: str, gate: Gate, say: Say) -> int:
+    """Write the report, say it, hold it against the gate.
+
+    Returns:
+        The exit code: 2 if something failed or fell short.
+    """
+    shortfalls = gate.shortfalls(report.as_json())
+    report.write(out)
+    write_page(report, out, shortfalls)
+    say(f"\n{report.as_text()}\n")
+    for line in shortfalls:
+        say(f"falls short: {line}")
+    say(f"the report is {storage.join(out, 'report.html')}, with .json, .parquet and .md beside it")
+    code = exit_code(len(report.results), len(report.failures))
+    return code or (SOME_FAILED if shortfalls else code)
+
+
+def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: GateOptions, say: Say) -> int:
+    """The evaluate job. Returns its exit code: 0 all evaluated, 2 something failed or fell short, 3 nothing could be.
+
+    Raises:
+        ConfigError: if the baseline cannot be read.
+    """
+    requirements = Gate.of(gate)
+    run = storage.absolute(options.scores)
+    results: list[Result] = []
+    try:
+        targets = Target.found(run)
+        with connected():
+            for target in targets:
+                store, records = _models(target, options.models)
+                results += evaluate_pass(target, records, store, evaluation)
+    except (DataError, ModelError) as error:
+        say(f"error: {error}")
+        return NOTHING_DONE
+    for result in results:
+        if result.figures.unlabelled_count:
+            say(f"{result.model.category}: {result.figures.unlabelled_count} images without a label are left out")
+    report = Report(run, results, problems_of(results), evaluation.masks_at)
+    return conclude(report, storage.absolute(options.out) if options.out else run, requirements, say)
+
+
+def _models(target: Target, elsewhere: str) -> tuple[ModelStore, list[ModelRecord]]:
+    """The models that made a pass, from where they were, or from elsewhere.
+
+    Raises:
+        DataError: if one was fitted anew since, or the pass has not ended.
+    """
+    uri, made_by = Ledger(target.home).models()
+    store = ModelStore(elsewhere or uri)
+    records = [store.record(category) for category in made_by]
+    for record in records:
+        if record.model_id != made_by[record.category]:
+            raise DataError(
+                f"{target.out}: {record.category} was scored by model {made_by[record.category]}, and {store.uri} has "
+                f"{record.model_id}; score again"
+            )
+    return store, records
+
+
+def problems_of(results: Sequence[Result]) -> list[Failure]:
+    """What went wrong with images, as failures of their category."""
+    return [Failure(result.model.category, problem) for result in results for problem in result.figures.problems]

@@ -1,0 +1,151 @@
+"""Images that are not files of their own: members of tar archives, and rows of Parquet files."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from threading import Lock
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stpm import storage
+from stpm.errors import DataError
+from stpm.images import SUFFIXES
+
+TAR, PARQUET = ".tar", ".parquet"
+# Of a column that holds whole image files: bytes, or a struct of `bytes` and `path`.
+IMAGE_COLUMNS = ("image", "bytes")
+
+_MEMBER = "#"
+_ROW_GROUPS_KEPT = 2
+
+
+class Place(NamedTuple):
+    """An image: its URI, and where in its archive it lies.
+
+    In a tar, `start` and `length` are bytes; in a Parquet file `start` is the row and `length` 1. A length of -1 is a
+    file of its own.
+    """
+
+    uri: str
+    start: int = 0
+    length: int = -1
+
+    @property
+    def path(self) -> str:
+        """What a pattern over the path is matched with: in a tar the member's own, else that of the file."""
+        if self.length < 0:
+            return self.uri
+        archive, member = split(self.uri)
+        return member if archive.endswith(TAR) else archive
+
+
+def split(uri: str) -> tuple[str, str]:
+    """The archive and the member that a URI names: `shard.tar#dir/name.png`, `shard.parquet#17`; ("", "") if none."""
+    for kind in (TAR, PARQUET):
+        archive, found, member = uri.partition(f"{kind}{_MEMBER}")
+        if found:
+            return f"{archive}{kind}", member
+    return "", ""
+
+
+def row_of(uri: str, row: int) -> Place:
+    """The image in a row of a Parquet file."""
+    return Place(f"{uri}{_MEMBER}{row}", row, 1)
+
+
+def members(uri: str) -> Iterator[Place]:
+    """The images of a tar archive: headers are read, and images skipped.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    fs, path = storage.filesystem(uri)
+    try:
+        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                    yield Place(f"{uri}{_MEMBER}{member.name}", member.offset_data, member.size)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{uri}: this archive cannot be read: {error}; write it without compression") from error
+
+
+def image_column(schema: pa.Schema) -> str:
+    """Name of the column that holds image files, or ""."""
+    return next((name for name in IMAGE_COLUMNS if name in schema.names and _is_bytes(schema.field(name).type)), "")
+
+
+def read(place: Place) -> bytes:
+    """The bytes of an image.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        OSError: if it cannot be read all the same.
+    """
+    if place.length < 0:
+        return storage.read(place.uri)
+    archive, _ = split(place.uri)
+    if archive.endswith(TAR):
+        return storage.read(archive, place.start, place.start + place.length)
+    return _row(archive, place.start)
+
+
+def read_uri(uri: str) -> bytes:
+    """The bytes of an image of which only the URI is known: in a tar, it is searched for. Raises as `read` does."""
+    archive, member = split(uri)
+    if not archive:
+        return storage.read(uri)
+    if archive.endswith(PARQUET):
+        return _row(archive, int(member))
+    for place in members(archive):
+        if place.uri == uri:
+            return read(place)
+    raise FileNotFoundError(f"{uri}: no such image in the archive")
+
+
+def _row(uri: str, row: int) -> bytes:
+    first, images = _row_group(uri, row)
+    found: bytes | None = images[row - first].as_py()
+    return found or b""
+
+
+# Neighbouring rows are read by the threads of one task: the first one fetches, the others wait for it.
+_fetching = Lock()
+
+
+def _row_group(uri: str, row: int) -> tuple[int, pa.ChunkedArray]:
+    """The first row of the row group that holds a row, and its images."""
+    with _fetching:
+        first = 0
+        for number, rows in enumerate(_row_counts(uri)):
+            if row < first + rows:
+                return first, _images(uri, number)
+            first += rows
+    raise FileNotFoundError(f"{uri}: has {first} rows, row {row} is wanted")
+
+
+@lru_cache(maxsize=64)
+def _row_counts(uri: str) -> tuple[int, ...]:
+    filesystem, path = storage.arrow_filesystem(uri)
+    metadata = pq.read_metadata(path, filesystem=filesystem)
+    return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+
+
+@lru_cache(maxsize=_ROW_GROUPS_KEPT)
+def _images(uri: str, group: int) -> pa.ChunkedArray:
+    filesystem, path = storage.arrow_filesystem(uri)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        name = image_column(file.schema_arrow)
+        column = file.read_row_group(group, columns=[name])[name]
+    if pa.types.is_struct(column.type):
+        return pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
+    return column
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

@@ -1,0 +1,106 @@
+"""What a pass would take: an even sample of it scored for real, and the whole predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from stpm import storage
+from stpm.console import Say, duration
+from stpm.scoring import manifest
+from stpm.scoring.ledger import Counts, Ledger
+from stpm.scoring.passes import Pass, run_pass
+
+SAMPLE = 200
+_FOLDER = "dry-run"
+_WRITTEN = (".parquet", ".png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What the whole would take, from what a sample took: seconds, bytes and objects written, images called anomalous.
+
+    Args:
+        rows: of the whole.
+        sample: counts of the sample.
+        start: seconds before the first image of the sample was done.
+        speed: images per second from then on.
+        sizes: of the objects that the sample wrote.
+    """
+
+    rows: int
+    sample: Counts
+    start: float
+    speed: float
+    sizes: list[int]
+
+    @property
+    def seconds(self) -> float:
+        return self.start + self.rows / self.speed
+
+    @property
+    def bytes(self) -> int:
+        return round(sum(self.sizes) * self.rows / self.sample.rows)
+
+    @property
+    def objects(self) -> int:
+        return round(len(self.sizes) * self.rows / self.sample.rows)
+
+    def in_words(self) -> str:
+        """One line."""
+        anomalous, failed = (self.rows * n / self.sample.rows for n in (self.sample.anomalous, self.sample.failed))
+        return (
+            f"all {self.rows} images: about {duration(self.seconds)} on this cluster ({self.speed:.0f} images/s after "
+            f"{duration(self.start)} of starting), {self.bytes / 2**30:.2f} GiB in about {self.objects} objects, "
+            f"{anomalous:.0f} anomalous, {failed:.0f} with an error"
+        )
+
+
+def rehearse(of: Pass, say: Say) -> None:
+    """List everything, score a sample, say what the whole would take.
+
+    Args:
+        of: the pass. Its target is not touched, but for a folder in it that is removed.
+        say: told what was found.
+
+    Raises:
+        ConfigError: as `run_pass` does.
+        DataError: if the sources cannot be read.
+        ModelError: if no image of the sample has a model.
+    """
+    home = storage.join(of.target.out, _FOLDER)
+    listed = storage.join(home, "listed")
+    storage.remove(home)
+    try:
+        began = time.perf_counter()
+        whole = manifest.write(of.rows(), listed)
+        doubles = f", {whole.doubles} doubles left out" if whole.doubles else ""
+        say(f"{whole.rows} images{doubles}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
+        target = dataclasses.replace(of.target, out=home, home=home)
+        sample = dataclasses.replace(of, rows=lambda: evenly(listed, whole.rows, SAMPLE), target=target)
+        began = time.perf_counter()
+        counts = run_pass(sample, start_over=True, replace=True, say=say)
+        seconds = time.perf_counter() - began
+        overall, steady = Ledger(home).speed()
+        speed = steady or overall
+        written = storage.files(target.scores) + storage.files(storage.join(home, "heatmaps"))
+        sizes = [size for uri, size in written if uri.endswith(_WRITTEN)]
+        say(Forecast(whole.rows, counts, max(seconds - counts.rows / speed, 0.0), speed, sizes).in_words())
+    finally:
+        storage.remove(home)
+
+
+def evenly(folder: str, rows: int, wanted: int) -> Iterator[pa.Table]:
+    """So many rows of a manifest, spread evenly over it; all if there are fewer."""
+    chosen = np.unique(np.linspace(0, rows - 1, min(wanted, rows)).round().astype(np.int64))
+    before = 0
+    for uri in manifest.shards(folder):
+        shard = storage.read_table(uri)
+        inside = chosen[(chosen >= before) & (chosen < before + shard.num_rows)] - before
+        before += shard.num_rows
+        if len(inside):
+            yield shard.take(pa.array(inside))

@@ -1,0 +1,72 @@
+"""A report without fitting: of what the score job left, and of a benchmark's run folder; and the gate."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from stpm.mvtec import read_category
+from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+
+def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:
+    make_category("data", "nut")
+    fit = ["--data", "data", "--models", "models", "--epochs", "2", *TINY_RECIPE]
+    assert run_job("fit", *fit).returncode == 0
+    with Path("manifest.csv").open("w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["uri", "category", "label", "mask", "line"])
+        for image in read_category(str(here / "data"), "nut").test:
+            rows.writerow([image.uri, "nut", image.label, image.mask, 7])
+    score = ["--models", "models", "--images", "manifest.csv", "--out", "run", "--raw-maps"]
+    assert run_job("score", *score).returncode == 0
+
+    done = run_job("evaluate", "--scores", "run", "--out", "report")
+    assert done.returncode == 0
+    report = json.loads(Path("report/report.json").read_text())
+    scored = ds.dataset("run/scores").to_table().to_pylist()
+    expected = roc_auc_score([row["label"] != "good" for row in scored], [row["score"] for row in scored])
+    nut = report["categories"]["nut"]
+    assert nut["image_auroc"] == pytest.approx(expected)
+    assert nut["pixel_aupro"] is not None
+    assert {path.name for path in Path("report").iterdir()} == {
+        "defects.parquet",
+        "report.html",
+        "report.json",
+        "report.md",
+        "report.parquet",
+    }
+
+    # At the masks' own size, and held against the first report.
+    gate = ["--baseline", "report/report.json", "--require", "mean.image_auroc=1.0,nut.image_recall=0.0"]
+    other = run_job("evaluate", "--scores", "run", "--out", "other", "--masks-at", "original", *gate)
+    assert other.returncode == 2
+    assert "the baseline's mask_resolution is" in other.stdout
+    assert ("falls short: mean.image_auroc" in other.stdout) == (expected < 1)
+    assert "Falls short" in Path("other/report.html").read_text()
+    assert json.loads(Path("other/report.json").read_text())["categories"]["nut"]["image_auroc"] == nut["image_auroc"]
+    same = run_job("evaluate", "--scores", "run", "--out", "again", "--baseline", "report/report.json")
+    assert same.returncode == 0
+
+    # A model that was fitted anew did not make these scores.
+    assert run_job("fit", *fit, "--seed", "5").returncode == 0
+    stale = run_job("evaluate", "--scores", "run")
+    assert stale.returncode == 3
+    assert "was scored by model nut-" in stale.stdout
+
+
+def test_a_run_folder_that_is_none_is_one_line(here: Path) -> None:
+    none = run_job("evaluate", "--scores", "nowhere")
+    assert none.returncode == 3
+    assert "nowhere: no scores here" in none.stdout
+    wrong = run_job("evaluate", "--scores", "nowhere", "--baseline", "nothing.json")
+    assert wrong.returncode == 1
+    assert "baseline nothing.json: cannot be read" in wrong.stderr

@@ -1,0 +1,102 @@
+"""A pass through an S3 server that fails at random: every image has its row all the same."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+import pytest
+
+from stpm import storage
+from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+SHARE = 0.05
+
+
+class Rough(BaseHTTPRequestHandler):
+    """Passes requests on, but for some: 500, 503 with SlowDown, a pause, a reset, or an answer that breaks off."""
+
+    protocol_version = "HTTP/1.1"
+    behind = ""
+    done: ClassVar[Counter[str]] = Counter()
+    chance = random.Random(0)
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.chance.choice(["500", "503", "slow", "reset", "cut"]) if self.chance.random() < SHARE else ""
+        self.done[fault or "passed"] += 1
+        if fault in ("500", "503"):
+            self._answer(int(fault), b"<Error><Code>SlowDown</Code></Error>", {"Content-Type": "application/xml"})
+            return
+        if fault == "reset":
+            # With no time to linger, closing sends RST.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        if fault == "slow":
+            time.sleep(2)
+        server = http.client.HTTPConnection(self.behind, timeout=60)
+        server.request(self.command, self.path, body, dict(self.headers))
+        answer = server.getresponse()
+        data = answer.read()
+        kept = {k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "transfer-encoding", "server")}
+        self._answer(answer.status, data, kept, cut=fault == "cut" and len(data) > 1)
+        server.close()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on  # noqa: N815
+
+    def _answer(self, status: int, data: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
+        self.send_response_only(status)
+        if self.command != "HEAD":
+            headers = {k: v for k, v in headers.items() if k.lower() != "content-length"} | {
+                "Content-Length": str(len(data))
+            }
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """No line per request."""
+
+
+@pytest.fixture
+def rough(s3: dict[str, str]) -> Iterator[dict[str, str]]:
+    Rough.behind = urlsplit(s3["AWS_ENDPOINT_URL"]).netloc
+    Rough.done.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Rough)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_image_has_its_row(rough: dict[str, str]) -> None:
+    make_category("s3://bucket/data", "nut", good=150, defects=50)
+    fit = ["--data", "s3://bucket/data", "--models", "s3://bucket/models", "--epochs", "1"]
+    assert run_job("fit", *fit, *TINY_RECIPE).returncode == 0
+    options = ["--models", "s3://bucket/models", "--out", "s3://bucket/out", "--category", "nut"]
+    ran = run_job("score", *options, "--images", "s3://bucket/data/nut/test", **rough)
+    assert ran.returncode == 0, ran.stdout
+    assert sum(number for fault, number in Rough.done.items() if fault != "passed") > 20, Rough.done
+    tables = [storage.read_table(uri) for uri, _ in storage.files("s3://bucket/out/scores")]
+    rows = [row for table in tables for row in table.select(["uri", "error_kind"]).to_pylist()]
+    assert sorted(row["uri"] for row in rows) == [uri for uri, _ in storage.files("s3://bucket/data/nut/test")]
+    assert {row["error_kind"] for row in rows} == {""}

@@ -1,0 +1,94 @@
+"""A scored run folder, and results, made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from stpm import images, storage
+from stpm.calibration import HeatmapScale
+from stpm.evaluation.category import Figures, Measured, Metrics
+from stpm.evaluation.report import Failure, Report, Result
+from stpm.mvtec import read_category
+from stpm.record import FitSummary, ModelRecord
+from stpm.scoring.heatmaps import palette_png
+from stpm.scoring.manifest import of_test_images
+from stpm.scoring.schema import OUTPUT, table
+from stpm.scoring.target import Target
+from tests.conftest import TINY
+from tests.datasets import make_category
+
+SIZE = 64
+VIEW = images.View(SIZE)
+
+
+def scored_run(
+    root: Path,
+    *,
+    masks: bool = True,
+    broken: int = 0,
+    unlabelled: int = 0,
+    maps: bool = True,
+    types: tuple[str, ...] = ("square",),
+) -> Target:
+    """A run folder as scoring leaves it, with maps drawn by chance; defects score a little higher.
+
+    The first images, which are good, may be broken or without a label; defects take the types in turn.
+    """
+    make_category(str(root / "data"), "nut", good=6, defects=6, masks=masks)
+    rng = np.random.default_rng(1)
+    (manifest,) = of_test_images([read_category(str(root / "data"), "nut")])
+    target = Target.among(str(root / "run"), "seed-0")
+    columns: dict[str, list[object]] = {f.name: [None] * manifest.num_rows for f in OUTPUT}
+    columns |= {name: manifest[name].to_pylist() for name in manifest.schema.names}
+    for i, label in enumerate(columns["label"]):
+        anomaly_map = rng.random((SIZE, SIZE), np.float32)
+        anomaly_map[14:34, 14:34] += 0.3 if label != "good" else 0.0
+        failed = i < broken
+        heatmap = f"heatmaps/{i}.png"
+        storage.publish(f"{target.out}/{heatmap}", palette_png(np.full((SIZE, SIZE), 255, np.uint8)))
+        columns["anomaly_map"][i] = None if failed or not maps else anomaly_map.tobytes()
+        columns["label"][i] = "" if i < unlabelled else label if label == "good" else types[i % len(types)]
+        columns["threshold"][i] = None if failed else 1.0
+        columns["score"][i] = None if failed else float(anomaly_map.max())
+        columns["is_anomalous"][i] = None if failed else bool(anomaly_map.max() > 1.0)
+        columns["width"][i], columns["height"][i] = 40, 48
+        columns["error_kind"][i] = "damaged" if failed else ""
+        columns["error_message"][i] = "cut off" if failed else ""
+        columns["heatmap"][i] = "" if failed else heatmap
+        columns["overlay"][i] = columns["model_id"][i] = ""
+    path = Path(target.scores) / "seed-0_0.parquet"
+    path.parent.mkdir()
+    pq.write_table(table(columns, OUTPUT), path)
+    # Another pass in the same folder is none of this one's business.
+    pq.write_table(table(columns, OUTPUT), path.with_name("seed-1_0.parquet"))
+    return target
+
+
+def result(category: str, seed: int, image: float | None, pixel: float | None) -> Result:
+    record = ModelRecord(
+        category=category,
+        recipe=dataclasses.replace(TINY, seed=seed),
+        precision="float32",
+        teacher_digest="t",
+        data_fingerprint="d",
+        heatmap_scale=HeatmapScale(0.1, 1.0),
+        fit=FitSummary(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
+        files={"student.safetensors": f"{seed}" * 64},
+        versions={},
+        created="now",
+    )
+    undefined = {} if pixel is not None else {"pixel_auroc": "no masks"}
+    intervals = {} if image is None else {"image_auroc": (image - 0.1, image + 0.1)}
+    measured = Measured(Metrics(image_auroc=image, pixel_auroc=pixel), 4, 5, 0.0, undefined, intervals)
+    return Result(record, Figures(**vars(measured), defects={"dent": measured}))
+
+
+REPORT = Report(
+    "data",
+    [result("b", 0, 0.5, None), result("a", 1, 0.75, 0.9), result("a", 0, 0.25, 0.7)],
+    [Failure("c", "/data/c: no images")],
+)
