@@ -248,13 +248,13 @@ def _compared(heat: Map, row: Mapping[str, Any], view: images.View, masks_at: Ma
 
 
 def ground_truth(row: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
-    """The mask of a row's image, (height, width); empty for a good one.
+    """The mask of a row's image, (height, width); empty for a good one, or where none is known.
 
     Raises:
         DataError: if it cannot be read, or is of another size than its image.
     """
     shape = (row["height"], row["width"])
-    if row["label"] == GOOD:
+    if row["label"] == GOOD or not row["mask"]:
         return np.zeros(shape, bool)
     try:
         mask = images.decode_mask(storage.read(row["mask"]))

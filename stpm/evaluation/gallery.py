@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
@@ -51,20 +53,19 @@ def sheet(target: Target, category: str, view: images.View) -> bytes | None:
         view: what the model saw of each image.
     """
     rows = read_rows(target, category, _COLUMNS).to_pylist()
-    chosen = _take_turns([row for row in rows if row["heatmap"] and row["label"] != GOOD])
-    if not chosen:
+    defects = _take_turns([row for row in rows if row["heatmap"] and row["label"] != GOOD])
+    cells = [_cell(row, pair) for row, pair in _pairs(target, defects, view, _TILE, _CELLS)]
+    if not cells:
         return None
-    width, height = 2 * _TILE + _GAP, _TILE + _CAPTION
+    width, height = cells[0].size
     page = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), _BACKGROUND)
-    for place, row in enumerate(chosen):
-        page.paste(_cell(target, row, view), (_GAP + place % 2 * (width + _GAP), _GAP + place // 2 * (height + _GAP)))
+    for place, cell in enumerate(cells):
+        page.paste(cell, (_GAP + place % 2 * (width + _GAP), _GAP + place // 2 * (height + _GAP)))
     return _encoded(page, "PNG")
 
 
 def galleries(target: Target, category: str, view: images.View, most: int = _CELLS) -> dict[str, list[Tile]]:
     """The largest scores, the missed defects and the false alarms, each the most telling first.
-
-    An image that can no longer be read is left out: what was scored is in the figures all the same.
 
     Args:
         target: the pass that scored the category's test images, with heatmaps.
@@ -79,20 +80,28 @@ def galleries(target: Target, category: str, view: images.View, most: int = _CEL
         "Missed defects": [row for row in reversed(rows) if row["label"] != GOOD and not row["is_anomalous"]],
         "False alarms": [row for row in rows if row["label"] == GOOD and row["is_anomalous"]],
     }
-    return {kind: _tiles(target, chosen, view, most) for kind, chosen in kinds.items()}
+    return {
+        kind: [
+            Tile(row["uri"], row["label"], row["score"], row["is_anomalous"], _encoded(pair, "JPEG"))
+            for row, pair in _pairs(target, chosen, view, _SMALL, most)
+        ]
+        for kind, chosen in kinds.items()
+    }
 
 
-def _tiles(target: Target, rows: Sequence[Row], view: images.View, most: int) -> list[Tile]:
-    tiles: list[Tile] = []
+def _pairs(
+    target: Target, rows: Sequence[Row], view: images.View, size: int, most: int
+) -> Iterator[tuple[Row, Image.Image]]:
+    """The first rows with their pictures. An image that can no longer be read is left out here, and in no figure."""
     for row in rows:
-        if len(tiles) == most:
-            break
+        if most == 0:
+            return
         try:
-            picture = _encoded(_pair(target, row, view, _SMALL), "JPEG")
+            pair = _pair(target, row, view, size)
         except (ImageError, DataError, OSError):
             continue
-        tiles.append(Tile(row["uri"], row["label"], row["score"], row["is_anomalous"], picture))
-    return tiles
+        yield row, pair
+        most -= 1
 
 
 def _take_turns(rows: list[Row]) -> list[Row]:
@@ -100,16 +109,16 @@ def _take_turns(rows: list[Row]) -> list[Row]:
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
     turns = max(map(len, by_label.values()), default=0)
-    return [of[turn] for turn in range(turns) for of in by_label.values() if turn < len(of)][:_CELLS]
+    return [of[turn] for turn in range(turns) for of in by_label.values() if turn < len(of)]
 
 
-def _cell(target: Target, row: Row, view: images.View) -> Image.Image:
-    cell = Image.new("RGB", (2 * _TILE + _GAP, _TILE + _CAPTION), _BACKGROUND)
-    cell.paste(_pair(target, row, view, _TILE), (0, 0))
+def _cell(row: Row, pair: Image.Image) -> Image.Image:
+    cell = Image.new("RGB", (pair.width, pair.height + _CAPTION), _BACKGROUND)
+    cell.paste(pair, (0, 0))
     verdict = "anomalous" if row["is_anomalous"] else "missed at this threshold"
     name = row["uri"].rsplit("/", 1)[-1]
     ImageDraw.Draw(cell).text(
-        (2, _TILE + 3),
+        (2, pair.height + 3),
         f"{row['label']}/{name}   score {row['score']:.3g}   {verdict}",
         fill=_INK,
         font=ImageFont.load_default(14),
@@ -125,12 +134,21 @@ def _pair(target: Target, row: Row, view: images.View, size: int) -> Image.Image
     if row["heatmap"]:
         heat = storage.read(storage.join(target.out, row["heatmap"]))
         pair.paste(Image.fromarray(heat_over(pixels, heat)), (size + _GAP, 0))
-    if row["mask"]:
-        mask = images.resize_mask(ground_truth(row), seen)
-        pixels = pixels.copy()
-        pixels[mask & ~binary_erosion(mask, iterations=2)] = _OUTLINE
+    outline = _outline(row, seen)
+    pixels = np.where(outline[..., None], np.array(_OUTLINE, np.uint8), pixels)
     pair.paste(Image.fromarray(pixels), (0, 0))
     return pair
+
+
+def _outline(row: Row, seen: images.View) -> npt.NDArray[np.bool_]:
+    """Where the edge of a row's mask is, (size, size); nowhere if there is none, or it cannot be read."""
+    try:
+        mask = images.resize_mask(ground_truth(row), seen)
+    except DataError:
+        # Evaluation names it among the problems.
+        mask = np.zeros((seen.size, seen.size), bool)
+    edge: npt.NDArray[np.bool_] = mask & ~binary_erosion(mask, iterations=2)
+    return edge
 
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
