@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from stpm.evaluation.curves import Curves, Histogram, Points
 from stpm.mvtec import GOOD
@@ -67,6 +68,9 @@ def scores(of: Histogram, salt: str) -> str:
         axes.set(xlabel="score", ylabel="images")
         if of.logarithmic:
             axes.set_xscale("log")
+            # Without mathematics in labels, which names from data might start, powers would show as source text.
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=7)
     return done[0]
 
@@ -77,7 +81,9 @@ def losses(history: Mapping[str, Sequence[float]], kept_epoch: int, salt: str) -
         for name, colour in zip(("train_loss", "validation_loss"), _COLOURS, strict=False):
             axes.plot(history["number"], history[name], label=name.replace("_", " "), color=colour)
         axes.axvline(kept_epoch, color=_INK, linestyle="--", linewidth=1, label="kept")
-        axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+        axes.set(xlabel="epoch", ylabel="loss")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     return done[0]
 

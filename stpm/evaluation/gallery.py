@@ -12,12 +12,12 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from stpm import images, storage
+from stpm import images
 from stpm.errors import DataError, ImageError
 from stpm.evaluation.category import ground_truth, read_rows
 from stpm.mvtec import GOOD
 from stpm.scoring.archives import read_uri
-from stpm.scoring.heatmaps import heat_over
+from stpm.scoring.heatmaps import heat_over, written_heatmap
 from stpm.scoring.target import Target
 
 _CELLS = 4
@@ -26,7 +26,7 @@ _SMALL = 160
 _GAP = 8
 _CAPTION = 22
 _BACKGROUND, _INK, _OUTLINE = "white", "black", (0, 255, 255)
-_COLUMNS = ("uri", "label", "mask", "width", "height", "score", "heatmap", "is_anomalous")
+_COLUMNS = ("uri", "label", "mask", "width", "height", "score", "is_anomalous", "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
 
@@ -53,7 +53,7 @@ def sheet(target: Target, category: str, view: images.View) -> bytes | None:
         view: what the model saw of each image.
     """
     rows = read_rows(target, category, _COLUMNS).to_pylist()
-    defects = _take_turns([row for row in rows if row["heatmap"] and row["label"] != GOOD])
+    defects = _take_turns([row for row in rows if (row["heatmap"] or row["heatmap_png"]) and row["label"] != GOOD])
     cells = [_cell(row, pair) for row, pair in _pairs(target, defects, view, _TILE, _CELLS)]
     if not cells:
         return None
@@ -131,8 +131,7 @@ def _pair(target: Target, row: Row, view: images.View, size: int) -> Image.Image
     pair = Image.new("RGB", (2 * size + _GAP, size), _BACKGROUND)
     seen = dataclasses.replace(view, size=size)
     pixels = images.decode(read_uri(row["uri"]), seen).pixels
-    if row["heatmap"]:
-        heat = storage.read(storage.join(target.out, row["heatmap"]))
+    if heat := written_heatmap(target.out, row):
         pair.paste(Image.fromarray(heat_over(pixels, heat)), (size + _GAP, 0))
     outline = _outline(row, seen)
     pixels = np.where(outline[..., None], np.array(_OUTLINE, np.uint8), pixels)

@@ -226,7 +226,7 @@ class Report:
         table: str = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
         protocol = report["protocol"]
         notes = [
-            f"{', '.join(map(str, sorted({r.model.recipe.seed for r in self.results})))} as seeds; "
+            f"Seeds {', '.join(map(str, sorted({r.model.recipe.seed for r in self.results}))) or 'none'}; "
             f"input {protocol['input_size']}, {protocol['resize']}; masks at {protocol['mask_resolution']}; "
             f"AUPRO: {protocol['aupro']}.",
             *(f"- {_escaped(failure.category)}: failed: {_escaped(failure.reason)}" for failure in self.failures),

@@ -102,10 +102,9 @@ def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: 
     run = storage.absolute(options.scores)
     results: list[Result] = []
     try:
-        targets = Target.found(run)
+        passes = [(target, *_models(target, options.models)) for target in Target.found(run)]
         with connected():
-            for target in targets:
-                store, records = _models(target, options.models)
+            for target, store, records in passes:
                 results += evaluate_pass(target, records, store, evaluation)
     except (DataError, ModelError) as error:
         say(f"error: {error}")

@@ -24,6 +24,7 @@ class Identity:
     heatmaps: str
     raw_maps: bool
     overlay: bool = False
+    heatmaps_in: str = "files"
     category: str = ""
     category_from: str = ""
     allow: tuple[str, ...] = ()

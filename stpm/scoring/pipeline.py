@@ -126,7 +126,9 @@ def score_shards(
     overlays = views if target.overlays else {}
     filesystem, _ = storage.arrow_filesystem(target.manifest)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
+    pictures = f"heatmaps/{target.name}"
     with _checkpointed(target), followed(progress) as report:
+        write = WriteHeatmaps(target.out, pictures, target.heatmaps, overlays, target.heatmaps_in, report)
         (
             ray.data.read_parquet(
                 [storage.arrow_filesystem(uri)[1] for uri in shards], filesystem=filesystem, num_cpus=STAGE_CPUS
@@ -157,7 +159,7 @@ def score_shards(
                 runtime_env=KEEPING_MEMORY,
             )
             .map_batches(
-                WriteHeatmaps(target.out, f"heatmaps/{target.name}", target.heatmaps, overlays, report).__call__,
+                write.__call__,
                 batch_format="pyarrow",
                 batch_size=_STAGE_ROWS,
                 num_cpus=STAGE_CPUS,

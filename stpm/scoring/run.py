@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from stpm.models import ModelStore
 from stpm.options import Names, option
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
-from stpm.scoring.heatmaps import Heatmaps
+from stpm.scoring.heatmaps import Heatmaps, HeatmapsIn
 from stpm.scoring.ledger import Counts, Identity
 from stpm.scoring.passes import Pass, failed_rows, run_pass
 from stpm.scoring.pipeline import ScoreOptions
@@ -50,6 +51,10 @@ class CollectionOptions:
         "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
     )
     heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
+    heatmaps_in: HeatmapsIn = option(
+        "files",
+        "where the pictures go: a PNG file each, or bytes in columns of the Parquet files, for millions of images",
+    )
     overlay: bool = option(False, "write beside each heatmap the image with it over it, in the image's own proportions")
     raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
@@ -76,8 +81,13 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
     Raises:
         ConfigError: if the options cannot be run, or the run folder holds another pass.
     """
-    out = storage.absolute(collection.out)
-    target = Target.alone(out, collection.heatmaps, collection.raw_maps, collection.overlay)
+    target = dataclasses.replace(
+        Target.alone(storage.absolute(collection.out)),
+        heatmaps=collection.heatmaps,
+        heatmaps_in=collection.heatmaps_in,
+        raw_maps=collection.raw_maps,
+        overlays=collection.overlay,
+    )
     store = ModelStore(collection.models)
     sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
     categories = Categories(collection.category, collection.category_from)
@@ -87,6 +97,7 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
         heatmaps=collection.heatmaps,
         raw_maps=collection.raw_maps,
         overlay=collection.overlay,
+        heatmaps_in=collection.heatmaps_in,
         category=collection.category,
         category_from=collection.category_from,
         allow=tuple(collection.allow),

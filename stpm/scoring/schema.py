@@ -81,6 +81,8 @@ OUTPUT = pa.schema(
             'image under its heatmap, in its own proportions, path as above, "" if none',
         ),
         *_ERROR,
+        _optional("heatmap_png", pa.large_binary(), "the heatmap itself, if asked for"),
+        _optional("overlay_png", pa.large_binary(), "the overlay itself, if asked for"),
         _RAW_MAP,
     ]
 )

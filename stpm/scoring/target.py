@@ -8,7 +8,7 @@ import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.errors import DataError
-from stpm.scoring.heatmaps import Heatmaps
+from stpm.scoring.heatmaps import Heatmaps, HeatmapsIn
 from stpm.scoring.ledger import Ledger
 from stpm.scoring.schema import OUTPUT
 
@@ -28,11 +28,12 @@ class Target:
     heatmaps: Heatmaps = "all"
     raw_maps: bool = False
     overlays: bool = False
+    heatmaps_in: HeatmapsIn = "files"
 
     @classmethod
-    def alone(cls, out: str, heatmaps: Heatmaps = "all", raw_maps: bool = False, overlays: bool = False) -> Target:
+    def alone(cls, out: str) -> Target:
         """The one pass of a run folder."""
-        return cls(out, "scores", out, heatmaps, raw_maps, overlays)
+        return cls(out, "scores", out)
 
     @classmethod
     def among(cls, out: str, name: str) -> Target:

@@ -16,13 +16,14 @@ from PIL import Image
 from stpm import images, storage
 from stpm.errors import DataError, ImageError
 from stpm.scoring.archives import read_uri
-from stpm.scoring.heatmaps import heat_over
+from stpm.scoring.heatmaps import heat_over, written_heatmap
 from stpm.scoring.target import Target
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("stpm.scoring", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
-_COLUMNS = ["uri", "category", "score", "threshold", "p_value", "is_anomalous", "heatmap", "peak_x", "peak_y"]
+_HEATMAP = ["heatmap", "heatmap_png"]
+_COLUMNS = ["uri", "category", "score", "threshold", "p_value", "is_anomalous", "peak_x", "peak_y", *_HEATMAP]
 _TILE = 256
 _READERS = 8
 
@@ -50,7 +51,7 @@ def _picture(target: Target, row: Mapping[str, Any], view: images.View) -> str:
     """The image with its heatmap over it, if one was written, as a data URI; "" if it can no longer be read."""
     try:
         decoded = images.decode(read_uri(row["uri"]), dataclasses.replace(view, size=_TILE))
-        heat = storage.read(storage.join(target.out, row["heatmap"])) if row["heatmap"] else b""
+        heat = written_heatmap(target.out, row)
     except (ImageError, DataError, OSError):
         return ""
     pixels = heat_over(decoded.pixels, heat) if heat else decoded.pixels

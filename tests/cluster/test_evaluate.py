@@ -53,20 +53,3 @@ def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:
     assert ("falls short: mean.image_auroc" in other.stdout) == (expected < 1)
     assert "Falls short" in Path("other/report.html").read_text()
     assert json.loads(Path("other/report.json").read_text())["categories"]["nut"]["image_auroc"] == nut["image_auroc"]
-    same = run_job("evaluate", "--scores", "run", "--out", "again", "--baseline", "report/report.json")
-    assert same.returncode == 0
-
-    # A model that was fitted anew did not make these scores.
-    assert run_job("fit", *fit, "--seed", "5").returncode == 0
-    stale = run_job("evaluate", "--scores", "run")
-    assert stale.returncode == 3
-    assert "was scored by model nut-" in stale.stdout
-
-
-def test_a_run_folder_that_is_none_is_one_line(here: Path) -> None:
-    none = run_job("evaluate", "--scores", "nowhere")
-    assert none.returncode == 3
-    assert "nowhere: no scores here" in none.stdout
-    wrong = run_job("evaluate", "--scores", "nowhere", "--baseline", "nothing.json")
-    assert wrong.returncode == 1
-    assert "baseline nothing.json: cannot be read" in wrong.stderr

@@ -96,10 +96,18 @@ def workers(driver: int, name: str) -> list[psutil.Process]:
     return [child for child in children if name in " ".join(child.cmdline())]
 
 
+@pytest.fixture(params=["local", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A run folder that is not yet there."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return f"s3://bucket/{tmp_path.name}"
+    return str(tmp_path / "out")
+
+
 @pytest.mark.parametrize("kill", KILLS)
 @pytest.mark.parametrize("victim", ["MapWorker", "Map"])
-def test_a_killed_actor_or_task_costs_time_alone(kill: int, victim: str, run: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
+def test_a_killed_actor_or_task_costs_time_alone(kill: int, victim: str, run: Path, out: str) -> None:
     process = start_job("score", *arguments(run, out))
     wait_for_rows(out, random.randint(1, 6))
     candidates = workers(process.pid, f"ray::{victim}")
@@ -121,13 +129,7 @@ def kill_all(driver: int) -> None:
 
 
 @pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_a_killed_driver_is_taken_up_by_the_next_run(
-    kill: int, place: str, run: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if place == "s3":
-        request.getfixturevalue("s3")
-    out = str(tmp_path / "out") if place == "local" else f"s3://bucket/killed-{kill}"
+def test_a_killed_driver_is_taken_up_by_the_next_run(kill: int, run: Path, out: str) -> None:
     process = start_job("score", *arguments(run, out))
     wait_for_rows(out, random.randint(1, 8))
     time.sleep(random.uniform(0, 0.5))

@@ -24,7 +24,7 @@ from stpm.models import Model, ModelStore
 from stpm.networks import load_teacher
 from stpm.recipe import Recipe
 from stpm.scoring.decode import Decode
-from stpm.scoring.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png
+from stpm.scoring.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png, written_heatmap
 from stpm.scoring.manifest import image_id, of_test_images
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
 from stpm.scoring.scorer import BatchSize, LoadedModels, Scorer
@@ -162,6 +162,19 @@ def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_p
             assert image.size == (64, 77)
             expected = Image.fromarray(overlay(pixels, levels)).resize((64, 77))
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_pictures_may_be_in_their_rows(run: Path, tmp_path: Path) -> None:
+    rows, views = scored(run, manifest(run)), dict.fromkeys(CATEGORIES, View(64))
+    files = WriteHeatmaps(str(tmp_path), "heatmaps", "all", views)(rows).to_pylist()
+    inside = WriteHeatmaps(str(tmp_path / "no"), "heatmaps", "all", views, "parquet")(rows).to_pylist()
+    assert not (tmp_path / "no").exists()
+    for one, other in zip(files, inside, strict=True):
+        assert (other["heatmap"], other["overlay"]) == ("", "")
+        assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes() == written_heatmap(str(tmp_path), one)
+        assert other["overlay_png"] == (tmp_path / one["overlay"]).read_bytes()
+        assert written_heatmap("nowhere", other) == other["heatmap_png"]
+        assert one["heatmap_png"] is one["overlay_png"] is None
 
 
 def test_without_pictures_nothing_is_written(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""The evaluate job's refusals, before Ray is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stpm.errors import ConfigError
+from stpm.evaluation.gate import GateOptions
+from stpm.evaluation.run import EvaluateOptions, EvaluationOptions, run_evaluate
+from stpm.models import ModelStore
+from tests.evaluation.runs import result, scored_run
+
+
+def evaluated(**options: str) -> tuple[int, str]:
+    said: list[str] = []
+    code = run_evaluate(EvaluateOptions(**options), EvaluationOptions(), GateOptions(), said.append)
+    return code, "\n".join(said)
+
+
+def test_a_run_folder_that_is_none_is_said(tmp_path: Path) -> None:
+    code, said = evaluated(scores=str(tmp_path / "nowhere"))
+    assert code == 3
+    assert "nowhere: no scores here" in said
+    with pytest.raises(ConfigError, match="--scores is missing"):
+        EvaluateOptions()
+
+
+def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path) -> None:
+    target = scored_run(tmp_path)
+    Path(target.home).mkdir(parents=True)
+    code, said = evaluated(scores=target.out)
+    assert code == 3
+    assert "no record of a scored pass" in said
+
+
+def test_a_model_that_was_fitted_anew_did_not_make_these_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = scored_run(tmp_path)
+    Path(target.home).mkdir(parents=True)
+    run = {"identity": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models")}
+    (Path(target.home) / "run.json").write_text(json.dumps(run))
+    monkeypatch.setattr(ModelStore, "record", lambda self, category: result(category, 0, 1.0, 1.0).model)
+    code, said = evaluated(scores=target.out)
+    assert code == 3
+    assert "nut was scored by model nut-before, and" in said
+    assert "has nut-000000000000; score again" in said
+
+
+def test_a_baseline_is_read_before_anything_else(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"baseline nothing\.json: cannot be read"):
+        run_evaluate(
+            EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"), print
+        )
