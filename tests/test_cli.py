@@ -92,7 +92,7 @@ def test_what_cannot_be_parsed_is_one_clear_error(argv: list[str], message: str)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["fit", "score", "benchmark"])
+@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate"])
 def test_help_explains_every_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job(name).parse(["--help"])
@@ -104,7 +104,7 @@ def test_help_explains_every_option_with_its_default(name: str, capsys: pytest.C
     assert " ".join(shown.split()).count("default: ") >= len(job(name).parser()._actions) - 3
 
 
-@pytest.mark.parametrize("name", ["fit", "score"])
+@pytest.mark.parametrize("name", ["fit", "score", "evaluate"])
 def test_a_missing_option_exits_with_one_line(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

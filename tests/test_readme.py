@@ -20,7 +20,10 @@ def test_ci_runs_the_test_line_as_printed() -> None:
 
 def test_every_option_it_names_is_one() -> None:
     known = {
-        flag for name in ("fit", "score", "benchmark") for a in job(name).parser()._actions for flag in a.option_strings
+        flag
+        for name in ("fit", "score", "benchmark", "evaluate")
+        for a in job(name).parser()._actions
+        for flag in a.option_strings
     }
     ours = re.sub(r"ray job submit.*?--", "", README.replace("--generate", ""), flags=re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) - {"--working-dir", "--address"}
