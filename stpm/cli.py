@@ -76,12 +76,18 @@ class Job:
             ConfigError: if an option is unknown, or a value cannot be.
         """
         parser = self.parser()
+        argv = _joined(argv, self._lists())
         values = parser.parse_args([word for word in argv if not word.startswith(_SHOWING)])
         defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
         defaults |= self.defaults(values)
         parser.set_defaults({name: value for name, value in defaults.items() if name not in self.hidden})
         values = parser.parse_args(list(argv))
         return [_made_from(kind, values) for kind in self.kinds]
+
+    def _lists(self) -> list[str]:
+        """The options that take several values."""
+        hints = [(name, hint) for kind in self.kinds for name, hint in get_type_hints(kind).items()]
+        return [f"--{name.replace('_', '-')}" for name, hint in hints if hint in (Integers, Names)]
 
     def parser(self) -> ArgumentParser:
         parser = _Parser(
@@ -111,6 +117,23 @@ def run_job(job: Job) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = USAGE
     sys.exit(code)
+
+
+def _joined(argv: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """`--require a --require b` as `--require a,b`: given twice, the parser would take the last alone."""
+    words = list(argv)
+    values: dict[str, list[str]] = {}
+    rest: list[str] = []
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if name in lists and (equals or words):
+            values.setdefault(name, []).append(value if equals else words.pop(0))
+            # In the place of the last one: a file named by --config after it wins.
+            rest = [word for word in rest if not word.startswith(f"{name}=")]
+            rest.append(f"{name}={','.join(values[name])}")
+        else:
+            rest.append(f"{name}{equals}{value}")
+    return rest
 
 
 def _add_option(parser: ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:

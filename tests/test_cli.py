@@ -126,3 +126,17 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         job("fit").parse(["--preset", "notebook", "--help"])
     assert "default: 0.0004)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_takes_several_values_may_be_given_several_times() -> None:
+    line = "--data x --require mean.image_auroc=0.9 --seeds=3 --require=nut.image_auroc=0.8,a.image_recall=0 --seeds 4"
+    options, *_, gate = job("benchmark").parse(line.split())
+    assert list(options.seeds) == [3, 4]
+    assert list(gate.require) == ["mean.image_auroc=0.9", "nut.image_auroc=0.8", "a.image_recall=0"]
+    words = ["--models", "m", "--images", "-", "--out", "o", "--images", "s3://b/c", "--category", "nut"]
+    assert list(job("score").parse(words)[0].images) == ["-", "s3://b/c"]
+
+
+def test_a_list_option_without_a_value_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="require"):
+        job("benchmark").parse(["--require"])

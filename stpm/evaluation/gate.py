@@ -28,7 +28,7 @@ class GateOptions:
 
     require: Names = option(
         Names(),
-        "figures that must be reached, separated by commas: mean.image_auroc=0.95,bottle.pixel_auroc=0.97; "
+        "figures that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "
         "image_false_alarm_rate is a limit from above. Exit code 2 if one is not",
     )
     baseline: str = option("", "report.json of an earlier run, whose figures must be reached")
