@@ -93,6 +93,7 @@ class Report:
         """
         categories = {name: self._summary(name, results) for name, results in self.categories().items()}
         means = {key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED}
+        means |= {f"{key}_std": self._deviation_of_mean(key) for key in METRICS}
         return {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "data": self.data,
@@ -102,6 +103,14 @@ class Report:
             "mean": means | {"categories": len(categories)},
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
         }
+
+    def _deviation_of_mean(self, metric: str) -> float | None:
+        """Over seeds, of the mean over categories; None unless every category has every seed."""
+        by_seed: dict[int, list[float | None]] = {}
+        for result in self.results:
+            by_seed.setdefault(result.model.recipe.seed, []).append(result.row()[metric])
+        whole = all(len(values) == len(self.categories()) and None not in values for values in by_seed.values())
+        return _deviation([_mean(values) for values in by_seed.values()]) if whole else None
 
     def _protocol(self) -> dict[str, Any]:
         recipes = self._in_common(dataclasses.asdict(result.model.recipe) for result in self.results)

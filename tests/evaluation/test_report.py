@@ -83,3 +83,11 @@ def test_the_table_to_paste_is_markdown_whatever_the_names() -> None:
     assert "0.5000" in table[2]
     assert "\\<b\\>" in text
     assert "<b>" not in text
+
+
+def test_the_mean_over_categories_has_its_deviation_over_seeds() -> None:
+    values = {("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.6, ("b", 1): 1.0}
+    found = Report("data", [result(name, seed, of, None) for (name, seed), of in values.items()], [])
+    assert found.as_json()["mean"]["image_auroc_std"] == pytest.approx(np.std([0.4, 0.7], ddof=1))
+    assert found.as_json()["mean"]["pixel_auroc_std"] is None
+    assert REPORT.as_json()["mean"]["image_auroc_std"] is None
