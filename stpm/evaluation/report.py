@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -91,14 +92,20 @@ class Report:
 
         `_interval` beside an image metric has the ends of its 95 % interval over test sets, in the mean over seeds.
         """
+        return self._json
+
+    @cached_property
+    def _json(self) -> dict[str, Any]:
+        """Every form of the report is made of it."""
+        recipe = _in_common(dataclasses.asdict(result.model.recipe) for result in self.results)
         categories = {name: self._summary(name, results) for name, results in self.categories().items()}
         means = {key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED}
         means |= {f"{key}_std": self._deviation_of_mean(key) for key in METRICS}
         return {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "data": self.data,
-            "recipe": self._in_common(dataclasses.asdict(result.model.recipe) for result in self.results),
-            "protocol": self._protocol(),
+            "recipe": recipe,
+            "protocol": self._protocol(recipe),
             "categories": categories,
             "mean": means | {"categories": len(categories)},
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
@@ -112,13 +119,12 @@ class Report:
         whole = all(len(values) == len(self.categories()) and None not in values for values in by_seed.values())
         return _deviation([_mean(values) for values in by_seed.values()]) if whole else None
 
-    def _protocol(self) -> dict[str, Any]:
-        recipes = self._in_common(dataclasses.asdict(result.model.recipe) for result in self.results)
-        size = recipes.get("size")
+    def _protocol(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        size = recipe.get("size")
         at_model = f"model size ({size}×{size}): masks by nearest neighbour"
         return {
             "input_size": size,
-            "resize": f"{recipes.get('resize')}, bilinear with antialiasing",
+            "resize": f"{recipe.get('resize')}, bilinear with antialiasing",
             "image_score": "maximum of the anomaly map",
             "mask_resolution": at_model if self.masks_at == "model" else "original size: maps enlarged linearly",
             "mask_threshold": "above 0",
@@ -129,16 +135,6 @@ class Report:
             "of shares, Wilson's",
             "versions": library_versions(),
         }
-
-    @staticmethod
-    def _in_common(values: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Fields with their value, or "varies"; the seed, which does, left out."""
-        found: dict[str, Any] = {}
-        for each in values:
-            for name, value in each.items():
-                found[name] = value if found.setdefault(name, value) == value else "varies"
-        found.pop("seed", None)
-        return found
 
     def _summary(self, category: str, results: Sequence[Result]) -> dict[str, Any]:
         rows = [result.row() for result in results]
@@ -281,6 +277,16 @@ _PARQUET = pa.schema(
         ("model_id", pa.string()),
     ]
 )
+
+
+def _in_common(values: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Fields with their value, or "varies"; the seed, which does, left out."""
+    found: dict[str, Any] = {}
+    for each in values:
+        for name, value in each.items():
+            found[name] = value if found.setdefault(name, value) == value else "varies"
+    found.pop("seed", None)
+    return found
 
 
 def _measured(of: Measured) -> dict[str, Any]:

@@ -34,6 +34,10 @@ class Manifest:
     categories: tuple[str, ...]
     digest: str
 
+    def in_words(self) -> str:
+        """How many images, and how many doubles."""
+        return f"{self.rows} images{f', {self.doubles} doubles left out' if self.doubles else ''}"
+
 
 def of_test_images(categories: Sequence[Category]) -> Iterator[pa.Table]:
     """The labelled test images of some categories, a table for each."""

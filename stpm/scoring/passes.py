@@ -70,7 +70,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         of.target.clear()
         ledger.begin(of.identity)
     fixed = manifest.read(of.target.manifest) or manifest.write(of.rows(), of.target.manifest)
-    say(f"{fixed.rows} images{f', {fixed.doubles} doubles left out' if fixed.doubles else ''}")
+    say(fixed.in_words())
     records = _records(of.store, fixed.categories, say)
     if differences := ledger.bind({name: r.model_id for name, r in records.items()}, of.store.uri):
         _refuse_unless(replace, of.target, differences)

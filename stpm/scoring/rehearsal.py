@@ -78,8 +78,7 @@ def rehearse(of: Pass, say: Say) -> None:
     try:
         began = time.perf_counter()
         whole = manifest.write(of.rows(), listed)
-        doubles = f", {whole.doubles} doubles left out" if whole.doubles else ""
-        say(f"{whole.rows} images{doubles}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
+        say(f"{whole.in_words()}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
         target = dataclasses.replace(of.target, out=home, home=home)
         sample = dataclasses.replace(of, rows=lambda: evenly(listed, whole.rows, SAMPLE), target=target)
         began = time.perf_counter()
