@@ -16,6 +16,7 @@ from stpm import images
 from stpm.errors import DataError, ImageError
 from stpm.evaluation.category import ground_truth, read_rows
 from stpm.mvtec import GOOD
+from stpm.pages import jpeg
 from stpm.scoring.archives import read_uri
 from stpm.scoring.heatmaps import heat_over, written_heatmap
 from stpm.scoring.target import Target
@@ -61,7 +62,9 @@ def sheet(target: Target, category: str, view: images.View) -> bytes | None:
     page = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), _BACKGROUND)
     for place, cell in enumerate(cells):
         page.paste(cell, (_GAP + place % 2 * (width + _GAP), _GAP + place // 2 * (height + _GAP)))
-    return _encoded(page, "PNG")
+    sink = io.BytesIO()
+    page.save(sink, "PNG")
+    return sink.getvalue()
 
 
 def galleries(target: Target, category: str, view: images.View, most: int = _CELLS) -> dict[str, list[Tile]]:
@@ -82,7 +85,7 @@ def galleries(target: Target, category: str, view: images.View, most: int = _CEL
     }
     return {
         kind: [
-            Tile(row["uri"], row["label"], row["score"], row["is_anomalous"], _encoded(pair, "JPEG"))
+            Tile(row["uri"], row["label"], row["score"], row["is_anomalous"], jpeg(pair))
             for row, pair in _pairs(target, chosen, view, _SMALL, most)
         ]
         for kind, chosen in kinds.items()
@@ -148,9 +151,3 @@ def _outline(row: Row, seen: images.View) -> npt.NDArray[np.bool_]:
         mask = np.zeros((seen.size, seen.size), bool)
     edge: npt.NDArray[np.bool_] = mask & ~binary_erosion(mask, iterations=2)
     return edge
-
-
-def _encoded(image: Image.Image, kind: str) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, kind)
-    return sink.getvalue()

@@ -8,17 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from stpm import storage
 from stpm.evaluation import drawings, published
 from stpm.evaluation.category import AUPRO_LIMITS
 from stpm.evaluation.report import Report, Result
+from stpm.pages import jpeg_uri, template
 
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("stpm.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined
-)
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 # In the order of the table: what papers compare first.
@@ -51,7 +48,7 @@ def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
     """The page's HTML. Whatever comes from data is escaped; nothing is loaded, and no script but its own runs."""
     summary = report.as_json()
     of_category = report.categories()
-    text = _TEMPLATES.get_template("report.html").render(
+    text = template("evaluation/report.html").render(
         report=summary,
         metrics=METRICS,
         compared=published.METRICS if any(name in published.MVTEC_AD for name in of_category) else (),
@@ -92,7 +89,7 @@ def _galleries(result: Result) -> dict[str, list[dict[str, Any]]]:
     return {
         kind: [
             {
-                "picture": f"data:image/jpeg;base64,{base64.b64encode(tile.picture).decode()}",
+                "picture": jpeg_uri(tile.picture),
                 "name": "/".join(tile.uri.split("/")[-2:]),
                 "label": tile.label,
                 "score": f"{tile.score:.3g}",

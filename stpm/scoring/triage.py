@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import heapq
-import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jinja2
 from PIL import Image
 
 from stpm import images, storage
 from stpm.errors import DataError, ImageError
+from stpm.pages import jpeg, jpeg_uri, template
 from stpm.scoring.archives import read_uri
 from stpm.scoring.heatmaps import heat_over, written_heatmap
 from stpm.scoring.target import Target
 
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("stpm.scoring", "."), autoescape=True, undefined=jinja2.StrictUndefined
-)
 _HEATMAP = ["heatmap", "heatmap_png"]
 _COLUMNS = ["uri", "category", "score", "threshold", "p_value", "is_anomalous", "peak_x", "peak_y", *_HEATMAP]
 _TILE = 256
@@ -42,7 +37,7 @@ def write_triage(target: Target, most: int, views: Mapping[str, images.View]) ->
     with ThreadPoolExecutor(_READERS) as pool:
         pictures = list(pool.map(lambda row: _picture(target, row, views[row["category"]]), rows))
     shown = [row | {"picture": picture} for row, picture in zip(rows, pictures, strict=True)]
-    page = _TEMPLATES.get_template("triage.html").render(rows=shown, out=target.out)
+    page = template("scoring/triage.html").render(rows=shown, out=target.out)
     storage.publish(target.triage, page.encode())
     return len(rows)
 
@@ -55,10 +50,8 @@ def _picture(target: Target, row: Mapping[str, Any], view: images.View) -> str:
     except (ImageError, DataError, OSError):
         return ""
     pixels = heat_over(decoded.pixels, heat) if heat else decoded.pixels
-    sink = io.BytesIO()
     proportions = dataclasses.replace(view, size=_TILE).proportions(decoded.width, decoded.height)
-    Image.fromarray(pixels).resize(proportions).save(sink, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
+    return jpeg_uri(jpeg(Image.fromarray(pixels).resize(proportions)))
 
 
 def most_anomalous(target: Target, most: int) -> list[dict[str, Any]]:
