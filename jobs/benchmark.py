@@ -5,13 +5,14 @@ from stpm.cli import Job, run_job
 from stpm.evaluation.gate import GateOptions
 from stpm.evaluation.run import EvaluationOptions
 from stpm.fitting.pool import PoolOptions
+from stpm.placement import ClusterOptions
 from stpm.recipe import Recipe
 from stpm.scoring.pipeline import ScoreOptions
 
 JOB = Job(
     prog="benchmark.py",
     description=__doc__,
-    kinds=(BenchmarkOptions, Recipe, PoolOptions, ScoreOptions, EvaluationOptions, GateOptions),
+    kinds=(BenchmarkOptions, Recipe, PoolOptions, ScoreOptions, EvaluationOptions, GateOptions, ClusterOptions),
     run=run_benchmark,
     hidden=("seed",),
     defaults=demo_defaults,

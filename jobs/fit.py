@@ -3,9 +3,10 @@
 from stpm.cli import Job, run_job
 from stpm.fitting.pool import PoolOptions
 from stpm.fitting.run import FitOptions, run_fit
+from stpm.placement import ClusterOptions
 from stpm.recipe import Recipe
 
-JOB = Job("fit.py", __doc__, (FitOptions, Recipe, PoolOptions), run_fit)
+JOB = Job("fit.py", __doc__, (FitOptions, Recipe, PoolOptions, ClusterOptions), run_fit)
 
 if __name__ == "__main__":
     run_job(JOB)

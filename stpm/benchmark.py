@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from stpm import demo, storage
+from stpm import demo, mvtec, storage
 from stpm.cluster import connected
-from stpm.console import NOTHING_DONE, Say
+from stpm.console import ALL_DONE, NOTHING_DONE, Say
 from stpm.errors import ConfigError, DataError
 from stpm.evaluation.gate import Gate, GateOptions
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.evaluation.run import EvaluationOptions, conclude, evaluate_pass, problems_of
 from stpm.fitting.pool import PoolOptions
-from stpm.fitting.run import fit_categories, read_categories, warn_of_few_normals
+from stpm.fitting.run import fit_categories, plan_of, read_categories, warn_of_few_normals
 from stpm.models import ModelStore
 from stpm.mvtec import Category
 from stpm.options import Integers, Names, option
+from stpm.placement import ClusterOptions, on_cluster, say_plan
 from stpm.recipe import Recipe
 from stpm.scoring.ledger import Identity
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.passes import Pass, run_pass
-from stpm.scoring.pipeline import ScoreOptions
+from stpm.scoring.pipeline import ScoreOptions, planned
 from stpm.scoring.target import Target
 
 
@@ -63,6 +65,7 @@ def run_benchmark(
     scoring: ScoreOptions,
     evaluation: EvaluationOptions,
     gate: GateOptions,
+    cluster: ClusterOptions,
     say: Say,
 ) -> int:
     """The benchmark job. Returns its exit code: 0 all done, 2 something failed or fell short, 3 nothing could be done.
@@ -73,8 +76,27 @@ def run_benchmark(
     requirements = Gate.of(gate)
     out = storage.absolute(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
-    if not options.data:
-        demo.make(data)
+    with on_cluster(cluster, [data, out], say):
+        if not options.data:
+            demo.make(data)
+        if cluster.plan:
+            tasks = len(mvtec.find_categories(data, options.categories)) * len(options.seeds)
+            say_plan({"fits": plan_of(pool, tasks), "then scores": partial(planned, scoring)}, say)
+            return ALL_DONE
+        return _run(options, data, out, recipe, pool, scoring, evaluation, requirements, say)
+
+
+def _run(
+    options: BenchmarkOptions,
+    data: str,
+    out: str,
+    recipe: Recipe,
+    pool: PoolOptions,
+    scoring: ScoreOptions,
+    evaluation: EvaluationOptions,
+    requirements: Gate,
+    say: Say,
+) -> int:
     try:
         categories, unreadable = read_categories(data, options.categories, say)
     except DataError as error:

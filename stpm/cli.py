@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
-from stpm.console import USAGE, say
+from stpm.console import STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
 from stpm.errors import ConfigError, StpmError
 from stpm.options import Integers, Names
 from stpm.recipe import PRESETS, Preset, Recipe
@@ -24,6 +24,7 @@ _PRESET_HELP = (
     "`paper`: sgd 0.4, batch 32, 100 epochs; "
     "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. Defaults are shown for the preset that is chosen"
 )
+_LOG_HELP = "how lines are said: as text, or each as a JSON object with time, run, job, category and message"
 # Options that print something and exit: only once the preset has set the defaults.
 _SHOWING = ("--print-config", "--help", "-h")
 
@@ -67,10 +68,11 @@ class Job:
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse, make the dataclasses, run; returns the exit code. Raises StpmError."""
-        return self.run(*self.parse(argv), say)
+        *options, tell = self.parse(argv)
+        return self.run(*options, tell)
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
-        """One instance per kind.
+        """One instance per kind, and what the job says its lines with.
 
         Raises:
             ConfigError: if an option is unknown, or a value cannot be.
@@ -82,7 +84,8 @@ class Job:
         defaults |= self.defaults(values)
         parser.set_defaults({name: value for name, value in defaults.items() if name not in self.hidden})
         values = parser.parse_args(list(argv))
-        return [_made_from(kind, values) for kind in self.kinds]
+        tell: Say = JsonLines(self.prog.removesuffix(".py")) if values.log == "json" else say
+        return [*(_made_from(kind, values) for kind in self.kinds), tell]
 
     def _lists(self) -> list[str]:
         """The options that take several values."""
@@ -99,6 +102,7 @@ class Job:
             print_config="--print-config",
         )
         parser.add_argument("--config", action="config", help="YAML file that sets any of these options")
+        parser.add_argument("--log", type=Literal["text", "json"], default="text", help=_LOG_HELP)
         if Recipe in self.kinds:
             parser.add_argument("--preset", type=Preset, default="default", help=_PRESET_HELP)
         for kind in self.kinds:
@@ -111,8 +115,12 @@ class Job:
 
 def run_job(job: Job) -> NoReturn:
     """Run a job as a process: its exit code, and errors as one line on standard error."""
+    stop_on_signals()
     try:
         code = job(sys.argv[1:])
+    except Stopped as stopped:
+        print(f"stopped by {stopped}: what was done is kept; run the same command again to go on", flush=True)
+        code = STOPPED + stopped.number
     except StpmError as error:
         print(f"error: {error}", file=sys.stderr)
         code = USAGE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 # Read by Ray Train when it is imported: with its default a fit takes ten seconds longer to end.
@@ -16,7 +16,11 @@ import ray
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-_LEAST_CPUS = 2
+from stpm.console import stop_on_signals
+
+LEAST_CPUS = 2
+
+Resources = Mapping[str, float]
 
 # For processes that compute on a CPU. At its defaults the C library gives every large tensor back to the kernel and
 # takes a new one, and the kernel clears each page again: up to half of the time of a forward pass or a training step.
@@ -35,6 +39,16 @@ def beside_the_driver() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
+def working_nodes() -> list[Resources]:
+    """What each node of the connected cluster has, of those that take work: a head without CPUs does not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def is_shared() -> bool:
+    """Whether the connected cluster is one that others started: its nodes may come and go."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def connected() -> Iterator[None]:
     """Connected to Ray for the time of the block; a connection that was there before is left as it was."""
@@ -42,11 +56,13 @@ def connected() -> Iterator[None]:
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if is_shared():
         ray.init(**quiet)
     else:
         # The scoring pipeline needs a CPU beside the one that its scorer takes, so one core counts as two.
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, _LEAST_CPUS), include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, LEAST_CPUS), include_dashboard=False, **quiet)
+    # Ray put its own handler in the place of ours.
+    stop_on_signals()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

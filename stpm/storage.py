@@ -267,10 +267,10 @@ def glob(uri: str) -> list[str]:
     return sorted(_uri(fs, name) for name, info in found.items() if info["type"] == "file")
 
 
-def parquet(table: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file."""
+def parquet(table: pa.Table, row_group: int | None = None) -> bytes:
+    """A table as the bytes of a Parquet file, in row groups of so many rows."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, row_group_size=row_group)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
@@ -278,6 +278,28 @@ def parquet(table: pa.Table) -> bytes:
 def read_table(uri: str) -> pa.Table:
     """A stored Parquet file as a table. Raises as `read` does."""
     return pq.read_table(pa.BufferReader(read(uri)))
+
+
+def read_row_group(uri: str, number: int) -> pa.Table:
+    """One row group of a stored Parquet file, without reading the others. Raises as `read` does."""
+    fs, path = filesystem(uri)
+
+    def act() -> pa.Table:
+        with fs.open(path) as file:
+            return pq.ParquetFile(file).read_row_group(number)
+
+    return _with_patience(uri, act)
+
+
+def count_rows(uri: str) -> int:
+    """Rows of a stored Parquet file, from its end alone. Raises as `read` does."""
+    fs, path = filesystem(uri)
+
+    def act() -> int:
+        with fs.open(path) as file:
+            return int(pq.ParquetFile(file).metadata.num_rows)
+
+    return _with_patience(uri, act)
 
 
 def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -9,7 +9,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from stpm.fitting.pool import PoolOptions, scaling, shared_out
-from stpm.scoring.pipeline import ScorerPool
+from stpm.placement import first_bundle
+from stpm.scoring.pipeline import STAGE_CPUS, ScorerPool
 from tests.conftest import REPOSITORY
 
 
@@ -36,12 +37,29 @@ def test_both_pools_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
     gpu = config["available_node_types"]["gpu"]
     nodes = gpu["max_workers"]
     assert 1 <= nodes <= config["max_workers"]
-    resources = {name: float(amount * nodes) for name, amount in gpu["resources"].items()}
     each = [{name: float(amount) for name, amount in gpu["resources"].items()}] * nodes
-    assert scaling(shared_out(PoolOptions(), each, 100), each, tasks=100).num_workers == nodes
-    pool = ScorerPool.of(0, resources, blocks=100)
+    assert scaling(shared_out(PoolOptions(), each, 100), each, tasks=100, grows=False).num_workers == nodes
+    pool = ScorerPool.of(0, each, blocks=100, grows=False)
     assert (pool.size, pool.num_gpus) == (nodes, 1.0)
-    assert pool.num_cpus * pool.size < resources["CPU"] - 1
+    assert pool.num_cpus + 8 * STAGE_CPUS <= gpu["resources"]["CPU"]
+
+
+def test_from_nothing_the_node_that_is_asked_for_is_one_that_there_is(config: dict[str, Any]) -> None:
+    kinds = config["available_node_types"]
+    assert all(kinds[name]["min_workers"] == 0 for name in ("gpu", "cpu"))
+    for first in ("gpu", "cpu"):
+        wanted = first_bundle(first)
+        assert all(kinds[first]["resources"].get(kind, 0) >= amount for kind, amount in wanted.items())
+
+
+def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
+    cpu = config["available_node_types"]["cpu"]
+    assert "GPU" not in cpu["resources"]
+    assert cpu["resources"]["CPU"] >= STAGE_CPUS
+    assert (
+        scaling(PoolOptions(cpus_per_worker=1), [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}], 9, grows=False).num_workers
+        == 1
+    )
 
 
 def test_every_node_demands_the_token(config: dict[str, Any]) -> None:

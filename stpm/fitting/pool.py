@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from stpm import storage
-from stpm.cluster import KEEPING_MEMORY, beside_the_driver
+from stpm.cluster import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, working_nodes
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.queue import WAIT, Event, TaskQueue
 from stpm.fitting.task import FitTask, Outcome
@@ -32,8 +32,6 @@ _SHARE_OF_MEMORY = 0.5
 # A student this small gains little from more.
 _MOST_THREADS = 8
 _SHOWN_NODES = 4
-
-Resources = Mapping[str, float]
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +59,11 @@ class PoolOptions:
     checkpoint_seconds: float = option(
         30.0, "seconds between checkpoints of a fit, at the end of an epoch; 0: every epoch"
     )
+    resize_seconds: float = option(
+        60.0,
+        "seconds between looks for nodes that came to the cluster; taking one in starts all workers anew, from their "
+        "checkpoints",
+    )
     tensorboard: str = option(
         "", "local folder for TensorBoard's event files, one run per seed and category; none: not written"
     )
@@ -78,6 +81,8 @@ class PoolOptions:
             raise ConfigError(f"memory-gib is {self.memory_gib}; give a number above 0, or 0 for the worker's share")
         if self.checkpoint_seconds < 0:
             raise ConfigError(f"checkpoint-seconds is {self.checkpoint_seconds}; give 0 or more")
+        if not self.resize_seconds > 0:
+            raise ConfigError(f"resize-seconds is {self.resize_seconds}; give more than 0")
 
 
 def shared_out(options: PoolOptions, nodes: Sequence[Resources], tasks: int) -> PoolOptions:
@@ -89,28 +94,30 @@ def shared_out(options: PoolOptions, nodes: Sequence[Resources], tasks: int) -> 
     if options.cpus_per_worker:
         return options
     wanted = options.workers or tasks
-    most = _places(options, nodes, 1)
+    use_gpu = _use_gpu(options, nodes)
+    most = _places(options, nodes, 1, use_gpu)
     for cpus in range(_MOST_THREADS, 1, -1):
-        if _places(options, nodes, cpus) >= min(wanted, most) > 0:
+        if _places(options, nodes, cpus, use_gpu) >= min(wanted, most) > 0:
             return dataclasses.replace(options, cpus_per_worker=cpus)
     return dataclasses.replace(options, cpus_per_worker=1)
 
 
-def scaling(options: PoolOptions, nodes: Sequence[Resources], tasks: int) -> ScalingConfig:
+def scaling(options: PoolOptions, nodes: Sequence[Resources], tasks: int, *, grows: bool) -> ScalingConfig:
     """The worker group that these nodes and this many tasks call for.
 
     Args:
         options: with the CPUs that a worker takes.
-        nodes: what each node has.
+        nodes: what each node has, of those that take work.
         tasks: what there is to do.
+        grows: nodes may come and go: the group goes on with those that are there, and takes in others.
 
     Raises:
         ConfigError: if not even one worker fits, or not as many as are wanted.
     """
-    fits = _places(options, nodes, options.cpus_per_worker)
-    wanted = options.workers or fits
     use_gpu = _use_gpu(options, nodes)
-    if wanted < 1 or wanted > fits:
+    fits = _places(options, nodes, options.cpus_per_worker, use_gpu)
+    wanted = options.workers or fits
+    if fits < 1 or (wanted > fits and not grows):
         have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes[:_SHOWN_NODES])
         raise ConfigError(
             f"{max(wanted, 1)} workers of {options.cpus_per_worker} CPUs"
@@ -118,25 +125,35 @@ def scaling(options: PoolOptions, nodes: Sequence[Resources], tasks: int) -> Sca
             "lower --workers, --cpus-per-worker or --gpus-per-worker"
         )
     per_worker = {"CPU": float(options.cpus_per_worker)} | ({"GPU": options.gpus_per_worker} if use_gpu else {})
-    return ScalingConfig(num_workers=min(wanted, tasks), use_gpu=use_gpu, resources_per_worker=per_worker)
+    if not grows:
+        return ScalingConfig(num_workers=min(wanted, tasks), use_gpu=use_gpu, resources_per_worker=per_worker)
+    return ScalingConfig(
+        num_workers=(1, min(options.workers or tasks, tasks)),
+        use_gpu=use_gpu,
+        resources_per_worker=per_worker,
+        elastic_resize_monitor_interval_s=options.resize_seconds,
+    )
 
 
 def _use_gpu(options: PoolOptions, nodes: Sequence[Resources]) -> bool:
     return options.gpus_per_worker > 0 and any(node.get("GPU", 0) > 0 for node in nodes)
 
 
-def _places(options: PoolOptions, nodes: Sequence[Resources], cpus: int) -> int:
+def _places(options: PoolOptions, nodes: Sequence[Resources], cpus: int, use_gpu: bool) -> int:
     """How many workers of so many CPUs the nodes hold: a worker is never split over two."""
     places = [int(node.get("CPU", 0) // cpus) for node in nodes]
-    if _use_gpu(options, nodes):
+    if use_gpu:
         shares = [int(node.get("GPU", 0) / options.gpus_per_worker + 1e-9) for node in nodes]
         places = [min(pair) for pair in zip(places, shares, strict=True)]
     return sum(places)
 
 
-def node_resources() -> list[Resources]:
-    """What each node of the connected cluster has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def planned(options: PoolOptions, nodes: Sequence[Resources], tasks: int, node: Resources) -> str:
+    """What would be fitted on a node of these, in words."""
+    shared = shared_out(options, nodes, tasks)
+    places = min(_places(shared, [node], shared.cpus_per_worker, _use_gpu(options, nodes)), shared.workers or tasks)
+    gpus = f", {options.gpus_per_worker:g} GPU" if _use_gpu(options, nodes) else ""
+    return f"{places} at once, {shared.cpus_per_worker} CPUs{gpus} each" if places else ""
 
 
 def run_pool(
@@ -160,7 +177,7 @@ def run_pool(
         train_loop_config={"queue": queue, "options": options},
         # Workers never speak to each other: gloo starts on every device, and on shared ones.
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=scaling(options, node_resources(), len(tasks)),
+        scaling_config=scaling(options, working_nodes(), len(tasks), grows=is_shared()),
         run_config=RunConfig(
             name=f"fit-{uuid.uuid4().hex[:8]}",
             storage_path=path,
@@ -198,8 +215,9 @@ def _work(config: dict[str, Any]) -> None:
     memory, device_memory = _memory(options, assigned)
     limits = Limits(memory, device_memory, options.checkpoint_seconds)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
+    size = ray.train.get_context().get_world_size()
     stop = threading.Event()
-    while (task := ray.get(queue.take.remote(group))) is not None:
+    while (task := ray.get(queue.take.remote(group, size))) is not None:
         if task == WAIT:
             stop.wait(_POLL_SECONDS)
             continue

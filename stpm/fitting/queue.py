@@ -2,6 +2,7 @@
 
 When a worker process dies, Ray Train restarts the whole group, and every task that was running is suspect, though
 at most one is guilty. So a suspect runs again alone; one that then dies in company of nobody is set aside.
+A group that comes back with another number of workers lost a node, or gained one: no task is to blame.
 """
 
 from __future__ import annotations
@@ -26,17 +27,22 @@ class TaskQueue:
         self._running: dict[str, FitTask] = {}
         self._deaths: dict[str, int] = {}
         self._group = ""
+        self._size = 0
         self._events: list[Event] = []
 
-    def take(self, group: str) -> FitTask | Literal["wait"] | None:
+    def take(self, group: str, size: int) -> FitTask | Literal["wait"] | None:
         """A task for a worker of a group, "wait" if there may be one later, None if all are done.
 
         Args:
-            group: names one start of the worker group; a new name says that the last one died.
+            group: names one start of the worker group; a new name says that the last one ended.
+            size: number of workers in the group.
         """
         if group != self._group:
-            self._group = group
-            self._suspect_running()
+            if size == self._size:
+                self._suspect_running()
+            else:
+                self._put_back_running()
+            self._group, self._size = group, size
         if self._waiting and not self._alone():
             task = self._waiting.pop()
         elif self._suspects and not self._running:
@@ -59,6 +65,10 @@ class TaskQueue:
 
     def _alone(self) -> bool:
         return any(key in self._deaths for key in self._running)
+
+    def _put_back_running(self) -> None:
+        self._waiting = sorted([*self._waiting, *self._running.values()], key=lambda task: task.cost)
+        self._running.clear()
 
     def _suspect_running(self) -> None:
         alone = len(self._running) == 1

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from stpm import mvtec, storage
 from stpm.calibration import check_rate, shortfall
-from stpm.cluster import connected
-from stpm.console import NOTHING_DONE, Say, exit_code, show, watched
+from stpm.cluster import Resources, connected, working_nodes
+from stpm.console import ALL_DONE, NOTHING_DONE, Line, Say, exit_code, show, watched
 from stpm.errors import ConfigError, DataError
 from stpm.fitting.event_files import EventFiles
-from stpm.fitting.pool import PoolOptions, node_resources, run_pool, shared_out
+from stpm.fitting.pool import PoolOptions, planned, run_pool, shared_out
 from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
@@ -20,6 +20,7 @@ from stpm.fitting.worker import existing_model
 from stpm.models import ModelStore
 from stpm.networks import load_teacher
 from stpm.options import Names, option
+from stpm.placement import ClusterOptions, on_cluster, say_plan
 from stpm.recipe import Recipe
 
 _LISTERS = 16
@@ -81,11 +82,12 @@ def fit_categories(
             waiting.append(task)
         else:
             outcomes.append(Outcome.done(task, record, "reused"))
-            say(f"{task.key}: model {record.model_id} is there already, with this recipe and these images")
+            line = f"{task.key}: model {record.model_id} is there already, with this recipe and these images"
+            say(Line(line, task.category))
     if waiting:
         scratch = storage.join(next(iter(stores.values())), ".train")
         with connected():
-            shared = shared_out(pool, node_resources(), len(tasks))
+            shared = shared_out(pool, working_nodes(), len(tasks))
             outcomes += run_pool(waiting, shared, scratch, _listener(waiting, pool, say))
     return outcomes
 
@@ -101,6 +103,11 @@ def _listener(tasks: Sequence[FitTask], pool: PoolOptions, say: Say) -> Callable
         tell(event)
 
     return both
+
+
+def plan_of(pool: PoolOptions, tasks: int) -> Callable[[Resources], str]:
+    """What a node of the connected cluster would fit of so many tasks, in words."""
+    return lambda node: planned(pool, working_nodes(), tasks, node)
 
 
 def warn_of_few_normals(outcomes: Sequence[Outcome], false_alarm_rate: float, say: Say) -> None:
@@ -128,21 +135,29 @@ def read_categories(root: str, wanted: Sequence[str], say: Say) -> tuple[list[mv
         found = dict(zip(names, pool.map(read, names), strict=True))
     failures = {name: str(result) for name, result in found.items() if isinstance(result, DataError)}
     for name, reason in failures.items():
-        say(f"{name}: failed: {reason}")
+        say(Line(f"{name}: failed: {reason}", name))
     return [result for result in found.values() if isinstance(result, mvtec.Category)], failures
 
 
-def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, say: Say) -> int:
+def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, cluster: ClusterOptions, say: Say) -> int:
     """The fit job. Returns its exit code: 0 all fitted, 2 some categories failed, 3 none could be fitted.
 
     Raises:
         ConfigError: if the options cannot be run at all.
     """
+    with on_cluster(cluster, [options.data, options.models], say):
+        return _fit(options, recipe, pool, cluster.plan, say)
+
+
+def _fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, plan: bool, say: Say) -> int:
     try:
         categories, failures = read_categories(storage.absolute(options.data), options.categories, say)
     except DataError as error:
         say(f"error: {error}")
         return NOTHING_DONE
+    if plan:
+        say_plan({"fits": plan_of(pool, len(categories))}, say)
+        return ALL_DONE
     outcomes = (
         fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, say)
         if categories

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from stpm.console import Say, duration
+from stpm.console import Line, Say, duration
 from stpm.fitting.queue import Event
 from stpm.fitting.task import Epoch, FitTask, Outcome
 
@@ -105,7 +105,7 @@ class Teller:
         return line
 
     def _line(self, key: str, text: str) -> None:
-        self._say(f"{key:<{self._width}}  {text}")
+        self._say(Line(f"{key:<{self._width}}  {text}", self._tasks[key].category))
 
 
 def _several(losses: Iterable[float]) -> str:

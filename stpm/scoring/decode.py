@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,9 @@ import pyarrow as pa
 
 from stpm import images
 from stpm.errors import ImageError
-from stpm.scoring import archives
+from stpm.scoring import archives, meters
 from stpm.scoring.archives import Place
+from stpm.scoring.progress import Done
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_carried
 from stpm.scoring.time_limit import run_within
 
@@ -26,11 +28,17 @@ class Decode:
         views: what each category's model sees; a category that is not among them has no model.
         seconds: that fetching and decoding one image may take.
         fetchers: images that one task fetches at a time.
+        report: told of the CPU time that each batch took; None tells nobody.
     """
 
     def __init__(
-        self, views: Mapping[str, images.View], seconds: float = IMAGE_SECONDS, fetchers: int = _FETCHERS
+        self,
+        views: Mapping[str, images.View],
+        seconds: float = IMAGE_SECONDS,
+        fetchers: int = _FETCHERS,
+        report: Callable[[Done], None] | None = None,
     ) -> None:
+        self._report = report
         self._views = dict(views)
         self._seconds = seconds
         self._fetchers = fetchers
@@ -40,7 +48,12 @@ class Decode:
         late: images.Decoded | ImageError = ImageError(
             "timeout", f"not fetched and decoded within {self._seconds:g} s; see --image-seconds"
         )
+        began = time.process_time()
         results = run_within(self._seconds, self._fetchers, tasks, late)
+        computed = time.process_time() - began
+        meters.spent("decode", computed)
+        if self._report:
+            self._report(Done(decode_seconds=computed))
         columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in MANIFEST.names}
         good = [r if isinstance(r, images.Decoded) else None for r in results]
         columns["pixels"] = [r.pixels.tobytes() if r else b"" for r in good]

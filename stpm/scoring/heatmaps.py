@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -13,7 +14,9 @@ import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
+from stpm.errors import DataError
 from stpm.images import Pixels, View
+from stpm.scoring import meters
 from stpm.scoring.progress import Done
 from stpm.scoring.schema import OUTPUT, SCORED, with_carried
 
@@ -95,16 +98,33 @@ class WriteHeatmaps:
         self._place = place
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        began = time.process_time()
         rows = batch.select([name for name in SCORED.names if name != "anomaly_map"]).to_pylist()
         with ThreadPoolExecutor(_WRITERS) as pool:
             pictures = list(pool.map(self._pictures, rows))
         columns: dict[str, Any] = {name: batch[name] for name in OUTPUT.names if name in batch.schema.names}
         for name in _NO_PICTURES:
             columns[name] = pa.array([picture[name] for picture in pictures], OUTPUT.field(name).type)
+        result = with_carried(pa.table([columns[name] for name in OUTPUT.names], schema=OUTPUT), batch)
+        computed = time.process_time() - began
+        meters.spent("encode", computed)
+        meters.count_images(
+            (row["category"] if row["model_id"] else "", row["error_kind"], bool(row["is_anomalous"])) for row in rows
+        )
         if self._report:
             errors = sum(bool(row["error_kind"]) for row in rows)
-            self._report(Done(batch.num_rows, errors, sum(bool(row["is_anomalous"]) for row in rows)))
-        return with_carried(pa.table([columns[name] for name in OUTPUT.names], schema=OUTPUT), batch)
+            anomalous = sum(bool(row["is_anomalous"]) for row in rows)
+            self._report(Done(batch.num_rows, errors, anomalous, encode_seconds=computed))
+        return result
+
+    def partitioned(self, batch: pa.Table) -> pa.Table:
+        """The same, for rows that go to a folder per category: null where the name cannot be that of a folder.
+
+        No model has such a name, so what it names are rows with an error.
+        """
+        result = self(batch)
+        names = [_as_folder(name) for name in result["category"].to_pylist()]
+        return result.set_column(result.schema.get_field_index("category"), "category", pa.array(names, pa.string()))
 
     def _pictures(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Of one row: the columns that name or hold its pictures."""
@@ -138,6 +158,13 @@ def written_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
     if row["heatmap"]:
         return storage.read(storage.join(out, row["heatmap"]))
     return row["heatmap_png"] or b""
+
+
+def _as_folder(category: str) -> str | None:
+    try:
+        return storage.safe_name(category, "category")
+    except DataError:
+        return None
 
 
 def _png(image: Image.Image) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
@@ -25,6 +25,7 @@ class Identity:
     raw_maps: bool
     overlay: bool = False
     heatmaps_in: str = "files"
+    partition_by: str = "none"
     category: str = ""
     category_from: str = ""
     allow: tuple[str, ...] = ()
@@ -44,6 +45,34 @@ class Counts:
     @property
     def failed(self) -> int:
         return sum(self.errors.values())
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What one run took; an earlier one may have scored other images of the pass.
+
+    Args:
+        images: that it scored.
+        seconds: from its start to its end.
+        steady_images_per_second: once it was under way.
+        decode_seconds: of a CPU core, for fetching and decoding.
+        forward_seconds: of the scorers' devices: of a CPU core, or of a GPU.
+        encode_seconds: of a CPU core, for heatmaps.
+        device: of the scorers.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    steady_images_per_second: float = 0.0
+    decode_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    device: Literal["cpu", "gpu"] = "cpu"
+
+    @property
+    def images_per_second(self) -> float:
+        """From its start to its end."""
+        return self.images / self.seconds if self.seconds else 0.0
 
 
 class Ledger:
@@ -97,27 +126,21 @@ class Ledger:
             return None
         return Counts(**self._require()["counts"])
 
-    def finish(self, counts: Counts, seconds: float, rows_now: int, device_seconds: float, speed: float) -> None:
-        """Write the counts, and `_SUCCESS` last.
-
-        Args:
-            counts: of the whole pass.
-            seconds: that this run took.
-            rows_now: that this run scored; an earlier one may have scored the others.
-            device_seconds: that this run's scorers computed, all of them together.
-            speed: images per second once the run was under way.
-        """
-        overall = rows_now / seconds if seconds else 0.0
-        result = {"counts": asdict(counts), "ended": _now(), "seconds": round(seconds, 3)}
-        result["device_seconds"] = round(device_seconds, 3)
-        result |= {"images_per_second": round(overall, 3), "steady_images_per_second": round(speed, 3)}
-        self._write(self._require() | result)
+    def finish(self, counts: Counts, effort: Effort) -> None:
+        """Write the counts of the whole pass and what its last run took, and `_SUCCESS` last."""
+        self._write(self._require() | {"counts": asdict(counts), "ended": _now(), "effort": asdict(effort)})
         storage.publish(self._success_uri, b"")
 
-    def speed(self) -> tuple[float, float]:
-        """Images per second of the last run that ended the pass: overall, and once it was under way."""
-        values = self._require()
-        return values["images_per_second"], values["steady_images_per_second"]
+    def effort(self) -> Effort:
+        """What the run took that ended the pass.
+
+        Raises:
+            DataError: if it has not ended.
+        """
+        values = self._read() or {}
+        if "effort" not in values:
+            raise DataError(f"{self.run_uri}: no record of a pass that has ended; run the score job first")
+        return Effort(**values["effort"])
 
     def clear(self) -> None:
         """Forget the pass. `_SUCCESS` goes first."""

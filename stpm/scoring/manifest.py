@@ -18,6 +18,11 @@ from stpm.mvtec import Category
 from stpm.scoring.schema import MANIFEST, carried, table
 
 _WHOLE = "manifest.json"
+# A row group of a shard, and so the images that one decoding task takes.
+BLOCK_ROWS = 64
+
+# URI of a Parquet file, and the rows in it.
+Shard = tuple[str, int]
 
 
 def image_id(uri: str) -> int:
@@ -87,7 +92,7 @@ def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:
         kept = chunk.set_column(0, MANIFEST.field("image_id"), pa.array(ids)).filter(pa.array(new))
         if not kept.num_rows:
             continue
-        data = storage.parquet(kept)
+        data = storage.parquet(kept, BLOCK_ROWS)
         digest.update(data)
         written.append((storage.join(folder, f"{len(written):06}.parquet"), carried(kept.schema)))
         storage.publish(written[-1][0], data)
@@ -95,7 +100,7 @@ def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:
         categories.update(kept["category"].unique().to_pylist())
     for uri, names in written:
         if names != list(own):
-            storage.publish(uri, storage.parquet(_with_columns(uri, own)))
+            storage.publish(uri, storage.parquet(_with_columns(uri, own), BLOCK_ROWS))
     found = Manifest(rows, doubles, tuple(sorted(categories)), digest.hexdigest())
     storage.publish(storage.join(folder, _WHOLE), json.dumps(asdict(found), indent=2).encode())
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from stpm.errors import ConfigError, ModelError
 from stpm.models import ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
-from stpm.scoring.ledger import Counts, Identity, Ledger
+from stpm.scoring.ledger import Counts, Effort, Identity, Ledger
 from stpm.scoring.pipeline import ScoreOptions, score_shards
-from stpm.scoring.progress import Done, Progress
+from stpm.scoring.progress import Progress
 from stpm.scoring.remaining import remaining_shards
 from stpm.scoring.target import Target
 
@@ -80,19 +81,20 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         of.target.clear_state()
         return counts
     start = time.perf_counter()
-    done, speed = Done(), 0.0
+    effort = Effort()
     with connected():
-        shards, left = remaining_shards(of.target, fixed.rows)
+        shards = remaining_shards(of.target)
+        left = sum(rows for _, rows in shards)
         if left < fixed.rows:
             say(f"{fixed.rows - left} are scored already, {left} are left")
         if left:
             views = {name: record.recipe.view for name, record in records.items()}
             progress = Progress(left, say, show if watched() else None)
-            done, speed = score_shards(shards, left, views, of.store, of.options, of.target, progress)
+            effort = score_shards(shards, views, of.store, of.options, of.target, progress)
     counts = count(of.target)
     if counts.rows != fixed.rows:
         raise ConfigError(f"{counts.rows} rows in {of.target.scores} for {fixed.rows} images; run again with --fresh")
-    ledger.finish(counts, time.perf_counter() - start, left, done.device_seconds, speed)
+    ledger.finish(counts, dataclasses.replace(effort, seconds=round(time.perf_counter() - start, 3)))
     of.target.clear_state()
     return counts
 
@@ -105,6 +107,7 @@ def count(target: Target) -> Counts:
     categories: dict[str, dict[str, int]] = {}
     for batch in target.dataset().to_batches(columns):
         table = pa.Table.from_batches([batch])
+        table = table.set_column(0, "category", pc.fill_null(table["category"], ""))
         rows += table.num_rows
         anomalous += pc.sum(table["is_anomalous"]).as_py() or 0
         size += pc.sum(table["bytes"]).as_py() or 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,21 +16,21 @@ from ray.data.datasource import FilenameProvider
 
 from stpm import storage
 from stpm.calibration import check_rate
-from stpm.cluster import KEEPING_MEMORY
+from stpm.cluster import KEEPING_MEMORY, Resources, is_shared, working_nodes
 from stpm.errors import ConfigError
 from stpm.images import View
 from stpm.models import ModelStore
 from stpm.options import option
+from stpm.scoring.blocks import ManifestBlocks
 from stpm.scoring.decode import IMAGE_SECONDS, Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
-from stpm.scoring.progress import Done, Progress, followed
+from stpm.scoring.ledger import Effort
+from stpm.scoring.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.progress import Progress, followed
 from stpm.scoring.scorer import FIRST_BATCH, LARGEST_BATCH, Scorer
 from stpm.scoring.target import Target
 
-# Ray's read and repartition tasks ask for a whole CPU each: if the actors took all, nothing would ever move.
-_SPARE_CPUS = 1
 STAGE_CPUS = 0.25
-_BLOCK_ROWS = 64
 _STAGE_ROWS = 16
 
 
@@ -71,45 +73,71 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class ScorerPool:
-    """The actors that score: how many, and what each takes of its node."""
+    """The actors that score: how many, how many there may be when nodes come, and what each takes of its node."""
 
     size: int
+    most: int
     num_cpus: float
     num_gpus: float
 
     @classmethod
-    def of(cls, scorers: int, resources: dict[str, float], blocks: int) -> ScorerPool:
+    def of(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
         """The pool for a cluster and a number of blocks to score.
+
+        Args:
+            scorers: as many as are wanted; 0: one per GPU, or without GPUs one per CPU core.
+            nodes: what each node has, of those that take work.
+            blocks: that there are to score.
+            grows: nodes may come while it runs.
 
         Raises:
             ConfigError: if the wanted scorers do not fit.
         """
-        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        if cpus <= _SPARE_CPUS:
-            raise ConfigError(f"the cluster has {cpus} CPUs; scoring needs {_SPARE_CPUS} beside one for the scorers")
-        most = gpus or cpus
-        if scorers > most:
-            raise ConfigError(f"{scorers} scorers do not fit {most} {'GPUs' if gpus else 'CPU cores'}; lower --scorers")
-        size = min(scorers or most, max(blocks, 1))
-        # One thread each: on a CPU one actor per core beats fewer with more threads.
-        share = (cpus - _SPARE_CPUS) / max(size, cpus)
-        return cls(size, share, 1.0 if gpus else 0.0)
+        cpus, gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
+        fits = gpus or cpus
+        if not fits:
+            raise ConfigError("the cluster has no node with a CPU; scoring needs one")
+        if scorers > fits and not grows:
+            raise ConfigError(f"{scorers} scorers do not fit {fits} {'GPUs' if gpus else 'CPU cores'}; lower --scorers")
+        size = min(scorers or fits, fits, max(blocks, 1))
+        most = max(scorers or blocks, size) if grows else size
+        return cls(size, most, _share(nodes, bool(gpus)), 1.0 if gpus else 0.0)
+
+
+def _share(nodes: Sequence[Resources], gpus: bool) -> float:
+    """CPUs that a scorer takes, so that one goes to each GPU or core and the other stages find room beside them.
+
+    On a CPU each computes in one thread: an actor per core beats fewer with more threads.
+    """
+    if gpus:
+        return min(1.0, *((node["CPU"] - STAGE_CPUS) / node["GPU"] for node in nodes if node.get("GPU", 0) > 0))
+    most = max(int(node["CPU"]) for node in nodes)
+    # Just so much that no node has room for one more than it has cores.
+    return min(math.floor(100 * most / (most + 1) + 1), 99) / 100
+
+
+def planned(options: ScoreOptions, node: Resources) -> str:
+    """What would score on a node of the connected cluster, and how much could be prepared beside it, in words."""
+    pool = ScorerPool.of(options.scorers, working_nodes(), sys.maxsize, grows=is_shared())
+    cpus = node.get("CPU", 0)
+    here = min(pool.size, int(node.get("GPU", 0)) if pool.num_gpus else int(cpus))
+    scorers = f"{here} scorers of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; " if here else ""
+    beside = int((cpus - here * pool.num_cpus) / STAGE_CPUS)
+    return f"{scorers}{beside} tasks that fetch, decode and write" if cpus else ""
 
 
 def score_shards(
-    shards: Sequence[str],
-    rows: int,
+    shards: Sequence[Shard],
     views: Mapping[str, View],
     store: ModelStore,
     options: ScoreOptions,
     target: Target,
     progress: Progress,
-) -> tuple[Done, float]:
+) -> Effort:
     """Score every row of some manifest shards and write one output row each. Needs a connection to Ray.
 
     Args:
-        shards: URIs of Parquet files of schema MANIFEST, with the user's own columns.
-        rows: how many they hold.
+        shards: of schema MANIFEST, with the user's own columns.
         views: what each category's model sees; rows of any other category become rows with an error.
         store: the models.
         options: how.
@@ -117,25 +145,23 @@ def score_shards(
         progress: told how far it is.
 
     Returns:
-        What the stages reported, and their steady speed in images per second.
+        What it took, from the first image on; `seconds` is not filled in.
 
     Raises:
         ConfigError: if the scorers do not fit the cluster.
     """
-    pool = ScorerPool.of(options.scorers, ray.cluster_resources(), -(-rows // _BLOCK_ROWS))
+    blocks = ManifestBlocks(shards)
+    pool = ScorerPool.of(options.scorers, working_nodes(), len(blocks), grows=is_shared())
     overlays = views if target.overlays else {}
-    filesystem, _ = storage.arrow_filesystem(target.manifest)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     pictures = f"heatmaps/{target.name}"
     with _checkpointed(target), followed(progress) as report:
         write = WriteHeatmaps(target.out, pictures, target.heatmaps, overlays, target.heatmaps_in, report)
+        of_each = write.partitioned if target.partition_by == "category" else write.__call__
         (
-            ray.data.read_parquet(
-                [storage.arrow_filesystem(uri)[1] for uri in shards], filesystem=filesystem, num_cpus=STAGE_CPUS
-            )
-            .repartition(target_num_rows_per_block=_BLOCK_ROWS)
+            ray.data.read_datasource(blocks, override_num_blocks=len(blocks), num_cpus=STAGE_CPUS)
             .map_batches(
-                Decode(views, options.image_seconds).__call__,
+                Decode(views, options.image_seconds, report=report).__call__,
                 batch_format="pyarrow",
                 batch_size=_STAGE_ROWS,
                 num_cpus=STAGE_CPUS,
@@ -151,7 +177,7 @@ def score_shards(
                     0,
                     report,
                 ),
-                compute=ActorPoolStrategy(size=pool.size),
+                compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.most),
                 batch_format="pyarrow",
                 batch_size=LARGEST_BATCH if pool.num_gpus else FIRST_BATCH,
                 num_cpus=pool.num_cpus,
@@ -159,7 +185,7 @@ def score_shards(
                 runtime_env=KEEPING_MEMORY,
             )
             .map_batches(
-                write.__call__,
+                of_each,
                 batch_format="pyarrow",
                 batch_size=_STAGE_ROWS,
                 num_cpus=STAGE_CPUS,
@@ -167,12 +193,21 @@ def score_shards(
             .write_parquet(
                 out_path,
                 filesystem=out_filesystem,
+                partition_cols=["category"] if target.partition_by == "category" else None,
                 filename_provider=FilenameProvider(target.name, "parquet"),
-                min_rows_per_file=min(options.rows_per_file, _BLOCK_ROWS) if target.raw_maps else options.rows_per_file,
+                min_rows_per_file=min(options.rows_per_file, BLOCK_ROWS) if target.raw_maps else options.rows_per_file,
                 ray_remote_args={"num_cpus": STAGE_CPUS},
             )
         )
-        return report.total(), report.speed()
+        done = report.total()
+        return Effort(
+            images=sum(rows for _, rows in shards),
+            steady_images_per_second=round(report.speed(), 3),
+            decode_seconds=round(done.decode_seconds, 3),
+            forward_seconds=round(done.forward_seconds, 3),
+            encode_seconds=round(done.encode_seconds, 3),
+            device="gpu" if pool.num_gpus else "cpu",
+        )
 
 
 @contextmanager

@@ -18,15 +18,17 @@ _LOG_SECONDS = 5.0
 
 
 class Done(NamedTuple):
-    """Rows that came through, and those of them that are errors or anomalous; seconds that scorers computed.
+    """Rows that came through, and those of them that are errors or anomalous; seconds that each stage computed.
 
-    A task that ran twice counts twice.
+    Seconds are those of a CPU core, but for the forward pass on a GPU. A task that ran twice counts twice.
     """
 
     rows: int = 0
     errors: int = 0
     anomalous: int = 0
-    device_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    encode_seconds: float = 0.0
 
     def __add__(self, other: tuple[Any, ...]) -> Done:
         return Done(*(a + b for a, b in zip(self, other, strict=True)))

@@ -84,8 +84,8 @@ def rehearse(of: Pass, say: Say) -> None:
         began = time.perf_counter()
         counts = run_pass(sample, start_over=True, replace=True, say=say)
         seconds = time.perf_counter() - began
-        overall, steady = Ledger(home).speed()
-        speed = steady or overall
+        effort = Ledger(home).effort()
+        speed = effort.steady_images_per_second or effort.images_per_second
         written = storage.files(target.scores) + storage.files(storage.join(home, "heatmaps"))
         sizes = [size for uri, size in written if uri.endswith(_WRITTEN)]
         say(Forecast(whole.rows, counts, max(seconds - counts.rows / speed, 0.0), speed, sizes).in_words())

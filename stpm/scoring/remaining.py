@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow as pa
 import ray
 
 from stpm import storage
 from stpm.scoring import manifest
+from stpm.scoring.manifest import Shard
 from stpm.scoring.pipeline import STAGE_CPUS
 from stpm.scoring.target import Target
 
+_READERS = 16
 _PENDING = ".pending.parquet"
 
 
-def remaining_shards(target: Target, whole: int) -> tuple[list[str], int]:
-    """URIs of shards that hold what is left, and the number of rows in them. Needs a connection to Ray.
-
-    Args:
-        target: of the pass.
-        whole: rows of the whole manifest.
-    """
+def remaining_shards(target: Target) -> list[Shard]:
+    """Shards that hold what is left of a pass. Needs a connection to Ray."""
     remote = ray.remote(num_cpus=STAGE_CPUS)(_remaining)
-    shards, rows = ray.get(remote.remote(target.manifest, whole, target.checkpoint, target.remaining))
-    return shards, rows
+    shards: list[Shard] = ray.get(remote.remote(target.manifest, target.checkpoint, target.remaining))
+    return shards
 
 
-def _remaining(folder: str, whole: int, checkpoint: str, remaining: str) -> tuple[list[str], int]:
+def _remaining(folder: str, checkpoint: str, remaining: str) -> list[Shard]:
     """In a task, since the ids of a large pass are too many for the driver."""
     storage.remove(remaining)
     committed = [uri for uri, _ in storage.files(checkpoint) if uri.endswith(".parquet")]
@@ -38,14 +37,14 @@ def _remaining(folder: str, whole: int, checkpoint: str, remaining: str) -> tupl
             storage.remove(twin)
     shards = manifest.shards(folder)
     if not committed:
-        return shards, whole
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(zip(shards, pool.map(storage.count_rows, shards), strict=True))
     done = np.sort(np.concatenate([storage.read_table(uri)["image_id"].to_numpy() for uri in committed]))
-    left, rows = [], 0
+    left: list[Shard] = []
     for uri in shards:
         table = storage.read_table(uri)
         kept = table.filter(pa.array(~np.isin(table["image_id"].to_numpy(), done, kind="sort")))
         if kept.num_rows:
-            left.append(storage.join(remaining, uri.rsplit("/", 1)[-1]))
-            storage.publish(left[-1], storage.parquet(kept))
-            rows += kept.num_rows
-    return left, rows
+            left.append((storage.join(remaining, uri.rsplit("/", 1)[-1]), kept.num_rows))
+            storage.publish(left[-1][0], storage.parquet(kept, manifest.BLOCK_ROWS))
+    return left

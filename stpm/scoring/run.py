@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from stpm import storage
 from stpm.calibration import shortfall
@@ -12,15 +13,16 @@ from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.models import ModelStore
 from stpm.options import Names, option
+from stpm.placement import ClusterOptions, on_cluster, say_plan
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
 from stpm.scoring.heatmaps import Heatmaps, HeatmapsIn
 from stpm.scoring.ledger import Counts, Identity
 from stpm.scoring.passes import Pass, failed_rows, run_pass
-from stpm.scoring.pipeline import ScoreOptions
+from stpm.scoring.pipeline import ScoreOptions, planned
 from stpm.scoring.rehearsal import rehearse
 from stpm.scoring.sources import STANDARD_INPUT, Categories, rows_of
-from stpm.scoring.target import Target
+from stpm.scoring.target import PartitionBy, Target
 from stpm.scoring.triage import write_triage
 
 _SHOWN = 10
@@ -55,6 +57,9 @@ class CollectionOptions:
         "files",
         "where the pictures go: a PNG file each, or bytes in columns of the Parquet files, for millions of images",
     )
+    partition_by: PartitionBy = option(
+        "none", "category: the Parquet files of each category in a folder of their own, scores/category=<name>/"
+    )
     overlay: bool = option(False, "write beside each heatmap the image with it over it, in the image's own proportions")
     raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
@@ -75,18 +80,29 @@ class CollectionOptions:
         Categories(self.category, self.category_from)
 
 
-def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> int:
+def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: ClusterOptions, say: Say) -> int:
     """The score job. Returns its exit code: 0 all scored, 2 too many images could not be, 3 none could.
 
     Raises:
         ConfigError: if the options cannot be run, or the run folder holds another pass.
     """
+    named = [collection.models, collection.out, *collection.allow]
+    named += [source for source in collection.images if source != STANDARD_INPUT]
+    with on_cluster(cluster, named, say):
+        if cluster.plan:
+            say_plan({"scores": partial(planned, options)}, say)
+            return ALL_DONE
+        return _score(collection, options, say)
+
+
+def _score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> int:
     target = dataclasses.replace(
         Target.alone(storage.absolute(collection.out)),
         heatmaps=collection.heatmaps,
         heatmaps_in=collection.heatmaps_in,
         raw_maps=collection.raw_maps,
         overlays=collection.overlay,
+        partition_by=collection.partition_by,
     )
     store = ModelStore(collection.models)
     sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
@@ -98,6 +114,7 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, say: Say) ->
         raw_maps=collection.raw_maps,
         overlay=collection.overlay,
         heatmaps_in=collection.heatmaps_in,
+        partition_by=collection.partition_by,
         category=collection.category,
         category_from=collection.category_from,
         allow=tuple(collection.allow),

@@ -18,6 +18,7 @@ from stpm.errors import ModelError
 from stpm.forward import Matcher, compare, pick_device
 from stpm.models import Model, ModelStore
 from stpm.record import ModelRecord
+from stpm.scoring import meters
 from stpm.scoring.progress import Done
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 
@@ -64,9 +65,14 @@ class Scorer:
         self._records: dict[str, ModelRecord | ModelError] = {}
         self._models = LoadedModels(self._store, self._device, memory)
         self._matchers: dict[Sharing, Matcher] = {}
+        # A GPU is taken for as long as it takes; of a CPU others have their share meanwhile.
+        self._clock = time.process_time if self._device.type == "cpu" else time.perf_counter
+        self._idle_since = 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        start = time.perf_counter()
+        if self._idle_since:
+            meters.waited(time.perf_counter() - self._idle_since)
+        start = self._clock()
         rows = batch.num_rows
         columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in DECODED.names}
         for field in SCORED:
@@ -94,9 +100,13 @@ class Scorer:
                 _fail(columns, members, "no_model", error)
             else:
                 self._score_shared(matcher, members, columns)
+        result = with_carried(table(columns, SCORED), batch)
+        computed = self._clock() - start
+        meters.spent("forward", computed)
         if self._report:
-            self._report(Done(device_seconds=time.perf_counter() - start))
-        return with_carried(table(columns, SCORED), batch)
+            self._report(Done(forward_seconds=computed))
+        self._idle_since = time.perf_counter()
+        return result
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""

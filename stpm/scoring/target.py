@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import pyarrow as pa
 import pyarrow.dataset as ds
 
 from stpm import storage
@@ -12,12 +14,18 @@ from stpm.scoring.heatmaps import Heatmaps, HeatmapsIn
 from stpm.scoring.ledger import Ledger
 from stpm.scoring.schema import OUTPUT
 
+PartitionBy = Literal["none", "category"]
+
 _PASSES = "passes"
+# Without this a category named 007 would be read as a number.
+_HIVE = ds.partitioning(pa.schema([("category", pa.string())]), flavor="hive")
 
 
 @dataclass(frozen=True)
 class Target:
     """Where a pass writes: `<out>/scores/<name>_*.parquet`, and `<out>/heatmaps/<name>/` if pictures are wanted.
+
+    Partitioned, the rows are in `<out>/scores/category=<category>/<name>_*.parquet`.
 
     `home` is the folder of the pass's own record and state: the run folder, or one of several in it.
     """
@@ -29,6 +37,7 @@ class Target:
     raw_maps: bool = False
     overlays: bool = False
     heatmaps_in: HeatmapsIn = "files"
+    partition_by: PartitionBy = "none"
 
     @classmethod
     def alone(cls, out: str) -> Target:
@@ -86,8 +95,15 @@ class Target:
     def dataset(self) -> ds.Dataset:
         """The rows that the pass wrote."""
         filesystem, folder = storage.arrow_filesystem(self.scores)
-        paths = [f"{folder}/{uri.rsplit('/', 1)[-1]}" for uri in self.files()]
-        return ds.dataset(paths, schema=None if paths else OUTPUT, filesystem=filesystem, format="parquet")
+        names = [uri.removeprefix(f"{self.scores}/") for uri in self.files()]
+        return ds.dataset(
+            [f"{folder}/{name}" for name in names],
+            schema=None if names else OUTPUT,
+            filesystem=filesystem,
+            format="parquet",
+            partitioning=_HIVE if any("/" in name for name in names) else None,
+            partition_base_dir=folder,
+        )
 
     def clear(self) -> None:
         """Remove what earlier runs of the pass left, whole or in part."""

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.fitting.pool import PoolOptions, Resources, scaling, shared_out
-from stpm.scoring.pipeline import ScorerPool
+from stpm.fitting.pool import PoolOptions, Resources, planned, scaling, shared_out
 
 ONE, BIG = PoolOptions(cpus_per_worker=1), {"CPU": 8.0}
 
@@ -29,7 +28,7 @@ ONE, BIG = PoolOptions(cpus_per_worker=1), {"CPU": 8.0}
 def test_workers_are_what_the_nodes_hold(
     options: PoolOptions, nodes: list[Resources], tasks: int, workers: int, use_gpu: bool
 ) -> None:
-    found = scaling(options, nodes, tasks)
+    found = scaling(options, nodes, tasks, grows=False)
     assert (found.num_workers, found.use_gpu) == (workers, use_gpu)
 
 
@@ -68,19 +67,18 @@ def test_cores_are_shared_out_among_the_workers_that_there_is_work_for(
 )
 def test_workers_that_do_not_fit_are_refused_at_once(options: PoolOptions, nodes: list[Resources]) -> None:
     with pytest.raises(ConfigError, match="do not fit the cluster"):
-        scaling(options, nodes, 100)
+        scaling(options, nodes, 100, grows=False)
 
 
-def test_scorers_leave_ray_the_cpu_it_needs() -> None:
-    for cpus in range(2, 65):
-        for gpus in (0, 1, 4):
-            pool = ScorerPool.of(0, {"CPU": float(cpus), "GPU": float(gpus)}, blocks=1000)
-            assert cpus - pool.size * pool.num_cpus >= 1 - 1e-9, (cpus, gpus, pool)
-            assert pool.size == (gpus or cpus)
+def test_on_a_cluster_the_group_is_as_large_as_nodes_come() -> None:
+    two = [{"CPU": 2.0}]
+    assert scaling(ONE, two, 5, grows=True).num_workers == (1, 5)
+    assert scaling(PoolOptions(workers=3, cpus_per_worker=1), two, 5, grows=True).num_workers == (1, 3)
+    with pytest.raises(ConfigError, match="do not fit the cluster"):
+        scaling(PoolOptions(cpus_per_worker=3), two, 5, grows=True)
 
 
-def test_scorers_that_do_not_fit_are_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="3 scorers do not fit 2 CPU cores"):
-        ScorerPool.of(3, {"CPU": 2.0}, blocks=9)
-    with pytest.raises(ConfigError, match="the cluster has 1 CPUs"):
-        ScorerPool.of(0, {"CPU": 1.0}, blocks=9)
+def test_the_plan_says_what_a_node_would_fit() -> None:
+    nodes: list[Resources] = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}]
+    assert planned(PoolOptions(), nodes, 15, nodes[0]) == "1 at once, 8 CPUs, 1 GPU each"
+    assert planned(PoolOptions(), nodes, 15, nodes[2]) == ""

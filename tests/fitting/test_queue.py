@@ -27,24 +27,24 @@ def finish(queue: TaskQueue, taken: object) -> None:
 
 def test_the_longest_comes_first() -> None:
     queue = TaskQueue([task("short"), task("long", 9), task("middle", 5)])
-    taken = [queue.take("g") for _ in range(3)]
+    taken = [queue.take("g", 2) for _ in range(3)]
     assert [t.category for t in taken if isinstance(t, FitTask)] == ["long", "middle", "short"]
-    assert queue.take("g") == WAIT
+    assert queue.take("g", 2) == WAIT
     for t in taken:
         finish(queue, t)
-    assert queue.take("g") is None
+    assert queue.take("g", 2) is None
 
 
 def test_the_same_category_with_two_seeds_is_two_tasks() -> None:
     other = dataclasses.replace(task("a"), recipe=dataclasses.replace(TINY, seed=1))
     queue = TaskQueue([task("a"), other])
-    assert {queue.take("g").key for _ in range(2)} == {"a (seed 0)", "a (seed 1)"}  # type: ignore[union-attr]
+    assert {queue.take("g", 2).key for _ in range(2)} == {"a (seed 0)", "a (seed 1)"}  # type: ignore[union-attr]
 
 
 def test_events_are_read_from_where_one_left_off() -> None:
     queue = TaskQueue([task("a")])
     epoch = Epoch(1, 0.5, 0.5, 10.0)
-    finish(queue, queue.take("g"))
+    finish(queue, queue.take("g", 2))
     queue.report("a (seed 0)", epoch)
     assert queue.events(1) == [("a (seed 0)", epoch)]
     assert queue.events(2) == []
@@ -52,18 +52,18 @@ def test_events_are_read_from_where_one_left_off() -> None:
 
 def test_after_a_death_the_innocent_neighbour_is_fitted_and_the_guilty_set_aside() -> None:
     queue = TaskQueue([task("guilty", 9), task("innocent", 8), task("later")])
-    assert [queue.take("1").category for _ in range(2)] == ["guilty", "innocent"]  # type: ignore[union-attr]
+    assert [queue.take("1", 2).category for _ in range(2)] == ["guilty", "innocent"]  # type: ignore[union-attr]
     # The group dies and comes back: what nobody suspects goes first.
-    later = queue.take("2")
+    later = queue.take("2", 2)
     assert isinstance(later, FitTask)
     assert later.category == "later"
-    assert queue.take("2") == WAIT
+    assert queue.take("2", 2) == WAIT
     finish(queue, later)
     group, alone = "2", []
-    while (taken := queue.take(group)) is not None:
+    while (taken := queue.take(group, 2)) is not None:
         assert isinstance(taken, FitTask), "nothing else runs, so there is no reason to wait"
         alone.append(taken.category)
-        assert queue.take(group) == WAIT, "a suspect runs alone"
+        assert queue.take(group, 2) == WAIT, "a suspect runs alone"
         if taken.category == "guilty":
             group += "x"
         else:
@@ -85,7 +85,7 @@ def test_whatever_dies_every_task_ends_once_and_only_the_guilty_fail(
         for worker in order.sample(sorted(held), len(held)):
             mine = held[worker]
             if mine is None:
-                taken = queue.take(str(group))
+                taken = queue.take(str(group), 2)
                 if taken is None:
                     del held[worker]
                 elif isinstance(taken, FitTask):
@@ -104,9 +104,19 @@ def test_whatever_dies_every_task_ends_once_and_only_the_guilty_fail(
 
 def test_a_reason_is_given() -> None:
     queue = TaskQueue([task("guilty")])
-    queue.take("1")
-    queue.take("2")
-    assert queue.take("3") is None
+    queue.take("1", 2)
+    queue.take("2", 2)
+    assert queue.take("3", 2) is None
     outcome = queue.events(0)[0]
     assert isinstance(outcome, Outcome)
     assert "died 2 times" in outcome.reason
+
+
+def test_tasks_are_not_blamed_for_nodes_that_come_and_go() -> None:
+    queue = TaskQueue([task("a", 1), task("b", 1)])
+    for group, size in enumerate([1, 2, 1, 3, 2, 1]):
+        taken = queue.take(str(group), size)
+        assert isinstance(taken, FitTask)
+        if size > 1:
+            assert isinstance(queue.take(str(group), size), FitTask), "nobody runs alone"
+    assert not queue.events(0)

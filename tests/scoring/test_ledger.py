@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stpm.errors import ConfigError
-from stpm.scoring.ledger import Counts, Identity, Ledger
+from stpm.errors import ConfigError, DataError
+from stpm.scoring.ledger import Counts, Effort, Identity, Ledger
 
 IDENTITY = Identity(("s3://a", "s3://b"), 0.01, "all", False, category="nut")
 
@@ -41,12 +41,14 @@ def test_success_comes_last_and_gives_the_counts(ledger: Ledger, tmp_path: Path)
     ledger.begin(IDENTITY)
     assert ledger.done() is None
     counts = Counts(10, 2, {"empty": 1}, {"nut": {"rows": 10, "anomalous": 2, "errors": 1}}, 12345)
-    ledger.finish(counts, seconds=2.0, rows_now=5, device_seconds=1.5, speed=9.0)
+    with pytest.raises(DataError, match="no record of a pass that has ended"):
+        ledger.effort()
+    ledger.finish(counts, Effort(images=5, seconds=2.0, steady_images_per_second=9.0))
     assert ledger.done() == counts
     assert counts.failed == 1
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["counts"]["bytes_read"] == 12345
-    assert run["images_per_second"] == 2.5
+    assert ledger.effort().images_per_second == 2.5
     assert run["identity"]["category"] == "nut"
     assert run["started"] <= run["ended"]
     assert (tmp_path / "_SUCCESS").exists()

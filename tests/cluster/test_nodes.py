@@ -1,0 +1,218 @@
+"""A cluster of several nodes, each with processes of its own: nodes die, nodes come, and the results are the same."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.dataset as ds
+import pytest
+from ray.cluster_utils import Cluster
+
+from stpm.models import ModelStore
+from tests.cluster.conftest import TINY_RECIPE, run_job, start_job
+from tests.datasets import encoded, make_category
+
+pytestmark = pytest.mark.cluster
+
+CATEGORIES = ("a", "b", "c", "d")
+IMAGES = 1500
+SCORER, DECODER = "MapWorker(MapBatches(Scorer))", "MapBatches(Decode"
+# A node that is gone is missed after two seconds, and not after half a minute.
+QUICKLY_MISSED = {"health_check_period_ms": 500, "health_check_failure_threshold": 4, "health_check_timeout_ms": 2000}
+LONG = ["--epochs", "60", "--cpus-per-worker", "1", "--checkpoint-seconds", "0", "--resize-seconds", "3", *TINY_RECIPE]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head that takes no work, and two nodes of one CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": QUICKLY_MISSED})
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        yield cluster
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster) -> dict[str, str]:
+    return {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training data, and a collection in which every fiftieth file is broken."""
+    root = tmp_path_factory.mktemp("mounted")
+    for name in CATEGORIES:
+        make_category(str(root / "data"), name, train=12)
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    for i in range(IMAGES):
+        data = encoded(rng.integers(90, 130, (48, 40, 3), dtype=np.uint8))
+        (root / "images" / f"{i:04}.png").write_bytes(data[:40] if i % 50 == 0 else data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path, cluster: Cluster, client: dict[str, str]) -> Path:
+    """Students and rows of a cluster in which nothing happens, but that each node works, and the head does not."""
+    ended(start_job("fit", *fit_options(root, root / "models"), **client))
+    process = start_job("score", *score_options(root, root / "out"), **client)
+    nodes = [cluster.head_node, *cluster.worker_nodes]
+    seen: set[tuple[int, str]] = set()
+    while process.poll() is None:
+        seen |= {(i, title) for i, node in enumerate(nodes) for title in (SCORER, DECODER) if runs(node, title)}
+    ended(process)
+    assert seen == {(i, title) for i in (1, 2) for title in (SCORER, DECODER)}
+    return root
+
+
+def fit_options(root: Path, models: Path) -> list[str]:
+    return ["--data", str(root / "data"), "--models", str(models), "--mounted", str(root), *LONG]
+
+
+def score_options(root: Path, out: Path) -> list[str]:
+    return [
+        *("--models", str(root / "models"), "--images", str(root / "images"), "--out", str(out), "--category", "a"),
+        *("--mounted", str(root), "--rows-per-file", "64", "--batch-size", "4", "--max-error-rate", "1"),
+    ]
+
+
+def students(store: Path) -> dict[str, bytes]:
+    assert ModelStore(str(store)).categories() == list(CATEGORIES)
+    return {name: (store / name / "student.safetensors").read_bytes() for name in CATEGORIES}
+
+
+def rows(out: Path) -> dict[str, tuple[str, float | None]]:
+    table = ds.dataset(out / "scores").to_table(columns=["uri", "error_kind", "score"]).to_pylist()
+    assert len(table) == IMAGES
+    assert (out / "_SUCCESS").exists()
+    return {row["uri"]: (row["error_kind"], row["score"]) for row in table}
+
+
+def check_same_rows(undisturbed: Path, out: Path) -> None:
+    expected, found = rows(undisturbed / "out"), rows(out)
+    assert expected.keys() == found.keys()
+    for uri, (kind, score) in expected.items():
+        assert found[uri] == (kind, score if score is None else pytest.approx(score, rel=1e-5)), uri
+
+
+def runs(node: Any, title: str) -> bool:
+    """Whether a node runs something of that title now."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for child in raylet.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(child.cmdline()):
+                return True
+    return False
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=400)
+    print(out, err)
+    assert process.returncode == 0
+    return out
+
+
+def lose_one_that_runs(cluster: Cluster, title: str) -> None:
+    """A node that runs something of that title is gone without a word; a new one takes its place afterwards."""
+    nodes = list(cluster.worker_nodes)
+    wait_until(lambda: any(runs(node, title) for node in nodes), f"no node runs {title}")
+    time.sleep(random.uniform(0, 2))
+    lost = next((node for node in nodes if runs(node, title)), nodes[0])
+    cluster.remove_node(lost, allow_graceful=False)
+
+
+@pytest.fixture
+def two_nodes_again(cluster: Cluster) -> Iterator[None]:
+    yield
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=1)
+    while len(cluster.worker_nodes) > 2:
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+
+def test_a_path_of_one_machine_is_refused_and_nothing_is_written(root: Path, client: dict[str, str]) -> None:
+    data, out = str(root / "data"), root / "elsewhere"
+    for job, options in (
+        ("fit", ["--data", data, "--models", str(out)]),
+        ("score", ["--models", data, "--images", "s3://bucket/images", "--out", str(out), "--category", "a"]),
+        ("benchmark", ["--data", data, "--out", str(out)]),
+    ):
+        ran = run_job(job, *options, **client)
+        assert ran.returncode == 1
+        assert "a path of one machine, and the cluster has several" in ran.stderr
+        assert "Traceback" not in ran.stderr
+    assert not out.exists()
+
+
+def test_the_plan_names_every_node_and_starts_nothing(root: Path, client: dict[str, str]) -> None:
+    ran = run_job("fit", *fit_options(root, root / "planned"), "--plan", **client)
+    assert ran.returncode == 0
+    assert ran.stdout.count("1 at once, 1 CPUs each") == 2
+    assert "driver, queue, progress" in ran.stdout
+    assert not (root / "planned").exists()
+    ran = run_job("score", *score_options(root, root / "planned"), "--plan", **client)
+    assert ran.stdout.count("1 scorers of 0.51 CPU; 1 tasks that fetch, decode and write") == 2
+    assert not (root / "planned").exists()
+
+
+@pytest.mark.usefixtures("two_nodes_again")
+def test_a_node_lost_in_a_fit_costs_time_and_not_one_bit(
+    undisturbed: Path, cluster: Cluster, client: dict[str, str]
+) -> None:
+    store = undisturbed / "models-node-lost"
+    process = start_job("fit", *fit_options(undisturbed, store), **client)
+    lose_one_that_runs(cluster, "TrainWorker")
+    assert "4 of 4 categories have a model" in ended(process)
+    assert students(store) == students(undisturbed / "models")
+
+
+@pytest.mark.usefixtures("two_nodes_again")
+def test_a_node_lost_in_a_pass_costs_time_and_not_one_row(
+    undisturbed: Path, cluster: Cluster, client: dict[str, str]
+) -> None:
+    out = undisturbed / "node-lost"
+    process = start_job("score", *score_options(undisturbed, out), **client)
+    wait_until(lambda: any((out / "scores").glob("*.parquet")), "no rows were written")
+    lose_one_that_runs(cluster, SCORER)
+    ended(process)
+    check_same_rows(undisturbed, out)
+
+
+@pytest.mark.usefixtures("two_nodes_again")
+def test_a_node_that_comes_gets_work_from_a_fit_and_from_a_pass(
+    undisturbed: Path, cluster: Cluster, client: dict[str, str]
+) -> None:
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    store, out = undisturbed / "models-grown", undisturbed / "grown"
+    process = start_job("fit", *fit_options(undisturbed, store), **client)
+    (there,) = cluster.worker_nodes
+    wait_until(lambda: runs(there, "TrainWorker"), "the fit did not start")
+    new = cluster.add_node(num_cpus=1)
+    wait_until(lambda: runs(new, "TrainWorker"), "the new node fits nothing")
+    ended(process)
+    assert students(store) == students(undisturbed / "models")
+
+    cluster.remove_node(new, allow_graceful=False)
+    process = start_job("score", *score_options(undisturbed, out), **client)
+    wait_until(lambda: runs(there, SCORER), "the pass did not start")
+    new = cluster.add_node(num_cpus=1)
+    wait_until(lambda: runs(new, SCORER), "the new node scores nothing")
+    ended(process)
+    check_same_rows(undisturbed, out)
