@@ -14,8 +14,8 @@ from typing import Any, Literal, NoReturn, get_type_hints
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
-from stpm.console import STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
-from stpm.errors import ConfigError, StpmError
+from stpm.console import SOME_FAILED, STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
+from stpm.errors import ConfigError, CutOffError, StpmError
 from stpm.options import Integers, Names
 from stpm.recipe import PRESETS, Preset, Recipe
 
@@ -123,7 +123,7 @@ def run_job(job: Job) -> NoReturn:
         code = STOPPED + stopped.number
     except StpmError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = USAGE
+        code = SOME_FAILED if isinstance(error, CutOffError) else USAGE
     sys.exit(code)
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 # Read by Ray Train when it is imported: with its default a fit takes ten seconds longer to end.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# The same, of starting a group of workers, some of whose nodes may be gone by then: it is tried again, and again.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
 # Ray's C++ core writes to this process's own standard error; at its default it warns on every pool of actors.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
@@ -35,8 +37,8 @@ KEEPING_MEMORY = {
 
 
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
-    """Where a driver's own actors run: not on a node that may be taken away."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """Where a driver's own actors run: not on a node that may be taken away. A soft affinity is not kept reliably."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def working_nodes() -> list[Resources]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import ray
@@ -80,9 +82,9 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str], *, several: bool) -
     Raises:
         ConfigError: naming what is out of reach.
     """
-    roots = [storage.absolute(folder) for folder in mounted]
-    local = [storage.absolute(uri) for uri in uris if uri and storage.is_local(uri)]
-    lost = [uri for uri in local if not any(f"{uri}/".startswith(f"{root}/") for root in roots)]
+    roots = [os.path.normpath(storage.absolute(folder)) for folder in mounted]
+    local = [os.path.normpath(storage.absolute(uri)) for uri in uris if uri and storage.is_local(uri)]
+    lost = [uri for uri in local if not any(Path(uri).is_relative_to(root) for root in roots)]
     if several and lost:
         shown = ", ".join(lost[:_SHOWN])
         raise ConfigError(

@@ -130,7 +130,7 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
 
 def test_what_takes_several_values_may_be_given_several_times() -> None:
     line = "--data x --require mean.image_auroc=0.9 --seeds=3 --require=nut.image_auroc=0.8,a.image_recall=0 --seeds 4"
-    options, *_, gate = job("benchmark").parse(line.split())
+    options, *_, gate, _, _ = job("benchmark").parse(line.split())
     assert list(options.seeds) == [3, 4]
     assert list(gate.require) == ["mean.image_auroc=0.9", "nut.image_auroc=0.8", "a.image_recall=0"]
     words = ["--models", "m", "--images", "-", "--out", "o", "--images", "s3://b/c", "--category", "nut"]

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 
-from stpm.console import exit_code
+from stpm.console import JsonLines, Line, exit_code
 
 _PROGRAM = "from stpm.console import say, show, watched; say('one'); watched() and show('half way'); say('two')"
 
@@ -29,3 +31,36 @@ def test_in_a_log_there_is_no_control_character() -> None:
 @pytest.mark.parametrize(("good", "failed", "code"), [(3, 0, 0), (0, 0, 0), (2, 1, 2), (0, 1, 3)])
 def test_exit_codes(good: int, failed: int, code: int) -> None:
     assert exit_code(good, failed) == code
+
+
+def test_as_json_each_line_says_when_of_which_run_and_about_what(capsys: pytest.CaptureFixture[str]) -> None:
+    say = JsonLines("fit")
+    say("two\n\nlines")
+    say(Line("fitted", "nut"))
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["message"] for line in said] == ["two", "lines", "fitted"]
+    assert [line.get("category") for line in said] == [None, None, "nut"]
+    assert {(line["job"], line["run"]) for line in said} == {("fit", said[0]["run"])}
+    assert datetime.fromisoformat(said[0]["time"]).tzinfo
+
+
+_STOPPED = """
+import signal
+from stpm.cli import Job, run_job
+try:
+    run_job(Job("x.py", "", (), lambda say: signal.raise_signal(signal.{name})))
+finally:
+    print("unwound")
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_a_job_in_order_and_with_its_number(name: str, code: int) -> None:
+    program = [sys.executable, "-c", _STOPPED.replace("{name}", name)]
+    ran = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert ran.returncode == code
+    assert ran.stdout.splitlines() == [
+        f"stopped by {name}: what was done is kept; run the same command again to go on",
+        "unwound",
+    ]
+    assert ran.stderr == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from stpm import storage
 from stpm.cluster import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, working_nodes
@@ -26,6 +28,7 @@ from stpm.fitting.task import FitTask, Outcome
 from stpm.options import option
 
 _POLL_SECONDS = 0.3
+_LOST_SECONDS = 5.0
 _RESTARTS_PER_TASK = 2
 _RESTARTS_OF_NODES = 3
 _SHARE_OF_MEMORY = 0.5
@@ -241,6 +244,19 @@ def _memory(options: PoolOptions, assigned: dict[str, float]) -> tuple[int, int]
     return int(memory), int(free * _SHARE_OF_MEMORY * min(assigned.get("GPU", 0), 1))
 
 
+def _release_lost() -> None:
+    """Give up the places of worker groups that lost a node.
+
+    A group that loses one while it starts is given up by Ray Train, and not its placement group: that goes on holding
+    what its other nodes have, and no group ever starts again. A group that runs is started anew anyway.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for name, of in placement_group_table().items():
+        # An id ends in that of the job that it belongs to.
+        if name.endswith(job) and of["state"] == "RESCHEDULING":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
 class _Follower:
     """Passes the queue's events on while the trainer blocks."""
 
@@ -260,8 +276,12 @@ class _Follower:
         return self._outcomes
 
     def _follow(self) -> None:
+        looked = time.monotonic()
         while not self._stop.wait(_POLL_SECONDS):
             self._drain()
+            if time.monotonic() - looked > _LOST_SECONDS:
+                looked = time.monotonic()
+                _release_lost()
 
     def _drain(self) -> None:
         for event in ray.get(self._queue.events.remote(self._seen)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -165,7 +166,15 @@ def load_pixels(uris: list[str], view: images.View, budget: int) -> images.Pixel
 def _file_backed(shape: tuple[int, ...]) -> images.Pixels:
     # The file has no name, so that it is gone with the process, however that ends.
     with tempfile.TemporaryFile() as file:
-        return np.memmap(file, np.uint8, "w+", shape=shape)
+        try:
+            # A file with holes would be accepted, and kill the process at the first page that the disk has no room for.
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+        except OSError as error:
+            raise DataError(
+                f"no room for {math.prod(shape) / 2**30:.2f} GiB of decoded images in {tempfile.gettempdir()} "
+                f"({error.strerror}); free some, set TMPDIR to a larger disk, or raise --memory-gib"
+            ) from error
+        return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
 def _on_disk(pixels: images.Pixels) -> bool:

@@ -1,7 +1,7 @@
 """The manifest as Ray Data reads it: a task for each block of few rows, a row group of a shard.
 
-Ray's own reader of Parquet lists shards in a task of a whole CPU, reads them whole, and cuts them up in tasks of a whole
-CPU: where scorers hold nearly all CPUs, that never ends.
+Ray's own reader of Parquet lists shards in a task of a whole CPU, reads them whole, and cuts them up in tasks of a
+whole CPU: where scorers hold nearly all CPUs, that never ends.
 """
 
 from __future__ import annotations

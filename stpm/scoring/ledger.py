@@ -59,6 +59,8 @@ class Effort:
         forward_seconds: of the scorers' devices: of a CPU core, or of a GPU.
         encode_seconds: of a CPU core, for heatmaps.
         device: of the scorers.
+        cpus: of all nodes that took work.
+        gpus: of the same.
     """
 
     images: int = 0
@@ -68,6 +70,8 @@ class Effort:
     forward_seconds: float = 0.0
     encode_seconds: float = 0.0
     device: Literal["cpu", "gpu"] = "cpu"
+    cpus: float = 0.0
+    gpus: float = 0.0
 
     @property
     def images_per_second(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
+from ray.exceptions import RayError
 
 from stpm.cluster import connected
 from stpm.console import Say, show, watched
-from stpm.errors import ConfigError, ModelError
+from stpm.errors import ConfigError, CutOffError, ModelError
 from stpm.models import ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
@@ -25,6 +28,9 @@ from stpm.scoring.target import Target
 
 _SHOWN = 5
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         ConfigError: if the target holds another pass, or the scorers do not fit the cluster.
         DataError: if the sources cannot be read.
         ModelError: if no row's category has a model.
+        CutOffError: if storage, a node or Ray failed for good.
     """
     ledger = Ledger(of.target.home)
     if start_over:
@@ -90,7 +97,14 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         if left:
             views = {name: record.recipe.view for name, record in records.items()}
             progress = Progress(left, say, show if watched() else None)
-            effort = score_shards(shards, views, of.store, of.options, of.target, progress)
+            try:
+                effort = score_shards(shards, views, of.store, of.options, of.target, progress)
+            except (RayError, SystemException, ExecutionTimeoutError) as error:
+                log.exception("the pipeline ended")
+                raise CutOffError(
+                    f"scoring was cut off: {str(error).strip().splitlines()[-1]}; what was done is kept, run the same "
+                    "command again to go on"
+                ) from error
     counts = count(of.target)
     if counts.rows != fixed.rows:
         raise ConfigError(f"{counts.rows} rows in {of.target.scores} for {fixed.rows} images; run again with --fresh")

@@ -151,7 +151,8 @@ def score_shards(
         ConfigError: if the scorers do not fit the cluster.
     """
     blocks = ManifestBlocks(shards)
-    pool = ScorerPool.of(options.scorers, working_nodes(), len(blocks), grows=is_shared())
+    nodes = working_nodes()
+    pool = ScorerPool.of(options.scorers, nodes, len(blocks), grows=is_shared())
     overlays = views if target.overlays else {}
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     pictures = f"heatmaps/{target.name}"
@@ -207,6 +208,8 @@ def score_shards(
             forward_seconds=round(done.forward_seconds, 3),
             encode_seconds=round(done.encode_seconds, 3),
             device="gpu" if pool.num_gpus else "cpu",
+            cpus=sum(node["CPU"] for node in nodes),
+            gpus=sum(node.get("GPU", 0.0) for node in nodes),
         )
 
 

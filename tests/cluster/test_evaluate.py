@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+import duckdb
+import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -17,6 +19,29 @@ from tests.datasets import make_category
 pytestmark = pytest.mark.cluster
 
 
+# Two that may be folders, and two that may not.
+NO_MODELS = ("007", "a b", "../../a", "x" * 300)
+
+
+def check_partitions() -> None:
+    """A folder per category, which others read without being told; what cannot be a folder has no category there."""
+    folders = {path.name for path in Path("run/scores").iterdir()}
+    assert folders == {
+        *("category=nut", "category=007", "category=a%20b", "category=__HIVE_DEFAULT_PARTITION__"),
+    }
+    found = duckdb.execute(
+        "select category, count(*), min(error_message) from read_parquet('run/scores/*/*.parquet', "
+        "hive_partitioning = true, hive_types = {'category': varchar}) group by category order by category"
+    ).fetchall()
+    assert [(category, count) for category, count, _ in found] == [("007", 1), ("a b", 1), ("nut", 8), (None, 2)]
+    assert "no model for category '../../a'" in found[3][2]
+    frame = pd.read_parquet("run/scores")
+    assert (frame.category == "nut").sum() == 8
+    counts = json.loads(Path("run/run.json").read_text())["counts"]
+    assert counts["rows"] == 12
+    assert {name: of["rows"] for name, of in counts["categories"].items()} == {"": 2, "007": 1, "a b": 1, "nut": 8}
+
+
 def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:
     make_category("data", "nut")
     fit = ["--data", "data", "--models", "models", "--epochs", "2", *TINY_RECIPE]
@@ -26,13 +51,17 @@ def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:
         rows.writerow(["uri", "category", "label", "mask", "line"])
         for image in read_category(str(here / "data"), "nut").test:
             rows.writerow([image.uri, "nut", image.label, image.mask, 7])
+        for number, category in enumerate(NO_MODELS):
+            rows.writerow([here / f"{number}.png", category, "", "", 8])
     score = ["--models", "models", "--images", "manifest.csv", "--out", "run", "--raw-maps"]
+    score += ["--partition-by", "category", "--max-error-rate", "1"]
     assert run_job("score", *score).returncode == 0
+    check_partitions()
 
     done = run_job("evaluate", "--scores", "run", "--out", "report")
     assert done.returncode == 0
     report = json.loads(Path("report/report.json").read_text())
-    scored = ds.dataset("run/scores").to_table().to_pylist()
+    scored = [row for row in ds.dataset("run/scores").to_table().to_pylist() if not row["error_kind"]]
     expected = roc_auc_score([row["label"] != "good" for row in scored], [row["score"] for row in scored])
     nut = report["categories"]["nut"]
     assert nut["image_auroc"] == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""A pass through an S3 server that fails at random: every image has its row all the same."""
+"""Passes through an S3 server that fails, at random or for half a minute: every image has its row all the same."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from stpm import storage
-from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.cluster.conftest import TINY_RECIPE, run_job, start_job
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-SHARE = 0.05
+SHARE, REFUSING_SECONDS = 0.05, 30.0
 
 
 class Rough(BaseHTTPRequestHandler):
@@ -30,12 +30,16 @@ class Rough(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     behind = ""
+    share = 0.0
+    refuses_until = 0.0
     done: ClassVar[Counter[str]] = Counter()
     chance = random.Random(0)
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.chance.choice(["500", "503", "slow", "reset", "cut"]) if self.chance.random() < SHARE else ""
+        fault = self.chance.choice(["500", "503", "slow", "reset", "cut"]) if self.chance.random() < self.share else ""
+        if self.command in ("PUT", "POST") and time.monotonic() < self.refuses_until:
+            fault = "503"
         self.done[fault or "passed"] += 1
         if fault in ("500", "503"):
             self._answer(int(fault), b"<Error><Code>SlowDown</Code></Error>", {"Content-Type": "application/xml"})
@@ -80,6 +84,7 @@ class Rough(BaseHTTPRequestHandler):
 def rough(s3: dict[str, str]) -> Iterator[dict[str, str]]:
     Rough.behind = urlsplit(s3["AWS_ENDPOINT_URL"]).netloc
     Rough.done.clear()
+    Rough.share = Rough.refuses_until = 0.0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Rough)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -88,15 +93,48 @@ def rough(s3: dict[str, str]) -> Iterator[dict[str, str]]:
     server.server_close()
 
 
-def test_every_image_has_its_row(rough: dict[str, str]) -> None:
+@pytest.fixture
+def options(s3: dict[str, str]) -> list[str]:
+    """Of the score job, for a model and a collection that are there."""
     make_category("s3://bucket/data", "nut", good=150, defects=50)
     fit = ["--data", "s3://bucket/data", "--models", "s3://bucket/models", "--epochs", "1"]
-    assert run_job("fit", *fit, *TINY_RECIPE).returncode == 0
-    options = ["--models", "s3://bucket/models", "--out", "s3://bucket/out", "--category", "nut"]
-    ran = run_job("score", *options, "--images", "s3://bucket/data/nut/test", **rough)
-    assert ran.returncode == 0, ran.stdout
-    assert sum(number for fault, number in Rough.done.items() if fault != "passed") > 20, Rough.done
-    tables = [storage.read_table(uri) for uri, _ in storage.files("s3://bucket/out/scores")]
+    if not storage.exists("s3://bucket/models"):
+        assert run_job("fit", *fit, *TINY_RECIPE).returncode == 0
+    return ["--models", "s3://bucket/models", "--images", "s3://bucket/data/nut/test", "--category", "nut"]
+
+
+def check_rows(out: str) -> None:
+    tables = [storage.read_table(uri) for uri, _ in storage.files(f"{out}/scores")]
     rows = [row for table in tables for row in table.select(["uri", "error_kind"]).to_pylist()]
     assert sorted(row["uri"] for row in rows) == [uri for uri, _ in storage.files("s3://bucket/data/nut/test")]
     assert {row["error_kind"] for row in rows} == {""}
+
+
+def test_every_image_has_its_row(rough: dict[str, str], options: list[str]) -> None:
+    Rough.share = SHARE
+    ran = run_job("score", *options, "--out", "s3://bucket/out", **rough)
+    assert ran.returncode == 0, ran.stdout
+    assert sum(number for fault, number in Rough.done.items() if fault != "passed") > 20, Rough.done
+    check_rows("s3://bucket/out")
+
+
+def test_storage_that_refuses_writes_for_half_a_minute_costs_time_alone(
+    rough: dict[str, str], options: list[str]
+) -> None:
+    out = "s3://bucket/refused"
+    process = start_job("score", *options, "--out", out, **rough)
+    deadline = time.monotonic() + 120
+    while not storage.files(f"{out}/heatmaps"):
+        assert time.monotonic() < deadline, "no heatmap was written"
+        time.sleep(0.05)
+    Rough.refuses_until = time.monotonic() + REFUSING_SECONDS
+    stdout, stderr = process.communicate(timeout=300)
+    print(stdout, stderr)
+    assert Rough.done["503"] > 5, Rough.done
+    if process.returncode:
+        # Where patience ended before storage came back, it is one line, and the same command goes on.
+        assert process.returncode == 2
+        assert "what was done is kept, run the same command again" in stderr
+        assert "Traceback" not in stderr
+        assert run_job("score", *options, "--out", out, **rough).returncode == 0
+    check_rows(out)

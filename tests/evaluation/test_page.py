@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,6 +16,7 @@ from stpm.evaluation.curves import Curves, Histogram
 from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.page import page
 from stpm.evaluation.report import Failure, Report, Result
+from tests.browser import check_page
 from tests.evaluation.runs import VIEW, result, scored_run
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
@@ -92,19 +90,6 @@ def test_a_real_run_is_a_page(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium is installed: the report was not opened in a browser")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(page(evil_report()))
@@ -116,23 +101,7 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_in_a_browser_nothing_hostile_runs_and_nothing_overflows(
     browser: Any, evil_page: str, width: int, scheme: str
 ) -> None:
-    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    told: list[str] = []
-    asked: list[str] = []
-    tab.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
-    tab.on("console", lambda message: told.append(message.text))
-    tab.on("pageerror", lambda error: told.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(evil_page)
-    assert told == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert tab.locator("img:not([src^='data:'])").count() == 0
-    # What carries text must stand out from what is behind it.
-    picture = np.asarray(Image.open(io.BytesIO(tab.screenshot())).convert("L"), float)
-    assert abs(np.median(picture) - (255 if scheme == "light" else 0)) < 60
-    assert picture.std() > 15
-    tab.close()
+    check_page(browser, evil_page, width, scheme)
 
 
 def test_in_a_browser_the_table_sorts_by_mouse_and_by_keyboard(browser: Any, evil_page: str) -> None:

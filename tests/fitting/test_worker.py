@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,17 @@ def test_images_beyond_the_budget_go_to_a_file_and_nothing_else_changes(root: st
     run_task(task, Limits(0, 0, 1e9), told.append)
     assert isinstance(told[0], str)
     assert "in a file; teacher's features computed anew" in told[0]
+
+
+def test_a_disk_without_room_for_them_is_said(root: str, tiny: Recipe) -> None:
+    uris = [uri for uri, _ in task_in(root, tiny).train]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"no room for .* GiB of decoded images in .*--memory-gib"):
+            load_pixels(uris, tiny.view, budget=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_broken_files_are_all_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from stpm.scoring.heatmaps import palette_png
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.target import Target
 from stpm.scoring.triage import most_anomalous, write_triage
+from tests.browser import check_page
 from tests.datasets import encoded
 
 VIEWS = {"nut": View(64), "a b#c": View(64)}
@@ -96,3 +97,12 @@ def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_pa
 def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
     assert write_triage(Target.alone(str(tmp_path)), 5, VIEWS) == 0
     assert (tmp_path / "triage.html").exists()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_in_a_browser_nothing_hostile_runs_and_nothing_overflows(
+    target: Target, browser: Any, tmp_path: Path, width: int, scheme: str
+) -> None:
+    write_triage(target, 50, VIEWS)
+    check_page(browser, (tmp_path / "triage.html").as_uri(), width, scheme)

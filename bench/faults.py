@@ -1,0 +1,166 @@
+"""What fails on clusters, and what comes of it: each line a test, run now; they make the table of docs/faults.md.
+
+    python bench/faults.py
+
+Processes and nodes are killed for real, storage is a real server that fails. Needs the extra `test`, and twelve minutes
+on two cores.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from tabulate import tabulate
+
+_ROOT = Path(__file__).resolve().parents[1]
+_TABLE = _ROOT / "docs" / "faults.md"
+_HEAD = """# Faults, and what comes of them
+
+Each line is a test that makes the fault happen and compares the results with those of an undisturbed run. This table
+was made by
+
+```sh
+python bench/faults.py
+```
+
+"""
+
+
+class Fault(NamedTuple):
+    """What happens, what comes of it, and the test that shows it."""
+
+    what: str
+    outcome: str
+    test: str
+
+
+FAULTS = (
+    Fault(
+        "Scoring: a scorer's process is killed",
+        "The run ends well. Ray starts another, and its rows are scored again: each is there once, the score the same.",
+        "tests/cluster/test_score_faults.py::test_a_killed_scorer_or_decoder_costs_time_alone[MapWorker",
+    ),
+    Fault(
+        "Scoring: a decoding task's process is killed",
+        "The run ends well, with the same rows.",
+        "tests/cluster/test_score_faults.py::test_a_killed_scorer_or_decoder_costs_time_alone[MapBatches",
+    ),
+    Fault(
+        "Scoring: driver and all its processes are killed, output on a local disk",
+        "The next run scores what is left, and ends with the same rows.",
+        "tests/cluster/test_score_faults.py::test_a_killed_driver_is_taken_up_by_the_next_run[local",
+    ),
+    Fault(
+        "Scoring: driver and all its processes are killed, output in S3",
+        "The same.",
+        "tests/cluster/test_score_faults.py::test_a_killed_driver_is_taken_up_by_the_next_run[s3",
+    ),
+    Fault(
+        "Fitting: a worker's process is killed",
+        "The run ends well. The group starts again from its checkpoints; every student is the same, bit by bit.",
+        "tests/cluster/test_faults.py::test_a_killed_worker_costs_time_and_not_one_bit",
+    ),
+    Fault(
+        "Fitting: driver and all its processes are killed",
+        "The next run goes on from the checkpoints; every student is the same, bit by bit.",
+        "tests/cluster/test_faults.py::test_a_killed_driver_is_taken_up_by_the_next_run",
+    ),
+    Fault(
+        "Fitting: a category kills its worker, again and again",
+        "It is set aside after its second death alone, and named; the others are fitted. Exit code 2.",
+        "tests/cluster/test_faults.py::test_a_category_that_kills_its_worker_twice_is_set_aside",
+    ),
+    Fault(
+        "Fitting: a node comes, and then one with a running worker is gone without a word",
+        "The run ends well. The new node gets work, the lost one's goes on elsewhere; students the same, bit by bit.",
+        "tests/cluster/test_nodes.py::test_a_fit_takes_in_a_node_that_comes_and_loses_one_and_not_one_bit",
+    ),
+    Fault(
+        "Scoring: a node comes, and then one with a running scorer is gone without a word",
+        "The run ends well. The new node gets scorers; the same rows, each once.",
+        "tests/cluster/test_nodes.py::test_a_pass_takes_in_a_node_that_comes_and_loses_one_and_not_one_row",
+    ),
+    Fault(
+        "A cluster with no node that can work, whose autoscaler starts them on demand",
+        "The job asks for one, says so, and starts when it is there.",
+        "tests/cluster/test_autoscaling.py::test_from_nothing_a_node_is_asked_for_and_works",
+    ),
+    Fault(
+        "`ray job stop` in the middle of a pass",
+        "The log says that it was stopped and what was done is kept; the next submission scores the rest.",
+        "tests/cluster/test_submit.py",
+    ),
+    Fault(
+        "Storage answers 500, 503, slowly, with a reset or half an answer to 5 % of all requests",
+        "The run ends well, with every row and no error.",
+        "tests/cluster/test_rough_storage.py::test_every_image_has_its_row",
+    ),
+    Fault(
+        "Storage refuses every write for 30 s",
+        "The run waits and ends well; or, where a client's patience ends first, says so in one line, and the next run "
+        "does the rest.",
+        "tests/cluster/test_rough_storage.py::test_storage_that_refuses_writes_for_half_a_minute_costs_time_alone",
+    ),
+    Fault(
+        "The object store is full",
+        "Ray spills to disk; the same rows and the same anomaly maps.",
+        "tests/cluster/test_object_store.py::test_a_full_object_store_costs_time_and_not_one_row",
+    ),
+    Fault(
+        "A node's disk has no room for the decoded training images",
+        "That category fails with what to do about it; its worker goes on with the others.",
+        "tests/fitting/test_worker.py::test_a_disk_without_room_for_them_is_said",
+    ),
+    Fault(
+        "A GPU runs out of memory (simulated)",
+        "The batch is halved until it fits; an image that is too much alone is a row with an error.",
+        "tests/scoring/test_stages.py::test_a_batch_that_does_not_fit_is_halved_until_it_does",
+    ),
+    Fault(
+        "A local path on a cluster of several machines",
+        "Refused in one line before anything is written, unless --mounted names the folder.",
+        "tests/cluster/test_nodes.py::test_a_path_of_one_machine_is_refused_and_nothing_is_written",
+    ),
+    Fault(
+        "An image that cannot be fetched or decoded in time",
+        "It is a row with the error timeout; all others are scored.",
+        "tests/scoring/test_time_limit.py::test_what_hangs_is_late_and_all_others_are_done",
+    ),
+)
+
+
+def run(tests: list[str]) -> dict[str, tuple[bool, float]]:
+    """By test id: whether it passed, and its seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        files = sorted({test.split("::")[0] for test in tests})
+        command = [sys.executable, "-m", "pytest", "-q", *files, f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        subprocess.run(command, cwd=_ROOT, check=False)
+        cases = ElementTree.parse(report).iter("testcase")  # noqa: S314  we made it
+        return {
+            f"{case.get('file')}::{case.get('name')}": (len(case) == 0, float(case.get("time", 0))) for case in cases
+        }
+
+
+def main() -> None:
+    ran = run([fault.test for fault in FAULTS])
+    rows = []
+    for fault in FAULTS:
+        found = [outcome for test, outcome in ran.items() if test.startswith(fault.test)]
+        passed = bool(found) and all(good for good, _ in found)
+        name = fault.test.split("[")[0].rsplit("::", 1)
+        rows.append([fault.what, fault.outcome, f"`{name[0]}`", "passed" if passed else "**failed**"])
+    text = tabulate(rows, ["fault", "what comes of it", "shown by", "last run"], tablefmt="github")
+    # Cells are not padded: a change in one would be a change in all.
+    _TABLE.write_text(_HEAD + "\n".join(" ".join(line.split()) for line in text.splitlines()) + "\n")
+    print(_TABLE.read_text())
+    sys.exit(any(row[-1] != "passed" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

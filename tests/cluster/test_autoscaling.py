@@ -1,0 +1,83 @@
+"""A cluster that starts its nodes on demand, with Ray's own autoscaler and nodes that are processes here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.dataset as ds
+import pytest
+import yaml
+
+from tests.cluster.conftest import TINY_RECIPE, environment, run_job
+from tests.cluster.test_submit import free_port
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+BIN = Path(sys.executable).parent
+CONFIG: dict[str, Any] = {
+    "cluster_name": "on-demand",
+    "max_workers": 2,
+    "idle_timeout_minutes": 5,
+    "provider": {"type": "fake_multinode"},
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "cpu": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    },
+    "head_node_type": "head",
+    **{f"{name}_commands": [] for name in ("setup", "initialization", "head_setup", "worker_setup")},
+    **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
+    **{name: [] for name in ("rsync_exclude", "rsync_filter")},
+    **{name: {} for name in ("file_mounts", "auth")},
+    "cluster_synced_files": [],
+    "file_mounts_sync_continuously": False,
+}
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head that takes no work, and up to two nodes of two CPUs, none of them there yet."""
+    config = tmp_path / "cluster.yaml"
+    config.write_text(yaml.safe_dump(CONFIG))
+    port = free_port()
+    settings = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
+    head = subprocess.Popen(
+        [*command, f"--autoscaling-config={config}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"],
+        env=environment(**settings, PATH=f"{BIN}:{os.environ['PATH']}"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    time.sleep(5)
+    assert head.poll() is None, "the cluster did not start"
+    yield {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "disabled"}
+    started = psutil.Process(head.pid).children(recursive=True)
+    head.terminate()
+    head.wait(60)
+    for process in started:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def test_from_nothing_a_node_is_asked_for_and_works(client: dict[str, str], tmp_path: Path) -> None:
+    data, models, out = (str(tmp_path / name) for name in ("data", "models", "out"))
+    make_category(data, "nut")
+    fit = ["--data", data, "--models", models, "--mounted", str(tmp_path), "--epochs", "1", *TINY_RECIPE]
+    never = run_job("fit", *fit, "--node-minutes", "0.1", **client)
+    assert never.returncode == 1
+    assert "no node with 1 CPU and 1 GPU came in 0.1 minutes" in never.stderr
+
+    ran = run_job("fit", *fit, "--first-node", "cpu", **client)
+    assert ran.returncode == 0
+    assert "the cluster has no node that can work; asking for one with 2 CPU" in ran.stdout
+    score = ["--models", models, "--images", f"{data}/nut/test", "--category", "nut", "--out", out]
+    assert run_job("score", *score, "--mounted", str(tmp_path), **client).returncode == 0
+    assert ds.dataset(Path(out) / "scores").count_rows() == 8

@@ -1,0 +1,91 @@
+"""The manifests for Kubernetes, as far as they can be checked without a cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import Any
+
+import pytest
+import yaml
+
+from stpm.placement import first_bundle
+from stpm.scoring import meters
+from tests.conftest import REPOSITORY
+from tests.test_cli import job
+
+DEPLOY = REPOSITORY / "deploy"
+RAYJOB = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+CLUSTER = RAYJOB["spec"]["rayClusterSpec"]
+
+
+def resources(group: dict[str, Any]) -> dict[str, Any]:
+    (container,) = group["template"]["spec"]["containers"]
+    requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+    assert requests == limits, "Ray takes what is there, and must not be throttled for it"
+    return requests  # type: ignore[no-any-return]
+
+
+def test_the_rayjob_has_what_kuberay_asks_for() -> None:
+    assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
+    assert set(RAYJOB["spec"]) <= {
+        *("entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"),
+    }
+    assert RAYJOB["spec"]["shutdownAfterJobFinishes"], "GPUs of a job that ended cost money"
+    assert CLUSTER["enableInTreeAutoscaling"]
+    assert CLUSTER["authOptions"] == {"mode": "token"}
+    for group in CLUSTER["workerGroupSpecs"]:
+        assert 0 == group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_its_entrypoint_is_a_line_that_the_job_takes() -> None:
+    python, script, *options = shlex.split(RAYJOB["spec"]["entrypoint"])
+    assert (python, script) == ("python", "/home/ray/stpm/jobs/score.py")
+    assert job("score").parse(options)[0].category_from == "{category}/{name}"
+
+
+def test_the_head_runs_no_work_and_the_groups_hold_what_the_jobs_ask_for() -> None:
+    assert CLUSTER["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    gpu, cpu = CLUSTER["workerGroupSpecs"]
+    for group, kind in ((gpu, "gpu"), (cpu, "cpu")):
+        assert group["groupName"] == kind
+        has = {"CPU": float(resources(group)["cpu"]), "GPU": float(resources(group).get("nvidia.com/gpu", 0))}
+        assert all(has[name] >= amount for name, amount in first_bundle(kind).items())  # type: ignore[arg-type]
+
+
+def test_every_pod_has_one_image_and_the_same_ray() -> None:
+    groups = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
+    assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
+    assert len({group["template"]["spec"]["serviceAccountName"] for group in groups}) == 1
+    base = re.search(r"^FROM rayproject/ray:(\S+?)-", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert base
+    assert base[1] == CLUSTER["rayVersion"]
+
+
+def test_each_night_has_one_job_and_may_create_it_and_nothing_else() -> None:
+    cron, account, role, binding = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
+    assert (cron["apiVersion"], cron["kind"]) == ("batch/v1", "CronJob")
+    assert cron["spec"]["schedule"] == "10 2 * * *"
+    assert cron["spec"]["concurrencyPolicy"] == "Forbid"
+    pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert pod["serviceAccountName"] == account["metadata"]["name"] == binding["subjects"][0]["name"]
+    assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert "YYYY-MM-DD" in pod["containers"][0]["command"][-1]
+    assert RAYJOB["spec"]["entrypoint"].count("YYYY-MM-DD") == 2
+    mounted = pod["volumes"][0]["configMap"]["name"]
+    kustomization = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
+    assert [(made["name"], made["files"]) for made in kustomization["configMapGenerator"]] == [
+        (mounted, ["rayjob.yaml"])
+    ]
+
+
+@pytest.mark.parametrize("name", [meters.IMAGES, meters.ANOMALIES, meters.STAGE_SECONDS, meters.SCORER_WAIT_SECONDS])
+def test_the_dashboard_draws_what_is_counted(name: str) -> None:
+    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+    drawn = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    assert f"ray_{name}_total" in drawn
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
