@@ -2,10 +2,10 @@
 
     python bench/plan.py --run OUT --images 1000000 --scoring g6.2xlarge:8:1:0.98 --helping c7i.4xlarge:16:0:0.71
 
-From a run folder of the score job (some thousand images on one such node will do) it takes the seconds per
-image of each stage. Nodes are NAME:CPUS:GPUS:PRICE, the price of an hour in any currency; `--helping` nodes fetch, decode
-and write where the scoring nodes' own cores do not keep up, and are left out where they do not pay. The first line says
-how well the same arithmetic tells the speed of the run that it was taken from.
+From a run folder of the score job (some thousand images on one such node do) it takes the seconds per image of each
+stage. Nodes are NAME:CPUS:GPUS:PRICE, the price of an hour in any currency; `--helping` nodes fetch, decode and write
+where the scoring nodes' own cores do not keep up, and are left out where they do not pay. The first line says how well
+the same arithmetic tells the speed of the run that it was taken from.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def start_job(name: str, *options: str, **extra: str) -> subprocess.Popen[str]:
 
 def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
     process = start_job(name, *options, **extra)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=240)
     print(out, err, sep="\n")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -15,6 +15,7 @@ import psutil
 import pyarrow.dataset as ds
 import pytest
 import yaml
+from ray.util import get_node_ip_address
 
 from tests.cluster.conftest import TINY_RECIPE, environment, run_job
 from tests.cluster.test_submit import free_port
@@ -27,12 +28,11 @@ CONFIG: dict[str, Any] = {
     "cluster_name": "on-demand",
     "max_workers": 2,
     "idle_timeout_minutes": 5,
-    "provider": {"type": "fake_multinode"},
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "cpu": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     },
-    "head_node_type": "head",
+    "head_node_type": "ray.head.default",
     **{f"{name}_commands": [] for name in ("setup", "initialization", "head_setup", "worker_setup")},
     **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
     **{name: [] for name in ("rsync_exclude", "rsync_filter")},
@@ -45,26 +45,26 @@ CONFIG: dict[str, Any] = {
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A head that takes no work, and up to two nodes of two CPUs, none of them there yet."""
-    config = tmp_path / "cluster.yaml"
-    config.write_text(yaml.safe_dump(CONFIG))
     port = free_port()
+    address = f"{get_node_ip_address()}:{port}"
+    config = tmp_path / "cluster.yaml"
+    config.write_text(yaml.safe_dump(CONFIG | {"provider": {"type": "fake_multinode", "gcs_address": address}}))
     settings = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
     head = subprocess.Popen(
-        [*command, f"--autoscaling-config={config}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"],
+        [*command, f"--autoscaling-config={config}", "--include-dashboard=false"],
         env=environment(**settings, PATH=f"{BIN}:{os.environ['PATH']}"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     time.sleep(5)
     assert head.poll() is None, "the cluster did not start"
-    yield {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "disabled"}
+    yield {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
     started = psutil.Process(head.pid).children(recursive=True)
-    head.terminate()
-    head.wait(60)
-    for process in started:
+    for process in (psutil.Process(head.pid), *started):
         with contextlib.suppress(psutil.Error):
             process.kill()
+    head.wait(60)
 
 
 def test_from_nothing_a_node_is_asked_for_and_works(client: dict[str, str], tmp_path: Path) -> None:
