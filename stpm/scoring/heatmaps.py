@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,6 @@ import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
-from stpm.errors import DataError
 from stpm.images import Pixels, View
 from stpm.scoring import meters
 from stpm.scoring.progress import Done
@@ -26,6 +26,9 @@ HeatmapsIn = Literal["files", "parquet"]
 _WRITERS = 8
 _NO_PICTURES: dict[str, Any] = {"heatmap": "", "overlay": "", "heatmap_png": None, "overlay_png": None}
 _OPACITY = 0.5
+_LONGEST_FOLDER = 200
+# Each of these characters takes up to twelve bytes when it is encoded.
+_KEPT_OF_FOLDER = 12
 # Of zlib: one tenth of the time of the default, for files a fifth larger.
 _COMPRESSION = 1
 
@@ -118,7 +121,7 @@ class WriteHeatmaps:
         return result
 
     def partitioned(self, batch: pa.Table) -> pa.Table:
-        """The same, for rows that go to a folder per category: null where the name cannot be that of a folder.
+        """The same, for rows that go to a folder per category: a name too long for a folder is cut, and made distinct.
 
         No model has such a name, so what it names are rows with an error.
         """
@@ -160,11 +163,11 @@ def written_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
     return row["heatmap_png"] or b""
 
 
-def _as_folder(category: str) -> str | None:
-    try:
-        return storage.safe_name(category, "category")
-    except DataError:
-        return None
+def _as_folder(category: str) -> str:
+    """What is written percent-encoded as the name of a folder: of at most 255 bytes, on any filesystem."""
+    if len(quote(category, safe="")) <= _LONGEST_FOLDER:
+        return category
+    return f"{category[:_KEPT_OF_FOLDER]}… {storage.digest(category.encode())[:12]}"
 
 
 def _png(image: Image.Image) -> bytes:

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from stpm.cluster import connected
 from stpm.console import Say, show, watched
-from stpm.errors import ConfigError, CutOffError, ModelError
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError
 from stpm.models import ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
@@ -121,7 +121,6 @@ def count(target: Target) -> Counts:
     categories: dict[str, dict[str, int]] = {}
     for batch in target.dataset().to_batches(columns):
         table = pa.Table.from_batches([batch])
-        table = table.set_column(0, "category", pc.fill_null(table["category"], ""))
         rows += table.num_rows
         anomalous += pc.sum(table["is_anomalous"]).as_py() or 0
         size += pc.sum(table["bytes"]).as_py() or 0
@@ -155,7 +154,7 @@ def _records(store: ModelStore, categories: Iterable[str], say: Say) -> dict[str
         try:
             if category:
                 records[category] = store.record(category)
-        except ModelError as error:
+        except (ModelError, DataError) as error:
             problems.append(str(error))
     if not records:
         raise ModelError("; ".join(problems[:_SHOWN]) or "no image has a category; see --category and --category-from")

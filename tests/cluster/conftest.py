@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import psutil
 import pytest
 import requests
 from moto.server import ThreadedMotoServer
@@ -54,6 +58,21 @@ def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProce
     out, err = process.communicate(timeout=240)
     print(out, err, sep="\n")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """A cluster that a test is done with: the process that it was started by, and all that this one started."""
+    for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            member.kill()
+    process.wait(60)
 
 
 @pytest.fixture(scope="module")

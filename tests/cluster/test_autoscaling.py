@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -11,17 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.dataset as ds
 import pytest
 import yaml
 from ray.util import get_node_ip_address
 
-from tests.cluster.conftest import TINY_RECIPE, environment, run_job
-from tests.cluster.test_submit import free_port
+from tests.cluster.conftest import TINY_RECIPE, environment, free_port, kill_tree, run_job
 from tests.datasets import make_category
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
 BIN = Path(sys.executable).parent
 CONFIG: dict[str, Any] = {
@@ -60,11 +57,7 @@ def client(tmp_path: Path) -> Iterator[dict[str, str]]:
     time.sleep(5)
     assert head.poll() is None, "the cluster did not start"
     yield {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
-    started = psutil.Process(head.pid).children(recursive=True)
-    for process in (psutil.Process(head.pid), *started):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    head.wait(60)
+    kill_tree(head)
 
 
 def test_from_nothing_a_node_is_asked_for_and_works(client: dict[str, str], tmp_path: Path) -> None:

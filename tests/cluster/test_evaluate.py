@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import duckdb
 import pandas as pd
@@ -19,27 +21,29 @@ from tests.datasets import make_category
 pytestmark = pytest.mark.cluster
 
 
-# Two that may be folders, and two that may not.
 NO_MODELS = ("007", "a b", "../../a", "x" * 300)
+LONG = f"{'x' * 12}… {hashlib.sha256(b'x' * 300).hexdigest()[:12]}"
 
 
 def check_partitions() -> None:
-    """A folder per category, which others read without being told; what cannot be a folder has no category there."""
-    folders = {path.name for path in Path("run/scores").iterdir()}
-    assert folders == {
-        *("category=nut", "category=007", "category=a%20b", "category=__HIVE_DEFAULT_PARTITION__"),
-    }
+    """A folder per category, however it is named, which others read without being told."""
+    names = ("..%2F..%2Fa", "007", "a%20b", "nut", quote(LONG))
+    assert {path.name for path in Path("run/scores").iterdir()} == {f"category={name}" for name in names}
     found = duckdb.execute(
         "select category, count(*), min(error_message) from read_parquet('run/scores/*/*.parquet', "
         "hive_partitioning = true, hive_types = {'category': varchar}) group by category order by category"
     ).fetchall()
-    assert [(category, count) for category, count, _ in found] == [("007", 1), ("a b", 1), ("nut", 8), (None, 2)]
-    assert "no model for category '../../a'" in found[3][2]
+    assert [(category, count) for category, count, _ in found] == [
+        *(("../../a", 1), ("007", 1), ("a b", 1), ("nut", 8), (LONG, 1)),
+    ]
+    assert "no model for category '../../a'" in found[0][2]
     frame = pd.read_parquet("run/scores")
     assert (frame.category == "nut").sum() == 8
     counts = json.loads(Path("run/run.json").read_text())["counts"]
     assert counts["rows"] == 12
-    assert {name: of["rows"] for name, of in counts["categories"].items()} == {"": 2, "007": 1, "a b": 1, "nut": 8}
+    assert {name: of["rows"] for name, of in counts["categories"].items()} == {
+        **{"../../a": 1, "007": 1, "a b": 1, "nut": 8, LONG: 1}
+    }
 
 
 def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:

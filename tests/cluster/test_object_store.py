@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from tests.cluster.conftest import TINY_RECIPE, run_job, start_job
 from tests.datasets import encoded, make_category
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
 IMAGES = 400
 # The least that Ray takes.

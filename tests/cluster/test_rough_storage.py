@@ -118,6 +118,7 @@ def test_every_image_has_its_row(rough: dict[str, str], options: list[str]) -> N
     check_rows("s3://bucket/out")
 
 
+@pytest.mark.faults
 def test_storage_that_refuses_writes_for_half_a_minute_costs_time_alone(
     rough: dict[str, str], options: list[str]
 ) -> None:

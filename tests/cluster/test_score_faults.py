@@ -142,7 +142,7 @@ def kill_all(driver: int) -> None:
 
 
 @pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize("out", ["local", "s3"], indirect=True)
+@pytest.mark.parametrize("out", [pytest.param("local", marks=pytest.mark.faults), "s3"], indirect=True)
 def test_a_killed_driver_is_taken_up_by_the_next_run(kill: int, run: Path, out: str) -> None:
     process = start_job("score", *arguments(run, out))
     wait_for_rows(out, random.randint(1, 8))

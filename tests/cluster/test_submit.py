@@ -7,8 +7,6 @@ import json
 import os
 import re
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +20,7 @@ import pytest
 
 from stpm import storage
 from stpm.models import ModelStore
-from tests.cluster.conftest import TINY_RECIPE, environment
+from tests.cluster.conftest import TINY_RECIPE, environment, free_port, kill_tree
 from tests.conftest import REPOSITORY
 from tests.datasets import encoded, make_category
 
@@ -31,13 +29,6 @@ pytestmark = pytest.mark.cluster
 BIN = Path(sys.executable).parent
 TINY = ["--epochs", "2", *TINY_RECIPE]
 DATA, MODELS = "s3://bucket/data", "s3://bucket/models"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +67,7 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
             time.sleep(0.5)
     without = {name: value for name, value in settings.items() if name not in s3}
     yield without | {"RAY_API_SERVER_ADDRESS": address}
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(60)
+    kill_tree(process)
 
 
 def ray_job(client: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -175,7 +165,7 @@ def test_a_job_that_is_stopped_says_so_and_the_next_one_goes_on(cluster: dict[st
         time.sleep(0.1)
     assert ray_job(cluster, "stop", "night").returncode == 0
     assert "stopped by SIGTERM: what was done is kept" in ray_job(cluster, "logs", "night").stdout
-    assert "STOPPED" in ray_job(cluster, "status", "night").stderr
+    assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout
     assert not storage.exists(f"{out}/_SUCCESS")
     again = submit(cluster, "score", *options)
     assert again.returncode == 0
