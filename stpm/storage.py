@@ -246,7 +246,7 @@ def _stream_folders(fs: Any, path: str) -> Iterator[str]:
         except FileNotFoundError:
             return [], []
         folders = sorted(e["name"] for e in entries if e["type"] == "directory" and e["name"].rstrip("/") != folder)
-        return folders, sorted(e["name"] for e in entries if e["type"] == "file")
+        return folders, sorted(e["name"] for e in entries if _is_file(fs, e))
 
     with ThreadPoolExecutor(_LISTERS) as pool:
         waiting = deque([pool.submit(listed, path.rstrip("/"))])
@@ -254,6 +254,11 @@ def _stream_folders(fs: Any, path: str) -> Iterator[str]:
             folders, names = waiting.popleft().result()
             waiting.extend(pool.submit(listed, folder) for folder in folders)
             yield from (_uri(fs, name) for name in names)
+
+
+def _is_file(fs: Any, entry: dict[str, Any]) -> bool:
+    """Also where it is a link to one. Links to folders are not followed: they may lead back."""
+    return entry["type"] == "file" or bool(entry.get("islink") and fs.isfile(entry["name"]))
 
 
 def _uri(fs: Any, path: str) -> str:
@@ -264,7 +269,7 @@ def glob(uri: str) -> list[str]:
     """URIs of the files that a pattern names (`*`, `?`, `[…]`, and `**` for any depth), sorted."""
     fs, path = filesystem(uri)
     found = fs.glob(path, detail=True)
-    return sorted(_uri(fs, name) for name, info in found.items() if info["type"] == "file")
+    return sorted(_uri(fs, name) for name, info in found.items() if _is_file(fs, info))
 
 
 def parquet(table: pa.Table, row_group: int | None = None) -> bytes:

@@ -159,3 +159,14 @@ def test_a_listing_is_streamed_a_page_at_a_time(tmp_path: Path) -> None:
     assert next(found) == f"{tmp_path}/deep/0/x.png"
     assert len(list(found)) == 4
     assert list(storage.stream(str(tmp_path / "nothing"))) == []
+
+
+def test_links_to_files_are_files_and_links_to_folders_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(b"a")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b.png").symlink_to(tmp_path / "real" / "a.png")
+    (tmp_path / "links" / "back").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "links" / "lost.png").symlink_to(tmp_path / "nowhere")
+    assert list(storage.stream(str(tmp_path / "links"))) == [str(tmp_path / "links" / "b.png")]
+    assert storage.glob(f"{tmp_path}/links/*.png") == [str(tmp_path / "links" / "b.png")]

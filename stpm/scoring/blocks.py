@@ -49,7 +49,7 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
         return [
             ReadTask(
                 partial(_read, uri, group),
-                BlockMetadata(num_rows=rows, size_bytes=None, exec_stats=None, input_files=None),
+                BlockMetadata(num_rows=rows, size_bytes=rows * 200, exec_stats=None, input_files=None),
                 per_task_row_limit=per_task_row_limit,
             )
             for uri, group, rows in self._blocks

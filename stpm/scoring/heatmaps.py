@@ -81,7 +81,7 @@ class WriteHeatmaps:
         wanted: which images get pictures.
         overlays: the views of the categories whose images get an overlay too, in their own proportions.
         place: where the pictures go.
-        report: told of each batch that is done; None tells nobody.
+        report: told how long each batch took; None tells nobody.
     """
 
     def __init__(
@@ -115,9 +115,7 @@ class WriteHeatmaps:
             (row["category"] if row["model_id"] else "", row["error_kind"], bool(row["is_anomalous"])) for row in rows
         )
         if self._report:
-            errors = sum(bool(row["error_kind"]) for row in rows)
-            anomalous = sum(bool(row["is_anomalous"]) for row in rows)
-            self._report(Done(batch.num_rows, errors, anomalous, encode_seconds=computed))
+            self._report(Done(encode_seconds=computed))
         return result
 
     def partitioned(self, batch: pa.Table) -> pa.Table:

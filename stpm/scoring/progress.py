@@ -18,7 +18,7 @@ _LOG_SECONDS = 5.0
 
 
 class Done(NamedTuple):
-    """Rows that came through, and those of them that are errors or anomalous; seconds that each stage computed.
+    """Rows that scorers are done with, those of them that are errors or anomalous; seconds that each stage computed.
 
     Seconds are those of a CPU core, but for the forward pass on a GPU. A task that ran twice counts twice.
     """
@@ -44,21 +44,24 @@ class Tally:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._done = Done()
-        self._first: tuple[float, int] | None = None
+        # When how many rows were done, at most once a second.
+        self._marks: list[tuple[float, int]] = []
         self._last = 0.0
 
     def add(self, done: Done) -> None:
         self._done += done
         if done.rows:
             self._last = self._clock()
-            self._first = self._first or (self._last, self._done.rows)
+            if not self._marks or self._last - self._marks[-1][0] >= _POLL_SECONDS:
+                self._marks.append((self._last, self._done.rows))
 
     def read(self) -> Done:
         return self._done
 
     def speed(self) -> float:
-        """Rows per second from the first report on, without what came before it: starting, loading; 0 if unknown."""
-        since, before = self._first or (0.0, 0)
+        """Rows per second without the first quarter of them, while processes start and models load; 0 if unknown."""
+        started = [mark for mark in self._marks if mark[1] >= self._done.rows / 4]
+        since, before = started[0] if started else (0.0, 0)
         return (self._done.rows - before) / (self._last - since) if self._last > since else 0.0
 
 

@@ -41,7 +41,7 @@ class Scorer:
         batch_size: images per forward pass; 0: found on the device.
         memory: bytes of students that are kept loaded.
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
-        report: told how long each batch took; None tells nobody.
+        report: told of each batch, and how long it took; None tells nobody.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class Scorer:
         computed = self._clock() - start
         meters.spent("forward", computed)
         if self._report:
-            self._report(Done(forward_seconds=computed))
+            errors = sum(map(bool, columns["error_kind"]))
+            self._report(Done(rows, errors, sum(map(bool, columns["is_anomalous"])), forward_seconds=computed))
         self._idle_since = time.perf_counter()
         return result
 

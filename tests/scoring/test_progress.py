@@ -37,3 +37,14 @@ def test_a_tally_adds_up() -> None:
     tally.add(Done(16, 1, 2))
     tally.add(Done(4, 0, 1))
     assert tally.read() == Done(20, 1, 3)
+
+
+def test_the_steady_speed_is_without_the_first_quarter() -> None:
+    now = 0.0
+    tally = Tally(lambda: now)
+    assert tally.speed() == 0
+    for second, rows in enumerate([0, 10, 10, 10, 50, 100, 100, 100]):
+        now = float(second)
+        tally.add(Done(rows))
+    assert tally.read().rows == 380
+    assert tally.speed() == (380 - 180) / 2
