@@ -77,12 +77,13 @@ def run_benchmark(
     out = storage.absolute(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
     with on_cluster(cluster, [data, out], say):
-        if not options.data:
-            demo.make(data)
         if cluster.plan:
-            tasks = len(mvtec.find_categories(data, options.categories)) * len(options.seeds)
+            names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
+            tasks = len(names) * len(options.seeds)
             say_plan({"fits": plan_of(pool, tasks), "then scores": partial(planned, scoring)}, say)
             return ALL_DONE
+        if not options.data:
+            demo.make(data)
         return _run(options, data, out, recipe, pool, scoring, evaluation, requirements, say)
 
 

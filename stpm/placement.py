@@ -67,7 +67,8 @@ def on_cluster(options: ClusterOptions, uris: Sequence[str], say: Say) -> Iterat
         return
     with connected():
         check_reach(uris, options.mounted, several=_several_machines())
-        wait_for_node(options, say)
+        if not options.plan:
+            wait_for_node(options, say)
         yield
 
 
@@ -105,15 +106,17 @@ def wait_for_node(options: ClusterOptions, say: Say) -> None:
     say(f"the cluster has no node that can work; asking for one with {_in_words(wanted)}")
     request_resources(bundles=[wanted])
     deadline = time.monotonic() + options.node_minutes * 60
-    while not working_nodes():
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"no node with {_in_words(wanted)} came in {options.node_minutes:g} minutes; see what the autoscaler "
-                "says (ray status), or ask for another kind with --first-node"
-            )
-        time.sleep(_POLL_SECONDS)
-    # From here on what runs asks for what it needs.
-    request_resources(bundles=[])
+    try:
+        while not working_nodes():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"no node with {_in_words(wanted)} came in {options.node_minutes:g} minutes; see what the autoscaler "
+                    "says (ray status), or ask for another kind with --first-node"
+                )
+            time.sleep(_POLL_SECONDS)
+    finally:
+        # From here on what runs asks for what it needs.
+        request_resources(bundles=[])
 
 
 def first_bundle(kind: Literal["gpu", "cpu"]) -> dict[str, float]:
