@@ -110,8 +110,8 @@ def wait_for_node(options: ClusterOptions, say: Say) -> None:
         while not working_nodes():
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"no node with {_in_words(wanted)} came in {options.node_minutes:g} minutes; see what the autoscaler "
-                    "says (ray status), or ask for another kind with --first-node"
+                    f"no node with {_in_words(wanted)} came in {options.node_minutes:g} minutes; see what the "
+                    "autoscaler says (ray status), or ask for another kind with --first-node"
                 )
             time.sleep(_POLL_SECONDS)
     finally:
