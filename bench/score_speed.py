@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from stpm.models import ModelStore
 from stpm.scoring import manifest
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
+from stpm.scoring.ledger import Ledger
 from stpm.scoring.scorer import Scorer
 from stpm.scoring.sources import Categories, rows_of
 
@@ -38,7 +38,6 @@ _ROOT = Path(__file__).resolve().parents[1]
 _BATCH = 16
 _WARM = 3
 _PEER_IMAGES = 500
-_DONE = re.compile(r"^(\d+)/(\d+) images")
 
 
 def collection(category: mvtec.Category, count: int, folder: Path) -> None:
@@ -76,20 +75,13 @@ def bare(store: str, images: Path, out: Path, category: str, processes: int) -> 
     return float(sum(part.num_rows / s for part, s in zip(parts, seconds, strict=True)))
 
 
-def job(store: str, images: Path, out: Path, category: str) -> float:
-    """Images per second of the score job, once it is under way."""
+def job(store: str, images: Path, out: Path, category: str) -> tuple[float, float]:
+    """Images per second of the score job: without its first quarter, while processes start, and in all."""
     options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category]
     command = [sys.executable, "jobs/score.py", *options, "--top", "0", "--overlay"]
-    told: list[tuple[float, int]] = []
-    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if (match := _DONE.match(line)) and int(match[1]):
-                told.append((time.perf_counter(), int(match[1])))
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}")
-    (start, first), (end, last) = told[0], told[-1]
-    return (last - first) / (end - start)
+    subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
+    effort = Ledger(str(out)).effort()
+    return effort.steady_images_per_second, effort.images_per_second
 
 
 def peers(python: str, images: Path, folder: Path) -> float:
@@ -128,11 +120,11 @@ def main() -> None:
         collection(mvtec.read_category(data, name), arguments.images, root / "images")
         result = {
             "loop": bare(str(root / "models"), root / "images", root / "loop", name, arguments.processes),
-            "job": job(str(root / "models"), root / "images", root / "job", name),
         }
+        result["job"], result["job_in_all"] = job(str(root / "models"), root / "images", root / "job", name)
         if arguments.peer:
             result["peer"] = peers(arguments.peer, root / "images", root)
-    ratios = {f"job_to_{side}": round(result["job"] / speed, 3) for side, speed in result.items() if side != "job"}
+    ratios = {f"job_to_{side}": round(result["job"] / speed, 3) for side, speed in result.items() if "job" not in side}
     print(json.dumps({k: round(v, 1) for k, v in result.items()} | ratios))
 
 
