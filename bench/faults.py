@@ -83,7 +83,7 @@ FAULTS = (
     ),
     Fault(
         "Scoring: a node comes, and then one with a running scorer is gone without a word",
-        "The run ends well. The new node gets scorers; the same rows, each once.",
+        "The run ends well. The new node gets work, and the scorer of the lost one; the same rows, each once.",
         "tests/cluster/test_nodes.py::test_a_pass_takes_in_a_node_that_comes_and_loses_one_and_not_one_row",
     ),
     Fault(

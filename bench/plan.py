@@ -19,7 +19,6 @@ from stpm import storage
 from stpm.errors import StpmError
 from stpm.scoring.capacity import Cost, NodeKind, balanced
 from stpm.scoring.ledger import Ledger
-from stpm.scoring.target import Target
 
 _NODES = (1, 2, 4, 8, 16)
 
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--start-minutes", type=float, default=5.0, help="until a new node works")
     asked = parser.parse_args()
     try:
-        effort = Ledger(Target.alone(storage.absolute(asked.run)).home).effort()
+        effort = Ledger(storage.absolute(asked.run)).effort()
         cost = Cost.of(effort)
         kind = NodeKind.parse(asked.scoring)
         helper = NodeKind.parse(asked.helping) if asked.helping else None

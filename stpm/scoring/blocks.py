@@ -17,6 +17,9 @@ from ray.data.block import BlockMetadata
 from stpm import storage
 from stpm.scoring.manifest import BLOCK_ROWS, Shard
 
+# About. Where Ray is told nothing it takes each task's output for its largest block, and lets few tasks run at a time.
+_ROW_BYTES = 200
+
 
 class ManifestBlocks(Datasource):  # type: ignore[misc]
     """Rows of some shards, in blocks of at most `BLOCK_ROWS`.
@@ -49,7 +52,7 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
         return [
             ReadTask(
                 partial(_read, uri, group),
-                BlockMetadata(num_rows=rows, size_bytes=rows * 200, exec_stats=None, input_files=None),
+                BlockMetadata(num_rows=rows, size_bytes=rows * _ROW_BYTES, exec_stats=None, input_files=None),
                 per_task_row_limit=per_task_row_limit,
             )
             for uri, group, rows in self._blocks

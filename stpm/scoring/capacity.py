@@ -108,10 +108,9 @@ def balanced(cost: Cost, images: int, nodes: int, kind: NodeKind, helper: NodeKi
 
     plans = [of(0)]
     # Where the devices are the limit another helper adds nothing. Without devices it is one more core like the others.
-    while helper and cost.on_gpu and (not plans[-1].images_per_second or _faster(of(len(plans)), plans[-1])):
-        plans.append(of(len(plans)))
+    while helper and cost.on_gpu:
+        more = of(len(plans))
+        if plans[-1].images_per_second and more.images_per_second <= plans[-1].images_per_second:
+            break
+        plans.append(more)
     return min(plans, key=lambda plan: (plan.money, plan.hours))
-
-
-def _faster(one: Plan, other: Plan) -> bool:
-    return one.images_per_second > other.images_per_second
