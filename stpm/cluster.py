@@ -14,6 +14,10 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
 # Ray's C++ core writes to this process's own standard error; at its default it warns on every pool of actors.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
+# Of a cluster that this process starts. At its default Ray ends what is idle for a second and more than one process per
+# core, and the next task of that kind imports everything again.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+
 import ray
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -71,6 +75,8 @@ def connected() -> Iterator[None]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # They advise the author of a pipeline, in the middle of its user's log.
+    context.issue_detectors_config.detectors = []
     try:
         yield
     finally:

@@ -14,10 +14,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import platform
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from stpm import __version__, storage
+from stpm import storage
 from stpm.calibration import Calibration, HeatmapScale
 from stpm.errors import ConfigError, ModelError
 from stpm.forward import place
@@ -34,7 +32,7 @@ from stpm.matching import LevelStatistics
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
 from stpm.options import Integers
 from stpm.recipe import Precision, Recipe
-from stpm.record import FORMAT, STUDENT, FitSummary, ModelRecord
+from stpm.record import FORMAT, STUDENT, FitSummary, ModelRecord, library_versions
 
 _TEACHERS = "teachers"
 _RECORD = "model.json"
@@ -57,11 +55,6 @@ class Model:
     def to(self, device: torch.device) -> Model:
         statistics = None if self.statistics is None else [level.to(device) for level in self.statistics]
         return dataclasses.replace(self, student=place(self.student, device), statistics=statistics)
-
-
-def library_versions() -> dict[str, str]:
-    names = ("torch", "timm", "ray", "numpy", "pillow")
-    return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 class ModelStore:

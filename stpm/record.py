@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 
+from stpm import __version__
 from stpm.calibration import HeatmapScale
 from stpm.recipe import Precision, Recipe
 
@@ -45,3 +48,9 @@ class ModelRecord:
     @property
     def model_id(self) -> str:
         return f"{self.category}-{self.files[STUDENT][:12]}"
+
+
+def library_versions() -> dict[str, str]:
+    """Of what a model or a run was made with."""
+    names = ("torch", "timm", "ray", "numpy", "pillow")
+    return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}

@@ -10,7 +10,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from stpm.fitting.pool import PoolOptions, scaling, shared_out
 from stpm.placement import first_bundle
-from stpm.scoring.pipeline import STAGE_CPUS, ScorerPool
+from stpm.scoring.pool import ScorerPool
 from tests.conftest import REPOSITORY
 
 
@@ -41,7 +41,7 @@ def test_both_pools_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
     assert scaling(shared_out(PoolOptions(), each, 100), each, tasks=100, grows=False).num_workers == nodes
     pool = ScorerPool.of(0, each, blocks=100, grows=False)
     assert (pool.size, pool.num_gpus) == (nodes, 1.0)
-    assert pool.num_cpus + 8 * STAGE_CPUS <= gpu["resources"]["CPU"]
+    assert pool.num_cpus + 8 * pool.stage_cpus <= gpu["resources"]["CPU"]
 
 
 def test_from_nothing_the_node_that_is_asked_for_is_one_that_there_is(config: dict[str, Any]) -> None:
@@ -55,7 +55,8 @@ def test_from_nothing_the_node_that_is_asked_for_is_one_that_there_is(config: di
 def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
     cpu = config["available_node_types"]["cpu"]
     assert "GPU" not in cpu["resources"]
-    assert cpu["resources"]["CPU"] >= STAGE_CPUS
+    pool = ScorerPool.of(0, [config["available_node_types"]["gpu"]["resources"]], blocks=100, grows=False)
+    assert cpu["resources"]["CPU"] >= 8 * pool.stage_cpus
     assert (
         scaling(PoolOptions(cpus_per_worker=1), [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}], 9, grows=False).num_workers
         == 1

@@ -19,8 +19,7 @@ from stpm.evaluation import published
 from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures, MasksAt, Measured
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
-from stpm.models import library_versions
-from stpm.record import ModelRecord
+from stpm.record import ModelRecord, library_versions
 
 _AVERAGED = (*METRICS, "fit_seconds", "train_loss", "validation_loss")
 _SHOWN = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_aupro": "AUPRO"}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
-from stpm.models import library_versions
+from stpm.record import library_versions
 
 _RUN = "run.json"
 _SUCCESS = "_SUCCESS"

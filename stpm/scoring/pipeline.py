@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
-from ray.data.checkpoint import CheckpointConfig, CheckpointManager
+from ray.data import ActorPoolStrategy
 from ray.data.datasource import FilenameProvider
 
 from stpm import storage
@@ -22,18 +18,15 @@ from stpm.images import View
 from stpm.models import ModelStore
 from stpm.options import option
 from stpm.scoring.blocks import ManifestBlocks
+from stpm.scoring.checkpoint import checkpointed
 from stpm.scoring.decode import IMAGE_SECONDS, Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
 from stpm.scoring.ledger import Effort
 from stpm.scoring.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.pool import ScorerPool
 from stpm.scoring.progress import Progress, followed
-from stpm.scoring.scorer import FIRST_BATCH, LARGEST_BATCH, Scorer
+from stpm.scoring.scorer import LARGEST_BATCH, Scorer
 from stpm.scoring.target import Target
-
-STAGE_CPUS = 0.15
-# As one task with reading, which Ray makes of them where they ask for the same, scoring was a third slower.
-_DECODE_CPUS = 0.16
-_STAGE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -73,58 +66,13 @@ class ScoreOptions:
             raise ConfigError(f"scorers is {self.scorers}; give 1 or more, or 0 to take what the cluster has")
 
 
-@dataclass(frozen=True)
-class ScorerPool:
-    """The actors that score: how many, how many there may be when nodes come, and what each takes of its node."""
-
-    size: int
-    most: int
-    num_cpus: float
-    num_gpus: float
-
-    @classmethod
-    def of(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
-        """The pool for a cluster and a number of blocks to score.
-
-        Args:
-            scorers: as many as are wanted; 0: one per GPU, or without GPUs one per CPU core.
-            nodes: what each node has, of those that take work.
-            blocks: that there are to score.
-            grows: nodes may come while it runs.
-
-        Raises:
-            ConfigError: if the wanted scorers do not fit.
-        """
-        cpus, gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
-        fits = gpus or cpus
-        if not fits:
-            raise ConfigError("the cluster has no node with a CPU; scoring needs one")
-        if scorers > fits and not grows:
-            raise ConfigError(f"{scorers} scorers do not fit {fits} {'GPUs' if gpus else 'CPU cores'}; lower --scorers")
-        size = min(scorers or fits, fits, max(blocks, 1))
-        most = max(scorers or blocks, size) if grows else size
-        return cls(size, most, _share(nodes, bool(gpus)), 1.0 if gpus else 0.0)
-
-
-def _share(nodes: Sequence[Resources], gpus: bool) -> float:
-    """CPUs that a scorer takes, so that one goes to each GPU or core and the other stages find room beside them.
-
-    On a CPU each computes in one thread: an actor per core beats fewer with more threads.
-    """
-    if gpus:
-        return min(1.0, *((node["CPU"] - STAGE_CPUS) / node["GPU"] for node in nodes if node.get("GPU", 0) > 0))
-    most = max(int(node["CPU"]) for node in nodes)
-    # Just so much that no node has room for one more than it has cores.
-    return min(math.floor(100 * most / (most + 1) + 1), 99) / 100
-
-
 def planned(options: ScoreOptions, node: Resources) -> str:
     """What would score on a node of the connected cluster, and how much could be prepared beside it, in words."""
     pool = ScorerPool.of(options.scorers, working_nodes(), sys.maxsize, grows=is_shared())
     cpus = node.get("CPU", 0)
     here = min(pool.size, int(node.get("GPU", 0)) if pool.num_gpus else int(cpus))
     scorers = f"{here} scorers of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; " if here else ""
-    beside = int((cpus - here * pool.num_cpus) / STAGE_CPUS)
+    beside = int((cpus - here * pool.num_cpus) / pool.stage_cpus)
     return f"{scorers}{beside} tasks that fetch, decode and write" if cpus else ""
 
 
@@ -158,16 +106,16 @@ def score_shards(
     overlays = views if target.overlays else {}
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     pictures = f"heatmaps/{target.name}"
-    with _checkpointed(target), followed(progress) as report:
+    with checkpointed(target.checkpoint), followed(progress) as report:
         write = WriteHeatmaps(target.out, pictures, target.heatmaps, overlays, target.heatmaps_in, report)
         of_each = write.partitioned if target.partition_by == "category" else write.__call__
         (
-            ray.data.read_datasource(blocks, override_num_blocks=len(blocks), num_cpus=STAGE_CPUS)
+            ray.data.read_datasource(blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus)
             .map_batches(
                 Decode(views, options.image_seconds, report=report).__call__,
                 batch_format="pyarrow",
-                batch_size=_STAGE_ROWS,
-                num_cpus=_DECODE_CPUS,
+                batch_size=BLOCK_ROWS,
+                num_cpus=pool.stage_cpus,
             )
             .map_batches(
                 Scorer,
@@ -182,7 +130,7 @@ def score_shards(
                 ),
                 compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.most),
                 batch_format="pyarrow",
-                batch_size=LARGEST_BATCH if pool.num_gpus else FIRST_BATCH,
+                batch_size=LARGEST_BATCH if pool.num_gpus else BLOCK_ROWS,
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
                 runtime_env=KEEPING_MEMORY,
@@ -190,8 +138,8 @@ def score_shards(
             .map_batches(
                 of_each,
                 batch_format="pyarrow",
-                batch_size=_STAGE_ROWS,
-                num_cpus=STAGE_CPUS,
+                batch_size=BLOCK_ROWS,
+                num_cpus=pool.stage_cpus,
             )
             .write_parquet(
                 out_path,
@@ -199,7 +147,7 @@ def score_shards(
                 partition_cols=["category"] if target.partition_by == "category" else None,
                 filename_provider=FilenameProvider(target.name, "parquet"),
                 min_rows_per_file=min(options.rows_per_file, BLOCK_ROWS) if target.raw_maps else options.rows_per_file,
-                ray_remote_args={"num_cpus": STAGE_CPUS},
+                ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         )
         done = report.total()
@@ -213,30 +161,3 @@ def score_shards(
             cpus=sum(node["CPU"] for node in nodes),
             gpus=sum(node.get("GPU", 0.0) for node in nodes),
         )
-
-
-@contextmanager
-def _checkpointed(target: Target) -> Iterator[None]:
-    """Data sets made in the block write down the ids of the rows that they have written."""
-    context = DataContext.get_current()
-    filesystem, path = storage.arrow_filesystem(target.checkpoint)
-    context.checkpoint_config = CheckpointConfig(
-        id_column="image_id",
-        checkpoint_path=path,
-        override_filesystem=filesystem,
-        delete_checkpoint_on_success=False,
-        checkpoint_manager_cls=_CleaningManager,
-    )
-    try:
-        yield
-    finally:
-        context.checkpoint_config = None
-
-
-class _CleaningManager(CheckpointManager):  # type: ignore[misc]
-    """Ray's clean-up of what writers left half done, without its filter: the rows that come in are those left."""
-
-    def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> tuple[None, int]:
-        if data_file_dir is not None:
-            self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
-        return None, 0

@@ -11,16 +11,17 @@ import ray
 from stpm import storage
 from stpm.scoring import manifest
 from stpm.scoring.manifest import Shard
-from stpm.scoring.pipeline import STAGE_CPUS
 from stpm.scoring.target import Target
 
 _READERS = 16
+# Where another pass holds nearly all CPUs there is still room for this.
+_CPUS = 0.1
 _PENDING = ".pending.parquet"
 
 
 def remaining_shards(target: Target) -> list[Shard]:
     """Shards that hold what is left of a pass. Needs a connection to Ray."""
-    remote = ray.remote(num_cpus=STAGE_CPUS)(_remaining)
+    remote = ray.remote(num_cpus=_CPUS)(_remaining)
     shards: list[Shard] = ray.get(remote.remote(target.manifest, target.checkpoint, target.remaining))
     return shards
 

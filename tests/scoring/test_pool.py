@@ -7,16 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.errors import ConfigError
-from stpm.scoring.pipeline import STAGE_CPUS, ScorerPool
+from stpm.scoring.pool import ScorerPool
 
 
 @given(st.lists(st.integers(1, 96), min_size=1, max_size=6))
-def test_each_core_has_a_scorer_and_the_other_stages_have_room(cores: list[int]) -> None:
+def test_each_core_has_a_scorer_and_a_task_of_the_other_stages(cores: list[int]) -> None:
     pool = ScorerPool.of(0, [{"CPU": float(n)} for n in cores], blocks=10_000, grows=False)
     assert (pool.size, pool.most, pool.num_gpus) == (sum(cores), sum(cores), 0.0)
     for n in cores:
-        assert n - n * pool.num_cpus < pool.num_cpus, "a node has room for more scorers than cores"
-    assert max(n - n * pool.num_cpus for n in cores) >= STAGE_CPUS
+        left = n - n * pool.num_cpus
+        assert left < pool.num_cpus, "a node has room for more scorers than cores"
+        assert n // 2 <= left / pool.stage_cpus + 1e-6 <= 2 * n + 1
+    assert max(n - n * pool.num_cpus for n in cores) + 1e-9 >= max(cores) * pool.stage_cpus
 
 
 @given(
@@ -29,13 +31,18 @@ def test_each_gpu_has_a_scorer_and_the_other_stages_have_room(kinds: list[tuple[
     pool = ScorerPool.of(0, nodes, blocks=10_000, grows=False)
     assert (pool.size, pool.num_gpus) == (sum(gpus for _, gpus in kinds), 1.0)
     assert 0 < pool.num_cpus <= 1
-    assert all(cpus - gpus * pool.num_cpus >= STAGE_CPUS - 1e-9 for cpus, gpus in kinds if gpus)
+    assert all(cpus - gpus * pool.num_cpus >= pool.stage_cpus - 1e-9 for cpus, gpus in kinds if gpus)
+
+
+def test_two_tasks_go_to_a_core_that_feeds_a_gpu() -> None:
+    pool = ScorerPool.of(0, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}], blocks=100, grows=False)
+    assert pool == ScorerPool(size=1, most=1, num_cpus=1.0, num_gpus=1.0, stage_cpus=0.5)
 
 
 def test_the_pool_grows_with_the_cluster_and_not_beyond_what_was_asked_for() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}]
-    assert ScorerPool.of(0, nodes, blocks=100, grows=True) == ScorerPool(1, 100, 1.0, 1.0)
-    assert ScorerPool.of(4, nodes, blocks=100, grows=True) == ScorerPool(1, 4, 1.0, 1.0)
+    assert ScorerPool.of(0, nodes, blocks=100, grows=True) == ScorerPool(1, 100, 1.0, 1.0, 0.5)
+    assert ScorerPool.of(4, nodes, blocks=100, grows=True) == ScorerPool(1, 4, 1.0, 1.0, 0.5)
     assert ScorerPool.of(0, nodes, blocks=1, grows=True).most == 1
 
 

@@ -1,0 +1,43 @@
+"""Ray Data's checkpoint: each row's id is written down with the row, so that a killed pass goes on.
+
+Its configuration travels with every task of the pass, and the process that runs one imports the module that defines its
+class: this one, which knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.data import DataContext
+from ray.data.checkpoint import CheckpointConfig, CheckpointManager
+
+from stpm import storage
+
+
+@contextmanager
+def checkpointed(folder: str) -> Iterator[None]:
+    """Data sets made in the block write down the ids of the rows that they have written."""
+    context = DataContext.get_current()
+    filesystem, path = storage.arrow_filesystem(folder)
+    context.checkpoint_config = CheckpointConfig(
+        id_column="image_id",
+        checkpoint_path=path,
+        override_filesystem=filesystem,
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=CleaningManager,
+    )
+    try:
+        yield
+    finally:
+        context.checkpoint_config = None
+
+
+class CleaningManager(CheckpointManager):  # type: ignore[misc]
+    """Ray's clean-up of what writers left half done, without its filter: the rows that come in are those left."""
+
+    def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> tuple[None, int]:
+        if data_file_dir is not None:
+            self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+        return None, 0
