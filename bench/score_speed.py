@@ -4,7 +4,7 @@
 
 The loop reads, decodes, resizes, runs teacher and student, makes the map, and writes the heatmap and the overlay, with
 the functions that the job uses: one process of one thread per core, its best arrangement on a CPU. The job's speed is
-that between its first and its last line of progress, without Ray's start. The peer is anomalib's `Engine.predict` on a
+the steady one of its run.json: from the first quarter of the images on, until the last of them is written. The peer is anomalib's `Engine.predict` on a
 part of the same images, with its visualiser, and without its imports. Nothing else may run on the machine meanwhile.
 """
 

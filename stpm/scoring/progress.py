@@ -50,16 +50,18 @@ class Tally:
 
     def add(self, done: Done) -> None:
         self._done += done
-        if done.rows:
-            self._last = self._clock()
-            if not self._marks or self._last - self._marks[-1][0] >= _POLL_SECONDS:
-                self._marks.append((self._last, self._done.rows))
+        self._last = self._clock()
+        if done.rows and (not self._marks or self._last - self._marks[-1][0] >= _POLL_SECONDS):
+            self._marks.append((self._last, self._done.rows))
 
     def read(self) -> Done:
         return self._done
 
     def speed(self) -> float:
-        """Rows per second without the first quarter of them, while processes start and models load; 0 if unknown."""
+        """Rows per second without the first quarter of them, while processes start and models load; 0 if unknown.
+
+        Until the last stage is done with the last of them, not only the scorers.
+        """
         started = [mark for mark in self._marks if mark[1] >= self._done.rows / 4]
         since, before = started[0] if started else (0.0, 0)
         return (self._done.rows - before) / (self._last - since) if self._last > since else 0.0

@@ -48,3 +48,6 @@ def test_the_steady_speed_is_without_the_first_quarter() -> None:
         tally.add(Done(rows))
     assert tally.read().rows == 380
     assert tally.speed() == (380 - 180) / 2
+    now = 9.0
+    tally.add(Done(encode_seconds=1))
+    assert tally.speed() == (380 - 180) / 4
