@@ -1,11 +1,12 @@
 """How much of the machine the score job uses: its steady images per second over those of a bare loop, and of a peer.
 
-    python bench/score_speed.py --data DATA --category bottle --images 3000 [--peer PEER/bin/python]
+    python bench/score_speed.py --data DATA --category bottle [--peer PEER/bin/python]
 
 The loop reads, decodes, resizes, runs teacher and student, makes the map, and writes the heatmap and the overlay, with
 the functions that the job uses: one process of one thread per core, its best arrangement on a CPU. The job's speed is
-the steady one of its run.json: from the first quarter of the images on, until the last of them is written. The peer is anomalib's `Engine.predict` on a
-part of the same images, with its visualiser, and without its imports. Nothing else may run on the machine meanwhile.
+the steady one of its run.json: from the first quarter of the images on, until the last of them is written. The peer is
+anomalib's `Engine.predict` on a part of the same images, with its visualiser, and without its imports. Nothing else may
+run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="local folder in the MVTec AD layout")
     parser.add_argument("--category", default="bottle")
-    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="of the loop")
     parser.add_argument("--peer", help="python of the environment that has anomalib")
     arguments = parser.parse_args()
