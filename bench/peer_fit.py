@@ -96,7 +96,7 @@ def ours(data: str, category: mvtec.Category, seed: int, recipe: list[str], out:
     options = ["--data", data, "--categories", category.name, "--models", str(out), "--seed", str(seed)]
     result = timed([sys.executable, "jobs/fit.py", *options, "--teacher", "demo", *recipe])
     decode = Decode({category.name: images.View(_SIZE)})
-    scorer = Scorer(str(out), 0.01, raw_maps=True, threads=psutil.cpu_count(logical=False) or 1)
+    scorer = Scorer(str(out), 0.01, raw_maps=True, overlays=False, threads=psutil.cpu_count(logical=False) or 1)
     rows = scorer(decode(pa.concat_tables(of_test_images([category])))).to_pylist()
     maps = np.stack([np.frombuffer(row["anomaly_map"], np.float32).reshape(_SIZE, _SIZE) for row in rows])
     return result | figures(category.test, maps)

@@ -54,9 +54,9 @@ class Decode:
         meters.spent("decode", computed)
         if self._report:
             self._report(Done(decode_seconds=computed))
-        columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in MANIFEST.names}
+        columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names}
         good = [r if isinstance(r, images.Decoded) else None for r in results]
-        columns["pixels"] = [r.pixels.tobytes() if r else b"" for r in good]
+        columns["pixels"] = [r.pixels.data.cast("B") if r else b"" for r in good]
         for name in ("width", "height", "bytes"):
             columns[name] = [getattr(r, name) if r else None for r in good]
         columns["error_kind"] = [r.kind if isinstance(r, ImageError) else "" for r in results]

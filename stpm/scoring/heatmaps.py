@@ -25,7 +25,8 @@ HeatmapsIn = Literal["files", "parquet"]
 
 _WRITERS = 8
 _NO_PICTURES: dict[str, Any] = {"heatmap": "", "overlay": "", "heatmap_png": None, "overlay_png": None}
-_OPACITY = 0.5
+# Never copied: drawn from where they are, or passed on.
+_BINARY = ("heat", "pixels", "anomaly_map")
 _LONGEST_FOLDER = 200
 # Each of these characters takes up to twelve bytes when it is encoded.
 _KEPT_OF_FOLDER = 12
@@ -61,8 +62,7 @@ def overlay(pixels: Pixels, heat: Pixels) -> Pixels:
         pixels: (H, W, 3) uint8 RGB.
         heat: (H, W) uint8.
     """
-    blended = (1 - _OPACITY) * pixels + _OPACITY * _PALETTE[heat]
-    return np.round(blended).astype(np.uint8)
+    return ((pixels + _PALETTE[heat].astype(np.uint16) + 1) // 2).astype(np.uint8)
 
 
 def heat_over(pixels: Pixels, png: bytes) -> Pixels:
@@ -102,7 +102,10 @@ class WriteHeatmaps:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.process_time()
-        rows = batch.select([name for name in SCORED.names if name != "anomaly_map"]).to_pylist()
+        rows = batch.select([name for name in SCORED.names if name not in _BINARY]).to_pylist()
+        for name in ("heat", "pixels"):
+            for row, value in zip(rows, batch[name], strict=True):
+                row[name] = value.as_buffer()
         with ThreadPoolExecutor(_WRITERS) as pool:
             pictures = list(pool.map(self._pictures, rows))
         columns: dict[str, Any] = {name: batch[name] for name in OUTPUT.names if name in batch.schema.names}

@@ -123,6 +123,7 @@ def score_shards(
                     store.uri,
                     options.false_alarm_rate,
                     target.raw_maps,
+                    target.overlays,
                     options.batch_size,
                     int(options.model_memory_gib * 2**30),
                     0,

@@ -109,6 +109,11 @@ def with_carried(result: pa.Table, batch: pa.Table) -> pa.Table:
     return result
 
 
-def table(columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
-    """Columns by name as a table of exactly this schema."""
-    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+def table(columns: Mapping[str, Sequence[Any] | pa.ChunkedArray], schema: pa.Schema) -> pa.Table:
+    """Columns by name as a table of exactly this schema; those that are Arrow's already are not copied."""
+
+    def column(field: pa.Field) -> pa.Array | pa.ChunkedArray:
+        values = columns[field.name]
+        return values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
+
+    return pa.table([column(field) for field in schema], schema=schema)

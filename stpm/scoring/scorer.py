@@ -25,6 +25,8 @@ from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 FIRST_BATCH = 16
 LARGEST_BATCH = 256
 _WORTH_IT = 1.05
+# Columns whose values the scorer looks at, or changes; others go through as they are.
+_READ = ("category", "width", "height", "error_kind", "error_message")
 
 Sharing = tuple[str, ...]
 
@@ -38,6 +40,7 @@ class Scorer:
         store: URI of the model store.
         false_alarm_rate: for the threshold.
         raw_maps: keep the anomaly maps.
+        overlays: keep the pixels, for what is drawn over them.
         batch_size: images per forward pass; 0: found on the device.
         memory: bytes of students that are kept loaded.
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
@@ -49,6 +52,7 @@ class Scorer:
         store: str,
         false_alarm_rate: float,
         raw_maps: bool,
+        overlays: bool,
         batch_size: int = 0,
         memory: int = 2**30,
         threads: int = 0,
@@ -60,6 +64,7 @@ class Scorer:
         self._rate = false_alarm_rate
         self._report = report
         self._raw_maps = raw_maps
+        self._overlays = overlays
         self._device = pick_device()
         self._batch = BatchSize(batch_size, grows=self._device.type != "cpu")
         self._records: dict[str, ModelRecord | ModelError] = {}
@@ -74,7 +79,8 @@ class Scorer:
             meters.waited(time.perf_counter() - self._idle_since)
         start = self._clock()
         rows = batch.num_rows
-        columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in DECODED.names}
+        columns: dict[str, Any] = {name: batch[name] for name in DECODED.names}
+        columns |= {name: batch[name].to_pylist() for name in _READ}
         for field in SCORED:
             if field.name not in columns:
                 columns[field.name] = [None if field.nullable else b"" if field.name == "heat" else ""] * rows
@@ -100,6 +106,8 @@ class Scorer:
                 _fail(columns, members, "no_model", error)
             else:
                 self._score_shared(matcher, members, columns)
+        if not self._overlays:
+            columns["pixels"] = [b""] * rows
         result = with_carried(table(columns, SCORED), batch)
         computed = self._clock() - start
         meters.spent("forward", computed)
@@ -109,7 +117,7 @@ class Scorer:
         self._idle_since = time.perf_counter()
         return result
 
-    def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:
+    def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""
         start = 0
         while start < len(rows):
@@ -127,10 +135,10 @@ class Scorer:
             start += len(part)
 
     @torch.inference_mode()
-    def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, list[Any]]) -> None:
+    def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
         size = matcher.recipe.size
-        pixels = np.stack([np.frombuffer(columns["pixels"][i], np.uint8).reshape(size, size, 3) for i in rows])
-        inputs = matcher.inputs(torch.from_numpy(pixels))
+        pixels = np.stack([np.frombuffer(columns["pixels"][i].as_buffer(), np.uint8) for i in rows])
+        inputs = matcher.inputs(torch.from_numpy(pixels.reshape(-1, size, size, 3)))
         teacher = matcher.features(matcher.teacher, inputs)
         start = 0
         for category, group in groupby(rows, key=lambda i: columns["category"][i]):
@@ -147,9 +155,7 @@ class Scorer:
             maps = matcher.anomaly_maps(compare([t[part] for t in teacher], student), model.statistics)
             self._fill(members, maps, model, columns)
 
-    def _fill(
-        self, rows: Sequence[int], maps: npt.NDArray[np.float32], model: Model, columns: dict[str, list[Any]]
-    ) -> None:
+    def _fill(self, rows: Sequence[int], maps: npt.NDArray[np.float32], model: Model, columns: dict[str, Any]) -> None:
         flat = maps.reshape(len(rows), -1)
         peaks = flat.argmax(axis=1)
         scores = flat[np.arange(len(rows)), peaks]
@@ -169,9 +175,9 @@ class Scorer:
             columns["area"][row] = float((flat[k] > threshold).mean())
             columns["seed"][row] = model.record.recipe.seed
             columns["model_id"][row] = model.record.model_id
-            columns["heat"][row] = heat[k].tobytes()
+            columns["heat"][row] = memoryview(heat[k]).cast("B")
             if self._raw_maps:
-                columns["anomaly_map"][row] = maps[k].tobytes()
+                columns["anomaly_map"][row] = memoryview(maps[k]).cast("B")
 
     def _record(self, category: str) -> ModelRecord | ModelError:
         """What is known of a category's model, or why there is none."""
@@ -257,7 +263,7 @@ class BatchSize:
         self._settled = True
 
 
-def _fail(columns: dict[str, list[Any]], rows: Sequence[int], kind: str, error: Exception) -> None:
+def _fail(columns: dict[str, Any], rows: Sequence[int], kind: str, error: Exception) -> None:
     for i in rows:
         columns["error_kind"][i], columns["error_message"][i] = kind, str(error)
 

@@ -57,7 +57,7 @@ def manifest(run: Path) -> pa.Table:
 
 
 def scorer(run: Path, raw_maps: bool = True) -> Scorer:
-    return Scorer(str(run / "models"), 0.3, raw_maps, threads=1)
+    return Scorer(str(run / "models"), 0.3, raw_maps, overlays=True, threads=1)
 
 
 def scored(run: Path, rows: pa.Table) -> pa.Table:
@@ -69,6 +69,17 @@ def _matcher(run: Path, model: Model) -> Matcher:
     store = ModelStore(str(run / "models"))
     teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
     return Matcher(teacher, record.recipe, torch.device("cpu"), record.precision)
+
+
+def test_pixels_travel_on_only_where_something_is_drawn_over_them(run: Path) -> None:
+    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    store = str(run / "models")
+    kept, dropped = (
+        Scorer(store, 0.3, raw_maps=False, overlays=overlays, threads=1)(decoded) for overlays in (True, False)
+    )
+    assert kept["pixels"].equals(decoded["pixels"])
+    assert kept.drop(["pixels"]).equals(dropped.drop(["pixels"]))
+    assert set(dropped["pixels"].to_pylist()) == {b""}
 
 
 def test_image_ids_are_stable_64_bit_and_differ() -> None:
@@ -227,7 +238,7 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
         damaged = next(damaged.iterdir())
     damaged.write_bytes(b"x")
     decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
-    out = Scorer(str(tmp_path / "models"), 0.3, raw_maps=False, threads=1)(decoded).to_pylist()
+    out = Scorer(str(tmp_path / "models"), 0.3, raw_maps=False, overlays=False, threads=1)(decoded).to_pylist()
     broken = {"nut"} if file.startswith("nut") else set(CATEGORIES)
     for row in out:
         assert (row["error_kind"] == "no_model") == (row["category"] in broken)
@@ -277,7 +288,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
         return original(matcher, trunk, inputs)
 
     monkeypatch.setattr(Matcher, "features", small)
-    out = Scorer(str(run / "models"), 0.3, raw_maps=False, threads=1)(decoded).to_pylist()
+    out = Scorer(str(run / "models"), 0.3, raw_maps=False, overlays=False, threads=1)(decoded).to_pylist()
     assert max(tried) > fits
     for row, other in zip(out, expected, strict=True):
         assert row["error_kind"] == ""
