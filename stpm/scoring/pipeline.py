@@ -72,7 +72,7 @@ def planned(options: ScoreOptions, node: Resources) -> str:
     cpus = node.get("CPU", 0)
     here = min(pool.size, int(node.get("GPU", 0)) if pool.num_gpus else int(cpus))
     scorers = f"{here} scorers of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; " if here else ""
-    beside = int((cpus - here * pool.num_cpus) / pool.stage_cpus)
+    beside = int(round((cpus - here * pool.num_cpus) / pool.stage_cpus, 6))
     return f"{scorers}{beside} tasks that fetch, decode and write" if cpus else ""
 
 
