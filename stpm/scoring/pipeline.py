@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 from ray.data.datasource import FilenameProvider
 
 from stpm import storage
@@ -103,6 +103,7 @@ def score_shards(
     blocks = ManifestBlocks(shards)
     nodes = working_nodes()
     pool = ScorerPool.of(options.scorers, nodes, len(blocks), grows=is_shared())
+    DataContext.get_current().op_resource_reservation_ratio = pool.set_aside
     overlays = views if target.overlays else {}
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     pictures = f"heatmaps/{target.name}"

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from stpm.cluster import Resources
 from stpm.errors import ConfigError
 
-# Where devices score, two tasks of the other stages go to a core: half of the time of one is waiting for storage.
-_BESIDE_GPUS = 0.5
+# Half of the time of such a task is waiting for storage, or for a scorer on the same core.
+_TASKS_PER_CORE = 2
+# Of what scorers leave: so small that each of the three other stages has room for one.
+_SHARE_OF_REST = 1 / 4
+# Of a cluster, evenly for the four stages; Ray Data's default.
+_SET_ASIDE = 0.5
+_STAGES = 4
 # Ray counts in ten-thousandths.
 _GRAIN = 10_000
 
@@ -19,7 +24,8 @@ _GRAIN = 10_000
 class ScorerPool:
     """The actors that score: how many, how many there may be when nodes come, and what each takes of its node.
 
-    `stage_cpus` is what each task takes that fetches, decodes or writes.
+    `stage_cpus` is what each task takes that fetches, decodes or writes; `set_aside` is the share of the cluster that
+    is kept for the stages, the same for each.
     """
 
     size: int
@@ -27,6 +33,7 @@ class ScorerPool:
     num_cpus: float
     num_gpus: float
     stage_cpus: float
+    set_aside: float
 
     @classmethod
     def of(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
@@ -50,25 +57,40 @@ class ScorerPool:
         size = min(scorers or fits, fits, max(blocks, 1))
         most = max(scorers or blocks, size) if grows else size
         num_cpus, stage_cpus = _beside_gpus(nodes) if gpus else _on_cores(nodes)
-        return cls(size, most, num_cpus, 1.0 if gpus else 0.0, stage_cpus)
+        total = sum(node["CPU"] for node in nodes)
+        return cls(size, most, num_cpus, 1.0 if gpus else 0.0, stage_cpus, _set_aside(total, size * num_cpus))
 
 
 def _beside_gpus(nodes: Sequence[Resources]) -> tuple[float, float]:
-    """CPUs of a scorer and of another task: at least one of these on each node whose devices all have a scorer."""
-    room = min(node["CPU"] / (node["GPU"] + 1) for node in nodes if node.get("GPU", 0) > 0)
-    return _floor(min(1.0, room)), _floor(min(_BESIDE_GPUS, room))
+    """CPUs of a scorer and of another task: some of these on each node whose devices all have a scorer."""
+    with_gpus = [node for node in nodes if node.get("GPU", 0) > 0]
+    scorer = _floor(min(1.0, *(node["CPU"] / (node["GPU"] + 1) for node in with_gpus)))
+    rest = min(node["CPU"] - node["GPU"] * scorer for node in with_gpus)
+    return scorer, _floor(min(1 / _TASKS_PER_CORE, rest * _SHARE_OF_REST))
 
 
 def _on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
     """CPUs of a scorer and of another task, where both are on each core.
 
-    A scorer computes in one thread: one per core beats fewer with more threads. A core also has room for one other
-    task, and the kernel shares it out between the two.
+    A scorer computes in one thread: one per core beats fewer with more threads. The kernel shares the core out.
     """
     most = max(int(node["CPU"]) for node in nodes)
     # Just so much that no node has room for one more than it has cores.
     scorer = _floor(most / (most + 1)) + 1 / _GRAIN
-    return scorer, _floor(1 - scorer)
+    rest = most * (1 - scorer)
+    return scorer, _floor(min(rest / (most * _TASKS_PER_CORE), rest * _SHARE_OF_REST))
+
+
+def _set_aside(total: float, scorers: float) -> float:
+    """The share of some CPUs to set aside for the stages, of which scorers take so many.
+
+    Ray serves the stages in their order, and one for which too little is left has nothing of its own: the last one,
+    then, writes nothing before all is decoded, and what was scored piles up.
+    """
+    each = _SET_ASIDE * total / _STAGES
+    if scorers <= total - 2 * each and scorers > total - 3 * each:
+        return _floor(_STAGES * (total - scorers) / (3 * total))
+    return _SET_ASIDE
 
 
 def _floor(cpus: float) -> float:
