@@ -18,7 +18,7 @@ from stpm import storage
 from stpm.images import Pixels, View
 from stpm.scoring import meters
 from stpm.scoring.progress import Done
-from stpm.scoring.schema import OUTPUT, SCORED, with_carried
+from stpm.scoring.schema import OUTPUT, SCORED, table, with_carried
 
 Heatmaps = Literal["all", "anomalous", "none"]
 HeatmapsIn = Literal["files", "parquet"]
@@ -110,8 +110,8 @@ class WriteHeatmaps:
             pictures = list(pool.map(self._pictures, rows))
         columns: dict[str, Any] = {name: batch[name] for name in OUTPUT.names if name in batch.schema.names}
         for name in _NO_PICTURES:
-            columns[name] = pa.array([picture[name] for picture in pictures], OUTPUT.field(name).type)
-        result = with_carried(pa.table([columns[name] for name in OUTPUT.names], schema=OUTPUT), batch)
+            columns[name] = [picture[name] for picture in pictures]
+        result = with_carried(table(columns, OUTPUT), batch)
         computed = time.process_time() - began
         meters.spent("encode", computed)
         meters.count_images(

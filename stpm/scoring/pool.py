@@ -88,7 +88,7 @@ def _set_aside(total: float, scorers: float) -> float:
     then, writes nothing before all is decoded, and what was scored piles up.
     """
     each = _SET_ASIDE * total / _STAGES
-    if scorers <= total - 2 * each and scorers > total - 3 * each:
+    if total - 3 * each < scorers <= total - 2 * each:
         return _floor(_STAGES * (total - scorers) / (3 * total))
     return _SET_ASIDE
 

@@ -175,9 +175,9 @@ class Scorer:
             columns["area"][row] = float((flat[k] > threshold).mean())
             columns["seed"][row] = model.record.recipe.seed
             columns["model_id"][row] = model.record.model_id
-            columns["heat"][row] = memoryview(heat[k]).cast("B")
+            columns["heat"][row] = heat[k].data.cast("B")
             if self._raw_maps:
-                columns["anomaly_map"][row] = memoryview(maps[k]).cast("B")
+                columns["anomaly_map"][row] = maps[k].data.cast("B")
 
     def _record(self, category: str) -> ModelRecord | ModelError:
         """What is known of a category's model, or why there is none."""
