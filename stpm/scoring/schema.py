@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 
@@ -114,6 +115,23 @@ def table(columns: Mapping[str, Sequence[Any] | pa.ChunkedArray], schema: pa.Sch
 
     def column(field: pa.Field) -> pa.Array | pa.ChunkedArray:
         values = columns[field.name]
-        return values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
+        if isinstance(values, pa.ChunkedArray):
+            return values
+        return _binary(values) if field.type == pa.large_binary() else pa.array(values, field.type)
 
     return pa.table([column(field) for field in schema], schema=schema)
+
+
+def _binary(values: Sequence[bytes | memoryview | None]) -> pa.Array:
+    """Bytes as an array of large_binary, copied once.
+
+    `pa.array` keeps a reference to each memoryview for ever (pyarrow 16 to 26), and with it what the view shows.
+
+    Args:
+        values: views are of single bytes.
+    """
+    present = [value for value in values if value is not None]
+    ends = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)
+    valid = pa.array([value is not None for value in values], pa.bool_())
+    buffers = [valid.buffers()[1], pa.py_buffer(ends), pa.py_buffer(b"".join(present))]
+    return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
