@@ -4,8 +4,8 @@
 
 Starts an S3 server, fills a bucket with PNG, JPEG and TIFF files of several sizes, some of them broken, fits a tiny
 student, and scores them all. Prints, per quarter of the pass, images per second and the memory of the driver, of the
-scorers and of all other processes of Ray, in MiB (proportional set size, the mean over the quarter); and how the rows
-compare with the bucket. Needs the extra `test`.
+scorers, of the workers that fetch, decode and write, and of Ray's own processes, in MiB (proportional set size, the
+mean over the quarter); and how the rows compare with the bucket. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SIZES = ((64, 64), (120, 90), (160, 200))
 _BROKEN_EVERY = 500
 _AT_ONCE = 500
 _SAMPLE_SECONDS = 3.0
-_PARTS = ("driver", "scorers", "others")
+_PARTS = ("driver", "scorers", "stages", "ray")
 _TINY = [
     *("--preset", "paper", "--teacher", "test_resnet", "--teacher-weights", "random"),
     *("--size", "64", "--batch", "4", "--epochs", "1"),
@@ -68,6 +68,14 @@ def fill(count: int) -> None:
         fs.pipe({f"bucket/images/{name}": data for name, data in files.items()})
 
 
+def part_of(title: str) -> str:
+    """Which part of the job a process of Ray is of, by the title that Ray gives it."""
+    if "MapWorker" in title:
+        return "scorers"
+    # Between two tasks a worker is IDLE; the other titles that begin so are Ray's own actors and agents.
+    return "stages" if title.startswith(("ray::Read", "ray::Map", "ray::IDLE")) else "ray"
+
+
 def memory(driver: int) -> dict[str, float]:
     """MiB by part of the job."""
     sizes: Counter[str] = Counter()
@@ -78,7 +86,7 @@ def memory(driver: int) -> dict[str, float]:
             size = process.memory_full_info().pss
         except psutil.Error:
             continue
-        part = "driver" if process.pid == driver else "scorers" if "MapWorker" in words else "others"
+        part = "driver" if process.pid == driver else part_of(words)
         sizes[part] += size / 2**20
     return dict(sizes)
 
@@ -105,12 +113,8 @@ def quarters(samples: list[tuple[float, int, dict[str, float]]], count: int) -> 
         inside = [s for s in samples if quarter * count < 4 * s[1] <= (quarter + 1) * count]
         if len(inside) > 1:
             speed = (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
-            parts = {
-                part: statistics.fmean(s[2].get(part, 0) for s in inside) for part in ("driver", "scorers", "others")
-            }
-            yield {"quarter": quarter + 1, "images_per_second": round(speed, 1)} | {
-                k: round(v) for k, v in parts.items()
-            }
+            parts = {part: round(statistics.fmean(s[2].get(part, 0) for s in inside)) for part in _PARTS}
+            yield {"quarter": quarter + 1, "images_per_second": round(speed, 1)} | parts
 
 
 def main() -> None:

@@ -6,32 +6,23 @@ class: this one, which knows no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 
 from stpm import storage
 
 
-@contextmanager
-def checkpointed(folder: str) -> Iterator[None]:
-    """Data sets made in the block write down the ids of the rows that they have written."""
-    context = DataContext.get_current()
+def checkpoints(folder: str) -> CheckpointConfig:
+    """For data sets that write down in a folder the ids of the rows that they have written."""
     filesystem, path = storage.arrow_filesystem(folder)
-    context.checkpoint_config = CheckpointConfig(
+    return CheckpointConfig(
         id_column="image_id",
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
         checkpoint_manager_cls=CleaningManager,
     )
-    try:
-        yield
-    finally:
-        context.checkpoint_config = None
 
 
 class CleaningManager(CheckpointManager):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from stpm.images import View
 from stpm.models import ModelStore
 from stpm.options import option
 from stpm.scoring.blocks import ManifestBlocks
-from stpm.scoring.checkpoint import checkpointed
+from stpm.scoring.checkpoint import checkpoints
 from stpm.scoring.decode import IMAGE_SECONDS, Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
 from stpm.scoring.ledger import Effort
@@ -103,11 +103,13 @@ def score_shards(
     blocks = ManifestBlocks(shards)
     nodes = working_nodes()
     pool = ScorerPool.of(options.scorers, nodes, len(blocks), grows=is_shared())
-    DataContext.get_current().op_resource_reservation_ratio = pool.set_aside
+    context = DataContext.get_current().copy()
+    context.op_resource_reservation_ratio = pool.set_aside
+    context.checkpoint_config = checkpoints(target.checkpoint)
     overlays = views if target.overlays else {}
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     pictures = f"heatmaps/{target.name}"
-    with checkpointed(target.checkpoint), followed(progress) as report:
+    with DataContext.current(context), followed(progress) as report:
         write = WriteHeatmaps(target.out, pictures, target.heatmaps, overlays, target.heatmaps_in, report)
         of_each = write.partitioned if target.partition_by == "category" else write.__call__
         (
