@@ -18,6 +18,7 @@ import requests
 from moto.server import ThreadedMotoServer
 
 from stpm import storage
+from stpm.scoring.target import Target
 from tests.conftest import REPOSITORY
 
 # What keeps a whole job at seconds; the machinery is the same as for a real recipe.
@@ -58,6 +59,11 @@ def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProce
     out, err = process.communicate(timeout=240)
     print(out, err, sep="\n")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def committed(out: str) -> list[str]:
+    """The files that say which rows of an unfinished pass are written for good: each comes after its rows."""
+    return [uri for uri, _ in storage.files(Target.alone(out).checkpoint) if not uri.endswith(".pending.parquet")]
 
 
 def free_port() -> int:

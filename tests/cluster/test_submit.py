@@ -20,7 +20,7 @@ import pytest
 
 from stpm import storage
 from stpm.models import ModelStore
-from tests.cluster.conftest import TINY_RECIPE, environment, free_port, kill_tree
+from tests.cluster.conftest import TINY_RECIPE, committed, environment, free_port, kill_tree
 from tests.conftest import REPOSITORY
 from tests.datasets import encoded, make_category
 
@@ -160,7 +160,7 @@ def test_a_job_that_is_stopped_says_so_and_the_next_one_goes_on(cluster: dict[st
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
     deadline = time.monotonic() + 120
-    while not storage.files(f"{out}/scores"):
+    while not committed(out):
         assert time.monotonic() < deadline, "no rows were written"
         time.sleep(0.1)
     assert ray_job(cluster, "stop", "night").returncode == 0
