@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProce
     out, err = process.communicate(timeout=240)
     print(out, err, sep="\n")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Fails with what is the matter if it does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
 
 
 def committed(out: str) -> list[str]:

@@ -7,7 +7,7 @@ import itertools
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from stpm.models import ModelStore
-from tests.cluster.conftest import TINY_RECIPE, run_job, start_job
+from tests.cluster.conftest import TINY_RECIPE, run_job, start_job, wait_until
 from tests.datasets import encoded, make_category
 
 pytestmark = pytest.mark.cluster
@@ -131,13 +131,6 @@ def runs(node: Any, title: str) -> bool:
             if title in " ".join(child.cmdline()):
                 return True
     return False
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def ended(process: subprocess.Popen[str]) -> str:

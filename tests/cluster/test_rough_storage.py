@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from stpm import storage
-from tests.cluster.conftest import TINY_RECIPE, run_job, start_job
+from tests.cluster.conftest import TINY_RECIPE, run_job, start_job, wait_until
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -124,10 +124,7 @@ def test_storage_that_refuses_writes_for_half_a_minute_costs_time_alone(
 ) -> None:
     out = "s3://bucket/refused"
     process = start_job("score", *options, "--out", out, **rough)
-    deadline = time.monotonic() + 120
-    while not storage.files(f"{out}/heatmaps"):
-        assert time.monotonic() < deadline, "no heatmap was written"
-        time.sleep(0.05)
+    wait_until(lambda: bool(storage.files(f"{out}/heatmaps")), "no heatmap was written")
     Rough.refuses_until = time.monotonic() + REFUSING_SECONDS
     stdout, stderr = process.communicate(timeout=300)
     print(stdout, stderr)

@@ -20,7 +20,7 @@ import pytest
 
 from stpm import storage
 from stpm.models import ModelStore
-from tests.cluster.conftest import TINY_RECIPE, committed, environment, free_port, kill_tree
+from tests.cluster.conftest import TINY_RECIPE, committed, environment, free_port, kill_tree, wait_until
 from tests.conftest import REPOSITORY
 from tests.datasets import encoded, make_category
 
@@ -159,10 +159,7 @@ def test_a_job_that_is_stopped_says_so_and_the_next_one_goes_on(cluster: dict[st
     options += ["--rows-per-file", "32", "--batch-size", "1"]
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
-    deadline = time.monotonic() + 120
-    while not committed(out):
-        assert time.monotonic() < deadline, "no rows were written"
-        time.sleep(0.1)
+    wait_until(lambda: bool(committed(out)), "no rows were committed")
     assert ray_job(cluster, "stop", "night").returncode == 0
     assert "stopped by SIGTERM: what was done is kept" in ray_job(cluster, "logs", "night").stdout
     assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout
