@@ -84,7 +84,7 @@ class Matcher:
         """(B, size, size) float32 from the levels' distances; `statistics` if the recipe combines `calibrated`."""
         if statistics is not None:
             distances = standardised(distances, statistics)
-        return anomaly_map(distances, self.recipe.size, self.recipe.combine).cpu().numpy()
+        return anomaly_map(distances, self.recipe.size, self.recipe.size, self.recipe.combine).cpu().numpy()
 
 
 def compare(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, one_hot
 
 from stpm.recipe import Combine
 
@@ -58,9 +58,48 @@ def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.clamp(squares / 2 - cosine, 0.0, 2.0)
 
 
-def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """Mean distance over positions and images, averaged over levels (equations 2 and 3): a scalar in [0, 2]."""
-    return torch.stack([distance_map(t, s).mean() for t, s in zip(teacher, student, strict=True)]).mean()
+def matching_loss(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], valid: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Mean distance over positions and images, averaged over levels (equations 2 and 3): a scalar in [0, 2].
+
+    Args:
+        teacher: features, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
+        student: features of the same shapes.
+        valid: one (B, Hₗ, Wₗ) bool mask per level of the positions that count, at least one in each image; None: all.
+            Images weigh the same, however many of their positions count.
+    """
+    distances = [distance_map(t, s) for t, s in zip(teacher, student, strict=True)]
+    if valid is None:
+        return torch.stack([d.mean() for d in distances]).mean()
+    means = [(d * v).sum(dim=(1, 2)) / v.sum(dim=(1, 2)) for d, v in zip(distances, valid, strict=True)]
+    return torch.stack([mean.mean() for mean in means]).mean()
+
+
+def content_mask(content: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Which positions of a pyramid level lie on the image, and not on the padding around it.
+
+    Those whose centre does. Where an image is too narrow to hold any centre, it is the position that holds its middle.
+
+    Args:
+        content: (B, 4) integers: left, top, right and bottom of each image within the input, pixels.
+        size: height and width of the input, pixels.
+        shape: height and width of the level.
+
+    Returns:
+        (B, H, W) bool, at least one of them true for each image.
+    """
+    left, top, right, bottom = content.long().unbind(dim=1)
+    rows, columns = _inside(top, bottom, size[0], shape[0]), _inside(left, right, size[1], shape[1])
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _inside(start: Tensor, stop: Tensor, size: int, positions: int) -> Tensor:
+    """Of each span [start, stop) of an axis of `size` pixels, the positions in it: (B, positions) bool."""
+    centres = (torch.arange(positions, device=start.device) + 0.5) * size / positions
+    inside = (start[:, None] <= centres) & (centres < stop[:, None])
+    middle = (start + stop) * positions // (2 * size)
+    return torch.where(inside.any(dim=1, keepdim=True), inside, one_hot(middle, positions).bool())
 
 
 def level_statistics(distances: Sequence[Tensor]) -> list[LevelStatistics]:
@@ -93,21 +132,40 @@ def _floored(variance: Tensor) -> Tensor:
     return (variance + floor.square() + _EPS).sqrt()
 
 
-def anomaly_map(distances: Sequence[Tensor], size: int, combine: Combine = "product") -> Tensor:
+def anomaly_map(
+    distances: Sequence[Tensor],
+    height: int,
+    width: int,
+    combine: Combine = "product",
+    valid: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Combine the levels' distance maps at input size (equation 4).
 
     Args:
         distances: one (B, Hₗ, Wₗ) map per level; for `calibrated`, standardised ones.
-        size: height and width of the result, in pixels; maps are upsampled bilinearly.
+        height: of the result, in pixels; maps are upsampled bilinearly.
+        width: of the result, in pixels.
         combine: `product` as in the paper; `sum` and `calibrated` add.
+        valid: one (B, Hₗ, Wₗ) bool mask per level of the positions that count; None: all. What is interpolated between
+            a position that counts and others takes the value of the former.
 
     Returns:
-        (B, size, size) float32: up to 2ᴸ for a product of L levels, up to 2L for a sum, unbounded if calibrated.
+        (B, height, width) float32: up to 2ᴸ for a product of L levels, up to 2L for a sum, unbounded if calibrated.
+        Far from any position that counts it has no meaning.
     """
-    upsampled = torch.stack(
-        [interpolate(d[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0] for d in distances]
-    )
-    return upsampled.prod(dim=0) if combine == "product" else upsampled.sum(dim=0)
+    if valid is None:
+        levels = [_upsampled(d, height, width) for d in distances]
+    else:
+        levels = [
+            _upsampled(d * v, height, width) / _upsampled(v.float(), height, width).clamp_min(_EPS)
+            for d, v in zip(distances, valid, strict=True)
+        ]
+    stacked = torch.stack(levels)
+    return stacked.prod(dim=0) if combine == "product" else stacked.sum(dim=0)
+
+
+def _upsampled(maps: Tensor, height: int, width: int) -> Tensor:
+    return interpolate(maps[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
 
 
 def image_score(anomaly_maps: Tensor) -> Tensor:

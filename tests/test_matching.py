@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from stpm.matching import (
     anomaly_map,
+    content_mask,
     distance_map,
     image_score,
     level_statistics,
@@ -58,7 +59,7 @@ def test_loss_and_anomaly_map_are_those_of_the_paper() -> None:
 
     t, s = [[torch.from_numpy(f) for f in side] for side in (teacher, student)]
     assert matching_loss(t, s).item() == pytest.approx(loss, abs=1e-6)
-    maps = anomaly_map([distance_map(a, b) for a, b in zip(t, s, strict=True)], 64)
+    maps = anomaly_map([distance_map(a, b) for a, b in zip(t, s, strict=True)], 64, 64)
     np.testing.assert_allclose(maps.numpy(), product, atol=1e-5)
     np.testing.assert_allclose(image_score(maps).numpy(), product.max(axis=(1, 2)), atol=1e-5)
 
@@ -66,7 +67,7 @@ def test_loss_and_anomaly_map_are_those_of_the_paper() -> None:
 def test_a_sum_of_levels_adds_the_upsampled_maps() -> None:
     distances = [torch.rand(1, 4, 4), torch.rand(1, 8, 8)]
     expected = sum(reference_upsample(d[0].numpy(), 16) for d in distances)
-    np.testing.assert_allclose(anomaly_map(distances, 16, "sum")[0].numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(anomaly_map(distances, 16, 16, "sum")[0].numpy(), expected, atol=1e-6)
 
 
 @given(
@@ -145,3 +146,72 @@ def test_positions_that_never_varied_have_a_finite_standard() -> None:
     constant = [torch.full((5, 3, 3), 0.25)]
     assert torch.isfinite(standardised(constant, level_statistics(constant))[0]).all()
     assert torch.isfinite(standardised_without_itself(constant)[0]).all()
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
+    """An input's height and width, and a box in it."""
+    height, width = draw(st.integers(32, 100)), draw(st.integers(32, 100))
+    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    return (height, width), [left, top, draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height))]
+
+
+@given(boxes(), st.integers(1, 16), st.integers(1, 16))
+@settings(deadline=None)
+def test_a_position_counts_if_its_centre_is_on_the_image(
+    case: tuple[tuple[int, int], list[int]], rows: int, columns: int
+) -> None:
+    size, (left, top, right, bottom) = case
+    mask = content_mask(torch.tensor([case[1]], dtype=torch.int32), size, (rows, columns))[0].numpy()
+    assert mask.any()
+    y = np.array([top <= (i + 0.5) * size[0] / rows < bottom for i in range(rows)])
+    x = np.array([left <= (i + 0.5) * size[1] / columns < right for i in range(columns)])
+    if y.any() and x.any():
+        np.testing.assert_array_equal(mask, np.outer(y, x))
+    if not y.any():
+        (row,) = np.flatnonzero(mask.any(axis=1))
+        assert row * size[0] / rows <= (top + bottom) / 2 < (row + 1) * size[0] / rows
+
+
+@given(boxes(), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_what_lies_on_the_padding_changes_neither_loss_nor_map(
+    case: tuple[tuple[int, int], list[int]], seed: int
+) -> None:
+    (height, width), (left, top, right, bottom) = case
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16)]
+    valid = [content_mask(torch.tensor([case[1]]), (height, width), shape) for shape in shapes]
+    teacher, student = ([torch.rand(1, 5, *shape, generator=generator) for shape in shapes] for _ in range(2))
+    other = [
+        torch.where(v[:, None], s, torch.rand(s.shape, generator=generator))
+        for s, v in zip(student, valid, strict=True)
+    ]
+    results = []
+    for features_of_student in (student, other):
+        distances = [distance_map(t, s) for t, s in zip(teacher, features_of_student, strict=True)]
+        maps = anomaly_map(distances, height, width, "sum", valid)[:, top:bottom, left:right]
+        results.append((matching_loss(teacher, features_of_student, valid), maps))
+    torch.testing.assert_close(results[0], results[1])
+    # Each value lies within those of the positions that count, at whatever distance from them it is interpolated.
+    distances = [distance_map(t, s)[v] for t, s, v in zip(teacher, student, valid, strict=True)]
+    assert results[0][1].min() >= sum(d.min() for d in distances) - 1e-4
+    assert results[0][1].max() <= sum(d.max() for d in distances) + 1e-4
+    expected = np.mean([d.double().mean().item() for d in distances])
+    assert results[0][0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_images_weigh_the_same_in_the_loss_however_small_they_are_in_the_input() -> None:
+    teacher, student = ([torch.from_numpy(f) for f in features(seed)] for seed in (0, 1))
+    content = torch.tensor([[0, 0, 64, 64], [16, 0, 48, 64]])
+    valid = [content_mask(content, (64, 64), tuple(t.shape[2:])) for t in teacher]
+    both = matching_loss(teacher, student, valid)
+    alone = [matching_loss(*([f[i : i + 1] for f in side] for side in (teacher, student, valid))) for i in range(2)]
+    torch.testing.assert_close(both, torch.stack(alone).mean())
+    torch.testing.assert_close(alone[0], matching_loss([t[:1] for t in teacher], [s[:1] for s in student]))
+
+
+def test_where_everything_counts_the_map_is_the_same() -> None:
+    distances = [torch.rand(2, 8, 6), torch.rand(2, 4, 3)]
+    everything = [torch.ones_like(d, dtype=torch.bool) for d in distances]
+    torch.testing.assert_close(anomaly_map(distances, 32, 24, "product", everything), anomaly_map(distances, 32, 24))
