@@ -28,9 +28,10 @@ from stpm.cluster import KEEPING_MEMORY
 from stpm.fitting import loop
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
-from stpm.fitting.worker import load_pixels
+from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.forward import place
 from stpm.networks import Trunk
+from stpm.preprocessing import Preprocessing
 from stpm.recipe import PRESETS, Recipe
 
 _BUDGET = 4 * 2**30
@@ -79,13 +80,14 @@ def _measured(
     uris: list[str], recipe: Recipe, threads: int, keep_features: bool, decode_once: bool, placed: Place
 ) -> Speed:
     torch.set_num_threads(threads)
-    matcher = matcher_of(recipe)
+    preprocessing = preprocessing_for(recipe, uris)
+    matcher = matcher_of(recipe, preprocessing)
     start = time.perf_counter()
-    pixels = load_pixels(uris, recipe.view, _BUDGET)
+    loaded = load_images(uris, preprocessing, _BUDGET)
     decoding = time.perf_counter() - start
-    features = TeacherFeatures(matcher, pixels, _BUDGET if keep_features else 0)
+    features = TeacherFeatures(matcher, loaded, _BUDGET if keep_features else 0)
     before = time.perf_counter() - start
-    train, held_out = split(len(pixels), recipe)
+    train, held_out = split(len(loaded), recipe)
     ends = [time.perf_counter()]
     with patch.object(loop, "place", placed):
         fit(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))
@@ -105,11 +107,11 @@ def compiled(trunk: Trunk, device: torch.device) -> Trunk:
     return trunk
 
 
-def one_by_one(uris: list[str], recipe: Recipe) -> float:
+def one_by_one(uris: list[str], preprocessing: Preprocessing) -> float:
     """Images per second of decoding without parallel readers."""
     start = time.perf_counter()
     for uri in uris:
-        images.decode(storage.read(uri), recipe.view)
+        images.decode(storage.read(uri), preprocessing)
     return len(uris) / (time.perf_counter() - start)
 
 
@@ -136,10 +138,11 @@ def main() -> None:
     ):
         rows.append(speed.row(name, best))
     print(tabulate(rows, ["measure", "images/s", "of all", "seconds"], tablefmt="github", disable_numparse=True))
+    preprocessing = preprocessing_for(recipe, uris)
     start = time.perf_counter()
-    load_pixels(uris, recipe.view, _BUDGET)
+    load_images(uris, preprocessing, _BUDGET)
     parallel = len(uris) / (time.perf_counter() - start)
-    print(f"\ndecoding: {parallel:.0f} images/s in parallel, {one_by_one(uris, recipe):.0f} one by one")
+    print(f"\ndecoding: {parallel:.0f} images/s in parallel, {one_by_one(uris, preprocessing):.0f} one by one")
 
 
 if __name__ == "__main__":

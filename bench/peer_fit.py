@@ -26,22 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 import pyarrow as pa
 from recipes import mask_of
 
-from stpm import images, mvtec, storage
+from stpm import mvtec, storage
 from stpm.evaluation.metrics import auroc
-from stpm.evaluation.pixels import PixelCounts
+from stpm.evaluation.pixels import Map, PixelCounts
 from stpm.fitting.loop import split
+from stpm.models import ModelStore
+from stpm.preprocessing import IMAGENET, Preprocessing
 from stpm.recipe import PRESETS
 from stpm.scoring.decode import Decode
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.scorer import Scorer
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SIZE = PRESETS["paper"].size
+# What the peer's transform does.
+_PEER = Preprocessing(256, 256, "stretch", IMAGENET.interpolation, IMAGENET.mean, IMAGENET.std)
 _METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro")
 _SAMPLE_SECONDS = 3.0
 
@@ -95,11 +97,13 @@ def ours(data: str, category: mvtec.Category, seed: int, recipe: list[str], out:
     """Fit by the fit job; score by the stages of the score job."""
     options = ["--data", data, "--categories", category.name, "--models", str(out), "--seed", str(seed)]
     result = timed([sys.executable, "jobs/fit.py", *options, "--teacher", "demo", *recipe])
-    decode = Decode({category.name: images.View(_SIZE)})
+    preprocessing = ModelStore(str(out)).record(category.name).preprocessing
+    decode = Decode({category.name: preprocessing})
     scorer = Scorer(str(out), 0.01, raw_maps=True, overlays=False, threads=psutil.cpu_count(logical=False) or 1)
     rows = scorer(decode(pa.concat_tables(of_test_images([category])))).to_pylist()
-    maps = np.stack([np.frombuffer(row["anomaly_map"], np.float32).reshape(_SIZE, _SIZE) for row in rows])
-    return result | figures(category.test, maps)
+    shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in rows]
+    maps = [np.frombuffer(row["anomaly_map"], np.float32).reshape(s) for row, s in zip(rows, shapes, strict=True)]
+    return result | figures(category.test, maps, preprocessing)
 
 
 def peers(python: str, category: mvtec.Category, seed: int, epochs: int, threads: int, out: Path) -> dict[str, Any]:
@@ -118,14 +122,14 @@ def peers(python: str, category: mvtec.Category, seed: int, epochs: int, threads
     result = timed([python, str(_ROOT / "bench" / "anomalib_fit.py"), *words], until="fitted")
     with np.load(out / "maps.npz") as saved:
         paths, maps = saved["paths"], saved["maps"]
-    return result | figures([category.test[int(Path(path).stem)] for path in paths], maps)
+    return result | figures([category.test[int(Path(path).stem)] for path in paths], maps, _PEER)
 
 
-def figures(shown: Sequence[mvtec.TestImage], maps: npt.NDArray[np.float32]) -> dict[str, float]:
+def figures(shown: Sequence[mvtec.TestImage], maps: Sequence[Map], preprocessing: Preprocessing) -> dict[str, float]:
     """Of the anomaly maps of test images."""
-    counts = PixelCounts.of(maps, np.stack([mask_of(image.mask, images.View(_SIZE)) for image in shown]))
+    counts = PixelCounts.of(maps, [mask_of(i.mask, preprocessing, m.shape) for i, m in zip(shown, maps, strict=True)])
     labels = np.array([image.label != mvtec.GOOD for image in shown])
-    values = (auroc(labels, maps.max(axis=(1, 2))), counts.auroc().value, counts.aupro(0.3).value)
+    values = (auroc(labels, np.array([each.max() for each in maps])), counts.auroc().value, counts.aupro(0.3).value)
     return dict(zip(_METRICS, values, strict=True))
 
 

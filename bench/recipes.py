@@ -25,10 +25,11 @@ from stpm.evaluation.metrics import auroc
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.held_out import calibrate_student
 from stpm.fitting.loop import fit, split
-from stpm.fitting.worker import load_pixels
-from stpm.forward import Matcher, pick_device, place, resolve_precision
+from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
+from stpm.forward import Map, Matcher, pick_device, place, resolve_precision
 from stpm.matching import level_statistics
 from stpm.networks import Trunk, architecture_of, load_teacher, trunk_from
+from stpm.preprocessing import Preprocessing
 from stpm.recipe import PRESETS, Combine, Recipe
 
 _BUDGET = 4 * 2**30
@@ -43,25 +44,28 @@ def chosen(base: Recipe, text: str) -> Recipe:
     changes: dict[str, Any] = {}
     for pair in text.split():
         name, value = pair.split("=", 1)
-        changes[name] = value if isinstance(getattr(base, name), str) else json.loads(value)
+        default = getattr(base, name)
+        changes[name] = type(default)(value) if isinstance(default, str) else json.loads(value)
     return dataclasses.replace(base, **changes)
 
 
-def matcher_of(recipe: Recipe) -> Matcher:
+def matcher_of(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
     """The recipe's teacher on this process's device."""
     device = pick_device()
     weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
     teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
-    return Matcher(teacher, recipe, device, resolve_precision(recipe.precision, device))
+    return Matcher(teacher, preprocessing, recipe.combine, device, resolve_precision(recipe.precision, device))
 
 
 def run(category: mvtec.Category, recipe: Recipe) -> dict[str, Any]:
     """Fit one student and score the category's test images."""
-    matcher = matcher_of(recipe)
+    uris = [uri for uri, _ in category.train]
+    preprocessing = preprocessing_for(recipe, uris)
+    matcher = matcher_of(recipe, preprocessing)
     start = time.perf_counter()
-    pixels = load_pixels([uri for uri, _ in category.train], recipe.view, _BUDGET)
-    train, held_out = split(len(pixels), recipe)
-    fitted = fit(TeacherFeatures(matcher, pixels, _BUDGET), train, held_out, recipe, lambda epoch: None)
+    good = load_images(uris, preprocessing, _BUDGET)
+    train, held_out = split(len(good), recipe)
+    fitted = fit(TeacherFeatures(matcher, good, _BUDGET), train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
         "validation_loss": round(fitted.kept.validation_loss, 5),
@@ -71,44 +75,51 @@ def run(category: mvtec.Category, recipe: Recipe) -> dict[str, Any]:
     student = place(
         trunk_from(architecture_of(recipe.teacher), recipe.levels, fitted.student, "student"), matcher.device
     )
-    test = load_pixels([image.uri for image in category.test], recipe.view, _BUDGET)
+    test = load_images([image.uri for image in category.test], preprocessing, _BUDGET)
     labels = np.array([image.label != mvtec.GOOD for image in category.test])
-    truth = np.stack([mask_of(image.mask, recipe.view) for image in category.test])
-    real = _distances(matcher, student, test)
+    shapes = [(bottom - top, right - left) for left, top, right, bottom in test.content.tolist()]
+    truth = [mask_of(i.mask, preprocessing, shape) for i, shape in zip(category.test, shapes, strict=True)]
+    real = _distances(matcher, student, test.pixels)
     # One half gives the statistics of `calibrated`, the other is drawn on: no image is judged by its own.
     apart, kept = held_out[::2], held_out[1::2]
-    normal = _distances(matcher, student, pixels[apart])
-    drawn_pixels, drawn_truth = drawn_on(pixels[kept])
-    drawn = _distances(matcher, student, drawn_pixels)
+    normal = _distances(matcher, student, good.pixels[apart])
+    drawn, drawn_truth = drawn_on(TrainingImages(good.pixels[kept], good.content[kept]))
+    drawn_distances = _distances(matcher, student, drawn.pixels)
+    has_drawing = np.array([mask.any() for mask in drawn_truth])
     for combine in get_args(Combine):
-        combiner = Matcher(
-            matcher.teacher, dataclasses.replace(recipe, combine=combine), matcher.device, matcher.precision
-        )
-        _, statistics = calibrate_student(fitted.student, combiner, pixels, held_out, combiner.recipe)
+        combiner = Matcher(matcher.teacher, preprocessing, combine, matcher.device, matcher.precision)
+        combined = dataclasses.replace(recipe, combine=combine)
+        _, statistics = calibrate_student(fitted.student, combiner, good, held_out, combined)
         half = level_statistics(normal) if combine == "calibrated" else None
         result[combine] = {
-            "drawn": _aurocs(np.asarray(drawn_truth.any(axis=(1, 2))), drawn_truth, combiner.anomaly_maps(drawn, half)),
-            "real": _aurocs(labels, truth, combiner.anomaly_maps(real, statistics)),
+            "drawn": _aurocs(has_drawing, drawn_truth, combiner.anomaly_maps(drawn_distances, drawn.content, half)),
+            "real": _aurocs(labels, truth, combiner.anomaly_maps(real, test.content, statistics)),
         }
     return result
 
 
-def drawn_on(good: images.Pixels) -> tuple[images.Pixels, Masks]:
-    """Good images, each followed by copies with a faint drawn defect, and the masks of what was drawn."""
+def drawn_on(good: TrainingImages) -> tuple[TrainingImages, list[Masks]]:
+    """Good images, each followed by copies with a faint drawn defect, and the masks of what was drawn, no padding."""
     rng = np.random.default_rng(0)
-    results: list[tuple[images.Pixels, Masks]] = []
-    for image in good:
-        results.append((image, np.zeros(image.shape[:2], bool)))
-        results += [_draw(rng, image) for _ in range(_DRAWN_PER_IMAGE)]
-    return np.stack([image for image, _ in results]), np.stack([mask for _, mask in results])
+    pixels = good.pixels.repeat(1 + _DRAWN_PER_IMAGE, axis=0)
+    content = good.content.repeat(1 + _DRAWN_PER_IMAGE, axis=0)
+    masks = []
+    for i, (left, top, right, bottom) in enumerate(content.tolist()):
+        shown = pixels[i, top:bottom, left:right]
+        mask = np.zeros(shown.shape[:2], bool)
+        if i % (1 + _DRAWN_PER_IMAGE):
+            shown[:], mask = _draw(rng, shown)
+        masks.append(mask)
+    return TrainingImages(pixels, content), masks
 
 
 def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels, Masks]:
     """A scratch, or a piece of the image from elsewhere, more or less transparent."""
-    size = len(image)
-    canvas = Image.new("L", (size, size))
+    height, width = image.shape[:2]
+    size = min(height, width)
+    canvas = Image.new("L", (width, height))
     pen = ImageDraw.Draw(canvas)
-    y, x = rng.uniform(0.3, 0.7, 2) * size
+    y, x = rng.uniform(0.3, 0.7, 2) * (height, width)
     if rng.random() < 0.5:
         angle, length = rng.uniform(0, np.pi), rng.uniform(0.05, 0.15) * size
         dx, dy = length * np.cos(angle), length * np.sin(angle)
@@ -128,15 +139,17 @@ def _distances(matcher: Matcher, student: Trunk, pixels: images.Pixels) -> list[
     return [torch.cat(level) for level in zip(*parts, strict=True)]
 
 
-def _aurocs(labels: Masks, truth: Masks, maps: npt.NDArray[np.float32]) -> list[float]:
-    return [round(auroc(labels, maps.max(axis=(1, 2))), 4), round(auroc(truth, maps), 4)]
+def _aurocs(labels: Masks, truth: list[Masks], maps: list[Map]) -> list[float]:
+    pixels = np.concatenate([each.ravel() for each in maps])
+    defects = np.concatenate([mask.ravel() for mask in truth])
+    return [round(auroc(labels, np.array([each.max() for each in maps])), 4), round(auroc(defects, pixels), 4)]
 
 
-def mask_of(uri: str, view: images.View) -> Masks:
-    """A test image's ground truth at model size; no URI is no defect."""
+def mask_of(uri: str, preprocessing: Preprocessing, shape: tuple[int, ...]) -> Masks:
+    """A test image's ground truth at the shape of its anomaly map; no URI is no defect."""
     if not uri:
-        return np.zeros((view.size, view.size), bool)
-    return images.resize_mask(images.decode_mask(storage.read(uri)), view)
+        return np.zeros(shape, bool)
+    return images.resize_mask(images.decode_mask(storage.read(uri)), preprocessing)
 
 
 def main() -> None:

@@ -51,10 +51,10 @@ def collection(category: mvtec.Category, count: int, folder: Path) -> None:
 
 def loop(store: str, rows: pa.Table, out: str, category: str) -> float:
     """Seconds that one process of one thread takes for all rows, once warm."""
-    views = {category: ModelStore(store).record(category).recipe.view}
-    decode = Decode(views, fetchers=1)
+    preprocessing = {category: ModelStore(store).record(category).preprocessing}
+    decode = Decode(preprocessing, fetchers=1)
     scorer = Scorer(store, 0.01, raw_maps=False, overlays=True, batch_size=_BATCH, threads=1)
-    write = WriteHeatmaps(out, "heatmaps/loop", "all", views)
+    write = WriteHeatmaps(out, "heatmaps/loop", "all", preprocessing, overlays=True)
     batches = [rows.slice(i, _BATCH) for i in range(0, rows.num_rows, _BATCH)]
     for batch in batches[:_WARM]:
         write(scorer(decode(batch)))

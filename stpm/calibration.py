@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,10 +101,10 @@ def shortfall(counts: Mapping[str, int], false_alarm_rate: float) -> str:
     )
 
 
-def calibrate(anomaly_maps: npt.NDArray[np.float32]) -> Calibration:
-    """From the maps of held-out normals, (n, H, W) float32, to their calibration."""
-    scores = np.sort(anomaly_maps.reshape(len(anomaly_maps), -1).max(axis=1))
+def calibrate(anomaly_maps: Sequence[npt.NDArray[np.float32]]) -> Calibration:
+    """From the maps of held-out normals, (H, W) float32 each, whose shapes may differ, to their calibration."""
+    scores = np.sort([each.max() for each in anomaly_maps])
     tiny = np.finfo(np.float32).tiny
-    low = max(float(np.quantile(anomaly_maps, _COMMON)), float(tiny))
+    low = max(float(np.quantile(np.concatenate([each.ravel() for each in anomaly_maps]), _COMMON)), float(tiny))
     edge = max(float(scores[-1]), low * (1 + 1e-6))
     return Calibration(scores.astype(np.float32), HeatmapScale(low=low, edge=edge))

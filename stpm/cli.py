@@ -16,12 +16,12 @@ from jsonargparse.typing import register_type
 
 from stpm.console import SOME_FAILED, STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
 from stpm.errors import ConfigError, CutOffError, StpmError
-from stpm.options import Integers, Names
+from stpm.options import Integers, Names, Size
 from stpm.recipe import PRESETS, Preset, Recipe
 
 _PRESET_HELP = (
-    "where the recipe starts from; `default`: sgd 0.4 with a cosine, batch 8, 5 epochs, levels combined as calibrated; "
-    "`paper`: sgd 0.4, batch 32, 100 epochs; "
+    "where the recipe starts from; `default`: sgd 0.4 with a cosine, batch 8, 5 epochs, size from the images, levels "
+    "combined as calibrated; `paper`: sgd 0.4, batch 32, 100 epochs; "
     "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. Defaults are shown for the preset that is chosen"
 )
 _LOG_HELP = "how lines are said: as text, or each as a JSON object with time, run, job, category and message"
@@ -37,6 +37,7 @@ def _items(value: Any) -> list[Any]:
 
 register_type(Integers, serializer=list, deserializer=lambda v: Integers(int(i) for i in _items(v)))
 register_type(Names, serializer=list, deserializer=lambda v: Names(str(i) for i in _items(v)))
+register_type(Size, serializer=str, deserializer=lambda v: Size(str(v)))
 
 
 class _Parser(ArgumentParser):

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from stpm import storage
 from stpm.errors import ConfigError
+from stpm.options import Size
 
 Grey = npt.NDArray[np.uint8]
 Draw = Callable[[np.random.Generator, Grey, Grey], tuple[Grey, Grey]]
@@ -28,7 +29,7 @@ IMAGES_PER_DEFECT = 5
 CROP = 128
 
 # The recipe's defaults where the demo set is what is fitted.
-DEFAULTS = {"teacher": "demo", "size": CROP}
+DEFAULTS = {"teacher": "demo", "size": Size(str(CROP))}
 
 _MARK = "demo-v1"
 

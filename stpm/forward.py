@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -10,13 +11,12 @@ import torch
 from torch import Tensor
 
 from stpm.images import Pixels
-from stpm.matching import LevelStatistics, anomaly_map, distance_map, standardised
+from stpm.matching import LevelStatistics, anomaly_map, content_mask, distance_map, standardised
 from stpm.networks import Trunk
-from stpm.recipe import Precision, Recipe
+from stpm.preprocessing import Boxes, Preprocessing
+from stpm.recipe import Combine, Precision
 
-# Per channel, of pixels from 0 to 1: the values every ImageNet model of torchvision was trained with.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Map = npt.NDArray[np.float32]
 
 
 def pick_device() -> torch.device:
@@ -40,24 +40,27 @@ class Matcher:
 
     Args:
         teacher: frozen trunk; it is put in eval mode.
-        recipe: the model's recipe: normalisation, input size and how levels combine.
+        preprocessing: how images became pixels; the size and normalisation of the input are used here.
+        combine: how the levels' distances become one map.
         device: where to compute.
         precision: of convolutions; distances are always float32.
     """
 
-    def __init__(self, teacher: Trunk, recipe: Recipe, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self, teacher: Trunk, preprocessing: Preprocessing, combine: Combine, device: torch.device, precision: Precision
+    ) -> None:
         self.teacher = place(teacher, device).eval().requires_grad_(False)
-        self.recipe = recipe
+        self.preprocessing = preprocessing
+        self.combine = combine
         self.device = device
         self.precision = precision
-        imagenet = recipe.normalisation == "imagenet"
-        mean = torch.tensor(IMAGENET_MEAN if imagenet else (0.0,) * 3, device=device)
-        std = torch.tensor(IMAGENET_STD if imagenet else (1.0,) * 3, device=device)
+        mean = torch.tensor(preprocessing.mean, device=device)
+        std = torch.tensor(preprocessing.std, device=device)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1)
         self._shift = (-mean / std).view(1, 3, 1, 1)
 
     def inputs(self, images: Tensor) -> Tensor:
-        """(B, size, size, 3) uint8 RGB to (B, 3, size, size) float32, normalised, channels last in memory."""
+        """(B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, normalised, channels last in memory."""
         pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
         return torch.addcmul(self._shift, pixels, self._scale)
 
@@ -72,19 +75,56 @@ class Matcher:
         with torch.no_grad():
             return self.features(self.teacher, inputs)
 
+    def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor] | None:
+        """Which positions lie on the images and not on padding; None if there is no padding.
+
+        Args:
+            content: (B, 4) int32 content boxes of the images.
+            shapes: height and width of each level.
+
+        Returns:
+            One (B, Hₗ, Wₗ) bool mask per level.
+        """
+        height, width = self.preprocessing.height, self.preprocessing.width
+        if (content == (0, 0, width, height)).all():
+            return None
+        boxes = torch.from_numpy(content).to(self.device)
+        return [content_mask(boxes, (height, width), shape) for shape in shapes]
+
     @torch.no_grad()
     def distances(self, student: Trunk, images: Pixels) -> list[Tensor]:
-        """(B, size, size, 3) uint8 RGB to one (B, Hₗ, Wₗ) float32 map per level, of a student in eval mode."""
+        """(B, H, W, 3) uint8 RGB to one (B, Hₗ, Wₗ) float32 map per level, of a student in eval mode."""
         inputs = self.inputs(torch.tensor(images))
         return compare(self.features(self.teacher, inputs), self.features(student, inputs))
 
     def anomaly_maps(
-        self, distances: list[Tensor], statistics: list[LevelStatistics] | None
-    ) -> npt.NDArray[np.float32]:
-        """(B, size, size) float32 from the levels' distances; `statistics` if the recipe combines `calibrated`."""
+        self, distances: list[Tensor], content: Boxes, statistics: list[LevelStatistics] | None
+    ) -> list[Map]:
+        """Anomaly maps of images, each cut to its content box.
+
+        Args:
+            distances: one (B, Hₗ, Wₗ) map per level.
+            content: (B, 4) int32 content boxes of the images.
+            statistics: of the levels, if the recipe combines `calibrated` and they are not standardised yet.
+
+        Returns:
+            One (height, width) float32 array per image.
+        """
         if statistics is not None:
             distances = standardised(distances, statistics)
-        return anomaly_map(distances, self.recipe.size, self.recipe.size, self.recipe.combine).cpu().numpy()
+        valid = self.content_masks(content, [shape_of(d) for d in distances])
+        size = self.preprocessing.height, self.preprocessing.width
+        maps = anomaly_map(distances, *size, self.combine, valid).cpu().numpy()
+        boxes = content.tolist()
+        return [
+            np.ascontiguousarray(each[top:bottom, left:right])
+            for each, (left, top, right, bottom) in zip(maps, boxes, strict=True)
+        ]
+
+
+def shape_of(level: Tensor) -> tuple[int, int]:
+    """Height and width of a level's features or distances."""
+    return level.shape[-2], level.shape[-1]
 
 
 def compare(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:

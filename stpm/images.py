@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from stpm.errors import ImageError
+from stpm.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,43 +39,12 @@ MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None
 
 
-Resize = Literal["stretch", "crop"]
-
-
-@dataclass(frozen=True)
-class View:
-    """What a model sees of an image: `size` × `size` pixels of the whole, stretched, or of its central square."""
-
-    size: int
-    resize: Resize = "stretch"
-
-    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of that part, in pixels of an original of this width and height."""
-        if self.resize == "stretch":
-            return 0.0, 0.0, float(width), float(height)
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
-
-    def proportions(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height in which that part has its own proportions, the shorter side `size`, neither over four."""
-        left, top, right, bottom = self.box(width, height)
-        sides = right - left, bottom - top
-        across, down = (min(round(side * self.size / min(sides)), 4 * self.size) for side in sides)
-        return across, down
-
-    def to_original(self, x: int, y: int, width: int, height: int) -> tuple[int, int]:
-        """The original's pixel under the centre of a pixel at model size."""
-        left, top, right, bottom = self.box(width, height)
-        return (
-            int(left + (x + 0.5) * (right - left) / self.size),
-            int(top + (y + 0.5) * (bottom - top) / self.size),
-        )
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels at model size: (size, size, 3) uint8 RGB; width, height and size in bytes are those of the file."""
+    """Pixels at model size, padding included: (H, W, 3) uint8 RGB; width, height and size in bytes are the file's."""
 
     pixels: Pixels
     width: int
@@ -83,8 +52,8 @@ class Decoded:
     bytes: int
 
 
-def decode(data: bytes, view: View, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode an image and bring what the view shows to model size, bilinearly with antialiasing.
+def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode an image and bring what the model sees of it to the size of its input, with antialiasing.
 
     Raises:
         ImageError: whatever the bytes hold, nothing else is raised.
@@ -92,9 +61,42 @@ def decode(data: bytes, view: View, max_pixels: int = MAX_PIXELS) -> Decoded:
     image = _open(data, max_pixels)
     width, height = image.size
     rgb = _as_rgb(image)
-    if rgb.size != (view.size, view.size):
-        rgb = rgb.resize((view.size, view.size), Image.Resampling.BILINEAR, box=view.box(width, height))
+    content = preprocessing.content_shape(width, height)
+    if rgb.size != content[::-1]:
+        resampling = _RESAMPLING[preprocessing.interpolation]
+        rgb = rgb.resize(content[::-1], resampling, box=preprocessing.source_box(width, height))
+    if content != (preprocessing.height, preprocessing.width):
+        padded = Image.new("RGB", (preprocessing.width, preprocessing.height), preprocessing.padding_colour)
+        padded.paste(rgb, preprocessing.content_box(width, height))
+        rgb = padded
     return Decoded(np.asarray(rgb), width, height, len(data))
+
+
+def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
+    """What the model sees of an image, in its own proportions, for people to look at: (H, W, 3) uint8 RGB.
+
+    Args:
+        data: the file.
+        preprocessing: the model's.
+        shorter: pixels of the shorter side, unless the longer one would be above `longest`.
+        longest: pixels that the longer side may have.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    image = _open(data, MAX_PIXELS)
+    size = preprocessing.picture_size(*image.size, shorter, longest)
+    box = preprocessing.source_box(*image.size)
+    return np.asarray(_as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an image, from its header alone.
+
+    Raises:
+        ImageError: if it has none that can be read.
+    """
+    return _open_header(data, max_pixels).size
 
 
 def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
@@ -108,17 +110,18 @@ def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.boo
     return values > 0
 
 
-def resize_mask(mask: npt.NDArray[np.bool_], view: View) -> npt.NDArray[np.bool_]:
-    """What the view shows of a mask, (size, size) bool, by nearest neighbour."""
+def resize_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
+    """What the model sees of a mask, at the size of the image's anomaly map, by nearest neighbour."""
     image = Image.fromarray(mask.astype(np.uint8))
-    box = view.box(*image.size)
-    return np.asarray(image.resize((view.size, view.size), Image.Resampling.NEAREST, box=box)) > 0
+    height, width = preprocessing.content_shape(*image.size)
+    box = preprocessing.source_box(*image.size)
+    return np.asarray(image.resize((width, height), Image.Resampling.NEAREST, box=box)) > 0
 
 
-def seen_of_mask(mask: npt.NDArray[np.bool_], view: View) -> npt.NDArray[np.bool_]:
-    """The part of a mask that the view shows, at its own resolution."""
-    left, top, right, bottom = map(round, view.box(mask.shape[1], mask.shape[0]))
-    return mask[top:bottom, left:right]
+def crop_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
+    """What the model sees of a mask, at the mask's own resolution."""
+    left, top, right, bottom = map(round, preprocessing.source_box(mask.shape[1], mask.shape[0]))
+    return mask[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
 def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
@@ -126,7 +129,7 @@ def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) ->
     return np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open_header(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     try:
@@ -138,9 +141,15 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width}×{height} pixels, at most {max_pixels:,} are allowed")
+    return image
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    image = _open_header(data, max_pixels)
     try:
         image.load()
     except Exception as error:
+        width, height = image.size
         raise ImageError("damaged", f"{image.format} of {width}×{height}: {error}") from error
     return image
 

@@ -30,7 +30,8 @@ from stpm.errors import ConfigError, ModelError
 from stpm.forward import place
 from stpm.matching import LevelStatistics
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
-from stpm.options import Integers
+from stpm.options import Integers, Size
+from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
 from stpm.record import FORMAT, STUDENT, FitSummary, ModelRecord, library_versions
 
@@ -92,6 +93,7 @@ class ModelStore:
         *,
         category: str,
         recipe: Recipe,
+        preprocessing: Preprocessing,
         precision: Precision,
         teacher_digest: str,
         data_fingerprint: str,
@@ -114,6 +116,7 @@ class ModelStore:
         record = ModelRecord(
             category=storage.safe_name(category, "category"),
             recipe=recipe,
+            preprocessing=preprocessing,
             precision=precision,
             teacher_digest=teacher_digest,
             data_fingerprint=data_fingerprint,
@@ -227,14 +230,18 @@ def _record_from(values: Any, uri: str) -> ModelRecord:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise ModelError(f"{uri}: format {found!r}, this version reads {FORMAT}; fit the model again")
     try:
-        recipe = values["recipe"] | {"levels": Integers(values["recipe"]["levels"])}
+        recipe = values["recipe"]
+        recipe |= {"levels": Integers(recipe["levels"]), "size": Size(recipe["size"])}
+        preprocessing = values["preprocessing"]
+        preprocessing |= {name: tuple(preprocessing[name]) for name in ("mean", "std")}
         return ModelRecord(
             **values
             | {
                 "recipe": Recipe(**recipe),
+                "preprocessing": Preprocessing(**preprocessing),
                 "heatmap_scale": HeatmapScale(**values["heatmap_scale"]),
                 "fit": FitSummary(**values["fit"]),
             }
         )
-    except (TypeError, KeyError, ConfigError) as error:
+    except (TypeError, KeyError, ValueError, ConfigError) as error:
         raise ModelError(f"{uri}: not a record of this version: {error}; fit the model again") from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stpm import storage
 from stpm.errors import ConfigError, ModelError
+from stpm.preprocessing import DataConfig
 
 StateDict = Mapping[str, Tensor]
 
@@ -22,6 +23,7 @@ DEMO_TEACHER = "demo"
 DEMO_ARCHITECTURE = "tf_efficientnet_lite0"
 RANDOM_WEIGHTS = "random"
 _SHOWN_KEYS = 5
+_NO_DATA_CONFIG = "Name a tag that timm lists, or set --normalisation to imagenet or none"
 
 
 class Trunk(nn.Module):
@@ -44,6 +46,24 @@ class Trunk(nn.Module):
 def architecture_of(teacher: str) -> str:
     """`resnet18.tv_in1k` to `resnet18`; `demo` to the architecture of the packaged teacher."""
     return DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher.split(".", 1)[0]
+
+
+def data_config(teacher: str) -> DataConfig:
+    """How timm says that the images were prepared on which a teacher was trained; without a tag, its default weights.
+
+    Args:
+        teacher: `architecture.tag` or `architecture` of timm, or `demo`.
+
+    Raises:
+        ConfigError: if timm does not say it.
+    """
+    try:
+        config = timm.get_pretrained_cfg(DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher)
+    except RuntimeError as error:
+        raise ConfigError(f"teacher {teacher!r}: {error} {_NO_DATA_CONFIG}") from error
+    if config is None:
+        raise ConfigError(f"teacher {teacher!r}: timm has no configuration of it. {_NO_DATA_CONFIG}")
+    return DataConfig(tuple(config.mean), tuple(config.std), config.interpolation)
 
 
 def build_trunk(architecture: str, levels: tuple[int, ...]) -> Trunk:

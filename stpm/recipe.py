@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError
-from stpm.images import Resize, View
-from stpm.options import Integers, option
+from stpm.options import Integers, Size, option
+from stpm.preprocessing import Resize
 
 Preset = Literal["default", "paper", "notebook"]
 Combine = Literal["product", "sum", "calibrated"]
@@ -34,12 +34,22 @@ class Recipe:
         "weights of the teacher from a .safetensors or .pth file (URI) instead; `random`: an untrained control",
     )
     levels: Integers = option(Integers((1, 2, 3)), "pyramid levels, as timm's out_indices, finest first")
-    size: int = option(256, "height and width of the networks' input, in pixels")
-    resize: Resize = option(
-        "stretch", "`stretch`: the whole image, whatever its proportions; `crop`: shorter side to size, centre cropped"
+    size: Size = option(
+        Size("256"),
+        "height x width of the networks' input in pixels, such as 640x256; one number: a square; `auto`: the training "
+        "images' median proportions and number of pixels, at least 65536 and at most --pixels, in multiples of 32",
     )
-    normalisation: Literal["imagenet", "none"] = option(
-        "imagenet", "`imagenet`: mean and deviation per channel; `none`: pixels from 0 to 1"
+    pixels: int = option(163_840, "budget of pixels of the input when size is auto")
+    resize: Resize = option(
+        "stretch",
+        "`stretch`: the whole image, whatever its proportions; `crop`: the largest central part that has the input's "
+        "proportions; `fit`: the whole image in its own proportions, with padding around it that counts nowhere; an "
+        "image whose aspect ratio is within 10 % of the input's is stretched instead",
+    )
+    normalisation: Literal["teacher", "imagenet", "none"] = option(
+        "teacher",
+        "`teacher`: mean and deviation per channel, and interpolation, that timm names for the teacher; `imagenet`: "
+        "ImageNet's, bilinear; `none`: pixels from 0 to 1, bilinear",
     )
     optimiser: Literal["sgd", "adam"] = option("sgd", "optimiser")
     learning_rate: float = option(0.4, "learning rate, at its highest")
@@ -76,11 +86,6 @@ class Recipe:
     )
     seed: int = option(0, "seed of the split, the student's initialisation and the order of the images")
 
-    @property
-    def view(self) -> View:
-        """What the networks see of an image."""
-        return View(self.size, self.resize)
-
     def held_out(self, images: int) -> int:
         """How many of so many good images are held out: the share, at least what is needed, and never all."""
         least = LEAST_TO_STANDARDISE if self.combine == "calibrated" else 1
@@ -98,7 +103,14 @@ class Recipe:
             self.levels,
             "give increasing levels, such as 1,2,3",
         )
-        _require(32 <= self.size <= 4096, "size", self.size, "give 32 to 4096 pixels")
+        sides = self.size.sides
+        _require(
+            sides is None or 32 <= min(sides) <= max(sides) <= 4096,
+            "size",
+            self.size,
+            "give 32 to 4096 pixels each, or auto",
+        )
+        _require(1024 <= self.pixels <= 4096**2, "pixels", self.pixels, "give 1024 to 16777216")
         for name in ("batch", "epochs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
         for name in ("learning_rate", "loss_scale"):
@@ -138,6 +150,8 @@ def _require(holds: bool, name: str, value: object, remedy: str) -> None:
 # `default` was chosen without a label of a real defect: see docs/recipes.md.
 PRESETS: dict[Preset, Recipe] = {
     "default": Recipe(
+        size=Size("auto"),
+        resize="fit",
         schedule="cosine",
         warmup_epochs=1,
         batch=8,

@@ -8,9 +8,10 @@ from importlib.metadata import version
 
 from stpm import __version__
 from stpm.calibration import HeatmapScale
+from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
 
-FORMAT = 1
+FORMAT = 2
 STUDENT = "student.safetensors"
 
 
@@ -31,10 +32,14 @@ class FitSummary:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """model.json: all that scoring needs to know besides the weights. Digests are SHA-256."""
+    """model.json: all that scoring needs to know besides the weights. Digests are SHA-256.
+
+    `recipe` is what was asked for, where the size may be `auto`; `preprocessing` is what came of it for this category.
+    """
 
     category: str
     recipe: Recipe
+    preprocessing: Preprocessing
     precision: Precision
     teacher_digest: str
     data_fingerprint: str

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from stpm.fitting.training_images import preprocessing_for
 from stpm.fitting.worker import Limits
 from stpm.forward import Matcher
 from stpm.networks import architecture_of, load_teacher, trunk_from
+from stpm.options import Size
+from stpm.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.recipe import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
@@ -24,12 +27,17 @@ REAL_DATA = REPOSITORY.parent / "shared" / "data" / "mvtec"
 TINY = Recipe(
     teacher="test_resnet",
     teacher_weights="random",
-    size=64,
+    size=Size("64"),
     epochs=2,
     batch=4,
     precision="float32",
     validation_share=0.25,
 )
+
+
+def preprocessing_of(height: int, width: int = 0, resize: Resize = "stretch") -> Preprocessing:
+    """An input of this height and width (none: a square), normalised as ImageNet is."""
+    return Preprocessing(height, width or height, resize, *IMAGENET[2:], *IMAGENET[:2])
 
 
 LIMITS = Limits(memory=2**30, device_memory=2**30, checkpoint_seconds=1e9)
@@ -68,7 +76,7 @@ def matcher_of() -> Callable[[Recipe], Matcher]:
     def make(recipe: Recipe) -> Matcher:
         state = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
         teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, state, "test")
-        return Matcher(teacher, recipe, torch.device("cpu"), "float32")
+        return Matcher(teacher, preprocessing_for(recipe, []), recipe.combine, torch.device("cpu"), "float32")
 
     return make
 

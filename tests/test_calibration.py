@@ -78,6 +78,13 @@ def test_calibration_of_maps() -> None:
     assert (sum(maps.ravel() > found.scale.low), found.scale.edge) == (10, 1000.0)
 
 
+def test_maps_of_different_shapes_are_calibrated_by_their_pixels() -> None:
+    values = np.arange(1.0, 1001.0, dtype=np.float32)
+    found = calibrate([values[:200].reshape(10, 20), values[200:].reshape(40, 20)])
+    np.testing.assert_array_equal(found.scores, [200.0, 1000.0])
+    assert (sum(values > found.scale.low), found.scale.edge) == (10, 1000.0)
+
+
 def test_constant_maps_have_a_scale_too() -> None:
     scale = calibrate(np.zeros((3, 4, 4), np.float32)).scale
     assert 0 < scale.low < scale.edge

@@ -49,13 +49,13 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STPM_EPOCHS", "8")
     monkeypatch.setenv("STPM_SIZE", "128")
     recipe = recipe_of("--config", str(file), "--batch", "11")
-    assert (recipe.batch, recipe.epochs, recipe.size) == (11, 7, 128)
+    assert (recipe.batch, recipe.epochs, recipe.size) == (11, 7, "128x128")
     assert (recipe.levels, recipe.teacher_weights) == ((1, 2), "from-file")
 
 
 def test_without_data_the_demo_set_brings_its_defaults() -> None:
     demo = job("benchmark").parse([])[1]
-    assert (demo.teacher, demo.size, demo.epochs) == ("demo", 128, 5)
+    assert (demo.teacher, demo.size, demo.epochs) == ("demo", "128x128", 5)
     assert job("benchmark").parse(["--epochs", "2"])[1].epochs == 2
     assert recipe_of().teacher == "resnet18.tv_in1k"
 
@@ -72,10 +72,26 @@ def test_the_resolved_configuration_is_printed_and_reads_back(
     assert job("benchmark").parse(["--config", str(tmp_path / "c.yaml")]) == job("benchmark").parse(argv)
 
 
+@pytest.mark.parametrize("size", ["640x256", "auto"])
+def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+    argv = ["--data", "x", "--preset", "paper", "--size", size]
+    with pytest.raises(SystemExit):
+        job("benchmark").parse([*argv, "--print-config"])
+    printed = capsys.readouterr().out
+    assert f"size: {size}\n" in printed
+    (tmp_path / "c.yaml").write_text(printed)
+    assert job("benchmark").parse(["--config", str(tmp_path / "c.yaml")]) == job("benchmark").parse(argv)
+    assert recipe_of("--size", size).size == size
+    (tmp_path / "d.yaml").write_text("size: 96\n")
+    assert recipe_of("--config", str(tmp_path / "d.yaml")).size == "96x96"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--epochs", "many"], "epochs"),
+        (["--size", "big"], "'big' is not a size; give HEIGHTxWIDTH"),
+        (["--size", "640x8"], "size is '640x8'; give 32 to 4096 pixels each, or auto"),
         (["--epochs", "0"], "epochs is 0; give at least 1"),
         (["--no-such-option", "1"], "no-such-option"),
         (["--preset", "secret"], "preset"),

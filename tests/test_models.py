@@ -18,6 +18,7 @@ from stpm.models import ModelStore
 from stpm.networks import architecture_of, build_student, load_teacher
 from stpm.recipe import Recipe
 from stpm.record import FitSummary, ModelRecord
+from tests.conftest import preprocessing_of
 
 SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
 
@@ -27,6 +28,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
     return store.save(
         category=category,
         recipe=recipe,
+        preprocessing=preprocessing_of(64, 48, "fit"),
         precision="float32",
         teacher_digest=teacher,
         data_fingerprint="f",
@@ -62,6 +64,7 @@ def test_what_is_saved_loads(store: ModelStore, tiny: Recipe) -> None:
     record = save(store, tiny)
     model = store.load("nut")
     assert model.record == record == store.record("nut")
+    assert model.record.preprocessing == preprocessing_of(64, 48, "fit")
     expected = build_student(tiny.teacher, tiny.levels, 0, False).net.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.student.net.state_dict().items())
     assert not model.student.training
@@ -121,10 +124,12 @@ def test_a_damaged_teacher_is_noticed(store: ModelStore, tiny: Recipe) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "format 99, this version reads 1"),
+        ({"format": 99}, "format 99, this version reads 2"),
         ({"surprise": 1}, "surprise"),
         ({"heatmap_scale": {"low": 1}}, "edge"),
-        ({"recipe": {"levels": [1], "epochs": 0}}, "epochs is 0"),
+        ({"recipe": {"levels": [1], "size": "64", "epochs": 0}}, "epochs is 0"),
+        ({"recipe": {"levels": [1], "size": "big"}}, "'big' is not a size"),
+        ({"preprocessing": {"height": 3}}, "mean"),
     ],
 )
 def test_a_foreign_record_says_what_differs(

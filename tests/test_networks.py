@@ -11,6 +11,7 @@ from stpm.errors import ConfigError, ModelError
 from stpm.networks import (
     build_student,
     build_trunk,
+    data_config,
     deserialise,
     load_teacher,
     serialise,
@@ -162,3 +163,32 @@ def test_weights_survive_storage_and_damage_is_noticed() -> None:
     assert all(torch.equal(deserialise(data, "x")[k], v) for k, v in state.items())
     with pytest.raises(ModelError, match="damaged"):
         deserialise(data[: len(data) // 2], "x")
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        "demo",
+        "resnet18.tv_in1k",
+        "resnet18",
+        "wide_resnet50_2",
+        "test_resnet.r160_in1k",
+        "tf_efficientnet_b0.ns_jft_in1k",
+    ],
+)
+def test_the_input_is_what_timm_resolves_for_the_teacher(teacher: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("tf_efficientnet_lite0" if teacher == "demo" else teacher)
+    expected = timm.data.resolve_data_config(model=model)
+    found = data_config(teacher)
+    assert (found.mean, found.std, found.interpolation) == tuple(expected[k] for k in ("mean", "std", "interpolation"))
+
+
+def test_a_teacher_whose_input_timm_does_not_know_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'resnet18\.gone': .*tag \(gone\).* Name a tag that timm lists, or set --norm"
+    ):
+        data_config("resnet18.gone")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
+    with pytest.raises(ConfigError, match=r"teacher 'mine': timm has no configuration of it\. Name a tag"):
+        data_config("mine")

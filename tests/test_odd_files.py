@@ -13,9 +13,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from stpm.errors import ImageError
-from stpm.images import View, decode
+from stpm.images import decode
+from tests.conftest import preprocessing_of
 
-VIEW = View(32)
+PREPROCESSING = preprocessing_of(32)
 GREY = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (36, 1))
 COLOUR = np.stack([GREY, GREY[:, ::-1], np.full_like(GREY, 60)], axis=-1)
 SCORED = "scored"
@@ -157,7 +158,7 @@ CORPUS: dict[str, tuple[bytes, str]] = {
 def test_each_is_scored_or_has_its_kind_of_error(name: str) -> None:
     data, expected = CORPUS[name]
     try:
-        found = decode(data, VIEW)
+        found = decode(data, PREPROCESSING)
     except ImageError as error:
         assert error.kind in expected.split(), error
         assert str(error)
@@ -171,7 +172,7 @@ def test_there_are_enough_of_them() -> None:
 
 
 def pixels(data: bytes) -> np.ndarray:
-    return decode(data, VIEW).pixels.astype(int)
+    return decode(data, PREPROCESSING).pixels.astype(int)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stpm.options import Size
-from stpm.preprocessing import IMAGENET, Preprocessing, Resize, choose_size
+from stpm.preprocessing import IMAGENET, Resize, choose_size
+from tests.conftest import preprocessing_of
 
 SIDES = st.integers(1, 3000)
 INPUTS = st.integers(32, 700)
 RESIZES = st.sampled_from(["stretch", "crop", "fit"])
-
-
-def preprocessing(height: int, width: int, resize: Resize = "stretch") -> Preprocessing:
-    return Preprocessing(height, width, resize, "bilinear", IMAGENET.mean, IMAGENET.std)
 
 
 @given(RESIZES, INPUTS, INPUTS, SIDES, SIDES)
@@ -27,7 +24,7 @@ def preprocessing(height: int, width: int, resize: Resize = "stretch") -> Prepro
 @example("fit", 256, 256, 1, 3000)
 @example("crop", 32, 700, 1, 1)
 def test_boxes_are_inside_and_never_empty(resize: Resize, height: int, width: int, across: int, down: int) -> None:
-    made = preprocessing(height, width, resize)
+    made = preprocessing_of(height, width, resize)
     left, top, right, bottom = made.source_box(across, down)
     assert 0 <= left < right <= across
     assert 0 <= top < bottom <= down
@@ -45,7 +42,7 @@ def test_boxes_are_inside_and_never_empty(resize: Resize, height: int, width: in
 def test_a_crop_has_the_inputs_proportions_and_touches_two_sides(
     height: int, width: int, across: int, down: int
 ) -> None:
-    left, top, right, bottom = preprocessing(height, width, "crop").source_box(across, down)
+    left, top, right, bottom = preprocessing_of(height, width, "crop").source_box(across, down)
     assert (right - left) / (bottom - top) == pytest.approx(width / height)
     assert left + right == pytest.approx(across)
     assert top + bottom == pytest.approx(down)
@@ -56,7 +53,7 @@ def test_a_crop_has_the_inputs_proportions_and_touches_two_sides(
 def test_fit_stretches_within_ten_percent_and_else_keeps_proportions(
     height: int, width: int, across: int, down: int
 ) -> None:
-    left, top, right, bottom = preprocessing(height, width, "fit").content_box(across, down)
+    left, top, right, bottom = preprocessing_of(height, width, "fit").content_box(across, down)
     distortion = (across / down) / (width / height)
     if 1 / 1.099 < distortion < 1.099:
         assert (left, top, right, bottom) == (0, 0, width, height)
@@ -72,7 +69,7 @@ def test_fit_stretches_within_ten_percent_and_else_keeps_proportions(
 def test_a_picture_keeps_proportions_within_its_limits(
     resize: Resize, across: int, down: int, shorter: int, more: int
 ) -> None:
-    made = preprocessing(256, 192, resize)
+    made = preprocessing_of(256, 192, resize)
     width, height = made.picture_size(across, down, shorter, shorter + more)
     left, top, right, bottom = made.source_box(across, down)
     assert 1 <= min(width, height) <= shorter
@@ -83,9 +80,9 @@ def test_a_picture_keeps_proportions_within_its_limits(
 
 
 def test_padding_is_zero_once_normalised() -> None:
-    colour = np.array(preprocessing(64, 64).padding_colour) / 255
+    colour = np.array(preprocessing_of(64).padding_colour) / 255
     assert np.abs((colour - IMAGENET.mean) / IMAGENET.std).max() < 0.01
-    assert dataclasses.replace(preprocessing(64, 64), mean=(0.0, 0.0, 0.0)).padding_colour == (0, 0, 0)
+    assert dataclasses.replace(preprocessing_of(64), mean=(0.0, 0.0, 0.0)).padding_colour == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,21 @@ from typing import Any
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.options import Integers
+from stpm.options import Integers, Size
 from stpm.recipe import PRESETS, Recipe
 
 
 def test_the_presets_are_what_their_sources_say() -> None:
     paper, notebook = PRESETS["paper"], PRESETS["notebook"]
     assert (paper.optimiser, paper.learning_rate, paper.momentum, paper.weight_decay) == ("sgd", 0.4, 0.9, 1e-4)
-    assert (paper.batch, paper.epochs, paper.size, paper.normalisation) == (32, 100, 256, "imagenet")
+    assert (paper.batch, paper.epochs, paper.size, paper.normalisation) == (32, 100, "256x256", "teacher")
     assert (notebook.optimiser, notebook.learning_rate, notebook.batch, notebook.epochs) == ("adam", 4e-4, 4, 20)
-    assert (notebook.size, notebook.normalisation) == (256, "none")
+    assert (notebook.size, notebook.normalisation) == ("256x256", "none")
     default = PRESETS["default"]
     changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
-    assert changed == {"schedule", "warmup_epochs", "batch", "epochs", "least_steps", "combine"}
+    assert changed == {"schedule", "warmup_epochs", "batch", "epochs", "least_steps", "combine", "size", "resize"}
+    assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
+    assert (paper.resize, notebook.resize) == ("stretch", "stretch")
     assert paper.validation_share == notebook.validation_share == 0.2
 
 
@@ -29,7 +31,9 @@ def test_the_presets_are_what_their_sources_say() -> None:
         ("levels", Integers((3, 1))),
         ("levels", Integers((1, 1))),
         ("levels", Integers((-1, 1))),
-        ("size", 8),
+        ("size", Size("8")),
+        ("size", Size("64x5000")),
+        ("pixels", 1000),
         ("batch", 0),
         ("epochs", 0),
         ("learning_rate", 0.0),

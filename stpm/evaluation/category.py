@@ -22,6 +22,7 @@ from stpm.evaluation.intervals import Interval
 from stpm.evaluation.metrics import Flags, Scores, UndefinedMetricError, auroc, average_precision, f1_max, share
 from stpm.evaluation.pixels import Bounded, Map, Mask, PixelCounts
 from stpm.mvtec import GOOD
+from stpm.preprocessing import Preprocessing
 from stpm.scoring.target import Target
 
 MasksAt = Literal["model", "original"]
@@ -104,13 +105,13 @@ def read_rows(target: Target, category: str, columns: Sequence[str] = _COLUMNS) 
     return rows.sort_by("uri")
 
 
-def evaluate(target: Target, category: str, view: images.View, masks_at: MasksAt = "model") -> Figures:
+def evaluate(target: Target, category: str, preprocessing: Preprocessing, masks_at: MasksAt = "model") -> Figures:
     """The figures of one category.
 
     Args:
         target: the pass that scored the category's test images; pixel metrics need its raw maps.
         category: its name.
-        view: what the model saw of each image.
+        preprocessing: that of the category's model.
         masks_at: where pixels are compared. `model`: masks are brought to model size by nearest neighbour, as the
             paper's authors do. `original`: maps are brought linearly to the size of what the model saw.
     """
@@ -125,7 +126,7 @@ def evaluate(target: Target, category: str, view: images.View, masks_at: MasksAt
     pixels: dict[str, PixelCounts] = {}
     why_not = ""
     try:
-        pixels = _pixel_counts(target, category, scored, view, masks_at)
+        pixels = _pixel_counts(target, category, scored, preprocessing, masks_at)
     except (UndefinedMetricError, DataError) as error:
         why_not = str(error)
         problems += [why_not] if isinstance(error, DataError) else []
@@ -205,7 +206,7 @@ def _pixel_figures(parts: Sequence[PixelCounts], why_not: str) -> tuple[dict[str
 
 
 def _pixel_counts(
-    target: Target, category: str, scored: pa.Table, view: images.View, masks_at: MasksAt
+    target: Target, category: str, scored: pa.Table, preprocessing: Preprocessing, masks_at: MasksAt
 ) -> dict[str, PixelCounts]:
     """By label, over all pixels of its images; a few maps in memory at a time."""
     of_uri: dict[str, dict[str, Any]] = {row["uri"]: row for row in scored.to_pylist()}
@@ -224,8 +225,9 @@ def _pixel_counts(
             known = of_uri[row["uri"]]
             if row["anomaly_map"] is None:
                 raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
-            heat = np.frombuffer(row["anomaly_map"], np.float32).reshape(view.size, view.size)
-            by_label.setdefault(known["label"], []).append(_compared(heat, known, view, masks_at))
+            shape = preprocessing.content_shape(known["width"], known["height"])
+            anomaly_map = np.frombuffer(row["anomaly_map"], np.float32).reshape(shape)
+            by_label.setdefault(known["label"], []).append(_compared(anomaly_map, known, preprocessing, masks_at))
         for label, pairs in by_label.items():
             maps, masks = zip(*pairs, strict=True)
             counts[label] = counts.get(label, PixelCounts.empty()) + PixelCounts.of(maps, masks)
@@ -238,13 +240,15 @@ def _map_rows(target: Target, category: str, at_once: int) -> Iterator[list[dict
         yield batch.to_pylist()
 
 
-def _compared(heat: Map, row: Mapping[str, Any], view: images.View, masks_at: MasksAt) -> tuple[Map, Mask]:
+def _compared(
+    anomaly_map: Map, row: Mapping[str, Any], preprocessing: Preprocessing, masks_at: MasksAt
+) -> tuple[Map, Mask]:
     """A map and its mask at one size."""
     mask = ground_truth(row)
     if masks_at == "model":
-        return heat, images.resize_mask(mask, view)
-    seen = images.seen_of_mask(mask, view)
-    return images.resize_map(heat, *seen.shape), seen
+        return anomaly_map, images.resize_mask(mask, preprocessing)
+    cropped = images.crop_mask(mask, preprocessing)
+    return images.resize_map(anomaly_map, *cropped.shape), cropped
 
 
 def ground_truth(row: Mapping[str, Any]) -> npt.NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from stpm.errors import DataError, ImageError
 from stpm.evaluation.category import ground_truth, read_rows
 from stpm.mvtec import GOOD
 from stpm.pages import jpeg
+from stpm.preprocessing import Preprocessing
 from stpm.scoring.archives import read_uri
 from stpm.scoring.heatmaps import heat_over, written_heatmap
 from stpm.scoring.target import Target
@@ -43,7 +44,7 @@ class Tile:
     picture: bytes
 
 
-def sheet(target: Target, category: str, view: images.View) -> bytes | None:
+def sheet(target: Target, category: str, preprocessing: Preprocessing) -> bytes | None:
     """A 2×2 PNG of defects with their heatmaps, or None if no defect was scored.
 
     The defect types take turns, each giving its images in the order of their names: none is picked for its score.
@@ -51,11 +52,11 @@ def sheet(target: Target, category: str, view: images.View) -> bytes | None:
     Args:
         target: the pass that scored the category's test images, with heatmaps.
         category: its name.
-        view: what the model saw of each image.
+        preprocessing: that of the category's model.
     """
     rows = read_rows(target, category, _COLUMNS).to_pylist()
     defects = _take_turns([row for row in rows if (row["heatmap"] or row["heatmap_png"]) and row["label"] != GOOD])
-    cells = [_cell(row, pair) for row, pair in _pairs(target, defects, view, _TILE, _CELLS)]
+    cells = [_cell(row, pair) for row, pair in _pairs(target, defects, preprocessing, _TILE, _CELLS)]
     if not cells:
         return None
     width, height = cells[0].size
@@ -67,13 +68,13 @@ def sheet(target: Target, category: str, view: images.View) -> bytes | None:
     return sink.getvalue()
 
 
-def galleries(target: Target, category: str, view: images.View, most: int = _CELLS) -> dict[str, list[Tile]]:
+def galleries(target: Target, category: str, preprocessing: Preprocessing, most: int = _CELLS) -> dict[str, list[Tile]]:
     """The largest scores, the missed defects and the false alarms, each the most telling first.
 
     Args:
         target: the pass that scored the category's test images, with heatmaps.
         category: its name.
-        view: what the model saw of each image.
+        preprocessing: that of the category's model.
         most: images of each kind.
     """
     rows = [row for row in read_rows(target, category, _COLUMNS).to_pylist() if row["score"] is not None]
@@ -86,21 +87,21 @@ def galleries(target: Target, category: str, view: images.View, most: int = _CEL
     return {
         kind: [
             Tile(row["uri"], row["label"], row["score"], row["is_anomalous"], jpeg(pair))
-            for row, pair in _pairs(target, chosen, view, _SMALL, most)
+            for row, pair in _pairs(target, chosen, preprocessing, _SMALL, most)
         ]
         for kind, chosen in kinds.items()
     }
 
 
 def _pairs(
-    target: Target, rows: Sequence[Row], view: images.View, size: int, most: int
+    target: Target, rows: Sequence[Row], preprocessing: Preprocessing, size: int, most: int
 ) -> Iterator[tuple[Row, Image.Image]]:
     """The first rows with their pictures. An image that can no longer be read is left out here, and in no figure."""
     for row in rows:
         if most == 0:
             return
         try:
-            pair = _pair(target, row, view, size)
+            pair = _pair(target, row, preprocessing, size)
         except (ImageError, DataError, OSError):
             continue
         yield row, pair
@@ -129,25 +130,31 @@ def _cell(row: Row, pair: Image.Image) -> Image.Image:
     return cell
 
 
-def _pair(target: Target, row: Row, view: images.View, size: int) -> Image.Image:
-    """The image with its mask's outline, and right of it the same with its heatmap, if one was written."""
+def _pair(target: Target, row: Row, preprocessing: Preprocessing, size: int) -> Image.Image:
+    """The image with its mask's outline, and right of it the same with its heatmap, if one was written.
+
+    Each in the middle of a square, in its own proportions.
+    """
     pair = Image.new("RGB", (2 * size + _GAP, size), _BACKGROUND)
-    seen = dataclasses.replace(view, size=size)
-    pixels = images.decode(read_uri(row["uri"]), seen).pixels
+    pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, size, size)
+    height, width = pixels.shape[:2]
+    left, top = (size - width) // 2, (size - height) // 2
     if heat := written_heatmap(target.out, row):
-        pair.paste(Image.fromarray(heat_over(pixels, heat)), (size + _GAP, 0))
-    outline = _outline(row, seen)
+        pair.paste(Image.fromarray(heat_over(pixels, heat)), (size + _GAP + left, top))
+    outline = _outline(row, preprocessing, width, height)
     pixels = np.where(outline[..., None], np.array(_OUTLINE, np.uint8), pixels)
-    pair.paste(Image.fromarray(pixels), (0, 0))
+    pair.paste(Image.fromarray(pixels), (left, top))
     return pair
 
 
-def _outline(row: Row, seen: images.View) -> npt.NDArray[np.bool_]:
-    """Where the edge of a row's mask is, (size, size); nowhere if there is none, or it cannot be read."""
+def _outline(row: Row, preprocessing: Preprocessing, width: int, height: int) -> npt.NDArray[np.bool_]:
+    """Where the edge of a row's mask is, (height, width); nowhere if there is none, or it cannot be read."""
     try:
-        mask = images.resize_mask(ground_truth(row), seen)
+        mask = images.crop_mask(ground_truth(row), preprocessing)
     except DataError:
         # Evaluation names it among the problems.
-        mask = np.zeros((seen.size, seen.size), bool)
-    edge: npt.NDArray[np.bool_] = mask & ~binary_erosion(mask, iterations=2)
+        return np.zeros((height, width), bool)
+    resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    inside = np.asarray(resized) > 0
+    edge: npt.NDArray[np.bool_] = inside & ~binary_erosion(inside, iterations=2)
     return edge

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from stpm.evaluation.category import MasksAt
-from stpm.recipe import PRESETS, Recipe
+from stpm.preprocessing import IMAGENET, Preprocessing
+from stpm.recipe import PRESETS
+from stpm.record import ModelRecord
 
 
 class Published(NamedTuple):
@@ -41,21 +43,27 @@ MVTEC_AD = {
     "zipper": Published(0.961, 0.988, 0.869, 151),
 }
 
-# Of the recipe, what the published protocol fixes. How long and by which optimiser a student learns is no part of it.
-_FIXED = ("teacher", "teacher_weights", "levels", "size", "resize", "normalisation")
+# What the published protocol fixes. How long and by which optimiser a student learns is no part of it.
+_RECIPE = PRESETS["paper"]
+_RECIPE_FIELDS = ("teacher", "teacher_weights", "levels")
+_PREPROCESSING = Preprocessing(256, 256, "stretch", IMAGENET.interpolation, IMAGENET.mean, IMAGENET.std)
+_PREPROCESSING_FIELDS = ("size", "resize", "interpolation", "mean", "std")
 
 
-def difference_of_protocol(category: str, test_images: int, recipe: Recipe, masks_at: MasksAt) -> str:
+def difference_of_protocol(category: str, test_images: int, model: ModelRecord, masks_at: MasksAt) -> str:
     """Why a category's figures and the published ones do not mean the same, or "" if they do.
 
     Raises:
         KeyError: if nothing is published of it.
     """
-    theirs = PRESETS["paper"]
     differences = [
-        f"{name.replace('_', ' ')} {getattr(recipe, name)} instead of {getattr(theirs, name) or 'none'}"
-        for name in _FIXED
-        if getattr(recipe, name) != getattr(theirs, name)
+        f"{name.replace('_', ' ')} {getattr(ours, name)} instead of {getattr(theirs, name) or 'none'}"
+        for ours, theirs, names in (
+            (model.recipe, _RECIPE, _RECIPE_FIELDS),
+            (model.preprocessing, _PREPROCESSING, _PREPROCESSING_FIELDS),
+        )
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
     ]
     if masks_at != "model":
         differences.append("masks at original size instead of model size")

@@ -19,6 +19,7 @@ from stpm.evaluation import published
 from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures, MasksAt, Measured
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
+from stpm.preprocessing import Preprocessing
 from stpm.record import ModelRecord, library_versions
 
 _AVERAGED = (*METRICS, "fit_seconds", "train_loss", "validation_loss")
@@ -49,6 +50,7 @@ class Result:
             "kept_epoch": fit.kept_epoch,
             "train_loss": fit.train_loss,
             "validation_loss": fit.validation_loss,
+            "input_size": self.model.preprocessing.size,
             "precision": self.model.precision,
             "device": fit.device,
             "model_id": self.model.model_id,
@@ -104,7 +106,7 @@ class Report:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "data": self.data,
             "recipe": recipe,
-            "protocol": self._protocol(recipe),
+            "protocol": self._protocol(),
             "categories": categories,
             "mean": means | {"categories": len(categories)},
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
@@ -118,12 +120,10 @@ class Report:
         whole = all(len(values) == len(self.categories()) and None not in values for values in by_seed.values())
         return _deviation([_mean(values) for values in by_seed.values()]) if whole else None
 
-    def _protocol(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        size = recipe.get("size")
-        at_model = f"model size ({size}×{size}): masks by nearest neighbour"
-        return {
-            "input_size": size,
-            "resize": f"{recipe.get('resize')}, bilinear with antialiasing",
+    def _protocol(self) -> dict[str, Any]:
+        inputs = _in_common(_input(result.model.preprocessing) for result in self.results)
+        at_model = f"model size ({inputs.get('input_size')}): masks by nearest neighbour"
+        return inputs | {
             "image_score": "maximum of the anomaly map",
             "mask_resolution": at_model if self.masks_at == "model" else "original size: maps enlarged linearly",
             "mask_threshold": "above 0",
@@ -142,6 +142,7 @@ class Report:
         summary |= {f"{key}_std": _deviation([row[key] for row in rows]) for key in METRICS}
         summary |= _intervals([result.figures for result in results])
         summary |= {key: first[key] for key in _COUNTS}
+        summary["input_size"] = first["input_size"]
         summary["undefined"] = figures.undefined
         summary["defects"] = {
             name: _summary_of([r.figures.defects[name] for r in results if name in r.figures.defects])
@@ -152,7 +153,7 @@ class Report:
             theirs = published.MVTEC_AD[category]
             summary["published"] = {metric: getattr(theirs, metric) for metric in published.METRICS} | {
                 "difference_of_protocol": published.difference_of_protocol(
-                    category, images, results[0].model.recipe, self.masks_at
+                    category, images, results[0].model, self.masks_at
                 )
             }
         summary["seeds"] = {
@@ -231,7 +232,7 @@ class Report:
         protocol = report["protocol"]
         notes = [
             f"Seeds {', '.join(map(str, sorted({r.model.recipe.seed for r in self.results}))) or 'none'}; "
-            f"input {protocol['input_size']}, {protocol['resize']}; masks at {protocol['mask_resolution']}; "
+            f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
             f"AUPRO: {protocol['aupro']}.",
             *(f"- {_escaped(failure.category)}: failed: {_escaped(failure.reason)}" for failure in self.failures),
         ]
@@ -271,11 +272,21 @@ _PARQUET = pa.schema(
         ("kept_epoch", pa.int64()),
         ("train_loss", pa.float64()),
         ("validation_loss", pa.float64()),
+        ("input_size", pa.string()),
         ("precision", pa.string()),
         ("device", pa.string()),
         ("model_id", pa.string()),
     ]
 )
+
+
+def _input(preprocessing: Preprocessing) -> dict[str, str]:
+    mean, std = (", ".join(map(str, values)) for values in (preprocessing.mean, preprocessing.std))
+    return {
+        "input_size": preprocessing.size,
+        "resize": f"{preprocessing.resize}, {preprocessing.interpolation} with antialiasing",
+        "normalisation": f"mean {mean}; deviation {std}",
+    }
 
 
 def _in_common(values: Iterable[dict[str, Any]]) -> dict[str, Any]:

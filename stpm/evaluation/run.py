@@ -68,11 +68,10 @@ def evaluate_pass(
 
 
 def _evaluate(target: Target, record: ModelRecord, masks_at: MasksAt) -> tuple[Figures, dict[str, list[Tile]]]:
-    view = record.recipe.view
-    figures = evaluate(target, record.category, view, masks_at)
-    if picture := sheet(target, record.category, view):
+    figures = evaluate(target, record.category, record.preprocessing, masks_at)
+    if picture := sheet(target, record.category, record.preprocessing):
         storage.publish(storage.join(target.out, "gallery", target.name, f"{record.category}.png"), picture)
-    return figures, galleries(target, record.category, view)
+    return figures, galleries(target, record.category, record.preprocessing)
 
 
 def conclude(report: Report, out: str, gate: Gate, say: Say) -> int:

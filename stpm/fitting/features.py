@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from stpm.forward import Matcher
-from stpm.images import Pixels
+from stpm.fitting.training_images import TrainingImages
+from stpm.forward import Matcher, shape_of
 
 _BATCH = 16
 
@@ -20,14 +20,16 @@ class TeacherFeatures:
 
     Args:
         matcher: holds the teacher.
-        images: (N, size, size, 3) uint8 RGB.
+        images: decoded.
         budget: bytes that kept features may take.
     """
 
-    def __init__(self, matcher: Matcher, images: Pixels, budget: int) -> None:
+    def __init__(self, matcher: Matcher, images: TrainingImages, budget: int) -> None:
         self.matcher = matcher
-        self._pixels = torch.from_numpy(images)
+        self.images = images
+        self._pixels = torch.from_numpy(images.pixels)
         one = self._compute(torch.arange(1))
+        self._shapes = [shape_of(level) for level in one]
         self.size = sum(f.numel() for f in one) * 2 * len(images)
         self.kept = self.size <= budget
         self._features: list[Tensor] = []
@@ -42,8 +44,12 @@ class TeacherFeatures:
         return [level[indices] for level in self._features] if self.kept else self._compute(indices)
 
     def inputs(self, indices: Tensor) -> Tensor:
-        """(B, 3, size, size) float32 network inputs."""
+        """(B, 3, H, W) float32 network inputs."""
         return self.matcher.inputs(self._pixels[indices])
+
+    def content_masks(self, indices: Tensor) -> list[Tensor] | None:
+        """Which positions of the features of these images lie on no padding, as `Matcher.content_masks`."""
+        return self.matcher.content_masks(self.images.content[indices.numpy()], self._shapes)
 
     def _compute(self, indices: Tensor) -> list[Tensor]:
         return self.matcher.teacher_features(self.inputs(indices))

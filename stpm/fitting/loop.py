@@ -102,7 +102,7 @@ def fit(
     """Fit one student.
 
     Args:
-        features: the images, and the teacher's view of them.
+        features: the images, and the teacher's features of them.
         train: of which images the student learns.
         held_out: on which the validation loss is measured.
         recipe: the choices. The same recipe, images, kind of device and number of threads give the same student,
@@ -214,4 +214,5 @@ def _validate(student: Trunk, features: TeacherFeatures, held_out: Indices) -> f
 
 def _loss(student: Trunk, features: TeacherFeatures, chosen: Indices) -> Tensor:
     indices = torch.from_numpy(chosen)
-    return matching_loss(features(indices), features.matcher.features(student, features.inputs(indices)))
+    of_student = features.matcher.features(student, features.inputs(indices))
+    return matching_loss(features(indices), of_student, features.content_masks(indices))

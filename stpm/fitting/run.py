@@ -16,6 +16,7 @@ from stpm.fitting.pool import PoolOptions, planned, run_pool, shared_out
 from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
+from stpm.fitting.training_images import normalisation_of
 from stpm.fitting.worker import existing_model
 from stpm.models import ModelStore
 from stpm.networks import load_teacher
@@ -66,9 +67,11 @@ def fit_categories(
         One outcome per category and seed.
 
     Raises:
-        ConfigError: if the teacher cannot be had, or the workers do not fit the cluster.
+        ConfigError: if the teacher or its normalisation cannot be had, or the workers do not fit the cluster.
     """
     weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    # What cannot be resolved fails here once, and not in each category.
+    normalisation_of(recipe)
     tasks = []
     for seed, store in stores.items():
         digest = ModelStore(store).put_teacher(weights)

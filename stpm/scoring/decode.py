@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from stpm import images
 from stpm.errors import ImageError
+from stpm.preprocessing import Preprocessing
 from stpm.scoring import archives, meters
 from stpm.scoring.archives import Place
 from stpm.scoring.progress import Done
@@ -25,7 +26,7 @@ class Decode:
     """MANIFEST rows to DECODED rows.
 
     Args:
-        views: what each category's model sees; a category that is not among them has no model.
+        preprocessing: that of each category's model; a category that is not among them has no model.
         seconds: that fetching and decoding one image may take.
         fetchers: images that one task fetches at a time.
         report: told of the CPU time that each batch took; None tells nobody.
@@ -33,13 +34,13 @@ class Decode:
 
     def __init__(
         self,
-        views: Mapping[str, images.View],
+        preprocessing: Mapping[str, Preprocessing],
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
         report: Callable[[Done], None] | None = None,
     ) -> None:
         self._report = report
-        self._views = dict(views)
+        self._preprocessing = dict(preprocessing)
         self._seconds = seconds
         self._fetchers = fetchers
 
@@ -66,11 +67,12 @@ class Decode:
     def _one(self, row: dict[str, Any]) -> images.Decoded | ImageError:
         if row["error_kind"]:
             return ImageError(row["error_kind"], row["error_message"])
-        view = self._views.get(row["category"])
-        if view is None:
+        preprocessing = self._preprocessing.get(row["category"])
+        if preprocessing is None:
             return ImageError("no_model", f"no model for category {row['category']!r}")
         try:
-            return images.decode(archives.read(Place(row["uri"], row["archive_start"], row["archive_length"])), view)
+            data = archives.read(Place(row["uri"], row["archive_start"], row["archive_length"]))
+            return images.decode(data, preprocessing)
         except ImageError as error:
             return error
         except FileNotFoundError:

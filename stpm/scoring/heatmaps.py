@@ -15,7 +15,8 @@ import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
-from stpm.images import Pixels, View
+from stpm.images import Pixels
+from stpm.preprocessing import Preprocessing
 from stpm.scoring import meters
 from stpm.scoring.progress import Done
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_carried
@@ -32,6 +33,8 @@ _LONGEST_FOLDER = 200
 _KEPT_OF_FOLDER = 12
 # Of zlib: one tenth of the time of the default, for files a fifth larger.
 _COMPRESSION = 1
+# In units of the input's longer side: what a long image may be drawn out to.
+_LONGEST_OVERLAY = 4
 
 
 def jet_palette() -> npt.NDArray[np.uint8]:
@@ -79,7 +82,8 @@ class WriteHeatmaps:
         out: URI of the run folder.
         folder: under it, where the pictures go; their names are image ids.
         wanted: which images get pictures.
-        overlays: the views of the categories whose images get an overlay too, in their own proportions.
+        preprocessing: that of each category's model.
+        overlays: draw an overlay too, in the image's own proportions.
         place: where the pictures go.
         report: told how long each batch took; None tells nobody.
     """
@@ -89,7 +93,8 @@ class WriteHeatmaps:
         out: str,
         folder: str,
         wanted: Heatmaps,
-        overlays: Mapping[str, View] | None = None,
+        preprocessing: Mapping[str, Preprocessing],
+        overlays: bool = False,
         place: HeatmapsIn = "files",
         report: Callable[[Done], None] | None = None,
     ) -> None:
@@ -97,7 +102,8 @@ class WriteHeatmaps:
         self._out = out
         self._folder = folder
         self._wanted = wanted
-        self._overlays = dict(overlays or {})
+        self._preprocessing = dict(preprocessing)
+        self._overlays = overlays
         self._place = place
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -147,13 +153,17 @@ class WriteHeatmaps:
         wanted = self._wanted == "all" or (self._wanted == "anomalous" and row["is_anomalous"])
         if not (wanted and row["heat"]):
             return {}
-        size = int(len(row["heat"]) ** 0.5)
-        levels = np.frombuffer(row["heat"], np.uint8).reshape(size, size)
+        preprocessing = self._preprocessing[row["category"]]
+        size = row["width"], row["height"]
+        content = preprocessing.content_shape(*size)
+        levels = np.frombuffer(row["heat"], np.uint8).reshape(content)
         made = {"heatmap": palette_png(levels)}
-        if view := self._overlays.get(row["category"]):
-            rgb = np.frombuffer(row["pixels"], np.uint8).reshape(size, size, 3)
-            blended = Image.fromarray(overlay(rgb, levels)).resize(view.proportions(row["width"], row["height"]))
-            made["overlay"] = _png(blended)
+        if self._overlays:
+            left, top, right, bottom = preprocessing.content_box(*size)
+            whole = np.frombuffer(row["pixels"], np.uint8).reshape(preprocessing.height, preprocessing.width, 3)
+            blended = Image.fromarray(overlay(whole[top:bottom, left:right], levels))
+            longest = _LONGEST_OVERLAY * max(preprocessing.height, preprocessing.width)
+            made["overlay"] = _png(blended.resize(preprocessing.picture_size(*size, min(content), longest)))
         return made
 
 

@@ -14,9 +14,9 @@ from stpm import storage
 from stpm.calibration import check_rate
 from stpm.cluster import KEEPING_MEMORY, Resources, is_shared, working_nodes
 from stpm.errors import ConfigError
-from stpm.images import View
 from stpm.models import ModelStore
 from stpm.options import option
+from stpm.preprocessing import Preprocessing
 from stpm.scoring.blocks import ManifestBlocks
 from stpm.scoring.checkpoint import checkpoints
 from stpm.scoring.decode import IMAGE_SECONDS, Decode
@@ -78,7 +78,7 @@ def planned(options: ScoreOptions, node: Resources) -> str:
 
 def score_shards(
     shards: Sequence[Shard],
-    views: Mapping[str, View],
+    preprocessing: Mapping[str, Preprocessing],
     store: ModelStore,
     options: ScoreOptions,
     target: Target,
@@ -88,7 +88,7 @@ def score_shards(
 
     Args:
         shards: of schema MANIFEST, with the user's own columns.
-        views: what each category's model sees; rows of any other category become rows with an error.
+        preprocessing: that of each category's model; rows of any other category become rows with an error.
         store: the models.
         options: how.
         target: where to.
@@ -106,16 +106,17 @@ def score_shards(
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.set_aside
     context.checkpoint_config = checkpoints(target.checkpoint)
-    overlays = views if target.overlays else {}
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     pictures = f"heatmaps/{target.name}"
     with DataContext.current(context), followed(progress) as report:
-        write = WriteHeatmaps(target.out, pictures, target.heatmaps, overlays, target.heatmaps_in, report)
+        write = WriteHeatmaps(
+            target.out, pictures, target.heatmaps, preprocessing, target.overlays, target.heatmaps_in, report
+        )
         of_each = write.partitioned if target.partition_by == "category" else write.__call__
         (
             ray.data.read_datasource(blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus)
             .map_batches(
-                Decode(views, options.image_seconds, report=report).__call__,
+                Decode(preprocessing, options.image_seconds, report=report).__call__,
                 batch_format="pyarrow",
                 batch_size=BLOCK_ROWS,
                 num_cpus=pool.stage_cpus,

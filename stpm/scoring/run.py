@@ -130,7 +130,7 @@ def _score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> in
         return NOTHING_DONE
     records = _records(store, target)
     if collection.top:
-        write_triage(target, collection.top, {record.category: record.recipe.view for record in records})
+        write_triage(target, collection.top, {record.category: record.preprocessing for record in records})
     if warning := shortfall({r.category: r.fit.calibration_count for r in records}, options.false_alarm_rate):
         say(warning)
     return _tell(counts, target, collection.max_error_rate, say)

@@ -59,14 +59,20 @@ _SCORE = [
     _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),
 ]
 
-_RAW_MAP = _optional("anomaly_map", pa.large_binary(), "float32 at model size, row by row, if asked for")
+_RAW_MAP = _optional(
+    "anomaly_map", pa.large_binary(), "float32 at model size without padding, row by row, if asked for"
+)
 
 SCORED = pa.schema(
     [
         *DECODED,
         *_SCORE,
         _RAW_MAP,
-        _field("heat", pa.large_binary(), "uint8 grey levels of the heatmap at model size, row by row"),
+        _field(
+            "heat",
+            pa.large_binary(),
+            "uint8 grey levels at model size without padding, row by row",
+        ),
     ]
 )
 

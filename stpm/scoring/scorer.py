@@ -9,13 +9,12 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
 
 from stpm.errors import ModelError
-from stpm.forward import Matcher, compare, pick_device
+from stpm.forward import Map, Matcher, compare, pick_device
 from stpm.models import Model, ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import meters
@@ -136,9 +135,10 @@ class Scorer:
 
     @torch.inference_mode()
     def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
-        size = matcher.recipe.size
+        preprocessing = matcher.preprocessing
         pixels = np.stack([np.frombuffer(columns["pixels"][i].as_buffer(), np.uint8) for i in rows])
-        inputs = matcher.inputs(torch.from_numpy(pixels.reshape(-1, size, size, 3)))
+        inputs = matcher.inputs(torch.from_numpy(pixels.reshape(-1, preprocessing.height, preprocessing.width, 3)))
+        content = preprocessing.content_boxes((columns["width"][i], columns["height"][i]) for i in rows)
         teacher = matcher.features(matcher.teacher, inputs)
         start = 0
         for category, group in groupby(rows, key=lambda i: columns["category"][i]):
@@ -152,32 +152,30 @@ class Scorer:
                 _fail(columns, members, "no_model", error)
                 continue
             student = matcher.features(model.student, inputs[part])
-            maps = matcher.anomaly_maps(compare([t[part] for t in teacher], student), model.statistics)
+            distances = compare([t[part] for t in teacher], student)
+            maps = matcher.anomaly_maps(distances, content[part], model.statistics)
             self._fill(members, maps, model, columns)
 
-    def _fill(self, rows: Sequence[int], maps: npt.NDArray[np.float32], model: Model, columns: dict[str, Any]) -> None:
-        flat = maps.reshape(len(rows), -1)
-        peaks = flat.argmax(axis=1)
-        scores = flat[np.arange(len(rows)), peaks]
-        threshold = np.float32(model.calibration.threshold(self._rate))
-        p_values = model.calibration.p_values(scores)
-        heat = model.calibration.scale.apply(maps)
-        size = maps.shape[-1]
-        for k, row in enumerate(rows):
-            y, x = divmod(int(peaks[k]), size)
-            columns["score"][row] = float(scores[k])
-            columns["p_value"][row] = float(p_values[k])
-            columns["is_anomalous"][row] = bool(scores[k] > threshold)
+    def _fill(self, rows: Sequence[int], maps: Sequence[Map], model: Model, columns: dict[str, Any]) -> None:
+        record, calibration = model.record, model.calibration
+        scores = np.array([each.max() for each in maps], np.float32)
+        p_values = calibration.p_values(scores)
+        threshold = np.float32(calibration.threshold(self._rate))
+        for row, score, p_value, each in zip(rows, scores, p_values, maps, strict=True):
+            y, x = divmod(int(each.argmax()), each.shape[1])
+            columns["score"][row] = float(score)
+            columns["p_value"][row] = float(p_value)
+            columns["is_anomalous"][row] = bool(score > threshold)
             columns["threshold"][row] = float(threshold)
-            columns["peak_x"][row], columns["peak_y"][row] = model.record.recipe.view.to_original(
+            columns["peak_x"][row], columns["peak_y"][row] = record.preprocessing.to_original(
                 x, y, columns["width"][row], columns["height"][row]
             )
-            columns["area"][row] = float((flat[k] > threshold).mean())
-            columns["seed"][row] = model.record.recipe.seed
-            columns["model_id"][row] = model.record.model_id
-            columns["heat"][row] = heat[k].data.cast("B")
+            columns["area"][row] = float((each > threshold).mean())
+            columns["seed"][row] = record.recipe.seed
+            columns["model_id"][row] = record.model_id
+            columns["heat"][row] = calibration.scale.apply(each).data.cast("B")
             if self._raw_maps:
-                columns["anomaly_map"][row] = maps[k].data.cast("B")
+                columns["anomaly_map"][row] = each.data.cast("B")
 
     def _record(self, category: str) -> ModelRecord | ModelError:
         """What is known of a category's model, or why there is none."""
@@ -191,7 +189,9 @@ class Scorer:
     def _matcher(self, sharing: Sharing, record: ModelRecord) -> Matcher:
         if sharing not in self._matchers:
             teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-            self._matchers[sharing] = Matcher(teacher, record.recipe, self._device, record.precision)
+            self._matchers[sharing] = Matcher(
+                teacher, record.preprocessing, record.recipe.combine, self._device, record.precision
+            )
         return self._matchers[sharing]
 
 
@@ -274,8 +274,7 @@ def _sharing(record: ModelRecord) -> Sharing:
     return (
         record.teacher_digest,
         ",".join(map(str, recipe.levels)),
-        str(recipe.size),
-        recipe.normalisation,
+        str(record.preprocessing),
         recipe.combine,
         record.precision,
     )

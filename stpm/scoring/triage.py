@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,17 +12,19 @@ from PIL import Image
 from stpm import images, storage
 from stpm.errors import DataError, ImageError
 from stpm.pages import jpeg, jpeg_uri, template
+from stpm.preprocessing import Preprocessing
 from stpm.scoring.archives import read_uri
 from stpm.scoring.heatmaps import heat_over, written_heatmap
 from stpm.scoring.target import Target
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _COLUMNS = ["uri", "category", "score", "threshold", "p_value", "is_anomalous", "peak_x", "peak_y", *_HEATMAP]
-_TILE = 256
+# Pixels of the shorter and of the longer side of a picture.
+_SHORTER, _LONGEST = 256, 1024
 _READERS = 8
 
 
-def write_triage(target: Target, most: int, views: Mapping[str, images.View]) -> int:
+def write_triage(target: Target, most: int, preprocessing: Mapping[str, Preprocessing]) -> int:
     """Write the page beside the run's record, its pictures in it; returns how many images are on it.
 
     Images of different models are ordered by how far they are above their model's threshold, as a ratio.
@@ -31,27 +32,25 @@ def write_triage(target: Target, most: int, views: Mapping[str, images.View]) ->
     Args:
         target: a pass that has ended.
         most: images on the page.
-        views: what each category's model sees.
+        preprocessing: that of each category's model.
     """
     rows = most_anomalous(target, most)
     with ThreadPoolExecutor(_READERS) as pool:
-        pictures = list(pool.map(lambda row: _picture(target, row, views[row["category"]]), rows))
+        pictures = list(pool.map(lambda row: _picture(target, row, preprocessing[row["category"]]), rows))
     shown = [row | {"picture": picture} for row, picture in zip(rows, pictures, strict=True)]
     page = template("scoring/triage.html").render(rows=shown, out=target.out)
     storage.publish(target.triage, page.encode())
     return len(rows)
 
 
-def _picture(target: Target, row: Mapping[str, Any], view: images.View) -> str:
+def _picture(target: Target, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
     """The image with its heatmap over it, if one was written, as a data URI; "" if it can no longer be read."""
     try:
-        decoded = images.decode(read_uri(row["uri"]), dataclasses.replace(view, size=_TILE))
+        pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _SHORTER, _LONGEST)
         heat = written_heatmap(target.out, row)
     except (ImageError, DataError, OSError):
         return ""
-    pixels = heat_over(decoded.pixels, heat) if heat else decoded.pixels
-    proportions = dataclasses.replace(view, size=_TILE).proportions(decoded.width, decoded.height)
-    return jpeg_uri(jpeg(Image.fromarray(pixels).resize(proportions)))
+    return jpeg_uri(jpeg(Image.fromarray(heat_over(pixels, heat) if heat else pixels)))
 
 
 def most_anomalous(target: Target, most: int) -> list[dict[str, Any]]:

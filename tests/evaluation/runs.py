@@ -8,21 +8,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from stpm import images, storage
+from stpm import storage
 from stpm.calibration import HeatmapScale
 from stpm.evaluation.category import Figures, Measured, Metrics
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.mvtec import read_category
+from stpm.preprocessing import Preprocessing
 from stpm.record import FitSummary, ModelRecord
 from stpm.scoring.heatmaps import palette_png
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.target import Target
-from tests.conftest import TINY
+from tests.conftest import TINY, preprocessing_of
 from tests.datasets import make_category
 
 SIZE = 64
-VIEW = images.View(SIZE)
+PREPROCESSING = preprocessing_of(SIZE)
 
 
 def scored_run(
@@ -33,6 +34,7 @@ def scored_run(
     unlabelled: int = 0,
     maps: bool = True,
     types: tuple[str, ...] = ("square",),
+    preprocessing: Preprocessing = PREPROCESSING,
 ) -> Target:
     """A run folder as scoring leaves it, with maps drawn by chance; defects score a little higher.
 
@@ -42,14 +44,15 @@ def scored_run(
     rng = np.random.default_rng(1)
     (manifest,) = of_test_images([read_category(str(root / "data"), "nut")])
     target = Target.among(str(root / "run"), "seed-0")
+    shape = preprocessing.content_shape(40, 48)
     columns: dict[str, list[object]] = {f.name: [None] * manifest.num_rows for f in OUTPUT}
     columns |= {name: manifest[name].to_pylist() for name in manifest.schema.names}
     for i, label in enumerate(columns["label"]):
-        anomaly_map = rng.random((SIZE, SIZE), np.float32)
+        anomaly_map = rng.random(shape, np.float32)
         anomaly_map[14:34, 14:34] += 0.3 if label != "good" else 0.0
         failed = i < broken
         heatmap = f"heatmaps/{i}.png"
-        storage.publish(f"{target.out}/{heatmap}", palette_png(np.full((SIZE, SIZE), 255, np.uint8)))
+        storage.publish(f"{target.out}/{heatmap}", palette_png(np.full(shape, 255, np.uint8)))
         columns["anomaly_map"][i] = None if failed or not maps else anomaly_map.tobytes()
         columns["label"][i] = "" if i < unlabelled else label if label == "good" else types[i % len(types)]
         columns["threshold"][i] = None if failed else 1.0
@@ -72,6 +75,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
     record = ModelRecord(
         category=category,
         recipe=dataclasses.replace(TINY, seed=seed),
+        preprocessing=PREPROCESSING,
         precision="float32",
         teacher_digest="t",
         data_fingerprint="d",

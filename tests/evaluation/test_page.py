@@ -17,7 +17,7 @@ from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.page import page
 from stpm.evaluation.report import Failure, Report, Result
 from tests.browser import check_page
-from tests.evaluation.runs import VIEW, result, scored_run
+from tests.evaluation.runs import PREPROCESSING, result, scored_run
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
 HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 0.2]}
@@ -83,7 +83,7 @@ def test_a_report_of_nothing_is_a_page() -> None:
 def test_a_real_run_is_a_page(tmp_path: Path) -> None:
     target = scored_run(tmp_path)
     made = result("nut", 0, 0.5, 0.5)
-    found = Result(made.model, evaluate(target, "nut", VIEW), HISTORY, galleries(target, "nut", VIEW))
+    found = Result(made.model, evaluate(target, "nut", PREPROCESSING), HISTORY, galleries(target, "nut", PREPROCESSING))
     tags = [tag for tag, _ in Tags(page(Report("data", [found], []))).found]
     assert tags.count("svg") == 3
     assert tags.count("img") >= 4

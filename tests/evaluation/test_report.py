@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stpm.evaluation.report import Failure, Report
+from tests.conftest import preprocessing_of
 from tests.evaluation.runs import REPORT, result
 
 
@@ -56,7 +58,21 @@ def test_the_report_has_intervals_and_defect_types() -> None:
     assert a["image_auroc_interval"] == pytest.approx([0.4, 0.6])
     assert a["seeds"]["1"]["image_auroc_interval"] == pytest.approx([0.65, 0.85])
     assert (a["defects"]["dent"]["image_auroc"], a["defects"]["dent"]["defect_count"]) == (0.5, 5)
-    assert REPORT.as_json()["recipe"]["size"] == 64
+    assert REPORT.as_json()["recipe"]["size"] == "64x64"
+
+
+def test_the_protocol_says_the_input_of_each_and_what_they_share() -> None:
+    protocol = REPORT.as_json()["protocol"]
+    assert (protocol["input_size"], protocol["resize"]) == ("64x64", "stretch, bilinear with antialiasing")
+    assert protocol["normalisation"] == "mean 0.485, 0.456, 0.406; deviation 0.229, 0.224, 0.225"
+    assert "(64x64)" in protocol["mask_resolution"]
+    long = result("long", 0, 0.5, None)
+    long = dataclasses.replace(long, model=dataclasses.replace(long.model, preprocessing=preprocessing_of(96, 32)))
+    both = Report("data", [result("a", 0, 0.5, None), long], [])
+    assert both.as_json()["protocol"]["input_size"] == "varies"
+    assert [both.as_json()["categories"][name]["input_size"] for name in ("a", "long")] == ["64x64", "96x32"]
+    assert pq.read_table(io.BytesIO(both.as_parquet()))["input_size"].to_pylist() == ["64x64", "96x32"]
+    assert "input varies, stretch, bilinear" in both.as_markdown()
 
 
 def test_defect_types_are_a_table_of_their_own(tmp_path: Path) -> None:

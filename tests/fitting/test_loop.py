@@ -15,6 +15,7 @@ from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.held_out import calibrate_student, cross_fitted
 from stpm.fitting.loop import DivergedError, Progress, fit, learning_rate, split
 from stpm.fitting.task import Epoch
+from stpm.fitting.training_images import TrainingImages
 from stpm.forward import Matcher
 from stpm.networks import architecture_of, trunk_from
 from stpm.recipe import PRESETS, Recipe
@@ -25,13 +26,19 @@ MatcherOf = Callable[[Recipe], Matcher]
 BUDGET = 2**30
 
 
+def whole(pixels: np.ndarray) -> TrainingImages:
+    """Images that fill the input."""
+    content = np.array([[0, 0, pixels.shape[2], pixels.shape[1]]] * len(pixels), np.int32)
+    return TrainingImages(pixels, content)
+
+
 @pytest.fixture
-def images(rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(90, 130, (9, 64, 64, 3), dtype=np.uint8)
+def images(rng: np.random.Generator) -> TrainingImages:
+    return whole(rng.integers(90, 130, (9, 64, 64, 3), dtype=np.uint8))
 
 
 def fitted(
-    images: np.ndarray,
+    images: TrainingImages,
     recipe: Recipe,
     matcher_of: MatcherOf,
     checkpoints: loop.Checkpoints | None = None,
@@ -66,7 +73,7 @@ def test_one_image_is_too_few() -> None:
         split(1, PAPER)
 
 
-def test_both_losses_are_told_for_every_epoch(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_both_losses_are_told_for_every_epoch(images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
     result, seen = fitted(images, tiny, matcher_of)
     assert [epoch.number for epoch in seen] == [1, 2]
     assert tuple(seen) == result.history
@@ -74,7 +81,7 @@ def test_both_losses_are_told_for_every_epoch(images: np.ndarray, tiny: Recipe, 
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_seed_decides_every_weight(preset: str, images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_a_seed_decides_every_weight(preset: str, images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
     ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "validation_share")
     recipe = dataclasses.replace(PRESETS[preset], **{name: getattr(tiny, name) for name in ours})  # type: ignore[index]
     first, again = (fitted(images, recipe, matcher_of)[0] for _ in range(2))
@@ -112,7 +119,7 @@ class Memory:
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("dies_after", [1, 3])
 def test_a_fit_that_was_interrupted_ends_with_the_same_bits(
-    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf, optimiser: str, keep: str, dies_after: int
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf, optimiser: str, keep: str, dies_after: int
 ) -> None:
     recipe = dataclasses.replace(
         tiny, optimiser=optimiser, keep=keep, epochs=5, schedule="cosine", warmup_epochs=2, learning_rate=0.01
@@ -129,13 +136,13 @@ def test_a_fit_that_was_interrupted_ends_with_the_same_bits(
     assert losses[0] == losses[1]
 
 
-def test_the_loss_falls(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_the_loss_falls(images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
     recipe = dataclasses.replace(tiny, optimiser="adam", learning_rate=1e-3, loss_scale=1.0, epochs=20)
     history = fitted(images, recipe, matcher_of)[0].history
     assert history[-1].train_loss < 0.7 * history[0].train_loss
 
 
-def test_the_epoch_that_is_kept(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_the_epoch_that_is_kept(images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
     for keep in ("best", "last"):
         recipe = dataclasses.replace(tiny, keep=keep, epochs=5)
         result, _ = fitted(images, recipe, matcher_of)
@@ -144,7 +151,7 @@ def test_the_epoch_that_is_kept(images: np.ndarray, tiny: Recipe, matcher_of: Ma
 
 
 def test_early_stopping_ends_when_the_validation_loss_no_longer_falls(
-    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
     recipe = dataclasses.replace(tiny, epochs=200, early_stopping=3, learning_rate=0.01)
     history = fitted(images, recipe, matcher_of)[0].history
@@ -162,18 +169,20 @@ def test_learning_rates() -> None:
 
 
 def test_calibration_is_the_held_out_images_scored_by_the_kept_student(
-    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
     result, _ = fitted(images, tiny, matcher_of)
     matcher, held_out = matcher_of(tiny), split(len(images), tiny)[1]
     calibration, statistics = calibrate_student(result.student, matcher, images, held_out, tiny)
     student = trunk_from(tiny.teacher, tiny.levels, result.student, "test")
-    maps = matcher.anomaly_maps(matcher.distances(student, images[held_out]), None)
-    np.testing.assert_array_equal(calibration.scores, np.sort(maps.max(axis=(1, 2))))
+    maps = matcher.anomaly_maps(matcher.distances(student, images.pixels[held_out]), images.content[held_out], None)
+    np.testing.assert_array_equal(calibration.scores, np.sort([each.max() for each in maps]))
     assert statistics is None
 
 
-def test_calibrated_levels_need_three_held_out_images(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_calibrated_levels_need_three_held_out_images(
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+) -> None:
     recipe = dataclasses.replace(tiny, combine="calibrated")
     result, _ = fitted(images, recipe, matcher_of)
     matcher = matcher_of(recipe)
@@ -185,14 +194,18 @@ def test_calibrated_levels_need_three_held_out_images(images: np.ndarray, tiny: 
     assert len(statistics) == 3
 
 
-def test_cross_fitted_scores_are_one_for_every_image(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_cross_fitted_scores_are_one_for_every_image(
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+) -> None:
     recipe = dataclasses.replace(tiny, calibration_folds=3)
-    scores = cross_fitted(TeacherFeatures(matcher_of(recipe), images, BUDGET), images, recipe, [None] * 3)
+    scores = cross_fitted(TeacherFeatures(matcher_of(recipe), images, BUDGET), recipe, [None] * 3)
     assert len(scores) == len(images)
     assert (np.diff(scores) >= 0).all()
 
 
-def test_features_computed_anew_fit_the_same_student(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_features_computed_anew_fit_the_same_student(
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+) -> None:
     kept, _ = fitted(images, tiny, matcher_of)
     anew, _ = fitted(images, tiny, matcher_of, budget=0)
     for first, second in zip(kept.history, anew.history, strict=True):
@@ -201,13 +214,13 @@ def test_features_computed_anew_fit_the_same_student(images: np.ndarray, tiny: R
 
 
 def test_the_last_smaller_batch_steps_as_far_as_its_mean_says(
-    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
     """The loss scale multiplies the mean of a batch, whatever its size: a batch twice over changes no gradient."""
     matcher = matcher_of(tiny)
     weights = fitted(images, tiny, matcher_of)[0].student
     gradients = []
-    for batch in (images[:3], np.concatenate([images[:3], images[:3]])):
+    for batch in (images.pixels[:3], np.concatenate([images.pixels[:3], images.pixels[:3]])):
         student = trunk_from(tiny.teacher, tiny.levels, weights, "test")
         inputs = matcher.inputs(torch.from_numpy(batch))
         loss = loop.matching_loss(matcher.teacher_features(inputs), student(inputs)) * tiny.loss_scale
@@ -216,14 +229,14 @@ def test_the_last_smaller_batch_steps_as_far_as_its_mean_says(
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
-def test_a_loss_that_is_no_number_is_said(images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf) -> None:
+def test_a_loss_that_is_no_number_is_said(images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
     recipe = dataclasses.replace(tiny, learning_rate=1e30, epochs=5)
     with pytest.raises(DivergedError, match=r"loss is nan in epoch .*; lower --learning-rate"):
         fitted(images, recipe, matcher_of)
 
 
 def test_a_patch_scores_above_images_like_those_that_were_fitted(
-    images: np.ndarray, tiny: Recipe, matcher_of: MatcherOf, rng: np.random.Generator
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf, rng: np.random.Generator
 ) -> None:
     recipe = dataclasses.replace(tiny, teacher="demo", teacher_weights="", epochs=12)
     result, _ = fitted(images, recipe, matcher_of)
@@ -232,6 +245,39 @@ def test_a_patch_scores_above_images_like_those_that_were_fitted(
     odd = normal.copy()
     odd[:, 20:40, 20:40] = 250
     matcher = matcher_of(recipe)
-    maps = matcher.anomaly_maps(matcher.distances(student, np.concatenate([normal, odd])), None)
-    scores = maps.max(axis=(1, 2))
+    both = whole(np.concatenate([normal, odd]))
+    maps = matcher.anomaly_maps(matcher.distances(student, both.pixels), both.content, None)
+    scores = np.array([each.max() for each in maps])
     assert scores[6:].min() > 2 * scores[:6].max()
+
+
+def test_what_a_fit_learns_does_not_hang_on_the_width_of_the_padding(
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+) -> None:
+    """Positions on padding have no part in the loss: replacing the teacher's features there changes nothing."""
+    content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
+    padded = TrainingImages(images.pixels, content)
+    features = TeacherFeatures(matcher_of(tiny), padded, BUDGET)
+    train, held_out = split(len(padded), tiny)
+    before = fit(features, train, held_out, tiny, lambda epoch: None)
+    masks = features.content_masks(torch.arange(len(padded)))
+    assert masks
+    for level, mask in zip(features._features, masks, strict=True):
+        level[~mask[:, None].expand_as(level)] = 0.5
+    after = fit(features, train, held_out, tiny, lambda epoch: None)
+    assert same(before.student, after.student)
+    assert TeacherFeatures(matcher_of(tiny), images, BUDGET).content_masks(torch.arange(9)) is None
+
+
+def test_held_out_images_are_calibrated_on_what_they_show(
+    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+) -> None:
+    matcher = matcher_of(tiny)
+    student = fitted(images, tiny, matcher_of)[0].student
+    content = np.array([[0, 24, 64, 40]] * 9, np.int32)
+    calibration, _ = calibrate_student(student, matcher, TrainingImages(images.pixels, content), np.arange(9), tiny)
+    distances = matcher.distances(trunk_from(tiny.teacher, tiny.levels, student, "test"), images.pixels)
+    maps = matcher.anomaly_maps(distances, content, None)
+    assert {each.shape for each in maps} == {(16, 64)}
+    np.testing.assert_allclose(calibration.scores, np.sort([each.max() for each in maps]), rtol=1e-5)
+    assert calibration.scale.low == pytest.approx(np.quantile(np.stack(maps), 0.99), rel=1e-5)

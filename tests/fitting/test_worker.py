@@ -11,21 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from stpm import images, mvtec, storage
+from stpm import mvtec, storage
 from stpm.errors import DataError
 from stpm.fitting import loop
 from stpm.fitting.task import Epoch, FitTask
-from stpm.fitting.worker import Limits, existing_model, load_pixels, run_task
+from stpm.fitting.training_images import load_images, preprocessing_for
+from stpm.fitting.worker import Limits, existing_model, run_task
 from stpm.models import ModelStore
 from stpm.networks import load_teacher
-from stpm.recipe import Recipe
-from tests.conftest import LIMITS
-from tests.datasets import make_category
+from stpm.options import Size
+from stpm.preprocessing import Preprocessing
+from stpm.recipe import Combine, Recipe
+from tests.conftest import LIMITS, preprocessing_of
+from tests.datasets import encoded, make_category
 
 EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
 
 
-def task_in(root: str, recipe: Recipe, store: str = "models", **changes: int) -> FitTask:
+def task_in(root: str, recipe: Recipe, store: str = "models", **changes: Any) -> FitTask:
     make_category(f"{root}/data", "nut", **changes)
     uri = f"{root}/{store}"
     digest = ModelStore(uri).put_teacher(load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels))
@@ -140,11 +143,11 @@ def test_an_interrupted_calibration_goes_on_with_the_fold_it_was_in(
 def test_images_beyond_the_budget_go_to_a_file_and_nothing_else_changes(root: str, tiny: Recipe) -> None:
     task = task_in(root, tiny)
     uris = [uri for uri, _ in task.train]
-    in_memory = load_pixels(uris, tiny.view, 2**30)
-    on_disk = load_pixels(uris, tiny.view, 0)
-    assert isinstance(on_disk, np.memmap)
-    assert not isinstance(in_memory, np.memmap)
-    np.testing.assert_array_equal(in_memory, on_disk)
+    in_memory, on_disk = (load_images(uris, preprocessing_for(tiny, uris), budget) for budget in (2**30, 0))
+    assert on_disk.on_disk
+    assert not in_memory.on_disk
+    np.testing.assert_array_equal(in_memory.pixels, on_disk.pixels)
+    np.testing.assert_array_equal(in_memory.content, on_disk.content)
     told: list[Epoch | str] = []
     run_task(task, Limits(0, 0, 1e9), told.append)
     assert isinstance(told[0], str)
@@ -157,7 +160,7 @@ def test_a_disk_without_room_for_them_is_said(root: str, tiny: Recipe) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(DataError, match=r"no room for .* GiB of decoded images in .*--memory-gib"):
-            load_pixels(uris, tiny.view, budget=0)
+            load_images(uris, preprocessing_for(tiny, uris), budget=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -169,10 +172,67 @@ def test_broken_files_are_all_named(tmp_path: Path) -> None:
         (folder / f"{i:03}.png").write_bytes(b"")
     uris = [str(path) for path in sorted(folder.iterdir())]
     with pytest.raises(DataError, match=r"7 of 9 training images cannot be read: .*000.png.*; and 2 more; repair"):
-        load_pixels(uris, images.View(64), 2**30)
+        load_images(uris, preprocessing_of(64), 2**30)
 
 
 def test_a_loss_curve_is_a_picture(root: str, tiny: Recipe) -> None:
     task = task_in(root, tiny)
     run_task(task, LIMITS, lambda told: None)
     assert storage.read(f"{task.store}/nut/loss.png").startswith(b"\x89PNG")
+
+
+def test_a_size_that_is_auto_is_that_of_the_images(root: str, tiny: Recipe) -> None:
+    recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=96 * 64, resize="fit")
+    task = task_in(root, recipe, shape=(150, 100))
+    record = run_task(task, LIMITS, lambda told: None).record
+    assert record
+    assert record.preprocessing == Preprocessing(96, 64, "fit", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert record.recipe == recipe
+    assert existing_model(task) == ModelStore(task.store).record("nut")
+    assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(recipe, pixels=10_000))) is None
+
+
+def test_the_normalisation_is_the_one_asked_for(tiny: Recipe) -> None:
+    for name, mean, std in (
+        ("teacher", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ):
+        made = preprocessing_for(dataclasses.replace(tiny, normalisation=name), [])  # type: ignore[arg-type]
+        assert (made.mean, made.std) == (mean, std)
+    assert preprocessing_for(dataclasses.replace(tiny, teacher="demo"), []).interpolation == "bicubic"
+
+
+def test_few_headers_are_read_for_a_size_and_broken_ones_left_to_loading(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_category(str(tmp_path), "nut", train=100, shape=(64, 96))
+    uris = [str(path) for path in sorted((tmp_path / "nut" / "train" / "good").iterdir())]
+    Path(uris[0]).write_bytes(b"")
+    read: list[str] = []
+    original = storage.read
+    monkeypatch.setattr(storage, "read", lambda uri: read.append(uri) or original(uri))
+    recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=64 * 96)
+    assert preprocessing_for(recipe, uris).size == "64x96"
+    assert len(read) == len(set(read)) == 32
+    assert {uris[0], uris[-1]} <= set(read)
+    for uri in uris:
+        Path(uri).write_bytes(b"")
+    with pytest.raises(DataError, match=r"32 of 32 training images cannot be read: .*000.png.*; and 27 more; repair"):
+        preprocessing_for(recipe, uris)
+
+
+@pytest.mark.parametrize("combine", ["product", "calibrated"])
+def test_images_of_mixed_proportions_are_fitted_without_their_padding(
+    root: str, tiny: Recipe, combine: Combine
+) -> None:
+    recipe = dataclasses.replace(tiny, resize="fit", combine=combine, validation_share=0.4)
+    task = task_in(root, recipe)
+    for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
+        pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)
+        storage.publish(task.train[i][0], encoded(pixels))
+    record = run_task(task, LIMITS, lambda told: None).record
+    assert record
+    assert 0 < record.fit.train_loss < 2
+    assert 0 < record.fit.validation_loss < 2
+    assert np.isfinite(ModelStore(task.store).load("nut").calibration.scores).all()

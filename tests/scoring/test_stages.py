@@ -19,9 +19,11 @@ from stpm import mvtec, storage
 from stpm.fitting.task import FitTask
 from stpm.fitting.worker import run_task
 from stpm.forward import Matcher
-from stpm.images import View, decode
+from stpm.images import decode
 from stpm.models import Model, ModelStore
 from stpm.networks import load_teacher
+from stpm.options import Size
+from stpm.preprocessing import Resize
 from stpm.recipe import Recipe
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png, written_heatmap
@@ -29,10 +31,11 @@ from stpm.scoring.manifest import image_id, of_test_images
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
 from stpm.scoring.scorer import BatchSize, LoadedModels, Scorer
 from stpm.scoring.sources import Categories, rows_of
-from tests.conftest import LIMITS, TINY
+from tests.conftest import LIMITS, TINY, preprocessing_of
 from tests.datasets import encoded, make_category
 
 CATEGORIES = ("grey", "nut")
+PREPROCESSING = dict.fromkeys(CATEGORIES, preprocessing_of(64))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def manifest(run: Path) -> pa.Table:
-    rows = pa.concat_tables(of_test_images([mvtec.read_category(str(run / "data"), name) for name in CATEGORIES]))
+    return with_ids([mvtec.read_category(str(run / "data"), name) for name in CATEGORIES])
+
+
+def with_ids(categories: list[mvtec.Category]) -> pa.Table:
+    rows = pa.concat_tables(of_test_images(categories))
     ids = pa.array([image_id(uri) for uri in rows["uri"].to_pylist()], pa.int64())
     return rows.set_column(0, MANIFEST.field("image_id"), ids)
 
@@ -61,18 +68,18 @@ def scorer(run: Path, raw_maps: bool = True) -> Scorer:
 
 
 def scored(run: Path, rows: pa.Table) -> pa.Table:
-    return scorer(run)(Decode(dict.fromkeys(CATEGORIES, View(64)))(rows))
+    return scorer(run)(Decode(PREPROCESSING)(rows))
 
 
 def _matcher(run: Path, model: Model) -> Matcher:
     record = model.record
     store = ModelStore(str(run / "models"))
     teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-    return Matcher(teacher, record.recipe, torch.device("cpu"), record.precision)
+    return Matcher(teacher, record.preprocessing, record.recipe.combine, torch.device("cpu"), record.precision)
 
 
 def test_pixels_travel_on_only_where_something_is_drawn_over_them(run: Path) -> None:
-    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    decoded = Decode(PREPROCESSING)(manifest(run))
     store = str(run / "models")
     kept, dropped = (
         Scorer(store, 0.3, raw_maps=False, overlays=overlays, threads=1)(decoded) for overlays in (True, False)
@@ -97,8 +104,9 @@ def test_every_row_of_a_mixed_batch_gets_its_own_models_score(run: Path) -> None
     for row in out:
         model = store.load(row["category"])
         matcher = _matcher(run, model)
-        pixels = decode(storage.read(row["uri"]), View(64)).pixels
-        expected = matcher.anomaly_maps(matcher.distances(model.student, pixels[None]), model.statistics)[0]
+        pixels = decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
+        whole = np.array([[0, 0, 64, 64]], np.int32)
+        expected = matcher.anomaly_maps(matcher.distances(model.student, pixels[None]), whole, model.statistics)[0]
         actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
         np.testing.assert_allclose(actual, expected, atol=1e-4 * expected.max())
         assert row["score"] == actual.max()
@@ -110,11 +118,11 @@ def test_every_row_of_a_mixed_batch_gets_its_own_models_score(run: Path) -> None
 
 
 def test_schemas_are_kept_from_stage_to_stage(run: Path, tmp_path: Path) -> None:
-    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    decoded = Decode(PREPROCESSING)(manifest(run))
     assert decoded.schema.equals(DECODED)
     out = scorer(run)(decoded)
     assert out.schema.equals(SCORED)
-    assert WriteHeatmaps(str(tmp_path), "heatmaps", "all")(out).schema.equals(OUTPUT)
+    assert WriteHeatmaps(str(tmp_path), "heatmaps", "all", PREPROCESSING)(out).schema.equals(OUTPUT)
     assert all(field.metadata[b"description"] for field in OUTPUT)
 
 
@@ -138,7 +146,9 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path)
         "archive_start": [0] * 7,
         "archive_length": [-1] * 7,
     }
-    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all")(scored(run, table(columns, MANIFEST))).to_pylist()
+    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all", PREPROCESSING)(
+        scored(run, table(columns, MANIFEST))
+    ).to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
     for row in out:
         failed = bool(row["error_kind"])
@@ -156,8 +166,7 @@ def test_a_batch_of_errors_alone_passes_through(run: Path) -> None:
 
 def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
     rows = scored(run, manifest(run))
-    views = dict.fromkeys(CATEGORIES, View(64))
-    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", "all", views)(rows).to_pylist()
+    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", "all", PREPROCESSING, True)(rows).to_pylist()
     store = ModelStore(str(run / "models"))
     for row, before in zip(out, rows.to_pylist(), strict=True):
         name = f"heatmaps/x/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
@@ -176,9 +185,9 @@ def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_p
 
 
 def test_pictures_may_be_in_their_rows(run: Path, tmp_path: Path) -> None:
-    rows, views = scored(run, manifest(run)), dict.fromkeys(CATEGORIES, View(64))
-    files = WriteHeatmaps(str(tmp_path), "heatmaps", "all", views)(rows).to_pylist()
-    inside = WriteHeatmaps(str(tmp_path / "no"), "heatmaps", "all", views, "parquet")(rows).to_pylist()
+    rows = scored(run, manifest(run))
+    files = WriteHeatmaps(str(tmp_path), "heatmaps", "all", PREPROCESSING, True)(rows).to_pylist()
+    inside = WriteHeatmaps(str(tmp_path / "no"), "heatmaps", "all", PREPROCESSING, True, "parquet")(rows).to_pylist()
     assert not (tmp_path / "no").exists()
     for one, other in zip(files, inside, strict=True):
         assert (other["heatmap"], other["overlay"]) == ("", "")
@@ -189,13 +198,13 @@ def test_pictures_may_be_in_their_rows(run: Path, tmp_path: Path) -> None:
 
 
 def test_without_pictures_nothing_is_written(run: Path, tmp_path: Path) -> None:
-    out = WriteHeatmaps(str(tmp_path), "heatmaps", False)(scored(run, manifest(run)))
+    out = WriteHeatmaps(str(tmp_path), "heatmaps", "none", PREPROCESSING)(scored(run, manifest(run)))
     assert set(out["heatmap"].to_pylist()) == {""}
     assert not list(tmp_path.iterdir())
 
 
 def test_raw_maps_are_kept_only_when_asked_for(run: Path) -> None:
-    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    decoded = Decode(PREPROCESSING)(manifest(run))
     assert scorer(run, raw_maps=False)(decoded)["anomaly_map"].null_count == decoded.num_rows
 
 
@@ -237,7 +246,7 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
     if damaged.is_dir():
         damaged = next(damaged.iterdir())
     damaged.write_bytes(b"x")
-    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    decoded = Decode(PREPROCESSING)(manifest(run))
     out = Scorer(str(tmp_path / "models"), 0.3, raw_maps=False, overlays=False, threads=1)(decoded).to_pylist()
     broken = {"nut"} if file.startswith("nut") else set(CATEGORIES)
     for row in out:
@@ -249,7 +258,7 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
 def test_the_users_own_columns_go_with_their_rows(run: Path, tmp_path: Path) -> None:
     rows = manifest(run)
     rows = rows.append_column("line", pa.array([f"line {i}" for i in range(rows.num_rows)]))
-    out = WriteHeatmaps(str(tmp_path), "heatmaps", "none")(scored(run, rows))
+    out = WriteHeatmaps(str(tmp_path), "heatmaps", "none", PREPROCESSING)(scored(run, rows))
     assert out.schema.names == [*OUTPUT.names, "line"]
     lines = dict(zip(rows["uri"].to_pylist(), rows["line"].to_pylist(), strict=True))
     assert all(lines[row["uri"]] == row["line"] for row in out.to_pylist())
@@ -258,7 +267,7 @@ def test_the_users_own_columns_go_with_their_rows(run: Path, tmp_path: Path) -> 
 def test_a_row_that_its_manifest_refused_is_not_read(run: Path) -> None:
     rows = manifest(run).slice(0, 1)
     rows = rows.set_column(5, MANIFEST.field("error_kind"), pa.array(["not_allowed"]))
-    (row,) = Decode({"grey": View(64)})(rows).to_pylist()
+    (row,) = Decode(PREPROCESSING)(rows).to_pylist()
     assert (row["error_kind"], row["pixels"], row["bytes"]) == ("not_allowed", b"", None)
 
 
@@ -267,7 +276,7 @@ def test_pictures_are_of_those_that_are_wanted(run: Path, tmp_path: Path, wanted
     rows = scored(run, manifest(run).slice(0, 8))
     verdicts = pa.array([i < 3 for i in range(8)])
     rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), verdicts)
-    out = WriteHeatmaps(str(tmp_path), "heatmaps", wanted)(rows).to_pylist()
+    out = WriteHeatmaps(str(tmp_path), "heatmaps", wanted, PREPROCESSING)(rows).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert {row["overlay"] for row in out} == {""}
     assert len(list(tmp_path.rglob("*.png"))) == expected
@@ -277,7 +286,7 @@ def test_pictures_are_of_those_that_are_wanted(run: Path, tmp_path: Path, wanted
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     run: Path, fits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run))
+    decoded = Decode(PREPROCESSING)(manifest(run))
     expected = scorer(run)(decoded).to_pylist()
     original, tried = Matcher.features, []
 
@@ -296,7 +305,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 
 
 def test_an_image_that_alone_is_too_much_is_an_error_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = Decode(dict.fromkeys(CATEGORIES, View(64)))(manifest(run).slice(0, 3))
+    decoded = Decode(PREPROCESSING)(manifest(run).slice(0, 3))
 
     def never(matcher: Matcher, trunk: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
         raise torch.cuda.OutOfMemoryError("no memory at all")
@@ -358,3 +367,36 @@ def test_a_member_of_an_archive_scores_as_the_file_does(run: Path, tmp_path: Pat
         assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
         assert ours["score"] == theirs["score"]
         assert ".tar#grey/" in ours["uri"]
+
+
+@pytest.mark.parametrize(("resize", "shape"), [("fit", (19, 48)), ("crop", (64, 48)), ("stretch", (64, 48))])
+def test_images_of_other_proportions_are_scored_on_what_they_show(
+    tmp_path: Path, resize: Resize, shape: tuple[int, int]
+) -> None:
+    """Images of 80 × 32 in an input of 64 × 48, height by width."""
+    make_category(str(tmp_path / "data"), "long", shape=(32, 80))
+    store = str(tmp_path / "models")
+    digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    category = mvtec.read_category(str(tmp_path / "data"), "long")
+    recipe = dataclasses.replace(TINY, size=Size("64x48"), resize=resize)
+    record = run_task(FitTask.of(category, recipe, store, digest), LIMITS, lambda told: None).record
+    assert record
+    preprocessing = {"long": record.preprocessing}
+    decoded = Decode(preprocessing)(with_ids([category]))
+    rows = Scorer(store, 0.3, True, overlays=True, threads=1)(decoded)
+    out = WriteHeatmaps(str(tmp_path), "heatmaps", "all", preprocessing, True)(rows).to_pylist()
+    # A crop of the input's proportions is the middle 24 of 80 columns.
+    left, across = (28, 24) if resize == "crop" else (0, 80)
+    for row in out:
+        assert row["error_kind"] == ""
+        with Image.open(tmp_path / row["heatmap"]) as image:
+            assert image.size == shape[::-1]
+            levels = np.asarray(image)
+        raw = np.frombuffer(row["anomaly_map"], np.float32).reshape(shape)
+        np.testing.assert_array_equal(levels, record.heatmap_scale.apply(raw))
+        assert row["score"] == raw.max()
+        y, x = np.unravel_index(raw.argmax(), raw.shape)
+        expected = left + int((x + 0.5) * across / 48), int((y + 0.5) * 32 / shape[0])
+        assert (row["peak_x"], row["peak_y"]) == expected
+        with Image.open(tmp_path / row["overlay"]) as image:
+            assert image.size[0] / image.size[1] == pytest.approx(across / 32, rel=0.03)

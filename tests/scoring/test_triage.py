@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from stpm import storage
-from stpm.images import View
 from stpm.scoring.heatmaps import palette_png
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.target import Target
 from stpm.scoring.triage import most_anomalous, write_triage
 from tests.browser import check_page
+from tests.conftest import preprocessing_of
 from tests.datasets import encoded
 
-VIEWS = {"nut": View(64), "a b#c": View(64)}
+PREPROCESSING = dict.fromkeys(("nut", "a b#c"), preprocessing_of(64))
 EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 
 
@@ -77,7 +77,7 @@ def test_the_order_is_by_score_over_threshold_across_models(target: Target) -> N
 
 
 def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_path: Path) -> None:
-    assert write_triage(target, 20, VIEWS) == 20
+    assert write_triage(target, 20, PREPROCESSING) == 20
     text = (tmp_path / "triage.html").read_text()
     page = Page(text)
     assert EVIL in page.texts
@@ -95,7 +95,7 @@ def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_pa
 
 
 def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
-    assert write_triage(Target.alone(str(tmp_path)), 5, VIEWS) == 0
+    assert write_triage(Target.alone(str(tmp_path)), 5, PREPROCESSING) == 0
     assert (tmp_path / "triage.html").exists()
 
 
@@ -104,5 +104,5 @@ def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
 def test_in_a_browser_nothing_hostile_runs_and_nothing_overflows(
     target: Target, browser: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    write_triage(target, 50, VIEWS)
+    write_triage(target, 50, PREPROCESSING)
     check_page(browser, (tmp_path / "triage.html").as_uri(), width, scheme)
