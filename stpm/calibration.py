@@ -16,15 +16,20 @@ Floats = npt.NDArray[np.floating]
 _COMMON = 0.99
 _BEYOND = 5.0
 _SHOWN = 5
+_LOW = 0.9
+_HIGH = 0.995
+# A part that hardly varies on normal images would outweigh all others: its scale is at least this part of its values.
+_LEAST_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
 class HeatmapScale:
-    """The fixed range of a model's heatmaps, in units of the anomaly map, 0 < low < edge.
+    """The fixed range of a model's heatmaps, in units of the anomaly map, low < edge.
 
-    Logarithmic: `low` (the 99th percentile of held-out normals' pixels) and below are drawn as 0, `edge` (the largest
-    pixel of any held-out normal) as one half, five times `edge` and above as 1. So the middle of the scale means the
-    same for every model: here ends what was seen on good images.
+    `low` (the 99th percentile of held-out normals' pixels) and below are drawn as 0; up to `edge` (the largest pixel of
+    any held-out normal), drawn as one half, grey levels rise in proportion, and then with the logarithm: five times as
+    far above `low` as `edge` and beyond are drawn as 1. So the middle of the scale means the same for every model: here
+    ends what was seen on good images.
     """
 
     low: float
@@ -32,9 +37,41 @@ class HeatmapScale:
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
         """Grey levels 0 to 255 of a map of any shape."""
-        value = np.log(np.maximum(anomaly_map, self.low))
-        points = np.log([self.low, self.edge, self.edge * _BEYOND])
-        return np.round(np.interp(value, points, (0.0, 127.5, 255.0))).astype(np.uint8)
+        excess = (anomaly_map - self.low) / (self.edge - self.low)
+        beyond = 1 + np.log(np.clip(excess, 1.0, _BEYOND)) / np.log(_BEYOND)
+        levels: npt.NDArray[np.uint8] = np.round(127.5 * np.where(excess < 1, np.maximum(excess, 0.0), beyond)).astype(
+            np.uint8
+        )
+        return levels
+
+
+@dataclass(frozen=True)
+class PartScale:
+    """Quantiles of a part's distances on held-out normals: fusion brings `low` (0.9) to 0 and `high` (0.995) to 1."""
+
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """Above 0, also where nothing varies."""
+        return max(self.high - self.low, _LEAST_SPREAD * abs(self.high), 1e-6)
+
+
+def part_scale(values: Sequence[Floats]) -> PartScale:
+    """The scale of a part, from its distances on each of some held-out normals, at least one."""
+    low, high = np.quantile(np.concatenate(values), (_LOW, _HIGH))
+    return PartScale(float(low), float(high))
+
+
+def part_scales_without_each(values: Sequence[Floats]) -> list[PartScale]:
+    """For each held-out normal the scale that the others give; a single one has no others, and gives its own.
+
+    An image that had a part in its own scale would look more normal than any image that comes later.
+    """
+    if len(values) == 1:
+        return [part_scale(values)]
+    return [part_scale([*values[:i], *values[i + 1 :]]) for i in range(len(values))]
 
 
 @dataclass(frozen=True)
@@ -101,10 +138,18 @@ def shortfall(counts: Mapping[str, int], false_alarm_rate: float) -> str:
     )
 
 
-def calibrate(anomaly_maps: Sequence[npt.NDArray[np.float32]]) -> Calibration:
-    """From the maps of held-out normals, (H, W) float32 each, whose shapes may differ, to their calibration."""
-    scores = np.sort([each.max() for each in anomaly_maps])
-    tiny = np.finfo(np.float32).tiny
-    low = max(float(np.quantile(np.concatenate([each.ravel() for each in anomaly_maps]), _COMMON)), float(tiny))
-    edge = max(float(scores[-1]), low * (1 + 1e-6))
-    return Calibration(scores.astype(np.float32), HeatmapScale(low=low, edge=edge))
+def calibrate(scores: Sequence[float], anomaly_maps: Sequence[npt.NDArray[np.float32]]) -> Calibration:
+    """The calibration that held-out normals give.
+
+    Args:
+        scores: of the images.
+        anomaly_maps: of the same images, (H, W) float32 each, whose shapes may differ.
+    """
+    pixels = np.concatenate([each.ravel() for each in anomaly_maps])
+    low, edge = float(np.quantile(pixels, _COMMON)), float(pixels.max())
+    return Calibration(np.sort(scores).astype(np.float32), HeatmapScale(low, max(edge, low + _least_step(low))))
+
+
+def _least_step(value: float) -> float:
+    """So small that it does not matter, and so large that float32 tells a value from its sum with it."""
+    return max(1e-6 * abs(value), 1e-30)

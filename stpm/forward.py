@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stpm.images import Pixels
-from stpm.matching import LevelStatistics, anomaly_map, content_mask, distance_map, standardised
+from stpm.calibration import PartScale
+from stpm.fusion import AnomalyMap, fuse
+from stpm.matching import content_mask, distance_map
+from stpm.memory import MemoryBank
 from stpm.networks import Trunk
 from stpm.preprocessing import Boxes, Preprocessing
-from stpm.recipe import Combine, Precision
-
-Map = npt.NDArray[np.float32]
+from stpm.recipe import Fusion, Precision
 
 
 def pick_device() -> torch.device:
@@ -35,23 +35,63 @@ def resolve_precision(wanted: Literal["auto", "float32", "bfloat16"], device: to
     return "bfloat16" if native else "float32"
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a model compares the teacher's features with: a student in eval mode, memory banks, or both."""
+
+    student: Trunk | None
+    memory: tuple[MemoryBank, ...] = ()
+
+    def to(self, device: torch.device) -> Parts:
+        student = self.student and to_device(self.student, device)
+        return Parts(student, tuple(bank.to(device) for bank in self.memory))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        tensors = [tensor for bank in self.memory for tensor in (bank.mean, bank.whitening, bank.vectors)]
+        return sum(t.nbytes for t in (*tensors, *(self.student.state_dict().values() if self.student else ())))
+
+
+@dataclass(frozen=True)
+class Distances:
+    """One (B, Hₗ, Wₗ) float32 map for each level of the student, and for each memory bank."""
+
+    student: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        return self.student + self.memory
+
+    def image(self, index: int) -> Distances:
+        """Those of one image: maps of (1, Hₗ, Wₗ)."""
+        one = slice(index, index + 1)
+        return Distances(tuple(d[one] for d in self.student), tuple(d[one] for d in self.memory))
+
+    @staticmethod
+    def concatenate(batches: Sequence[Distances]) -> Distances:
+        """Those of several batches as one, in their order."""
+        student = zip(*(batch.student for batch in batches), strict=True)
+        memory = zip(*(batch.memory for batch in batches), strict=True)
+        return Distances(tuple(map(torch.cat, student)), tuple(map(torch.cat, memory)))
+
+
 class Matcher:
-    """A teacher, and how its features and a student's are computed and compared.
+    """A teacher, and how its features are computed and compared with what a model learnt.
 
     Args:
         teacher: frozen trunk; it is put in eval mode.
         preprocessing: how images became pixels; the size and normalisation of the input are used here.
-        combine: how the levels' distances become one map.
         device: where to compute.
         precision: of convolutions; distances are always float32.
     """
 
     def __init__(
-        self, teacher: Trunk, preprocessing: Preprocessing, combine: Combine, device: torch.device, precision: Precision
+        self, teacher: Trunk, preprocessing: Preprocessing, device: torch.device, precision: Precision
     ) -> None:
-        self.teacher = place(teacher, device).eval().requires_grad_(False)
+        self.teacher = to_device(teacher, device).eval().requires_grad_(False)
         self.preprocessing = preprocessing
-        self.combine = combine
         self.device = device
         self.precision = precision
         mean = torch.tensor(preprocessing.mean, device=device)
@@ -75,51 +115,61 @@ class Matcher:
         with torch.no_grad():
             return self.features(self.teacher, inputs)
 
-    def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor] | None:
-        """Which positions lie on the images and not on padding; None if there is no padding.
+    def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
+        """Which positions lie on the images and not on padding.
 
         Args:
             content: (B, 4) int32 content boxes of the images.
             shapes: height and width of each level.
 
         Returns:
-            One (B, Hₗ, Wₗ) bool mask per level.
+            One (B, Hₗ, Wₗ) bool mask per level; None for each if there is no padding.
         """
         height, width = self.preprocessing.height, self.preprocessing.width
         if (content == (0, 0, width, height)).all():
-            return None
+            return [None] * len(shapes)
         boxes = torch.from_numpy(content).to(self.device)
         return [content_mask(boxes, (height, width), shape) for shape in shapes]
 
     @torch.no_grad()
-    def distances(self, student: Trunk, images: Pixels) -> list[Tensor]:
-        """(B, H, W, 3) uint8 RGB to one (B, Hₗ, Wₗ) float32 map per level, of a student in eval mode."""
-        inputs = self.inputs(torch.tensor(images))
-        return compare(self.features(self.teacher, inputs), self.features(student, inputs))
+    def distances(self, parts: Parts, teacher: Sequence[Tensor], inputs: Tensor, content: Boxes) -> Distances:
+        """How far the teacher's features are from what each part of a model knows.
+
+        Args:
+            parts: of the model, on the matcher's device.
+            teacher: features of the images, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
+            inputs: (B, 3, H, W) network inputs of the same images.
+            content: (B, 4) int32 content boxes of the same images.
+        """
+        student: tuple[Tensor, ...] = ()
+        if parts.student:
+            features = self.features(parts.student, inputs)
+            student = tuple(distance_map(t, s) for t, s in zip(teacher, features, strict=True))
+        valid = self.content_masks(content, [shape_of(level) for level in teacher])
+        memory = (bank.distance_map(teacher[bank.level], valid[bank.level]) for bank in parts.memory)
+        return Distances(student, tuple(memory))
 
     def anomaly_maps(
-        self, distances: list[Tensor], content: Boxes, statistics: list[LevelStatistics] | None
-    ) -> list[Map]:
+        self, distances: Distances, content: Boxes, fusion: Fusion, scales: Sequence[PartScale]
+    ) -> list[AnomalyMap]:
         """Anomaly maps of images, each cut to its content box.
 
         Args:
-            distances: one (B, Hₗ, Wₗ) map per level.
-            content: (B, 4) int32 content boxes of the images.
-            statistics: of the levels, if the recipe combines `calibrated` and they are not standardised yet.
-
-        Returns:
-            One (height, width) float32 array per image.
+            distances: of B images.
+            content: (B, 4) int32 content boxes of the same images.
+            fusion: how they become one map.
+            scales: of the maps, where fusion brings them to one scale.
         """
-        if statistics is not None:
-            distances = standardised(distances, statistics)
-        valid = self.content_masks(content, [shape_of(d) for d in distances])
+        valid = self.content_masks(content, [shape_of(d) for d in distances.maps])
         size = self.preprocessing.height, self.preprocessing.width
-        maps = anomaly_map(distances, *size, self.combine, valid).cpu().numpy()
-        boxes = content.tolist()
-        return [
-            np.ascontiguousarray(each[top:bottom, left:right])
-            for each, (left, top, right, bottom) in zip(maps, boxes, strict=True)
-        ]
+        total, *parts = fuse(distances.student, distances.memory, scales, fusion, size, valid)
+        arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
+        results = []
+        for i, (each, (left, top, right, bottom)) in enumerate(zip(total.cpu().numpy(), content.tolist(), strict=True)):
+            box = slice(top, bottom), slice(left, right)
+            student, memory = (None if maps is None else maps[i][box] for maps in arrays)
+            results.append(AnomalyMap(np.ascontiguousarray(each[box]), student, memory))
+        return results
 
 
 def shape_of(level: Tensor) -> tuple[int, int]:
@@ -127,11 +177,6 @@ def shape_of(level: Tensor) -> tuple[int, int]:
     return level.shape[-2], level.shape[-1]
 
 
-def compare(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
-    """Distance maps of two sets of features, one (B, Hₗ, Wₗ) float32 per level."""
-    return [distance_map(t, s) for t, s in zip(teacher, student, strict=True)]
-
-
-def place(trunk: Trunk, device: torch.device) -> Trunk:
+def to_device(trunk: Trunk, device: torch.device) -> Trunk:
     """A trunk on a device, channels last in memory."""
     return trunk.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -7,28 +7,12 @@ float32, from 0 (same direction) to 2 (opposite). Larger means more anomalous ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, one_hot
-
-from stpm.recipe import Combine
+from torch.nn.functional import one_hot
 
 _EPS = 1e-12
-# Of a level's mean deviation: keeps a position that hardly varied among few images from drowning all others.
-_FLOOR = 0.5
-
-
-@dataclass(frozen=True)
-class LevelStatistics:
-    """Mean and deviation over normal images of one level's distance at each position, (H, W) float32 both."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def to(self, device: torch.device) -> LevelStatistics:
-        return LevelStatistics(self.mean.to(device), self.deviation.to(device))
 
 
 def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
@@ -58,22 +42,23 @@ def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.clamp(squares / 2 - cosine, 0.0, 2.0)
 
 
-def matching_loss(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], valid: Sequence[Tensor] | None = None
-) -> Tensor:
+def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], valid: Sequence[Tensor | None]) -> Tensor:
     """Mean distance over positions and images, averaged over levels (equations 2 and 3): a scalar in [0, 2].
 
     Args:
         teacher: features, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
         student: features of the same shapes.
-        valid: one (B, Hₗ, Wₗ) bool mask per level of the positions that count, at least one in each image; None: all.
-            Images weigh the same, however many of their positions count.
+        valid: one (B, Hₗ, Wₗ) bool mask per level of the positions that count, at least one in each image; or None:
+            all count. Images weigh the same, however many of their positions count.
     """
     distances = [distance_map(t, s) for t, s in zip(teacher, student, strict=True)]
+    return torch.stack([_mean(d, v) for d, v in zip(distances, valid, strict=True)]).mean()
+
+
+def _mean(distances: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
-        return torch.stack([d.mean() for d in distances]).mean()
-    means = [(d * v).sum(dim=(1, 2)) / v.sum(dim=(1, 2)) for d, v in zip(distances, valid, strict=True)]
-    return torch.stack([mean.mean() for mean in means]).mean()
+        return distances.mean()
+    return ((distances * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))).mean()
 
 
 def content_mask(content: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
@@ -100,74 +85,3 @@ def _inside(start: Tensor, stop: Tensor, size: int, positions: int) -> Tensor:
     inside = (start[:, None] <= centres) & (centres < stop[:, None])
     middle = (start + stop) * positions // (2 * size)
     return torch.where(inside.any(dim=1, keepdim=True), inside, one_hot(middle, positions).bool())
-
-
-def level_statistics(distances: Sequence[Tensor]) -> list[LevelStatistics]:
-    """From one (N, Hₗ, Wₗ) map per level of N ≥ 2 normal images to their statistics per position."""
-    return [LevelStatistics(d.mean(dim=0), _floored(d.var(dim=0))) for d in distances]
-
-
-def standardised(distances: Sequence[Tensor], statistics: Sequence[LevelStatistics]) -> list[Tensor]:
-    """How many deviations above the mean of normal images each distance lies: maps of the same shapes."""
-    return [(d - s.mean) / s.deviation for d, s in zip(distances, statistics, strict=True)]
-
-
-def standardised_without_itself(distances: Sequence[Tensor]) -> list[Tensor]:
-    """Each of N ≥ 3 normal images standardised by the statistics of the other N − 1.
-
-    An image that had a part in its own mean and deviation would look more normal than any image that comes later.
-    """
-    result = []
-    for d in distances:
-        n = len(d)
-        mean = (d.sum(dim=0) - d) / (n - 1)
-        squares = (d.square().sum(dim=0) - d.square()) / (n - 1)
-        variance = (squares - mean.square()).clamp_min(0.0) * (n - 1) / (n - 2)
-        result.append((d - mean) / torch.stack([_floored(v) for v in variance]))
-    return result
-
-
-def _floored(variance: Tensor) -> Tensor:
-    floor = _FLOOR * variance.mean().sqrt()
-    return (variance + floor.square() + _EPS).sqrt()
-
-
-def anomaly_map(
-    distances: Sequence[Tensor],
-    height: int,
-    width: int,
-    combine: Combine = "product",
-    valid: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """Combine the levels' distance maps at input size (equation 4).
-
-    Args:
-        distances: one (B, Hₗ, Wₗ) map per level; for `calibrated`, standardised ones.
-        height: of the result, in pixels; maps are upsampled bilinearly.
-        width: of the result, in pixels.
-        combine: `product` as in the paper; `sum` and `calibrated` add.
-        valid: one (B, Hₗ, Wₗ) bool mask per level of the positions that count; None: all. What is interpolated between
-            a position that counts and others takes the value of the former.
-
-    Returns:
-        (B, height, width) float32: up to 2ᴸ for a product of L levels, up to 2L for a sum, unbounded if calibrated.
-        Far from any position that counts it has no meaning.
-    """
-    if valid is None:
-        levels = [_upsampled(d, height, width) for d in distances]
-    else:
-        levels = [
-            _upsampled(d * v, height, width) / _upsampled(v.float(), height, width).clamp_min(_EPS)
-            for d, v in zip(distances, valid, strict=True)
-        ]
-    stacked = torch.stack(levels)
-    return stacked.prod(dim=0) if combine == "product" else stacked.sum(dim=0)
-
-
-def _upsampled(maps: Tensor, height: int, width: int) -> Tensor:
-    return interpolate(maps[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
-
-
-def image_score(anomaly_maps: Tensor) -> Tensor:
-    """An image's score is the maximum of its map: (B, H, W) to (B,)."""
-    return anomaly_maps.flatten(1).amax(dim=1)

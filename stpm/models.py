@@ -1,10 +1,10 @@
 """The model store: one folder per category, published whole, verified when loaded; no pickle anywhere.
 
 <store>/teachers/<digest>.safetensors     once per store
-<store>/<category>/student.safetensors
+<store>/<category>/student.safetensors    where the recipe has a student
+<store>/<category>/memory.safetensors     where it has a memory
 <store>/<category>/calibration.parquet    `score`: float32, ascending
-<store>/<category>/levels.safetensors     mean and deviation of each level, where the recipe combines by them
-<store>/<category>/history.parquet        one row per epoch
+<store>/<category>/history.parquet        one row per epoch, where there is a student
 <store>/<category>/loss.png               the same as a picture
 <store>/<category>/model.json             written last; a folder without it is not a model
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -25,37 +26,35 @@ import torch
 from torch import Tensor
 
 from stpm import storage
-from stpm.calibration import Calibration, HeatmapScale
+from stpm.calibration import Calibration, HeatmapScale, PartScale
 from stpm.errors import ConfigError, ModelError
-from stpm.forward import place
-from stpm.matching import LevelStatistics
+from stpm.forward import Parts
+from stpm.memory import KINDS, MemoryBank
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
 from stpm.options import Integers, Size
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
-from stpm.record import FORMAT, STUDENT, FitSummary, ModelRecord, library_versions
+from stpm.record import FORMAT, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
 
 _TEACHERS = "teachers"
 _RECORD = "model.json"
 _CALIBRATION = "calibration.parquet"
 _HISTORY = "history.parquet"
-_LEVELS = "levels.safetensors"
 _PICTURE = "loss.png"
 _CHECKPOINT = "checkpoint-{}.safetensors"
+_OF_BANK = ("mean", "whitening", "vectors")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model ready for scoring, its student in eval mode."""
+    """A model ready for scoring."""
 
     record: ModelRecord
-    student: Trunk
+    parts: Parts
     calibration: Calibration
-    statistics: list[LevelStatistics] | None
 
     def to(self, device: torch.device) -> Model:
-        statistics = None if self.statistics is None else [level.to(device) for level in self.statistics]
-        return dataclasses.replace(self, student=place(self.student, device), statistics=statistics)
+        return dataclasses.replace(self, parts=self.parts.to(device))
 
 
 class ModelStore:
@@ -97,22 +96,20 @@ class ModelStore:
         precision: Precision,
         teacher_digest: str,
         data_fingerprint: str,
-        student: StateDict,
+        student: StateDict | None,
+        memory: Sequence[MemoryBank],
         calibration: Calibration,
-        statistics: list[LevelStatistics] | None,
+        part_scales: tuple[PartScale, ...],
         history: pa.Table,
         picture: bytes,
         fit: FitSummary,
     ) -> ModelRecord:
         """Publish a model in the place of an older one of the same category, if there is one."""
-        contents = {
-            STUDENT: serialise(student),
-            _CALIBRATION: storage.parquet(pa.table({"score": calibration.scores})),
-            _HISTORY: storage.parquet(history),
-            _PICTURE: picture,
-        }
-        if statistics is not None:
-            contents[_LEVELS] = serialise(_named(statistics))
+        contents = {_CALIBRATION: storage.parquet(pa.table({"score": calibration.scores}))}
+        if student is not None:
+            contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
+        if memory:
+            contents[MEMORY] = serialise(_named(memory))
         record = ModelRecord(
             category=storage.safe_name(category, "category"),
             recipe=recipe,
@@ -121,13 +118,17 @@ class ModelStore:
             teacher_digest=teacher_digest,
             data_fingerprint=data_fingerprint,
             heatmap_scale=calibration.scale,
+            part_scales=part_scales,
             fit=fit,
             files={name: storage.digest(data) for name, data in contents.items()},
             versions=library_versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        # Readers go by model.json: without it there is no model, and its digests tie the four files together.
+        # Readers go by model.json: without it there is no model, and its digests tie its files together.
         storage.remove(self._uri(category, _RECORD))
+        for name in (STUDENT, MEMORY, _HISTORY, _PICTURE):
+            if name not in contents:
+                storage.remove(self._uri(category, name))
         for name, data in contents.items():
             storage.publish(self._uri(category, name), data)
         storage.publish(self._uri(category, _RECORD), json.dumps(dataclasses.asdict(record), indent=2).encode())
@@ -166,19 +167,14 @@ class ModelStore:
             ModelError: if a file is missing, damaged or foreign.
         """
         record = self.record(category)
-        uri = self._uri(category, STUDENT)
-        state = deserialise(self._read_verified(uri, record.files[STUDENT]), uri)
         scores = self._table(record, _CALIBRATION).column("score").to_numpy().astype(np.float32)
-        statistics = None
-        if _LEVELS in record.files:
-            levels = self._uri(category, _LEVELS)
-            statistics = _unnamed(deserialise(self._read_verified(levels, record.files[_LEVELS]), levels))
-        return Model(
-            record=record,
-            student=trunk_from(architecture_of(record.recipe.teacher), record.recipe.levels, state, uri),
-            calibration=Calibration(scores, record.heatmap_scale),
-            statistics=statistics,
-        )
+        student = None
+        if STUDENT in record.files:
+            state = self._tensors(record, STUDENT)
+            architecture = architecture_of(record.recipe.teacher)
+            student = trunk_from(architecture, record.recipe.levels, state, self._uri(category, STUDENT))
+        memory = _unnamed(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
+        return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
 
     def folder(self, category: str) -> str:
         """The folder of a category."""
@@ -189,8 +185,12 @@ class ModelStore:
         return self._uri(category, _CHECKPOINT.format(number))
 
     def history(self, record: ModelRecord) -> pa.Table:
-        """Loss per epoch: columns of `stpm.fitting.loop.Epoch`."""
-        return self._table(record, _HISTORY)
+        """Loss per epoch: columns of `stpm.fitting.task.Epoch`; none if there is no student."""
+        return self._table(record, _HISTORY) if _HISTORY in record.files else pa.table({})
+
+    def _tensors(self, record: ModelRecord, name: str) -> StateDict:
+        uri = self._uri(record.category, name)
+        return deserialise(self._read_verified(uri, record.files[name]), uri)
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
         data = self._read_verified(self._uri(record.category, name), record.files[name])
@@ -213,16 +213,29 @@ class ModelStore:
         return data
 
 
-def _named(statistics: list[LevelStatistics]) -> dict[str, Tensor]:
+def _named(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
+    """Tensors by name: that of a bank begins with its level, kind and window. Vectors lose nothing as halves."""
     return {
-        f"{name}.{level}": tensor
-        for level, of in enumerate(statistics)
-        for name, tensor in (("mean", of.mean), ("deviation", of.deviation))
+        f"{bank.level}.{bank.kind}.{bank.window}.{name}": tensor
+        for bank in memory
+        for name, tensor in (("mean", bank.mean), ("whitening", bank.whitening), ("vectors", bank.vectors.half()))
     }
 
 
-def _unnamed(tensors: StateDict) -> list[LevelStatistics]:
-    return [LevelStatistics(tensors[f"mean.{i}"], tensors[f"deviation.{i}"]) for i in range(len(tensors) // 2)]
+def _unnamed(tensors: StateDict) -> tuple[MemoryBank, ...]:
+    """The banks that `_named` took apart, by level and then by kind, as they were made."""
+    windows = {(int(level), kind): window for level, kind, window, _ in (name.split(".") for name in tensors)}
+    return tuple(
+        MemoryBank(
+            level,
+            kind,
+            int(windows[level, kind]),
+            *(tensors[f"{level}.{kind}.{windows[level, kind]}.{name}"].float() for name in _OF_BANK),
+        )
+        for level in sorted({level for level, _ in windows})
+        for kind in KINDS
+        if (level, kind) in windows
+    )
 
 
 def _record_from(values: Any, uri: str) -> ModelRecord:
@@ -231,7 +244,9 @@ def _record_from(values: Any, uri: str) -> ModelRecord:
         raise ModelError(f"{uri}: format {found!r}, this version reads {FORMAT}; fit the model again")
     try:
         recipe = values["recipe"]
-        recipe |= {"levels": Integers(recipe["levels"]), "size": Size(recipe["size"])}
+        recipe |= {name: Integers(recipe[name]) for name in ("levels", "memory_levels")} | {
+            "size": Size(recipe["size"])
+        }
         preprocessing = values["preprocessing"]
         preprocessing |= {name: tuple(preprocessing[name]) for name in ("mean", "std")}
         return ModelRecord(
@@ -240,6 +255,7 @@ def _record_from(values: Any, uri: str) -> ModelRecord:
                 "recipe": Recipe(**recipe),
                 "preprocessing": Preprocessing(**preprocessing),
                 "heatmap_scale": HeatmapScale(**values["heatmap_scale"]),
+                "part_scales": tuple(PartScale(**scale) for scale in values["part_scales"]),
                 "fit": FitSummary(**values["fit"]),
             }
         )

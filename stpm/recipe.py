@@ -12,17 +12,32 @@ from stpm.options import Integers, Size, option
 from stpm.preprocessing import Resize
 
 Preset = Literal["default", "paper", "notebook"]
-Combine = Literal["product", "sum", "calibrated"]
 Precision = Literal["float32", "bfloat16"]
+StudentKind = Literal["stpm", "none"]
+FusionMethod = Literal["product", "sum", "quantile"]
+
+# Of a held-out image the parts are brought to one scale by the others.
+_LEAST_FOR_QUANTILES = 2
 
 
-# Held-out images whose levels are standardised by each other need two others each.
-LEAST_TO_STANDARDISE = 3
+@dataclass(frozen=True)
+class Fusion:
+    """How distance maps become an anomaly map and a score.
+
+    Args:
+        method: `product` or `sum` of the student's levels, or `quantile`: the mean of all parts, each on its scale.
+        smoothing: standard deviation of the Gaussian that smooths the anomaly map, pixels; 0: none.
+        top_fraction: of an image's pixels, those of the highest values whose mean is its score; 0: the maximum.
+    """
+
+    method: FusionMethod
+    smoothing: float = 0.0
+    top_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one student is fitted. The defaults are those of preset `paper` (Wang et al., section 4).
+    """How one model is fitted. The defaults are those of preset `paper` (Wang et al., section 4).
 
     Raises:
         ConfigError: if a value, or a combination of values, cannot be run.
@@ -71,10 +86,25 @@ class Recipe:
     zero_init_residual: bool = option(
         False, "start the student's residual branches at zero, as timm does, where the architecture has them"
     )
-    combine: Combine = option(
+    student: StudentKind = option(
+        "stpm", "`stpm`: a student of the teacher's architecture (Wang et al.); `none`: the memory alone"
+    )
+    memory: int = option(
+        0,
+        "vectors of normal teacher features that are kept per memory bank, two banks for each of --memory-levels; an "
+        "image is as anomalous as it is far from the nearest of them; 0: the student alone",
+    )
+    memory_levels: Integers = option(Integers((2, 3)), "pyramid levels that have memory banks, some of --levels")
+    fusion: FusionMethod = option(
         "product",
-        "how the levels' distance maps become one: `product`, `sum`, or `calibrated`: the sum of what lies above "
-        "the mean of held-out images at each position, in their deviations",
+        "how the distance maps become one: `product` or `sum` of the student's levels, or `quantile`: the mean of the "
+        "student's levels and the memory banks, each brought to one scale by its quantiles on held-out images",
+    )
+    smoothing: float = option(
+        0.0, "standard deviation of the Gaussian that smooths the anomaly map, in pixels of the input; 0: none"
+    )
+    top_fraction: float = option(
+        0.0, "an image's score is the mean of this fraction of its pixels, the highest ones; 0: of the highest alone"
     )
     calibration_folds: int = option(
         0,
@@ -88,8 +118,13 @@ class Recipe:
 
     def held_out(self, images: int) -> int:
         """How many of so many good images are held out: the share, at least what is needed, and never all."""
-        least = LEAST_TO_STANDARDISE if self.combine == "calibrated" else 1
+        least = _LEAST_FOR_QUANTILES if self.fusion == "quantile" else 1
         return min(max(round(images * self.validation_share), least), images - 1)
+
+    @property
+    def fusing(self) -> Fusion:
+        """How distance maps become an anomaly map and a score."""
+        return Fusion(self.fusion, self.smoothing, self.top_fraction)
 
     def for_images(self, images: int) -> Recipe:
         """The recipe with the epochs that a category of so many good images gets."""
@@ -103,6 +138,27 @@ class Recipe:
             self.levels,
             "give increasing levels, such as 1,2,3",
         )
+        _require(0 <= self.memory <= 1_000_000, "memory", self.memory, "give 0 to 1000000")
+        _require(
+            self.memory > 0 or self.student != "none",
+            "student",
+            self.student,
+            "give --memory too, such as 2000: a model needs one of the two",
+        )
+        _require(
+            not self.memory or (bool(self.memory_levels) and set(self.memory_levels) <= set(self.levels)),
+            "memory_levels",
+            self.memory_levels,
+            f"give some of the levels {','.join(map(str, self.levels))}",
+        )
+        _require(
+            not self.memory or self.fusion == "quantile",
+            "fusion",
+            self.fusion,
+            "give quantile: a student's and a memory's distances have no scale in common; or --memory 0",
+        )
+        _require(0 <= self.smoothing <= 100, "smoothing", self.smoothing, "give 0 to 100 pixels")
+        _require(0 <= self.top_fraction < 1, "top_fraction", self.top_fraction, "give 0 to below 1")
         sides = self.size.sides
         _require(
             sides is None or 32 <= min(sides) <= max(sides) <= 4096,
@@ -157,7 +213,9 @@ PRESETS: dict[Preset, Recipe] = {
         batch=8,
         epochs=5,
         least_steps=100,
-        combine="calibrated",
+        memory=2000,
+        fusion="quantile",
+        top_fraction=0.005,
     ),
     "paper": Recipe(),
     "notebook": Recipe(

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from stpm import __version__
-from stpm.calibration import HeatmapScale
+from stpm.calibration import HeatmapScale, PartScale
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
 
 FORMAT = 2
 STUDENT = "student.safetensors"
+MEMORY = "memory.safetensors"
 
 
 @dataclass(frozen=True)
 class FitSummary:
-    """What fitting did: wall seconds (decoding included), losses in [0, 2] of the epoch that was kept."""
+    """What fitting did: wall seconds (decoding included), losses in [0, 2] of the epoch that was kept.
+
+    Without a student there are no epochs, and the losses are None.
+    """
 
     seconds: float
     epochs: int
     kept_epoch: int
-    train_loss: float
-    validation_loss: float
+    train_loss: float | None
+    validation_loss: float | None
     train_count: int
     validation_count: int
     calibration_count: int
@@ -44,6 +49,7 @@ class ModelRecord:
     teacher_digest: str
     data_fingerprint: str
     heatmap_scale: HeatmapScale
+    part_scales: tuple[PartScale, ...]
     fit: FitSummary
     files: dict[str, str]
     versions: dict[str, str]
@@ -52,7 +58,9 @@ class ModelRecord:
 
     @property
     def model_id(self) -> str:
-        return f"{self.category}-{self.files[STUDENT][:12]}"
+        """The category, and a digest of all files that scores depend on."""
+        digests = "".join(self.files[name] for name in (STUDENT, MEMORY) if name in self.files)
+        return f"{self.category}-{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
 
 
 def library_versions() -> dict[str, str]:

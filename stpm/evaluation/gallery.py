@@ -16,7 +16,7 @@ from stpm import images
 from stpm.errors import DataError, ImageError
 from stpm.evaluation.category import ground_truth, read_rows
 from stpm.mvtec import GOOD
-from stpm.pages import jpeg
+from stpm.pages import jpeg, score_parts
 from stpm.preprocessing import Preprocessing
 from stpm.scoring.archives import read_uri
 from stpm.scoring.heatmaps import heat_over, written_heatmap
@@ -28,18 +28,23 @@ _SMALL = 160
 _GAP = 8
 _CAPTION = 22
 _BACKGROUND, _INK, _OUTLINE = "white", "black", (0, 255, 255)
-_COLUMNS = ("uri", "label", "mask", "width", "height", "score", "is_anomalous", "heatmap", "heatmap_png")
+_SCORES = ("score", "student_score", "memory_score", "is_anomalous")
+_COLUMNS = ("uri", "label", "mask", "width", "height", *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One image of a gallery: `picture` is a JPEG, the image beside its heatmap."""
+    """One image of a gallery: `picture` is a JPEG, the image beside its heatmap.
+
+    `parts` says in words what adds up to the score.
+    """
 
     uri: str
     label: str
     score: float
+    parts: str
     is_anomalous: bool
     picture: bytes
 
@@ -86,7 +91,7 @@ def galleries(target: Target, category: str, preprocessing: Preprocessing, most:
     }
     return {
         kind: [
-            Tile(row["uri"], row["label"], row["score"], row["is_anomalous"], jpeg(pair))
+            Tile(row["uri"], row["label"], row["score"], score_parts(row), row["is_anomalous"], jpeg(pair))
             for row, pair in _pairs(target, chosen, preprocessing, _SMALL, most)
         ]
         for kind, chosen in kinds.items()

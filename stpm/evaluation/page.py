@@ -92,7 +92,7 @@ def _galleries(result: Result) -> dict[str, list[dict[str, Any]]]:
                 "picture": jpeg_uri(tile.picture),
                 "name": "/".join(tile.uri.split("/")[-2:]),
                 "label": tile.label,
-                "score": f"{tile.score:.3g}",
+                "score": f"{tile.score:.3g}" + (f" = {tile.parts}" if tile.parts else ""),
                 "verdict": "anomalous" if tile.is_anomalous else "normal",
             }
             for tile in tiles

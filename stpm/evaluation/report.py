@@ -124,7 +124,7 @@ class Report:
         inputs = _in_common(_input(result.model.preprocessing) for result in self.results)
         at_model = f"model size ({inputs.get('input_size')}): masks by nearest neighbour"
         return inputs | {
-            "image_score": "maximum of the anomaly map",
+            "image_score": _score_in_words({result.model.recipe.top_fraction for result in self.results}),
             "mask_resolution": at_model if self.masks_at == "model" else "original size: maps enlarged linearly",
             "mask_threshold": "above 0",
             "aupro": f"8-connected regions, false positive rate up to {AUPRO_LIMITS['pixel_aupro']}; "
@@ -183,8 +183,7 @@ class Report:
                 f"{values['train_count']}+{values['validation_count']}",
                 f"{values['good_count']}+{values['defect_count']}",
                 f"{values['fit_seconds']:.1f}",
-                f"{values['train_loss']:.4f}",
-                f"{values['validation_loss']:.4f}",
+                *("" if values[loss] is None else f"{values[loss]:.4f}" for loss in ("train_loss", "validation_loss")),
                 ",".join(values["seeds"]),
             ]
             for name, values in report["categories"].items()
@@ -287,6 +286,11 @@ def _input(preprocessing: Preprocessing) -> dict[str, str]:
         "resize": f"{preprocessing.resize}, {preprocessing.interpolation} with antialiasing",
         "normalisation": f"mean {mean}; deviation {std}",
     }
+
+
+def _score_in_words(fractions: set[float]) -> str:
+    means = [f"mean of the highest {100 * f:g} % of the anomaly map" for f in sorted(fractions) if f]
+    return ", or ".join(["maximum of the anomaly map"] * (0.0 in fractions) + means)
 
 
 def _in_common(values: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from stpm.fitting.training_images import TrainingImages
 from stpm.forward import Matcher, shape_of
 
 _BATCH = 16
+_LARGEST = torch.finfo(torch.float16).max
 
 
 class TeacherFeatures:
     """Images by index, and the teacher's features of them.
 
-    What is kept is the direction of each feature vector in half precision: all that the loss needs, and too small to
-    overflow.
+    They are kept in half precision, and what it cannot hold is brought to its largest value.
 
     Args:
         matcher: holds the teacher.
@@ -29,7 +28,7 @@ class TeacherFeatures:
         self.images = images
         self._pixels = torch.from_numpy(images.pixels)
         one = self._compute(torch.arange(1))
-        self._shapes = [shape_of(level) for level in one]
+        self.shapes = [shape_of(level) for level in one]
         self.size = sum(f.numel() for f in one) * 2 * len(images)
         self.kept = self.size <= budget
         self._features: list[Tensor] = []
@@ -37,7 +36,7 @@ class TeacherFeatures:
             self._features = [self._empty(f) for f in one]
             for indices in torch.split(torch.arange(len(images)), _BATCH):
                 for level, computed in zip(self._features, self._compute(indices), strict=True):
-                    level[indices] = normalize(computed.float(), dim=1).half()
+                    level[indices] = computed.clamp(-_LARGEST, _LARGEST).half()
 
     def __call__(self, indices: Tensor) -> list[Tensor]:
         """Features of the images of these indices, one (B, Cₗ, Hₗ, Wₗ) tensor per level."""
@@ -47,9 +46,9 @@ class TeacherFeatures:
         """(B, 3, H, W) float32 network inputs."""
         return self.matcher.inputs(self._pixels[indices])
 
-    def content_masks(self, indices: Tensor) -> list[Tensor] | None:
+    def content_masks(self, indices: Tensor) -> list[Tensor | None]:
         """Which positions of the features of these images lie on no padding, as `Matcher.content_masks`."""
-        return self.matcher.content_masks(self.images.content[indices.numpy()], self._shapes)
+        return self.matcher.content_masks(self.images.content[indices.numpy()], self.shapes)
 
     def _compute(self, indices: Tensor) -> list[Tensor]:
         return self.matcher.teacher_features(self.inputs(indices))

@@ -16,7 +16,7 @@ from torch import Tensor
 from stpm.errors import DataError, StpmError
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.task import Epoch
-from stpm.forward import place
+from stpm.forward import to_device
 from stpm.matching import matching_loss
 from stpm.networks import StateDict, Trunk, architecture_of, build_student
 from stpm.recipe import Recipe
@@ -60,11 +60,14 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A student's weights on the CPU, the losses of every epoch, and the epoch whose weights these are."""
+    """A student's weights on the CPU, the losses of every epoch, and the epoch whose weights these are.
 
-    student: StateDict
-    history: tuple[Epoch, ...]
-    kept: Epoch
+    A recipe without a student gives none of them.
+    """
+
+    student: StateDict | None = None
+    history: tuple[Epoch, ...] = ()
+    kept: Epoch | None = None
 
 
 def split(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
@@ -113,8 +116,10 @@ def fit(
     Raises:
         DivergedError: if a loss stops being finite.
     """
+    if recipe.student == "none":
+        return Fitted()
     matcher = features.matcher
-    student = place(
+    student = to_device(
         build_student(architecture_of(recipe.teacher), recipe.levels, recipe.seed, recipe.zero_init_residual),
         matcher.device,
     )

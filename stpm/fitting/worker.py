@@ -14,11 +14,12 @@ import torch
 from stpm import storage
 from stpm.calibration import Calibration
 from stpm.errors import ModelError
+from stpm.fitting.calibrate import calibrate_model, k_fold_scores, make_parts
 from stpm.fitting.checkpoint import StoredCheckpoints
 from stpm.fitting.curves import loss_curves
 from stpm.fitting.features import TeacherFeatures
-from stpm.fitting.held_out import calibrate_student, cross_fitted
 from stpm.fitting.loop import fit, split
+from stpm.fitting.memory import build_memory
 from stpm.fitting.task import Epoch, FitTask, Outcome
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.forward import Matcher, pick_device, resolve_precision
@@ -72,7 +73,7 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
     teacher = _teacher(task.store, recipe.teacher, recipe.levels, task.teacher_digest)
     uris = [uri for uri, _ in task.train]
     preprocessing = preprocessing_for(recipe, uris)
-    matcher = Matcher(teacher, preprocessing, recipe.combine, device, precision)
+    matcher = Matcher(teacher, preprocessing, device, precision)
     images = load_images(uris, preprocessing, limits.memory)
     seconds = time.perf_counter() - start
     features = TeacherFeatures(matcher, images, limits.room_for_features(images, device))
@@ -92,11 +93,18 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         for number in range(recipe.calibration_folds + 1)
     )
     train, held_out = split(len(images), recipe)
+    start_memory = time.perf_counter()
+    memory = build_memory(features, train, recipe)
+    if memory:
+        kept = sum(len(bank.vectors) for bank in memory)
+        tell(f"memory of {kept} vectors in {len(memory)} banks, in {time.perf_counter() - start_memory:.1f} s")
     fitted = fit(features, train, held_out, recipe, tell, checkpoints)
-    calibration, statistics = calibrate_student(fitted.student, matcher, images, held_out, recipe)
+    parts = make_parts(fitted.student, memory, recipe, device)
+    calibrated = calibrate_model(parts, features, held_out, recipe)
+    calibration = calibrated.calibration
     if recipe.calibration_folds:
-        tell(f"fitting {recipe.calibration_folds} more students, to calibrate on every image")
-        calibration = Calibration(cross_fitted(features, recipe, of_folds), calibration.scale)
+        tell(f"fitting {recipe.calibration_folds} more models, to calibrate on every image")
+        calibration = Calibration(k_fold_scores(features, recipe, of_folds), calibration.scale)
     record = store.save(
         category=task.category,
         recipe=recipe,
@@ -105,24 +113,25 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         teacher_digest=task.teacher_digest,
         data_fingerprint=task.data_fingerprint,
         student=fitted.student,
+        memory=memory,
         calibration=calibration,
-        statistics=statistics,
+        part_scales=calibrated.scales,
         history=pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history]),
-        picture=loss_curves(fitted.history, fitted.kept.number, task.category),
+        picture=loss_curves(fitted.history, fitted.kept.number, task.category) if fitted.kept else b"",
         fit=FitSummary(
             seconds=time.perf_counter() - start,
             epochs=len(fitted.history),
-            kept_epoch=fitted.kept.number,
-            train_loss=fitted.kept.train_loss,
-            validation_loss=fitted.kept.validation_loss,
+            kept_epoch=fitted.kept.number if fitted.kept else 0,
+            train_loss=fitted.kept.train_loss if fitted.kept else None,
+            validation_loss=fitted.kept.validation_loss if fitted.kept else None,
             train_count=len(train),
             validation_count=len(held_out),
             calibration_count=len(calibration.scores),
             device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         ),
     )
-    for kept in (checkpoints, *of_folds):
-        kept.clear()
+    for checkpoint in (checkpoints, *of_folds):
+        checkpoint.clear()
     return Outcome.done(task, record, "fitted")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import jinja2
 from PIL import Image
@@ -16,6 +18,12 @@ _TEMPLATES = jinja2.Environment(
 def template(name: str) -> jinja2.Template:
     """A template by its path in the package; it extends `pages/page.html`, whose policy lets nothing be loaded."""
     return _TEMPLATES.get_template(name)
+
+
+def score_parts(row: Mapping[str, Any]) -> str:
+    """What the student and the memory add to an image's score, in words; "" where the score is not their sum."""
+    parts = {name: row[f"{name}_score"] for name in ("student", "memory")}
+    return " + ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
 
 
 def jpeg(image: Image.Image) -> bytes:

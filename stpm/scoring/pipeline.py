@@ -46,7 +46,7 @@ class ScoreOptions:
         "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved where memory runs "
         "out",
     )
-    model_memory_gib: float = option(1.0, "GiB of students that a scorer keeps loaded, those used last")
+    model_memory_gib: float = option(1.0, "GiB of models that a scorer keeps loaded, those used last")
     image_seconds: float = option(
         IMAGE_SECONDS, "seconds that fetching and decoding one image may take; beyond them it is a row with an error"
     )

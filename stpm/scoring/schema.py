@@ -48,7 +48,9 @@ _SIZE = [
 DECODED = pa.schema([*MANIFEST, *_SIZE, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")])
 
 _SCORE = [
-    _optional("score", pa.float32(), "maximum of the anomaly map; larger is more anomalous"),
+    _optional("score", pa.float32(), "mean of the anomaly map's highest values; larger is more anomalous"),
+    _optional("student_score", pa.float32(), "what the student adds to the score; null where scores are no sums"),
+    _optional("memory_score", pa.float32(), "what the memory of normal features adds to the score; null as above"),
     _optional("p_value", pa.float32(), "conformal p-value against held-out normals, 0 to 1"),
     _optional("is_anomalous", pa.bool_(), "score > threshold"),
     _optional("threshold", pa.float32(), "score of the model that held-out normals exceed at the false-alarm rate"),

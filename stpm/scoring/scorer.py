@@ -1,4 +1,4 @@
-"""Second stage: the actor that holds teachers and students."""
+"""Second stage: the actor that holds teachers and models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import ray
 import torch
 
 from stpm.errors import ModelError
-from stpm.forward import Map, Matcher, compare, pick_device
+from stpm.forward import Matcher, pick_device
+from stpm.fusion import AnomalyMap
 from stpm.models import Model, ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import meters
@@ -31,7 +32,7 @@ Sharing = tuple[str, ...]
 
 
 class Scorer:
-    """DECODED rows to SCORED rows. The teacher runs once per forward pass, each student on its own rows.
+    """DECODED rows to SCORED rows. The teacher runs once per forward pass, each model on its own rows.
 
     A model that cannot be loaded makes its rows errors, and no others.
 
@@ -41,7 +42,7 @@ class Scorer:
         raw_maps: keep the anomaly maps.
         overlays: keep the pixels, for what is drawn over them.
         batch_size: images per forward pass; 0: found on the device.
-        memory: bytes of students that are kept loaded.
+        memory: bytes of models that are kept loaded.
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
         report: told of each batch, and how long it took; None tells nobody.
     """
@@ -151,20 +152,24 @@ class Scorer:
                 self._records[category] = error
                 _fail(columns, members, "no_model", error)
                 continue
-            student = matcher.features(model.student, inputs[part])
-            distances = compare([t[part] for t in teacher], student)
-            maps = matcher.anomaly_maps(distances, content[part], model.statistics)
+            distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
+            record = model.record
+            maps = matcher.anomaly_maps(distances, content[part], record.recipe.fusing, record.part_scales)
             self._fill(members, maps, model, columns)
 
-    def _fill(self, rows: Sequence[int], maps: Sequence[Map], model: Model, columns: dict[str, Any]) -> None:
+    def _fill(self, rows: Sequence[int], maps: Sequence[AnomalyMap], model: Model, columns: dict[str, Any]) -> None:
         record, calibration = model.record, model.calibration
-        scores = np.array([each.max() for each in maps], np.float32)
+        found = [each.score(record.recipe.top_fraction) for each in maps]
+        scores = np.array([score.total for score in found], np.float32)
         p_values = calibration.p_values(scores)
         threshold = np.float32(calibration.threshold(self._rate))
-        for row, score, p_value, each in zip(rows, scores, p_values, maps, strict=True):
+        for k, row in enumerate(rows):
+            each, score = maps[k].total, scores[k]
             y, x = divmod(int(each.argmax()), each.shape[1])
             columns["score"][row] = float(score)
-            columns["p_value"][row] = float(p_value)
+            columns["student_score"][row] = found[k].student
+            columns["memory_score"][row] = found[k].memory
+            columns["p_value"][row] = float(p_values[k])
             columns["is_anomalous"][row] = bool(score > threshold)
             columns["threshold"][row] = float(threshold)
             columns["peak_x"][row], columns["peak_y"][row] = record.preprocessing.to_original(
@@ -189,9 +194,7 @@ class Scorer:
     def _matcher(self, sharing: Sharing, record: ModelRecord) -> Matcher:
         if sharing not in self._matchers:
             teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-            self._matchers[sharing] = Matcher(
-                teacher, record.preprocessing, record.recipe.combine, self._device, record.precision
-            )
+            self._matchers[sharing] = Matcher(teacher, record.preprocessing, self._device, record.precision)
         return self._matchers[sharing]
 
 
@@ -216,7 +219,7 @@ class LoadedModels:
         if category not in self._models:
             model = self._store.load(category).to(self._device)
             self._models[category] = model
-            self._sizes[category] = sum(t.nbytes for t in model.student.state_dict().values())
+            self._sizes[category] = model.parts.nbytes
             while len(self._models) > 1 and sum(self._sizes.values()) > self._memory:
                 oldest, _ = self._models.popitem(last=False)
                 del self._sizes[oldest]
@@ -275,6 +278,5 @@ def _sharing(record: ModelRecord) -> Sharing:
         record.teacher_digest,
         ",".join(map(str, recipe.levels)),
         str(record.preprocessing),
-        recipe.combine,
         record.precision,
     )

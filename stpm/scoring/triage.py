@@ -11,14 +11,15 @@ from PIL import Image
 
 from stpm import images, storage
 from stpm.errors import DataError, ImageError
-from stpm.pages import jpeg, jpeg_uri, template
+from stpm.pages import jpeg, jpeg_uri, score_parts, template
 from stpm.preprocessing import Preprocessing
 from stpm.scoring.archives import read_uri
 from stpm.scoring.heatmaps import heat_over, written_heatmap
 from stpm.scoring.target import Target
 
 _HEATMAP = ["heatmap", "heatmap_png"]
-_COLUMNS = ["uri", "category", "score", "threshold", "p_value", "is_anomalous", "peak_x", "peak_y", *_HEATMAP]
+_PARTS = ["student_score", "memory_score"]
+_COLUMNS = ["uri", "category", "score", *_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y", *_HEATMAP]
 # Pixels of the shorter and of the longer side of a picture.
 _SHORTER, _LONGEST = 256, 1024
 _READERS = 8
@@ -37,7 +38,7 @@ def write_triage(target: Target, most: int, preprocessing: Mapping[str, Preproce
     rows = most_anomalous(target, most)
     with ThreadPoolExecutor(_READERS) as pool:
         pictures = list(pool.map(lambda row: _picture(target, row, preprocessing[row["category"]]), rows))
-    shown = [row | {"picture": picture} for row, picture in zip(rows, pictures, strict=True)]
+    shown = [row | {"picture": picture, "parts": score_parts(row)} for row, picture in zip(rows, pictures, strict=True)]
     page = template("scoring/triage.html").render(rows=shown, out=target.out)
     storage.publish(target.triage, page.encode())
     return len(rows)

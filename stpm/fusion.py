@@ -1,0 +1,150 @@
+"""From the distance maps of a model's parts to one anomaly map and one score, as pure tensor functions.
+
+A part is one level of the student or one memory bank. Two ways lead to one map: the product of the student's levels
+(Wang et al., equation 4), and the mean of all parts after each was brought to one scale by quantiles of its values on
+held-out normal images (EfficientAD: Batzner et al., WACV 2024, arXiv 2303.14535, section 3.4).
+
+Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) at input size, float32 all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, pad
+
+from stpm.calibration import PartScale
+from stpm.recipe import Fusion
+
+Map = npt.NDArray[np.float32]
+
+_EPS = 1e-12
+# Of an image's positions, evenly spaced: enough for the quantiles of a part.
+_SAMPLED = 1024
+
+
+def part_values(distances: Tensor, valid: Tensor | None = None) -> list[Map]:
+    """For each image up to 1,024 of a part's distances, evenly spaced over the positions that count.
+
+    Args:
+        distances: (N, Hₗ, Wₗ).
+        valid: (N, Hₗ, Wₗ) bool, the positions that count; None: all.
+    """
+    images = distances.flatten(1).cpu().numpy()
+    if valid is None:
+        chosen = list(images)
+    else:
+        chosen = [row[keep] for row, keep in zip(images, valid.flatten(1).cpu().numpy(), strict=True)]
+    return [row[np.linspace(0, len(row) - 1, min(len(row), _SAMPLED)).astype(int)] for row in chosen]
+
+
+def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = None) -> Tensor:
+    """Distance maps at input size, bilinearly: (B, Hₗ, Wₗ) to (B, height, width).
+
+    Args:
+        distances: of one part.
+        size: height and width of the input, pixels.
+        valid: (B, Hₗ, Wₗ) bool, the positions that count; None: all. What lies between a position that counts and
+            others takes the value of the former; far from any position that counts the result has no meaning.
+    """
+    if valid is None:
+        return _resized(distances, size)
+    return _resized(distances * valid, size) / _resized(valid.float(), size).clamp_min(_EPS)
+
+
+def smooth(maps: Tensor, sigma: float) -> Tensor:
+    """Maps smoothed by a Gaussian cut off at three deviations, borders repeated: (B, H, W) to the same.
+
+    Args:
+        maps: float32.
+        sigma: standard deviation in pixels; 0 returns the maps.
+    """
+    if not sigma:
+        return maps
+    # No wider than the map: beyond it there is nothing to average.
+    radius = min(math.ceil(3 * sigma), *maps.shape[1:])
+    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    padded = pad(maps[:, None], (radius, radius, radius, radius), mode="replicate")
+    return conv2d(conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
+
+
+@dataclass(frozen=True)
+class AnomalyMap:
+    """An image's anomaly map, (H, W) float32, and what its parts add to it: `student` + `memory` = `total`.
+
+    The part's maps are None where the total is a product, or the model has no such part.
+    """
+
+    total: Map
+    student: Map | None = None
+    memory: Map | None = None
+
+    def score(self, top_fraction: float) -> Score:
+        """The mean of the highest values.
+
+        Args:
+            top_fraction: of the pixels, rounded, at least one pixel.
+        """
+        total = self.total.ravel()
+        count = max(round(top_fraction * total.size), 1)
+        top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count)[-count:]
+        student, memory = (None if part is None else _mean(part, top) for part in (self.student, self.memory))
+        return Score(_mean(self.total, top), student, memory)
+
+
+@dataclass(frozen=True)
+class Score:
+    """An image's score, and what the student and the memory add to it; None as in `AnomalyMap`."""
+
+    total: float
+    student: float | None
+    memory: float | None
+
+
+def fuse(
+    student: Sequence[Tensor],
+    memory: Sequence[Tensor],
+    scales: Sequence[PartScale],
+    fusion: Fusion,
+    size: tuple[int, int],
+    valid: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One map of a model's parts: the total, and the student's and the memory's share of it, (B, H, W) each.
+
+    Args:
+        student: distance maps of the student's levels, none if there is no student.
+        memory: distance maps of the memory banks; the product and the sum take none.
+        scales: of the student's levels, then of the banks; the product and the sum need none.
+        fusion: the method, and the smoothing.
+        size: height and width of the input, pixels.
+        valid: a (B, Hₗ, Wₗ) bool mask of the positions that count for each map, student's first; None: all count.
+    """
+    maps = [*student, *memory]
+    if fusion.method == "product":
+        levels = [upsample(d, size, v) for d, v in zip(maps, valid, strict=True)]
+        return smooth(torch.stack(levels).prod(dim=0), fusion.smoothing), None, None
+    if fusion.method == "quantile":
+        maps = [(d - s.low) / (s.spread * len(maps)) for d, s in zip(maps, scales, strict=True)]
+    raised = [upsample(d, size, v) for d, v in zip(maps, valid, strict=True)]
+    sums = [
+        smooth(torch.stack(part).sum(dim=0), fusion.smoothing) if part else None
+        for part in (raised[: len(student)], raised[len(student) :])
+    ]
+    total = torch.stack([part for part in sums if part is not None]).sum(dim=0)
+    return total, sums[0], sums[1]
+
+
+def _mean(values: Map, indices: npt.NDArray[np.int64]) -> float:
+    return float(values.ravel()[indices].mean(dtype=np.float64))
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
