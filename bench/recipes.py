@@ -1,36 +1,47 @@
-"""What a recipe's choices do: what presets may be chosen by, and the AUROCs of real defects, by which they may not.
+"""What a recipe's choices do, on several products, and what choosing by the others' figures gives on each of them.
 
-    python bench/recipes.py --data DATA --seeds 0,1,2 'batch=8 epochs=10' 'batch=8 epochs=10 schedule=cosine'
+    python bench/recipes.py --data DATA --seeds 0,1,2 --out FILE.jsonl 'student=none' 'epochs=10' \\
+        --variants '' 'memory=0' 'student=none' 'top_fraction=0'
 
-Each choice is fitted on each category and seed, in one process and without Ray. One JSON line per fit: validation loss,
-seconds, and image and pixel AUROC for every way to combine levels, of the same student. `drawn` are defects painted on
-held-out good images, so that a recipe can be chosen without a label; `real` are the test images.
+Each choice is a change to preset `default`, fitted once for each category and seed, in one process and without Ray. A
+variant changes how the parts of that fit are fused, and leaves parts out: it needs no fit of its own. One JSON line per
+fit goes to FILE (what it holds already is not done again): seconds, validation loss, and for each variant image and
+pixel AUROC. `drawn` are faint scratches and displaced patches painted on held-out good images at their own resolution:
+it needs no label. `real` are the test images. Then two tables: the means over seeds, and for each category the figure
+of the choice that is best on all others.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import statistics
 import time
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from tabulate import tabulate
 
 from stpm import images, mvtec, storage
+from stpm.calibration import part_scale
 from stpm.evaluation.metrics import auroc
+from stpm.fitting.calibrate import make_parts
 from stpm.fitting.features import TeacherFeatures
-from stpm.fitting.held_out import calibrate_student
 from stpm.fitting.loop import fit, split
-from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
-from stpm.forward import Map, Matcher, pick_device, place, resolve_precision
-from stpm.matching import level_statistics
-from stpm.networks import Trunk, architecture_of, load_teacher, trunk_from
-from stpm.preprocessing import Preprocessing
-from stpm.recipe import PRESETS, Combine, Recipe
+from stpm.fitting.memory import build_memory
+from stpm.fitting.training_images import load_images, preprocessing_for
+from stpm.forward import Distances, Matcher, Parts, pick_device, resolve_precision
+from stpm.fusion import part_values
+from stpm.networks import architecture_of, load_teacher, trunk_from
+from stpm.preprocessing import Boxes
+from stpm.recipe import PRESETS, Recipe
 
 _BUDGET = 4 * 2**30
 _BATCH = 16
@@ -39,78 +50,120 @@ _DRAWN_PER_IMAGE = 4
 Masks = npt.NDArray[np.bool_]
 
 
-def chosen(base: Recipe, text: str) -> Recipe:
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Distances of some images from a model's parts, with their content boxes, labels and ground truth."""
+
+    distances: Distances
+    content: Boxes
+    is_defect: Masks
+    truth: list[Masks]
+
+
+def changed(base: Recipe, text: str) -> Recipe:
     """A recipe with `name=value` pairs replaced, values as JSON or plain words."""
     changes: dict[str, Any] = {}
     for pair in text.split():
         name, value = pair.split("=", 1)
         default = getattr(base, name)
-        changes[name] = type(default)(value) if isinstance(default, str) else json.loads(value)
+        changes[name] = type(default)(value if isinstance(default, str) else json.loads(value))
     return dataclasses.replace(base, **changes)
 
 
-def matcher_of(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
-    """The recipe's teacher on this process's device."""
+def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> dict[str, Any]:
+    """Fit one model, and judge the category's test images and drawn defects by each variant of it."""
+    uris = [uri for uri, _ in category.train]
+    preprocessing = preprocessing_for(recipe, uris)
     device = pick_device()
     weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
     teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
-    return Matcher(teacher, preprocessing, recipe.combine, device, resolve_precision(recipe.precision, device))
-
-
-def run(category: mvtec.Category, recipe: Recipe) -> dict[str, Any]:
-    """Fit one student and score the category's test images."""
-    uris = [uri for uri, _ in category.train]
-    preprocessing = preprocessing_for(recipe, uris)
-    matcher = matcher_of(recipe, preprocessing)
+    matcher = Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
     start = time.perf_counter()
     good = load_images(uris, preprocessing, _BUDGET)
+    features = TeacherFeatures(matcher, good, _BUDGET)
     train, held_out = split(len(good), recipe)
-    fitted = fit(TeacherFeatures(matcher, good, _BUDGET), train, held_out, recipe, lambda epoch: None)
+    memory = build_memory(features, train, recipe)
+    fitted = fit(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    result: dict[str, Any] = {
-        "validation_loss": round(fitted.kept.validation_loss, 5),
-        "train_loss": round(fitted.kept.train_loss, 5),
+    parts = make_parts(fitted.student, memory, recipe, device)
+    tests = [(storage.read(image.uri), mask_of(image.mask)) for image in category.test]
+    held = [storage.read(uris[i]) for i in held_out]
+    # One half sets the scales, the other is drawn on: no image is judged by its own.
+    normal = judge(parts, matcher, [(data, None) for data in held])
+    half = judge(parts, matcher, [(data, None) for data in held[::2]])
+    drawn = judge(parts, matcher, drawn_on(held[1::2]))
+    real = judge(parts, matcher, tests)
+    real = dataclasses.replace(real, is_defect=np.array([image.label != mvtec.GOOD for image in category.test]))
+    return {
+        "size": preprocessing.size,
         "seconds": round(seconds, 1),
+        "validation_loss": fitted.kept and round(fitted.kept.validation_loss, 5),
+        "variants": {
+            variant: {
+                "drawn": figures(drawn, half, matcher, recipe, variant),
+                "real": figures(real, normal, matcher, recipe, variant),
+            }
+            for variant in variants
+        },
     }
-    student = place(
-        trunk_from(architecture_of(recipe.teacher), recipe.levels, fitted.student, "student"), matcher.device
+
+
+def judge(parts: Parts, matcher: Matcher, shown: Sequence[tuple[bytes, Masks | None]]) -> Judged:
+    """Image files, each with its mask at its own resolution or None, as scoring sees them."""
+    results, boxes, truth = [], [], []
+    for start in range(0, len(shown), _BATCH):
+        decoded = [images.decode(data, matcher.preprocessing) for data, _ in shown[start : start + _BATCH]]
+        content = matcher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
+        inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
+        results.append(matcher.distances(parts, matcher.teacher_features(inputs), inputs, content))
+        boxes.append(content)
+    for (_, mask), (left, top, right, bottom) in zip(shown, np.concatenate(boxes).tolist(), strict=True):
+        empty = np.zeros((bottom - top, right - left), bool)
+        truth.append(empty if mask is None else images.resize_mask(mask, matcher.preprocessing))
+    is_defect = np.array([mask.any() for mask in truth])
+    return Judged(Distances.concatenate(results), np.concatenate(boxes), is_defect, truth)
+
+
+def figures(judged: Judged, normal: Judged, matcher: Matcher, recipe: Recipe, variant: str) -> list[float | None]:
+    """Image and pixel AUROC of a variant of a fit, its parts on the scales that `normal` gives."""
+    varied = changed(recipe, variant)
+    scales = [part_scale(part_values(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
+    distances = kept_parts(judged.distances, recipe, varied)
+    maps = matcher.anomaly_maps(distances, judged.content, varied.fusing, scales)
+    scores = np.array([each.score(varied.top_fraction).total for each in maps])
+    defects = np.concatenate([mask.ravel() for mask in judged.truth])
+    pixels = np.concatenate([each.total.ravel() for each in maps])
+    return [
+        round(auroc(judged.is_defect, scores), 4),
+        round(auroc(defects, pixels), 4) if defects.any() else None,
+    ]
+
+
+def kept_parts(distances: Distances, fitted: Recipe, varied: Recipe) -> Distances:
+    """What a variant keeps of the parts of a fit: banks come by level, the same number for each."""
+    each = len(distances.memory) // max(len(fitted.memory_levels), 1)
+    levels = [level for level in fitted.memory_levels for _ in range(each)]
+    memory = [d for d, level in zip(distances.memory, levels, strict=False) if level in varied.memory_levels]
+    return Distances(
+        distances.student if varied.student != "none" else (),
+        tuple(memory) if varied.memory else (),
     )
-    test = load_images([image.uri for image in category.test], preprocessing, _BUDGET)
-    labels = np.array([image.label != mvtec.GOOD for image in category.test])
-    shapes = [(bottom - top, right - left) for left, top, right, bottom in test.content.tolist()]
-    truth = [mask_of(i.mask, preprocessing, shape) for i, shape in zip(category.test, shapes, strict=True)]
-    real = _distances(matcher, student, test.pixels)
-    # One half gives the statistics of `calibrated`, the other is drawn on: no image is judged by its own.
-    apart, kept = held_out[::2], held_out[1::2]
-    normal = _distances(matcher, student, good.pixels[apart])
-    drawn, drawn_truth = drawn_on(TrainingImages(good.pixels[kept], good.content[kept]))
-    drawn_distances = _distances(matcher, student, drawn.pixels)
-    has_drawing = np.array([mask.any() for mask in drawn_truth])
-    for combine in get_args(Combine):
-        combiner = Matcher(matcher.teacher, preprocessing, combine, matcher.device, matcher.precision)
-        combined = dataclasses.replace(recipe, combine=combine)
-        _, statistics = calibrate_student(fitted.student, combiner, good, held_out, combined)
-        half = level_statistics(normal) if combine == "calibrated" else None
-        result[combine] = {
-            "drawn": _aurocs(has_drawing, drawn_truth, combiner.anomaly_maps(drawn_distances, drawn.content, half)),
-            "real": _aurocs(labels, truth, combiner.anomaly_maps(real, test.content, statistics)),
-        }
-    return result
 
 
-def drawn_on(good: TrainingImages) -> tuple[TrainingImages, list[Masks]]:
-    """Good images, each followed by copies with a faint drawn defect, and the masks of what was drawn, no padding."""
+def drawn_on(files: Sequence[bytes]) -> list[tuple[bytes, Masks | None]]:
+    """Good images, each followed by copies with a faint drawn defect and the mask of what was drawn."""
     rng = np.random.default_rng(0)
-    pixels = good.pixels.repeat(1 + _DRAWN_PER_IMAGE, axis=0)
-    content = good.content.repeat(1 + _DRAWN_PER_IMAGE, axis=0)
-    masks = []
-    for i, (left, top, right, bottom) in enumerate(content.tolist()):
-        shown = pixels[i, top:bottom, left:right]
-        mask = np.zeros(shown.shape[:2], bool)
-        if i % (1 + _DRAWN_PER_IMAGE):
-            shown[:], mask = _draw(rng, shown)
-        masks.append(mask)
-    return TrainingImages(pixels, content), masks
+    results: list[tuple[bytes, Masks | None]] = []
+    for data in files:
+        results.append((data, None))
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        for _ in range(_DRAWN_PER_IMAGE):
+            drawn, mask = _draw(rng, pixels)
+            sink = io.BytesIO()
+            Image.fromarray(drawn).save(sink, "PNG", compress_level=1)
+            results.append((sink.getvalue(), mask))
+    return results
 
 
 def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels, Masks]:
@@ -123,7 +176,7 @@ def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels
     if rng.random() < 0.5:
         angle, length = rng.uniform(0, np.pi), rng.uniform(0.05, 0.15) * size
         dx, dy = length * np.cos(angle), length * np.sin(angle)
-        pen.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=int(rng.integers(1, 4)))
+        pen.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=max(round(rng.uniform(1, 4) * size / 256), 1))
         other = np.full_like(image, rng.integers(0, 256))
     else:
         rx, ry = rng.uniform(0.015, 0.06, 2) * size
@@ -134,42 +187,80 @@ def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels
     return np.round(image * (1 - opacity) + other * opacity).astype(np.uint8), mask
 
 
-def _distances(matcher: Matcher, student: Trunk, pixels: images.Pixels) -> list[torch.Tensor]:
-    parts = [matcher.distances(student, pixels[i : i + _BATCH]) for i in range(0, len(pixels), _BATCH)]
-    return [torch.cat(level) for level in zip(*parts, strict=True)]
+def mask_of(uri: str) -> Masks | None:
+    """A test image's ground truth at its own resolution; None if it has none."""
+    return images.decode_mask(storage.read(uri)) if uri else None
 
 
-def _aurocs(labels: Masks, truth: list[Masks], maps: list[Map]) -> list[float]:
-    pixels = np.concatenate([each.ravel() for each in maps])
-    defects = np.concatenate([mask.ravel() for mask in truth])
-    return [round(auroc(labels, np.array([each.max() for each in maps])), 4), round(auroc(defects, pixels), 4)]
+def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """Means over seeds of each choice and variant; and for each category what the best on the others gives there."""
+    categories = sorted({line["category"] for line in lines})
+    by_choice: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for line in lines:
+        for variant, of_kinds in line["variants"].items():
+            name = " ".join(filter(None, (line["choice"], variant))) or "default"
+            by_choice.setdefault(name, {}).setdefault(line["category"], []).append(of_kinds[kind])
+    whole = {name: found for name, found in by_choice.items() if len(found) == len(categories)}
 
+    def mean(name: str, category: str, metric: int) -> float | None:
+        values = [value for pair in whole[name][category] if (value := pair[metric]) is not None]
+        return statistics.fmean(values) if values else None
 
-def mask_of(uri: str, preprocessing: Preprocessing, shape: tuple[int, ...]) -> Masks:
-    """A test image's ground truth at the shape of its anomaly map; no URI is no defect."""
-    if not uri:
-        return np.zeros(shape, bool)
-    return images.resize_mask(images.decode_mask(storage.read(uri)), preprocessing)
+    def average(name: str, metric: int, but: str = "") -> float:
+        values = (mean(name, category, metric) for category in categories if category != but)
+        return statistics.fmean(value for value in values if value is not None)
+
+    def shown(name: str, category: str) -> str:
+        return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in (0, 1))
+
+    rows = [
+        [name, *(shown(name, c) for c in categories), f"{average(name, 0):.4f} / {average(name, 1):.4f}"]
+        for name in whole
+    ]
+    chosen = {c: max(whole, key=lambda name: average(name, 0, but=c)) for c in categories}
+    left_out = [[c, chosen[c], shown(chosen[c], c)] for c in categories]
+    return "\n\n".join(
+        [
+            tabulate(rows, [kind, *categories, "mean"], tablefmt="pipe", disable_numparse=True),
+            tabulate(left_out, ["left out", "best on the others", kind], tablefmt="pipe", disable_numparse=True),
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="data set in the MVTec AD layout, with masks")
+    parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
+    parser.add_argument("--categories", default="", help="separated by commas (default: all)")
+    parser.add_argument("--teacher", default="demo")
+    parser.add_argument("--teacher-weights", default="", help="file, as of the fit job")
     parser.add_argument("--seeds", default="0", help="seeds, separated by commas (default: 0)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     parser.add_argument("--train-images", type=int, help="fit on the first so many images alone")
-    parser.add_argument("choices", nargs="+", help="name=value pairs on top of preset paper and teacher demo")
+    parser.add_argument("--variants", nargs="*", default=[""], help="name=value pairs on top of each choice")
+    parser.add_argument("--out", required=True, help="file for a JSON line per fit; what it holds is not done again")
+    parser.add_argument("choices", nargs="*", default=[""], help="name=value pairs on top of preset default")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    base = dataclasses.replace(PRESETS["paper"], teacher="demo")
-    for text in arguments.choices:
-        for seed in map(int, arguments.seeds.split(",")):
-            for name in mvtec.find_categories(arguments.data):
+    out = Path(arguments.out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(line["choice"], line["category"], line["seed"]) for line in lines}
+    base = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, teacher_weights=arguments.teacher_weights)
+    names = mvtec.find_categories(arguments.data, [name for name in arguments.categories.split(",") if name])
+    for seed in map(int, arguments.seeds.split(",")):
+        for choice in arguments.choices:
+            for name in names:
+                if (choice, name, seed) in done:
+                    continue
                 category = mvtec.read_category(arguments.data, name)
                 category = dataclasses.replace(category, train=category.train[: arguments.train_images])
-                recipe = dataclasses.replace(chosen(base, text), seed=seed).for_images(len(category.train))
-                result = run(category, recipe)
-                print(json.dumps({"choices": text, "category": name, "seed": seed} | result), flush=True)
+                recipe = dataclasses.replace(changed(base, choice), seed=seed).for_images(len(category.train))
+                result = run(category, recipe, arguments.variants)
+                lines.append({"choice": choice, "category": name, "seed": seed} | result)
+                with out.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+                print(json.dumps(lines[-1]), flush=True)
+    for kind in ("real", "drawn"):
+        print("\n" + tables(lines, kind))
 
 
 if __name__ == "__main__":
