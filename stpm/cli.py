@@ -20,8 +20,8 @@ from stpm.options import Integers, Names, Size
 from stpm.recipe import PRESETS, Preset, Recipe
 
 _PRESET_HELP = (
-    "where the recipe starts from; `default`: sgd 0.4 with a cosine, batch 8, 5 epochs, size from the images, levels "
-    "combined as calibrated; `paper`: sgd 0.4, batch 32, 100 epochs; "
+    "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine, batch 8, 5 epochs) and a memory of "
+    "normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
     "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. Defaults are shown for the preset that is chosen"
 )
 _LOG_HELP = "how lines are said: as text, or each as a JSON object with time, run, job, category and message"

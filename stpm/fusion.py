@@ -133,13 +133,21 @@ def fuse(
         return smooth(torch.stack(levels).prod(dim=0), fusion.smoothing), None, None
     if fusion.method == "quantile":
         maps = [(d - s.low) / (s.spread * len(maps)) for d, s in zip(maps, scales, strict=True)]
-    raised = [upsample(d, size, v) for d, v in zip(maps, valid, strict=True)]
-    sums = [
-        smooth(torch.stack(part).sum(dim=0), fusion.smoothing) if part else None
-        for part in (raised[: len(student)], raised[len(student) :])
-    ]
-    total = torch.stack([part for part in sums if part is not None]).sum(dim=0)
-    return total, sums[0], sums[1]
+    of_student, of_memory = (
+        smooth(_add(maps[part], valid[part], size), fusion.smoothing) if maps[part] else None
+        for part in (slice(len(student)), slice(len(student), None))
+    )
+    total = torch.stack([part for part in (of_student, of_memory) if part is not None]).sum(dim=0)
+    return total, of_student, of_memory
+
+
+def _add(maps: Sequence[Tensor], valid: Sequence[Tensor | None], size: tuple[int, int]) -> Tensor:
+    """The sum of distance maps at input size; maps of one shape, whose masks are the same, are upsampled together."""
+    by_shape: dict[torch.Size, tuple[Tensor, Tensor | None]] = {}
+    for distances, mask in zip(maps, valid, strict=True):
+        sum_so_far, _ = by_shape.get(distances.shape, (0.0, None))
+        by_shape[distances.shape] = distances + sum_so_far, mask
+    return torch.stack([upsample(d, size, v) for d, v in by_shape.values()]).sum(dim=0)
 
 
 def _mean(values: Map, indices: npt.NDArray[np.int64]) -> float:
