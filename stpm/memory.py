@@ -25,6 +25,9 @@ KINDS: tuple[Kind, ...] = ("features", "directions")
 _PROJECTED = 32
 # Of the mean variance: directions in which normal features do not vary get no more weight than this allows.
 _RIDGE = 0.01
+# Of the mean's mean square: above what rounding alone makes of features that are all the same.
+_LEAST_RIDGE = 1e-6
+_EPS = 1e-12
 # Queries per matrix product: its result, some MiB, stays in a core's cache.
 _QUERIES = 1024
 
@@ -115,14 +118,15 @@ def fit_bank(descriptors: Tensor, level: int, kind: Kind, window: int, size: int
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and whitening matrix of descriptors: (N, C) to (C,) and (C, C) float32.
 
-    The matrix is U (Λ + r)^-½ of the covariance U Λ Uᵀ, with r one hundredth of the mean variance.
+    The matrix is U (Λ + r)^-½ of the covariance U Λ Uᵀ, with r one hundredth of the mean variance, and where next to
+    nothing varies at least a millionth of the mean's mean square.
     """
     wide = descriptors.double()
     mean = wide.mean(dim=0)
     centred = wide - mean
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(wide))
     variances = variances.clamp_min(0.0)
-    ridge = (_RIDGE * variances.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    ridge = torch.maximum(_RIDGE * variances.mean(), _LEAST_RIDGE * mean.square().mean() + _EPS)
     return mean.float(), (axes / (variances + ridge).sqrt()).float()
 
 
