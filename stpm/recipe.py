@@ -145,11 +145,12 @@ class Recipe:
             self.student,
             "give --memory too, such as 2000: a model needs one of the two",
         )
+        usable = sorted(set(self.memory_levels) & set(self.levels))
         _require(
-            not self.memory or (bool(self.memory_levels) and set(self.memory_levels) <= set(self.levels)),
+            not self.memory or (bool(usable) and list(self.memory_levels) == usable),
             "memory_levels",
             self.memory_levels,
-            f"give some of the levels {','.join(map(str, self.levels))}",
+            f"give some of the levels {','.join(map(str, self.levels))}, increasing",
         )
         _require(
             not self.memory or self.fusion == "quantile",

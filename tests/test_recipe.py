@@ -7,7 +7,7 @@ import pytest
 
 from stpm.errors import ConfigError
 from stpm.options import Integers, Size
-from stpm.recipe import PRESETS, Recipe
+from stpm.recipe import PRESETS, Fusion, Recipe
 
 
 def test_the_presets_are_what_their_sources_say() -> None:
@@ -18,7 +18,14 @@ def test_the_presets_are_what_their_sources_say() -> None:
     assert (notebook.size, notebook.normalisation) == ("256x256", "none")
     default = PRESETS["default"]
     changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
-    assert changed == {"schedule", "warmup_epochs", "batch", "epochs", "least_steps", "combine", "size", "resize"}
+    assert changed == {
+        *("schedule", "warmup_epochs", "batch", "epochs", "least_steps", "size", "resize"),
+        *("memory", "fusion", "top_fraction"),
+    }
+    for preset in (paper, notebook):
+        assert (preset.student, preset.memory, preset.fusing) == ("stpm", 0, Fusion("product", 0.0, 0.0))
+    assert (default.student, default.memory, default.memory_levels) == ("stpm", 2000, (2, 3))
+    assert default.fusing == Fusion("quantile", 0.0, 0.005)
     assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
     assert (paper.resize, notebook.resize) == ("stretch", "stretch")
     assert paper.validation_share == notebook.validation_share == 0.2
@@ -44,12 +51,42 @@ def test_the_presets_are_what_their_sources_say() -> None:
         ("validation_share", 0.0),
         ("validation_share", 1.0),
         ("seed", -1),
+        ("smoothing", -1.0),
+        ("smoothing", 101.0),
+        ("smoothing", float("nan")),
+        ("top_fraction", -0.1),
+        ("top_fraction", 1.0),
+        ("top_fraction", float("nan")),
+        ("memory", -1),
+        ("memory", 1_000_001),
         ("teacher", ""),
     ],
 )
 def test_a_value_that_cannot_be_run_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field.replace('_', '-')} is .*; give"):
         Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": "none"}, "student is 'none'; give --memory too"),
+        ({"memory": 9}, "fusion is 'product'; give quantile: .* or --memory 0"),
+        ({"memory": 9, "fusion": "sum"}, "fusion is 'sum'; give quantile"),
+        ({"memory": 9, "fusion": "quantile", "memory_levels": Integers()}, "memory-levels is .*; give some of"),
+        ({"memory": 9, "fusion": "quantile", "levels": Integers((1, 2))}, "memory-levels is .* of the levels 1,2"),
+        ({"memory": 9, "fusion": "quantile", "memory_levels": Integers((3, 2))}, "memory-levels is .* increasing"),
+        ({"memory": 9, "fusion": "quantile", "memory_levels": Integers((2, 2))}, "memory-levels is .* increasing"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe(**changes)
+
+
+def test_levels_of_a_memory_that_there_is_not_do_not_matter() -> None:
+    assert Recipe(levels=Integers((1,))).memory == 0
+    assert Recipe(student="none", memory=1, fusion="quantile").fusing.method == "quantile"
 
 
 def test_a_category_of_few_images_gets_the_steps_all_the_same() -> None:
@@ -65,4 +102,4 @@ def test_a_category_of_few_images_gets_the_steps_all_the_same() -> None:
 def test_what_is_held_out_is_the_share_and_enough_and_never_all() -> None:
     paper, default = PRESETS["paper"], PRESETS["default"]
     assert [paper.held_out(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
-    assert [default.held_out(n) for n in (2, 4, 8, 209)] == [1, 3, 3, 42]
+    assert [default.held_out(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
