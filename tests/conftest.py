@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ TINY = Recipe(
 )
 
 
+# A model of each kind, by what it has.
+MODELS = {
+    "student": TINY,
+    "student and memory": dataclasses.replace(TINY, memory=50, fusion="quantile", top_fraction=0.01, smoothing=1.0),
+    "memory": dataclasses.replace(TINY, student="none", memory=50, fusion="quantile"),
+}
+
+
 def preprocessing_of(height: int, width: int = 0, resize: Resize = "stretch") -> Preprocessing:
     """An input of this height and width (none: a square), normalised as ImageNet is."""
     return Preprocessing(height, width or height, resize, *IMAGENET[2:], *IMAGENET[:2])
@@ -46,6 +55,12 @@ LIMITS = Limits(memory=2**30, device_memory=2**30, checkpoint_seconds=1e9)
 @pytest.fixture
 def tiny() -> Recipe:
     return TINY
+
+
+@pytest.fixture(params=MODELS)
+def any_model(request: pytest.FixtureRequest) -> Recipe:
+    """The recipe of a model with a student, with a student and a memory, and with a memory."""
+    return MODELS[request.param]
 
 
 @pytest.fixture
@@ -76,7 +91,7 @@ def matcher_of() -> Callable[[Recipe], Matcher]:
     def make(recipe: Recipe) -> Matcher:
         state = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
         teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, state, "test")
-        return Matcher(teacher, preprocessing_for(recipe, []), recipe.combine, torch.device("cpu"), "float32")
+        return Matcher(teacher, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
 
     return make
 

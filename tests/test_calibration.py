@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stpm.calibration import HeatmapScale, calibrate, check_rate, normals_for, p_values, shortfall, threshold
+from stpm.calibration import (
+    HeatmapScale,
+    PartScale,
+    calibrate,
+    check_rate,
+    normals_for,
+    p_values,
+    part_scale,
+    part_scales_without_each,
+    shortfall,
+    threshold,
+)
 from stpm.errors import ConfigError
 
 SCORES = st.lists(st.floats(0, 8, width=32), min_size=1, max_size=60)
@@ -73,34 +84,77 @@ def test_a_rate_is_a_share(rate: float) -> None:
 
 def test_calibration_of_maps() -> None:
     maps = np.arange(1.0, 1001.0, dtype=np.float32).reshape(2, 20, 25)
-    found = calibrate(maps)
-    np.testing.assert_array_equal(found.scores, [500.0, 1000.0])
+    found = calibrate([900.0, 450.0], maps)
+    np.testing.assert_array_equal(found.scores, np.array([450.0, 900.0], np.float32))
+    assert found.scores.dtype == np.float32
     assert (sum(maps.ravel() > found.scale.low), found.scale.edge) == (10, 1000.0)
 
 
 def test_maps_of_different_shapes_are_calibrated_by_their_pixels() -> None:
     values = np.arange(1.0, 1001.0, dtype=np.float32)
-    found = calibrate([values[:200].reshape(10, 20), values[200:].reshape(40, 20)])
-    np.testing.assert_array_equal(found.scores, [200.0, 1000.0])
+    found = calibrate([1.0, 2.0], [values[:200].reshape(10, 20), values[200:].reshape(40, 20)])
     assert (sum(values > found.scale.low), found.scale.edge) == (10, 1000.0)
 
 
 def test_constant_maps_have_a_scale_too() -> None:
-    scale = calibrate(np.zeros((3, 4, 4), np.float32)).scale
-    assert 0 < scale.low < scale.edge
-    assert (scale.apply(np.zeros((4, 4), np.float32)) == 0).all()
+    for value in (0.0, -3.0, 1e6):
+        constant = np.full((3, 4, 4), value, np.float32)
+        scale = calibrate([value] * 3, constant).scale
+        assert scale.low < scale.edge
+        assert (scale.apply(constant) == 0).all()
+        assert (scale.apply(constant + max(abs(value), 1.0)) == 255).all()
 
 
-def test_the_edge_of_normal_is_the_middle_of_every_scale() -> None:
-    for scale in (HeatmapScale(1e-4, 0.1), HeatmapScale(0.01, 0.02)):
-        levels = scale.apply(np.array([0.0, scale.low, scale.edge, 5 * scale.edge, 8.0], np.float32))
-        assert levels.tolist()[:2] == [0, 0]
-        assert levels[2] == pytest.approx(127.5, abs=1)
-        assert levels.tolist()[3:] == [255, 255]
+@pytest.mark.parametrize("scale", [HeatmapScale(1e-4, 0.1), HeatmapScale(0.0, 2.0), HeatmapScale(-3.0, -1.0)])
+def test_the_edge_of_normal_is_the_middle_of_every_scale(scale: HeatmapScale) -> None:
+    """As a share of the way from `low` to `edge`: linear up to 1, logarithmic from there to 5."""
+    share = np.array([-1.0, 0.0, 0.25, 0.5, 1.0, np.sqrt(5.0), 5.0, 50.0])
+    expected = [0.0, 0.0, 31.875, 63.75, 127.5, 191.25, 255.0, 255.0]
+    levels = scale.apply((scale.low + share * (scale.edge - scale.low)).astype(np.float32))
+    assert levels.dtype == np.uint8
+    np.testing.assert_allclose(levels, expected, atol=0.51)
 
 
-@given(st.lists(st.floats(0, 8, width=32), min_size=2, max_size=50))
-def test_a_larger_anomaly_is_never_drawn_lower(values: list[float]) -> None:
+@given(
+    st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=50),
+    st.floats(-5, 5),
+    st.floats(1e-3, 5),
+)
+def test_a_larger_anomaly_is_never_drawn_lower(values: list[float], low: float, width: float) -> None:
     ordered = np.sort(np.array(values, np.float32))
-    levels = HeatmapScale(1e-3, 0.2).apply(ordered).astype(int)
+    levels = HeatmapScale(low, low + width).apply(ordered).astype(int)
     assert (np.diff(levels) >= 0).all()
+    assert (levels[ordered < low] == 0).all()
+    assert (levels[ordered > low + 5.01 * width] == 255).all()
+
+
+PARTS = st.lists(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=20), min_size=1, max_size=8)
+
+
+def reference_quantile(values: list[float], share: float) -> float:
+    """Between the two values of which the share lies between, in proportion."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+@given(PARTS)
+def test_the_scale_of_each_normal_is_that_of_all_others(part: list[list[float]]) -> None:
+    arrays = [np.array(image, np.float32) for image in part]
+    found = part_scales_without_each(arrays)
+    assert len(found) == len(part)
+    for i, scale in enumerate(found):
+        others = [v for j, image in enumerate(part) for v in image if j != i or len(part) == 1]
+        assert scale.low == pytest.approx(reference_quantile(others, 0.9), rel=1e-5, abs=1e-5)
+        assert scale.high == pytest.approx(reference_quantile(others, 0.995), rel=1e-5, abs=1e-5)
+    every = [v for image in part for v in image]
+    assert part_scale(arrays).high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
+
+
+def test_a_part_that_does_not_vary_has_a_spread_too() -> None:
+    assert PartScale(0.0, 0.0).spread > 0
+    assert PartScale(4.0, 4.0).spread == pytest.approx(0.2)
+    assert PartScale(1.0, 4.0).spread == pytest.approx(3.0)
+    assert PartScale(-4.0, -4.0).spread > 0
