@@ -11,16 +11,35 @@ import pytest
 import torch
 
 from stpm import storage
-from stpm.calibration import calibrate
+from stpm.calibration import PartScale, calibrate
 from stpm.errors import DataError, ModelError
-from stpm.matching import level_statistics
+from stpm.memory import KINDS, MemoryBank, fit_bank
 from stpm.models import ModelStore
-from stpm.networks import architecture_of, build_student, load_teacher
+from stpm.networks import StateDict, architecture_of, build_student, load_teacher
 from stpm.recipe import Recipe
 from stpm.record import FitSummary, ModelRecord
-from tests.conftest import preprocessing_of
+from tests.conftest import MODELS, preprocessing_of
 
 SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
+CALIBRATION = calibrate([0.7, 0.2, 0.4], np.random.default_rng(0).random((3, 8, 8), np.float32))
+
+
+def banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
+    """Banks of random descriptors, as many as the recipe has, of vectors that half precision holds."""
+    if not recipe.memory:
+        return ()
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        fit_bank(torch.randn(90, 60 + level, generator=generator), level, kind, 5 - 2 * level, recipe.memory, seed)
+        for level in (1, 2)
+        for kind in KINDS
+    )
+
+
+def student_of(recipe: Recipe, seed: int = 0) -> StateDict | None:
+    if recipe.student == "none":
+        return None
+    return build_student(architecture_of(recipe.teacher), recipe.levels, seed, False).net.state_dict()
 
 
 def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
@@ -32,9 +51,10 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         precision="float32",
         teacher_digest=teacher,
         data_fingerprint="f",
-        student=build_student(architecture_of(recipe.teacher), recipe.levels, seed, False).net.state_dict(),
-        calibration=calibrate(np.random.default_rng(0).random((5, 8, 8), np.float32)),
-        statistics=level_statistics([torch.rand(4, 3, 3), torch.rand(4, 2, 2)]),
+        student=student_of(recipe, seed),
+        memory=banks(recipe, seed),
+        calibration=CALIBRATION,
+        part_scales=(PartScale(0.1, 0.7), PartScale(-1.5, 3.25)),
         picture=b"png",
         history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
         fit=SUMMARY,
@@ -60,38 +80,89 @@ def test_loading_never_tries_the_network(tmp_path: Path, tiny: Recipe, monkeypat
     store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
 
 
-def test_what_is_saved_loads(store: ModelStore, tiny: Recipe) -> None:
-    record = save(store, tiny)
+def test_what_is_saved_loads(store: ModelStore, any_model: Recipe) -> None:
+    record = save(store, any_model)
     model = store.load("nut")
     assert model.record == record == store.record("nut")
-    assert model.record.preprocessing == preprocessing_of(64, 48, "fit")
-    expected = build_student(tiny.teacher, tiny.levels, 0, False).net.state_dict()
-    assert all(torch.equal(v, expected[k]) for k, v in model.student.net.state_dict().items())
-    assert not model.student.training
-    np.testing.assert_array_equal(
-        model.calibration.scores, calibrate(np.random.default_rng(0).random((5, 8, 8), np.float32)).scores
-    )
-    assert store.history(record)["train_loss"].to_pylist() == [0.7, 0.5]
-    assert store.load_teacher(tiny.teacher, tiny.levels, record.teacher_digest).channels == model.student.channels
+    assert record.recipe == any_model
+    assert record.preprocessing == preprocessing_of(64, 48, "fit")
+    assert record.part_scales == (PartScale(0.1, 0.7), PartScale(-1.5, 3.25))
+    np.testing.assert_array_equal(model.calibration.scores, CALIBRATION.scores)
+    assert model.calibration.scale == CALIBRATION.scale
     assert store.categories() == ["nut"]
-    assert model.statistics
-    assert [tuple(level.mean.shape) for level in model.statistics] == [(3, 3), (2, 2)]
-    assert all((level.deviation > 0).all() for level in model.statistics)
+    teacher = store.load_teacher(any_model.teacher, any_model.levels, record.teacher_digest)
+    expected, student = student_of(any_model), model.parts.student
+    assert (student is None) == (expected is None)
+    if student and expected:
+        assert student.net.state_dict().keys() == expected.keys()
+        assert all(torch.equal(v, expected[k]) for k, v in student.net.state_dict().items())
+        assert not student.training
+        assert teacher.channels == student.channels
+        assert store.history(record)["train_loss"].to_pylist() == [0.7, 0.5]
+    else:
+        assert store.history(record).num_rows == 0
 
 
-def test_a_store_holds_plain_files_and_its_teacher_once(store: ModelStore, tiny: Recipe) -> None:
+def test_a_memory_loads_as_it_was_and_measures_the_same_to_the_bit(store: ModelStore, any_model: Recipe) -> None:
+    save(store, any_model)
+    expected, found = banks(any_model), store.load("nut").parts.memory
+    assert len(found) == len(expected) == (4 if any_model.memory else 0)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.level, one.kind, one.window) == (other.level, other.kind, other.window)
+        for name in ("mean", "whitening", "vectors"):
+            loaded, made = getattr(one, name), getattr(other, name)
+            assert loaded.dtype == torch.float32
+            assert torch.equal(loaded, made)
+        features = torch.randn(3, 60 + one.level, 9, 7)
+        assert torch.equal(one.distance_map(features), other.distance_map(features))
+
+
+def test_loaded_parts_know_their_size(tmp_path: Path, any_model: Recipe) -> None:
+    store = ModelStore(str(tmp_path))
+    save(store, any_model)
+    tensors = list((student_of(any_model) or {}).values())
+    tensors += [t for bank in banks(any_model) for t in (bank.mean, bank.whitening, bank.vectors)]
+    assert store.load("nut").parts.nbytes == sum(t.numel() * t.element_size() for t in tensors)
+
+
+COMMON = {"model.json", "calibration.parquet"}
+OF_STUDENT = {"student.safetensors", "history.parquet", "loss.png"}
+OF_MEMORY = {"memory.safetensors"}
+FILES = {
+    "student": COMMON | OF_STUDENT,
+    "student and memory": COMMON | OF_STUDENT | OF_MEMORY,
+    "memory": COMMON | OF_MEMORY,
+}
+
+
+def names(store: ModelStore, category: str) -> set[str]:
+    """Of the files of a category."""
+    return {uri.rsplit("/", 1)[1] for uri, _ in storage.files(storage.join(store.uri, category))}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_store_holds_plain_files_and_its_teacher_once(store: ModelStore, kind: str) -> None:
     for category in ("a", "b"):
-        save(store, tiny, category)
-    names = sorted(uri.removeprefix(store.uri).lstrip("/").split("/root/")[-1] for uri, _ in storage.files(store.uri))
-    assert len([n for n in names if n.startswith("teachers/")]) == 1
-    assert {n.rsplit(".", 1)[-1] for n in names} == {"json", "parquet", "png", "safetensors"}
-    assert len(names) == 2 * 6 + 1
+        save(store, MODELS[kind], category)
+        assert names(store, category) == FILES[kind]
+    assert len(names(store, "teachers")) == 1
 
 
-def test_a_new_model_takes_the_place_of_the_old(store: ModelStore, tiny: Recipe) -> None:
-    first = save(store, tiny)
-    second = save(store, tiny, seed=1)
+@pytest.mark.parametrize("before", FILES)
+@pytest.mark.parametrize("after", FILES)
+def test_a_new_model_takes_the_place_of_the_old(store: ModelStore, before: str, after: str) -> None:
+    first = save(store, MODELS[before])
+    second = save(store, MODELS[after], seed=1)
     assert store.record("nut").model_id == second.model_id != first.model_id
+    assert names(store, "nut") == FILES[after]
+    assert store.load("nut").record == second
+
+
+def test_a_model_is_identified_by_its_student_and_its_memory(store: ModelStore) -> None:
+    recipes = [MODELS["student"], MODELS["student and memory"], MODELS["memory"]]
+    ids = [save(store, recipe, seed=seed).model_id for recipe in recipes for seed in (0, 1)]
+    assert len(set(ids)) == 6
+    assert save(store, recipes[1]).model_id == ids[2]
 
 
 def test_without_a_record_there_is_no_model(store: ModelStore, tiny: Recipe) -> None:
@@ -103,9 +174,9 @@ def test_without_a_record_there_is_no_model(store: ModelStore, tiny: Recipe) -> 
         store.categories()
 
 
-@pytest.mark.parametrize("file", ["student.safetensors", "calibration.parquet"])
-def test_damage_is_noticed(store: ModelStore, tiny: Recipe, file: str) -> None:
-    save(store, tiny)
+@pytest.mark.parametrize("file", ["student.safetensors", "memory.safetensors", "calibration.parquet"])
+def test_damage_is_noticed(store: ModelStore, file: str) -> None:
+    save(store, MODELS["student and memory"])
     uri = storage.join(store.uri, "nut", file)
     data = bytearray(storage.read(uri))
     data[len(data) // 2] ^= 1
@@ -127,8 +198,10 @@ def test_a_damaged_teacher_is_noticed(store: ModelStore, tiny: Recipe) -> None:
         ({"format": 99}, "format 99, this version reads 2"),
         ({"surprise": 1}, "surprise"),
         ({"heatmap_scale": {"low": 1}}, "edge"),
-        ({"recipe": {"levels": [1], "size": "64", "epochs": 0}}, "epochs is 0"),
-        ({"recipe": {"levels": [1], "size": "big"}}, "'big' is not a size"),
+        ({"recipe": {"levels": [1], "memory_levels": [1], "size": "64", "epochs": 0}}, "epochs is 0"),
+        ({"recipe": {"levels": [1], "memory_levels": [1], "size": "big"}}, "'big' is not a size"),
+        ({"recipe": {"levels": [1], "size": "64"}}, "memory_levels"),
+        ({"part_scales": [{"low": 1}]}, "high"),
         ({"preprocessing": {"height": 3}}, "mean"),
     ],
 )
