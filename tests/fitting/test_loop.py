@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -9,16 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stpm.calibration import PartScale
 from stpm.errors import DataError
 from stpm.fitting import loop
+from stpm.fitting import memory as building
+from stpm.fitting.calibrate import calibrate_model, k_fold_scores, make_parts
 from stpm.fitting.features import TeacherFeatures
-from stpm.fitting.held_out import calibrate_student, cross_fitted
-from stpm.fitting.loop import DivergedError, Progress, fit, learning_rate, split
+from stpm.fitting.loop import DivergedError, Indices, Progress, fit, learning_rate, split
+from stpm.fitting.memory import build_memory
 from stpm.fitting.task import Epoch
 from stpm.fitting.training_images import TrainingImages
-from stpm.forward import Matcher
-from stpm.networks import architecture_of, trunk_from
+from stpm.forward import Matcher, Parts
+from stpm.fusion import AnomalyMap
+from stpm.memory import MemoryBank
+from stpm.networks import trunk_from
 from stpm.recipe import PRESETS, Recipe
+from tests.conftest import MODELS
 
 PAPER = PRESETS["paper"]
 
@@ -168,39 +174,132 @@ def test_learning_rates() -> None:
     assert {learning_rate(Recipe(), step, 5) for step in range(500)} == {0.4}
 
 
-def test_calibration_is_the_held_out_images_scored_by_the_kept_student(
-    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+def parts_of(features: TeacherFeatures, train: Indices, held_out: Indices, recipe: Recipe) -> Parts:
+    student = fit(features, train, held_out, recipe, lambda epoch: None).student
+    return make_parts(student, build_memory(features, train, recipe), recipe, torch.device("cpu"))
+
+
+def anomaly_maps(
+    matcher: Matcher, parts: Parts, images: TrainingImages, recipe: Recipe, scales: Sequence[PartScale]
+) -> list[AnomalyMap]:
+    """Of all images, as scoring makes them."""
+    inputs = matcher.inputs(torch.from_numpy(images.pixels))
+    with torch.inference_mode():
+        distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content)
+        return matcher.anomaly_maps(distances, images.content, recipe.fusing, scales)
+
+
+def chosen(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:
+    return TrainingImages(images.pixels[list(indices)], images.content[list(indices)])
+
+
+def test_a_model_without_a_student_is_not_trained(images: TrainingImages, matcher_of: MatcherOf) -> None:
+    result, seen = fitted(images, MODELS["memory"], matcher_of)
+    assert (result.student, result.history, result.kept, seen) == (None, (), None, [])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_calibration_is_the_held_out_images_scored_as_any_other(
+    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, padded: bool
 ) -> None:
-    result, _ = fitted(images, tiny, matcher_of)
-    matcher, held_out = matcher_of(tiny), split(len(images), tiny)[1]
-    calibration, statistics = calibrate_student(result.student, matcher, images, held_out, tiny)
-    student = trunk_from(tiny.teacher, tiny.levels, result.student, "test")
-    maps = matcher.anomaly_maps(matcher.distances(student, images.pixels[held_out]), images.content[held_out], None)
-    np.testing.assert_array_equal(calibration.scores, np.sort([each.max() for each in maps]))
-    assert statistics is None
+    """Each on the scales that all held-out images but itself give."""
+    if padded:
+        images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
+    recipe = dataclasses.replace(any_model, validation_share=0.5)
+    features, matcher = TeacherFeatures(matcher_of(recipe), images, BUDGET), matcher_of(recipe)
+    train, held_out = split(len(images), recipe)
+    parts = parts_of(features, train, held_out, recipe)
+    found = calibrate_model(parts, features, held_out, recipe)
+    assert len(found.scales) == (3 if parts.student else 0) + len(parts.memory)
+    maps = []
+    for i in held_out:
+        scales = calibrate_model(parts, features, held_out[held_out != i], recipe).scales
+        maps += anomaly_maps(matcher, parts, chosen(images, [i]), recipe, scales)
+    scores = [each.score(recipe.top_fraction).total for each in maps]
+    np.testing.assert_allclose(found.calibration.scores, np.sort(scores), rtol=1e-3, atol=1e-4)
+    pixels = np.concatenate([each.total.ravel() for each in maps])
+    assert found.calibration.scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=1e-4)
+    assert found.calibration.scale.edge == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
+    assert [each.total.shape for each in maps] == [
+        (bottom - top, right - left) for left, top, right, bottom in images.content[held_out].tolist()
+    ]
 
 
-def test_calibrated_levels_need_three_held_out_images(
-    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+def test_the_scales_of_parts_are_quantiles_of_what_held_out_images_show(
+    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf
 ) -> None:
-    recipe = dataclasses.replace(tiny, combine="calibrated")
-    result, _ = fitted(images, recipe, matcher_of)
-    matcher = matcher_of(recipe)
-    with pytest.raises(DataError, match="2 held-out images; combine `calibrated` needs 3"):
-        calibrate_student(result.student, matcher, images, np.arange(2), recipe)
-    calibration, statistics = calibrate_student(result.student, matcher, images, np.arange(5), recipe)
-    assert len(calibration.scores) == 5
-    assert statistics
-    assert len(statistics) == 3
+    features, matcher = TeacherFeatures(matcher_of(any_model), images, BUDGET), matcher_of(any_model)
+    held_out = np.array([1, 4, 8])
+    parts = parts_of(features, np.array([0, 2, 3, 5, 6, 7]), held_out, any_model)
+    inputs = matcher.inputs(torch.from_numpy(images.pixels[held_out]))
+    distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content[held_out])
+    scales = calibrate_model(parts, features, held_out, any_model).scales
+    for scale, part in zip(scales, distances.maps, strict=True):
+        # Of this size all positions are looked at.
+        assert scale.low == pytest.approx(np.quantile(part.numpy(), 0.9), rel=1e-3)
+        assert scale.high == pytest.approx(np.quantile(part.numpy(), 0.995), rel=1e-3)
 
 
-def test_cross_fitted_scores_are_one_for_every_image(
-    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+def test_images_may_be_scored_alone_or_together(
+    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf
 ) -> None:
-    recipe = dataclasses.replace(tiny, calibration_folds=3)
-    scores = cross_fitted(TeacherFeatures(matcher_of(recipe), images, BUDGET), recipe, [None] * 3)
-    assert len(scores) == len(images)
+    features, matcher = TeacherFeatures(matcher_of(any_model), images, BUDGET), matcher_of(any_model)
+    train, held_out = split(len(images), any_model)
+    parts = parts_of(features, train, held_out, any_model)
+    scales = calibrate_model(parts, features, held_out, any_model).scales
+    together = anomaly_maps(matcher, parts, images, any_model, scales)
+    for i, each in enumerate(together):
+        (alone,) = anomaly_maps(matcher, parts, chosen(images, [i]), any_model, scales)
+        np.testing.assert_allclose(each.total, alone.total, rtol=1e-3, atol=1e-3)
+        assert (each.student is None) == (not parts.student or any_model.fusion == "product")
+        assert (each.memory is None) == (not parts.memory)
+        if each.student is not None and each.memory is not None:
+            np.testing.assert_allclose(each.student + each.memory, each.total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_scores_of_folds_are_one_for_every_image(
+    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, folds: int
+) -> None:
+    recipe = dataclasses.replace(any_model, calibration_folds=folds)
+    scores = k_fold_scores(TeacherFeatures(matcher_of(recipe), images, BUDGET), recipe, [None] * folds)
+    assert scores.shape == (len(images),)
+    assert np.isfinite(scores).all()
     assert (np.diff(scores) >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["student and memory", "memory"])
+def test_no_fold_remembers_what_it_scores(images: TrainingImages, matcher_of: MatcherOf, kind: str) -> None:
+    """One image is like no other: if all were remembered, it would score no higher than others."""
+    recipe = dataclasses.replace(MODELS[kind], memory=100_000, calibration_folds=3)
+    pixels = images.pixels.copy()
+    pixels[4] = (255, 0, 0)
+    features = TeacherFeatures(matcher_of(recipe), whole(pixels), BUDGET)
+    scores = k_fold_scores(features, recipe, [None] * 3)
+    assert scores[-1] > 10 * max(scores[-2], 1)
+    everything = np.arange(len(images))
+    known = calibrate_model(parts_of(features, everything, everything, recipe), features, everything, recipe)
+    assert known.calibration.scores[-1] < 10 * max(known.calibration.scores[-2], 1)
+
+
+def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, matcher_of: MatcherOf) -> None:
+    """The whole way on images that differ in contrast, of which some are held out and others come later, by chance."""
+    rng = np.random.default_rng(0)
+    contrast = rng.lognormal(2.5, 0.5, (90, 1, 1, 1))
+    pixels = np.clip(120 + contrast * rng.normal(size=(90, 64, 64, 3)), 0, 255).astype(np.uint8)
+    images = whole(pixels)
+    features, matcher = TeacherFeatures(matcher_of(any_model), images, BUDGET), matcher_of(any_model)
+    parts = parts_of(features, np.arange(20), np.arange(20), any_model)
+    p_values = []
+    for _ in range(40):
+        later = rng.permutation(np.arange(20, 90))
+        found = calibrate_model(parts, features, np.sort(later[:4]), any_model)
+        maps = anomaly_maps(matcher, parts, chosen(images, later[4:34]), any_model, found.scales)
+        scores = np.array([each.score(any_model.top_fraction).total for each in maps], np.float32)
+        p_values.append(found.calibration.p_values(scores))
+    for rate in (0.2, 0.4, 0.6):
+        alarms = (np.array(p_values) <= rate + 1e-6).mean(axis=1)
+        assert alarms.mean() <= rate + 4 * alarms.std() / np.sqrt(len(alarms))
 
 
 def test_features_computed_anew_fit_the_same_student(
@@ -223,7 +322,7 @@ def test_the_last_smaller_batch_steps_as_far_as_its_mean_says(
     for batch in (images.pixels[:3], np.concatenate([images.pixels[:3], images.pixels[:3]])):
         student = trunk_from(tiny.teacher, tiny.levels, weights, "test")
         inputs = matcher.inputs(torch.from_numpy(batch))
-        loss = loop.matching_loss(matcher.teacher_features(inputs), student(inputs)) * tiny.loss_scale
+        loss = loop.matching_loss(matcher.teacher_features(inputs), student(inputs), [None] * 3) * tiny.loss_scale
         loss.backward()
         gradients.append(next(student.parameters()).grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
@@ -236,18 +335,18 @@ def test_a_loss_that_is_no_number_is_said(images: TrainingImages, tiny: Recipe, 
 
 
 def test_a_patch_scores_above_images_like_those_that_were_fitted(
-    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf, rng: np.random.Generator
+    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, rng: np.random.Generator
 ) -> None:
-    recipe = dataclasses.replace(tiny, teacher="demo", teacher_weights="", epochs=12)
-    result, _ = fitted(images, recipe, matcher_of)
-    student = trunk_from(architecture_of(recipe.teacher), recipe.levels, result.student, "test")
+    recipe = dataclasses.replace(any_model, teacher="demo", teacher_weights="", epochs=12)
+    features = TeacherFeatures(matcher_of(recipe), images, BUDGET)
+    train, held_out = split(len(images), recipe)
+    parts = parts_of(features, train, held_out, recipe)
+    scales = calibrate_model(parts, features, held_out, recipe).scales
     normal = rng.integers(90, 130, (6, 64, 64, 3), dtype=np.uint8)
     odd = normal.copy()
     odd[:, 20:40, 20:40] = 250
-    matcher = matcher_of(recipe)
-    both = whole(np.concatenate([normal, odd]))
-    maps = matcher.anomaly_maps(matcher.distances(student, both.pixels), both.content, None)
-    scores = np.array([each.max() for each in maps])
+    maps = anomaly_maps(matcher_of(recipe), parts, whole(np.concatenate([normal, odd])), recipe, scales)
+    scores = np.array([each.score(recipe.top_fraction).total for each in maps])
     assert scores[6:].min() > 2 * scores[:6].max()
 
 
@@ -261,23 +360,89 @@ def test_what_a_fit_learns_does_not_hang_on_the_width_of_the_padding(
     train, held_out = split(len(padded), tiny)
     before = fit(features, train, held_out, tiny, lambda epoch: None)
     masks = features.content_masks(torch.arange(len(padded)))
-    assert masks
     for level, mask in zip(features._features, masks, strict=True):
+        assert mask is not None
         level[~mask[:, None].expand_as(level)] = 0.5
     after = fit(features, train, held_out, tiny, lambda epoch: None)
     assert same(before.student, after.student)
-    assert TeacherFeatures(matcher_of(tiny), images, BUDGET).content_masks(torch.arange(9)) is None
+    assert TeacherFeatures(matcher_of(tiny), images, BUDGET).content_masks(torch.arange(9)) == [None] * 3
 
 
-def test_held_out_images_are_calibrated_on_what_they_show(
-    images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
+def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) -> bool:
+    return len(first) == len(second) and all(
+        (a.level, a.kind, a.window) == (b.level, b.kind, b.window)
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "whitening", "vectors"))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("budget", [BUDGET, 0])
+def test_the_same_images_give_the_same_memory(images: TrainingImages, matcher_of: MatcherOf, budget: int) -> None:
+    recipe = MODELS["memory"]
+    train, _ = split(len(images), recipe)
+    first, again, other = (
+        build_memory(TeacherFeatures(matcher_of(recipe), images, budget), train, dataclasses.replace(recipe, seed=seed))
+        for seed in (0, 0, 1)
+    )
+    assert [(bank.level, bank.kind) for bank in first] == [
+        (1, "features"),
+        (1, "directions"),
+        (2, "features"),
+        (2, "directions"),
+    ]
+    assert [bank.window for bank in first] == [3, 3, 1, 1]
+    # The coarsest level has 16 positions on each of 7 images.
+    assert [len(bank.vectors) for bank in first] == [50] * 4
+    assert same_banks(first, again)
+    assert not same_banks(first, other)
+    assert build_memory(TeacherFeatures(matcher_of(recipe), images, budget), train, MODELS["student"]) == ()
+
+
+def test_features_computed_anew_give_about_the_same_memory(images: TrainingImages, matcher_of: MatcherOf) -> None:
+    """Kept features are rounded to half precision, nothing else differs; all are remembered, for a choice may flip."""
+    recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
+    features = [TeacherFeatures(matcher_of(recipe), images, budget) for budget in (BUDGET, 0)]
+    kept, anew = (build_memory(each, np.arange(6), recipe) for each in features)
+    levels, masks = features[1](torch.arange(6, 9)), [None] * 3
+    for one, other in zip(kept, anew, strict=True):
+        torch.testing.assert_close(one.mean, other.mean, rtol=2e-3, atol=1e-4)
+        distances = [bank.distance_map(levels[bank.level], masks[bank.level]) for bank in (one, other)]
+        torch.testing.assert_close(*distances, rtol=2e-2, atol=1e-2)
+
+
+def test_only_images_to_train_on_are_remembered(images: TrainingImages, matcher_of: MatcherOf) -> None:
+    recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
+    pixels = images.pixels.copy()
+    pixels[[2, 5]] = (255, 0, 0)
+    features = TeacherFeatures(matcher_of(recipe), whole(pixels), BUDGET)
+    train = np.array([0, 1, 3, 4, 6, 7, 8])
+    odd = features(torch.tensor([2, 5]))
+    for bank, with_it in zip(
+        build_memory(features, train, recipe), build_memory(features, np.append(train, 2), recipe), strict=True
+    ):
+        assert with_it.distance_map(odd[bank.level]).max() < 0.05
+        known = bank.distance_map(features(torch.from_numpy(train))[bank.level])
+        assert known.max() < 0.05
+        assert bank.distance_map(odd[bank.level]).min() > 20 * known.max()
+
+
+def test_padding_is_not_remembered(images: TrainingImages, matcher_of: MatcherOf) -> None:
+    recipe = MODELS["memory"]
+    content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
+    features = TeacherFeatures(matcher_of(recipe), TrainingImages(images.pixels, content), BUDGET)
+    before = build_memory(features, np.arange(9), recipe)
+    for level, mask in zip(features._features, features.content_masks(torch.arange(9)), strict=True):
+        assert mask is not None
+        level[~mask[:, None].expand_as(level)] = 1000.0
+    assert same_banks(before, build_memory(features, np.arange(9), recipe))
+
+
+def test_of_many_positions_each_image_gives_as_many(
+    images: TrainingImages, matcher_of: MatcherOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    matcher = matcher_of(tiny)
-    student = fitted(images, tiny, matcher_of)[0].student
-    content = np.array([[0, 24, 64, 40]] * 9, np.int32)
-    calibration, _ = calibrate_student(student, matcher, TrainingImages(images.pixels, content), np.arange(9), tiny)
-    distances = matcher.distances(trunk_from(tiny.teacher, tiny.levels, student, "test"), images.pixels)
-    maps = matcher.anomaly_maps(distances, content, None)
-    assert {each.shape for each in maps} == {(16, 64)}
-    np.testing.assert_allclose(calibration.scores, np.sort([each.max() for each in maps]), rtol=1e-5)
-    assert calibration.scale.low == pytest.approx(np.quantile(np.stack(maps), 0.99), rel=1e-5)
+    recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
+    monkeypatch.setattr(building, "_CANDIDATES", 180)
+    features = TeacherFeatures(matcher_of(recipe), images, BUDGET)
+    sizes = [len(bank.vectors) for bank in build_memory(features, np.arange(9), recipe)]
+    # The levels have 8 × 8 and 4 × 4 positions: 20 of each image, or all.
+    assert sizes == [180, 180, 144, 144]
