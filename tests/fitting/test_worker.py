@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from stpm import mvtec, storage
 from stpm.errors import DataError
@@ -21,8 +20,8 @@ from stpm.models import ModelStore
 from stpm.networks import load_teacher
 from stpm.options import Size
 from stpm.preprocessing import Preprocessing
-from stpm.recipe import Combine, Recipe
-from tests.conftest import LIMITS, preprocessing_of
+from stpm.recipe import Recipe
+from tests.conftest import LIMITS, MODELS, preprocessing_of
 from tests.datasets import encoded, make_category
 
 EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
@@ -40,16 +39,23 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
     return str(tmp_path) if request.param == "local" else memory
 
 
-def weights(task: FitTask) -> dict[str, torch.Tensor]:
-    return ModelStore(task.store).load(task.category).student.net.state_dict()
+def contents(task: FitTask) -> dict[str, bytes]:
+    """Of the files that scores depend on, by name."""
+    folder = f"{task.store}/{task.category}"
+    return {
+        name: storage.read(f"{folder}/{name}")
+        for name in ("student.safetensors", "memory.safetensors", "calibration.parquet")
+        if storage.exists(f"{folder}/{name}")
+    }
 
 
 class Killed(BaseException):
     pass
 
 
-def test_an_interrupted_task_goes_on_and_stores_the_same_bits(root: str, tiny: Recipe) -> None:
-    recipe = dataclasses.replace(tiny, epochs=4)
+@pytest.mark.parametrize("kind", ["student", "student and memory"])
+def test_an_interrupted_task_goes_on_and_stores_the_same_bits(root: str, kind: str) -> None:
+    recipe = dataclasses.replace(MODELS[kind], epochs=4)
     undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
     run_task(undisturbed, LIMITS, lambda told: None)
 
@@ -63,11 +69,8 @@ def test_an_interrupted_task_goes_on_and_stores_the_same_bits(root: str, tiny: R
     seen: list[Epoch | str] = []
     run_task(task, EVERY_EPOCH, seen.append)
     assert [told.number for told in seen if isinstance(told, Epoch)] == [3, 4]
-    ours, theirs = weights(task), weights(undisturbed)
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert storage.read(f"{task.store}/nut/student.safetensors") == storage.read(
-        f"{undisturbed.store}/nut/student.safetensors"
-    )
+    assert contents(task) == contents(undisturbed)
+    assert len(contents(task)) == (3 if recipe.memory else 2)
     assert not storage.exists(ModelStore(task.store).checkpoint_uri("nut"))
     assert existing_model(task)
 
@@ -94,28 +97,63 @@ def test_progress_that_is_not_this_tasks_is_not_used(
     assert [told.number for told in seen if isinstance(told, Epoch)] == [1, 2, 3]
 
 
-def test_a_model_is_done_only_for_its_own_recipe_teacher_and_images(root: str, tiny: Recipe) -> None:
-    task = task_in(root, tiny)
+def test_a_model_is_done_only_for_its_own_recipe_teacher_and_images(root: str, any_model: Recipe) -> None:
+    task = task_in(root, any_model)
     run_task(task, LIMITS, lambda told: None)
     assert existing_model(task)
-    assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(tiny, epochs=9))) is None
+    assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, epochs=9))) is None
+    assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, smoothing=2.0))) is None
     assert existing_model(dataclasses.replace(task, teacher_digest="other")) is None
     assert existing_model(dataclasses.replace(task, train=task.train[1:])) is None
 
 
-def test_folds_calibrate_on_every_image(root: str, tiny: Recipe) -> None:
-    task = task_in(root, dataclasses.replace(tiny, calibration_folds=2))
+def test_folds_calibrate_on_every_image(root: str, any_model: Recipe) -> None:
+    task = task_in(root, dataclasses.replace(any_model, calibration_folds=2))
     record = run_task(task, LIMITS, lambda told: None).record
     assert record
     assert record.fit.calibration_count == 8
     assert len(ModelStore(task.store).load("nut").calibration.scores) == 8
+    assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
+def test_what_a_task_stores_is_what_its_recipe_says(root: str, any_model: Recipe) -> None:
+    task, told = task_in(root, any_model), []
+    outcome = run_task(task, LIMITS, told.append)
+    record = outcome.record
+    assert record
+    fit, model = record.fit, ModelStore(task.store).load("nut")
+    assert (fit.train_count, fit.validation_count, fit.calibration_count) == (6, 2, 2)
+    epochs = [each for each in told if isinstance(each, Epoch)]
+    if any_model.student == "none":
+        assert (fit.epochs, fit.kept_epoch, fit.train_loss, fit.validation_loss, epochs) == (0, 0, None, None, [])
+        assert model.parts.student is None
+    else:
+        assert (fit.epochs, len(epochs)) == (2, 2)
+        assert fit.validation_loss == epochs[fit.kept_epoch - 1].validation_loss
+    banks = 4 if any_model.memory else 0
+    assert len(model.parts.memory) == banks
+    assert len(record.part_scales) == banks + (3 if model.parts.student else 0)
+    assert any("memory of 200 vectors in 4 banks" in each for each in told if isinstance(each, str)) == bool(banks)
+
+
+def test_a_second_fit_stores_the_same_bits(root: str, any_model: Recipe) -> None:
+    recipe = dataclasses.replace(any_model, calibration_folds=2)
+    tasks = [task_in(root, recipe, store) for store in ("one", "two")]
+    records = [run_task(task, LIMITS, lambda told: None).record for task in tasks]
+    assert contents(tasks[0]) == contents(tasks[1])
+    assert records[0]
+    assert records[1]
+    assert records[0].model_id == records[1].model_id
+    assert records[0].part_scales == records[1].part_scales
+    assert records[0].heatmap_scale == records[1].heatmap_scale
+
+
+@pytest.mark.parametrize("kind", ["student", "student and memory"])
 @pytest.mark.parametrize("dies_in_fold", [1, 2])
 def test_an_interrupted_calibration_goes_on_with_the_fold_it_was_in(
-    root: str, tiny: Recipe, dies_in_fold: int, monkeypatch: pytest.MonkeyPatch
+    root: str, kind: str, dies_in_fold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = dataclasses.replace(tiny, epochs=3, calibration_folds=2)
+    recipe = dataclasses.replace(MODELS[kind], epochs=3, calibration_folds=2)
     undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
     run_task(undisturbed, LIMITS, lambda told: None)
     trained: list[int] = []
@@ -135,8 +173,7 @@ def test_an_interrupted_calibration_goes_on_with_the_fold_it_was_in(
     trained.clear()
     run_task(task, EVERY_EPOCH, lambda told: None)
     assert trained == [2, 3] + [1, 2, 3] * (2 - dies_in_fold)
-    for name in ("student.safetensors", "calibration.parquet"):
-        assert storage.read(f"{task.store}/nut/{name}") == storage.read(f"{undisturbed.store}/nut/{name}")
+    assert contents(task) == contents(undisturbed)
     assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
@@ -222,17 +259,14 @@ def test_few_headers_are_read_for_a_size_and_broken_ones_left_to_loading(
         preprocessing_for(recipe, uris)
 
 
-@pytest.mark.parametrize("combine", ["product", "calibrated"])
-def test_images_of_mixed_proportions_are_fitted_without_their_padding(
-    root: str, tiny: Recipe, combine: Combine
-) -> None:
-    recipe = dataclasses.replace(tiny, resize="fit", combine=combine, validation_share=0.4)
+def test_images_of_mixed_proportions_are_fitted_without_their_padding(root: str, any_model: Recipe) -> None:
+    recipe = dataclasses.replace(any_model, resize="fit", validation_share=0.4)
     task = task_in(root, recipe)
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)
         storage.publish(task.train[i][0], encoded(pixels))
     record = run_task(task, LIMITS, lambda told: None).record
     assert record
-    assert 0 < record.fit.train_loss < 2
-    assert 0 < record.fit.validation_loss < 2
+    for loss in (record.fit.train_loss, record.fit.validation_loss):
+        assert 0 < loss < 2 if recipe.student != "none" else loss is None
     assert np.isfinite(ModelStore(task.store).load("nut").calibration.scores).all()

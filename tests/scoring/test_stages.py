@@ -31,24 +31,25 @@ from stpm.scoring.manifest import image_id, of_test_images
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
 from stpm.scoring.scorer import BatchSize, LoadedModels, Scorer
 from stpm.scoring.sources import Categories, rows_of
-from tests.conftest import LIMITS, TINY, preprocessing_of
+from tests.conftest import LIMITS, MODELS, TINY, preprocessing_of
 from tests.datasets import encoded, make_category
 
-CATEGORIES = ("grey", "nut")
+# One model of each kind: a mixed batch has to keep them apart.
+KINDS = {"grey": "student and memory", "nut": "student", "screw": "memory"}
+CATEGORIES = tuple(KINDS)
 PREPROCESSING = dict.fromkeys(CATEGORIES, preprocessing_of(64))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of two categories and a model of each."""
+    """A data set of some categories and a model of each."""
     root = tmp_path_factory.mktemp("run")
     for name in CATEGORIES:
         make_category(str(root / "data"), name, grey=name == "grey", kind="JPEG" if name == "grey" else "PNG")
         store = str(root / "models")
         digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
         category = mvtec.read_category(str(root / "data"), name)
-        # One of each way to combine levels: a mixed batch has to keep them apart.
-        recipe = dataclasses.replace(TINY, combine="calibrated" if name == "grey" else "product", validation_share=0.4)
+        recipe = dataclasses.replace(MODELS[KINDS[name]], validation_share=0.4)
         run_task(FitTask.of(category, recipe, store, digest), LIMITS, lambda told: None)
     return root
 
@@ -75,7 +76,7 @@ def _matcher(run: Path, model: Model) -> Matcher:
     record = model.record
     store = ModelStore(str(run / "models"))
     teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-    return Matcher(teacher, record.preprocessing, record.recipe.combine, torch.device("cpu"), record.precision)
+    return Matcher(teacher, record.preprocessing, torch.device("cpu"), record.precision)
 
 
 def test_pixels_travel_on_only_where_something_is_drawn_over_them(run: Path) -> None:
@@ -106,10 +107,21 @@ def test_every_row_of_a_mixed_batch_gets_its_own_models_score(run: Path) -> None
         matcher = _matcher(run, model)
         pixels = decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
         whole = np.array([[0, 0, 64, 64]], np.int32)
-        expected = matcher.anomaly_maps(matcher.distances(model.student, pixels[None]), whole, model.statistics)[0]
+        inputs = matcher.inputs(torch.from_numpy(pixels[None].copy()))
+        distances = matcher.distances(model.parts, matcher.teacher_features(inputs), inputs, whole)
+        recipe = model.record.recipe
+        (expected,) = matcher.anomaly_maps(distances, whole, recipe.fusing, model.record.part_scales)
         actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
-        np.testing.assert_allclose(actual, expected, atol=1e-4 * expected.max())
-        assert row["score"] == actual.max()
+        np.testing.assert_allclose(actual, expected.total, atol=1e-4 * np.abs(expected.total).max())
+        highest = np.sort(actual.ravel())[-max(round(recipe.top_fraction * 64 * 64), 1) :]
+        assert row["score"] == pytest.approx(highest.mean(), rel=1e-6)
+        score = expected.score(recipe.top_fraction)
+        for part, known in (("student_score", score.student), ("memory_score", score.memory)):
+            assert row[part] == (None if known is None else pytest.approx(known, rel=1e-3, abs=1e-3))
+        parts = [row[part] for part in ("student_score", "memory_score") if row[part] is not None]
+        assert len(parts) == {"student and memory": 2, "student": 0, "memory": 1}[KINDS[row["category"]]]
+        if parts:
+            assert sum(parts) == pytest.approx(row["score"], rel=1e-4, abs=1e-5)
         assert row["model_id"] == model.record.model_id
         assert row["is_anomalous"] == (row["score"] > row["threshold"])
         assert row["area"] == pytest.approx((actual > np.float32(row["threshold"])).mean())
@@ -239,7 +251,7 @@ def test_the_same_image_scores_the_same_in_any_batch(run: Path, tiny: Recipe) ->
     np.testing.assert_allclose(whole, alone, rtol=1e-4)
 
 
-@pytest.mark.parametrize("file", ["nut/student.safetensors", "teachers"])
+@pytest.mark.parametrize("file", ["nut/student.safetensors", "screw/memory.safetensors", "teachers"])
 def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_path: Path, file: str) -> None:
     shutil.copytree(run / "models", tmp_path / "models")
     damaged = tmp_path / "models" / file
@@ -248,7 +260,7 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
     damaged.write_bytes(b"x")
     decoded = Decode(PREPROCESSING)(manifest(run))
     out = Scorer(str(tmp_path / "models"), 0.3, raw_maps=False, overlays=False, threads=1)(decoded).to_pylist()
-    broken = {"nut"} if file.startswith("nut") else set(CATEGORIES)
+    broken = set(CATEGORIES) if file == "teachers" else {file.split("/", maxsplit=1)[0]}
     for row in out:
         assert (row["error_kind"] == "no_model") == (row["category"] in broken)
         assert (row["score"] is None) == (row["category"] in broken)
@@ -336,14 +348,20 @@ def test_the_models_used_last_are_kept_within_the_budget(run: Path, monkeypatch:
     original = ModelStore.load
     monkeypatch.setattr(ModelStore, "load", lambda self, name: loaded.append(name) or original(self, name))
     roomy = LoadedModels(store, torch.device("cpu"), 2**30)
-    for name in ("nut", "grey", "nut", "grey"):
+    for name in ("nut", "grey", "screw", "nut", "grey", "screw"):
         assert roomy.get(name).record.category == name
-    assert loaded == ["nut", "grey"]
+    assert loaded == ["nut", "grey", "screw"]
     loaded.clear()
     tight = LoadedModels(store, torch.device("cpu"), 1)
-    for name in ("nut", "nut", "grey", "nut"):
+    for name in ("nut", "nut", "grey", "nut", "screw", "nut"):
         assert tight.get(name).record.category == name
-    assert loaded == ["nut", "grey", "nut"]
+    assert loaded == ["nut", "grey", "nut", "screw", "nut"]
+    loaded.clear()
+    without_one = LoadedModels(store, torch.device("cpu"), sum(store.load(n).parts.nbytes for n in CATEGORIES) - 1)
+    loaded.clear()
+    for name in ("nut", "grey", "screw", "grey", "nut"):
+        assert without_one.get(name).record.category == name
+    assert loaded == ["nut", "grey", "screw", "nut"]
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
@@ -371,14 +389,14 @@ def test_a_member_of_an_archive_scores_as_the_file_does(run: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("resize", "shape"), [("fit", (19, 48)), ("crop", (64, 48)), ("stretch", (64, 48))])
 def test_images_of_other_proportions_are_scored_on_what_they_show(
-    tmp_path: Path, resize: Resize, shape: tuple[int, int]
+    tmp_path: Path, any_model: Recipe, resize: Resize, shape: tuple[int, int]
 ) -> None:
     """Images of 80 × 32 in an input of 64 × 48, height by width."""
     make_category(str(tmp_path / "data"), "long", shape=(32, 80))
     store = str(tmp_path / "models")
     digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(tmp_path / "data"), "long")
-    recipe = dataclasses.replace(TINY, size=Size("64x48"), resize=resize)
+    recipe = dataclasses.replace(any_model, size=Size("64x48"), resize=resize)
     record = run_task(FitTask.of(category, recipe, store, digest), LIMITS, lambda told: None).record
     assert record
     preprocessing = {"long": record.preprocessing}
@@ -394,7 +412,8 @@ def test_images_of_other_proportions_are_scored_on_what_they_show(
             levels = np.asarray(image)
         raw = np.frombuffer(row["anomaly_map"], np.float32).reshape(shape)
         np.testing.assert_array_equal(levels, record.heatmap_scale.apply(raw))
-        assert row["score"] == raw.max()
+        highest = np.sort(raw.ravel())[-max(round(recipe.top_fraction * raw.size), 1) :]
+        assert row["score"] == pytest.approx(highest.mean(), rel=1e-6)
         y, x = np.unravel_index(raw.argmax(), raw.shape)
         expected = left + int((x + 0.5) * across / 48), int((y + 0.5) * 32 / shape[0])
         assert (row["peak_x"], row["peak_y"]) == expected
