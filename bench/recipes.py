@@ -5,10 +5,10 @@
 
 Each choice is a change to preset `default`, fitted once for each category and seed, in one process and without Ray. A
 variant changes how the parts of that fit are fused, and leaves parts out: it needs no fit of its own. One JSON line per
-fit goes to FILE (what it holds already is not done again): seconds, validation loss, and for each variant image and
-pixel AUROC. `drawn` are faint scratches and displaced patches painted on held-out good images at their own resolution:
-it needs no label. `real` are the test images. Then two tables: the means over seeds, and for each category the figure
-of the choice that is best on all others.
+fit goes to FILE (what it holds already is not done again): seconds, validation loss, and for each variant image AUROC,
+pixel AUROC and AUPRO. `drawn` are faint scratches and displaced patches painted on held-out good images at their own
+resolution: it needs no label. `real` are the test images. Then two tables: the means over seeds, and for each category
+the figure of the choice that is best on all others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from tabulate import tabulate
 
 from stpm import images, mvtec, storage
 from stpm.calibration import part_scale
+from stpm.evaluation.category import AUPRO_LIMITS
 from stpm.evaluation.metrics import auroc
+from stpm.evaluation.pixels import PixelCounts
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
@@ -46,6 +48,7 @@ from stpm.recipe import PRESETS, Recipe
 _BUDGET = 4 * 2**30
 _BATCH = 16
 _DRAWN_PER_IMAGE = 4
+_METRICS = 3
 
 Masks = npt.NDArray[np.bool_]
 
@@ -125,18 +128,21 @@ def judge(parts: Parts, matcher: Matcher, shown: Sequence[tuple[bytes, Masks | N
 
 
 def figures(judged: Judged, normal: Judged, matcher: Matcher, recipe: Recipe, variant: str) -> list[float | None]:
-    """Image and pixel AUROC of a variant of a fit, its parts on the scales that `normal` gives."""
+    """Image AUROC, pixel AUROC and AUPRO of a variant of a fit, its parts on the scales that `normal` gives."""
     varied = changed(recipe, variant)
     scales = [part_scale(part_values(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
     distances = kept_parts(judged.distances, recipe, varied)
-    maps = matcher.anomaly_maps(distances, judged.content, varied.fusing, scales)
-    scores = np.array([each.score(varied.top_fraction).total for each in maps])
-    defects = np.concatenate([mask.ravel() for mask in judged.truth])
-    pixels = np.concatenate([each.total.ravel() for each in maps])
-    return [
-        round(auroc(judged.is_defect, scores), 4),
-        round(auroc(defects, pixels), 4) if defects.any() else None,
-    ]
+    scores = []
+    counts = PixelCounts.empty()
+    for start in range(0, len(judged.truth), _BATCH):
+        part = slice(start, start + _BATCH)
+        maps = matcher.anomaly_maps(distances.images(part), judged.content[part], varied.fusing, scales)
+        scores += [each.score(varied.top_fraction).total for each in maps]
+        counts += PixelCounts.of([each.total for each in maps], judged.truth[part])
+    values: list[float | None] = [auroc(judged.is_defect, np.array(scores)), None, None]
+    if any(mask.any() for mask in judged.truth):
+        values[1:] = counts.auroc().value, counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
+    return [value and round(value, 4) for value in values]
 
 
 def kept_parts(distances: Distances, fitted: Recipe, varied: Recipe) -> Distances:
@@ -195,7 +201,7 @@ def mask_of(uri: str) -> Masks | None:
 def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
     """Means over seeds of each choice and variant; and for each category what the best on the others gives there."""
     categories = sorted({line["category"] for line in lines})
-    by_choice: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    by_choice: dict[str, dict[str, list[list[float | None]]]] = {}
     for line in lines:
         for variant, of_kinds in line["variants"].items():
             name = " ".join(filter(None, (line["choice"], variant))) or "default"
@@ -211,10 +217,10 @@ def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
         return statistics.fmean(value for value in values if value is not None)
 
     def shown(name: str, category: str) -> str:
-        return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in (0, 1))
+        return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in range(_METRICS))
 
     rows = [
-        [name, *(shown(name, c) for c in categories), f"{average(name, 0):.4f} / {average(name, 1):.4f}"]
+        [name, *(shown(name, c) for c in categories), " / ".join(f"{average(name, m):.4f}" for m in range(_METRICS))]
         for name in whole
     ]
     chosen = {c: max(whole, key=lambda name: average(name, 0, but=c)) for c in categories}

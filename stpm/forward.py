@@ -64,10 +64,9 @@ class Distances:
     def maps(self) -> tuple[Tensor, ...]:
         return self.student + self.memory
 
-    def image(self, index: int) -> Distances:
-        """Those of one image: maps of (1, Hₗ, Wₗ)."""
-        one = slice(index, index + 1)
-        return Distances(tuple(d[one] for d in self.student), tuple(d[one] for d in self.memory))
+    def images(self, part: slice) -> Distances:
+        """Those of some of the images."""
+        return Distances(tuple(d[part] for d in self.student), tuple(d[part] for d in self.memory))
 
     @staticmethod
     def concatenate(batches: Sequence[Distances]) -> Distances:

@@ -61,7 +61,8 @@ def k_fold_scores(
 ) -> npt.NDArray[np.float32]:
     """One score for every image, from models that were fitted without it: ascending, of length N.
 
-    Each fold's student runs all epochs and keeps the last, so that no choice is made on the fold that it scores.
+    Each fold's student runs all epochs and keeps the last, so that no choice is made on the fold that it scores. There
+    are no more folds than leave two images in each: alone, an image would have to give its own scale.
 
     Args:
         features: the images and their features.
@@ -70,10 +71,11 @@ def k_fold_scores(
     """
     images, matcher = features.images, features.matcher
     order = np.random.default_rng(recipe.seed).permutation(len(images))
-    folds = [np.sort(fold) for fold in np.array_split(order, recipe.calibration_folds)]
+    count = min(recipe.calibration_folds, max(len(images) // 2, 2))
+    folds = [np.sort(fold) for fold in np.array_split(order, count)]
     without_choice = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores: list[float] = []
-    for fold, kept in zip(folds, checkpoints, strict=True):
+    for fold, kept in zip(folds, checkpoints[:count], strict=True):
         rest = np.setdiff1d(order, fold)
         memory = build_memory(features, rest, recipe)
         student = fit(features, rest, fold, without_choice, lambda epoch: None, kept).student
@@ -114,6 +116,6 @@ def _maps(
         return matcher.anomaly_maps(distances, content, recipe.fusing, ())
     of_images = zip(*(part_scales_without_each(part) for part in values), strict=True)
     return [
-        matcher.anomaly_maps(distances.image(i), content[i : i + 1], recipe.fusing, scales)[0]
+        matcher.anomaly_maps(distances.images(slice(i, i + 1)), content[i : i + 1], recipe.fusing, scales)[0]
         for i, scales in enumerate(of_images)
     ]
