@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from stpm.benchmark import BenchmarkOptions
 from stpm.cli import Job
 from stpm.errors import ConfigError
-from stpm.recipe import PRESETS, Recipe
+from stpm.recipe import PRESETS, Fusion, Recipe
 from tests.conftest import REPOSITORY
 
 
@@ -72,6 +73,43 @@ def test_the_resolved_configuration_is_printed_and_reads_back(
     assert job("benchmark").parse(["--config", str(tmp_path / "c.yaml")]) == job("benchmark").parse(argv)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--preset", preset] for preset in PRESETS),
+        [
+            "--student",
+            "none",
+            "--memory",
+            "100",
+            "--memory-levels",
+            "1,3",
+            "--smoothing",
+            "4",
+            "--top-fraction",
+            "0.01",
+        ],
+        ["--memory", "0", "--fusion", "sum"],
+    ],
+)
+def test_every_choice_of_a_recipe_is_printed_and_reads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        job("benchmark").parse(["--data", "x", *words, "--print-config"])
+    printed = capsys.readouterr().out
+    assert {field.name for field in dataclasses.fields(Recipe)} - {"seed"} <= yaml.safe_load(printed).keys()
+    (tmp_path / "c.yaml").write_text(printed)
+    assert recipe_of("--config", str(tmp_path / "c.yaml")) == recipe_of(*words)
+
+
+def test_the_parts_of_a_model_are_those_asked_for() -> None:
+    recipe = recipe_of("--student", "none", "--memory", "100", "--memory-levels", "1,3", "--top-fraction", "0.01")
+    assert (recipe.student, recipe.memory, recipe.memory_levels) == ("none", 100, (1, 3))
+    assert recipe.fusing == Fusion("quantile", 0.0, 0.01)
+    assert recipe_of("--memory", "0", "--fusion", "sum").fusing.method == "sum"
+
+
 @pytest.mark.parametrize("size", ["640x256", "auto"])
 def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     argv = ["--data", "x", "--preset", "paper", "--size", size]
@@ -93,6 +131,11 @@ def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.Captu
         (["--size", "big"], "'big' is not a size; give HEIGHTxWIDTH"),
         (["--size", "640x8"], "size is '640x8'; give 32 to 4096 pixels each, or auto"),
         (["--epochs", "0"], "epochs is 0; give at least 1"),
+        (["--student", "none", "--memory", "0"], "student is 'none'; give --memory too"),
+        (["--preset", "paper", "--memory", "9"], "fusion is 'product'; give quantile"),
+        (["--memory-levels", "3,2"], "memory-levels is"),
+        (["--fusion", "calibrated"], "fusion"),
+        (["--student", "big"], "student"),
         (["--no-such-option", "1"], "no-such-option"),
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),

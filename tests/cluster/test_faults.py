@@ -22,7 +22,9 @@ pytestmark = pytest.mark.cluster
 
 KILLS = range(int(os.environ.get("STPM_TEST_KILLS", "1")))
 CATEGORIES = ("a", "b", "c")
-LONG = ["--epochs", "60", "--workers", "2", "--checkpoint-seconds", "0", *TINY_RECIPE]
+MEMORY = ["--memory", "50", "--fusion", "quantile"]
+LONG = ["--epochs", "60", "--workers", "2", "--checkpoint-seconds", "0", *TINY_RECIPE, *MEMORY]
+FILES = ("student.safetensors", "memory.safetensors", "calibration.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     store = tmp_path_factory.mktemp("undisturbed")
     assert run_job("fit", "--data", data, "--models", str(store), *LONG).returncode == 0
-    return students(store)
+    return models(store)
 
 
-def students(store: Path) -> dict[str, bytes]:
+def models(store: Path) -> dict[str, bytes]:
+    """All files that scores depend on."""
     assert ModelStore(str(store)).categories() == list(CATEGORIES)
-    return {name: (store / name / "student.safetensors").read_bytes() for name in CATEGORIES}
+    return {f"{name}/{file}": (store / name / file).read_bytes() for name in CATEGORIES for file in FILES}
 
 
 def started(data: str, store: Path) -> subprocess.Popen[str]:
@@ -74,7 +77,7 @@ def test_a_killed_worker_costs_time_and_not_one_bit(
     print(out, err)
     assert process.returncode == 0
     assert "3 of 3 categories have a model" in out
-    assert students(tmp_path) == undisturbed
+    assert models(tmp_path) == undisturbed
 
 
 @pytest.mark.parametrize("kill", KILLS)
@@ -91,7 +94,7 @@ def test_a_killed_driver_is_taken_up_by_the_next_run(
             other.kill()
     again = run_job("fit", "--data", data, "--models", str(tmp_path), *LONG)
     assert again.returncode == 0
-    assert students(tmp_path) == undisturbed
+    assert models(tmp_path) == undisturbed
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("checkpoint*"))
 

@@ -19,7 +19,7 @@ from stpm.scoring.heatmaps import palette_png
 from stpm.scoring.manifest import of_test_images
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.target import Target
-from tests.conftest import TINY, preprocessing_of
+from tests.conftest import MODELS, TINY, preprocessing_of
 from tests.datasets import make_category
 
 SIZE = 64
@@ -33,12 +33,14 @@ def scored_run(
     broken: int = 0,
     unlabelled: int = 0,
     maps: bool = True,
+    parts: bool = False,
     types: tuple[str, ...] = ("square",),
     preprocessing: Preprocessing = PREPROCESSING,
 ) -> Target:
     """A run folder as scoring leaves it, with maps drawn by chance; defects score a little higher.
 
-    The first images, which are good, may be broken or without a label; defects take the types in turn.
+    The first images, which are good, may be broken or without a label; defects take the types in turn. Of a score with
+    parts, the student gives a quarter.
     """
     make_category(str(root / "data"), "nut", good=6, defects=6, masks=masks)
     rng = np.random.default_rng(1)
@@ -57,6 +59,9 @@ def scored_run(
         columns["label"][i] = "" if i < unlabelled else label if label == "good" else types[i % len(types)]
         columns["threshold"][i] = None if failed else 1.0
         columns["score"][i] = None if failed else float(anomaly_map.max())
+        if parts and not failed:
+            columns["student_score"][i] = 0.25 * float(anomaly_map.max())
+            columns["memory_score"][i] = 0.75 * float(anomaly_map.max())
         columns["is_anomalous"][i] = None if failed else bool(anomaly_map.max() > 1.0)
         columns["width"][i], columns["height"][i] = 40, 48
         columns["error_kind"][i] = "damaged" if failed else ""
@@ -90,6 +95,14 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
     intervals = {} if image is None else {"image_auroc": (image - 0.1, image + 0.1)}
     measured = Measured(Metrics(image_auroc=image, pixel_auroc=pixel), 4, 5, 0.0, undefined, intervals)
     return Result(record, Figures(**vars(measured), defects={"dent": measured}))
+
+
+def without_student(found: Result) -> Result:
+    """The same of a model that is a memory alone."""
+    fit = dataclasses.replace(found.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
+    recipe = dataclasses.replace(MODELS["memory"], seed=found.model.recipe.seed)
+    model = dataclasses.replace(found.model, recipe=recipe, fit=fit, files={"memory.safetensors": "m" * 64})
+    return dataclasses.replace(found, model=model)
 
 
 REPORT = Report(

@@ -17,7 +17,7 @@ from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.page import page
 from stpm.evaluation.report import Failure, Report, Result
 from tests.browser import check_page
-from tests.evaluation.runs import PREPROCESSING, result, scored_run
+from tests.evaluation.runs import PREPROCESSING, result, scored_run, without_student
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
 HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 0.2]}
@@ -27,7 +27,7 @@ def evil_report() -> Report:
     """Every text that may come from data is hostile, also those that `safe_name` would refuse."""
     sink = io.BytesIO()
     Image.new("RGB", (328, 160)).save(sink, "JPEG")
-    tile = Tile(f"s3://b/{EVIL}/{EVIL}.png", EVIL, 0.5, is_anomalous=True, picture=sink.getvalue())
+    tile = Tile(f"s3://b/{EVIL}/{EVIL}.png", EVIL, 0.5, EVIL, is_anomalous=True, picture=sink.getvalue())
     histogram = Histogram((0.1, 0.5, 1.0), {"good": (2, 1), EVIL: (0, 3)}, 0.6, logarithmic=False)
     results = []
     for name, value in ((EVIL, 0.9), ("b", 0.5), ("bottle", None), ("d", 0.7)):
@@ -84,9 +84,23 @@ def test_a_real_run_is_a_page(tmp_path: Path) -> None:
     target = scored_run(tmp_path)
     made = result("nut", 0, 0.5, 0.5)
     found = Result(made.model, evaluate(target, "nut", PREPROCESSING), HISTORY, galleries(target, "nut", PREPROCESSING))
-    tags = [tag for tag, _ in Tags(page(Report("data", [found], []))).found]
+    text = page(Report("data", [found], []))
+    tags = [tag for tag, _ in Tags(text).found]
     assert tags.count("svg") == 3
     assert tags.count("img") >= 4
+    assert " = student " not in text
+
+
+def test_a_score_that_is_a_sum_says_of_what(tmp_path: Path) -> None:
+    target = scored_run(tmp_path, parts=True)
+    made = without_student(result("nut", 0, 0.5, 0.5))
+    found = Result(made.model, evaluate(target, "nut", PREPROCESSING), {}, galleries(target, "nut", PREPROCESSING))
+    (worst, *_) = found.galleries["Largest scores"]
+    assert worst.parts == f"student {0.25 * worst.score:.3g} + memory {0.75 * worst.score:.3g}"
+    text = page(Report("data", [found], []))
+    assert f"{worst.score:.3g} = {worst.parts}" in text
+    # There are no losses to draw.
+    assert [tag for tag, _ in Tags(text).found].count("svg") == 2
 
 
 @pytest.fixture(scope="module")

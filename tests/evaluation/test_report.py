@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from stpm.evaluation.report import Failure, Report
 from tests.conftest import preprocessing_of
-from tests.evaluation.runs import REPORT, result
+from tests.evaluation.runs import REPORT, result, without_student
 
 
 def test_the_report_averages_over_seeds_and_then_over_categories() -> None:
@@ -24,7 +25,7 @@ def test_the_report_averages_over_seeds_and_then_over_categories() -> None:
     assert report["mean"]["image_auroc"] == 0.5
     assert report["mean"]["pixel_auroc"] == pytest.approx(0.8)
     assert list(a["seeds"]) == ["0", "1"]
-    assert a["seeds"]["1"]["model_id"] == "a-111111111111"
+    assert a["seeds"]["1"]["model_id"] == f"a-{hashlib.sha256(b'1' * 64).hexdigest()[:12]}"
     assert report["failures"] == [{"category": "c", "reason": "/data/c: no images"}]
 
 
@@ -73,6 +74,34 @@ def test_the_protocol_says_the_input_of_each_and_what_they_share() -> None:
     assert [both.as_json()["categories"][name]["input_size"] for name in ("a", "long")] == ["64x64", "96x32"]
     assert pq.read_table(io.BytesIO(both.as_parquet()))["input_size"].to_pylist() == ["64x64", "96x32"]
     assert "input varies, stretch, bilinear" in both.as_markdown()
+
+
+def test_a_model_without_a_student_is_reported_without_losses() -> None:
+    report = Report("data", [without_student(result("a", seed, 0.5, None)) for seed in (0, 1)], [])
+    values = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    a = values["categories"]["a"]
+    assert (a["train_loss"], a["validation_loss"]) == (None, None)
+    assert (values["recipe"]["student"], values["recipe"]["memory"]) == ("none", 50)
+    assert pq.read_table(io.BytesIO(report.as_parquet()))["train_loss"].to_pylist() == [None, None]
+    assert "0.5000" in report.as_text()
+    assert "0.5000" in report.as_markdown()
+
+
+@pytest.mark.parametrize(
+    ("fractions", "words"),
+    [
+        ([0.0], "maximum of the anomaly map"),
+        ([0.005], "mean of the highest 0.5 % of the anomaly map"),
+        ([0.02, 0.0], "maximum of the anomaly map, or mean of the highest 2 % of the anomaly map"),
+    ],
+)
+def test_the_protocol_says_what_a_score_is(fractions: list[float], words: str) -> None:
+    results = []
+    for i, fraction in enumerate(fractions):
+        made = result(f"c{i}", 0, 0.5, None)
+        recipe = dataclasses.replace(made.model.recipe, top_fraction=fraction)
+        results.append(dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe)))
+    assert Report("data", results, []).as_json()["protocol"]["image_score"] == words
 
 
 def test_defect_types_are_a_table_of_their_own(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def target(tmp_path: Path) -> Target:
         columns["category"][i] = category
         columns["threshold"][i] = 1.0 if category == "nut" else 100.0
         columns["score"][i] = None if i == 0 else (i / 50) * columns["threshold"][i]
+        if category == "nut" and i:
+            columns["student_score"][i], columns["memory_score"][i] = 0.25, columns["score"][i] - 0.25
         columns["p_value"][i] = None if i == 0 else 0.02
         columns["is_anomalous"][i] = None if i == 0 else i > 50
         columns["peak_x"][i] = columns["peak_y"][i] = i
@@ -92,6 +94,9 @@ def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_pa
         assert blue > red
         assert blue > green
     assert "script" not in text
+    # One of the two models says what its scores are made of.
+    assert sum("student 0.25 + memory " in piece for piece in page.texts) == 10
+    assert "student 0.25 + memory 1.71" in page.texts
 
 
 def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
