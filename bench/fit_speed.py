@@ -29,7 +29,7 @@ from stpm.fitting import loop
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.forward import place
+from stpm.forward import to_device
 from stpm.networks import Trunk
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import PRESETS, Recipe
@@ -38,7 +38,7 @@ _BUDGET = 4 * 2**30
 _EPOCHS = 4
 _WHOLE = 15
 
-Place = Callable[[Trunk, torch.device], Trunk]
+ToDevice = Callable[[Trunk, torch.device], Trunk]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def measured(
     keep_features: bool = True,
     decode_once: bool = True,
     keep_memory: bool = True,
-    placed: Place = place,
+    to_device_by: ToDevice = to_device,
 ) -> Speed:
     """One short fit, in a process of its own."""
     for name, value in KEEPING_MEMORY["env_vars"].items():
@@ -73,11 +73,11 @@ def measured(
         else:
             os.environ.pop(name, None)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (uris, recipe, threads, keep_features, decode_once, placed))
+        return pool.apply(_measured, (uris, recipe, threads, keep_features, decode_once, to_device_by))
 
 
 def _measured(
-    uris: list[str], recipe: Recipe, threads: int, keep_features: bool, decode_once: bool, placed: Place
+    uris: list[str], recipe: Recipe, threads: int, keep_features: bool, decode_once: bool, to_device_by: ToDevice
 ) -> Speed:
     torch.set_num_threads(threads)
     preprocessing = preprocessing_for(recipe, uris)
@@ -89,7 +89,7 @@ def _measured(
     before = time.perf_counter() - start
     train, held_out = split(len(loaded), recipe)
     ends = [time.perf_counter()]
-    with patch.object(loop, "place", placed):
+    with patch.object(loop, "to_device", to_device_by):
         fit(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))
     first, *later = np.diff(ends).tolist()
     again = 0.0 if decode_once else decoding
@@ -102,7 +102,7 @@ def contiguous(trunk: Trunk, device: torch.device) -> Trunk:
 
 
 def compiled(trunk: Trunk, device: torch.device) -> Trunk:
-    trunk = place(trunk, device)
+    trunk = to_device(trunk, device)
     trunk.net.compile()
     return trunk
 
@@ -131,10 +131,10 @@ def main() -> None:
         ("memory given back to the kernel", measured(uris, recipe, threads, keep_memory=False)),
         ("in float32", measured(uris, float32, threads)),
         ("teacher's features computed anew", measured(uris, recipe, threads, keep_features=False)),
-        ("channels first", measured(uris, recipe, threads, placed=contiguous)),
+        ("channels first", measured(uris, recipe, threads, to_device_by=contiguous)),
         ("images decoded anew in each epoch", measured(uris, recipe, threads, decode_once=False)),
         ("one thread", measured(uris, recipe, 1)),
-        ("torch.compile added", measured(uris, recipe, threads, placed=compiled)),
+        ("torch.compile added", measured(uris, recipe, threads, to_device_by=compiled)),
     ):
         rows.append(speed.row(name, best))
     print(tabulate(rows, ["measure", "images/s", "of all", "seconds"], tablefmt="github", disable_numparse=True))

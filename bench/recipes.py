@@ -42,7 +42,7 @@ from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.forward import Distances, Matcher, Parts, pick_device, resolve_precision
 from stpm.fusion import part_values
 from stpm.networks import architecture_of, load_teacher, trunk_from
-from stpm.preprocessing import Boxes
+from stpm.preprocessing import Boxes, Preprocessing
 from stpm.recipe import PRESETS, Recipe
 
 _BUDGET = 4 * 2**30
@@ -73,14 +73,19 @@ def changed(base: Recipe, text: str) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
+def matcher_of(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
+    """The recipe's teacher on this process's device."""
+    device = pick_device()
+    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
+    return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
+
+
 def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> dict[str, Any]:
     """Fit one model, and judge the category's test images and drawn defects by each variant of it."""
     uris = [uri for uri, _ in category.train]
     preprocessing = preprocessing_for(recipe, uris)
-    device = pick_device()
-    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
-    matcher = Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
+    matcher = matcher_of(recipe, preprocessing)
     start = time.perf_counter()
     good = load_images(uris, preprocessing, _BUDGET)
     features = TeacherFeatures(matcher, good, _BUDGET)
@@ -88,8 +93,8 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> di
     memory = build_memory(features, train, recipe)
     fitted = fit(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    parts = make_parts(fitted.student, memory, recipe, device)
-    tests = [(storage.read(image.uri), mask_of(image.mask)) for image in category.test]
+    parts = make_parts(fitted.student, memory, recipe, matcher.device)
+    tests = [(storage.read(image.uri), native_mask(image.mask)) for image in category.test]
     held = [storage.read(uris[i]) for i in held_out]
     # One half sets the scales, the other is drawn on: no image is judged by its own.
     normal = judge(parts, matcher, [(data, None) for data in held])
@@ -193,9 +198,15 @@ def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels
     return np.round(image * (1 - opacity) + other * opacity).astype(np.uint8), mask
 
 
-def mask_of(uri: str) -> Masks | None:
+def native_mask(uri: str) -> Masks | None:
     """A test image's ground truth at its own resolution; None if it has none."""
     return images.decode_mask(storage.read(uri)) if uri else None
+
+
+def mask_of(uri: str, preprocessing: Preprocessing, shape: tuple[int, ...]) -> Masks:
+    """A test image's ground truth at the shape of its anomaly map; empty if it has none."""
+    mask = native_mask(uri)
+    return np.zeros(shape, bool) if mask is None else images.resize_mask(mask, preprocessing)
 
 
 def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:

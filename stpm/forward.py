@@ -167,7 +167,8 @@ class Matcher:
         for i, (each, (left, top, right, bottom)) in enumerate(zip(total.cpu().numpy(), content.tolist(), strict=True)):
             box = slice(top, bottom), slice(left, right)
             student, memory = (None if maps is None else maps[i][box] for maps in arrays)
-            results.append(AnomalyMap(np.ascontiguousarray(each[box]), student, memory))
+            anomaly_map = AnomalyMap(np.ascontiguousarray(each[box]), student, memory)
+            results.append(anomaly_map.smoothed(fusion.smoothing))
         return results
 
 

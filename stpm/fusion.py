@@ -9,15 +9,16 @@ Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) at input s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import interpolate
 
 from stpm.calibration import PartScale
 from stpm.recipe import Fusion
@@ -58,24 +59,6 @@ def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = No
     return _resized(distances * valid, size) / _resized(valid.float(), size).clamp_min(_EPS)
 
 
-def smooth(maps: Tensor, sigma: float) -> Tensor:
-    """Maps smoothed by a Gaussian cut off at three deviations, borders repeated: (B, H, W) to the same.
-
-    Args:
-        maps: float32.
-        sigma: standard deviation in pixels; 0 returns the maps.
-    """
-    if not sigma:
-        return maps
-    # No wider than the map: beyond it there is nothing to average.
-    radius = min(math.ceil(3 * sigma), *maps.shape[1:])
-    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
-    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    padded = pad(maps[:, None], (radius, radius, radius, radius), mode="replicate")
-    return conv2d(conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
-
-
 @dataclass(frozen=True)
 class AnomalyMap:
     """An image's anomaly map, (H, W) float32, and what its parts add to it: `student` + `memory` = `total`.
@@ -86,6 +69,18 @@ class AnomalyMap:
     total: Map
     student: Map | None = None
     memory: Map | None = None
+
+    def smoothed(self, sigma: float) -> AnomalyMap:
+        """The map smoothed by a Gaussian cut off at three deviations, its borders repeated.
+
+        Args:
+            sigma: standard deviation in pixels; 0: as it is.
+        """
+        if not sigma:
+            return self
+        gaussian = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
+        student, memory = (None if part is None else gaussian(part) for part in (self.student, self.memory))
+        return AnomalyMap(gaussian(self.total), student, memory)
 
     def score(self, top_fraction: float) -> Score:
         """The mean of the highest values.
@@ -123,18 +118,18 @@ def fuse(
         student: distance maps of the student's levels, none if there is no student.
         memory: distance maps of the memory banks; the product and the sum take none.
         scales: of the student's levels, then of the banks; the product and the sum need none.
-        fusion: the method, and the smoothing.
+        fusion: the method; smoothing comes later, when padding is cut off.
         size: height and width of the input, pixels.
         valid: a (B, Hₗ, Wₗ) bool mask of the positions that count for each map, student's first; None: all count.
     """
     maps = [*student, *memory]
     if fusion.method == "product":
         levels = [upsample(d, size, v) for d, v in zip(maps, valid, strict=True)]
-        return smooth(torch.stack(levels).prod(dim=0), fusion.smoothing), None, None
+        return torch.stack(levels).prod(dim=0), None, None
     if fusion.method == "quantile":
         maps = [(d - s.low) / (s.spread * len(maps)) for d, s in zip(maps, scales, strict=True)]
     of_student, of_memory = (
-        smooth(_add(maps[part], valid[part], size), fusion.smoothing) if maps[part] else None
+        _add(maps[part], valid[part], size) if maps[part] else None
         for part in (slice(len(student)), slice(len(student), None))
     )
     total = torch.stack([part for part in (of_student, of_memory) if part is not None]).sum(dim=0)

@@ -108,8 +108,8 @@ class Recipe:
     )
     calibration_folds: int = option(
         0,
-        "calibrate on every good image: fit this many more students, each without a share of the images that it then "
-        "scores; 0: calibrate on the held-out images alone",
+        "calibrate on every good image: fit this many more models, each without a fraction of the images, two at "
+        "least, that it then scores; 0: calibrate on the held-out images alone",
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"

@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from stpm.calibration import PartScale, calibrate, part_scale, part_scales_without_each
-from stpm.fusion import AnomalyMap, fuse, part_values, smooth, upsample
+from stpm.fusion import AnomalyMap, fuse, part_values, upsample
 from stpm.matching import content_mask, distance_map
 from stpm.recipe import Fusion
 from tests.test_matching import boxes, features, reference_distance
@@ -79,35 +78,28 @@ def test_quantiles_bring_all_parts_to_one_scale_and_their_mean_is_the_map(levels
             np.testing.assert_allclose(part[0].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["product", "sum", "quantile"])
-def test_the_fused_map_is_what_is_smoothed(method: str) -> None:
-    maps, scales = random_maps((8, 6), (4, 3)), [PartScale(0.5, 0.9)] * 2
-    memory = [maps[1]] if method == "quantile" else []
-    arguments = maps[: 2 - len(memory)], memory, scales
-    plain, *_ = fuse(*arguments, Fusion(method), (32, 24), [None] * 2)
-    smoothed, *parts = fuse(*arguments, Fusion(method, smoothing=2.0), (32, 24), [None] * 2)
-    expected = [gaussian_filter(image, 2.0, mode="nearest", radius=6) for image in plain.numpy()]
-    np.testing.assert_allclose(smoothed.numpy(), expected, atol=1e-5)
-    if memory:
-        torch.testing.assert_close(parts[0] + parts[1], smoothed)
-
-
 @given(st.floats(0.3, 4.0), st.integers(13, 40), st.integers(13, 40))
 @settings(deadline=None, max_examples=30)
-def test_smoothing_is_a_gaussian_that_repeats_the_borders(sigma: float, height: int, width: int) -> None:
+def test_smoothing_averages_by_a_gaussian_and_repeats_the_borders(sigma: float, height: int, width: int) -> None:
     (maps,) = random_maps((height, width))
-    radius = int(np.ceil(3 * sigma))
-    expected = [gaussian_filter(image.double().numpy(), sigma, mode="nearest", radius=radius) for image in maps]
-    np.testing.assert_allclose(smooth(maps, sigma).numpy(), expected, atol=1e-5)
+    image = maps[0].numpy()
+    radius = int(3 * sigma + 0.5)
+    kernel = np.exp(-np.square(np.arange(-radius, radius + 1)) / (2 * sigma**2))
+    padded = np.pad(image.astype(np.float64), radius, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * radius + 1, 2 * radius + 1))
+    expected = np.einsum("hwyx,y,x->hw", windows, kernel / kernel.sum(), kernel / kernel.sum())
+    np.testing.assert_allclose(AnomalyMap(image).smoothed(sigma).total, expected, atol=1e-5)
 
 
-def test_a_map_smaller_than_the_gaussian_is_smoothed_too() -> None:
-    constant = torch.full((1, 3, 50), 0.7)
-    torch.testing.assert_close(smooth(constant, 100.0), constant)
-    (maps,) = random_maps((3, 50))
-    expected = [gaussian_filter(image.double().numpy(), 30.0, mode="nearest", radius=3) for image in maps]
-    np.testing.assert_allclose(smooth(maps, 30.0).numpy(), expected, atol=1e-5)
-    assert smooth(maps, 0.0) is maps
+def test_smoothing_keeps_the_parts_a_sum_and_sigma_zero_changes_nothing() -> None:
+    student, memory = (each[0].numpy() for each in random_maps((20, 30), (20, 30)))
+    plain = AnomalyMap(student + memory, student, memory)
+    smoothed = plain.smoothed(2.0)
+    assert smoothed.student is not None
+    assert smoothed.memory is not None
+    np.testing.assert_allclose(smoothed.student + smoothed.memory, smoothed.total, atol=1e-5)
+    assert plain.smoothed(0.0) is plain
+    assert AnomalyMap(student).smoothed(1.0).memory is None
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 0.99), st.integers(0, 1000))
@@ -162,7 +154,7 @@ def test_what_lies_on_the_padding_does_not_change_the_map(
     other = [torch.where(v, d, 1e6 * o) for v, d, o in zip(valid, maps, other, strict=True)]
     scales = [PartScale(0.5, 0.75)] * 3
     levels = 1 if method == "quantile" else 3
-    fusion = Fusion(method, smoothing=1.5)
+    fusion = Fusion(method)
     first, second = (
         fuse(d[:levels], d[levels:], scales, fusion, size, valid)[0][:, top:bottom, left:right] for d in (maps, other)
     )

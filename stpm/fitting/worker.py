@@ -103,7 +103,7 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
     calibrated = calibrate_model(parts, features, held_out, recipe)
     calibration = calibrated.calibration
     if recipe.calibration_folds:
-        tell(f"fitting {recipe.calibration_folds} more models, to calibrate on every image")
+        tell(f"fitting up to {recipe.calibration_folds} more models, to calibrate on every image")
         calibration = Calibration(k_fold_scores(features, recipe, of_folds), calibration.scale)
     record = store.save(
         category=task.category,
