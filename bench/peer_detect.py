@@ -35,11 +35,12 @@ import numpy.typing as npt
 import psutil
 import pyarrow.parquet as pq
 from peer_fit import timed
+from recipes import mask_of
 from tabulate import tabulate
 
-from stpm import images, mvtec, networks, storage
+from stpm import mvtec, networks, storage
 from stpm.evaluation.metrics import auroc
-from stpm.evaluation.pixels import Mask, PixelCounts
+from stpm.evaluation.pixels import PixelCounts
 from stpm.fitting.loop import split
 from stpm.models import ModelStore
 from stpm.preprocessing import Preprocessing
@@ -254,16 +255,9 @@ def figures(
     counts = PixelCounts.empty()
     for start in range(0, len(maps), _MAPS_AT_ONCE):
         part = slice(start, start + _MAPS_AT_ONCE)
-        masks = [mask_of(image.mask, seen) for image in shown[part]]
+        masks = [mask_of(image.mask, seen, (seen.height, seen.width)) for image in shown[part]]
         counts += PixelCounts.of(maps[part], masks)
     return image_auroc, counts.auroc().value, counts.aupro(0.3).value
-
-
-def mask_of(uri: str, seen: Preprocessing) -> Mask:
-    """A test image's ground truth at the size of its map; no URI is no defect."""
-    if not uri:
-        return np.zeros((seen.height, seen.width), bool)
-    return images.resize_mask(images.decode_mask(storage.read(uri)), seen)
 
 
 def why_not(method: str, teacher: Teacher, height: int, width: int) -> str:

@@ -41,6 +41,7 @@ from stpm.fitting.memory import build_memory
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.forward import Distances, Matcher, Parts, pick_device, resolve_precision
 from stpm.fusion import part_values
+from stpm.memory import KINDS
 from stpm.networks import architecture_of, load_teacher, trunk_from
 from stpm.preprocessing import Boxes, Preprocessing
 from stpm.recipe import PRESETS, Recipe
@@ -151,14 +152,11 @@ def figures(judged: Judged, normal: Judged, matcher: Matcher, recipe: Recipe, va
 
 
 def kept_parts(distances: Distances, fitted: Recipe, varied: Recipe) -> Distances:
-    """What a variant keeps of the parts of a fit: banks come by level, the same number for each."""
-    each = len(distances.memory) // max(len(fitted.memory_levels), 1)
-    levels = [level for level in fitted.memory_levels for _ in range(each)]
+    """What a variant keeps of the parts of a fit: the student's levels and banks of the levels that it names."""
+    student = [d for d, level in zip(distances.student, fitted.levels, strict=False) if level in varied.levels]
+    levels = [level for level in fitted.memory_levels for _ in KINDS]
     memory = [d for d, level in zip(distances.memory, levels, strict=False) if level in varied.memory_levels]
-    return Distances(
-        distances.student if varied.student != "none" else (),
-        tuple(memory) if varied.memory else (),
-    )
+    return Distances(tuple(student) if varied.student != "none" else (), tuple(memory) if varied.memory else ())
 
 
 def drawn_on(files: Sequence[bytes]) -> list[tuple[bytes, Masks | None]]:
