@@ -34,11 +34,10 @@ from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serial
 from stpm.options import Integers, Size
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
-from stpm.record import FORMAT, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
+from stpm.record import CALIBRATION, FORMAT, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
 
 _TEACHERS = "teachers"
 _RECORD = "model.json"
-_CALIBRATION = "calibration.parquet"
 _HISTORY = "history.parquet"
 _PICTURE = "loss.png"
 _CHECKPOINT = "checkpoint-{}.safetensors"
@@ -105,7 +104,7 @@ class ModelStore:
         fit: FitSummary,
     ) -> ModelRecord:
         """Publish a model in the place of an older one of the same category, if there is one."""
-        contents = {_CALIBRATION: storage.parquet(pa.table({"score": calibration.scores}))}
+        contents = {CALIBRATION: storage.parquet(pa.table({"score": calibration.scores}))}
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
         if memory:
@@ -167,7 +166,7 @@ class ModelStore:
             ModelError: if a file is missing, damaged or foreign.
         """
         record = self.record(category)
-        scores = self._table(record, _CALIBRATION).column("score").to_numpy().astype(np.float32)
+        scores = self._table(record, CALIBRATION).column("score").to_numpy().astype(np.float32)
         student = None
         if STUDENT in record.files:
             state = self._tensors(record, STUDENT)

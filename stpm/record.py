@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 
 from stpm import __version__
@@ -15,6 +16,7 @@ from stpm.recipe import Precision, Recipe
 FORMAT = 2
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
+CALIBRATION = "calibration.parquet"
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ class ModelRecord:
     created: str
     format: int = FORMAT
 
-    @property
+    @cached_property
     def model_id(self) -> str:
-        """The category, and a digest of all files that scores depend on."""
-        digests = "".join(self.files[name] for name in (STUDENT, MEMORY) if name in self.files)
-        return f"{self.category}-{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
+        """The category, and a digest of all that scores, p-values, verdicts and heatmaps depend on."""
+        files = [self.files.get(name) for name in (STUDENT, MEMORY, CALIBRATION)]
+        values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.part_scales, files)
+        digest = hashlib.sha256(repr((values, self.heatmap_scale)).encode()).hexdigest()
+        return f"{self.category}-{digest[:12]}"
 
 
 def library_versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stpm import storage
-from stpm.calibration import PartScale, calibrate
+from stpm.calibration import HeatmapScale, PartScale, calibrate
 from stpm.errors import DataError, ModelError
 from stpm.memory import KINDS, MemoryBank, fit_bank
 from stpm.models import ModelStore
@@ -163,6 +163,21 @@ def test_a_model_is_identified_by_its_student_and_its_memory(store: ModelStore) 
     ids = [save(store, recipe, seed=seed).model_id for recipe in recipes for seed in (0, 1)]
     assert len(set(ids)) == 6
     assert save(store, recipes[1]).model_id == ids[2]
+
+
+def test_a_model_is_another_where_the_same_weights_score_otherwise(store: ModelStore, tiny: Recipe) -> None:
+    """Else a pass would be taken for done that an earlier calibration, or another reduction to one score, made."""
+    record = save(store, dataclasses.replace(tiny, memory=50, fusion="quantile"))
+    others = [
+        dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, top_fraction=0.2)),
+        dataclasses.replace(record, preprocessing=preprocessing_of(64, 48, "stretch")),
+        dataclasses.replace(record, part_scales=(PartScale(0.1, 0.7),)),
+        dataclasses.replace(record, heatmap_scale=HeatmapScale(0.0, 9.0)),
+        dataclasses.replace(record, files=record.files | {"calibration.parquet": "0" * 64}),
+    ]
+    assert len({each.model_id for each in (record, *others)}) == 6
+    assert store.record("nut").model_id == record.model_id
+    assert dataclasses.replace(record, created="later", versions={}).model_id == record.model_id
 
 
 def test_without_a_record_there_is_no_model(store: ModelStore, tiny: Recipe) -> None:
