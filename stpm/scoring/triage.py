@@ -23,12 +23,14 @@ _COLUMNS = ["uri", "category", "score", *_PARTS, "threshold", "p_value", "is_ano
 # Pixels of the shorter and of the longer side of a picture.
 _SHORTER, _LONGEST = 256, 1024
 _READERS = 8
+# So that a threshold of 0 has an order too.
+_LEAST_THRESHOLD = 1e-30
 
 
 def write_triage(target: Target, most: int, preprocessing: Mapping[str, Preprocessing]) -> int:
     """Write the page beside the run's record, its pictures in it; returns how many images are on it.
 
-    Images of different models are ordered by how far they are above their model's threshold, as a ratio.
+    Images of different models are ordered by how far they are above their model's threshold, in units of its size.
 
     Args:
         target: a pass that has ended.
@@ -55,12 +57,15 @@ def _picture(target: Target, row: Mapping[str, Any], preprocessing: Preprocessin
 
 
 def most_anomalous(target: Target, most: int) -> list[dict[str, Any]]:
-    """The rows with the largest scores in units of their threshold, largest first; a few in memory at a time."""
+    """The rows whose scores are farthest above their threshold, first; a few in memory at a time.
+
+    The ratio of score and threshold less 1, as long as the threshold is above 0; fused by quantiles, it may be below.
+    """
     best: list[tuple[float, str, dict[str, Any]]] = []
     for batch in target.dataset().to_batches(_COLUMNS):
         for row in batch.to_pylist():
             if row["score"] is not None:
-                excess = row["score"] / row["threshold"] if row["threshold"] else float("inf")
+                excess = (row["score"] - row["threshold"]) / max(abs(row["threshold"]), _LEAST_THRESHOLD)
                 heapq.heappush(best, (excess, row["uri"], row | {"excess": excess}))
                 if len(best) > most:
                     heapq.heappop(best)

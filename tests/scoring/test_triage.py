@@ -74,8 +74,19 @@ class Page(HTMLParser):
 def test_the_order_is_by_score_over_threshold_across_models(target: Target) -> None:
     rows = most_anomalous(target, 7)
     assert [row["peak_x"] for row in rows] == [99, 98, 97, 96, 95, 94, 93]
-    assert rows[0]["excess"] == pytest.approx(99 / 50)
+    assert rows[0]["excess"] == pytest.approx(99 / 50 - 1)
     assert len(most_anomalous(target, 500)) == 99
+
+
+@pytest.mark.parametrize("threshold", [2.0, 0.0, -0.5])
+def test_whatever_the_sign_of_the_threshold_larger_scores_come_first(tmp_path: Path, threshold: float) -> None:
+    scores = [-3.0, 7.0, -0.75, 0.0, 2.5, -0.25]
+    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 6 for field in OUTPUT}
+    columns |= {"image_id": list(range(6)), "score": scores, "threshold": [threshold] * 6}
+    (tmp_path / "scores").mkdir()
+    pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
+    rows = most_anomalous(Target.alone(str(tmp_path)), 4)
+    assert [row["score"] for row in rows] == [7.0, 2.5, 0.0, -0.25]
 
 
 def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_path: Path) -> None:
