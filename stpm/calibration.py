@@ -60,7 +60,8 @@ class PartScale:
 
 def part_scale(values: Sequence[Floats]) -> PartScale:
     """The scale of a part, from its distances on each of some held-out normals, at least one."""
-    low, high = np.quantile(np.concatenate(values), (_LOW, _HIGH))
+    # Not interpolated: the same images twice have the same quantiles, and equal images score the same.
+    low, high = np.quantile(np.concatenate(values), (_LOW, _HIGH), method="inverted_cdf")
     return PartScale(float(low), float(high))
 
 

@@ -157,4 +157,8 @@ def _add_option(parser: ArgumentParser, field: dataclasses.Field[Any], kind: Any
 
 def _made_from(kind: type, values: Namespace) -> Any:
     names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in vars(values).items() if name in names})
+    chosen = {name: value for name, value in vars(values).items() if name in names}
+    for name, value in chosen.items():
+        if value is None:
+            raise ConfigError(f"{name.replace('_', '-')} is null; give a value, or leave it out")
+    return kind(**chosen)

@@ -26,12 +26,15 @@ from stpm.recipe import Fusion
 Map = npt.NDArray[np.float32]
 
 _EPS = 1e-12
-# Of an image's positions, evenly spaced: enough for the quantiles of a part.
+# Of the positions of an image, and of all: enough for the quantiles of a part.
 _SAMPLED = 1024
+_SAMPLED_IN_ALL = 256 * 1024
 
 
 def part_values(distances: Tensor, valid: Tensor | None = None) -> list[Map]:
-    """For each image up to 1,024 of a part's distances, evenly spaced over the positions that count.
+    """For each image some of a part's distances, evenly spaced over the positions that count.
+
+    1,024 of each image; of more than 256 images fewer, 16 at least, since calibration takes quantiles of all for each.
 
     Args:
         distances: (N, Hₗ, Wₗ).
@@ -42,7 +45,8 @@ def part_values(distances: Tensor, valid: Tensor | None = None) -> list[Map]:
         chosen = list(images)
     else:
         chosen = [row[keep] for row, keep in zip(images, valid.flatten(1).cpu().numpy(), strict=True)]
-    return [row[np.linspace(0, len(row) - 1, min(len(row), _SAMPLED)).astype(int)] for row in chosen]
+    most = max(min(_SAMPLED, _SAMPLED_IN_ALL // max(len(images), 1)), 16)
+    return [row[np.linspace(0, len(row) - 1, min(len(row), most)).astype(int)] for row in chosen]
 
 
 def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = None) -> Tensor:

@@ -173,6 +173,12 @@ class ModelStore:
             architecture = architecture_of(record.recipe.teacher)
             student = trunk_from(architecture, record.recipe.levels, state, self._uri(category, STUDENT))
         memory = _unnamed(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
+        parts = (len(record.recipe.levels) if student else 0) + len(memory)
+        if len(record.part_scales) != parts:
+            raise ModelError(
+                f"{self._uri(category, _RECORD)}: {len(record.part_scales)} part_scales for {parts} parts; fit the "
+                "model again"
+            )
         return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
 
     def folder(self, category: str) -> str:

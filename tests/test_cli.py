@@ -199,3 +199,10 @@ def test_what_takes_several_values_may_be_given_several_times() -> None:
 def test_a_list_option_without_a_value_is_an_error() -> None:
     with pytest.raises(ConfigError, match="require"):
         job("benchmark").parse(["--require"])
+
+
+@pytest.mark.parametrize("name", ["memory", "size", "student"])
+def test_a_null_in_the_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"{name}: null\n")
+    with pytest.raises(ConfigError, match=f"{name} is null; give a value"):
+        recipe_of("--config", str(tmp_path / "run.yaml"))

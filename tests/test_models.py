@@ -42,6 +42,21 @@ def student_of(recipe: Recipe, seed: int = 0) -> StateDict | None:
     return build_student(architecture_of(recipe.teacher), recipe.levels, seed, False).net.state_dict()
 
 
+def scales_of(recipe: Recipe) -> tuple[PartScale, ...]:
+    """As many as the recipe has parts, each another."""
+    parts = len(recipe.levels) * (recipe.student != "none") + len(banks(recipe))
+    return tuple(PartScale(i - 1.5, i + 0.25) for i in range(parts))
+
+
+def test_a_record_of_other_parts_than_the_files_is_refused(store: ModelStore, any_model: Recipe) -> None:
+    save(store, any_model)
+    uri = storage.join(store.folder("nut"), "model.json")
+    values = json.loads(storage.read(uri))
+    storage.publish(uri, json.dumps(values | {"part_scales": values["part_scales"][1:]}).encode())
+    with pytest.raises(ModelError, match=r"nut/model.json: \d part_scales for \d parts; fit the model again"):
+        store.load("nut")
+
+
 def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
     teacher = store.put_teacher(load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels))
     return store.save(
@@ -54,7 +69,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         student=student_of(recipe, seed),
         memory=banks(recipe, seed),
         calibration=CALIBRATION,
-        part_scales=(PartScale(0.1, 0.7), PartScale(-1.5, 3.25)),
+        part_scales=scales_of(recipe),
         picture=b"png",
         history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
         fit=SUMMARY,
@@ -86,7 +101,7 @@ def test_what_is_saved_loads(store: ModelStore, any_model: Recipe) -> None:
     assert model.record == record == store.record("nut")
     assert record.recipe == any_model
     assert record.preprocessing == preprocessing_of(64, 48, "fit")
-    assert record.part_scales == (PartScale(0.1, 0.7), PartScale(-1.5, 3.25))
+    assert record.part_scales == scales_of(any_model)
     np.testing.assert_array_equal(model.calibration.scores, CALIBRATION.scores)
     assert model.calibration.scale == CALIBRATION.scale
     assert store.categories() == ["nut"]

@@ -95,10 +95,9 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         if left < fixed.rows:
             say(f"{fixed.rows - left} are scored already, {left} are left")
         if left:
-            preprocessing = {name: record.preprocessing for name, record in records.items()}
             progress = Progress(left, say, show if watched() else None)
             try:
-                effort = score_shards(shards, preprocessing, of.store, of.options, of.target, progress)
+                effort = score_shards(shards, records, of.store, of.options, of.target, progress)
             except (RayError, SystemException, ExecutionTimeoutError) as error:
                 log.exception("the pipeline ended")
                 raise CutOffError(

@@ -16,7 +16,7 @@ from stpm.cluster import KEEPING_MEMORY, Resources, is_shared, working_nodes
 from stpm.errors import ConfigError
 from stpm.models import ModelStore
 from stpm.options import option
-from stpm.preprocessing import Preprocessing
+from stpm.record import ModelRecord
 from stpm.scoring.blocks import ManifestBlocks
 from stpm.scoring.checkpoint import checkpoints
 from stpm.scoring.decode import IMAGE_SECONDS, Decode
@@ -78,7 +78,7 @@ def planned(options: ScoreOptions, node: Resources) -> str:
 
 def score_shards(
     shards: Sequence[Shard],
-    preprocessing: Mapping[str, Preprocessing],
+    records: Mapping[str, ModelRecord],
     store: ModelStore,
     options: ScoreOptions,
     target: Target,
@@ -88,7 +88,8 @@ def score_shards(
 
     Args:
         shards: of schema MANIFEST, with the user's own columns.
-        preprocessing: that of each category's model; rows of any other category become rows with an error.
+        records: the model of each category; rows of any other category become rows with an error, and so do those whose
+            model is fitted anew meanwhile.
         store: the models.
         options: how.
         target: where to.
@@ -101,6 +102,7 @@ def score_shards(
         ConfigError: if the scorers do not fit the cluster.
     """
     blocks = ManifestBlocks(shards)
+    preprocessing = {name: record.preprocessing for name, record in records.items()}
     nodes = working_nodes()
     pool = ScorerPool.of(options.scorers, nodes, len(blocks), grows=is_shared())
     context = DataContext.get_current().copy()
@@ -132,6 +134,7 @@ def score_shards(
                     int(options.model_memory_gib * 2**30),
                     0,
                     report,
+                    {name: record.model_id for name, record in records.items()},
                 ),
                 compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.most),
                 batch_format="pyarrow",

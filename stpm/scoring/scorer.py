@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -45,6 +45,8 @@ class Scorer:
         memory: bytes of models that are kept loaded.
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
         report: told of each batch, and how long it took; None tells nobody.
+        model_ids: the model that each category's rows are to be scored by, where that was fixed; rows of one that was
+            fitted anew since become errors.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Scorer:
         memory: int = 2**30,
         threads: int = 0,
         report: Callable[[Done], None] | None = None,
+        model_ids: Mapping[str, str] | None = None,
     ) -> None:
+        self._model_ids = dict(model_ids or {})
         assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
         torch.set_num_threads(threads or max(int(assigned), 1))
         self._store = ModelStore(store)
@@ -138,7 +142,8 @@ class Scorer:
     def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
         preprocessing = matcher.preprocessing
         pixels = np.stack([np.frombuffer(columns["pixels"][i].as_buffer(), np.uint8) for i in rows])
-        inputs = matcher.inputs(torch.from_numpy(pixels.reshape(-1, preprocessing.height, preprocessing.width, 3)))
+        pixels = pixels.reshape(len(rows), preprocessing.height, preprocessing.width, 3)
+        inputs = matcher.inputs(torch.from_numpy(pixels))
         content = preprocessing.content_boxes((columns["width"][i], columns["height"][i]) for i in rows)
         teacher = matcher.features(matcher.teacher, inputs)
         start = 0
@@ -148,6 +153,7 @@ class Scorer:
             start = part.stop
             try:
                 model = self._models.get(category)
+                self._check(model.record)
             except ModelError as error:
                 self._records[category] = error
                 _fail(columns, members, "no_model", error)
@@ -186,10 +192,20 @@ class Scorer:
         """What is known of a category's model, or why there is none."""
         if category not in self._records:
             try:
-                self._records[category] = self._store.record(category)
+                record = self._store.record(category)
+                self._check(record)
+                self._records[category] = record
             except ModelError as error:
                 self._records[category] = error
         return self._records[category]
+
+    def _check(self, record: ModelRecord) -> None:
+        wanted = self._model_ids.get(record.category, record.model_id)
+        if record.model_id != wanted:
+            raise ModelError(
+                f"{self._store.uri}: {record.category} was fitted anew while it was used: {wanted} was bound to this "
+                f"run, {record.model_id} is there; score again with --fresh"
+            )
 
     def _matcher(self, sharing: Sharing, record: ModelRecord) -> Matcher:
         if sharing not in self._matchers:

@@ -267,6 +267,15 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
         assert ("its SHA-256 is" in row["error_message"]) == (row["category"] in broken)
 
 
+def test_rows_whose_model_was_fitted_anew_are_errors(run: Path) -> None:
+    store = str(run / "models")
+    bound = {name: ModelStore(store).record(name).model_id for name in CATEGORIES} | {"nut": "nut-of-yesterday"}
+    scorer = Scorer(store, 0.3, raw_maps=False, overlays=False, threads=1, model_ids=bound)
+    for row in scorer(Decode(PREPROCESSING)(manifest(run))).to_pylist():
+        assert (row["error_kind"] == "no_model") == (row["category"] == "nut")
+        assert ("nut-of-yesterday was bound to this run" in row["error_message"]) == (row["category"] == "nut")
+
+
 def test_the_users_own_columns_go_with_their_rows(run: Path, tmp_path: Path) -> None:
     rows = manifest(run)
     rows = rows.append_column("line", pa.array([f"line {i}" for i in range(rows.num_rows)]))
