@@ -30,7 +30,7 @@ _LEAST_THRESHOLD = 1e-30
 def write_triage(target: Target, most: int, preprocessing: Mapping[str, Preprocessing]) -> int:
     """Write the page beside the run's record, its pictures in it; returns how many images are on it.
 
-    Images of different models are ordered by how far they are above their model's threshold, in units of its size.
+    Images of different models are ordered by how far they are above their model's threshold.
 
     Args:
         target: a pass that has ended.
@@ -57,16 +57,24 @@ def _picture(target: Target, row: Mapping[str, Any], preprocessing: Preprocessin
 
 
 def most_anomalous(target: Target, most: int) -> list[dict[str, Any]]:
-    """The rows whose scores are farthest above their threshold, first; a few in memory at a time.
-
-    The ratio of score and threshold less 1, as long as the threshold is above 0; fused by quantiles, it may be below.
-    """
+    """The rows whose scores are farthest above their threshold, first; a few in memory at a time."""
     best: list[tuple[float, str, dict[str, Any]]] = []
     for batch in target.dataset().to_batches(_COLUMNS):
         for row in batch.to_pylist():
             if row["score"] is not None:
-                excess = (row["score"] - row["threshold"]) / max(abs(row["threshold"]), _LEAST_THRESHOLD)
+                excess = _excess(row)
                 heapq.heappush(best, (excess, row["uri"], row | {"excess": excess}))
                 if len(best) > most:
                     heapq.heappop(best)
     return [row for _, _, row in sorted(best, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _excess(row: Mapping[str, Any]) -> float:
+    """How far a score is above its threshold.
+
+    The difference, where scores are sums of parts that have one scale for all models; else in units of the threshold.
+    """
+    difference: float = row["score"] - row["threshold"]
+    if any(row[name] is not None for name in _PARTS):
+        return difference
+    return difference / max(abs(row["threshold"]), _LEAST_THRESHOLD)

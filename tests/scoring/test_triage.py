@@ -89,6 +89,16 @@ def test_whatever_the_sign_of_the_threshold_larger_scores_come_first(tmp_path: P
     assert [row["score"] for row in rows] == [7.0, 2.5, 0.0, -0.25]
 
 
+def test_sums_of_parts_are_ordered_by_the_difference_whatever_their_thresholds(tmp_path: Path) -> None:
+    scores, thresholds = [9.6, 12.2, 3.0], [0.1, 1.5, -2.0]
+    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 3 for field in OUTPUT}
+    columns |= {"image_id": list(range(3)), "score": scores, "memory_score": scores, "threshold": thresholds}
+    (tmp_path / "scores").mkdir()
+    pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
+    rows = most_anomalous(Target.alone(str(tmp_path)), 3)
+    assert [row["excess"] for row in rows] == pytest.approx([10.7, 9.5, 5.0])
+
+
 def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_path: Path) -> None:
     assert write_triage(target, 20, PREPROCESSING) == 20
     text = (tmp_path / "triage.html").read_text()
