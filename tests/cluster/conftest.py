@@ -57,7 +57,12 @@ def start_job(name: str, *options: str, **extra: str) -> subprocess.Popen[str]:
 
 def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
     process = start_job(name, *options, **extra)
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        # It would take the cores of all tests to come.
+        process.kill()
+        raise
     print(out, err, sep="\n")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
