@@ -74,7 +74,7 @@ def _excess(row: Mapping[str, Any]) -> float:
 
     The difference, where scores are sums of parts that have one scale for all models; else in units of the threshold.
     """
-    difference: float = row["score"] - row["threshold"]
+    score, threshold = float(row["score"]), float(row["threshold"])
     if any(row[name] is not None for name in _PARTS):
-        return difference
-    return difference / max(abs(row["threshold"]), _LEAST_THRESHOLD)
+        return score - threshold
+    return (score - threshold) / max(abs(threshold), _LEAST_THRESHOLD)
