@@ -48,10 +48,7 @@ def calibrate_model(parts: Parts, features: TeacherFeatures, held_out: Indices, 
         held_out: which images to use; none that the parts were fitted on.
         recipe: how the parts' distances are fused.
     """
-    distances = _distances(parts, features, held_out)
-    content = features.images.content[held_out]
-    values = _values(distances, content, features.matcher)
-    maps = _maps(distances, content, features.matcher, recipe, values)
+    maps, values = _held_out_maps(parts, features, held_out, recipe)
     scores = [each.score(recipe.top_fraction).total for each in maps]
     return Calibrated(calibrate(scores, [each.total for each in maps]), tuple(map(part_scale, values)))
 
@@ -69,9 +66,9 @@ def k_fold_scores(
         recipe: with the number of folds.
         checkpoints: where each fold's fit keeps its progress.
     """
-    images, matcher = features.images, features.matcher
-    order = np.random.default_rng(recipe.seed).permutation(len(images))
-    count = min(recipe.calibration_folds, max(len(images) // 2, 2))
+    total = len(features.images)
+    order = np.random.default_rng(recipe.seed).permutation(total)
+    count = min(recipe.calibration_folds, max(total // 2, 2))
     folds = [np.sort(fold) for fold in np.array_split(order, count)]
     without_choice = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores: list[float] = []
@@ -79,12 +76,20 @@ def k_fold_scores(
         rest = np.setdiff1d(order, fold)
         memory = build_memory(features, rest, recipe)
         student = fit(features, rest, fold, without_choice, lambda epoch: None, kept).student
-        parts = make_parts(student, memory, recipe, matcher.device)
-        distances = _distances(parts, features, fold)
-        values = _values(distances, images.content[fold], matcher)
-        maps = _maps(distances, images.content[fold], matcher, recipe, values)
+        parts = make_parts(student, memory, recipe, features.matcher.device)
+        maps, _ = _held_out_maps(parts, features, fold, recipe)
         scores += [each.score(recipe.top_fraction).total for each in maps]
     return np.sort(np.array(scores, np.float32))
+
+
+def _held_out_maps(
+    parts: Parts, features: TeacherFeatures, chosen: Indices, recipe: Recipe
+) -> tuple[list[AnomalyMap], list[list[npt.NDArray[np.float32]]]]:
+    """Anomaly maps of held-out images, and what the scales of the parts come from."""
+    distances = _distances(parts, features, chosen)
+    content = features.images.content[chosen]
+    values = _values(distances, content, features.matcher)
+    return _maps(distances, content, features.matcher, recipe, values), values
 
 
 def _distances(parts: Parts, features: TeacherFeatures, chosen: Indices) -> Distances:
