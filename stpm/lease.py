@@ -195,6 +195,7 @@ class Lease:
 
     def release(self) -> None:
         """Let others have it. The file stays, so that no number is ever used again."""
+        self.renew()
         if not self.problem():
             released = dataclasses.replace(self._holder, released=True)
             storage.publish(self._uri(self._number), released.encode(), durable=False)
