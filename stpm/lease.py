@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import shlex
 import signal
@@ -41,8 +40,6 @@ _MARGIN = 20.0
 _AFTERMATH = 5.0
 
 _FOLDER = ".lease"
-
-log = logging.getLogger(__name__)
 
 
 def _clock() -> float:
@@ -134,6 +131,7 @@ class Lease:
         self._sleep = sleep
         self._number = -1
         self._renewed = 0.0
+        self._failure = ""
         self._lost = ""
 
     def acquire(self, wait: bool, say: Say) -> None:
@@ -174,23 +172,28 @@ class Lease:
             self._sleep(_POLL)
 
     def renew(self) -> None:
-        """Say that the holder is alive, unless another has taken over."""
+        """Say that the holder is alive, unless another has taken over. What goes wrong is for the next time."""
         if self.problem():
             return
         now = self._clock()
-        number, data = self._latest()
-        holder = Holder.parse(data)
-        if number != self._number or holder.token != self._holder.token:
-            self._lost = f"{self.folder} was taken over by {holder}" if number >= 0 else f"{self.folder} was removed"
-            return
-        self._holder = dataclasses.replace(self._holder, beat=self._holder.beat + 1)
-        storage.publish(self._uri(self._number), self._holder.encode(), durable=False)
-        self._renewed = now
+        try:
+            number, data = self._latest()
+            holder = Holder.parse(data)
+            if number != self._number or holder.token != self._holder.token:
+                what = f"was taken over by {holder}" if number >= 0 else "was removed"
+                self._lost = f"{self.folder} {what}"
+                return
+            self._holder = dataclasses.replace(self._holder, beat=self._holder.beat + 1)
+            storage.publish(self._uri(self._number), self._holder.encode(), durable=False)
+        except Exception as error:  # noqa: BLE001  a client's of any kind: if it lasts, `problem` ends the run
+            self._failure = f" ({type(error).__name__}: {error})"
+        else:
+            self._renewed, self._failure = now, ""
 
     def problem(self) -> str:
         """Why the holder must write nothing more, or ""."""
         if not self._lost and self._clock() - self._renewed > TIMEOUT - _MARGIN:
-            self._lost = f"{self.folder}: its lease could not be renewed for {duration(TIMEOUT - _MARGIN)}"
+            self._lost = f"{self.folder}: its lease was not renewed for {duration(TIMEOUT - _MARGIN)}{self._failure}"
         return self._lost
 
     def release(self) -> None:
@@ -277,11 +280,7 @@ def _cut_off(problem: str) -> CutOffError:
 
 def _renew(lease: Lease, ended: threading.Event) -> None:
     while not ended.wait(_RENEWAL):
-        try:
-            lease.renew()
-        except Exception:
-            # Whatever it is: if it lasts, the other thread stops the run.
-            log.warning("the lease on %s could not be renewed", lease.folder, exc_info=True)
+        lease.renew()
 
 
 def _watch(lease: Lease, ended: threading.Event) -> None:
