@@ -132,6 +132,42 @@ FAULTS = (
         "It is a row with the error timeout; all others are scored.",
         "tests/scoring/test_time_limit.py::test_what_hangs_is_late_and_all_others_are_done",
     ),
+    Fault(
+        "Scoring: the same line is started twice, a second apart; then the one that runs is killed and started again",
+        "The second says who holds the run folder and ends with 1. After the kill the next takes over at once; the "
+        "same rows, each once.",
+        "tests/cluster/test_score_faults.py::test_one_run_at_a_time_writes_and_a_dead_ones_place_is_taken_at_once",
+    ),
+    Fault(
+        "A run was cut off from storage, or stood still, for so long that another took its folder over",
+        "It has stopped before, by itself, and writes nothing more. Exit code 2.",
+        "tests/test_lease.py::test_a_process_that_lost_its_lease_writes_nothing_more",
+    ),
+    Fault(
+        "Scoring: a category is fitted anew meanwhile",
+        "The pass ends with the model that it began with.",
+        "tests/scoring/test_stages.py::test_the_bound_model_scores_and_no_other",
+    ),
+    Fault(
+        "Scoring: `--fresh` is killed while it removes what was there",
+        "The next run takes up nothing of it: not its list of images, not its rows.",
+        "tests/scoring/test_passes.py::test_clearing_that_is_cut_off_leaves_no_pass_to_go_on_with",
+    ),
+    Fault(
+        "Fitting: an image was shot again, under the same name and of the same size",
+        "Its category is fitted again.",
+        "tests/fitting/test_worker.py::test_an_image_that_was_shot_again_is_another_though_its_name_and_size_are_the_same",
+    ),
+    Fault(
+        "A power cut leaves an empty or half a list of images",
+        "What is published is on the disk before its name is. A damaged list is said, and what to do.",
+        "tests/scoring/test_manifest.py::test_a_damaged_manifest_is_said",
+    ),
+    Fault(
+        "Kubernetes: the pod that creates a night's job is tried again",
+        "The night has one job: its name is the date.",
+        "tests/test_deploy.py::test_a_night_that_is_tried_again_has_one_job",
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from stpm.evaluation.report import Failure, Report, Result
 from stpm.evaluation.run import EvaluationOptions, conclude, evaluate_pass, problems_of
 from stpm.fitting.pool import PoolOptions
 from stpm.fitting.run import fit_categories, plan_of, read_categories, warn_of_few_normals
+from stpm.lease import WAIT_HELP, held
 from stpm.models import ModelStore
 from stpm.mvtec import Category
 from stpm.options import Integers, Names, option
@@ -45,6 +46,7 @@ class BenchmarkOptions:
     out: str = option("runs/benchmark", "run folder for models/, scores/, heatmaps/ and the report: a folder or a URI")
     categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
     seeds: Integers = option(Integers((0,)), "seeds to fit and score each category with, separated by commas")
+    wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -82,9 +84,10 @@ def run_benchmark(
             tasks = len(names) * len(options.seeds)
             say_plan({"fits": plan_of(pool, tasks), "then scores": partial(planned, scoring)}, say)
             return ALL_DONE
-        if not options.data:
-            demo.make(data)
-        return _run(options, data, out, recipe, pool, scoring, evaluation, requirements, say)
+        with held(out, options.wait, say):
+            if not options.data:
+                demo.make(data)
+            return _run(options, data, out, recipe, pool, scoring, evaluation, requirements, say)
 
 
 def _run(
@@ -108,7 +111,7 @@ def _run(
     if categories:
         with connected():
             stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
-            outcomes = fit_categories(categories, recipe, stores, pool, say)
+            outcomes = fit_categories(categories, recipe, stores, pool, options.wait, say)
             failures += [Failure(o.key, o.reason) for o in outcomes if o.status == "failed"]
             warn_of_few_normals(outcomes, scoring.false_alarm_rate, say)
             for seed, store in stores.items():

@@ -1,12 +1,15 @@
 """The model store: one folder per category, published whole, verified when loaded; no pickle anywhere.
 
-<store>/teachers/<digest>.safetensors     once per store
-<store>/<category>/student.safetensors    where the recipe has a student
-<store>/<category>/memory.safetensors     where it has a memory
-<store>/<category>/calibration.parquet    `score`: float32, ascending
-<store>/<category>/history.parquet        one row per epoch, where there is a student
-<store>/<category>/loss.png               the same as a picture
-<store>/<category>/model.json             written last; a folder without it is not a model
+<store>/teachers/<digest>.safetensors                once per store
+<store>/<category>/current.json                      the id of the category's model; written last of all
+<store>/<category>/<model id>/student.safetensors    where the recipe has a student
+<store>/<category>/<model id>/memory.safetensors     where it has a memory
+<store>/<category>/<model id>/calibration.parquet    `score`: float32, ascending
+<store>/<category>/<model id>/history.parquet        one row per epoch, where there is a student
+<store>/<category>/<model id>/loss.png               the same as a picture
+<store>/<category>/<model id>/model.json             written last; a folder without it is not a model
+
+A model is never changed, and a new one never removes an older one: what began with a model ends with it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -37,11 +40,20 @@ from stpm.recipe import Precision, Recipe
 from stpm.record import CALIBRATION, FORMAT, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
 
 _TEACHERS = "teachers"
+_CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
 _PICTURE = "loss.png"
 _CHECKPOINT = "checkpoint-{}.safetensors"
 _OF_BANK = ("mean", "whitening", "vectors")
+
+
+@dataclass(frozen=True)
+class Current:
+    """current.json: which model a category has now, and the images that it was last fitted on."""
+
+    model_id: str
+    data_fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,10 @@ class ModelStore:
         picture: bytes,
         fit: FitSummary,
     ) -> ModelRecord:
-        """Publish a model in the place of an older one of the same category, if there is one."""
+        """Publish a model and make it its category's; returns the record that is stored.
+
+        A fit that came to a model that is there already changes nothing in it, unless it is damaged.
+        """
         contents = {CALIBRATION: storage.parquet(pa.table({"score": calibration.scores}))}
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
@@ -115,7 +130,6 @@ class ModelStore:
             preprocessing=preprocessing,
             precision=precision,
             teacher_digest=teacher_digest,
-            data_fingerprint=data_fingerprint,
             heatmap_scale=calibration.scale,
             part_scales=part_scales,
             fit=fit,
@@ -123,15 +137,21 @@ class ModelStore:
             versions=library_versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        # Readers go by model.json: without it there is no model, and its digests tie its files together.
-        storage.remove(self._uri(category, _RECORD))
-        for name in (STUDENT, MEMORY, _HISTORY, _PICTURE):
-            if name not in contents:
-                storage.remove(self._uri(category, name))
-        for name, data in contents.items():
-            storage.publish(self._uri(category, name), data)
-        storage.publish(self._uri(category, _RECORD), json.dumps(dataclasses.asdict(record), indent=2).encode())
+        try:
+            record = self.record(category, record.model_id)
+            self.verify(record)
+        except ModelError:
+            self._publish(record, contents)
+        current = Current(record.model_id, data_fingerprint)
+        storage.publish(self._current_uri(category), json.dumps(dataclasses.asdict(current), indent=2).encode())
         return record
+
+    def _publish(self, record: ModelRecord, contents: Mapping[str, bytes]) -> None:
+        # Readers go by model.json: without it there is no model, and its digests tie its files together.
+        storage.remove(self._uri(record, _RECORD))
+        for name, data in contents.items():
+            storage.publish(self._uri(record, name), data)
+        storage.publish(self._uri(record, _RECORD), json.dumps(dataclasses.asdict(record), indent=2).encode())
 
     def categories(self) -> list[str]:
         """Names of the categories that have a model, sorted.
@@ -140,45 +160,74 @@ class ModelStore:
             ModelError: if the store is missing or holds no model.
         """
         fs, path = storage.filesystem(self.uri)
-        found = sorted(p.rstrip("/").split("/")[-2] for p in fs.glob(f"{fs._strip_protocol(path)}/*/{_RECORD}"))
+        found = sorted(p.rstrip("/").split("/")[-2] for p in fs.glob(f"{fs._strip_protocol(path)}/*/{_CURRENT}"))
         if not found:
             raise ModelError(f"{self.uri}: no models here; fit some with jobs/fit.py --models {self.uri}")
         return found
 
-    def record(self, category: str) -> ModelRecord:
+    def current(self, category: str) -> Current:
+        """Which model a category has.
+
+        Raises:
+            ModelError: if it has none.
+        """
+        uri = self._current_uri(category)
+        try:
+            return Current(**json.loads(storage.read(uri)))
+        except FileNotFoundError as error:
+            raise ModelError(f"{self.uri}: no model for category {category!r}") from error
+        except (TypeError, ValueError, OSError) as error:
+            raise ModelError(f"{uri}: cannot be read: {error}") from error
+
+    def record(self, category: str, model_id: str = "") -> ModelRecord:
         """A model's record.
+
+        Args:
+            category: its category.
+            model_id: which of the category's models; none: its current one.
 
         Raises:
             ModelError: if there is no such model, or the record is foreign or of another format.
         """
-        uri = self._uri(category, _RECORD)
+        model_id = model_id or self.current(category).model_id
+        uri = storage.join(self.folder(category), model_id, _RECORD)
         try:
-            return _record_from(json.loads(storage.read(uri)), uri)
+            record = _record_from(json.loads(storage.read(uri)), uri)
         except FileNotFoundError as error:
-            raise ModelError(f"{self.uri}: no model for category {category!r}") from error
+            raise ModelError(f"{self.uri}: no model {model_id} for category {category!r}") from error
         except (ValueError, OSError) as error:
             raise ModelError(f"{uri}: cannot be read: {error}") from error
+        if record.model_id != model_id:
+            raise ModelError(f"{uri}: this is {record.model_id}; fit the model again")
+        return record
 
-    def load(self, category: str) -> Model:
+    def verify(self, record: ModelRecord) -> None:
+        """Read every file of a model.
+
+        Raises:
+            ModelError: if one is missing or damaged.
+        """
+        for name, digest in record.files.items():
+            self._read_verified(self._uri(record, name), digest)
+
+    def load(self, category: str, model_id: str = "") -> Model:
         """A model, each file verified by its digest.
+
+        Args:
+            category: its category.
+            model_id: which of the category's models; none: its current one.
 
         Raises:
             ModelError: if a file is missing, damaged or foreign.
         """
-        record = self.record(category)
+        record = self.record(category, model_id)
         scores = self._table(record, CALIBRATION).column("score").to_numpy().astype(np.float32)
         student = None
         if STUDENT in record.files:
             state = self._tensors(record, STUDENT)
             architecture = architecture_of(record.recipe.teacher)
-            student = trunk_from(architecture, record.recipe.levels, state, self._uri(category, STUDENT))
+            student = trunk_from(architecture, record.recipe.levels, state, self._uri(record, STUDENT))
         memory = _unnamed(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
-        parts = (len(record.recipe.levels) if student else 0) + len(memory)
-        if len(record.part_scales) != parts:
-            raise ModelError(
-                f"{self._uri(category, _RECORD)}: {len(record.part_scales)} part_scales for {parts} parts; fit the "
-                "model again"
-            )
         return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
 
     def folder(self, category: str) -> str:
@@ -187,22 +236,25 @@ class ModelStore:
 
     def checkpoint_uri(self, category: str, number: int = 0) -> str:
         """Where a fit of this category keeps its progress while it runs; a task of several fits numbers them."""
-        return self._uri(category, _CHECKPOINT.format(number))
+        return storage.join(self.folder(category), _CHECKPOINT.format(number))
 
     def history(self, record: ModelRecord) -> pa.Table:
         """Loss per epoch: columns of `stpm.fitting.task.Epoch`; none if there is no student."""
         return self._table(record, _HISTORY) if _HISTORY in record.files else pa.table({})
 
     def _tensors(self, record: ModelRecord, name: str) -> StateDict:
-        uri = self._uri(record.category, name)
+        uri = self._uri(record, name)
         return deserialise(self._read_verified(uri, record.files[name]), uri)
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
-        data = self._read_verified(self._uri(record.category, name), record.files[name])
+        data = self._read_verified(self._uri(record, name), record.files[name])
         return pq.read_table(io.BytesIO(data))
 
-    def _uri(self, category: str, name: str) -> str:
-        return storage.join(self.folder(category), name)
+    def _uri(self, record: ModelRecord, name: str) -> str:
+        return storage.join(self.folder(record.category), record.model_id, name)
+
+    def _current_uri(self, category: str) -> str:
+        return storage.join(self.folder(category), _CURRENT)
 
     def _teacher_uri(self, digest: str) -> str:
         return storage.join(self.uri, _TEACHERS, f"{digest}.safetensors")

@@ -20,21 +20,25 @@ GOOD = "good"
 
 @dataclass(frozen=True)
 class TestImage:
-    """One test image. `label` is "good" or a defect type; `mask` is a URI, or "" if there is none."""
+    """One test image. `label` is "good" or a defect type; `mask` is a URI, or "" if there is none.
+
+    `versions` are those of the image and its mask, as `stpm.storage.versions` gives them.
+    """
 
     __test__ = False
 
     uri: str
     label: str
     mask: str
+    versions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Category:
-    """The images of one category, sorted by URI; `train` holds defect-free images with their sizes in bytes."""
+    """The images of one category, sorted by URI; `train` holds defect-free images with their versions."""
 
     name: str
-    train: tuple[tuple[str, int], ...]
+    train: tuple[tuple[str, str], ...]
     test: tuple[TestImage, ...]
 
 
@@ -61,21 +65,22 @@ def read_category(root: str, name: str) -> Category:
     """
     storage.safe_name(name, "category")
     folder = storage.join(root, name)
-    listed = [(uri, size) for uri, size in storage.files(folder) if uri.lower().endswith(SUFFIXES)]
+    versions = {uri: version for uri, version in storage.versions(folder) if uri.lower().endswith(SUFFIXES)}
     train, test, masks = [], [], {}
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
-    for uri, size in listed:
+    for uri, version in versions.items():
         match PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]:
             case ("train", "good", _):
-                train.append((uri, size))
+                train.append((uri, version))
             case ("test", label, _):
                 test.append((uri, label))
             case ("ground_truth", label, file):
                 masks[label, PurePosixPath(file).stem.removesuffix("_mask")] = uri
     if not train:
         raise DataError(f"{folder}: no images in train/good (of {', '.join(SUFFIXES)})")
-    return Category(
-        name=name,
-        train=tuple(train),
-        test=tuple(TestImage(uri, label, masks.get((label, PurePosixPath(uri).stem), "")) for uri, label in test),
-    )
+
+    def test_image(uri: str, label: str) -> TestImage:
+        mask = masks.get((label, PurePosixPath(uri).stem), "")
+        return TestImage(uri, label, mask, tuple(versions[each] for each in (uri, mask) if each))
+
+    return Category(name, tuple(train), tuple(test_image(uri, label) for uri, label in test))

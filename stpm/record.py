@@ -13,7 +13,7 @@ from stpm.calibration import HeatmapScale, PartScale
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
 
-FORMAT = 2
+FORMAT = 3
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
 CALIBRATION = "calibration.parquet"
@@ -49,7 +49,6 @@ class ModelRecord:
     preprocessing: Preprocessing
     precision: Precision
     teacher_digest: str
-    data_fingerprint: str
     heatmap_scale: HeatmapScale
     part_scales: tuple[PartScale, ...]
     fit: FitSummary

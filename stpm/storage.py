@@ -5,6 +5,7 @@ Objects are published whole: a reader sees the old bytes or the new ones, never 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -41,6 +42,9 @@ _LISTERS = 16
 # Seconds: a store that is away for longer is down.
 _PATIENCE = 60.0
 _LONGEST_PAUSE = 10.0
+
+# What of a file's listing changes with its bytes, the surest first: an upload of the same bytes keeps their checksum.
+_CHANGING = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "google", "urllib3")
 _UNFINISHED = ".part"
@@ -149,10 +153,15 @@ def _is_clients_own(error: BaseException) -> bool:
     return not isinstance(error, OSError) and type(error).__module__.partition(".")[0] in _CLIENTS
 
 
-def publish(uri: str, data: bytes) -> None:
+def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
     """Write an object so that no reader ever sees a part of it.
 
     Object stores are atomic per object; on a local disk the bytes go beside and are renamed.
+
+    Args:
+        uri: where to.
+        data: the object.
+        durable: it outlasts a power cut. Without it a local disk may lose what it was given in the last seconds.
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -164,17 +173,75 @@ def publish(uri: str, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            if durable:
+                # Else a disk may keep the new name and lose the bytes, which leaves an empty file.
+                file.flush()
+                os.fsync(file.fileno())
         Path(beside).chmod(0o644)
         Path(beside).replace(target)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+    if durable:
+        _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a disk keep the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network filesystems cannot, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def settle(uri: str) -> None:
+    """Wait until a local disk keeps all that it was given, also by others; nothing to do on an object store."""
+    if is_local(uri):
+        os.sync()
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write an object that is not there yet; returns False, and changes nothing, if it is.
+
+    Of several that try at once one succeeds, on local disks and where the store has a conditional put (S3, Google and
+    Azure have). On a local disk a reader may find the object before its bytes.
+
+    Args:
+        uri: where to.
+        data: bytes that nobody else would write: an attempt of this call that came through unseen is recognised by it.
+    """
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with Path(path).open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+
+    def act() -> bool:
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            # s3fs says EINVAL of a condition that failed, where the server does not repeat which.
+            if isinstance(error, FileExistsError) or error.errno == errno.EINVAL:
+                return False
+            raise
+        return True
+
+    return _with_patience(uri, act) or read(uri) == data
 
 
 def sweep(uri: str) -> None:
-    """Remove what writers that were killed left unfinished in a local folder; nobody may be writing there."""
+    """Remove what writers that were killed left unfinished under a local folder; nobody may be writing there."""
     if is_local(uri):
-        for left in Path(absolute(uri)).glob(f".*{_UNFINISHED}"):
+        for left in Path(absolute(uri)).rglob(f".*{_UNFINISHED}"):
             left.unlink(missing_ok=True)
 
 
@@ -208,6 +275,22 @@ def files(uri: str) -> list[tuple[str, int]]:
         (fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
         for name, info in found.items()
     )
+
+
+def versions(uri: str) -> list[tuple[str, str]]:
+    """Every file under a folder, at any depth, as (URI, version), sorted by URI; none if it is missing.
+
+    A file that is written anew has another version: its size with its checksum or tag in an object store, with its time
+    of modification on a disk. All of it comes with the listing.
+    """
+    fs, path = filesystem(uri)
+    found = fs.find(path, detail=True)
+    return sorted((_uri(fs, name), _version(info)) for name, info in found.items())
+
+
+def _version(info: dict[str, Any]) -> str:
+    marks = (info[name] for name in _CHANGING if info.get(name))
+    return f"{int(info['size'] or 0)} {next(marks, '')}"
 
 
 def stream(uri: str) -> Iterator[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +32,7 @@ def resources(group: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_rayjob_has_what_kuberay_asks_for() -> None:
     assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
+    assert RAYJOB["metadata"] == {"name": "stpm-score-YYYY-MM-DD"}, "two jobs of one night would have one run folder"
     assert set(RAYJOB["spec"]) <= {
         *("entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"),
     }
@@ -76,11 +80,44 @@ def test_each_night_has_one_job_and_may_create_it_and_nothing_else() -> None:
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert "YYYY-MM-DD" in pod["containers"][0]["command"][-1]
     assert RAYJOB["spec"]["entrypoint"].count("YYYY-MM-DD") == 2
+    assert cron["spec"]["jobTemplate"]["spec"]["backoffLimit"] == RAYJOB["spec"]["backoffLimit"] == 3
     mounted = pod["volumes"][0]["configMap"]["name"]
     kustomization = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
     assert [(made["name"], made["files"]) for made in kustomization["configMapGenerator"]] == [
         (mounted, ["rayjob.yaml"])
     ]
+
+
+KUBECTL = """#!/bin/sh
+cat >"$FOLDER/given"
+name=$(sed -n 's/^  name: //p' "$FOLDER/given")
+case $ANSWERS in
+  refusing) echo 'Error from server (Forbidden): rayjobs.ray.io is forbidden' >&2; exit 1;;
+  dying) touch "$FOLDER/$name"; exit 137;;
+esac
+if [ -e "$FOLDER/$name" ]; then
+  echo "Error from server (AlreadyExists): rayjobs.ray.io \\"$name\\" already exists" >&2; exit 1
+fi
+touch "$FOLDER/$name"
+"""
+
+
+def test_a_night_that_is_tried_again_has_one_job(tmp_path: Path) -> None:
+    """The command itself, with a kubectl that remembers what it created."""
+    cron, *_ = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
+    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    command = [word.replace("/etc/stpm", str(DEPLOY)) for word in container["command"]]
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    answers = ["refusing", "dying", "well", "well"]
+    variables = [{"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOLDER": str(tmp_path), "ANSWERS": a} for a in answers]
+    ran = [subprocess.run(command, env=each, capture_output=True, text=True, check=False) for each in variables]
+    assert [each.returncode for each in ran] == [1, 137, 0, 0]
+    assert "is forbidden" in ran[0].stdout
+    (created,) = [path.name for path in tmp_path.iterdir() if path.name not in ("kubectl", "given")]
+    assert re.fullmatch(r"stpm-score-\d{4}-\d\d-\d\d", created)
+    given = yaml.safe_load((tmp_path / "given").read_text())
+    assert f"--out s3://plant/scored/{created.removeprefix('stpm-score-')} " in given["spec"]["entrypoint"]
 
 
 @pytest.mark.parametrize("name", [meters.IMAGES, meters.ANOMALIES, meters.STAGE_SECONDS, meters.SCORER_WAIT_SECONDS])

@@ -48,13 +48,18 @@ def scales_of(recipe: Recipe) -> tuple[PartScale, ...]:
     return tuple(PartScale(i - 1.5, i + 0.25) for i in range(parts))
 
 
-def test_a_record_of_other_parts_than_the_files_is_refused(store: ModelStore, any_model: Recipe) -> None:
+def test_a_record_that_was_changed_is_not_that_models(store: ModelStore, any_model: Recipe) -> None:
     save(store, any_model)
-    uri = storage.join(store.folder("nut"), "model.json")
+    uri = stored(store, "model.json")
     values = json.loads(storage.read(uri))
     storage.publish(uri, json.dumps(values | {"part_scales": values["part_scales"][1:]}).encode())
-    with pytest.raises(ModelError, match=r"nut/model.json: \d part_scales for \d parts; fit the model again"):
+    with pytest.raises(ModelError, match=r"/model\.json: this is nut-.*; fit the model again"):
         store.load("nut")
+
+
+def stored(store: ModelStore, name: str) -> str:
+    """URI of a file of the current model."""
+    return storage.join(store.folder("nut"), store.current("nut").model_id, name)
 
 
 def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
@@ -140,7 +145,7 @@ def test_loaded_parts_know_their_size(tmp_path: Path, any_model: Recipe) -> None
     assert store.load("nut").parts.nbytes == sum(t.numel() * t.element_size() for t in tensors)
 
 
-COMMON = {"model.json", "calibration.parquet"}
+COMMON = {"current.json", "model.json", "calibration.parquet"}
 OF_STUDENT = {"student.safetensors", "history.parquet", "loss.png"}
 OF_MEMORY = {"memory.safetensors"}
 FILES = {
@@ -165,12 +170,30 @@ def test_a_store_holds_plain_files_and_its_teacher_once(store: ModelStore, kind:
 
 @pytest.mark.parametrize("before", FILES)
 @pytest.mark.parametrize("after", FILES)
-def test_a_new_model_takes_the_place_of_the_old(store: ModelStore, before: str, after: str) -> None:
+def test_a_new_model_leaves_the_old_one_as_it_was(store: ModelStore, before: str, after: str) -> None:
     first = save(store, MODELS[before])
+    old = {uri: storage.read(uri) for uri, _ in storage.files(store.folder("nut")) if first.model_id in uri}
+    assert len(old) == len(FILES[before]) - 1
     second = save(store, MODELS[after], seed=1)
     assert store.record("nut").model_id == second.model_id != first.model_id
-    assert names(store, "nut") == FILES[after]
     assert store.load("nut").record == second
+    assert store.load("nut", first.model_id).record == store.record("nut", first.model_id) == first
+    assert {uri: storage.read(uri) for uri in old} == old
+    with pytest.raises(ModelError, match="no model nut-1 for category 'nut'"):
+        store.load("nut", "nut-1")
+
+
+def test_a_fit_that_comes_to_the_same_model_changes_nothing_in_it_but_heals_it(store: ModelStore) -> None:
+    first = save(store, MODELS["student and memory"])
+    save(store, MODELS["student"])
+    uris = [uri for uri, _ in storage.files(store.folder("nut")) if first.model_id in uri]
+    before = {uri: storage.read(uri) for uri in uris}
+    assert save(store, MODELS["student and memory"]) == first == store.load("nut").record
+    assert {uri: storage.read(uri) for uri in uris} == before
+    storage.publish(uris[-1], b"x")
+    with pytest.raises(ModelError, match="its SHA-256 is"):
+        store.verify(first)
+    store.verify(save(store, MODELS["student and memory"]))
 
 
 def test_a_model_is_identified_by_its_student_and_its_memory(store: ModelStore) -> None:
@@ -197,7 +220,13 @@ def test_a_model_is_another_where_the_same_weights_score_otherwise(store: ModelS
 
 def test_without_a_record_there_is_no_model(store: ModelStore, tiny: Recipe) -> None:
     save(store, tiny)
-    storage.remove(storage.join(store.uri, "nut", "model.json"))
+    storage.remove(stored(store, "model.json"))
+    with pytest.raises(ModelError, match=r"no model nut-.* for category 'nut'"):
+        store.load("nut")
+    storage.publish(storage.join(store.folder("nut"), "current.json"), b"")
+    with pytest.raises(ModelError, match=r"current\.json: cannot be read"):
+        store.load("nut")
+    storage.remove(storage.join(store.folder("nut"), "current.json"))
     with pytest.raises(ModelError, match="no model for category 'nut'"):
         store.load("nut")
     with pytest.raises(ModelError, match="no models here; fit some"):
@@ -207,7 +236,7 @@ def test_without_a_record_there_is_no_model(store: ModelStore, tiny: Recipe) -> 
 @pytest.mark.parametrize("file", ["student.safetensors", "memory.safetensors", "calibration.parquet"])
 def test_damage_is_noticed(store: ModelStore, file: str) -> None:
     save(store, MODELS["student and memory"])
-    uri = storage.join(store.uri, "nut", file)
+    uri = stored(store, file)
     data = bytearray(storage.read(uri))
     data[len(data) // 2] ^= 1
     storage.publish(uri, bytes(data))
@@ -225,7 +254,7 @@ def test_a_damaged_teacher_is_noticed(store: ModelStore, tiny: Recipe) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "format 99, this version reads 2"),
+        ({"format": 99}, "format 99, this version reads 3"),
         ({"surprise": 1}, "surprise"),
         ({"heatmap_scale": {"low": 1}}, "edge"),
         ({"recipe": {"levels": [1], "memory_levels": [1], "size": "64", "epochs": 0}}, "epochs is 0"),
@@ -240,7 +269,7 @@ def test_a_foreign_record_says_what_differs(
 ) -> None:
     record = save(store, tiny)
     foreign = json.dumps(dataclasses.asdict(record) | change).encode()
-    storage.publish(storage.join(store.uri, "nut", "model.json"), foreign)
+    storage.publish(stored(store, "model.json"), foreign)
     with pytest.raises(ModelError, match=message):
         store.record("nut")
 
@@ -248,7 +277,7 @@ def test_a_foreign_record_says_what_differs(
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
 def test_a_record_that_is_no_record(store: ModelStore, tiny: Recipe, content: bytes) -> None:
     save(store, tiny)
-    storage.publish(storage.join(store.uri, "nut", "model.json"), content)
+    storage.publish(stored(store, "model.json"), content)
     with pytest.raises(ModelError, match=r"model.json"):
         store.record("nut")
 

@@ -18,7 +18,12 @@ def test_a_category_with_masks(root: str) -> None:
     make_category(root, "nut", train=3, good=2, defects=2)
     category = mvtec.read_category(root, "nut")
     assert [uri.rsplit("/", 1)[-1] for uri, _ in category.train] == ["000.png", "001.png", "002.png"]
-    assert all(size > 0 for _, size in category.train)
+    assert [*category.train] == storage.versions(f"{root}/nut/train")
+    # Figures of images or masks that were written anew are others'.
+    for uri in (category.test[0].uri, category.test[-1].mask):
+        storage.publish(uri, storage.read(uri))
+        before, category = category, mvtec.read_category(root, "nut")
+        assert before.test != category.test
     assert [(image.label, image.mask.rsplit("/", 1)[-1]) for image in category.test] == [
         ("good", ""),
         ("good", ""),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +49,41 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         storage.publish(uri, "not bytes")  # type: ignore[arg-type]
     assert storage.read(uri) == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_published_outlasts_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are on the disk before their name is, and the name before anybody goes on."""
+    done: list[tuple[str, str]] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(handle: int) -> None:
+        done.append(("sync", Path(f"/proc/self/fd/{handle}").readlink().name))
+        sync(handle)
+
+    def replaced(path: Path, target: Path) -> Path:
+        done.append(("rename", path.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    storage.publish(str(tmp_path / "x"), b"new")
+    (beside,) = [name for what, name in done if what == "rename"]
+    assert done == [("sync", beside), ("rename", beside), ("sync", tmp_path.name)]
+    done.clear()
+    storage.publish(str(tmp_path / "y"), b"new", durable=False)
+    assert [what for what, _ in done] == ["rename"]
+
+
+def test_a_file_that_is_written_anew_has_another_version(root: str) -> None:
+    for name in ("a", "b/c"):
+        storage.publish(f"{root}/{name}", b"123")
+    before = storage.versions(root)
+    assert before == storage.versions(root)
+    assert [uri for uri, _ in before] == [uri for uri, _ in storage.files(root)]
+    storage.publish(f"{root}/b/c", b"321")
+    after = storage.versions(root)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
 
 
 def test_remove_takes_a_folder_or_nothing(root: str) -> None:

@@ -119,18 +119,12 @@ def _models(target: Target, elsewhere: str) -> tuple[ModelStore, list[ModelRecor
     """The models that made a pass, from where they were, or from elsewhere.
 
     Raises:
-        DataError: if one was fitted anew since, or the pass has not ended.
+        DataError: if the pass has not come so far.
+        ModelError: if one of them is no longer there.
     """
     uri, made_by = Ledger(target.home).models()
     store = ModelStore(elsewhere or uri)
-    records = [store.record(category) for category in made_by]
-    for record in records:
-        if record.model_id != made_by[record.category]:
-            raise DataError(
-                f"{target.out}: {record.category} was scored by model {made_by[record.category]}, and {store.uri} has "
-                f"{record.model_id}; score again"
-            )
-    return store, records
+    return store, [store.record(category, model_id) for category, model_id in made_by.items()]
 
 
 def problems_of(results: Sequence[Result]) -> list[Failure]:

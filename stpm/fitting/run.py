@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from stpm import mvtec, storage
 from stpm.calibration import check_rate, shortfall
@@ -18,8 +19,9 @@ from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
 from stpm.fitting.training_images import normalisation_of
 from stpm.fitting.worker import existing_model
+from stpm.lease import WAIT_HELP, held
 from stpm.models import ModelStore
-from stpm.networks import load_teacher
+from stpm.networks import StateDict, load_teacher
 from stpm.options import Names, option
 from stpm.placement import ClusterOptions, on_cluster, say_plan
 from stpm.recipe import Recipe
@@ -40,6 +42,8 @@ class FitOptions:
         "the held-out normals are too few for it",
     )
 
+    wait: bool = option(False, WAIT_HELP)
+
     def __post_init__(self) -> None:
         for name in ("data", "models"):
             if not getattr(self, name):
@@ -52,26 +56,45 @@ def fit_categories(
     recipe: Recipe,
     stores: Mapping[int, str],
     pool: PoolOptions,
+    wait: bool,
     say: Say,
 ) -> list[Outcome]:
     """Fit one student per category and seed, in one pool; what the stores already hold is reused.
+
+    It holds each of the stores meanwhile.
 
     Args:
         categories: what to fit.
         recipe: how; its seed is replaced by each of the stores'.
         stores: model store by seed.
         pool: the workers.
+        wait: for another run that holds a store, instead of refusing.
         say: told of each epoch and outcome, a line each.
 
     Returns:
         One outcome per category and seed.
 
     Raises:
-        ConfigError: if the teacher or its normalisation cannot be had, or the workers do not fit the cluster.
+        ConfigError: if the teacher or its normalisation cannot be had, the workers do not fit the cluster, or another
+            run holds a store.
     """
     weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
     # What cannot be resolved fails here once, and not in each category.
     normalisation_of(recipe)
+    with ExitStack() as leases:
+        for store in stores.values():
+            leases.enter_context(held(store, wait, say))
+        return _fit_into(categories, recipe, stores, weights, pool, say)
+
+
+def _fit_into(
+    categories: Sequence[mvtec.Category],
+    recipe: Recipe,
+    stores: Mapping[int, str],
+    weights: StateDict,
+    pool: PoolOptions,
+    say: Say,
+) -> list[Outcome]:
     tasks = []
     for seed, store in stores.items():
         digest = ModelStore(store).put_teacher(weights)
@@ -162,7 +185,7 @@ def _fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, plan: bool, say
         say_plan({"fits": plan_of(pool, len(categories))}, say)
         return ALL_DONE
     outcomes = (
-        fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, say)
+        fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, options.wait, say)
         if categories
         else []
     )

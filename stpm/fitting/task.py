@@ -16,11 +16,11 @@ from stpm.record import ModelRecord
 class FitTask:
     """A student to fit: the category's images, how, and the store that it goes to.
 
-    `train` holds URIs with sizes in bytes.
+    `train` holds URIs with versions, as `stpm.storage.versions` gives them.
     """
 
     category: str
-    train: tuple[tuple[str, int], ...]
+    train: tuple[tuple[str, str], ...]
     recipe: Recipe
     store: str
     teacher_digest: str
@@ -41,8 +41,8 @@ class FitTask:
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """Changes when a training image is added, removed, renamed or resized (of its listing, not its bytes)."""
-        lines = (f"{uri.rsplit('/', 1)[-1]}\t{size}\n" for uri, size in self.train)
+        """Changes when a training image is added, removed, renamed or written anew. Taken from their listing."""
+        lines = (f"{uri.rsplit('/', 1)[-1]}\t{version}\n" for uri, version in self.train)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property

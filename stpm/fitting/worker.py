@@ -45,12 +45,14 @@ class Limits:
 
 def existing_model(task: FitTask) -> ModelRecord | None:
     """The model in the store, if it is the one that the task would make."""
+    store = ModelStore(task.store)
     try:
-        record = ModelStore(task.store).record(task.category)
+        current = store.current(task.category)
+        record = store.record(task.category, current.model_id)
     except ModelError:
         return None
     ours = (task.recipe, task.teacher_digest, task.data_fingerprint)
-    return record if ours == (record.recipe, record.teacher_digest, record.data_fingerprint) else None
+    return record if ours == (record.recipe, record.teacher_digest, current.data_fingerprint) else None
 
 
 def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]) -> Outcome:

@@ -17,7 +17,10 @@ _SUCCESS = "_SUCCESS"
 
 @dataclass(frozen=True)
 class Identity:
-    """All that decides a pass's rows, but the models. `manifest` is the digest of the rows where those are given."""
+    """All that decides a pass's rows, but the models.
+
+    `manifest` is the digest of the rows where those are given, `standard_input` says what came there where it was read.
+    """
 
     images: tuple[str, ...]
     false_alarm_rate: float
@@ -30,6 +33,7 @@ class Identity:
     category_from: str = ""
     allow: tuple[str, ...] = ()
     manifest: str = ""
+    standard_input: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,14 @@ class Ledger:
         self.run_uri = storage.join(home, _RUN)
         self._success_uri = storage.join(home, _SUCCESS)
 
-    def begin(self, identity: Identity) -> list[str]:
-        """Take up the pass that is there, or start one; returns what differs from the one that is there.
-
-        Where something differs nothing is changed.
-        """
-        now = json.loads(json.dumps(asdict(identity)))
+    def differences(self, identity: Identity) -> list[str]:
+        """What keeps a pass from being taken up as this one: nothing, or that there is none, or what differs."""
         before = self._read()
-        if before:
-            return _differences(before["identity"], now)
-        self._write({"identity": now, "started": _now(), "versions": library_versions()})
-        return []
+        return _differences(before["identity"], _as_json(identity)) if before else [f"{self.run_uri} is missing"]
+
+    def begin(self, identity: Identity) -> None:
+        """Start a pass."""
+        self._write({"identity": _as_json(identity), "started": _now(), "versions": library_versions()})
 
     def bind(self, models: dict[str, str], store: str) -> list[str]:
         """Say which model of a store scores which category; returns what differs from what an earlier run said.
@@ -110,7 +111,8 @@ class Ledger:
         values = self._require()
         if differences := _differences(values.get("models", models), models):
             return differences
-        self._write(values | {"models": models, "store": store})
+        if (values.get("models"), values.get("store")) != (models, store):
+            self._write(values | {"models": models, "store": store})
         return []
 
     def models(self) -> tuple[str, dict[str, str]]:
@@ -126,13 +128,14 @@ class Ledger:
 
     def done(self) -> Counts | None:
         """The counts of a pass that has ended, or None."""
-        if not storage.exists(self._success_uri):
-            return None
-        return Counts(**self._require()["counts"])
+        values = self._read() or {}
+        return Counts(**values["counts"]) if "counts" in values and storage.exists(self._success_uri) else None
 
     def finish(self, counts: Counts, effort: Effort) -> None:
         """Write the counts of the whole pass and what its last run took, and `_SUCCESS` last."""
         self._write(self._require() | {"counts": asdict(counts), "ended": _now(), "effort": asdict(effort)})
+        # The rows and pictures are others' writes, and must not be lost where `_SUCCESS` is kept.
+        storage.settle(self.run_uri)
         storage.publish(self._success_uri, b"")
 
     def effort(self) -> Effort:
@@ -146,10 +149,21 @@ class Ledger:
             raise DataError(f"{self.run_uri}: no record of a pass that has ended; run the score job first")
         return Effort(**values["effort"])
 
+    def page(self) -> int:
+        """Images that were asked for on the page of the most anomalous ones; 0 before it was written."""
+        return int((self._read() or {}).get("page", 0))
+
+    def wrote_page(self, top: int) -> None:
+        """Say that the page was written."""
+        self._write(self._require() | {"page": top})
+
     def clear(self) -> None:
-        """Forget the pass. `_SUCCESS` goes first."""
-        storage.remove(self._success_uri)
+        """Forget the pass.
+
+        The record goes first: without it whatever else is there counts for nothing. Then `_SUCCESS`, before any row.
+        """
         storage.remove(self.run_uri)
+        storage.remove(self._success_uri)
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -177,6 +191,12 @@ class Ledger:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+def _as_json(identity: Identity) -> dict[str, Any]:
+    """With lists for tuples, as it is read back."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(identity)))
+    return values
 
 
 def _now() -> str:

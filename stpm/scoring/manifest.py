@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, DataError
 from stpm.mvtec import Category
 from stpm.scoring.schema import MANIFEST, carried, table
 
@@ -117,12 +117,21 @@ def _with_columns(uri: str, own: dict[str, pa.DataType]) -> pa.Table:
 
 
 def read(folder: str) -> Manifest | None:
-    """What a folder holds, or None if no attempt to write it was finished."""
+    """What a folder holds, or None if no attempt to write it was finished.
+
+    Raises:
+        DataError: if its `manifest.json` is damaged.
+    """
+    uri = storage.join(folder, _WHOLE)
     try:
-        values = json.loads(storage.read(storage.join(folder, _WHOLE)))
+        values = json.loads(storage.read(uri))
+        return Manifest(**values | {"categories": tuple(values["categories"])})
     except FileNotFoundError:
         return None
-    return Manifest(**values | {"categories": tuple(values["categories"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{uri} is damaged, and with it the list of this pass's images ({error}); start over with --fresh"
+        ) from error
 
 
 def shards(folder: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -21,10 +21,12 @@ from stpm.models import ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
 from stpm.scoring.ledger import Counts, Effort, Identity, Ledger
+from stpm.scoring.manifest import Manifest
 from stpm.scoring.pipeline import ScoreOptions, score_shards
 from stpm.scoring.progress import Progress
 from stpm.scoring.remaining import remaining_shards
 from stpm.scoring.target import Target
+from stpm.scoring.triage import write_triage
 
 _SHOWN = 5
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
@@ -43,6 +45,7 @@ class Pass:
         store: the models.
         options: how to score.
         target: where to write.
+        top: images on the page of the most anomalous ones; 0: no page.
     """
 
     rows: Callable[[], Iterable[pa.Table]]
@@ -50,6 +53,7 @@ class Pass:
     store: ModelStore
     options: ScoreOptions
     target: Target
+    top: int = 0
 
 
 def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
@@ -71,13 +75,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         CutOffError: if storage, a node or Ray failed for good.
     """
     ledger = Ledger(of.target.home)
-    if start_over:
-        of.target.clear()
-    if differences := ledger.begin(of.identity):
-        _refuse_unless(replace, of.target, differences)
-        of.target.clear()
-        ledger.begin(of.identity)
-    fixed = manifest.read(of.target.manifest) or manifest.write(of.rows(), of.target.manifest)
+    fixed = take_up(of, start_over=start_over, replace=replace)
     say(fixed.in_words())
     records = _records(of.store, fixed.categories, say)
     if differences := ledger.bind({name: r.model_id for name, r in records.items()}, of.store.uri):
@@ -86,6 +84,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
     if counts := ledger.done():
         say(f"all of them are scored already, see {ledger.run_uri}")
         of.target.clear_state()
+        _write_page(of, ledger, records)
         return counts
     start = time.perf_counter()
     effort = Effort()
@@ -107,9 +106,34 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
     counts = count(of.target)
     if counts.rows != fixed.rows:
         raise ConfigError(f"{counts.rows} rows in {of.target.scores} for {fixed.rows} images; run again with --fresh")
+    _write_page(of, ledger, records)
     ledger.finish(counts, dataclasses.replace(effort, seconds=round(time.perf_counter() - start, 3)))
     of.target.clear_state()
     return counts
+
+
+def take_up(of: Pass, *, start_over: bool, replace: bool) -> Manifest:
+    """Go on with the pass that the target holds, or start one; returns its manifest.
+
+    Raises:
+        ConfigError: if the target holds rows of another pass.
+        DataError: if the sources, or the manifest that is there, cannot be read.
+    """
+    ledger = Ledger(of.target.home)
+    differences = [] if start_over else ledger.differences(of.identity)
+    if differences:
+        _refuse_unless(replace, of.target, differences)
+    if start_over or differences:
+        of.target.clear()
+        ledger.begin(of.identity)
+    return manifest.read(of.target.manifest) or manifest.write(of.rows(), of.target.manifest)
+
+
+def _write_page(of: Pass, ledger: Ledger, records: Mapping[str, ModelRecord]) -> None:
+    """Write triage.html, unless it is there with as many images as are wanted."""
+    if of.top and of.top != ledger.page():
+        write_triage(of.target, of.top, {name: record.preprocessing for name, record in records.items()})
+        ledger.wrote_page(of.top)
 
 
 def count(target: Target) -> Counts:
@@ -167,6 +191,6 @@ def _refuse_unless(replace: bool, target: Target, differences: list[str]) -> Non
     """A pass that has not written a row yet is nobody's loss."""
     if not replace and target.files():
         raise ConfigError(
-            f"{target.out} holds a pass that was made otherwise: {'; '.join(differences[:_SHOWN])}. Give another "
+            f"{target.out} holds the rows of another pass: {'; '.join(differences[:_SHOWN])}. Give another "
             "--out, or --fresh to remove it and start over"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import uuid
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ from stpm.scoring.ledger import Counts, Ledger
 from stpm.scoring.passes import Pass, run_pass
 
 SAMPLE = 200
-_FOLDER = "dry-run"
+_FOLDER = "dry-run-{}"
 _WRITTEN = (".parquet", ".png")
 
 
@@ -72,15 +73,15 @@ def rehearse(of: Pass, say: Say) -> None:
         DataError: if the sources cannot be read.
         ModelError: if no image of the sample has a model.
     """
-    home = storage.join(of.target.out, _FOLDER)
+    # A folder of its own: it holds no lease, so others may be at work, and at a dry run too.
+    home = storage.join(of.target.out, _FOLDER.format(uuid.uuid4().hex[:8]))
     listed = storage.join(home, "listed")
-    storage.remove(home)
     try:
         began = time.perf_counter()
         whole = manifest.write(of.rows(), listed)
         say(f"{whole.in_words()}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
         target = dataclasses.replace(of.target, out=home, home=home)
-        sample = dataclasses.replace(of, rows=lambda: evenly(listed, whole.rows, SAMPLE), target=target)
+        sample = dataclasses.replace(of, rows=lambda: evenly(listed, whole.rows, SAMPLE), target=target, top=0)
         began = time.perf_counter()
         counts = run_pass(sample, start_over=True, replace=True, say=say)
         seconds = time.perf_counter() - began

@@ -5,10 +5,13 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
+from ray.exceptions import RayTaskError
 
 from stpm import storage
+from stpm.errors import DataError
 from stpm.scoring import manifest
 from stpm.scoring.manifest import Shard
 from stpm.scoring.target import Target
@@ -20,9 +23,17 @@ _PENDING = ".pending.parquet"
 
 
 def remaining_shards(target: Target) -> list[Shard]:
-    """Shards that hold what is left of a pass. Needs a connection to Ray."""
+    """Shards that hold what is left of a pass. Needs a connection to Ray.
+
+    Raises:
+        DataError: if a checkpoint is damaged.
+    """
     remote = ray.remote(num_cpus=_CPUS)(_remaining)
-    shards: list[Shard] = ray.get(remote.remote(target.manifest, target.checkpoint, target.remaining))
+    try:
+        shards: list[Shard] = ray.get(remote.remote(target.manifest, target.checkpoint, target.remaining))
+    except RayTaskError as error:
+        # Ray's own text would be its traceback.
+        raise error.cause from error
     return shards
 
 
@@ -40,7 +51,7 @@ def _remaining(folder: str, checkpoint: str, remaining: str) -> list[Shard]:
     if not committed:
         with ThreadPoolExecutor(_READERS) as pool:
             return list(zip(shards, pool.map(storage.count_rows, shards), strict=True))
-    done = np.sort(np.concatenate([storage.read_table(uri)["image_id"].to_numpy() for uri in committed]))
+    done = np.sort(np.concatenate([_ids(uri) for uri in committed]))
     left: list[Shard] = []
     for uri in shards:
         table = storage.read_table(uri)
@@ -49,3 +60,14 @@ def _remaining(folder: str, checkpoint: str, remaining: str) -> list[Shard]:
             left.append((storage.join(remaining, uri.rsplit("/", 1)[-1]), kept.num_rows))
             storage.publish(left[-1][0], storage.parquet(kept, manifest.BLOCK_ROWS))
     return left
+
+
+def _ids(checkpoint: str) -> npt.NDArray[np.int64]:
+    try:
+        ids: npt.NDArray[np.int64] = storage.read_table(checkpoint)["image_id"].to_numpy()
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{checkpoint} is damaged, and with it what is known of the rows that are written ({error}); start over "
+            "with --fresh"
+        ) from error
+    return ids

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import IO
+
+import pyarrow as pa
 
 from stpm import storage
 from stpm.calibration import shortfall
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
 from stpm.errors import ConfigError, DataError, ModelError
+from stpm.lease import WAIT_HELP, held
 from stpm.models import ModelStore
 from stpm.options import Names, option
 from stpm.placement import ClusterOptions, on_cluster, say_plan
-from stpm.record import ModelRecord
-from stpm.scoring import manifest
 from stpm.scoring.heatmaps import Heatmaps, HeatmapsIn
-from stpm.scoring.ledger import Counts, Identity
+from stpm.scoring.ledger import Counts, Identity, Ledger
+from stpm.scoring.manifest import image_id
 from stpm.scoring.passes import Pass, failed_rows, run_pass
 from stpm.scoring.pipeline import ScoreOptions, planned
 from stpm.scoring.rehearsal import rehearse
 from stpm.scoring.sources import STANDARD_INPUT, Categories, rows_of
 from stpm.scoring.target import PartitionBy, Target
-from stpm.scoring.triage import write_triage
 
 _SHOWN = 10
 
@@ -67,6 +72,7 @@ class CollectionOptions:
         False, "list everything, score 200 images of it, and say what the whole would take; nothing is left behind"
     )
     fresh: bool = option(False, "remove what earlier runs left in the run folder, and start over")
+    wait: bool = option(False, WAIT_HELP)
     max_error_rate: float = option(0.01, "share of images, 0 to 1, that may be errors before the exit code is 2")
 
     def __post_init__(self) -> None:
@@ -84,7 +90,7 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: Clu
     """The score job. Returns its exit code: 0 all scored, 2 too many images could not be, 3 none could.
 
     Raises:
-        ConfigError: if the options cannot be run, or the run folder holds another pass.
+        ConfigError: if the options cannot be run, the run folder holds another pass, or another run is at work in it.
     """
     named = [collection.models, collection.out, *collection.allow]
     named += [source for source in collection.images if source != STANDARD_INPUT]
@@ -92,10 +98,14 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: Clu
         if cluster.plan:
             say_plan({"scores": partial(planned, options)}, say)
             return ALL_DONE
-        return _score(collection, options, say)
+        # A dry run writes to a folder of its own.
+        lease = nullcontext() if collection.dry_run else held(collection.out, collection.wait, say)
+        with lease, taken_in(sys.stdin if STANDARD_INPUT in collection.images else ()) as listed:
+            return _score(collection, options, listed, say)
 
 
-def _score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> int:
+def _score(collection: CollectionOptions, options: ScoreOptions, listed: tuple[str, IO[str]], say: Say) -> int:
+    digest, lines = listed
     target = dataclasses.replace(
         Target.alone(storage.absolute(collection.out)),
         heatmaps=collection.heatmaps,
@@ -118,33 +128,47 @@ def _score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> in
         category=collection.category,
         category_from=collection.category_from,
         allow=tuple(collection.allow),
+        standard_input=digest,
     )
-    of = Pass(lambda: rows_of(sources, categories, collection.allow, sys.stdin), identity, store, options, target)
+
+    def rows() -> Iterator[pa.Table]:
+        lines.seek(0)
+        return rows_of(sources, categories, collection.allow, lines)
+
+    of = Pass(rows, identity, store, options, target, collection.top)
+    ledger = Ledger(target.home)
     try:
         if collection.dry_run:
             rehearse(of, say)
             return ALL_DONE
+        again = not collection.fresh and ledger.done() is not None
         counts = run_pass(of, start_over=collection.fresh, replace=False, say=say)
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
-    records = _records(store, target)
-    if collection.top:
-        write_triage(target, collection.top, {record.category: record.preprocessing for record in records})
-    if warning := shortfall({r.category: r.fit.calibration_count for r in records}, options.false_alarm_rate):
+    _, models = ledger.models()
+    held_out = {name: store.record(name, model_id).fit.calibration_count for name, model_id in models.items()}
+    if warning := shortfall(held_out, options.false_alarm_rate):
         say(warning)
+    if not again:
+        for row in failed_rows(target, _SHOWN):
+            say(f"{row['uri']}: {row['error_kind']}: {row['error_message']}")
     return _tell(counts, target, collection.max_error_rate, say)
 
 
-def _records(store: ModelStore, target: Target) -> list[ModelRecord]:
-    """Of the models that scored something."""
-    fixed = manifest.read(target.manifest)
-    return [store.record(name) for name in sorted(set(store.categories()) & set(fixed.categories if fixed else ()))]
+@contextmanager
+def taken_in(lines: Iterable[str]) -> Iterator[tuple[str, IO[str]]]:
+    """Take in a list of URIs; gives what tells it from other lists, in whatever order, and a file that holds it."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape") as file:
+        number = total = 0
+        for line in filter(None, map(str.strip, lines)):
+            number += 1
+            total += image_id(line)
+            print(line, file=file)
+        yield f"{number} lines, digest {total % 2**64:016x}" if number else "", file
 
 
 def _tell(counts: Counts, target: Target, max_error_rate: float, say: Say) -> int:
-    for row in failed_rows(target, _SHOWN):
-        say(f"{row['uri']}: {row['error_kind']}: {row['error_message']}")
     kinds = ", ".join(f"{number} {kind}" for kind, number in counts.errors.items())
     say(
         f"{counts.rows} rows in {target.scores}: {counts.anomalous} anomalous, {counts.failed} with an error"

@@ -45,8 +45,7 @@ class Scorer:
         memory: bytes of models that are kept loaded.
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
         report: told of each batch, and how long it took; None tells nobody.
-        model_ids: the model that each category's rows are to be scored by, where that was fixed; rows of one that was
-            fitted anew since become errors.
+        model_ids: the model that scores each category's rows, and no other; None: those that are current.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Scorer:
         report: Callable[[Done], None] | None = None,
         model_ids: Mapping[str, str] | None = None,
     ) -> None:
-        self._model_ids = dict(model_ids or {})
+        self._model_ids = model_ids
         assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
         torch.set_num_threads(threads or max(int(assigned), 1))
         self._store = ModelStore(store)
@@ -152,8 +151,9 @@ class Scorer:
             part = slice(start, start + len(members))
             start = part.stop
             try:
-                model = self._models.get(category)
-                self._check(model.record)
+                if isinstance(known := self._records[category], ModelError):
+                    raise known
+                model = self._models.get(known)
             except ModelError as error:
                 self._records[category] = error
                 _fail(columns, members, "no_model", error)
@@ -190,22 +190,15 @@ class Scorer:
 
     def _record(self, category: str) -> ModelRecord | ModelError:
         """What is known of a category's model, or why there is none."""
+        if self._model_ids is not None and category not in self._model_ids:
+            return ModelError(f"{self._store.uri}: category {category!r} had no model when this run began")
         if category not in self._records:
             try:
-                record = self._store.record(category)
-                self._check(record)
-                self._records[category] = record
+                model_id = self._model_ids[category] if self._model_ids else ""
+                self._records[category] = self._store.record(category, model_id)
             except ModelError as error:
                 self._records[category] = error
         return self._records[category]
-
-    def _check(self, record: ModelRecord) -> None:
-        wanted = self._model_ids.get(record.category, record.model_id)
-        if record.model_id != wanted:
-            raise ModelError(
-                f"{self._store.uri}: {record.category} was fitted anew while it was used: {wanted} was bound to this "
-                f"run, {record.model_id} is there; score again with --fresh"
-            )
 
     def _matcher(self, sharing: Sharing, record: ModelRecord) -> Matcher:
         if sharing not in self._matchers:
@@ -230,10 +223,11 @@ class LoadedModels:
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._sizes: dict[str, int] = {}
 
-    def get(self, category: str) -> Model:
+    def get(self, record: ModelRecord) -> Model:
         """Raises ModelError if it cannot be loaded."""
+        category = record.category
         if category not in self._models:
-            model = self._store.load(category).to(self._device)
+            model = self._store.load(category, record.model_id).to(self._device)
             self._models[category] = model
             self._sizes[category] = model.parts.nbytes
             while len(self._models) > 1 and sum(self._sizes.values()) > self._memory:

@@ -106,7 +106,10 @@ class Target:
         )
 
     def clear(self) -> None:
-        """Remove what earlier runs of the pass left, whole or in part."""
+        """Remove what earlier runs of the pass left, whole or in part.
+
+        Cut off anywhere, it leaves no pass that a next run could take up.
+        """
         Ledger(self.home).clear()
         for uri in self.files():
             storage.remove(uri)

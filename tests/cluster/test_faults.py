@@ -45,7 +45,7 @@ def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def models(store: Path) -> dict[str, bytes]:
     """All files that scores depend on."""
     assert ModelStore(str(store)).categories() == list(CATEGORIES)
-    return {f"{name}/{file}": (store / name / file).read_bytes() for name in CATEGORIES for file in FILES}
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.name in FILES}
 
 
 def started(data: str, store: Path) -> subprocess.Popen[str]:

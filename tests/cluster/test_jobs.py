@@ -17,6 +17,12 @@ pytestmark = pytest.mark.cluster
 TINY_FIT = ["--epochs", "2", *TINY_RECIPE]
 
 
+def written() -> dict[str, int]:
+    """When each file of the run folder was written, in nanoseconds."""
+    found = (path for path in Path("run").rglob("*") if path.is_file() and path.parent.name != ".lease")
+    return {str(path.relative_to("run")): path.stat().st_mtime_ns for path in found}
+
+
 def test_fit_then_score_with_relative_paths(here: Path) -> None:
     make_category("data", "nut")
     make_category("data", "bolt")
@@ -44,6 +50,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     assert run["counts"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
     assert {path.name for path in (here / "run").iterdir()} == {
+        ".lease",
         "_SUCCESS",
         "heatmaps",
         "manifest",
@@ -59,9 +66,15 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     assert not list(Path("dry").rglob("*.*"))
 
     # Once more: nothing is done. Otherwise: nothing is touched.
+    before = written()
     again = run_job("score", "--models", "models", *images)
     assert again.returncode == 0
     assert "all of them are scored already" in again.stdout
+    assert written() == before
+    shorter = run_job("score", "--models", "models", *images, "--top", "3")
+    assert shorter.returncode == 0
+    assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
+    assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
     other = run_job("score", "--models", "models", *images, "--heatmaps", "none")
     assert other.returncode == 1
     assert "heatmaps was 'all' and is 'none'" in other.stderr

@@ -106,7 +106,7 @@ def score_options(root: Path, out: Path) -> list[str]:
 
 def students(store: Path) -> dict[str, bytes]:
     assert ModelStore(str(store)).categories() == list(CATEGORIES)
-    return {name: (store / name / "student.safetensors").read_bytes() for name in CATEGORIES}
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("student.safetensors")}
 
 
 def rows(out: Path) -> dict[str, tuple[str, float | None]]:

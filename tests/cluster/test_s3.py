@@ -21,11 +21,20 @@ def test_fit_alone_from_s3_to_s3(s3: dict[str, str]) -> None:
     make_category(data, "nut")
     options = ["--data", data, "--models", models, "--epochs", "3", "--checkpoint-seconds", "0", *TINY_RECIPE]
     assert run_job("fit", *options).returncode == 0
-    first = storage.read(f"{models}/nut/model.json")
+    first = storage.files(f"{models}/nut"), storage.read(f"{models}/nut/current.json")
     again = run_job("fit", *options)
     assert again.returncode == 0
     assert "is there already" in again.stdout
-    assert storage.read(f"{models}/nut/model.json") == first
+    assert (storage.files(f"{models}/nut"), storage.read(f"{models}/nut/current.json")) == first
+    # Written anew with the same bytes, an image keeps its checksum; with others of the same number it does not.
+    uri = f"{data}/nut/train/good/000.png"
+    before = storage.versions(f"{data}/nut")
+    storage.publish(uri, storage.read(uri))
+    assert storage.versions(f"{data}/nut") == before
+    storage.publish(uri, storage.read(uri)[:-1] + b"x")
+    assert [one for one, other in zip(storage.versions(f"{data}/nut"), before, strict=True) if one != other] == [
+        (uri, dict(storage.versions(f"{data}/nut"))[uri])
+    ]
     assert not [uri for uri, _ in storage.files(models) if "checkpoint" in uri or ".train" in uri]
 
 

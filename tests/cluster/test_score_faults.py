@@ -84,7 +84,7 @@ def check_same(root: Path, out: str) -> None:
                 pictures.append(np.asarray(image).astype(int))
         assert np.abs(pictures[0] - pictures[1]).max() <= 1
     names = {uri.removeprefix(f"{out}/").split("/")[0] for uri, _ in storage.files(out)}
-    assert names == {"_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "triage.html"}
+    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "triage.html"}
 
 
 def wait_for_rows(out: str, at_least: int) -> None:
@@ -149,5 +149,26 @@ def test_a_killed_driver_is_taken_up_by_the_next_run(kill: int, run: Path, out: 
     assert not storage.exists(f"{out}/_SUCCESS")
     again = score(run, out)
     assert again.returncode == 0
+    assert "are scored already" in again.stdout
+    check_same(run, out)
+
+
+def test_one_run_at_a_time_writes_and_a_dead_ones_place_is_taken_at_once(run: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    first = start_job("score", *arguments(run, out))
+    time.sleep(1)
+    rivals = [first, start_job("score", *arguments(run, out))]
+    wait_until(lambda: any(each.poll() is not None for each in rivals), "both went on")
+    winner, loser = sorted(rivals, key=lambda each: each.poll() is not None)
+    assert loser.returncode == 1
+    assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
+
+    # The driver alone is killed: what it had started goes on for a moment.
+    wait_for_rows(out, 1)
+    winner.kill()
+    again = score(run, out)
+    winner.communicate()
+    assert again.returncode == 0
+    assert "is held by" not in again.stdout
     assert "are scored already" in again.stdout
     check_same(run, out)

@@ -83,7 +83,6 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         preprocessing=PREPROCESSING,
         precision="float32",
         teacher_digest="t",
-        data_fingerprint="d",
         heatmap_scale=HeatmapScale(0.1, 1.0),
         part_scales=(),
         fit=FitSummary(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),

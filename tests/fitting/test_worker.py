@@ -39,9 +39,15 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
     return str(tmp_path) if request.param == "local" else memory
 
 
+def folder_of(task: FitTask) -> str:
+    """The folder of the category's model."""
+    store = ModelStore(task.store)
+    return f"{store.folder(task.category)}/{store.current(task.category).model_id}"
+
+
 def contents(task: FitTask) -> dict[str, bytes]:
     """Of the files that scores depend on, by name."""
-    folder = f"{task.store}/{task.category}"
+    folder = folder_of(task)
     return {
         name: storage.read(f"{folder}/{name}")
         for name in ("student.safetensors", "memory.safetensors", "calibration.parquet")
@@ -105,6 +111,27 @@ def test_a_model_is_done_only_for_its_own_recipe_teacher_and_images(root: str, a
     assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, smoothing=2.0))) is None
     assert existing_model(dataclasses.replace(task, teacher_digest="other")) is None
     assert existing_model(dataclasses.replace(task, train=task.train[1:])) is None
+
+
+def test_an_image_that_was_shot_again_is_another_though_its_name_and_size_are_the_same(
+    root: str, any_model: Recipe
+) -> None:
+    task = task_in(root, any_model)
+    run_task(task, LIMITS, lambda told: None)
+    uri = task.train[3][0]
+    data = storage.read(uri)
+    storage.publish(uri, data[:-1] + b"x")
+
+    def now() -> FitTask:
+        category = mvtec.read_category(f"{root}/data", "nut")
+        return FitTask.of(category, task.recipe, task.store, task.teacher_digest)
+
+    assert existing_model(now()) is None
+    # Fitted again on what is the same to the bit, it is the same model, and known as that.
+    storage.publish(uri, data)
+    assert existing_model(now()) is None
+    before = ModelStore(task.store).record("nut")
+    assert run_task(now(), LIMITS, lambda told: None).record == before == existing_model(now())
 
 
 def test_folds_calibrate_on_every_image(root: str, any_model: Recipe) -> None:
@@ -215,7 +242,7 @@ def test_broken_files_are_all_named(tmp_path: Path) -> None:
 def test_a_loss_curve_is_a_picture(root: str, tiny: Recipe) -> None:
     task = task_in(root, tiny)
     run_task(task, LIMITS, lambda told: None)
-    assert storage.read(f"{task.store}/nut/loss.png").startswith(b"\x89PNG")
+    assert storage.read(f"{folder_of(task)}/loss.png").startswith(b"\x89PNG")
 
 
 def test_a_size_that_is_auto_is_that_of_the_images(root: str, tiny: Recipe) -> None:

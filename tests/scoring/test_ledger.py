@@ -17,24 +17,26 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(str(tmp_path))
 
 
-def test_a_pass_is_taken_up_by_the_same_and_by_no_other(ledger: Ledger) -> None:
-    assert ledger.begin(IDENTITY) == []
-    assert ledger.begin(IDENTITY) == []
+def test_a_pass_is_taken_up_by_the_same_and_by_no_other(ledger: Ledger, tmp_path: Path) -> None:
+    assert ledger.differences(IDENTITY) == [f"{tmp_path}/run.json is missing"]
+    ledger.begin(IDENTITY)
+    assert ledger.differences(IDENTITY) == []
     other = dataclasses.replace(IDENTITY, false_alarm_rate=0.05, images=("s3://a",))
-    assert ledger.begin(other) == [
+    assert ledger.differences(other) == [
         "images was ['s3://a', 's3://b'] and is ['s3://a']",
         "false_alarm_rate was 0.01 and is 0.05",
     ]
-    assert ledger.begin(IDENTITY) == []
-    ledger.clear()
-    assert ledger.begin(other) == []
 
 
-def test_a_pass_is_bound_to_its_models(ledger: Ledger) -> None:
+def test_a_pass_is_bound_to_its_models(ledger: Ledger, tmp_path: Path) -> None:
     ledger.begin(IDENTITY)
     assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}, "store") == []
+    written = (tmp_path / "run.json").stat()
     assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}, "store") == []
+    assert (tmp_path / "run.json").stat() == written
     assert ledger.bind({"nut": "nut-2"}, "store") == ["nut was 'nut-1' and is 'nut-2'", "bolt was 'bolt-1' and is None"]
+    assert ledger.bind({"nut": "nut-1", "bolt": "bolt-1"}, "elsewhere") == []
+    assert ledger.models() == ("elsewhere", {"nut": "nut-1", "bolt": "bolt-1"})
 
 
 def test_success_comes_last_and_gives_the_counts(ledger: Ledger, tmp_path: Path) -> None:
@@ -60,4 +62,4 @@ def test_success_comes_last_and_gives_the_counts(ledger: Ledger, tmp_path: Path)
 def test_a_foreign_run_json_is_refused(ledger: Ledger, tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match="is not a run's record"):
-        ledger.begin(IDENTITY)
+        ledger.differences(IDENTITY)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm import storage
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, DataError
 from stpm.scoring import manifest
 from stpm.scoring.manifest import SeenIds, image_id
 from stpm.scoring.schema import MANIFEST, table
@@ -57,6 +57,14 @@ def test_an_attempt_that_was_cut_off_does_not_count(folder: str) -> None:
     assert manifest.read(folder) is None
     manifest.write([chunk(["new"])], folder)
     assert [row["uri"] for row in rows_in(folder)] == ["new"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
+def test_a_damaged_manifest_is_said(folder: str, content: bytes) -> None:
+    manifest.write([chunk(["a"])], folder)
+    storage.publish(f"{folder}/manifest.json", content)
+    with pytest.raises(DataError, match=r"manifest/manifest\.json is damaged, .* start over with --fresh"):
+        manifest.read(folder)
 
 
 def test_the_digest_is_of_the_rows(folder: str) -> None:

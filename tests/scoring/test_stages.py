@@ -254,9 +254,8 @@ def test_the_same_image_scores_the_same_in_any_batch(run: Path, tiny: Recipe) ->
 @pytest.mark.parametrize("file", ["nut/student.safetensors", "screw/memory.safetensors", "teachers"])
 def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_path: Path, file: str) -> None:
     shutil.copytree(run / "models", tmp_path / "models")
-    damaged = tmp_path / "models" / file
-    if damaged.is_dir():
-        damaged = next(damaged.iterdir())
+    folder, _, name = file.partition("/")
+    (damaged,) = (tmp_path / "models" / folder).rglob(name or "*.safetensors")
     damaged.write_bytes(b"x")
     decoded = Decode(PREPROCESSING)(manifest(run))
     out = Scorer(str(tmp_path / "models"), 0.3, raw_maps=False, overlays=False, threads=1)(decoded).to_pylist()
@@ -267,13 +266,27 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
         assert ("its SHA-256 is" in row["error_message"]) == (row["category"] in broken)
 
 
-def test_rows_whose_model_was_fitted_anew_are_errors(run: Path) -> None:
-    store = str(run / "models")
-    bound = {name: ModelStore(store).record(name).model_id for name in CATEGORIES} | {"nut": "nut-of-yesterday"}
-    scorer = Scorer(store, 0.3, raw_maps=False, overlays=False, threads=1, model_ids=bound)
-    for row in scorer(Decode(PREPROCESSING)(manifest(run))).to_pylist():
+def test_the_bound_model_scores_and_no_other(run: Path, tmp_path: Path) -> None:
+    """Whatever is fitted meanwhile."""
+    shutil.copytree(run / "models", tmp_path / "models")
+    store = ModelStore(str(tmp_path / "models"))
+    bound = {name: store.record(name).model_id for name in CATEGORIES}
+    decoded = Decode(PREPROCESSING)(manifest(run))
+    scorer = Scorer(store.uri, 0.3, raw_maps=False, overlays=False, threads=1, model_ids=bound)
+    before = scorer(decoded.slice(0, 1))
+    category = mvtec.read_category(str(run / "data"), "nut")
+    recipe = dataclasses.replace(MODELS[KINDS["nut"]], seed=5)
+    digest = store.record("nut").teacher_digest
+    run_task(FitTask.of(category, recipe, store.uri, digest), LIMITS, lambda told: None)
+    assert store.record("nut").model_id != bound["nut"]
+    out = pa.concat_tables([before, scorer(decoded.slice(1))]).to_pylist()
+    assert {row["category"]: row["model_id"] for row in out} == bound
+    assert {row["error_kind"] for row in out} == {""}
+    del bound["nut"]
+    unbound = Scorer(store.uri, 0.3, raw_maps=False, overlays=False, threads=1, model_ids=bound)
+    for row in unbound(decoded).to_pylist():
         assert (row["error_kind"] == "no_model") == (row["category"] == "nut")
-        assert ("nut-of-yesterday was bound to this run" in row["error_message"]) == (row["category"] == "nut")
+        assert ("had no model when this run began" in row["error_message"]) == (row["category"] == "nut")
 
 
 def test_the_users_own_columns_go_with_their_rows(run: Path, tmp_path: Path) -> None:
@@ -355,21 +368,22 @@ def test_the_batch_grows_while_that_is_faster() -> None:
 def test_the_models_used_last_are_kept_within_the_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, loaded = ModelStore(str(run / "models")), []
     original = ModelStore.load
-    monkeypatch.setattr(ModelStore, "load", lambda self, name: loaded.append(name) or original(self, name))
+    monkeypatch.setattr(ModelStore, "load", lambda self, name, of: loaded.append(name) or original(self, name, of))
+    records = {name: store.record(name) for name in CATEGORIES}
     roomy = LoadedModels(store, torch.device("cpu"), 2**30)
     for name in ("nut", "grey", "screw", "nut", "grey", "screw"):
-        assert roomy.get(name).record.category == name
+        assert roomy.get(records[name]).record.category == name
     assert loaded == ["nut", "grey", "screw"]
     loaded.clear()
     tight = LoadedModels(store, torch.device("cpu"), 1)
     for name in ("nut", "nut", "grey", "nut", "screw", "nut"):
-        assert tight.get(name).record.category == name
+        assert tight.get(records[name]).record.category == name
     assert loaded == ["nut", "grey", "nut", "screw", "nut"]
     loaded.clear()
-    without_one = LoadedModels(store, torch.device("cpu"), sum(store.load(n).parts.nbytes for n in CATEGORIES) - 1)
+    without_one = LoadedModels(store, torch.device("cpu"), sum(store.load(n, "").parts.nbytes for n in CATEGORIES) - 1)
     loaded.clear()
     for name in ("nut", "grey", "screw", "grey", "nut"):
-        assert without_one.get(name).record.category == name
+        assert without_one.get(records[name]).record.category == name
     assert loaded == ["nut", "grey", "screw", "nut"]
 
 

@@ -1,0 +1,246 @@
+"""The lease as a protocol: on several stores, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stpm import lease, storage
+from stpm.errors import ConfigError
+from stpm.lease import TIMEOUT, Holder, Lease, held
+from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
+from tests.datasets import make_category
+from tests.test_cli import job
+
+ELSEWHERE = Holder(token="a", host="far", machine="another boot", pid=7, born="1", command="jobs/score.py")
+
+
+class Clock:
+    """Time that passes where somebody sleeps; what happens meanwhile is called each time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.meanwhile: list[Callable[[], object]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for act in self.meanwhile:
+            act()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+    root = {"local": str(tmp_path), "memory": request.getfixturevalue("memory"), "s3": f"s3://bucket/{tmp_path.name}"}
+    return root[request.param]
+
+
+def lease_of(folder: str, clock: Clock, name: str = "b") -> Lease:
+    return Lease(folder, dataclasses.replace(ELSEWHERE, token=name), clock, clock.sleep)
+
+
+def test_of_many_that_create_an_object_at_once_one_succeeds(folder: str) -> None:
+    start, results = threading.Barrier(8), []
+
+    def attempt(i: int) -> None:
+        start.wait()
+        results.append((storage.create(f"{folder}/x", b"%d" % i), i))
+
+    threads = [threading.Thread(target=attempt, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [i for created, i in results if created]
+    assert storage.read(f"{folder}/x") == b"%d" % winner
+
+
+def test_who_renews_is_alive_and_named(folder: str, clock: Clock) -> None:
+    first = lease_of(folder, clock, "a")
+    first.acquire(False, print)
+    clock.meanwhile.append(first.renew)
+    with pytest.raises(ConfigError, match=r"is held by process 7 on far, since .*: jobs/score.py\. .* --wait"):
+        lease_of(folder, clock).acquire(False, print)
+    assert clock.now < TIMEOUT
+    assert not first.problem()
+
+
+def test_who_stands_still_has_stopped_by_the_time_that_another_takes_over(folder: str, clock: Clock) -> None:
+    first, second = lease_of(folder, clock, "a"), lease_of(folder, clock)
+    first.acquire(False, print)
+    stopped: list[float] = []
+    clock.meanwhile.append(lambda: stopped.append(clock.now) if first.problem() else None)
+    second.acquire(False, print)
+    assert stopped[0] < TIMEOUT <= clock.now
+    assert "was not renewed for 70 s" in first.problem()
+    before = storage.files(folder), storage.read(f"{folder}/.lease/1.json")
+    first.renew()
+    first.release()
+    assert (storage.files(folder), storage.read(f"{folder}/.lease/1.json")) == before
+    second.renew()
+    assert not second.problem()
+
+
+def test_of_two_who_watch_a_dead_holder_one_gets_its_lease(folder: str, clock: Clock) -> None:
+    lease_of(folder, clock, "dead").acquire(False, print)
+    # It has watched for longer.
+    faster = lease_of(folder, Clock())
+
+    def meanwhile() -> None:
+        if clock.now == TIMEOUT - 10:
+            faster.acquire(False, print)
+        elif clock.now > TIMEOUT - 10:
+            faster.renew()
+
+    clock.meanwhile.append(meanwhile)
+    with pytest.raises(ConfigError, match="is held by"):
+        lease_of(folder, clock, "c").acquire(False, print)
+    assert not faster.problem()
+
+
+def test_a_holder_that_sees_a_higher_number_or_nothing_stops(folder: str, clock: Clock) -> None:
+    first = lease_of(folder, clock, "a")
+    first.acquire(False, print)
+    storage.create(f"{folder}/.lease/1.json", dataclasses.replace(ELSEWHERE, host="new").encode())
+    first.renew()
+    assert "was taken over by process 7 on new" in first.problem()
+    other = lease_of(f"{folder}/other", clock)
+    other.acquire(False, print)
+    storage.remove(f"{folder}/other")
+    other.renew()
+    assert "was removed" in other.problem()
+
+
+def test_who_waits_gets_it_when_it_is_released_and_says_so_once(folder: str, clock: Clock) -> None:
+    first, said = lease_of(folder, clock, "a"), []
+    first.acquire(False, print)
+    clock.meanwhile.append(lambda: first.release() if clock.now > 30 else first.renew())
+    lease_of(folder, clock).acquire(True, said.append)
+    assert 30 < clock.now < TIMEOUT
+    assert [line.split("; ")[1] for line in said] == ["waiting for its end"]
+    assert [uri.rsplit("/", 1)[1] for uri, _ in storage.files(folder)] == ["1.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "x"}', b'{"surprise": 1}'])
+def test_a_file_that_says_nothing_is_watched_like_any_other(tmp_path: Path, clock: Clock, content: bytes) -> None:
+    storage.create(f"{tmp_path}/.lease/4.json", content)
+    lease_of(str(tmp_path), clock).acquire(False, print)
+    assert clock.now >= TIMEOUT
+    assert [path.name for path in (tmp_path / ".lease").iterdir()] == ["5.json"]
+
+
+def test_a_process_of_this_machine_is_known_to_be_dead(tmp_path: Path, clock: Clock) -> None:
+    script = "from stpm.lease import Holder; print(Holder.this_process().encode().decode(), flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
+    assert process.stdout
+    line = process.stdout.readline()
+    storage.create(f"{tmp_path}/.lease/0.json", line)
+    with pytest.raises(ConfigError, match=f"is held by process {process.pid} on "):
+        Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False, print)
+    assert clock.now == 0
+    process.kill()
+    # Dead, though its parent has not asked yet.
+    while Holder.parse(line).lives_here():
+        time.sleep(0.01)
+    Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False, print)
+    assert clock.now == lease._AFTERMATH
+    process.communicate()
+    assert Holder.parse(line).lives_here() is False
+    reused = dataclasses.replace(Holder.this_process(), born="1")
+    assert reused.lives_here() is False
+    assert Holder.this_process().lives_here() is True
+    assert ELSEWHERE.lives_here() is None
+
+
+def test_a_block_holds_its_folder_and_releases_it(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    twice = pytest.raises(ConfigError, match=f"is held by process {os.getpid()} on ")
+    with held(folder, False, print), twice, held(folder, False, print):
+        pytest.fail("held twice")
+    with pytest.raises(KeyError), held(folder, False, print):
+        raise KeyError
+    with held(folder, False, print):
+        (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"file/run: cannot be written to: "),
+        held(f"{folder}/file/run", False, print),
+    ):
+        pytest.fail("no folder")
+
+
+WRITER = """
+import sys, time
+from stpm import lease, storage
+from stpm.console import Stopped, say
+from stpm.cli import run_job
+
+lease._RENEWAL, lease.TIMEOUT, lease._MARGIN = 0.1, 4.0, 2.0
+
+def job(argv):
+    folder, stubborn, loss = argv
+    if loss == "not renewed":
+        del storage.publish
+    with lease.held(folder, False, say):
+        while True:
+            try:
+                open(f"{folder}/written", "a").write("x")
+                time.sleep(0.01)
+            except Stopped:
+                if stubborn == "no":
+                    raise
+
+run_job(job)
+"""
+
+
+@pytest.mark.parametrize("stubborn", ["no", "yes"])
+@pytest.mark.parametrize("loss", ["taken over", "not renewed"])
+def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path: Path, loss: str, stubborn: str) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path), stubborn, loss]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+    first, second = tmp_path / ".lease" / "0.json", tmp_path / ".lease" / "1.json"
+    while not (tmp_path / "written").exists():
+        time.sleep(0.01)
+    if loss == "taken over":
+        storage.create(str(second), ELSEWHERE.encode())
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, stderr
+    assert "Run the same command again to go on" in stderr
+    assert (
+        "was taken over by process 7 on far" if loss == "taken over" else "was not renewed for 2 s (AttributeError: "
+    ) in stderr
+    assert stderr.count("error: ") == 1
+    if loss == "taken over":
+        assert Holder.parse(second.read_bytes()) == ELSEWHERE
+        assert not Holder.parse(first.read_bytes()).released
+
+
+@pytest.mark.parametrize("name", ["score", "benchmark", "fit"])
+def test_each_job_holds_what_it_writes_to(tmp_path: Path, name: str) -> None:
+    data, out = str(tmp_path / "data"), str(tmp_path / "out")
+    make_category(data, "nut")
+    options = {
+        "score": ["--models", "m", "--images", data, "--category", "nut", "--out", out],
+        "benchmark": ["--data", data, "--out", out],
+        "fit": ["--data", data, "--models", out, "--teacher", "test_resnet", "--teacher-weights", "random"],
+    }
+    with held(out, False, print), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
+        job(name)(options[name])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
