@@ -57,7 +57,7 @@ def read_category(root: str, name: str) -> Category:
     """List one category.
 
     Raises:
-        DataError: if its name may not become a path, or it has no training images.
+        DataError: if its name may not become a path, a file name is not UTF-8, or it has no training images.
     """
     storage.safe_name(name, "category")
     folder = storage.join(root, name)
@@ -65,6 +65,8 @@ def read_category(root: str, name: str) -> Category:
     train, test, masks = [], [], {}
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     for uri, size in listed:
+        if not storage.is_utf8(uri):
+            raise DataError(f"{uri!r}: the file's name is not UTF-8, and no table could hold it; rename it")
         match PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]:
             case ("train", "good", _):
                 train.append((uri, size))

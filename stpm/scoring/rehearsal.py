@@ -80,7 +80,10 @@ def rehearse(of: Pass, say: Say) -> None:
         whole = manifest.write(of.rows(), listed)
         say(f"{whole.in_words()}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
         target = dataclasses.replace(of.target, out=home, home=home)
-        sample = dataclasses.replace(of, rows=lambda: evenly(listed, whole.rows, SAMPLE), target=target)
+        options = dataclasses.replace(of.options, accept_errors=True)
+        sample = dataclasses.replace(
+            of, rows=lambda: evenly(listed, whole.rows, SAMPLE), options=options, target=target
+        )
         began = time.perf_counter()
         counts = run_pass(sample, start_over=True, replace=True, say=say)
         seconds = time.perf_counter() - began

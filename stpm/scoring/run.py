@@ -81,7 +81,7 @@ class CollectionOptions:
 
 
 def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: ClusterOptions, say: Say) -> int:
-    """The score job. Returns its exit code: 0 all scored, 2 too many images could not be, 3 none could.
+    """The score job. Returns its exit code: 0 all scored, 2 some are left or too many could not be, 3 none could.
 
     Raises:
         ConfigError: if the options cannot be run, or the run folder holds another pass.
@@ -128,6 +128,8 @@ def _score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> in
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
+    if counts.left:
+        return SOME_FAILED
     records = _records(store, target)
     if collection.top:
         write_triage(target, collection.top, {record.category: record.preprocessing for record in records})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,28 +14,36 @@ import pyarrow as pa
 import ray
 import torch
 
-from stpm.errors import ModelError
+from stpm.errors import ImageError, ModelError
 from stpm.forward import Matcher, pick_device
 from stpm.fusion import AnomalyMap
+from stpm.images import TRANSIENT_ERRORS
 from stpm.models import Model, ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import meters
-from stpm.scoring.progress import Done
+from stpm.scoring.progress import Done, Left, Report
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 
 FIRST_BATCH = 16
 LARGEST_BATCH = 256
 _WORTH_IT = 1.05
+# Seconds until a model that could not be loaded is tried again.
+_TRIED_AGAIN_AFTER = 60.0
+# What storage that is not mounted looks like too.
+_SUSPECT = frozenset((*TRANSIENT_ERRORS, "missing"))
 # Columns whose values the scorer looks at, or changes; others go through as they are.
 _READ = ("category", "width", "height", "error_kind", "error_message")
 
 Sharing = tuple[str, ...]
 
+log = logging.getLogger(__name__)
+
 
 class Scorer:
     """DECODED rows to SCORED rows. The teacher runs once per forward pass, each model on its own rows.
 
-    A model that cannot be loaded makes its rows errors, and no others.
+    A model that cannot be loaded makes its rows errors, and no others. Rows with a transient error are left out: what
+    is not written is tried again by the next run.
 
     Args:
         store: URI of the model store.
@@ -47,6 +56,7 @@ class Scorer:
         report: told of each batch, and how long it took; None tells nobody.
         model_ids: the model that each category's rows are to be scored by, where that was fixed; rows of one that was
             fitted anew since become errors.
+        accept_errors: keep rows with a transient error too.
     """
 
     def __init__(
@@ -58,9 +68,11 @@ class Scorer:
         batch_size: int = 0,
         memory: int = 2**30,
         threads: int = 0,
-        report: Callable[[Done], None] | None = None,
+        report: Report | None = None,
         model_ids: Mapping[str, str] | None = None,
+        accept_errors: bool = False,
     ) -> None:
+        self._accept_errors = accept_errors
         self._model_ids = dict(model_ids or {})
         assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
         torch.set_num_threads(threads or max(int(assigned), 1))
@@ -71,7 +83,8 @@ class Scorer:
         self._overlays = overlays
         self._device = pick_device()
         self._batch = BatchSize(batch_size, grows=self._device.type != "cpu")
-        self._records: dict[str, ModelRecord | ModelError] = {}
+        self._records: dict[str, ModelRecord] = {}
+        self._failures: dict[str, tuple[ModelError, float]] = {}
         self._models = LoadedModels(self._store, self._device, memory)
         self._matchers: dict[Sharing, Matcher] = {}
         # A GPU is taken for as long as it takes; of a CPU others have their share meanwhile.
@@ -96,7 +109,7 @@ class Scorer:
             category = columns["category"][i]
             record = self._record(category)
             if isinstance(record, ModelError):
-                _fail(columns, [i], "no_model", record)
+                _fail(columns, [i], _model_kind(record), record)
             else:
                 sharing = _sharing(record)
                 records[sharing] = record
@@ -107,19 +120,26 @@ class Scorer:
             try:
                 matcher = self._matcher(sharing, records[sharing])
             except ModelError as error:
-                _fail(columns, members, "no_model", error)
+                _fail(columns, members, _model_kind(error), error)
             else:
                 self._score_shared(matcher, members, columns)
         if not self._overlays:
             columns["pixels"] = [b""] * rows
         result = with_carried(table(columns, SCORED), batch)
+        kinds = columns["error_kind"]
+        left = [] if self._accept_errors else [i for i, kind in enumerate(kinds) if kind in TRANSIENT_ERRORS]
         computed = self._clock() - start
         meters.spent("forward", computed)
         if self._report:
-            errors = sum(map(bool, columns["error_kind"]))
-            self._report(Done(rows, errors, sum(map(bool, columns["is_anomalous"])), forward_seconds=computed))
+            anomalous = sum(map(bool, columns["is_anomalous"]))
+            suspect = 0 if self._accept_errors else sum(kind in _SUSPECT for kind in kinds)
+            uris = batch["uri"]
+            self._report(
+                Done(rows, sum(map(bool, kinds)), anomalous, suspect, forward_seconds=computed),
+                [Left(uris[i].as_py(), kinds[i], columns["error_message"][i]) for i in left],
+            )
         self._idle_since = time.perf_counter()
-        return result
+        return result.filter(pa.array([i not in set(left) for i in range(rows)], pa.bool_())) if left else result
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""
@@ -135,8 +155,19 @@ class Scorer:
                     self._batch.halve(len(part))
                     continue
                 _fail(columns, part, "out_of_memory", error)
+            except Exception:
+                log.exception("a forward pass failed; its images are tried one by one")
+                self._score_singly(matcher, part, columns)
             self._batch.ran(len(part), time.perf_counter() - began)
             start += len(part)
+
+    def _score_singly(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
+        for row in rows:
+            try:
+                self._forward(matcher, [row], columns)
+            except Exception as error:
+                log.exception("image %s", columns["image_id"][row])
+                _fail(columns, [row], "forward_failed", error)
 
     @torch.inference_mode()
     def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
@@ -155,8 +186,8 @@ class Scorer:
                 model = self._models.get(category)
                 self._check(model.record)
             except ModelError as error:
-                self._records[category] = error
-                _fail(columns, members, "no_model", error)
+                self._failures[category] = error, time.monotonic()
+                _fail(columns, members, _model_kind(error), error)
                 continue
             distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
             record = model.record
@@ -190,13 +221,17 @@ class Scorer:
 
     def _record(self, category: str) -> ModelRecord | ModelError:
         """What is known of a category's model, or why there is none."""
+        failure, since = self._failures.get(category, (None, 0.0))
+        if failure and time.monotonic() - since < _TRIED_AGAIN_AFTER:
+            return failure
         if category not in self._records:
             try:
                 record = self._store.record(category)
                 self._check(record)
                 self._records[category] = record
             except ModelError as error:
-                self._records[category] = error
+                self._failures[category] = error, time.monotonic()
+                return error
         return self._records[category]
 
     def _check(self, record: ModelRecord) -> None:
@@ -283,8 +318,15 @@ class BatchSize:
 
 
 def _fail(columns: dict[str, Any], rows: Sequence[int], kind: str, error: Exception) -> None:
+    message = str(ImageError(kind, str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"))
     for i in rows:
-        columns["error_kind"][i], columns["error_message"][i] = kind, str(error)
+        columns["error_kind"][i], columns["error_message"][i] = kind, message
+
+
+def _model_kind(error: ModelError) -> str:
+    """Whether storage did not give a model, or what it gave is not the model."""
+    failed = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+    return "model_unreadable" if failed else "model_damaged"
 
 
 def _sharing(record: ModelRecord) -> Sharing:
