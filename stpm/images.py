@@ -26,7 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 
 FINAL_ERRORS = (
     "not_allowed",
-    "bad_uri",
+    "bad_name",
     "missing",
     "empty",
     "not_an_image",

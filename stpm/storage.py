@@ -5,6 +5,7 @@ Objects are published whole: a reader sees the old bytes or the new ones, never 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -72,9 +73,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UriError(f"{uri!r} holds a NUL, which no name has")
     scheme = _scheme(uri)
     try:
-        kind = fsspec.get_filesystem_class(scheme)
-        if scheme in _LAYERED or issubclass(kind, ChainedFileSystem | AbstractArchiveFileSystem):
-            raise ValueError(f"{scheme}:// is no storage of its own")
+        kind = _filesystem_class(scheme)
         # A listing that is remembered would hide what other processes wrote since.
         return kind(use_listings_cache=False, **kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
@@ -83,6 +82,13 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ConfigError(f"{uri}: cannot open {scheme}:// here ({error}); {hint}") from error
     except (ValueError, TypeError) as error:
         raise UriError(f"{uri}: {error}; use a local path, s3://, gs:// or abfs://") from error
+
+
+def _filesystem_class(scheme: str) -> Any:
+    kind = fsspec.get_filesystem_class(scheme)
+    if scheme in _LAYERED or issubclass(kind, ChainedFileSystem | AbstractArchiveFileSystem):
+        raise ValueError(f"{scheme}:// is no storage of its own")
+    return kind
 
 
 def _scheme(uri: str) -> str:
@@ -186,11 +192,17 @@ def _read_remote(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
         raise
     except Exception:
         # Most stores have no range in an empty object.
-        if fs.info(path)["size"] == 0:
+        if _is_empty(fs, path):
             return b""
         raise
     _check_size(path, len(data), most)
     return data
+
+
+def _is_empty(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    with contextlib.suppress(Exception):
+        return bool(fs.info(path)["size"] == 0)
+    return False
 
 
 def _check_size(path: str, size: int, most: int) -> None:

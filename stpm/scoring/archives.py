@@ -87,7 +87,7 @@ def _nothing_but_image_errors() -> Iterator[None]:
     except ImageError:
         raise
     except UriError as error:
-        raise ImageError("bad_uri", str(error)) from error
+        raise ImageError("bad_name", str(error)) from error
     except TooLongError as error:
         raise ImageError("too_large", str(error)) from error
     except FileNotFoundError as error:
