@@ -50,8 +50,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Pillow can open far more, by programs that it starts for some: what a file is named says nothing.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000
-# Of a file: four bytes for each pixel, uncompressed.
-MAX_BYTES = 4 * MAX_PIXELS
+# Of a file: four bytes for each pixel, uncompressed, and what comes before and after them.
+MAX_BYTES = 4 * MAX_PIXELS + 2**20
 # What one image takes while it is decoded, at most: as Pillow holds it, before and after it is converted.
 DECODING_BYTES = 8 * MAX_PIXELS
 
