@@ -72,7 +72,7 @@ class Scorer:
         model_ids: Mapping[str, str] | None = None,
         accept_errors: bool = False,
     ) -> None:
-        self._accept_errors = accept_errors
+        self._left_out = frozenset() if accept_errors else frozenset(TRANSIENT_ERRORS)
         self._model_ids = dict(model_ids or {})
         assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
         torch.set_num_threads(threads or max(int(assigned), 1))
@@ -126,20 +126,26 @@ class Scorer:
         if not self._overlays:
             columns["pixels"] = [b""] * rows
         result = with_carried(table(columns, SCORED), batch)
-        kinds = columns["error_kind"]
-        left = [] if self._accept_errors else [i for i, kind in enumerate(kinds) if kind in TRANSIENT_ERRORS]
         computed = self._clock() - start
         meters.spent("forward", computed)
-        if self._report:
-            anomalous = sum(map(bool, columns["is_anomalous"]))
-            suspect = 0 if self._accept_errors else sum(kind in _SUSPECT for kind in kinds)
-            uris = batch["uri"]
-            self._report(
-                Done(rows, sum(map(bool, kinds)), anomalous, suspect, forward_seconds=computed),
-                [Left(uris[i].as_py(), kinds[i], columns["error_message"][i]) for i in left],
-            )
+        self._tell(batch["uri"], columns, computed)
         self._idle_since = time.perf_counter()
-        return result.filter(pa.array([i not in set(left) for i in range(rows)], pa.bool_())) if left else result
+        kept = [kind not in self._left_out for kind in columns["error_kind"]]
+        return result if all(kept) else result.filter(pa.array(kept))
+
+    def _tell(self, uris: pa.ChunkedArray, columns: dict[str, Any], seconds: float) -> None:
+        """Report a batch that took so many seconds, the rows that are left out too."""
+        kinds, messages = columns["error_kind"], columns["error_message"]
+        left = [i for i, kind in enumerate(kinds) if kind in self._left_out]
+        meters.count_images((columns["category"][i], kinds[i], False) for i in left)
+        if self._report:
+            failed = sum(map(bool, kinds))
+            suspect = sum(kind in _SUSPECT for kind in kinds) if self._left_out else 0
+            anomalous = sum(map(bool, columns["is_anomalous"]))
+            self._report(
+                Done(len(kinds), failed, anomalous, suspect, forward_seconds=seconds),
+                [Left(uris[i].as_py(), kinds[i], messages[i]) for i in left],
+            )
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""
