@@ -132,7 +132,7 @@ def read_uri(uri: str) -> bytes:
     for place in members(archive):
         if place.uri == uri:
             return read(place)
-    raise FileNotFoundError(f"{uri}: no such image in the archive")
+    raise ImageError("missing", f"{uri}: no such image in the archive")
 
 
 def _row(uri: str, row: int, most: int) -> bytes:
@@ -143,7 +143,7 @@ def _row(uri: str, row: int, most: int) -> bytes:
             _check_size(uri, len(found), most)
             return found
         first += rows
-    raise FileNotFoundError(f"{uri}: has {first} rows, row {row} is wanted")
+    raise ImageError("missing", f"{uri}: has {first} rows, row {row} is wanted")
 
 
 def _check_size(uri: str, size: int, most: int) -> None:
