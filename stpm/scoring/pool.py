@@ -38,9 +38,9 @@ class ScorerPool:
     set_aside: float
     node_memory: float = math.inf
 
-    def memory_for(self, task: int) -> float:
+    def memory_for(self, task: int) -> int:
         """Bytes to ask Ray for, for a task that takes so many: no more than lets some be on the smallest node."""
-        return min(task, self.node_memory // _FEWEST_TASKS)
+        return int(min(task, self.node_memory / _FEWEST_TASKS))
 
     @classmethod
     def of(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
