@@ -108,6 +108,27 @@ FAULTS = (
         "tests/cluster/test_rough_storage.py::test_storage_that_refuses_writes_for_half_a_minute_costs_time_alone",
     ),
     Fault(
+        "The credentials for the images expire in the middle of a pass, or those for a few images were never good",
+        "The pass stops and says why; or the few are left. No error is written as a row, exit code 2, and the next run "
+        "scores what is left.",
+        "tests/cluster/test_rough_storage.py::test_credentials_that_expire_stop_a_pass_and_spoil_no_row",
+    ),
+    Fault(
+        "A model cannot be read for a while",
+        "Its images are left to the next run, and scored by this one once it can be read again.",
+        "tests/scoring/test_stages.py::test_a_model_that_storage_did_not_give_is_tried_again",
+    ),
+    Fault(
+        "Names that no file can have, pipes, links in a circle, 100 GB named .png, PostScript named .png",
+        "Each is a row with an error that says what; none is opened or read, and all others are scored.",
+        "tests/scoring/test_stages.py::test_no_row_ends_a_pass_or_keeps_others_from_being_scored",
+    ),
+    Fault(
+        "A Parquet file that holds images hangs",
+        "Its images are left to the next run; those of all other files are scored.",
+        "tests/scoring/test_stages.py::test_a_parquet_file_that_hangs_holds_up_no_other",
+    ),
+    Fault(
         "The object store is full",
         "Ray spills to disk; the same rows and the same anomaly maps.",
         "tests/cluster/test_object_store.py::test_a_full_object_store_costs_time_and_not_one_row",
@@ -119,7 +140,7 @@ FAULTS = (
     ),
     Fault(
         "A GPU runs out of memory (simulated)",
-        "The batch is halved until it fits; an image that is too much alone is a row with an error.",
+        "The batch is halved until it fits; an image that is too much alone is left to the next run.",
         "tests/scoring/test_stages.py::test_a_batch_that_does_not_fit_is_halved_until_it_does",
     ),
     Fault(
@@ -129,7 +150,7 @@ FAULTS = (
     ),
     Fault(
         "An image that cannot be fetched or decoded in time",
-        "It is a row with the error timeout; all others are scored.",
+        "It is left to the next run, or a row with the error too_slow; all others are scored.",
         "tests/scoring/test_time_limit.py::test_what_hangs_is_late_and_all_others_are_done",
     ),
     Fault(

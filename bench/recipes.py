@@ -165,7 +165,7 @@ def drawn_on(files: Sequence[bytes]) -> list[tuple[bytes, Masks | None]]:
     results: list[tuple[bytes, Masks | None]] = []
     for data in files:
         results.append((data, None))
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
             pixels = np.asarray(image.convert("RGB"))
         for _ in range(_DRAWN_PER_IMAGE):
             drawn, mask = _draw(rng, pixels)

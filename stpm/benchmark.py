@@ -11,7 +11,7 @@ from typing import Any
 from stpm import demo, mvtec, storage
 from stpm.cluster import connected
 from stpm.console import ALL_DONE, NOTHING_DONE, Say
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, CutOffError, DataError
 from stpm.evaluation.gate import Gate, GateOptions
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.evaluation.run import EvaluationOptions, conclude, evaluate_pass, problems_of
@@ -131,11 +131,17 @@ def _run(
 def _score(
     data: str, categories: Sequence[Category], store: ModelStore, options: ScoreOptions, target: Target, say: Say
 ) -> None:
-    """Score the test images, those of an earlier run left as they are where nothing differs."""
+    """Score the test images, those of an earlier run left as they are where nothing differs.
+
+    Raises:
+        CutOffError: if some are left: figures of a part would not be those of the test split.
+    """
     if not any(category.test for category in categories):
         target.clear()
         return
     digest = hashlib.sha256(repr([category.test for category in categories]).encode()).hexdigest()
     identity = Identity((data,), options.false_alarm_rate, target.heatmaps, target.raw_maps, manifest=digest)
     of = Pass(lambda: of_test_images(categories), identity, store, options, target)
-    run_pass(of, start_over=False, replace=True, say=say)
+    counts = run_pass(of, start_over=False, replace=True, say=say)
+    if counts.left:
+        raise CutOffError(f"{counts.left} test images are not scored; run the same command again to go on")

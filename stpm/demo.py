@@ -53,7 +53,7 @@ def _texture(name: str) -> Grey:
         import skimage
     except ImportError as error:
         raise ConfigError("the demo data set needs scikit-image; pip install 'stpm[demo]', or give --data") from error
-    with Image.open(Path(skimage.__file__).parent / "data" / f"{name}.png") as image:
+    with Image.open(Path(skimage.__file__).parent / "data" / f"{name}.png", formats=["PNG"]) as image:
         return np.asarray(image.convert("L"))
 
 

@@ -1,5 +1,8 @@
 """The errors a user can meet. Each says what was wrong, with which value, where, and what to do."""
 
+# Some storage answers with whole pages.
+_LONGEST_MESSAGE = 1000
+
 
 class StpmError(Exception):
     """Base of every error that is shown to the user as one line, without a traceback."""
@@ -9,8 +12,16 @@ class ConfigError(StpmError):
     """An option, a preset or a combination of them that cannot be run."""
 
 
+class UriError(ConfigError):
+    """A URI that no storage can have: of an unknown scheme, or with a character that no name may hold."""
+
+
 class DataError(StpmError):
     """A data set, a folder or a mask that is not as its layout demands."""
+
+
+class TooLongError(DataError):
+    """An object that has more bytes than may be read of it."""
 
 
 class ModelError(StpmError):
@@ -22,15 +33,15 @@ class CutOffError(StpmError):
 
 
 class ImageError(StpmError):
-    """One image that cannot be read.
+    """One image that has no score.
 
     Args:
         kind: one of `stpm.images.ERROR_KINDS`.
-        message: what was wrong with it, in words.
+        message: why, in words. What a text file or a table could not hold of it is escaped, and a long one is cut.
     """
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message[:_LONGEST_MESSAGE].encode(errors="backslashreplace").decode())
         self.kind = kind
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:

@@ -3,11 +3,16 @@
 Conventions: EXIF orientation is not applied, since masks and peak coordinates refer to the pixels as stored.
 16-bit grey is divided by 257, the full range of its type, so that two images of one camera compare.
 An alpha channel is dropped. Of an animation or a multi-page file the first frame is taken.
+
+Errors about the image are final. Those about storage, a model or a device are transient: the image may be scored once
+these work again.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,21 +24,36 @@ from stpm.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
-ERROR_KINDS = (
+FINAL_ERRORS = (
     "not_allowed",
+    "bad_name",
     "missing",
-    "unreadable",
-    "timeout",
     "empty",
     "not_an_image",
     "damaged",
     "too_large",
+    "too_slow",
     "unsupported",
+    "unforeseen",
     "no_model",
-    "out_of_memory",
 )
+TRANSIENT_ERRORS = (
+    "unreadable",
+    "timeout",
+    "out_of_memory",
+    "model_unreadable",
+    "model_damaged",
+    "forward_failed",
+)
+ERROR_KINDS = (*FINAL_ERRORS, *TRANSIENT_ERRORS)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Pillow can open far more, by programs that it starts for some: what a file is named says nothing.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000
+# Of a file: four bytes for each pixel, uncompressed, and what comes before and after them.
+MAX_BYTES = 4 * MAX_PIXELS + 2**20
+# What one image takes while it is decoded, at most: as Pillow holds it, before and after it is converted.
+DECODING_BYTES = 8 * MAX_PIXELS
 
 # Every file is checked against max_pixels from its header, before anything is allocated.
 Image.MAX_IMAGE_PIXELS = None
@@ -52,6 +72,19 @@ class Decoded:
     bytes: int
 
 
+@contextmanager
+def _nothing_but_image_errors() -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("out_of_memory", "no memory to decode it in") from error
+    except Exception as error:
+        raise ImageError("unforeseen", f"{type(error).__name__}: {error}") from error
+
+
+@_nothing_but_image_errors()
 def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode an image and bring what the model sees of it to the size of its input, with antialiasing.
 
@@ -72,6 +105,7 @@ def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXE
     return Decoded(np.asarray(rgb), width, height, len(data))
 
 
+@_nothing_but_image_errors()
 def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     """What the model sees of an image, in its own proportions, for people to look at: (H, W, 3) uint8 RGB.
 
@@ -90,6 +124,7 @@ def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, long
     return np.asarray(_as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box))
 
 
+@_nothing_but_image_errors()
 def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of an image, from its header alone.
 
@@ -99,6 +134,7 @@ def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return _open_header(data, max_pixels).size
 
 
+@_nothing_but_image_errors()
 def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
     """A ground-truth mask at its own size, (height, width) bool; any value above 0 is defect.
 
@@ -133,9 +169,11 @@ def _open_header(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ImageError("not_an_image", f"{len(data)} bytes that no image format begins with") from error
+        raise ImageError(
+            "not_an_image", f"{len(data)} bytes that do not begin as {', '.join(FORMATS[:-1])} or {FORMATS[-1]} does"
+        ) from error
     except Exception as error:
         raise ImageError("damaged", f"broken header: {error}") from error
     width, height = image.size
@@ -148,6 +186,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     image = _open_header(data, max_pixels)
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         width, height = image.size
         raise ImageError("damaged", f"{image.format} of {width}×{height}: {error}") from error
@@ -159,8 +199,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255, which turns almost all of a 16-bit image white.
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image) // np.uint16(257)).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(
             "unsupported", f"{image.format} with 32 bits per pixel has no fixed range; save it with 8 or 16"

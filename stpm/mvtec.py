@@ -61,7 +61,8 @@ def read_category(root: str, name: str) -> Category:
     """List one category.
 
     Raises:
-        DataError: if its name may not become a path, or it has no training images.
+        DataError: if its name may not become a path, the name of a training image is not UTF-8,
+            or there is none.
     """
     storage.safe_name(name, "category")
     folder = storage.join(root, name)
@@ -76,6 +77,8 @@ def read_category(root: str, name: str) -> Category:
                 test.append((uri, label))
             case ("ground_truth", label, file):
                 masks[label, PurePosixPath(file).stem.removesuffix("_mask")] = uri
+    if odd := [uri for uri, _ in train if not storage.is_utf8(uri)]:
+        raise DataError(f"{odd[0]!r}: the name of this training image is not UTF-8; rename it")
     if not train:
         raise DataError(f"{folder}: no images in train/good (of {', '.join(SUFFIXES)})")
 

@@ -5,10 +5,12 @@ Objects are published whole: a reader sees the old bytes or the new ones, never 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,10 +23,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import tenacity
+from fsspec.archive import AbstractArchiveFileSystem
+from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import get_protocol
 
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, DataError, TooLongError, UriError
 
 _EXTRAS = {
     "s3": "s3",
@@ -36,7 +39,8 @@ _EXTRAS = {
     "az": "azure",
 }
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+# The last range stands for bytes that are not UTF-8.
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
 _MAX_NAME = 128
 _LISTERS = 16
 # Seconds: a store that is away for longer is down.
@@ -46,8 +50,14 @@ _LONGEST_PAUSE = 10.0
 # What of a file's listing changes with its bytes, the surest first: an upload of the same bytes keeps their checksum.
 _CHANGING = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 
-_CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "google", "urllib3")
+_CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
 _UNFINISHED = ".part"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_LOCAL = ("file", "local")
+# They read another filesystem, which a name would choose.
+_LAYERED = ("generic", "reference")
+# Bytes that are read of an object of any size: to look at its size first is one more request.
+_UNSEEN = 32 * 2**20
 
 T = TypeVar("T")
 
@@ -56,25 +66,41 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a URI, and the URI's path on it.
 
     Credentials, endpoint and region come from the cloud's own chain (for S3 that includes `AWS_ENDPOINT_URL`).
+    What fsspec would take for a chain of filesystems, such as `zip::file.zip`, is a name like any other.
 
     Raises:
-        ConfigError: if the scheme is unknown, or its package is not installed.
+        UriError: if no storage can have it.
+        ConfigError: if the package for its scheme is not installed.
     """
+    if "\0" in uri:
+        raise UriError(f"{uri!r} holds a NUL, which no name has")
+    scheme = _scheme(uri)
     try:
+        kind = _filesystem_class(scheme)
         # A listing that is remembered would hide what other processes wrote since.
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        return kind(use_listings_cache=False, **kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
-        scheme = get_protocol(uri)
         extra = _EXTRAS.get(scheme)
         hint = f"pip install 'stpm[{extra}]'" if extra else f"install the fsspec package for {scheme}://"
         raise ConfigError(f"{uri}: cannot open {scheme}:// here ({error}); {hint}") from error
-    except ValueError as error:
-        raise ConfigError(f"{uri}: {error}; use a local path, s3://, gs:// or abfs://") from error
-    return fs, path
+    except (ValueError, TypeError) as error:
+        raise UriError(f"{uri}: {error}; use a local path, s3://, gs:// or abfs://") from error
+
+
+def _filesystem_class(scheme: str) -> Any:
+    kind = fsspec.get_filesystem_class(scheme)
+    if scheme in _LAYERED or issubclass(kind, ChainedFileSystem | AbstractArchiveFileSystem):
+        raise ValueError(f"{scheme}:// is no storage of its own")
+    return kind
+
+
+def _scheme(uri: str) -> str:
+    found = _SCHEME.match(uri)
+    return found[1] if found else "file"
 
 
 def is_local(uri: str) -> bool:
-    return get_protocol(uri) in ("file", "local")
+    return _scheme(uri) in _LOCAL
 
 
 def absolute(uri: str) -> str:
@@ -92,8 +118,8 @@ def safe_name(name: str, what: str) -> str:
     """The name, if it may become part of a path on every filesystem.
 
     Raises:
-        DataError: if it is empty, longer than 128 characters, starts with a dot, ends with a dot or a
-            space, is reserved on Windows, or holds a control character or one of `<>:"/\\|?*`.
+        DataError: if it is empty, longer than 128 characters, starts with a dot, ends with a dot or a space, is
+            reserved on Windows, is not UTF-8, or holds a control character or one of `<>:"/\\|?*`.
     """
     problem = None
     if not name or len(name) > _MAX_NAME:
@@ -109,6 +135,15 @@ def safe_name(name: str, what: str) -> str:
     return name
 
 
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file was text: bytes that are not UTF-8 stand in it as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
     return bool(fs.exists(path))
@@ -121,8 +156,61 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
         FileNotFoundError: if it is not there.
         OSError: if it cannot be read all the same.
     """
+    if start is not None and end is not None and end <= start:
+        # As an HTTP range this would mean the whole object.
+        return b""
     fs, path = filesystem(uri)
     return _with_patience(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+
+
+def read_at_most(uri: str, most: int) -> bytes:
+    """The bytes of an object that has not more than so many; of a longer one only the first are fetched.
+
+    Raises:
+        TooLongError: if it has more.
+        FileNotFoundError: if it is not there, or is not a file.
+        OSError: if it cannot be read all the same.
+    """
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return _read_local(path, most)
+    return _with_patience(uri, lambda: _read_remote(fs, path, most))
+
+
+def _read_local(path: str, most: int) -> bytes:
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        # A pipe or a device might never end.
+        raise FileNotFoundError(f"{path}: not a file")
+    _check_size(path, found.st_size, most)
+    return Path(path).read_bytes()
+
+
+def _read_remote(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
+    if most > _UNSEEN:
+        _check_size(path, fs.info(path)["size"] or 0, most)
+    try:
+        data = bytes(fs.cat_file(path, start=0, end=most + 1))
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception:
+        # Most stores have no range in an empty object.
+        if _is_empty(fs, path):
+            return b""
+        raise
+    _check_size(path, len(data), most)
+    return data
+
+
+def _is_empty(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    with contextlib.suppress(Exception):
+        return bool(fs.info(path)["size"] == 0)
+    return False
+
+
+def _check_size(path: str, size: int, most: int) -> None:
+    if size > most:
+        raise TooLongError(f"{path}: has more than {most:,} bytes")
 
 
 def _with_patience(uri: str, act: Callable[[], T]) -> T:
@@ -145,6 +233,7 @@ def _with_patience(uri: str, act: Callable[[], T]) -> T:
 
 def _may_pass(error: BaseException) -> bool:
     lasting = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+    lasting |= isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
     return (isinstance(error, OSError) and not lasting) or _is_clients_own(error)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,14 @@ def test_a_name_that_may_not_become_a_path_is_refused(tmp_path: Path) -> None:
     make_category(str(tmp_path), "a:b", train=1, good=0, defects=0)
     with pytest.raises(DataError, match=r"category 'a:b' holds the character ':'"):
         mvtec.read_category(str(tmp_path), "a:b")
+
+
+def test_a_training_image_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
+    make_category(str(tmp_path), "nut", train=2, good=1, defects=0)
+    folder = tmp_path / "nut" / "train" / "good"
+    (folder / "000.png").rename(Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")))
+    with pytest.raises(DataError, match=r"udcff.png': the name of this training image is not UTF-8; rename it"):
+        mvtec.read_category(str(tmp_path), "nut")
 
 
 @pytest.mark.real_data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import struct
 import zlib
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image, ImageCms
 
 from stpm.errors import ImageError
 from stpm.images import decode
-from tests.conftest import preprocessing_of
+from tests.conftest import REPOSITORY, preprocessing_of
 
 PREPROCESSING = preprocessing_of(32)
 GREY = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (36, 1))
@@ -142,9 +144,10 @@ CORPUS: dict[str, tuple[bytes, str]] = {
     "WebP, lossless": (rgb("WEBP", lossless=True), SCORED),
     "WebP with alpha": (as_mode("RGBA", "WEBP"), SCORED),
     "animated WebP": (pages("WEBP"), SCORED),
-    "GIF": (as_mode("P", "GIF"), SCORED),
-    "animated GIF": (pages("GIF"), SCORED),
-    "portable pixmap": (rgb("PPM"), SCORED),
+    # Pillow would open these, and give the first to a program that interprets it.
+    "EPS": (rgb("EPS"), "not_an_image"),
+    "GIF": (as_mode("P", "GIF"), "not_an_image"),
+    "portable pixmap": (rgb("PPM"), "not_an_image"),
     **{f"JPEG, orientation {n}": (turned(n), SCORED) for n in range(1, 9)},
     **{
         f"{kind} cut at {tenths}0 %": (cut(saved(NOISE, kind), tenths), "damaged not_an_image")
@@ -171,6 +174,27 @@ def test_there_are_enough_of_them() -> None:
     assert len(CORPUS) >= 60
 
 
+def test_images_are_opened_with_the_formats_that_are_meant() -> None:
+    calls = [
+        (path, call)
+        for folder in ("stpm", "bench", "jobs")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Image.open"
+    ]
+    assert len(calls) >= 4
+    for path, call in calls:
+        assert "formats" in [keyword.arg for keyword in call.keywords], (path, call.lineno)
+
+
+@pytest.mark.parametrize(("raised", "kind"), [(RecursionError("deep"), "unforeseen"), (MemoryError(), "out_of_memory")])
+def test_nothing_but_an_image_error_is_raised(monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str) -> None:
+    monkeypatch.setattr(Image.Image, "resize", Mock(side_effect=raised))
+    with pytest.raises(ImageError) as caught:
+        decode(rgb("PNG"), PREPROCESSING)
+    assert caught.value.kind == kind
+
+
 def pixels(data: bytes) -> np.ndarray:
     return decode(data, PREPROCESSING).pixels.astype(int)
 
@@ -182,7 +206,6 @@ def pixels(data: bytes) -> np.ndarray:
         lambda: (rgb("PNG"), rgb("BMP")),
         lambda: (rgb("PNG"), rgb("TIFF")),
         lambda: (rgb("PNG"), rgb("WEBP", lossless=True)),
-        lambda: (rgb("PNG"), rgb("PPM")),
         lambda: (rgb("PNG"), as_mode("RGBA", "PNG")),
         lambda: (rgb("PNG"), pages("TIFF")),
         lambda: (as_mode("L", "PNG"), as_mode("L", "TIFF")),

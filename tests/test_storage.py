@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, DataError, TooLongError, UriError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -112,6 +112,7 @@ def test_remove_takes_a_folder_or_nothing(root: str) -> None:
         "<b>",
         'a"b',
         "a:b",
+        "not UTF-8 \udcff",
     ],
 )
 def test_names_that_may_not_become_paths(name: str) -> None:
@@ -127,6 +128,49 @@ def test_names_that_may(name: str) -> None:
 def test_an_unknown_scheme_says_what_to_use() -> None:
     with pytest.raises(ConfigError, match="s3://"):
         storage.filesystem("nonsense://bucket/key")
+
+
+def test_no_name_is_a_chain_of_filesystems(tmp_path: Path, memory: str) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    for root in (str(tmp_path), memory):
+        uri = f"{root}/secret::z.png"
+        with pytest.raises(FileNotFoundError):
+            storage.read(uri)
+        storage.publish(uri, b"its own")
+        assert storage.read(uri) == b"its own"
+    assert list(storage.stream(str(tmp_path))) == [f"{tmp_path}/secret", f"{tmp_path}/secret::z.png"]
+    assert storage.is_local("a::b.png")
+    assert storage.absolute(f"{tmp_path}/memory::b.png") == f"{tmp_path}/memory::b.png"
+
+
+@pytest.mark.parametrize(
+    "uri", ["a\0b.png", "s3://bucket/a\0b.png", "nosuch://a.png", "zip://a.png", "simplecache://a"]
+)
+def test_a_uri_that_cannot_be_says_so(uri: str) -> None:
+    with pytest.raises(UriError):
+        storage.filesystem(uri)
+
+
+def test_the_size_is_looked_at_before_a_file_is_read(tmp_path: Path, flaky: type[Flaky]) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(100 * 2**30)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(TooLongError, match="more than 1,000 bytes"):
+        storage.read_at_most(str(tmp_path / "huge.png"), 1000)
+    for name in ("pipe.png", ""):
+        with pytest.raises(FileNotFoundError):
+            storage.read_at_most(f"{tmp_path}/{name}", 1000)
+    for uri in (str(tmp_path / "five"), "flaky://five"):
+        storage.publish(str(tmp_path / "five"), b"bytes")
+        assert storage.read_at_most(uri, 5) == b"bytes"
+        with pytest.raises(TooLongError):
+            storage.read_at_most(uri, 4)
+    assert max(end - start for start, end in flaky.ranges) == 6
+
+
+def test_an_empty_range_is_not_asked_for(flaky: type[Flaky]) -> None:
+    assert storage.read("flaky://a", 4, 4) == b""
+    assert flaky.ranges == []
 
 
 def test_local_paths_become_absolute_and_others_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,8 +193,10 @@ class Flaky(MemoryFileSystem):
 
     protocol = "flaky"
     errors: ClassVar[list[Exception]] = []
+    ranges: ClassVar[list[tuple[int, int]]] = []
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        self.ranges.append((start or 0, 10**9 if end is None else end))
         if self.errors:
             raise self.errors.pop(0)
         return b"bytes"[start:end]
@@ -160,7 +206,7 @@ class Flaky(MemoryFileSystem):
 def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(storage, "_LONGEST_PAUSE", 0.01)
-    Flaky.errors = []
+    Flaky.errors, Flaky.ranges = [], []
     return Flaky
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from stpm import images, storage
+from stpm import images
 from stpm.errors import DataError, ImageError
 from stpm.evaluation import intervals
 from stpm.evaluation.curves import Curves, histogram, image_roc, pixel_pro, pixel_roc
@@ -23,6 +23,7 @@ from stpm.evaluation.metrics import Flags, Scores, UndefinedMetricError, auroc, 
 from stpm.evaluation.pixels import Bounded, Map, Mask, PixelCounts
 from stpm.mvtec import GOOD
 from stpm.preprocessing import Preprocessing
+from stpm.scoring.archives import read_uri
 from stpm.scoring.target import Target
 
 MasksAt = Literal["model", "original"]
@@ -261,8 +262,8 @@ def ground_truth(row: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
     if row["label"] == GOOD or not row["mask"]:
         return np.zeros(shape, bool)
     try:
-        mask = images.decode_mask(storage.read(row["mask"]))
-    except (ImageError, OSError) as error:
+        mask = images.decode_mask(read_uri(row["mask"]))
+    except ImageError as error:
         raise DataError(f"mask {row['mask']} cannot be read: {error}") from error
     if mask.shape != shape:
         height, width = mask.shape

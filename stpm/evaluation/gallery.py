@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from stpm import images
-from stpm.errors import DataError, ImageError
+from stpm.errors import DataError
 from stpm.evaluation.category import ground_truth, read_rows
 from stpm.mvtec import GOOD
 from stpm.pages import jpeg, score_parts
@@ -32,6 +33,8 @@ _SCORES = ("score", "student_score", "memory_score", "is_anomalous")
 _COLUMNS = ("uri", "label", "mask", "width", "height", *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,8 @@ def _pairs(
             return
         try:
             pair = _pair(target, row, preprocessing, size)
-        except (ImageError, DataError, OSError):
+        except Exception:
+            log.warning("%s is not shown", row["uri"], exc_info=True)
             continue
         yield row, pair
         most -= 1

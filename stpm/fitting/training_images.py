@@ -69,8 +69,8 @@ def _some_sizes(uris: Sequence[str]) -> list[tuple[int, int]]:
 
     def read(uri: str) -> None:
         try:
-            sizes.append(images.read_size(storage.read(uri)))
-        except (ImageError, OSError) as error:
+            sizes.append(images.read_size(storage.read_at_most(uri, images.MAX_BYTES)))
+        except (ImageError, DataError, OSError) as error:
             problems.append(f"{uri}: {error}")
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -94,8 +94,8 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
 
     def load(index: int) -> None:
         try:
-            decoded = images.decode(storage.read(uris[index]), preprocessing)
-        except (ImageError, OSError) as error:
+            decoded = images.decode(storage.read_at_most(uris[index], images.MAX_BYTES), preprocessing)
+        except (ImageError, DataError, OSError) as error:
             problems.append(f"{uris[index]}: {error}")
         else:
             pixels[index] = decoded.pixels

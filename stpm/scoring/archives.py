@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import tarfile
 from collections.abc import Iterator
-from functools import lru_cache
-from threading import Lock
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.errors import DataError
-from stpm.images import SUFFIXES
+from stpm.errors import DataError, ImageError, TooLongError, UriError
+from stpm.images import MAX_BYTES, SUFFIXES
+from stpm.scoring.shared_reads import SharedReads
 
 TAR, PARQUET = ".tar", ".parquet"
 # Of a column that holds whole image files: bytes, or a struct of `bytes` and `path`.
 IMAGE_COLUMNS = ("image", "bytes")
 
 _MEMBER = "#"
-_ROW_GROUPS_KEPT = 2
+# Names that no file can have, or that lead to none.
+_NO_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 
 class Place(NamedTuple):
@@ -69,7 +71,7 @@ def members(uri: str) -> Iterator[Place]:
             for member in archive:
                 if member.isfile() and member.name.lower().endswith(SUFFIXES):
                     yield Place(f"{uri}{_MEMBER}{member.name}", member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{uri}: this archive cannot be read: {error}; write it without compression") from error
 
 
@@ -78,71 +80,97 @@ def image_column(schema: pa.Schema) -> str:
     return next((name for name in IMAGE_COLUMNS if name in schema.names and _is_bytes(schema.field(name).type)), "")
 
 
-def read(place: Place) -> bytes:
+@contextmanager
+def _nothing_but_image_errors() -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except UriError as error:
+        raise ImageError("bad_name", str(error)) from error
+    except TooLongError as error:
+        raise ImageError("too_large", str(error)) from error
+    except FileNotFoundError as error:
+        raise ImageError("missing", "no such file") from error
+    except pa.ArrowInvalid as error:
+        raise ImageError("damaged", f"its archive: {error}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_FILE:
+            raise ImageError("missing", str(error)) from error
+        # Whatever a client of some storage raises.
+        raise ImageError("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+@_nothing_but_image_errors()
+def read(place: Place, most: int = MAX_BYTES) -> bytes:
     """The bytes of an image.
 
+    Args:
+        place: where it is.
+        most: bytes that it may have; of a longer file only the first are fetched.
+
     Raises:
-        FileNotFoundError: if it is not there.
-        OSError: if it cannot be read all the same.
+        ImageError: whatever goes wrong, nothing else is raised.
     """
     if place.length < 0:
-        return storage.read(place.uri)
+        return storage.read_at_most(place.uri, most)
     archive, _ = split(place.uri)
     if archive.endswith(TAR):
+        _check_size(place.uri, place.length, most)
         return storage.read(archive, place.start, place.start + place.length)
-    return _row(archive, place.start)
+    return _row(archive, place.start, most)
 
 
+@_nothing_but_image_errors()
 def read_uri(uri: str) -> bytes:
     """The bytes of an image of which only the URI is known: in a tar, it is searched for. Raises as `read` does."""
     archive, member = split(uri)
     if not archive:
-        return storage.read(uri)
+        return read(Place(uri))
     if archive.endswith(PARQUET):
-        return _row(archive, int(member))
+        return _row(archive, int(member), MAX_BYTES)
     for place in members(archive):
         if place.uri == uri:
             return read(place)
-    raise FileNotFoundError(f"{uri}: no such image in the archive")
+    raise ImageError("missing", f"{uri}: no such image in the archive")
 
 
-def _row(uri: str, row: int) -> bytes:
-    first, images = _row_group(uri, row)
-    found: bytes | None = images[row - first].as_py()
-    return found or b""
+def _row(uri: str, row: int, most: int) -> bytes:
+    first = 0
+    for number, rows in enumerate(_row_counts.get(uri)):
+        if row < first + rows:
+            found: bytes = _images.get((uri, number))[row - first].as_py() or b""
+            _check_size(uri, len(found), most)
+            return found
+        first += rows
+    raise ImageError("missing", f"{uri}: has {first} rows, row {row} is wanted")
 
 
-# Neighbouring rows are read by the threads of one task: the first one fetches, the others wait for it.
-_fetching = Lock()
+def _check_size(uri: str, size: int, most: int) -> None:
+    if size > most:
+        raise TooLongError(f"{uri}: has more than {most:,} bytes")
 
 
-def _row_group(uri: str, row: int) -> tuple[int, pa.ChunkedArray]:
-    """The first row of the row group that holds a row, and its images."""
-    with _fetching:
-        first = 0
-        for number, rows in enumerate(_row_counts(uri)):
-            if row < first + rows:
-                return first, _images(uri, number)
-            first += rows
-    raise FileNotFoundError(f"{uri}: has {first} rows, row {row} is wanted")
-
-
-@lru_cache(maxsize=64)
-def _row_counts(uri: str) -> tuple[int, ...]:
+def _read_row_counts(uri: str) -> tuple[int, ...]:
     filesystem, path = storage.arrow_filesystem(uri)
     metadata = pq.read_metadata(path, filesystem=filesystem)
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
-@lru_cache(maxsize=_ROW_GROUPS_KEPT)
-def _images(uri: str, group: int) -> pa.ChunkedArray:
+def _read_images(row_group: tuple[str, int]) -> pa.ChunkedArray:
+    uri, number = row_group
     filesystem, path = storage.arrow_filesystem(uri)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         name = image_column(file.schema_arrow)
-        column = file.read_row_group(group, columns=[name])[name]
+        # Threads of Arrow's, which all archives share, must not wait for one that hangs.
+        column = file.read_row_group(number, columns=[name], use_threads=False)[name]
     if pa.types.is_struct(column.type):
         return pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
     return column
+
+
+_row_counts = SharedReads(_read_row_counts, kept=64)
+_images = SharedReads(_read_images, kept=2)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray.data.checkpoint import CheckpointConfig, CheckpointManager
+from ray.data.datasource import FilenameProvider
 
 from stpm import storage
 
@@ -23,6 +24,23 @@ def checkpoints(folder: str) -> CheckpointConfig:
         delete_checkpoint_on_success=False,
         checkpoint_manager_cls=CleaningManager,
     )
+
+
+class FileNames(FilenameProvider):  # type: ignore[misc]
+    """Names of the files of rows, of which none is the beginning of another.
+
+    Of a write task that was cut off Ray removes all files whose names begin with the task's. Its own names are padded
+    to six digits: task 100000's is the beginning of task 1000000's.
+
+    Args:
+        name: of the pass.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "parquet")
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        return f"{self.dataset_uuid}_{write_uuid}_{task_index:012}.{self.file_format}"
 
 
 class CleaningManager(CheckpointManager):  # type: ignore[misc]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 
 from stpm import images
 from stpm.errors import ImageError
+from stpm.images import DECODING_BYTES, MAX_BYTES
 from stpm.preprocessing import Preprocessing
 from stpm.scoring import archives, meters
 from stpm.scoring.archives import Place
@@ -20,10 +22,16 @@ from stpm.scoring.time_limit import run_within
 
 IMAGE_SECONDS = 300.0
 _FETCHERS = 8
+# Bytes of a file that is fetched beside others; a larger one is fetched when its turn to be decoded has come.
+_BESIDE_OTHERS = 16 * 2**20
+# Seconds that an image waits for its turn: the one before it may hang.
+_TURN_SECONDS = 60.0
+# What a task takes at most: the small files that it holds, and the largest file and image.
+TASK_BYTES = _FETCHERS * _BESIDE_OTHERS + MAX_BYTES + DECODING_BYTES
 
 
 class Decode:
-    """MANIFEST rows to DECODED rows.
+    """MANIFEST rows to DECODED rows. Images are fetched side by side, and decoded one at a time: memory is bounded.
 
     Args:
         preprocessing: that of each category's model; a category that is not among them has no model.
@@ -45,12 +53,12 @@ class Decode:
         self._fetchers = fetchers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        tasks = [partial(self._one, row) for row in batch.to_pylist()]
-        late: images.Decoded | ImageError = ImageError(
-            "timeout", f"not fetched and decoded within {self._seconds:g} s; see --image-seconds"
-        )
+        fetched: set[int] = set()
+        turn = Lock()
+        rows = batch.to_pylist()
+        tasks = [partial(self._one, row, turn, partial(fetched.add, i)) for i, row in enumerate(rows)]
         began = time.process_time()
-        results = run_within(self._seconds, self._fetchers, tasks, late)
+        results = run_within(self._seconds, self._fetchers, tasks, lambda i: self._late(decoding=i in fetched))
         computed = time.process_time() - began
         meters.spent("decode", computed)
         if self._report:
@@ -64,18 +72,37 @@ class Decode:
         columns["error_message"] = [str(r) if isinstance(r, ImageError) else "" for r in results]
         return with_carried(table(columns, DECODED), batch)
 
-    def _one(self, row: dict[str, Any]) -> images.Decoded | ImageError:
+    def _one(self, row: dict[str, Any], turn: Lock, fetched: Callable[[], None]) -> images.Decoded | ImageError:
         if row["error_kind"]:
             return ImageError(row["error_kind"], row["error_message"])
         preprocessing = self._preprocessing.get(row["category"])
         if preprocessing is None:
             return ImageError("no_model", f"no model for category {row['category']!r}")
+        place = Place(row["uri"], row["archive_start"], row["archive_length"])
         try:
-            data = archives.read(Place(row["uri"], row["archive_start"], row["archive_length"]))
-            return images.decode(data, preprocessing)
+            data = _read_small(place)
+            held = turn.acquire(timeout=_TURN_SECONDS)
+            try:
+                data = archives.read(place) if data is None else data
+                fetched()
+                return images.decode(data, preprocessing)
+            finally:
+                if held:
+                    turn.release()
         except ImageError as error:
             return error
-        except FileNotFoundError:
-            return ImageError("missing", "no such file")
-        except OSError as error:
-            return ImageError("unreadable", str(error))
+
+    def _late(self, *, decoding: bool) -> ImageError:
+        if decoding:
+            return ImageError("too_slow", f"not decoded within {self._seconds:g} s; see --image-seconds")
+        return ImageError("timeout", f"not fetched within {self._seconds:g} s; see --image-seconds")
+
+
+def _read_small(place: Place) -> bytes | None:
+    """The bytes of an image, or None if they are many."""
+    try:
+        return archives.read(place, _BESIDE_OTHERS)
+    except ImageError as error:
+        if error.kind != "too_large":
+            raise
+        return None

@@ -70,7 +70,7 @@ def overlay(pixels: Pixels, heat: Pixels) -> Pixels:
 
 def heat_over(pixels: Pixels, png: bytes) -> Pixels:
     """An image of any size, (H, W, 3) uint8 RGB, with a heatmap that was written as `palette_png` over it."""
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         heat = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
     return overlay(pixels, np.asarray(heat))
 

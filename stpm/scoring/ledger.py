@@ -38,13 +38,17 @@ class Identity:
 
 @dataclass(frozen=True)
 class Counts:
-    """What came of a pass: rows, those called anomalous, and errors by kind; the same by category; bytes read."""
+    """What came of a pass: rows, those called anomalous, and errors by kind; the same by category; bytes read.
+
+    `left` are images that no row is written of yet: storage, a model or a device failed them.
+    """
 
     rows: int = 0
     anomalous: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     categories: dict[str, dict[str, int]] = field(default_factory=dict)
     bytes_read: int = 0
+    left: int = 0
 
     @property
     def failed(self) -> int:

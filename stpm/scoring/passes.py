@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ from stpm.scoring import manifest
 from stpm.scoring.ledger import Counts, Effort, Identity, Ledger
 from stpm.scoring.manifest import Manifest
 from stpm.scoring.pipeline import ScoreOptions, score_shards
-from stpm.scoring.progress import Progress
+from stpm.scoring.progress import Left, Progress
 from stpm.scoring.remaining import remaining_shards
 from stpm.scoring.target import Target
 from stpm.scoring.triage import write_triage
@@ -66,7 +66,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         say: told what was found and what is left.
 
     Returns:
-        The counts of the whole pass.
+        The counts of the whole pass. It has not ended where images are left.
 
     Raises:
         ConfigError: if the target holds another pass, or the scorers do not fit the cluster.
@@ -88,6 +88,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         return counts
     start = time.perf_counter()
     effort = Effort()
+    failed: list[Left] = []
     with connected():
         shards = remaining_shards(of.target)
         left = sum(rows for _, rows in shards)
@@ -96,7 +97,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
         if left:
             progress = Progress(left, say, show if watched() else None)
             try:
-                effort = score_shards(shards, records, of.store, of.options, of.target, progress)
+                effort, failed = score_shards(shards, records, of.store, of.options, of.target, progress)
             except (RayError, SystemException, ExecutionTimeoutError) as error:
                 log.exception("the pipeline ended")
                 raise CutOffError(
@@ -104,6 +105,8 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
                     "command again to go on"
                 ) from error
     counts = count(of.target)
+    if failed and counts.rows < fixed.rows:
+        return _tell_of(failed, dataclasses.replace(counts, left=fixed.rows - counts.rows), say)
     if counts.rows != fixed.rows:
         raise ConfigError(f"{counts.rows} rows in {of.target.scores} for {fixed.rows} images; run again with --fresh")
     _write_page(of, ledger, records)
@@ -134,6 +137,17 @@ def _write_page(of: Pass, ledger: Ledger, records: Mapping[str, ModelRecord]) ->
     if of.top and of.top != ledger.page():
         write_triage(of.target, of.top, {name: record.preprocessing for name, record in records.items()})
         ledger.wrote_page(of.top)
+
+
+def _tell_of(failed: Sequence[Left], counts: Counts, say: Say) -> Counts:
+    """Say what is left of a pass, and why."""
+    for image in failed:
+        say(f"{image.uri}: {image.error_kind}: {image.error_message}")
+    say(
+        f"{counts.left} images are left, which storage, a model or a device failed: run the same command again to try "
+        "them, or with --accept-errors to take such errors as results"
+    )
+    return counts
 
 
 def count(target: Target) -> Counts:

@@ -8,23 +8,24 @@ from dataclasses import dataclass
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.data.datasource import FilenameProvider
+from ray.data.exceptions import SystemException
+from ray.exceptions import RayError
 
 from stpm import storage
 from stpm.calibration import check_rate
 from stpm.cluster import KEEPING_MEMORY, Resources, is_shared, working_nodes
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, CutOffError
 from stpm.models import ModelStore
 from stpm.options import option
 from stpm.record import ModelRecord
 from stpm.scoring.blocks import ManifestBlocks
-from stpm.scoring.checkpoint import checkpoints
-from stpm.scoring.decode import IMAGE_SECONDS, Decode
+from stpm.scoring.checkpoint import FileNames, checkpoints
+from stpm.scoring.decode import IMAGE_SECONDS, TASK_BYTES, Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
 from stpm.scoring.ledger import Effort
 from stpm.scoring.manifest import BLOCK_ROWS, Shard
 from stpm.scoring.pool import ScorerPool
-from stpm.scoring.progress import Progress, followed
+from stpm.scoring.progress import Left, Progress, followed
 from stpm.scoring.scorer import LARGEST_BATCH, Scorer
 from stpm.scoring.target import Target
 
@@ -48,7 +49,14 @@ class ScoreOptions:
     )
     model_memory_gib: float = option(1.0, "GiB of models that a scorer keeps loaded, those used last")
     image_seconds: float = option(
-        IMAGE_SECONDS, "seconds that fetching and decoding one image may take; beyond them it is a row with an error"
+        IMAGE_SECONDS,
+        "seconds that fetching and decoding one image may take; one that is not fetched by then is left to the next "
+        "run, one that is not decoded is a row with an error",
+    )
+    accept_errors: bool = option(
+        False,
+        "write a row with an error for each image that storage, a model or a device failed, instead of leaving it to "
+        "the next run; and never stop because too many fail",
     )
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
     rows_per_file: int = option(
@@ -83,8 +91,10 @@ def score_shards(
     options: ScoreOptions,
     target: Target,
     progress: Progress,
-) -> Effort:
+) -> tuple[Effort, list[Left]]:
     """Score every row of some manifest shards and write one output row each. Needs a connection to Ray.
+
+    Of an image that storage, a model or a device failed no row is written, unless such errors are accepted.
 
     Args:
         shards: of schema MANIFEST, with the user's own columns.
@@ -96,10 +106,12 @@ def score_shards(
         progress: told how far it is.
 
     Returns:
-        What it took, from the first image on; `seconds` is not filled in.
+        What it took, from the first image on, where `seconds` is not filled in; and the first images without a row.
 
     Raises:
         ConfigError: if the scorers do not fit the cluster.
+        CutOffError: if too many images failed for what is not their own fault.
+        RayError: if a node or Ray failed for good.
     """
     blocks = ManifestBlocks(shards)
     preprocessing = {name: record.preprocessing for name, record in records.items()}
@@ -115,13 +127,16 @@ def score_shards(
             target.out, pictures, target.heatmaps, preprocessing, target.overlays, target.heatmaps_in, report
         )
         of_each = write.partitioned if target.partition_by == "category" else write.__call__
-        (
-            ray.data.read_datasource(blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus)
+        scored = (
+            ray.data.read_datasource(
+                blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus, memory=pool.memory_for(TASK_BYTES)
+            )
             .map_batches(
                 Decode(preprocessing, options.image_seconds, report=report).__call__,
                 batch_format="pyarrow",
                 batch_size=BLOCK_ROWS,
                 num_cpus=pool.stage_cpus,
+                memory=pool.memory_for(TASK_BYTES),
             )
             .map_batches(
                 Scorer,
@@ -135,6 +150,7 @@ def score_shards(
                     0,
                     report,
                     {name: record.model_id for name, record in records.items()},
+                    options.accept_errors,
                 ),
                 compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.most),
                 batch_format="pyarrow",
@@ -149,17 +165,25 @@ def score_shards(
                 batch_size=BLOCK_ROWS,
                 num_cpus=pool.stage_cpus,
             )
-            .write_parquet(
+        )
+        try:
+            scored.write_parquet(
                 out_path,
                 filesystem=out_filesystem,
                 partition_cols=["category"] if target.partition_by == "category" else None,
-                filename_provider=FilenameProvider(target.name, "parquet"),
+                filename_provider=FileNames(target.name),
                 min_rows_per_file=min(options.rows_per_file, BLOCK_ROWS) if target.raw_maps else options.rows_per_file,
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
-        )
+        except (RayError, SystemException) as error:
+            if reason := report.broken():
+                raise CutOffError(
+                    f"scoring was stopped: {reason}; what was done is kept. Put right what failed and run the same "
+                    "command again, or take such errors as results with --accept-errors"
+                ) from error
+            raise
         done = report.total()
-        return Effort(
+        effort = Effort(
             images=sum(rows for _, rows in shards),
             steady_images_per_second=round(report.speed(), 3),
             decode_seconds=round(done.decode_seconds, 3),
@@ -169,3 +193,4 @@ def score_shards(
             cpus=sum(node["CPU"] for node in nodes),
             gpus=sum(node.get("GPU", 0.0) for node in nodes),
         )
+        return effort, report.left()

@@ -16,6 +16,8 @@ _SHARE_OF_REST = 1 / 4
 # Of a cluster, evenly for the four stages; Ray Data's default.
 _SET_ASIDE = 0.5
 _STAGES = 4
+# That there is room for on any node, whatever memory they ask for.
+_FEWEST_TASKS = 4
 # Ray counts in ten-thousandths.
 _GRAIN = 10_000
 
@@ -25,7 +27,7 @@ class ScorerPool:
     """The actors that score: how many, how many there may be when nodes come, and what each takes of its node.
 
     `stage_cpus` is what each task takes that fetches, decodes or writes; `set_aside` is the share of the cluster that
-    is kept for the stages, the same for each.
+    is kept for the stages, the same for each; `node_memory` is that of the smallest node, in bytes.
     """
 
     size: int
@@ -34,6 +36,11 @@ class ScorerPool:
     num_gpus: float
     stage_cpus: float
     set_aside: float
+    node_memory: float = math.inf
+
+    def memory_for(self, task: int) -> int:
+        """Bytes to ask Ray for, for a task that takes so many: no more than lets some be on the smallest node."""
+        return int(min(task, self.node_memory / _FEWEST_TASKS))
 
     @classmethod
     def of(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
@@ -58,7 +65,9 @@ class ScorerPool:
         most = max(scorers or blocks, size) if grows else size
         num_cpus, stage_cpus = _beside_gpus(nodes) if gpus else _on_cores(nodes)
         total = sum(node["CPU"] for node in nodes)
-        return cls(size, most, num_cpus, 1.0 if gpus else 0.0, stage_cpus, _set_aside(total, size * num_cpus))
+        set_aside = _set_aside(total, size * num_cpus)
+        memory = min(node.get("memory", math.inf) for node in nodes)
+        return cls(size, most, num_cpus, 1.0 if gpus else 0.0, stage_cpus, set_aside, memory)
 
 
 def _beside_gpus(nodes: Sequence[Resources]) -> tuple[float, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,26 +13,65 @@ import ray
 
 from stpm.cluster import beside_the_driver
 from stpm.console import Say, duration
+from stpm.errors import CutOffError
 
 _POLL_SECONDS = 1.0
 _LOG_SECONDS = 5.0
+_SHOWN = 10
 
 
 class Done(NamedTuple):
     """Rows that scorers are done with, those of them that are errors or anomalous; seconds that each stage computed.
 
-    Seconds are those of a CPU core, but for the forward pass on a GPU. A task that ran twice counts twice.
+    `suspect` are errors that storage, a model or a device may be the cause of, and not the image. Seconds are those of
+    a CPU core, but for the forward pass on a GPU. A task that ran twice counts twice.
     """
 
     rows: int = 0
     errors: int = 0
     anomalous: int = 0
+    suspect: int = 0
     decode_seconds: float = 0.0
     forward_seconds: float = 0.0
     encode_seconds: float = 0.0
 
     def __add__(self, other: tuple[Any, ...]) -> Done:
         return Done(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Left(NamedTuple):
+    """An image that no row is written of, and why: the next run tries it again."""
+
+    uri: str
+    error_kind: str
+    error_message: str
+
+
+class Breaker:
+    """Opens, for good, once more than half of the latest images failed for what may not be their own fault.
+
+    Args:
+        window: images, at least.
+    """
+
+    def __init__(self, window: int = 256) -> None:
+        self._window = window
+        self._latest: deque[tuple[int, int]] = deque()
+        self._rows = self._suspect = 0
+        self.is_open = False
+
+    def add(self, rows: int, suspect: int) -> None:
+        self._latest.append((rows, suspect))
+        self._rows += rows
+        self._suspect += suspect
+        while self._rows - self._latest[0][0] >= self._window:
+            oldest = self._latest.popleft()
+            self._rows -= oldest[0]
+            self._suspect -= oldest[1]
+        self.is_open |= self._rows >= self._window and 2 * self._suspect > self._rows
+
+    def in_words(self) -> str:
+        return f"{self._suspect} of the latest {self._rows} images failed"
 
 
 class Tally:
@@ -44,18 +84,37 @@ class Tally:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._done = Done()
+        self._left: list[Left] = []
+        self._breaker = Breaker()
+        self._broken = ""
         # When how many rows were done, at most once a second.
         self._marks: list[tuple[float, int]] = []
         self._last = 0.0
 
-    def add(self, done: Done) -> None:
+    def add(self, done: Done, left: Sequence[Left] = ()) -> str:
+        """Returns why the pass should end, or ""."""
         self._done += done
+        self._left += left[: _SHOWN - len(self._left)]
+        if done.rows:
+            self._breaker.add(done.rows, done.suspect)
+        if self._breaker.is_open and not self._broken:
+            last = f"{left[-1].error_kind}: {left[-1].error_message}" if left else "missing"
+            self._broken = f"{self._breaker.in_words()}, the last one as {last}"
         self._last = self._clock()
         if done.rows and (not self._marks or self._last - self._marks[-1][0] >= _POLL_SECONDS):
             self._marks.append((self._last, self._done.rows))
+        return self._broken
 
     def read(self) -> Done:
         return self._done
+
+    def left(self) -> list[Left]:
+        """The first that are left to the next run."""
+        return self._left
+
+    def broken(self) -> str:
+        """Why the pass should end, or ""."""
+        return self._broken
 
     def speed(self) -> float:
         """Rows per second without the first quarter of them, while processes start and models load; 0 if unknown.
@@ -68,13 +127,26 @@ class Tally:
 
 
 class Report:
-    """What a task calls with what it has done; nothing waits for it."""
+    """What a task calls with what it has done; nothing waits for it, but for a task with suspect errors."""
 
     def __init__(self, tally: Any) -> None:
         self._tally = tally
 
-    def __call__(self, done: Done) -> None:
-        self._tally.add.remote(done)
+    def __call__(self, done: Done, left: Sequence[Left] = ()) -> None:
+        """Raises CutOffError if so much failed that going on is of no use."""
+        told = self._tally.add.remote(done, left)
+        if done.suspect and (reason := ray.get(told)):
+            raise CutOffError(reason)
+
+    def left(self) -> list[Left]:
+        """See `Tally.left`."""
+        left: list[Left] = ray.get(self._tally.left.remote())
+        return left
+
+    def broken(self) -> str:
+        """See `Tally.broken`."""
+        broken: str = ray.get(self._tally.broken.remote())
+        return broken
 
     def total(self) -> Done:
         """All that was reported so far."""

@@ -6,6 +6,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +82,9 @@ def rehearse(of: Pass, say: Say) -> None:
         whole = manifest.write(of.rows(), listed)
         say(f"{whole.in_words()}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
         target = dataclasses.replace(of.target, out=home, home=home)
-        sample = dataclasses.replace(of, rows=lambda: evenly(listed, whole.rows, SAMPLE), target=target, top=0)
+        options = dataclasses.replace(of.options, accept_errors=True)
+        rows = partial(evenly, listed, whole.rows, SAMPLE)
+        sample = dataclasses.replace(of, rows=rows, options=options, target=target, top=0)
         began = time.perf_counter()
         counts = run_pass(sample, start_over=True, replace=True, say=say)
         seconds = time.perf_counter() - began

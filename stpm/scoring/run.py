@@ -87,7 +87,7 @@ class CollectionOptions:
 
 
 def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: ClusterOptions, say: Say) -> int:
-    """The score job. Returns its exit code: 0 all scored, 2 too many images could not be, 3 none could.
+    """The score job. Returns its exit code: 0 all scored, 2 some are left or too many could not be, 3 none could.
 
     Raises:
         ConfigError: if the options cannot be run, the run folder holds another pass, or another run is at work in it.
@@ -146,6 +146,8 @@ def _score(collection: CollectionOptions, options: ScoreOptions, listed: tuple[s
     except (ModelError, DataError) as error:
         say(f"error: {error}")
         return NOTHING_DONE
+    if counts.left:
+        return SOME_FAILED
     _, models = ledger.models()
     held_out = {name: store.record(name, model_id).fit.calibration_count for name, model_id in models.items()}
     if warning := shortfall(held_out, options.false_alarm_rate):

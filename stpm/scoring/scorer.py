@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,28 +14,36 @@ import pyarrow as pa
 import ray
 import torch
 
-from stpm.errors import ModelError
+from stpm.errors import ImageError, ModelError
 from stpm.forward import Matcher, pick_device
 from stpm.fusion import AnomalyMap
+from stpm.images import TRANSIENT_ERRORS
 from stpm.models import Model, ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import meters
-from stpm.scoring.progress import Done
+from stpm.scoring.progress import Done, Left, Report
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 
 FIRST_BATCH = 16
 LARGEST_BATCH = 256
 _WORTH_IT = 1.05
+# Seconds until a model that could not be loaded is tried again.
+_TRIED_AGAIN_AFTER = 60.0
+# What storage that is not mounted looks like too.
+_SUSPECT = frozenset((*TRANSIENT_ERRORS, "missing"))
 # Columns whose values the scorer looks at, or changes; others go through as they are.
 _READ = ("category", "width", "height", "error_kind", "error_message")
 
 Sharing = tuple[str, ...]
 
+log = logging.getLogger(__name__)
+
 
 class Scorer:
     """DECODED rows to SCORED rows. The teacher runs once per forward pass, each model on its own rows.
 
-    A model that cannot be loaded makes its rows errors, and no others.
+    A model that cannot be loaded makes its rows errors, and no others. Rows with a transient error are left out: what
+    is not written is tried again by the next run.
 
     Args:
         store: URI of the model store.
@@ -46,6 +55,7 @@ class Scorer:
         threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
         report: told of each batch, and how long it took; None tells nobody.
         model_ids: the model that scores each category's rows, and no other; None: those that are current.
+        accept_errors: keep rows with a transient error too.
     """
 
     def __init__(
@@ -57,9 +67,11 @@ class Scorer:
         batch_size: int = 0,
         memory: int = 2**30,
         threads: int = 0,
-        report: Callable[[Done], None] | None = None,
+        report: Report | None = None,
         model_ids: Mapping[str, str] | None = None,
+        accept_errors: bool = False,
     ) -> None:
+        self._left_out = frozenset() if accept_errors else frozenset(TRANSIENT_ERRORS)
         self._model_ids = model_ids
         assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
         torch.set_num_threads(threads or max(int(assigned), 1))
@@ -70,7 +82,8 @@ class Scorer:
         self._overlays = overlays
         self._device = pick_device()
         self._batch = BatchSize(batch_size, grows=self._device.type != "cpu")
-        self._records: dict[str, ModelRecord | ModelError] = {}
+        self._records: dict[str, ModelRecord] = {}
+        self._failures: dict[str, tuple[ModelError, float]] = {}
         self._models = LoadedModels(self._store, self._device, memory)
         self._matchers: dict[Sharing, Matcher] = {}
         # A GPU is taken for as long as it takes; of a CPU others have their share meanwhile.
@@ -93,9 +106,13 @@ class Scorer:
             if columns["error_kind"][i]:
                 continue
             category = columns["category"][i]
+            if self._model_ids is not None and category not in self._model_ids:
+                missing = ModelError(f"{self._store.uri}: category {category!r} had no model when this run began")
+                _fail(columns, [i], "no_model", missing)
+                continue
             record = self._record(category)
             if isinstance(record, ModelError):
-                _fail(columns, [i], "no_model", record)
+                _fail(columns, [i], _model_kind(record), record)
             else:
                 sharing = _sharing(record)
                 records[sharing] = record
@@ -106,7 +123,7 @@ class Scorer:
             try:
                 matcher = self._matcher(sharing, records[sharing])
             except ModelError as error:
-                _fail(columns, members, "no_model", error)
+                _fail(columns, members, _model_kind(error), error)
             else:
                 self._score_shared(matcher, members, columns)
         if not self._overlays:
@@ -114,11 +131,24 @@ class Scorer:
         result = with_carried(table(columns, SCORED), batch)
         computed = self._clock() - start
         meters.spent("forward", computed)
-        if self._report:
-            errors = sum(map(bool, columns["error_kind"]))
-            self._report(Done(rows, errors, sum(map(bool, columns["is_anomalous"])), forward_seconds=computed))
+        self._tell(batch["uri"], columns, computed)
         self._idle_since = time.perf_counter()
-        return result
+        kept = [kind not in self._left_out for kind in columns["error_kind"]]
+        return result if all(kept) else result.filter(pa.array(kept))
+
+    def _tell(self, uris: pa.ChunkedArray, columns: dict[str, Any], seconds: float) -> None:
+        """Report a batch that took so many seconds, the rows that are left out too."""
+        kinds, messages = columns["error_kind"], columns["error_message"]
+        left = [i for i, kind in enumerate(kinds) if kind in self._left_out]
+        meters.count_images((columns["category"][i], kinds[i], False) for i in left)
+        if self._report:
+            failed = sum(map(bool, kinds))
+            suspect = sum(kind in _SUSPECT for kind in kinds) if self._left_out else 0
+            anomalous = sum(map(bool, columns["is_anomalous"]))
+            self._report(
+                Done(len(kinds), failed, anomalous, suspect, forward_seconds=seconds),
+                [Left(uris[i].as_py(), kinds[i], messages[i]) for i in left],
+            )
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""
@@ -134,8 +164,19 @@ class Scorer:
                     self._batch.halve(len(part))
                     continue
                 _fail(columns, part, "out_of_memory", error)
+            except Exception:
+                log.exception("a forward pass failed; its images are tried one by one")
+                self._score_singly(matcher, part, columns)
             self._batch.ran(len(part), time.perf_counter() - began)
             start += len(part)
+
+    def _score_singly(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
+        for row in rows:
+            try:
+                self._forward(matcher, [row], columns)
+            except Exception as error:
+                log.exception("image %s", columns["image_id"][row])
+                _fail(columns, [row], "forward_failed", error)
 
     @torch.inference_mode()
     def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
@@ -151,12 +192,10 @@ class Scorer:
             part = slice(start, start + len(members))
             start = part.stop
             try:
-                if isinstance(known := self._records[category], ModelError):
-                    raise known
-                model = self._models.get(known)
+                model = self._models.get(self._records[category])
             except ModelError as error:
-                self._records[category] = error
-                _fail(columns, members, "no_model", error)
+                self._failures[category] = error, time.monotonic()
+                _fail(columns, members, _model_kind(error), error)
                 continue
             distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
             record = model.record
@@ -190,14 +229,16 @@ class Scorer:
 
     def _record(self, category: str) -> ModelRecord | ModelError:
         """What is known of a category's model, or why there is none."""
-        if self._model_ids is not None and category not in self._model_ids:
-            return ModelError(f"{self._store.uri}: category {category!r} had no model when this run began")
+        failure, since = self._failures.get(category, (None, 0.0))
+        if failure and time.monotonic() - since < _TRIED_AGAIN_AFTER:
+            return failure
         if category not in self._records:
             try:
                 model_id = self._model_ids[category] if self._model_ids else ""
                 self._records[category] = self._store.record(category, model_id)
             except ModelError as error:
-                self._records[category] = error
+                self._failures[category] = error, time.monotonic()
+                return error
         return self._records[category]
 
     def _matcher(self, sharing: Sharing, record: ModelRecord) -> Matcher:
@@ -277,8 +318,15 @@ class BatchSize:
 
 
 def _fail(columns: dict[str, Any], rows: Sequence[int], kind: str, error: Exception) -> None:
+    message = str(ImageError(kind, str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"))
     for i in rows:
-        columns["error_kind"][i], columns["error_message"][i] = kind, str(error)
+        columns["error_kind"][i], columns["error_message"][i] = kind, message
+
+
+def _model_kind(error: ModelError) -> str:
+    """Whether storage did not give a model, or what it gave is not the model."""
+    failed = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+    return "model_unreadable" if failed else "model_damaged"
 
 
 def _sharing(record: ModelRecord) -> Sharing:

@@ -11,14 +11,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], late: T) -> list[T]:
+def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], late: Callable[[int], T]) -> list[T]:
     """Results of the tasks, in their order.
 
     Args:
         seconds: that one task may take, from its own start.
         workers: tasks that run at a time.
         tasks: functions of no argument. What one raises is raised here.
-        late: the result of a task that takes longer. Its thread cannot be stopped: another one takes its place.
+        late: gives the result of a task that takes longer, by its index. Its thread cannot be stopped: another one
+            takes its place.
     """
     results: dict[int, T] = {}
     errors: list[BaseException] = []
@@ -57,7 +58,7 @@ def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], l
             changed.wait(max(oldest + seconds - time.monotonic(), 0.01))
             for index in [i for i, since in started.items() if time.monotonic() - since >= seconds]:
                 del started[index]
-                results[index] = late
+                results[index] = late(index)
                 hire()
     if errors:
         raise errors[0]

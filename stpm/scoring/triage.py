@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from PIL import Image
 
 from stpm import images, storage
-from stpm.errors import DataError, ImageError
 from stpm.pages import jpeg, jpeg_uri, score_parts, template
 from stpm.preprocessing import Preprocessing
 from stpm.scoring.archives import read_uri
@@ -25,6 +25,8 @@ _SHORTER, _LONGEST = 256, 1024
 _READERS = 8
 # So that a threshold of 0 has an order too.
 _LEAST_THRESHOLD = 1e-30
+
+log = logging.getLogger(__name__)
 
 
 def write_triage(target: Target, most: int, preprocessing: Mapping[str, Preprocessing]) -> int:
@@ -51,9 +53,10 @@ def _picture(target: Target, row: Mapping[str, Any], preprocessing: Preprocessin
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _SHORTER, _LONGEST)
         heat = written_heatmap(target.out, row)
-    except (ImageError, DataError, OSError):
+        return jpeg_uri(jpeg(Image.fromarray(heat_over(pixels, heat) if heat else pixels)))
+    except Exception:
+        log.warning("%s is not shown", row["uri"], exc_info=True)
         return ""
-    return jpeg_uri(jpeg(Image.fromarray(heat_over(pixels, heat) if heat else pixels)))
 
 
 def most_anomalous(target: Target, most: int) -> list[dict[str, Any]]:

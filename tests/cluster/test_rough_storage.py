@@ -32,6 +32,8 @@ class Rough(BaseHTTPRequestHandler):
     behind = ""
     share = 0.0
     refuses_until = 0.0
+    # Part of the path of what is denied, after so many requests for such.
+    denied: ClassVar[tuple[str, int]] = ("", 0)
     done: ClassVar[Counter[str]] = Counter()
     chance = random.Random(0)
 
@@ -41,6 +43,13 @@ class Rough(BaseHTTPRequestHandler):
         if self.command in ("PUT", "POST") and time.monotonic() < self.refuses_until:
             fault = "503"
         self.done[fault or "passed"] += 1
+        part, free = self.denied
+        if part and part in self.path:
+            self.done["asked for"] += 1
+            if self.done["asked for"] > free:
+                error = b"<Error><Code>ExpiredToken</Code><Message>The token is expired.</Message></Error>"
+                self._answer(403, error, {"Content-Type": "application/xml"})
+                return
         if fault in ("500", "503"):
             self._answer(int(fault), b"<Error><Code>SlowDown</Code></Error>", {"Content-Type": "application/xml"})
             return
@@ -85,6 +94,7 @@ def rough(s3: dict[str, str]) -> Iterator[dict[str, str]]:
     Rough.behind = urlsplit(s3["AWS_ENDPOINT_URL"]).netloc
     Rough.done.clear()
     Rough.share = Rough.refuses_until = 0.0
+    Rough.denied = "", 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Rough)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -136,3 +146,35 @@ def test_storage_that_refuses_writes_for_half_a_minute_costs_time_alone(
         assert "Traceback" not in stderr
         assert run_job("score", *options, "--out", out, **rough).returncode == 0
     check_rows(out)
+
+
+def test_credentials_that_expire_stop_a_pass_and_spoil_no_row(rough: dict[str, str], options: list[str]) -> None:
+    images, out = "s3://bucket/many", "s3://bucket/expired"
+    data = storage.read(storage.files("s3://bucket/data/nut/test")[0][0])
+    for i in range(700):
+        storage.publish(f"{images}/{i:03}.png", data)
+    options[options.index("--images") + 1] = images
+    options += ["--out", out, "--heatmaps", "none", "--rows-per-file", "32"]
+
+    # All are denied soon after the start.
+    Rough.denied = "/many/", 150
+    ran = run_job("score", *options, **rough)
+    assert ran.returncode == 2
+    assert "of the latest 2" in ran.stderr
+    assert "unreadable: PermissionError: The token is expired" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert Rough.done["asked for"] < 650
+    assert not storage.exists(f"{out}/_SUCCESS")
+
+    # A few are denied: they are left, and final only where that is wanted.
+    Rough.denied = "/many/00", 0
+    ran = run_job("score", *options, **rough)
+    assert ran.returncode == 2
+    assert "10 images are left" in ran.stdout
+    assert "s3://bucket/many/000.png: unreadable: PermissionError" in ran.stdout
+    assert not storage.exists(f"{out}/_SUCCESS")
+    ran = run_job("score", *options, "--accept-errors", **rough)
+    assert ran.returncode == 2
+    assert "700 rows" in ran.stdout
+    assert "10 with an error (10 unreadable)" in ran.stdout
+    assert storage.exists(f"{out}/_SUCCESS")

@@ -274,8 +274,8 @@ def test_few_headers_are_read_for_a_size_and_broken_ones_left_to_loading(
     uris = [str(path) for path in sorted((tmp_path / "nut" / "train" / "good").iterdir())]
     Path(uris[0]).write_bytes(b"")
     read: list[str] = []
-    original = storage.read
-    monkeypatch.setattr(storage, "read", lambda uri: read.append(uri) or original(uri))
+    original = storage.read_at_most
+    monkeypatch.setattr(storage, "read_at_most", lambda uri, most: read.append(uri) or original(uri, most))
     recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=64 * 96)
     assert preprocessing_for(recipe, uris).size == "64x96"
     assert len(read) == len(set(read)) == 32

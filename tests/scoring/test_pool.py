@@ -39,6 +39,12 @@ def test_two_tasks_go_to_a_core_that_feeds_a_gpu() -> None:
     assert pool == ScorerPool(size=1, most=1, num_cpus=1.0, num_gpus=1.0, stage_cpus=0.5, set_aside=0.5)
 
 
+def test_tasks_ask_for_the_memory_that_they_take_where_a_node_has_it() -> None:
+    nodes = [{"CPU": 8.0, "memory": 32e9}, {"CPU": 8.0, "memory": 8e9}]
+    pool = ScorerPool.of(0, nodes, blocks=100, grows=False)
+    assert (pool.memory_for(10**9), pool.memory_for(10**10)) == (1e9, 2e9)
+
+
 KINDS = [*((n, 0) for n in (1, 2, 3, 4, 8, 16, 64)), (1, 1), (2, 1), (4, 1), (8, 1), (4, 4), (6, 4), (7, 5), (32, 4)]
 
 

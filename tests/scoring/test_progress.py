@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from stpm.scoring.progress import Done, Progress, Tally
+import pytest
+
+from stpm.scoring.progress import Breaker, Done, Left, Progress, Tally
 
 
 class Clock:
@@ -37,6 +39,31 @@ def test_a_tally_adds_up() -> None:
     tally.add(Done(16, 1, 2))
     tally.add(Done(4, 0, 1))
     assert tally.read() == Done(20, 1, 3)
+
+
+def test_a_tally_ends_the_pass_once_most_of_the_latest_images_failed() -> None:
+    tally = Tally()
+    left = [Left(f"{i}.png", "unreadable", "expired") for i in range(64)]
+    assert tally.add(Done(100_000)) == ""
+    # As many at once count as they are: half of the latest 256, and then more.
+    assert [bool(tally.add(Done(64, suspect=64), left)) for _ in range(6)] == [False, False, False, True, True, True]
+    assert tally.broken() == "256 of the latest 256 images failed, the last one as unreadable: expired"
+    assert tally.left() == left[:10]
+
+
+@pytest.mark.parametrize(("share", "opens"), [(0.4, False), (0.6, True)])
+def test_the_breaker_opens_above_one_half_of_a_window(share: float, opens: bool) -> None:
+    breaker = Breaker(window=100)
+    for i in range(99):
+        breaker.add(1, 1)
+        assert not breaker.is_open, i
+    breaker = Breaker(window=100)
+    for i in range(1000):
+        breaker.add(1, int((i + 1) * share) - int(i * share))
+    assert breaker.is_open == opens
+    for _ in range(1000):
+        breaker.add(1, 0)
+    assert breaker.is_open == opens
 
 
 def test_the_steady_speed_is_without_the_first_quarter() -> None:

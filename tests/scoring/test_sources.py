@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, DataError, ImageError
 from stpm.scoring import archives
 from stpm.scoring.archives import Place
 from stpm.scoring.schema import MANIFEST
@@ -225,7 +225,7 @@ def test_images_may_be_rows_of_a_parquet_file(tmp_path: Path, nested: bool) -> N
     for row, data in zip(found, files, strict=False):
         assert archives.read(Place(row["uri"], row["archive_start"], row["archive_length"])) == data
         assert archives.read_uri(row["uri"]) == data
-    with pytest.raises(FileNotFoundError, match="has 25 rows, row 25 is wanted"):
+    with pytest.raises(ImageError, match="has 25 rows, row 25 is wanted"):
         archives.read_uri(f"{tmp_path}/part-0.parquet#25")
 
 
@@ -236,7 +236,7 @@ def test_a_member_of_a_tar_is_found_by_its_uri(tmp_path: Path) -> None:
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     assert archives.read_uri(f"{tmp_path}/s.tar#a/2.png") == b"two"
-    with pytest.raises(FileNotFoundError, match="no such image in the archive"):
+    with pytest.raises(ImageError, match="no such image in the archive"):
         archives.read_uri(f"{tmp_path}/s.tar#a/3.png")
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import shutil
 import tarfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from stpm import mvtec, storage
@@ -25,6 +30,7 @@ from stpm.networks import load_teacher
 from stpm.options import Size
 from stpm.preprocessing import Resize
 from stpm.recipe import Recipe
+from stpm.scoring import archives
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png, written_heatmap
 from stpm.scoring.manifest import image_id, of_test_images
@@ -138,6 +144,19 @@ def test_schemas_are_kept_from_stage_to_stage(run: Path, tmp_path: Path) -> None
     assert all(field.metadata[b"description"] for field in OUTPUT)
 
 
+def rows_at(uris: Sequence[str], categories: Sequence[str], places: Sequence[tuple[int, int]] = ()) -> pa.Table:
+    """Rows of a manifest: places are start and length in an archive."""
+    columns: dict[str, list[Any]] = {
+        "image_id": [image_id(uri) for uri in uris],
+        "uri": list(uris),
+        "category": list(categories),
+        "archive_start": [start for start, _ in places] or [0] * len(uris),
+        "archive_length": [length for _, length in places] or [-1] * len(uris),
+    }
+    columns |= {name: [""] * len(uris) for name in ("label", "mask", "error_kind", "error_message")}
+    return table(columns, MANIFEST)
+
+
 def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path) -> None:
     good = storage.read(manifest(run)["uri"][0].as_py())
     contents = {"empty.png": b"", "text.png": b"hello", "cut.jpg": good[: len(good) // 2]}
@@ -147,20 +166,8 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path)
     (tmp_path / "dot.png").write_bytes(encoded(np.full((1, 1, 3), 9, np.uint8)))
     names = [*contents, "deep.png", "dot.png", "gone.png"]
     uris = [str(tmp_path / name) for name in names]
-    columns: dict[str, list[object]] = {
-        "image_id": list(range(7)),
-        "uri": [*uris, uris[-2]],
-        "category": [*["nut"] * 6, "no/such\nmodel"],
-        "label": [""] * 7,
-        "mask": [""] * 7,
-        "error_kind": [""] * 7,
-        "error_message": [""] * 7,
-        "archive_start": [0] * 7,
-        "archive_length": [-1] * 7,
-    }
-    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all", PREPROCESSING)(
-        scored(run, table(columns, MANIFEST))
-    ).to_pylist()
+    rows = rows_at([*uris, uris[-2]], [*["nut"] * 6, "no/such\nmodel"])
+    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all", PREPROCESSING)(scored(run, rows)).to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
     for row in out:
         failed = bool(row["error_kind"])
@@ -169,6 +176,132 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path)
         assert (row["model_id"] == "") == failed
         assert (row["heatmap"] == "") == failed
     assert [(row["width"], row["height"]) for row in out[3:5]] == [(9, 9), (1, 1)]
+
+
+def test_no_row_ends_a_pass_or_keeps_others_from_being_scored(run: Path, tmp_path: Path) -> None:
+    """Names that cannot be, and files that are not what they are named."""
+    good = manifest(run)["uri"][0].as_py()
+    shutil.copy(good, tmp_path / "secret")
+    shutil.copy(good, tmp_path / "pre::fix.png")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(100 * 2**30)
+    Image.new("RGB", (9, 9)).save(tmp_path / "page.eps.png", "EPS")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("empty.png"))
+    expected = {
+        "secret::z.png": "missing",
+        "pre::fix.png": "",
+        "a\0b.png": "bad_name",
+        "nosuch://a.png": "bad_name",
+        "memory://gone::file://z.png": "missing",
+        f"{'long' * 100}.png": "missing",
+        "folder.png": "missing",
+        "pipe.png": "missing",
+        "round.png": "missing",
+        "huge.png": "too_large",
+        "page.eps.png": "not_an_image",
+        "a.tar#empty.png": "empty",
+        "good.png": "",
+    }
+    shutil.copy(good, tmp_path / "good.png")
+    uris = [name if "://" in name else f"{tmp_path}/{name}" for name in expected]
+    rows = rows_at(uris, ["nut"] * len(uris), [(512, 0) if "tar#" in uri else (0, -1) for uri in uris])
+    out = scored(run, rows).to_pylist()
+    assert {name: row["error_kind"] for name, row in zip(expected, out, strict=True)} == expected
+    assert all(row["error_message"] for row in out if row["error_kind"])
+
+
+def test_a_parquet_file_that_hangs_holds_up_no_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = Path(manifest(run)["uri"][0].as_py()).read_bytes()
+    for name in ("hangs", "works"):
+        storage.publish(f"{tmp_path}/{name}.parquet", storage.parquet(pa.table({"image": pa.array([good, good])})))
+    release = threading.Event()
+    original = archives.pq.ParquetFile
+
+    def open_parquet(file: Any, **options: Any) -> Any:
+        if "hangs.parquet" in str(file):
+            release.wait(60)
+        return original(file, **options)
+
+    monkeypatch.setattr(archives.pq, "ParquetFile", open_parquet)
+    uris = [f"{tmp_path}/{name}.parquet#{row}" for row in range(2) for name in ("hangs", "works")]
+    out = Decode(PREPROCESSING, seconds=1.0)(rows_at(uris, ["nut"] * 4, [(0, 1), (0, 1), (1, 1), (1, 1)]))
+    release.set()
+    assert out["error_kind"].to_pylist() == ["timeout", "", "timeout", ""]
+
+
+class Expired(MemoryFileSystem):
+    """Storage that lets nobody in, or that fails."""
+
+    protocol = "expired"
+    error: Exception = PermissionError("the token is expired")
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("no"), OSError("503"), RuntimeError("a client's bug"), UnicodeError("\udcff")]
+)
+def test_rows_that_storage_failed_are_left_to_the_next_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fsspec.register_implementation("expired", Expired, clobber=True)
+    monkeypatch.setattr(Expired, "error", error)
+    monkeypatch.setattr(storage, "_PATIENCE", 0.0)
+    uris = manifest(run)["uri"].to_pylist()[:3]
+    decoded = Decode(PREPROCESSING)(rows_at([uris[0], "expired://a.png", *uris[1:], "/gone.png"], ["nut"] * 5))
+    assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]
+    told: list[Any] = []
+    report: Any = lambda done, left: told.append((done.rows, done.errors, done.suspect, [each[:2] for each in left]))  # noqa: E731
+    for accept, rows in ((False, [*uris, "/gone.png"]), (True, [uris[0], "expired://a.png", *uris[1:], "/gone.png"])):
+        stage = Scorer(str(run / "models"), 0.3, False, False, threads=1, report=report, accept_errors=accept)
+        assert stage(decoded)["uri"].to_pylist() == rows
+    assert told == [(5, 2, 2, [("expired://a.png", "unreadable")]), (5, 2, 0, [])]
+
+
+def test_a_model_that_storage_did_not_give_is_tried_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = Decode(PREPROCESSING)(manifest(run))
+    original = storage.read
+    down = {"student", "model.json", "teachers"}
+
+    def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+        if any(name in uri for name in down):
+            raise OSError("503 Slow Down")
+        return original(uri, start, end)
+
+    monkeypatch.setattr(storage, "read", read)
+    monkeypatch.setattr("stpm.scoring.scorer._TRIED_AGAIN_AFTER", 0.0)
+    stage = Scorer(str(run / "models"), 0.3, False, False, threads=1, accept_errors=True)
+    for name, kinds in (
+        ("model.json", {"model_unreadable"}),
+        ("teachers", {"model_unreadable"}),
+        ("student", {"", "model_unreadable"}),
+        ("", {""}),
+    ):
+        assert set(stage(decoded)["error_kind"].to_pylist()) == kinds, name
+        down.discard(name)
+
+
+def test_an_image_that_a_forward_pass_fails_on_is_alone_with_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = Decode(PREPROCESSING)(manifest(run))
+    original = Matcher.inputs
+
+    def inputs(matcher: Matcher, pixels: torch.Tensor) -> torch.Tensor:
+        if (pixels == torch.from_numpy(odd)).flatten(1).all(1).any():
+            raise RuntimeError("no such kernel")
+        return original(matcher, pixels)
+
+    odd = np.frombuffer(decoded["pixels"][3].as_buffer(), np.uint8).reshape(64, 64, 3).copy()
+    monkeypatch.setattr(Matcher, "inputs", inputs)
+    stage = Scorer(str(run / "models"), 0.3, False, False, threads=1, accept_errors=True)
+    kinds = stage(decoded)["error_kind"].to_pylist()
+    assert kinds == ["forward_failed" if i == 3 else "" for i in range(len(kinds))]
 
 
 def test_a_batch_of_errors_alone_passes_through(run: Path) -> None:
@@ -258,10 +391,11 @@ def test_a_damaged_model_makes_its_own_rows_errors_and_no_others(run: Path, tmp_
     (damaged,) = (tmp_path / "models" / folder).rglob(name or "*.safetensors")
     damaged.write_bytes(b"x")
     decoded = Decode(PREPROCESSING)(manifest(run))
-    out = Scorer(str(tmp_path / "models"), 0.3, raw_maps=False, overlays=False, threads=1)(decoded).to_pylist()
+    store = str(tmp_path / "models")
+    out = Scorer(store, 0.3, raw_maps=False, overlays=False, threads=1, accept_errors=True)(decoded).to_pylist()
     broken = set(CATEGORIES) if file == "teachers" else {file.split("/", maxsplit=1)[0]}
     for row in out:
-        assert (row["error_kind"] == "no_model") == (row["category"] in broken)
+        assert (row["error_kind"] == "model_damaged") == (row["category"] in broken)
         assert (row["score"] is None) == (row["category"] in broken)
         assert ("its SHA-256 is" in row["error_message"]) == (row["category"] in broken)
 
@@ -345,8 +479,10 @@ def test_an_image_that_alone_is_too_much_is_an_error_row(run: Path, monkeypatch:
         raise torch.cuda.OutOfMemoryError("no memory at all")
 
     monkeypatch.setattr(Matcher, "features", never)
-    for row in scorer(run)(decoded).to_pylist():
-        assert (row["error_kind"], row["error_message"], row["score"]) == ("out_of_memory", "no memory at all", None)
+    stage = Scorer(str(run / "models"), 0.3, raw_maps=False, overlays=False, threads=1, accept_errors=True)
+    for row in stage(decoded).to_pylist():
+        assert (row["error_kind"], row["score"]) == ("out_of_memory", None)
+        assert row["error_message"] == "OutOfMemoryError: no memory at all"
 
 
 def batches_of(speeds: dict[int, float], wanted: int = 0, grows: bool = True) -> int:
