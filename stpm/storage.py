@@ -6,9 +6,8 @@ Objects are published whole: a reader sees the old bytes or the new ones, never 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -160,14 +159,14 @@ def publish(uri: str, data: bytes) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=_UNFINISHED)
+    # Opened as any new file is, so that its permissions are those that the umask leaves.
+    beside = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("xb") as file:
             file.write(data)
-        Path(beside).chmod(0o644)
-        Path(beside).replace(target)
+        beside.replace(target)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 

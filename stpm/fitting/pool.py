@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from stpm import storage
-from stpm.cluster import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, working_nodes
+from stpm.cluster import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, living_nodes, working_nodes
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.queue import WAIT, Event, TaskQueue
 from stpm.fitting.task import FitTask, Outcome
@@ -30,7 +30,8 @@ from stpm.options import option
 _POLL_SECONDS = 0.3
 _LOST_SECONDS = 5.0
 _RESTARTS_PER_TASK = 2
-_RESTARTS_OF_NODES = 3
+# Beyond those that tasks may cause. Spot nodes may be taken away again and again, and Ray counts each as a failure.
+_RESTARTS_ALONE, _RESTARTS_OF_NODES = 3, 100
 _SHARE_OF_MEMORY = 0.5
 # A student this small gains little from more.
 _MOST_THREADS = 8
@@ -173,7 +174,9 @@ def run_pool(
     Returns:
         One outcome per task, in the order they ended. Tasks that never ran are failed.
     """
-    queue = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(TaskQueue).remote(list(tasks))
+    actor = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(TaskQueue)
+    queue = actor.remote(list(tasks), living_nodes)
+    restarts = _RESTARTS_PER_TASK * len(tasks) + (_RESTARTS_OF_NODES if is_shared() else _RESTARTS_ALONE)
     filesystem, path = storage.arrow_filesystem(scratch)
     trainer = TorchTrainer(
         _work,
@@ -186,7 +189,7 @@ def run_pool(
             storage_path=path,
             worker_runtime_env=KEEPING_MEMORY,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=_RESTARTS_PER_TASK * len(tasks) + _RESTARTS_OF_NODES),
+            failure_config=FailureConfig(max_failures=restarts),
         ),
     )
     follower = _Follower(queue, on_event)
@@ -218,9 +221,9 @@ def _work(config: dict[str, Any]) -> None:
     memory, device_memory = _memory(options, assigned)
     limits = Limits(memory, device_memory, options.checkpoint_seconds)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
-    size = ray.train.get_context().get_world_size()
+    size, node = ray.train.get_context().get_world_size(), ray.get_runtime_context().get_node_id()
     stop = threading.Event()
-    while (task := ray.get(queue.take.remote(group, size))) is not None:
+    while (task := ray.get(queue.take.remote(group, size, node))) is not None:
         if task == WAIT:
             stop.wait(_POLL_SECONDS)
             continue

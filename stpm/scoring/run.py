@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from stpm import storage
-from stpm.calibration import shortfall
+from stpm.calibration import Normals, shortfall
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.models import ModelStore
@@ -131,7 +131,8 @@ def _score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> in
     records = _records(store, target)
     if collection.top:
         write_triage(target, collection.top, {record.category: record.preprocessing for record in records})
-    if warning := shortfall({r.category: r.fit.calibration_count for r in records}, options.false_alarm_rate):
+    normals = {r.category: Normals(r.fit.good_count, r.fit.calibration_count) for r in records}
+    if warning := shortfall(normals, options.false_alarm_rate):
         say(warning)
     return _tell(counts, target, collection.max_error_rate, say)
 
