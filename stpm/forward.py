@@ -1,4 +1,4 @@
-"""The forward pass behind one seam: uint8 images in, anomaly maps out. Nothing else knows what computes it."""
+"""The forward pass that fitting and scoring share: uint8 images in, anomaly maps out."""
 
 from __future__ import annotations
 

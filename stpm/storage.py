@@ -1,4 +1,4 @@
-"""URIs and filesystems: everything that is read or written goes through here, on any fsspec filesystem.
+"""URIs and filesystems: whatever has a URI is opened here, on any fsspec filesystem.
 
 Objects are published whole: a reader sees the old bytes or the new ones, never half of them.
 """

@@ -34,7 +34,7 @@ class FitOptions:
     """Where the images are and where the models go."""
 
     data: str = option("", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://)")
-    models: str = option("", "model store that the students go to: a folder or a URI")
+    models: str = option("", "model store that the models go to: a folder or a URI")
     categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
     false_alarm_rate: float = option(
         0.01,
