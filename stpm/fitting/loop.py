@@ -1,4 +1,4 @@
-"""One student's fit: images in memory to weights. No Ray, no I/O."""
+"""One student's fit: decoded images to weights. No Ray, no storage."""
 
 from __future__ import annotations
 
