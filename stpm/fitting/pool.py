@@ -58,7 +58,7 @@ class PoolOptions:
     memory_gib: float = option(
         0.0,
         "GiB that a worker may take for decoded images (beyond it they go to a file), for the teacher's features and "
-        "for the distance maps that calibrate (beyond it they are computed anew); 0: its share of half the node's memory",
+        "for distance maps in calibration (beyond it they are computed anew); 0: its share of half the node's memory",
     )
     checkpoint_seconds: float = option(
         30.0, "seconds between checkpoints of a fit, at the end of an epoch; 0: every epoch"
