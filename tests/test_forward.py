@@ -12,7 +12,7 @@ def test_a_gpu_is_asked_for_true_float32_and_the_same_bits_each_time() -> None:
         cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = True
         cudnn.deterministic = False
         pick_device()
-        assert not (cudnn.allow_tf32 or matmul.allow_tf32 or cudnn.benchmark)
+        assert [cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark] == [False] * 3
         assert cudnn.deterministic
     finally:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
