@@ -77,6 +77,26 @@ FAULTS = (
         "tests/cluster/test_faults.py::test_a_category_that_kills_its_worker_twice_is_set_aside",
     ),
     Fault(
+        "Fitting: spot nodes are taken away and others come in their place, again and again",
+        "No category is set aside for it: a death counts only where the group's nodes live on.",
+        "tests/fitting/test_queue.py::test_a_lost_node_is_nobodys_fault",
+    ),
+    Fault(
+        "Fitting: a file of a model in the store is damaged or gone",
+        "The next fit says so and fits that category again; a damaged teacher is written again.",
+        "tests/fitting/test_run.py::test_a_damaged_model_is_said_and_fitted_again",
+    ),
+    Fault(
+        "Fitting: a category has too few good images for the recipe",
+        "It fails before anything is fitted, and says how many it takes; the others are fitted.",
+        "tests/fitting/test_run.py::test_a_category_of_too_few_images_fails_before_anything_is_fitted",
+    ),
+    Fault(
+        "Fitting: a GPU runs out of memory (simulated)",
+        "That category fails with what to lower, and no batch is halved; its worker goes on with the others.",
+        "tests/fitting/test_worker.py::test_a_gpu_that_is_too_small_is_said_and_no_batch_is_halved",
+    ),
+    Fault(
         "Fitting: a node comes, and then one with a running worker is gone without a word",
         "The run ends well. The new node gets work, the lost one's goes on elsewhere; students the same, bit by bit.",
         "tests/cluster/test_nodes.py::test_a_fit_takes_in_a_node_that_comes_and_loses_one_and_not_one_bit",
@@ -139,7 +159,7 @@ FAULTS = (
         "tests/fitting/test_worker.py::test_a_disk_without_room_for_them_is_said",
     ),
     Fault(
-        "A GPU runs out of memory (simulated)",
+        "Scoring: a GPU runs out of memory (simulated)",
         "The batch is halved until it fits; an image that is too much alone is left to the next run.",
         "tests/scoring/test_stages.py::test_a_batch_that_does_not_fit_is_halved_until_it_does",
     ),

@@ -1,4 +1,4 @@
-"""Fit one student per category, score every test image, report AUROC per category and in the mean."""
+"""Fit one model per category, score every test image, report AUROC per category and in the mean."""
 
 from stpm.benchmark import BenchmarkOptions, demo_defaults, run_benchmark
 from stpm.cli import Job, run_job

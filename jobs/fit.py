@@ -1,4 +1,4 @@
-"""Fit one student per category of a data set in the MVTec AD layout, with Ray Train."""
+"""Fit one model per category of a data set in the MVTec AD layout, with Ray Train."""
 
 from stpm.cli import Job, run_job
 from stpm.fitting.pool import PoolOptions

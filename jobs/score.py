@@ -1,4 +1,4 @@
-"""Score a collection of images with a fitted student, with Ray Data."""
+"""Score a collection of images with fitted models, with Ray Data."""
 
 from stpm.cli import Job, run_job
 from stpm.placement import ClusterOptions

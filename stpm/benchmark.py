@@ -111,9 +111,9 @@ def _run(
     if categories:
         with connected():
             stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
+            warn_of_few_normals(categories, recipe, scoring.false_alarm_rate, say)
             outcomes = fit_categories(categories, recipe, stores, pool, options.wait, say)
             failures += [Failure(o.key, o.reason) for o in outcomes if o.status == "failed"]
-            warn_of_few_normals(outcomes, scoring.false_alarm_rate, say)
             for seed, store in stores.items():
                 records = [o.record for o in outcomes if o.seed == seed and o.record]
                 if records:

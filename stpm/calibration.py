@@ -66,13 +66,24 @@ def part_scale(values: Sequence[Floats]) -> PartScale:
 
 
 def part_scales_without_each(values: Sequence[Floats]) -> list[PartScale]:
-    """For each held-out normal the scale that the others give; a single one has no others, and gives its own.
+    """For each of at least two held-out normals, the scale that the others give.
 
     An image that had a part in its own scale would look more normal than any image that comes later.
     """
-    if len(values) == 1:
-        return [part_scale(values)]
-    return [part_scale([*values[:i], *values[i + 1 :]]) for i in range(len(values))]
+    every = np.concatenate(values)
+    order = np.argsort(every, kind="stable")
+    ordered = every[order]
+    places = np.empty(len(every), np.int64)
+    places[order] = np.arange(len(every))
+    ends = np.cumsum([len(each) for each in values])
+    scales = []
+    for own in np.split(places, ends[:-1]):
+        # How many values of others lie before each of its own.
+        others_before = np.sort(own) - np.arange(len(own))
+        ranks = [max(math.ceil((len(every) - len(own)) * share - 1), 0) for share in (_LOW, _HIGH)]
+        low, high = ordered[ranks + np.searchsorted(others_before, ranks, side="right")]
+        scales.append(PartScale(float(low), float(high)))
+    return scales
 
 
 @dataclass(frozen=True)
@@ -119,36 +130,82 @@ def normals_for(false_alarm_rate: float) -> int:
     return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
 
 
-def shortfall(counts: Mapping[str, int], false_alarm_rate: float) -> str:
-    """A warning that names the models whose held-out normals are too few for a rate; empty if there are none.
+@dataclass(frozen=True)
+class Normals:
+    """The good images of a category: how many there are, and how many of them calibrate its model."""
+
+    good: int
+    calibrating: int
+
+
+def shortfall(counts: Mapping[str, Normals], false_alarm_rate: float) -> str:
+    """A warning that names the models that too few good images calibrate for a rate; empty if there are none.
 
     Args:
-        counts: held-out normals by category.
+        counts: by category.
         false_alarm_rate: in (0, 1).
     """
     needed = normals_for(false_alarm_rate)
-    few = {name: n for name, n in counts.items() if n < needed}
+    few = {name: normals for name, normals in counts.items() if normals.calibrating < needed}
     if not few:
         return ""
-    shown = ", ".join(f"{name} has {n} and supports {1 / (n + 1):.3f}" for name, n in list(few.items())[:_SHOWN])
+    shown = ", ".join(
+        f"{name} has {n.calibrating} of its {n.good} good images and supports {1 / (n.calibrating + 1):.3f}"
+        for name, n in list(few.items())[:_SHOWN]
+    )
     more = f", and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
+    remedies = ["raise --false-alarm-rate"]
+    if any(n.good < needed for n in few.values()):
+        remedies.insert(0, f"give at least {needed} good images and fit with --calibration-folds 5")
+    if any(n.good >= needed for n in few.values()):
+        remedies.insert(
+            0, f"where there are {needed} good images, fit with --calibration-folds 5: all of them calibrate"
+        )
     return (
-        f"warning: false-alarm-rate {false_alarm_rate:g} takes {needed} held-out normals; {shown}{more}. There, the "
-        "largest normal score is the threshold. Give more good images, or fit with --calibration-folds 5, which "
-        "calibrates on all of them"
+        f"warning: false-alarm-rate {false_alarm_rate:g} takes {needed} good images to calibrate on; {shown}{more}. "
+        f"There, the largest normal score is the threshold. To change that, {'; or '.join(remedies)}"
     )
 
 
-def calibrate(scores: Sequence[float], anomaly_maps: Sequence[npt.NDArray[np.float32]]) -> Calibration:
-    """The calibration that held-out normals give.
+class HeatmapRange:
+    """The heatmap scale of maps that come one after the other.
+
+    It is exact, and of all pixels only the largest are kept: about 20 bytes for each of one percent of them.
 
     Args:
-        scores: of the images.
-        anomaly_maps: of the same images, (H, W) float32 each, whose shapes may differ.
+        pixels: of all maps together, at least one.
     """
-    pixels = np.concatenate([each.ravel() for each in anomaly_maps])
-    low, edge = float(np.quantile(pixels, _COMMON)), float(pixels.max())
-    return Calibration(np.sort(scores).astype(np.float32), HeatmapScale(low, max(edge, low + _least_step(low))))
+
+    def __init__(self, pixels: int) -> None:
+        self._position = _COMMON * (pixels - 1)
+        self._kept = pixels - math.floor(self._position)
+        self._parts: list[npt.NDArray[np.float32]] = []
+        self._count = 0
+        self._least = -math.inf
+
+    def add(self, anomaly_map: npt.NDArray[np.float32]) -> None:
+        """Take in a map of any shape."""
+        self._parts.append(anomaly_map[anomaly_map >= self._least])
+        self._count += len(self._parts[-1])
+        if self._count > 2 * self._kept:
+            self._largest()
+
+    def scale(self) -> HeatmapScale:
+        """The scale of all maps: `low` is interpolated linearly between two pixels, as NumPy's default is."""
+        ordered = np.sort(self._largest())
+        below, above = ordered[0], ordered[min(1, len(ordered) - 1)]
+        share = self._position - math.floor(self._position)
+        low = float(below + (above - below) * share if share < 0.5 else above - (above - below) * (1 - share))
+        return HeatmapScale(low, max(float(ordered[-1]), low + _least_step(low)))
+
+    def _largest(self) -> npt.NDArray[np.float32]:
+        pixels = np.concatenate(self._parts)
+        if len(pixels) > self._kept:
+            pixels.partition(len(pixels) - self._kept)
+            pixels = pixels[-self._kept :].copy()
+            self._least = pixels[0]
+        self._parts, self._count = [pixels], len(pixels)
+        return pixels
 
 
 def _least_step(value: float) -> float:

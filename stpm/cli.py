@@ -7,11 +7,13 @@ environment (`STPM_<NAME>`), preset, default.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_type_hints
 
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import register_type
 
 from stpm.console import SOME_FAILED, STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
@@ -38,6 +40,20 @@ def _items(value: Any) -> list[Any]:
 register_type(Integers, serializer=list, deserializer=lambda v: Integers(int(i) for i in _items(v)))
 register_type(Names, serializer=list, deserializer=lambda v: Names(str(i) for i in _items(v)))
 register_type(Size, serializer=str, deserializer=lambda v: Size(str(v)))
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose integers are decimal and whose dates are text: YAML 1.1 would read the size `0x140` as 320."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "timestamp")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
+set_loader("yaml", lambda text: yaml.load(text, _Yaml), exceptions=(yaml.YAMLError,))  # noqa: S506
 
 
 class _Parser(ArgumentParser):

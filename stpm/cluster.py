@@ -52,6 +52,11 @@ def working_nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
+def living_nodes() -> set[str]:
+    """Ids of the nodes that are alive; a node that was lost is missed after a while."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def is_shared() -> bool:
     """Whether the connected cluster is one that others started: its nodes may come and go."""
     return bool(os.environ.get("RAY_ADDRESS"))

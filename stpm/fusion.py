@@ -31,21 +31,22 @@ _SAMPLED = 1024
 _SAMPLED_IN_ALL = 256 * 1024
 
 
-def part_values(distances: Tensor, valid: Tensor | None = None) -> list[Map]:
+def part_values(distances: Tensor, valid: Tensor | None = None, images_in_all: int = 0) -> list[Map]:
     """For each image some of a part's distances, evenly spaced over the positions that count.
 
-    1,024 of each image; of more than 256 images fewer, 16 at least, since calibration takes quantiles of all for each.
+    1,024 of each image; where there are more than 256 images fewer, 16 at least.
 
     Args:
-        distances: (N, Hₗ, Wₗ).
-        valid: (N, Hₗ, Wₗ) bool, the positions that count; None: all.
+        distances: (B, Hₗ, Wₗ).
+        valid: (B, Hₗ, Wₗ) bool, the positions that count; None: all.
+        images_in_all: how many images calibrate the model, if these are not all.
     """
     images = distances.flatten(1).cpu().numpy()
     if valid is None:
         chosen = list(images)
     else:
         chosen = [row[keep] for row, keep in zip(images, valid.flatten(1).cpu().numpy(), strict=True)]
-    most = max(min(_SAMPLED, _SAMPLED_IN_ALL // max(len(images), 1)), 16)
+    most = max(min(_SAMPLED, _SAMPLED_IN_ALL // max(images_in_all, len(images), 1)), 16)
     return [row[np.linspace(0, len(row) - 1, min(len(row), most)).astype(int)] for row in chosen]
 
 

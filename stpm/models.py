@@ -20,7 +20,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,15 +28,14 @@ import torch
 from torch import Tensor
 
 from stpm import storage
-from stpm.calibration import Calibration, HeatmapScale, PartScale
-from stpm.errors import ConfigError, ModelError
+from stpm.calibration import Calibration, PartScale
+from stpm.errors import ModelError
 from stpm.forward import Parts
 from stpm.memory import KINDS, MemoryBank
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
-from stpm.options import Integers, Size
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
-from stpm.record import CALIBRATION, FORMAT, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
+from stpm.record import CALIBRATION, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
 
 _TEACHERS = "teachers"
 _CURRENT = "current.json"
@@ -79,7 +77,10 @@ class ModelStore:
         data = serialise(state)
         digest = storage.digest(data)
         uri = self._teacher_uri(digest)
-        if not storage.exists(uri):
+        try:
+            self._read_verified(uri, digest)
+        except ModelError:
+            # Missing, or damaged: every model of the store needs it.
             storage.publish(uri, data)
         return digest
 
@@ -192,10 +193,10 @@ class ModelStore:
         model_id = model_id or self.current(category).model_id
         uri = storage.join(self.folder(category), model_id, _RECORD)
         try:
-            record = _record_from(json.loads(storage.read(uri)), uri)
+            record = ModelRecord.from_json(storage.read(uri), uri)
         except FileNotFoundError as error:
             raise ModelError(f"{self.uri}: no model {model_id} for category {category!r}") from error
-        except (ValueError, OSError) as error:
+        except OSError as error:
             raise ModelError(f"{uri}: cannot be read: {error}") from error
         if record.model_id != model_id:
             raise ModelError(f"{uri}: this is {record.model_id}; fit the model again")
@@ -293,28 +294,3 @@ def _unnamed(tensors: StateDict) -> tuple[MemoryBank, ...]:
         for kind in KINDS
         if (level, kind) in windows
     )
-
-
-def _record_from(values: Any, uri: str) -> ModelRecord:
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise ModelError(f"{uri}: format {found!r}, this version reads {FORMAT}; fit the model again")
-    try:
-        recipe = values["recipe"]
-        recipe |= {name: Integers(recipe[name]) for name in ("levels", "memory_levels")} | {
-            "size": Size(recipe["size"])
-        }
-        preprocessing = values["preprocessing"]
-        preprocessing |= {name: tuple(preprocessing[name]) for name in ("mean", "std")}
-        return ModelRecord(
-            **values
-            | {
-                "recipe": Recipe(**recipe),
-                "preprocessing": Preprocessing(**preprocessing),
-                "heatmap_scale": HeatmapScale(**values["heatmap_scale"]),
-                "part_scales": tuple(PartScale(**scale) for scale in values["part_scales"]),
-                "fit": FitSummary(**values["fit"]),
-            }
-        )
-    except (TypeError, KeyError, ValueError, ConfigError) as error:
-        raise ModelError(f"{uri}: not a record of this version: {error}; fit the model again") from error

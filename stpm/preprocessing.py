@@ -23,6 +23,7 @@ Boxes = npt.NDArray[np.int32]
 # `fit` stretches an image whose aspect ratio is within this factor of the input's, instead of padding a few pixels.
 _SAME_ASPECT = 1.1
 
+LARGEST_SIDE = 4096
 _SIDE_MULTIPLE = 32
 _LEAST_PIXELS = 65_536
 _LARGEST_ASPECT = 8.0
@@ -136,7 +137,7 @@ def choose_size(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int
     """The input's height and width for images of these sizes (width, height).
 
     They have the images' median aspect ratio (within 1:8) and about as many pixels as the median image, at least
-    65,536, at most the budget. Both are multiples of 32, at least 32.
+    65,536, at most the budget. Both are multiples of 32, from 32 to 4096.
 
     Args:
         sizes: at least one.
@@ -144,7 +145,8 @@ def choose_size(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int
     """
     aspect = exp(statistics.median(log(width / height) for width, height in sizes))
     aspect = min(max(aspect, 1 / _LARGEST_ASPECT), _LARGEST_ASPECT)
-    pixels = min(max(statistics.median(width * height for width, height in sizes), _LEAST_PIXELS), budget)
+    most = min(budget, LARGEST_SIDE**2 * min(aspect, 1 / aspect))
+    pixels = min(max(statistics.median(width * height for width, height in sizes), _LEAST_PIXELS), most)
     height, width = _nearest_multiple(sqrt(pixels / aspect)), _nearest_multiple(sqrt(pixels * aspect))
     while height * width > budget:
         smaller = [(height - _SIDE_MULTIPLE, width), (height, width - _SIDE_MULTIPLE)]

@@ -7,16 +7,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, DataError
 from stpm.options import Integers, Size, option
-from stpm.preprocessing import Resize
+from stpm.preprocessing import LARGEST_SIDE, Resize
 
 Preset = Literal["default", "paper", "notebook"]
 Precision = Literal["float32", "bfloat16"]
 StudentKind = Literal["stpm", "none"]
 FusionMethod = Literal["product", "sum", "quantile"]
 
-# Of a held-out image the parts are brought to one scale by the others.
+# A held-out image's parts are brought to one scale by the other held-out images.
 _LEAST_FOR_QUANTILES = 2
 
 
@@ -118,8 +118,27 @@ class Recipe:
 
     def held_out(self, images: int) -> int:
         """How many of so many good images are held out: the share, at least what is needed, and never all."""
-        least = _LEAST_FOR_QUANTILES if self.fusion == "quantile" else 1
-        return min(max(round(images * self.validation_share), least), images - 1)
+        return min(max(round(images * self.validation_share), self._least_held_out), images - 1)
+
+    def folds_of(self, images: int) -> int:
+        """How many folds calibrate on so many good images: as asked for, with at least two images in each."""
+        return min(self.calibration_folds, images // 2)
+
+    def calibrating(self, images: int) -> int:
+        """How many of so many good images calibrate the model."""
+        return images if self.calibration_folds else self.held_out(images)
+
+    def check_images(self, images: int) -> None:
+        """Raises DataError if so many good images are too few."""
+        least, why = 1 + self._least_held_out, f"1 to fit on and {self._least_held_out} to hold out"
+        if self.calibration_folds:
+            least, why = 4, "2 in each of 2 folds"
+        if images < least:
+            raise DataError(f"good images: {images}; this recipe needs at least {least}, {why}; give more")
+
+    @property
+    def _least_held_out(self) -> int:
+        return _LEAST_FOR_QUANTILES if self.fusion == "quantile" else 1
 
     @property
     def fusing(self) -> Fusion:
@@ -162,12 +181,12 @@ class Recipe:
         _require(0 <= self.top_fraction < 1, "top_fraction", self.top_fraction, "give 0 to below 1")
         sides = self.size.sides
         _require(
-            sides is None or 32 <= min(sides) <= max(sides) <= 4096,
+            sides is None or 32 <= min(sides) <= max(sides) <= LARGEST_SIDE,
             "size",
             self.size,
-            "give 32 to 4096 pixels each, or auto",
+            f"give 32 to {LARGEST_SIDE} pixels each, or auto",
         )
-        _require(1024 <= self.pixels <= 4096**2, "pixels", self.pixels, "give 1024 to 16777216")
+        _require(1024 <= self.pixels <= LARGEST_SIDE**2, "pixels", self.pixels, f"give 1024 to {LARGEST_SIDE**2}")
         for name in ("batch", "epochs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
         for name in ("learning_rate", "loss_scale"):

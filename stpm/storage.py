@@ -1,4 +1,4 @@
-"""URIs and filesystems: everything that is read or written goes through here, on any fsspec filesystem.
+"""URIs and filesystems: whatever has a URI is opened here, on any fsspec filesystem.
 
 Objects are published whole: a reader sees the old bytes or the new ones, never half of them.
 """
@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import stat
-import tempfile
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -258,18 +258,18 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=_UNFINISHED)
+    # Opened as any new file is, so that its permissions are those that the umask leaves.
+    beside = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("xb") as file:
             file.write(data)
             if durable:
                 # Else a disk may keep the new name and lose the bytes, which leaves an empty file.
                 file.flush()
                 os.fsync(file.fileno())
-        Path(beside).chmod(0o644)
-        Path(beside).replace(target)
+        beside.replace(target)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
     if durable:
         _sync_folder(target.parent)

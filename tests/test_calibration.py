@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stpm.calibration import (
+    HeatmapRange,
     HeatmapScale,
+    Normals,
     PartScale,
-    calibrate,
     check_rate,
     normals_for,
     p_values,
@@ -64,16 +68,30 @@ def test_a_rate_takes_as_many_normals_as_support_it(rate: float) -> None:
 
 
 def test_too_few_normals_are_said_with_what_it_takes() -> None:
-    assert shortfall({"nut": 99, "screw": 400}, 0.01) == ""
-    warning = shortfall({"nut": 98, "screw": 400}, 0.01)
+    screw = Normals(500, 400)
+    assert shortfall({"nut": Normals(120, 99), "screw": screw}, 0.01) == ""
+    warning = shortfall({"nut": Normals(122, 98), "screw": screw}, 0.01)
     assert warning.startswith(
-        "warning: false-alarm-rate 0.01 takes 99 held-out normals; nut has 98 and supports 0.010."
+        "warning: false-alarm-rate 0.01 takes 99 good images to calibrate on; nut has 98 of its 122 good images and "
+        "supports 0.010."
     )
-    assert "--calibration-folds" in warning
     assert "screw" not in warning
-    many = shortfall({f"part-{i}": 42 for i in range(1000)}, 0.01)
-    assert "part-4 has 42 and supports 0.023, and 995 more." in many
-    assert len(many) < 500
+    many = shortfall({f"part-{i}": Normals(209, 42) for i in range(1000)}, 0.01)
+    assert "part-4 has 42 of its 209 good images and supports 0.023, and 995 more." in many
+    assert len(many) < 700
+
+
+@pytest.mark.parametrize(
+    ("normals", "folds_where_there_are", "more_images"),
+    [(Normals(122, 24), True, False), (Normals(14, 3), False, True), (Normals(14, 14), False, True)],
+)
+def test_folds_are_advised_where_they_would_do(
+    normals: Normals, folds_where_there_are: bool, more_images: bool
+) -> None:
+    warning = shortfall({"nut": normals}, 0.01)
+    assert ("where there are 99 good images, fit with --calibration-folds 5" in warning) == folds_where_there_are
+    assert ("give at least 99 good images and fit with --calibration-folds 5" in warning) == more_images
+    assert "raise --false-alarm-rate" in warning
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -1.0, float("nan")])
@@ -82,24 +100,44 @@ def test_a_rate_is_a_share(rate: float) -> None:
         check_rate(rate)
 
 
-def test_calibration_of_maps() -> None:
-    maps = np.arange(1.0, 1001.0, dtype=np.float32).reshape(2, 20, 25)
-    found = calibrate([900.0, 450.0], maps)
-    np.testing.assert_array_equal(found.scores, np.array([450.0, 900.0], np.float32))
-    assert found.scores.dtype == np.float32
-    assert (sum(maps.ravel() > found.scale.low), found.scale.edge) == (10, 1000.0)
+def scale_of(maps: Sequence[np.ndarray]) -> HeatmapScale:
+    found = HeatmapRange(sum(each.size for each in maps))
+    for each in maps:
+        found.add(each)
+    return found.scale()
 
 
-def test_maps_of_different_shapes_are_calibrated_by_their_pixels() -> None:
-    values = np.arange(1.0, 1001.0, dtype=np.float32)
-    found = calibrate([1.0, 2.0], [values[:200].reshape(10, 20), values[200:].reshape(40, 20)])
-    assert (sum(values > found.scale.low), found.scale.edge) == (10, 1000.0)
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 60), st.sampled_from([0, 1, 3]))
+@settings(deadline=None)
+def test_the_heatmap_scale_is_the_quantile_and_the_maximum_of_all_pixels(
+    seed: int, maps: int, side: int, decimals: int
+) -> None:
+    """Maps of different shapes, with and without ties, as if all of them were in memory."""
+    rng = np.random.default_rng(seed)
+    made = [
+        rng.lognormal(size=(side, rng.integers(1, 60))).astype(np.float32).round(decimals or 9) for _ in range(maps)
+    ]
+    pixels, found = np.concatenate([each.ravel() for each in made]), scale_of(made)
+    assert found.low == float(np.quantile(pixels, 0.99))
+    assert found.edge == max(float(pixels.max()), found.edge if pixels.max() == found.low else 0.0)
+
+
+def test_of_many_maps_few_pixels_are_held() -> None:
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    found = HeatmapRange(2000 * 100 * 100)
+    for _ in range(2000):
+        found.add(rng.random((100, 100), np.float32))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.25 * 2000 * 100 * 100, "bytes: a quarter of one for each pixel"
+    assert found.scale().low == pytest.approx(0.99, abs=1e-4)
 
 
 def test_constant_maps_have_a_scale_too() -> None:
     for value in (0.0, -3.0, 1e6):
         constant = np.full((3, 4, 4), value, np.float32)
-        scale = calibrate([value] * 3, constant).scale
+        scale = scale_of(constant)
         assert scale.low < scale.edge
         assert (scale.apply(constant) == 0).all()
         assert (scale.apply(constant + max(abs(value), 1.0)) == 255).all()
@@ -128,7 +166,7 @@ def test_a_larger_anomaly_is_never_drawn_lower(values: list[float], low: float, 
     assert (levels[ordered > low + 5.01 * width] == 255).all()
 
 
-PARTS = st.lists(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=20), min_size=1, max_size=8)
+PARTS = st.lists(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=20), min_size=2, max_size=8)
 
 
 def reference_quantile(values: list[float], share: float) -> float:
@@ -142,7 +180,7 @@ def test_the_scale_of_each_normal_is_that_of_all_others(part: list[list[float]])
     found = part_scales_without_each(arrays)
     assert len(found) == len(part)
     for i, scale in enumerate(found):
-        others = [v for j, image in enumerate(part) for v in image if j != i or len(part) == 1]
+        others = [v for j, image in enumerate(part) for v in image if j != i]
         assert scale.low == pytest.approx(reference_quantile(others, 0.9), rel=1e-5, abs=1e-5)
         assert scale.high == pytest.approx(reference_quantile(others, 0.995), rel=1e-5, abs=1e-5)
     every = [v for image in part for v in image]

@@ -206,3 +206,24 @@ def test_a_null_in_the_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "run.yaml").write_text(f"{name}: null\n")
     with pytest.raises(ConfigError, match=f"{name} is null; give a value"):
         recipe_of("--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_size_is_read_in_decimal_digits_and_nothing_else(tmp_path: Path) -> None:
+    for written, message in (
+        ("0x140", "size is '0x140'; give 32 to 4096"),
+        ("1:30", "not a size"),
+        ("1_0", "not a size"),
+    ):
+        (tmp_path / "run.yaml").write_text(f"size: {written}\n")
+        for argv in (["--config", str(tmp_path / "run.yaml")], ["--size", written]):
+            with pytest.raises(ConfigError, match=message):
+                recipe_of(*argv)
+    (tmp_path / "run.yaml").write_text("size: 0400\nteacher_weights: 2026-11-24\n")
+    found = recipe_of("--config", str(tmp_path / "run.yaml"))
+    assert (found.size, found.teacher_weights) == ("400x400", "2026-11-24")
+
+
+def test_fractions_are_read_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_scale: 2\n")
+    found = recipe_of("--config", str(tmp_path / "run.yaml"))
+    assert (found.learning_rate, found.weight_decay, found.momentum, found.loss_scale) == (4e-4, 1e-3, 0.5, 2.0)

@@ -68,6 +68,31 @@ def test_every_pod_has_one_image_and_the_same_ray() -> None:
     assert base[1] == CLUSTER["rayVersion"]
 
 
+def test_no_pod_runs_as_root_or_may_become_it() -> None:
+    (cron, *_) = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
+    nightly = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    groups = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
+    pods = [nightly, *(group["template"]["spec"] for group in groups)]
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    containers = [container for pod in pods for container in pod["containers"]]
+    for each in (CLUSTER["autoscalerOptions"], *containers):
+        assert not each["securityContext"]["allowPrivilegeEscalation"]
+        assert each["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_image_holds_the_package_and_nothing_else_of_the_checkout() -> None:
+    copies = re.findall(r"^COPY (?:--\S+ )*(.+) /home/ray/stpm\S*$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    sources = [source for line in copies for source in line.split()]
+    assert sorted(sources) == ["LICENSE", "README.md", "jobs", "pyproject.toml", "stpm"]
+    assert all((REPOSITORY / source).exists() for source in sources)
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    assert 'readme = "README.md"' in project
+    assert 'license-files = ["LICENSE"]' in project
+
+
 def test_each_night_has_one_job_and_may_create_it_and_nothing_else() -> None:
     cron, account, role, binding = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
     assert (cron["apiVersion"], cron["kind"]) == ("batch/v1", "CronJob")

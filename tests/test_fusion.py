@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from stpm.calibration import PartScale, calibrate, part_scale, part_scales_without_each
+from stpm.calibration import Calibration, HeatmapScale, PartScale, part_scale, part_scales_without_each
 from stpm.fusion import AnomalyMap, fuse, part_values, upsample
 from stpm.matching import content_mask, distance_map
 from stpm.recipe import Fusion
@@ -235,7 +235,7 @@ def test_p_values_of_new_normal_images_are_not_too_small(n: int, draws: int) -> 
             maps.append(torch.from_numpy((scale * image * rng.gamma(2.0, size=(n + new_images, *shape))).astype("f")))
         held_out, new = [d[:n] for d in maps], [d[n:] for d in maps]
         of_held_out, of_new = score_all(held_out, new, 2, fusion)
-        calibration = calibrate(of_held_out.tolist(), [np.zeros((1, 1), np.float32)])
+        calibration = Calibration(np.sort(of_held_out).astype(np.float32), HeatmapScale(0.0, 1.0))
         p_values.append(calibration.p_values(of_new.astype(np.float32)))
     for rate in (1 / (n + 1), 0.05, 0.1, 0.2, 0.5):
         alarms = (np.array(p_values) <= rate + 1e-6).mean(axis=1)

@@ -9,6 +9,7 @@ import pytest
 
 # Those that tasks and actors of the driver are unpickled from.
 LIGHT = [
+    "stpm.cluster",
     "stpm.fitting.queue",
     "stpm.fitting.task",
     "stpm.scoring.blocks",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stpm import storage
-from stpm.calibration import HeatmapScale, PartScale, calibrate
+from stpm.calibration import Calibration, HeatmapScale, PartScale
 from stpm.errors import DataError, ModelError
 from stpm.memory import KINDS, MemoryBank, fit_bank
 from stpm.models import ModelStore
@@ -21,7 +21,7 @@ from stpm.record import FitSummary, ModelRecord
 from tests.conftest import MODELS, preprocessing_of
 
 SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
-CALIBRATION = calibrate([0.7, 0.2, 0.4], np.random.default_rng(0).random((3, 8, 8), np.float32))
+CALIBRATION = Calibration(np.array([0.2, 0.4, 0.7], np.float32), HeatmapScale(0.25, 0.75))
 
 
 def banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
@@ -255,23 +255,42 @@ def test_a_damaged_teacher_is_noticed(store: ModelStore, tiny: Recipe) -> None:
     ("change", "message"),
     [
         ({"format": 99}, "format 99, this version reads 3"),
-        ({"surprise": 1}, "surprise"),
-        ({"heatmap_scale": {"low": 1}}, "edge"),
-        ({"recipe": {"levels": [1], "memory_levels": [1], "size": "64", "epochs": 0}}, "epochs is 0"),
-        ({"recipe": {"levels": [1], "memory_levels": [1], "size": "big"}}, "'big' is not a size"),
-        ({"recipe": {"levels": [1], "size": "64"}}, "memory_levels"),
-        ({"part_scales": [{"low": 1}]}, "high"),
-        ({"preprocessing": {"height": 3}}, "mean"),
+        ({"surprise": 1}, "the record has fields too many or too few: surprise"),
+        ({"heatmap_scale": {"low": 1.0}}, "heatmap_scale has fields too many or too few: edge"),
+        ({"recipe.epochs": 0}, "epochs is 0"),
+        ({"recipe.epochs": "5"}, "recipe.epochs is '5', which is no int"),
+        ({"recipe.epochs": True}, "recipe.epochs is True, which is no int"),
+        ({"recipe.levels": [1, "2"]}, "recipe.levels is '2', which is no int"),
+        ({"recipe.keep": "first"}, "recipe.keep is 'first'"),
+        ({"recipe.size": "big"}, "'big' is not a size"),
+        ({"recipe.size": 64}, "recipe.size is 64, which is no Size"),
+        ({"fit.seconds": "1.5"}, "fit.seconds is '1.5', which is no float"),
+        ({"fit.train_loss": "low"}, "fit.train_loss is 'low', which is no float"),
+        ({"heatmap_scale.low": "0.1"}, "heatmap_scale.low is '0.1', which is no float"),
+        ({"part_scales": [{"low": 1.0}]}, "part_scales has fields too many or too few: high"),
+        ({"preprocessing.height": 64.5}, "preprocessing.height is 64.5, which is no int"),
+        ({"preprocessing.mean": [0.5, 0.5]}, "preprocessing.mean is"),
+        ({"files": {"student.safetensors": 1}}, "files.student.safetensors is 1, which is no str"),
     ],
 )
 def test_a_foreign_record_says_what_differs(
     store: ModelStore, tiny: Recipe, change: dict[str, object], message: str
 ) -> None:
-    record = save(store, tiny)
-    foreign = json.dumps(dataclasses.asdict(record) | change).encode()
-    storage.publish(stored(store, "model.json"), foreign)
+    values = json.loads(json.dumps(dataclasses.asdict(save(store, tiny))))
+    for name, value in change.items():
+        *parents, field = name.split(".")
+        (values[parents[0]] if parents else values)[field] = value
+    storage.publish(stored(store, "model.json"), json.dumps(values).encode())
     with pytest.raises(ModelError, match=message):
         store.record("nut")
+
+
+def test_a_whole_number_will_do_where_a_fraction_may_stand(store: ModelStore, tiny: Recipe) -> None:
+    record = save(store, tiny)
+    values = json.loads(json.dumps(dataclasses.asdict(record)))
+    values["fit"]["seconds"] = 3
+    storage.publish(storage.join(store.uri, "nut", "model.json"), json.dumps(values).encode())
+    assert store.record("nut") == dataclasses.replace(record, fit=dataclasses.replace(record.fit, seconds=3.0))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])

@@ -106,14 +106,20 @@ def test_a_size_is_that_of_the_median_image_within_the_budget(
     assert choose_size(sizes, 163_840) == expected
 
 
-@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=9), st.integers(1024, 500_000))
+@given(
+    st.one_of(st.lists(st.tuples(each, each), min_size=1, max_size=9) for each in (SIDES, st.integers(1, 60_000))),
+    st.one_of(st.integers(1024, 500_000), st.integers(1024, 4096**2)),
+)
+@example([(40_000, 5_000)], 4096**2)
+@example([(1_000, 50_000)], 4096**2)
+@example([(4_097, 4_097)], 4096**2)
 def test_a_chosen_size_keeps_the_budget_and_the_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
     height, width = choose_size(sizes, budget)
     assert height % 32 == width % 32 == 0
-    assert min(height, width) >= 32
+    assert 32 <= min(height, width) <= max(height, width) <= 4096
     assert height * width <= budget
-    pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget)
     aspect = min(max(np.exp(np.median([np.log(w / h) for w, h in sizes])), 1 / 8), 8)
+    pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
     wanted = np.sqrt([pixels / aspect, pixels * aspect])
     if wanted.min() >= 48:
         # No side is further from the wanted one than rounding and two steps down take it.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, DataError
 from stpm.options import Integers, Size
 from stpm.recipe import PRESETS, Fusion, Recipe
 
@@ -103,3 +103,25 @@ def test_what_is_held_out_is_the_share_and_enough_and_never_all() -> None:
     paper, default = PRESETS["paper"], PRESETS["default"]
     assert [paper.held_out(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
     assert [default.held_out(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "least", "why"),
+    [
+        (PRESETS["paper"], 2, "1 to fit on and 1 to hold out"),
+        (PRESETS["default"], 3, "1 to fit on and 2 to hold out"),
+        (dataclasses.replace(PRESETS["paper"], calibration_folds=5), 4, "2 in each of 2 folds"),
+        (dataclasses.replace(PRESETS["default"], calibration_folds=2), 4, "2 in each of 2 folds"),
+    ],
+)
+def test_images_that_are_too_few_are_refused_with_the_reason(recipe: Recipe, least: int, why: str) -> None:
+    recipe.check_images(least)
+    for images in range(1, least):
+        with pytest.raises(DataError, match=f"good images: {images}; this recipe needs at least {least}, {why}"):
+            recipe.check_images(images)
+
+
+def test_folds_have_two_images_at_least() -> None:
+    recipe = Recipe(calibration_folds=5)
+    assert [recipe.folds_of(images) for images in (4, 5, 9, 10, 14, 209)] == [2, 2, 4, 5, 5, 5]
+    assert [each.calibrating(14) for each in (recipe, PRESETS["paper"])] == [14, 3]

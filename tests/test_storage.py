@@ -86,6 +86,16 @@ def test_a_file_that_is_written_anew_has_another_version(root: str) -> None:
     assert after[1] != before[1]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_a_published_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        storage.publish(str(tmp_path / "x"), b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == mode
+
+
 def test_remove_takes_a_folder_or_nothing(root: str) -> None:
     storage.publish(storage.join(root, "d", "x"), b"")
     storage.remove(storage.join(root, "d"))

@@ -1,4 +1,4 @@
-"""One category's figures, for one seed, from what scoring wrote."""
+"""One category's figures, for one seed, from what scoring wrote and the masks."""
 
 from __future__ import annotations
 

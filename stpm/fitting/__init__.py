@@ -1,1 +1,1 @@
-"""Fitting: from defect-free images of each category to its student, calibrated, in the model store."""
+"""Fitting: from defect-free images of each category to its model, calibrated, in the model store."""

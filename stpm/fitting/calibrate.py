@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from stpm.calibration import Calibration, PartScale, calibrate, part_scale, part_scales_without_each
+from stpm.calibration import Calibration, HeatmapRange, PartScale, part_scale, part_scales_without_each
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import EVALUATION_BATCH, Checkpoints, Indices, batches, fit
 from stpm.fitting.memory import build_memory
-from stpm.forward import Distances, Matcher, Parts, shape_of, to_device
+from stpm.forward import Distances, Parts, shape_of, to_device
 from stpm.fusion import AnomalyMap, part_values
 from stpm.memory import MemoryBank
 from stpm.networks import StateDict, architecture_of, trunk_from
-from stpm.preprocessing import Boxes
 from stpm.recipe import Recipe
 
 
@@ -39,7 +39,9 @@ def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: 
     return Parts(trunk, tuple(memory))
 
 
-def calibrate_model(parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe) -> Calibrated:
+def calibrate_model(
+    parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
+) -> Calibrated:
     """Scales, scores and heatmap scale from the held-out images.
 
     Args:
@@ -47,28 +49,35 @@ def calibrate_model(parts: Parts, features: TeacherFeatures, held_out: Indices, 
         features: of the images.
         held_out: which images to use; none that the parts were fitted on.
         recipe: how the parts' distances are fused.
+        budget: see `HeldOut`.
     """
-    maps, values = _held_out_maps(parts, features, held_out, recipe)
-    scores = [each.score(recipe.top_fraction).total for each in maps]
-    return Calibrated(calibrate(scores, [each.total for each in maps]), tuple(map(part_scale, values)))
+    images = HeldOut(parts, features, held_out, recipe, budget)
+    left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
+    heatmap_range = HeatmapRange(int(((right - left) * (bottom - top)).sum()))
+    scores = []
+    for each in images.maps():
+        scores.append(each.score(recipe.top_fraction).total)
+        heatmap_range.add(each.total)
+    calibration = Calibration(np.sort(scores).astype(np.float32), heatmap_range.scale())
+    return Calibrated(calibration, tuple(map(part_scale, images.values)))
 
 
 def k_fold_scores(
-    features: TeacherFeatures, recipe: Recipe, checkpoints: Sequence[Checkpoints | None]
+    features: TeacherFeatures, recipe: Recipe, checkpoints: Sequence[Checkpoints | None], budget: int
 ) -> npt.NDArray[np.float32]:
     """One score for every image, from models that were fitted without it: ascending, of length N.
 
-    Each fold's student runs all epochs and keeps the last, so that no choice is made on the fold that it scores. There
-    are no more folds than leave two images in each: alone, an image would have to give its own scale.
+    Each fold's student runs all epochs and keeps the last, so that no choice is made on the fold that it scores.
 
     Args:
         features: the images and their features.
         recipe: with the number of folds.
         checkpoints: where each fold's fit keeps its progress.
+        budget: see `HeldOut`.
     """
     total = len(features.images)
     order = np.random.default_rng(recipe.seed).permutation(total)
-    count = min(recipe.calibration_folds, max(total // 2, 2))
+    count = recipe.folds_of(total)
     folds = [np.sort(fold) for fold in np.array_split(order, count)]
     without_choice = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores: list[float] = []
@@ -77,50 +86,59 @@ def k_fold_scores(
         memory = build_memory(features, rest, recipe)
         student = fit(features, rest, fold, without_choice, lambda epoch: None, kept).student
         parts = make_parts(student, memory, recipe, features.matcher.device)
-        maps, _ = _held_out_maps(parts, features, fold, recipe)
+        maps = HeldOut(parts, features, fold, recipe, budget).maps()
         scores += [each.score(recipe.top_fraction).total for each in maps]
     return np.sort(np.array(scores, np.float32))
 
 
-def _held_out_maps(
-    parts: Parts, features: TeacherFeatures, chosen: Indices, recipe: Recipe
-) -> tuple[list[AnomalyMap], list[list[npt.NDArray[np.float32]]]]:
-    """Anomaly maps of held-out images, and what the scales of the parts come from."""
-    distances = _distances(parts, features, chosen)
-    content = features.images.content[chosen]
-    values = _values(distances, content, features.matcher)
-    return _maps(distances, content, features.matcher, recipe, values), values
+class HeldOut:
+    """Held-out images as a model sees them: some of each part's distances, and anomaly maps, one at a time.
 
+    Args:
+        parts: of the model.
+        features: of the images.
+        chosen: which images are held out.
+        recipe: how the parts' distances are fused.
+        budget: bytes that distance maps may take between the two passes over the images; those beyond are computed
+            anew, to the same bits.
+    """
 
-def _distances(parts: Parts, features: TeacherFeatures, chosen: Indices) -> Distances:
-    matcher = features.matcher
-    results = []
-    for batch in batches(chosen, EVALUATION_BATCH):
-        inputs = features.inputs(torch.from_numpy(batch))
+    def __init__(self, parts: Parts, features: TeacherFeatures, chosen: Indices, recipe: Recipe, budget: int) -> None:
+        self._parts = parts
+        self._features = features
+        self._recipe = recipe
+        self._batches = batches(chosen, EVALUATION_BATCH)
+        self._kept: list[Distances] = []
+        sampled: list[list[list[npt.NDArray[np.float32]]]] = []
+        for batch in self._batches:
+            distances = self._distances(batch)
+            budget -= distances.nbytes
+            if budget >= 0:
+                self._kept.append(distances.to(torch.device("cpu")))
+            masks = features.matcher.content_masks(
+                features.images.content[batch], [shape_of(d) for d in distances.maps]
+            )
+            pairs = zip(distances.maps, masks, strict=True)
+            sampled.append([part_values(d, mask, len(chosen)) for d, mask in pairs])
+        # For each part, some of the distances of each image.
+        self.values = [[image for batch in part for image in batch] for part in zip(*sampled, strict=True)]
+
+    def maps(self) -> Iterator[AnomalyMap]:
+        """The anomaly map of each image, on the scales that the others give."""
+        matcher = self._features.matcher
+        scales: Iterator[tuple[PartScale, ...]] = repeat(())
+        if self._recipe.fusion == "quantile":
+            scales = zip(*map(part_scales_without_each, self.values), strict=True)
+        for number, batch in enumerate(self._batches):
+            kept = number < len(self._kept)
+            distances = self._kept[number].to(matcher.device) if kept else self._distances(batch)
+            content = self._features.images.content[batch]
+            for one in (slice(i, i + 1) for i in range(len(batch))):
+                yield from matcher.anomaly_maps(distances.images(one), content[one], self._recipe.fusing, next(scales))
+
+    def _distances(self, batch: Indices) -> Distances:
+        matcher = self._features.matcher
+        indices = torch.from_numpy(batch)
+        inputs = self._features.inputs(indices)
         teacher = matcher.teacher_features(inputs)
-        results.append(matcher.distances(parts, teacher, inputs, features.images.content[batch]))
-    return Distances.concatenate(results)
-
-
-def _values(distances: Distances, content: Boxes, matcher: Matcher) -> list[list[npt.NDArray[np.float32]]]:
-    """For each part, some of the distances of each image."""
-    maps = distances.maps
-    valid = matcher.content_masks(content, [shape_of(d) for d in maps])
-    return [part_values(d, v) for d, v in zip(maps, valid, strict=True)]
-
-
-def _maps(
-    distances: Distances,
-    content: Boxes,
-    matcher: Matcher,
-    recipe: Recipe,
-    values: Sequence[Sequence[npt.NDArray[np.float32]]],
-) -> list[AnomalyMap]:
-    """Anomaly maps of held-out images, each on the scales that the others give."""
-    if recipe.fusion != "quantile":
-        return matcher.anomaly_maps(distances, content, recipe.fusing, ())
-    of_images = zip(*(part_scales_without_each(part) for part in values), strict=True)
-    return [
-        matcher.anomaly_maps(distances.images(slice(i, i + 1)), content[i : i + 1], recipe.fusing, scales)[0]
-        for i, scales in enumerate(of_images)
-    ]
+        return matcher.distances(self._parts, teacher, inputs, self._features.images.content[batch])

@@ -1,4 +1,4 @@
-"""One student's fit: images in memory to weights. No Ray, no I/O."""
+"""One student's fit: decoded images to weights. No Ray, no storage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stpm.errors import DataError, StpmError
+from stpm.errors import StpmError
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.task import Epoch
 from stpm.forward import to_device
@@ -74,10 +74,9 @@ def split(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
     """Random indices to train on and to hold out, ascending.
 
     Raises:
-        DataError: if there are fewer than two.
+        DataError: if there are too few for the recipe.
     """
-    if count < 2:
-        raise DataError(f"{count} defect-free image; at least 2 are needed, one to train on and one to hold out")
+    recipe.check_images(count)
     order = np.random.default_rng(recipe.seed).permutation(count)
     held_out = recipe.held_out(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

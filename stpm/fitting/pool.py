@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from stpm import storage
-from stpm.cluster import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, working_nodes
+from stpm.cluster import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, living_nodes, working_nodes
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.queue import WAIT, Event, TaskQueue
 from stpm.fitting.task import FitTask, Outcome
@@ -30,7 +30,7 @@ from stpm.options import option
 _POLL_SECONDS = 0.3
 _LOST_SECONDS = 5.0
 _RESTARTS_PER_TASK = 2
-_RESTARTS_OF_NODES = 3
+_RESTARTS_BESIDES = 3
 _SHARE_OF_MEMORY = 0.5
 # A student this small gains little from more.
 _MOST_THREADS = 8
@@ -56,8 +56,8 @@ class PoolOptions:
     )
     memory_gib: float = option(
         0.0,
-        "GiB that a worker may take for decoded images (beyond it they go to a file) and for the teacher's features "
-        "(beyond it they are computed anew); 0: its share of half the node's memory",
+        "GiB that a worker may take for decoded images (beyond it they go to a file), for the teacher's features and "
+        "for distance maps in calibration (beyond it they are computed anew); 0: its share of half the node's memory",
     )
     checkpoint_seconds: float = option(
         30.0, "seconds between checkpoints of a fit, at the end of an epoch; 0: every epoch"
@@ -173,26 +173,31 @@ def run_pool(
     Returns:
         One outcome per task, in the order they ended. Tasks that never ran are failed.
     """
-    queue = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(TaskQueue).remote(list(tasks))
+    workers = scaling(options, working_nodes(), len(tasks), grows=is_shared())
+    actor = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(TaskQueue)
+    queue = actor.remote(list(tasks), living_nodes)
     filesystem, path = storage.arrow_filesystem(scratch)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"queue": queue, "options": options},
-        # Workers never speak to each other: gloo starts on every device, and on shared ones.
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=scaling(options, working_nodes(), len(tasks), grows=is_shared()),
-        run_config=RunConfig(
-            name=f"fit-{uuid.uuid4().hex[:8]}",
-            storage_path=path,
-            worker_runtime_env=KEEPING_MEMORY,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=_RESTARTS_PER_TASK * len(tasks) + _RESTARTS_OF_NODES),
-        ),
-    )
+
+    def train() -> None:
+        TorchTrainer(
+            _work,
+            train_loop_config={"queue": queue, "options": options},
+            # Workers never speak to each other: gloo starts on every device, and on shared ones.
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=workers,
+            run_config=RunConfig(
+                name=f"fit-{uuid.uuid4().hex[:8]}",
+                storage_path=path,
+                worker_runtime_env=KEEPING_MEMORY,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=_RESTARTS_PER_TASK * len(tasks) + _RESTARTS_BESIDES),
+            ),
+        ).fit()
+
     follower = _Follower(queue, on_event)
     failure = ""
     try:
-        trainer.fit()
+        again_while_nodes_are_lost(train, follower.lost_nodes)
     except ray.train.TrainingFailedError as error:
         failure = f"the worker group could not go on: {str(error).splitlines()[0]}"
         log.exception("Ray Train gave up")
@@ -207,6 +212,31 @@ def run_pool(
     return outcomes + missing
 
 
+def again_while_nodes_are_lost(train: Callable[[], None], lost_nodes: Callable[[], int]) -> None:
+    """Train until it ends, or fails though no node was lost since it began.
+
+    Ray Train takes a node that is gone without a word for a failure of its workers, and gives up after some of those;
+    of spot nodes there may be any number.
+
+    Args:
+        train: goes on where the last call ended.
+        lost_nodes: how many nodes have been lost so far.
+
+    Raises:
+        TrainingFailedError: as `train` does.
+    """
+    while True:
+        before = lost_nodes()
+        try:
+            train()
+        except ray.train.TrainingFailedError:
+            if lost_nodes() == before:
+                raise
+            log.warning("Ray Train gave up after nodes were lost; it starts anew")
+        else:
+            return
+
+
 def _work(config: dict[str, Any]) -> None:
     """The loop of one worker. A task that raises is that task's outcome, and the worker goes on."""
     # Ray Train's controller unpickles this too, and would wait for the import of what it never runs.
@@ -218,9 +248,9 @@ def _work(config: dict[str, Any]) -> None:
     memory, device_memory = _memory(options, assigned)
     limits = Limits(memory, device_memory, options.checkpoint_seconds)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
-    size = ray.train.get_context().get_world_size()
+    size, node = ray.train.get_context().get_world_size(), ray.get_runtime_context().get_node_id()
     stop = threading.Event()
-    while (task := ray.get(queue.take.remote(group, size))) is not None:
+    while (task := ray.get(queue.take.remote(group, size, node))) is not None:
         if task == WAIT:
             stop.wait(_POLL_SECONDS)
             continue
@@ -265,9 +295,18 @@ class _Follower:
         self._on_event = on_event
         self._seen = 0
         self._outcomes: list[Outcome] = []
+        self._nodes = living_nodes()
+        self._lost: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="fit-events", daemon=True)
         self._thread.start()
+
+    def lost_nodes(self) -> int:
+        """How many nodes were there, and are no more."""
+        living = living_nodes()
+        self._nodes |= living
+        self._lost |= self._nodes - living
+        return len(self._lost)
 
     def finish(self) -> list[Outcome]:
         self._stop.set()
@@ -281,6 +320,7 @@ class _Follower:
             self._drain()
             if time.monotonic() - looked > _LOST_SECONDS:
                 looked = time.monotonic()
+                self.lost_nodes()
                 _release_lost()
 
     def _drain(self) -> None:

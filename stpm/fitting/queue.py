@@ -2,12 +2,13 @@
 
 When a worker process dies, Ray Train restarts the whole group, and every task that was running is suspect, though
 at most one is guilty. So a suspect runs again alone; one that then dies in company of nobody is set aside.
-A group that comes back with another number of workers lost a node, or gained one: no task is to blame.
+A death counts only where all nodes of the group live on: a node that was lost, a spot instance that was taken away,
+explains it. A group that comes back with another number of workers was resized, and no task is to blame either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from stpm.fitting.task import Epoch, FitTask, Outcome
@@ -19,30 +20,40 @@ WAIT: Literal["wait"] = "wait"
 
 
 class TaskQueue:
-    """Tasks, who runs them, and how they ended. Lives in one actor; knows no Ray."""
+    """Tasks, who runs them, and how they ended. Lives in one actor; knows no Ray.
 
-    def __init__(self, tasks: Sequence[FitTask]) -> None:
+    Args:
+        tasks: what there is to do.
+        living_nodes: ids of the nodes that are alive now.
+    """
+
+    def __init__(self, tasks: Sequence[FitTask], living_nodes: Callable[[], Collection[str]]) -> None:
+        self._living_nodes = living_nodes
         self._waiting = sorted(tasks, key=lambda task: task.cost)
         self._suspects: list[FitTask] = []
         self._running: dict[str, FitTask] = {}
-        self._deaths: dict[str, int] = {}
+        # By task: for each group that ended while it ran, the nodes of that group.
+        self._deaths: dict[str, list[set[str]]] = {}
         self._group = ""
         self._size = 0
+        self._nodes: set[str] = set()
         self._events: list[Event] = []
 
-    def take(self, group: str, size: int) -> FitTask | Literal["wait"] | None:
+    def take(self, group: str, size: int, node: str) -> FitTask | Literal["wait"] | None:
         """A task for a worker of a group, "wait" if there may be one later, None if all are done.
 
         Args:
             group: names one start of the worker group; a new name says that the last one ended.
             size: number of workers in the group.
+            node: id of the worker's node.
         """
         if group != self._group:
-            if size == self._size:
+            if size == self._size and self._nodes.issubset(self._living_nodes()):
                 self._suspect_running()
             else:
                 self._put_back_running()
-            self._group, self._size = group, size
+            self._group, self._size, self._nodes = group, size, set()
+        self._nodes.add(node)
         if self._waiting and not self._alone():
             task = self._waiting.pop()
         elif self._suspects and not self._running:
@@ -72,10 +83,13 @@ class TaskQueue:
 
     def _suspect_running(self) -> None:
         alone = len(self._running) == 1
+        living = set(self._living_nodes())
         for key, task in self._running.items():
-            self._deaths[key] = self._deaths.get(key, 0) + 1
-            if self._deaths[key] > 1 and alone:
-                reason = f"its worker process died {self._deaths[key]} times (out of memory?); it was set aside"
+            # A node may be missed only after its workers are: look again at those of earlier deaths.
+            deaths = [nodes for nodes in self._deaths.get(key, ()) if nodes <= living] + [self._nodes]
+            self._deaths[key] = deaths
+            if len(deaths) > 1 and alone:
+                reason = f"its worker process died {len(deaths)} times (out of memory?); it was set aside"
                 self._events.append(Outcome.failed(task, reason))
             else:
                 self._suspects.append(task)

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from stpm import mvtec, storage
-from stpm.calibration import check_rate, shortfall
+from stpm.calibration import Normals, check_rate, shortfall
 from stpm.cluster import Resources, connected, working_nodes
 from stpm.console import ALL_DONE, NOTHING_DONE, Line, Say, exit_code, show, watched
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.event_files import EventFiles
 from stpm.fitting.pool import PoolOptions, planned, run_pool, shared_out
 from stpm.fitting.queue import Event
@@ -25,8 +25,10 @@ from stpm.networks import StateDict, load_teacher
 from stpm.options import Names, option
 from stpm.placement import ClusterOptions, on_cluster, say_plan
 from stpm.recipe import Recipe
+from stpm.record import ModelRecord
 
 _LISTERS = 16
+_READERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class FitOptions:
     """Where the images are and where the models go."""
 
     data: str = option("", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://)")
-    models: str = option("", "model store that the students go to: a folder or a URI")
+    models: str = option("", "model store that the models go to: a folder or a URI")
     categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
     false_alarm_rate: float = option(
         0.01,
@@ -59,7 +61,7 @@ def fit_categories(
     wait: bool,
     say: Say,
 ) -> list[Outcome]:
-    """Fit one student per category and seed, in one pool; what the stores already hold is reused.
+    """Fit one model per category and seed, in one pool; what the stores already hold, and is sound, is reused.
 
     It holds each of the stores meanwhile.
 
@@ -102,20 +104,35 @@ def _fit_into(
         tasks += [FitTask.of(category, seeded, store, digest) for category in categories]
     outcomes = []
     waiting = []
-    for task in tasks:
-        record = existing_model(task)
-        if record is None:
-            waiting.append(task)
-        else:
-            outcomes.append(Outcome.done(task, record, "reused"))
-            line = f"{task.key}: model {record.model_id} is there already, with this recipe and these images"
+    with ThreadPoolExecutor(_READERS) as threads:
+        found = list(threads.map(_model_or_problem, tasks))
+    for task, model in zip(tasks, found, strict=True):
+        if isinstance(model, DataError):
+            outcomes.append(Outcome.failed(task, str(model)))
+            say(Line(f"{task.key}: failed: {model}", task.category))
+        elif isinstance(model, ModelRecord):
+            outcomes.append(Outcome.done(task, model, "reused"))
+            line = f"{task.key}: model {model.model_id} is there already, with this recipe and these images"
             say(Line(line, task.category))
+        else:
+            waiting.append(task)
+            if model:
+                say(Line(f"{task.key}: fitted again: {model}", task.category))
     if waiting:
         scratch = storage.join(next(iter(stores.values())), ".train")
         with connected():
             shared = shared_out(pool, working_nodes(), len(tasks))
             outcomes += run_pool(waiting, shared, scratch, _listener(waiting, pool, say))
     return outcomes
+
+
+def _model_or_problem(task: FitTask) -> ModelRecord | ModelError | DataError | None:
+    """The model that is there already, what is damaged about it, or why there can be none."""
+    try:
+        task.recipe.check_images(len(task.train))
+        return existing_model(task)
+    except (DataError, ModelError) as error:
+        return error
 
 
 def _listener(tasks: Sequence[FitTask], pool: PoolOptions, say: Say) -> Callable[[Event], None]:
@@ -136,9 +153,11 @@ def plan_of(pool: PoolOptions, tasks: int) -> Callable[[Resources], str]:
     return lambda node: planned(pool, working_nodes(), tasks, node)
 
 
-def warn_of_few_normals(outcomes: Sequence[Outcome], false_alarm_rate: float, say: Say) -> None:
-    """Say which models cannot support a false-alarm rate."""
-    counts = {o.category: o.record.fit.calibration_count for o in outcomes if o.record}
+def warn_of_few_normals(
+    categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float, say: Say
+) -> None:
+    """Say, before they are fitted, which models will not support a false-alarm rate."""
+    counts = {each.name: Normals(len(each.train), recipe.calibrating(len(each.train))) for each in categories}
     if warning := shortfall(counts, false_alarm_rate):
         say(warning)
 
@@ -184,12 +203,12 @@ def _fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, plan: bool, say
     if plan:
         say_plan({"fits": plan_of(pool, len(categories))}, say)
         return ALL_DONE
+    warn_of_few_normals(categories, recipe, options.false_alarm_rate, say)
     outcomes = (
         fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, options.wait, say)
         if categories
         else []
     )
-    warn_of_few_normals(outcomes, options.false_alarm_rate, say)
     failed = len(failures) + sum(outcome.status == "failed" for outcome in outcomes)
     good = len(outcomes) + len(failures) - failed
     say(f"{good} of {good + failed} categories have a model in {options.models}")

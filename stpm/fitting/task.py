@@ -14,7 +14,7 @@ from stpm.record import ModelRecord
 
 @dataclass(frozen=True)
 class FitTask:
-    """A student to fit: the category's images, how, and the store that it goes to.
+    """A model to fit: the category's images, how, and the store that it goes to.
 
     `train` holds URIs with versions, as `stpm.storage.versions` gives them.
     """
@@ -47,7 +47,7 @@ class FitTask:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that the student depends on, but the device."""
+        """Of all that the model depends on, but the device."""
         parts = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -91,7 +91,8 @@ class Teller:
             self._line(outcome.key, f"failed: {outcome.reason}")
         else:
             fit = outcome.record.fit
-            self._line(outcome.key, f"fitted in {fit.seconds:.1f} s, epoch {fit.kept_epoch} of {fit.epochs} kept")
+            what = f"epoch {fit.kept_epoch} of {fit.epochs} kept" if fit.epochs else "a memory alone"
+            self._line(outcome.key, f"fitted in {fit.seconds:.1f} s, {what}")
         self._epochs_done[outcome.key] = self._tasks[outcome.key].recipe.epochs
 
     def _bar(self) -> str:

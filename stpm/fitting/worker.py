@@ -13,7 +13,7 @@ import torch
 
 from stpm import storage
 from stpm.calibration import Calibration
-from stpm.errors import ModelError
+from stpm.errors import ModelError, StpmError
 from stpm.fitting.calibrate import calibrate_model, k_fold_scores, make_parts
 from stpm.fitting.checkpoint import StoredCheckpoints
 from stpm.fitting.curves import loss_curves
@@ -40,11 +40,23 @@ class Limits:
         """Bytes that the teacher's features may take beside the decoded images."""
         if device.type != "cpu":
             return self.device_memory
+        return self._beside(images)
+
+    def room_for_distances(self, features: TeacherFeatures) -> int:
+        """Bytes that distance maps may take beside the decoded images and the teacher's features."""
+        on_cpu = features.kept and features.matcher.device.type == "cpu"
+        return self._beside(features.images) - (features.size if on_cpu else 0)
+
+    def _beside(self, images: TrainingImages) -> int:
         return self.memory if images.on_disk else self.memory - images.pixels.nbytes
 
 
 def existing_model(task: FitTask) -> ModelRecord | None:
-    """The model in the store, if it is the one that the task would make."""
+    """The model in the store, if it is the one that the task would make.
+
+    Raises:
+        ModelError: if it is, and one of its files is missing or damaged.
+    """
     store = ModelStore(task.store)
     try:
         current = store.current(task.category)
@@ -52,7 +64,14 @@ def existing_model(task: FitTask) -> ModelRecord | None:
     except ModelError:
         return None
     ours = (task.recipe, task.teacher_digest, task.data_fingerprint)
-    return record if ours == (record.recipe, record.teacher_digest, current.data_fingerprint) else None
+    if ours != (record.recipe, record.teacher_digest, current.data_fingerprint):
+        return None
+    store.verify(record)
+    return record
+
+
+class OutOfDeviceMemoryError(StpmError):
+    """A GPU that is too small for a recipe. No batch is halved for it: that would be another recipe."""
 
 
 def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]) -> Outcome:
@@ -64,8 +83,21 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         tell: told of each epoch, and of choices that were made, in words.
 
     Raises:
-        StpmError: if the images, the teacher or the loss forbid it.
+        StpmError: if the images, the teacher, the loss or the device's memory forbid it.
     """
+    try:
+        return _run_task(task, limits, tell)
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).split(". ", maxsplit=1)[0]
+    # Here no frame of the failed fit holds its tensors any more, and the next task finds the memory free.
+    torch.cuda.empty_cache()
+    raise OutOfDeviceMemoryError(
+        f"{reason}: the device's memory does not hold batches of {task.recipe.batch} at this size; lower --batch or "
+        "--pixels (or --size), or give each worker more of a GPU (--gpus-per-worker)"
+    )
+
+
+def _run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]) -> Outcome:
     start = time.perf_counter()
     recipe = task.recipe
     store = ModelStore(task.store)
@@ -102,11 +134,12 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         tell(f"memory of {kept} vectors in {len(memory)} banks, in {time.perf_counter() - start_memory:.1f} s")
     fitted = fit(features, train, held_out, recipe, tell, checkpoints)
     parts = make_parts(fitted.student, memory, recipe, device)
-    calibrated = calibrate_model(parts, features, held_out, recipe)
+    room = limits.room_for_distances(features)
+    calibrated = calibrate_model(parts, features, held_out, recipe, room)
     calibration = calibrated.calibration
     if recipe.calibration_folds:
-        tell(f"fitting up to {recipe.calibration_folds} more models, to calibrate on every image")
-        calibration = Calibration(k_fold_scores(features, recipe, of_folds), calibration.scale)
+        tell(f"fitting {recipe.folds_of(len(images))} more models, to calibrate on every image")
+        calibration = Calibration(k_fold_scores(features, recipe, of_folds, room), calibration.scale)
     record = store.save(
         category=task.category,
         recipe=recipe,

@@ -1,4 +1,4 @@
-"""The chain of stages: manifest → decode (CPU tasks) → teacher and students (actors) → PNG (CPU tasks) → Parquet."""
+"""The chain of stages: manifest → decode (CPU tasks) → teacher and models (actors) → PNG (CPU tasks) → Parquet."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import IO
 import pyarrow as pa
 
 from stpm import storage
-from stpm.calibration import shortfall
+from stpm.calibration import Normals, shortfall
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.lease import WAIT_HELP, held
@@ -149,8 +149,9 @@ def _score(collection: CollectionOptions, options: ScoreOptions, listed: tuple[s
     if counts.left:
         return SOME_FAILED
     _, models = ledger.models()
-    held_out = {name: store.record(name, model_id).fit.calibration_count for name, model_id in models.items()}
-    if warning := shortfall(held_out, options.false_alarm_rate):
+    fits = {name: store.record(name, model_id).fit for name, model_id in models.items()}
+    normals = {name: Normals(fit.good_count, fit.calibration_count) for name, fit in fits.items()}
+    if warning := shortfall(normals, options.false_alarm_rate):
         say(warning)
     if not again:
         for row in failed_rows(target, _SHOWN):

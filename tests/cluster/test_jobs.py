@@ -28,7 +28,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     make_category("data", "bolt")
     fit = run_job("fit", "--data", "data", "--models", "models", "--categories", "nut", *TINY_FIT)
     assert fit.returncode == 0
-    assert "false-alarm-rate 0.01 takes 99 held-out normals; nut has 2 and supports 0.333" in fit.stdout
+    assert "takes 99 good images to calibrate on; nut has 2 of its 8 good images and supports 0.333" in fit.stdout
     assert ModelStore("models").categories() == ["nut"]
 
     # What has not scored anything holds no later run up.
@@ -39,7 +39,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     images = ["--images", "data/nut/test", "--out", "run", "--category", "nut"]
     score = run_job("score", "--models", "models", *images)
     assert score.returncode == 0
-    assert "nut has 2 and supports 0.333" in score.stdout
+    assert "nut has 2 of its 8 good images and supports 0.333" in score.stdout
     rows = ds.dataset("run/scores").to_table().to_pylist()
     assert len(rows) == 8
     assert all((here / "run" / row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)

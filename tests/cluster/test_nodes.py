@@ -203,3 +203,20 @@ def test_a_fit_takes_in_a_node_that_comes_and_loses_one_and_not_one_bit(
     come_and_go(cluster, "TrainWorker", "TrainWorker")
     assert "4 of 4 categories have a model" in ended(process)
     assert students(store) == students(undisturbed_students / "students")
+
+
+@pytest.mark.faults
+def test_nodes_that_are_replaced_as_they_are_lost_cost_no_category(
+    undisturbed_students: Path, one_node: None, cluster: Cluster, client: dict[str, str]
+) -> None:
+    """As spot nodes are: the group comes back as large as it was, and no task is to blame."""
+    store = undisturbed_students / "students-replaced"
+    process = start_job("fit", *fit_options(undisturbed_students, store), **client)
+    for _ in range(3):
+        (there,) = cluster.worker_nodes
+        wait_until(lambda there=there: runs(there, "TrainWorker"), "the node runs no worker")  # type: ignore[misc]
+        time.sleep(random.uniform(5, 8))
+        cluster.remove_node(there, allow_graceful=False)
+        add_node(cluster)
+    assert "4 of 4 categories have a model" in ended(process)
+    assert students(store) == students(undisturbed_students / "students")

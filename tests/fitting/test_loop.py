@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.calibration import PartScale
-from stpm.errors import DataError
 from stpm.fitting import calibrate as calibrating
 from stpm.fitting import loop
 from stpm.fitting import memory as building
@@ -74,11 +73,6 @@ def test_a_split_is_a_partition_with_something_on_each_side(count: int, share: f
 def test_the_papers_split_is_80_to_20_and_depends_on_the_seed() -> None:
     assert tuple(map(len, split(209, PAPER))) == (167, 42)
     assert (split(209, PAPER)[1] != split(209, dataclasses.replace(PAPER, seed=1))[1]).any()
-
-
-def test_one_image_is_too_few() -> None:
-    with pytest.raises(DataError, match="1 defect-free image; at least 2"):
-        split(1, PAPER)
 
 
 def test_both_losses_are_told_for_every_epoch(images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
@@ -211,11 +205,11 @@ def test_calibration_is_the_held_out_images_scored_as_any_other(
     features, matcher = TeacherFeatures(matcher_of(recipe), images, BUDGET), matcher_of(recipe)
     train, held_out = split(len(images), recipe)
     parts = parts_of(features, train, held_out, recipe)
-    found = calibrate_model(parts, features, held_out, recipe)
+    found = calibrate_model(parts, features, held_out, recipe, BUDGET)
     assert len(found.scales) == (3 if parts.student else 0) + len(parts.memory)
     maps = []
     for i in held_out:
-        scales = calibrate_model(parts, features, held_out[held_out != i], recipe).scales
+        scales = calibrate_model(parts, features, held_out[held_out != i], recipe, BUDGET).scales
         maps += anomaly_maps(matcher, parts, chosen(images, [i]), recipe, scales)
     scores = [each.score(recipe.top_fraction).total for each in maps]
     np.testing.assert_allclose(found.calibration.scores, np.sort(scores), rtol=1e-3, atol=1e-4)
@@ -227,6 +221,35 @@ def test_calibration_is_the_held_out_images_scored_as_any_other(
     ]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_distances_that_do_not_fit_are_computed_anew_to_the_same_bits(
+    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if padded:
+        images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
+    features = TeacherFeatures(matcher_of(any_model), images, BUDGET)
+    held_out = np.arange(9)
+    parts = parts_of(features, np.arange(9), held_out, any_model)
+    monkeypatch.setattr(calibrating, "EVALUATION_BATCH", 2)
+    a_batch = calibrating.HeldOut(parts, features, held_out[:2], any_model, BUDGET)._kept[0].nbytes
+    computed: list[int] = []
+    original = Matcher.distances
+
+    def count(self: Matcher, *arguments: Any) -> Any:
+        computed.append(len(arguments[-1]))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Matcher, "distances", count)
+    found = []
+    for budget, times in ((BUDGET, 5), (2 * a_batch, 8), (0, 10), (-1, 10)):
+        computed.clear()
+        found.append(calibrate_model(parts, features, held_out, any_model, budget))
+        assert len(computed) == times
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.calibration.scores, found[0].calibration.scores)
+        assert (other.scales, other.calibration.scale) == (found[0].scales, found[0].calibration.scale)
+
+
 def test_the_scales_of_parts_are_quantiles_of_what_held_out_images_show(
     images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf
 ) -> None:
@@ -235,7 +258,7 @@ def test_the_scales_of_parts_are_quantiles_of_what_held_out_images_show(
     parts = parts_of(features, np.array([0, 2, 3, 5, 6, 7]), held_out, any_model)
     inputs = matcher.inputs(torch.from_numpy(images.pixels[held_out]))
     distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content[held_out])
-    scales = calibrate_model(parts, features, held_out, any_model).scales
+    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).scales
     for scale, part in zip(scales, distances.maps, strict=True):
         # Of this size all positions are looked at.
         assert scale.low == pytest.approx(np.quantile(part.numpy(), 0.9, method="inverted_cdf"), rel=1e-3)
@@ -248,7 +271,7 @@ def test_images_may_be_scored_alone_or_together(
     features, matcher = TeacherFeatures(matcher_of(any_model), images, BUDGET), matcher_of(any_model)
     train, held_out = split(len(images), any_model)
     parts = parts_of(features, train, held_out, any_model)
-    scales = calibrate_model(parts, features, held_out, any_model).scales
+    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).scales
     together = anomaly_maps(matcher, parts, images, any_model, scales)
     for i, each in enumerate(together):
         (alone,) = anomaly_maps(matcher, parts, chosen(images, [i]), any_model, scales)
@@ -271,7 +294,7 @@ def test_scores_of_folds_are_one_for_every_image(
         return fit(features, train, *others)
 
     monkeypatch.setattr(calibrating, "fit", remember)
-    scores = k_fold_scores(TeacherFeatures(matcher_of(recipe), images, BUDGET), recipe, [None] * folds)
+    scores = k_fold_scores(TeacherFeatures(matcher_of(recipe), images, BUDGET), recipe, [None] * folds, BUDGET)
     # No image is alone in its fold.
     assert sorted(trained) == {2: [4, 5], 3: [6, 6, 6]}.get(folds, [6, 7, 7, 7])
     assert scores.shape == (len(images),)
@@ -286,10 +309,10 @@ def test_no_fold_remembers_what_it_scores(images: TrainingImages, matcher_of: Ma
     pixels = images.pixels.copy()
     pixels[4] = (255, 0, 0)
     features = TeacherFeatures(matcher_of(recipe), whole(pixels), BUDGET)
-    scores = k_fold_scores(features, recipe, [None] * 3)
+    scores = k_fold_scores(features, recipe, [None] * 3, BUDGET)
     assert scores[-1] > 10 * max(scores[-2], 1)
     everything = np.arange(len(images))
-    known = calibrate_model(parts_of(features, everything, everything, recipe), features, everything, recipe)
+    known = calibrate_model(parts_of(features, everything, everything, recipe), features, everything, recipe, BUDGET)
     assert known.calibration.scores[-1] < 10 * max(known.calibration.scores[-2], 1)
 
 
@@ -304,7 +327,7 @@ def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, matcher_
     p_values = []
     for _ in range(40):
         later = rng.permutation(np.arange(20, 90))
-        found = calibrate_model(parts, features, np.sort(later[:4]), any_model)
+        found = calibrate_model(parts, features, np.sort(later[:4]), any_model, BUDGET)
         maps = anomaly_maps(matcher, parts, chosen(images, later[4:34]), any_model, found.scales)
         scores = np.array([each.score(any_model.top_fraction).total for each in maps], np.float32)
         p_values.append(found.calibration.p_values(scores))
@@ -352,7 +375,7 @@ def test_a_patch_scores_above_images_like_those_that_were_fitted(
     features = TeacherFeatures(matcher_of(recipe), images, BUDGET)
     train, held_out = split(len(images), recipe)
     parts = parts_of(features, train, held_out, recipe)
-    scales = calibrate_model(parts, features, held_out, recipe).scales
+    scales = calibrate_model(parts, features, held_out, recipe, BUDGET).scales
     normal = rng.integers(90, 130, (6, 64, 64, 3), dtype=np.uint8)
     odd = normal.copy()
     odd[:, 20:40, 20:40] = 250

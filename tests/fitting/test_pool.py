@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import ray.train
 
 from stpm.errors import ConfigError
-from stpm.fitting.pool import PoolOptions, Resources, planned, scaling, shared_out
+from stpm.fitting.pool import PoolOptions, Resources, again_while_nodes_are_lost, planned, scaling, shared_out
 
 ONE, BIG = PoolOptions(cpus_per_worker=1), {"CPU": 8.0}
 
@@ -82,3 +85,24 @@ def test_the_plan_says_what_a_node_would_fit() -> None:
     nodes: list[Resources] = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}]
     assert planned(PoolOptions(), nodes, 15, nodes[0]) == "1 at once, 8 CPUs, 1 GPU each"
     assert planned(PoolOptions(), nodes, 15, nodes[2]) == ""
+
+
+def failing(times: int) -> tuple[Callable[[], None], list[int]]:
+    calls: list[int] = []
+
+    def train() -> None:
+        calls.append(len(calls))
+        if len(calls) <= times:
+            raise ray.train.TrainingFailedError
+
+    return train, calls
+
+
+def test_training_starts_anew_as_often_as_nodes_are_lost() -> None:
+    train, calls = failing(20)
+    again_while_nodes_are_lost(train, lambda: len(calls))
+    assert len(calls) == 21
+    train, calls = failing(20)
+    with pytest.raises(ray.train.TrainingFailedError):
+        again_while_nodes_are_lost(train, lambda: min(len(calls), 3))
+    assert len(calls) == 4

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from stpm.calibration import HeatmapScale
 from stpm.fitting.task import Epoch, FitTask, Outcome
 from stpm.fitting.teller import Teller
-from tests.conftest import TINY
+from stpm.record import FitSummary, ModelRecord
+from tests.conftest import TINY, preprocessing_of
 
 TASK = FitTask("nut", tuple((str(i), 1) for i in range(10)), dataclasses.replace(TINY, epochs=100), "s", "d")
 OTHER = dataclasses.replace(TASK, category="screw")
@@ -75,3 +77,11 @@ def test_a_loss_above_its_start_is_said() -> None:
         teller((TASK.key, Epoch(number, loss, 0.5, 50.0)))
     assert ["diverging" in line for line in lines] == [False, False, True]
     assert "above its start, 0.8000" in lines[2]
+
+
+def test_of_a_model_without_a_student_no_epoch_is_told() -> None:
+    lines: list[str] = []
+    fit = FitSummary(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
+    record = ModelRecord("nut", TINY, preprocessing_of(64), "float32", "", "", HeatmapScale(0, 1), (), fit, {}, {}, "")
+    Teller([TASK], lines.append, None)(Outcome.done(TASK, record, "fitted"))
+    assert lines[0] == "nut (seed 0)  fitted in 3.2 s, a memory alone"

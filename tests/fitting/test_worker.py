@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from stpm import mvtec, storage
-from stpm.errors import DataError
+from stpm.errors import DataError, ModelError, StpmError
 from stpm.fitting import loop
+from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.fitting.worker import Limits, existing_model, run_task
@@ -132,6 +134,61 @@ def test_an_image_that_was_shot_again_is_another_though_its_name_and_size_are_th
     assert existing_model(now()) is None
     before = ModelStore(task.store).record("nut")
     assert run_task(now(), LIMITS, lambda told: None).record == before == existing_model(now())
+
+
+def test_a_damaged_model_is_no_model_that_is_there(root: str) -> None:
+    task = task_in(root, MODELS["student and memory"])
+    record = run_task(task, LIMITS, lambda told: None).record
+    assert record
+    for file in record.files:
+        uri = f"{task.store}/nut/{record.model_id}/{file}"
+        data = storage.read(uri)
+        storage.publish(uri, data + b" ")
+        with pytest.raises(ModelError, match=f"{file}: its SHA-256"):
+            existing_model(task)
+        storage.remove(uri)
+        with pytest.raises(ModelError, match=f"{file}: cannot be read"):
+            existing_model(task)
+        storage.publish(uri, data)
+    storage.remove(uri)
+    assert run_task(task, LIMITS, lambda told: None).record
+    assert existing_model(task) == ModelStore(task.store).load("nut").record
+
+
+def test_a_damaged_teacher_is_put_there_again(root: str, tiny: Recipe) -> None:
+    task = task_in(root, tiny)
+    uri = f"{task.store}/teachers/{task.teacher_digest}.safetensors"
+    whole = storage.read(uri)
+    storage.publish(uri, whole[:100])
+    task_in(root, tiny)
+    assert storage.read(uri) == whole
+
+
+def test_a_gpu_that_is_too_small_is_said_and_no_batch_is_halved(
+    root: str, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def full(student: Any, features: Any, chosen: np.ndarray) -> Any:
+        steps.append(len(chosen))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    task = task_in(root, tiny)
+    monkeypatch.setattr(loop, "_loss", full)
+    with pytest.raises(
+        StpmError, match=r"^CUDA out of memory: .* batches of 4 at this size; lower --batch or --pixels"
+    ):
+        run_task(task, LIMITS, lambda told: None)
+    assert steps == [4]
+
+
+def test_distances_have_what_images_and_features_leave(root: str, tiny: Recipe, matcher_of: Any) -> None:
+    uris = [uri for uri, _ in task_in(root, tiny).train]
+    images = load_images(uris, preprocessing_for(tiny, uris), 2**30)
+    for budget, taken in ((2**30, 1), (0, 0)):
+        features = TeacherFeatures(matcher_of(tiny), images, budget)
+        room = Limits(2**30, 0, 0).room_for_distances(features)
+        assert room == 2**30 - images.pixels.nbytes - taken * features.size
 
 
 def test_folds_calibrate_on_every_image(root: str, any_model: Recipe) -> None:
