@@ -148,8 +148,8 @@ class ModelStore:
         return record
 
     def _publish(self, record: ModelRecord, contents: Mapping[str, bytes]) -> None:
-        # Readers go by model.json: without it there is no model, and its digests tie its files together.
-        storage.remove(self._uri(record, _RECORD))
+        # Readers go by model.json: without it there is no model. Where it is damaged, what scores is made whole again
+        # by the same bytes, since its id is made of them.
         for name, data in contents.items():
             storage.publish(self._uri(record, name), data)
         storage.publish(self._uri(record, _RECORD), json.dumps(dataclasses.asdict(record), indent=2).encode())

@@ -130,7 +130,7 @@ def read(folder: str) -> Manifest | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"{uri} is damaged, and with it the list of this pass's images ({error}); start over with --fresh"
+            f"{uri} is damaged, and with it the list of this pass's images ({error}); give another --out, or --fresh"
         ) from error
 
 

@@ -98,8 +98,7 @@ def score_shards(
 
     Args:
         shards: of schema MANIFEST, with the user's own columns.
-        records: the model of each category; rows of any other category become rows with an error, and so do those whose
-            model is fitted anew meanwhile.
+        records: the model of each category; rows of any other category become rows with an error.
         store: the models.
         options: how.
         target: where to.

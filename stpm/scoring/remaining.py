@@ -67,7 +67,7 @@ def _ids(checkpoint: str) -> npt.NDArray[np.int64]:
         ids: npt.NDArray[np.int64] = storage.read_table(checkpoint)["image_id"].to_numpy()
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{checkpoint} is damaged, and with it what is known of the rows that are written ({error}); start over "
-            "with --fresh"
+            f"{checkpoint} is damaged, and with it what is known of the rows that are written ({error}); give "
+            "another --out, or --fresh"
         ) from error
     return ids
