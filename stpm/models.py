@@ -139,8 +139,9 @@ class ModelStore:
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         try:
-            record = self.record(category, record.model_id)
-            self.verify(record)
+            stored = self.record(category, record.model_id)
+            self.verify(stored)
+            record = stored
         except ModelError:
             self._publish(record, contents)
         current = Current(record.model_id, data_fingerprint)

@@ -289,7 +289,7 @@ def test_a_whole_number_will_do_where_a_fraction_may_stand(store: ModelStore, ti
     record = save(store, tiny)
     values = json.loads(json.dumps(dataclasses.asdict(record)))
     values["fit"]["seconds"] = 3
-    storage.publish(storage.join(store.uri, "nut", "model.json"), json.dumps(values).encode())
+    storage.publish(stored(store, "model.json"), json.dumps(values).encode())
     assert store.record("nut") == dataclasses.replace(record, fit=dataclasses.replace(record.fit, seconds=3.0))
 
 

@@ -49,7 +49,7 @@ def test_a_category_of_too_few_images_fails_before_anything_is_fitted(
     recipe = dataclasses.replace(MODELS[kind], calibration_folds=folds)
     lines: list[str] = []
     of = categories(tmp_path, enough=least, few=least - 1)
-    outcomes = fit_categories(of, recipe, {0: str(tmp_path / "models")}, PoolOptions(), lines.append)
+    outcomes = fit_categories(of, recipe, {0: str(tmp_path / "models")}, PoolOptions(), False, lines.append)
     assert fitted_keys == ["enough (seed 0)"]
     assert {o.category: o.status for o in outcomes} == {"few": "failed", "enough": "fitted"}
     assert f"few (seed 0): failed: good images: {least - 1}; this recipe needs at least {least}" in lines[0]
@@ -59,17 +59,17 @@ def test_a_damaged_model_is_said_and_fitted_again(tmp_path: Path, fitted_keys: l
     of, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
     lines: list[str] = []
     for _ in range(2):
-        fit_categories(of, tiny, {0: store}, PoolOptions(), lines.append)
+        fit_categories(of, tiny, {0: store}, PoolOptions(), False, lines.append)
     assert len(fitted_keys) == 2
     (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
     student.write_bytes(student.read_bytes()[:-1])
     lines.clear()
-    outcomes = fit_categories(of, tiny, {0: store}, PoolOptions(), lines.append)
+    outcomes = fit_categories(of, tiny, {0: store}, PoolOptions(), False, lines.append)
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert {o.category: o.status for o in outcomes} == {"nut": "fitted", "bolt": "reused"}
     assert lines[0].startswith("nut (seed 0): fitted again: ")
     assert "student.safetensors: its SHA-256 is" in lines[0]
-    fit_categories(of, tiny, {0: store}, PoolOptions(), lines.append)
+    fit_categories(of, tiny, {0: store}, PoolOptions(), False, lines.append)
     assert len(fitted_keys) == 3
 
 

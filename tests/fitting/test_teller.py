@@ -82,6 +82,6 @@ def test_a_loss_above_its_start_is_said() -> None:
 def test_of_a_model_without_a_student_no_epoch_is_told() -> None:
     lines: list[str] = []
     fit = FitSummary(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
-    record = ModelRecord("nut", TINY, preprocessing_of(64), "float32", "", "", HeatmapScale(0, 1), (), fit, {}, {}, "")
+    record = ModelRecord("nut", TINY, preprocessing_of(64), "float32", "", HeatmapScale(0, 1), (), fit, {}, {}, "")
     Teller([TASK], lines.append, None)(Outcome.done(TASK, record, "fitted"))
     assert lines[0] == "nut (seed 0)  fitted in 3.2 s, a memory alone"
