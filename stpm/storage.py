@@ -187,10 +187,17 @@ def _read_local(path: str, most: int) -> bytes:
 
 
 def _read_remote(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
-    if most > _UNSEEN:
+    data = _first_bytes(fs, path, min(most, _UNSEEN) + 1)
+    if len(data) > _UNSEEN:
         _check_size(path, fs.info(path)["size"] or 0, most)
+        data = _first_bytes(fs, path, most + 1)
+    _check_size(path, len(data), most)
+    return data
+
+
+def _first_bytes(fs: fsspec.AbstractFileSystem, path: str, number: int) -> bytes:
     try:
-        data = bytes(fs.cat_file(path, start=0, end=most + 1))
+        return bytes(fs.cat_file(path, start=0, end=number))
     except (FileNotFoundError, PermissionError):
         raise
     except Exception:
@@ -198,8 +205,6 @@ def _read_remote(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
         if _is_empty(fs, path):
             return b""
         raise
-    _check_size(path, len(data), most)
-    return data
 
 
 def _is_empty(fs: fsspec.AbstractFileSystem, path: str) -> bool:

@@ -16,8 +16,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from stpm import storage
-from tests.cluster.conftest import TINY_RECIPE, run_job, start_job, wait_until
+from stpm import mvtec, storage
+from stpm.fitting.task import FitTask
+from stpm.fitting.worker import run_task
+from stpm.models import ModelStore
+from stpm.networks import load_teacher
+from tests.cluster.conftest import run_job, start_job, wait_until
+from tests.conftest import LIMITS, TINY
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -106,10 +111,12 @@ def rough(s3: dict[str, str]) -> Iterator[dict[str, str]]:
 @pytest.fixture
 def options(s3: dict[str, str]) -> list[str]:
     """Of the score job, for a model and a collection that are there."""
-    make_category("s3://bucket/data", "nut", good=150, defects=50)
-    fit = ["--data", "s3://bucket/data", "--models", "s3://bucket/models", "--epochs", "1"]
     if not storage.exists("s3://bucket/models"):
-        assert run_job("fit", *fit, *TINY_RECIPE).returncode == 0
+        make_category("s3://bucket/data", "nut", good=150, defects=50)
+        store = ModelStore("s3://bucket/models")
+        teacher = store.put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+        task = FitTask.of(mvtec.read_category("s3://bucket/data", "nut"), TINY, store.uri, teacher)
+        assert run_task(task, LIMITS, lambda told: None).record
     return ["--models", "s3://bucket/models", "--images", "s3://bucket/data/nut/test", "--category", "nut"]
 
 
