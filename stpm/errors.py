@@ -28,6 +28,10 @@ class ModelError(StpmError):
     """A model, a teacher or a store that is missing, foreign or damaged."""
 
 
+class ModelUnreadableError(ModelError):
+    """A model that storage did not give: it may be there, and be as it should."""
+
+
 class CutOffError(StpmError):
     """Work that storage, a node or Ray ended before its time. What was done is kept, and another run goes on."""
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from stpm import storage
 from stpm.calibration import Calibration, PartScale
-from stpm.errors import ModelError
+from stpm.errors import ModelError, ModelUnreadableError
 from stpm.forward import Parts
 from stpm.memory import KINDS, MemoryBank
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
@@ -175,10 +175,10 @@ class ModelStore:
         """
         uri = self._current_uri(category)
         try:
-            return Current(**json.loads(storage.read(uri)))
+            return Current(**json.loads(_read(uri)))
         except FileNotFoundError as error:
             raise ModelError(f"{self.uri}: no model for category {category!r}") from error
-        except (TypeError, ValueError, OSError) as error:
+        except (TypeError, ValueError) as error:
             raise ModelError(f"{uri}: cannot be read: {error}") from error
 
     def record(self, category: str, model_id: str = "") -> ModelRecord:
@@ -194,11 +194,9 @@ class ModelStore:
         model_id = model_id or self.current(category).model_id
         uri = storage.join(self.folder(category), model_id, _RECORD)
         try:
-            record = ModelRecord.from_json(storage.read(uri), uri)
+            record = ModelRecord.from_json(_read(uri), uri)
         except FileNotFoundError as error:
             raise ModelError(f"{self.uri}: no model {model_id} for category {category!r}") from error
-        except OSError as error:
-            raise ModelError(f"{uri}: cannot be read: {error}") from error
         if record.model_id != model_id:
             raise ModelError(f"{uri}: this is {record.model_id}; fit the model again")
         return record
@@ -264,12 +262,21 @@ class ModelStore:
     @staticmethod
     def _read_verified(uri: str, digest: str) -> bytes:
         try:
-            data = storage.read(uri)
-        except OSError as error:
+            data = _read(uri)
+        except FileNotFoundError as error:
             raise ModelError(f"{uri}: cannot be read: {error}") from error
         if storage.digest(data) != digest:
             raise ModelError(f"{uri}: its SHA-256 is {storage.digest(data)}, {digest} expected; fit the model again")
         return data
+
+
+def _read(uri: str) -> bytes:
+    try:
+        return storage.read(uri)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ModelUnreadableError(f"{uri}: cannot be read: {error}") from error
 
 
 def _named(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:

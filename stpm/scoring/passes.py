@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from stpm.cluster import connected
 from stpm.console import Say, show, watched
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, ModelUnreadableError
 from stpm.models import ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
@@ -71,7 +71,7 @@ def run_pass(of: Pass, *, start_over: bool, replace: bool, say: Say) -> Counts:
     Raises:
         ConfigError: if the target holds another pass, or the scorers do not fit the cluster.
         DataError: if the sources cannot be read.
-        ModelError: if no row's category has a model.
+        ModelError: if no row's category has a model, or storage does not give one that may be there.
         CutOffError: if storage, a node or Ray failed for good.
     """
     ledger = Ledger(of.target.home)
@@ -191,6 +191,9 @@ def _records(store: ModelStore, categories: Iterable[str], say: Say) -> dict[str
         try:
             if category:
                 records[category] = store.record(category)
+        except ModelUnreadableError:
+            # Not the same as no model: rows without one are final.
+            raise
         except (ModelError, DataError) as error:
             problems.append(str(error))
     if not records:

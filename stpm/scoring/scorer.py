@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from stpm.errors import ImageError, ModelError
+from stpm.errors import ImageError, ModelError, ModelUnreadableError
 from stpm.forward import Matcher, pick_device
 from stpm.fusion import AnomalyMap
 from stpm.images import TRANSIENT_ERRORS
@@ -325,8 +325,7 @@ def _fail(columns: dict[str, Any], rows: Sequence[int], kind: str, error: Except
 
 def _model_kind(error: ModelError) -> str:
     """Whether storage did not give a model, or what it gave is not the model."""
-    failed = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
-    return "model_unreadable" if failed else "model_damaged"
+    return "model_unreadable" if isinstance(error, ModelUnreadableError) else "model_damaged"
 
 
 def _sharing(record: ModelRecord) -> Sharing:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, ModelUnreadableError
 from stpm.models import ModelStore
 from stpm.placement import ClusterOptions
 from stpm.scoring import manifest, run
 from stpm.scoring.ledger import Counts, Effort, Identity, Ledger
-from stpm.scoring.passes import Pass, take_up
+from stpm.scoring.passes import Pass, run_pass, take_up
 from stpm.scoring.pipeline import ScoreOptions
 from stpm.scoring.run import CollectionOptions, run_score
 from stpm.scoring.sources import Categories, rows_of
@@ -103,3 +103,21 @@ def test_another_list_on_standard_input_is_another_pass(tmp_path: Path, monkeypa
     for other in ("/c.png\n/d.png\n", "/a.png\n", ""):
         with pytest.raises(ConfigError, match=r"standard_input was '2 lines, digest .*' and is '"):
             scored_from_standard_input(tmp_path, other, monkeypatch)
+
+
+def test_a_model_that_storage_does_not_give_is_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a category without a model are final errors."""
+    of = pass_over(tmp_path, "/a.png")
+    original = storage.read
+
+    def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+        if uri.endswith("nut/current.json"):
+            raise PermissionError("403 Forbidden")
+        return original(uri, start, end)
+
+    monkeypatch.setattr(storage, "read", read)
+    with pytest.raises(ModelUnreadableError, match=r"nut/current.json: cannot be read: 403 Forbidden"):
+        run_pass(of, start_over=False, replace=False, say=print)
+    assert not of.target.files()
