@@ -20,6 +20,7 @@ from stpm.preprocessing import Preprocessing
 Pixels = npt.NDArray[np.uint8]
 
 ERROR_KINDS = (
+    "bad_name",
     "not_allowed",
     "missing",
     "unreadable",

@@ -5,6 +5,7 @@ Objects are published whole: a reader sees the old bytes or the new ones, never 
 
 from __future__ import annotations
 
+import glob as patterns
 import hashlib
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import fsspec
 import pyarrow as pa
@@ -35,7 +37,11 @@ _EXTRAS = {
     "az": "azure",
 }
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
+# What null is called in the name of a folder category=<name>.
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+# What Python makes of bytes of a name that are no UTF-8.
+_SURROGATE = re.compile(r"[\udc80-\udcff]")
 _MAX_NAME = 128
 _LISTERS = 16
 # Seconds: a store that is away for longer is down.
@@ -84,6 +90,31 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def output_folder(uri: str) -> str:
+    """The absolute URI of a folder that a job is to write into.
+
+    Raises:
+        ConfigError: if it is a file or under one, if this user may not write there, or if it is in object storage and
+            holds `*`, `?` or `[`: fsspec takes them for a pattern where it moves and removes.
+    """
+    uri = absolute(uri)
+    if not is_local(uri):
+        if patterns.has_magic(uri):
+            raise ConfigError(f"{uri}: results cannot go to a URI with one of *?[ in it; rename it")
+        return uri
+    there = next(folder for folder in (Path(uri), *Path(uri).parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{uri}: results go to a folder, and {there} is a file; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{uri}: this user may not write in {there}; name another folder")
+    return uri
+
+
+def as_utf8(name: str) -> str:
+    """A name as it is, or where its bytes are no UTF-8, with those that are not as %XX."""
+    return _SURROGATE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
+
+
 def safe_name(name: str, what: str) -> str:
     """The name, if it may become part of a path on every filesystem.
 
@@ -100,6 +131,8 @@ def safe_name(name: str, what: str) -> str:
         problem = "starts with a dot, or ends with a dot or a space"
     elif name.split(".", maxsplit=1)[0].lower() in _WINDOWS_RESERVED:
         problem = "is a name that Windows reserves"
+    elif name == HIVE_NULL:
+        problem = "means null where tables are partitioned"
     if problem:
         raise DataError(f"{what} {name[:_MAX_NAME]!r} {problem}; rename it")
     return name
@@ -156,7 +189,10 @@ def publish(uri: str, data: bytes) -> None:
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        _with_patience(uri, lambda: fs.pipe_file(path, data))
+        try:
+            _with_patience(uri, lambda: fs.pipe_file(path, data))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{uri}: cannot be written, there is no such bucket or container; make it") from error
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +218,8 @@ def remove(uri: str) -> None:
     """Remove a file or a whole folder; no error if there is none."""
     fs, path = filesystem(uri)
     if fs.exists(path):
-        fs.rm(path, recursive=True)
+        # All but the local one take the path for a pattern.
+        fs.rm(path if isinstance(fs, LocalFileSystem) else patterns.escape(path), recursive=True)
 
 
 def children(uri: str) -> list[str]:
@@ -204,10 +241,7 @@ def files(uri: str) -> list[tuple[str, int]]:
     """Every file under a folder, at any depth, as (URI, size in bytes), sorted by URI; none if it is missing."""
     fs, path = filesystem(uri)
     found = fs.find(path, detail=True)
-    return sorted(
-        (fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
-        for name, info in found.items()
-    )
+    return sorted((_uri(fs, name, uri), int(info["size"] or 0)) for name, info in found.items())
 
 
 def stream(uri: str) -> Iterator[str]:
@@ -217,26 +251,27 @@ def stream(uri: str) -> Iterator[str]:
     filesystem has folders; the order is the filesystem's.
     """
     fs, path = filesystem(uri)
-    if not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
-        yield from _stream_s3(fs, path)
-    elif fs.isfile(path):
-        yield _uri(fs, path)
+    if fs.isfile(path):
+        names = iter([path])
+    elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
+        names = _stream_s3(fs, path)
     else:
-        yield from _stream_folders(fs, path)
+        names = _stream_folders(fs, path)
+    try:
+        yield from (_uri(fs, name, uri) for name in names)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri}: cannot be listed: {error}") from error
 
 
 def _stream_s3(fs: Any, path: str) -> Iterator[str]:
     bucket, _, key = path.partition("/")
-    if key and fs.isfile(path):
-        yield f"s3://{path}"
-        return
     page: dict[str, Any] = {"IsTruncated": True}
     prefix = f"{key.rstrip('/')}/" if key else ""
     while page["IsTruncated"]:
         token = page.get("NextContinuationToken")
         more = {"ContinuationToken": token} if token else {}
         page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-        yield from (f"s3://{bucket}/{o['Key']}" for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
+        yield from (f"{bucket}/{o['Key']}" for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
 
 
 def _stream_folders(fs: Any, path: str) -> Iterator[str]:
@@ -253,7 +288,7 @@ def _stream_folders(fs: Any, path: str) -> Iterator[str]:
         while waiting:
             folders, names = waiting.popleft().result()
             waiting.extend(pool.submit(listed, folder) for folder in folders)
-            yield from (_uri(fs, name) for name in names)
+            yield from names
 
 
 def _is_file(fs: Any, entry: dict[str, Any]) -> bool:
@@ -261,15 +296,29 @@ def _is_file(fs: Any, entry: dict[str, Any]) -> bool:
     return entry["type"] == "file" or bool(entry.get("islink") and fs.isfile(entry["name"]))
 
 
-def _uri(fs: Any, path: str) -> str:
-    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+def _uri(fs: Any, path: str, under: str) -> str:
+    """URI of a path, with scheme and account of the URI that it was found under."""
+    if isinstance(fs, LocalFileSystem):
+        return path
+    root = str(fs._strip_protocol(under)).rstrip("/")
+    if path == root:
+        return under
+    return f"{under.rstrip('/')}/{path.removeprefix(root).lstrip('/')}"
 
 
 def glob(uri: str) -> list[str]:
-    """URIs of the files that a pattern names (`*`, `?`, `[…]`, and `**` for any depth), sorted."""
+    """URIs of the files that a pattern names (`*`, `?`, `[…]`, and `**` for any depth), sorted.
+
+    Raises:
+        ConfigError: if it is no pattern.
+    """
     fs, path = filesystem(uri)
-    found = fs.glob(path, detail=True)
-    return sorted(_uri(fs, name) for name, info in found.items() if _is_file(fs, info))
+    try:
+        found = fs.glob(path, detail=True)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"{uri}: {error}") from error
+    plain = re.split(r"[*?\[]", uri, maxsplit=1)[0].rsplit("/", 1)[0]
+    return sorted(_uri(fs, name, plain) for name, info in found.items() if _is_file(fs, info))
 
 
 def parquet(table: pa.Table, row_group: int | None = None) -> bytes:

@@ -153,6 +153,7 @@ def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, cluster: Clu
 
 
 def _fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, plan: bool, say: Say) -> int:
+    store = storage.output_folder(options.models)
     try:
         categories, failures = read_categories(storage.absolute(options.data), options.categories, say)
     except DataError as error:
@@ -161,11 +162,7 @@ def _fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, plan: bool, say
     if plan:
         say_plan({"fits": plan_of(pool, len(categories))}, say)
         return ALL_DONE
-    outcomes = (
-        fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, say)
-        if categories
-        else []
-    )
+    outcomes = fit_categories(categories, recipe, {recipe.seed: store}, pool, say) if categories else []
     warn_of_few_normals(outcomes, options.false_alarm_rate, say)
     failed = len(failures) + sum(outcome.status == "failed" for outcome in outcomes)
     good = len(outcomes) + len(failures) - failed

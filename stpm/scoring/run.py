@@ -97,7 +97,7 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: Clu
 
 def _score(collection: CollectionOptions, options: ScoreOptions, say: Say) -> int:
     target = dataclasses.replace(
-        Target.alone(storage.absolute(collection.out)),
+        Target.alone(storage.output_folder(collection.out)),
         heatmaps=collection.heatmaps,
         heatmaps_in=collection.heatmaps_in,
         raw_maps=collection.raw_maps,
