@@ -168,13 +168,20 @@ def _with_patience(uri: str, act: Callable[[], T]) -> T:
         return patient(act)
     except Exception as error:
         if _is_clients_own(error):
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            kind = FileNotFoundError if _is_missing(error) else OSError
+            first_line, _, _ = str(error).partition("\n")
+            raise kind(f"{type(error).__name__}: {first_line}") from error
         raise
 
 
 def _may_pass(error: BaseException) -> bool:
-    lasting = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
-    return (isinstance(error, OSError) and not lasting) or _is_clients_own(error)
+    lasting = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or _is_missing(error)
+    return (isinstance(error, OSError) or _is_clients_own(error)) and not lasting
+
+
+def _is_missing(error: BaseException) -> bool:
+    """Also where it is a container that is missing, and Azure's client says so in its own way."""
+    return isinstance(error, FileNotFoundError) or type(error).__name__ == "ResourceNotFoundError"
 
 
 def _is_clients_own(error: BaseException) -> bool:
@@ -217,9 +224,13 @@ def sweep(uri: str) -> None:
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; no error if there is none."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        # All but the local one take the path for a pattern.
-        fs.rm(path if isinstance(fs, LocalFileSystem) else patterns.escape(path), recursive=True)
+    if isinstance(fs, LocalFileSystem) or not patterns.has_magic(path):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+    else:
+        # `rm` would take the path for a pattern.
+        for name in fs.find(path):
+            fs.rm_file(name)
 
 
 def children(uri: str) -> list[str]:

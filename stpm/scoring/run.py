@@ -41,7 +41,8 @@ class CollectionOptions:
         Names(),
         "what to score, separated by commas: folders or prefixes (searched at any depth), globs, tar archives, "
         "manifests (.parquet, .csv or .jsonl with a column `uri`; others are carried to the output), .parquet files "
-        "with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input",
+        "with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input. What "
+        "exists by a name is no glob; write [[], [*] and [?] for the characters themselves",
     )
     out: str = option("", "run folder for scores/*.parquet, heatmaps/ and run.json: a folder or a URI")
     category: str = option("", "category of every image: the model that scores it")
