@@ -1,4 +1,4 @@
-"""Images, models and results in Google's and in Azure's storage: their own clients, and servers that stand in for them."""
+"""Images and results in storage of Google and of Azure: their own clients, and servers that stand in for them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    endpoint = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint=http://127.0.0.1:{port}"
+    endpoint = (
+        f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint=http://127.0.0.1:{port}"
+    )
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"{endpoint}/{ACCOUNT};")
     try:
         wait_until(answers, "Azurite does not answer")
