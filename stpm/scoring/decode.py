@@ -45,7 +45,7 @@ class Decode:
         self._fetchers = fetchers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        tasks = [partial(self._one, row) for row in batch.to_pylist()]
+        tasks = [partial(self._one, row) for row in batch.select(MANIFEST.names).to_pylist()]
         late: images.Decoded | ImageError = ImageError(
             "timeout", f"not fetched and decoded within {self._seconds:g} s; see --image-seconds"
         )

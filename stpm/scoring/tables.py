@@ -54,7 +54,12 @@ def read(uri: str) -> Iterator[Rows]:
 
 
 def _with_texts(table: pa.Table) -> pa.Table:
-    """The table with what is given as strings, and with a `uri`."""
+    """The table with what is given as strings, and with a `uri`.
+
+    Raises:
+        pa.ArrowInvalid: if a string is not UTF-8.
+    """
+    table.validate(full=True)
     for name in GIVEN:
         if name in table.schema.names:
             texts = table[name].cast(pa.string()).fill_null("")

@@ -218,6 +218,10 @@ def test_manifests_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"uri": ["a.png"], "label": [{"a": 1}]}), tmp_path / "s.parquet")
     with pytest.raises(DataError, match=r"s\.parquet: this manifest cannot be read: .*cast"):
         rows(f"{tmp_path}/s.parquet")
+    foreign = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"uri": ["a.png"], "note": foreign}), tmp_path / "u.parquet")
+    with pytest.raises(DataError, match=r"u\.parquet: this manifest cannot be read: .*UTF8"):
+        rows(f"{tmp_path}/u.parquet")
     pq.write_table(pa.table({"uri": pa.array([], pa.string())}), tmp_path / "e.parquet")
     with pytest.raises(DataError, match=r"e\.parquet: this manifest has no rows"):
         rows(f"{tmp_path}/e.parquet")
