@@ -12,8 +12,14 @@ from typing import Any
 import pytest
 
 from stpm import storage
+from stpm.fitting.task import FitTask
+from stpm.fitting.worker import run_task
+from stpm.models import ModelStore
+from stpm.mvtec import read_category
+from stpm.networks import load_teacher
 from stpm.scoring.target import Target
-from tests.cluster.conftest import TINY_RECIPE, free_port, run_job, wait_until
+from tests.cluster.conftest import free_port, run_job, wait_until
+from tests.conftest import LIMITS, TINY
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -25,11 +31,12 @@ KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("fit")
-    make_category(str(root / "data"), "nut")
-    fit = ["--data", str(root / "data"), "--models", str(root / "models"), "--epochs", "1", *TINY_RECIPE]
-    assert run_job("fit", *fit).returncode == 0
-    return str(root / "models")
+    root = str(tmp_path_factory.mktemp("fit"))
+    make_category(f"{root}/data", "nut")
+    store = f"{root}/models"
+    digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    run_task(FitTask.of(read_category(f"{root}/data", "nut"), TINY, store, digest), LIMITS, lambda told: None)
+    return store
 
 
 @pytest.fixture
