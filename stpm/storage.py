@@ -193,6 +193,9 @@ def publish(uri: str, data: bytes) -> None:
     """Write an object so that no reader ever sees a part of it.
 
     Object stores are atomic per object; on a local disk the bytes go beside and are renamed.
+
+    Raises:
+        ConfigError: if its bucket is not there.
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -260,6 +263,9 @@ def stream(uri: str) -> Iterator[str]:
 
     A page of a listing at a time: what is listed is never held as a whole. Folders are listed side by side where the
     filesystem has folders; the order is the filesystem's.
+
+    Raises:
+        ConfigError: if its bucket is not there, where the store says so.
     """
     fs, path = filesystem(uri)
     if fs.isfile(path):
