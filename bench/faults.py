@@ -209,6 +209,21 @@ FAULTS = (
         "The night has one job: its name is the date.",
         "tests/test_deploy.py::test_a_night_that_is_tried_again_has_one_job",
     ),
+    Fault(
+        "A file, or a member of a tar, whose name is not UTF-8",
+        "The file is a row with the error bad_name, and the member is scored; both names are written with %XX.",
+        "tests/scoring/test_sources.py::test_a_name_that_is_not_utf8_is_a_row_that_says_so",
+    ),
+    Fault(
+        "Results that are to go under a file",
+        "Refused in one line before anything is written.",
+        "tests/test_storage.py::test_where_results_cannot_go_is_said_before_the_work",
+    ),
+    Fault(
+        "A bucket that is not there",
+        "The job says so in one line, and ends with 1.",
+        "tests/cluster/test_s3.py::test_the_whole_job_from_s3_to_s3",
+    ),
 )
 
 

@@ -76,7 +76,7 @@ def run_benchmark(
         StpmError: if it cannot be run at all.
     """
     requirements = Gate.of(gate)
-    out = storage.absolute(options.out)
+    out = storage.output_folder(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
     with on_cluster(cluster, [data, out], say):
         if cluster.plan:

@@ -10,12 +10,14 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from io import TextIOWrapper
 from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import register_type
 
+from stpm import storage
 from stpm.console import SOME_FAILED, STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
 from stpm.errors import ConfigError, CutOffError, StpmError
 from stpm.options import Integers, Names, Size
@@ -94,6 +96,8 @@ class Job:
         Raises:
             ConfigError: if an option is unknown, or a value cannot be.
         """
+        if foreign := [word for word in argv if word != storage.as_utf8(word)]:
+            raise ConfigError(f"{storage.as_utf8(foreign[0])}: a name that is not UTF-8; rename it, or name its folder")
         parser = self.parser()
         argv = _joined(argv, self._lists())
         values = parser.parse_args([word for word in argv if not word.startswith(_SHOWING)])
@@ -131,8 +135,14 @@ class Job:
 
 
 def run_job(job: Job) -> NoReturn:
-    """Run a job as a process: its exit code, and errors as one line on standard error."""
+    """Run a job as a process: its exit code, and errors as one line on standard error.
+
+    Bytes that are no UTF-8 come in, and go out escaped, instead of ending it.
+    """
     stop_on_signals()
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         code = job(sys.argv[1:])
     except Stopped as stopped:
@@ -141,7 +151,15 @@ def run_job(job: Job) -> NoReturn:
     except StpmError as error:
         print(f"error: {error}", file=sys.stderr)
         code = SOME_FAILED if isinstance(error, CutOffError) else USAGE
+    except OSError as error:
+        print(f"error: {_in_a_line(error)}", file=sys.stderr)
+        code = USAGE
     sys.exit(code)
+
+
+def _in_a_line(error: OSError) -> str:
+    """What a disk or a store says, the last line where Ray puts a task's trace before it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _joined(argv: Sequence[str], lists: Sequence[str]) -> list[str]:

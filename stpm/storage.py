@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob as patterns
 import hashlib
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import fsspec
 import pyarrow as pa
@@ -39,8 +41,12 @@ _EXTRAS = {
     "az": "azure",
 }
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
+# What null is called in the name of a folder category=<name>.
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 # The last range stands for bytes that are not UTF-8.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
+# What Python makes of bytes of a name that are no UTF-8.
+_SURROGATE = re.compile(r"[\udc80-\udcff]")
 _MAX_NAME = 128
 _LISTERS = 16
 # Seconds: a store that is away for longer is down.
@@ -114,6 +120,31 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def output_folder(uri: str) -> str:
+    """The absolute URI of a folder that a job is to write into.
+
+    Raises:
+        ConfigError: if it is a file or under one, if this user may not write there, or if it is in object storage and
+            holds `*`, `?` or `[`: fsspec takes them for a pattern where it moves and removes.
+    """
+    uri = absolute(uri)
+    if not is_local(uri):
+        if patterns.has_magic(uri):
+            raise ConfigError(f"{uri}: results cannot go to a URI with one of *?[ in it; rename it")
+        return uri
+    there = next(folder for folder in (Path(uri), *Path(uri).parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{uri}: results go to a folder, and {there} is a file; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{uri}: this user may not write in {there}; name another folder")
+    return uri
+
+
+def as_utf8(name: str) -> str:
+    """A name as it is, or where its bytes are no UTF-8, with those that are not as %XX."""
+    return _SURROGATE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
+
+
 def safe_name(name: str, what: str) -> str:
     """The name, if it may become part of a path on every filesystem.
 
@@ -130,6 +161,8 @@ def safe_name(name: str, what: str) -> str:
         problem = "starts with a dot, or ends with a dot or a space"
     elif name.split(".", maxsplit=1)[0].lower() in _WINDOWS_RESERVED:
         problem = "is a name that Windows reserves"
+    elif name == HIVE_NULL:
+        problem = "means null where tables are partitioned"
     if problem:
         raise DataError(f"{what} {name[:_MAX_NAME]!r} {problem}; rename it")
     return name
@@ -232,14 +265,21 @@ def _with_patience(uri: str, act: Callable[[], T]) -> T:
         return patient(act)
     except Exception as error:
         if _is_clients_own(error):
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            kind = FileNotFoundError if _is_missing(error) else OSError
+            first_line, _, _ = str(error).partition("\n")
+            raise kind(f"{type(error).__name__}: {first_line}") from error
         raise
 
 
 def _may_pass(error: BaseException) -> bool:
-    lasting = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+    lasting = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or _is_missing(error)
     lasting |= isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-    return (isinstance(error, OSError) and not lasting) or _is_clients_own(error)
+    return (isinstance(error, OSError) and not lasting) or (_is_clients_own(error) and not _is_missing(error))
+
+
+def _is_missing(error: BaseException) -> bool:
+    """Also where it is a container that is missing, and Azure's client says so in its own way."""
+    return isinstance(error, FileNotFoundError) or type(error).__name__ == "ResourceNotFoundError"
 
 
 def _is_clients_own(error: BaseException) -> bool:
@@ -256,10 +296,16 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
         uri: where to.
         data: the object.
         durable: it outlasts a power cut. Without it a local disk may lose what it was given in the last seconds.
+
+    Raises:
+        ConfigError: if its bucket is not there.
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        _with_patience(uri, lambda: fs.pipe_file(path, data))
+        try:
+            _with_patience(uri, lambda: fs.pipe_file(path, data))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{uri}: cannot be written, there is no such bucket or container; make it") from error
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -342,8 +388,13 @@ def sweep(uri: str) -> None:
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; no error if there is none."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    if isinstance(fs, LocalFileSystem) or not patterns.has_magic(path):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+    else:
+        # `rm` would take the path for a pattern.
+        for name in fs.find(path):
+            fs.rm_file(name)
 
 
 def children(uri: str) -> list[str]:
@@ -365,10 +416,7 @@ def files(uri: str) -> list[tuple[str, int]]:
     """Every file under a folder, at any depth, as (URI, size in bytes), sorted by URI; none if it is missing."""
     fs, path = filesystem(uri)
     found = fs.find(path, detail=True)
-    return sorted(
-        (fs.unstrip_protocol(name) if not is_local(uri) else name, int(info["size"] or 0))
-        for name, info in found.items()
-    )
+    return sorted((_uri(fs, name, uri), int(info["size"] or 0)) for name, info in found.items())
 
 
 def versions(uri: str) -> list[tuple[str, str]]:
@@ -379,7 +427,7 @@ def versions(uri: str) -> list[tuple[str, str]]:
     """
     fs, path = filesystem(uri)
     found = fs.find(path, detail=True)
-    return sorted((_uri(fs, name), _version(info)) for name, info in found.items())
+    return sorted((_uri(fs, name, uri), _version(info)) for name, info in found.items())
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -392,28 +440,32 @@ def stream(uri: str) -> Iterator[str]:
 
     A page of a listing at a time: what is listed is never held as a whole. Folders are listed side by side where the
     filesystem has folders; the order is the filesystem's.
+
+    Raises:
+        ConfigError: if its bucket is not there, where the store says so.
     """
     fs, path = filesystem(uri)
-    if not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
-        yield from _stream_s3(fs, path)
-    elif fs.isfile(path):
-        yield _uri(fs, path)
+    if fs.isfile(path):
+        names = iter([path])
+    elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
+        names = _stream_s3(fs, path)
     else:
-        yield from _stream_folders(fs, path)
+        names = _stream_folders(fs, path)
+    try:
+        yield from (_uri(fs, name, uri) for name in names)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri}: cannot be listed: {error}") from error
 
 
 def _stream_s3(fs: Any, path: str) -> Iterator[str]:
     bucket, _, key = path.partition("/")
-    if key and fs.isfile(path):
-        yield f"s3://{path}"
-        return
     page: dict[str, Any] = {"IsTruncated": True}
     prefix = f"{key.rstrip('/')}/" if key else ""
     while page["IsTruncated"]:
         token = page.get("NextContinuationToken")
         more = {"ContinuationToken": token} if token else {}
         page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-        yield from (f"s3://{bucket}/{o['Key']}" for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
+        yield from (f"{bucket}/{o['Key']}" for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
 
 
 def _stream_folders(fs: Any, path: str) -> Iterator[str]:
@@ -430,7 +482,7 @@ def _stream_folders(fs: Any, path: str) -> Iterator[str]:
         while waiting:
             folders, names = waiting.popleft().result()
             waiting.extend(pool.submit(listed, folder) for folder in folders)
-            yield from (_uri(fs, name) for name in names)
+            yield from names
 
 
 def _is_file(fs: Any, entry: dict[str, Any]) -> bool:
@@ -438,15 +490,29 @@ def _is_file(fs: Any, entry: dict[str, Any]) -> bool:
     return entry["type"] == "file" or bool(entry.get("islink") and fs.isfile(entry["name"]))
 
 
-def _uri(fs: Any, path: str) -> str:
-    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+def _uri(fs: Any, path: str, under: str) -> str:
+    """URI of a path, with scheme and account of the URI that it was found under."""
+    if isinstance(fs, LocalFileSystem):
+        return path
+    root = str(fs._strip_protocol(under)).rstrip("/")
+    if path == root:
+        return under
+    return f"{under.rstrip('/')}/{path.removeprefix(root).lstrip('/')}"
 
 
 def glob(uri: str) -> list[str]:
-    """URIs of the files that a pattern names (`*`, `?`, `[…]`, and `**` for any depth), sorted."""
+    """URIs of the files that a pattern names (`*`, `?`, `[…]`, and `**` for any depth), sorted.
+
+    Raises:
+        ConfigError: if it is no pattern.
+    """
     fs, path = filesystem(uri)
-    found = fs.glob(path, detail=True)
-    return sorted(_uri(fs, name) for name, info in found.items() if _is_file(fs, info))
+    try:
+        found = fs.glob(path, detail=True)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"{uri}: {error}") from error
+    plain = re.split(r"[*?\[]", uri, maxsplit=1)[0].rsplit("/", 1)[0]
+    return sorted(_uri(fs, name, plain) for name, info in found.items() if _is_file(fs, info))
 
 
 def parquet(table: pa.Table, row_group: int | None = None) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from stpm.benchmark import BenchmarkOptions
-from stpm.cli import Job
+from stpm.cli import Job, run_job
 from stpm.errors import ConfigError
 from stpm.recipe import PRESETS, Fusion, Recipe
 from tests.conftest import REPOSITORY
@@ -163,17 +164,48 @@ def test_help_explains_every_option_with_its_default(name: str, capsys: pytest.C
     assert " ".join(shown.split()).count("default: ") >= len(job(name).parser()._actions) - 3
 
 
-@pytest.mark.parametrize("name", ["fit", "score", "evaluate"])
-def test_a_missing_option_exits_with_one_line(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from stpm.cli import run_job
+SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
 
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        *(([name], "is missing") for name in ("fit", "score", "evaluate")),
+        ([*SCORE, "i", "--out", "file/run"], "file is a file"),
+        (["fit", "--data", "d", "--models", "file"], "file is a file"),
+        (["benchmark", "--data", "d", "--out", "file/run"], "file is a file"),
+        (["evaluate", "--scores", "d", "--out", "file/run"], "file is a file"),
+        (
+            ["score", "--models", "m", "--images", "i", "--out", "o", "--category-from", "{category}/{2}"],
+            "{2} is no name",
+        ),
+        ([*SCORE, os.fsdecode(b"\xff"), "--out", "o"], "%FF: a name that is not UTF-8"),
+        ([*SCORE, "nonsense://i", "--out", "nonsense://o"], "use a local path, s3://"),
+    ],
+)
+def test_what_cannot_be_run_exits_with_one_line(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as exit_:
-        run_job(job(name))
+        run_job(job(words[0]))
     assert exit_.value.code == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_what_a_disk_says_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(say: object) -> int:
+        raise OSError(28, "No space left on device", "/data/x")
+
+    monkeypatch.setattr(sys, "argv", ["full.py"])
+    with pytest.raises(SystemExit) as exit_:
+        run_job(Job("full.py", None, (), full))
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: '/data/x'\n"
 
 
 def test_the_preset_default_is_the_default() -> None:

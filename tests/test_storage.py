@@ -123,6 +123,7 @@ def test_remove_takes_a_folder_or_nothing(root: str) -> None:
         'a"b',
         "a:b",
         "not UTF-8 \udcff",
+        "__HIVE_DEFAULT_PARTITION__",
     ],
 )
 def test_names_that_may_not_become_paths(name: str) -> None:
@@ -188,6 +189,67 @@ def test_local_paths_become_absolute_and_others_stay(monkeypatch: pytest.MonkeyP
     assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
     assert storage.absolute(f"file://{tmp_path}/y") == str(tmp_path / "y")
     assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
+
+
+def test_removing_takes_no_name_for_a_pattern(root: str) -> None:
+    for name in ("line3/x", "line[3]/x"):
+        storage.publish(storage.join(root, name), b"x")
+    storage.remove(storage.join(root, "line[3]"))
+    assert [uri for uri, _ in storage.files(root)] == [storage.join(root, "line3", "x")]
+
+
+def test_where_results_cannot_go_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for name in ("file", "file/run", "file/a/b"):
+        with pytest.raises(ConfigError, match=f"{tmp_path}/file is a file"):
+            storage.output_folder(str(tmp_path / name))
+    with pytest.raises(ConfigError, match=r"with one of \*\?\[ in it"):
+        storage.output_folder("s3://bucket/line[3]")
+    assert storage.output_folder(f"{tmp_path}/not/there/yet[1]") == f"{tmp_path}/not/there/yet[1]"
+    assert storage.output_folder("s3://bucket/run/") == "s3://bucket/run"
+
+
+class Bucket(MemoryFileSystem):
+    """Paths and URIs as a cloud's filesystem has them: several schemes, an account in a URI and in no path."""
+
+    protocol = ("bkt", "bkta")
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    root_marker = ""
+
+    def __init__(self, account: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self.account = account
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        where, _, key = path.partition("://")[2].partition("/") if "://" in path else ("", "", path)
+        return MemoryFileSystem._strip_protocol(f"{where.partition('@')[0]}/{key}")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        account = path.partition("://")[2].partition("/")[0].partition("@")[2]
+        return {"account": account} if account else {}
+
+
+@pytest.mark.parametrize("root_uri", ["bkt://c/a b", "bkta://c/a", "bkta://c@account.host/a", "bkta://c"])
+def test_what_is_found_is_named_as_what_it_was_looked_for_under(root_uri: str) -> None:
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    Bucket.store.clear()
+    for name in ("x/1.png", "2.png"):
+        storage.publish(f"{root_uri}/{name}", name.encode())
+    expected = [f"{root_uri}/2.png", f"{root_uri}/x/1.png"]
+    assert [uri for uri, _ in storage.files(root_uri)] == expected
+    assert sorted(storage.stream(root_uri)) == expected
+    assert storage.glob(f"{root_uri}/**/*.png") == expected
+    assert list(storage.stream(expected[0])) == expected[:1]
+    assert [storage.read(uri) for uri in expected] == [b"2.png", b"x/1.png"]
+
+
+def test_names_that_are_no_utf8_are_written_in_utf8() -> None:
+    assert storage.as_utf8("größe %41.png") == "größe %41.png"
+    assert storage.as_utf8(os.fsdecode(b"caf\xe9-\xc3\xa9\xff.png")) == "caf%E9-é%FF.png"
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:

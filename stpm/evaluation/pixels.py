@@ -103,10 +103,10 @@ class PixelCounts:
         fp, tp = np.cumsum(good), np.cumsum(defect)
         recall = defect / tp[-1]
         value = (recall * tp / (tp + fp)).sum()
-        # Within a key the defects may all come first, or all last. Precision is concave in how many have come: over
-        # a key it is at most that of the middle one, and at least the mean of the first and the last.
-        middle = tp - (defect - 1) / 2
-        most = (recall * middle / (middle + fp - good)).sum()
+        # Within a key the defects may all come first, as one tie: each has the precision that the last one reaches. Or
+        # they come after all good ones, one by one: precision is concave in how many have come, so that its mean is at
+        # least that of the first and the last.
+        most = (recall * tp / np.maximum(tp + fp - good, 1)).sum()
         first = tp - defect + 1
         least = (recall * (first / (first + fp) + tp / (tp + fp)) / 2).sum()
         return self._bound(value, max(most - value, value - least))

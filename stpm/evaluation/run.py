@@ -99,6 +99,7 @@ def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: 
     """
     requirements = Gate.of(gate)
     run = storage.absolute(options.scores)
+    out = storage.output_folder(options.out or run)
     results: list[Result] = []
     try:
         passes = [(target, *_models(target, options.models)) for target in Target.found(run)]
@@ -112,7 +113,7 @@ def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: 
         if result.figures.unlabelled_count:
             say(f"{result.model.category}: {result.figures.unlabelled_count} images without a label are left out")
     report = Report(run, results, problems_of(results), evaluation.masks_at)
-    return conclude(report, storage.absolute(options.out) if options.out else run, requirements, say)
+    return conclude(report, out, requirements, say)
 
 
 def _models(target: Target, elsewhere: str) -> tuple[ModelStore, list[ModelRecord]]:

@@ -195,6 +195,7 @@ def run_fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, cluster: Clu
 
 
 def _fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, plan: bool, say: Say) -> int:
+    store = storage.output_folder(options.models)
     try:
         categories, failures = read_categories(storage.absolute(options.data), options.categories, say)
     except DataError as error:
@@ -204,11 +205,7 @@ def _fit(options: FitOptions, recipe: Recipe, pool: PoolOptions, plan: bool, say
         say_plan({"fits": plan_of(pool, len(categories))}, say)
         return ALL_DONE
     warn_of_few_normals(categories, recipe, options.false_alarm_rate, say)
-    outcomes = (
-        fit_categories(categories, recipe, {recipe.seed: storage.absolute(options.models)}, pool, options.wait, say)
-        if categories
-        else []
-    )
+    outcomes = fit_categories(categories, recipe, {recipe.seed: store}, pool, options.wait, say) if categories else []
     failed = len(failures) + sum(outcome.status == "failed" for outcome in outcomes)
     good = len(outcomes) + len(failures) - failed
     say(f"{good} of {good + failed} categories have a model in {options.models}")

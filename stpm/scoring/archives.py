@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,17 +63,28 @@ def row_of(uri: str, row: int) -> Place:
 def members(uri: str) -> Iterator[Place]:
     """The images of a tar archive: headers are read, and images skipped.
 
+    Of several members with one name the last counts, as where the archive is unpacked. A hard link is the file that it
+    leads to. Bytes of a name that are no UTF-8 are written %XX.
+
     Raises:
         DataError: if it cannot be read.
     """
     fs, path = storage.filesystem(uri)
+    files: dict[str, Place] = {}
     try:
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if member.isfile() and member.name.lower().endswith(SUFFIXES):
-                    yield Place(f"{uri}{_MEMBER}{member.name}", member.offset_data, member.size)
+                name = posixpath.normpath(member.name)
+                linked = files.get(posixpath.normpath(member.linkname))
+                files.pop(name, None)
+                place = f"{uri}{_MEMBER}{storage.as_utf8(member.name)}"
+                if member.isfile():
+                    files[name] = Place(place, member.offset_data, member.size)
+                elif member.islnk() and linked:
+                    files[name] = linked._replace(uri=place)
     except (OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{uri}: this archive cannot be read: {error}; write it without compression") from error
+    return (place for place in files.values() if place.uri.lower().endswith(SUFFIXES))
 
 
 def image_column(schema: pa.Schema) -> str:

@@ -55,7 +55,7 @@ class Decode:
     def __call__(self, batch: pa.Table) -> pa.Table:
         fetched: set[int] = set()
         turn = Lock()
-        rows = batch.to_pylist()
+        rows = batch.select(MANIFEST.names).to_pylist()
         tasks = [partial(self._one, row, turn, partial(fetched.add, i)) for i, row in enumerate(rows)]
         began = time.process_time()
         results = run_within(self._seconds, self._fetchers, tasks, lambda i: self._late(decoding=i in fetched))

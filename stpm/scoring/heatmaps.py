@@ -128,7 +128,7 @@ class WriteHeatmaps:
         return result
 
     def partitioned(self, batch: pa.Table) -> pa.Table:
-        """The same, for rows that go to a folder per category: a name too long for a folder is cut, and made distinct.
+        """The same, for rows that go to a folder per category: a name that no folder can have is made another.
 
         No model has such a name, so what it names are rows with an error.
         """
@@ -176,8 +176,8 @@ def written_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
 
 
 def _as_folder(category: str) -> str:
-    """What is written percent-encoded as the name of a folder: of at most 255 bytes, on any filesystem."""
-    if len(quote(category, safe="")) <= _LONGEST_FOLDER:
+    """What is written percent-encoded as the name of a folder: of at most 255 bytes, and none that is read as null."""
+    if len(quote(category, safe="")) <= _LONGEST_FOLDER and category != storage.HIVE_NULL:
         return category
     return f"{category[:_KEPT_OF_FOLDER]}… {storage.digest(category.encode())[:12]}"
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.mvtec import Category
-from stpm.scoring.schema import MANIFEST, carried, table
+from stpm.scoring.archives import Place
+from stpm.scoring.schema import MANIFEST, carried, table, with_carried
 
 _WHOLE = "manifest.json"
 # A row group of a shard, and so the images that one decoding task takes.
@@ -23,6 +24,9 @@ BLOCK_ROWS = 64
 
 # URI of a Parquet file, and the rows in it.
 Shard = tuple[str, int]
+# Kind of an image's error, and the same in words.
+Error = tuple[str, str]
+GOOD: Error = ("", "")
 
 
 def image_id(uri: str) -> int:
@@ -44,22 +48,64 @@ class Manifest:
         return f"{self.rows} images{f', {self.doubles} doubles left out' if self.doubles else ''}"
 
 
+def new_rows(
+    places: Sequence[Place],
+    categories: Sequence[str],
+    labels: Sequence[str] = (),
+    masks: Sequence[str] = (),
+    errors: Sequence[Error] = (),
+    own: pa.Table | None = None,
+) -> pa.Table:
+    """Rows of a manifest, without ids.
+
+    Args:
+        places: of the images.
+        categories: "" where there is none, which is an error.
+        labels: none: nothing is known of any.
+        masks: the same.
+        errors: what is known to be wrong with each, GOOD where it is nothing; none: with none of them.
+        own: a table with the user's own columns.
+    """
+    found = [
+        error if error != GOOD else _error(place, category)
+        for place, category, error in zip(places, categories, errors or [GOOD] * len(places), strict=True)
+    ]
+    texts = {
+        "uri": [place.uri for place in places],
+        "category": categories,
+        "label": labels or [""] * len(places),
+        "mask": masks or [""] * len(places),
+    }
+    columns: dict[str, list[Any]] = {name: list(map(storage.as_utf8, values)) for name, values in texts.items()}
+    columns |= {
+        "image_id": [0] * len(places),
+        "error_kind": [kind for kind, _ in found],
+        "error_message": [message for _, message in found],
+        "archive_start": [place.start for place in places],
+        "archive_length": [place.length for place in places],
+    }
+    made = table(columns, MANIFEST)
+    return made if own is None else with_carried(made, own)
+
+
+def _error(place: Place, category: str) -> Error:
+    if place.uri != storage.as_utf8(place.uri):
+        return "bad_name", "the name is not UTF-8, its bytes that are not are written %XX here; rename the file"
+    if not category:
+        return "no_model", "the image has no category; see --category and --category-from"
+    return GOOD
+
+
 def of_test_images(categories: Sequence[Category]) -> Iterator[pa.Table]:
     """The labelled test images of some categories, a table for each."""
     for category in categories:
         images = category.test
-        columns: dict[str, list[Any]] = {
-            "image_id": [0] * len(images),
-            "uri": [image.uri for image in images],
-            "category": [category.name] * len(images),
-            "label": [image.label for image in images],
-            "mask": [image.mask for image in images],
-            "error_kind": [""] * len(images),
-            "error_message": [""] * len(images),
-            "archive_start": [0] * len(images),
-            "archive_length": [-1] * len(images),
-        }
-        yield table(columns, MANIFEST)
+        yield new_rows(
+            [Place(image.uri) for image in images],
+            [category.name] * len(images),
+            [image.label for image in images],
+            [image.mask for image in images],
+        )
 
 
 def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:

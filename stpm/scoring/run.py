@@ -46,7 +46,8 @@ class CollectionOptions:
         Names(),
         "what to score, separated by commas: folders or prefixes (searched at any depth), globs, tar archives, "
         "manifests (.parquet, .csv or .jsonl with a column `uri`; others are carried to the output), .parquet files "
-        "with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input",
+        "with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input. What "
+        "exists by a name is no glob; write [[], [*] and [?] for the characters themselves",
     )
     out: str = option("", "run folder for scores/*.parquet, heatmaps/ and run.json: a folder or a URI")
     category: str = option("", "category of every image: the model that scores it")
@@ -107,7 +108,7 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: Clu
 def _score(collection: CollectionOptions, options: ScoreOptions, listed: tuple[str, IO[str]], say: Say) -> int:
     digest, lines = listed
     target = dataclasses.replace(
-        Target.alone(storage.absolute(collection.out)),
+        Target.alone(storage.output_folder(collection.out)),
         heatmaps=collection.heatmaps,
         heatmaps_in=collection.heatmaps_in,
         raw_maps=collection.raw_maps,

@@ -97,6 +97,8 @@ OUTPUT = pa.schema(
 )
 
 
+# Columns of a user's table that say what an image is. All of them are text.
+GIVEN = ("uri", "category", "label", "mask")
 # What each stage has of its own: a manifest may carry columns of any other name to the output.
 _OWN = frozenset(name for schema in (MANIFEST, SCORED, OUTPUT) for name in schema.names)
 
@@ -106,9 +108,12 @@ def carried(schema: pa.Schema) -> list[str]:
     return [name for name in schema.names if name not in _OWN]
 
 
-def taken(schema: pa.Schema) -> list[str]:
-    """Names of the columns that a user's table has and that scoring writes itself."""
-    return [name for name in schema.names if name in _OWN and name not in MANIFEST.names]
+def taken(names: Sequence[str]) -> list[str]:
+    """Names of columns that a user's table may not have: those that scoring writes itself, in capitals too.
+
+    Most programs that read tables take no notice of capitals.
+    """
+    return [name for name in names if name.lower() in _OWN and name not in GIVEN]
 
 
 def with_carried(result: pa.Table, batch: pa.Table) -> pa.Table:

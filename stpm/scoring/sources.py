@@ -6,26 +6,24 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, islice
+from glob import has_magic
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
-import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.images import SUFFIXES
-from stpm.scoring.archives import IMAGE_COLUMNS, PARQUET, TAR, Place, image_column, members, row_of
-from stpm.scoring.schema import MANIFEST, table, taken, with_carried
+from stpm.scoring import manifest, tables
+from stpm.scoring.archives import TAR, Place, members, row_of
+from stpm.scoring.manifest import GOOD, Error
+from stpm.scoring.schema import GIVEN, taken
+from stpm.scoring.tables import CHUNK
 
 STANDARD_INPUT = "-"
-CHUNK = 10_000
 
-_MANIFESTS = (".parquet", ".csv", ".jsonl", ".ndjson")
-_GLOB = re.compile(r"[*?\[]")
+_QUOTED = re.compile(r"\[([*?[])\]")
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -48,6 +46,11 @@ class Categories:
         if self.everywhere and self.pattern:
             raise ConfigError("--category and --category-from are both given; give one")
         names = _FIELD.findall(self.pattern)
+        if unfit := [name for name in names if not name.isidentifier()]:
+            raise ConfigError(
+                f"category-from is {self.pattern!r}; {{{unfit[0]}}} is no name, which begins with a letter, as in "
+                "{category}/{date}/{name}"
+            )
         if self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
             raise ConfigError(
                 f"category-from is {self.pattern!r}; name {{category}} once, and no name twice, as in "
@@ -109,107 +112,89 @@ def rows_of(
 
     Args:
         sources: folders, prefixes, globs, tar archives, manifests (Parquet, CSV, JSON lines), Parquet files that hold
-            the images themselves, or `-` for a list of URIs. A glob may end in any of these.
+            the images themselves, or `-` for a list of URIs. A glob may end in any of these. A name that exists is no
+            glob, and neither is one whose `*`, `?` and `[` are all written `[*]`, `[?]` and `[[]`.
         categories: for images whose manifest does not name one.
         allow: prefixes that a manifest's URIs may have, if not those of the manifest itself.
         lines: the list, a URI per line.
 
     Raises:
         DataError: if a source has no image, or a manifest or an archive cannot be read.
-        ConfigError: if a manifest has a column that scoring writes itself.
+        ConfigError: if a manifest has a column that scoring writes itself, or a bucket is not there.
     """
     for source in sources:
-        uri = source if source == STANDARD_INPUT else storage.absolute(source)
-        globbed = storage.glob(uri) if _GLOB.search(uri) else None
-        if uri.lower().endswith(_MANIFESTS):
-            for table in [uri] if globbed is None else globbed:
-                yield from _of_table(table, categories, Allowed.by(table, allow))
-            continue
-        found = False
-        for places in _chunks(_listed(uri, globbed, lines)):
-            found = True
-            yield _table(places, [categories.of(place.path) for place in places], [""] * len(places))
-        if not found:
+        empty = True
+        for rows in _of_source(source, categories, allow, lines):
+            empty = False
+            yield rows
+        if empty:
             raise DataError(f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {TAR})")
 
 
-def _listed(uri: str, globbed: Sequence[str] | None, lines: Iterable[str]) -> Iterator[Place]:
-    if uri == STANDARD_INPUT:
-        yield from (Place(storage.absolute(line.strip())) for line in lines if line.strip())
+def _of_source(source: str, categories: Categories, allow: Sequence[str], lines: Iterable[str]) -> Iterator[pa.Table]:
+    if source == STANDARD_INPUT:
+        listed = (Place(storage.absolute(line.strip())) for line in lines if line.strip())
+        yield from _of_places(listed, categories)
         return
-    for name in storage.stream(uri) if globbed is None else globbed:
-        if name.lower().endswith(SUFFIXES):
-            yield Place(name)
-        elif name.endswith(TAR):
-            yield from members(name)
+    uri = storage.absolute(source)
+    name = _plain(uri)
+    if uri.lower().endswith(tables.SUFFIXES):
+        for table in [name] if name else storage.glob(uri):
+            yield from _of_table(table, categories, Allowed.by(table, allow))
+        return
+    files = storage.stream(name) if name else storage.glob(uri)
+    yield from _of_places((place for file in files for place in _images(file)), categories)
 
 
-def _chunks(places: Iterator[Place]) -> Iterator[list[Place]]:
+def _plain(uri: str) -> str:
+    """The one name that a source means, or "" if it is a glob."""
+    if not has_magic(uri) or storage.exists(uri):
+        return uri
+    return "" if has_magic(_QUOTED.sub("", uri)) else _QUOTED.sub(r"\1", uri)
+
+
+def _images(file: str) -> Iterable[Place]:
+    if file.lower().endswith(SUFFIXES):
+        return [Place(file)]
+    return members(file) if file.endswith(TAR) else []
+
+
+def _of_places(places: Iterator[Place], categories: Categories) -> Iterator[pa.Table]:
     while chunk := list(islice(places, CHUNK)):
-        yield chunk
-
-
-def _table(places: list[Place], categories: list[str], refusals: list[str], known: pa.Table | None = None) -> pa.Table:
-    """Rows with a category and no refusal are good; `known` gives labels, masks and the user's own columns."""
-    kinds, messages = [], []
-    for category, refusal in zip(categories, refusals, strict=True):
-        if refusal:
-            kinds.append("not_allowed")
-            messages.append(refusal)
-        else:
-            kinds.append("" if category else "no_model")
-            messages.append("" if category else "the image has no category; see --category and --category-from")
-    uris = [place.uri for place in places]
-    known = pa.table({"uri": uris}) if known is None else known
-    columns: dict[str, list[Any]] = {
-        "image_id": [0] * len(uris),
-        "uri": uris,
-        "category": categories,
-        "label": _texts(known, "label") or [""] * len(uris),
-        "mask": _texts(known, "mask") or [""] * len(uris),
-        "error_kind": kinds,
-        "error_message": messages,
-        "archive_start": [place.start for place in places],
-        "archive_length": [place.length for place in places],
-    }
-    return with_carried(table(columns, MANIFEST), known)
-
-
-def _texts(rows: pa.Table, name: str) -> list[str]:
-    if name not in rows.schema.names:
-        return []
-    return [value or "" for value in rows[name].cast(pa.string()).to_pylist()]
+        yield manifest.new_rows(chunk, [categories.of(storage.as_utf8(place.path)) for place in chunk])
 
 
 def _of_table(uri: str, categories: Categories, allowed: Allowed) -> Iterator[pa.Table]:
     """Rows of a manifest, or of a Parquet file that holds images."""
     folder = uri.rsplit("/", 1)[0]
-    numbers = count()
-    empty = True
-    for rows in _batches(uri):
-        empty = False
-        if clash := taken(rows.schema):
+    first = 0
+    for rows, hold_images in tables.read(uri):
+        if clash := taken(rows.schema.names):
             raise ConfigError(f"{uri}: column {clash[0]} is one that scoring writes itself; rename it")
-        if "uri" in rows.schema.names:
-            places = [Place(_resolved(name, folder)) for name in _texts(rows, "uri")]
-            refusals = [allowed.refusal(place.uri) for place in places]
+        given = {name: rows[name].to_pylist() for name in GIVEN if name in rows.schema.names}
+        nothing = [""] * rows.num_rows
+        masks = [mask and _resolved(mask, folder) for mask in given.get("mask", nothing)]
+        if hold_images:
+            places = [row_of(uri, first + row) for row in range(rows.num_rows)]
+            errors = [_refused(allowed, mask) for mask in masks]
         else:
-            places = [row_of(uri, number) for number in islice(numbers, rows.num_rows)]
-            refusals = [""] * len(places)
-        named = _texts(rows, "category") or [""] * len(places)
+            names = given["uri"]
+            places = [Place(_resolved(name, folder) if name else f"{uri}#{first + i}") for i, name in enumerate(names)]
+            errors = [
+                _refused(allowed, place.uri, mask) if name else ("missing", "this row of the manifest has no uri")
+                for name, place, mask in zip(names, places, masks, strict=True)
+            ]
+        first += rows.num_rows
+        named = given.get("category", nothing)
         chosen = [name or categories.of(place.path) for name, place in zip(named, places, strict=True)]
-        masks = [_resolved(mask, folder) if mask else "" for mask in _texts(rows, "mask")]
-        if masks:
-            refusals = [r or (allowed.refusal(m) if m else "") for r, m in zip(refusals, masks, strict=True)]
-        yield _table(places, chosen, refusals, _with_masks(rows, masks))
-    if empty:
+        yield manifest.new_rows(places, chosen, given.get("label", nothing), masks, errors, rows)
+    if not first:
         raise DataError(f"{uri}: this manifest has no rows")
 
 
-def _with_masks(rows: pa.Table, masks: list[str]) -> pa.Table:
-    if not masks:
-        return rows
-    return rows.set_column(rows.schema.get_field_index("mask"), "mask", pa.array(masks, pa.string()))
+def _refused(allowed: Allowed, *uris: str) -> Error:
+    reason = next(filter(None, (allowed.refusal(uri) for uri in uris if uri)), "")
+    return ("not_allowed", reason) if reason else GOOD
 
 
 def _resolved(name: str, folder: str) -> str:
@@ -217,34 +202,3 @@ def _resolved(name: str, folder: str) -> str:
     if "://" in name or name.startswith("/"):
         return storage.absolute(name) if storage.is_local(name) else name
     return f"{folder}/{PurePosixPath(name)}"
-
-
-def _batches(uri: str) -> Iterator[pa.Table]:
-    """A table's rows, some thousands at a time, without the images that it may hold.
-
-    Raises:
-        DataError: if it cannot be read, or says nothing of images.
-    """
-    filesystem, path = storage.arrow_filesystem(uri)
-    try:
-        with filesystem.open_input_file(path) as file:
-            batches: Iterable[pa.RecordBatch]
-            if uri.lower().endswith(PARQUET):
-                parquet = pq.ParquetFile(file)
-                schema = parquet.schema_arrow
-                held = "" if "uri" in schema.names else image_column(schema)
-                batches = parquet.iter_batches(CHUNK, columns=[name for name in schema.names if name != held])
-            else:
-                reader: Any = pa_csv.open_csv(file) if uri.lower().endswith(".csv") else pa_json.open_json(file)
-                batches, schema, held = reader, reader.schema, ""
-            if "uri" not in schema.names and not held:
-                raise DataError(
-                    f"{uri}: no column `uri`, nor images in a column {' or '.join(IMAGE_COLUMNS)}; its columns are "
-                    f"{', '.join(schema.names)}"
-                )
-            for batch in batches:
-                rows = pa.Table.from_batches([batch])
-                for start in range(0, rows.num_rows, CHUNK):
-                    yield rows.slice(start, CHUNK)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{uri}: this manifest cannot be read: {error}") from error

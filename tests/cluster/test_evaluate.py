@@ -21,28 +21,30 @@ from tests.datasets import make_category
 pytestmark = pytest.mark.cluster
 
 
-NO_MODELS = ("007", "a b", "../../a", "x" * 300)
-LONG = f"{'x' * 12}… {hashlib.sha256(b'x' * 300).hexdigest()[:12]}"
+NULL = "__HIVE_DEFAULT_PARTITION__"
+NO_MODELS = ("007", "a b", "../../a", "x" * 300, NULL)
+# What no folder can be named, or what its name would not mean.
+LONG, NO_NULL = (f"{name[:12]}… {hashlib.sha256(name.encode()).hexdigest()[:12]}" for name in ("x" * 300, NULL))
 
 
 def check_partitions() -> None:
     """A folder per category, however it is named, which others read without being told."""
-    names = ("..%2F..%2Fa", "007", "a%20b", "nut", quote(LONG))
+    names = ("..%2F..%2Fa", "007", "a%20b", "nut", quote(LONG), quote(NO_NULL))
     assert {path.name for path in Path("run/scores").iterdir()} == {f"category={name}" for name in names}
     found = duckdb.execute(
         "select category, count(*), min(error_message) from read_parquet('run/scores/*/*.parquet', "
         "hive_partitioning = true, hive_types = {'category': varchar}) group by category order by category"
     ).fetchall()
     assert [(category, count) for category, count, _ in found] == [
-        *(("../../a", 1), ("007", 1), ("a b", 1), ("nut", 8), (LONG, 1)),
+        *(("../../a", 1), ("007", 1), (NO_NULL, 1), ("a b", 1), ("nut", 8), (LONG, 1)),
     ]
     assert "no model for category '../../a'" in found[0][2]
     frame = pd.read_parquet("run/scores")
     assert (frame.category == "nut").sum() == 8
     counts = json.loads(Path("run/run.json").read_text())["counts"]
-    assert counts["rows"] == 12
+    assert counts["rows"] == 13
     assert {name: of["rows"] for name, of in counts["categories"].items()} == {
-        **{"../../a": 1, "007": 1, "a b": 1, "nut": 8, LONG: 1}
+        **{"../../a": 1, "007": 1, NO_NULL: 1, "a b": 1, "nut": 8, LONG: 1}
     }
 
 

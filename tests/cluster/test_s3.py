@@ -39,7 +39,7 @@ def test_fit_alone_from_s3_to_s3(s3: dict[str, str]) -> None:
 
 
 def test_the_whole_job_from_s3_to_s3(s3: dict[str, str]) -> None:
-    data, out = "s3://bucket/data sets/one", "s3://bucket/runs/a"
+    data, out = "s3://bucket/data sets/one", "s3a://bucket/runs/a"
     make_category(data, "nut")
     make_category(data, "grey", grey=True, kind="JPEG")
     process = run_job("benchmark", "--data", data, "--out", out, "--epochs", "2", *TINY_RECIPE)
@@ -56,6 +56,13 @@ def test_the_whole_job_from_s3_to_s3(s3: dict[str, str]) -> None:
     assert not [uri for uri, _ in storage.files(f"{out}/models") if ".train" in uri]
 
     written = b"".join(storage.read(uri) for uri, _ in storage.files(out) if uri.endswith((".json", ".parquet")))
+    options = ["--models", f"{out}/models/seed-0", "--category", "nut"]
+    for images, run in ((f"{data}/nut/test", "s3://nobucket/run"), ("s3://nobucket/images", f"{out}/other")):
+        lost = run_job("score", *options, "--images", images, "--out", run)
+        assert lost.returncode == 1
+        assert len(lost.stderr.splitlines()) == 1
+        assert "s3://nobucket/" in lost.stderr
+
     for secret in (s3["AWS_ACCESS_KEY_ID"], s3["AWS_SECRET_ACCESS_KEY"]):
         assert secret not in process.stdout + process.stderr
         assert secret.encode() not in written

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -102,6 +102,40 @@ def test_with_fewer_keys_the_exact_figure_is_within_the_bound(seed: int) -> None
     for figure in figures:
         value, error = figure(coarse)
         assert abs(value - figure(exact).value) <= error + 1e-12
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(1, 200)), min_size=2, max_size=12),
+    st.integers(1, 6),
+)
+def test_ties_in_any_order_are_within_the_bound(groups: list[tuple[int, bool, int]], most_keys: int) -> None:
+    """Groups of tied pixels, whose scores differ in the last bits alone."""
+    scores = np.concatenate([np.full(count, 1 + score * 2.0**-23, np.float32) for score, _, count in groups])
+    defects = np.concatenate([np.full(count, defect) for _, defect, count in groups])
+    assume(defects.any() and not defects.all())
+    counts = PixelCounts.of(scores[None, None], defects[None, None], most_keys)
+    precision, recall, _ = precision_recall_curve(defects, scores)
+    exact = {
+        PixelCounts.auroc: roc_auc_score(defects, scores),
+        PixelCounts.average_precision: average_precision_score(defects, scores),
+        PixelCounts.f1_max: (2 * precision * recall / np.maximum(precision + recall, 1e-300)).max(),
+    }
+    for figure, value in exact.items():
+        found, error = figure(counts)
+        assert abs(found - value) <= error + 1e-12
+    for limit in LIMITS:
+        value, error = counts.aupro(limit)
+        assert abs(value - aupro_by_definition(scores[None, None], defects[None, None], limit)) <= error + 1e-12
+
+
+def test_tied_defects_that_come_first_are_within_the_bound() -> None:
+    """100 good pixels on top, then 100 tied defects beside 200 good ones that score a little less."""
+    scores = np.repeat(np.array([2.0, 1 + 2.0**-23, 1.0], np.float32), [100, 100, 200])
+    defects = np.repeat([False, True, False], [100, 100, 200])
+    value, error = PixelCounts.of(scores[None, None], defects[None, None], most_keys=2).average_precision()
+    assert (value, average_precision_score(defects, scores)) == pytest.approx((0.25, 0.5))
+    assert error == pytest.approx(0.25)
 
 
 def test_the_bound_is_below_1e_4_on_maps_like_real_ones() -> None:

@@ -6,7 +6,9 @@ import csv
 import gzip
 import io
 import json
+import os
 import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,9 +27,8 @@ NUT = Categories("nut")
 
 def rows(*sources: str, categories: Categories = NUT, **options: object) -> list[dict[str, object]]:
     chunks = list(rows_of(sources, categories, **options))  # type: ignore[arg-type]
-    found = pa.concat_tables(chunks, promote_options="default").to_pylist()
-    # The filesystem in memory puts a slash before its paths.
-    return [row | {"uri": row["uri"].replace("memory:///", "memory://")} for row in found]
+    found: list[dict[str, object]] = pa.concat_tables(chunks, promote_options="default").to_pylist()
+    return found
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -56,6 +57,41 @@ def test_a_glob_gives_what_it_names(root: str) -> None:
     assert len(rows(f"{root}/images/**")) == 4
 
 
+def test_a_name_that_exists_is_no_glob_and_one_that_is_quoted_is_none(root: str) -> None:
+    for name in ("line3/a.png", "line[3]/b.png", "x*y.png", "xzy.png"):
+        storage.publish(f"{root}/{name}", b"x")
+    assert [row["uri"] for row in rows(f"{root}/line[3]")] == [f"{root}/line[3]/b.png"]
+    assert [row["uri"] for row in rows(f"{root}/x*y.png")] == [f"{root}/x*y.png"]
+    assert [row["uri"] for row in rows(f"{root}/line[[]3]")] == [f"{root}/line[3]/b.png"]
+    assert [row["uri"] for row in rows(f"{root}/line[[]3]/*.png")] == [f"{root}/line[3]/b.png"]
+    storage.remove(f"{root}/line[3]")
+    assert [row["uri"] for row in rows(f"{root}/line[3]/*.png")] == [f"{root}/line3/a.png"]
+    with pytest.raises(DataError, match="no images here"):
+        rows(f"{root}/line[[]3]")
+    with pytest.raises(ConfigError, match=r"a\*\*b"):
+        rows(f"{root}/a**b")
+    with pytest.raises(DataError, match="no images here"):
+        rows(f"{root}/*.csv")
+
+
+def test_a_name_that_is_not_utf8_is_a_row_that_says_so(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "nut").mkdir()
+    with tarfile.open(tmp_path / "nut" / "s.tar", "w") as archive:
+        archive.add(tmp_path / name, f"nut/{name}")
+    pattern = Categories(pattern="{category}/{name}")
+    (listed,) = rows("-", lines=[str(tmp_path / name)])
+    member, alone = sorted(rows(str(tmp_path), categories=pattern), key=lambda row: str(row["error_kind"]))
+    for row in (alone, listed):
+        assert (row["uri"], row["error_kind"]) == (f"{tmp_path}/caf%E9.png", "bad_name")
+        assert "not UTF-8" in str(row["error_message"])
+    # Where a member lies is known: it is read all the same.
+    assert (member["uri"], member["category"]) == (f"{tmp_path}/nut/s.tar#nut/caf%E9.png", "nut")
+    assert member["error_kind"] == ""
+    assert archives.read_uri(str(member["uri"])) == b"x"
+
+
 def test_several_sources_are_one_list(root: str) -> None:
     lines = [f"{root}/images/b.png\n", "\n", f"  {root}/elsewhere/no-suffix\n"]
     found = [row["uri"] for row in rows(f"{root}/images-of-others", "-", lines=lines)]
@@ -68,7 +104,7 @@ def test_a_source_without_images_is_named(root: str, source: str) -> None:
         rows(f"{root}/{source}")
 
 
-def write_manifest(uri: str, records: list[dict[str, object]]) -> None:
+def write_manifest(uri: str, records: Sequence[Mapping[str, object]]) -> None:
     kind = uri.rsplit(".", 1)[1]
     if kind == "parquet":
         data = storage.parquet(pa.Table.from_pylist(records))
@@ -88,10 +124,45 @@ def test_a_manifests_own_columns_are_kept(root: str, kind: str) -> None:
     ]
     write_manifest(f"{root}/list.{kind}", records)
     first, second = rows(f"{root}/list.{kind}")
-    assert (first["uri"], first["category"], first["line"]) == (f"{root}/images/b.png", "bolt", 3)
+    line = 3 if kind == "parquet" else "3"
+    assert (first["uri"], first["category"], first["line"]) == (f"{root}/images/b.png", "bolt", line)
     # Where the manifest names no category the option does.
     assert (second["uri"], second["category"], second["label"]) == (f"{root}/images/a.JPG", "nut", "scratch")
     assert all(row["error_kind"] == "" for row in (first, second))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_text_stays_text(tmp_path: Path, kind: str) -> None:
+    own = {"serial": "00123", "day": "2024-01-01", "at": "2024-01-01T10:00:00Z", "yes": "true", "size": "1e3"}
+    # A column that is empty for longer than a reader looks ahead.
+    records = [{"uri": f"{i}.png", "category": "007", **own, "note": ""} for i in range(30_000)]
+    records[-1]["note"] = "a 7"
+    write_manifest(f"{tmp_path}/list.{kind}", records)
+    found = rows(f"{tmp_path}/list.{kind}", categories=Categories())
+    assert len(found) == 30_000
+    assert {name: found[0][name] for name in ("category", *own)} == {"category": "007", **own}
+    assert (found[0]["note"], found[-1]["note"]) == ("", "a 7")
+
+
+def test_values_of_json_that_are_no_text_become_the_text_that_they_are(tmp_path: Path) -> None:
+    lines = [
+        '{"uri": "a.png", "category": 7, "n": 1.50, "id": 12345678901234567890, "ok": true, "of": {"a": [1, null]}}',
+        "",
+        '{"category": "7", "new": "x", "n": null}',
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    first, second = rows(f"{tmp_path}/list.jsonl")
+    assert (first["category"], first["n"], first["id"], first["ok"]) == ("7", "1.50", "12345678901234567890", "true")
+    assert (first["of"], first["new"], second["new"], second["n"]) == ('{"a": [1, null]}', None, "x", None)
+    assert (second["uri"], second["error_kind"]) == (f"{tmp_path}/list.jsonl#1", "missing")
+
+
+@pytest.mark.parametrize("name", ["image_id", "error_kind", "error_message", "archive_start", "Score", "URI", "Label"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_column_that_clashes_is_named(tmp_path: Path, name: str, kind: str) -> None:
+    write_manifest(f"{tmp_path}/a.{kind}", [{"uri": "a.png", name: 1}])
+    with pytest.raises(ConfigError, match=f"column {name} is one that scoring writes itself"):
+        rows(f"{tmp_path}/a.{kind}")
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
@@ -138,6 +209,19 @@ def test_manifests_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     write_manifest(f"{tmp_path}/b.csv", [{"uri": "a.png", "score": 1}])
     with pytest.raises(ConfigError, match="column score is one that scoring writes itself"):
         rows(f"{tmp_path}/b.csv")
+    broken = {"twice.csv": "uri,a,a\nx.png,1,2", "short.csv": "uri,a\nx.png", "latin.csv": "uri\ncaf\xe9.png"}
+    broken |= {"a.jsonl": "[1]", "b.jsonl": '{"uri": "a.png"}\n{"uri": ', "c.jsonl": "[" * 100_000}
+    for name, text in broken.items():
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match=f"{name}: this manifest cannot be read: "):
+            rows(f"{tmp_path}/{name}")
+    pq.write_table(pa.table({"uri": ["a.png"], "label": [{"a": 1}]}), tmp_path / "s.parquet")
+    with pytest.raises(DataError, match=r"s\.parquet: this manifest cannot be read: .*cast"):
+        rows(f"{tmp_path}/s.parquet")
+    foreign = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"uri": ["a.png"], "note": foreign}), tmp_path / "u.parquet")
+    with pytest.raises(DataError, match=r"u\.parquet: this manifest cannot be read: .*UTF8"):
+        rows(f"{tmp_path}/u.parquet")
     pq.write_table(pa.table({"uri": pa.array([], pa.string())}), tmp_path / "e.parquet")
     with pytest.raises(DataError, match=r"e\.parquet: this manifest has no rows"):
         rows(f"{tmp_path}/e.parquet")
@@ -179,9 +263,17 @@ def test_an_image_without_a_category_is_a_row_with_an_error(tmp_path: Path) -> N
     assert "see --category" in str(found["p.png"]["error_message"])
 
 
-@pytest.mark.parametrize("pattern", ["{name}", "{category}/{category}", "{category}/{a}/{a}"])
-def test_a_pattern_names_the_category_once(pattern: str) -> None:
-    with pytest.raises(ConfigError, match="once, and no name twice"):
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("{name}", "once, and no name twice"),
+        ("{category}/{category}", "once, and no name twice"),
+        ("{category}/{a}/{a}", "once, and no name twice"),
+        ("{category}/{2}", r"\{2\} is no name"),
+    ],
+)
+def test_a_pattern_names_the_category_once(pattern: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
         Categories(pattern=pattern)
 
 
@@ -229,12 +321,41 @@ def test_images_may_be_rows_of_a_parquet_file(tmp_path: Path, nested: bool) -> N
         archives.read_uri(f"{tmp_path}/part-0.parquet#25")
 
 
-def test_a_member_of_a_tar_is_found_by_its_uri(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "s.tar", "w") as archive:
-        for name, data in (("a/1.png", b"one"), ("a/2.png", b"two")):
+@pytest.mark.parametrize("name", ["image", "bytes"])
+def test_a_parquet_file_of_images_alone_has_as_many_rows_as_images(tmp_path: Path, name: str) -> None:
+    files = [bytes([i]) for i in range(8)]
+    pq.write_table(pa.table({name: files}), tmp_path / "p.parquet", row_group_size=3)
+    found = rows(f"{tmp_path}/p.parquet")
+    assert [row["uri"] for row in found] == [f"{tmp_path}/p.parquet#{i}" for i in range(8)]
+    assert [archives.read(Place(r["uri"], r["archive_start"], r["archive_length"])) for r in found] == files  # type: ignore[arg-type]
+
+
+def write_tar(path: Path, files: Sequence[tuple[str, bytes]], links: Mapping[str, str] | None = None) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+        for name, target in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            archive.addfile(member)
+
+
+def test_the_last_of_several_members_with_one_name_counts(tmp_path: Path) -> None:
+    files = [("a/1.png", b"old"), ("a/2.png", b"two"), ("./a/1.png", b"new!"), ("a/3.png", b"gone")]
+    write_tar(tmp_path / "s.tar", files, {"a/4.png": "a/2.png", "a/5.png": "a/none.png"})
+    with tarfile.open(tmp_path / "s.tar", "a") as archive:
+        folder = tarfile.TarInfo("a/3.png")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    found = {str(row["uri"]).rpartition("/")[2]: row for row in rows(f"{tmp_path}/s.tar")}
+    read = {n: archives.read(Place(r["uri"], r["archive_start"], r["archive_length"])) for n, r in found.items()}  # type: ignore[arg-type]
+    assert read == {"2.png": b"two", "1.png": b"new!", "4.png": b"two"}
+
+
+def test_a_member_of_a_tar_is_found_by_its_uri(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", [("a/1.png", b"one"), ("a/2.png", b"two")])
     assert archives.read_uri(f"{tmp_path}/s.tar#a/2.png") == b"two"
     with pytest.raises(ImageError, match="no such image in the archive"):
         archives.read_uri(f"{tmp_path}/s.tar#a/3.png")

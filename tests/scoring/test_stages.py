@@ -426,10 +426,13 @@ def test_the_bound_model_scores_and_no_other(run: Path, tmp_path: Path) -> None:
 def test_the_users_own_columns_go_with_their_rows(run: Path, tmp_path: Path) -> None:
     rows = manifest(run)
     rows = rows.append_column("line", pa.array([f"line {i}" for i in range(rows.num_rows)]))
+    # Times that no Python object can hold.
+    rows = rows.append_column("at", pa.array([2**60] * rows.num_rows, pa.timestamp("s")))
     out = WriteHeatmaps(str(tmp_path), "heatmaps", "none", PREPROCESSING)(scored(run, rows))
-    assert out.schema.names == [*OUTPUT.names, "line"]
+    assert out.schema.names == [*OUTPUT.names, "line", "at"]
+    assert out["at"].equals(rows["at"])
     lines = dict(zip(rows["uri"].to_pylist(), rows["line"].to_pylist(), strict=True))
-    assert all(lines[row["uri"]] == row["line"] for row in out.to_pylist())
+    assert all(lines[row["uri"]] == row["line"] for row in out.select(["uri", "line"]).to_pylist())
 
 
 def test_a_row_that_its_manifest_refused_is_not_read(run: Path) -> None:

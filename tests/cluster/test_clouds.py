@@ -1,0 +1,110 @@
+"""Images and results in storage of Google and of Azure: their own clients, and servers that stand in for them."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stpm import storage
+from stpm.fitting.task import FitTask
+from stpm.fitting.worker import run_task
+from stpm.models import ModelStore
+from stpm.mvtec import read_category
+from stpm.networks import load_teacher
+from stpm.scoring.target import Target
+from tests.cluster.conftest import free_port, run_job, wait_until
+from tests.conftest import LIMITS, TINY
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+# Of Azurite, and no secret.
+ACCOUNT = "devstoreaccount1"
+KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("fit"))
+    make_category(f"{root}/data", "nut")
+    store = f"{root}/models"
+    digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    run_task(FitTask.of(read_category(f"{root}/data", "nut"), TINY, store, digest), LIMITS, lambda told: None)
+    return store
+
+
+@pytest.fixture
+def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: gs:// was not tried")
+    server = pytest.importorskip("gcp_storage_emulator.server", reason="no stand-in for gs:// is installed")
+
+    def refuse(request: Any, response: Any, storage: Any) -> None:
+        """Moves are not among what the stand-in does: told so, the client copies and removes."""
+        response.status = 400
+
+    monkeypatch.setattr(server, "HANDLERS", ((r"^.*/moveTo/.*$", {"POST": refuse}), *server.HANDLERS))
+    port = free_port()
+    running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    running.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
+    # Else the client asks by another protocol, which the stand-in does not have, what kind of bucket it is.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    yield "gcs://bucket"
+    running.stop()
+
+
+@pytest.fixture
+def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("adlfs", reason="adlfs is not installed: abfs:// was not tried")
+    azurite = shutil.which("azurite-blob")
+    if not azurite:
+        pytest.skip("azurite-blob is not on the path: abfs:// was not tried")
+    port = free_port()
+    options = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+    process = subprocess.Popen([azurite, *options, "--blobHost", "127.0.0.1", "--blobPort", str(port)])
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    endpoint = (
+        f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint=http://127.0.0.1:{port}"
+    )
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"{endpoint}/{ACCOUNT};")
+    try:
+        wait_until(answers, "Azurite does not answer")
+        storage.filesystem("abfs://bucket")[0].mkdir("bucket")
+        yield f"abfs://bucket@{ACCOUNT}.dfs.core.windows.net"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.parametrize("cloud", ["google", "azure"])
+def test_a_collection_is_scored_from_a_cloud_to_the_same(
+    cloud: str, models: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    root: str = request.getfixturevalue(cloud)
+    make_category(f"{root}/data", "nut")
+    for uri, _ in storage.files(models):
+        storage.publish(f"{root}/models/{uri.removeprefix(f'{models}/')}", storage.read(uri))
+    images = [f"{root}/data/nut/train", f"{root}/data/nut/test/**/*.png"]
+    score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut"]
+    assert run_job("score", *score, "--out", f"{root}/run").returncode == 0
+    rows = Target.alone(f"{root}/run").dataset().to_table(columns=["uri", "error_kind", "heatmap"]).to_pylist()
+    scored = [uri for uri, _ in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
+    assert sorted(row["uri"] for row in rows) == sorted(scored)
+    assert all(uri.startswith(f"{root}/data/nut/") for uri in scored)
+    assert all(storage.read(f"{root}/run/{row['heatmap']}") and not row["error_kind"] for row in rows)
+    again = run_job("score", *score, "--out", f"{root}/run")
+    assert "scored already" in again.stdout
+    lost = run_job("score", *score, "--out", f"{root.replace('bucket', 'nobucket')}/run")
+    assert lost.returncode == 1
+    assert "no such bucket or container" in lost.stderr.splitlines()[-1]
