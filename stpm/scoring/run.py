@@ -93,22 +93,25 @@ def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: Clu
     Raises:
         ConfigError: if the options cannot be run, the run folder holds another pass, or another run is at work in it.
     """
-    named = [collection.models, collection.out, *collection.allow]
+    out = storage.output_folder(collection.out)
+    named = [collection.models, out, *collection.allow]
     named += [source for source in collection.images if source != STANDARD_INPUT]
     with on_cluster(cluster, named, say):
         if cluster.plan:
             say_plan({"scores": partial(planned, options)}, say)
             return ALL_DONE
         # A dry run writes to a folder of its own.
-        lease = nullcontext() if collection.dry_run else held(collection.out, collection.wait, say)
+        lease = nullcontext() if collection.dry_run else held(out, collection.wait, say)
         with lease, taken_in(sys.stdin if STANDARD_INPUT in collection.images else ()) as listed:
-            return _score(collection, options, listed, say)
+            return _score(collection, options, out, listed, say)
 
 
-def _score(collection: CollectionOptions, options: ScoreOptions, listed: tuple[str, IO[str]], say: Say) -> int:
+def _score(
+    collection: CollectionOptions, options: ScoreOptions, out: str, listed: tuple[str, IO[str]], say: Say
+) -> int:
     digest, lines = listed
     target = dataclasses.replace(
-        Target.alone(storage.output_folder(collection.out)),
+        Target.alone(out),
         heatmaps=collection.heatmaps,
         heatmaps_in=collection.heatmaps_in,
         raw_maps=collection.raw_maps,
