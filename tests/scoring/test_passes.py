@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,13 +15,18 @@ from stpm import storage
 from stpm.errors import ConfigError, ModelUnreadableError
 from stpm.models import ModelStore
 from stpm.placement import ClusterOptions
-from stpm.scoring import manifest, run
+from stpm.recipe import Recipe
+from stpm.scoring import manifest, passes, run
 from stpm.scoring.ledger import Counts, Effort, Identity, Ledger
 from stpm.scoring.passes import Pass, run_pass, take_up
 from stpm.scoring.pipeline import ScoreOptions
+from stpm.scoring.progress import Left
 from stpm.scoring.run import CollectionOptions, run_score
+from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.sources import Categories, rows_of
 from stpm.scoring.target import Target
+from tests.datasets import make_category
+from tests.test_models import save
 
 
 def pass_over(out: Path, *uris: str) -> Pass:
@@ -103,6 +109,50 @@ def test_another_list_on_standard_input_is_another_pass(tmp_path: Path, monkeypa
     for other in ("/c.png\n/d.png\n", "/a.png\n", ""):
         with pytest.raises(ConfigError, match=r"standard_input was '2 lines, digest .*' and is '"):
             scored_from_standard_input(tmp_path, other, monkeypatch)
+
+
+def score_without_ray(
+    shards: object, records: object, store: object, options: object, target: Target, _: object
+) -> tuple[Effort, list[Left]]:
+    """Two rows with scores, in one file."""
+    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 2 for field in OUTPUT}
+    columns |= {"uri": uris_in(target), "category": ["nut"] * 2, "score": [2.0, 3.0], "threshold": [1.0] * 2}
+    columns |= {"image_id": [0, 1], "is_anomalous": [True] * 2, "p_value": [0.1] * 2, "bytes": [1] * 2}
+    storage.publish(f"{target.scores}/scores_0.parquet", storage.parquet(table(columns, OUTPUT)))
+    return Effort(), []
+
+
+def test_a_rerun_of_a_pass_that_has_ended_writes_nothing_and_reads_no_row(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(ModelStore(str(tmp_path / "models")), tiny)
+    make_category(str(tmp_path), "nut", good=2)
+    monkeypatch.setattr(passes, "connected", nullcontext)
+    monkeypatch.setattr(passes, "remaining_shards", lambda target: [("all of them", 2)])
+    monkeypatch.setattr(passes, "score_shards", score_without_ray)
+    images = (str(tmp_path / "nut/test/good"),)
+
+    def score(top: int) -> dict[str, int]:
+        """When each file of the run folder was written after a run with a page of so many."""
+        options = CollectionOptions(str(tmp_path / "models"), images, str(tmp_path / "run"), "nut", top=top)  # type: ignore[arg-type]
+        assert run_score(options, ScoreOptions(), ClusterOptions(), print) == 0
+        files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != ".lease")
+        return {path.name: path.stat().st_mtime_ns for path in files}
+
+    first = score(top=2)
+    assert first.keys() == {
+        "000000.parquet",
+        "manifest.json",
+        "run.json",
+        "scores_0.parquet",
+        "triage.html",
+        "_SUCCESS",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "dataset", lambda self: pytest.fail("rows were read"))
+        assert score(top=2) == first
+    shorter = score(top=1)
+    assert {name for name in first if shorter[name] != first[name]} == {"triage.html", "run.json"}
 
 
 def test_a_model_that_storage_does_not_give_is_not_taken_for_none(
