@@ -222,7 +222,7 @@ FAULTS = (
     Fault(
         "A bucket that is not there",
         "The job says so in one line, and ends with 1.",
-        "tests/cluster/test_s3.py::test_the_whole_job_from_s3_to_s3",
+        "tests/cluster/test_clouds.py::test_a_collection_is_scored_from_a_cloud_to_the_same",
     ),
 )
 

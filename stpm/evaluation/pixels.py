@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from stpm.evaluation.metrics import UndefinedMetricError
 
-# Bounds errors near 1e-5 on real maps, at a few megabytes.
+# Bounds errors near 2e-5 on real maps, at a few megabytes.
 MOST_KEYS = 2**17
 
 Map = npt.NDArray[np.float32]
