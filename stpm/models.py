@@ -29,7 +29,7 @@ from torch import Tensor
 
 from stpm import storage
 from stpm.calibration import Calibration, PartScale
-from stpm.errors import ModelError, ModelUnreadableError
+from stpm.errors import DataError, ModelError, ModelUnreadableError
 from stpm.forward import Parts
 from stpm.memory import KINDS, MemoryBank
 from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
@@ -161,8 +161,11 @@ class ModelStore:
         Raises:
             ModelError: if the store is missing or holds no model.
         """
-        fs, path = storage.filesystem(self.uri)
-        found = sorted(p.rstrip("/").split("/")[-2] for p in fs.glob(f"{fs._strip_protocol(path)}/*/{_CURRENT}"))
+        try:
+            folders = storage.children(self.uri)
+        except DataError:
+            folders = []
+        found = [name for name in folders if storage.exists(storage.join(self.uri, name, _CURRENT))]
         if not found:
             raise ModelError(f"{self.uri}: no models here; fit some with jobs/fit.py --models {self.uri}")
         return found

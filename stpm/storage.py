@@ -302,10 +302,7 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        try:
-            _with_patience(uri, lambda: fs.pipe_file(path, data))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{uri}: cannot be written, there is no such bucket or container; make it") from error
+        _in_bucket(uri, lambda: fs.pipe_file(path, data))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -354,6 +351,9 @@ def create(uri: str, data: bytes) -> bool:
     Args:
         uri: where to.
         data: bytes that nobody else would write: an attempt of this call that came through unseen is recognised by it.
+
+    Raises:
+        ConfigError: if its bucket is not there.
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
@@ -375,7 +375,15 @@ def create(uri: str, data: bytes) -> bool:
             raise
         return True
 
-    return _with_patience(uri, act) or read(uri) == data
+    return _in_bucket(uri, act) or read(uri) == data
+
+
+def _in_bucket(uri: str, write: Callable[[], T]) -> T:
+    """Write to an object store. Raises ConfigError if the bucket is not there."""
+    try:
+        return _with_patience(uri, write)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri}: cannot be written, there is no such bucket or container; make it") from error
 
 
 def sweep(uri: str) -> None:
