@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stpm import mvtec, storage
-from stpm.calibration import check_rate, shortfall
+from stpm.calibration import shortfall
 from stpm.cluster import Resources, connected, working_nodes
 from stpm.console import ALL_DONE, NOTHING_DONE, Line, Say, exit_code, show, watched
-from stpm.errors import ConfigError, DataError
+from stpm.errors import DataError
 from stpm.fitting.event_files import EventFiles
-from stpm.fitting.pool import PoolOptions, planned, run_pool, shared_out
+from stpm.fitting.options import FitOptions, PoolOptions
+from stpm.fitting.pool import planned, run_pool, shared_out
 from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
@@ -20,31 +21,11 @@ from stpm.fitting.training_images import normalisation_of
 from stpm.fitting.worker import existing_model
 from stpm.models import ModelStore
 from stpm.networks import load_teacher
-from stpm.options import Names, option
-from stpm.placement import ClusterOptions, on_cluster, say_plan
+from stpm.options import ClusterOptions
+from stpm.placement import on_cluster, say_plan
 from stpm.recipe import Recipe
 
 _LISTERS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class FitOptions:
-    """Where the images are and where the models go."""
-
-    data: str = option("", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://)")
-    models: str = option("", "model store that the students go to: a folder or a URI")
-    categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
-    false_alarm_rate: float = option(
-        0.01,
-        "share of good images that scoring may call anomalous, 0 to 1; it shapes no model, but fitting warns where "
-        "the held-out normals are too few for it",
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("data", "models"):
-            if not getattr(self, name):
-                raise ConfigError(f"--{name} is missing; give a folder or a URI")
-        check_rate(self.false_alarm_rate)
 
 
 def fit_categories(

@@ -14,11 +14,11 @@ from stpm.errors import ImageError
 from stpm.preprocessing import Preprocessing
 from stpm.scoring import archives, meters
 from stpm.scoring.archives import Place
+from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import Done
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_carried
 from stpm.scoring.time_limit import run_within
 
-IMAGE_SECONDS = 300.0
 _FETCHERS = 8
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.fitting.pool import PoolOptions, Resources, planned, scaling, shared_out
+from stpm.fitting.options import PoolOptions
+from stpm.fitting.pool import Resources, planned, scaling, shared_out
 
 ONE, BIG = PoolOptions(cpus_per_worker=1), {"CPU": 8.0}
 
