@@ -19,6 +19,7 @@ LIGHT = [
     "stpm.scoring.heatmaps",
     "stpm.scoring.progress",
     "stpm.scoring.remaining",
+    "stpm.scoring.scorer_actor",
 ]
 
 
@@ -43,3 +44,12 @@ def test_help_and_errors_import_nothing_heavy(name: str, argv: list[str]) -> Non
     found = imported_by(f"import runpy; runpy.run_path({path!r}, run_name='__main__')", *argv)
     assert "stpm.cli" in found
     assert not found & {"torch", "ray", "timm", "pyarrow", "fsspec", "PIL", "scipy", "sklearn", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", ["score", "evaluate"])
+def test_a_driver_without_networks_of_its_own_imports_none(name: str) -> None:
+    path = str(REPOSITORY / "jobs" / f"{name}.py")
+    script = f"import pkgutil, runpy; pkgutil.resolve_name(runpy.run_path({path!r})['JOB'].run)"
+    found = imported_by(script)
+    assert {"stpm.cli", "stpm.models", "ray"} <= found
+    assert not found & {"torch", "timm"}

@@ -22,7 +22,7 @@ from stpm.scoring.manifest import BLOCK_ROWS, Shard
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.pool import ScorerPool
 from stpm.scoring.progress import Progress, followed
-from stpm.scoring.scorer import LARGEST_BATCH, Scorer
+from stpm.scoring.scorer_actor import LARGEST_BATCH, ScorerActor
 from stpm.scoring.target import Target
 
 
@@ -84,7 +84,7 @@ def score_shards(
                 num_cpus=pool.stage_cpus,
             )
             .map_batches(
-                Scorer,
+                ScorerActor,
                 fn_constructor_args=(
                     store.uri,
                     options.false_alarm_rate,

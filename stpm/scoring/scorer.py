@@ -21,9 +21,9 @@ from stpm.record import ModelRecord
 from stpm.scoring import meters
 from stpm.scoring.progress import Done
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
+from stpm.scoring.scorer_actor import LARGEST_BATCH
 
 FIRST_BATCH = 16
-LARGEST_BATCH = 256
 _WORTH_IT = 1.05
 # Columns whose values the scorer looks at, or changes; others go through as they are.
 _READ = ("category", "width", "height", "error_kind", "error_message")
