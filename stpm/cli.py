@@ -28,19 +28,20 @@ from stpm.recipe import PRESETS, Preset, Recipe
 _PRESET_HELP = (
     "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine, batch 8, 5 epochs) and a memory of "
     "normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
-    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. The defaults shown are those of the preset chosen"
+    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
+    "The defaults shown are those of the preset chosen (default: default)"
 )
-_LOG_HELP = "how lines are said: as text, or each as a JSON object with time, run, job, category and message"
+_LOG_HELP = "as text, or each line as a JSON object with time, run, job, category and message (default: text)"
 _EPILOG = (
     "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20);\n"
     "the command line wins over the environment, and that over the preset and the defaults."
 )
 # What a value looks like; a choice is shown as what there is to choose from.
 _METAVARS = {
-    int: "N",
+    int: "INTEGER",
     float: "NUMBER",
     str: "TEXT",
-    Integers: "N,N,...",
+    Integers: "INTEGER,INTEGER,...",
     Names: "TEXT,TEXT,...",
     Size: "HEIGHTxWIDTH",
 }
@@ -54,21 +55,35 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-register_type(Integers, serializer=list, deserializer=lambda v: Integers(int(i) for i in _items(v)))
+def _integers(value: Any) -> Integers:
+    try:
+        return Integers(int(item) for item in _items(value))
+    except ValueError as error:
+        raise ValueError(f"{value!r} is not INTEGER,INTEGER,...") from error
+
+
+register_type(Integers, serializer=list, deserializer=_integers)
 register_type(Names, serializer=list, deserializer=lambda v: Names(str(i) for i in _items(v)))
 register_type(Size, serializer=str, deserializer=lambda v: Size(str(v)))
 
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise it as a ConfigError, in the user's words where they are known."""
         text = " ".join(message.split())
-        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", text):
-            raise ConfigError(f"there is no option {unknown[1]}{self._nearest(unknown[1])}; see --help")
+        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
+            text = self._unknown(unknown[1] or unknown[2].replace("_", "-"))
+        elif wrong := re.match(r'Parser key "(\w+)": (?:Not of type \w+: )?(.*)', text):
+            action = next(action for action in self._actions if action.dest == wrong[1])
+            reason, _, value = wrong[2].partition(" Got value: ")
+            name = wrong[1].replace("_", "-")
+            text = f"{name} is {value}; give {action.metavar}" if value else f"{name}: {reason}"
         raise ConfigError(f"{text}; see --help") from ex
 
-    def _nearest(self, name: str) -> str:
-        found = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        return f"; did you mean {found[0]}?" if found else ""
+    def _unknown(self, name: str) -> str:
+        known = [flag.lstrip("-") for flag in self._option_string_actions]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        return f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
 
 
 @dataclasses.dataclass(frozen=True)

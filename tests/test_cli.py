@@ -140,6 +140,8 @@ def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.Captu
         (["--student", "big"], "student"),
         (["--no-such-option", "1"], "there is no option --no-such-option; see --help"),
         (["--epoch=1"], "there is no option --epoch; did you mean --epochs?"),
+        (["--epochs", "1.5"], "epochs is 1.5; give INTEGER; see --help"),
+        (["--student", "nne"], "student is nne; give {stpm,none}"),
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
         (["--seeds", "a"], "seeds"),
@@ -152,6 +154,13 @@ def test_what_cannot_be_parsed_is_one_clear_error(argv: list[str], message: str)
         job("benchmark").parse(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not re.search("<class|Literal|Parser key", str(caught.value))
+
+
+def test_an_unknown_option_in_the_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("weight_decey: 0\n")
+    with pytest.raises(ConfigError, match="there is no option --weight-decey; did you mean --weight-decay"):
+        recipe_of("--config", str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate"])
