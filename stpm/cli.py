@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
+from stpm import __version__
 from stpm.console import SOME_FAILED, STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
 from stpm.errors import ConfigError, CutOffError, StpmError
 from stpm.options import Integers, Names, Size
@@ -114,7 +115,7 @@ class Job:
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse, make the dataclasses, run; returns the exit code. Raises StpmError."""
         *options, tell = self.parse(argv)
-        tell(f"{self.prog} starts")
+        tell(f"{self.prog} of stpm {__version__} starts")
         code: int = resolve_name(self.run)(*options, tell)
         return code
 
