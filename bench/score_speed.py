@@ -29,11 +29,12 @@ from stpm import mvtec, storage
 from stpm.cluster import KEEPING_MEMORY
 from stpm.models import ModelStore
 from stpm.scoring import manifest
+from stpm.scoring.categories import Categories
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
 from stpm.scoring.ledger import Ledger
 from stpm.scoring.scorer import Scorer
-from stpm.scoring.sources import Categories, rows_of
+from stpm.scoring.sources import rows_of
 
 _ROOT = Path(__file__).resolve().parents[1]
 _BATCH = 16

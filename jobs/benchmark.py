@@ -1,19 +1,27 @@
 """Fit one model per category, score every test image, report AUROC per category and in the mean."""
 
-from stpm.benchmark import BenchmarkOptions, demo_defaults, run_benchmark
+from stpm.benchmark_options import BenchmarkOptions, demo_defaults
 from stpm.cli import Job, run_job
-from stpm.evaluation.gate import GateOptions
-from stpm.evaluation.run import EvaluationOptions
-from stpm.fitting.pool import PoolOptions
-from stpm.placement import ClusterOptions
+from stpm.evaluation.options import EvaluationOptions, GateOptions
+from stpm.fitting.options import PoolOptions
+from stpm.options import ClusterOptions
 from stpm.recipe import Recipe
-from stpm.scoring.pipeline import ScoreOptions
+from stpm.scoring.options import ScoreOptions
 
 JOB = Job(
     prog="benchmark.py",
     description=__doc__,
-    kinds=(BenchmarkOptions, Recipe, PoolOptions, ScoreOptions, EvaluationOptions, GateOptions, ClusterOptions),
-    run=run_benchmark,
+    groups={
+        "what and where": BenchmarkOptions,
+        "model": Recipe,
+        "workers": PoolOptions,
+        "scoring": ScoreOptions,
+        "evaluation": EvaluationOptions,
+        "gate": GateOptions,
+        "cluster": ClusterOptions,
+    },
+    run="stpm.benchmark:run_benchmark",
+    example="python jobs/benchmark.py --data /data/mvtec_ad --out runs/mvtec --preset paper --seeds 0,1,2",
     hidden=("seed",),
     defaults=demo_defaults,
 )

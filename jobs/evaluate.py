@@ -1,10 +1,15 @@
 """Make the report of a run that is scored already: labelled images of the score job, or a benchmark's."""
 
 from stpm.cli import Job, run_job
-from stpm.evaluation.gate import GateOptions
-from stpm.evaluation.run import EvaluateOptions, EvaluationOptions, run_evaluate
+from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions
 
-JOB = Job("evaluate.py", __doc__, (EvaluateOptions, EvaluationOptions, GateOptions), run_evaluate)
+JOB = Job(
+    prog="evaluate.py",
+    description=__doc__,
+    groups={"what and where": EvaluateOptions, "evaluation": EvaluationOptions, "gate": GateOptions},
+    run="stpm.evaluation.run:run_evaluate",
+    example="python jobs/evaluate.py --scores runs/benchmark --out runs/at-full-size --masks-at original",
+)
 
 if __name__ == "__main__":
     run_job(JOB)

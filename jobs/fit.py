@@ -1,12 +1,17 @@
 """Fit one model per category of a data set in the MVTec AD layout, with Ray Train."""
 
 from stpm.cli import Job, run_job
-from stpm.fitting.pool import PoolOptions
-from stpm.fitting.run import FitOptions, run_fit
-from stpm.placement import ClusterOptions
+from stpm.fitting.options import FitOptions, PoolOptions
+from stpm.options import ClusterOptions
 from stpm.recipe import Recipe
 
-JOB = Job("fit.py", __doc__, (FitOptions, Recipe, PoolOptions, ClusterOptions), run_fit)
+JOB = Job(
+    prog="fit.py",
+    description=__doc__,
+    groups={"what and where": FitOptions, "model": Recipe, "workers": PoolOptions, "cluster": ClusterOptions},
+    run="stpm.fitting.run:run_fit",
+    example="python jobs/fit.py --data s3://plant/reference --models s3://plant/models",
+)
 
 if __name__ == "__main__":
     run_job(JOB)

@@ -1,11 +1,16 @@
 """Score a collection of images with fitted models, with Ray Data."""
 
 from stpm.cli import Job, run_job
-from stpm.placement import ClusterOptions
-from stpm.scoring.pipeline import ScoreOptions
-from stpm.scoring.run import CollectionOptions, run_score
+from stpm.options import ClusterOptions
+from stpm.scoring.options import CollectionOptions, ScoreOptions
 
-JOB = Job("score.py", __doc__, (CollectionOptions, ScoreOptions, ClusterOptions), run_score)
+JOB = Job(
+    prog="score.py",
+    description=__doc__,
+    groups={"what and where": CollectionOptions, "scoring": ScoreOptions, "cluster": ClusterOptions},
+    run="stpm.scoring.run:run_score",
+    example="python jobs/score.py --models s3://plant/models --images s3://plant/today --category bottle --out scored",
+)
 
 if __name__ == "__main__":
     run_job(JOB)

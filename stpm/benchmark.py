@@ -4,60 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from stpm import demo, mvtec, storage
+from stpm.benchmark_options import BenchmarkOptions
 from stpm.cluster import connected
 from stpm.console import ALL_DONE, NOTHING_DONE, Say
-from stpm.errors import ConfigError, CutOffError, DataError
-from stpm.evaluation.gate import Gate, GateOptions
+from stpm.errors import CutOffError, DataError
+from stpm.evaluation.gate import Gate
+from stpm.evaluation.options import EvaluationOptions, GateOptions
 from stpm.evaluation.report import Failure, Report, Result
-from stpm.evaluation.run import EvaluationOptions, conclude, evaluate_pass, problems_of
-from stpm.fitting.pool import PoolOptions
+from stpm.evaluation.run import conclude, evaluate_pass, problems_of
+from stpm.fitting.options import PoolOptions
 from stpm.fitting.run import fit_categories, plan_of, read_categories, warn_of_few_normals
-from stpm.lease import WAIT_HELP, held
+from stpm.lease import held
 from stpm.models import ModelStore
 from stpm.mvtec import Category
-from stpm.options import Integers, Names, option
-from stpm.placement import ClusterOptions, on_cluster, say_plan
+from stpm.options import ClusterOptions
+from stpm.placement import on_cluster, say_plan
 from stpm.recipe import Recipe
 from stpm.scoring.ledger import Identity
 from stpm.scoring.manifest import of_test_images
+from stpm.scoring.options import ScoreOptions
 from stpm.scoring.passes import Pass, run_pass
-from stpm.scoring.pipeline import ScoreOptions, planned
+from stpm.scoring.pipeline import planned
 from stpm.scoring.target import Target
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What is benchmarked, and where the run folder is.
-
-    Raises:
-        ConfigError: if no seed is given, or one twice.
-    """
-
-    data: str = option(
-        "",
-        "data set in the MVTec AD layout: a folder or a URI; none: the demo set, made on the spot, with its own "
-        "defaults for teacher, size, batch and epochs",
-    )
-    out: str = option("runs/benchmark", "run folder for models/, scores/, heatmaps/ and the report: a folder or a URI")
-    categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
-    seeds: Integers = option(Integers((0,)), "seeds to fit and score each category with, separated by commas")
-    wait: bool = option(False, WAIT_HELP)
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds is {','.join(map(str, self.seeds))!r}; give each seed once, such as 0,1,2")
-        if not self.out:
-            raise ConfigError("out is empty; give a folder or a URI")
-
-
-def demo_defaults(values: Any) -> dict[str, Any]:
-    """The recipe's defaults that go with the demo set, where no other data is named."""
-    return {} if values.data else demo.DEFAULTS
 
 
 def run_benchmark(

@@ -2,22 +2,27 @@
 
 Precedence: command line (where a file named by `--config` counts as the options in it, and later ones win),
 environment (`STPM_<NAME>`), preset, default.
+
+What takes seconds to import is imported once the options are known to be right.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from io import TextIOWrapper
-from typing import Any, Literal, NoReturn, get_type_hints
+from pkgutil import resolve_name
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import register_type
 
-from stpm import storage
+from stpm import __version__
 from stpm.console import SOME_FAILED, STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
 from stpm.errors import ConfigError, CutOffError, StpmError
 from stpm.options import Integers, Names, Size
@@ -26,9 +31,23 @@ from stpm.recipe import PRESETS, Preset, Recipe
 _PRESET_HELP = (
     "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine, batch 8, 5 epochs) and a memory of "
     "normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
-    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. Defaults are shown for the preset that is chosen"
+    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
+    "The defaults shown are those of the preset chosen (default: default)"
 )
-_LOG_HELP = "how lines are said: as text, or each as a JSON object with time, run, job, category and message"
+_LOG_HELP = "as text, or each line as a JSON object with time, run, job, category and message (default: text)"
+_EPILOG = (
+    "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20);\n"
+    "the command line wins over the environment, and that over the preset and the defaults."
+)
+# What a value looks like; a choice is shown as what there is to choose from.
+_METAVARS = {
+    int: "INTEGER",
+    float: "NUMBER",
+    str: "TEXT",
+    Integers: "INTEGER,INTEGER,...",
+    Names: "TEXT,TEXT,...",
+    Size: "HEIGHTxWIDTH",
+}
 # Options that print something and exit: only once the preset has set the defaults.
 _SHOWING = ("--print-config", "--help", "-h")
 
@@ -39,7 +58,14 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-register_type(Integers, serializer=list, deserializer=lambda v: Integers(int(i) for i in _items(v)))
+def _integers(value: Any) -> Integers:
+    try:
+        return Integers(int(item) for item in _items(value))
+    except ValueError as error:
+        raise ValueError(f"{value!r} is not INTEGER,INTEGER,...") from error
+
+
+register_type(Integers, serializer=list, deserializer=_integers)
 register_type(Names, serializer=list, deserializer=lambda v: Names(str(i) for i in _items(v)))
 register_type(Size, serializer=str, deserializer=lambda v: Size(str(v)))
 
@@ -60,7 +86,21 @@ set_loader("yaml", lambda text: yaml.load(text, _Yaml), exceptions=(yaml.YAMLErr
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(f"{' '.join(message.split())}; see --help") from ex
+        """Raise it as a ConfigError, in the user's words where they are known."""
+        text = " ".join(message.split())
+        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
+            text = self._unknown(unknown[1] or unknown[2].replace("_", "-"))
+        elif wrong := re.match(r'Parser key "(\w+)": (?:Not of type \w+: )?(.*)', text):
+            action = next(action for action in self._actions if action.dest == wrong[1])
+            reason, _, value = wrong[2].partition(" Got value: ")
+            name = wrong[1].replace("_", "-")
+            text = f"{name} is {value}; give {action.metavar}" if value else f"{name}: {reason}"
+        raise ConfigError(f"{text}; see --help") from ex
+
+    def _unknown(self, name: str) -> str:
+        known = [flag.lstrip("-") for flag in self._option_string_actions]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        return f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,65 +112,76 @@ class Job:
     Args:
         prog: its file name.
         description: what it does.
-        kinds: the option dataclasses, fields unique across them.
-        run: takes an instance of each kind and a function that prints a line; returns the exit code.
+        groups: the option dataclasses by their headings in the help; fields are unique across them.
+        run: name of the function, as `package.module:function`: only what runs is imported. It takes an instance of
+            each dataclass and a function that prints a line, and returns the exit code.
+        example: a command line.
         hidden: fields that are not the user's to set.
         defaults: from a first parse to the defaults that other options' values call for.
     """
 
     prog: str
     description: str | None
-    kinds: tuple[type, ...]
-    run: Callable[..., int]
+    groups: Mapping[str, type]
+    run: str
+    example: str
     hidden: tuple[str, ...] = ()
     defaults: Callable[[Namespace], Mapping[str, Any]] = lambda values: {}
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse, make the dataclasses, run; returns the exit code. Raises StpmError."""
         *options, tell = self.parse(argv)
-        return self.run(*options, tell)
+        tell(f"{self.prog} of stpm {__version__} starts")
+        code: int = resolve_name(self.run)(*options, tell)
+        return code
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
-        """One instance per kind, and what the job says its lines with.
+        """One instance per group, and what the job says its lines with.
 
         Raises:
             ConfigError: if an option is unknown, or a value cannot be.
         """
-        if foreign := [word for word in argv if word != storage.as_utf8(word)]:
-            raise ConfigError(f"{storage.as_utf8(foreign[0])}: a name that is not UTF-8; rename it, or name its folder")
-        parser = self.parser()
+        for word in argv:
+            _check_utf8(word)
         argv = _joined(argv, self._lists())
-        values = parser.parse_args([word for word in argv if not word.startswith(_SHOWING)])
+        values = self.parser({}).parse_args([word for word in argv if not word.startswith(_SHOWING)])
         defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
-        defaults |= self.defaults(values)
-        parser.set_defaults({name: value for name, value in defaults.items() if name not in self.hidden})
-        values = parser.parse_args(list(argv))
+        values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
         tell: Say = JsonLines(self.prog.removesuffix(".py")) if values.log == "json" else say
-        return [*(_made_from(kind, values) for kind in self.kinds), tell]
+        return [*(_made_from(kind, values) for kind in self.groups.values()), tell]
 
     def _lists(self) -> list[str]:
         """The options that take several values."""
-        hints = [(name, hint) for kind in self.kinds for name, hint in get_type_hints(kind).items()]
+        hints = [(name, hint) for kind in self.groups.values() for name, hint in get_type_hints(kind).items()]
         return [f"--{name.replace('_', '-')}" for name, hint in hints if hint in (Integers, Names)]
 
-    def parser(self) -> ArgumentParser:
+    def parser(self, defaults: Mapping[str, Any]) -> ArgumentParser:
+        """The parser, with these defaults by field name instead of the dataclasses'."""
+        fields = [field for kind in self.groups.values() for field in dataclasses.fields(kind)]
+        required = "".join(f" --{field.name} ..." for field in fields if field.metadata["required"])
         parser = _Parser(
             prog=self.prog,
+            usage=f"python jobs/{self.prog}{required} [options]",
             description=self.description,
+            epilog=f"example:\n  {self.example}\n\n{_EPILOG}",
+            formatter_class=RawDescriptionHelpFormatter,
             env_prefix="STPM",
             default_env=True,
             allow_abbrev=False,
             print_config="--print-config",
         )
-        parser.add_argument("--config", action="config", help="YAML file that sets any of these options")
+        parser.add_argument(
+            "--config", action="config", metavar="FILE", help="YAML file that sets any of these options"
+        )
         parser.add_argument("--log", type=Literal["text", "json"], default="text", help=_LOG_HELP)
-        if Recipe in self.kinds:
-            parser.add_argument("--preset", type=Preset, default="default", help=_PRESET_HELP)
-        for kind in self.kinds:
+        for title, kind in self.groups.items():
+            group = parser.add_argument_group(title)
+            if kind is Recipe:
+                group.add_argument("--preset", type=Preset, default="default", help=_PRESET_HELP)
             hints = get_type_hints(kind)
             for field in dataclasses.fields(kind):
                 if field.name not in self.hidden:
-                    _add_option(parser, field, hints[field.name])
+                    _add_option(group, field, hints[field.name], defaults.get(field.name, field.default))
         return parser
 
 
@@ -157,6 +208,15 @@ def run_job(job: Job) -> NoReturn:
     sys.exit(code)
 
 
+def _check_utf8(word: str) -> None:
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        from stpm.storage import as_utf8
+
+        raise ConfigError(f"{as_utf8(word)}: a name that is not UTF-8; rename it, or name its folder") from error
+
+
 def _in_a_line(error: OSError) -> str:
     """What a disk or a store says, the last line where Ray puts a task's trace before it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -179,14 +239,23 @@ def _joined(argv: Sequence[str], lists: Sequence[str]) -> list[str]:
     return rest
 
 
-def _add_option(parser: ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
-    name = field.name.replace("_", "-")
-    text = field.metadata["help"].replace("%", "%%")
+def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any, default: Any) -> None:
+    name = f"--{field.name.replace('_', '-')}"
+    shown = "required" if field.metadata["required"] else _shown(default)
+    text = f"{field.metadata['help']}{f' ({shown})' if shown else ''}".replace("%", "%%")
     if kind is bool:
-        yes_no = ActionYesNo(yes_prefix="", no_prefix="no-")
-        parser.add_argument(f"--{name}", action=yes_no, default=field.default, help=text)
+        group.add_argument(name, action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=default, help=text)
     else:
-        parser.add_argument(f"--{name}", type=kind, default=field.default, help=text)
+        metavar = _METAVARS.get(kind) or f"{{{','.join(get_args(kind))}}}"
+        group.add_argument(name, type=kind, default=default, help=text, metavar=metavar)
+
+
+def _shown(default: Any) -> str:
+    """A default in words; nothing where it is empty, which the option's own text explains."""
+    if isinstance(default, bool):
+        return f"default: {'yes' if default else 'no'}"
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).removesuffix(".0")
+    return f"default: {text}" if text else ""
 
 
 def _made_from(kind: type, values: Namespace) -> Any:

@@ -115,11 +115,12 @@ def connected() -> Iterator[None]:
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if is_shared():
-        ray.init(**quiet)
-    else:
-        # The scoring pipeline needs a CPU beside the one that its scorer takes, so one core counts as two.
-        ray.init(address="local", num_cpus=max(usable_cpus(), LEAST_CPUS), include_dashboard=False, **quiet)
+    with _standard_error_dropped():
+        if is_shared():
+            ray.init(**quiet)
+        else:
+            # The scoring pipeline needs a CPU beside the one that its scorer takes, so one core counts as two.
+            ray.init(address="local", num_cpus=max(usable_cpus(), LEAST_CPUS), include_dashboard=False, **quiet)
     # Ray put its own handler in the place of ours.
     stop_on_signals()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -134,3 +135,21 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _standard_error_dropped() -> Iterator[None]:
+    """Drop what this process writes to standard error, whatever its level.
+
+    Ray's C++ core says its log level there when it starts, as the first line that a user would see. What goes wrong is
+    an exception besides.
+    """
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

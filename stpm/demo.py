@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from stpm import storage
 from stpm.errors import ConfigError
-from stpm.options import Size
 
 Grey = npt.NDArray[np.uint8]
 Draw = Callable[[np.random.Generator, Grey, Grey], tuple[Grey, Grey]]
@@ -27,9 +26,6 @@ TRAIN_IMAGES = 160
 GOOD_IMAGES = 20
 IMAGES_PER_DEFECT = 5
 CROP = 128
-
-# The recipe's defaults where the demo set is what is fitted.
-DEFAULTS = {"teacher": "demo", "size": Size(str(CROP))}
 
 _MARK = "demo-v1"
 

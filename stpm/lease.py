@@ -28,8 +28,6 @@ from stpm import storage
 from stpm.console import SOME_FAILED, Say, duration
 from stpm.errors import ConfigError, CutOffError
 
-WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
-
 # Seconds. Storage that is away for less than a minute stops nobody: whoever writes has as much patience.
 TIMEOUT = 90.0
 _RENEWAL = 10.0

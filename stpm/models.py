@@ -20,22 +20,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from stpm import storage
 from stpm.calibration import Calibration, PartScale
 from stpm.errors import DataError, ModelError, ModelUnreadableError
-from stpm.forward import Parts
-from stpm.memory import KINDS, MemoryBank
-from stpm.networks import StateDict, Trunk, architecture_of, deserialise, serialise, trunk_from
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
 from stpm.record import CALIBRATION, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
+
+# Where weights are read or written these are imported: whoever needs records alone does without torch.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from stpm.forward import Parts
+    from stpm.memory import MemoryBank
+    from stpm.networks import StateDict, Trunk
 
 _TEACHERS = "teachers"
 _CURRENT = "current.json"
@@ -74,6 +79,8 @@ class ModelStore:
 
     def put_teacher(self, state: StateDict) -> str:
         """Store a teacher's weights once; returns their digest."""
+        from stpm.networks import serialise
+
         data = serialise(state)
         digest = storage.digest(data)
         uri = self._teacher_uri(digest)
@@ -95,6 +102,8 @@ class ModelStore:
         Raises:
             ModelError: if it is missing, damaged or not of that architecture.
         """
+        from stpm.networks import architecture_of, deserialise, trunk_from
+
         uri = self._teacher_uri(digest)
         state = deserialise(self._read_verified(uri, digest), uri)
         return trunk_from(architecture_of(teacher), levels, state, uri)
@@ -120,6 +129,8 @@ class ModelStore:
 
         A fit that came to a model that is there already changes nothing in it, unless it is damaged.
         """
+        from stpm.networks import serialise
+
         contents = {CALIBRATION: storage.parquet(pa.table({"score": calibration.scores}))}
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
@@ -223,6 +234,9 @@ class ModelStore:
         Raises:
             ModelError: if a file is missing, damaged or foreign.
         """
+        from stpm.forward import Parts
+        from stpm.networks import architecture_of, trunk_from
+
         record = self.record(category, model_id)
         scores = self._table(record, CALIBRATION).column("score").to_numpy().astype(np.float32)
         student = None
@@ -246,6 +260,8 @@ class ModelStore:
         return self._table(record, _HISTORY) if _HISTORY in record.files else pa.table({})
 
     def _tensors(self, record: ModelRecord, name: str) -> StateDict:
+        from stpm.networks import deserialise
+
         uri = self._uri(record, name)
         return deserialise(self._read_verified(uri, record.files[name]), uri)
 
@@ -293,6 +309,8 @@ def _named(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
 
 def _unnamed(tensors: StateDict) -> tuple[MemoryBank, ...]:
     """The banks that `_named` took apart, by level and then by kind, as they were made."""
+    from stpm.memory import KINDS, MemoryBank
+
     windows = {(int(level), kind): window for level, kind, window, _ in (name.split(".") for name in tensors)}
     return tuple(
         MemoryBank(

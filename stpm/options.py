@@ -1,15 +1,20 @@
-"""Fields of option dataclasses: their help texts, and the types of their values."""
+"""Options: their help texts, the types of their values, and those of every job that runs on a cluster."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from stpm.errors import ConfigError
 
 T = TypeVar("T")
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 _AUTO = "auto"
+
+WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
 
 
 class Integers(tuple[int, ...]):
@@ -51,7 +56,48 @@ class Size(str):
         return int(height), int(width)
 
 
-def option(default: T, text: str) -> T:
-    """A dataclass field with its help text; write the unit into the text."""
-    field: T = dataclasses.field(default=default, metadata={"help": text})
+def option(default: T, text: str, *, required: bool = False) -> T:
+    """A dataclass field with its help text; write the unit into the text.
+
+    Args:
+        default: its value where the user gives none.
+        text: what the option is.
+        required: the user has to give a value; `check_required` holds it.
+    """
+    field: T = dataclasses.field(default=default, metadata={"help": text, "required": required})
     return field
+
+
+def check_required(options: Any) -> None:
+    """Call it where an option dataclass validates itself.
+
+    Raises:
+        ConfigError: naming the required options that are empty.
+    """
+    required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
+    if missing := [f"--{name}" for name in required if not getattr(options, name)]:
+        raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """How a job meets a cluster of several machines. On this machine alone none of it matters.
+
+    Raises:
+        ConfigError: if a value cannot be.
+    """
+
+    mounted: Names = option(
+        Names(),
+        "folders that every node of the cluster mounts at the same place, separated by commas: only under them may "
+        "local paths be used on several machines",
+    )
+    first_node: Literal["gpu", "cpu"] = option(
+        "gpu", "the kind of node to ask for, and to wait for, where a cluster starts its nodes on demand and has none"
+    )
+    node_minutes: float = option(15.0, "minutes to wait for that first node")
+    plan: bool = option(False, "say what would run where on this cluster as it is now, and do nothing")
+
+    def __post_init__(self) -> None:
+        if not self.node_minutes >= 0:
+            raise ConfigError(f"node-minutes is {self.node_minutes}; give 0 or more")

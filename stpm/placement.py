@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,34 +17,10 @@ from stpm import storage
 from stpm.cluster import LEAST_CPUS, Resources, connected, is_shared, working_nodes
 from stpm.console import Say
 from stpm.errors import ConfigError
-from stpm.options import Names, option
+from stpm.options import ClusterOptions
 
 _POLL_SECONDS = 2.0
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    """How a job meets a cluster of several machines. On this machine alone none of it matters.
-
-    Raises:
-        ConfigError: if a value cannot be.
-    """
-
-    mounted: Names = option(
-        Names(),
-        "folders that every node of the cluster mounts at the same place, separated by commas: only under them may "
-        "local paths be used on several machines",
-    )
-    first_node: Literal["gpu", "cpu"] = option(
-        "gpu", "the kind of node to ask for, and to wait for, where a cluster starts its nodes on demand and has none"
-    )
-    node_minutes: float = option(15.0, "minutes to wait for that first node")
-    plan: bool = option(False, "say what would run where on this cluster as it is now, and do nothing")
-
-    def __post_init__(self) -> None:
-        if not self.node_minutes >= 0:
-            raise ConfigError(f"node-minutes is {self.node_minutes}; give 0 or more")
 
 
 @contextmanager

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import yaml
 
-from stpm.benchmark import BenchmarkOptions
+from stpm.benchmark_options import BenchmarkOptions
 from stpm.cli import Job, run_job
 from stpm.errors import ConfigError
 from stpm.recipe import PRESETS, Fusion, Recipe
@@ -137,7 +139,10 @@ def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.Captu
         (["--memory-levels", "3,2"], "memory-levels is"),
         (["--fusion", "calibrated"], "fusion"),
         (["--student", "big"], "student"),
-        (["--no-such-option", "1"], "no-such-option"),
+        (["--no-such-option", "1"], "there is no option --no-such-option; see --help"),
+        (["--epoch=1"], "there is no option --epoch; did you mean --epochs?"),
+        (["--epochs", "1.5"], "epochs is 1.5; give INTEGER; see --help"),
+        (["--student", "nne"], "student is nne; give {stpm,none}"),
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
         (["--seeds", "a"], "seeds"),
@@ -150,18 +155,41 @@ def test_what_cannot_be_parsed_is_one_clear_error(argv: list[str], message: str)
         job("benchmark").parse(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not re.search("<class|Literal|Parser key", str(caught.value))
+
+
+def test_an_unknown_option_in_the_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("weight_decey: 0\n")
+    with pytest.raises(ConfigError, match="there is no option --weight-decey; did you mean --weight-decay"):
+        recipe_of("--config", str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate"])
-def test_help_explains_every_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_every_option_in_its_group(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job(name).parse(["--help"])
     shown = capsys.readouterr().out
-    for action in job(name).parser()._actions:
-        if action.dest not in ("help", "config", "print_config"):
-            assert f"--{action.dest.replace('_', '-')}" in shown
-            assert action.help
-    assert " ".join(shown.split()).count("default: ") >= len(job(name).parser()._actions) - 3
+    required = 0
+    for title, kind in job(name).groups.items():
+        # Without spaces: lines are broken at hyphens too.
+        group = "".join(shown.split(f"\n{title}:\n")[1].split("\n\n")[0].split())
+        for field in dataclasses.fields(kind):
+            if field.name not in job(name).hidden:
+                assert f"--{field.name.replace('_', '-')}" in group
+                assert "".join(field.metadata["help"].split()) in group
+                assert not field.metadata["required"] or f"--{field.name} ..." in shown.splitlines()[0]
+                required += field.metadata["required"]
+    assert " ".join(shown.split()).count("(required)") == required
+    assert not re.search("<class|Literal|Names|Integers|None|False|True", shown)
+    assert shown.count("example:\n  python jobs/") == 1
+
+
+@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate"])
+def test_the_example_in_the_help_is_right_and_what_it_runs_is_there(name: str) -> None:
+    program, *argv = job(name).example.removeprefix("python jobs/").split()
+    assert program == job(name).prog
+    job(name).parse(argv)
+    assert callable(resolve_name(job(name).run))
 
 
 SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
@@ -170,7 +198,7 @@ SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        *(([name], "is missing") for name in ("fit", "score", "evaluate")),
+        *(([name], " missing; see --help") for name in ("fit", "score", "evaluate")),
         ([*SCORE, "i", "--out", "file/run"], "file is a file"),
         (["fit", "--data", "d", "--models", "file"], "file is a file"),
         (["benchmark", "--data", "d", "--out", "file/run"], "file is a file"),
@@ -197,13 +225,14 @@ def test_what_cannot_be_run_exits_with_one_line(
     assert err.count("\n") == 1
 
 
-def test_what_a_disk_says_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(say: object) -> int:
-        raise OSError(28, "No space left on device", "/data/x")
+def fill_the_disk(say: object) -> int:
+    raise OSError(28, "No space left on device", "/data/x")
 
+
+def test_what_a_disk_says_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["full.py"])
     with pytest.raises(SystemExit) as exit_:
-        run_job(Job("full.py", None, (), full))
+        run_job(Job("full.py", None, {}, f"{__name__}:fill_the_disk", ""))
     assert exit_.value.code == 1
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: '/data/x'\n"
 

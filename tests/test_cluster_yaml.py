@@ -8,7 +8,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from stpm.fitting.pool import PoolOptions, scaling, shared_out
+from stpm.fitting.options import PoolOptions
+from stpm.fitting.pool import scaling, shared_out
 from stpm.placement import first_bundle
 from stpm.scoring.pool import ScorerPool
 from tests.conftest import REPOSITORY

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.conftest import REPOSITORY
+
 # Those that tasks and actors of the driver are unpickled from.
 LIGHT = [
     "stpm.cluster",
@@ -18,11 +20,37 @@ LIGHT = [
     "stpm.scoring.heatmaps",
     "stpm.scoring.progress",
     "stpm.scoring.remaining",
+    "stpm.scoring.scorer_actor",
 ]
+
+
+def imported_by(script: str, *argv: str) -> set[str]:
+    """Top-level modules that are there once the script has ended."""
+    told = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+    ran = subprocess.run([sys.executable, "-c", told + script, *argv], capture_output=True, text=True, check=False)
+    return set(ran.stderr.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_it_imports_no_network(module: str) -> None:
-    script = f"import sys, {module}; print(*sorted({{'torch', 'timm', 'sklearn'}} & sys.modules.keys()))"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == []
+    found = imported_by(f"import {module}")
+    assert module in found
+    assert not found & {"torch", "timm", "sklearn"}
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--modles", "x"], ["--log", "loud"]])
+@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate"])
+def test_help_and_errors_import_nothing_heavy(name: str, argv: list[str]) -> None:
+    path = str(REPOSITORY / "jobs" / f"{name}.py")
+    found = imported_by(f"import runpy; runpy.run_path({path!r}, run_name='__main__')", *argv)
+    assert "stpm.cli" in found
+    assert not found & {"torch", "ray", "timm", "pyarrow", "fsspec", "PIL", "scipy", "sklearn", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", ["score", "evaluate"])
+def test_a_driver_without_networks_of_its_own_imports_none(name: str) -> None:
+    path = str(REPOSITORY / "jobs" / f"{name}.py")
+    script = f"import pkgutil, runpy; pkgutil.resolve_name(runpy.run_path({path!r})['JOB'].run)"
+    found = imported_by(script)
+    assert {"stpm.cli", "stpm.models", "ray"} <= found
+    assert not found & {"torch", "timm"}

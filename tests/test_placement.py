@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.placement import ClusterOptions, check_reach, first_bundle
+from stpm.options import ClusterOptions
+from stpm.placement import check_reach, first_bundle
 
 URIS = ["s3://b/a", "gs://b/a", "", "/mnt/plant", "/mnt/plant/a/b", "file:///mnt/plant/c"]
 

@@ -22,7 +22,7 @@ def test_every_option_it_names_is_one() -> None:
     known = {
         flag
         for name in ("fit", "score", "benchmark", "evaluate")
-        for a in job(name).parser()._actions
+        for a in job(name).parser({})._actions
         for flag in a.option_strings
     }
     ours = re.sub(r"ray job submit.*?--", "", README.replace("--generate", ""), flags=re.DOTALL)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,12 @@ from stpm.evaluation import intervals
 from stpm.evaluation.curves import Curves, histogram, image_roc, pixel_pro, pixel_roc
 from stpm.evaluation.intervals import Interval
 from stpm.evaluation.metrics import Flags, Scores, UndefinedMetricError, auroc, average_precision, f1_max, share
+from stpm.evaluation.options import MasksAt
 from stpm.evaluation.pixels import Bounded, Map, Mask, PixelCounts
 from stpm.mvtec import GOOD
 from stpm.preprocessing import Preprocessing
 from stpm.scoring.archives import read_uri
 from stpm.scoring.target import Target
-
-MasksAt = Literal["model", "original"]
 
 _COLUMNS = (
     "uri",

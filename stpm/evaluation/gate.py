@@ -10,35 +10,12 @@ from typing import Any
 from stpm import storage
 from stpm.errors import ConfigError
 from stpm.evaluation.category import METRICS, SMALLER_IS_BETTER
-from stpm.options import Names, option
+from stpm.evaluation.options import GateOptions
 
 _MEAN = "mean"
 
 # Of a report's protocol, what tells of the software and not of what a figure means.
 _INCIDENTAL = "versions"
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """What a report must reach.
-
-    Raises:
-        ConfigError: if a requirement cannot be read, or the tolerance is below 0.
-    """
-
-    require: Names = option(
-        Names(),
-        "figures that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "
-        "image_false_alarm_rate is a limit from above. Exit code 2 if one is not",
-    )
-    baseline: str = option("", "report.json of an earlier run, whose figures must be reached")
-    tolerance: float = option(0.01, "how far a figure may fall short of the baseline's")
-
-    def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise ConfigError(f"tolerance is {self.tolerance}; give 0 or more")
-        for text in self.require:
-            Requirement.of(text)
 
 
 @dataclass(frozen=True)
@@ -98,7 +75,7 @@ class Gate:
         """Reads the baseline: before the work, so that a wrong path costs nothing.
 
         Raises:
-            ConfigError: if it cannot be read, or is no report.
+            ConfigError: if a requirement or the baseline cannot be read.
         """
         wanted = [Requirement.of(text) for text in options.require]
         if not options.baseline:

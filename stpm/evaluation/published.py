@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from stpm.evaluation.category import MasksAt
+from stpm.evaluation.options import MasksAt
 from stpm.preprocessing import IMAGENET, Preprocessing
 from stpm.recipe import PRESETS
 from stpm.record import ModelRecord

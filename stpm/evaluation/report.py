@@ -16,9 +16,10 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.evaluation import published
-from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures, MasksAt, Measured
+from stpm.evaluation.category import AUPRO_LIMITS, METRICS, Figures, Measured
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
+from stpm.evaluation.options import MasksAt
 from stpm.preprocessing import Preprocessing
 from stpm.record import ModelRecord, library_versions
 

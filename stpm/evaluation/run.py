@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import ray
 
 from stpm import storage
 from stpm.cluster import connected
 from stpm.console import NOTHING_DONE, SOME_FAILED, Say, exit_code
-from stpm.errors import ConfigError, DataError, ModelError
-from stpm.evaluation.category import Figures, MasksAt, evaluate
+from stpm.errors import DataError, ModelError
+from stpm.evaluation.category import Figures, evaluate
 from stpm.evaluation.gallery import Tile, galleries, sheet
-from stpm.evaluation.gate import Gate, GateOptions
+from stpm.evaluation.gate import Gate
+from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions, MasksAt
 from stpm.evaluation.page import write_page
 from stpm.evaluation.report import Failure, Report, Result
 from stpm.models import ModelStore
-from stpm.options import option
 from stpm.record import ModelRecord
 from stpm.scoring.ledger import Ledger
 from stpm.scoring.target import Target
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How figures are made."""
-
-    masks_at: MasksAt = option(
-        "model",
-        "where pixels are compared; `model`: masks brought to model size, as the paper's authors do; `original`: maps "
-        "brought to the image's size",
-    )
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Which run is evaluated.
-
-    Raises:
-        ConfigError: if none is named.
-    """
-
-    scores: str = option(
-        "",
-        "run folder of the score job (with --raw-maps, and a manifest with columns `label` and `mask`) or of the "
-        "benchmark: a folder or a URI",
-    )
-    models: str = option("", "model store of that run, where it is no longer where it was")
-    out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
-
-    def __post_init__(self) -> None:
-        if not self.scores:
-            raise ConfigError("--scores is missing; give the run folder of the score or benchmark job")
 
 
 def evaluate_pass(

@@ -8,7 +8,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +22,9 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from stpm import storage
 from stpm.cluster import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, living_nodes, working_nodes
 from stpm.errors import ConfigError, StpmError
+from stpm.fitting.options import PoolOptions
 from stpm.fitting.queue import WAIT, Event, TaskQueue
 from stpm.fitting.task import FitTask, Outcome
-from stpm.options import option
 
 _POLL_SECONDS = 0.3
 _LOST_SECONDS = 5.0
@@ -37,55 +36,6 @@ _MOST_THREADS = 8
 _SHOWN_NODES = 4
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PoolOptions:
-    """The workers that fit.
-
-    Raises:
-        ConfigError: if a value is below what makes sense.
-    """
-
-    workers: int = option(0, "workers that fit in parallel; 0: one per GPU, or without GPUs one per CPU core")
-    gpus_per_worker: float = option(1.0, "share of a GPU that a worker takes, where the cluster has GPUs; 0: use CPUs")
-    cpus_per_worker: int = option(
-        0,
-        "CPU cores, and so threads, that a worker takes; 0: as many as leave a worker for each category, or for each "
-        "share of a GPU, and at most 8",
-    )
-    memory_gib: float = option(
-        0.0,
-        "GiB that a worker may take for decoded images (beyond it they go to a file), for the teacher's features and "
-        "for distance maps in calibration (beyond it they are computed anew); 0: its share of half the node's memory",
-    )
-    checkpoint_seconds: float = option(
-        30.0, "seconds between checkpoints of a fit, at the end of an epoch; 0: every epoch"
-    )
-    resize_seconds: float = option(
-        60.0,
-        "seconds between looks for nodes that came to the cluster; taking one in starts all workers anew, from their "
-        "checkpoints",
-    )
-    tensorboard: str = option(
-        "", "local folder for TensorBoard's event files, one run per seed and category; none: not written"
-    )
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ConfigError(f"workers is {self.workers}; give 1 or more, or 0 to take what the cluster has")
-        if self.cpus_per_worker < 0:
-            raise ConfigError(
-                f"cpus-per-worker is {self.cpus_per_worker}; give at least 1, or 0 to share what there is"
-            )
-        if self.gpus_per_worker < 0:
-            raise ConfigError(f"gpus-per-worker is {self.gpus_per_worker}; give 0 or more")
-        if self.memory_gib < 0:
-            raise ConfigError(f"memory-gib is {self.memory_gib}; give a number above 0, or 0 for the worker's share")
-        if self.checkpoint_seconds < 0:
-            raise ConfigError(f"checkpoint-seconds is {self.checkpoint_seconds}; give 0 or more")
-        if not self.resize_seconds > 0:
-            raise ConfigError(f"resize-seconds is {self.resize_seconds}; give more than 0")
 
 
 def shared_out(options: PoolOptions, nodes: Sequence[Resources], tasks: int) -> PoolOptions:

@@ -8,49 +8,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from stpm import mvtec, storage
-from stpm.calibration import Normals, check_rate, shortfall
+from stpm.calibration import Normals, shortfall
 from stpm.cluster import Resources, connected, working_nodes
 from stpm.console import ALL_DONE, NOTHING_DONE, Line, Say, exit_code, show, watched
-from stpm.errors import ConfigError, DataError, ModelError
+from stpm.errors import DataError, ModelError
 from stpm.fitting.event_files import EventFiles
-from stpm.fitting.pool import PoolOptions, planned, run_pool, shared_out
+from stpm.fitting.options import FitOptions, PoolOptions
+from stpm.fitting.pool import planned, run_pool, shared_out
 from stpm.fitting.queue import Event
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.teller import Teller
 from stpm.fitting.training_images import normalisation_of
 from stpm.fitting.worker import existing_model
-from stpm.lease import WAIT_HELP, held
+from stpm.lease import held
 from stpm.models import ModelStore
 from stpm.networks import StateDict, load_teacher
-from stpm.options import Names, option
-from stpm.placement import ClusterOptions, on_cluster, say_plan
+from stpm.options import ClusterOptions
+from stpm.placement import on_cluster, say_plan
 from stpm.recipe import Recipe
 from stpm.record import ModelRecord
 
 _LISTERS = 16
 _READERS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class FitOptions:
-    """Where the images are and where the models go."""
-
-    data: str = option("", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://)")
-    models: str = option("", "model store that the models go to: a folder or a URI")
-    categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
-    false_alarm_rate: float = option(
-        0.01,
-        "share of good images that scoring may call anomalous, 0 to 1; it shapes no model, but fitting warns where "
-        "the held-out normals are too few for it",
-    )
-
-    wait: bool = option(False, WAIT_HELP)
-
-    def __post_init__(self) -> None:
-        for name in ("data", "models"):
-            if not getattr(self, name):
-                raise ConfigError(f"--{name} is missing; give a folder or a URI")
-        check_rate(self.false_alarm_rate)
 
 
 def fit_categories(

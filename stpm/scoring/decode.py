@@ -16,11 +16,11 @@ from stpm.images import DECODING_BYTES, MAX_BYTES
 from stpm.preprocessing import Preprocessing
 from stpm.scoring import archives, meters
 from stpm.scoring.archives import Place
+from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import Done
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_carried
 from stpm.scoring.time_limit import run_within
 
-IMAGE_SECONDS = 300.0
 _FETCHERS = 8
 # Bytes of a file that is fetched beside others; a larger one is fetched when its turn to be decoded has come.
 _BESIDE_OTHERS = 16 * 2**20

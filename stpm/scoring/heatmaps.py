@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -18,11 +18,9 @@ from stpm import storage
 from stpm.images import Pixels
 from stpm.preprocessing import Preprocessing
 from stpm.scoring import meters
+from stpm.scoring.options import Heatmaps, HeatmapsIn
 from stpm.scoring.progress import Done
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_carried
-
-Heatmaps = Literal["all", "anomalous", "none"]
-HeatmapsIn = Literal["files", "parquet"]
 
 _WRITERS = 8
 _NO_PICTURES: dict[str, Any] = {"heatmap": "", "overlay": "", "heatmap_png": None, "overlay_png": None}

@@ -22,7 +22,8 @@ from stpm.record import ModelRecord
 from stpm.scoring import manifest
 from stpm.scoring.ledger import Counts, Effort, Identity, Ledger
 from stpm.scoring.manifest import Manifest
-from stpm.scoring.pipeline import ScoreOptions, score_shards
+from stpm.scoring.options import ScoreOptions
+from stpm.scoring.pipeline import score_shards
 from stpm.scoring.progress import Left, Progress
 from stpm.scoring.remaining import remaining_shards
 from stpm.scoring.target import Target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
@@ -12,66 +11,21 @@ from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
 from stpm import storage
-from stpm.calibration import check_rate
 from stpm.cluster import KEEPING_MEMORY, Resources, is_shared, working_nodes
-from stpm.errors import ConfigError, CutOffError
+from stpm.errors import CutOffError
 from stpm.models import ModelStore
-from stpm.options import option
 from stpm.record import ModelRecord
 from stpm.scoring.blocks import ManifestBlocks
 from stpm.scoring.checkpoint import FileNames, checkpoints
-from stpm.scoring.decode import IMAGE_SECONDS, TASK_BYTES, Decode
+from stpm.scoring.decode import TASK_BYTES, Decode
 from stpm.scoring.heatmaps import WriteHeatmaps
 from stpm.scoring.ledger import Effort
 from stpm.scoring.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.options import ScoreOptions
 from stpm.scoring.pool import ScorerPool
 from stpm.scoring.progress import Left, Progress, followed
-from stpm.scoring.scorer import LARGEST_BATCH, Scorer
+from stpm.scoring.scorer_actor import LARGEST_BATCH, ScorerActor
 from stpm.scoring.target import Target
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How images are scored.
-
-    Raises:
-        ConfigError: if a value cannot be.
-    """
-
-    false_alarm_rate: float = option(
-        0.01,
-        "share of good images that may be called anomalous, 0 to 1; sets the threshold from held-out normals",
-    )
-    batch_size: int = option(
-        0,
-        "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved where memory runs "
-        "out",
-    )
-    model_memory_gib: float = option(1.0, "GiB of models that a scorer keeps loaded, those used last")
-    image_seconds: float = option(
-        IMAGE_SECONDS,
-        "seconds that fetching and decoding one image may take; one that is not fetched by then is left to the next "
-        "run, one that is not decoded is a row with an error",
-    )
-    accept_errors: bool = option(
-        False,
-        "write a row with an error for each image that storage, a model or a device failed, instead of leaving it to "
-        "the next run; and never stop because too many fail",
-    )
-    scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
-    rows_per_file: int = option(
-        512, "rows of a Parquet file, at least; what a kill costs at most, for each task that writes"
-    )
-
-    def __post_init__(self) -> None:
-        check_rate(self.false_alarm_rate)
-        for name, least in (("batch_size", 0), ("rows_per_file", 1), ("model_memory_gib", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
-        if not self.image_seconds > 0:
-            raise ConfigError(f"image-seconds is {self.image_seconds}; give more than 0")
-        if self.scorers < 0:
-            raise ConfigError(f"scorers is {self.scorers}; give 1 or more, or 0 to take what the cluster has")
 
 
 def planned(options: ScoreOptions, node: Resources) -> str:
@@ -138,7 +92,7 @@ def score_shards(
                 memory=pool.memory_for(TASK_BYTES),
             )
             .map_batches(
-                Scorer,
+                ScorerActor,
                 fn_constructor_args=(
                     store.uri,
                     options.false_alarm_rate,

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import IO
 
@@ -16,75 +15,22 @@ import pyarrow as pa
 from stpm import storage
 from stpm.calibration import Normals, shortfall
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, Say
-from stpm.errors import ConfigError, DataError, ModelError
-from stpm.lease import WAIT_HELP, held
+from stpm.errors import DataError, ModelError
+from stpm.lease import held
 from stpm.models import ModelStore
-from stpm.options import Names, option
-from stpm.placement import ClusterOptions, on_cluster, say_plan
-from stpm.scoring.heatmaps import Heatmaps, HeatmapsIn
+from stpm.options import ClusterOptions
+from stpm.placement import on_cluster, say_plan
+from stpm.scoring.categories import Categories
 from stpm.scoring.ledger import Counts, Identity, Ledger
 from stpm.scoring.manifest import image_id
+from stpm.scoring.options import CollectionOptions, ScoreOptions
 from stpm.scoring.passes import Pass, failed_rows, run_pass
-from stpm.scoring.pipeline import ScoreOptions, planned
+from stpm.scoring.pipeline import planned
 from stpm.scoring.rehearsal import rehearse
-from stpm.scoring.sources import STANDARD_INPUT, Categories, rows_of
-from stpm.scoring.target import PartitionBy, Target
+from stpm.scoring.sources import STANDARD_INPUT, rows_of
+from stpm.scoring.target import Target
 
 _SHOWN = 10
-
-
-@dataclass(frozen=True)
-class CollectionOptions:
-    """What is scored, with which model, and where the results go.
-
-    Raises:
-        ConfigError: if something is missing, or cannot be.
-    """
-
-    models: str = option("", "model store: a folder or a URI")
-    images: Names = option(
-        Names(),
-        "what to score, separated by commas: folders or prefixes (searched at any depth), globs, tar archives, "
-        "manifests (.parquet, .csv or .jsonl with a column `uri`; others are carried to the output), .parquet files "
-        "with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input. What "
-        "exists by a name is no glob; write [[], [*] and [?] for the characters themselves",
-    )
-    out: str = option("", "run folder for scores/*.parquet, heatmaps/ and run.json: a folder or a URI")
-    category: str = option("", "category of every image: the model that scores it")
-    category_from: str = option(
-        "", "the category of an image from the last parts of its path, such as {category}/{date}/{name}"
-    )
-    allow: Names = option(
-        Names(),
-        "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
-    )
-    heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
-    heatmaps_in: HeatmapsIn = option(
-        "files",
-        "where the pictures go: a PNG file each, or bytes in columns of the Parquet files, for millions of images",
-    )
-    partition_by: PartitionBy = option(
-        "none", "category: the Parquet files of each category in a folder of their own, scores/category=<name>/"
-    )
-    overlay: bool = option(False, "write beside each heatmap the image with it over it, in the image's own proportions")
-    raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
-    top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
-    dry_run: bool = option(
-        False, "list everything, score 200 images of it, and say what the whole would take; nothing is left behind"
-    )
-    fresh: bool = option(False, "remove what earlier runs left in the run folder, and start over")
-    wait: bool = option(False, WAIT_HELP)
-    max_error_rate: float = option(0.01, "share of images, 0 to 1, that may be errors before the exit code is 2")
-
-    def __post_init__(self) -> None:
-        for name in ("models", "images", "out"):
-            if not getattr(self, name):
-                raise ConfigError(f"--{name} is missing")
-        if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a share between 0 and 1")
-        if self.top < 0:
-            raise ConfigError(f"top is {self.top}; give 0 or more")
-        Categories(self.category, self.category_from)
 
 
 def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: ClusterOptions, say: Say) -> int:

@@ -23,9 +23,9 @@ from stpm.record import ModelRecord
 from stpm.scoring import meters
 from stpm.scoring.progress import Done, Left, Report
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
+from stpm.scoring.scorer_actor import LARGEST_BATCH
 
 FIRST_BATCH = 16
-LARGEST_BATCH = 256
 _WORTH_IT = 1.05
 # Seconds until a model that could not be loaded is tried again.
 _TRIED_AGAIN_AFTER = 60.0

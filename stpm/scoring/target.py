@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.errors import DataError
-from stpm.scoring.heatmaps import Heatmaps, HeatmapsIn
 from stpm.scoring.ledger import Ledger
+from stpm.scoring.options import Heatmaps, HeatmapsIn, PartitionBy
 from stpm.scoring.schema import OUTPUT
-
-PartitionBy = Literal["none", "category"]
 
 _PASSES = "passes"
 # Without this a category named 007 would be read as a number.

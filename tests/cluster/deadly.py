@@ -8,7 +8,8 @@ import sys
 from stpm import mvtec
 from stpm.cluster import connected
 from stpm.console import say
-from stpm.fitting.pool import PoolOptions, run_pool
+from stpm.fitting.options import PoolOptions
+from stpm.fitting.pool import run_pool
 from stpm.fitting.task import FitTask
 from stpm.fitting.teller import Teller
 from stpm.models import ModelStore

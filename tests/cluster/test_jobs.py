@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 
+from stpm import __version__
 from stpm.models import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, run_job
 from tests.datasets import make_category
@@ -39,6 +40,10 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     images = ["--images", "data/nut/test", "--out", "run", "--category", "nut"]
     score = run_job("score", "--models", "models", *images)
     assert score.returncode == 0
+    # What is said first is the job's own, and nothing is Ray's.
+    for name, ran in (("fit", fit), ("score", score)):
+        assert ran.stdout.startswith(f"{name}.py of stpm {__version__} starts\n")
+        assert ran.stderr == ""
     assert "nut has 2 of its 8 good images and supports 0.333" in score.stdout
     rows = ds.dataset("run/scores").to_table().to_pylist()
     assert len(rows) == 8

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cluster
 
 CATEGORIES = ("a", "b", "c", "d")
 IMAGES = 2000
-SCORER, DECODER = "MapWorker(MapBatches(Scorer))", "MapBatches(Decode"
+SCORER, DECODER = "MapWorker(MapBatches(ScorerActor))", "MapBatches(Decode"
 # A node that is gone is missed after five seconds, and one that is slow to answer is not.
 QUICKLY_MISSED = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 LONG = ["--epochs", "300", "--cpus-per-worker", "1", "--checkpoint-seconds", "1", "--resize-seconds", "3", *TINY_RECIPE]

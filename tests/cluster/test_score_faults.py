@@ -23,7 +23,7 @@ from tests.datasets import encoded, make_category
 pytestmark = pytest.mark.cluster
 
 KILLS = range(int(os.environ.get("STPM_TEST_KILLS", "1")))
-SCORER, DECODER = "MapWorker(MapBatches(Scorer))", "MapBatches(Decode"
+SCORER, DECODER = "MapWorker(MapBatches(ScorerActor))", "MapBatches(Decode"
 # Every pair where kills are repeated; else each victim and each store once.
 VICTIMS = [(SCORER, "s3"), (DECODER, "local"), *([(SCORER, "local"), (DECODER, "s3")] if len(KILLS) > 1 else [])]
 IMAGES = 1000

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.evaluation.gate import GateOptions
-from stpm.evaluation.run import EvaluateOptions, EvaluationOptions, run_evaluate
+from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions
+from stpm.evaluation.run import run_evaluate
 from tests.evaluation.runs import scored_run
 
 

@@ -6,7 +6,8 @@ import pytest
 import ray.train
 
 from stpm.errors import ConfigError
-from stpm.fitting.pool import PoolOptions, Resources, again_while_nodes_are_lost, planned, scaling, shared_out
+from stpm.fitting.options import PoolOptions
+from stpm.fitting.pool import Resources, again_while_nodes_are_lost, planned, scaling, shared_out
 
 ONE, BIG = PoolOptions(cpus_per_worker=1), {"CPU": 8.0}
 

@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 
 from stpm.scoring import manifest
+from stpm.scoring.categories import Categories
 from stpm.scoring.ledger import Counts
 from stpm.scoring.rehearsal import Forecast, evenly
-from stpm.scoring.sources import Categories, rows_of
+from stpm.scoring.sources import rows_of
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(5, [0, 6, 12, 17, 23]), (100, list(range(24)))])

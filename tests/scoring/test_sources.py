@@ -19,8 +19,9 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.scoring import archives
 from stpm.scoring.archives import Place
+from stpm.scoring.categories import Categories
 from stpm.scoring.schema import MANIFEST
-from stpm.scoring.sources import Allowed, Categories, rows_of
+from stpm.scoring.sources import Allowed, rows_of
 
 NUT = Categories("nut")
 

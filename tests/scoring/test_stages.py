@@ -31,12 +31,13 @@ from stpm.options import Size
 from stpm.preprocessing import Resize
 from stpm.recipe import Recipe
 from stpm.scoring import archives
+from stpm.scoring.categories import Categories
 from stpm.scoring.decode import Decode
 from stpm.scoring.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png, written_heatmap
 from stpm.scoring.manifest import image_id, of_test_images
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
 from stpm.scoring.scorer import BatchSize, LoadedModels, Scorer
-from stpm.scoring.sources import Categories, rows_of
+from stpm.scoring.sources import rows_of
 from tests.conftest import LIMITS, MODELS, TINY, preprocessing_of
 from tests.datasets import encoded, make_category
 

@@ -1,0 +1,42 @@
+"""Options of the benchmark job. Light: the command line needs them before anything that is heavy to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stpm.errors import ConfigError
+from stpm.options import WAIT_HELP, Integers, Names, Size, option
+
+# The recipe's defaults where the demo set, crops of 128 x 128 pixels, is what is fitted.
+_DEMO_DEFAULTS = {"teacher": "demo", "size": Size("128")}
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is benchmarked, and where the run folder is.
+
+    Raises:
+        ConfigError: if no seed is given, or one twice.
+    """
+
+    data: str = option(
+        "",
+        "data set in the MVTec AD layout: a folder or a URI; none: the demo set, made on the spot, with its own "
+        "defaults for teacher and size",
+    )
+    out: str = option("runs/benchmark", "run folder for models/, scores/, heatmaps/ and the report: a folder or a URI")
+    categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
+    seeds: Integers = option(Integers((0,)), "seeds to fit and score each category with, separated by commas")
+    wait: bool = option(False, WAIT_HELP)
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds is {','.join(map(str, self.seeds))!r}; give each seed once, such as 0,1,2")
+        if not self.out:
+            raise ConfigError("out is empty; give a folder or a URI")
+
+
+def demo_defaults(values: Any) -> dict[str, Any]:
+    """The recipe's defaults that go with the demo set, where no other data is named."""
+    return {} if values.data else _DEMO_DEFAULTS
