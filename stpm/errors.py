@@ -17,6 +17,10 @@ class ModelError(StpmError):
     """A model, a teacher or a store that is missing, foreign or damaged."""
 
 
+class UndefinedMetricError(StpmError):
+    """A metric that the labels or the scores do not define."""
+
+
 class CutOffError(StpmError):
     """Work that storage, a node or Ray ended before its time. What was done is kept, and another run goes on."""
 

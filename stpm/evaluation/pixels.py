@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from stpm.evaluation.metrics import UndefinedMetricError
+from stpm.errors import UndefinedMetricError
 
 # Bounds errors near 1e-5 on real maps, at a few megabytes.
 MOST_KEYS = 2**17

@@ -16,13 +16,13 @@ from stpm.calibration import Calibration
 from stpm.errors import ModelError
 from stpm.fitting.calibrate import calibrate_model, k_fold_scores, make_parts
 from stpm.fitting.checkpoint import StoredCheckpoints
-from stpm.fitting.curves import loss_curves
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
 from stpm.fitting.memory import build_memory
 from stpm.fitting.task import Epoch, FitTask, Outcome
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.forward import Matcher, pick_device, resolve_precision
+from stpm.loss_chart import loss_png
 from stpm.models import ModelStore
 from stpm.networks import Trunk
 from stpm.record import FitSummary, ModelRecord
@@ -105,6 +105,7 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
     if recipe.calibration_folds:
         tell(f"fitting up to {recipe.calibration_folds} more models, to calibrate on every image")
         calibration = Calibration(k_fold_scores(features, recipe, of_folds), calibration.scale)
+    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history])
     record = store.save(
         category=task.category,
         recipe=recipe,
@@ -116,8 +117,8 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         memory=memory,
         calibration=calibration,
         part_scales=calibrated.scales,
-        history=pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history]),
-        picture=loss_curves(fitted.history, fitted.kept.number, task.category) if fitted.kept else b"",
+        history=history,
+        picture=loss_png(history.to_pydict(), fitted.kept.number, task.category) if fitted.kept else b"",
         fit=FitSummary(
             seconds=time.perf_counter() - start,
             epochs=len(fitted.history),

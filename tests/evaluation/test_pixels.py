@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from bench.peer_aupro import case as peer_case
-from stpm.evaluation.metrics import UndefinedMetricError
+from stpm.errors import UndefinedMetricError
 from stpm.evaluation.pixels import PixelCounts
 
 LIMITS = (0.05, 0.3, 1.0)

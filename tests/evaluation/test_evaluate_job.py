@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stpm.errors import ConfigError
+from stpm.evaluation.evaluate_job import EvaluateOptions, EvaluationOptions, run_evaluate
 from stpm.evaluation.gate import GateOptions
-from stpm.evaluation.run import EvaluateOptions, EvaluationOptions, run_evaluate
 from stpm.models import ModelStore
 from tests.evaluation.runs import result, scored_run
 
@@ -29,7 +29,7 @@ def test_a_run_folder_that_is_none_is_said(tmp_path: Path) -> None:
 
 
 def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path) -> None:
-    target = scored_run(tmp_path)
+    target = scored_run(tmp_path).target
     Path(target.home).mkdir(parents=True)
     code, said = evaluated(scores=target.out)
     assert code == 3
@@ -39,7 +39,7 @@ def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path) -> None:
 def test_a_model_that_was_fitted_anew_did_not_make_these_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = scored_run(tmp_path)
+    target = scored_run(tmp_path).target
     Path(target.home).mkdir(parents=True)
     run = {"identity": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models")}
     (Path(target.home) / "run.json").write_text(json.dumps(run))
