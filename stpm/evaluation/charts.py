@@ -20,29 +20,24 @@ from stpm.errors import UndefinedMetricError
 from stpm.evaluation.category import LabelledScores
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.intervals import Scores, require_both_classes
+from stpm.evaluation.pixels import Curve
 from stpm.loss_chart import draw_losses
 from stpm.mvtec import GOOD
 
 # Replaced by the page's own colour: no series has it.
 _INK = "#010203"
 _STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    # Okabe and Ito's palette without its black and yellow: the colour-blind can tell them apart on light and dark.
+    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]),
+    "font.family": "sans-serif",
+    "font.size": 9,
+    # Pixel curves have up to 131,072 points.
+    "path.simplify_threshold": 0.5,
     "svg.fonttype": "none",
     # A label may hold dollar signs.
     "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    # Okabe and Ito's palette without its black and yellow: the colour-blind can tell them apart on light and dark.
-    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]),
-    # Pixel curves have up to 131,072 points.
-    "path.simplify_threshold": 0.5,
 }
 _BEFORE_SVG = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
@@ -73,9 +68,9 @@ def draw_charts(
     return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items()}
 
 
-def roc_curves(scores: LabelledScores) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+def roc_curves(scores: LabelledScores) -> dict[str, Curve]:
     """Compute false positive rate (x) and recall or per-region overlap (y) of each curve that is defined."""
-    curves = {}
+    curves: dict[str, Curve] = {}
     with suppress(UndefinedMetricError):
         require_both_classes(scores.is_defect, scores.scores)
         curves["image ROC"] = roc_curve(scores.is_defect, scores.scores)[:2]
@@ -96,7 +91,7 @@ def histogram_bins(scores: Scores, threshold: float) -> tuple[npt.NDArray[np.flo
     return edges, logarithmic
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]) -> None:
+def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name)
     axes.set(xlabel="false positive rate", ylabel="recall or overlap", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))

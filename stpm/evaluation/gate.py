@@ -72,11 +72,12 @@ class Gate:
 
     def shortfalls(self, report: Mapping[str, Any]) -> list[str]:
         """Say how the content of a report.json falls short, one line each."""
-        protocol = _comparable(report["protocol"])
+        protocol = report["protocol"]
         differences = [
             f"the baseline's {name} is {value!r} and this report's {protocol.get(name)!r}: they do not compare"
             for name, value in self.protocol.items()
-            if protocol.get(name) != value
+            # Versions of libraries do not change what a value means.
+            if name != "versions" and value != protocol.get(name)
         ]
         return differences + [line for each in self.requirements if (line := each.shortfall(report))]
 
@@ -90,14 +91,21 @@ def read_gate(options: GateOptions) -> Gate:
     requirements = [parse_requirement(text) for text in options.require]
     if not options.baseline:
         return Gate(tuple(requirements), {})
-    report = _read_report(options.baseline)
+    try:
+        report = json.loads(storage.read(storage.absolute(options.baseline)))
+        summaries = {**report["categories"], _MEAN: report[_MEAN]}
+        protocol: dict[str, Any] = report["protocol"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"baseline {options.baseline} cannot be read: {error!r}; give the report.json of an earlier run"
+        ) from error
     requirements += [
         Requirement(category, metric, summary[metric], options.tolerance)
-        for category, summary in {**report["categories"], _MEAN: report[_MEAN]}.items()
+        for category, summary in summaries.items()
         for metric in METRICS
         if summary.get(metric) is not None
     ]
-    return Gate(tuple(requirements), _comparable(report["protocol"]))
+    return Gate(tuple(requirements), protocol)
 
 
 def parse_requirement(text: str) -> Requirement:
@@ -117,18 +125,3 @@ def parse_requirement(text: str) -> Requirement:
     if metric not in METRICS:
         raise ConfigError(f"require names {metric!r}; there are {', '.join(METRICS)}")
     return Requirement(category, metric, value)
-
-
-def _comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the versions of libraries, which do not change what a value means."""
-    return {name: value for name, value in protocol.items() if name != "versions"}
-
-
-def _read_report(uri: str) -> dict[str, Any]:
-    try:
-        report: dict[str, Any] = json.loads(storage.read(storage.absolute(uri)))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"baseline {uri}: cannot be read: {error}; name the report.json of an earlier run") from error
-    if not isinstance(report, dict) or not {"categories", _MEAN, "protocol"} <= report.keys():
-        raise ConfigError(f"baseline {uri}: not a report.json of this program")
-    return report

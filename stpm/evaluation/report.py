@@ -30,18 +30,17 @@ def _columns(kind: pa.DataType, *names: str) -> list[tuple[str, pa.DataType]]:
 
 
 _METRIC_COLUMNS = [
+    *_columns(pa.string(), "category"),
+    *_columns(pa.int64(), "seed"),
     *_columns(pa.float64(), *METRICS, "pixel_error"),
     *_columns(pa.int64(), "good_count", "defect_count"),
 ]
-_DEFECTS_SCHEMA = pa.schema(
-    [("category", pa.string()), ("seed", pa.int64()), ("defect", pa.string()), *_METRIC_COLUMNS]
-)
+_DEFECTS_SCHEMA = pa.schema([*_METRIC_COLUMNS, *_columns(pa.string(), "defect")])
 _REPORT_SCHEMA = pa.schema(
     [
-        ("category", pa.string()),
-        ("seed", pa.int64()),
         *_METRIC_COLUMNS,
-        *_columns(pa.int64(), "train_count", "validation_count", "error_count", "epochs", "kept_epoch"),
+        *_columns(pa.int64(), "error_count", "train_count", "validation_count", "calibration_count"),
+        *_columns(pa.int64(), "epochs", "kept_epoch"),
         *_columns(pa.float64(), *_FIT_METRICS),
         *_columns(pa.string(), "input_size", "precision", "device", "model_id"),
     ]
@@ -59,19 +58,14 @@ class CategoryResult:
 
     def row(self) -> dict[str, Any]:
         """Make the row of report.parquet."""
-        fit = self.model.fit
-        return self._metrics_row(self.metrics) | {
-            "train_count": fit.train_count,
-            "validation_count": fit.validation_count,
+        fit = asdict(self.model.fit)
+        return {
+            **self._metrics_row(self.metrics),
+            "fit_seconds": fit.pop("seconds"),
+            **fit,
             "error_count": self.metrics.error_count,
-            "epochs": fit.epochs,
-            "kept_epoch": fit.kept_epoch,
-            "fit_seconds": fit.seconds,
-            "train_loss": fit.train_loss,
-            "validation_loss": fit.validation_loss,
             "input_size": self.model.preprocessing.size,
             "precision": self.model.precision,
-            "device": fit.device,
             "model_id": self.model.model_id,
         }
 
@@ -133,17 +127,15 @@ class Report:
         seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval.
         """
         categories = {name: _category_summary(results) for name, results in self.by_category().items()}
-        averaged = (*METRICS, *_FIT_METRICS)
-        mean = {key: _mean([values[key] for values in categories.values()]) for key in averaged}
+        mean = {key: _mean([each[key] for each in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
+        std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
         return {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "data": self.data,
             "recipe": _in_common(asdict(result.model.recipe) for result in self.results),
             "protocol": self._protocol(),
             "categories": categories,
-            "mean": mean
-            | {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
-            | {"categories": len(categories)},
+            "mean": {**mean, **std, "categories": len(categories)},
             "failures": [asdict(failure) for failure in self.failures],
         }
 

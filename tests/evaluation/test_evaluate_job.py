@@ -51,7 +51,7 @@ def test_a_model_that_was_fitted_anew_did_not_make_these_scores(
 
 
 def test_a_baseline_is_read_before_anything_else(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"baseline nothing\.json: cannot be read"):
+    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
         run_evaluate(
             EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"), print
         )
