@@ -40,7 +40,7 @@ from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
 
 from stpm import mvtec, networks, storage
-from stpm.evaluation.pixels import PixelCounts
+from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.loop import split
 from stpm.models import ModelStore
 from stpm.preprocessing import Preprocessing
@@ -256,7 +256,7 @@ def figures(
     for start in range(0, len(maps), _MAPS_AT_ONCE):
         part = slice(start, start + _MAPS_AT_ONCE)
         masks = [mask_of(image.mask, seen, (seen.height, seen.width)) for image in shown[part]]
-        counts += PixelCounts.of(maps[part], masks)
+        counts += count_pixels(maps[part], masks)
     return image_auroc, counts.auroc().value, counts.aupro(0.3).value
 
 

@@ -33,7 +33,7 @@ from tabulate import tabulate
 from stpm import images, mvtec, storage
 from stpm.calibration import part_scale
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
-from stpm.evaluation.pixels import PixelCounts
+from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
@@ -144,7 +144,7 @@ def figures(judged: Judged, normal: Judged, matcher: Matcher, recipe: Recipe, va
         part = slice(start, start + _BATCH)
         maps = matcher.anomaly_maps(distances.images(part), judged.content[part], varied.fusing, scales)
         scores += [each.score(varied.top_fraction).total for each in maps]
-        counts += PixelCounts.of([each.total for each in maps], judged.truth[part])
+        counts += count_pixels([each.total for each in maps], judged.truth[part])
     values: list[float | None] = [float(roc_auc_score(judged.is_defect, scores)), None, None]
     if any(mask.any() for mask in judged.truth):
         values[1:] = counts.auroc().value, counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value

@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 from stpm import images, storage
 from stpm.errors import DataError, ImageError, UndefinedMetricError
 from stpm.evaluation.intervals import Flags, Scores
-from stpm.evaluation.pixels import Map, Mask, PixelCounts
+from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.mvtec import GOOD
 from stpm.preprocessing import Preprocessing
 from stpm.scoring.target import Target
@@ -155,7 +155,7 @@ def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
             by_label.setdefault(row["label"], []).append(_map_and_mask(data, row, category.preprocessing, masks_at))
         for label, pairs in by_label.items():
             maps, masks = zip(*pairs, strict=True)
-            counts[label] = counts.get(label, PixelCounts.empty()) + PixelCounts.of(maps, masks)
+            counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
     return counts
 
 
