@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -57,17 +58,16 @@ def defect_sheet(category: ScoredCategory) -> bytes | None:
     width, height = 2 * _SHEET_SIZE + _GAP, _SHEET_SIZE + _CAPTION
     sheet = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    count = 0
-    for row, pair in _pairs(category, rows, _SHEET_SIZE, _COUNT):
-        left, top = _GAP + count % 2 * (width + _GAP), _GAP + count // 2 * (height + _GAP)
+    cells = list(islice(_pairs(category, rows, _SHEET_SIZE), _COUNT))
+    for number, (row, pair) in enumerate(cells):
+        left, top = _GAP + number % 2 * (width + _GAP), _GAP + number // 2 * (height + _GAP)
         sheet.paste(pair, (left, top))
         verdict = "anomalous" if row["is_anomalous"] else "missed at this threshold"
         caption = f"{row['label']}/{row['uri'].rsplit('/', 1)[-1]}   score {row['score']:.3g}   {verdict}"
         draw.text((left + 2, top + pair.height + 3), caption, fill="black", font=font)
-        count += 1
     sink = io.BytesIO()
     sheet.save(sink, "PNG")
-    return sink.getvalue() if count else None
+    return sink.getvalue() if cells else None
 
 
 def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, list[Tile]]:
@@ -82,25 +82,20 @@ def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, li
     return {
         title: [
             Tile(row["uri"], row["label"], row["score"], score_parts(row), row["is_anomalous"], jpeg(pair))
-            for row, pair in _pairs(category, rows, _GALLERY_SIZE, max_tiles)
+            for row, pair in islice(_pairs(category, rows, _GALLERY_SIZE), max_tiles)
         ]
         for title, rows in chosen.items()
     }
 
 
-def _pairs(
-    category: ScoredCategory, rows: Sequence[Row], size: int, max_count: int
-) -> Iterator[tuple[Row, Image.Image]]:
-    """Yield the first rows with their pictures. An image that can no longer be read is left out of the galleries."""
+def _pairs(category: ScoredCategory, rows: Sequence[Row], size: int) -> Iterator[tuple[Row, Image.Image]]:
+    """Yield rows with their pictures. An image that can no longer be read is left out of the galleries."""
     for row in rows:
-        if max_count == 0:
-            return
         try:
             pair = _pair(category, row, size)
         except (ImageError, DataError, OSError):
             continue
         yield row, pair
-        max_count -= 1
 
 
 def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:

@@ -33,7 +33,7 @@ def resized_mask(row: dict[str, object]) -> np.ndarray:
     return images.resize_mask(mask_of(row), PREPROCESSING)
 
 
-def test_figures_are_sklearns(tmp_path: Path) -> None:
+def test_metrics_are_sklearns(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     metrics = measured(category)
     rows = rows_of(category)
@@ -133,7 +133,7 @@ def test_masks_may_be_compared_at_their_own_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resize", ["crop", "fit"])
 @pytest.mark.parametrize("masks_at", ["model", "original"])
 def test_pixels_are_those_that_the_model_saw(tmp_path: Path, resize: Resize, masks_at: MasksAt) -> None:
-    """Images of 40 × 48 in an input of 96 × 64: cut to their middle, or with padding that is in no figure."""
+    """Images of 40 × 48 in an input of 96 × 64: cut to their middle, or with padding, which counts nowhere."""
     made = preprocessing_of(96, 64, resize)
     category = scored_run(tmp_path, preprocessing=made)
     truth, maps = [], []

@@ -9,7 +9,7 @@ from stpm.evaluation.intervals import bootstrap_intervals, wilson_interval
 
 
 def by_resampling(is_defect: np.ndarray, scores: np.ndarray, draws: int) -> dict[str, np.ndarray]:
-    """Ends of the interval by drawing images one by one, each figure by scikit-learn."""
+    """Ends of the interval by drawing images one by one, each metric by scikit-learn."""
     rng = np.random.default_rng(7)
     good, defects = np.flatnonzero(~is_defect), np.flatnonzero(is_defect)
     found: dict[str, list[float]] = {"auroc": [], "average_precision": [], "f1_max": []}
@@ -41,7 +41,7 @@ def test_two_calls_give_the_same() -> None:
     assert bootstrap_intervals(*case) == bootstrap_intervals(*case)
 
 
-def test_the_interval_holds_the_true_figure_as_often_as_it_says() -> None:
+def test_the_interval_holds_the_true_auroc_as_often_as_it_says() -> None:
     # Normal scores, one std apart: AUROC is Φ(1/√2) = .7602.
     rng = np.random.default_rng(11)
     is_defect = np.arange(120) < 60
