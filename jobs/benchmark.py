@@ -2,8 +2,7 @@
 
 from stpm.benchmark import BenchmarkOptions, demo_defaults, run_benchmark
 from stpm.cli import Job, run_job
-from stpm.evaluation.evaluate_job import EvaluationOptions
-from stpm.evaluation.gate import GateOptions
+from stpm.evaluation.options import EvaluationOptions, GateOptions
 from stpm.fitting.pool import PoolOptions
 from stpm.placement import ClusterOptions
 from stpm.recipe import Recipe

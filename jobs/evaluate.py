@@ -1,8 +1,8 @@
 """Make the report of a run that is scored already: labelled images of the score job, or a benchmark's."""
 
 from stpm.cli import Job, run_job
-from stpm.evaluation.evaluate_job import EvaluateOptions, EvaluationOptions, run_evaluate
-from stpm.evaluation.gate import GateOptions
+from stpm.evaluation.evaluate_job import run_evaluate
+from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions
 
 JOB = Job("evaluate.py", __doc__, (EvaluateOptions, EvaluationOptions, GateOptions), run_evaluate)
 

@@ -12,8 +12,9 @@ from stpm import demo, mvtec, storage
 from stpm.cluster import connected
 from stpm.console import ALL_DONE, NOTHING_DONE, Say
 from stpm.errors import ConfigError, DataError
-from stpm.evaluation.evaluate_job import EvaluationOptions, evaluate_categories, publish_report
-from stpm.evaluation.gate import Gate, GateOptions, read_gate
+from stpm.evaluation.evaluate_job import evaluate_categories, publish_report
+from stpm.evaluation.gate import Gate, read_gate
+from stpm.evaluation.options import EvaluationOptions, GateOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.fitting.pool import PoolOptions
 from stpm.fitting.run import fit_categories, plan_of, read_categories, warn_of_few_normals

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,11 @@ import pyarrow.dataset as ds
 from stpm import images, storage
 from stpm.errors import DataError, ImageError, UndefinedMetricError
 from stpm.evaluation.intervals import Flags, Scores
+from stpm.evaluation.options import MasksAt
 from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.mvtec import GOOD
 from stpm.preprocessing import Preprocessing
 from stpm.scoring.target import Target
-
-MasksAt = Literal["model", "original"]
 
 # What `ground_truth` reads of a row.
 IMAGE_COLUMNS = ("uri", "label", "mask", "width", "height")

@@ -3,65 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import ray
 
 from stpm import storage
 from stpm.cluster import connected
 from stpm.console import NOTHING_DONE, SOME_FAILED, Say, exit_code
-from stpm.errors import ConfigError, DataError, ModelError
-from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
+from stpm.errors import DataError, ModelError
+from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import measure_category
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import defect_sheet, galleries
-from stpm.evaluation.gate import Gate, GateOptions, read_gate
+from stpm.evaluation.gate import Gate, read_gate
+from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions, MasksAt
 from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Report
 from stpm.models import ModelStore
-from stpm.options import option
 from stpm.record import ModelRecord
 from stpm.scoring.ledger import Ledger
 from stpm.scoring.target import Target
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How metrics are made."""
-
-    masks_at: MasksAt = option(
-        "model",
-        "where pixels are compared; `model`: masks brought to model size, as the paper's authors do; `original`: maps "
-        "brought to the image's size",
-    )
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Which run to evaluate.
-
-    Raises:
-        ConfigError: if no run is named.
-    """
-
-    scores: str = option(
-        "",
-        "run folder of the score job (with --raw-maps, and a manifest with columns `label` and `mask`) or of the "
-        "benchmark: a folder or a URI",
-    )
-    models: str = option("", "model store of that run, where it is no longer where it was")
-    out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
-
-    def __post_init__(self) -> None:
-        if not self.scores:
-            raise ConfigError("--scores is missing; give the run folder of the score or benchmark job")
 
 
 def evaluate_categories(
     target: Target, records: Sequence[ModelRecord], store: ModelStore, options: EvaluationOptions
 ) -> list[CategoryResult]:
     """Evaluate some categories of a run, each in a Ray task. Needs a connection to Ray."""
-    remote = ray.remote(_evaluate)
+    remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
     results: list[CategoryResult] = ray.get(
         [remote.remote(target, record, history[record.category], options.masks_at) for record in records]
@@ -69,9 +36,17 @@ def evaluate_categories(
     return results
 
 
-def _evaluate(
+def evaluate_category(
     target: Target, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
 ) -> CategoryResult:
+    """Measure one category and draw its charts and pictures; the sheet of defects goes to the run folder.
+
+    Args:
+        target: the run that scored the category's images.
+        record: of the model that scored them.
+        history: loss per epoch, by column; empty if there is no student.
+        masks_at: where pixels are compared.
+    """
     category = ScoredCategory(target, record.category, record.preprocessing)
     if sheet := defect_sheet(category):
         storage.publish(storage.join(target.out, "gallery", target.name, f"{category.name}.png"), sheet)
@@ -101,7 +76,7 @@ def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: 
     """Run the evaluate job. Returns its exit code, as `publish_report` does.
 
     Raises:
-        ConfigError: if the baseline cannot be read.
+        ConfigError: if a requirement or the baseline cannot be read.
     """
     requirements = read_gate(gate)
     run = storage.absolute(options.scores)

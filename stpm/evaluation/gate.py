@@ -10,32 +10,9 @@ from typing import Any
 from stpm import storage
 from stpm.errors import ConfigError
 from stpm.evaluation.category_metrics import LOWER_IS_BETTER, METRICS
-from stpm.options import Names, option
+from stpm.evaluation.options import GateOptions
 
 _MEAN = "mean"
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """What a report must reach.
-
-    Raises:
-        ConfigError: if a requirement cannot be read, or the tolerance is below 0.
-    """
-
-    require: Names = option(
-        Names(),
-        "values that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "
-        "image_false_alarm_rate is a limit from above. Exit code 2 if one is not",
-    )
-    baseline: str = option("", "report.json of an earlier run, whose values must be reached")
-    tolerance: float = option(0.01, "how far a value may fall short of the baseline's")
-
-    def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise ConfigError(f"tolerance is {self.tolerance}; give 0 or more")
-        for text in self.require:
-            parse_requirement(text)
 
 
 @dataclass(frozen=True)
@@ -86,7 +63,7 @@ def read_gate(options: GateOptions) -> Gate:
     """Read the requirements and the baseline, before any work is done.
 
     Raises:
-        ConfigError: if the baseline cannot be read, or is no report.
+        ConfigError: if a requirement or the baseline cannot be read.
     """
     requirements = [parse_requirement(text) for text in options.require]
     if not options.baseline:

@@ -14,10 +14,10 @@ import pyarrow as pa
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.evaluation.category import MasksAt
 from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
+from stpm.evaluation.options import MasksAt
 from stpm.record import ModelRecord, library_versions
 
 _TABLE_METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro")

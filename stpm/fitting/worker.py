@@ -99,13 +99,13 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
         kept = sum(len(bank.vectors) for bank in memory)
         tell(f"memory of {kept} vectors in {len(memory)} banks, in {time.perf_counter() - start_memory:.1f} s")
     fitted = fit(features, train, held_out, recipe, tell, checkpoints)
+    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history])
     parts = make_parts(fitted.student, memory, recipe, device)
     calibrated = calibrate_model(parts, features, held_out, recipe)
     calibration = calibrated.calibration
     if recipe.calibration_folds:
         tell(f"fitting up to {recipe.calibration_folds} more models, to calibrate on every image")
         calibration = Calibration(k_fold_scores(features, recipe, of_folds), calibration.scale)
-    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history])
     record = store.save(
         category=task.category,
         recipe=recipe,

@@ -1,4 +1,4 @@
-"""The evaluate job's refusals, before Ray is started."""
+"""The evaluate job's steps and refusals, without Ray."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.evaluation.evaluate_job import EvaluateOptions, EvaluationOptions, run_evaluate
-from stpm.evaluation.gate import GateOptions
+from stpm.evaluation.evaluate_job import evaluate_category, publish_report, run_evaluate
+from stpm.evaluation.gate import Gate, Requirement
+from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions
+from stpm.evaluation.report import Report
 from stpm.models import ModelStore
 from tests.evaluation.runs import result, scored_run
 
@@ -55,3 +57,17 @@ def test_a_baseline_is_read_before_anything_else(tmp_path: Path) -> None:
         run_evaluate(
             EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"), print
         )
+
+
+def test_a_category_is_evaluated_and_published_and_held_against_the_gate(tmp_path: Path) -> None:
+    category = scored_run(tmp_path / "scored")
+    found = evaluate_category(category.target, result("nut", 0, None, None).model, {}, "model")
+    assert Path(category.target.out, "gallery/seed-0/nut.png").is_file()
+    said: list[str] = []
+    out = str(tmp_path / "report")
+    report = Report("data", [found])
+    assert publish_report(report, out, Gate((), {}), said.append) == 0
+    assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
+    gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
+    assert publish_report(report, out, gate, said.append) == 2
+    assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in said)

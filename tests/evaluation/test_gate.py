@@ -8,7 +8,8 @@ import pytest
 
 from stpm.errors import ConfigError
 from stpm.evaluation.category_metrics import METRICS
-from stpm.evaluation.gate import GateOptions, read_gate
+from stpm.evaluation.gate import read_gate
+from stpm.evaluation.options import GateOptions
 from stpm.options import Names
 
 
@@ -41,7 +42,7 @@ def test_what_falls_short_is_named_with_both_values() -> None:
 @pytest.mark.parametrize("text", ["image_auroc=0.9", "mean.image_auroc", "mean.auroc=0.9", "mean.image_auroc=95", "="])
 def test_a_requirement_that_cannot_be_read_says_how_it_is_written(text: str) -> None:
     with pytest.raises(ConfigError, match=r"mean\.image_auroc=0\.95|there are image_auroc"):
-        GateOptions(Names([text]))
+        read_gate(GateOptions(Names([text])))
 
 
 def test_a_baseline_is_reached_within_the_tolerance(tmp_path: Path) -> None:

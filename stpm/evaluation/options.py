@@ -1,0 +1,64 @@
+"""Options of evaluation. Light: the command line needs them before anything that is heavy to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stpm.errors import ConfigError
+from stpm.options import Names, option
+
+MasksAt = Literal["model", "original"]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How metrics are made."""
+
+    masks_at: MasksAt = option(
+        "model",
+        "where pixels are compared; `model`: masks brought to model size, as the paper's authors do; `original`: maps "
+        "brought to the image's size",
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which run to evaluate.
+
+    Raises:
+        ConfigError: if no run is named.
+    """
+
+    scores: str = option(
+        "",
+        "run folder of the score job (with --raw-maps, and a manifest with columns `label` and `mask`) or of the "
+        "benchmark: a folder or a URI",
+    )
+    models: str = option("", "model store of that run, where it is no longer where it was")
+    out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise ConfigError("--scores is missing; give the run folder of the score or benchmark job")
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """What a report must reach.
+
+    Raises:
+        ConfigError: if the tolerance is below 0.
+    """
+
+    require: Names = option(
+        Names(),
+        "values that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "
+        "image_false_alarm_rate is a limit from above. Exit code 2 if one is not",
+    )
+    baseline: str = option("", "report.json of an earlier run, whose values must be reached")
+    tolerance: float = option(0.01, "how far a value may fall short of the baseline's")
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise ConfigError(f"tolerance is {self.tolerance}; give 0 or more")
