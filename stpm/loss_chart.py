@@ -19,8 +19,10 @@ def draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch: 
         history: columns `number`, `train_loss` and `validation_loss`, one entry per epoch.
         kept_epoch: number of the epoch whose weights were kept.
     """
+    # A single epoch makes no line.
+    marker = "." if len(history["number"]) == 1 else None
     for name in ("train_loss", "validation_loss"):
-        axes.plot(history["number"], history[name], label=name.replace("_", " "))
+        axes.plot(history["number"], history[name], label=name.replace("_", " "), marker=marker)
     axes.axvline(kept_epoch, color=mpl.rcParams["text.color"], linestyle="--", linewidth=1, label="kept")
     axes.set(xlabel="epoch", ylabel="loss")
     axes.set_ylim(bottom=0)

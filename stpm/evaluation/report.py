@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from tabulate import tabulate
@@ -20,7 +20,6 @@ from stpm.evaluation.intervals import CONFIDENCE
 from stpm.evaluation.options import MasksAt
 from stpm.record import ModelRecord, library_versions
 
-_TABLE_METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro")
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
 _COUNTS = ("train_count", "validation_count", "good_count", "defect_count", "error_count")
 
@@ -139,34 +138,27 @@ class Report:
             "failures": [asdict(failure) for failure in self.failures],
         }
 
-    def table(self, tablefmt: str = "simple", escape: Callable[[str], str] = str) -> str:
-        """Make a table with a line per category, and their mean; "" without results.
-
-        Args:
-            tablefmt: a format of `tabulate`.
-            escape: of text from data.
-        """
-        categories, mean = self.summary["categories"], self.summary["mean"]
-        if not categories:
-            return ""
+    def table(self, tablefmt: Literal["simple", "pipe"] = "simple") -> str:
+        """Make a table with a line per category, and their mean; "" without results. `pipe` is Markdown."""
         lines = [
-            [
-                escape(name),
-                *(_with_std(values, metric) for metric in _TABLE_METRICS),
-                f"{values['train_count']}+{values['validation_count']}",
-                f"{values['good_count']}+{values['defect_count']}",
-                f"{values['fit_seconds']:.1f}",
-                *("" if values[loss] is None else f"{values[loss]:.4f}" for loss in ("train_loss", "validation_loss")),
-                ",".join(values["seeds"]),
-            ]
-            for name, values in categories.items()
+            {
+                "category": _escape(name) if tablefmt == "pipe" else name,
+                **_table_metrics(values),
+                "train+held out": f"{values['train_count']}+{values['validation_count']}",
+                "good+defect": f"{values['good_count']}+{values['defect_count']}",
+                "fit s": f"{values['fit_seconds']:.1f}",
+                "train loss": "" if values["train_loss"] is None else f"{values['train_loss']:.4f}",
+                "val. loss": "" if values["validation_loss"] is None else f"{values['validation_loss']:.4f}",
+                "seeds": ",".join(values["seeds"]),
+            }
+            for name, values in self.summary["categories"].items()
         ]
-        means = [_with_std(mean, metric) for metric in _TABLE_METRICS]
-        lines.append(["mean", *means, "", "", f"{mean['fit_seconds']:.1f}", "", "", ""])
-        headers = ["category", "image AUROC", "pixel AUROC", "AUPRO", "train+held out", "good+defect", "fit s"]
-        headers += ["train loss", "val. loss", "seeds"]
-        align = ("left", *("right",) * (len(headers) - 1))
-        text: str = tabulate(lines, headers, tablefmt, disable_numparse=True, colalign=align)
+        if not lines:
+            return ""
+        mean = self.summary["mean"]
+        lines.append({"category": "mean", **_table_metrics(mean), "fit s": f"{mean['fit_seconds']:.1f}"})
+        align = ("left", *("right",) * (len(lines[0]) - 1))
+        text: str = tabulate(lines, "keys", tablefmt, disable_numparse=True, colalign=align)
         return text
 
     def text(self) -> str:
@@ -188,7 +180,7 @@ class Report:
             f"AUPRO: {protocol['aupro']}.",
             *(f"- {_escape(failure.category)}: failed: {_escape(failure.reason)}" for failure in self.failures),
         ]
-        return "\n\n".join([self.table("pipe", _escape), *notes]) + "\n"
+        return "\n\n".join([self.table("pipe"), *notes]) + "\n"
 
     def files(self) -> dict[str, bytes]:
         """Make report.json, report.parquet (a row per category and seed), defects.parquet and report.md, by name."""
@@ -300,11 +292,16 @@ def _std(values: Sequence[float | None]) -> float | None:
     return statistics.stdev(known) if len(known) > 1 else None
 
 
-def _with_std(values: Mapping[str, Any], metric: str) -> str:
-    if values[metric] is None:
+def _table_metrics(values: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of the table that show metrics."""
+    titles = {"image AUROC": "image_auroc", "pixel AUROC": "pixel_auroc", "AUPRO": "pixel_aupro"}
+    return {title: _with_std(values[metric], values[f"{metric}_std"]) for title, metric in titles.items()}
+
+
+def _with_std(value: float | None, std: float | None) -> str:
+    if value is None:
         return "–"
-    std = values[f"{metric}_std"]
-    return f"{values[metric]:.4f}" if std is None else f"{values[metric]:.4f} ± {std:.4f}"
+    return f"{value:.4f}" if std is None else f"{value:.4f} ± {std:.4f}"
 
 
 def _escape(text: str) -> str:
