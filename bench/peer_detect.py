@@ -36,11 +36,11 @@ import psutil
 import pyarrow.parquet as pq
 from peer_fit import timed
 from recipes import mask_of
+from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
 
 from stpm import mvtec, networks, storage
-from stpm.evaluation.metrics import auroc
-from stpm.evaluation.pixels import PixelCounts
+from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.loop import split
 from stpm.models import ModelStore
 from stpm.preprocessing import Preprocessing
@@ -249,14 +249,14 @@ def figures(
     Masks are brought to the maps' size by nearest neighbour, as our evaluation does. Without any mask the two of pixels
     are None.
     """
-    image_auroc = auroc(np.array([image.label != mvtec.GOOD for image in shown]), scores)
+    image_auroc = float(roc_auc_score([image.label != mvtec.GOOD for image in shown], scores))
     if not any(image.mask for image in shown):
         return image_auroc, None, None
     counts = PixelCounts.empty()
     for start in range(0, len(maps), _MAPS_AT_ONCE):
         part = slice(start, start + _MAPS_AT_ONCE)
         masks = [mask_of(image.mask, seen, (seen.height, seen.width)) for image in shown[part]]
-        counts += PixelCounts.of(maps[part], masks)
+        counts += count_pixels(maps[part], masks)
     return image_auroc, counts.auroc().value, counts.aupro(0.3).value
 
 

@@ -29,10 +29,10 @@ import numpy as np
 import psutil
 import pyarrow as pa
 from recipes import mask_of
+from sklearn.metrics import roc_auc_score
 
 from stpm import mvtec, storage
-from stpm.evaluation.metrics import auroc
-from stpm.evaluation.pixels import Map, PixelCounts
+from stpm.evaluation.pixels import Map, count_pixels
 from stpm.fitting.loop import split
 from stpm.models import ModelStore
 from stpm.preprocessing import IMAGENET, Preprocessing
@@ -127,9 +127,10 @@ def peers(python: str, category: mvtec.Category, seed: int, epochs: int, threads
 
 def figures(shown: Sequence[mvtec.TestImage], maps: Sequence[Map], preprocessing: Preprocessing) -> dict[str, float]:
     """Of the anomaly maps of test images."""
-    counts = PixelCounts.of(maps, [mask_of(i.mask, preprocessing, m.shape) for i, m in zip(shown, maps, strict=True)])
+    counts = count_pixels(maps, [mask_of(i.mask, preprocessing, m.shape) for i, m in zip(shown, maps, strict=True)])
     labels = np.array([image.label != mvtec.GOOD for image in shown])
-    values = (auroc(labels, np.array([each.max() for each in maps])), counts.auroc().value, counts.aupro(0.3).value)
+    image_auroc = float(roc_auc_score(labels, [each.max() for each in maps]))
+    values = (image_auroc, counts.auroc().value, counts.aupro(0.3).value)
     return dict(zip(_METRICS, values, strict=True))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from stpm.evaluation.pixels import PixelCounts
+from stpm.evaluation.pixels import PixelCounts, count_pixels
 
 _SIZE = 256
 _AT_ONCE = 16
@@ -45,7 +45,7 @@ def counted(count: int) -> dict[str, float]:
     seconds = 0.0
     for maps, masks in made(count):
         start = time.perf_counter()
-        counts += PixelCounts.of(maps, masks)
+        counts += count_pixels(maps, masks)
         seconds += time.perf_counter() - start
     figures = {"auroc": counts.auroc(), "ap": counts.average_precision(), "aupro": counts.aupro(0.3)}
     return {

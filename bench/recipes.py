@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
 
 from stpm import images, mvtec, storage
 from stpm.calibration import part_scale
-from stpm.evaluation.category import AUPRO_LIMITS
-from stpm.evaluation.metrics import auroc
-from stpm.evaluation.pixels import PixelCounts
+from stpm.evaluation.category_metrics import AUPRO_LIMITS
+from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
@@ -144,8 +144,8 @@ def figures(judged: Judged, normal: Judged, matcher: Matcher, recipe: Recipe, va
         part = slice(start, start + _BATCH)
         maps = matcher.anomaly_maps(distances.images(part), judged.content[part], varied.fusing, scales)
         scores += [each.score(varied.top_fraction).total for each in maps]
-        counts += PixelCounts.of([each.total for each in maps], judged.truth[part])
-    values: list[float | None] = [auroc(judged.is_defect, np.array(scores)), None, None]
+        counts += count_pixels([each.total for each in maps], judged.truth[part])
+    values: list[float | None] = [float(roc_auc_score(judged.is_defect, scores)), None, None]
     if any(mask.any() for mask in judged.truth):
         values[1:] = counts.auroc().value, counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
     return [value and round(value, 4) for value in values]

@@ -11,10 +11,10 @@ from stpm.benchmark_options import BenchmarkOptions
 from stpm.cluster import connected
 from stpm.console import ALL_DONE, NOTHING_DONE, Say
 from stpm.errors import CutOffError, DataError
-from stpm.evaluation.gate import Gate
+from stpm.evaluation.evaluate_job import evaluate_categories, publish_report
+from stpm.evaluation.gate import Gate, read_gate
 from stpm.evaluation.options import EvaluationOptions, GateOptions
-from stpm.evaluation.report import Failure, Report, Result
-from stpm.evaluation.run import conclude, evaluate_pass, problems_of
+from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.fitting.options import PoolOptions
 from stpm.fitting.run import fit_categories, plan_of, read_categories, warn_of_few_normals
 from stpm.lease import held
@@ -46,7 +46,7 @@ def run_benchmark(
     Raises:
         StpmError: if it cannot be run at all.
     """
-    requirements = Gate.of(gate)
+    requirements = read_gate(gate)
     out = storage.output_folder(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
     with on_cluster(cluster, [data, out], say):
@@ -78,7 +78,7 @@ def _run(
         say(f"error: {error}")
         return NOTHING_DONE
     failures = [Failure(name, reason) for name, reason in unreadable.items()]
-    results: list[Result] = []
+    results: list[CategoryResult] = []
     if categories:
         with connected():
             stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
@@ -92,9 +92,8 @@ def _run(
                     fitted = [c for c in categories if c.name in {record.category for record in records}]
                     target = Target.among(out, f"seed-{seed}")
                     _score(data, fitted, ModelStore(store), scoring, target, say)
-                    results += evaluate_pass(target, records, ModelStore(store), evaluation)
-    failures += problems_of(results)
-    code = conclude(Report(data, results, failures, evaluation.masks_at), out, requirements, say)
+                    results += evaluate_categories(target, records, ModelStore(store), evaluation)
+    code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements, say)
     say(f"models, scores and heatmaps are in {out}")
     return code
 

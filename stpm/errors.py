@@ -32,6 +32,10 @@ class ModelUnreadableError(ModelError):
     """A model that storage did not give: it may be there, and be as it should."""
 
 
+class UndefinedMetricError(StpmError):
+    """A metric that the labels or the scores do not define."""
+
+
 class CutOffError(StpmError):
     """Work that storage, a node or Ray ended before its time. What was done is kept, and another run goes on."""
 

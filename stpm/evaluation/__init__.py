@@ -1,1 +1,1 @@
-"""Evaluation: from scored, labelled images to figures, a report and pictures."""
+"""Evaluation: from scored, labelled images to metrics, a report and pictures."""

@@ -13,7 +13,7 @@ MasksAt = Literal["model", "original"]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How figures are made."""
+    """How metrics are made."""
 
     masks_at: MasksAt = option(
         "model",
@@ -24,10 +24,10 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Which run is evaluated.
+    """Which run to evaluate.
 
     Raises:
-        ConfigError: if none is named.
+        ConfigError: if no run is named.
     """
 
     scores: str = option(
@@ -53,11 +53,11 @@ class GateOptions:
 
     require: Names = option(
         Names(),
-        "figures that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "
+        "values that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "
         "image_false_alarm_rate is a limit from above. Exit code 2 if one is not",
     )
-    baseline: str = option("", "report.json of an earlier run, whose figures must be reached")
-    tolerance: float = option(0.01, "how far a figure may fall short of the baseline's")
+    baseline: str = option("", "report.json of an earlier run, whose values must be reached")
+    tolerance: float = option(0.01, "how far a value may fall short of the baseline's")
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0:

@@ -1,9 +1,9 @@
-"""Pixel-level figures from a mergeable state, whose size does not grow with the number of images.
+"""Pixel-level metrics from a mergeable state, whose size does not grow with the number of images.
 
 A float32 score, read as an integer in the same order, is a key; the state counts pixels by key. While the distinct
 keys are few, it is exact. When they pass a limit, keys lose their last bit, as often as it takes: neighbouring scores
 then tie. The number of bits lost depends on the set of scores alone, so that states may be merged in any order and
-grouping. Each figure comes with a bound on what ties may have changed, computed from the counts themselves.
+grouping. Each metric comes with a bound on what ties may have changed, computed from the counts themselves.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from stpm.evaluation.metrics import UndefinedMetricError
+from stpm.errors import UndefinedMetricError
 
 # Bounds errors near 2e-5 on real maps, at a few megabytes.
-MOST_KEYS = 2**17
+MAX_KEYS = 2**17
 
 Map = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -29,7 +29,7 @@ _EIGHT_CONNECTED = np.ones((3, 3), int)
 
 
 class Bounded(NamedTuple):
-    """A figure in [0, 1], and by how much the exact one may differ."""
+    """A metric in [0, 1], and by how much the exact value may differ."""
 
     value: float
     error: float
@@ -37,10 +37,10 @@ class Bounded(NamedTuple):
 
 @dataclass(frozen=True)
 class PixelCounts:
-    """How many pixels of good and of defective places have which score.
+    """Numbers of good and of defective pixels by score.
 
     `keys` (K,) uint32 ascending: order-preserving bits of the score, without the last `lost_bits`. `good`, `defect`
-    (K,) int64: pixels. `overlap` (K,) float64: the sum over defect regions of the share of each region's pixels.
+    (K,) int64: pixels. `overlap` (K,) float64: the sum over defect regions of the fraction of each region's pixels.
     `regions`: how many there are.
     """
 
@@ -50,36 +50,15 @@ class PixelCounts:
     overlap: npt.NDArray[np.float64]
     regions: int
     lost_bits: int = 0
-    most_keys: int = MOST_KEYS
+    max_keys: int = MAX_KEYS
 
-    @classmethod
-    def of(cls, maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, most_keys: int = MOST_KEYS) -> PixelCounts:
-        """Counts of some anomaly maps and masks, (H, W) each, as lists or as arrays (N, H, W).
-
-        Regions are 8-connected and never cross images.
-
-        Raises:
-            UndefinedMetricError: if a score is not finite.
-        """
-        for each, mask in zip(maps, masks, strict=True):
-            if each.shape != mask.shape:
-                raise ValueError(f"map {each.shape} and mask {mask.shape} differ in shape")
-        scores = _joined(maps, np.float32)
-        if not np.isfinite(scores).all():
-            raise UndefinedMetricError("a score is not finite")
-        shares, regions = zip(*map(_region_shares, masks), strict=True) if len(masks) else ((), ())
-        defect = _joined(masks, np.bool_)
-        return _grouped(
-            _ordered_bits(scores), ~defect, defect, _joined(shares, np.float64), sum(regions), 0, most_keys
-        )._bounded()
-
-    @classmethod
-    def empty(cls) -> PixelCounts:
-        """Of no image."""
-        return cls.of([], [])
+    @staticmethod
+    def empty() -> PixelCounts:
+        """Make the counts of no image."""
+        return count_pixels([], [])
 
     def __add__(self, other: PixelCounts) -> PixelCounts:
-        """Counts of both sets of images."""
+        """Add up the counts of two sets of images."""
         lost = max(self.lost_bits, other.lost_bits)
         one, two = self._without(lost), other._without(lost)
         return _grouped(
@@ -89,16 +68,16 @@ class PixelCounts:
             np.concatenate([one.overlap, two.overlap]),
             one.regions + two.regions,
             lost,
-            self.most_keys,
+            self.max_keys,
         )._bounded()
 
     def auroc(self) -> Bounded:
-        """Area under the ROC curve over pixels, ties counting half."""
+        """Compute the area under the ROC curve over pixels, ties counting half."""
         x, y = self.roc_curve()
         return self._bound(float(np.trapezoid(y, x)), (np.diff(x) * np.diff(y)).sum() / 2)
 
     def average_precision(self) -> Bounded:
-        """Precision averaged over the recall it is reached at, as scikit-learn has it."""
+        """Average precision over recall, as scikit-learn does."""
         good, defect = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
         recall = defect / tp[-1]
@@ -112,7 +91,7 @@ class PixelCounts:
         return self._bound(value, max(most - value, value - least))
 
     def f1_max(self) -> Bounded:
-        """The largest F1 that any threshold reaches."""
+        """Find the largest F1 of any threshold."""
         good, defect = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
         value = (2 * tp / (tp[-1] + tp + fp)).max()
@@ -120,9 +99,9 @@ class PixelCounts:
         return self._bound(value, most - value)
 
     def aupro(self, limit: float) -> Bounded:
-        """Area under the per-region-overlap curve up to a false positive rate, divided by it.
+        """Compute the area under the per-region-overlap curve up to a false positive rate, divided by it.
 
-        At a threshold, the per-region overlap is the mean over defect regions of the share of the region's pixels
+        At a threshold, the per-region overlap is the mean over defect regions of the fraction of the region's pixels
         above it (Bergmann et al., The MVTec Anomaly Detection Dataset, section 5.2); the rate is that of pixels
         outside every region. The curve is linear between thresholds.
 
@@ -136,12 +115,12 @@ class PixelCounts:
         return self._bound(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
 
     def roc_curve(self) -> Curve:
-        """False positive rate and recall over pixels, both ascending from 0 to 1."""
+        """Compute false positive rate and recall over pixels, both ascending from 0 to 1."""
         good, defect = self._descending()
         return _curve(good / good.sum()), _curve(defect / defect.sum())
 
     def pro_curve(self, limit: float) -> Curve:
-        """What `aupro` integrates: false positive rate and per-region overlap, both ascending from 0."""
+        """Compute what `aupro` integrates: false positive rate and per-region overlap, both ascending from 0."""
         x, y, _ = self._pro(limit)
         return x, y
 
@@ -154,7 +133,7 @@ class PixelCounts:
         return np.append(x[:inside], limit), np.append(y[:inside], at_limit), inside
 
     def _bound(self, value: float, error: float) -> Bounded:
-        """While no bit is lost, ties are real and the figure is exact."""
+        """While no bit is lost, ties are real and the metric is exact."""
         return Bounded(float(value), float(error) if self.lost_bits else 0.0)
 
     def _rise_at(self, inside: int) -> float:
@@ -170,7 +149,7 @@ class PixelCounts:
 
     def _bounded(self) -> PixelCounts:
         counts = self
-        while len(counts.keys) > self.most_keys:
+        while len(counts.keys) > self.max_keys:
             counts = counts._without(counts.lost_bits + 1)
         return counts
 
@@ -178,7 +157,28 @@ class PixelCounts:
         if lost_bits == self.lost_bits:
             return self
         keys = self.keys >> np.uint32(lost_bits - self.lost_bits)
-        return _grouped(keys, self.good, self.defect, self.overlap, self.regions, lost_bits, self.most_keys)
+        return _grouped(keys, self.good, self.defect, self.overlap, self.regions, lost_bits, self.max_keys)
+
+
+def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_keys: int = MAX_KEYS) -> PixelCounts:
+    """Count the pixels of some anomaly maps and masks, (H, W) each, as lists or as arrays (N, H, W).
+
+    Regions are 8-connected and never cross images.
+
+    Raises:
+        UndefinedMetricError: if a score is not finite.
+    """
+    for each, mask in zip(maps, masks, strict=True):
+        if each.shape != mask.shape:
+            raise ValueError(f"map {each.shape} and mask {mask.shape} differ in shape")
+    scores = _joined(maps, np.float32)
+    if not np.isfinite(scores).all():
+        raise UndefinedMetricError("a score is not finite")
+    weights, regions = zip(*map(_region_weights, masks), strict=True) if len(masks) else ((), ())
+    defect = _joined(masks, np.bool_)
+    return _grouped(
+        _ordered_bits(scores), ~defect, defect, _joined(weights, np.float64), sum(regions), 0, max_keys
+    )._bounded()
 
 
 def _grouped(
@@ -188,9 +188,9 @@ def _grouped(
     overlap: npt.NDArray[np.float64],
     regions: int,
     lost_bits: int,
-    most_keys: int,
+    max_keys: int,
 ) -> PixelCounts:
-    """Counts with equal keys added up."""
+    """Add up the counts of equal keys."""
     distinct, places = np.unique(keys, return_inverse=True)
 
     def summed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -198,25 +198,25 @@ def _grouped(
 
     # Sums of whole numbers are exact in float64 up to 2^53 pixels.
     good, defect = summed(good).astype(np.int64), summed(defect).astype(np.int64)
-    return PixelCounts(distinct, good, defect, summed(overlap), regions, lost_bits, most_keys)
+    return PixelCounts(distinct, good, defect, summed(overlap), regions, lost_bits, max_keys)
 
 
 def _ordered_bits(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
-    """Unsigned integers in the order of the scores; the two zeros are one."""
+    """Turn scores into unsigned integers of the same order; the two zeros become one."""
     bits = (scores.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)
     negative = (bits >> np.uint32(31)).astype(bool)
     ordered: npt.NDArray[np.uint32] = np.where(negative, ~bits, bits | np.uint32(1 << 31))
     return ordered
 
 
-def _region_shares(mask: Mask) -> tuple[npt.NDArray[np.float64], int]:
-    """For every pixel one over the size of its region, 0 outside; and the number of regions."""
+def _region_weights(mask: Mask) -> tuple[npt.NDArray[np.float64], int]:
+    """Return one over the size of its region for every pixel, 0 outside; and the number of regions."""
     labels, found = ndimage.label(mask, _EIGHT_CONNECTED)
-    shares = np.zeros(mask.shape)
+    weights = np.zeros(mask.shape)
     if found:
         sizes = np.bincount(labels.ravel())
-        shares[mask] = 1 / sizes[labels[mask]]
-    return shares, int(found)
+        weights[mask] = 1 / sizes[labels[mask]]
+    return weights, int(found)
 
 
 def _joined(arrays: Iterable[npt.NDArray[Any]], kind: type) -> npt.NDArray[Any]:

@@ -16,13 +16,13 @@ from stpm.calibration import Calibration
 from stpm.errors import ModelError, StpmError
 from stpm.fitting.calibrate import calibrate_model, k_fold_scores, make_parts
 from stpm.fitting.checkpoint import StoredCheckpoints
-from stpm.fitting.curves import loss_curves
 from stpm.fitting.features import TeacherFeatures
 from stpm.fitting.loop import fit, split
 from stpm.fitting.memory import build_memory
 from stpm.fitting.task import Epoch, FitTask, Outcome
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.forward import Matcher, pick_device, resolve_precision
+from stpm.loss_chart import loss_png
 from stpm.models import ModelStore
 from stpm.networks import Trunk
 from stpm.record import FitSummary, ModelRecord
@@ -133,6 +133,7 @@ def _run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]
         kept = sum(len(bank.vectors) for bank in memory)
         tell(f"memory of {kept} vectors in {len(memory)} banks, in {time.perf_counter() - start_memory:.1f} s")
     fitted = fit(features, train, held_out, recipe, tell, checkpoints)
+    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history])
     parts = make_parts(fitted.student, memory, recipe, device)
     room = limits.room_for_distances(features)
     calibrated = calibrate_model(parts, features, held_out, recipe, room)
@@ -151,8 +152,8 @@ def _run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]
         memory=memory,
         calibration=calibration,
         part_scales=calibrated.scales,
-        history=pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history]),
-        picture=loss_curves(fitted.history, fitted.kept.number, task.category) if fitted.kept else b"",
+        history=history,
+        picture=loss_png(history.to_pydict(), fitted.kept.number, task.category) if fitted.kept else b"",
         fit=FitSummary(
             seconds=time.perf_counter() - start,
             epochs=len(fitted.history),

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from stpm import storage
-from stpm.evaluation.category import read_rows
 from stpm.models import ModelStore
 from stpm.scoring.target import Target
 from tests.cluster.conftest import TINY_RECIPE, run_job
@@ -49,7 +48,8 @@ def test_the_whole_job_from_s3_to_s3(s3: dict[str, str]) -> None:
     assert set(report["categories"]) == {"nut", "grey"}
     assert all(values["pixel_auroc"] is not None for values in report["categories"].values())
     assert ModelStore(f"{out}/models/seed-0").load("nut").record.category == "nut"
-    rows = read_rows(Target.among(out, "seed-0"), "nut", ["uri", "heatmap", "score"]).to_pylist()
+    rows = Target.among(out, "seed-0").dataset().to_table().to_pylist()
+    rows = [row for row in rows if row["category"] == "nut"]
     assert len(rows) == 8
     assert all(row["uri"].startswith(f"{data}/nut/test/") for row in rows)
     assert all(storage.read(f"{out}/{row['heatmap']}").startswith(b"\x89PNG") for row in rows)

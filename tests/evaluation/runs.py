@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.calibration import HeatmapScale
-from stpm.evaluation.category import Figures, Measured, Metrics
-from stpm.evaluation.report import Failure, Report, Result
+from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
+from stpm.evaluation.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
+from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.mvtec import read_category
 from stpm.preprocessing import Preprocessing
 from stpm.record import FitSummary, ModelRecord
@@ -36,8 +37,8 @@ def scored_run(
     parts: bool = False,
     types: tuple[str, ...] = ("square",),
     preprocessing: Preprocessing = PREPROCESSING,
-) -> Target:
-    """A run folder as scoring leaves it, with maps drawn by chance; defects score a little higher.
+) -> ScoredCategory:
+    """A category "nut" as scoring leaves it, with random maps; defects score a little higher.
 
     The first images, which are good, may be broken or without a label; defects take the types in turn. Of a score with
     parts, the student gives a quarter.
@@ -71,12 +72,16 @@ def scored_run(
     path = Path(target.scores) / "seed-0_0.parquet"
     path.parent.mkdir()
     pq.write_table(table(columns, OUTPUT), path)
-    # Another pass in the same folder is none of this one's business.
+    # Another run in the same folder, whose rows must not be read.
     pq.write_table(table(columns, OUTPUT), path.with_name("seed-1_0.parquet"))
-    return target
+    return ScoredCategory(target, "nut", preprocessing)
 
 
-def result(category: str, seed: int, image: float | None, pixel: float | None) -> Result:
+def measured(category: ScoredCategory, masks_at: MasksAt = "model") -> CategoryMetrics:
+    return measure_category(read_scores(category, masks_at))
+
+
+def result(category: str, seed: int, image: float | None, pixel: float | None) -> CategoryResult:
     record = ModelRecord(
         category=category,
         recipe=dataclasses.replace(TINY, seed=seed),
@@ -90,18 +95,20 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         versions={},
         created="now",
     )
-    undefined = {} if pixel is not None else {"pixel_auroc": "no masks"}
-    intervals = {} if image is None else {"image_auroc": (image - 0.1, image + 0.1)}
-    measured = Measured(Metrics(image_auroc=image, pixel_auroc=pixel), 4, 5, 0.0, undefined, intervals)
-    return Result(record, Figures(**vars(measured), defects={"dent": measured}))
+    metrics = dict.fromkeys(METRICS, Metric(undefined="not measured"))
+    if image is not None:
+        metrics["image_auroc"] = Metric(image, (image - 0.1, image + 0.1))
+    metrics["pixel_auroc"] = Metric(undefined="no masks") if pixel is None else Metric(pixel)
+    measured = CategoryMetrics(metrics, 4, 5)
+    return CategoryResult(record, dataclasses.replace(measured, defects={"dent": measured}))
 
 
-def without_student(found: Result) -> Result:
+def without_student(made: CategoryResult) -> CategoryResult:
     """The same of a model that is a memory alone."""
-    fit = dataclasses.replace(found.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
-    recipe = dataclasses.replace(MODELS["memory"], seed=found.model.recipe.seed)
-    model = dataclasses.replace(found.model, recipe=recipe, fit=fit, files={"memory.safetensors": "m" * 64})
-    return dataclasses.replace(found, model=model)
+    fit = dataclasses.replace(made.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
+    recipe = dataclasses.replace(MODELS["memory"], seed=made.model.recipe.seed)
+    model = dataclasses.replace(made.model, recipe=recipe, fit=fit, files={"memory.safetensors": "m" * 64})
+    return dataclasses.replace(made, model=model)
 
 
 REPORT = Report(

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.evaluation.category import METRICS
-from stpm.evaluation.gate import Gate
+from stpm.evaluation.category_metrics import METRICS
+from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import GateOptions
 from stpm.options import Names
 
 
 def report(protocol: str = "model size", **values: float) -> dict[str, Any]:
-    figures = dict.fromkeys(METRICS) | {"image_auroc": 0.9, "image_false_alarm_rate": 0.02} | values
+    metrics = dict.fromkeys(METRICS) | {"image_auroc": 0.9, "image_false_alarm_rate": 0.02} | values
     meaning = {"mask_resolution": protocol, "versions": {"torch": str(values)}}
-    return {"categories": {"nut.v2": figures}, "mean": figures, "protocol": meaning}
+    return {"categories": {"nut.v2": metrics}, "mean": metrics, "protocol": meaning}
 
 
 def shortfalls(found: dict[str, Any], *require: str) -> list[str]:
-    return list(Gate.of(GateOptions(Names(require))).shortfalls(found))
+    return read_gate(GateOptions(Names(require))).shortfalls(found)
 
 
 def test_what_is_reached_is_not_said() -> None:
@@ -42,26 +42,26 @@ def test_what_falls_short_is_named_with_both_values() -> None:
 @pytest.mark.parametrize("text", ["image_auroc=0.9", "mean.image_auroc", "mean.auroc=0.9", "mean.image_auroc=95", "="])
 def test_a_requirement_that_cannot_be_read_says_how_it_is_written(text: str) -> None:
     with pytest.raises(ConfigError, match=r"mean\.image_auroc=0\.95|there are image_auroc"):
-        Gate.of(GateOptions(Names([text])))
+        read_gate(GateOptions(Names([text])))
 
 
 def test_a_baseline_is_reached_within_the_tolerance(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report()))
-    gate = Gate.of(GateOptions(baseline=str(path), tolerance=0.01))
-    assert list(gate.shortfalls(report(image_auroc=0.895, image_false_alarm_rate=0.025))) == []
-    assert list(gate.shortfalls(report(image_auroc=0.95, image_false_alarm_rate=0.0))) == []
-    worse = list(gate.shortfalls(report(image_auroc=0.88)))
+    gate = read_gate(GateOptions(baseline=str(path), tolerance=0.01))
+    assert gate.shortfalls(report(image_auroc=0.895, image_false_alarm_rate=0.025)) == []
+    assert gate.shortfalls(report(image_auroc=0.95, image_false_alarm_rate=0.0)) == []
+    worse = gate.shortfalls(report(image_auroc=0.88))
     assert len(worse) == 2
     assert "nut.v2.image_auroc is 0.8800; at least 0.9000 (within 0.01) was required" in worse
-    more = list(gate.shortfalls(report(image_false_alarm_rate=0.5)))
+    more = gate.shortfalls(report(image_false_alarm_rate=0.5))
     assert "mean.image_false_alarm_rate is 0.5000; at most 0.0200 (within 0.01) was required" in more
 
 
 def test_a_baseline_by_another_protocol_is_no_baseline(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report("original size")))
-    (line,) = Gate.of(GateOptions(baseline=str(path))).shortfalls(report())
+    (line,) = read_gate(GateOptions(baseline=str(path))).shortfalls(report())
     assert line == (
         "the baseline's mask_resolution is 'original size' and this report's 'model size': they do not compare"
     )
@@ -73,7 +73,7 @@ def test_a_baseline_that_is_none_is_an_error_before_any_work(tmp_path: Path, con
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match="baseline"):
-        Gate.of(GateOptions(baseline=str(path)))
+        read_gate(GateOptions(baseline=str(path)))
 
 
 def test_a_tolerance_below_zero_is_refused() -> None:

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from stpm.evaluation.intervals import bootstrapped, of_share
-from stpm.evaluation.metrics import UndefinedMetricError
+from stpm.errors import UndefinedMetricError
+from stpm.evaluation.intervals import bootstrap_intervals, wilson_interval
 
 
 def by_resampling(is_defect: np.ndarray, scores: np.ndarray, draws: int) -> dict[str, np.ndarray]:
-    """Ends of the interval by drawing images one by one, each figure by scikit-learn."""
+    """Ends of the interval by drawing images one by one, each metric by scikit-learn."""
     rng = np.random.default_rng(7)
     good, defects = np.flatnonzero(~is_defect), np.flatnonzero(is_defect)
     found: dict[str, list[float]] = {"auroc": [], "average_precision": [], "f1_max": []}
@@ -29,7 +29,7 @@ def test_intervals_are_those_of_drawing_images_one_by_one(ties: bool) -> None:
     is_defect = np.arange(60) < 25
     scores = (rng.normal(size=60) + 1.2 * is_defect).astype(np.float32)
     scores = np.round(scores) if ties else scores
-    ours = bootstrapped(is_defect, scores)
+    ours = bootstrap_intervals(is_defect, scores)
     for name, ends in by_resampling(is_defect, scores, 2000).items():
         assert ours[name] == pytest.approx(tuple(ends), abs=0.015), name
         assert ours[name][0] < ours[name][1]
@@ -38,33 +38,40 @@ def test_intervals_are_those_of_drawing_images_one_by_one(ties: bool) -> None:
 def test_two_calls_give_the_same() -> None:
     rng = np.random.default_rng(0)
     case = np.arange(3000) < 1000, rng.random(3000).astype(np.float32)
-    assert bootstrapped(*case) == bootstrapped(*case)
+    assert bootstrap_intervals(*case) == bootstrap_intervals(*case)
 
 
-def test_the_interval_holds_the_true_figure_as_often_as_it_says() -> None:
-    # Normal scores a deviation of 1 apart: AUROC is Φ(1/√2) = .7602.
+def test_the_interval_holds_the_true_auroc_as_often_as_it_says() -> None:
+    # Normal scores, one std apart: AUROC is Φ(1/√2) = .7602.
     rng = np.random.default_rng(11)
     is_defect = np.arange(120) < 60
     held = 0
     for _ in range(100):
-        low, high = bootstrapped(is_defect, (rng.normal(size=120) + is_defect).astype(np.float32))["auroc"]
+        low, high = bootstrap_intervals(is_defect, (rng.normal(size=120) + is_defect).astype(np.float32))["auroc"]
         held += low <= 0.7602 <= high
     # Of 100 at 95 %, fewer than 87 is a chance of one in a thousand.
     assert held >= 87
 
 
 def test_where_no_good_image_is_above_a_defect_the_interval_has_no_width() -> None:
-    assert bootstrapped(np.array([False, True, True]), np.array([0, 1, 2], np.float32))["auroc"] == (1.0, 1.0)
+    assert bootstrap_intervals(np.array([False, True, True]), np.array([0, 1, 2], np.float32))["auroc"] == (1.0, 1.0)
 
 
-def test_a_share_has_wilsons_interval() -> None:
+def test_a_fraction_has_wilsons_interval() -> None:
     # Newcombe, Statistics in Medicine 17 (1998), table I: 15 of 148, and 0 of 20.
-    assert of_share(np.arange(148) < 15, "images") == pytest.approx((0.0624, 0.1605), abs=1e-4)
-    assert of_share(np.zeros(20, bool), "images") == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson_interval(np.arange(148) < 15) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson_interval(np.zeros(20, bool)) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
-def test_one_class_alone_has_none() -> None:
-    with pytest.raises(UndefinedMetricError):
-        bootstrapped(np.ones(3, bool), np.zeros(3, np.float32))
-    with pytest.raises(UndefinedMetricError, match="no good ones"):
-        of_share(np.zeros(0, bool), "good ones")
+@pytest.mark.parametrize(
+    ("is_defect", "scores", "reason"),
+    [
+        ([False, False], [0.1, 0.2], "no defective ones among 2"),
+        ([True, True], [0.1, 0.2], "no good ones among 2"),
+        ([], [], "no defective ones among 0"),
+        ([True, False], [float("nan"), 0.2], "not finite"),
+    ],
+)
+def test_what_is_undefined_has_a_reason(is_defect: list[bool], scores: list[float], reason: str) -> None:
+    with pytest.raises(UndefinedMetricError, match=reason):
+        bootstrap_intervals(np.array(is_defect, bool), np.array(scores, np.float32))

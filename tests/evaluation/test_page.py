@@ -8,16 +8,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from stpm.evaluation.category import evaluate
-from stpm.evaluation.curves import Curves, Histogram
+from stpm.evaluation.category import LabelledScores, read_scores
+from stpm.evaluation.category_metrics import Metric
+from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.page import page
-from stpm.evaluation.report import Failure, Report, Result
+from stpm.evaluation.report import CategoryResult, Failure, Report
 from tests.browser import check_page
-from tests.evaluation.runs import PREPROCESSING, result, scored_run, without_student
+from tests.evaluation.runs import measured, result, scored_run, without_student
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
 HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 0.2]}
@@ -28,17 +30,27 @@ def evil_report() -> Report:
     sink = io.BytesIO()
     Image.new("RGB", (328, 160)).save(sink, "JPEG")
     tile = Tile(f"s3://b/{EVIL}/{EVIL}.png", EVIL, 0.5, EVIL, is_anomalous=True, picture=sink.getvalue())
-    histogram = Histogram((0.1, 0.5, 1.0), {"good": (2, 1), EVIL: (0, 3)}, 0.6, logarithmic=False)
+    scores = LabelledScores(
+        labels=np.array(["good", "good", EVIL]),
+        scores=np.array([0.1, 0.2, 0.9], np.float32),
+        verdicts=np.array([False, False, True]),
+        threshold=0.6,
+        pixels={},
+        no_pixels=EVIL,
+        error_count=0,
+        unlabelled_count=0,
+        problems=(),
+    )
     results = []
     for name, value in ((EVIL, 0.9), ("b", 0.5), ("bottle", None), ("d", 0.7)):
         made = result(name, 0, value, None)
-        figures = dataclasses.replace(
-            made.figures,
-            curves=Curves(image_roc=((0.0, 0.2, 1.0), (0.0, 0.9, 1.0)), scores=histogram),
-            defects={EVIL: made.figures.defects["dent"]},
-            undefined={"pixel_auroc": EVIL},
+        metrics = dataclasses.replace(
+            made.metrics,
+            metrics={**made.metrics.metrics, "pixel_auroc": Metric(undefined=EVIL)},
+            defects={EVIL: made.metrics.defects["dent"]},
         )
-        results.append(Result(made.model, figures, HISTORY, {"Largest scores": [tile], "False alarms": []}))
+        charts = draw_charts(scores, HISTORY, 2, salt=name)
+        results.append(CategoryResult(made.model, metrics, charts, {"Largest scores": [tile], "False alarms": []}))
     return Report(f"s3://b/{EVIL}", results, [Failure(EVIL, EVIL)])
 
 
@@ -81,10 +93,10 @@ def test_a_report_of_nothing_is_a_page() -> None:
 
 
 def test_a_real_run_is_a_page(tmp_path: Path) -> None:
-    target = scored_run(tmp_path)
-    made = result("nut", 0, 0.5, 0.5)
-    found = Result(made.model, evaluate(target, "nut", PREPROCESSING), HISTORY, galleries(target, "nut", PREPROCESSING))
-    text = page(Report("data", [found], []))
+    category = scored_run(tmp_path)
+    charts = draw_charts(read_scores(category), HISTORY, 2, salt="")
+    found = CategoryResult(result("nut", 0, 0.5, 0.5).model, measured(category), charts, galleries(category))
+    text = page(Report("data", [found]))
     tags = [tag for tag, _ in Tags(text).found]
     assert tags.count("svg") == 3
     assert tags.count("img") >= 4
@@ -92,12 +104,13 @@ def test_a_real_run_is_a_page(tmp_path: Path) -> None:
 
 
 def test_a_score_that_is_a_sum_says_of_what(tmp_path: Path) -> None:
-    target = scored_run(tmp_path, parts=True)
+    category = scored_run(tmp_path, parts=True)
+    charts = draw_charts(read_scores(category), {}, 0, salt="")
     made = without_student(result("nut", 0, 0.5, 0.5))
-    found = Result(made.model, evaluate(target, "nut", PREPROCESSING), {}, galleries(target, "nut", PREPROCESSING))
+    found = CategoryResult(made.model, measured(category), charts, galleries(category))
     (worst, *_) = found.galleries["Largest scores"]
     assert worst.parts == f"student {0.25 * worst.score:.3g} + memory {0.75 * worst.score:.3g}"
-    text = page(Report("data", [found], []))
+    text = page(Report("data", [found]))
     assert f"{worst.score:.3g} = {worst.parts}" in text
     # There are no losses to draw.
     assert [tag for tag, _ in Tags(text).found].count("svg") == 2

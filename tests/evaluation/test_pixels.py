@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from bench.peer_aupro import case as peer_case
-from stpm.evaluation.metrics import UndefinedMetricError
-from stpm.evaluation.pixels import PixelCounts
+from stpm.errors import UndefinedMetricError
+from stpm.evaluation.pixels import PixelCounts, count_pixels
 
 LIMITS = (0.05, 0.3, 1.0)
 
@@ -75,14 +75,14 @@ PEER = json.loads((Path(__file__).parent / "peer_aupro.json").read_text())
 
 @pytest.mark.parametrize("seed", range(len(PEER["aupro"])))
 def test_aupro_is_the_peers(seed: int) -> None:
-    counts = PixelCounts.of(*peer_case(seed))
+    counts = count_pixels(*peer_case(seed))
     assert [counts.aupro(limit).value for limit in PEER["limits"]] == pytest.approx(PEER["aupro"][seed], abs=2e-6)
 
 
 @pytest.mark.parametrize("seed", range(200))
 def test_figures_are_those_of_the_definitions(seed: int) -> None:
     maps, masks = random_case(np.random.default_rng(seed))
-    counts = PixelCounts.of(maps, masks)
+    counts = count_pixels(maps, masks)
     precision, recall, _ = precision_recall_curve(masks.ravel(), maps.ravel())
     f1 = [2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)]
     assert counts.auroc() == pytest.approx((roc_auc_score(masks.ravel(), maps.ravel()), 0.0))
@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_definitions(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_with_fewer_keys_the_exact_figure_is_within_the_bound(seed: int) -> None:
     maps, masks = random_case(np.random.default_rng(seed))
-    exact, coarse = PixelCounts.of(maps, masks), PixelCounts.of(maps, masks, most_keys=8)
+    exact, coarse = count_pixels(maps, masks), count_pixels(maps, masks, max_keys=8)
     assert len(coarse.keys) <= 8
     figures = [PixelCounts.auroc, PixelCounts.average_precision, PixelCounts.f1_max]
     figures += [lambda counts, limit=limit: counts.aupro(limit) for limit in LIMITS]
@@ -109,12 +109,12 @@ def test_with_fewer_keys_the_exact_figure_is_within_the_bound(seed: int) -> None
     st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(1, 200)), min_size=2, max_size=12),
     st.integers(1, 6),
 )
-def test_ties_in_any_order_are_within_the_bound(groups: list[tuple[int, bool, int]], most_keys: int) -> None:
+def test_ties_in_any_order_are_within_the_bound(groups: list[tuple[int, bool, int]], max_keys: int) -> None:
     """Groups of tied pixels, whose scores differ in the last bits alone."""
     scores = np.concatenate([np.full(count, 1 + score * 2.0**-23, np.float32) for score, _, count in groups])
     defects = np.concatenate([np.full(count, defect) for _, defect, count in groups])
     assume(defects.any() and not defects.all())
-    counts = PixelCounts.of(scores[None, None], defects[None, None], most_keys)
+    counts = count_pixels(scores[None, None], defects[None, None], max_keys)
     precision, recall, _ = precision_recall_curve(defects, scores)
     exact = {
         PixelCounts.auroc: roc_auc_score(defects, scores),
@@ -133,7 +133,7 @@ def test_tied_defects_that_come_first_are_within_the_bound() -> None:
     """100 good pixels on top, then 100 tied defects beside 200 good ones that score a little less."""
     scores = np.repeat(np.array([2.0, 1 + 2.0**-23, 1.0], np.float32), [100, 100, 200])
     defects = np.repeat([False, True, False], [100, 100, 200])
-    value, error = PixelCounts.of(scores[None, None], defects[None, None], most_keys=2).average_precision()
+    value, error = count_pixels(scores[None, None], defects[None, None], max_keys=2).average_precision()
     assert (value, average_precision_score(defects, scores)) == pytest.approx((0.25, 0.5))
     assert error == pytest.approx(0.25)
 
@@ -143,9 +143,7 @@ def test_the_bound_is_below_1e_4_on_maps_like_real_ones() -> None:
     masks = np.zeros((40, 128, 128), bool)
     masks[::2, 40:60, 50:90] = True
     maps = (rng.lognormal(-9, 1.5, masks.shape) * np.where(masks, 4, 1)).astype(np.float32)
-    counts = sum(
-        (PixelCounts.of(m[None], k[None]) for m, k in zip(maps, masks, strict=True)), start=PixelCounts.empty()
-    )
+    counts = sum((count_pixels(m[None], k[None]) for m, k in zip(maps, masks, strict=True)), start=PixelCounts.empty())
     assert counts.lost_bits > 0
     for figure in (counts.auroc(), counts.average_precision(), counts.f1_max(), counts.aupro(0.3), counts.aupro(0.05)):
         assert figure.error < 1e-4
@@ -155,11 +153,11 @@ def test_the_bound_is_below_1e_4_on_maps_like_real_ones() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(4, 200), st.data())
-def test_the_order_and_grouping_of_merges_do_not_matter(seed: int, most_keys: int, data: st.DataObject) -> None:
+def test_the_order_and_grouping_of_merges_do_not_matter(seed: int, max_keys: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)
     maps, masks = rng.lognormal(0, 3, (6, 5, 5)).astype(np.float32), rng.random((6, 5, 5)) < 0.3
-    whole = PixelCounts.of(maps, masks, most_keys)
-    parts = [PixelCounts.of(maps[i : i + 1], masks[i : i + 1], most_keys) for i in data.draw(st.permutations(range(6)))]
+    whole = count_pixels(maps, masks, max_keys)
+    parts = [count_pixels(maps[i : i + 1], masks[i : i + 1], max_keys) for i in data.draw(st.permutations(range(6)))]
     while len(parts) > 1:
         i = data.draw(st.integers(0, len(parts) - 2))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -178,7 +176,7 @@ def test_regions_touch_at_corners_and_never_across_images() -> None:
     masks[1, 0, 0] = True
     maps = np.zeros(masks.shape, np.float32)
     maps[1, 0, 0] = 1
-    counts = PixelCounts.of(maps, masks)
+    counts = count_pixels(maps, masks)
     assert counts.regions == 2
     # Found: all of one region, none of the other, before any good pixel; then straight to the far corner.
     assert counts.aupro(1.0).value == pytest.approx((0.5 + 1.0) / 2)
@@ -190,7 +188,7 @@ def test_the_state_does_not_grow_with_the_number_of_images() -> None:
     counts = PixelCounts.empty()
     for _ in range(60):
         maps = rng.lognormal(0, 1, (4, 64, 64)).astype(np.float32)
-        counts += PixelCounts.of(maps, rng.random(maps.shape) < 0.01)
+        counts += count_pixels(maps, rng.random(maps.shape) < 0.01)
         sizes.append(len(pickle.dumps(counts)))
     assert max(sizes) < 2**17 * 28 + 10_000
     assert counts.good.sum() + counts.defect.sum() == 60 * 4 * 64 * 64
@@ -199,7 +197,7 @@ def test_the_state_does_not_grow_with_the_number_of_images() -> None:
 def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
     maps = np.array([[[-2.0, -1.0, -0.0, 0.0, 1.0]]], np.float32)
     masks = np.array([[[False, False, False, True, True]]])
-    counts = PixelCounts.of(maps, masks)
+    counts = count_pixels(maps, masks)
     assert len(counts.keys) == 4
     assert counts.auroc().value == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()))
 
@@ -215,9 +213,9 @@ def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
 )
 def test_what_is_undefined_has_a_reason(maps: list[list[float]], masks: list[list[bool]], reason: str) -> None:
     with pytest.raises(UndefinedMetricError, match=reason):
-        PixelCounts.of(np.array([maps], np.float32), np.array([masks])).aupro(0.3)
+        count_pixels(np.array([maps], np.float32), np.array([masks])).aupro(0.3)
 
 
 def test_maps_and_masks_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
-        PixelCounts.of(np.zeros((1, 2, 2), np.float32), np.zeros((1, 2, 3), bool))
+        count_pixels(np.zeros((1, 2, 2), np.float32), np.zeros((1, 2, 3), bool))

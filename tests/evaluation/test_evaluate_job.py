@@ -1,4 +1,4 @@
-"""The evaluate job's refusals, before Ray is started."""
+"""The evaluate job's steps and refusals, without Ray."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from stpm.errors import ConfigError
+from stpm.evaluation.evaluate_job import evaluate_category, publish_report, run_evaluate
+from stpm.evaluation.gate import Gate, Requirement
 from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions
-from stpm.evaluation.run import run_evaluate
-from tests.evaluation.runs import scored_run
+from stpm.evaluation.report import Report
+from tests.evaluation.runs import result, scored_run
 
 
 def evaluated(**options: str) -> tuple[int, str]:
@@ -28,7 +30,7 @@ def test_a_run_folder_that_is_none_is_said(tmp_path: Path) -> None:
 
 
 def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path) -> None:
-    target = scored_run(tmp_path)
+    target = scored_run(tmp_path).target
     Path(target.home).mkdir(parents=True)
     code, said = evaluated(scores=target.out)
     assert code == 3
@@ -36,7 +38,7 @@ def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path) -> None:
 
 
 def test_the_models_that_made_the_scores_are_asked_for_and_no_others(tmp_path: Path) -> None:
-    target = scored_run(tmp_path)
+    target = scored_run(tmp_path).target
     Path(target.home).mkdir(parents=True)
     run = {"identity": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models")}
     (Path(target.home) / "run.json").write_text(json.dumps(run))
@@ -46,7 +48,21 @@ def test_the_models_that_made_the_scores_are_asked_for_and_no_others(tmp_path: P
 
 
 def test_a_baseline_is_read_before_anything_else(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"baseline nothing\.json: cannot be read"):
+    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
         run_evaluate(
             EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"), print
         )
+
+
+def test_a_category_is_evaluated_and_published_and_held_against_the_gate(tmp_path: Path) -> None:
+    category = scored_run(tmp_path / "scored")
+    found = evaluate_category(category.target, result("nut", 0, None, None).model, {}, "model")
+    assert Path(category.target.out, "gallery/seed-0/nut.png").is_file()
+    said: list[str] = []
+    out = str(tmp_path / "report")
+    report = Report("data", [found])
+    assert publish_report(report, out, Gate((), {}), said.append) == 0
+    assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
+    gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
+    assert publish_report(report, out, gate, said.append) == 2
+    assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in said)

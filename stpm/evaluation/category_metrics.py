@@ -1,0 +1,135 @@
+"""The metrics of one category: which there are, and how they are measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from stpm.errors import UndefinedMetricError
+from stpm.evaluation.category import LabelledScores
+from stpm.evaluation.intervals import Flags, Interval, Scores, bootstrap_intervals, wilson_interval
+
+# Title of each metric, in the order of the report's table: what papers compare first.
+METRICS = {
+    "image_auroc": "image AUROC",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_aupro": "AUPRO 0.3",
+    "image_recall": "recall",
+    "image_false_alarm_rate": "false alarms",
+    "image_average_precision": "image AP",
+    "image_f1_max": "image F1-max",
+    "pixel_average_precision": "pixel AP",
+    "pixel_f1_max": "pixel F1-max",
+    "pixel_aupro_05": "AUPRO 0.05",
+}
+LOWER_IS_BETTER = frozenset({"image_false_alarm_rate"})
+# Largest false positive rate of each AUPRO: the customary one, and a strict one.
+AUPRO_LIMITS = {"pixel_aupro": 0.3, "pixel_aupro_05": 0.05}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value in [0, 1]; or None, and `undefined` says why.
+
+    `interval` is the 95 % confidence interval of an image metric, `max_error` the largest error of a pixel metric.
+    """
+
+    value: float | None = None
+    interval: Interval | None = None
+    max_error: float = 0.0
+    undefined: str = ""
+
+
+@dataclass(frozen=True)
+class CategoryMetrics:
+    """Metrics of a category's labelled images, or of one defect type against all good images.
+
+    `metrics` has each of METRICS. Recall and false-alarm rate are the verdicts' at the calibrated threshold; F1-max
+    takes the best threshold, chosen with the labels. `error_count` images have a label and could not be scored,
+    `unlabelled_count` have none; `problems` says what went wrong, one line each. `defects` is by defect type.
+    """
+
+    metrics: Mapping[str, Metric]
+    good_count: int
+    defect_count: int
+    error_count: int = 0
+    unlabelled_count: int = 0
+    problems: tuple[str, ...] = ()
+    defects: Mapping[str, CategoryMetrics] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The value of each metric."""
+        return {name: metric.value for name, metric in self.metrics.items()}
+
+    @property
+    def undefined(self) -> dict[str, str]:
+        """The reason for each metric without a value."""
+        return {name: metric.undefined for name, metric in self.metrics.items() if metric.value is None}
+
+    @property
+    def pixel_error(self) -> float:
+        """The largest error of any pixel metric."""
+        return max(metric.max_error for metric in self.metrics.values())
+
+
+def measure_category(scores: LabelledScores) -> CategoryMetrics:
+    """Measure a category and each of its defect types."""
+    return dataclasses.replace(
+        _measure(scores),
+        error_count=scores.error_count,
+        unlabelled_count=scores.unlabelled_count,
+        problems=scores.problems,
+        defects={label: _measure(scores.of_defect(label)) for label in scores.defect_types},
+    )
+
+
+def _measure(scores: LabelledScores) -> CategoryMetrics:
+    is_defect = scores.is_defect
+    metrics = {
+        **_rank_metrics(is_defect, scores.scores),
+        **_pixel_metrics(scores),
+        "image_recall": _fraction(scores.verdicts[is_defect], "defective ones"),
+        "image_false_alarm_rate": _fraction(scores.verdicts[~is_defect], "good ones"),
+    }
+    defects = int(is_defect.sum())
+    return CategoryMetrics({name: metrics[name] for name in METRICS}, len(is_defect) - defects, defects)
+
+
+def _rank_metrics(is_defect: Flags, scores: Scores) -> dict[str, Metric]:
+    """Measure what depends on the order of the scores alone, by scikit-learn."""
+    try:
+        intervals = bootstrap_intervals(is_defect, scores)
+    except UndefinedMetricError as error:
+        return {f"image_{name}": Metric(undefined=str(error)) for name in ("auroc", "average_precision", "f1_max")}
+    precision, recall, _ = precision_recall_curve(is_defect, scores)
+    values = {
+        "auroc": roc_auc_score(is_defect, scores),
+        "average_precision": average_precision_score(is_defect, scores),
+        "f1_max": (2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)).max(),
+    }
+    return {f"image_{name}": Metric(float(value), intervals[name]) for name, value in values.items()}
+
+
+def _pixel_metrics(scores: LabelledScores) -> dict[str, Metric]:
+    try:
+        counts = scores.pixel_counts()
+        bounded = {
+            "pixel_auroc": counts.auroc(),
+            "pixel_average_precision": counts.average_precision(),
+            "pixel_f1_max": counts.f1_max(),
+            **{name: counts.aupro(limit) for name, limit in AUPRO_LIMITS.items()},
+        }
+    except UndefinedMetricError as error:
+        return {name: Metric(undefined=str(error)) for name in METRICS if name.startswith("pixel")}
+    return {name: Metric(value, max_error=error) for name, (value, error) in bounded.items()}
+
+
+def _fraction(flags: Flags, name: str) -> Metric:
+    if not flags.size:
+        return Metric(undefined=f"no {name}")
+    return Metric(float(flags.mean()), wilson_interval(flags))

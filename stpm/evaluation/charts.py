@@ -1,0 +1,123 @@
+"""The charts of a category in the report: SVG that takes its text colour from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from sklearn.metrics import roc_curve
+
+from stpm.errors import UndefinedMetricError
+from stpm.evaluation.category import LabelledScores
+from stpm.evaluation.category_metrics import AUPRO_LIMITS
+from stpm.evaluation.intervals import Scores, require_both_classes
+from stpm.evaluation.pixels import Curve
+from stpm.loss_chart import draw_losses
+from stpm.mvtec import GOOD
+
+# Replaced by the page's own colour: no series has it.
+_INK = "#010203"
+_STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    # Okabe and Ito's palette without its black and yellow: the colour-blind can tell them apart on light and dark.
+    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]),
+    "font.family": "sans-serif",
+    "font.size": 9,
+    # Pixel curves have up to 131,072 points.
+    "path.simplify_threshold": 0.5,
+    "svg.fonttype": "none",
+    # A label may hold dollar signs.
+    "text.parse_math": False,
+}
+_BEFORE_SVG = re.compile(r"^.*?(?=<svg)", re.DOTALL)
+_METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
+
+_BINS = 30
+# Ratio of the largest to the smallest score above which the bins are equally wide in the logarithm.
+_LOG_SCALE_FROM = 30.0
+
+
+def draw_charts(
+    scores: LabelledScores, history: Mapping[str, Sequence[float]], kept_epoch: int, salt: str
+) -> dict[str, str]:
+    """Draw curves, score histogram and losses of a category as SVG by title, without those that would be empty.
+
+    Args:
+        scores: of the category's labelled images.
+        history: loss per epoch, by column; empty if there is no student.
+        kept_epoch: number of the epoch that was kept.
+        salt: keeps the ids in these charts apart from those of other charts on the same page.
+    """
+    charts: dict[str, Callable[[Axes], None]] = {}
+    if curves := roc_curves(scores):
+        charts["Curves"] = lambda axes: _draw_curves(axes, curves)
+    if len(scores.scores):
+        charts["Scores of test images"] = lambda axes: _draw_histogram(axes, scores)
+    if history:
+        charts["Loss"] = lambda axes: draw_losses(axes, history, kept_epoch)
+    return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items()}
+
+
+def roc_curves(scores: LabelledScores) -> dict[str, Curve]:
+    """Compute false positive rate (x) and recall or per-region overlap (y) of each curve that is defined."""
+    curves: dict[str, Curve] = {}
+    with suppress(UndefinedMetricError):
+        require_both_classes(scores.is_defect, scores.scores)
+        curves["image ROC"] = roc_curve(scores.is_defect, scores.scores)[:2]
+    with suppress(UndefinedMetricError):
+        counts, limit = scores.pixel_counts(), AUPRO_LIMITS["pixel_aupro"]
+        curves |= {"pixel ROC": counts.roc_curve(), f"PRO to {limit}": counts.pro_curve(limit)}
+    return curves
+
+
+def histogram_bins(scores: Scores, threshold: float) -> tuple[npt.NDArray[np.float64], bool]:
+    """Choose edges that hold every score and the threshold, and whether the scale is logarithmic."""
+    low, high = float(min(scores.min(), threshold)), float(max(scores.max(), threshold))
+    logarithmic = low > 0 and high / low > _LOG_SCALE_FROM
+    # A single value gets a range of 1.
+    edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high + (high == low), _BINS + 1)
+    # Rounding must not leave out the smallest or the largest score.
+    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
+    return edges, logarithmic
+
+
+def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name)
+    axes.set(xlabel="false positive rate", ylabel="recall or overlap", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.legend(loc="lower right")
+
+
+def _draw_histogram(axes: Axes, scores: LabelledScores) -> None:
+    """Draw images by score, stacked by label with the good ones first, and the threshold."""
+    edges, logarithmic = histogram_bins(scores.scores, scores.threshold)
+    labels = [label for label in (GOOD, *scores.defect_types) if label in scores.labels]
+    axes.hist([scores.scores[scores.labels == label] for label in labels], edges.tolist(), stacked=True, label=labels)
+    axes.axvline(scores.threshold, color=_INK, linestyle="--", linewidth=1, label="threshold")
+    axes.set(xlabel="score", ylabel="images")
+    if logarithmic:
+        axes.set_xscale("log")
+        # Powers of ten need mathematics in labels, which is off.
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=7)
+
+
+def _svg(draw: Callable[[Axes], None], salt: str) -> str:
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Figure((3.6, 2.7), layout="constrained")
+        draw(figure.subplots())
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
+    svg = _METADATA.sub("", _BEFORE_SVG.sub("", sink.getvalue()))
+    return svg.replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from stpm.evaluation.gallery import defect_sheet, galleries
+from tests.evaluation.runs import measured, scored_run
+
+
+def test_the_sheet_shows_four_defects(tmp_path: Path) -> None:
+    category = scored_run(tmp_path)
+    picture = defect_sheet(category)
+    assert picture
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.size == (2 * 520 + 24, 2 * 278 + 24)
+        # The second half of each cell is half image, of some grey, and half heatmap, of the palette's last red.
+        red, green, blue = image.getpixel((8 + 256 + 8 + 200, 8 + 200))  # type: ignore[misc]
+        assert 100 < red < 135
+        assert max(green, blue) < 70
+    assert defect_sheet(dataclasses.replace(category, name="no-such-category")) is None
+
+
+def test_galleries_show_what_was_missed_and_what_was_wrongly_called(tmp_path: Path) -> None:
+    category = scored_run(tmp_path)
+    rows = {str(row["uri"]): row for row in category.rows().to_pylist()}
+    found = galleries(category, max_tiles=20)
+    largest = [tile.score for tile in found["Largest scores"]]
+    assert largest == sorted((row["score"] for row in rows.values()), reverse=True)
+    missed = {uri for uri, row in rows.items() if row["label"] != "good" and not row["is_anomalous"]}
+    assert {tile.uri for tile in found["Missed defects"]} == missed
+    alarms = {uri for uri, row in rows.items() if row["label"] == "good" and row["is_anomalous"]}
+    assert {tile.uri for tile in found["False alarms"]} == alarms
+    with Image.open(io.BytesIO(found["Largest scores"][0].picture)) as image:
+        assert (image.format, image.size) == ("JPEG", (328, 160))
+
+
+def test_an_image_that_is_gone_is_left_out_of_the_galleries_and_counted(tmp_path: Path) -> None:
+    category = scored_run(tmp_path)
+    for row in category.rows().to_pylist()[:3]:
+        Path(str(row["uri"])).unlink()
+    assert len(galleries(category, max_tiles=20)["Largest scores"]) == 9
+    assert measured(category).good_count == 6
