@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from stpm import images
 from stpm.errors import ImageError
-from stpm.images import DECODING_BYTES, MAX_BYTES
+from stpm.images import DECODING_BYTES, MAX_BYTES, SUSPECT_ERRORS
 from stpm.preprocessing import Preprocessing
 from stpm.scoring import archives, meters
 from stpm.scoring.archives import Place
 from stpm.scoring.options import IMAGE_SECONDS
-from stpm.scoring.progress import Done
+from stpm.scoring.progress import Done, Report, Tried
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_carried
 from stpm.scoring.time_limit import run_within
 
@@ -37,7 +37,7 @@ class Decode:
         preprocessing: that of each category's model; a category that is not among them has no model.
         seconds: that fetching and decoding one image may take.
         fetchers: images that one task fetches at a time.
-        report: told of the CPU time that each batch took; None tells nobody.
+        report: told of the CPU time that each batch took, and of what failed; None tells nobody.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Decode:
         preprocessing: Mapping[str, Preprocessing],
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
-        report: Callable[[Done], None] | None = None,
+        report: Report | None = None,
     ) -> None:
         self._report = report
         self._preprocessing = dict(preprocessing)
@@ -62,7 +62,11 @@ class Decode:
         computed = time.process_time() - began
         meters.spent("decode", computed)
         if self._report:
-            self._report(Done(decode_seconds=computed))
+            # What the manifest refused says nothing of storage.
+            tried = [r for row, r in zip(rows, results, strict=True) if not row["error_kind"]]
+            suspect = [r for r in tried if isinstance(r, ImageError) and r.kind in SUSPECT_ERRORS]
+            error = f"{suspect[-1].kind}: {suspect[-1]}" if suspect else ""
+            self._report(Done(decode_seconds=computed), Tried("decode", len(tried), len(suspect), error))
         columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names}
         good = [r if isinstance(r, images.Decoded) else None for r in results]
         columns["pixels"] = [r.pixels.data.cast("B") if r else b"" for r in good]

@@ -75,7 +75,7 @@ def score_shards(
     context.checkpoint_config = checkpoints(target.checkpoint)
     out_filesystem, out_path = storage.arrow_filesystem(target.scores)
     pictures = f"heatmaps/{target.name}"
-    with DataContext.current(context), followed(progress) as report:
+    with DataContext.current(context), followed(progress, breaks=not options.accept_errors) as report:
         write = WriteHeatmaps(
             target.out, pictures, target.heatmaps, preprocessing, target.overlays, target.heatmaps_in, report
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,14 +23,12 @@ _SHOWN = 10
 class Done(NamedTuple):
     """Rows that scorers are done with, those of them that are errors or anomalous; seconds that each stage computed.
 
-    `suspect` are errors that storage, a model or a device may be the cause of, and not the image. Seconds are those of
-    a CPU core, but for the forward pass on a GPU. A task that ran twice counts twice.
+    Seconds are those of a CPU core, but for the forward pass on a GPU. A task that ran twice counts twice.
     """
 
     rows: int = 0
     errors: int = 0
     anomalous: int = 0
-    suspect: int = 0
     decode_seconds: float = 0.0
     forward_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -45,6 +43,15 @@ class Left(NamedTuple):
     uri: str
     error_kind: str
     error_message: str
+
+
+class Tried(NamedTuple):
+    """Images of a batch that a stage tried; `suspect` failed for what may not be their own fault, the last as `error`."""
+
+    stage: str
+    images: int
+    suspect: int
+    error: str
 
 
 class Breaker:
@@ -79,27 +86,29 @@ class Tally:
 
     Args:
         clock: seconds, for tests.
+        breaks: say when the pass should end. Stages are looked at apart: those that come first run ahead.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, breaks: bool = True) -> None:
         self._clock = clock
+        self._breaks = breaks
         self._done = Done()
         self._left: list[Left] = []
-        self._breaker = Breaker()
+        self._breakers: defaultdict[str, Breaker] = defaultdict(Breaker)
         self._broken = ""
         # When how many rows were done, at most once a second.
         self._marks: list[tuple[float, int]] = []
         self._last = 0.0
 
-    def add(self, done: Done, left: Sequence[Left] = ()) -> str:
+    def add(self, done: Done, tried: Tried | None = None, left: Sequence[Left] = ()) -> str:
         """Returns why the pass should end, or ""."""
         self._done += done
         self._left += left[: _SHOWN - len(self._left)]
-        if done.rows:
-            self._breaker.add(done.rows, done.suspect)
-        if self._breaker.is_open and not self._broken:
-            last = f"{left[-1].error_kind}: {left[-1].error_message}" if left else "missing"
-            self._broken = f"{self._breaker.in_words()}, the last one as {last}"
+        if tried and self._breaks:
+            breaker = self._breakers[tried.stage]
+            breaker.add(tried.images, tried.suspect)
+            if breaker.is_open and not self._broken:
+                self._broken = f"{breaker.in_words()}, the last one as {tried.error}"
         self._last = self._clock()
         if done.rows and (not self._marks or self._last - self._marks[-1][0] >= _POLL_SECONDS):
             self._marks.append((self._last, self._done.rows))
@@ -127,15 +136,15 @@ class Tally:
 
 
 class Report:
-    """What a task calls with what it has done; nothing waits for it, but for a task with suspect errors."""
+    """What a task calls with what it has done; nothing waits for it, but for a task whose images failed."""
 
     def __init__(self, tally: Any) -> None:
         self._tally = tally
 
-    def __call__(self, done: Done, left: Sequence[Left] = ()) -> None:
+    def __call__(self, done: Done, tried: Tried | None = None, left: Sequence[Left] = ()) -> None:
         """Raises CutOffError if so much failed that going on is of no use."""
-        told = self._tally.add.remote(done, left)
-        if done.suspect and (reason := ray.get(told)):
+        told = self._tally.add.remote(done, tried, left)
+        if tried and tried.suspect and (reason := ray.get(told)):
             raise CutOffError(reason)
 
     def left(self) -> list[Left]:
@@ -199,9 +208,9 @@ class Progress:
 
 
 @contextmanager
-def followed(progress: Progress) -> Iterator[Report]:
-    """What tasks report to in the block is told while it runs."""
-    tally = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(Tally).remote()
+def followed(progress: Progress, *, breaks: bool = True) -> Iterator[Report]:
+    """What tasks report to in the block is told while it runs; it may end them, see `Tally`."""
+    tally = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(Tally).remote(breaks=breaks)
     report = Report(tally)
     stop = threading.Event()
 

@@ -17,11 +17,11 @@ import torch
 from stpm.errors import ImageError, ModelError, ModelUnreadableError
 from stpm.forward import Matcher, pick_device
 from stpm.fusion import AnomalyMap
-from stpm.images import TRANSIENT_ERRORS
+from stpm.images import SUSPECT_ERRORS, TRANSIENT_ERRORS
 from stpm.models import Model, ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import meters
-from stpm.scoring.progress import Done, Left, Report
+from stpm.scoring.progress import Done, Left, Report, Tried
 from stpm.scoring.schema import DECODED, SCORED, table, with_carried
 from stpm.scoring.scorer_actor import LARGEST_BATCH
 
@@ -29,8 +29,6 @@ FIRST_BATCH = 16
 _WORTH_IT = 1.05
 # Seconds until a model that could not be loaded is tried again.
 _TRIED_AGAIN_AFTER = 60.0
-# What storage that is not mounted looks like too.
-_SUSPECT = frozenset((*TRANSIENT_ERRORS, "missing"))
 # Columns whose values the scorer looks at, or changes; others go through as they are.
 _READ = ("category", "width", "height", "error_kind", "error_message")
 
@@ -131,22 +129,25 @@ class Scorer:
         result = with_carried(table(columns, SCORED), batch)
         computed = self._clock() - start
         meters.spent("forward", computed)
-        self._tell(batch["uri"], columns, computed)
+        self._tell(batch["uri"], batch["error_kind"].to_pylist(), columns, computed)
         self._idle_since = time.perf_counter()
         kept = [kind not in self._left_out for kind in columns["error_kind"]]
         return result if all(kept) else result.filter(pa.array(kept))
 
-    def _tell(self, uris: pa.ChunkedArray, columns: dict[str, Any], seconds: float) -> None:
-        """Report a batch that took so many seconds, the rows that are left out too."""
+    def _tell(self, uris: pa.ChunkedArray, arrived: list[str], columns: dict[str, Any], seconds: float) -> None:
+        """Report a batch that arrived with such errors and took so many seconds, the rows that are left out too."""
         kinds, messages = columns["error_kind"], columns["error_message"]
         left = [i for i, kind in enumerate(kinds) if kind in self._left_out]
         meters.count_images((columns["category"][i], kinds[i], False) for i in left)
         if self._report:
-            failed = sum(map(bool, kinds))
-            suspect = sum(kind in _SUSPECT for kind in kinds) if self._left_out else 0
-            anomalous = sum(map(bool, columns["is_anomalous"]))
+            tried = [i for i, before in enumerate(arrived) if not before]
+            suspect = [i for i in tried if kinds[i] in SUSPECT_ERRORS]
+            error = f"{kinds[suspect[-1]]}: {messages[suspect[-1]]}" if suspect else ""
             self._report(
-                Done(len(kinds), failed, anomalous, suspect, forward_seconds=seconds),
+                Done(
+                    len(kinds), sum(map(bool, kinds)), sum(map(bool, columns["is_anomalous"])), forward_seconds=seconds
+                ),
+                Tried("forward", len(tried), len(suspect), error),
                 [Left(uris[i].as_py(), kinds[i], messages[i]) for i in left],
             )
 

@@ -28,6 +28,8 @@ from tests.datasets import make_category
 pytestmark = pytest.mark.cluster
 
 SHARE, REFUSING_SECONDS = 0.05, 30.0
+# So many that decoding would be through with them only long after it was to be stopped.
+IMAGES = 2000
 
 
 class Rough(BaseHTTPRequestHandler):
@@ -158,8 +160,8 @@ def test_storage_that_refuses_writes_for_half_a_minute_costs_time_alone(
 def test_credentials_that_expire_stop_a_pass_and_spoil_no_row(rough: dict[str, str], options: list[str]) -> None:
     images, out = "s3://bucket/many", "s3://bucket/expired"
     data = storage.read(storage.files("s3://bucket/data/nut/test")[0][0])
-    for i in range(700):
-        storage.publish(f"{images}/{i:03}.png", data)
+    for i in range(IMAGES):
+        storage.publish(f"{images}/{i:04}.png", data)
     options[options.index("--images") + 1] = images
     options += ["--out", out, "--heatmaps", "none", "--rows-per-file", "32"]
 
@@ -170,18 +172,18 @@ def test_credentials_that_expire_stop_a_pass_and_spoil_no_row(rough: dict[str, s
     assert "of the latest 2" in ran.stderr
     assert "unreadable: PermissionError: The token is expired" in ran.stderr
     assert "Traceback" not in ran.stderr
-    assert Rough.done["asked for"] < 650
+    assert Rough.done["asked for"] < IMAGES / 2
     assert not storage.exists(f"{out}/_SUCCESS")
 
     # A few are denied: they are left, and final only where that is wanted.
-    Rough.denied = "/many/00", 0
+    Rough.denied = "/many/000", 0
     ran = run_job("score", *options, **rough)
     assert ran.returncode == 2
     assert "10 images are left" in ran.stdout
-    assert "s3://bucket/many/000.png: unreadable: PermissionError" in ran.stdout
+    assert "s3://bucket/many/0000.png: unreadable: PermissionError" in ran.stdout
     assert not storage.exists(f"{out}/_SUCCESS")
     ran = run_job("score", *options, "--accept-errors", **rough)
-    assert ran.returncode == 2
-    assert "700 rows" in ran.stdout
+    assert ran.returncode == 0
+    assert f"{IMAGES} rows" in ran.stdout
     assert "10 with an error (10 unreadable)" in ran.stdout
     assert storage.exists(f"{out}/_SUCCESS")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from stpm.scoring.progress import Breaker, Done, Left, Progress, Tally
+from stpm.scoring.progress import Breaker, Done, Left, Progress, Tally, Tried
 
 
 class Clock:
@@ -42,12 +42,17 @@ def test_a_tally_adds_up() -> None:
 
 
 def test_a_tally_ends_the_pass_once_most_of_the_latest_images_failed() -> None:
-    tally = Tally()
+    failed = Tried("decode", 64, 64, "unreadable: expired")
+    tally, patient = Tally(), Tally(breaks=False)
     left = [Left(f"{i}.png", "unreadable", "expired") for i in range(64)]
-    assert tally.add(Done(100_000)) == ""
-    # As many at once count as they are: half of the latest 256, and then more.
-    assert [bool(tally.add(Done(64, suspect=64), left)) for _ in range(6)] == [False, False, False, True, True, True]
-    assert tally.broken() == "256 of the latest 256 images failed, the last one as unreadable: expired"
+    told = []
+    for _ in range(4):
+        # Scorers that are behind, and well, do not hide that decoding fails.
+        assert tally.add(Done(64), Tried("forward", 64, 0, "")) == ""
+        told.append(tally.add(Done(), failed, left))
+        assert patient.add(Done(), failed, left) == ""
+    assert told == ["", "", "", "256 of the latest 256 images failed, the last one as unreadable: expired"]
+    assert tally.broken() == told[-1]
     assert tally.left() == left[:10]
 
 

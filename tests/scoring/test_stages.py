@@ -10,7 +10,7 @@ import tarfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -259,11 +259,23 @@ def test_rows_that_storage_failed_are_left_to_the_next_run(
     decoded = Decode(PREPROCESSING)(rows_at([uris[0], "expired://a.png", *uris[1:], "/gone.png"], ["nut"] * 5))
     assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]
     told: list[Any] = []
-    report: Any = lambda done, left: told.append((done.rows, done.errors, done.suspect, [each[:2] for each in left]))  # noqa: E731
-    for accept, rows in ((False, [*uris, "/gone.png"]), (True, [uris[0], "expired://a.png", *uris[1:], "/gone.png"])):
-        stage = Scorer(str(run / "models"), 0.3, False, False, threads=1, report=report, accept_errors=accept)
+
+    def report(done: Any, tried: Any, left: Any = ()) -> None:
+        told.append((done.rows, done.errors, tried[:3], [each[:2] for each in left]))
+
+    everything = [uris[0], "expired://a.png", *uris[1:], "/gone.png"]
+    Decode(PREPROCESSING, report=cast(Any, report))(rows_at(everything, ["nut"] * 5))
+    for accept, rows in ((False, [*uris, "/gone.png"]), (True, everything)):
+        stage = Scorer(
+            str(run / "models"), 0.3, False, False, threads=1, report=cast(Any, report), accept_errors=accept
+        )
         assert stage(decoded)["uri"].to_pylist() == rows
-    assert told == [(5, 2, 2, [("expired://a.png", "unreadable")]), (5, 2, 0, [])]
+    # What failed is told of by the stage that it failed in.
+    assert told == [
+        (0, 0, ("decode", 5, 2), []),
+        (5, 2, ("forward", 3, 0), [("expired://a.png", "unreadable")]),
+        (5, 2, ("forward", 3, 0), []),
+    ]
 
 
 def test_a_model_that_storage_did_not_give_is_tried_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
