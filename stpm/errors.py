@@ -28,6 +28,10 @@ class ModelError(StpmError):
     """A model, a teacher or a store that is missing, foreign or damaged."""
 
 
+class NoModelError(ModelError):
+    """A category that has no model."""
+
+
 class ModelUnreadableError(ModelError):
     """A model that storage did not give: it may be there, and be as it should."""
 

@@ -205,10 +205,14 @@ class Lease:
         self._renewed = self._clock()
         if not storage.create(self._uri(number), self._holder.encode()):
             return False
+        others = [each for each in self._numbers() if each != number]
+        if max(others, default=-1) > number:
+            # Others have come and gone since the numbers were listed, and this one was free again.
+            storage.remove(self._uri(number))
+            return False
         self._number = number
-        for older in self._numbers():
-            if older < number:
-                storage.remove(self._uri(older))
+        for older in others:
+            storage.remove(self._uri(older))
         return True
 
     def _latest(self) -> tuple[int, bytes]:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.calibration import Calibration, PartScale
-from stpm.errors import DataError, ModelError, ModelUnreadableError
+from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
 from stpm.preprocessing import Preprocessing
 from stpm.recipe import Precision, Recipe
 from stpm.record import CALIBRATION, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
@@ -191,7 +191,7 @@ class ModelStore:
         try:
             return Current(**json.loads(_read(uri)))
         except FileNotFoundError as error:
-            raise ModelError(f"{self.uri}: no model for category {category!r}") from error
+            raise NoModelError(f"{self.uri}: no model for category {category!r}") from error
         except (TypeError, ValueError) as error:
             raise ModelError(f"{uri}: cannot be read: {error}") from error
 

@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -57,6 +58,8 @@ _LONGEST_PAUSE = 10.0
 _CHANGING = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
+# What they raise where nothing says who asks.
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 _UNFINISHED = ".part"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL = ("file", "local")
@@ -112,7 +115,8 @@ def is_local(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """A local path made absolute, so that other processes find it; any other URI unchanged."""
     if is_local(uri):
-        return str(Path(LocalFileSystem._strip_protocol(uri)).expanduser().absolute())
+        # This expands `~` too, and leaves the name of no user as it is.
+        return str(Path(LocalFileSystem._strip_protocol(uri)).absolute())
     return uri.rstrip("/")
 
 
@@ -179,7 +183,7 @@ def is_utf8(name: str) -> bool:
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    return bool(_with_patience(uri, lambda: fs.exists(path)))
 
 
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -274,7 +278,8 @@ def _with_patience(uri: str, act: Callable[[], T]) -> T:
 def _may_pass(error: BaseException) -> bool:
     lasting = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or _is_missing(error)
     lasting |= isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-    return (isinstance(error, OSError) and not lasting) or (_is_clients_own(error) and not _is_missing(error))
+    lasting |= type(error).__name__ in _NO_CREDENTIALS
+    return (isinstance(error, OSError) or _is_clients_own(error)) and not lasting
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -396,13 +401,17 @@ def sweep(uri: str) -> None:
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; no error if there is none."""
     fs, path = filesystem(uri)
-    if isinstance(fs, LocalFileSystem) or not patterns.has_magic(path):
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
-    else:
-        # `rm` would take the path for a pattern.
-        for name in fs.find(path):
-            fs.rm_file(name)
+
+    def act() -> None:
+        if isinstance(fs, LocalFileSystem) or not patterns.has_magic(path):
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
+        else:
+            # `rm` would take the path for a pattern.
+            for name in fs.find(path):
+                fs.rm_file(name)
+
+    _with_patience(uri, act)
 
 
 def children(uri: str) -> list[str]:
@@ -413,7 +422,7 @@ def children(uri: str) -> list[str]:
     """
     fs, path = filesystem(uri)
     try:
-        entries = fs.ls(path, detail=True)
+        entries = _with_patience(uri, lambda: fs.ls(path, detail=True))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{uri}: no such folder") from error
     names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"]
@@ -422,9 +431,17 @@ def children(uri: str) -> list[str]:
 
 def files(uri: str) -> list[tuple[str, int]]:
     """Every file under a folder, at any depth, as (URI, size in bytes), sorted by URI; none if it is missing."""
+    return [(name, int(info["size"] or 0)) for name, info in _found(uri)]
+
+
+def _found(uri: str) -> list[tuple[str, dict[str, Any]]]:
     fs, path = filesystem(uri)
-    found = fs.find(path, detail=True)
-    return sorted((_uri(fs, name, uri), int(info["size"] or 0)) for name, info in found.items())
+    try:
+        found = _with_patience(uri, lambda: fs.find(path, detail=True))
+    except FileNotFoundError:
+        # Some stores say so of a bucket that is missing.
+        return []
+    return sorted(((_uri(fs, name, uri), info) for name, info in found.items()), key=lambda pair: pair[0])
 
 
 def versions(uri: str) -> list[tuple[str, str]]:
@@ -433,12 +450,13 @@ def versions(uri: str) -> list[tuple[str, str]]:
     A file that is written anew has another version: its size with its checksum or tag in an object store, with its time
     of modification on a disk. All of it comes with the listing.
     """
-    fs, path = filesystem(uri)
-    found = fs.find(path, detail=True)
-    return sorted((_uri(fs, name, uri), _version(info)) for name, info in found.items())
+    return [(name, _version(info)) for name, info in _found(uri)]
 
 
 def _version(info: dict[str, Any]) -> str:
+    if info.get("islink"):
+        # What is listed of a link is its own time.
+        info = info | {"mtime": Path(info["name"]).stat().st_mtime}
     marks = (info[name] for name in _CHANGING if info.get(name))
     return f"{int(info['size'] or 0)} {next(marks, '')}"
 
@@ -453,33 +471,34 @@ def stream(uri: str) -> Iterator[str]:
         ConfigError: if its bucket is not there, where the store says so.
     """
     fs, path = filesystem(uri)
-    if fs.isfile(path):
+    if _with_patience(uri, lambda: fs.isfile(path)):
         names = iter([path])
     elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
-        names = _stream_s3(fs, path)
+        names = _stream_s3(fs, path, uri)
     else:
-        names = _stream_folders(fs, path)
+        names = _stream_folders(fs, path, uri)
     try:
         yield from (_uri(fs, name, uri) for name in names)
     except FileNotFoundError as error:
         raise ConfigError(f"{uri}: cannot be listed: {error}") from error
 
 
-def _stream_s3(fs: Any, path: str) -> Iterator[str]:
+def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
     bucket, _, key = path.partition("/")
     page: dict[str, Any] = {"IsTruncated": True}
     prefix = f"{key.rstrip('/')}/" if key else ""
     while page["IsTruncated"]:
         token = page.get("NextContinuationToken")
         more = {"ContinuationToken": token} if token else {}
-        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        ask = partial(fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        page = _with_patience(uri, ask)
         yield from (f"{bucket}/{o['Key']}" for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
 
 
-def _stream_folders(fs: Any, path: str) -> Iterator[str]:
+def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
     def listed(folder: str) -> tuple[list[str], list[str]]:
         try:
-            entries = fs.ls(folder, detail=True)
+            entries = _with_patience(uri, lambda: fs.ls(folder, detail=True))
         except FileNotFoundError:
             return [], []
         folders = sorted(e["name"] for e in entries if e["type"] == "directory" and e["name"].rstrip("/") != folder)
@@ -516,7 +535,7 @@ def glob(uri: str) -> list[str]:
     """
     fs, path = filesystem(uri)
     try:
-        found = fs.glob(path, detail=True)
+        found = _with_patience(uri, lambda: fs.glob(path, detail=True))
     except (ValueError, re.error) as error:
         raise ConfigError(f"{uri}: {error}") from error
     plain = re.split(r"[*?\[]", uri, maxsplit=1)[0].rsplit("/", 1)[0]

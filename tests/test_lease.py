@@ -244,3 +244,27 @@ def test_each_job_holds_what_it_writes_to(tmp_path: Path, name: str) -> None:
     with held(out, False, print), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
         job(name)(options[name])
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
+
+
+def test_a_number_that_others_have_used_and_removed_meanwhile_is_no_lease(
+    folder: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the numbers and the attempt at the next one, two others come and one goes."""
+    first, slow, last = (lease_of(folder, clock, name) for name in ("a", "b", "d"))
+    first.acquire(False, print)
+    first.release()
+    create = storage.create
+
+    def paused(uri: str, data: bytes) -> bool:
+        monkeypatch.setattr(storage, "create", create)
+        between = lease_of(folder, clock, "c")
+        between.acquire(False, print)
+        between.release()
+        last.acquire(False, print)
+        clock.meanwhile.append(last.renew)
+        return create(uri, data)
+
+    monkeypatch.setattr(storage, "create", paused)
+    with pytest.raises(ConfigError, match="is held by"):
+        slow.acquire(False, print)
+    assert not last.problem()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -324,3 +325,44 @@ def test_links_to_files_are_files_and_links_to_folders_are_not_followed(tmp_path
     (tmp_path / "links" / "lost.png").symlink_to(tmp_path / "nowhere")
     assert list(storage.stream(str(tmp_path / "links"))) == [str(tmp_path / "links" / "b.png")]
     assert storage.glob(f"{tmp_path}/links/*.png") == [str(tmp_path / "links" / "b.png")]
+
+
+def test_an_image_behind_a_link_has_the_version_of_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "original").write_bytes(b"123")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").symlink_to(tmp_path / "original")
+    before = storage.versions(str(tmp_path / "set"))
+    os.utime(tmp_path / "original", (1, 1))
+    assert storage.versions(str(tmp_path / "set")) != before
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        storage.exists,
+        storage.files,
+        storage.versions,
+        storage.children,
+        storage.remove,
+        lambda uri: list(storage.stream(uri)),
+        lambda uri: storage.glob(f"{uri}/*"),
+    ],
+)
+def test_a_listing_is_tried_again_and_ends_in_no_error_of_a_client(
+    ask: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EndpointConnectionError(Exception):
+        __module__ = "botocore.exceptions"
+
+    asked: list[object] = []
+
+    def down(self: object, *arguments: object, **more: object) -> None:
+        asked.append(arguments)
+        raise EndpointConnectionError("Could not connect to the endpoint URL")
+
+    monkeypatch.setattr(storage, "_PATIENCE", 0.5)
+    for name in ("exists", "find", "ls", "isfile", "glob"):
+        monkeypatch.setattr(MemoryFileSystem, name, down)
+    with pytest.raises(OSError, match="EndpointConnectionError: Could not connect"):
+        ask("memory://bucket/x")
+    assert len(asked) > 1

@@ -101,9 +101,12 @@ def _models(target: Target, elsewhere: str) -> tuple[ModelStore, list[ModelRecor
     """Find the models that scored a run, in its model store, or elsewhere.
 
     Raises:
-        DataError: if the run has not come so far.
+        DataError: if the run has not ended.
         ModelError: if one of them is no longer there.
     """
-    uri, made_by = Ledger(target.home).models()
+    ledger = Ledger(target.home)
+    uri, made_by = ledger.models()
+    if ledger.done() is None:
+        raise DataError(f"{target.out}: this run has not ended; run the score job again, to its end")
     store = ModelStore(elsewhere or uri)
     return store, [store.record(category, model_id) for category, model_id in made_by.items()]

@@ -7,6 +7,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -43,15 +44,15 @@ class Place(NamedTuple):
         if self.length < 0:
             return self.uri
         archive, member = split(self.uri)
-        return member if archive.endswith(TAR) else archive
+        return member if archive.lower().endswith(TAR) else archive
 
 
 def split(uri: str) -> tuple[str, str]:
     """The archive and the member that a URI names: `shard.tar#dir/name.png`, `shard.parquet#17`; ("", "") if none."""
     for kind in (TAR, PARQUET):
-        archive, found, member = uri.partition(f"{kind}{_MEMBER}")
-        if found:
-            return f"{archive}{kind}", member
+        end = uri.lower().find(f"{kind}{_MEMBER}") + len(kind)
+        if end >= len(kind):
+            return uri[:end], uri[end + 1 :]
     return "", ""
 
 
@@ -103,6 +104,9 @@ def _nothing_but_image_errors() -> Iterator[None]:
     except TooLongError as error:
         raise ImageError("too_large", str(error)) from error
     except FileNotFoundError as error:
+        if error.filename and not Path(error.filename).parent.exists():
+            # It may come back with its disk.
+            raise ImageError("unreadable", "no such folder; is its disk mounted?") from error
         raise ImageError("missing", "no such file") from error
     except pa.ArrowInvalid as error:
         raise ImageError("damaged", f"its archive: {error}") from error
@@ -127,7 +131,7 @@ def read(place: Place, most: int = MAX_BYTES) -> bytes:
     if place.length < 0:
         return storage.read_at_most(place.uri, most)
     archive, _ = split(place.uri)
-    if archive.endswith(TAR):
+    if archive.lower().endswith(TAR):
         _check_size(place.uri, place.length, most)
         return storage.read(archive, place.start, place.start + place.length)
     return _row(archive, place.start, most)
@@ -139,7 +143,7 @@ def read_uri(uri: str) -> bytes:
     archive, member = split(uri)
     if not archive:
         return read(Place(uri))
-    if archive.endswith(PARQUET):
+    if archive.lower().endswith(PARQUET):
         return _row(archive, int(member), MAX_BYTES)
     for place in members(archive):
         if place.uri == uri:

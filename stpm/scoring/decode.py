@@ -53,12 +53,16 @@ class Decode:
         self._fetchers = fetchers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        fetched: set[int] = set()
+        decoding_since: dict[int, float] = {}
         turn = Lock()
         rows = batch.select(MANIFEST.names).to_pylist()
-        tasks = [partial(self._one, row, turn, partial(fetched.add, i)) for i, row in enumerate(rows)]
+
+        def decoding(i: int) -> None:
+            decoding_since[i] = time.monotonic()
+
+        tasks = [partial(self._one, row, turn, partial(decoding, i)) for i, row in enumerate(rows)]
         began = time.process_time()
-        results = run_within(self._seconds, self._fetchers, tasks, lambda i: self._late(decoding=i in fetched))
+        results = run_within(self._seconds, self._fetchers, tasks, lambda i: self._late(decoding_since.get(i)))
         computed = time.process_time() - began
         meters.spent("decode", computed)
         if self._report:
@@ -76,7 +80,7 @@ class Decode:
         columns["error_message"] = [str(r) if isinstance(r, ImageError) else "" for r in results]
         return with_carried(table(columns, DECODED), batch)
 
-    def _one(self, row: dict[str, Any], turn: Lock, fetched: Callable[[], None]) -> images.Decoded | ImageError:
+    def _one(self, row: dict[str, Any], turn: Lock, decoding: Callable[[], None]) -> images.Decoded | ImageError:
         if row["error_kind"]:
             return ImageError(row["error_kind"], row["error_message"])
         preprocessing = self._preprocessing.get(row["category"])
@@ -88,7 +92,7 @@ class Decode:
             held = turn.acquire(timeout=_TURN_SECONDS)
             try:
                 data = archives.read(place) if data is None else data
-                fetched()
+                decoding()
                 return images.decode(data, preprocessing)
             finally:
                 if held:
@@ -96,10 +100,11 @@ class Decode:
         except ImageError as error:
             return error
 
-    def _late(self, *, decoding: bool) -> ImageError:
-        if decoding:
+    def _late(self, decoding_since: float | None) -> ImageError:
+        # What was fetched late is not to blame for what is left to decode it in.
+        if decoding_since is not None and time.monotonic() - decoding_since > self._seconds / 2:
             return ImageError("too_slow", f"not decoded within {self._seconds:g} s; see --image-seconds")
-        return ImageError("timeout", f"not fetched within {self._seconds:g} s; see --image-seconds")
+        return ImageError("timeout", f"not fetched and decoded within {self._seconds:g} s; see --image-seconds")
 
 
 def _read_small(place: Place) -> bytes | None:

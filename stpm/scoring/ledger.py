@@ -13,6 +13,8 @@ from stpm.record import library_versions
 
 _RUN = "run.json"
 _SUCCESS = "_SUCCESS"
+# The record of a pass that is being removed.
+_CLEARED: dict[str, Any] = {"cleared": True}
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,12 @@ class Ledger:
 
     def differences(self, identity: Identity) -> list[str]:
         """What keeps a pass from being taken up as this one: nothing, or that there is none, or what differs."""
-        before = self._read()
-        return _differences(before["identity"], _as_json(identity)) if before else [f"{self.run_uri} is missing"]
+        before = self._read() or _CLEARED
+        return (
+            [f"{self.run_uri} is missing"]
+            if before == _CLEARED
+            else _differences(before["identity"], _as_json(identity))
+        )
 
     def begin(self, identity: Identity) -> None:
         """Start a pass."""
@@ -161,12 +167,17 @@ class Ledger:
         """Say that the page was written."""
         self._write(self._require() | {"page": top})
 
+    def exists(self) -> bool:
+        """Whether a run of ours has been here, even if all it left is being removed."""
+        return storage.exists(self.run_uri)
+
     def clear(self) -> None:
-        """Forget the pass.
+        """Forget the pass, and keep that there was one: what is left of it is still ours to remove.
 
         The record goes first: without it whatever else is there counts for nothing. Then `_SUCCESS`, before any row.
         """
-        storage.remove(self.run_uri)
+        if self.exists():
+            self._write(_CLEARED)
         storage.remove(self._success_uri)
 
     def _read(self) -> dict[str, Any] | None:
@@ -178,13 +189,13 @@ class Ledger:
             raise ConfigError(
                 f"{self.run_uri} is not a run's record ({error}); give another --out, or --fresh"
             ) from error
-        if "identity" not in values:
+        if not isinstance(values, dict) or not ("identity" in values or values == _CLEARED):
             raise ConfigError(f"{self.run_uri} is not a run's record; give another --out, or --fresh")
         return values
 
     def _require(self) -> dict[str, Any]:
         values = self._read()
-        if values is None:
+        if values is None or values == _CLEARED:
             raise ConfigError(f"{self.run_uri} was removed while its pass ran; run again")
         return values
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from stpm.cluster import connected
 from stpm.console import Say, show, watched
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, ModelUnreadableError
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoModelError
 from stpm.models import ModelStore
 from stpm.record import ModelRecord
 from stpm.scoring import manifest
@@ -120,7 +120,7 @@ def take_up(of: Pass, *, start_over: bool, replace: bool) -> Manifest:
     """Go on with the pass that the target holds, or start one; returns its manifest.
 
     Raises:
-        ConfigError: if the target holds rows of another pass.
+        ConfigError: if the target holds rows of another pass, or what no run made.
         DataError: if the sources, or the manifest that is there, cannot be read.
     """
     ledger = Ledger(of.target.home)
@@ -128,6 +128,10 @@ def take_up(of: Pass, *, start_over: bool, replace: bool) -> Manifest:
     if differences:
         _refuse_unless(replace, of.target, differences)
     if start_over or differences:
+        if not ledger.exists() and (foreign := of.target.occupied()):
+            raise ConfigError(
+                f"{foreign[0]} is there, and no {ledger.run_uri} says that a run made it; name another --out"
+            )
         of.target.clear()
         ledger.begin(of.identity)
     return manifest.read(of.target.manifest) or manifest.write(of.rows(), of.target.manifest)
@@ -192,10 +196,8 @@ def _records(store: ModelStore, categories: Iterable[str], say: Say) -> dict[str
         try:
             if category:
                 records[category] = store.record(category)
-        except ModelUnreadableError:
-            # Not the same as no model: rows without one are final.
-            raise
-        except (ModelError, DataError) as error:
+        except (NoModelError, DataError) as error:
+            # A model that is damaged, or that storage does not give, is raised: rows without a model are final.
             problems.append(str(error))
     if not records:
         raise ModelError("; ".join(problems[:_SHOWN]) or "no image has a category; see --category and --category-from")

@@ -116,7 +116,7 @@ def taken_in(lines: Iterable[str]) -> Iterator[tuple[str, IO[str]]]:
         number = total = 0
         for line in filter(None, map(str.strip, lines)):
             number += 1
-            total += image_id(line)
+            total += image_id(storage.as_utf8(storage.absolute(line)))
             print(line, file=file)
         yield f"{number} lines, digest {total % 2**64:016x}" if number else "", file
 

@@ -108,7 +108,7 @@ def _plain(uri: str) -> str:
 def _images(file: str) -> Iterable[Place]:
     if file.lower().endswith(SUFFIXES):
         return [Place(file)]
-    return members(file) if file.endswith(TAR) else []
+    return members(file) if file.lower().endswith(TAR) else []
 
 
 def _of_places(places: Iterator[Place], categories: Categories) -> Iterator[pa.Table]:

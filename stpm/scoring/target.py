@@ -102,6 +102,12 @@ class Target:
             partition_base_dir=folder,
         )
 
+    def occupied(self) -> list[str]:
+        """What there is under the names that a pass writes to."""
+        pictures = storage.join(self.out, "heatmaps", self.name)
+        names = (self.manifest, self.checkpoint, self.remaining, self.triage, pictures)
+        return [*self.files(), *(uri for uri in names if storage.exists(uri))]
+
     def clear(self) -> None:
         """Remove what earlier runs of the pass left, whole or in part.
 

@@ -40,8 +40,12 @@ def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path) -> None:
 def test_the_models_that_made_the_scores_are_asked_for_and_no_others(tmp_path: Path) -> None:
     target = scored_run(tmp_path).target
     Path(target.home).mkdir(parents=True)
-    run = {"identity": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models")}
+    run = {"identity": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "counts": {}}
     (Path(target.home) / "run.json").write_text(json.dumps(run))
+    code, said = evaluated(scores=target.out)
+    assert code == 3
+    assert "this run has not ended" in said
+    (Path(target.home) / "_SUCCESS").touch()
     code, said = evaluated(scores=target.out)
     assert code == 3
     assert "models: no model nut-before for category 'nut'" in said

@@ -55,7 +55,10 @@ def test_success_comes_last_and_gives_the_counts(ledger: Ledger, tmp_path: Path)
     assert run["started"] <= run["ended"]
     assert (tmp_path / "_SUCCESS").exists()
     ledger.clear()
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert ledger.exists()
+    assert ledger.done() is None
+    assert ledger.differences(IDENTITY)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}'])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError, ModelUnreadableError
+from stpm.errors import ConfigError, ModelError, ModelUnreadableError
 from stpm.models import ModelStore
 from stpm.placement import ClusterOptions
 from stpm.recipe import Recipe
@@ -171,3 +171,30 @@ def test_a_model_that_storage_does_not_give_is_not_taken_for_none(
     with pytest.raises(ModelUnreadableError, match=r"nut/current.json: cannot be read: 403 Forbidden"):
         run_pass(of, start_over=False, replace=False, say=print)
     assert not of.target.files()
+
+
+def test_a_folder_that_no_run_made_is_left_as_it_is(tmp_path: Path) -> None:
+    of = pass_over(tmp_path, "/a.png")
+    for name in ("checkpoint/epoch5.pt", "manifest/list.csv", "triage.html"):
+        storage.publish(f"{of.target.out}/{name}", b"precious")
+        for start_over in (False, True):
+            with pytest.raises(ConfigError, match=r"is there, and no .*run.json says that a run made it"):
+                take_up(of, start_over=start_over, replace=True)
+        assert storage.read(f"{of.target.out}/{name}") == b"precious"
+        storage.remove(f"{of.target.out}/{name.partition('/')[0]}")
+    take_up(of, start_over=False, replace=False)
+
+
+def test_a_damaged_model_is_not_taken_for_none(tmp_path: Path, tiny: Recipe) -> None:
+    record = save(ModelStore(str(tmp_path / "models")), tiny)
+    (tmp_path / "models" / "nut" / record.model_id / "model.json").write_bytes(b"{")
+    with pytest.raises(ModelError, match=r"model.json: cannot be read"):
+        run_pass(pass_over(tmp_path, "/a.png"), start_over=False, replace=False, say=print)
+
+
+def test_a_list_with_odd_names_is_taken_in() -> None:
+    lines = ["a.png", "b\udcff.png", "~$draft.png", "~nosuchuser/x.png", "file://~x/a.png"]
+    with run.taken_in(lines) as (digest, file):
+        file.seek(0)
+        assert file.read().splitlines() == lines
+    assert digest.startswith("5 lines, ")
