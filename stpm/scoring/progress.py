@@ -46,7 +46,7 @@ class Left(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """Images that a stage tried; `suspect` of them failed for what may not be their own fault, the last as `error`."""
+    """Images of a batch that a stage tried; `suspect` failed for what may not be their fault, the last as `error`."""
 
     stage: str
     images: int
