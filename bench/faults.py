@@ -79,7 +79,7 @@ FAULTS = (
     Fault(
         "Fitting: spot nodes are taken away and others come in their place, again and again",
         "No category is set aside for it: a death counts only where the group's nodes live on.",
-        "tests/fitting/test_queue.py::test_a_lost_node_is_nobodys_fault",
+        "tests/cluster/test_nodes.py::test_nodes_that_are_replaced_as_they_are_lost_cost_no_category",
     ),
     Fault(
         "Fitting: a file of a model in the store is damaged or gone",
