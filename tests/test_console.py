@@ -9,6 +9,7 @@ from datetime import datetime
 
 import pytest
 
+from stpm import __version__
 from stpm.console import JsonLines, Line, exit_code
 
 _PROGRAM = "from stpm.console import say, show, watched; say('one'); watched() and show('half way'); say('two')"
@@ -47,8 +48,10 @@ def test_as_json_each_line_says_when_of_which_run_and_about_what(capsys: pytest.
 _STOPPED = """
 import signal
 from stpm.cli import Job, run_job
+def stop(say):
+    signal.raise_signal(signal.{name})
 try:
-    run_job(Job("x.py", "", (), lambda say: signal.raise_signal(signal.{name})))
+    run_job(Job("x.py", "", {}, "__main__:stop", ""))
 finally:
     print("unwound")
 """
@@ -60,6 +63,7 @@ def test_a_signal_ends_a_job_in_order_and_with_its_number(name: str, code: int) 
     ran = subprocess.run(program, capture_output=True, text=True, check=False)
     assert ran.returncode == code
     assert ran.stdout.splitlines() == [
+        f"x.py of stpm {__version__} starts",
         f"stopped by {name}: what was done is kept; run the same command again to go on",
         "unwound",
     ]
