@@ -75,7 +75,8 @@ class Decoded:
 
 
 @contextmanager
-def _nothing_but_image_errors() -> Iterator[None]:
+def _decoding_errors() -> Iterator[None]:
+    """Raise whatever goes wrong while an image is decoded as an ImageError."""
     try:
         yield
     except ImageError:
@@ -86,7 +87,7 @@ def _nothing_but_image_errors() -> Iterator[None]:
         raise ImageError("unforeseen", f"{type(error).__name__}: {error}") from error
 
 
-@_nothing_but_image_errors()
+@_decoding_errors()
 def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode an image and bring what the model sees of it to the size of its input, with antialiasing.
 
@@ -107,7 +108,7 @@ def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXE
     return Decoded(np.asarray(rgb), width, height, len(data))
 
 
-@_nothing_but_image_errors()
+@_decoding_errors()
 def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     """What the model sees of an image, in its own proportions, for people to look at: (H, W, 3) uint8 RGB.
 
@@ -126,7 +127,7 @@ def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, long
     return np.asarray(_as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box))
 
 
-@_nothing_but_image_errors()
+@_decoding_errors()
 def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of an image, from its header alone.
 
@@ -136,7 +137,7 @@ def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return _open_header(data, max_pixels).size
 
 
-@_nothing_but_image_errors()
+@_decoding_errors()
 def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
     """A ground-truth mask at its own size, (height, width) bool; any value above 0 is defect.
 

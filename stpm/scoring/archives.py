@@ -94,7 +94,8 @@ def image_column(schema: pa.Schema) -> str:
 
 
 @contextmanager
-def _nothing_but_image_errors() -> Iterator[None]:
+def _reading_errors() -> Iterator[None]:
+    """Raise whatever goes wrong while an image is fetched as an ImageError."""
     try:
         yield
     except ImageError:
@@ -117,7 +118,7 @@ def _nothing_but_image_errors() -> Iterator[None]:
         raise ImageError("unreadable", f"{type(error).__name__}: {error}") from error
 
 
-@_nothing_but_image_errors()
+@_reading_errors()
 def read(place: Place, most: int = MAX_BYTES) -> bytes:
     """The bytes of an image.
 
@@ -137,7 +138,7 @@ def read(place: Place, most: int = MAX_BYTES) -> bytes:
     return _row(archive, place.start, most)
 
 
-@_nothing_but_image_errors()
+@_reading_errors()
 def read_uri(uri: str) -> bytes:
     """The bytes of an image of which only the URI is known: in a tar, it is searched for. Raises as `read` does."""
     archive, member = split(uri)

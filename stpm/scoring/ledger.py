@@ -103,11 +103,9 @@ class Ledger:
     def differences(self, identity: Identity) -> list[str]:
         """What keeps a pass from being taken up as this one: nothing, or that there is none, or what differs."""
         before = self._read() or _CLEARED
-        return (
-            [f"{self.run_uri} is missing"]
-            if before == _CLEARED
-            else _differences(before["identity"], _as_json(identity))
-        )
+        if before == _CLEARED:
+            return [f"{self.run_uri} is missing"]
+        return _differences(before["identity"], _as_json(identity))
 
     def begin(self, identity: Identity) -> None:
         """Start a pass."""
