@@ -48,6 +48,8 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
             *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"),
             *("--include-dashboard=true", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"),
             f"--metrics-export-port={re.search(r':([0-9]+)/', metrics)[1]}",  # type: ignore[index]
+            # Jobs go through the node's agent. Its default port may still be held by the cluster of an earlier test.
+            f"--dashboard-agent-listen-port={free_port()}",
         ],
         env=settings | {"RAY_metrics_report_interval_ms": "500"},
         start_new_session=True,
