@@ -23,22 +23,23 @@ import torch
 from recipes import matcher_of
 from tabulate import tabulate
 
-from stpm import images, mvtec, storage
-from stpm.cluster import KEEPING_MEMORY
-from stpm.fitting import loop
-from stpm.fitting.features import TeacherFeatures
-from stpm.fitting.loop import fit, split
+from stpm import storage
+from stpm.cluster.connection import KEEPING_MEMORY
+from stpm.data import images, mvtec
+from stpm.fitting import train_student as loop
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import fit, split
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.forward import to_device
-from stpm.networks import Trunk
-from stpm.preprocessing import Preprocessing
-from stpm.recipe import PRESETS, Recipe
+from stpm.method.backbones import Backbone
+from stpm.method.forward import to_device
+from stpm.method.preprocessing import Preprocessing
+from stpm.method.recipe import PRESETS, Recipe
 
 _BUDGET = 4 * 2**30
 _EPOCHS = 4
 _WHOLE = 15
 
-ToDevice = Callable[[Trunk, torch.device], Trunk]
+ToDevice = Callable[[Backbone, torch.device], Backbone]
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,15 @@ def _measured(
     return Speed(before, first + again, statistics.median(later) + again, len(train))
 
 
-def contiguous(trunk: Trunk, device: torch.device) -> Trunk:
-    trunk.register_forward_pre_hook(lambda module, arguments: (arguments[0].contiguous(),))
-    return trunk.to(device=device, memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+def contiguous(backbone: Backbone, device: torch.device) -> Backbone:
+    backbone.register_forward_pre_hook(lambda module, arguments: (arguments[0].contiguous(),))
+    return backbone.to(device=device, memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
 
 
-def compiled(trunk: Trunk, device: torch.device) -> Trunk:
-    trunk = to_device(trunk, device)
-    trunk.net.compile()
-    return trunk
+def compiled(backbone: Backbone, device: torch.device) -> Backbone:
+    backbone = to_device(backbone, device)
+    backbone.net.compile()
+    return backbone
 
 
 def one_by_one(uris: list[str], preprocessing: Preprocessing) -> float:

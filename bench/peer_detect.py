@@ -39,14 +39,16 @@ from recipes import mask_of
 from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
 
-from stpm import mvtec, networks, storage
+from stpm import storage
+from stpm.data import mvtec
 from stpm.evaluation.pixels import PixelCounts, count_pixels
-from stpm.fitting.loop import split
-from stpm.models import ModelStore
-from stpm.preprocessing import Preprocessing
-from stpm.recipe import PRESETS
-from stpm.scoring.ledger import Ledger
-from stpm.scoring.target import Target
+from stpm.fitting.train_student import split
+from stpm.method import backbones as networks
+from stpm.method.preprocessing import Preprocessing
+from stpm.method.recipe import PRESETS
+from stpm.models.store import ModelStore
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunState
 
 _ROOT = Path(__file__).resolve().parents[1]
 _METHODS = ("stfpm", "patchcore", "padim", "reverse_distillation")
@@ -150,7 +152,7 @@ def ours(label: str, options: str, settings: str, data: str, category: str, seed
         cost = timed([sys.executable, "jobs/benchmark.py", *given, *options.split()])
         (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
         seen = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
-        effort = Ledger(Target.among(out, f"seed-{seed}").home).effort()
+        effort = RunState(RunOutput.among(out, f"seed-{seed}").home).effort()
     return Run(
         label,
         category,

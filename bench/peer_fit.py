@@ -31,15 +31,16 @@ import pyarrow as pa
 from recipes import mask_of
 from sklearn.metrics import roc_auc_score
 
-from stpm import mvtec, storage
+from stpm import storage
+from stpm.data import mvtec
 from stpm.evaluation.pixels import Map, count_pixels
-from stpm.fitting.loop import split
-from stpm.models import ModelStore
-from stpm.preprocessing import IMAGENET, Preprocessing
-from stpm.recipe import PRESETS
-from stpm.scoring.decode import Decode
-from stpm.scoring.manifest import of_test_images
-from stpm.scoring.scorer import Scorer
+from stpm.fitting.train_student import split
+from stpm.method.preprocessing import IMAGENET, Preprocessing
+from stpm.method.recipe import PRESETS
+from stpm.models.store import ModelStore
+from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.stages.decode import Decode
+from stpm.scoring.stages.scorer import Scorer
 
 _ROOT = Path(__file__).resolve().parents[1]
 # What the peer's transform does.

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from stpm import storage
 from stpm.errors import StpmError
 from stpm.scoring.capacity import Cost, NodeKind, balanced
-from stpm.scoring.ledger import Ledger
+from stpm.scoring.resuming.run_state import RunState
 
 _NODES = (1, 2, 4, 8, 16)
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--start-minutes", type=float, default=5.0, help="until a new node works")
     asked = parser.parse_args()
     try:
-        effort = Ledger(storage.absolute(asked.run)).effort()
+        effort = RunState(storage.absolute(asked.run)).effort()
         cost = Cost.of(effort)
         kind = NodeKind.parse(asked.scoring)
         helper = NodeKind.parse(asked.helping) if asked.helping else None

@@ -30,21 +30,22 @@ from PIL import Image, ImageDraw, ImageFilter
 from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
 
-from stpm import images, mvtec, storage
-from stpm.calibration import part_scale
+from stpm import storage
+from stpm.data import images, mvtec
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.calibrate import make_parts
-from stpm.fitting.features import TeacherFeatures
-from stpm.fitting.loop import fit, split
-from stpm.fitting.memory import build_memory
+from stpm.fitting.coreset import build_memory
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import fit, split
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.forward import Distances, Matcher, Parts, pick_device, resolve_precision
-from stpm.fusion import part_values
-from stpm.memory import KINDS
-from stpm.networks import architecture_of, load_teacher, trunk_from
-from stpm.preprocessing import Boxes, Preprocessing
-from stpm.recipe import PRESETS, Recipe
+from stpm.method.backbones import architecture_of, backbone_from, load_teacher
+from stpm.method.calibration import part_scale
+from stpm.method.forward import Distances, Matcher, Parts, pick_device, resolve_precision
+from stpm.method.fusion import part_values
+from stpm.method.memory_bank import KINDS
+from stpm.method.preprocessing import Boxes, Preprocessing
+from stpm.method.recipe import PRESETS, Recipe
 
 _BUDGET = 4 * 2**30
 _BATCH = 16
@@ -78,7 +79,7 @@ def matcher_of(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
     """The recipe's teacher on this process's device."""
     device = pick_device()
     weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
+    teacher = backbone_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
     return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
 
 

@@ -25,16 +25,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stpm import mvtec, storage
-from stpm.cluster import KEEPING_MEMORY
-from stpm.models import ModelStore
-from stpm.scoring import manifest
-from stpm.scoring.categories import Categories
-from stpm.scoring.decode import Decode
-from stpm.scoring.heatmaps import WriteHeatmaps
-from stpm.scoring.ledger import Ledger
-from stpm.scoring.scorer import Scorer
-from stpm.scoring.sources import rows_of
+from stpm import storage
+from stpm.cluster.connection import KEEPING_MEMORY
+from stpm.data import mvtec
+from stpm.models.store import ModelStore
+from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.categories import Categories
+from stpm.scoring.inputs.sources import rows_of
+from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.stages.decode import Decode
+from stpm.scoring.stages.heatmaps import WriteHeatmaps
+from stpm.scoring.stages.scorer import Scorer
 
 _ROOT = Path(__file__).resolve().parents[1]
 _BATCH = 16
@@ -82,7 +83,7 @@ def job(store: str, images: Path, out: Path, category: str) -> tuple[float, floa
     options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category]
     command = [sys.executable, "jobs/score.py", *options, "--top", "0", "--overlay"]
     subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
-    effort = Ledger(str(out)).effort()
+    effort = RunState(str(out)).effort()
     return effort.steady_images_per_second, effort.images_per_second
 
 

@@ -25,8 +25,8 @@ from long_run import followed, quarters
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from stpm.scoring.ledger import Ledger
-from stpm.scoring.target import Target
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunState
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PER_ARCHIVE = 5000
@@ -68,11 +68,11 @@ def measure(root: Path, count: int) -> None:
     seconds = time.perf_counter() - start
     for quarter in quarters(samples, count):
         print(json.dumps({k: quarter[k] for k in ("quarter", "images_per_second", "driver")}), flush=True)
-    table = Target.alone(str(out)).dataset().to_table(columns=["uri", "error_kind"])
+    table = RunOutput.alone(str(out)).dataset().to_table(columns=["uri", "error_kind"])
     uris = table["uri"].to_pylist()
     result = {"images": count, "rows": len(uris), "twice": len(uris) - len(set(uris))}
     result["errors"] = sum(map(bool, table["error_kind"].to_pylist()))
-    speed = Ledger(str(out)).effort().steady_images_per_second
+    speed = RunState(str(out)).effort().steady_images_per_second
     print(json.dumps(result | {"seconds": round(seconds, 1), "steady_images_per_second": speed}), flush=True)
 
 

@@ -1,11 +1,11 @@
 """Fit one model per category, score every test image, report AUROC per category and in the mean."""
 
-from stpm.benchmark_options import BenchmarkOptions, demo_defaults
 from stpm.cli import Job, run_job
 from stpm.evaluation.options import EvaluationOptions, GateOptions
 from stpm.fitting.options import PoolOptions
+from stpm.jobs.benchmark_options import BenchmarkOptions, demo_defaults
+from stpm.method.recipe import Recipe
 from stpm.options import ClusterOptions
-from stpm.recipe import Recipe
 from stpm.scoring.options import ScoreOptions
 
 JOB = Job(
@@ -20,7 +20,7 @@ JOB = Job(
         "gate": GateOptions,
         "cluster": ClusterOptions,
     },
-    run="stpm.benchmark:run_benchmark",
+    run="stpm.jobs.benchmark:run_benchmark",
     example="python jobs/benchmark.py --data /data/mvtec_ad --out runs/mvtec --preset paper --seeds 0,1,2",
     hidden=("seed",),
     defaults=demo_defaults,

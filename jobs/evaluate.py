@@ -7,7 +7,7 @@ JOB = Job(
     prog="evaluate.py",
     description=__doc__,
     groups={"what and where": EvaluateOptions, "evaluation": EvaluationOptions, "gate": GateOptions},
-    run="stpm.evaluation.evaluate_job:run_evaluate",
+    run="stpm.jobs.evaluate:run_evaluate",
     example="python jobs/evaluate.py --scores runs/benchmark --out runs/at-full-size --masks-at original",
 )
 

@@ -2,14 +2,14 @@
 
 from stpm.cli import Job, run_job
 from stpm.fitting.options import FitOptions, PoolOptions
+from stpm.method.recipe import Recipe
 from stpm.options import ClusterOptions
-from stpm.recipe import Recipe
 
 JOB = Job(
     prog="fit.py",
     description=__doc__,
     groups={"what and where": FitOptions, "model": Recipe, "workers": PoolOptions, "cluster": ClusterOptions},
-    run="stpm.fitting.run:run_fit",
+    run="stpm.jobs.fit:run_fit",
     example="python jobs/fit.py --data s3://plant/reference --models s3://plant/models",
 )
 

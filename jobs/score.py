@@ -8,7 +8,7 @@ JOB = Job(
     prog="score.py",
     description=__doc__,
     groups={"what and where": CollectionOptions, "scoring": ScoreOptions, "cluster": ClusterOptions},
-    run="stpm.scoring.run:run_score",
+    run="stpm.jobs.score:run_score",
     example="python jobs/score.py --models s3://plant/models --images s3://plant/today --category bottle --out scored",
 )
 

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from io import TextIOWrapper
 from pkgutil import resolve_name
-from typing import Any, Literal, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import register_type
 
 from stpm import __version__
-from stpm.console import SOME_FAILED, STOPPED, USAGE, JsonLines, Say, Stopped, say, stop_on_signals
+from stpm.console import SOME_FAILED, STOPPED, USAGE, LogFormat, Stopped, start_logging, stop_on_signals
 from stpm.errors import ConfigError, CutOffError, StpmError
+from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.options import Integers, Names, Size
-from stpm.recipe import PRESETS, Preset, Recipe
+
+log = logging.getLogger(__name__)
 
 _PRESET_HELP = (
     "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine, batch 8, 5 epochs) and a memory of "
@@ -105,7 +108,7 @@ class _Parser(ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A program: its options, as dataclasses, and the function that takes one of each and a `say`.
+    """A program: its options, as dataclasses, and the function that takes one of each.
 
     A job with a Recipe among its options has `--preset`, which sets the recipe's defaults.
 
@@ -114,7 +117,7 @@ class Job:
         description: what it does.
         groups: the option dataclasses by their headings in the help; fields are unique across them.
         run: name of the function, as `package.module:function`: only what runs is imported. It takes an instance of
-            each dataclass and a function that prints a line, and returns the exit code.
+            each dataclass, and returns the exit code.
         example: a command line.
         hidden: fields that are not the user's to set.
         defaults: from a first parse to the defaults that other options' values call for.
@@ -130,13 +133,14 @@ class Job:
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse, make the dataclasses, run; returns the exit code. Raises StpmError."""
-        *options, tell = self.parse(argv)
-        tell(f"{self.prog} of stpm {__version__} starts")
-        code: int = resolve_name(self.run)(*options, tell)
+        *options, log_format = self.parse(argv)
+        start_logging(self.prog.removesuffix(".py"), log_format)
+        log.info("%s of stpm %s starts", self.prog, __version__)
+        code: int = resolve_name(self.run)(*options)
         return code
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
-        """One instance per group, and what the job says its lines with.
+        """Make one instance per group, and the log's format.
 
         Raises:
             ConfigError: if an option is unknown, or a value cannot be.
@@ -147,8 +151,7 @@ class Job:
         values = self.parser({}).parse_args([word for word in argv if not word.startswith(_SHOWING)])
         defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
         values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
-        tell: Say = JsonLines(self.prog.removesuffix(".py")) if values.log == "json" else say
-        return [*(_made_from(kind, values) for kind in self.groups.values()), tell]
+        return [*(_made_from(kind, values) for kind in self.groups.values()), values.log]
 
     def _lists(self) -> list[str]:
         """The options that take several values."""
@@ -173,7 +176,7 @@ class Job:
         parser.add_argument(
             "--config", action="config", metavar="FILE", help="YAML file that sets any of these options"
         )
-        parser.add_argument("--log", type=Literal["text", "json"], default="text", help=_LOG_HELP)
+        parser.add_argument("--log", type=LogFormat, default="text", help=_LOG_HELP)
         for title, kind in self.groups.items():
             group = parser.add_argument_group(title)
             if kind is Recipe:

@@ -1,18 +1,19 @@
-"""What a job says to the person who runs it: lines, and an exit code."""
+"""A job's console: its log on standard output, a progress line, signals, and exit codes."""
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import threading
+import traceback
 import uuid
-from collections.abc import Callable
 from datetime import datetime, timezone
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
-Say = Callable[[str], None]
+LogFormat = Literal["text", "json"]
 
 ALL_DONE = 0
 USAGE = 1
@@ -50,45 +51,58 @@ def stop_on_signals() -> None:
             signal.signal(number, stop)
 
 
-class Line(str):
-    """A line about one category."""
+def start_logging(job: str, log_format: LogFormat) -> None:
+    """Write the package's log to standard output from now on.
 
-    category: str
+    Args:
+        job: its name, a field of JSON lines.
+        log_format: `json` writes an object per line, with time, run, job, message, and the category that a message is
+            about (`extra={"category": name}`).
+    """
+    package = logging.getLogger("stpm")
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    package.handlers = [TextHandler() if log_format == "text" else JsonHandler(job)]
 
-    def __new__(cls, text: str, category: str) -> Line:
-        line = super().__new__(cls, text)
-        line.category = category
-        return line
+
+class TextHandler(logging.Handler):
+    """Print each message; on a terminal it replaces the progress line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        print(f"{_REWRITE}{message}" if is_terminal() else message, flush=True)
+        if record.exc_info:
+            traceback.print_exception(*record.exc_info, file=sys.stderr)
 
 
-class JsonLines:
-    """Says each line as a JSON object, for programs that collect logs: time, run, job, category, message.
+class JsonHandler(logging.Handler):
+    """Print each line of a message as a JSON object, for programs that collect logs.
 
     Args:
         job: its name.
     """
 
     def __init__(self, job: str) -> None:
+        super().__init__()
         self._names = {"run": uuid.uuid4().hex[:12], "job": job}
 
-    def __call__(self, line: str) -> None:
-        for text in filter(None, line.splitlines()):
-            said = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **self._names}
-            said |= {"category": line.category} if isinstance(line, Line) else {}
-            print(json.dumps(said | {"message": text}, ensure_ascii=False), flush=True)
+    def emit(self, record: logging.LogRecord) -> None:
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        fields = {"time": time, **self._names}
+        if category := getattr(record, "category", ""):
+            fields["category"] = category
+        for line in filter(None, record.getMessage().splitlines()):
+            print(json.dumps(fields | {"message": line}, ensure_ascii=False), flush=True)
+        if record.exc_info:
+            traceback.print_exception(*record.exc_info, file=sys.stderr)
 
 
-def say(line: str) -> None:
-    """A line on standard output, at once; on a terminal it takes the place of what `show` wrote."""
-    print(f"{_REWRITE}{line}" if watched() else line, flush=True)
-
-
-def show(line: str) -> None:
-    """On a terminal, a line that stays at the bottom until the next one."""
+def show_progress(line: str) -> None:
+    """Show a line at the bottom of the terminal until the next message or progress line."""
     print(f"{_REWRITE}{line}", end="", flush=True)
 
 
-def watched() -> bool:
+def is_terminal() -> bool:
     """Whether standard output is a terminal."""
     return sys.stdout.isatty()
 

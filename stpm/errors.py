@@ -48,7 +48,7 @@ class ImageError(StpmError):
     """One image that has no score.
 
     Args:
-        kind: one of `stpm.images.ERROR_KINDS`.
+        kind: one of `stpm.data.images.ERROR_KINDS`.
         message: why, in words. What a text file or a table could not hold of it is escaped, and a long one is cut.
     """
 

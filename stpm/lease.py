@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shlex
 import signal
@@ -25,8 +26,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from stpm import storage
-from stpm.console import SOME_FAILED, Say, duration
+from stpm.console import SOME_FAILED, duration
 from stpm.errors import ConfigError, CutOffError
+
+log = logging.getLogger(__name__)
 
 # Seconds. Storage that is away for less than a minute stops nobody: whoever writes has as much patience.
 TIMEOUT = 90.0
@@ -132,12 +135,11 @@ class Lease:
         self._failure = ""
         self._lost = ""
 
-    def acquire(self, wait: bool, say: Say) -> None:
+    def acquire(self, wait: bool) -> None:
         """Take the lease: at once if nobody holds it or its holder is dead, else when its holder turns out to be.
 
         Args:
             wait: for a holder that lives, to its end.
-            say: told who is waited for.
 
         Raises:
             ConfigError: if its holder lives, and is not to be waited for.
@@ -163,7 +165,7 @@ class Lease:
                 )
             if not told:
                 for_what = "waiting for its end" if wait else f"watching for {duration(TIMEOUT)} whether it is alive"
-                say(f"{self.folder} is held by {holder}; {for_what}")
+                log.info(f"{self.folder} is held by {holder}; {for_what}")
                 told = True
             if found != seen:
                 seen, since = found, self._clock()
@@ -237,7 +239,7 @@ class Lease:
 
 
 @contextmanager
-def held(folder: str, wait: bool, say: Say) -> Iterator[None]:
+def held(folder: str, wait: bool) -> Iterator[None]:
     """Hold the lease on a folder for the time of the block.
 
     Where it is lost the block is stopped as by SIGTERM, and the process ended if that takes too long.
@@ -245,7 +247,6 @@ def held(folder: str, wait: bool, say: Say) -> Iterator[None]:
     Args:
         folder: a URI.
         wait: for who holds it, instead of refusing.
-        say: told who is waited for.
 
     Raises:
         ConfigError: if another run holds it, or the folder cannot be written to.
@@ -253,7 +254,7 @@ def held(folder: str, wait: bool, say: Say) -> Iterator[None]:
     """
     lease = Lease(storage.absolute(folder), Holder.this_process())
     try:
-        lease.acquire(wait, say)
+        lease.acquire(wait)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written to: {error}") from error
     ended = threading.Event()

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from stpm.fitting.fit_category import Limits
 from stpm.fitting.training_images import preprocessing_for
-from stpm.fitting.worker import Limits
-from stpm.forward import Matcher
-from stpm.networks import architecture_of, load_teacher, trunk_from
+from stpm.method.backbones import architecture_of, backbone_from, load_teacher
+from stpm.method.forward import Matcher
+from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
+from stpm.method.recipe import Recipe
 from stpm.options import Size
-from stpm.preprocessing import IMAGENET, Preprocessing, Resize
-from stpm.recipe import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_DATA = REPOSITORY.parent / "shared" / "data" / "mvtec"
@@ -90,7 +90,7 @@ def matcher_of() -> Callable[[Recipe], Matcher]:
 
     def make(recipe: Recipe) -> Matcher:
         state = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-        teacher = trunk_from(architecture_of(recipe.teacher), recipe.levels, state, "test")
+        teacher = backbone_from(architecture_of(recipe.teacher), recipe.levels, state, "test")
         return Matcher(teacher, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
 
     return make

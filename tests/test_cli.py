@@ -13,10 +13,10 @@ from pkgutil import resolve_name
 import pytest
 import yaml
 
-from stpm.benchmark_options import BenchmarkOptions
 from stpm.cli import Job, run_job
 from stpm.errors import ConfigError
-from stpm.recipe import PRESETS, Fusion, Recipe
+from stpm.jobs.benchmark_options import BenchmarkOptions
+from stpm.method.recipe import PRESETS, Fusion, Recipe
 from tests.conftest import REPOSITORY
 
 
@@ -287,4 +287,4 @@ def test_a_size_is_read_in_decimal_digits_and_nothing_else(tmp_path: Path) -> No
 def test_fractions_are_read_as_they_are_written(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_scale: 2\n")
     found = recipe_of("--config", str(tmp_path / "run.yaml"))
-    assert (found.learning_rate, found.weight_decay, found.momentum, found.loss_scale) == (4e-4, 1e-3, 0.5, 2.0)
+    assert (found.learning_rate, found.weight_decay, found.momentum, found.loss_factor) == (4e-4, 1e-3, 0.5, 2.0)

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from stpm.cluster.placement import first_bundle
 from stpm.fitting.options import PoolOptions
-from stpm.fitting.pool import scaling, shared_out
-from stpm.placement import first_bundle
-from stpm.scoring.pool import ScorerPool
+from stpm.fitting.worker_group import scaling, shared_out
+from stpm.scoring.scorer_pool import ScorerPool
 from tests.conftest import REPOSITORY
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stpm.placement import first_bundle
-from stpm.scoring import meters
+from stpm.cluster.placement import first_bundle
+from stpm.scoring import prometheus as meters
 from tests.conftest import REPOSITORY
 from tests.test_cli import job
 

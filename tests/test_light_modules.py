@@ -11,16 +11,16 @@ from tests.conftest import REPOSITORY
 
 # Those that tasks and actors of the driver are unpickled from.
 LIGHT = [
-    "stpm.cluster",
-    "stpm.fitting.queue",
+    "stpm.cluster.connection",
+    "stpm.fitting.task_queue",
     "stpm.fitting.task",
-    "stpm.scoring.blocks",
-    "stpm.scoring.checkpoint",
-    "stpm.scoring.decode",
-    "stpm.scoring.heatmaps",
+    "stpm.scoring.resuming.manifest_blocks",
+    "stpm.scoring.resuming.row_checkpoints",
+    "stpm.scoring.stages.decode",
+    "stpm.scoring.stages.heatmaps",
     "stpm.scoring.progress",
-    "stpm.scoring.remaining",
-    "stpm.scoring.scorer_actor",
+    "stpm.scoring.resuming.remaining",
+    "stpm.scoring.stages.scorer_actor",
 ]
 
 
@@ -52,5 +52,5 @@ def test_a_driver_without_networks_of_its_own_imports_none(name: str) -> None:
     path = str(REPOSITORY / "jobs" / f"{name}.py")
     script = f"import pkgutil, runpy; pkgutil.resolve_name(runpy.run_path({path!r})['JOB'].run)"
     found = imported_by(script)
-    assert {"stpm.cli", "stpm.models", "ray"} <= found
+    assert {"stpm.cli", "stpm.models.store", "ray"} <= found
     assert not found & {"torch", "timm"}

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from stpm.data.images import decode
 from stpm.errors import ImageError
-from stpm.images import decode
 from tests.conftest import REPOSITORY, preprocessing_of
 
 PREPROCESSING = preprocessing_of(32)

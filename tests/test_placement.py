@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from stpm.cluster.placement import check_reach, first_bundle
 from stpm.errors import ConfigError
 from stpm.options import ClusterOptions
-from stpm.placement import check_reach, first_bundle
 
 URIS = ["s3://b/a", "gs://b/a", "", "/mnt/plant", "/mnt/plant/a/b", "file:///mnt/plant/c"]
 

@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from stpm import images
+from stpm.data import images
+from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, ImageError, UndefinedMetricError
 from stpm.evaluation.intervals import Flags, Scores
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
-from stpm.mvtec import GOOD
-from stpm.preprocessing import Preprocessing
-from stpm.scoring.archives import read_uri
-from stpm.scoring.target import Target
+from stpm.method.preprocessing import Preprocessing
+from stpm.scoring.inputs.archives import read_uri
+from stpm.scoring.output import RunOutput
 
 # What `ground_truth` reads of a row.
 IMAGE_COLUMNS = ("uri", "label", "mask", "width", "height")
@@ -35,13 +35,13 @@ _BATCH_SIZE = {"model": 16, "original": 1}
 class ScoredCategory:
     """One category of a scored run: where the run's rows are, the category's name, its model's preprocessing."""
 
-    target: Target
+    output: RunOutput
     name: str
     preprocessing: Preprocessing
 
     def rows(self, columns: Sequence[str] = _COLUMNS) -> pa.Table:
         """Read the category's rows, sorted by URI."""
-        rows = self.target.dataset().to_table(columns=list(columns), filter=ds.field("category") == self.name)
+        rows = self.output.dataset().to_table(columns=list(columns), filter=ds.field("category") == self.name)
         return rows.sort_by("uri")
 
 
@@ -142,7 +142,7 @@ def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
             f"{len(unmasked)} of {len(defects)} defects have no mask, {unmasked[0]} among them; add or remove masks"
         )
     chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
-    batches = category.target.dataset().to_batches(
+    batches = category.output.dataset().to_batches(
         ["uri", "anomaly_map"], filter=chosen, batch_size=_BATCH_SIZE[masks_at]
     )
     counts: dict[str, PixelCounts] = {}

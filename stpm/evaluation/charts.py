@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from sklearn.metrics import roc_curve
 
+from stpm.data.mvtec import GOOD
 from stpm.errors import UndefinedMetricError
 from stpm.evaluation.category import LabelledScores
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.intervals import Scores, require_both_classes
 from stpm.evaluation.pixels import Curve
-from stpm.loss_chart import draw_losses
-from stpm.mvtec import GOOD
+from stpm.pages.loss_chart import draw_losses
 
 # Replaced by the page's own colour: no series has it.
 _INK = "#010203"

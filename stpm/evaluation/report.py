@@ -18,7 +18,7 @@ from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetr
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
 from stpm.evaluation.options import MasksAt
-from stpm.record import ModelRecord, library_versions
+from stpm.models.record import ModelRecord, library_versions
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
 _COUNTS = ("train_count", "validation_count", "good_count", "defect_count", "error_count")

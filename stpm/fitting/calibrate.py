@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stpm.calibration import Calibration, HeatmapRange, PartScale, part_scale, part_scales_without_each
-from stpm.fitting.features import TeacherFeatures
-from stpm.fitting.loop import EVALUATION_BATCH, Checkpoints, Indices, batches, fit
-from stpm.fitting.memory import build_memory
-from stpm.forward import Distances, Parts, shape_of, to_device
-from stpm.fusion import AnomalyMap, part_values
-from stpm.memory import MemoryBank
-from stpm.networks import StateDict, architecture_of, trunk_from
-from stpm.recipe import Recipe
+from stpm.fitting.coreset import build_memory
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import EVALUATION_BATCH, Checkpoints, Indices, batches, fit
+from stpm.method.backbones import StateDict, architecture_of, backbone_from
+from stpm.method.calibration import Calibration, HeatmapRange, PartScale, part_scale, part_scales_without_each
+from stpm.method.forward import Distances, Parts, shape_of, to_device
+from stpm.method.fusion import AnomalyMap, part_values
+from stpm.method.memory_bank import MemoryBank
+from stpm.method.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Calibrated:
 
 def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: Recipe, device: torch.device) -> Parts:
     """The parts of a fitted model, ready to score on a device."""
-    trunk = None
+    backbone = None
     if student is not None:
-        trunk = trunk_from(architecture_of(recipe.teacher), recipe.levels, student, "fitted student")
-        trunk = to_device(trunk, device)
-    return Parts(trunk, tuple(memory))
+        backbone = backbone_from(architecture_of(recipe.teacher), recipe.levels, student, "fitted student")
+        backbone = to_device(backbone, device)
+    return Parts(backbone, tuple(memory))
 
 
 def calibrate_model(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from stpm import storage
-from stpm.fitting.queue import Event
 from stpm.fitting.task import Epoch, FitTask, Outcome
+from stpm.fitting.task_queue import Event
 
 
 class EventFiles:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stpm.calibration import check_rate
 from stpm.errors import ConfigError
+from stpm.method.calibration import check_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
 
 

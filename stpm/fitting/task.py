@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from stpm.mvtec import Category
-from stpm.recipe import Recipe
-from stpm.record import ModelRecord
+from stpm.data.mvtec import Category
+from stpm.method.recipe import Recipe
+from stpm.models.record import ModelRecord
 
 
 @dataclass(frozen=True)

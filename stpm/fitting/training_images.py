@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stpm import images, storage
+from stpm import storage
+from stpm.data import images
+from stpm.data.images import Pixels
 from stpm.errors import DataError, ImageError
-from stpm.images import Pixels
-from stpm.networks import data_config
-from stpm.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
-from stpm.recipe import Recipe
+from stpm.method.backbones import data_config
+from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
+from stpm.method.recipe import Recipe
 
 _READERS = 8
 _SIZES_READ = 32

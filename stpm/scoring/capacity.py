@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError, DataError
-from stpm.scoring.ledger import Effort
+from stpm.scoring.resuming.run_state import Effort
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stpm.calibration import check_rate
 from stpm.errors import ConfigError
+from stpm.method.calibration import check_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
-from stpm.scoring.categories import Categories
+from stpm.scoring.inputs.categories import Categories
 
 Heatmaps = Literal["all", "anomalous", "none"]
 HeatmapsIn = Literal["files", "parquet"]

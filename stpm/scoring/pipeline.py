@@ -11,21 +11,21 @@ from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
 from stpm import storage
-from stpm.cluster import KEEPING_MEMORY, Resources, is_shared, working_nodes
+from stpm.cluster.connection import KEEPING_MEMORY, Resources, is_shared, working_nodes
 from stpm.errors import CutOffError
-from stpm.models import ModelStore
-from stpm.record import ModelRecord
-from stpm.scoring.blocks import ManifestBlocks
-from stpm.scoring.checkpoint import FileNames, checkpoints
-from stpm.scoring.decode import TASK_BYTES, Decode
-from stpm.scoring.heatmaps import WriteHeatmaps
-from stpm.scoring.ledger import Effort
-from stpm.scoring.manifest import BLOCK_ROWS, Shard
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
 from stpm.scoring.options import ScoreOptions
-from stpm.scoring.pool import ScorerPool
+from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Left, Progress, followed
-from stpm.scoring.scorer_actor import LARGEST_BATCH, ScorerActor
-from stpm.scoring.target import Target
+from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
+from stpm.scoring.resuming.row_checkpoints import FileNames, checkpoints
+from stpm.scoring.resuming.run_state import Effort
+from stpm.scoring.scorer_pool import ScorerPool
+from stpm.scoring.stages.decode import TASK_BYTES, Decode
+from stpm.scoring.stages.heatmaps import WriteHeatmaps
+from stpm.scoring.stages.scorer_actor import LARGEST_BATCH, ScorerActor
 
 
 def planned(options: ScoreOptions, node: Resources) -> str:
@@ -43,7 +43,7 @@ def score_shards(
     records: Mapping[str, ModelRecord],
     store: ModelStore,
     options: ScoreOptions,
-    target: Target,
+    output: RunOutput,
     progress: Progress,
 ) -> tuple[Effort, list[Left]]:
     """Score every row of some manifest shards and write one output row each. Needs a connection to Ray.
@@ -55,7 +55,7 @@ def score_shards(
         records: the model of each category; rows of any other category become rows with an error.
         store: the models.
         options: how.
-        target: where to.
+        output: where to.
         progress: told how far it is.
 
     Returns:
@@ -71,15 +71,15 @@ def score_shards(
     nodes = working_nodes()
     pool = ScorerPool.of(options.scorers, nodes, len(blocks), grows=is_shared())
     context = DataContext.get_current().copy()
-    context.op_resource_reservation_ratio = pool.set_aside
-    context.checkpoint_config = checkpoints(target.checkpoint)
-    out_filesystem, out_path = storage.arrow_filesystem(target.scores)
-    pictures = f"heatmaps/{target.name}"
+    context.op_resource_reservation_ratio = pool.reserved
+    context.checkpoint_config = checkpoints(output.checkpoint)
+    out_filesystem, out_path = storage.arrow_filesystem(output.scores)
+    pictures = f"heatmaps/{output.name}"
     with DataContext.current(context), followed(progress, breaks=not options.accept_errors) as report:
         write = WriteHeatmaps(
-            target.out, pictures, target.heatmaps, preprocessing, target.overlays, target.heatmaps_in, report
+            output.out, pictures, output.heatmaps, preprocessing, output.overlays, output.heatmaps_in, report
         )
-        of_each = write.partitioned if target.partition_by == "category" else write.__call__
+        of_each = write.partitioned if output.partition_by == "category" else write.__call__
         scored = (
             ray.data.read_datasource(
                 blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus, memory=pool.memory_for(TASK_BYTES)
@@ -96,8 +96,8 @@ def score_shards(
                 fn_constructor_args=(
                     store.uri,
                     options.false_alarm_rate,
-                    target.raw_maps,
-                    target.overlays,
+                    output.raw_maps,
+                    output.overlays,
                     options.batch_size,
                     int(options.model_memory_gib * 2**30),
                     0,
@@ -123,9 +123,9 @@ def score_shards(
             scored.write_parquet(
                 out_path,
                 filesystem=out_filesystem,
-                partition_cols=["category"] if target.partition_by == "category" else None,
-                filename_provider=FileNames(target.name),
-                min_rows_per_file=min(options.rows_per_file, BLOCK_ROWS) if target.raw_maps else options.rows_per_file,
+                partition_cols=["category"] if output.partition_by == "category" else None,
+                filename_provider=FileNames(output.name),
+                min_rows_per_file=min(options.rows_per_file, BLOCK_ROWS) if output.raw_maps else options.rows_per_file,
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         except (RayError, SystemException) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import defaultdict, deque
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple
 
 import ray
 
-from stpm.cluster import beside_the_driver
-from stpm.console import Say, duration
+from stpm.cluster.connection import beside_the_driver
+from stpm.console import duration
 from stpm.errors import CutOffError
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 _LOG_SECONDS = 5.0
@@ -173,14 +176,14 @@ class Progress:
 
     Args:
         total: rows.
-        say: takes a line.
         show: rewrites the line at the bottom, where someone looks on; None in a log.
         clock: seconds, for tests.
     """
 
-    def __init__(self, total: int, say: Say, show: Say | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int, show: Callable[[str], None] | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._total = total
-        self._say = say
         self._show = show
         self._clock = clock
         self._start = self._told = clock()
@@ -194,7 +197,7 @@ class Progress:
             self._show(self._line(done, now))
         elif now - self._told >= _LOG_SECONDS:
             self._told = now
-            self._say(self._line(done, now))
+            log.info(self._line(done, now))
 
     def _line(self, done: Done, now: float) -> str:
         rows = min(done.rows, self._total)

@@ -103,7 +103,7 @@ GIVEN = ("uri", "category", "label", "mask")
 _OWN = frozenset(name for schema in (MANIFEST, SCORED, OUTPUT) for name in schema.names)
 
 
-def carried(schema: pa.Schema) -> list[str]:
+def passthrough(schema: pa.Schema) -> list[str]:
     """Names of the columns that are the user's own."""
     return [name for name in schema.names if name not in _OWN]
 
@@ -116,9 +116,9 @@ def taken(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.lower() in _OWN and name not in GIVEN]
 
 
-def with_carried(result: pa.Table, batch: pa.Table) -> pa.Table:
+def with_passthrough(result: pa.Table, batch: pa.Table) -> pa.Table:
     """A stage's result with the user's own columns of the batch that it was made of."""
-    for name in carried(batch.schema):
+    for name in passthrough(batch.schema):
         result = result.append_column(batch.schema.field(name), batch[name])
     return result
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from stpm import images, storage
+from stpm import storage
+from stpm.data import images
+from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg, jpeg_uri, score_parts, template
-from stpm.preprocessing import Preprocessing
-from stpm.scoring.archives import read_uri
-from stpm.scoring.heatmaps import heat_over, written_heatmap
-from stpm.scoring.target import Target
+from stpm.scoring.inputs.archives import read_uri
+from stpm.scoring.output import RunOutput
+from stpm.scoring.stages.heatmaps import heat_over, written_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _PARTS = ["student_score", "memory_score"]
@@ -29,40 +30,40 @@ _LEAST_THRESHOLD = 1e-30
 log = logging.getLogger(__name__)
 
 
-def write_triage(target: Target, most: int, preprocessing: Mapping[str, Preprocessing]) -> int:
+def write_triage(output: RunOutput, most: int, preprocessing: Mapping[str, Preprocessing]) -> int:
     """Write the page beside the run's record, its pictures in it; returns how many images are on it.
 
     Images of different models are ordered by how far they are above their model's threshold.
 
     Args:
-        target: a pass that has ended.
+        output: a pass that has ended.
         most: images on the page.
         preprocessing: that of each category's model.
     """
-    rows = most_anomalous(target, most)
+    rows = most_anomalous(output, most)
     with ThreadPoolExecutor(_READERS) as pool:
-        pictures = list(pool.map(lambda row: _picture(target, row, preprocessing[row["category"]]), rows))
+        pictures = list(pool.map(lambda row: _picture(output, row, preprocessing[row["category"]]), rows))
     shown = [row | {"picture": picture, "parts": score_parts(row)} for row, picture in zip(rows, pictures, strict=True)]
-    page = template("scoring/triage.html").render(rows=shown, out=target.out)
-    storage.publish(target.triage, page.encode())
+    page = template("scoring/triage.html").render(rows=shown, out=output.out)
+    storage.publish(output.triage, page.encode())
     return len(rows)
 
 
-def _picture(target: Target, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
+def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
     """The image with its heatmap over it, if one was written, as a data URI; "" if it can no longer be read."""
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _SHORTER, _LONGEST)
-        heat = written_heatmap(target.out, row)
+        heat = written_heatmap(output.out, row)
         return jpeg_uri(jpeg(Image.fromarray(heat_over(pixels, heat) if heat else pixels)))
     except Exception:
         log.warning("%s is not shown", row["uri"], exc_info=True)
         return ""
 
 
-def most_anomalous(target: Target, most: int) -> list[dict[str, Any]]:
+def most_anomalous(output: RunOutput, most: int) -> list[dict[str, Any]]:
     """The rows whose scores are farthest above their threshold, first; a few in memory at a time."""
     best: list[tuple[float, str, dict[str, Any]]] = []
-    for batch in target.dataset().to_batches(_COLUMNS):
+    for batch in output.dataset().to_batches(_COLUMNS):
         for row in batch.to_pylist():
             if row["score"] is not None:
                 excess = _excess(row)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-from stpm import mvtec
-from stpm.cluster import connected
+from stpm.cluster.connection import connected
 from stpm.console import say
+from stpm.data import mvtec
 from stpm.fitting.options import PoolOptions
-from stpm.fitting.pool import run_pool
+from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitTask
-from stpm.fitting.teller import Teller
-from stpm.models import ModelStore
-from stpm.networks import load_teacher
+from stpm.fitting.worker_group import run_pool
+from stpm.method.backbones import load_teacher
+from stpm.models.store import ModelStore
 from tests.conftest import TINY
 
 
@@ -31,7 +31,7 @@ def main(data: str, models: str) -> None:
     ]
     with connected():
         outcomes = run_pool(
-            tasks, PoolOptions(workers=2, cpus_per_worker=1), f"{models}/.train", Teller(tasks, say, None)
+            tasks, PoolOptions(workers=2, cpus_per_worker=1), f"{models}/.train", FitProgress(tasks, say, None)
         )
     for outcome in outcomes:
         say(f"outcome {outcome.category} {outcome.status} {outcome.reason}")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from stpm.models import ModelStore
+from stpm.models.store import ModelStore
 from stpm.scoring.schema import OUTPUT
 from tests.cluster.conftest import TINY_RECIPE, run_job
 from tests.datasets import encoded, make_category

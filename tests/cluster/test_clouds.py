@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from stpm import storage
+from stpm.data.mvtec import read_category
+from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask
-from stpm.fitting.worker import run_task
-from stpm.models import ModelStore
-from stpm.mvtec import read_category
-from stpm.networks import load_teacher
-from stpm.scoring.target import Target
+from stpm.method.backbones import load_teacher
+from stpm.models.store import ModelStore
+from stpm.scoring.output import RunOutput
 from tests.cluster.conftest import free_port, run_job, wait_until
 from tests.conftest import LIMITS, TINY
 from tests.datasets import make_category
@@ -98,7 +98,7 @@ def test_a_collection_is_scored_from_a_cloud_to_the_same(
     images = [f"{root}/data/nut/train", f"{root}/data/nut/test/**/*.png"]
     score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut"]
     assert run_job("score", *score, "--out", f"{root}/run").returncode == 0
-    rows = Target.alone(f"{root}/run").dataset().to_table(columns=["uri", "error_kind", "heatmap"]).to_pylist()
+    rows = RunOutput.alone(f"{root}/run").dataset().to_table(columns=["uri", "error_kind", "heatmap"]).to_pylist()
     scored = [uri for uri, _ in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
     assert sorted(row["uri"] for row in rows) == sorted(scored)
     assert all(uri.startswith(f"{root}/data/nut/") for uri in scored)

@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from stpm.mvtec import read_category
+from stpm.data.mvtec import read_category
 from tests.cluster.conftest import TINY_RECIPE, run_job
 from tests.datasets import make_category
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stpm.models import ModelStore
+from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, environment, run_job, start_job
 from tests.conftest import REPOSITORY
 from tests.datasets import make_category

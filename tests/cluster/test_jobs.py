@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from stpm import __version__
-from stpm.models import ModelStore
+from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, run_job
 from tests.datasets import make_category
 

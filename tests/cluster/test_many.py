@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stpm.models import ModelStore
+from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, start_job
 from tests.datasets import make_category
 

@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 import pytest
 from ray.cluster_utils import Cluster
 
-from stpm.models import ModelStore
+from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, run_job, start_job, wait_until
 from tests.datasets import encoded, make_category
 

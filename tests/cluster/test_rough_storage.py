@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from stpm import mvtec, storage
+from stpm import storage
+from stpm.data import mvtec
+from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask
-from stpm.fitting.worker import run_task
-from stpm.models import ModelStore
-from stpm.networks import load_teacher
+from stpm.method.backbones import load_teacher
+from stpm.models.store import ModelStore
 from tests.cluster.conftest import run_job, start_job, wait_until
 from tests.conftest import LIMITS, TINY
 from tests.datasets import make_category

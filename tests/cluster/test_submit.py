@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from stpm import storage
-from stpm.models import ModelStore
+from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, committed, environment, free_port, kill_tree, wait_until
 from tests.conftest import REPOSITORY
 from tests.datasets import encoded, make_category

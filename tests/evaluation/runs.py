@@ -9,17 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.calibration import HeatmapScale
+from stpm.data.mvtec import read_category
 from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.mvtec import read_category
-from stpm.preprocessing import Preprocessing
-from stpm.record import FitSummary, ModelRecord
-from stpm.scoring.heatmaps import palette_png
-from stpm.scoring.manifest import of_test_images
+from stpm.method.calibration import HeatmapScale
+from stpm.method.preprocessing import Preprocessing
+from stpm.models.record import FitSummary, ModelRecord
+from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
-from stpm.scoring.target import Target
+from stpm.scoring.stages.heatmaps import palette_png
 from tests.conftest import MODELS, TINY, preprocessing_of
 from tests.datasets import make_category
 
@@ -46,7 +46,7 @@ def scored_run(
     make_category(str(root / "data"), "nut", good=6, defects=6, masks=masks)
     rng = np.random.default_rng(1)
     (manifest,) = of_test_images([read_category(str(root / "data"), "nut")])
-    target = Target.among(str(root / "run"), "seed-0")
+    output = RunOutput.among(str(root / "run"), "seed-0")
     shape = preprocessing.content_shape(40, 48)
     columns: dict[str, list[object]] = {f.name: [None] * manifest.num_rows for f in OUTPUT}
     columns |= {name: manifest[name].to_pylist() for name in manifest.schema.names}
@@ -55,7 +55,7 @@ def scored_run(
         anomaly_map[14:34, 14:34] += 0.3 if label != "good" else 0.0
         failed = i < broken
         heatmap = f"heatmaps/{i}.png"
-        storage.publish(f"{target.out}/{heatmap}", palette_png(np.full(shape, 255, np.uint8)))
+        storage.publish(f"{output.out}/{heatmap}", palette_png(np.full(shape, 255, np.uint8)))
         columns["anomaly_map"][i] = None if failed or not maps else anomaly_map.tobytes()
         columns["label"][i] = "" if i < unlabelled else label if label == "good" else types[i % len(types)]
         columns["threshold"][i] = None if failed else 1.0
@@ -69,12 +69,12 @@ def scored_run(
         columns["error_message"][i] = "cut off" if failed else ""
         columns["heatmap"][i] = "" if failed else heatmap
         columns["overlay"][i] = columns["model_id"][i] = ""
-    path = Path(target.scores) / "seed-0_0.parquet"
+    path = Path(output.scores) / "seed-0_0.parquet"
     path.parent.mkdir()
     pq.write_table(table(columns, OUTPUT), path)
     # Another run in the same folder, whose rows must not be read.
     pq.write_table(table(columns, OUTPUT), path.with_name("seed-1_0.parquet"))
-    return ScoredCategory(target, "nut", preprocessing)
+    return ScoredCategory(output, "nut", preprocessing)
 
 
 def measured(category: ScoredCategory, masks_at: MasksAt = "model") -> CategoryMetrics:

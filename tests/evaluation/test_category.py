@@ -9,17 +9,17 @@ from PIL import Image
 from scipy.ndimage import zoom
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from stpm import images
+from stpm.data import images
 from stpm.evaluation.category import MasksAt, ScoredCategory
 from stpm.evaluation.category_metrics import METRICS
-from stpm.preprocessing import Resize
+from stpm.method.preprocessing import Resize
 from tests.conftest import preprocessing_of
 from tests.datasets import encoded
 from tests.evaluation.runs import PREPROCESSING, SIZE, measured, scored_run
 
 
 def rows_of(category: ScoredCategory) -> list[dict[str, object]]:
-    return pq.read_table(Path(category.target.scores) / "seed-0_0.parquet").to_pylist()
+    return pq.read_table(Path(category.output.scores) / "seed-0_0.parquet").to_pylist()
 
 
 def mask_of(row: dict[str, object]) -> np.ndarray:

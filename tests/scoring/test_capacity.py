@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.capacity import Cost, NodeKind, balanced
-from stpm.scoring.ledger import Effort
+from stpm.scoring.resuming.run_state import Effort
 
 GPU, CPU = NodeKind("gpu", 8, 1, 1.0), NodeKind("cpu", 16, 0, 0.7)
 

@@ -20,24 +20,25 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from stpm import mvtec, storage
+from stpm import storage
+from stpm.data import mvtec
+from stpm.data.images import decode
+from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask
-from stpm.fitting.worker import run_task
-from stpm.forward import Matcher
-from stpm.images import decode
-from stpm.models import Model, ModelStore
-from stpm.networks import load_teacher
+from stpm.method.backbones import load_teacher
+from stpm.method.forward import Matcher
+from stpm.method.preprocessing import Resize
+from stpm.method.recipe import Recipe
+from stpm.models.store import Model, ModelStore
 from stpm.options import Size
-from stpm.preprocessing import Resize
-from stpm.recipe import Recipe
-from stpm.scoring import archives
-from stpm.scoring.categories import Categories
-from stpm.scoring.decode import Decode
-from stpm.scoring.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png, written_heatmap
-from stpm.scoring.manifest import image_id, of_test_images
+from stpm.scoring.inputs import archives
+from stpm.scoring.inputs.categories import Categories
+from stpm.scoring.inputs.manifest import image_id, of_test_images
+from stpm.scoring.inputs.sources import rows_of
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
-from stpm.scoring.scorer import BatchSize, LoadedModels, Scorer
-from stpm.scoring.sources import rows_of
+from stpm.scoring.stages.decode import Decode
+from stpm.scoring.stages.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png, written_heatmap
+from stpm.scoring.stages.scorer import BatchSize, LoadedModels, Scorer
 from tests.conftest import LIMITS, MODELS, TINY, preprocessing_of
 from tests.datasets import encoded, make_category
 
@@ -289,7 +290,7 @@ def test_a_model_that_storage_did_not_give_is_tried_again(run: Path, monkeypatch
         return original(uri, start, end)
 
     monkeypatch.setattr(storage, "read", read)
-    monkeypatch.setattr("stpm.scoring.scorer._TRIED_AGAIN_AFTER", 0.0)
+    monkeypatch.setattr("stpm.scoring.stages.scorer._TRIED_AGAIN_AFTER", 0.0)
     stage = Scorer(str(run / "models"), 0.3, False, False, threads=1, accept_errors=True)
     for name, kinds in (
         ("model.json", {"model_unreadable"}),
@@ -474,11 +475,11 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     expected = scorer(run)(decoded).to_pylist()
     original, tried = Matcher.features, []
 
-    def small(matcher: Matcher, trunk: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+    def small(matcher: Matcher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
         tried.append(len(inputs))
         if len(inputs) > fits:
             raise torch.cuda.OutOfMemoryError(f"{len(inputs)} images")
-        return original(matcher, trunk, inputs)
+        return original(matcher, backbone, inputs)
 
     monkeypatch.setattr(Matcher, "features", small)
     out = Scorer(str(run / "models"), 0.3, raw_maps=False, overlays=False, threads=1)(decoded).to_pylist()
@@ -491,7 +492,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 def test_an_image_that_alone_is_too_much_is_an_error_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = Decode(PREPROCESSING)(manifest(run).slice(0, 3))
 
-    def never(matcher: Matcher, trunk: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+    def never(matcher: Matcher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
         raise torch.cuda.OutOfMemoryError("no memory at all")
 
     monkeypatch.setattr(Matcher, "features", never)

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from stpm import storage
-from stpm.scoring.heatmaps import palette_png
+from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
-from stpm.scoring.target import Target
+from stpm.scoring.stages.heatmaps import palette_png
 from stpm.scoring.triage import most_anomalous, write_triage
 from tests.browser import check_page
 from tests.conftest import preprocessing_of
@@ -25,9 +25,9 @@ EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Target:
+def output(tmp_path: Path) -> RunOutput:
     """A hundred rows of two models with different thresholds, one of them with an error, one with an evil name."""
-    target = Target.alone(str(tmp_path))
+    output = RunOutput.alone(str(tmp_path))
     columns: dict[str, list[Any]] = {field.name: [None] * 100 for field in OUTPUT}
     for i in range(100):
         category = ("nut", "a b#c")[i % 2]
@@ -53,7 +53,7 @@ def target(tmp_path: Path) -> Target:
     (tmp_path / "scores").mkdir()
     pq.write_table(rows.slice(0, 60), tmp_path / "scores" / "scores_0.parquet")
     pq.write_table(rows.slice(60), tmp_path / "scores" / "scores_1.parquet")
-    return target
+    return output
 
 
 class Page(HTMLParser):
@@ -71,11 +71,11 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_order_is_by_score_over_threshold_across_models(target: Target) -> None:
-    rows = most_anomalous(target, 7)
+def test_the_order_is_by_score_over_threshold_across_models(output: RunOutput) -> None:
+    rows = most_anomalous(output, 7)
     assert [row["peak_x"] for row in rows] == [99, 98, 97, 96, 95, 94, 93]
     assert rows[0]["excess"] == pytest.approx(99 / 50 - 1)
-    assert len(most_anomalous(target, 500)) == 99
+    assert len(most_anomalous(output, 500)) == 99
 
 
 @pytest.mark.parametrize("threshold", [2.0, 0.0, -0.5])
@@ -85,7 +85,7 @@ def test_whatever_the_sign_of_the_threshold_larger_scores_come_first(tmp_path: P
     columns |= {"image_id": list(range(6)), "score": scores, "threshold": [threshold] * 6}
     (tmp_path / "scores").mkdir()
     pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
-    rows = most_anomalous(Target.alone(str(tmp_path)), 4)
+    rows = most_anomalous(RunOutput.alone(str(tmp_path)), 4)
     assert [row["score"] for row in rows] == [7.0, 2.5, 0.0, -0.25]
 
 
@@ -95,12 +95,12 @@ def test_sums_of_parts_are_ordered_by_the_difference_whatever_their_thresholds(t
     columns |= {"image_id": list(range(3)), "score": scores, "memory_score": scores, "threshold": thresholds}
     (tmp_path / "scores").mkdir()
     pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
-    rows = most_anomalous(Target.alone(str(tmp_path)), 3)
+    rows = most_anomalous(RunOutput.alone(str(tmp_path)), 3)
     assert [row["excess"] for row in rows] == pytest.approx([10.7, 9.5, 5.0])
 
 
-def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_path: Path) -> None:
-    assert write_triage(target, 20, PREPROCESSING) == 20
+def test_the_page_escapes_and_quotes_what_comes_from_data(output: RunOutput, tmp_path: Path) -> None:
+    assert write_triage(output, 20, PREPROCESSING) == 20
     text = (tmp_path / "triage.html").read_text()
     page = Page(text)
     assert EVIL in page.texts
@@ -121,14 +121,14 @@ def test_the_page_escapes_and_quotes_what_comes_from_data(target: Target, tmp_pa
 
 
 def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
-    assert write_triage(Target.alone(str(tmp_path)), 5, PREPROCESSING) == 0
+    assert write_triage(RunOutput.alone(str(tmp_path)), 5, PREPROCESSING) == 0
     assert (tmp_path / "triage.html").exists()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_in_a_browser_nothing_hostile_runs_and_nothing_overflows(
-    target: Target, browser: Any, tmp_path: Path, width: int, scheme: str
+    output: RunOutput, browser: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    write_triage(target, 50, PREPROCESSING)
+    write_triage(output, 50, PREPROCESSING)
     check_page(browser, (tmp_path / "triage.html").as_uri(), width, scheme)

@@ -1,0 +1,1 @@
+"""The connection to Ray, and what a cluster's nodes can do."""

@@ -1,0 +1,1 @@
+"""Images and data sets: decoding, the MVTec AD layout, the demo set."""

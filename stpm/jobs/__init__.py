@@ -1,0 +1,1 @@
+"""The four jobs: each composes fitting, scoring and evaluation into one command."""

@@ -1,0 +1,115 @@
+"""The evaluate job: from scored, labelled images to a report. The benchmark job ends with the same steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import ray
+
+from stpm import storage
+from stpm.cluster.connection import connected
+from stpm.console import NOTHING_DONE, SOME_FAILED, exit_code
+from stpm.errors import DataError, ModelError
+from stpm.evaluation.category import ScoredCategory, read_scores
+from stpm.evaluation.category_metrics import measure_category
+from stpm.evaluation.charts import draw_charts
+from stpm.evaluation.gallery import defect_sheet, galleries
+from stpm.evaluation.gate import Gate, read_gate
+from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions, MasksAt
+from stpm.evaluation.page import page
+from stpm.evaluation.report import CategoryResult, Report
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunState
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_categories(
+    output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, options: EvaluationOptions
+) -> list[CategoryResult]:
+    """Evaluate some categories of a run, each in a Ray task. Needs a connection to Ray."""
+    remote = ray.remote(evaluate_category)
+    history = {record.category: store.history(record).to_pydict() for record in records}
+    results: list[CategoryResult] = ray.get(
+        [remote.remote(output, record, history[record.category], options.masks_at) for record in records]
+    )
+    return results
+
+
+def evaluate_category(
+    output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
+) -> CategoryResult:
+    """Measure one category and draw its charts and pictures; the sheet of defects goes to the run folder.
+
+    Args:
+        output: the run that scored the category's images.
+        record: of the model that scored them.
+        history: loss per epoch, by column; empty if there is no student.
+        masks_at: where pixels are compared.
+    """
+    category = ScoredCategory(output, record.category, record.preprocessing)
+    if sheet := defect_sheet(category):
+        storage.publish(storage.join(output.out, "gallery", output.name, f"{category.name}.png"), sheet)
+    scores = read_scores(category, masks_at)
+    charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
+    return CategoryResult(record, measure_category(scores), charts, galleries(category))
+
+
+def publish_report(report: Report, out: str, gate: Gate) -> int:
+    """Write the report, print it, and check it against the gate.
+
+    Returns:
+        The exit code: 0 all done, 2 something failed or fell short, 3 nothing could be evaluated.
+    """
+    shortfalls = gate.shortfalls(report.summary)
+    for name, content in {**report.files(), "report.html": page(report, shortfalls).encode()}.items():
+        storage.publish(storage.join(out, name), content)
+    log.info(f"\n{report.text()}\n")
+    for line in shortfalls:
+        log.info(f"falls short: {line}")
+    log.info(f"the report is {storage.join(out, 'report.html')}, with .json, .parquet and .md beside it")
+    code = exit_code(len(report.results), len(report.failures))
+    return code or (SOME_FAILED if shortfalls else code)
+
+
+def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: GateOptions) -> int:
+    """Run the evaluate job. Returns its exit code, as `publish_report` does.
+
+    Raises:
+        ConfigError: if a requirement or the baseline cannot be read.
+    """
+    requirements = read_gate(gate)
+    run = storage.absolute(options.scores)
+    out = storage.output_folder(options.out or run)
+    results: list[CategoryResult] = []
+    try:
+        runs = [(output, *_models(output, options.models)) for output in RunOutput.found(run)]
+        with connected():
+            for output, store, records in runs:
+                results += evaluate_categories(output, records, store, evaluation)
+    except (DataError, ModelError) as error:
+        log.info(f"error: {error}")
+        return NOTHING_DONE
+    for result in results:
+        if unlabelled := result.metrics.unlabelled_count:
+            log.info(f"{result.model.category}: {unlabelled} images without a label are left out")
+    report = Report(run, results, masks_at=evaluation.masks_at)
+    return publish_report(report, out, requirements)
+
+
+def _models(output: RunOutput, elsewhere: str) -> tuple[ModelStore, list[ModelRecord]]:
+    """Find the models that scored a run, in its model store, or elsewhere.
+
+    Raises:
+        DataError: if the run has not ended.
+        ModelError: if one of them is no longer there.
+    """
+    run_state = RunState(output.home)
+    uri, made_by = run_state.models()
+    if run_state.done() is None:
+        raise DataError(f"{output.out}: this run has not ended; run the score job again, to its end")
+    store = ModelStore(elsewhere or uri)
+    return store, [store.record(category, model_id) for category, model_id in made_by.items()]

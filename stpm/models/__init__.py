@@ -1,0 +1,1 @@
+"""Fitted models: their records and the store that keeps them."""

@@ -1,0 +1,1 @@
+"""Where images come from: sources become the rows of a manifest."""

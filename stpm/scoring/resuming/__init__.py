@@ -1,0 +1,1 @@
+"""What a run has done so far, and what is left of it after it was killed."""

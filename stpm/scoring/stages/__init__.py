@@ -1,0 +1,1 @@
+"""What happens to an image: fetch and decode, score, write its heatmap."""

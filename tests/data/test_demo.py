@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stpm import storage
+from stpm.data import demo, images, mvtec
+
+
+def test_the_demo_set_is_whole_and_the_same_everywhere(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        demo.make(str(tmp_path / name))
+    assert mvtec.find_categories(str(tmp_path / "one")) == ["brick", "grass", "gravel"]
+    for name in demo.TEXTURES:
+        category = mvtec.read_category(str(tmp_path / "one"), name)
+        assert len(category.train) == demo.TRAIN_IMAGES
+        defects = [image for image in category.test if image.label != mvtec.GOOD]
+        assert len(category.test) - len(defects) == demo.GOOD_IMAGES
+        assert {image.label for image in defects} == {"foreign", "hole", "smear", "stain"}
+        for image in defects:
+            mask = images.decode_mask(storage.read(image.mask))
+            assert mask.shape == (demo.CROP, demo.CROP)
+            assert 0.005 < mask.mean() < 0.2
+            assert storage.read(image.uri) == storage.read(image.uri.replace("/one/", "/two/"))
+
+
+def test_a_defect_changes_the_image_where_its_mask_is_and_hardly_elsewhere() -> None:
+    texture = np.random.default_rng(0).integers(60, 200, (demo.CROP, demo.CROP), dtype=np.uint8)
+    for draw in demo._DEFECTS.values():
+        image, mask = draw(np.random.default_rng(1), texture, texture[::-1])
+        change = np.abs(image.astype(int) - texture)
+        assert change[mask > 0].mean() > 10 * change[mask == 0].mean()
+
+
+def test_an_existing_demo_set_is_left_alone(tmp_path: Path) -> None:
+    demo.make(str(tmp_path))
+    changed = tmp_path / "brick" / "train" / "good" / "000.png"
+    Image.new("L", (1, 1)).save(changed)
+    demo.make(str(tmp_path))
+    assert Image.open(changed).size == (1, 1)

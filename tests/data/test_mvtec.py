@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from stpm import storage
+from stpm.data import mvtec
+from stpm.errors import DataError
+from tests.datasets import make_category
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    return str(tmp_path) if request.param == "local" else memory
+
+
+def test_a_category_with_masks(root: str) -> None:
+    make_category(root, "nut", train=3, good=2, defects=2)
+    category = mvtec.read_category(root, "nut")
+    assert [uri.rsplit("/", 1)[-1] for uri, _ in category.train] == ["000.png", "001.png", "002.png"]
+    assert [*category.train] == storage.versions(f"{root}/nut/train")
+    # Figures of images or masks that were written anew are others'.
+    for uri in (category.test[0].uri, category.test[-1].mask):
+        storage.publish(uri, storage.read(uri))
+        before, category = category, mvtec.read_category(root, "nut")
+        assert before.test != category.test
+    assert [(image.label, image.mask.rsplit("/", 1)[-1]) for image in category.test] == [
+        ("good", ""),
+        ("good", ""),
+        ("square", "000_mask.png"),
+        ("square", "001_mask.png"),
+    ]
+    assert all(storage.exists(image.uri) for image in category.test)
+    assert storage.exists(category.test[2].mask)
+
+
+def test_a_category_without_masks_and_with_jpeg(root: str) -> None:
+    make_category(root, "nut", masks=False, kind="JPEG")
+    category = mvtec.read_category(root, "nut")
+    assert len(category.test) == 8
+    assert all(not image.mask for image in category.test)
+
+
+def test_masks_may_bear_the_images_own_name(root: str) -> None:
+    make_category(root, "nut", defects=1)
+    mask = storage.join(root, "nut/ground_truth/square/000_mask.png")
+    storage.publish(mask.replace("_mask.png", ".png"), storage.read(mask))
+    storage.remove(mask)
+    assert mvtec.read_category(root, "nut").test[-1].mask.endswith("ground_truth/square/000.png")
+
+
+def test_files_that_are_not_images_are_no_part_of_it(root: str) -> None:
+    make_category(root, "nut", train=2, good=0, defects=0)
+    for name in ("nut/train/good/Thumbs.db", "nut/readme.txt", "license.txt"):
+        storage.publish(storage.join(root, name), b"x")
+    assert len(mvtec.read_category(root, "nut").train) == 2
+    assert mvtec.find_categories(root) == ["nut"]
+
+
+def test_categories_are_found_or_chosen(root: str) -> None:
+    for name in ("b", "a", "c"):
+        make_category(root, name, train=1, good=0, defects=0)
+    assert mvtec.find_categories(root) == ["a", "b", "c"]
+    assert mvtec.find_categories(root, ["c", "a"]) == ["a", "c"]
+    with pytest.raises(DataError, match="no category d; there are a, b, c"):
+        mvtec.find_categories(root, ["a", "d"])
+
+
+def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        mvtec.find_categories(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="no category folders"):
+        mvtec.find_categories(str(tmp_path))
+    (tmp_path / "hollow" / "train" / "good").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"hollow: no images in train/good"):
+        mvtec.read_category(str(tmp_path), "hollow")
+
+
+def test_a_name_that_may_not_become_a_path_is_refused(tmp_path: Path) -> None:
+    make_category(str(tmp_path), "a:b", train=1, good=0, defects=0)
+    with pytest.raises(DataError, match=r"category 'a:b' holds the character ':'"):
+        mvtec.read_category(str(tmp_path), "a:b")
+
+
+def test_a_training_image_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
+    make_category(str(tmp_path), "nut", train=2, good=1, defects=0)
+    folder = tmp_path / "nut" / "train" / "good"
+    (folder / "000.png").rename(Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")))
+    with pytest.raises(DataError, match=r"udcff.png': the name of this training image is not UTF-8; rename it"):
+        mvtec.read_category(str(tmp_path), "nut")
+
+
+@pytest.mark.real_data
+def test_the_real_categories(real_data: Path) -> None:
+    bottle = mvtec.read_category(str(real_data), "bottle")
+    assert (len(bottle.train), len(bottle.test)) == (209, 83)
+    assert sum(bool(image.mask) for image in bottle.test) == 63
+    commutator = mvtec.read_category(str(real_data), "commutator")
+    assert (len(commutator.train), len(commutator.test)) == (278, 121)
+    assert all(bool(image.mask) == (image.label != "good") for image in commutator.test)

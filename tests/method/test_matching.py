@@ -1,0 +1,141 @@
+"""The method's equations against plain numpy, written from the paper."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from stpm.method.matching import content_mask, distance_map, matching_loss
+
+SHAPES = [(2, 8, 16, 16), (2, 12, 8, 8), (2, 20, 4, 4)]
+ALL = [None] * len(SHAPES)
+
+
+def features(seed: int, shapes: list[tuple[int, ...]] = SHAPES) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def reference_distance(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
+    """Equations 1 and 2 as printed: normalise each vector over channels, then half the squared distance."""
+
+    def unit(f: np.ndarray) -> np.ndarray:
+        norm = np.sqrt((f.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
+        return np.divide(f, norm, out=np.zeros_like(f, np.float64), where=norm > 0)
+
+    return 0.5 * ((unit(teacher) - unit(student)) ** 2).sum(axis=1)
+
+
+def test_the_loss_is_that_of_the_paper() -> None:
+    teacher, student = features(0), features(1)
+    expected = np.mean([reference_distance(t, s).mean() for t, s in zip(teacher, student, strict=True)])
+    t, s = [[torch.from_numpy(f) for f in side] for side in (teacher, student)]
+    assert matching_loss(t, s, ALL).item() == pytest.approx(expected, abs=1e-6)
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        (2, 1, 5, 2, 2),
+        elements=st.just(0.0) | st.floats(2**-10, 2**10, width=32) | st.floats(-(2**10), -(2**-10), width=32),
+    ),
+    st.floats(0.01, 100.0),
+)
+@settings(deadline=None)
+def test_distances_are_bounded_symmetric_and_blind_to_scale(pair: np.ndarray, scale: float) -> None:
+    t, s = torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+    distance = distance_map(t, s)
+    assert ((distance >= 0) & (distance <= 2)).all()
+    np.testing.assert_allclose(distance.numpy(), reference_distance(pair[0], pair[1]), atol=2e-6)
+    torch.testing.assert_close(distance, distance_map(s, t))
+    torch.testing.assert_close(distance, distance_map(t * scale, s), atol=1e-5, rtol=0)
+
+
+def test_equal_features_have_distance_zero_and_opposite_ones_two() -> None:
+    f = torch.randn(1, 16, 3, 3)
+    assert distance_map(f, f).max() < 1e-6
+    torch.testing.assert_close(distance_map(f, -f), torch.full((1, 3, 3), 2.0))
+
+
+def test_features_without_direction_are_half_away_from_any_other() -> None:
+    zero, other = torch.zeros(1, 4, 1, 1), torch.randn(1, 4, 1, 1)
+    assert distance_map(zero, other).item() == pytest.approx(0.5)
+    assert distance_map(zero, zero).item() == 0.0
+
+
+def test_half_precision_features_are_compared_in_float32() -> None:
+    t, s = (torch.from_numpy(f).bfloat16() for f in (features(2)[0], features(3)[0]))
+    distance = distance_map(t, s)
+    assert distance.dtype == torch.float32
+    np.testing.assert_allclose(distance.numpy(), reference_distance(t.float().numpy(), s.float().numpy()), atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_normalised_form() -> None:
+    t, s = torch.randn(2, 6, 4, 4, dtype=torch.float32), torch.randn(2, 6, 4, 4, requires_grad=True)
+    distance_map(t, s).mean().backward()
+    ours, s.grad = s.grad, None
+    normal = torch.nn.functional.normalize
+    (0.5 * (normal(t, dim=1) - normal(s, dim=1)).pow(2).sum(1)).mean().backward()
+    torch.testing.assert_close(ours, s.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_features_of_different_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\) and student \(1, 5, 2, 2\)"):
+        distance_map(torch.zeros(1, 4, 2, 2), torch.zeros(1, 5, 2, 2))
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
+    """An input's height and width, and a box in it."""
+    height, width = draw(st.integers(32, 100)), draw(st.integers(32, 100))
+    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    return (height, width), [left, top, draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height))]
+
+
+@given(boxes(), st.integers(1, 16), st.integers(1, 16))
+@settings(deadline=None)
+def test_a_position_counts_if_its_centre_is_on_the_image(
+    case: tuple[tuple[int, int], list[int]], rows: int, columns: int
+) -> None:
+    size, (left, top, right, bottom) = case
+    mask = content_mask(torch.tensor([case[1]], dtype=torch.int32), size, (rows, columns))[0].numpy()
+    assert mask.any()
+    y = np.array([top <= (i + 0.5) * size[0] / rows < bottom for i in range(rows)])
+    x = np.array([left <= (i + 0.5) * size[1] / columns < right for i in range(columns)])
+    if y.any() and x.any():
+        np.testing.assert_array_equal(mask, np.outer(y, x))
+    if not y.any():
+        (row,) = np.flatnonzero(mask.any(axis=1))
+        assert row * size[0] / rows <= (top + bottom) / 2 < (row + 1) * size[0] / rows
+
+
+@given(boxes(), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_what_lies_on_the_padding_does_not_change_the_loss(case: tuple[tuple[int, int], list[int]], seed: int) -> None:
+    size, box = case
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in (4, 8, 16)]
+    valid = [content_mask(torch.tensor([box]), size, shape) for shape in shapes]
+    teacher, student = ([torch.rand(1, 5, *shape, generator=generator) for shape in shapes] for _ in range(2))
+    other = [
+        torch.where(v[:, None], s, torch.rand(s.shape, generator=generator))
+        for s, v in zip(student, valid, strict=True)
+    ]
+    loss = matching_loss(teacher, student, valid)
+    torch.testing.assert_close(loss, matching_loss(teacher, other, valid))
+    distances = [distance_map(t, s)[v] for t, s, v in zip(teacher, student, valid, strict=True)]
+    assert loss.item() == pytest.approx(np.mean([d.double().mean().item() for d in distances]), abs=1e-6)
+
+
+def test_images_weigh_the_same_in_the_loss_however_small_they_are_in_the_input() -> None:
+    teacher, student = ([torch.from_numpy(f) for f in features(seed)] for seed in (0, 1))
+    content = torch.tensor([[0, 0, 64, 64], [16, 0, 48, 64]])
+    valid = [content_mask(content, (64, 64), tuple(t.shape[2:])) for t in teacher]
+    both = matching_loss(teacher, student, valid)
+    alone = [matching_loss(*([f[i : i + 1] for f in side] for side in (teacher, student, valid))) for i in range(2)]
+    torch.testing.assert_close(both, torch.stack(alone).mean())
+    torch.testing.assert_close(alone[0], matching_loss([t[:1] for t in teacher], [s[:1] for s in student], ALL))

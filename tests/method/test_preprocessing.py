@@ -1,0 +1,142 @@
+"""Geometry of the input: which part of an image is seen, and where it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from stpm.method.preprocessing import IMAGENET, Resize, choose_size
+from stpm.options import Size
+from tests.conftest import preprocessing_of
+
+SIDES = st.integers(1, 3000)
+INPUTS = st.integers(32, 700)
+RESIZES = st.sampled_from(["stretch", "crop", "fit"])
+
+
+@given(RESIZES, INPUTS, INPUTS, SIDES, SIDES)
+@example("fit", 256, 256, 50, 1)
+@example("fit", 256, 256, 1, 3000)
+@example("crop", 32, 700, 1, 1)
+def test_boxes_are_inside_and_never_empty(resize: Resize, height: int, width: int, across: int, down: int) -> None:
+    made = preprocessing_of(height, width, resize)
+    left, top, right, bottom = made.source_box(across, down)
+    assert 0 <= left < right <= across
+    assert 0 <= top < bottom <= down
+    left, top, right, bottom = made.content_box(across, down)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    assert made.content_shape(across, down) == (bottom - top, right - left)
+    for x, y in ((0, 0), (right - left - 1, bottom - top - 1)):
+        original_x, original_y = made.to_original(x, y, across, down)
+        assert 0 <= original_x < across
+        assert 0 <= original_y < down
+
+
+@given(INPUTS, INPUTS, SIDES, SIDES)
+def test_a_crop_has_the_inputs_proportions_and_touches_two_sides(
+    height: int, width: int, across: int, down: int
+) -> None:
+    left, top, right, bottom = preprocessing_of(height, width, "crop").source_box(across, down)
+    assert (right - left) / (bottom - top) == pytest.approx(width / height)
+    assert left + right == pytest.approx(across)
+    assert top + bottom == pytest.approx(down)
+    assert right - left == pytest.approx(across) or bottom - top == pytest.approx(down)
+
+
+@given(INPUTS, INPUTS, SIDES, SIDES)
+def test_fit_stretches_within_ten_percent_and_else_keeps_proportions(
+    height: int, width: int, across: int, down: int
+) -> None:
+    left, top, right, bottom = preprocessing_of(height, width, "fit").content_box(across, down)
+    distortion = (across / down) / (width / height)
+    if 1 / 1.099 < distortion < 1.099:
+        assert (left, top, right, bottom) == (0, 0, width, height)
+    elif not 1 / 1.101 < distortion < 1.101:
+        assert (right - left == width) != (bottom - top == height)
+        assert abs((right - left) - min(width, max(across * height / down, 1))) <= 0.5
+        assert abs((bottom - top) - min(height, max(down * width / across, 1))) <= 0.5
+        assert abs(left - (width - right)) <= 1
+        assert abs(top - (height - bottom)) <= 1
+
+
+@given(RESIZES, SIDES, SIDES, st.integers(1, 512), st.integers(0, 512))
+def test_a_picture_keeps_proportions_within_its_limits(
+    resize: Resize, across: int, down: int, shorter: int, more: int
+) -> None:
+    made = preprocessing_of(256, 192, resize)
+    width, height = made.picture_size(across, down, shorter, shorter + more)
+    left, top, right, bottom = made.source_box(across, down)
+    assert 1 <= min(width, height) <= shorter
+    assert max(width, height) <= shorter + more
+    assert min(width, height) == shorter or max(width, height) == shorter + more
+    scale = max(width / (right - left), height / (bottom - top))
+    assert abs(width - max((right - left) * scale, 1)) <= 0.5 + scale / 2 + (right - left) / (bottom - top)
+
+
+def test_padding_is_zero_once_normalised() -> None:
+    colour = np.array(preprocessing_of(64).padding_colour) / 255
+    assert np.abs((colour - IMAGENET.mean) / IMAGENET.std).max() < 0.01
+    assert dataclasses.replace(preprocessing_of(64), mean=(0.0, 0.0, 0.0)).padding_colour == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # (width, height) of the images; height and width of the input.
+        ([(256, 256)], (256, 256)),
+        ([(300, 300)], (288, 288)),
+        ([(250, 630)] * 9 + [(250, 900)], (640, 256)),
+        ([(1500, 1000)], (320, 480)),
+        ([(900, 900)], (384, 416)),
+        ([(10, 10)], (256, 256)),
+        ([(5000, 100)], (128, 1152)),
+        ([(1, 5000)], (736, 96)),
+        ([(100, 400), (400, 100), (200, 200)], (256, 256)),
+    ],
+)
+def test_a_size_is_that_of_the_median_image_within_the_budget(
+    sizes: list[tuple[int, int]], expected: tuple[int, int]
+) -> None:
+    assert choose_size(sizes, 163_840) == expected
+
+
+@given(
+    st.one_of(st.lists(st.tuples(each, each), min_size=1, max_size=9) for each in (SIDES, st.integers(1, 60_000))),
+    st.one_of(st.integers(1024, 500_000), st.integers(1024, 4096**2)),
+)
+@example([(40_000, 5_000)], 4096**2)
+@example([(1_000, 50_000)], 4096**2)
+@example([(4_097, 4_097)], 4096**2)
+def test_a_chosen_size_keeps_the_budget_and_the_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
+    height, width = choose_size(sizes, budget)
+    assert height % 32 == width % 32 == 0
+    assert 32 <= min(height, width) <= max(height, width) <= 4096
+    assert height * width <= budget
+    aspect = min(max(np.exp(np.median([np.log(w / h) for w, h in sizes])), 1 / 8), 8)
+    pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
+    wanted = np.sqrt([pixels / aspect, pixels * aspect])
+    if wanted.min() >= 48:
+        # No side is further from the wanted one than rounding and two steps down take it.
+        assert np.abs(np.array([height, width]) - wanted).max() <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "sides"),
+    [("256", "256x256", (256, 256)), ("640x256", "640x256", (640, 256)), ("auto", "auto", None)],
+)
+def test_a_size_is_written_as_height_by_width(text: str, written: str, sides: tuple[int, int] | None) -> None:
+    assert Size(text) == written
+    assert Size(text).sides == sides
+    assert Size(Size(text)) == Size(text)
+
+
+@pytest.mark.parametrize("text", ["", "256x", "x256", "256X256", "-1", "1x2x3", "2.5", "Auto", "256 "])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size; give HEIGHTxWIDTH"):
+        Size(text)

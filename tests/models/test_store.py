@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from stpm import storage
+from stpm.errors import DataError, ModelError
+from stpm.method.backbones import StateDict, architecture_of, build_student, load_teacher
+from stpm.method.calibration import Calibration, HeatmapScale, PartScale
+from stpm.method.memory_bank import KINDS, MemoryBank, fit_bank
+from stpm.method.recipe import Recipe
+from stpm.models.record import FitSummary, ModelRecord
+from stpm.models.store import ModelStore
+from tests.conftest import MODELS, preprocessing_of
+
+SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
+CALIBRATION = Calibration(np.array([0.2, 0.4, 0.7], np.float32), HeatmapScale(0.25, 0.75))
+
+
+def banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
+    """Banks of random descriptors, as many as the recipe has, of vectors that half precision holds."""
+    if not recipe.memory:
+        return ()
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        fit_bank(torch.randn(90, 60 + level, generator=generator), level, kind, 5 - 2 * level, recipe.memory, seed)
+        for level in (1, 2)
+        for kind in KINDS
+    )
+
+
+def student_of(recipe: Recipe, seed: int = 0) -> StateDict | None:
+    if recipe.student == "none":
+        return None
+    return build_student(architecture_of(recipe.teacher), recipe.levels, seed, False).net.state_dict()
+
+
+def scales_of(recipe: Recipe) -> tuple[PartScale, ...]:
+    """As many as the recipe has parts, each another."""
+    parts = len(recipe.levels) * (recipe.student != "none") + len(banks(recipe))
+    return tuple(PartScale(i - 1.5, i + 0.25) for i in range(parts))
+
+
+def test_a_record_that_was_changed_is_not_that_models(store: ModelStore, any_model: Recipe) -> None:
+    save(store, any_model)
+    uri = stored(store, "model.json")
+    values = json.loads(storage.read(uri))
+    storage.publish(uri, json.dumps(values | {"part_scales": values["part_scales"][1:]}).encode())
+    with pytest.raises(ModelError, match=r"/model\.json: this is nut-.*; fit the model again"):
+        store.load("nut")
+
+
+def stored(store: ModelStore, name: str) -> str:
+    """URI of a file of the current model."""
+    return storage.join(store.folder("nut"), store.current("nut").model_id, name)
+
+
+def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
+    teacher = store.put_teacher(load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    return store.save(
+        category=category,
+        recipe=recipe,
+        preprocessing=preprocessing_of(64, 48, "fit"),
+        precision="float32",
+        teacher_digest=teacher,
+        data_fingerprint="f",
+        student=student_of(recipe, seed),
+        memory=banks(recipe, seed),
+        calibration=CALIBRATION,
+        part_scales=scales_of(recipe),
+        picture=b"png",
+        history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
+        fit=SUMMARY,
+    )
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> ModelStore:
+    return ModelStore(str(tmp_path) if request.param == "local" else memory)
+
+
+def test_loading_never_tries_the_network(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ModelStore(str(tmp_path))
+    recipe = dataclasses.replace(tiny, teacher="test_resnet.r160_in1k")
+    record = save(store, recipe)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"the network was tried: {arguments}")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    store.load("nut")
+    store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
+
+
+def test_what_is_saved_loads(store: ModelStore, any_model: Recipe) -> None:
+    record = save(store, any_model)
+    model = store.load("nut")
+    assert model.record == record == store.record("nut")
+    assert record.recipe == any_model
+    assert record.preprocessing == preprocessing_of(64, 48, "fit")
+    assert record.part_scales == scales_of(any_model)
+    np.testing.assert_array_equal(model.calibration.scores, CALIBRATION.scores)
+    assert model.calibration.scale == CALIBRATION.scale
+    assert store.categories() == ["nut"]
+    teacher = store.load_teacher(any_model.teacher, any_model.levels, record.teacher_digest)
+    expected, student = student_of(any_model), model.parts.student
+    assert (student is None) == (expected is None)
+    if student and expected:
+        assert student.net.state_dict().keys() == expected.keys()
+        assert all(torch.equal(v, expected[k]) for k, v in student.net.state_dict().items())
+        assert not student.training
+        assert teacher.channels == student.channels
+        assert store.history(record)["train_loss"].to_pylist() == [0.7, 0.5]
+    else:
+        assert store.history(record).num_rows == 0
+
+
+def test_a_memory_loads_as_it_was_and_measures_the_same_to_the_bit(store: ModelStore, any_model: Recipe) -> None:
+    save(store, any_model)
+    expected, found = banks(any_model), store.load("nut").parts.memory
+    assert len(found) == len(expected) == (4 if any_model.memory else 0)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.level, one.kind, one.window) == (other.level, other.kind, other.window)
+        for name in ("mean", "whitening", "vectors"):
+            loaded, made = getattr(one, name), getattr(other, name)
+            assert loaded.dtype == torch.float32
+            assert torch.equal(loaded, made)
+        features = torch.randn(3, 60 + one.level, 9, 7)
+        assert torch.equal(one.distance_map(features), other.distance_map(features))
+
+
+def test_loaded_parts_know_their_size(tmp_path: Path, any_model: Recipe) -> None:
+    store = ModelStore(str(tmp_path))
+    save(store, any_model)
+    tensors = list((student_of(any_model) or {}).values())
+    tensors += [t for bank in banks(any_model) for t in (bank.mean, bank.whitening, bank.vectors)]
+    assert store.load("nut").parts.nbytes == sum(t.numel() * t.element_size() for t in tensors)
+
+
+COMMON = {"current.json", "model.json", "calibration.parquet"}
+OF_STUDENT = {"student.safetensors", "history.parquet", "loss.png"}
+OF_MEMORY = {"memory.safetensors"}
+FILES = {
+    "student": COMMON | OF_STUDENT,
+    "student and memory": COMMON | OF_STUDENT | OF_MEMORY,
+    "memory": COMMON | OF_MEMORY,
+}
+
+
+def names(store: ModelStore, category: str) -> set[str]:
+    """Of the files of a category."""
+    return {uri.rsplit("/", 1)[1] for uri, _ in storage.files(storage.join(store.uri, category))}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_store_holds_plain_files_and_its_teacher_once(store: ModelStore, kind: str) -> None:
+    for category in ("a", "b"):
+        save(store, MODELS[kind], category)
+        assert names(store, category) == FILES[kind]
+    assert len(names(store, "teachers")) == 1
+
+
+@pytest.mark.parametrize("before", FILES)
+@pytest.mark.parametrize("after", FILES)
+def test_a_new_model_leaves_the_old_one_as_it_was(store: ModelStore, before: str, after: str) -> None:
+    first = save(store, MODELS[before])
+    old = {uri: storage.read(uri) for uri, _ in storage.files(store.folder("nut")) if first.model_id in uri}
+    assert len(old) == len(FILES[before]) - 1
+    second = save(store, MODELS[after], seed=1)
+    assert store.record("nut").model_id == second.model_id != first.model_id
+    assert store.load("nut").record == second
+    assert store.load("nut", first.model_id).record == store.record("nut", first.model_id) == first
+    assert {uri: storage.read(uri) for uri in old} == old
+    with pytest.raises(ModelError, match="no model nut-1 for category 'nut'"):
+        store.load("nut", "nut-1")
+
+
+def test_a_fit_that_comes_to_the_same_model_changes_nothing_in_it_but_heals_it(store: ModelStore) -> None:
+    first = save(store, MODELS["student and memory"])
+    save(store, MODELS["student"])
+    uris = [uri for uri, _ in storage.files(store.folder("nut")) if first.model_id in uri]
+    before = {uri: storage.read(uri) for uri in uris}
+    assert save(store, MODELS["student and memory"]) == first == store.load("nut").record
+    assert {uri: storage.read(uri) for uri in uris} == before
+    storage.publish(uris[-1], b"x")
+    with pytest.raises(ModelError, match="its SHA-256 is"):
+        store.verify(first)
+    store.verify(save(store, MODELS["student and memory"]))
+
+
+def test_a_model_is_identified_by_its_student_and_its_memory(store: ModelStore) -> None:
+    recipes = [MODELS["student"], MODELS["student and memory"], MODELS["memory"]]
+    ids = [save(store, recipe, seed=seed).model_id for recipe in recipes for seed in (0, 1)]
+    assert len(set(ids)) == 6
+    assert save(store, recipes[1]).model_id == ids[2]
+
+
+def test_a_model_is_another_where_the_same_weights_score_otherwise(store: ModelStore, tiny: Recipe) -> None:
+    """Else a pass would be taken for done that an earlier calibration, or another reduction to one score, made."""
+    record = save(store, dataclasses.replace(tiny, memory=50, fusion="quantile"))
+    others = [
+        dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, top_fraction=0.2)),
+        dataclasses.replace(record, preprocessing=preprocessing_of(64, 48, "stretch")),
+        dataclasses.replace(record, part_scales=(PartScale(0.1, 0.7),)),
+        dataclasses.replace(record, heatmap_scale=HeatmapScale(0.0, 9.0)),
+        dataclasses.replace(record, files=record.files | {"calibration.parquet": "0" * 64}),
+    ]
+    assert len({each.model_id for each in (record, *others)}) == 6
+    assert store.record("nut").model_id == record.model_id
+    assert dataclasses.replace(record, created="later", versions={}).model_id == record.model_id
+
+
+def test_without_a_record_there_is_no_model(store: ModelStore, tiny: Recipe) -> None:
+    save(store, tiny)
+    storage.remove(stored(store, "model.json"))
+    with pytest.raises(ModelError, match=r"no model nut-.* for category 'nut'"):
+        store.load("nut")
+    storage.publish(storage.join(store.folder("nut"), "current.json"), b"")
+    with pytest.raises(ModelError, match=r"current\.json: cannot be read"):
+        store.load("nut")
+    storage.remove(storage.join(store.folder("nut"), "current.json"))
+    with pytest.raises(ModelError, match="no model for category 'nut'"):
+        store.load("nut")
+    with pytest.raises(ModelError, match="no models here; fit some"):
+        store.categories()
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "memory.safetensors", "calibration.parquet"])
+def test_damage_is_noticed(store: ModelStore, file: str) -> None:
+    save(store, MODELS["student and memory"])
+    uri = stored(store, file)
+    data = bytearray(storage.read(uri))
+    data[len(data) // 2] ^= 1
+    storage.publish(uri, bytes(data))
+    with pytest.raises(ModelError, match=rf"{file}: its SHA-256 is .* expected; fit the model again"):
+        store.load("nut")
+
+
+def test_a_damaged_teacher_is_noticed(store: ModelStore, tiny: Recipe) -> None:
+    record = save(store, tiny)
+    storage.publish(storage.join(store.uri, "teachers", f"{record.teacher_digest}.safetensors"), b"x")
+    with pytest.raises(ModelError, match="its SHA-256 is"):
+        store.load_teacher(tiny.teacher, tiny.levels, record.teacher_digest)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "format 99, this version reads 3"),
+        ({"surprise": 1}, "the record has fields too many or too few: surprise"),
+        ({"heatmap_scale": {"low": 1.0}}, "heatmap_scale has fields too many or too few: edge"),
+        ({"recipe.epochs": 0}, "epochs is 0"),
+        ({"recipe.epochs": "5"}, "recipe.epochs is '5', which is no int"),
+        ({"recipe.epochs": True}, "recipe.epochs is True, which is no int"),
+        ({"recipe.levels": [1, "2"]}, "recipe.levels is '2', which is no int"),
+        ({"recipe.keep": "first"}, "recipe.keep is 'first'"),
+        ({"recipe.size": "big"}, "'big' is not a size"),
+        ({"recipe.size": 64}, "recipe.size is 64, which is no Size"),
+        ({"fit.seconds": "1.5"}, "fit.seconds is '1.5', which is no float"),
+        ({"fit.train_loss": "low"}, "fit.train_loss is 'low', which is no float"),
+        ({"heatmap_scale.low": "0.1"}, "heatmap_scale.low is '0.1', which is no float"),
+        ({"part_scales": [{"low": 1.0}]}, "part_scales has fields too many or too few: high"),
+        ({"preprocessing.height": 64.5}, "preprocessing.height is 64.5, which is no int"),
+        ({"preprocessing.mean": [0.5, 0.5]}, "preprocessing.mean is"),
+        ({"files": {"student.safetensors": 1}}, "files.student.safetensors is 1, which is no str"),
+    ],
+)
+def test_a_foreign_record_says_what_differs(
+    store: ModelStore, tiny: Recipe, change: dict[str, object], message: str
+) -> None:
+    values = json.loads(json.dumps(dataclasses.asdict(save(store, tiny))))
+    for name, value in change.items():
+        *parents, field = name.split(".")
+        (values[parents[0]] if parents else values)[field] = value
+    storage.publish(stored(store, "model.json"), json.dumps(values).encode())
+    with pytest.raises(ModelError, match=message):
+        store.record("nut")
+
+
+def test_a_whole_number_will_do_where_a_fraction_may_stand(store: ModelStore, tiny: Recipe) -> None:
+    record = save(store, tiny)
+    values = json.loads(json.dumps(dataclasses.asdict(record)))
+    values["fit"]["seconds"] = 3
+    storage.publish(stored(store, "model.json"), json.dumps(values).encode())
+    assert store.record("nut") == dataclasses.replace(record, fit=dataclasses.replace(record.fit, seconds=3.0))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_record_that_is_no_record(store: ModelStore, tiny: Recipe, content: bytes) -> None:
+    save(store, tiny)
+    storage.publish(stored(store, "model.json"), content)
+    with pytest.raises(ModelError, match=r"model.json"):
+        store.record("nut")
+
+
+def test_a_category_that_may_not_be_a_path_is_refused(store: ModelStore) -> None:
+    with pytest.raises(DataError, match=r"'../nut' holds the character '/'"):
+        store.load("../nut")
