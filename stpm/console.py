@@ -61,7 +61,6 @@ def start_logging(job: str, log_format: LogFormat) -> None:
     """
     package = logging.getLogger("stpm")
     package.setLevel(logging.INFO)
-    package.propagate = False
     package.handlers = [TextHandler() if log_format == "text" else JsonHandler(job)]
 
 

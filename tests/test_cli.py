@@ -225,7 +225,7 @@ def test_what_cannot_be_run_exits_with_one_line(
     assert err.count("\n") == 1
 
 
-def fill_the_disk(say: object) -> int:
+def fill_the_disk() -> int:
     raise OSError(28, "No space left on device", "/data/x")
 
 
@@ -285,6 +285,6 @@ def test_a_size_is_read_in_decimal_digits_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_fractions_are_read_as_they_are_written(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_scale: 2\n")
+    (tmp_path / "run.yaml").write_text("learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_factor: 2\n")
     found = recipe_of("--config", str(tmp_path / "run.yaml"))
     assert (found.learning_rate, found.weight_decay, found.momentum, found.loss_factor) == (4e-4, 1e-3, 0.5, 2.0)

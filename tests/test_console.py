@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import subprocess
@@ -10,9 +11,18 @@ from datetime import datetime
 import pytest
 
 from stpm import __version__
-from stpm.console import JsonLines, Line, exit_code
+from stpm.console import JsonHandler, exit_code
 
-_PROGRAM = "from stpm.console import say, show, watched; say('one'); watched() and show('half way'); say('two')"
+_PROGRAM = """
+import logging
+from stpm.console import is_terminal, show_progress, start_logging
+start_logging("fit", "text")
+log = logging.getLogger("stpm.x")
+log.info("one")
+if is_terminal():
+    show_progress("half way")
+log.info("two")
+"""
 
 
 def test_on_a_terminal_the_line_at_the_bottom_is_replaced() -> None:
@@ -35,9 +45,10 @@ def test_exit_codes(good: int, failed: int, code: int) -> None:
 
 
 def test_as_json_each_line_says_when_of_which_run_and_about_what(capsys: pytest.CaptureFixture[str]) -> None:
-    say = JsonLines("fit")
-    say("two\n\nlines")
-    say(Line("fitted", "nut"))
+    log = logging.Logger("x")
+    log.addHandler(JsonHandler("fit"))
+    log.info("two\n\nlines")
+    log.info("fitted", extra={"category": "nut"})
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["message"] for line in said] == ["two", "lines", "fitted"]
     assert [line.get("category") for line in said] == [None, None, "nut"]
@@ -48,7 +59,7 @@ def test_as_json_each_line_says_when_of_which_run_and_about_what(capsys: pytest.
 _STOPPED = """
 import signal
 from stpm.cli import Job, run_job
-def stop(say):
+def stop():
     signal.raise_signal(signal.{name})
 try:
     run_job(Job("x.py", "", {}, "__main__:stop", ""))

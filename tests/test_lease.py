@@ -74,20 +74,20 @@ def test_of_many_that_create_an_object_at_once_one_succeeds(folder: str) -> None
 
 def test_who_renews_is_alive_and_named(folder: str, clock: Clock) -> None:
     first = lease_of(folder, clock, "a")
-    first.acquire(False, print)
+    first.acquire(False)
     clock.meanwhile.append(first.renew)
     with pytest.raises(ConfigError, match=r"is held by process 7 on far, since .*: jobs/score.py\. .* --wait"):
-        lease_of(folder, clock).acquire(False, print)
+        lease_of(folder, clock).acquire(False)
     assert clock.now < TIMEOUT
     assert not first.problem()
 
 
 def test_who_stands_still_has_stopped_by_the_time_that_another_takes_over(folder: str, clock: Clock) -> None:
     first, second = lease_of(folder, clock, "a"), lease_of(folder, clock)
-    first.acquire(False, print)
+    first.acquire(False)
     stopped: list[float] = []
     clock.meanwhile.append(lambda: stopped.append(clock.now) if first.problem() else None)
-    second.acquire(False, print)
+    second.acquire(False)
     assert stopped[0] < TIMEOUT <= clock.now
     assert "was not renewed for 70 s" in first.problem()
     before = storage.files(folder), storage.read(f"{folder}/.lease/1.json")
@@ -99,49 +99,52 @@ def test_who_stands_still_has_stopped_by_the_time_that_another_takes_over(folder
 
 
 def test_of_two_who_watch_a_dead_holder_one_gets_its_lease(folder: str, clock: Clock) -> None:
-    lease_of(folder, clock, "dead").acquire(False, print)
+    lease_of(folder, clock, "dead").acquire(False)
     # It has watched for longer.
     faster = lease_of(folder, Clock())
 
     def meanwhile() -> None:
         if clock.now == TIMEOUT - 10:
-            faster.acquire(False, print)
+            faster.acquire(False)
         elif clock.now > TIMEOUT - 10:
             faster.renew()
 
     clock.meanwhile.append(meanwhile)
     with pytest.raises(ConfigError, match="is held by"):
-        lease_of(folder, clock, "c").acquire(False, print)
+        lease_of(folder, clock, "c").acquire(False)
     assert not faster.problem()
 
 
 def test_a_holder_that_sees_a_higher_number_or_nothing_stops(folder: str, clock: Clock) -> None:
     first = lease_of(folder, clock, "a")
-    first.acquire(False, print)
+    first.acquire(False)
     storage.create(f"{folder}/.lease/1.json", dataclasses.replace(ELSEWHERE, host="new").encode())
     first.renew()
     assert "was taken over by process 7 on new" in first.problem()
     other = lease_of(f"{folder}/other", clock)
-    other.acquire(False, print)
+    other.acquire(False)
     storage.remove(f"{folder}/other")
     other.renew()
     assert "was removed" in other.problem()
 
 
-def test_who_waits_gets_it_when_it_is_released_and_says_so_once(folder: str, clock: Clock) -> None:
-    first, said = lease_of(folder, clock, "a"), []
-    first.acquire(False, print)
+def test_who_waits_gets_it_when_it_is_released_and_logs_it_once(
+    folder: str, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = lease_of(folder, clock, "a")
+    first.acquire(False)
     clock.meanwhile.append(lambda: first.release() if clock.now > 30 else first.renew())
-    lease_of(folder, clock).acquire(True, said.append)
+    lease_of(folder, clock).acquire(True)
     assert 30 < clock.now < TIMEOUT
-    assert [line.split("; ")[1] for line in said] == ["waiting for its end"]
+    logged = [record.getMessage() for record in caplog.records if record.name == "stpm.lease"]
+    assert [line.split("; ")[1] for line in logged] == ["waiting for its end"]
     assert [uri.rsplit("/", 1)[1] for uri, _ in storage.files(folder)] == ["1.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "x"}', b'{"surprise": 1}'])
 def test_a_file_that_says_nothing_is_watched_like_any_other(tmp_path: Path, clock: Clock, content: bytes) -> None:
     storage.create(f"{tmp_path}/.lease/4.json", content)
-    lease_of(str(tmp_path), clock).acquire(False, print)
+    lease_of(str(tmp_path), clock).acquire(False)
     assert clock.now >= TIMEOUT
     assert [path.name for path in (tmp_path / ".lease").iterdir()] == ["5.json"]
 
@@ -153,13 +156,13 @@ def test_a_process_of_this_machine_is_known_to_be_dead(tmp_path: Path, clock: Cl
     line = process.stdout.readline()
     storage.create(f"{tmp_path}/.lease/0.json", line)
     with pytest.raises(ConfigError, match=f"is held by process {process.pid} on "):
-        Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False, print)
+        Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False)
     assert clock.now == 0
     process.kill()
     # Dead, though its parent has not asked yet.
     while Holder.parse(line).lives_here():
         time.sleep(0.01)
-    Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False, print)
+    Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False)
     assert clock.now == lease._AFTERMATH
     process.communicate()
     assert Holder.parse(line).lives_here() is False
@@ -172,15 +175,15 @@ def test_a_process_of_this_machine_is_known_to_be_dead(tmp_path: Path, clock: Cl
 def test_a_block_holds_its_folder_and_releases_it(tmp_path: Path) -> None:
     folder = str(tmp_path)
     twice = pytest.raises(ConfigError, match=f"is held by process {os.getpid()} on ")
-    with held(folder, False, print), twice, held(folder, False, print):
+    with held(folder, False), twice, held(folder, False):
         pytest.fail("held twice")
-    with pytest.raises(KeyError), held(folder, False, print):
+    with pytest.raises(KeyError), held(folder, False):
         raise KeyError
-    with held(folder, False, print):
+    with held(folder, False):
         (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match=r"file/run: cannot be written to: "),
-        held(f"{folder}/file/run", False, print),
+        held(f"{folder}/file/run", False),
     ):
         pytest.fail("no folder")
 
@@ -188,7 +191,7 @@ def test_a_block_holds_its_folder_and_releases_it(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from stpm import lease, storage
-from stpm.console import Stopped, say
+from stpm.console import Stopped
 from stpm.cli import run_job
 
 lease._RENEWAL, lease.TIMEOUT, lease._MARGIN = 0.1, 4.0, 2.0
@@ -197,7 +200,7 @@ def job(argv):
     folder, stubborn, loss = argv
     if loss == "not renewed":
         del storage.publish
-    with lease.held(folder, False, say):
+    with lease.held(folder, False):
         while True:
             try:
                 open(f"{folder}/written", "a").write("x")
@@ -241,7 +244,7 @@ def test_each_job_holds_what_it_writes_to(tmp_path: Path, name: str) -> None:
         "benchmark": ["--data", data, "--out", out],
         "fit": ["--data", data, "--models", out, "--teacher", "test_resnet", "--teacher-weights", "random"],
     }
-    with held(out, False, print), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
+    with held(out, False), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
         job(name)(options[name])
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
 
@@ -251,20 +254,20 @@ def test_a_number_that_others_have_used_and_removed_meanwhile_is_no_lease(
 ) -> None:
     """Between the look at the numbers and the attempt at the next one, two others come and one goes."""
     first, slow, last = (lease_of(folder, clock, name) for name in ("a", "b", "d"))
-    first.acquire(False, print)
+    first.acquire(False)
     first.release()
     create = storage.create
 
     def paused(uri: str, data: bytes) -> bool:
         monkeypatch.setattr(storage, "create", create)
         between = lease_of(folder, clock, "c")
-        between.acquire(False, print)
+        between.acquire(False)
         between.release()
-        last.acquire(False, print)
+        last.acquire(False)
         clock.meanwhile.append(last.renew)
         return create(uri, data)
 
     monkeypatch.setattr(storage, "create", paused)
     with pytest.raises(ConfigError, match="is held by"):
-        slow.acquire(False, print)
+        slow.acquire(False)
     assert not last.problem()

@@ -6,7 +6,6 @@ import os
 import sys
 
 from stpm.cluster.connection import connected
-from stpm.console import say
 from stpm.data import mvtec
 from stpm.fitting.options import PoolOptions
 from stpm.fitting.progress import FitProgress
@@ -31,10 +30,10 @@ def main(data: str, models: str) -> None:
     ]
     with connected():
         outcomes = run_pool(
-            tasks, PoolOptions(workers=2, cpus_per_worker=1), f"{models}/.train", FitProgress(tasks, say, None)
+            tasks, PoolOptions(workers=2, cpus_per_worker=1), f"{models}/.train", FitProgress(tasks, None)
         )
     for outcome in outcomes:
-        say(f"outcome {outcome.category} {outcome.status} {outcome.reason}")
+        print(f"outcome {outcome.category} {outcome.status} {outcome.reason}", flush=True)
 
 
 if __name__ == "__main__":

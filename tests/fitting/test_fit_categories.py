@@ -44,41 +44,42 @@ def categories(root: Path, **images: int) -> list[mvtec.Category]:
 
 @pytest.mark.parametrize(("kind", "folds", "least"), [("student", 0, 2), ("memory", 0, 3), ("student", 5, 4)])
 def test_a_category_of_too_few_images_fails_before_anything_is_fitted(
-    tmp_path: Path, fitted_keys: list[str], kind: str, folds: int, least: int
+    tmp_path: Path, fitted_keys: list[str], kind: str, folds: int, least: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], calibration_folds=folds)
-    lines: list[str] = []
     of = categories(tmp_path, enough=least, few=least - 1)
-    outcomes = fit_categories(of, recipe, {0: str(tmp_path / "models")}, PoolOptions(), False, lines.append)
+    outcomes = fit_categories(of, recipe, {0: str(tmp_path / "models")}, PoolOptions(), False)
     assert fitted_keys == ["enough (seed 0)"]
     assert {o.category: o.status for o in outcomes} == {"few": "failed", "enough": "fitted"}
-    assert f"few (seed 0): failed: good images: {least - 1}; this recipe needs at least {least}" in lines[0]
+    assert f"few (seed 0): failed: good images: {least - 1}; this recipe needs at least {least}" in caplog.messages[0]
 
 
-def test_a_damaged_model_is_said_and_fitted_again(tmp_path: Path, fitted_keys: list[str], tiny: Recipe) -> None:
+def test_a_damaged_model_is_said_and_fitted_again(
+    tmp_path: Path, fitted_keys: list[str], tiny: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
     of, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
-    lines: list[str] = []
     for _ in range(2):
-        fit_categories(of, tiny, {0: store}, PoolOptions(), False, lines.append)
+        fit_categories(of, tiny, {0: store}, PoolOptions(), False)
     assert len(fitted_keys) == 2
     (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
     student.write_bytes(student.read_bytes()[:-1])
-    lines.clear()
-    outcomes = fit_categories(of, tiny, {0: store}, PoolOptions(), False, lines.append)
+    caplog.clear()
+    outcomes = fit_categories(of, tiny, {0: store}, PoolOptions(), False)
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert {o.category: o.status for o in outcomes} == {"nut": "fitted", "bolt": "reused"}
-    assert lines[0].startswith("nut (seed 0): fitted again: ")
-    assert "student.safetensors: its SHA-256 is" in lines[0]
-    fit_categories(of, tiny, {0: store}, PoolOptions(), False, lines.append)
+    assert caplog.messages[0].startswith("nut (seed 0): fitted again: ")
+    assert "student.safetensors: its SHA-256 is" in caplog.messages[0]
+    fit_categories(of, tiny, {0: store}, PoolOptions(), False)
     assert len(fitted_keys) == 3
 
 
-def test_that_normals_are_few_for_a_rate_is_said_of_what_is_to_be_fitted(tmp_path: Path, tiny: Recipe) -> None:
-    lines: list[str] = []
+def test_that_normals_are_few_for_a_rate_is_said_of_what_is_to_be_fitted(
+    tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
     of = categories(tmp_path, nut=8)
-    warn_of_few_normals(of, tiny, 0.01, lines.append)
-    warn_of_few_normals(of, dataclasses.replace(tiny, calibration_folds=2), 0.1, lines.append)
-    assert "nut has 2 of its 8 good images and supports 0.333" in lines[0]
-    assert "nut has 8 of its 8 good images and supports 0.111" in lines[1]
-    warn_of_few_normals(of, dataclasses.replace(tiny, calibration_folds=2), 0.2, lines.append)
-    assert len(lines) == 2
+    warn_of_few_normals(of, tiny, 0.01)
+    warn_of_few_normals(of, dataclasses.replace(tiny, calibration_folds=2), 0.1)
+    assert "nut has 2 of its 8 good images and supports 0.333" in caplog.messages[0]
+    assert "nut has 8 of its 8 good images and supports 0.111" in caplog.messages[1]
+    warn_of_few_normals(of, dataclasses.replace(tiny, calibration_folds=2), 0.2)
+    assert len(caplog.messages) == 2

@@ -15,58 +15,53 @@ from stpm.jobs.evaluate import evaluate_category, publish_report, run_evaluate
 from tests.evaluation.runs import result, scored_run
 
 
-def evaluated(**options: str) -> tuple[int, str]:
-    said: list[str] = []
-    code = run_evaluate(EvaluateOptions(**options), EvaluationOptions(), GateOptions(), said.append)
-    return code, "\n".join(said)
+def evaluate(**options: str) -> int:
+    return run_evaluate(EvaluateOptions(**options), EvaluationOptions(), GateOptions())
 
 
-def test_a_run_folder_that_is_none_is_said(tmp_path: Path) -> None:
-    code, said = evaluated(scores=str(tmp_path / "nowhere"))
-    assert code == 3
-    assert "nowhere: no scores here" in said
+def test_a_run_folder_that_is_none_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert evaluate(scores=str(tmp_path / "nowhere")) == 3
+    assert "nowhere: no scores here" in caplog.text
     with pytest.raises(ConfigError, match="--scores is missing"):
         EvaluateOptions()
 
 
-def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path) -> None:
+def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = scored_run(tmp_path).output
     Path(output.home).mkdir(parents=True)
-    code, said = evaluated(scores=output.out)
-    assert code == 3
-    assert "no record of a scored pass" in said
+    assert evaluate(scores=output.out) == 3
+    assert "no record of a scored pass" in caplog.text
 
 
-def test_the_models_that_made_the_scores_are_asked_for_and_no_others(tmp_path: Path) -> None:
+def test_the_models_that_made_the_scores_are_asked_for_and_no_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     output = scored_run(tmp_path).output
     Path(output.home).mkdir(parents=True)
     run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "counts": {}}
     (Path(output.home) / "run.json").write_text(json.dumps(run))
-    code, said = evaluated(scores=output.out)
-    assert code == 3
-    assert "this run has not ended" in said
+    assert evaluate(scores=output.out) == 3
+    assert "this run has not ended" in caplog.text
     (Path(output.home) / "_SUCCESS").touch()
-    code, said = evaluated(scores=output.out)
-    assert code == 3
-    assert "models: no model nut-before for category 'nut'" in said
+    assert evaluate(scores=output.out) == 3
+    assert "models: no model nut-before for category 'nut'" in caplog.text
 
 
-def test_a_baseline_is_read_before_anything_else(tmp_path: Path) -> None:
+def test_a_baseline_is_read_before_anything_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
-        run_evaluate(
-            EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"), print
-        )
+        run_evaluate(EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"))
 
 
-def test_a_category_is_evaluated_and_published_and_held_against_the_gate(tmp_path: Path) -> None:
+def test_a_category_is_evaluated_and_published_and_held_against_the_gate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     category = scored_run(tmp_path / "scored")
     found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
     assert Path(category.output.out, "gallery/seed-0/nut.png").is_file()
-    said: list[str] = []
     out = str(tmp_path / "report")
     report = Report("data", [found])
-    assert publish_report(report, out, Gate((), {}), said.append) == 0
+    assert publish_report(report, out, Gate((), {})) == 0
     assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
     gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
-    assert publish_report(report, out, gate, said.append) == 2
-    assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in said)
+    assert publish_report(report, out, gate) == 2
+    assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)

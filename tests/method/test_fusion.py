@@ -14,7 +14,7 @@ from stpm.method.calibration import Calibration, HeatmapScale, PartScale, part_s
 from stpm.method.fusion import AnomalyMap, fuse, part_values, upsample
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.recipe import Fusion
-from tests.test_matching import boxes, features, reference_distance
+from tests.method.test_matching import boxes, features, reference_distance
 
 QUANTILE = Fusion("quantile")
 

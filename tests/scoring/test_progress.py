@@ -12,24 +12,25 @@ class Clock:
         return self.now
 
 
-def told(watched: bool) -> list[str]:
-    lines: list[str] = []
+def reported(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str]:
+    """Lines on the terminal, or in the log."""
+    shown: list[str] = []
     clock = Clock()
-    progress = Progress(1000, lines.append, lines.append if watched else None, clock)
+    progress = Progress(1000, shown.append if terminal else None, clock)
     for second in range(1, 21):
         clock.now = second
         # Ten seconds of starting, then 50 images a second.
         progress(Done(max(second - 10, 0) * 50, 2, 1))
-    return lines
+    return shown if terminal else caplog.messages
 
 
-def test_a_terminal_shows_each_step_and_a_log_one_in_five_seconds() -> None:
-    assert len(told(True)) == 20
-    assert len(told(False)) == 4
+def test_a_terminal_shows_each_step_and_a_log_one_in_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(reported(caplog, terminal=True)) == 20
+    assert len(reported(caplog, terminal=False)) == 4
 
 
-def test_the_time_of_starting_is_not_the_speed() -> None:
-    first, *_, last = told(True)
+def test_the_time_of_starting_is_not_the_speed(caplog: pytest.LogCaptureFixture) -> None:
+    first, *_, last = reported(caplog, terminal=True)
     assert first == "0/1000 images, 2 errors, 1 anomalous"
     assert last == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
 

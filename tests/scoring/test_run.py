@@ -28,7 +28,7 @@ from stpm.scoring.resuming.run_state import Counts, Effort, RunConfig, RunState
 from stpm.scoring.run import ScoringRun, run_scoring, take_up
 from stpm.scoring.schema import OUTPUT, table
 from tests.datasets import make_category
-from tests.test_models import save
+from tests.models.test_store import save
 
 
 def pass_over(out: Path, *uris: str) -> ScoringRun:
@@ -101,7 +101,7 @@ def scored_from_standard_input(out: Path, lines: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     monkeypatch.setattr(run, "run_scoring", stop_before_ray)
     options = CollectionOptions(models=str(out / "models"), images=("-",), out=str(out / "run"), category="nut")  # type: ignore[arg-type]
-    run_score(options, ScoreOptions(), ClusterOptions(), print)
+    run_score(options, ScoreOptions(), ClusterOptions())
     return uris_in(RunOutput.alone(str(out / "run")))
 
 
@@ -137,7 +137,7 @@ def test_a_rerun_of_a_pass_that_has_ended_writes_nothing_and_reads_no_row(
     def score(top: int) -> dict[str, int]:
         """When each file of the run folder was written after a run with a page of so many."""
         options = CollectionOptions(str(tmp_path / "models"), images, str(tmp_path / "run"), "nut", top=top)  # type: ignore[arg-type]
-        assert run_score(options, ScoreOptions(), ClusterOptions(), print) == 0
+        assert run_score(options, ScoreOptions(), ClusterOptions()) == 0
         files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != ".lease")
         return {path.name: path.stat().st_mtime_ns for path in files}
 
@@ -171,7 +171,7 @@ def test_a_model_that_storage_does_not_give_is_not_taken_for_none(
 
     monkeypatch.setattr(storage, "read", read)
     with pytest.raises(ModelUnreadableError, match=r"nut/current.json: cannot be read: 403 Forbidden"):
-        run_scoring(of, start_over=False, replace=False, say=print)
+        run_scoring(of, start_over=False, replace=False)
     assert not of.output.files()
 
 
@@ -191,7 +191,7 @@ def test_a_damaged_model_is_not_taken_for_none(tmp_path: Path, tiny: Recipe) -> 
     record = save(ModelStore(str(tmp_path / "models")), tiny)
     (tmp_path / "models" / "nut" / record.model_id / "model.json").write_bytes(b"{")
     with pytest.raises(ModelError, match=r"model.json: cannot be read"):
-        run_scoring(pass_over(tmp_path, "/a.png"), start_over=False, replace=False, say=print)
+        run_scoring(pass_over(tmp_path, "/a.png"), start_over=False, replace=False)
 
 
 def test_a_list_with_odd_names_is_taken_in() -> None:
