@@ -1,19 +1,19 @@
-"""A job's command line, YAML file and environment, all typed by the same frozen dataclasses.
+"""Command lines of the jobs: options from the command line, YAML files and the environment become dataclasses.
 
-Precedence: command line (where a file named by `--config` counts as the options in it, and later ones win),
-environment (`STPM_<NAME>`), preset, default.
+An option's value is the one given on the command line (a file named by `--config` stands for the options in it, and the
+last one given wins), else in the environment (`STPM_<NAME>`), else by the preset, else its default.
 
-What takes seconds to import is imported once the options are known to be right.
+Heavy packages are imported once the options are known to be right: `Job.run` names a function and is resolved late.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import logging
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from io import TextIOWrapper
 from pkgutil import resolve_name
@@ -28,6 +28,7 @@ from stpm.console import SOME_FAILED, STOPPED, USAGE, LogFormat, Stopped, start_
 from stpm.errors import ConfigError, CutOffError, StpmError
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.options import Integers, Names, Size
+from stpm.utf8 import as_utf8, is_utf8
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ _EPILOG = (
     "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20);\n"
     "the command line wins over the environment, and that over the preset and the defaults."
 )
-# What a value looks like; a choice is shown as what there is to choose from.
+# How the help shows a value of each type; a Literal is shown as its choices.
 _METAVARS = {
     int: "INTEGER",
     float: "NUMBER",
@@ -51,76 +52,25 @@ _METAVARS = {
     Names: "TEXT,TEXT,...",
     Size: "HEIGHTxWIDTH",
 }
-# Options that print something and exit: only once the preset has set the defaults.
-_SHOWING = ("--print-config", "--help", "-h")
-
-
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _integers(value: Any) -> Integers:
-    try:
-        return Integers(int(item) for item in _items(value))
-    except ValueError as error:
-        raise ValueError(f"{value!r} is not INTEGER,INTEGER,...") from error
-
-
-register_type(Integers, serializer=list, deserializer=_integers)
-register_type(Names, serializer=list, deserializer=lambda v: Names(str(i) for i in _items(v)))
-register_type(Size, serializer=str, deserializer=lambda v: Size(str(v)))
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML whose integers are decimal and whose dates are text: YAML 1.1 would read the size `0x140` as 320."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "timestamp")]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
-set_loader("yaml", lambda text: yaml.load(text, _Yaml), exceptions=(yaml.YAMLError,))  # noqa: S506
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise it as a ConfigError, in the user's words where they are known."""
-        text = " ".join(message.split())
-        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
-            text = self._unknown(unknown[1] or unknown[2].replace("_", "-"))
-        elif wrong := re.match(r'Parser key "(\w+)": (?:Not of type \w+: )?(.*)', text):
-            action = next(action for action in self._actions if action.dest == wrong[1])
-            reason, _, value = wrong[2].partition(" Got value: ")
-            name = wrong[1].replace("_", "-")
-            text = f"{name} is {value}; give {action.metavar}" if value else f"{name}: {reason}"
-        raise ConfigError(f"{text}; see --help") from ex
-
-    def _unknown(self, name: str) -> str:
-        known = [flag.lstrip("-") for flag in self._option_string_actions]
-        nearest = difflib.get_close_matches(name, known, n=1)
-        return f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
+# Options that print something and exit. The first of two parses leaves them out: it finds the preset.
+_PRINTING = ("--print-config", "--help", "-h")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A program: its options, as dataclasses, and the function that takes one of each.
 
-    A job with a Recipe among its options has `--preset`, which sets the recipe's defaults.
+    A job with a Recipe among its options also has `--preset`, which sets the recipe's defaults.
 
     Args:
         prog: its file name.
-        description: what it does.
-        groups: the option dataclasses by their headings in the help; fields are unique across them.
-        run: name of the function, as `package.module:function`: only what runs is imported. It takes an instance of
-            each dataclass, and returns the exit code.
+        description: of the job.
+        groups: the option dataclasses by their headings in the help; no two have a field of the same name.
+        run: name of the function, as `package.module:function`. It takes an instance of each dataclass, and returns
+            the exit code.
         example: a command line.
         hidden: fields that are not the user's to set.
-        defaults: from a first parse to the defaults that other options' values call for.
+        defaults: makes the defaults that depend on other options, from a first parse.
     """
 
     prog: str
@@ -132,7 +82,7 @@ class Job:
     defaults: Callable[[Namespace], Mapping[str, Any]] = lambda values: {}
 
     def __call__(self, argv: Sequence[str]) -> int:
-        """Parse, make the dataclasses, run; returns the exit code. Raises StpmError."""
+        """Parse the options, run the job, and return its exit code. Raises StpmError."""
         *options, log_format = self.parse(argv)
         start_logging(self.prog.removesuffix(".py"), log_format)
         log.info("%s of stpm %s starts", self.prog, __version__)
@@ -140,26 +90,25 @@ class Job:
         return code
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
-        """Make one instance per group, and the log's format.
+        """Make an instance of each option dataclass, and the log's format.
 
         Raises:
-            ConfigError: if an option is unknown, or a value cannot be.
+            ConfigError: if an option is unknown, or a value is not valid.
         """
         for word in argv:
-            _check_utf8(word)
-        argv = _joined(argv, self._lists())
-        values = self.parser({}).parse_args([word for word in argv if not word.startswith(_SHOWING)])
+            if not is_utf8(word):
+                raise ConfigError(f"{as_utf8(word)}: a name that is not UTF-8; rename it, or name its folder")
+        values = self.parser({}).parse_args([word for word in argv if not word.startswith(_PRINTING)])
         defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
         values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
-        return [*(_made_from(kind, values) for kind in self.groups.values()), values.log]
-
-    def _lists(self) -> list[str]:
-        """The options that take several values."""
-        hints = [(name, hint) for kind in self.groups.values() for name, hint in get_type_hints(kind).items()]
-        return [f"--{name.replace('_', '-')}" for name, hint in hints if hint in (Integers, Names)]
+        return [*(_make(kind, values) for kind in self.groups.values()), values.log]
 
     def parser(self, defaults: Mapping[str, Any]) -> ArgumentParser:
-        """The parser, with these defaults by field name instead of the dataclasses'."""
+        """Make the parser.
+
+        Args:
+            defaults: by field name, instead of the dataclasses' own.
+        """
         fields = [field for kind in self.groups.values() for field in dataclasses.fields(kind)]
         required = "".join(f" --{field.name} ..." for field in fields if field.metadata["required"])
         parser = _Parser(
@@ -167,7 +116,7 @@ class Job:
             usage=f"python jobs/{self.prog}{required} [options]",
             description=self.description,
             epilog=f"example:\n  {self.example}\n\n{_EPILOG}",
-            formatter_class=RawDescriptionHelpFormatter,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             env_prefix="STPM",
             default_env=True,
             allow_abbrev=False,
@@ -189,9 +138,9 @@ class Job:
 
 
 def run_job(job: Job) -> NoReturn:
-    """Run a job as a process: its exit code, and errors as one line on standard error.
+    """Run a job as this process: exit with its code, and print an error as one line on standard error.
 
-    Bytes that are no UTF-8 come in, and go out escaped, instead of ending it.
+    Standard input and output accept bytes that are not UTF-8; the output escapes them.
     """
     stop_on_signals()
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
@@ -206,65 +155,112 @@ def run_job(job: Job) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = SOME_FAILED if isinstance(error, CutOffError) else USAGE
     except OSError as error:
-        print(f"error: {_in_a_line(error)}", file=sys.stderr)
+        # Of an error in a task, Ray makes a message that ends with the error's own line.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"error: {lines[-1]}", file=sys.stderr)
         code = USAGE
     sys.exit(code)
 
 
-def _check_utf8(word: str) -> None:
-    try:
-        word.encode()
-    except UnicodeEncodeError as error:
-        from stpm.storage import as_utf8
-
-        raise ConfigError(f"{as_utf8(word)}: a name that is not UTF-8; rename it, or name its folder") from error
-
-
-def _in_a_line(error: OSError) -> str:
-    """What a disk or a store says, the last line where Ray puts a task's trace before it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _joined(argv: Sequence[str], lists: Sequence[str]) -> list[str]:
-    """`--require a --require b` as `--require a,b`: given twice, the parser would take the last alone."""
-    words = list(argv)
-    values: dict[str, list[str]] = {}
-    rest: list[str] = []
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        if name in lists and (equals or words):
-            values.setdefault(name, []).append(value if equals else words.pop(0))
-            # In the place of the last one: a file named by --config after it wins.
-            rest = [word for word in rest if not word.startswith(f"{name}=")]
-            rest.append(f"{name}={','.join(values[name])}")
-        else:
-            rest.append(f"{name}{equals}{value}")
-    return rest
-
-
 def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any, default: Any) -> None:
     name = f"--{field.name.replace('_', '-')}"
-    shown = "required" if field.metadata["required"] else _shown(default)
-    text = f"{field.metadata['help']}{f' ({shown})' if shown else ''}".replace("%", "%%")
+    note = "required" if field.metadata["required"] else _default_text(default)
+    text = f"{field.metadata['help']}{f' ({note})' if note else ''}".replace("%", "%%")
+    metavar = _METAVARS.get(kind) or f"{{{','.join(get_args(kind))}}}"
     if kind is bool:
         group.add_argument(name, action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=default, help=text)
+    elif kind in _LISTS:
+        group.add_argument(name, type=_LISTS[kind], action=_Extend, default=default, help=text, metavar=metavar)
     else:
-        metavar = _METAVARS.get(kind) or f"{{{','.join(get_args(kind))}}}"
         group.add_argument(name, type=kind, default=default, help=text, metavar=metavar)
 
 
-def _shown(default: Any) -> str:
-    """A default in words; nothing where it is empty, which the option's own text explains."""
+def _default_text(default: Any) -> str:
+    """Write a default for the help; "" for an empty one, which the option's own text explains."""
     if isinstance(default, bool):
         return f"default: {'yes' if default else 'no'}"
     text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).removesuffix(".0")
     return f"default: {text}" if text else ""
 
 
-def _made_from(kind: type, values: Namespace) -> Any:
+def _make(kind: type, values: Namespace) -> Any:
+    """Make an instance of an option dataclass from the parsed values."""
     names = {field.name for field in dataclasses.fields(kind)}
     chosen = {name: value for name, value in vars(values).items() if name in names}
     for name, value in chosen.items():
         if value is None:
             raise ConfigError(f"{name.replace('_', '-')} is null; give a value, or leave it out")
     return kind(**chosen)
+
+
+class _Parser(ArgumentParser):
+    """A parser whose errors are ConfigErrors in the user's words, instead of Python's."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split())
+        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
+            text = self._unknown(unknown[1] or unknown[2].replace("_", "-"))
+        elif invalid := re.match(r"argument --(\S+): invalid \S+ value: (.*)", text):
+            text = self._invalid(invalid[1], invalid[2])
+        elif invalid := re.match(r'Parser key "(\w+)": (?:Not of type \w+: )?(.*)', text):
+            reason, _, value = invalid[2].partition(" Got value: ")
+            name = invalid[1].replace("_", "-")
+            text = self._invalid(name, value) if value else f"{name}: {reason}"
+        raise ConfigError(f"{text}; see --help") from ex
+
+    def _unknown(self, name: str) -> str:
+        known = [flag.lstrip("-") for flag in self._option_string_actions]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        return f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
+
+    def _invalid(self, name: str, value: str) -> str:
+        return f"{name} is {value}; give {self._option_string_actions[f'--{name}'].metavar}"
+
+
+class _Extend(argparse.Action):
+    """Let an option be given several times: the values add up. jsonargparse would keep the last alone.
+
+    The first one replaces what a file or the environment gave. A parser, and so this object, parses once.
+    """
+
+    _values: tuple[Any, ...] = ()
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        self._values += values
+        setattr(namespace, self.dest, type(values)(self._values))
+
+
+def _items(value: Any) -> list[Any]:
+    """Split `a,b`, as the command line has it; a YAML file has a list, or one value."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _integers(value: Any) -> Integers:
+    try:
+        return Integers(int(item) for item in _items(value))
+    except ValueError as error:
+        raise ValueError(f"{value!r} is not INTEGER,INTEGER,...") from error
+
+
+def _names(value: Any) -> Names:
+    return Names(str(item) for item in _items(value))
+
+
+_LISTS = {Integers: _integers, Names: _names}
+register_type(Size, serializer=str, deserializer=lambda value: Size(str(value)))
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose integers are decimal and whose dates are text: YAML 1.1 would read the size `0x140` as 320."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "timestamp")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
+set_loader("yaml", lambda text: yaml.load(text, _Yaml), exceptions=(yaml.YAMLError,))  # noqa: S506

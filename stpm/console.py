@@ -19,20 +19,15 @@ ALL_DONE = 0
 USAGE = 1
 SOME_FAILED = 2
 NOTHING_DONE = 3
-# And the number of the signal: what shells say of a process that a signal ended.
+# Plus the signal's number, as shells report a process that a signal ended.
 STOPPED = 128
 
-
-# Back to the start of the line, and clear it.
+# Terminal codes: return to the start of the line, and clear it.
 _REWRITE = "\r\x1b[K"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the job to end.
-
-    Args:
-        number: of the signal.
-    """
+    """Raised in the job when a signal, of this number, asks it to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -40,7 +35,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_on_signals() -> None:
-    """From now on SIGTERM and SIGINT end the job as `Stopped`, and a second one at once."""
+    """Raise `Stopped` in the main thread on SIGTERM and SIGINT; a second signal ends the process at once."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
@@ -52,12 +47,12 @@ def stop_on_signals() -> None:
 
 
 def start_logging(job: str, log_format: LogFormat) -> None:
-    """Write the package's log to standard output from now on.
+    """Send the package's log to standard output.
 
     Args:
-        job: its name, a field of JSON lines.
-        log_format: `json` writes an object per line, with time, run, job, message, and the category that a message is
-            about (`extra={"category": name}`).
+        job: name of the job, a field of JSON lines.
+        log_format: `json` writes an object per line, with time, run, job, message, and the category that the message
+            is about (`extra={"category": name}`).
     """
     package = logging.getLogger("stpm")
     package.setLevel(logging.INFO)
@@ -65,7 +60,7 @@ def start_logging(job: str, log_format: LogFormat) -> None:
 
 
 class TextHandler(logging.Handler):
-    """Print each message; on a terminal it replaces the progress line."""
+    """Print each message; on a terminal it overwrites the progress line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
@@ -75,11 +70,7 @@ class TextHandler(logging.Handler):
 
 
 class JsonHandler(logging.Handler):
-    """Print each line of a message as a JSON object, for programs that collect logs.
-
-    Args:
-        job: its name.
-    """
+    """Print each line of a message as a JSON object, for programs that collect logs."""
 
     def __init__(self, job: str) -> None:
         super().__init__()
@@ -102,23 +93,19 @@ def show_progress(line: str) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether standard output is a terminal."""
+    """Return whether standard output is a terminal."""
     return sys.stdout.isatty()
 
 
 def exit_code(good: int, failed: int) -> int:
-    """The exit code of a job that did so many things and failed at so many."""
+    """Choose the exit code of a job, from the number of things that it did and that failed."""
     if not failed:
         return ALL_DONE
     return SOME_FAILED if good else NOTHING_DONE
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    """Format seconds in the unit that suits them: 70 s, 5 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

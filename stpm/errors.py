@@ -1,59 +1,59 @@
-"""The errors a user can meet. Each says what was wrong, with which value, where, and what to do."""
+"""The errors that a user can meet. Each message says what is wrong, with which value, where, and what to do."""
 
-# Some storage answers with whole pages.
-_LONGEST_MESSAGE = 1000
+# Characters. Some storage answers with whole pages.
+_MAX_MESSAGE = 1000
 
 
 class StpmError(Exception):
-    """Base of every error that is shown to the user as one line, without a traceback."""
+    """Base class of every error that is shown as one line, without a traceback."""
 
 
 class ConfigError(StpmError):
-    """An option, a preset or a combination of them that cannot be run."""
+    """An option, or a combination of options, is not valid."""
 
 
 class UriError(ConfigError):
-    """A URI that no storage can have: of an unknown scheme, or with a character that no name may hold."""
+    """A URI has an unknown scheme, or a character that no name can hold."""
 
 
 class DataError(StpmError):
-    """A data set, a folder or a mask that is not as its layout demands."""
+    """A data set, a folder or a mask does not have the required layout."""
 
 
 class TooLongError(DataError):
-    """An object that has more bytes than may be read of it."""
+    """An object has more bytes than the limit for reading it."""
 
 
 class ModelError(StpmError):
-    """A model, a teacher or a store that is missing, foreign or damaged."""
+    """A model, a teacher or a model store is missing, damaged, or not of this package."""
 
 
 class NoModelError(ModelError):
-    """A category that has no model."""
+    """A category has no model."""
 
 
 class ModelUnreadableError(ModelError):
-    """A model that storage did not give: it may be there, and be as it should."""
+    """Storage failed while a model was read: the model may exist, and be intact."""
 
 
 class UndefinedMetricError(StpmError):
-    """A metric that the labels or the scores do not define."""
+    """A metric is undefined for these labels or scores."""
 
 
 class CutOffError(StpmError):
-    """Work that storage, a node or Ray ended before its time. What was done is kept, and another run goes on."""
+    """Storage, a node or Ray interrupted the work. What was done is kept, and the next run continues."""
 
 
 class ImageError(StpmError):
-    """One image that has no score.
+    """An image cannot be scored.
 
     Args:
         kind: one of `stpm.data.images.ERROR_KINDS`.
-        message: why, in words. What a text file or a table could not hold of it is escaped, and a long one is cut.
+        message: the reason. Characters that UTF-8 cannot hold are escaped, and a long message is cut.
     """
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message[:_LONGEST_MESSAGE].encode(errors="backslashreplace").decode())
+        super().__init__(message[:_MAX_MESSAGE].encode(errors="backslashreplace").decode())
         self.kind = kind
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:

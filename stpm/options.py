@@ -1,4 +1,4 @@
-"""Options: their help texts, the types of their values, and those of every job that runs on a cluster."""
+"""How options are declared, the types of their values, and the options of every job that runs on a cluster."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Names(tuple[str, ...]):
 
 
 class Size(str):
-    """Height and width in pixels, written `640x256`, or `256` for a square; or `auto`: yet to be chosen.
+    """Height and width in pixels, written `640x256`, or `256` for a square; or `auto`, to be chosen later.
 
     Raises:
-        ValueError: if it is written otherwise.
+        ValueError: if the text has another form.
     """
 
     __slots__ = ()
@@ -57,22 +57,22 @@ class Size(str):
 
 
 def option(default: T, text: str, *, required: bool = False) -> T:
-    """A dataclass field with its help text; write the unit into the text.
+    """Declare a dataclass field as an option.
 
     Args:
-        default: its value where the user gives none.
-        text: what the option is.
-        required: the user has to give a value; `check_required` holds it.
+        default: value of the option if the user gives none.
+        text: help text; it names the unit.
+        required: the user has to give a value, which `check_required` checks.
     """
     field: T = dataclasses.field(default=default, metadata={"help": text, "required": required})
     return field
 
 
 def check_required(options: Any) -> None:
-    """Call it where an option dataclass validates itself.
+    """Check in an option dataclass's `__post_init__` that the required options are given.
 
     Raises:
-        ConfigError: naming the required options that are empty.
+        ConfigError: if one is empty.
     """
     required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
     if missing := [f"--{name}" for name in required if not getattr(options, name)]:
@@ -81,10 +81,10 @@ def check_required(options: Any) -> None:
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """How a job meets a cluster of several machines. On this machine alone none of it matters.
+    """How a job uses a cluster of several machines; without effect on a single machine.
 
     Raises:
-        ConfigError: if a value cannot be.
+        ConfigError: if a value is out of range.
     """
 
     mounted: Names = option(
@@ -96,7 +96,7 @@ class ClusterOptions:
         "gpu", "the kind of node to ask for, and to wait for, where a cluster starts its nodes on demand and has none"
     )
     node_minutes: float = option(15.0, "minutes to wait for that first node")
-    plan: bool = option(False, "say what would run where on this cluster as it is now, and do nothing")
+    plan: bool = option(False, "print what would run on each node of the cluster, and do nothing")
 
     def __post_init__(self) -> None:
         if not self.node_minutes >= 0:

@@ -278,7 +278,7 @@ class Flaky(MemoryFileSystem):
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(storage, "_LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("stpm.storage.retries.MAX_PAUSE_SECONDS", 0.01)
     Flaky.errors, Flaky.ranges = [], []
     return Flaky
 
@@ -301,7 +301,7 @@ def test_what_will_not_pass_is_raised_at_once(flaky: type[Flaky], error: Excepti
 def test_patience_ends_and_a_clients_own_error_is_an_oserror(
     flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PATIENCE", 0.05)
+    monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.05)
     flaky.errors = [aiohttp.ServerDisconnectedError() for _ in range(1000)]
     with pytest.raises(OSError, match="ServerDisconnectedError: Server disconnected"):
         storage.read("flaky://a")
@@ -360,7 +360,7 @@ def test_a_listing_is_tried_again_and_ends_in_no_error_of_a_client(
         asked.append(arguments)
         raise EndpointConnectionError("Could not connect to the endpoint URL")
 
-    monkeypatch.setattr(storage, "_PATIENCE", 0.5)
+    monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.5)
     for name in ("exists", "find", "ls", "isfile", "glob"):
         monkeypatch.setattr(MemoryFileSystem, name, down)
     with pytest.raises(OSError, match="EndpointConnectionError: Could not connect"):

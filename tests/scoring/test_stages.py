@@ -255,7 +255,7 @@ def test_rows_that_storage_failed_are_left_to_the_next_run(
 ) -> None:
     fsspec.register_implementation("expired", Expired, clobber=True)
     monkeypatch.setattr(Expired, "error", error)
-    monkeypatch.setattr(storage, "_PATIENCE", 0.0)
+    monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.0)
     uris = manifest(run)["uri"].to_pylist()[:3]
     decoded = Decode(PREPROCESSING)(rows_at([uris[0], "expired://a.png", *uris[1:], "/gone.png"], ["nut"] * 5))
     assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]

@@ -143,7 +143,7 @@ class RunState:
         """Write the counts of the whole pass and what its last run took, and `_SUCCESS` last."""
         self._write(self._require() | {"counts": asdict(counts), "ended": _now(), "effort": asdict(effort)})
         # The rows and pictures are others' writes, and must not be lost where `_SUCCESS` is kept.
-        storage.settle(self.run_uri)
+        storage.sync(self.run_uri)
         storage.publish(self._success_uri, b"")
 
     def effort(self) -> Effort:

@@ -1,0 +1,39 @@
+"""Files and objects by URI, on local disks and in object stores, through fsspec."""
+
+from stpm.storage.listing import children, files, glob, stream, versions
+from stpm.storage.names import HIVE_NULL, safe_name
+from stpm.storage.objects import create, digest, exists, publish, read, read_at_most, remove, sweep, sync
+from stpm.storage.tables import count_rows, parquet, read_row_group, read_table
+from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
+from stpm.utf8 import as_utf8, is_utf8
+
+__all__ = [
+    "HIVE_NULL",
+    "absolute",
+    "arrow_filesystem",
+    "as_utf8",
+    "children",
+    "count_rows",
+    "create",
+    "digest",
+    "exists",
+    "files",
+    "filesystem",
+    "glob",
+    "is_local",
+    "is_utf8",
+    "join",
+    "output_folder",
+    "parquet",
+    "publish",
+    "read",
+    "read_at_most",
+    "read_row_group",
+    "read_table",
+    "remove",
+    "safe_name",
+    "stream",
+    "sweep",
+    "sync",
+    "versions",
+]

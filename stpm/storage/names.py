@@ -1,0 +1,38 @@
+"""Names that may become a folder or a file on every filesystem."""
+
+from __future__ import annotations
+
+import re
+
+from stpm.errors import DataError
+
+# The name of null in a folder `category=<name>` of a partitioned table.
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+
+_MAX_CHARACTERS = 128
+_WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
+# The last range stands for bytes that are not UTF-8.
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
+
+
+def safe_name(name: str, what: str) -> str:
+    """Return the name, if it may become part of a path on every filesystem.
+
+    Raises:
+        DataError: if it is empty, longer than 128 characters, starts with a dot, ends with a dot or a space, is
+            reserved on Windows, is not UTF-8, or holds a control character or one of `<>:"/\\|?*`.
+    """
+    problem = None
+    if not name or len(name) > _MAX_CHARACTERS:
+        problem = f"has {len(name)} characters, 1 to {_MAX_CHARACTERS} are allowed"
+    elif match := _UNSAFE.search(name):
+        problem = f"holds the character {match.group()!r}"
+    elif name.startswith(".") or name.endswith((".", " ")):
+        problem = "starts with a dot, or ends with a dot or a space"
+    elif name.split(".", maxsplit=1)[0].lower() in _WINDOWS_RESERVED:
+        problem = "is reserved on Windows"
+    elif name == HIVE_NULL:
+        problem = "means null in a partitioned table"
+    if problem:
+        raise DataError(f"{what} {name[:_MAX_CHARACTERS]!r} {problem}; rename it")
+    return name

@@ -1,0 +1,224 @@
+"""One object: read, write, create, remove. A reader sees the old bytes or the new ones, never half of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from stpm.errors import ConfigError, TooLongError
+from stpm.storage.retries import with_retries
+from stpm.storage.uris import absolute, filesystem, is_local
+
+_UNFINISHED = ".part"
+# Bytes to fetch of an object before asking for its size, which is one more request.
+_FIRST_BYTES = 32 * 2**20
+
+T = TypeVar("T")
+
+
+def exists(uri: str) -> bool:
+    """Return whether there is a file or a folder."""
+    fs, path = filesystem(uri)
+    return bool(with_retries(uri, lambda: fs.exists(path)))
+
+
+def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Read an object, or its bytes from `start` to before `end`.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        OSError: if it cannot be read, after retries.
+    """
+    if start is not None and end is not None and end <= start:
+        # As an HTTP range this would mean the whole object.
+        return b""
+    fs, path = filesystem(uri)
+    return with_retries(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+
+
+def read_at_most(uri: str, limit: int) -> bytes:
+    """Read an object of at most `limit` bytes, without fetching all of a longer one.
+
+    Raises:
+        TooLongError: if it is longer.
+        FileNotFoundError: if it does not exist, or is not a file.
+        OSError: if it cannot be read, after retries.
+    """
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return _read_local(path, limit)
+    return with_retries(uri, lambda: _read_remote(fs, path, limit))
+
+
+def _read_local(path: str, limit: int) -> bytes:
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        # Reading a pipe or a device might never end.
+        raise FileNotFoundError(f"{path}: not a file")
+    _check_size(path, found.st_size, limit)
+    return Path(path).read_bytes()
+
+
+def _read_remote(fs: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
+    data = _read_start(fs, path, min(limit, _FIRST_BYTES) + 1)
+    if len(data) > _FIRST_BYTES:
+        _check_size(path, fs.info(path)["size"] or 0, limit)
+        data = _read_start(fs, path, limit + 1)
+    _check_size(path, len(data), limit)
+    return data
+
+
+def _read_start(fs: fsspec.AbstractFileSystem, path: str, length: int) -> bytes:
+    try:
+        return bytes(fs.cat_file(path, start=0, end=length))
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception:
+        # Most stores refuse any range of an empty object.
+        with contextlib.suppress(Exception):
+            if fs.info(path)["size"] == 0:
+                return b""
+        raise
+
+
+def _check_size(path: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise TooLongError(f"{path}: has more than {limit:,} bytes")
+
+
+def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
+    """Write an object so that no reader ever sees a part of it.
+
+    Object stores are atomic per object; on a local disk a temporary file is written, and renamed.
+
+    Args:
+        uri: of the object.
+        data: its bytes.
+        durable: wait until a local disk would keep it through a power cut.
+
+    Raises:
+        ConfigError: if its bucket does not exist.
+    """
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        _in_bucket(uri, lambda: fs.pipe_file(path, data))
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Opened as any new file, so that it has the permissions that the umask leaves.
+    temporary = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            if durable:
+                # Otherwise a disk may keep the new name and lose the bytes, which leaves an empty file.
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until a disk keeps the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network filesystems cannot, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write an object if it does not exist; return False, and change nothing, if it does.
+
+    Of several callers at once one succeeds, on local disks and where the store has a conditional put (S3, Google and
+    Azure have). On a local disk a reader may find the object before its bytes.
+
+    Args:
+        uri: of the object.
+        data: bytes that no other caller writes: if a put was done and its answer lost, they show that it was this one.
+
+    Raises:
+        ConfigError: if its bucket does not exist.
+    """
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with Path(path).open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+
+    def act() -> bool:
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            # s3fs raises EINVAL for a condition that failed, where the server does not name it.
+            if isinstance(error, FileExistsError) or error.errno == errno.EINVAL:
+                return False
+            raise
+        return True
+
+    return _in_bucket(uri, act) or read(uri) == data
+
+
+def _in_bucket(uri: str, write: Callable[[], T]) -> T:
+    """Write to an object store, with retries. Raise ConfigError if the bucket does not exist."""
+    try:
+        return with_retries(uri, write)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri}: cannot be written, there is no such bucket or container; make it") from error
+
+
+def sync(uri: str) -> None:
+    """Wait until the local disks keep everything written so far, by any process; an object store needs nothing."""
+    if is_local(uri):
+        os.sync()
+
+
+def sweep(uri: str) -> None:
+    """Remove the unfinished files of killed writers under a local folder; nobody may be writing there."""
+    if is_local(uri):
+        for unfinished in Path(absolute(uri)).rglob(f".*{_UNFINISHED}"):
+            unfinished.unlink(missing_ok=True)
+
+
+def remove(uri: str) -> None:
+    """Remove a file or a whole folder, if it exists."""
+    fs, path = filesystem(uri)
+
+    def act() -> None:
+        if isinstance(fs, LocalFileSystem) or not glob.has_magic(path):
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
+        else:
+            # `rm` would take the path for a pattern.
+            for name in fs.find(path):
+                fs.rm_file(name)
+
+    with_retries(uri, act)
+
+
+def digest(data: bytes) -> str:
+    """Return the SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,62 @@
+"""Retries: remote storage answers 500, 503 or nothing at times, and trying again later is all that helps."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+from stpm.storage.uris import is_local
+
+# Seconds. A store that does not answer for longer is taken to be down.
+MAX_SECONDS = 60.0
+MAX_PAUSE_SECONDS = 10.0
+
+# Packages whose exceptions are not an OSError where a connection breaks.
+_CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+
+T = TypeVar("T")
+
+
+def with_retries(uri: str, act: Callable[[], T]) -> T:
+    """Call a function that asks the storage of a URI; retry a temporary failure, with growing pauses.
+
+    Raises:
+        FileNotFoundError: if the object, or its bucket, does not exist.
+        OSError: if a failure lasts, also where the cloud's client raises an exception of its own.
+    """
+    if is_local(uri):
+        return act()
+    retry = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_temporary),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=MAX_PAUSE_SECONDS),
+        stop=tenacity.stop_after_delay(MAX_SECONDS),
+        reraise=True,
+    )
+    try:
+        return retry(act)
+    except Exception as error:
+        if _is_client_error(error):
+            kind = FileNotFoundError if _is_missing(error) else OSError
+            first_line, _, _ = str(error).partition("\n")
+            raise kind(f"{type(error).__name__}: {first_line}") from error
+        raise
+
+
+def _is_temporary(error: BaseException) -> bool:
+    lasts = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or _is_missing(error)
+    lasts |= isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    lasts |= type(error).__name__ in _NO_CREDENTIALS
+    return (isinstance(error, OSError) or _is_client_error(error)) and not lasts
+
+
+def _is_missing(error: BaseException) -> bool:
+    # The second is what Azure's client raises where the container is missing.
+    return isinstance(error, FileNotFoundError) or type(error).__name__ == "ResourceNotFoundError"
+
+
+def _is_client_error(error: BaseException) -> bool:
+    return not isinstance(error, OSError) and type(error).__module__.partition(".")[0] in _CLIENTS
