@@ -1,9 +1,9 @@
 """A lease on a folder: one run at a time writes there, on a local disk or in an object store.
 
-<folder>/.lease/<n>.json says who holds it; the highest n counts. A file is made by exclusive creation alone, so of
-two runs that want n + 1 one gets it. The holder writes its own file anew every few seconds. Others watch that file:
-while it changes, its holder is alive; when it has stood still for `TIMEOUT`, they take over. No two machines' clocks
-are compared. A holder that could not write for nearly as long stops by itself, before anybody may take over.
+The file <folder>/.lease/<n>.json with the highest n names the holder. It is created exclusively: of two runs that want
+n + 1, one gets it. The holder rewrites its file every few seconds. Other runs watch the file: while it changes, the
+holder is alive; when it has not changed for `TIMEOUT`, they take over. No clocks of two machines are compared. A holder
+that could not rewrite its file for nearly as long stops, before any other run may take over.
 """
 
 from __future__ import annotations
@@ -31,92 +31,92 @@ from stpm.errors import ConfigError, CutOffError
 
 log = logging.getLogger(__name__)
 
-# Seconds. Storage that is away for less than a minute stops nobody: whoever writes has as much patience.
+# All in seconds. TIMEOUT is longer than the retries of storage, so that an outage of a minute stops no run.
 TIMEOUT = 90.0
 _RENEWAL = 10.0
 _POLL = 2.0
-# A holder that could not renew its lease stops so long before others may take over, and its process ends halfway there.
+# A holder that could not renew its lease stops this long before others may take over; its process ends halfway there.
 _MARGIN = 20.0
-# What a driver has started on its cluster ends within seconds of it.
-_AFTERMATH = 5.0
-
-_FOLDER = ".lease"
+# What a killed driver has started on its cluster ends within this time.
+_SHUTDOWN = 5.0
 
 
 def _clock() -> float:
-    """Seconds that also pass while the machine sleeps, where it can tell."""
+    """Return seconds that also pass while the machine sleeps, where the system has such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds a lease, as its file says.
+    """The process that holds a lease, as its file describes it.
 
     Args:
-        token: of this one acquisition.
-        host: its name, for people.
-        machine: boot and process namespace that `pid` and `born` are of; "" where the system does not tell.
-        pid: of the process.
-        born: when the process started, as its system counts.
-        command: that it runs.
-        since: when it took the lease, for people.
-        beat: counts the renewals.
-        released: it has ended.
+        token: unique to this acquisition.
+        host: name of the machine, for people.
+        machine: boot id and process namespace, in which `pid` and `start` have a meaning; "" if unknown.
+        pid: id of the process.
+        start: time when the process started, in ticks since the boot.
+        command: command line of the process.
+        since: time when it took the lease, for people.
+        renewals: their number so far.
+        released: the process has given the lease back.
     """
 
     token: str = ""
     host: str = ""
     machine: str = ""
     pid: int = 0
-    born: str = ""
+    start: str = ""
     command: str = ""
     since: str = ""
-    beat: int = 0
+    renewals: int = 0
     released: bool = False
 
     @classmethod
     def this_process(cls) -> Holder:
+        """Describe this process."""
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
-            born=_born(os.getpid()),
+            start=_process_start(os.getpid()),
             command=shlex.join(sys.argv),
             since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
     @classmethod
     def parse(cls, data: bytes) -> Holder:
-        """What a lease's file says; a holder without a name where that is nothing, as when a file was just made."""
+        """Parse a lease's file. Return an unknown holder if it is not valid: a file just created may be empty."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError):
             return cls()
 
     def encode(self) -> bytes:
+        """Encode as the content of a lease's file."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode()
 
-    def lives_here(self) -> bool | None:
-        """Whether the process runs, if it is one of this machine's; None if that cannot be known."""
+    def is_alive(self) -> bool | None:
+        """Return whether the process runs; None if it is not one of this machine's."""
         if not self.machine or self.machine != _machine():
             return None
-        return bool(self.born) and _born(self.pid) == self.born
+        return bool(self.start) and _process_start(self.pid) == self.start
 
     def __str__(self) -> str:
         if not self.token:
-            return "a run that has not said which"
+            return "an unknown run"
         return f"process {self.pid} on {self.host}, since {self.since}: {self.command}"
 
 
 class Lease:
-    """The lease on a folder, for one acquisition.
+    """One acquisition of the lease on a folder.
 
     Args:
         folder: a URI.
-        holder: who wants it.
-        clock: seconds.
-        sleep: waits for so many.
+        holder: the process that wants the lease.
+        clock: returns seconds.
+        sleep: waits for a number of seconds.
     """
 
     def __init__(
@@ -133,46 +133,44 @@ class Lease:
         self._number = -1
         self._renewed = 0.0
         self._failure = ""
-        self._lost = ""
+        self._problem = ""
 
     def acquire(self, wait: bool) -> None:
-        """Take the lease: at once if nobody holds it or its holder is dead, else when its holder turns out to be.
+        """Take the lease: at once if it is free or its holder is known to be dead, else once it has timed out.
 
         Args:
-            wait: for a holder that lives, to its end.
+            wait: wait while another process holds the lease, instead of raising.
 
         Raises:
-            ConfigError: if its holder lives, and is not to be waited for.
+            ConfigError: if another process holds the lease and is alive.
         """
-        seen: tuple[int, bytes] | None = None
+        watched: tuple[int, bytes] | None = None
         since = self._clock()
-        told = False
         while True:
-            found = number, data = self._latest()
+            latest = number, data = self._latest()
             holder = Holder.parse(data)
-            lives = holder.lives_here()
-            stood_still = found == seen and self._clock() - since >= TIMEOUT
-            if number < 0 or holder.released or lives is False or (stood_still and lives is None):
+            alive = holder.is_alive()
+            timed_out = latest == watched and self._clock() - since >= TIMEOUT
+            if number < 0 or holder.released or alive is False or (alive is None and timed_out):
                 if self._claim(number + 1):
-                    if lives is False and not holder.released:
-                        self._sleep(_AFTERMATH)
+                    if alive is False and not holder.released:
+                        self._sleep(_SHUTDOWN)
                     return
                 continue
-            if not wait and (lives or (seen and found != seen)):
+            if not wait and (alive or (watched and latest != watched)):
                 raise ConfigError(
-                    f"{self.folder} is held by {holder}. Two runs would double what they write: wait for its end, give "
+                    f"{self.folder} is held by {holder}. Two runs would write everything twice: wait for its end, give "
                     "--wait to have this run wait, or name another folder"
                 )
-            if not told:
-                for_what = "waiting for its end" if wait else f"watching for {duration(TIMEOUT)} whether it is alive"
-                log.info(f"{self.folder} is held by {holder}; {for_what}")
-                told = True
-            if found != seen:
-                seen, since = found, self._clock()
+            if not watched:
+                action = "waiting for its end" if wait else f"watching for {duration(TIMEOUT)} whether it is alive"
+                log.info(f"{self.folder} is held by {holder}; {action}")
+            if latest != watched:
+                watched, since = latest, self._clock()
             self._sleep(_POLL)
 
     def renew(self) -> None:
-        """Say that the holder is alive, unless another has taken over. What goes wrong is for the next time."""
+        """Rewrite the lease's file, unless another process has taken over. A failure is left to the next renewal."""
         if self.problem():
             return
         now = self._clock()
@@ -180,10 +178,9 @@ class Lease:
             number, data = self._latest()
             holder = Holder.parse(data)
             if number != self._number or holder.token != self._holder.token:
-                what = f"was taken over by {holder}" if number >= 0 else "was removed"
-                self._lost = f"{self.folder} {what}"
+                self._problem = f"{self.folder} was {f'taken over by {holder}' if number >= 0 else 'removed'}"
                 return
-            self._holder = dataclasses.replace(self._holder, beat=self._holder.beat + 1)
+            self._holder = dataclasses.replace(self._holder, renewals=self._holder.renewals + 1)
             storage.publish(self._uri(self._number), self._holder.encode(), durable=False)
         except Exception as error:  # noqa: BLE001  a client's of any kind: if it lasts, `problem` ends the run
             self._failure = f" ({type(error).__name__}: {error})"
@@ -191,13 +188,13 @@ class Lease:
             self._renewed, self._failure = now, ""
 
     def problem(self) -> str:
-        """Why the holder must write nothing more, or ""."""
-        if not self._lost and self._clock() - self._renewed > TIMEOUT - _MARGIN:
-            self._lost = f"{self.folder}: its lease was not renewed for {duration(TIMEOUT - _MARGIN)}{self._failure}"
-        return self._lost
+        """Return why the holder has lost the lease and must not write any more; "" while it has it."""
+        if not self._problem and self._clock() - self._renewed > TIMEOUT - _MARGIN:
+            self._problem = f"{self.folder}: its lease was not renewed for {duration(TIMEOUT - _MARGIN)}{self._failure}"
+        return self._problem
 
     def release(self) -> None:
-        """Let others have it. The file stays, so that no number is ever used again."""
+        """Free the lease for others. The file stays, so that no number is used twice."""
         self.renew()
         if not self.problem():
             released = dataclasses.replace(self._holder, released=True)
@@ -207,9 +204,9 @@ class Lease:
         self._renewed = self._clock()
         if not storage.create(self._uri(number), self._holder.encode()):
             return False
-        others = [each for each in self._numbers() if each != number]
+        others = [other for other in self._numbers() if other != number]
         if max(others, default=-1) > number:
-            # Others have come and gone since the numbers were listed, and this one was free again.
+            # Since the numbers were listed, other runs have used this one and a higher one, and removed this one.
             storage.remove(self._uri(number))
             return False
         self._number = number
@@ -218,39 +215,34 @@ class Lease:
         return True
 
     def _latest(self) -> tuple[int, bytes]:
-        """The highest number and what its file holds; -1 and nothing where there is none."""
+        """Return the highest number and its file's content; -1 and b"" if there is none."""
         while numbers := self._numbers():
-            try:
+            # A run that takes over may remove the file in between.
+            with suppress(FileNotFoundError):
                 return max(numbers), storage.read(self._uri(max(numbers)))
-            except FileNotFoundError:
-                # Removed by who took over, between the two looks.
-                continue
         return -1, b""
 
     def _numbers(self) -> list[int]:
-        names = (uri.rsplit("/", 1)[-1].removesuffix(".json") for uri, _ in storage.files(self._uri_of_all()))
+        names = (uri.rsplit("/", 1)[-1].removesuffix(".json") for uri, _ in storage.files(f"{self.folder}/.lease"))
         return [int(name) for name in names if name.isdecimal()]
 
-    def _uri_of_all(self) -> str:
-        return storage.join(self.folder, _FOLDER)
-
     def _uri(self, number: int) -> str:
-        return storage.join(self._uri_of_all(), f"{number}.json")
+        return f"{self.folder}/.lease/{number}.json"
 
 
 @contextmanager
 def held(folder: str, wait: bool) -> Iterator[None]:
-    """Hold the lease on a folder for the time of the block.
+    """Hold the lease on a folder during the block.
 
-    Where it is lost the block is stopped as by SIGTERM, and the process ended if that takes too long.
+    If the lease is lost, the block is interrupted as by SIGTERM; the process is ended if the block goes on.
 
     Args:
         folder: a URI.
-        wait: for who holds it, instead of refusing.
+        wait: wait while another process holds the lease, instead of raising.
 
     Raises:
-        ConfigError: if another run holds it, or the folder cannot be written to.
-        CutOffError: if the lease was lost meanwhile.
+        ConfigError: if another process holds the lease, or the folder cannot be written to.
+        CutOffError: if the lease was lost during the block.
     """
     lease = Lease(storage.absolute(folder), Holder.this_process())
     try:
@@ -258,7 +250,7 @@ def held(folder: str, wait: bool) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written to: {error}") from error
     ended = threading.Event()
-    threads = [threading.Thread(target=each, args=(lease, ended), daemon=True) for each in (_renew, _watch)]
+    threads = [threading.Thread(target=target, args=(lease, ended), daemon=True) for target in (_renew, _watch)]
     for thread in threads:
         thread.start()
     try:
@@ -269,7 +261,7 @@ def held(folder: str, wait: bool) -> Iterator[None]:
         raise
     finally:
         ended.set()
-        # One that hangs in storage is left alone: at worst the next run has to watch this lease for a while.
+        # A renewal that hangs in storage is not waited for: at worst the next run has to watch this lease for a while.
         threads[0].join(_RENEWAL)
         with suppress(OSError):
             lease.release()
@@ -282,11 +274,13 @@ def _cut_off(problem: str) -> CutOffError:
 
 
 def _renew(lease: Lease, ended: threading.Event) -> None:
+    """Renew the lease until the block ends."""
     while not ended.wait(_RENEWAL):
         lease.renew()
 
 
 def _watch(lease: Lease, ended: threading.Event) -> None:
+    """Interrupt the block once the lease is lost, and end the process if the block goes on."""
     while not lease.problem():
         if ended.wait(1.0):
             return
@@ -298,7 +292,7 @@ def _watch(lease: Lease, ended: threading.Event) -> None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and the namespace that process ids are of: containers of one machine differ in it."""
+    """Identify this boot of this machine and its namespace of process ids, which differs between containers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -306,10 +300,10 @@ def _machine() -> str:
         return ""
 
 
-def _born(pid: int) -> str:
-    """When a process started, in ticks since the boot; "" if there is no such process, or it is dead by now."""
+def _process_start(pid: int) -> str:
+    """Return when a process started, in ticks since the boot; "" if there is none, or it is dead."""
     try:
-        # The name, in parentheses, may hold anything.
+        # The process's name, in parentheses, may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""

@@ -1,4 +1,4 @@
-"""The lease as a protocol: on several stores, with a clock of the test's own."""
+"""The lease as a protocol: on several stores, with a simulated clock; and with real processes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
 from tests.datasets import make_category
 from tests.test_cli import job
 
-ELSEWHERE = Holder(token="a", host="far", machine="another boot", pid=7, born="1", command="jobs/score.py")
+OTHER_MACHINE = Holder(token="a", host="far", machine="another boot", pid=7, start="1", command="jobs/score.py")
 
 
 class Clock:
-    """Time that passes where somebody sleeps; what happens meanwhile is called each time."""
+    """A clock that moves on when somebody sleeps, and then calls each function of `meanwhile`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -52,11 +52,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return root[request.param]
 
 
-def lease_of(folder: str, clock: Clock, name: str = "b") -> Lease:
-    return Lease(folder, dataclasses.replace(ELSEWHERE, token=name), clock, clock.sleep)
+def make_lease(folder: str, clock: Clock, name: str = "b") -> Lease:
+    return Lease(folder, dataclasses.replace(OTHER_MACHINE, token=name), clock, clock.sleep)
 
 
-def test_of_many_that_create_an_object_at_once_one_succeeds(folder: str) -> None:
+def test_one_of_many_concurrent_creates_succeeds(folder: str) -> None:
     start, results = threading.Barrier(8), []
 
     def attempt(i: int) -> None:
@@ -72,18 +72,18 @@ def test_of_many_that_create_an_object_at_once_one_succeeds(folder: str) -> None
     assert storage.read(f"{folder}/x") == b"%d" % winner
 
 
-def test_who_renews_is_alive_and_named(folder: str, clock: Clock) -> None:
-    first = lease_of(folder, clock, "a")
+def test_a_renewing_holder_is_named_in_the_error(folder: str, clock: Clock) -> None:
+    first = make_lease(folder, clock, "a")
     first.acquire(False)
     clock.meanwhile.append(first.renew)
     with pytest.raises(ConfigError, match=r"is held by process 7 on far, since .*: jobs/score.py\. .* --wait"):
-        lease_of(folder, clock).acquire(False)
+        make_lease(folder, clock).acquire(False)
     assert clock.now < TIMEOUT
     assert not first.problem()
 
 
-def test_who_stands_still_has_stopped_by_the_time_that_another_takes_over(folder: str, clock: Clock) -> None:
-    first, second = lease_of(folder, clock, "a"), lease_of(folder, clock)
+def test_a_stalled_holder_stops_before_another_takes_over(folder: str, clock: Clock) -> None:
+    first, second = make_lease(folder, clock, "a"), make_lease(folder, clock)
     first.acquire(False)
     stopped: list[float] = []
     clock.meanwhile.append(lambda: stopped.append(clock.now) if first.problem() else None)
@@ -98,10 +98,10 @@ def test_who_stands_still_has_stopped_by_the_time_that_another_takes_over(folder
     assert not second.problem()
 
 
-def test_of_two_who_watch_a_dead_holder_one_gets_its_lease(folder: str, clock: Clock) -> None:
-    lease_of(folder, clock, "dead").acquire(False)
-    # It has watched for longer.
-    faster = lease_of(folder, Clock())
+def test_one_of_two_watchers_gets_a_dead_holders_lease(folder: str, clock: Clock) -> None:
+    make_lease(folder, clock, "dead").acquire(False)
+    # Its clock is ahead: it has watched for longer.
+    faster = make_lease(folder, Clock())
 
     def meanwhile() -> None:
         if clock.now == TIMEOUT - 10:
@@ -111,30 +111,30 @@ def test_of_two_who_watch_a_dead_holder_one_gets_its_lease(folder: str, clock: C
 
     clock.meanwhile.append(meanwhile)
     with pytest.raises(ConfigError, match="is held by"):
-        lease_of(folder, clock, "c").acquire(False)
+        make_lease(folder, clock, "c").acquire(False)
     assert not faster.problem()
 
 
 def test_a_holder_that_sees_a_higher_number_or_nothing_stops(folder: str, clock: Clock) -> None:
-    first = lease_of(folder, clock, "a")
+    first = make_lease(folder, clock, "a")
     first.acquire(False)
-    storage.create(f"{folder}/.lease/1.json", dataclasses.replace(ELSEWHERE, host="new").encode())
+    storage.create(f"{folder}/.lease/1.json", dataclasses.replace(OTHER_MACHINE, host="new").encode())
     first.renew()
     assert "was taken over by process 7 on new" in first.problem()
-    other = lease_of(f"{folder}/other", clock)
+    other = make_lease(f"{folder}/other", clock)
     other.acquire(False)
     storage.remove(f"{folder}/other")
     other.renew()
     assert "was removed" in other.problem()
 
 
-def test_who_waits_gets_it_when_it_is_released_and_logs_it_once(
+def test_a_waiting_run_gets_the_released_lease_and_logs_once(
     folder: str, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = lease_of(folder, clock, "a")
+    first = make_lease(folder, clock, "a")
     first.acquire(False)
     clock.meanwhile.append(lambda: first.release() if clock.now > 30 else first.renew())
-    lease_of(folder, clock).acquire(True)
+    make_lease(folder, clock).acquire(True)
     assert 30 < clock.now < TIMEOUT
     logged = [record.getMessage() for record in caplog.records if record.name == "stpm.lease"]
     assert [line.split("; ")[1] for line in logged] == ["waiting for its end"]
@@ -142,14 +142,14 @@ def test_who_waits_gets_it_when_it_is_released_and_logs_it_once(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "x"}', b'{"surprise": 1}'])
-def test_a_file_that_says_nothing_is_watched_like_any_other(tmp_path: Path, clock: Clock, content: bytes) -> None:
+def test_an_invalid_lease_file_times_out_like_any_other(tmp_path: Path, clock: Clock, content: bytes) -> None:
     storage.create(f"{tmp_path}/.lease/4.json", content)
-    lease_of(str(tmp_path), clock).acquire(False)
+    make_lease(str(tmp_path), clock).acquire(False)
     assert clock.now >= TIMEOUT
     assert [path.name for path in (tmp_path / ".lease").iterdir()] == ["5.json"]
 
 
-def test_a_process_of_this_machine_is_known_to_be_dead(tmp_path: Path, clock: Clock) -> None:
+def test_a_dead_process_of_this_machine_is_recognised_at_once(tmp_path: Path, clock: Clock) -> None:
     script = "from stpm.lease import Holder; print(Holder.this_process().encode().decode(), flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
     assert process.stdout
@@ -159,20 +159,20 @@ def test_a_process_of_this_machine_is_known_to_be_dead(tmp_path: Path, clock: Cl
         Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False)
     assert clock.now == 0
     process.kill()
-    # Dead, though its parent has not asked yet.
-    while Holder.parse(line).lives_here():
+    # It is a zombie until its parent waits for it.
+    while Holder.parse(line).is_alive():
         time.sleep(0.01)
     Lease(str(tmp_path), Holder.this_process(), clock, clock.sleep).acquire(False)
-    assert clock.now == lease._AFTERMATH
+    assert clock.now == lease._SHUTDOWN
     process.communicate()
-    assert Holder.parse(line).lives_here() is False
-    reused = dataclasses.replace(Holder.this_process(), born="1")
-    assert reused.lives_here() is False
-    assert Holder.this_process().lives_here() is True
-    assert ELSEWHERE.lives_here() is None
+    assert Holder.parse(line).is_alive() is False
+    reused = dataclasses.replace(Holder.this_process(), start="1")
+    assert reused.is_alive() is False
+    assert Holder.this_process().is_alive() is True
+    assert OTHER_MACHINE.is_alive() is None
 
 
-def test_a_block_holds_its_folder_and_releases_it(tmp_path: Path) -> None:
+def test_held_takes_and_releases_the_lease(tmp_path: Path) -> None:
     folder = str(tmp_path)
     twice = pytest.raises(ConfigError, match=f"is held by process {os.getpid()} on ")
     with held(folder, False), twice, held(folder, False):
@@ -197,7 +197,7 @@ from stpm.cli import run_job
 lease._RENEWAL, lease.TIMEOUT, lease._MARGIN = 0.1, 4.0, 2.0
 
 def job(argv):
-    folder, stubborn, loss = argv
+    folder, ignores_stop, loss = argv
     if loss == "not renewed":
         del storage.publish
     with lease.held(folder, False):
@@ -206,23 +206,23 @@ def job(argv):
                 open(f"{folder}/written", "a").write("x")
                 time.sleep(0.01)
             except Stopped:
-                if stubborn == "no":
+                if ignores_stop == "no":
                     raise
 
 run_job(job)
 """
 
 
-@pytest.mark.parametrize("stubborn", ["no", "yes"])
+@pytest.mark.parametrize("ignores_stop", ["no", "yes"])
 @pytest.mark.parametrize("loss", ["taken over", "not renewed"])
-def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path: Path, loss: str, stubborn: str) -> None:
-    command = [sys.executable, "-c", WRITER, str(tmp_path), stubborn, loss]
+def test_a_process_that_lost_its_lease_stops_writing(tmp_path: Path, loss: str, ignores_stop: str) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path), ignores_stop, loss]
     process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
     first, second = tmp_path / ".lease" / "0.json", tmp_path / ".lease" / "1.json"
     while not (tmp_path / "written").exists():
         time.sleep(0.01)
     if loss == "taken over":
-        storage.create(str(second), ELSEWHERE.encode())
+        storage.create(str(second), OTHER_MACHINE.encode())
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 2, stderr
     assert "Run the same command again to go on" in stderr
@@ -231,12 +231,12 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path: Path, loss:
     ) in stderr
     assert stderr.count("error: ") == 1
     if loss == "taken over":
-        assert Holder.parse(second.read_bytes()) == ELSEWHERE
+        assert Holder.parse(second.read_bytes()) == OTHER_MACHINE
         assert not Holder.parse(first.read_bytes()).released
 
 
 @pytest.mark.parametrize("name", ["score", "benchmark", "fit"])
-def test_each_job_holds_what_it_writes_to(tmp_path: Path, name: str) -> None:
+def test_each_job_takes_the_lease_on_its_output_folder(tmp_path: Path, name: str) -> None:
     data, out = str(tmp_path / "data"), str(tmp_path / "out")
     make_category(data, "nut")
     options = {
@@ -249,18 +249,18 @@ def test_each_job_holds_what_it_writes_to(tmp_path: Path, name: str) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
 
 
-def test_a_number_that_others_have_used_and_removed_meanwhile_is_no_lease(
+def test_a_number_that_others_used_and_removed_is_not_a_lease(
     folder: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at the numbers and the attempt at the next one, two others come and one goes."""
-    first, slow, last = (lease_of(folder, clock, name) for name in ("a", "b", "d"))
+    """After the slow run has listed the numbers, and before it creates the next one, two other runs take the lease."""
+    first, slow, last = (make_lease(folder, clock, name) for name in ("a", "b", "d"))
     first.acquire(False)
     first.release()
     create = storage.create
 
     def paused(uri: str, data: bytes) -> bool:
         monkeypatch.setattr(storage, "create", create)
-        between = lease_of(folder, clock, "c")
+        between = make_lease(folder, clock, "c")
         between.acquire(False)
         between.release()
         last.acquire(False)
