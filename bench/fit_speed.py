@@ -24,7 +24,7 @@ from recipes import matcher_of
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.cluster.connection import KEEPING_MEMORY
+from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import images, mvtec
 from stpm.fitting import train_student as loop
 from stpm.fitting.teacher_features import TeacherFeatures
@@ -68,7 +68,7 @@ def measured(
     to_device_by: ToDevice = to_device,
 ) -> Speed:
     """One short fit, in a process of its own."""
-    for name, value in KEEPING_MEMORY["env_vars"].items():
+    for name, value in KEEP_FREED_MEMORY["env_vars"].items():
         if keep_memory:
             os.environ[name] = value
         else:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.cluster.connection import KEEPING_MEMORY
+from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import mvtec
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs import manifest
@@ -72,7 +72,7 @@ def bare(store: str, images: Path, out: Path, category: str, processes: int) -> 
     rows = pa.concat_tables(pq.read_table(uri) for uri in manifest.shards(str(out / "manifest")))
     share = -(-rows.num_rows // processes)
     parts = [rows.slice(i * share, share) for i in range(processes)]
-    os.environ.update(KEEPING_MEMORY["env_vars"])
+    os.environ.update(KEEP_FREED_MEMORY["env_vars"])
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         seconds = pool.starmap(loop, [(store, part, str(out), category) for part in parts])
     return float(sum(part.num_rows / s for part, s in zip(parts, seconds, strict=True)))

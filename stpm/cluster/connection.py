@@ -1,4 +1,4 @@
-"""The connection to Ray: an existing cluster where `RAY_ADDRESS` names one, else one of this process's own."""
+"""The connection to Ray: to the cluster at `RAY_ADDRESS` if it is set, otherwise to a new one on this machine."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import ceil
-from pathlib import Path
-
-# Read by Ray Train when it is imported: with its default a fit takes ten seconds longer to end.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-# The same, of starting a group of workers, some of whose nodes may be gone by then: it is tried again, and again.
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-# Ray's C++ core writes to this process's own standard error; at its default it warns on every pool of actors.
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-
-# Of a cluster that this process starts. At its default Ray ends what is idle for a second and more than one process per
-# core, and the next task of that kind imports everything again.
-os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 import ray
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stpm.cluster.cpus import usable_cpus
 from stpm.console import stop_on_signals
 
-LEAST_CPUS = 2
+# The scoring pipeline needs a CPU beside the one that its scorer takes.
+MIN_CPUS = 2
 
 Resources = Mapping[str, float]
 
-# For processes that compute on a CPU. At its defaults the C library gives every large tensor back to the kernel and
-# takes a new one, and the kernel clears each page again: up to half of the time of a forward pass or a training step.
-# It reads these when a process starts, so they are part of the environment that Ray starts a worker in.
-KEEPING_MEMORY = {
+# Read by Ray when a connection is made, and by Ray Train when it starts a run.
+_RAY_SETTINGS = {
+    # At its default a fit takes ten seconds longer to end.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # A group of workers that does not start, because a node is gone, is started again: sooner than by default.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # Ray's C++ core writes to this process's standard error; at its default it warns about every pool of actors.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Of a cluster that this process starts. At its default Ray ends processes that are idle for a second, beyond one
+    # per core, and the next task of that kind imports everything again.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+}
+
+# Runtime environment of processes that compute on a CPU. By default the C library returns every large tensor to the
+# kernel and takes a new one, and the kernel clears each page again: up to half of the time of a forward pass or a
+# training step. The C library reads these variables when a process starts.
+KEEP_FREED_MEMORY = {
     "env_vars": {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_MAX_": "0",
@@ -42,86 +44,21 @@ KEEPING_MEMORY = {
 }
 
 
-def beside_the_driver() -> NodeAffinitySchedulingStrategy:
-    """Where a driver's own actors run: not on a node that may be taken away. A soft affinity is not kept reliably."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def working_nodes() -> list[Resources]:
-    """What each node of the connected cluster has, of those that take work: a head without CPUs does not."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-
-
-def living_nodes() -> set[str]:
-    """Ids of the nodes that are alive; a node that was lost is missed after a while."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-
-def is_shared() -> bool:
-    """Whether the connected cluster is one that others started: its nodes may come and go."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: of those that it is bound to, as many as its control groups let it.
-
-    Args:
-        root: where /proc and /sys are, for tests.
-    """
-    return max(min(len(os.sched_getaffinity(0)), *(ceil(limit) for limit in _cpu_limits(root))), 1)
-
-
-def _cpu_limits(root: Path) -> Iterator[float]:
-    """What each control group over this process allows, in CPUs; those that limit nothing are left out.
-
-    In a container the group of the process is often the root of what can be seen.
-    """
-    yield float(2**31)
-    groups = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            tree = groups
-        elif "cpu" in controllers.split(","):
-            tree = groups / "cpu"
-        else:
-            continue
-        group = tree / path.strip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(tree) and (limit := _cpu_limit(folder)):
-                yield limit
-
-
-def _cpu_limit(folder: Path) -> float | None:
-    """Of one control group, of version 2 or 1: microseconds of CPU time that it may take per microseconds."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        return float(quota) / float(period) if float(quota) > 0 else None
-    except (OSError, ValueError):
-        return None
-
-
 @contextmanager
 def connected() -> Iterator[None]:
-    """Connected to Ray for the time of the block; a connection that was there before is left as it was."""
+    """Connect to Ray for the duration of the block; an existing connection is used, and kept."""
     if ray.is_initialized():
         yield
         return
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with _standard_error_dropped():
+    with _discard_stderr():
         if is_shared():
             ray.init(**quiet)
         else:
-            # The scoring pipeline needs a CPU beside the one that its scorer takes, so one core counts as two.
-            ray.init(address="local", num_cpus=max(usable_cpus(), LEAST_CPUS), include_dashboard=False, **quiet)
-    # Ray put its own handler in the place of ours.
+            ray.init(address="local", num_cpus=max(usable_cpus(), MIN_CPUS), include_dashboard=False, **quiet)
+    # Ray has replaced the handler.
     stop_on_signals()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -138,18 +75,38 @@ def connected() -> Iterator[None]:
 
 
 @contextmanager
-def _standard_error_dropped() -> Iterator[None]:
-    """Drop what this process writes to standard error, whatever its level.
+def _discard_stderr() -> Iterator[None]:
+    """Discard what this process writes to standard error, by descriptor.
 
-    Ray's C++ core says its log level there when it starts, as the first line that a user would see. What goes wrong is
-    an exception besides.
+    When it starts, Ray's C++ core writes a line about its log level there, whatever that level is. Errors are raised as
+    exceptions anyway.
     """
     kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
+        os.close(null)
+
+
+def is_shared() -> bool:
+    """Return whether the cluster was started by others: its nodes may come and go."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def working_nodes() -> list[Resources]:
+    """Return the resources of each live node that can run tasks; a head without CPUs cannot."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def living_nodes() -> set[str]:
+    """Return the ids of the live nodes; Ray notices after some seconds that a node is lost."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def on_driver_node() -> NodeAffinitySchedulingStrategy:
+    """Schedule an actor on the driver's node, which outlives the others. Ray does not always keep a soft affinity."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

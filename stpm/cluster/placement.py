@@ -1,4 +1,4 @@
-"""Several machines: what they can reach, whether one can work, and what would run on which."""
+"""Several machines: which paths they can reach, whether one can work, and what each would run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ray.autoscaler.sdk import request_resources
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.cluster.connection import LEAST_CPUS, Resources, connected, is_shared, working_nodes
+from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, working_nodes
 from stpm.errors import ConfigError
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
-_SHOWN = 5
+_MAX_SHOWN = 5
 
 
 @contextmanager
 def on_cluster(options: ClusterOptions, uris: Sequence[str]) -> Iterator[None]:
-    """On a cluster that others started: connected for the time of the block, with a node that can work.
+    """Connect to a shared cluster for the duration of the block, and wait until a node can work.
 
-    On this machine alone nothing is started before there is something to run.
+    Without a shared cluster, do nothing: Ray is started when there is something to run.
 
     Args:
-        options: how.
-        uris: what the job reads and writes.
+        options: of the job.
+        uris: of everything that the job reads and writes.
 
     Raises:
-        ConfigError: if not all nodes would reach a URI, or no node came.
+        ConfigError: if some nodes cannot reach a URI, or no node came in time.
     """
     if not is_shared():
         yield
@@ -49,55 +49,55 @@ def on_cluster(options: ClusterOptions, uris: Sequence[str]) -> Iterator[None]:
 
 
 def check_reach(uris: Sequence[str], mounted: Sequence[str], *, several: bool) -> None:
-    """Refuse local paths where several machines work, but for those that all of them mount.
+    """Refuse local paths on several machines, except under folders that all of them mount.
 
     Args:
-        uris: what a job reads and writes.
+        uris: of everything that a job reads and writes; empty ones are ignored.
         mounted: local folders that every machine mounts.
         several: there are several machines.
 
     Raises:
-        ConfigError: naming what is out of reach.
+        ConfigError: if some machines cannot reach a path.
     """
     roots = [os.path.normpath(storage.absolute(folder)) for folder in mounted]
     local = [os.path.normpath(storage.absolute(uri)) for uri in uris if uri and storage.is_local(uri)]
-    lost = [uri for uri in local if not any(Path(uri).is_relative_to(root) for root in roots)]
-    if several and lost:
-        shown = ", ".join(lost[:_SHOWN])
+    unreachable = [uri for uri in local if not any(Path(uri).is_relative_to(root) for root in roots)]
+    if several and unreachable:
         raise ConfigError(
-            f"{shown}: a path of one machine, and the cluster has several; give a URI (s3://, gs://, abfs://), or name "
-            "with --mounted the folder that every node mounts at the same place"
+            f"{', '.join(unreachable[:_MAX_SHOWN])}: a path of one machine, and the cluster has several; give a URI "
+            "(s3://, gs://, abfs://), or name with --mounted the folder that every node mounts at the same place"
         )
 
 
 def wait_for_node(options: ClusterOptions) -> None:
-    """Have the autoscaler start a node, where none can work yet.
+    """Ask the autoscaler for a node, and wait for it, if no node can work.
 
     Raises:
         ConfigError: if none came in time.
     """
     if working_nodes():
         return
-    wanted = first_bundle(options.first_node)
-    log.info(f"the cluster has no node that can work; asking for one with {_in_words(wanted)}")
-    request_resources(bundles=[wanted])
+    bundle = first_bundle(options.first_node)
+    wanted = " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
+    log.info(f"the cluster has no node that can work; asking for one with {wanted}")
+    request_resources(bundles=[bundle])
     deadline = time.monotonic() + options.node_minutes * 60
     try:
         while not working_nodes():
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"no node with {_in_words(wanted)} came in {options.node_minutes:g} minutes; see what the "
-                    "autoscaler says (ray status), or ask for another kind with --first-node"
+                    f"no node with {wanted} came in {options.node_minutes:g} minutes; see the autoscaler's report "
+                    "(ray status), or ask for another kind with --first-node"
                 )
             time.sleep(_POLL_SECONDS)
     finally:
-        # From here on what runs asks for what it needs.
+        # From here on, tasks and actors ask for what they need.
         request_resources(bundles=[])
 
 
 def first_bundle(kind: Literal["gpu", "cpu"]) -> dict[str, float]:
-    """What the autoscaler is asked for."""
-    return {"CPU": 1.0, "GPU": 1.0} if kind == "gpu" else {"CPU": float(LEAST_CPUS)}
+    """Return the resources to ask the autoscaler for."""
+    return {"CPU": 1.0, "GPU": 1.0} if kind == "gpu" else {"CPU": float(MIN_CPUS)}
 
 
 def _several_machines() -> bool:
@@ -105,15 +105,11 @@ def _several_machines() -> bool:
     return len(alive) > 1 or not working_nodes()
 
 
-def _in_words(resources: Resources) -> str:
-    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
-
-
 def log_plan(columns: Mapping[str, Callable[[Resources], str]]) -> None:
-    """Say what each node of the cluster has and would do.
+    """Log a table of the cluster's nodes: their resources, and what each would run.
 
     Args:
-        columns: by heading, what a node with these resources would do.
+        columns: by heading, a function from a node's resources to what it would run.
     """
     with connected():
         driver = ray.get_runtime_context().get_node_id()
@@ -123,7 +119,7 @@ def log_plan(columns: Mapping[str, Callable[[Resources], str]]) -> None:
                 node["NodeManagerAddress"],
                 *(f"{node['Resources'].get(kind, 0):g}" for kind in ("CPU", "GPU")),
                 "driver, queue, progress" if node["NodeID"] == driver else "",
-                *(does(node["Resources"]) for does in columns.values()),
+                *(describe(node["Resources"]) for describe in columns.values()),
             ]
             for node in nodes
         ]

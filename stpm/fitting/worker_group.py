@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from stpm import storage
-from stpm.cluster.connection import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, living_nodes, working_nodes
+from stpm.cluster.connection import KEEP_FREED_MEMORY, Resources, is_shared, living_nodes, on_driver_node, working_nodes
 from stpm.errors import ConfigError, StpmError
 from stpm.fitting.options import PoolOptions
 from stpm.fitting.task import FitTask, Outcome
@@ -124,7 +124,7 @@ def run_pool(
         One outcome per task, in the order they ended. Tasks that never ran are failed.
     """
     workers = scaling(options, working_nodes(), len(tasks), grows=is_shared())
-    actor = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(TaskQueue)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(TaskQueue)
     queue = actor.remote(list(tasks), living_nodes)
     filesystem, path = storage.arrow_filesystem(scratch)
 
@@ -138,7 +138,7 @@ def run_pool(
             run_config=RunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
                 storage_path=path,
-                worker_runtime_env=KEEPING_MEMORY,
+                worker_runtime_env=KEEP_FREED_MEMORY,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=_RESTARTS_PER_TASK * len(tasks) + _RESTARTS_BESIDES),
             ),

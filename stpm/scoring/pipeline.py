@@ -11,7 +11,7 @@ from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
 from stpm import storage
-from stpm.cluster.connection import KEEPING_MEMORY, Resources, is_shared, working_nodes
+from stpm.cluster.connection import KEEP_FREED_MEMORY, Resources, is_shared, working_nodes
 from stpm.errors import CutOffError
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
@@ -110,7 +110,7 @@ def score_shards(
                 batch_size=LARGEST_BATCH if pool.num_gpus else BLOCK_ROWS,
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
-                runtime_env=KEEPING_MEMORY,
+                runtime_env=KEEP_FREED_MEMORY,
             )
             .map_batches(
                 of_each,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from stpm.cluster.connection import beside_the_driver
+from stpm.cluster.connection import on_driver_node
 from stpm.console import duration
 from stpm.errors import CutOffError
 
@@ -213,7 +213,7 @@ class Progress:
 @contextmanager
 def followed(progress: Progress, *, breaks: bool = True) -> Iterator[Report]:
     """What tasks report to in the block is told while it runs; it may end them, see `Tally`."""
-    tally = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver())(Tally).remote(breaks=breaks)
+    tally = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(Tally).remote(breaks=breaks)
     report = Report(tally)
     stop = threading.Event()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stpm.cluster.connection import usable_cpus
+from stpm.cluster.cpus import usable_cpus
 
 CORES = len(os.sched_getaffinity(0))
 # Files under the root, and the limit that they come to.
