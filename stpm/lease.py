@@ -51,7 +51,7 @@ class Holder:
     """The process that holds a lease, as its file describes it.
 
     Args:
-        token: unique to this acquisition.
+        acquisition: its unique id.
         host: name of the machine, for people.
         machine: boot id and process namespace, in which `pid` and `start` have a meaning; "" if unknown.
         pid: id of the process.
@@ -62,7 +62,7 @@ class Holder:
         released: the process has given the lease back.
     """
 
-    token: str = ""
+    acquisition: str = ""
     host: str = ""
     machine: str = ""
     pid: int = 0
@@ -76,7 +76,7 @@ class Holder:
     def this_process(cls) -> Holder:
         """Describe this process."""
         return cls(
-            token=uuid.uuid4().hex,
+            acquisition=uuid.uuid4().hex,
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
@@ -104,7 +104,7 @@ class Holder:
         return bool(self.start) and _process_start(self.pid) == self.start
 
     def __str__(self) -> str:
-        if not self.token:
+        if not self.acquisition:
             return "an unknown run"
         return f"process {self.pid} on {self.host}, since {self.since}: {self.command}"
 
@@ -177,7 +177,7 @@ class Lease:
         try:
             number, data = self._latest()
             holder = Holder.parse(data)
-            if number != self._number or holder.token != self._holder.token:
+            if number != self._number or holder.acquisition != self._holder.acquisition:
                 self._problem = f"{self.folder} was {f'taken over by {holder}' if number >= 0 else 'removed'}"
                 return
             self._holder = dataclasses.replace(self._holder, renewals=self._holder.renewals + 1)

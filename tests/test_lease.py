@@ -20,7 +20,7 @@ from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
 from tests.datasets import make_category
 from tests.test_cli import job
 
-OTHER_MACHINE = Holder(token="a", host="far", machine="another boot", pid=7, start="1", command="jobs/score.py")
+OTHER_MACHINE = Holder(acquisition="a", host="far", machine="another boot", pid=7, start="1", command="jobs/score.py")
 
 
 class Clock:
@@ -53,7 +53,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def make_lease(folder: str, clock: Clock, name: str = "b") -> Lease:
-    return Lease(folder, dataclasses.replace(OTHER_MACHINE, token=name), clock, clock.sleep)
+    return Lease(folder, dataclasses.replace(OTHER_MACHINE, acquisition=name), clock, clock.sleep)
 
 
 def test_one_of_many_concurrent_creates_succeeds(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Real jobs in real processes, and a real S3 server."""
+"""Jobs in processes of their own, a server of S3, and helpers that several of these tests need."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import psutil
 import pytest
 import requests
@@ -21,8 +22,9 @@ from moto.server import ThreadedMotoServer
 from stpm import storage
 from stpm.scoring.output import RunOutput
 from tests.conftest import REPOSITORY
+from tests.datasets import encoded
 
-# What keeps a whole job at seconds; the machinery is the same as for a real recipe.
+# A recipe that fits in seconds.
 TINY_RECIPE = [
     "--preset",
     "paper",
@@ -36,11 +38,15 @@ TINY_RECIPE = [
     "4",
 ]
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+BIN = Path(sys.executable).parent
+# Titles that Ray gives to its processes.
+SCORER, DECODER, FIT_WORKER = "MapWorker(MapBatches(ScorerActor))", "MapBatches(Decode", "TrainWorker"
+# How often the tests that kill processes at random moments are repeated.
+KILLS = range(int(os.environ.get("STPM_TEST_KILLS", "1")))
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment without anything that would lead a job to another cluster."""
+    """Return the environment without what would lead a job to another cluster, and with `extra`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "STPM_"))}
     return kept | extra
 
@@ -60,26 +66,67 @@ def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProce
     try:
         out, err = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
-        # It would take the cores of all tests to come.
+        # Otherwise it would go on beside the next tests.
         process.kill()
         raise
     print(out, err, sep="\n")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    """Fails with what is the matter if it does not come true in time."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
+def wait_for_success(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a job, check that it succeeded, and return its standard output."""
+    out, err = process.communicate(timeout=400)
+    print(out, err, sep="\n")
+    assert process.returncode == 0
+    return out
 
 
-def committed(out: str) -> list[str]:
-    """The files that say which rows of an unfinished pass are written for good: each comes after its rows."""
+def fit(data: object, models: object, *options: str, **extra: str) -> None:
+    """Fit a tiny model for each category of a data set, for one epoch."""
+    arguments = ["--data", str(data), "--models", str(models), "--epochs", "1", *TINY_RECIPE, *options]
+    assert run_job("fit", *arguments, **extra).returncode == 0
+
+
+def make_images(folder: str, count: int, broken: Sequence[int] = ()) -> None:
+    """Write images of random noise, with a patch of varying brightness; those numbered in `broken` are cut off."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(90, 130, (48, 40, 3), dtype=np.uint8)
+        pixels[: i % 40, :20] += 60
+        kind, suffix = ("JPEG", "jpg") if i % 2 else ("PNG", "png")
+        data = encoded(pixels, kind)
+        storage.publish(f"{folder}/{i:04}.{suffix}", data[:40] if i in broken else data, durable=False)
+
+
+def read_rows(out: object, *columns: str) -> list[dict[str, Any]]:
+    """Read the rows of a scored collection."""
+    rows: list[dict[str, Any]] = RunOutput.alone(str(out)).dataset().to_table(columns=list(columns) or None).to_pylist()
+    return rows
+
+
+def checkpoints(out: str) -> list[str]:
+    """List the files that mark rows of an unfinished run as written."""
     files = [uri for uri, _ in storage.files(RunOutput.alone(out).checkpoint)]
     # In a store the folder itself may be an object.
     return [uri for uri in files if uri.endswith(".parquet") and not uri.endswith(".pending.parquet")]
+
+
+def wait_until(condition: Callable[[], bool], failure: str, seconds: float = 120) -> None:
+    """Wait until a condition is true; fail with this message if it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.1)
+
+
+def children(pid: int, title: str) -> list[psutil.Process]:
+    """List the processes below a process that have `title` in their title, which Ray sets while they run."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def free_port() -> int:
@@ -90,16 +137,16 @@ def free_port() -> int:
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:
-    """A cluster that a test is done with: the process that it was started by, and all that this one started."""
+    """Kill a process and all processes below it, as when a machine fails."""
     for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
         with contextlib.suppress(psutil.Error):
             member.kill()
-    process.wait(60)
+    process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
-    """The environment in which s3:// means a server of our own, with an empty bucket named `bucket`."""
+    """Start a server of S3 with an empty bucket named `bucket`; yield the environment in which s3:// means it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -112,9 +159,9 @@ def s3() -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        # fsspec keeps filesystems by their arguments, and the endpoint comes from the environment.
+        # fsspec caches filesystems by their arguments, and the endpoint is in the environment instead.
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-        # What the server holds belongs to the process, and outlives a server.
+        # The content belongs to this process, and would outlive an earlier server.
         requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10).raise_for_status()
         storage.filesystem("s3://bucket")[0].mkdir("bucket")
         yield settings
@@ -122,6 +169,7 @@ def s3() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty folder the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

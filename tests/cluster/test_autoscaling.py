@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as ds
 import pytest
 import yaml
 from ray.util import get_node_ip_address
 
-from tests.cluster.conftest import TINY_RECIPE, environment, free_port, kill_tree, run_job
+from tests.cluster.conftest import BIN, TINY_RECIPE, environment, free_port, kill_tree, read_rows, run_job
 from tests.datasets import make_category
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
-BIN = Path(sys.executable).parent
 CONFIG: dict[str, Any] = {
     "cluster_name": "on-demand",
     "max_workers": 2,
@@ -41,7 +38,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A head that takes no work, and up to two nodes of two CPUs, none of them there yet."""
+    """Start a head that runs no tasks, and can start up to two nodes of two CPUs."""
     port = free_port()
     address = f"{get_node_ip_address()}:{port}"
     config = tmp_path / "cluster.yaml"
@@ -60,17 +57,17 @@ def client(tmp_path: Path) -> Iterator[dict[str, str]]:
     kill_tree(head)
 
 
-def test_from_nothing_a_node_is_asked_for_and_works(client: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_asks_for_the_first_node_and_waits_for_it(client: dict[str, str], tmp_path: Path) -> None:
     data, models, out = (str(tmp_path / name) for name in ("data", "models", "out"))
     make_category(data, "nut")
     fit = ["--data", data, "--models", models, "--mounted", str(tmp_path), "--epochs", "1", *TINY_RECIPE]
-    never = run_job("fit", *fit, "--node-minutes", "0.1", **client)
-    assert never.returncode == 1
-    assert "no node with 1 CPU and 1 GPU came in 0.1 minutes" in never.stderr
+    timed_out = run_job("fit", *fit, "--node-minutes", "0.1", **client)
+    assert timed_out.returncode == 1
+    assert "no node with 1 CPU and 1 GPU came in 0.1 minutes" in timed_out.stderr
 
     ran = run_job("fit", *fit, "--first-node", "cpu", **client)
     assert ran.returncode == 0
     assert "the cluster has no node that can work; asking for one with 2 CPU" in ran.stdout
     score = ["--models", models, "--images", f"{data}/nut/test", "--category", "nut", "--out", out]
     assert run_job("score", *score, "--mounted", str(tmp_path), **client).returncode == 0
-    assert ds.dataset(Path(out) / "scores").count_rows() == 8
+    assert len(read_rows(out)) == 8

@@ -1,4 +1,4 @@
-"""Images and results in storage of Google and of Azure: their own clients, and servers that stand in for them."""
+"""Images and results in Google's and Azure's storage: their own clients, with emulators as servers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ from typing import Any
 import pytest
 
 from stpm import storage
-from stpm.data.mvtec import read_category
-from stpm.fitting.fit_category import run_task
-from stpm.fitting.task import FitTask
-from stpm.method.backbones import load_teacher
-from stpm.models.store import ModelStore
-from stpm.scoring.output import RunOutput
-from tests.cluster.conftest import free_port, run_job, wait_until
-from tests.conftest import LIMITS, TINY
+from tests.cluster.conftest import fit, free_port, read_rows, run_job, wait_until
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-# Of Azurite, and no secret.
+# The account that Azurite always has; its key is public.
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
@@ -33,19 +26,17 @@ KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr
 def models(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = str(tmp_path_factory.mktemp("fit"))
     make_category(f"{root}/data", "nut")
-    store = f"{root}/models"
-    digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
-    run_task(FitTask.of(read_category(f"{root}/data", "nut"), TINY, store, digest), LIMITS, lambda told: None)
-    return store
+    fit(f"{root}/data", f"{root}/models")
+    return f"{root}/models"
 
 
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("gcsfs", reason="gcsfs is not installed: gs:// was not tried")
-    server = pytest.importorskip("gcp_storage_emulator.server", reason="no stand-in for gs:// is installed")
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: gs:// is not tested")
+    server = pytest.importorskip("gcp_storage_emulator.server", reason="no emulator of gs:// is installed")
 
     def refuse(request: Any, response: Any, storage: Any) -> None:
-        """Moves are not among what the stand-in does: told so, the client copies and removes."""
+        """Refuse to move objects, which the emulator cannot: the client then copies and removes."""
         response.status = 400
 
     monkeypatch.setattr(server, "HANDLERS", ((r"^.*/moveTo/.*$", {"POST": refuse}), *server.HANDLERS))
@@ -54,7 +45,7 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     running.start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
-    # Else the client asks by another protocol, which the stand-in does not have, what kind of bucket it is.
+    # Otherwise the client asks for the kind of bucket by a protocol that the emulator does not have.
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     yield "gcs://bucket"
     running.stop()
@@ -62,10 +53,10 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("adlfs", reason="adlfs is not installed: abfs:// was not tried")
+    pytest.importorskip("adlfs", reason="adlfs is not installed: abfs:// is not tested")
     azurite = shutil.which("azurite-blob")
     if not azurite:
-        pytest.skip("azurite-blob is not on the path: abfs:// was not tried")
+        pytest.skip("azurite-blob is not on the path: abfs:// is not tested")
     port = free_port()
     options = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
     process = subprocess.Popen([azurite, *options, "--blobHost", "127.0.0.1", "--blobPort", str(port)])
@@ -88,7 +79,7 @@ def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("cloud", ["google", "azure"])
-def test_a_collection_is_scored_from_a_cloud_to_the_same(
+def test_a_collection_in_a_cloud_is_scored_into_the_same_cloud(
     cloud: str, models: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     root: str = request.getfixturevalue(cloud)
@@ -98,13 +89,13 @@ def test_a_collection_is_scored_from_a_cloud_to_the_same(
     images = [f"{root}/data/nut/train", f"{root}/data/nut/test/**/*.png"]
     score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut"]
     assert run_job("score", *score, "--out", f"{root}/run").returncode == 0
-    rows = RunOutput.alone(f"{root}/run").dataset().to_table(columns=["uri", "error_kind", "heatmap"]).to_pylist()
+    rows = read_rows(f"{root}/run", "uri", "error_kind", "heatmap")
     scored = [uri for uri, _ in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
     assert sorted(row["uri"] for row in rows) == sorted(scored)
     assert all(uri.startswith(f"{root}/data/nut/") for uri in scored)
     assert all(storage.read(f"{root}/run/{row['heatmap']}") and not row["error_kind"] for row in rows)
     again = run_job("score", *score, "--out", f"{root}/run")
     assert "scored already" in again.stdout
-    lost = run_job("score", *score, "--out", f"{root.replace('bucket', 'nobucket')}/run")
-    assert lost.returncode == 1
-    assert "no such bucket or container" in lost.stderr.splitlines()[-1]
+    no_bucket = run_job("score", *score, "--out", f"{root.replace('bucket', 'nobucket')}/run")
+    assert no_bucket.returncode == 1
+    assert "no such bucket or container" in no_bucket.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""A report without fitting: of what the score job left, and of a benchmark's run folder; and the gate."""
+"""The evaluate job: the report of a scored collection, and the gate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from urllib.parse import quote
 
 import duckdb
 import pandas as pd
-import pyarrow.dataset as ds
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from stpm.data.mvtec import read_category
-from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.cluster.conftest import fit, read_rows, run_job
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -23,42 +22,41 @@ pytestmark = pytest.mark.cluster
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
 NO_MODELS = ("007", "a b", "../../a", "x" * 300, NULL)
-# What no folder can be named, or what its name would not mean.
-LONG, NO_NULL = (f"{name[:12]}… {hashlib.sha256(name.encode()).hexdigest()[:12]}" for name in ("x" * 300, NULL))
+# Names that cannot name a folder, or would mean null.
+LONG, NULL_NAME = (f"{name[:12]}… {hashlib.sha256(name.encode()).hexdigest()[:12]}" for name in ("x" * 300, NULL))
 
 
 def check_partitions() -> None:
-    """A folder per category, however it is named, which others read without being told."""
-    names = ("..%2F..%2Fa", "007", "a%20b", "nut", quote(LONG), quote(NO_NULL))
+    """There is a folder per category, whatever its name, and other programs read them as partitions."""
+    names = ("..%2F..%2Fa", "007", "a%20b", "nut", quote(LONG), quote(NULL_NAME))
     assert {path.name for path in Path("run/scores").iterdir()} == {f"category={name}" for name in names}
     found = duckdb.execute(
         "select category, count(*), min(error_message) from read_parquet('run/scores/*/*.parquet', "
         "hive_partitioning = true, hive_types = {'category': varchar}) group by category order by category"
     ).fetchall()
     assert [(category, count) for category, count, _ in found] == [
-        *(("../../a", 1), ("007", 1), (NO_NULL, 1), ("a b", 1), ("nut", 8), (LONG, 1)),
+        *(("../../a", 1), ("007", 1), (NULL_NAME, 1), ("a b", 1), ("nut", 8), (LONG, 1)),
     ]
     assert "no model for category '../../a'" in found[0][2]
     frame = pd.read_parquet("run/scores")
     assert (frame.category == "nut").sum() == 8
     counts = json.loads(Path("run/run.json").read_text())["counts"]
     assert counts["rows"] == 13
-    assert {name: of["rows"] for name, of in counts["categories"].items()} == {
-        **{"../../a": 1, "007": 1, NO_NULL: 1, "a b": 1, "nut": 8, LONG: 1}
+    assert {name: category["rows"] for name, category in counts["categories"].items()} == {
+        **{"../../a": 1, "007": 1, NULL_NAME: 1, "a b": 1, "nut": 8, LONG: 1}
     }
 
 
-def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:
+def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folder: Path) -> None:
     make_category("data", "nut")
-    fit = ["--data", "data", "--models", "models", "--epochs", "2", *TINY_RECIPE]
-    assert run_job("fit", *fit).returncode == 0
+    fit("data", "models")
     with Path("manifest.csv").open("w") as file:
         rows = csv.writer(file)
         rows.writerow(["uri", "category", "label", "mask", "line"])
-        for image in read_category(str(here / "data"), "nut").test:
+        for image in read_category(str(working_folder / "data"), "nut").test:
             rows.writerow([image.uri, "nut", image.label, image.mask, 7])
         for number, category in enumerate(NO_MODELS):
-            rows.writerow([here / f"{number}.png", category, "", "", 8])
+            rows.writerow([working_folder / f"{number}.png", category, "", "", 8])
     score = ["--models", "models", "--images", "manifest.csv", "--out", "run", "--raw-maps"]
     score += ["--partition-by", "category", "--max-error-rate", "1"]
     assert run_job("score", *score).returncode == 0
@@ -67,7 +65,7 @@ def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:
     done = run_job("evaluate", "--scores", "run", "--out", "report")
     assert done.returncode == 0
     report = json.loads(Path("report/report.json").read_text())
-    scored = [row for row in ds.dataset("run/scores").to_table().to_pylist() if not row["error_kind"]]
+    scored = [row for row in read_rows("run") if not row["error_kind"]]
     expected = roc_auc_score([row["label"] != "good" for row in scored], [row["score"] for row in scored])
     nut = report["categories"]["nut"]
     assert nut["image_auroc"] == pytest.approx(expected)
@@ -80,7 +78,7 @@ def test_a_scored_collection_with_labels_is_evaluated(here: Path) -> None:
         "report.parquet",
     }
 
-    # At the masks' own size, and held against the first report.
+    # At the masks' own size, and compared to the first report.
     gate = ["--baseline", "report/report.json", "--require", "mean.image_auroc=1.0,nut.image_recall=0.0"]
     other = run_job("evaluate", "--scores", "run", "--out", "other", "--masks-at", "original", *gate)
     assert other.returncode == 2

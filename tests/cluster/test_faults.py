@@ -1,26 +1,32 @@
-"""Processes killed for real, at random moments; how often, `STPM_TEST_KILLS` says."""
+"""Fits whose processes are killed at random moments, `STPM_TEST_KILLS` times each."""
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from stpm.models.store import ModelStore
-from tests.cluster.conftest import TINY_RECIPE, environment, run_job, start_job
+from tests.cluster.conftest import (
+    FIT_WORKER,
+    KILLS,
+    TINY_RECIPE,
+    children,
+    environment,
+    kill_tree,
+    run_job,
+    start_job,
+    wait_for_success,
+)
 from tests.conftest import REPOSITORY
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-KILLS = range(int(os.environ.get("STPM_TEST_KILLS", "1")))
 CATEGORIES = ("a", "b", "c")
 MEMORY = ["--memory", "50", "--fusion", "quantile"]
 LONG = ["--epochs", "60", "--workers", "2", "--checkpoint-seconds", "0", *TINY_RECIPE, *MEMORY]
@@ -43,13 +49,13 @@ def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def models(store: Path) -> dict[str, bytes]:
-    """All files that scores depend on."""
+    """Read all files that scores depend on."""
     assert ModelStore(str(store)).categories() == list(CATEGORIES)
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.name in FILES}
 
 
-def started(data: str, store: Path) -> subprocess.Popen[str]:
-    """A fit that is in the middle of its work: some random time after its first epoch."""
+def start_fit(data: str, store: Path) -> subprocess.Popen[str]:
+    """Start a fit, and wait for a random time after its first epoch."""
     process = start_job("fit", "--data", data, "--models", str(store), *LONG)
     assert process.stdout
     for line in process.stdout:
@@ -60,38 +66,23 @@ def started(data: str, store: Path) -> subprocess.Popen[str]:
     return process
 
 
-def training_workers(driver: int) -> list[int]:
-    children = psutil.Process(driver).children(recursive=True)
-    return [child.pid for child in children if "TrainWorker" in " ".join(child.cmdline())]
-
-
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_killed_worker_costs_time_and_not_one_bit(
+def test_a_fit_with_a_killed_worker_gives_the_same_models(
     kill: int, data: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = started(data, tmp_path)
-    workers = training_workers(process.pid)
-    if workers:
-        os.kill(random.choice(workers), signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
-    print(out, err)
-    assert process.returncode == 0
-    assert "3 of 3 categories have a model" in out
+    process = start_fit(data, tmp_path)
+    if workers := children(process.pid, FIT_WORKER):
+        random.choice(workers).kill()
+    assert "3 of 3 categories have a model" in wait_for_success(process)
     assert models(tmp_path) == undisturbed
 
 
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_killed_driver_is_taken_up_by_the_next_run(
+def test_a_fit_after_a_killed_driver_gives_the_same_models(
     kill: int, data: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = started(data, tmp_path)
-    others = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate(timeout=60)
-    # Ray's own processes end when they notice; a machine that failed would have taken them along.
-    for other in others:
-        if other.is_running():
-            other.kill()
+    process = start_fit(data, tmp_path)
+    kill_tree(process)
     again = run_job("fit", "--data", data, "--models", str(tmp_path), *LONG)
     assert again.returncode == 0
     assert models(tmp_path) == undisturbed
@@ -99,12 +90,12 @@ def test_a_killed_driver_is_taken_up_by_the_next_run(
     assert not list(tmp_path.rglob("checkpoint*"))
 
 
-def test_a_category_that_kills_its_worker_twice_is_set_aside(tmp_path: Path) -> None:
-    for name in ("a", "b", "deadly"):
-        make_category(str(tmp_path / "data"), name, train=12 if name == "deadly" else 8)
+def test_a_category_that_crashes_its_worker_twice_is_quarantined(tmp_path: Path) -> None:
+    for name in ("a", "b", "crashing"):
+        make_category(str(tmp_path / "data"), name, train=12 if name == "crashing" else 8)
     models = tmp_path / "models"
     process = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.deadly", str(tmp_path / "data"), str(models)],
+        [sys.executable, "-m", "tests.cluster.crashing_task", str(tmp_path / "data"), str(models)],
         env=environment(PYTHONPATH=str(REPOSITORY)),
         cwd=REPOSITORY,
         capture_output=True,
@@ -116,5 +107,5 @@ def test_a_category_that_kills_its_worker_twice_is_set_aside(tmp_path: Path) -> 
     assert process.returncode == 0
     assert "outcome a fitted" in process.stdout
     assert "outcome b fitted" in process.stdout
-    assert "outcome deadly failed its worker process died 2 times" in process.stdout
+    assert "outcome crashing failed its worker process died 2 times" in process.stdout
     assert ModelStore(str(models)).categories() == ["a", "b"]

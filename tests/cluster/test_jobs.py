@@ -1,16 +1,15 @@
-"""fit and score alone, and what they say of input that cannot be."""
+"""The fit and the score job, and their errors for input that is not valid."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pyarrow.dataset as ds
 import pytest
 
 from stpm import __version__
 from stpm.models.store import ModelStore
-from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.cluster.conftest import TINY_RECIPE, read_rows, run_job
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -19,12 +18,12 @@ TINY_FIT = ["--epochs", "2", *TINY_RECIPE]
 
 
 def written() -> dict[str, int]:
-    """When each file of the run folder was written, in nanoseconds."""
+    """Return when each file of the run folder was written, in nanoseconds."""
     found = (path for path in Path("run").rglob("*") if path.is_file() and path.parent.name != ".lease")
     return {str(path.relative_to("run")): path.stat().st_mtime_ns for path in found}
 
 
-def test_fit_then_score_with_relative_paths(here: Path) -> None:
+def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     make_category("data", "nut")
     make_category("data", "bolt")
     fit = run_job("fit", "--data", "data", "--models", "models", "--categories", "nut", *TINY_FIT)
@@ -32,7 +31,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     assert "takes 99 good images to calibrate on; nut has 2 of its 8 good images and supports 0.333" in fit.stdout
     assert ModelStore("models").categories() == ["nut"]
 
-    # What has not scored anything holds no later run up.
+    # A run without rows may be replaced.
     assert (
         run_job("score", "--models", "models", "--images", "nothing", "--out", "run", "--category", "nut").returncode
         == 3
@@ -40,21 +39,21 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     images = ["--images", "data/nut/test", "--out", "run", "--category", "nut"]
     score = run_job("score", "--models", "models", *images)
     assert score.returncode == 0
-    # What is said first is the job's own, and nothing is Ray's.
+    # The first line is the job's own, and none is Ray's.
     for name, ran in (("fit", fit), ("score", score)):
         assert ran.stdout.startswith(f"{name}.py of stpm {__version__} starts\n")
         assert ran.stderr == ""
     assert "nut has 2 of its 8 good images and supports 0.333" in score.stdout
-    rows = ds.dataset("run/scores").to_table().to_pylist()
+    rows = read_rows("run")
     assert len(rows) == 8
-    assert all((here / "run" / row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
+    assert all((working_folder / "run" / row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 8
-    run = json.loads((here / "run/run.json").read_text())
+    run = json.loads((working_folder / "run/run.json").read_text())
     assert run["counts"]["rows"] == 8
     assert 0 < run["effort"]["forward_seconds"] < 2 * run["effort"]["seconds"]
     assert run["counts"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
-    assert {path.name for path in (here / "run").iterdir()} == {
+    assert {path.name for path in (working_folder / "run").iterdir()} == {
         ".lease",
         "_SUCCESS",
         "heatmaps",
@@ -64,13 +63,13 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
         "triage.html",
     }
 
-    # What it would take elsewhere, and no trace of having asked.
+    # A dry run in another folder measures, and writes nothing.
     dry = run_job("score", "--models", "models", *images[:2], "--out", "dry", "--category", "nut", "--dry-run")
     assert dry.returncode == 0
     assert "all 8 images: about" in dry.stdout
     assert not list(Path("dry").rglob("*.*"))
 
-    # Once more: nothing is done. Otherwise: nothing is touched.
+    # The same options again do nothing; other options change what depends on them, or are refused.
     before = written()
     again = run_job("score", "--models", "models", *images)
     assert again.returncode == 0
@@ -83,19 +82,19 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     other = run_job("score", "--models", "models", *images, "--heatmaps", "none")
     assert other.returncode == 1
     assert "heatmaps was 'all' and is 'none'" in other.stderr
-    assert ds.dataset("run/scores").to_table().to_pylist() == rows
+    assert read_rows("run") == rows
 
-    # Afresh, with an image that is none.
-    (here / "data/nut/test/good/zero.png").write_bytes(b"")
+    # From the start, with an empty file among the images.
+    (working_folder / "data/nut/test/good/zero.png").write_bytes(b"")
     fresh = ["--fresh", "--heatmaps", "none", "--raw-maps"]
     some = run_job("score", "--models", "models", *images, *fresh)
     assert some.returncode == 2
     assert "zero.png: empty: the file has no bytes" in some.stdout
-    rows = ds.dataset("run/scores").to_table().to_pylist()
+    rows = read_rows("run")
     assert len(rows) == 9
     assert all(row["heatmap"] == "" for row in rows)
     assert sum(row["anomaly_map"] is not None for row in rows) == 8
-    assert not list((here / "run/heatmaps").rglob("*.png"))
+    assert not list((working_folder / "run/heatmaps").rglob("*.png"))
 
 
 @pytest.mark.parametrize(
@@ -112,19 +111,19 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
         ("benchmark", ["--data", "weird://x", "--out", "o"], 1, "weird://x"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_an_exit_code(
-    here: Path, job: str, options: list[str], code: int, message: str
+def test_an_error_is_one_line_and_an_exit_code(
+    working_folder: Path, job: str, options: list[str], code: int, message: str
 ) -> None:
     make_category("data", "nut", train=2, good=0, defects=0)
     process = run_job(job, *options)
     assert process.returncode == code
-    said = process.stdout + process.stderr
-    assert message in said
-    assert "Traceback" not in said
+    output = process.stdout + process.stderr
+    assert message in output
+    assert "Traceback" not in output
     assert not Path("m").exists() or not list(Path("m").rglob("model.json"))
 
 
-def test_a_data_set_without_test_images_is_fitted_and_its_figures_are_undefined(here: Path) -> None:
+def test_a_data_set_without_test_images_is_fitted_and_its_metrics_are_undefined(working_folder: Path) -> None:
     make_category("data", "nut", good=0, defects=0)
     process = run_job("benchmark", "--data", "data", "--out", "run", *TINY_FIT)
     assert process.returncode == 0

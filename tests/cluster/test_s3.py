@@ -15,7 +15,7 @@ from tests.datasets import make_category
 pytestmark = pytest.mark.cluster
 
 
-def test_fit_alone_from_s3_to_s3(s3: dict[str, str]) -> None:
+def test_a_fit_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
     data, models = "s3://bucket/fit/data", "s3://bucket/fit/models"
     make_category(data, "nut")
     options = ["--data", data, "--models", models, "--epochs", "3", "--checkpoint-seconds", "0", *TINY_RECIPE]
@@ -25,7 +25,7 @@ def test_fit_alone_from_s3_to_s3(s3: dict[str, str]) -> None:
     assert again.returncode == 0
     assert "is there already" in again.stdout
     assert (storage.files(f"{models}/nut"), storage.read(f"{models}/nut/current.json")) == first
-    # Written anew with the same bytes, an image keeps its checksum; with others of the same number it does not.
+    # An image written again has the same version with the same bytes, and another with other bytes of the same length.
     uri = f"{data}/nut/train/good/000.png"
     before = storage.versions(f"{data}/nut")
     storage.publish(uri, storage.read(uri))
@@ -37,7 +37,7 @@ def test_fit_alone_from_s3_to_s3(s3: dict[str, str]) -> None:
     assert not [uri for uri, _ in storage.files(models) if "checkpoint" in uri or ".train" in uri]
 
 
-def test_the_whole_job_from_s3_to_s3(s3: dict[str, str]) -> None:
+def test_a_benchmark_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
     data, out = "s3://bucket/data sets/one", "s3a://bucket/runs/a"
     make_category(data, "nut")
     make_category(data, "grey", grey=True, kind="JPEG")
@@ -58,10 +58,10 @@ def test_the_whole_job_from_s3_to_s3(s3: dict[str, str]) -> None:
     written = b"".join(storage.read(uri) for uri, _ in storage.files(out) if uri.endswith((".json", ".parquet")))
     options = ["--models", f"{out}/models/seed-0", "--category", "nut"]
     for images, run in ((f"{data}/nut/test", "s3://nobucket/run"), ("s3://nobucket/images", f"{out}/other")):
-        lost = run_job("score", *options, "--images", images, "--out", run)
-        assert lost.returncode == 1
-        assert len(lost.stderr.splitlines()) == 1
-        assert "s3://nobucket/" in lost.stderr
+        no_bucket = run_job("score", *options, "--images", images, "--out", run)
+        assert no_bucket.returncode == 1
+        assert len(no_bucket.stderr.splitlines()) == 1
+        assert "s3://nobucket/" in no_bucket.stderr
 
     for secret in (s3["AWS_ACCESS_KEY_ID"], s3["AWS_SECRET_ACCESS_KEY"]):
         assert secret not in process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""The three jobs by `ray job submit`, on a cluster that demands a token, with all data in S3."""
+"""The jobs by `ray job submit`, on a cluster that requires a token, with all data in S3."""
 
 from __future__ import annotations
 
@@ -8,38 +8,44 @@ import os
 import re
 import secrets
 import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
+import requests
 
 from stpm import storage
 from stpm.models.store import ModelStore
-from tests.cluster.conftest import TINY_RECIPE, committed, environment, free_port, kill_tree, wait_until
+from tests.cluster.conftest import (
+    BIN,
+    TINY_RECIPE,
+    checkpoints,
+    environment,
+    free_port,
+    kill_tree,
+    make_images,
+    read_rows,
+    wait_until,
+)
 from tests.conftest import REPOSITORY
-from tests.datasets import encoded, make_category
+from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-BIN = Path(sys.executable).parent
 TINY = ["--epochs", "2", *TINY_RECIPE]
 DATA, MODELS = "s3://bucket/data", "s3://bucket/models"
 
 
 @pytest.fixture(scope="module")
 def metrics() -> str:
-    """Where the cluster's node tells what it counts."""
+    """Choose the URL at which the cluster's node serves its metrics."""
     return f"http://127.0.0.1:{free_port()}/metrics"
 
 
 @pytest.fixture(scope="module")
 def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
-    """The environment of a client of a fresh cluster; its nodes have the credentials, the client has not."""
+    """Start a cluster; yield the environment of a client, which has no credentials for S3, unlike the nodes."""
     token = secrets.token_hex(16)
     settings = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, PATH=f"{BIN}:{os.environ['PATH']}")
     dashboard = free_port()
@@ -48,7 +54,7 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
             *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"),
             *("--include-dashboard=true", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"),
             f"--metrics-export-port={re.search(r':([0-9]+)/', metrics)[1]}",  # type: ignore[index]
-            # Jobs go through the node's agent. Its default port may still be held by the cluster of an earlier test.
+            # The agent that starts jobs. An earlier test's cluster may still hold its default port.
             f"--dashboard-agent-listen-port={free_port()}",
         ],
         env=settings | {"RAY_metrics_report_interval_ms": "500"},
@@ -57,16 +63,14 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
         stderr=subprocess.DEVNULL,
     )
     address = f"http://127.0.0.1:{dashboard}"
-    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(request, timeout=5).close()
-            break
-        except OSError:
-            assert process.poll() is None, "the cluster did not start"
-            assert time.monotonic() < deadline, "the dashboard did not come up"
-            time.sleep(0.5)
+
+    def answers() -> bool:
+        assert process.poll() is None, "the cluster did not start"
+        with contextlib.suppress(OSError):
+            return requests.get(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"}, timeout=5).ok
+        return False
+
+    wait_until(answers, "the dashboard did not start")
     without = {name: value for name, value in settings.items() if name not in s3}
     yield without | {"RAY_API_SERVER_ADDRESS": address}
     kill_tree(process)
@@ -92,19 +96,19 @@ def submit(client: dict[str, str], job: str, *options: str) -> subprocess.Comple
 
 
 @contextlib.contextmanager
-def counted(metrics: str) -> Iterator[dict[str, float]]:
-    """What the node counted while the block ran, by name: the largest value seen."""
+def count(metrics: str) -> Iterator[dict[str, float]]:
+    """Poll the node's metrics during the block; yield the largest value of each, by name."""
     seen: dict[str, float] = {}
     stop = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not stop.wait(0.3):
-            with contextlib.suppress(OSError), urllib.request.urlopen(metrics, timeout=5) as answer:
-                for line in answer.read().decode().splitlines():
+            with contextlib.suppress(OSError):
+                for line in requests.get(metrics, timeout=5).text.splitlines():
                     if match := re.match(r"(ray_stpm\w+)(?:{.*})? (\S+)$", line):
                         seen[match[1]] = max(seen.get(match[1], 0.0), float(match[2]))
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=poll)
     thread.start()
     try:
         yield seen
@@ -120,22 +124,19 @@ def test_without_the_token_nothing_is_submitted(cluster: dict[str, str]) -> None
     assert "succeeded" not in process.stdout + process.stderr
 
 
-def test_the_three_jobs_and_what_the_dashboard_draws_of_them(cluster: dict[str, str], metrics: str) -> None:
+def test_submitted_jobs_succeed_and_export_what_the_dashboard_draws(cluster: dict[str, str], metrics: str) -> None:
     make_category(DATA, "nut")
     fit = submit(cluster, "fit", "--data", DATA, "--models", MODELS, *TINY)
     assert fit.returncode == 0
     assert "validation loss" in fit.stdout
     assert ModelStore(MODELS).categories() == ["nut"]
 
-    rng = np.random.default_rng(0)
-    for i in range(600):
-        pixels = rng.integers(90, 130, (48, 40, 3), dtype=np.uint8)
-        storage.publish(f"s3://bucket/images/{i:04}.png", encoded(pixels) if i % 100 else b"broken")
+    make_images("s3://bucket/images", 600, broken=range(0, 600, 100))
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", "s3://bucket/scored"]
-    with counted(metrics) as seen:
+    with count(metrics) as seen:
         score = submit(cluster, "score", *options)
     assert score.returncode == 0
-    assert len(scored("s3://bucket/scored")) == 600
+    assert len(read_rows("s3://bucket/scored", "uri")) == 600
     drawn = set(re.findall(r"ray_stpm\w+", (REPOSITORY / "deploy" / "grafana.json").read_text()))
     assert drawn == {name for name, value in seen.items() if value > 0 and name.endswith("_total")}
 
@@ -149,19 +150,14 @@ def test_the_three_jobs_and_what_the_dashboard_draws_of_them(cluster: dict[str, 
     assert "nowhere: no such folder" in failed.stdout + failed.stderr
 
 
-def scored(out: str) -> list[str]:
-    """URIs of the rows."""
-    return [uri for file, _ in storage.files(f"{out}/scores") for uri in storage.read_table(file)["uri"].to_pylist()]
-
-
-def test_a_job_that_is_stopped_says_so_and_the_next_one_goes_on(cluster: dict[str, str]) -> None:
-    """Needs the models and the images of the test before."""
+def test_a_stopped_job_is_continued_by_the_next_one(cluster: dict[str, str]) -> None:
+    """Uses the models and the images of the test before."""
     out = "s3://bucket/stopped"
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", out]
     options += ["--rows-per-file", "32", "--batch-size", "1"]
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
-    wait_until(lambda: bool(committed(out)), "no rows were committed")
+    wait_until(lambda: bool(checkpoints(out)), "no rows were written")
     assert ray_job(cluster, "stop", "night").returncode == 0
     assert "stopped by SIGTERM: what was done is kept" in ray_job(cluster, "logs", "night").stdout
     assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout
@@ -169,5 +165,5 @@ def test_a_job_that_is_stopped_says_so_and_the_next_one_goes_on(cluster: dict[st
     again = submit(cluster, "score", *options)
     assert again.returncode == 0
     assert "are scored already" in again.stdout
-    uris = scored(out)
+    uris = [row["uri"] for row in read_rows(out, "uri")]
     assert len(uris) == len(set(uris)) == 600

@@ -1,4 +1,4 @@
-"""Two hundred categories, each of a second's work or less."""
+"""Two hundred categories that take a second or less each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cluster
 COUNT = 200
 
 
-def test_two_hundred_categories_neither_grow_the_driver_nor_wait_for_it(tmp_path: Path) -> None:
+def test_the_drivers_memory_stays_constant_and_workers_do_not_wait_for_it(tmp_path: Path) -> None:
     for i in range(COUNT):
         make_category(str(tmp_path / "data"), f"part-{i:03}", train=6, good=0, defects=0, seed=i)
     begin = time.monotonic()
@@ -43,5 +43,5 @@ def test_two_hundred_categories_neither_grow_the_driver_nor_wait_for_it(tmp_path
     )
     print(f"driver {memory[0] / 2**20:.0f} MiB at the first, {memory[-1] / 2**20:.0f} MiB at the last")
     assert memory[-1] < 1.1 * memory[COUNT // 4]
-    # Two workers: half of the work's seconds is the least that it could take.
+    # With two workers, half of the work's seconds is the minimum.
     assert begin + seconds - first < 3 * work / 2

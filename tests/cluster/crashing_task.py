@@ -1,4 +1,4 @@
-"""A driver whose pool has one task that kills its worker process, each time. Run by test_faults."""
+"""A driver with one task that ends its worker process every time. test_faults runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stpm.models.store import ModelStore
 from tests.conftest import TINY
 
 
-class DeadlyTask(FitTask):
+class CrashingTask(FitTask):
     @property
     def data_fingerprint(self) -> str:  # type: ignore[override]
         os._exit(1)
@@ -25,7 +25,7 @@ class DeadlyTask(FitTask):
 def main(data: str, models: str) -> None:
     digest = ModelStore(models).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
     tasks = [
-        (DeadlyTask if name == "deadly" else FitTask).of(mvtec.read_category(data, name), TINY, models, digest)
+        (CrashingTask if name == "crashing" else FitTask).of(mvtec.read_category(data, name), TINY, models, digest)
         for name in mvtec.find_categories(data)
     ]
     with connected():
