@@ -1,4 +1,4 @@
-"""A page as a real browser shows it."""
+"""Checks of a page in a real browser."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from PIL import Image
 
 
 def check_page(browser: Any, uri: str, width: int, scheme: str) -> None:
-    """Nothing on it runs that came from data, it asks nobody for anything, fits the width, and can be read."""
+    """Check that a page runs no code from data, requests nothing, fits the width, and is readable."""
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    told: list[str] = []
-    asked: list[str] = []
-    tab.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
-    tab.on("console", lambda message: told.append(message.text))
-    tab.on("pageerror", lambda error: told.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
+    messages: list[str] = []
+    requests: list[str] = []
+    tab.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
     tab.goto(uri)
-    assert told == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert messages == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert tab.locator("img:not([src^='data:'])").count() == 0
     assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    # What carries text must stand out from what is behind it.
+    # Text must stand out from its background.
     picture = np.asarray(Image.open(io.BytesIO(tab.screenshot())).convert("L"), float)
     assert abs(np.median(picture) - (255 if scheme == "light" else 0)) < 60
     assert picture.std() > 15

@@ -1,4 +1,4 @@
-"""One set of options from the command line, the environment, a YAML file and the preset."""
+"""Options from the command line, the environment, YAML files and presets; help and error messages."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def job(name: str) -> Job:
     return found
 
 
-def recipe_of(*argv: str) -> Recipe:
+def parse_recipe(*argv: str) -> Recipe:
     return job("benchmark").parse(["--data", "x", *argv])[1]  # type: ignore[no-any-return]
 
 
-def test_the_command_line_of_the_issue() -> None:
+def test_a_command_line_becomes_dataclasses() -> None:
     line = (
         "--data s3://b/d --out s3://b/o --categories a,b --preset notebook --epochs 3 --seeds 0,1 "
         "--teacher resnet18.tv_in1k --teacher-weights /w.pth --workers 2"
@@ -46,27 +46,27 @@ def test_the_command_line_of_the_issue() -> None:
     assert (recipe.teacher, recipe.teacher_weights, pool.workers) == ("resnet18.tv_in1k", "/w.pth", 2)
 
 
-def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_wins_over_the_environment_and_the_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("preset: notebook\nepochs: 7\nbatch: 9\nlevels: [1, 2]\nteacher_weights: from-file\n")
-    assert recipe_of("--config", str(file)).learning_rate == 4e-4
+    assert parse_recipe("--config", str(file)).learning_rate == 4e-4
     monkeypatch.setenv("STPM_EPOCHS", "8")
     monkeypatch.setenv("STPM_SIZE", "128")
-    recipe = recipe_of("--config", str(file), "--batch", "11")
+    recipe = parse_recipe("--config", str(file), "--batch", "11")
     assert (recipe.batch, recipe.epochs, recipe.size) == (11, 7, "128x128")
     assert (recipe.levels, recipe.teacher_weights) == ((1, 2), "from-file")
 
 
-def test_without_data_the_demo_set_brings_its_defaults() -> None:
+def test_without_data_the_defaults_are_those_of_the_demo_set() -> None:
     demo = job("benchmark").parse([])[1]
     assert (demo.teacher, demo.size, demo.epochs) == ("demo", "128x128", 5)
     assert job("benchmark").parse(["--epochs", "2"])[1].epochs == 2
-    assert recipe_of().teacher == "resnet18.tv_in1k"
+    assert parse_recipe().teacher == "resnet18.tv_in1k"
 
 
-def test_the_resolved_configuration_is_printed_and_reads_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--data", "x", "--preset", "notebook", "--epochs", "5", "--categories", "a,b"]
     with pytest.raises(SystemExit):
         job("benchmark").parse([*argv, "--print-config"])
@@ -77,44 +77,31 @@ def test_the_resolved_configuration_is_printed_and_reads_back(
 
 
 @pytest.mark.parametrize(
-    "words",
+    "line",
     [
-        *(["--preset", preset] for preset in PRESETS),
-        [
-            "--student",
-            "none",
-            "--memory",
-            "100",
-            "--memory-levels",
-            "1,3",
-            "--smoothing",
-            "4",
-            "--top-fraction",
-            "0.01",
-        ],
-        ["--memory", "0", "--fusion", "sum"],
+        *(f"--preset {preset}" for preset in PRESETS),
+        "--student none --memory 100 --memory-levels 1,3 --smoothing 4 --top-fraction 0.01",
+        "--memory 0 --fusion sum",
     ],
 )
-def test_every_choice_of_a_recipe_is_printed_and_reads_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
-) -> None:
+def test_every_printed_recipe_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     with pytest.raises(SystemExit):
         job("benchmark").parse(["--data", "x", *words, "--print-config"])
     printed = capsys.readouterr().out
     assert {field.name for field in dataclasses.fields(Recipe)} - {"seed"} <= yaml.safe_load(printed).keys()
     (tmp_path / "c.yaml").write_text(printed)
-    assert recipe_of("--config", str(tmp_path / "c.yaml")) == recipe_of(*words)
+    assert parse_recipe("--config", str(tmp_path / "c.yaml")) == parse_recipe(*words)
 
 
-def test_the_parts_of_a_model_are_those_asked_for() -> None:
-    recipe = recipe_of("--student", "none", "--memory", "100", "--memory-levels", "1,3", "--top-fraction", "0.01")
+def test_options_choose_the_parts_of_a_model() -> None:
+    recipe = parse_recipe("--student", "none", "--memory", "100", "--memory-levels", "1,3", "--top-fraction", "0.01")
     assert (recipe.student, recipe.memory, recipe.memory_levels) == ("none", 100, (1, 3))
     assert recipe.fusing == Fusion("quantile", 0.0, 0.01)
-    assert recipe_of("--memory", "0", "--fusion", "sum").fusing.method == "sum"
+    assert parse_recipe("--memory", "0", "--fusion", "sum").fusing.method == "sum"
 
 
 @pytest.mark.parametrize("size", ["640x256", "auto"])
-def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+def test_a_printed_size_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     argv = ["--data", "x", "--preset", "paper", "--size", size]
     with pytest.raises(SystemExit):
         job("benchmark").parse([*argv, "--print-config"])
@@ -122,9 +109,9 @@ def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.Captu
     assert f"size: {size}\n" in printed
     (tmp_path / "c.yaml").write_text(printed)
     assert job("benchmark").parse(["--config", str(tmp_path / "c.yaml")]) == job("benchmark").parse(argv)
-    assert recipe_of("--size", size).size == size
+    assert parse_recipe("--size", size).size == size
     (tmp_path / "d.yaml").write_text("size: 96\n")
-    assert recipe_of("--config", str(tmp_path / "d.yaml")).size == "96x96"
+    assert parse_recipe("--config", str(tmp_path / "d.yaml")).size == "96x96"
 
 
 @pytest.mark.parametrize(
@@ -145,12 +132,12 @@ def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.Captu
         (["--student", "nne"], "student is nne; give {stpm,none}"),
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
-        (["--seeds", "a"], "seeds"),
+        (["--seeds", "a"], "seeds is 'a'; give INTEGER,INTEGER,...; see --help"),
         (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a share between 0 and 1"),
         (["--config", "/no/such/file.yaml"], "config"),
     ],
 )
-def test_what_cannot_be_parsed_is_one_clear_error(argv: list[str], message: str) -> None:
+def test_an_invalid_option_is_an_error_of_one_line(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         job("benchmark").parse(argv)
     assert message in str(caught.value)
@@ -158,10 +145,10 @@ def test_what_cannot_be_parsed_is_one_clear_error(argv: list[str], message: str)
     assert not re.search("<class|Literal|Parser key", str(caught.value))
 
 
-def test_an_unknown_option_in_the_file_names_the_nearest(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_option_in_the_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("weight_decey: 0\n")
     with pytest.raises(ConfigError, match="there is no option --weight-decey; did you mean --weight-decay"):
-        recipe_of("--config", str(tmp_path / "run.yaml"))
+        parse_recipe("--config", str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate"])
@@ -185,7 +172,7 @@ def test_help_explains_every_option_in_its_group(name: str, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate"])
-def test_the_example_in_the_help_is_right_and_what_it_runs_is_there(name: str) -> None:
+def test_the_example_in_the_help_parses_and_the_jobs_function_exists(name: str) -> None:
     program, *argv = job(name).example.removeprefix("python jobs/").split()
     assert program == job(name).prog
     job(name).parse(argv)
@@ -196,7 +183,7 @@ SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         *(([name], " missing; see --help") for name in ("fit", "score", "evaluate")),
         ([*SCORE, "i", "--out", "file/run"], "file is a file"),
@@ -211,8 +198,8 @@ SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
         ([*SCORE, "nonsense://i", "--out", "nonsense://o"], "use a local path, s3://"),
     ],
 )
-def test_what_cannot_be_run_exits_with_one_line(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_job_with_invalid_options_prints_one_line_and_exits_with_1(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_bytes(b"")
@@ -221,7 +208,7 @@ def test_what_cannot_be_run_exits_with_one_line(
         run_job(job(words[0]))
     assert exit_.value.code == 1
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -229,7 +216,9 @@ def fill_the_disk() -> int:
     raise OSError(28, "No space left on device", "/data/x")
 
 
-def test_what_a_disk_says_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_disk_is_printed_as_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["full.py"])
     with pytest.raises(SystemExit) as exit_:
         run_job(Job("full.py", None, {}, f"{__name__}:fill_the_disk", ""))
@@ -238,8 +227,8 @@ def test_what_a_disk_says_is_one_line_too(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_the_preset_default_is_the_default() -> None:
-    assert recipe_of() == PRESETS["default"]
-    assert recipe_of("--preset", "paper") == PRESETS["paper"]
+    assert parse_recipe() == PRESETS["default"]
+    assert parse_recipe("--preset", "paper") == PRESETS["paper"]
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +237,7 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
     assert "default: 0.0004)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_what_takes_several_values_may_be_given_several_times() -> None:
+def test_a_list_option_given_several_times_collects_all_values() -> None:
     line = "--data x --require mean.image_auroc=0.9 --seeds=3 --require=nut.image_auroc=0.8,a.image_recall=0 --seeds 4"
     options, *_, gate, _, _ = job("benchmark").parse(line.split())
     assert list(options.seeds) == [3, 4]
@@ -257,19 +246,33 @@ def test_what_takes_several_values_may_be_given_several_times() -> None:
     assert list(job("score").parse(words)[0].images) == ["-", "s3://b/c"]
 
 
+def test_a_list_option_replaces_the_file_before_it_and_is_replaced_by_the_file_after_it(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("seeds: [7, 8]\n")
+    for argv, seeds in (
+        (["--config", str(file)], [7, 8]),
+        (["--config", str(file), "--seeds", "1", "--seeds", "2"], [1, 2]),
+        (["--seeds", "1", "--config", str(file)], [7, 8]),
+    ):
+        assert list(job("benchmark").parse(["--data", "x", *argv])[0].seeds) == seeds
+    file.write_text("seeds: a\n")
+    with pytest.raises(ConfigError, match="seeds: 'a' is not INTEGER,INTEGER,"):
+        job("benchmark").parse(["--config", str(file)])
+
+
 def test_a_list_option_without_a_value_is_an_error() -> None:
     with pytest.raises(ConfigError, match="require"):
         job("benchmark").parse(["--require"])
 
 
 @pytest.mark.parametrize("name", ["memory", "size", "student"])
-def test_a_null_in_the_file_is_named(tmp_path: Path, name: str) -> None:
+def test_a_null_in_the_file_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "run.yaml").write_text(f"{name}: null\n")
     with pytest.raises(ConfigError, match=f"{name} is null; give a value"):
-        recipe_of("--config", str(tmp_path / "run.yaml"))
+        parse_recipe("--config", str(tmp_path / "run.yaml"))
 
 
-def test_a_size_is_read_in_decimal_digits_and_nothing_else(tmp_path: Path) -> None:
+def test_a_size_has_decimal_digits_alone(tmp_path: Path) -> None:
     for written, message in (
         ("0x140", "size is '0x140'; give 32 to 4096"),
         ("1:30", "not a size"),
@@ -278,13 +281,13 @@ def test_a_size_is_read_in_decimal_digits_and_nothing_else(tmp_path: Path) -> No
         (tmp_path / "run.yaml").write_text(f"size: {written}\n")
         for argv in (["--config", str(tmp_path / "run.yaml")], ["--size", written]):
             with pytest.raises(ConfigError, match=message):
-                recipe_of(*argv)
+                parse_recipe(*argv)
     (tmp_path / "run.yaml").write_text("size: 0400\nteacher_weights: 2026-11-24\n")
-    found = recipe_of("--config", str(tmp_path / "run.yaml"))
+    found = parse_recipe("--config", str(tmp_path / "run.yaml"))
     assert (found.size, found.teacher_weights) == ("400x400", "2026-11-24")
 
 
-def test_fractions_are_read_as_they_are_written(tmp_path: Path) -> None:
+def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_factor: 2\n")
-    found = recipe_of("--config", str(tmp_path / "run.yaml"))
+    found = parse_recipe("--config", str(tmp_path / "run.yaml"))
     assert (found.learning_rate, found.weight_decay, found.momentum, found.loss_factor) == (4e-4, 1e-3, 0.5, 2.0)

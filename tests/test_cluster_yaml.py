@@ -21,20 +21,20 @@ def config() -> dict[str, Any]:
     return prepared
 
 
-def test_ray_accepts_it(config: dict[str, Any]) -> None:
+def test_the_file_is_valid_for_ray(config: dict[str, Any]) -> None:
     validate_config(config)
     del config["provider"]["type"]
     with pytest.raises(Exception, match="type"):
         validate_config(config)
 
 
-def test_the_head_runs_no_work(config: dict[str, Any]) -> None:
+def test_the_head_runs_no_tasks(config: dict[str, Any]) -> None:
     head = config["available_node_types"][config["head_node_type"]]
     assert head["resources"] == {"CPU": 0}
     assert any("--num-cpus=0" in command for command in config["head_start_ray_commands"])
 
 
-def test_both_pools_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
+def test_fit_workers_and_scorers_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
     gpu = config["available_node_types"]["gpu"]
     nodes = gpu["max_workers"]
     assert 1 <= nodes <= config["max_workers"]
@@ -45,7 +45,7 @@ def test_both_pools_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
     assert pool.num_cpus + 8 * pool.stage_cpus <= gpu["resources"]["CPU"]
 
 
-def test_from_nothing_the_node_that_is_asked_for_is_one_that_there_is(config: dict[str, Any]) -> None:
+def test_the_first_node_fits_a_node_type(config: dict[str, Any]) -> None:
     kinds = config["available_node_types"]
     assert all(kinds[name]["min_workers"] == 0 for name in ("gpu", "cpu"))
     for first in ("gpu", "cpu"):
@@ -64,7 +64,7 @@ def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
     )
 
 
-def test_every_node_demands_the_token(config: dict[str, Any]) -> None:
+def test_every_node_requires_the_token(config: dict[str, Any]) -> None:
     assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         assert all("RAY_AUTH_MODE=token" in command for command in commands if " start " in command)

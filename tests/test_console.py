@@ -25,17 +25,17 @@ log.info("two")
 """
 
 
-def test_on_a_terminal_the_line_at_the_bottom_is_replaced() -> None:
+def test_on_a_terminal_a_message_overwrites_the_progress_line() -> None:
     ours, theirs = pty.openpty()
     subprocess.run([sys.executable, "-c", _PROGRAM], stdout=theirs, check=True)
     os.close(theirs)
     rewrite = "\r\x1b[K"
-    said = os.read(ours, 10_000).decode().replace("\r\n", "\n")
+    shown = os.read(ours, 10_000).decode().replace("\r\n", "\n")
     os.close(ours)
-    assert said == f"{rewrite}one\n{rewrite}half way{rewrite}two\n"
+    assert shown == f"{rewrite}one\n{rewrite}half way{rewrite}two\n"
 
 
-def test_in_a_log_there_is_no_control_character() -> None:
+def test_a_log_file_has_no_control_characters() -> None:
     assert subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, check=True).stdout == b"one\ntwo\n"
 
 
@@ -44,16 +44,16 @@ def test_exit_codes(good: int, failed: int, code: int) -> None:
     assert exit_code(good, failed) == code
 
 
-def test_as_json_each_line_says_when_of_which_run_and_about_what(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_line_has_time_run_job_and_category(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.Logger("x")
     log.addHandler(JsonHandler("fit"))
     log.info("two\n\nlines")
     log.info("fitted", extra={"category": "nut"})
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["message"] for line in said] == ["two", "lines", "fitted"]
-    assert [line.get("category") for line in said] == [None, None, "nut"]
-    assert {(line["job"], line["run"]) for line in said} == {("fit", said[0]["run"])}
-    assert datetime.fromisoformat(said[0]["time"]).tzinfo
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["message"] for line in lines] == ["two", "lines", "fitted"]
+    assert [line.get("category") for line in lines] == [None, None, "nut"]
+    assert {(line["job"], line["run"]) for line in lines} == {("fit", lines[0]["run"])}
+    assert datetime.fromisoformat(lines[0]["time"]).tzinfo
 
 
 _STOPPED = """
@@ -64,18 +64,18 @@ def stop():
 try:
     run_job(Job("x.py", "", {}, "__main__:stop", ""))
 finally:
-    print("unwound")
+    print("cleaned up")
 """
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_ends_a_job_in_order_and_with_its_number(name: str, code: int) -> None:
+def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: int) -> None:
     program = [sys.executable, "-c", _STOPPED.replace("{name}", name)]
     ran = subprocess.run(program, capture_output=True, text=True, check=False)
     assert ran.returncode == code
     assert ran.stdout.splitlines() == [
         f"x.py of stpm {__version__} starts",
         f"stopped by {name}: what was done is kept; run the same command again to go on",
-        "unwound",
+        "cleaned up",
     ]
     assert ran.stderr == ""

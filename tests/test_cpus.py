@@ -8,7 +8,7 @@ import pytest
 from stpm.cluster.cpus import usable_cpus
 
 CORES = len(os.sched_getaffinity(0))
-# Files under the root, and the limit that they come to.
+# Files under the root, and the limit that they set.
 GROUPS = {
     "none": ({}, 10**6),
     "version 2, the root of a container": (
@@ -44,7 +44,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_no_more_cpus_are_used_than_a_container_has(name: str, tmp_path: Path) -> None:
+def test_usable_cpus_respects_control_groups(name: str, tmp_path: Path) -> None:
     files, limit = GROUPS[name]
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

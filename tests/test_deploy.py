@@ -1,4 +1,4 @@
-"""The manifests for Kubernetes, as far as they can be checked without a cluster."""
+"""The manifests for Kubernetes, checked without a cluster."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CLUSTER = RAYJOB["spec"]["rayClusterSpec"]
 def resources(group: dict[str, Any]) -> dict[str, Any]:
     (container,) = group["template"]["spec"]["containers"]
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]
-    assert requests == limits, "Ray takes what is there, and must not be throttled for it"
+    assert requests == limits, "Ray uses all CPUs that it sees, and must not be throttled"
     return requests  # type: ignore[no-any-return]
 
 
-def test_the_rayjob_has_what_kuberay_asks_for() -> None:
+def test_the_rayjob_has_the_fields_of_kuberay() -> None:
     assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
     assert RAYJOB["metadata"] == {"name": "stpm-score-YYYY-MM-DD"}, "two jobs of one night would have one run folder"
     assert set(RAYJOB["spec"]) <= {
@@ -44,22 +44,25 @@ def test_the_rayjob_has_what_kuberay_asks_for() -> None:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-def test_its_entrypoint_is_a_line_that_the_job_takes() -> None:
+def test_the_rayjobs_entrypoint_parses() -> None:
     python, script, *options = shlex.split(RAYJOB["spec"]["entrypoint"])
     assert (python, script) == ("python", "/home/ray/stpm/jobs/score.py")
     assert job("score").parse(options)[0].category_from == "{category}/{name}"
 
 
-def test_the_head_runs_no_work_and_the_groups_hold_what_the_jobs_ask_for() -> None:
+def test_the_head_runs_no_tasks_and_the_groups_fit_the_first_node() -> None:
     assert CLUSTER["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     gpu, cpu = CLUSTER["workerGroupSpecs"]
     for group, kind in ((gpu, "gpu"), (cpu, "cpu")):
         assert group["groupName"] == kind
-        has = {"CPU": float(resources(group)["cpu"]), "GPU": float(resources(group).get("nvidia.com/gpu", 0))}
-        assert all(has[name] >= amount for name, amount in first_bundle(kind).items())  # type: ignore[arg-type]
+        resource_amounts = {
+            "CPU": float(resources(group)["cpu"]),
+            "GPU": float(resources(group).get("nvidia.com/gpu", 0)),
+        }
+        assert all(resource_amounts[name] >= amount for name, amount in first_bundle(kind).items())  # type: ignore[arg-type]
 
 
-def test_every_pod_has_one_image_and_the_same_ray() -> None:
+def test_every_pod_has_the_same_image_and_version_of_ray() -> None:
     groups = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
     assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
     assert len({group["template"]["spec"]["serviceAccountName"] for group in groups}) == 1
@@ -68,7 +71,7 @@ def test_every_pod_has_one_image_and_the_same_ray() -> None:
     assert base[1] == CLUSTER["rayVersion"]
 
 
-def test_no_pod_runs_as_root_or_may_become_it() -> None:
+def test_no_pod_runs_as_root_or_may_become_root() -> None:
     (cron, *_) = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
     nightly = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     groups = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
@@ -83,7 +86,7 @@ def test_no_pod_runs_as_root_or_may_become_it() -> None:
         assert each["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_the_image_holds_the_package_and_nothing_else_of_the_checkout() -> None:
+def test_the_image_holds_the_package_alone() -> None:
     copies = re.findall(r"^COPY (?:--\S+ )*(.+) /home/ray/stpm\S*$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
     sources = [source for line in copies for source in line.split()]
     assert sorted(sources) == ["LICENSE", "README.md", "jobs", "pyproject.toml", "stpm"]
@@ -93,7 +96,7 @@ def test_the_image_holds_the_package_and_nothing_else_of_the_checkout() -> None:
     assert 'license-files = ["LICENSE"]' in project
 
 
-def test_each_night_has_one_job_and_may_create_it_and_nothing_else() -> None:
+def test_the_nightly_cron_job_may_create_one_rayjob_and_nothing_else() -> None:
     cron, account, role, binding = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
     assert (cron["apiVersion"], cron["kind"]) == ("batch/v1", "CronJob")
     assert cron["spec"]["schedule"] == "10 2 * * *"
@@ -127,8 +130,8 @@ touch "$FOLDER/$name"
 """
 
 
-def test_a_night_that_is_tried_again_has_one_job(tmp_path: Path) -> None:
-    """The command itself, with a kubectl that remembers what it created."""
+def test_a_retried_night_creates_one_job(tmp_path: Path) -> None:
+    """The command runs with a fake kubectl that remembers what it created."""
     cron, *_ = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
     (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     command = [word.replace("/etc/stpm", str(DEPLOY)) for word in container["command"]]
@@ -146,7 +149,7 @@ def test_a_night_that_is_tried_again_has_one_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [meters.IMAGES, meters.ANOMALIES, meters.STAGE_SECONDS, meters.SCORER_WAIT_SECONDS])
-def test_the_dashboard_draws_what_is_counted(name: str) -> None:
+def test_the_dashboard_draws_every_metric(name: str) -> None:
     dashboard = json.loads((DEPLOY / "grafana.json").read_text())
     drawn = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     assert f"ray_{name}_total" in drawn

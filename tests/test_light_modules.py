@@ -1,4 +1,4 @@
-"""Processes that compute nothing with torch do not import it: that takes seconds and 200 MiB in each of them."""
+"""Processes that do not compute with torch do not import it, which would take seconds and 200 MiB in each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# Those that tasks and actors of the driver are unpickled from.
+# The modules that define tasks and actors without networks.
 LIGHT = [
     "stpm.cluster.connection",
     "stpm.fitting.task_queue",
@@ -25,14 +25,14 @@ LIGHT = [
 
 
 def imported_by(script: str, *argv: str) -> set[str]:
-    """Top-level modules that are there once the script has ended."""
-    told = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
-    ran = subprocess.run([sys.executable, "-c", told + script, *argv], capture_output=True, text=True, check=False)
+    """Return the names of all modules that a script has imported when it ends."""
+    report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+    ran = subprocess.run([sys.executable, "-c", report + script, *argv], capture_output=True, text=True, check=False)
     return set(ran.stderr.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_it_imports_no_network(module: str) -> None:
+def test_a_light_module_imports_no_torch(module: str) -> None:
     found = imported_by(f"import {module}")
     assert module in found
     assert not found & {"torch", "timm", "sklearn"}
@@ -48,7 +48,7 @@ def test_help_and_errors_import_nothing_heavy(name: str, argv: list[str]) -> Non
 
 
 @pytest.mark.parametrize("name", ["score", "evaluate"])
-def test_a_driver_without_networks_of_its_own_imports_none(name: str) -> None:
+def test_the_drivers_of_scoring_and_evaluation_import_no_torch(name: str) -> None:
     path = str(REPOSITORY / "jobs" / f"{name}.py")
     script = f"import pkgutil, runpy; pkgutil.resolve_name(runpy.run_path({path!r})['JOB'].run)"
     found = imported_by(script)

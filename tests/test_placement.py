@@ -1,4 +1,4 @@
-"""What several machines can reach."""
+"""Which paths several machines can reach, and the first node to ask for."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from stpm.options import ClusterOptions
 URIS = ["s3://b/a", "gs://b/a", "", "/mnt/plant", "/mnt/plant/a/b", "file:///mnt/plant/c"]
 
 
-def test_what_every_machine_mounts_and_what_is_in_object_storage_is_within_reach() -> None:
+def test_mounted_folders_and_object_storage_are_accepted() -> None:
     check_reach(URIS, ["/mnt/plant/"], several=True)
     check_reach([*URIS, "/home/a"], [], several=False)
     check_reach([*URIS, "/home/a"], ["/"], several=True)
 
 
-@pytest.mark.parametrize("lost", ["/home/a", "/mnt/plants", "/mnt", "relative"])
-def test_a_path_of_one_machine_is_named(lost: str) -> None:
+@pytest.mark.parametrize("path", ["/home/a", "/mnt/plants", "/mnt", "relative"])
+def test_a_path_of_one_machine_is_refused_and_named(path: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_reach([*URIS, lost], ["/mnt/plant"], several=True)
-    assert str(caught.value).startswith(f"{Path(lost).absolute()}: a path of one machine")
+        check_reach([*URIS, path], ["/mnt/plant"], several=True)
+    assert str(caught.value).startswith(f"{Path(path).absolute()}: a path of one machine")
     assert "--mounted" in str(caught.value)
 
 
-def test_a_way_out_of_what_is_mounted_is_not_taken() -> None:
+def test_a_path_that_leads_out_of_a_mounted_folder_is_refused() -> None:
     with pytest.raises(ConfigError, match="a path of one machine"):
         check_reach(["/mnt/plant/../../home/a"], ["/mnt/plant"], several=True)
 
 
-def test_the_first_node_and_how_long_to_wait_for_it() -> None:
+def test_the_first_node_and_the_time_to_wait_for_it() -> None:
     assert first_bundle("gpu") == {"CPU": 1.0, "GPU": 1.0}
     assert first_bundle("cpu") == {"CPU": 2.0}
     with pytest.raises(ConfigError, match="node-minutes is -1"):

@@ -19,7 +19,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
     return str(tmp_path) if request.param == "local" else memory
 
 
-def test_what_is_published_reads_back_and_is_replaced_whole(root: str) -> None:
+def test_a_published_object_reads_back_and_is_replaced(root: str) -> None:
     uri = storage.join(root, "a", "b.bin")
     assert not storage.exists(uri)
     storage.publish(uri, b"one")
@@ -28,14 +28,14 @@ def test_what_is_published_reads_back_and_is_replaced_whole(root: str) -> None:
     assert [size for _, size in storage.files(root)] == [3]
 
 
-def test_files_are_found_at_any_depth_and_read_by_their_uri(root: str) -> None:
+def test_files_lists_uris_at_any_depth_that_can_be_read(root: str) -> None:
     for name in ("b/2.txt", "a.txt", "b/c/3.txt"):
         storage.publish(storage.join(root, name), name.encode())
     assert [storage.read(uri).decode() for uri, _ in storage.files(root)] == ["a.txt", "b/2.txt", "b/c/3.txt"]
     assert storage.files(storage.join(root, "nothing")) == []
 
 
-def test_children_are_folders_sorted_and_not_hidden(root: str) -> None:
+def test_children_lists_folders_sorted_without_hidden_ones(root: str) -> None:
     for name in ("z/1", "a/1", ".hidden/1", "file"):
         storage.publish(storage.join(root, name), b"x")
     assert storage.children(root) == ["a", "z"]
@@ -43,7 +43,7 @@ def test_children_are_folders_sorted_and_not_hidden(root: str) -> None:
         storage.children(storage.join(root, "nothing"))
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_failed_publish_leaves_the_old_file_alone(tmp_path: Path) -> None:
     uri = str(tmp_path / "x")
     storage.publish(uri, b"old")
     with pytest.raises(TypeError):
@@ -52,8 +52,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_what_is_published_outlasts_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes are on the disk before their name is, and the name before anybody goes on."""
+def test_publish_syncs_the_bytes_before_the_name_and_then_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[tuple[str, str]] = []
     sync, replace = os.fsync, Path.replace
 
@@ -68,14 +69,14 @@ def test_what_is_published_outlasts_a_power_cut(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", replaced)
     storage.publish(str(tmp_path / "x"), b"new")
-    (beside,) = [name for what, name in done if what == "rename"]
-    assert done == [("sync", beside), ("rename", beside), ("sync", tmp_path.name)]
+    (temporary,) = [name for what, name in done if what == "rename"]
+    assert done == [("sync", temporary), ("rename", temporary), ("sync", tmp_path.name)]
     done.clear()
     storage.publish(str(tmp_path / "y"), b"new", durable=False)
     assert [what for what, _ in done] == ["rename"]
 
 
-def test_a_file_that_is_written_anew_has_another_version(root: str) -> None:
+def test_a_file_that_is_written_again_has_another_version(root: str) -> None:
     for name in ("a", "b/c"):
         storage.publish(f"{root}/{name}", b"123")
     before = storage.versions(root)
@@ -88,7 +89,7 @@ def test_a_file_that_is_written_anew_has_another_version(root: str) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
-def test_a_published_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path, umask: int, mode: int) -> None:
+def test_a_published_file_has_the_permissions_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         storage.publish(str(tmp_path / "x"), b"x")
@@ -97,7 +98,7 @@ def test_a_published_file_has_the_permissions_that_the_umask_leaves(tmp_path: Pa
     assert (tmp_path / "x").stat().st_mode & 0o777 == mode
 
 
-def test_remove_takes_a_folder_or_nothing(root: str) -> None:
+def test_remove_removes_a_folder_and_ignores_a_missing_one(root: str) -> None:
     storage.publish(storage.join(root, "d", "x"), b"")
     storage.remove(storage.join(root, "d"))
     storage.remove(storage.join(root, "d"))
@@ -127,22 +128,22 @@ def test_remove_takes_a_folder_or_nothing(root: str) -> None:
         "__HIVE_DEFAULT_PARTITION__",
     ],
 )
-def test_names_that_may_not_become_paths(name: str) -> None:
+def test_unsafe_names_are_refused(name: str) -> None:
     with pytest.raises(DataError, match="category"):
         storage.safe_name(name, "category")
 
 
 @pytest.mark.parametrize("name", ["bottle", "metal_nut", "Teil 7", "größe-ü", "part#4", "consumer", "a..b"])
-def test_names_that_may(name: str) -> None:
+def test_safe_names_are_accepted(name: str) -> None:
     assert storage.safe_name(name, "category") == name
 
 
-def test_an_unknown_scheme_says_what_to_use() -> None:
+def test_the_error_for_an_unknown_scheme_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="s3://"):
         storage.filesystem("nonsense://bucket/key")
 
 
-def test_no_name_is_a_chain_of_filesystems(tmp_path: Path, memory: str) -> None:
+def test_a_name_with_two_colons_is_not_a_chain_of_filesystems(tmp_path: Path, memory: str) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     for root in (str(tmp_path), memory):
         uri = f"{root}/secret::z.png"
@@ -158,12 +159,12 @@ def test_no_name_is_a_chain_of_filesystems(tmp_path: Path, memory: str) -> None:
 @pytest.mark.parametrize(
     "uri", ["a\0b.png", "s3://bucket/a\0b.png", "nosuch://a.png", "zip://a.png", "simplecache://a"]
 )
-def test_a_uri_that_cannot_be_says_so(uri: str) -> None:
+def test_an_invalid_uri_is_an_error(uri: str) -> None:
     with pytest.raises(UriError):
         storage.filesystem(uri)
 
 
-def test_the_size_is_looked_at_before_a_file_is_read(tmp_path: Path, flaky: type[Flaky]) -> None:
+def test_read_at_most_does_not_read_longer_files_pipes_or_folders(tmp_path: Path, flaky: type[Flaky]) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(100 * 2**30)
     os.mkfifo(tmp_path / "pipe.png")
@@ -180,26 +181,26 @@ def test_the_size_is_looked_at_before_a_file_is_read(tmp_path: Path, flaky: type
     assert max(end - start for start, end in flaky.ranges) == 6
 
 
-def test_an_empty_range_is_not_asked_for(flaky: type[Flaky]) -> None:
+def test_reading_an_empty_range_makes_no_request(flaky: type[Flaky]) -> None:
     assert storage.read("flaky://a", 4, 4) == b""
     assert flaky.ranges == []
 
 
-def test_local_paths_become_absolute_and_others_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_absolute_changes_local_paths_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
     assert storage.absolute(f"file://{tmp_path}/y") == str(tmp_path / "y")
     assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
 
 
-def test_removing_takes_no_name_for_a_pattern(root: str) -> None:
+def test_remove_does_not_read_a_name_as_a_pattern(root: str) -> None:
     for name in ("line3/x", "line[3]/x"):
         storage.publish(storage.join(root, name), b"x")
     storage.remove(storage.join(root, "line[3]"))
     assert [uri for uri, _ in storage.files(root)] == [storage.join(root, "line3", "x")]
 
 
-def test_where_results_cannot_go_is_said_before_the_work(tmp_path: Path) -> None:
+def test_output_folder_refuses_files_and_patterns(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for name in ("file", "file/run", "file/a/b"):
         with pytest.raises(ConfigError, match=f"{tmp_path}/file is a file"):
@@ -234,7 +235,7 @@ class Bucket(MemoryFileSystem):
 
 
 @pytest.mark.parametrize("root_uri", ["bkt://c/a b", "bkta://c/a", "bkta://c@account.host/a", "bkta://c"])
-def test_what_is_found_is_named_as_what_it_was_looked_for_under(root_uri: str) -> None:
+def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> None:
     for name in Bucket.protocol:
         fsspec.register_implementation(name, Bucket, clobber=True)
     Bucket.store.clear()
@@ -248,12 +249,12 @@ def test_what_is_found_is_named_as_what_it_was_looked_for_under(root_uri: str) -
     assert [storage.read(uri) for uri in expected] == [b"2.png", b"x/1.png"]
 
 
-def test_names_that_are_no_utf8_are_written_in_utf8() -> None:
+def test_as_utf8_escapes_bytes_that_are_not_utf8() -> None:
     assert storage.as_utf8("größe %41.png") == "größe %41.png"
     assert storage.as_utf8(os.fsdecode(b"caf\xe9-\xc3\xa9\xff.png")) == "caf%E9-é%FF.png"
 
 
-def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+def test_sweep_removes_the_unfinished_files_of_killed_writers(tmp_path: Path) -> None:
     storage.publish(str(tmp_path / "kept"), b"x")
     (tmp_path / ".abc.part").write_bytes(b"half")
     storage.sweep(str(tmp_path))
@@ -262,7 +263,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
 
 
 class Flaky(MemoryFileSystem):
-    """Answers with these errors first."""
+    """A filesystem that raises these errors first, and records the ranges that are read."""
 
     protocol = "flaky"
     errors: ClassVar[list[Exception]] = []
@@ -283,7 +284,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
     return Flaky
 
 
-def test_what_may_pass_is_tried_again(flaky: type[Flaky]) -> None:
+def test_a_temporary_error_is_retried(flaky: type[Flaky]) -> None:
     flaky.errors = [OSError("503 Slow Down"), TimeoutError(), aiohttp.ServerDisconnectedError(), ConnectionResetError()]
     assert storage.read("flaky://a") == b"bytes"
     assert flaky.errors == []
@@ -291,14 +292,14 @@ def test_what_may_pass_is_tried_again(flaky: type[Flaky]) -> None:
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("a"), PermissionError("a"), TypeError("a bug")])
-def test_what_will_not_pass_is_raised_at_once(flaky: type[Flaky], error: Exception) -> None:
+def test_a_lasting_error_is_raised_at_once(flaky: type[Flaky], error: Exception) -> None:
     flaky.errors = [error, OSError("never reached")]
     with pytest.raises(type(error)):
         storage.read("flaky://a")
     assert len(flaky.errors) == 1
 
 
-def test_patience_ends_and_a_clients_own_error_is_an_oserror(
+def test_retries_end_and_a_clients_own_error_becomes_an_oserror(
     flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.05)
@@ -307,7 +308,7 @@ def test_patience_ends_and_a_clients_own_error_is_an_oserror(
         storage.read("flaky://a")
 
 
-def test_a_listing_is_streamed_a_page_at_a_time(tmp_path: Path) -> None:
+def test_stream_yields_before_the_listing_is_complete(tmp_path: Path) -> None:
     for i in range(5):
         storage.publish(f"{tmp_path}/deep/{i}/x.png", b"")
     found = storage.stream(str(tmp_path))
@@ -316,7 +317,7 @@ def test_a_listing_is_streamed_a_page_at_a_time(tmp_path: Path) -> None:
     assert list(storage.stream(str(tmp_path / "nothing"))) == []
 
 
-def test_links_to_files_are_files_and_links_to_folders_are_not_followed(tmp_path: Path) -> None:
+def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_bytes(b"a")
     (tmp_path / "links").mkdir()
@@ -327,7 +328,7 @@ def test_links_to_files_are_files_and_links_to_folders_are_not_followed(tmp_path
     assert storage.glob(f"{tmp_path}/links/*.png") == [str(tmp_path / "links" / "b.png")]
 
 
-def test_an_image_behind_a_link_has_the_version_of_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_link_has_the_version_of_its_target(tmp_path: Path) -> None:
     (tmp_path / "original").write_bytes(b"123")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").symlink_to(tmp_path / "original")
@@ -337,7 +338,7 @@ def test_an_image_behind_a_link_has_the_version_of_what_it_leads_to(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "list_uri",
     [
         storage.exists,
         storage.files,
@@ -348,21 +349,21 @@ def test_an_image_behind_a_link_has_the_version_of_what_it_leads_to(tmp_path: Pa
         lambda uri: storage.glob(f"{uri}/*"),
     ],
 )
-def test_a_listing_is_tried_again_and_ends_in_no_error_of_a_client(
-    ask: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+def test_listings_are_retried_and_raise_an_oserror(
+    list_uri: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class EndpointConnectionError(Exception):
         __module__ = "botocore.exceptions"
 
-    asked: list[object] = []
+    calls: list[object] = []
 
     def down(self: object, *arguments: object, **more: object) -> None:
-        asked.append(arguments)
+        calls.append(arguments)
         raise EndpointConnectionError("Could not connect to the endpoint URL")
 
     monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.5)
     for name in ("exists", "find", "ls", "isfile", "glob"):
         monkeypatch.setattr(MemoryFileSystem, name, down)
     with pytest.raises(OSError, match="EndpointConnectionError: Could not connect"):
-        ask("memory://bucket/x")
-    assert len(asked) > 1
+        list_uri("memory://bucket/x")
+    assert len(calls) > 1
