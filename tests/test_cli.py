@@ -84,7 +84,8 @@ def test_the_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.Cap
         "--memory 0 --fusion sum",
     ],
 )
-def test_every_printed_recipe_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+def test_every_printed_recipe_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    words = line.split()
     with pytest.raises(SystemExit):
         job("benchmark").parse(["--data", "x", *words, "--print-config"])
     printed = capsys.readouterr().out

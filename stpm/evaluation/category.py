@@ -1,4 +1,4 @@
-"""One category's labelled scores, masks and anomaly maps, from what scoring wrote."""
+"""One category's labelled scores, masks and anomaly maps, from the files of a scored run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 
-# What `ground_truth` reads of a row.
+# The columns that `ground_truth` reads.
 IMAGE_COLUMNS = ("uri", "label", "mask", "width", "height")
 _COLUMNS = (*IMAGE_COLUMNS, "score", "threshold", "is_anomalous", "error_kind", "error_message")
 # A map at original size may have a hundred times as many pixels.
@@ -33,7 +33,7 @@ _BATCH_SIZE = {"model": 16, "original": 1}
 
 @dataclass(frozen=True)
 class ScoredCategory:
-    """One category of a scored run: where the run's rows are, the category's name, its model's preprocessing."""
+    """One category of a scored run, with its model's preprocessing."""
 
     output: RunOutput
     name: str
@@ -103,7 +103,7 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     Args:
         category: to read.
         masks_at: where pixels are compared. `model`: masks are brought to model size by nearest neighbour, as the
-            paper's authors do. `original`: maps are brought linearly to the size of what the model saw.
+            paper's authors do. `original`: maps are brought linearly to the size of the cropped image.
     """
     every = category.rows()
     rows = every.filter(pc.not_equal(every["label"], ""))

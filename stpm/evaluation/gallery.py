@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a gallery: `picture` is a JPEG of it beside its heatmap, `parts` says what adds up to its score."""
+    """One image of a gallery: `picture` is a JPEG of it beside its heatmap, `parts` lists the parts of its score."""
 
     uri: str
     label: str
@@ -74,7 +74,7 @@ def defect_sheet(category: ScoredCategory) -> bytes | None:
 
 
 def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, list[Tile]]:
-    """Show the largest scores, the missed defects and the false alarms, by title, the most telling first."""
+    """Show the largest scores, the missed defects and the false alarms, by title, the clearest cases first."""
     rows = [row for row in category.rows(_COLUMNS).to_pylist() if row["score"] is not None]
     rows.sort(key=lambda row: -row["score"])
     chosen: dict[str, Sequence[Row]] = {

@@ -25,7 +25,7 @@ class Requirement:
     tolerance: float = 0.0
 
     def shortfall(self, report: Mapping[str, Any]) -> str:
-        """Say how the content of a report.json falls short, or return ""."""
+        """Describe how the content of a report.json falls short, or return ""."""
         summary = report[_MEAN] if self.category == _MEAN else report["categories"].get(self.category)
         name = f"{self.category}.{self.metric}"
         if summary is None:
@@ -48,7 +48,7 @@ class Gate:
     protocol: Mapping[str, Any]
 
     def shortfalls(self, report: Mapping[str, Any]) -> list[str]:
-        """Say how the content of a report.json falls short, one line each."""
+        """Describe how the content of a report.json falls short, one line each."""
         protocol = report["protocol"]
         differences = [
             f"the baseline's {name} is {value!r} and this report's {protocol.get(name)!r}: they do not compare"
@@ -89,7 +89,7 @@ def parse_requirement(text: str) -> Requirement:
     """Parse a requirement such as `bottle.image_auroc=0.97`.
 
     Raises:
-        ConfigError: if it is written otherwise, or there is no such metric.
+        ConfigError: if it has another form, or an unknown metric.
     """
     name, _, number = text.partition("=")
     category, _, metric = name.strip().rpartition(".")

@@ -13,7 +13,7 @@ MasksAt = Literal["model", "original"]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How metrics are made."""
+    """How metrics are measured."""
 
     masks_at: MasksAt = option(
         "model",
@@ -24,10 +24,10 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Which run to evaluate.
+    """The run to evaluate, and where the report goes.
 
     Raises:
-        ConfigError: if no run is named.
+        ConfigError: if no run is given.
     """
 
     scores: str = option(
@@ -36,7 +36,7 @@ class EvaluateOptions:
         "benchmark: a folder or a URI",
         required=True,
     )
-    models: str = option("", "model store of that run, where it is no longer where it was")
+    models: str = option("", "model store of that run, if it has moved since")
     out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class GateOptions:
-    """What a report must reach.
+    """The values that a report must reach.
 
     Raises:
         ConfigError: if the tolerance is below 0.

@@ -23,8 +23,8 @@ def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
     Text from data is escaped. Nothing is loaded, and no script runs but the page's own.
 
     Args:
-        report: what to show.
-        shortfalls: what the report falls short of, one line each.
+        report: the results.
+        shortfalls: of the gate, one line each.
     """
     first_seed = {name: results[0] for name, results in report.by_category().items()}
     text = template("evaluation/report.html").render(

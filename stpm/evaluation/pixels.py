@@ -29,7 +29,7 @@ _EIGHT_CONNECTED = np.ones((3, 3), int)
 
 
 class Bounded(NamedTuple):
-    """A metric in [0, 1], and by how much the exact value may differ."""
+    """A metric in [0, 1], and the largest difference to its exact value."""
 
     value: float
     error: float
@@ -41,7 +41,7 @@ class PixelCounts:
 
     `keys` (K,) uint32 ascending: order-preserving bits of the score, without the last `lost_bits`. `good`, `defect`
     (K,) int64: pixels. `overlap` (K,) float64: the sum over defect regions of the fraction of each region's pixels.
-    `regions`: how many there are.
+    `regions`: their number.
     """
 
     keys: npt.NDArray[np.uint32]
@@ -77,26 +77,26 @@ class PixelCounts:
         return self._bound(float(np.trapezoid(y, x)), (np.diff(x) * np.diff(y)).sum() / 2)
 
     def average_precision(self) -> Bounded:
-        """Average precision over recall, as scikit-learn does."""
+        """Compute average precision, as scikit-learn does."""
         good, defect = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
         recall = defect / tp[-1]
         value = (recall * tp / (tp + fp)).sum()
-        # Within a key the defects may all come first, as one tie: each has the precision that the last one reaches. Or
-        # they come after all good ones, one by one: precision is concave in how many have come, so that its mean is at
-        # least that of the first and the last.
-        most = (recall * tp / np.maximum(tp + fp - good, 1)).sum()
+        # Within a key the defects may all come first, as one tie: each has the precision of the last one. Or they come
+        # after all good ones, one by one: precision is concave in their number, so that its mean is at least the mean
+        # of the first and the last.
+        highest = (recall * tp / np.maximum(tp + fp - good, 1)).sum()
         first = tp - defect + 1
-        least = (recall * (first / (first + fp) + tp / (tp + fp)) / 2).sum()
-        return self._bound(value, max(most - value, value - least))
+        lowest = (recall * (first / (first + fp) + tp / (tp + fp)) / 2).sum()
+        return self._bound(value, max(highest - value, value - lowest))
 
     def f1_max(self) -> Bounded:
         """Find the largest F1 of any threshold."""
         good, defect = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
         value = (2 * tp / (tp[-1] + tp + fp)).max()
-        most = (2 * tp / (tp[-1] + tp + fp - good)).max()
-        return self._bound(value, most - value)
+        highest = (2 * tp / (tp[-1] + tp + fp - good)).max()
+        return self._bound(value, highest - value)
 
     def aupro(self, limit: float) -> Bounded:
         """Compute the area under the per-region-overlap curve up to a false positive rate, divided by it.
@@ -125,7 +125,7 @@ class PixelCounts:
         return x, y
 
     def _pro(self, limit: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
-        """The curve up to the limit, and how many of its points are not beyond it."""
+        """Compute the curve up to the limit, and the number of its points that are not beyond the limit."""
         good, _ = self._descending()
         x, y = _curve(good / good.sum()), _curve(self.overlap[::-1] / self.regions)
         inside = int(np.searchsorted(x, limit, side="right"))
@@ -133,7 +133,7 @@ class PixelCounts:
         return np.append(x[:inside], limit), np.append(y[:inside], at_limit), inside
 
     def _bound(self, value: float, error: float) -> Bounded:
-        """While no bit is lost, ties are real and the metric is exact."""
+        """Return a metric with its error, which is 0 while no bit is lost: then all ties are real."""
         return Bounded(float(value), float(error) if self.lost_bits else 0.0)
 
     def _rise_at(self, inside: int) -> float:
@@ -191,10 +191,10 @@ def _grouped(
     max_keys: int,
 ) -> PixelCounts:
     """Add up the counts of equal keys."""
-    distinct, places = np.unique(keys, return_inverse=True)
+    distinct, inverse = np.unique(keys, return_inverse=True)
 
     def summed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.bincount(places, values, minlength=len(distinct))
+        return np.bincount(inverse, values, minlength=len(distinct))
 
     # Sums of whole numbers are exact in float64 up to 2^53 pixels.
     good, defect = summed(good).astype(np.int64), summed(defect).astype(np.int64)

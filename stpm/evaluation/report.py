@@ -48,7 +48,7 @@ _REPORT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CategoryResult:
-    """What one model, of one category and seed, reached; charts (SVG) and galleries are by title."""
+    """The metrics of one model, of one category and seed; charts (SVG) and galleries are by title."""
 
     model: ModelRecord
     metrics: CategoryMetrics
@@ -85,7 +85,7 @@ class CategoryResult:
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be done for a category, and why."""
+    """A failure in a category, and its reason."""
 
     category: str
     reason: str
@@ -195,7 +195,7 @@ class Report:
         }
 
     def _std_of_mean(self, metric: str) -> float | None:
-        """Over seeds, of the mean over categories; None unless every category has every seed."""
+        """Compute the std over seeds of the mean over categories; None unless every category has every seed."""
         by_seed: dict[int, list[float | None]] = {seed: [] for seed in self.seeds}
         for result in self.results:
             by_seed[result.model.recipe.seed].append(result.metrics.metrics[metric].value)
@@ -238,11 +238,11 @@ def _category_summary(results: Sequence[CategoryResult]) -> dict[str, Any]:
 
 
 def _over_seeds(seeds: Sequence[CategoryMetrics]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds; counts and reasons are those of the first seed."""
+    """Compute means and standard deviations over seeds; counts and reasons are those of the first seed."""
     values = {name: [each.values[name] for each in seeds] for name in METRICS}
     return {
-        **{name: _mean(of_seeds) for name, of_seeds in values.items()},
-        **{f"{name}_std": _std(of_seeds) for name, of_seeds in values.items()},
+        **{name: _mean(by_seed) for name, by_seed in values.items()},
+        **{f"{name}_std": _std(by_seed) for name, by_seed in values.items()},
         **_intervals(seeds),
         "good_count": seeds[0].good_count,
         "defect_count": seeds[0].defect_count,
@@ -251,12 +251,12 @@ def _over_seeds(seeds: Sequence[CategoryMetrics]) -> dict[str, Any]:
 
 
 def _intervals(seeds: Sequence[CategoryMetrics]) -> dict[str, list[float]]:
-    """The ends of each metric's interval, as means over seeds."""
+    """Compute the ends of each metric's interval, as means over seeds."""
     intervals = {name: [i for each in seeds if (i := each.metrics[name].interval)] for name in METRICS}
     return {
-        f"{name}_interval": [statistics.fmean(ends) for ends in zip(*of_seeds, strict=True)]
-        for name, of_seeds in intervals.items()
-        if of_seeds
+        f"{name}_interval": [statistics.fmean(ends) for ends in zip(*by_seed, strict=True)]
+        for name, by_seed in intervals.items()
+        if by_seed
     }
 
 
@@ -273,7 +273,7 @@ def _model_protocol(model: ModelRecord) -> dict[str, str]:
 
 
 def _in_common(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Merge dicts, with "varies" for values that differ; the seed, which does, is left out."""
+    """Merge dicts, with "varies" for values that differ; the seed, which always differs, is left out."""
     merged: dict[str, Any] = {}
     for each in dicts:
         for name, value in each.items():
@@ -293,7 +293,7 @@ def _std(values: Sequence[float | None]) -> float | None:
 
 
 def _table_metrics(values: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of the table that show metrics."""
+    """Make the columns of the table that show metrics."""
     titles = {"image AUROC": "image_auroc", "pixel AUROC": "pixel_auroc", "AUPRO": "pixel_aupro"}
     return {title: _with_std(values[metric], values[f"{metric}_std"]) for title, metric in titles.items()}
 
@@ -305,5 +305,5 @@ def _with_std(value: float | None, std: float | None) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what means something in Markdown's tables and in HTML."""
+    """Escape the special characters of Markdown's tables and of HTML."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#&" else " " if c in "\r\n" else c for c in text)

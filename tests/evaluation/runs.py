@@ -1,4 +1,4 @@
-"""A scored run folder, and results, made by hand."""
+"""A scored run folder, and results, made without scoring."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scored_run(
     types: tuple[str, ...] = ("square",),
     preprocessing: Preprocessing = PREPROCESSING,
 ) -> ScoredCategory:
-    """A category "nut" as scoring leaves it, with random maps; defects score a little higher.
+    """Write a category "nut" as scoring does, with random maps; defects score a little higher.
 
     The first images, which are good, may be broken or without a label; defects take the types in turn. Of a score with
     parts, the student gives a quarter.
@@ -104,7 +104,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
 
 
 def without_student(made: CategoryResult) -> CategoryResult:
-    """The same of a model that is a memory alone."""
+    """Return the same result for a model that has a memory alone."""
     fit = dataclasses.replace(made.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
     recipe = dataclasses.replace(MODELS["memory"], seed=made.model.recipe.seed)
     model = dataclasses.replace(made.model, recipe=recipe, fit=fit, files={"memory.safetensors": "m" * 64})

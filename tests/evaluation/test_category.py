@@ -33,7 +33,7 @@ def resized_mask(row: dict[str, object]) -> np.ndarray:
     return images.resize_mask(mask_of(row), PREPROCESSING)
 
 
-def test_metrics_are_sklearns(tmp_path: Path) -> None:
+def test_metrics_agree_with_sklearn(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     metrics = measured(category)
     rows = rows_of(category)
@@ -56,7 +56,7 @@ def test_metrics_are_sklearns(tmp_path: Path) -> None:
     assert (metrics.undefined, metrics.problems) == ({}, ())
 
 
-def test_without_masks_pixels_are_undefined_and_that_is_no_failure(tmp_path: Path) -> None:
+def test_without_masks_pixel_metrics_are_undefined_without_a_failure(tmp_path: Path) -> None:
     metrics = measured(scored_run(tmp_path, masks=False))
     assert metrics.values["image_auroc"] is not None
     assert metrics.values["pixel_auroc"] is None
@@ -64,7 +64,7 @@ def test_without_masks_pixels_are_undefined_and_that_is_no_failure(tmp_path: Pat
     assert metrics.problems == ()
 
 
-def test_a_mask_whose_size_differs_is_named_and_images_still_count(tmp_path: Path) -> None:
+def test_a_mask_of_another_size_is_a_problem_and_image_metrics_remain(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
     mask.write_bytes(encoded(np.zeros((10, 20), np.uint8)))
@@ -77,7 +77,7 @@ def test_a_mask_whose_size_differs_is_named_and_images_still_count(tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [None, b"no image"])
-def test_a_mask_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_an_unreadable_mask_is_a_problem(tmp_path: Path, content: bytes | None) -> None:
     category = scored_run(tmp_path)
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
     mask.unlink() if content is None else mask.write_bytes(content)
@@ -118,7 +118,7 @@ def test_each_defect_type_is_measured_against_all_good_images(tmp_path: Path) ->
         assert all(found.metrics[name].interval for name in METRICS if name.startswith("image"))
 
 
-def test_masks_may_be_compared_at_their_own_size(tmp_path: Path) -> None:
+def test_pixels_are_compared_at_original_size_on_request(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     metrics = measured(category, "original")
     truth, maps = [], []
@@ -132,8 +132,8 @@ def test_masks_may_be_compared_at_their_own_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resize", ["crop", "fit"])
 @pytest.mark.parametrize("masks_at", ["model", "original"])
-def test_pixels_are_those_that_the_model_saw(tmp_path: Path, resize: Resize, masks_at: MasksAt) -> None:
-    """Images of 40 × 48 in an input of 96 × 64: cut to their middle, or with padding, which counts nowhere."""
+def test_pixels_outside_the_models_input_are_not_counted(tmp_path: Path, resize: Resize, masks_at: MasksAt) -> None:
+    """Images of 40 × 48 in an input of 96 × 64 are cropped to their middle, or padded."""
     made = preprocessing_of(96, 64, resize)
     category = scored_run(tmp_path, preprocessing=made)
     truth, maps = [], []
@@ -165,7 +165,7 @@ def test_images_without_a_label_do_not_count(tmp_path: Path) -> None:
     assert None not in metrics.values.values()
 
 
-def test_without_maps_images_still_count(tmp_path: Path) -> None:
+def test_without_maps_image_metrics_remain(tmp_path: Path) -> None:
     metrics = measured(scored_run(tmp_path, maps=False))
     assert metrics.values["image_auroc"] is not None
     assert metrics.undefined["pixel_aupro"] == "no anomaly maps; score with --raw-maps"

@@ -23,7 +23,7 @@ def test_the_sheet_shows_four_defects(tmp_path: Path) -> None:
     assert defect_sheet(dataclasses.replace(category, name="no-such-category")) is None
 
 
-def test_galleries_show_what_was_missed_and_what_was_wrongly_called(tmp_path: Path) -> None:
+def test_galleries_show_missed_defects_and_false_alarms(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     rows = {str(row["uri"]): row for row in category.rows().to_pylist()}
     found = galleries(category, max_tiles=20)
@@ -37,7 +37,7 @@ def test_galleries_show_what_was_missed_and_what_was_wrongly_called(tmp_path: Pa
         assert (image.format, image.size) == ("JPEG", (328, 160))
 
 
-def test_an_image_that_is_gone_is_left_out_of_the_galleries_and_counted(tmp_path: Path) -> None:
+def test_a_missing_image_is_left_out_of_the_galleries_and_counted(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     for row in category.rows().to_pylist()[:3]:
         Path(str(row["uri"])).unlink()

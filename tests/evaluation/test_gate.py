@@ -23,12 +23,12 @@ def shortfalls(found: dict[str, Any], *require: str) -> list[str]:
     return read_gate(GateOptions(Names(require))).shortfalls(found)
 
 
-def test_what_is_reached_is_not_said() -> None:
+def test_a_reached_requirement_has_no_shortfall() -> None:
     assert shortfalls(report(), "mean.image_auroc=0.9", "nut.v2.image_auroc=0.5") == []
     assert shortfalls(report(), "mean.image_false_alarm_rate=0.02") == []
 
 
-def test_what_falls_short_is_named_with_both_values() -> None:
+def test_a_shortfall_names_both_values() -> None:
     assert shortfalls(report(), "nut.v2.image_auroc=0.95") == [
         "nut.v2.image_auroc is 0.9000; at least 0.9500 was required"
     ]
@@ -40,7 +40,7 @@ def test_what_falls_short_is_named_with_both_values() -> None:
 
 
 @pytest.mark.parametrize("text", ["image_auroc=0.9", "mean.image_auroc", "mean.auroc=0.9", "mean.image_auroc=95", "="])
-def test_a_requirement_that_cannot_be_read_says_how_it_is_written(text: str) -> None:
+def test_an_invalid_requirement_is_an_error_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match=r"mean\.image_auroc=0\.95|there are image_auroc"):
         read_gate(GateOptions(Names([text])))
 
@@ -58,7 +58,7 @@ def test_a_baseline_is_reached_within_the_tolerance(tmp_path: Path) -> None:
     assert "mean.image_false_alarm_rate is 0.5000; at most 0.0200 (within 0.01) was required" in more
 
 
-def test_a_baseline_by_another_protocol_is_no_baseline(tmp_path: Path) -> None:
+def test_a_baseline_of_another_protocol_is_a_shortfall(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report("original size")))
     (line,) = read_gate(GateOptions(baseline=str(path))).shortfalls(report())
@@ -68,7 +68,7 @@ def test_a_baseline_by_another_protocol_is_no_baseline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", "{}"])
-def test_a_baseline_that_is_none_is_an_error_before_any_work(tmp_path: Path, content: str | None) -> None:
+def test_an_invalid_baseline_is_an_error(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "report.json"
     if content is not None:
         path.write_text(content)

@@ -9,7 +9,7 @@ from stpm.evaluation.intervals import bootstrap_intervals, wilson_interval
 
 
 def by_resampling(is_defect: np.ndarray, scores: np.ndarray, draws: int) -> dict[str, np.ndarray]:
-    """Ends of the interval by drawing images one by one, each metric by scikit-learn."""
+    """Compute the ends of the interval by drawing images one by one, and each metric by scikit-learn."""
     rng = np.random.default_rng(7)
     good, defects = np.flatnonzero(~is_defect), np.flatnonzero(is_defect)
     found: dict[str, list[float]] = {"auroc": [], "average_precision": [], "f1_max": []}
@@ -24,7 +24,7 @@ def by_resampling(is_defect: np.ndarray, scores: np.ndarray, draws: int) -> dict
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_intervals_are_those_of_drawing_images_one_by_one(ties: bool) -> None:
+def test_intervals_agree_with_drawing_images_one_by_one(ties: bool) -> None:
     rng = np.random.default_rng(3)
     is_defect = np.arange(60) < 25
     scores = (rng.normal(size=60) + 1.2 * is_defect).astype(np.float32)
@@ -35,13 +35,13 @@ def test_intervals_are_those_of_drawing_images_one_by_one(ties: bool) -> None:
         assert ours[name][0] < ours[name][1]
 
 
-def test_two_calls_give_the_same() -> None:
+def test_two_calls_give_the_same_intervals() -> None:
     rng = np.random.default_rng(0)
     case = np.arange(3000) < 1000, rng.random(3000).astype(np.float32)
     assert bootstrap_intervals(*case) == bootstrap_intervals(*case)
 
 
-def test_the_interval_holds_the_true_auroc_as_often_as_it_says() -> None:
+def test_the_interval_holds_the_true_auroc_at_its_confidence() -> None:
     # Normal scores, one std apart: AUROC is Φ(1/√2) = .7602.
     rng = np.random.default_rng(11)
     is_defect = np.arange(120) < 60
@@ -53,7 +53,7 @@ def test_the_interval_holds_the_true_auroc_as_often_as_it_says() -> None:
     assert held >= 87
 
 
-def test_where_no_good_image_is_above_a_defect_the_interval_has_no_width() -> None:
+def test_the_interval_of_separated_classes_has_no_width() -> None:
     assert bootstrap_intervals(np.array([False, True, True]), np.array([0, 1, 2], np.float32))["auroc"] == (1.0, 1.0)
 
 
@@ -72,6 +72,6 @@ def test_a_fraction_has_wilsons_interval() -> None:
         ([True, False], [float("nan"), 0.2], "not finite"),
     ],
 )
-def test_what_is_undefined_has_a_reason(is_defect: list[bool], scores: list[float], reason: str) -> None:
+def test_an_undefined_metric_has_a_reason(is_defect: list[bool], scores: list[float], reason: str) -> None:
     with pytest.raises(UndefinedMetricError, match=reason):
         bootstrap_intervals(np.array(is_defect, bool), np.array(scores, np.float32))

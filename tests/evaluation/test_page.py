@@ -26,7 +26,7 @@ HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 
 
 
 def evil_report() -> Report:
-    """Every text that may come from data is hostile, also those that `safe_name` would refuse."""
+    """Render a page whose every text from data is markup, also where `safe_name` would refuse it."""
     sink = io.BytesIO()
     Image.new("RGB", (328, 160)).save(sink, "JPEG")
     tile = Tile(f"s3://b/{EVIL}/{EVIL}.png", EVIL, 0.5, EVIL, is_anomalous=True, picture=sink.getvalue())
@@ -64,7 +64,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_whatever_comes_from_data_is_text() -> None:
+def test_text_from_data_is_escaped() -> None:
     tags = Tags(page(evil_report(), [EVIL])).found
     assert [tag for tag, _ in tags].count("script") == 1
     for tag, attributes in tags:
@@ -72,7 +72,7 @@ def test_whatever_comes_from_data_is_text() -> None:
         assert tag != "img" or str(attributes["src"]).startswith("data:image/jpeg;base64,")
 
 
-def test_the_page_asks_nobody_for_anything() -> None:
+def test_the_page_loads_nothing() -> None:
     text = page(evil_report())
     for tag, attributes in Tags(text).found:
         for name in ("src", "href", "xlink:href"):
@@ -81,18 +81,18 @@ def test_the_page_asks_nobody_for_anything() -> None:
     assert "@import" not in text
 
 
-def test_ids_of_pictures_do_not_meet() -> None:
+def test_ids_in_charts_are_unique() -> None:
     ids = [attributes["id"] for _, attributes in Tags(page(evil_report())).found if attributes.get("id")]
     defined = [name for name in ids if name and not name.startswith(("figure", "axes", "patch", "line", "text"))]
     drawn = [name for name in defined if not name.startswith(("matplotlib", "xtick", "ytick", "legend", "PathColl"))]
     assert len(drawn) == len(set(drawn))
 
 
-def test_a_report_of_nothing_is_a_page() -> None:
+def test_an_empty_report_is_rendered() -> None:
     assert "1 failed" in page(Report("data", [], [Failure("c", "gone")]))
 
 
-def test_a_real_run_is_a_page(tmp_path: Path) -> None:
+def test_a_scored_run_is_rendered(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     charts = draw_charts(read_scores(category), HISTORY, 2, salt="")
     found = CategoryResult(result("nut", 0, 0.5, 0.5).model, measured(category), charts, galleries(category))
@@ -103,7 +103,7 @@ def test_a_real_run_is_a_page(tmp_path: Path) -> None:
     assert " = student " not in text
 
 
-def test_a_score_that_is_a_sum_says_of_what(tmp_path: Path) -> None:
+def test_the_parts_of_a_score_are_shown(tmp_path: Path) -> None:
     category = scored_run(tmp_path, parts=True)
     charts = draw_charts(read_scores(category), {}, 0, salt="")
     made = without_student(result("nut", 0, 0.5, 0.5))
@@ -125,7 +125,7 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_in_a_browser_nothing_hostile_runs_and_nothing_overflows(
+def test_in_a_browser_no_markup_from_data_runs_and_nothing_overflows(
     browser: Any, evil_page: str, width: int, scheme: str
 ) -> None:
     check_page(browser, evil_page, width, scheme)

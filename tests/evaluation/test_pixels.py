@@ -1,4 +1,4 @@
-"""Pixel figures against plain implementations of their definitions, scikit-learn, and hand-made cases."""
+"""Pixel metrics against plain implementations of their definitions, scikit-learn, and hand-made cases."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ LIMITS = (0.05, 0.3, 1.0)
 
 
 def regions_of(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """8-connected regions by flood fill."""
-    left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
+    """Find 8-connected regions by flood fill."""
+    remaining = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
     regions = []
-    while left:
-        region, edge = [], [left.pop()]
+    while remaining:
+        region, edge = [], [remaining.pop()]
         while edge:
             y, x = edge.pop()
             region.append((y, x))
-            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= around
+            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & remaining
+            remaining -= around
             edge += around
         regions.append(region)
     return regions
 
 
 def aupro_by_definition(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
-    """One threshold at a time, one region at a time."""
+    """Compute AUPRO one threshold and one region at a time."""
     regions = [(i, region) for i, mask in enumerate(masks) for region in regions_of(mask)]
     outside = maps[~masks]
     curve = [(0.0, 0.0)]
@@ -55,7 +55,7 @@ def aupro_by_definition(maps: np.ndarray, masks: np.ndarray, limit: float) -> fl
 
 
 def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Maps and masks with every kind of trouble: ties, constant maps, negative scores, whole and empty masks."""
+    """Make difficult maps and masks: ties, constant maps, negative scores, whole and empty masks."""
     n, size = int(rng.integers(1, 4)), int(rng.integers(3, 13))
     masks = rng.random((n, size, size)) < rng.choice([0.02, 0.1, 0.4, 0.9])
     masks[0, 0, 0], masks[-1, -1, -1] = True, False
@@ -74,13 +74,13 @@ PEER = json.loads((Path(__file__).parent / "peer_aupro.json").read_text())
 
 
 @pytest.mark.parametrize("seed", range(len(PEER["aupro"])))
-def test_aupro_is_the_peers(seed: int) -> None:
+def test_aupro_agrees_with_another_implementation(seed: int) -> None:
     counts = count_pixels(*peer_case(seed))
     assert [counts.aupro(limit).value for limit in PEER["limits"]] == pytest.approx(PEER["aupro"][seed], abs=2e-6)
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_figures_are_those_of_the_definitions(seed: int) -> None:
+def test_metrics_agree_with_their_definitions(seed: int) -> None:
     maps, masks = random_case(np.random.default_rng(seed))
     counts = count_pixels(maps, masks)
     precision, recall, _ = precision_recall_curve(masks.ravel(), maps.ravel())
@@ -93,7 +93,7 @@ def test_figures_are_those_of_the_definitions(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_with_fewer_keys_the_exact_figure_is_within_the_bound(seed: int) -> None:
+def test_with_fewer_keys_the_exact_value_is_within_the_bound(seed: int) -> None:
     maps, masks = random_case(np.random.default_rng(seed))
     exact, coarse = count_pixels(maps, masks), count_pixels(maps, masks, max_keys=8)
     assert len(coarse.keys) <= 8
@@ -110,7 +110,7 @@ def test_with_fewer_keys_the_exact_figure_is_within_the_bound(seed: int) -> None
     st.integers(1, 6),
 )
 def test_ties_in_any_order_are_within_the_bound(groups: list[tuple[int, bool, int]], max_keys: int) -> None:
-    """Groups of tied pixels, whose scores differ in the last bits alone."""
+    """The pixels of a group have scores that differ in the last bits alone."""
     scores = np.concatenate([np.full(count, 1 + score * 2.0**-23, np.float32) for score, _, count in groups])
     defects = np.concatenate([np.full(count, defect) for _, defect, count in groups])
     assume(defects.any() and not defects.all())
@@ -130,7 +130,7 @@ def test_ties_in_any_order_are_within_the_bound(groups: list[tuple[int, bool, in
 
 
 def test_tied_defects_that_come_first_are_within_the_bound() -> None:
-    """100 good pixels on top, then 100 tied defects beside 200 good ones that score a little less."""
+    """100 good pixels score highest, then 100 tied defects, then 200 good ones that score a little less."""
     scores = np.repeat(np.array([2.0, 1 + 2.0**-23, 1.0], np.float32), [100, 100, 200])
     defects = np.repeat([False, True, False], [100, 100, 200])
     value, error = count_pixels(scores[None, None], defects[None, None], max_keys=2).average_precision()
@@ -211,7 +211,7 @@ def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
         ([[1.0, float("inf")]], [[True, False]], "not finite"),
     ],
 )
-def test_what_is_undefined_has_a_reason(maps: list[list[float]], masks: list[list[bool]], reason: str) -> None:
+def test_an_undefined_metric_has_a_reason(maps: list[list[float]], masks: list[list[bool]], reason: str) -> None:
     with pytest.raises(UndefinedMetricError, match=reason):
         count_pixels(np.array([maps], np.float32), np.array([masks])).aupro(0.3)
 

@@ -38,14 +38,14 @@ def test_the_table_has_a_row_per_category_and_seed() -> None:
     assert json.loads(files["report.json"])["mean"]["categories"] == 2
 
 
-def test_the_printed_text_names_what_is_undefined_and_what_failed() -> None:
+def test_the_text_names_undefined_metrics_and_failures() -> None:
     text = REPORT.text()
     assert "0.5000 ± 0.3536" in text
     assert "b: pixel_auroc undefined: no masks" in text
     assert "c: failed: /data/c: no images" in text
 
 
-def test_a_report_of_nothing_is_a_report() -> None:
+def test_an_empty_report_is_written() -> None:
     empty = Report("data", [], [Failure("c", "gone")])
     assert empty.text() == "c: failed: gone"
     assert empty.summary["mean"]["image_auroc"] is None
@@ -60,7 +60,7 @@ def test_the_report_has_intervals_and_defect_types() -> None:
     assert REPORT.summary["recipe"]["size"] == "64x64"
 
 
-def test_the_protocol_says_the_input_of_each_and_what_they_share() -> None:
+def test_the_protocol_has_the_inputs_values_in_common() -> None:
     protocol = REPORT.summary["protocol"]
     assert (protocol["input_size"], protocol["resize"]) == ("64x64", "stretch, bilinear with antialiasing")
     assert protocol["normalisation"] == "mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225"
@@ -93,7 +93,7 @@ def test_a_model_without_a_student_is_reported_without_losses() -> None:
         ([0.02, 0.0], "varies"),
     ],
 )
-def test_the_protocol_says_what_a_score_is(fractions: list[float], words: str) -> None:
+def test_the_protocol_describes_the_image_score(fractions: list[float], words: str) -> None:
     results = []
     for i, fraction in enumerate(fractions):
         made = result(f"c{i}", 0, 0.5, None)
@@ -112,7 +112,7 @@ def test_defect_types_are_a_table_of_their_own() -> None:
     ]
 
 
-def test_the_table_to_paste_is_markdown_whatever_the_names() -> None:
+def test_the_markdown_table_escapes_names() -> None:
     report = Report("data", [result("a|b", 0, 0.5, None)], [Failure("c", "<b>\n| x")])
     text = report.markdown()
     table = text.split("\n\n")[0].splitlines()
