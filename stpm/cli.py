@@ -231,10 +231,8 @@ class _Extend(argparse.Action):
 
 
 def _items(value: Any) -> list[Any]:
-    """Split `a,b`, as the command line has it; a YAML file has a list, or one value."""
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return list(value) if isinstance(value, list | tuple) else [value]
+    """Split `a,b`, as the command line has it; a YAML file may have a list."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else list(value)
 
 
 def _integers(value: Any) -> Integers:
@@ -249,18 +247,13 @@ def _names(value: Any) -> Names:
 
 
 _LISTS = {Integers: _integers, Names: _names}
-register_type(Size, serializer=str, deserializer=lambda value: Size(str(value)))
+register_type(Size)
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML whose integers are decimal and whose dates are text: YAML 1.1 would read the size `0x140` as 320."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "timestamp")]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+class _Yaml(yaml.BaseLoader):
+    """YAML in which every value but null is text, which its option parses: YAML 1.1 would read size 0x140 as 320."""
 
 
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Yaml.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 set_loader("yaml", lambda text: yaml.load(text, _Yaml), exceptions=(yaml.YAMLError,))  # noqa: S506

@@ -288,6 +288,12 @@ def test_a_size_has_decimal_digits_alone(tmp_path: Path) -> None:
     assert (found.size, found.teacher_weights) == ("400x400", "2026-11-24")
 
 
+def test_a_name_in_the_file_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: 0400\ncategories: [yes, 007]\n")
+    options = job("benchmark").parse(["--config", str(tmp_path / "run.yaml")])[0]
+    assert (options.data, options.categories) == ("0400", ("yes", "007"))
+
+
 def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_factor: 2\n")
     found = parse_recipe("--config", str(tmp_path / "run.yaml"))

@@ -100,7 +100,8 @@ def make_images(folder: str, count: int, broken: Sequence[int] = ()) -> None:
 
 def read_rows(out: object, *columns: str) -> list[dict[str, Any]]:
     """Read the rows of a scored collection."""
-    rows: list[dict[str, Any]] = RunOutput.alone(str(out)).dataset().to_table(columns=list(columns) or None).to_pylist()
+    dataset = RunOutput.alone(storage.absolute(str(out))).dataset()
+    rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns) or None).to_pylist()
     return rows
 
 
