@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -109,6 +109,7 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}: {self.command}"
 
 
+@dataclass
 class Lease:
     """One acquisition of the lease on a folder.
 
@@ -119,21 +120,14 @@ class Lease:
         sleep: waits for a number of seconds.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        holder: Holder,
-        clock: Callable[[], float] = _clock,
-        sleep: Callable[[float], object] = time.sleep,
-    ) -> None:
-        self.folder = folder
-        self._holder = holder
-        self._clock = clock
-        self._sleep = sleep
-        self._number = -1
-        self._renewed = 0.0
-        self._failure = ""
-        self._problem = ""
+    folder: str
+    holder: Holder
+    clock: Callable[[], float] = _clock
+    sleep: Callable[[float], object] = time.sleep
+    _number: int = field(default=-1, init=False)
+    _renewed: float = field(default=0.0, init=False)
+    _failure: str = field(default="", init=False)
+    _problem: str = field(default="", init=False)
 
     def acquire(self, wait: bool) -> None:
         """Take the lease: at once if it is free or its holder is known to be dead, else once it has timed out.
@@ -145,16 +139,16 @@ class Lease:
             ConfigError: if another process holds the lease and is alive.
         """
         watched: tuple[int, bytes] | None = None
-        since = self._clock()
+        since = self.clock()
         while True:
             latest = number, data = self._latest()
             holder = Holder.parse(data)
             alive = holder.is_alive()
-            timed_out = latest == watched and self._clock() - since >= TIMEOUT
+            timed_out = latest == watched and self.clock() - since >= TIMEOUT
             if number < 0 or holder.released or alive is False or (alive is None and timed_out):
                 if self._claim(number + 1):
                     if alive is False and not holder.released:
-                        self._sleep(_SHUTDOWN)
+                        self.sleep(_SHUTDOWN)
                     return
                 continue
             if not wait and (alive or (watched and latest != watched)):
@@ -166,22 +160,21 @@ class Lease:
                 action = "waiting for its end" if wait else f"watching for {duration(TIMEOUT)} whether it is alive"
                 log.info(f"{self.folder} is held by {holder}; {action}")
             if latest != watched:
-                watched, since = latest, self._clock()
-            self._sleep(_POLL)
+                watched, since = latest, self.clock()
+            self.sleep(_POLL)
 
     def renew(self) -> None:
         """Rewrite the lease's file, unless another process has taken over. A failure is left to the next renewal."""
         if self.problem():
             return
-        now = self._clock()
+        now = self.clock()
         try:
             number, data = self._latest()
             holder = Holder.parse(data)
-            if number != self._number or holder.acquisition != self._holder.acquisition:
+            if number != self._number or holder.acquisition != self.holder.acquisition:
                 self._problem = f"{self.folder} was {f'taken over by {holder}' if number >= 0 else 'removed'}"
                 return
-            self._holder = dataclasses.replace(self._holder, renewals=self._holder.renewals + 1)
-            storage.publish(self._uri(self._number), self._holder.encode(), durable=False)
+            self._publish(dataclasses.replace(self.holder, renewals=self.holder.renewals + 1))
         except Exception as error:  # noqa: BLE001  a client's of any kind: if it lasts, `problem` ends the run
             self._failure = f" ({type(error).__name__}: {error})"
         else:
@@ -189,7 +182,7 @@ class Lease:
 
     def problem(self) -> str:
         """Return why the holder has lost the lease and must not write any more; "" while it has it."""
-        if not self._problem and self._clock() - self._renewed > TIMEOUT - _MARGIN:
+        if not self._problem and self.clock() - self._renewed > TIMEOUT - _MARGIN:
             self._problem = f"{self.folder}: its lease was not renewed for {duration(TIMEOUT - _MARGIN)}{self._failure}"
         return self._problem
 
@@ -197,12 +190,15 @@ class Lease:
         """Free the lease for others. The file stays, so that no number is used twice."""
         self.renew()
         if not self.problem():
-            released = dataclasses.replace(self._holder, released=True)
-            storage.publish(self._uri(self._number), released.encode(), durable=False)
+            self._publish(dataclasses.replace(self.holder, released=True))
+
+    def _publish(self, holder: Holder) -> None:
+        self.holder = holder
+        storage.publish(self._uri(self._number), holder.encode(), durable=False)
 
     def _claim(self, number: int) -> bool:
-        self._renewed = self._clock()
-        if not storage.create(self._uri(number), self._holder.encode()):
+        self._renewed = self.clock()
+        if not storage.create(self._uri(number), self.holder.encode()):
             return False
         others = [other for other in self._numbers() if other != number]
         if max(others, default=-1) > number:
