@@ -27,8 +27,8 @@ from stpm import __version__
 from stpm.console import SOME_FAILED, STOPPED, USAGE, LogFormat, Stopped, start_logging, stop_on_signals
 from stpm.errors import ConfigError, CutOffError, StpmError
 from stpm.method.recipe import PRESETS, Preset, Recipe
+from stpm.names import as_utf8, is_utf8
 from stpm.options import Integers, Names, Size
-from stpm.utf8 import as_utf8, is_utf8
 
 log = logging.getLogger(__name__)
 

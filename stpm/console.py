@@ -56,35 +56,34 @@ def start_logging(job: str, log_format: LogFormat) -> None:
     """
     package = logging.getLogger("stpm")
     package.setLevel(logging.INFO)
-    package.handlers = [TextHandler() if log_format == "text" else JsonHandler(job)]
+    package.handlers = [ConsoleHandler() if log_format == "text" else JsonHandler(job)]
 
 
-class TextHandler(logging.Handler):
-    """Print each message; on a terminal it overwrites the progress line."""
+class ConsoleHandler(logging.Handler):
+    """Print each message, and a traceback on standard error; on a terminal it overwrites the progress line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        print(f"{_REWRITE}{message}" if is_terminal() else message, flush=True)
+        self.print_message(record)
         if record.exc_info:
             traceback.print_exception(*record.exc_info, file=sys.stderr)
 
+    def print_message(self, record: logging.LogRecord) -> None:
+        print(f"{_REWRITE if is_terminal() else ''}{record.getMessage()}", flush=True)
 
-class JsonHandler(logging.Handler):
+
+class JsonHandler(ConsoleHandler):
     """Print each line of a message as a JSON object, for programs that collect logs."""
 
     def __init__(self, job: str) -> None:
         super().__init__()
         self._names = {"run": uuid.uuid4().hex[:12], "job": job}
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def print_message(self, record: logging.LogRecord) -> None:
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        fields = {"time": time, **self._names}
-        if category := getattr(record, "category", ""):
-            fields["category"] = category
+        category = {"category": record.category} if hasattr(record, "category") else {}
         for line in filter(None, record.getMessage().splitlines()):
-            print(json.dumps(fields | {"message": line}, ensure_ascii=False), flush=True)
-        if record.exc_info:
-            traceback.print_exception(*record.exc_info, file=sys.stderr)
+            fields = {"time": time, **self._names, **category, "message": line}
+            print(json.dumps(fields, ensure_ascii=False), flush=True)
 
 
 def show_progress(line: str) -> None:

@@ -1,11 +1,10 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
+from stpm.names import HIVE_NULL, as_utf8, is_utf8, safe_name
 from stpm.storage.listing import children, files, glob, stream, versions
-from stpm.storage.names import HIVE_NULL, safe_name
 from stpm.storage.objects import create, digest, exists, publish, read, read_at_most, remove, sweep, sync
 from stpm.storage.tables import count_rows, parquet, read_row_group, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
-from stpm.utf8 import as_utf8, is_utf8
 
 __all__ = [
     "HIVE_NULL",

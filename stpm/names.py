@@ -1,8 +1,12 @@
-"""Names that may become a folder or a file on every filesystem."""
+"""Names of files and folders: whether they are UTF-8, and whether every filesystem can have them.
+
+Python reads each byte of a name that is not UTF-8 as a lone surrogate, U+DC80 to U+DCFF.
+"""
 
 from __future__ import annotations
 
 import re
+from urllib.parse import quote
 
 from stpm.errors import DataError
 
@@ -13,6 +17,17 @@ _MAX_CHARACTERS = 128
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 # The last range stands for bytes that are not UTF-8.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
+_BYTE = re.compile(r"[\udc80-\udcff]")
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a name holds no lone surrogate."""
+    return not re.search(r"[\ud800-\udfff]", name)
+
+
+def as_utf8(name: str) -> str:
+    """Write each byte that is not UTF-8 as %XX; every other character stays."""
+    return _BYTE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
 
 
 def safe_name(name: str, what: str) -> str:
