@@ -105,39 +105,6 @@ def test_remove_removes_a_folder_and_ignores_a_missing_one(root: str) -> None:
     assert not storage.exists(storage.join(root, "d", "x"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        ".",
-        "..",
-        ".x",
-        "a/b",
-        "a\\b",
-        "a\x00b",
-        "a\nb",
-        "x" * 300,
-        "CON",
-        "nul.txt",
-        "a.",
-        "a ",
-        "<b>",
-        'a"b',
-        "a:b",
-        "not UTF-8 \udcff",
-        "__HIVE_DEFAULT_PARTITION__",
-    ],
-)
-def test_unsafe_names_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match="category"):
-        storage.safe_name(name, "category")
-
-
-@pytest.mark.parametrize("name", ["bottle", "metal_nut", "Teil 7", "größe-ü", "part#4", "consumer", "a..b"])
-def test_safe_names_are_accepted(name: str) -> None:
-    assert storage.safe_name(name, "category") == name
-
-
 def test_the_error_for_an_unknown_scheme_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="s3://"):
         storage.filesystem("nonsense://bucket/key")
@@ -247,11 +214,6 @@ def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> N
     assert storage.glob(f"{root_uri}/**/*.png") == expected
     assert list(storage.stream(expected[0])) == expected[:1]
     assert [storage.read(uri) for uri in expected] == [b"2.png", b"x/1.png"]
-
-
-def test_as_utf8_escapes_bytes_that_are_not_utf8() -> None:
-    assert storage.as_utf8("größe %41.png") == "größe %41.png"
-    assert storage.as_utf8(os.fsdecode(b"caf\xe9-\xc3\xa9\xff.png")) == "caf%E9-é%FF.png"
 
 
 def test_sweep_removes_the_unfinished_files_of_killed_writers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scoring thproxy an S3 server that fails, at random or for half a minute: every image gets its row."""
+"""Scoring through an S3 server that fails, at random or for half a minute: every image gets its row."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class FlakyProxy(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = (
-            self.rng.choice(["500", "503", "slow", "reset", "cut"]) if self.rng.random() < self.fault_fraction else ""
-        )
+        fault = ""
+        if self.rng.random() < self.fault_fraction:
+            fault = self.rng.choice(["500", "503", "slow", "reset", "cut"])
         if self.command in ("PUT", "POST") and time.monotonic() < self.refuses_until:
             fault = "503"
         self.counts[fault or "forwarded"] += 1
@@ -90,11 +90,12 @@ class FlakyProxy(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """No line per request."""
+        """Print no line per request."""
 
 
 @pytest.fixture
 def proxy(s3: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Start a proxy without faults; yield the environment in which s3:// goes through it."""
     FlakyProxy.upstream = urlsplit(s3["AWS_ENDPOINT_URL"]).netloc
     FlakyProxy.counts.clear()
     FlakyProxy.fault_fraction = FlakyProxy.refuses_until = 0.0

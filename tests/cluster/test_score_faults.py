@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -100,9 +102,10 @@ def kill_one(driver: int, title: str) -> None:
     while time.monotonic() < deadline:
         found = children(driver, title)
         if len(found) >= sightings:
-            found[sightings - 1].kill()
-            return
-        sightings -= len(found)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[sightings - 1].kill()
+                return
+        sightings = max(1, sightings - len(found))
         time.sleep(0.01)
     pytest.fail(f"no process was {title}")
 

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from stpm.errors import DataError
+from stpm.names import as_utf8, is_utf8, safe_name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".x",
+        "a/b",
+        "a\\b",
+        "a\x00b",
+        "a\nb",
+        "x" * 300,
+        "CON",
+        "nul.txt",
+        "a.",
+        "a ",
+        "<b>",
+        'a"b',
+        "a:b",
+        "not UTF-8 \udcff",
+        "__HIVE_DEFAULT_PARTITION__",
+    ],
+)
+def test_unsafe_names_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match="category"):
+        safe_name(name, "category")
+
+
+@pytest.mark.parametrize("name", ["bottle", "metal_nut", "Teil 7", "größe-ü", "part#4", "consumer", "a..b"])
+def test_safe_names_are_accepted(name: str) -> None:
+    assert safe_name(name, "category") == name
+
+
+def test_as_utf8_escapes_bytes_that_are_not_utf8() -> None:
+    assert as_utf8("größe %41.png") == "größe %41.png"
+    assert as_utf8(os.fsdecode(b"caf\xe9-\xc3\xa9\xff.png")) == "caf%E9-é%FF.png"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("größe", True), (os.fsdecode(b"\xff"), False), ("\ud800", False)])
+def test_is_utf8_finds_lone_surrogates(name: str, expected: bool) -> None:
+    assert is_utf8(name) == expected
