@@ -1,1 +1,1 @@
-"""The connection to Ray, and what a cluster's nodes can do."""
+"""The connection to Ray, and the nodes of a cluster."""
