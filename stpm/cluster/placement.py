@@ -16,13 +16,12 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, working_nodes
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, join_first
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
-_MAX_SHOWN = 5
 
 
 @contextmanager
@@ -64,7 +63,7 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str], *, several: bool) -
     unreachable = [uri for uri in local if not any(Path(uri).is_relative_to(root) for root in roots)]
     if several and unreachable:
         raise ConfigError(
-            f"{', '.join(unreachable[:_MAX_SHOWN])}: a path of one machine, and the cluster has several; give a URI "
+            f"{join_first(unreachable, separator=', ')}: a path of one machine, and the cluster has several; give a URI "
             "(s3://, gs://, abfs://), or name with --mounted the folder that every node mounts at the same place"
         )
 
