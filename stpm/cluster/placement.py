@@ -63,8 +63,8 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str], *, several: bool) -
     unreachable = [uri for uri in local if not any(Path(uri).is_relative_to(root) for root in roots)]
     if several and unreachable:
         raise ConfigError(
-            f"{join_first(unreachable, separator=', ')}: a path of one machine, and the cluster has several; give a URI "
-            "(s3://, gs://, abfs://), or name with --mounted the folder that every node mounts at the same place"
+            f"{join_first(unreachable, separator=', ')}: a path of one machine, and the cluster has several; give a "
+            "URI (s3://, gs://, abfs://), or name with --mounted the folder that every node mounts at the same place"
         )
 
 
