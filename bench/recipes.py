@@ -35,9 +35,9 @@ from stpm.data import images, mvtec
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.calibrate import make_parts
-from stpm.fitting.coreset import build_memory
+from stpm.fitting.build_memory import build_memory
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import fit, split
+from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.backbones import architecture_of, backbone_from, load_teacher
 from stpm.method.calibration import part_scale
@@ -93,9 +93,9 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> di
     features = TeacherFeatures(matcher, good, _BUDGET)
     train, held_out = split(len(good), recipe)
     memory = build_memory(features, train, recipe)
-    fitted = fit(features, train, held_out, recipe, lambda epoch: None)
+    trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    parts = make_parts(fitted.student, memory, recipe, matcher.device)
+    parts = make_parts(trained.student, memory, recipe, matcher.device)
     tests = [(storage.read(image.uri), native_mask(image.mask)) for image in category.test]
     held = [storage.read(uris[i]) for i in held_out]
     # One half sets the scales, the other is drawn on: no image is judged by its own.
@@ -107,7 +107,7 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> di
     return {
         "size": preprocessing.size,
         "seconds": round(seconds, 1),
-        "validation_loss": fitted.kept and round(fitted.kept.validation_loss, 5),
+        "validation_loss": trained.kept_epoch and round(trained.kept_epoch.validation_loss, 5),
         "variants": {
             variant: {
                 "drawn": figures(drawn, half, matcher, recipe, variant),

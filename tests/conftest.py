@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stpm.fitting.fit_category import Limits
+from stpm.fitting.fit_category import WorkerLimits
 from stpm.fitting.training_images import preprocessing_for
 from stpm.method.backbones import architecture_of, backbone_from, load_teacher
 from stpm.method.forward import Matcher
@@ -53,7 +53,7 @@ def preprocessing_of(height: int, width: int = 0, resize: Resize = "stretch") ->
     return Preprocessing(height, width or height, resize, *IMAGENET[2:], *IMAGENET[:2])
 
 
-LIMITS = Limits(memory=2**30, device_memory=2**30, checkpoint_seconds=1e9)
+LIMITS = WorkerLimits(memory=2**30, device_memory=2**30, checkpoint_seconds=1e9)
 
 
 @pytest.fixture

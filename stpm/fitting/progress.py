@@ -1,29 +1,44 @@
-"""Tells what happens in the pool: a line per epoch where someone watches, fewer in a log file, none lost."""
+"""Log the events of a fit: a line per epoch on a terminal; in a log file fewer lines, with every loss."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from stpm.console import duration
-from stpm.fitting.task import Epoch, FitTask, Outcome
-from stpm.fitting.task_queue import Event
+from stpm.fitting.task import Epoch, Event, FitResult, FitTask
 
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
-_BAR = 20
+_BAR_WIDTH = 20
+
+
+@dataclass
+class _TaskProgress:
+    """One task: epochs that are not logged yet, time of the last line, first training loss, fraction that is done."""
+
+    task: FitTask
+    epochs: list[Epoch] = field(default_factory=list)
+    logged_at: float | None = None
+    first_loss: float | None = None
+    fraction: float = 0.0
+
+    @property
+    def cost_done(self) -> float:
+        return self.task.cost * self.fraction
 
 
 class FitProgress:
-    """Called with each event of a pool, on one thread.
+    """Log events, and show a progress bar. Call it with each event, on one thread.
 
     Args:
-        tasks: all that the pool runs.
-        show: rewrites the line at the bottom, where someone looks on; None: a log, in which a task's epochs are
-            gathered, and told at most every five seconds.
-        clock: seconds, for tests.
+        tasks: all tasks of the run.
+        show: shows the progress bar on a terminal; None: there is none, epochs of one task that end within five
+            seconds share a line, and the bar is logged after each task.
+        clock: returns seconds; tests replace it.
     """
 
     def __init__(
@@ -31,84 +46,77 @@ class FitProgress:
     ) -> None:
         self._clock = clock
         self._show = show
-        self._pause = 0.0 if show else _LOG_SECONDS
-        self._tasks = {task.key: task for task in tasks}
-        self._width = max(map(len, self._tasks))
-        self._gathered: dict[str, list[Epoch]] = {}
-        self._told: dict[str, float] = {}
-        self._first: dict[str, float] = {}
+        self._min_seconds = 0.0 if show else _LOG_SECONDS
+        self._tasks = {task.key: _TaskProgress(task) for task in tasks}
+        self._key_width = max(map(len, self._tasks))
         self._ended = 0
-        self._epochs_done: dict[str, int] = {}
         self._start = clock()
 
     def __call__(self, event: Event) -> None:
-        self._tell(event)
+        if isinstance(event, FitResult):
+            self._log_result(event)
+        else:
+            key, message = event
+            if isinstance(message, Epoch):
+                self._add_epoch(self._tasks[key], message)
+            else:
+                self._log(self._tasks[key].task, message)
         if self._show and self._ended < len(self._tasks):
             self._show(self._bar())
-        elif isinstance(event, Outcome):
+        elif isinstance(event, FitResult):
             log.info(self._bar())
 
-    def _tell(self, event: Event) -> None:
-        if isinstance(event, Outcome):
-            self._tell_epochs(event.key)
-            self._tell_outcome(event)
-            return
-        key, told = event
-        if isinstance(told, str):
-            self._line(key, told)
-            return
-        self._gathered.setdefault(key, []).append(told)
-        self._epochs_done[key] = told.number
-        last = told.number == self._tasks[key].recipe.epochs
-        if last or self._clock() - self._told.get(key, -self._pause) >= self._pause:
-            self._tell_epochs(key)
+    def _add_epoch(self, progress: _TaskProgress, epoch: Epoch) -> None:
+        progress.epochs.append(epoch)
+        progress.fraction = epoch.number / progress.task.recipe.epochs
+        due = progress.logged_at is None or self._clock() - progress.logged_at >= self._min_seconds
+        if due or epoch.number == progress.task.recipe.epochs:
+            self._log_epochs(progress)
 
-    def _tell_epochs(self, key: str) -> None:
-        epochs = self._gathered.pop(key, [])
+    def _log_epochs(self, progress: _TaskProgress) -> None:
+        """Log the epochs of a task that are not logged yet, as one line."""
+        epochs, progress.epochs = progress.epochs, []
         if not epochs:
             return
-        self._told[key] = self._clock()
-        first = self._first.setdefault(key, epochs[0].train_loss)
-        task = self._tasks[key]
-        total = str(task.recipe.epochs)
-        numbers = (
-            f"{epochs[-1].number:>{len(total)}}" if len(epochs) == 1 else f"{epochs[0].number}-{epochs[-1].number}"
-        )
-        left = (task.recipe.epochs - epochs[-1].number) * (len(task.train) - task.recipe.held_out(len(task.train)))
-        speed = epochs[-1].images_per_second
+        progress.logged_at = self._clock()
+        if progress.first_loss is None:
+            progress.first_loss = epochs[0].train_loss
+        first, last = epochs[0], epochs[-1]
+        task = progress.task
+        total = task.recipe.epochs
+        numbers = f"{last.number:>{len(str(total))}}" if first is last else f"{first.number}-{last.number}"
         line = (
-            f"epoch {numbers}/{total}  train loss {_several(e.train_loss for e in epochs)}  "
-            f"validation loss {_several(e.validation_loss for e in epochs)}  {speed:.0f} images/s"
+            f"epoch {numbers}/{total}  train loss {' '.join(f'{e.train_loss:.4f}' for e in epochs)}  "
+            f"validation loss {' '.join(f'{e.validation_loss:.4f}' for e in epochs)}  "
+            f"{last.images_per_second:.0f} images/s"
         )
-        if left:
-            line += f"  {duration(left / speed)} left"
-        if epochs[-1].train_loss > first:
-            line += f"  above its start, {first:.4f}: it may be diverging, lower --learning-rate"
-        self._line(key, line)
+        if last.number < total:
+            images = len(task.train) - task.recipe.held_out(len(task.train))
+            line += f"  {duration((total - last.number) * images / last.images_per_second)} left"
+        if last.train_loss > progress.first_loss:
+            line += f"  above its start, {progress.first_loss:.4f}: it may be diverging, lower --learning-rate"
+        self._log(task, line)
 
-    def _tell_outcome(self, outcome: Outcome) -> None:
+    def _log_result(self, result: FitResult) -> None:
+        progress = self._tasks[result.key]
+        self._log_epochs(progress)
         self._ended += 1
-        if outcome.record is None:
-            self._line(outcome.key, f"failed: {outcome.reason}")
+        progress.fraction = 1.0
+        if result.record is None:
+            self._log(progress.task, f"failed: {result.reason}")
         else:
-            fit = outcome.record.fit
-            what = f"epoch {fit.kept_epoch} of {fit.epochs} kept" if fit.epochs else "a memory alone"
-            self._line(outcome.key, f"fitted in {fit.seconds:.1f} s, {what}")
-        self._epochs_done[outcome.key] = self._tasks[outcome.key].recipe.epochs
+            fit = result.record.fit
+            model = f"epoch {fit.kept_epoch} of {fit.epochs} kept" if fit.epochs else "memory only"
+            self._log(progress.task, f"fitted in {fit.seconds:.1f} s, {model}")
+
+    def _log(self, task: FitTask, text: str) -> None:
+        log.info(f"{task.key:<{self._key_width}}  {text}", extra={"category": task.category})
 
     def _bar(self) -> str:
-        total = len(self._tasks)
-        done = sum(task.cost * self._epochs_done.get(key, 0) / task.recipe.epochs for key, task in self._tasks.items())
-        whole = sum(task.cost for task in self._tasks.values())
-        filled = int(_BAR * done / whole)
-        line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {self._ended}/{total} ended"
-        if 0 < done < whole:
-            line += f", about {duration((self._clock() - self._start) * (whole - done) / done)} left"
-        return line
-
-    def _line(self, key: str, text: str) -> None:
-        log.info(f"{key:<{self._width}}  {text}", extra={"category": self._tasks[key].category})
-
-
-def _several(losses: Iterable[float]) -> str:
-    return " ".join(f"{loss:.4f}" for loss in losses)
+        done = sum(progress.cost_done for progress in self._tasks.values())
+        total = sum(progress.task.cost for progress in self._tasks.values())
+        filled = int(_BAR_WIDTH * done / total)
+        bar = f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._ended}/{len(self._tasks)} ended"
+        if 0 < done < total:
+            bar += f", about {duration((self._clock() - self._start) * (total - done) / done)} left"
+        return bar

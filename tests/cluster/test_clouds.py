@@ -13,7 +13,7 @@ import pytest
 
 from stpm import storage
 from stpm.data.mvtec import read_category
-from stpm.fitting.fit_category import run_task
+from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
 from stpm.method.backbones import load_teacher
 from stpm.models.store import ModelStore
@@ -35,7 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> str:
     make_category(f"{root}/data", "nut")
     store = f"{root}/models"
     digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
-    run_task(FitTask.of(read_category(f"{root}/data", "nut"), TINY, store, digest), LIMITS, lambda told: None)
+    fit_category(
+        FitTask.from_category(read_category(f"{root}/data", "nut"), TINY, store, digest), LIMITS, lambda message: None
+    )
     return store
 
 

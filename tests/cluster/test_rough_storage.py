@@ -18,7 +18,7 @@ import pytest
 
 from stpm import storage
 from stpm.data import mvtec
-from stpm.fitting.fit_category import run_task
+from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
 from stpm.method.backbones import load_teacher
 from stpm.models.store import ModelStore
@@ -118,8 +118,8 @@ def options(s3: dict[str, str]) -> list[str]:
         make_category("s3://bucket/data", "nut", good=150, defects=50)
         store = ModelStore("s3://bucket/models")
         teacher = store.put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
-        task = FitTask.of(mvtec.read_category("s3://bucket/data", "nut"), TINY, store.uri, teacher)
-        assert run_task(task, LIMITS, lambda told: None).record
+        task = FitTask.from_category(mvtec.read_category("s3://bucket/data", "nut"), TINY, store.uri, teacher)
+        assert fit_category(task, LIMITS, lambda message: None).record
     return ["--models", "s3://bucket/models", "--images", "s3://bucket/data/nut/test", "--category", "nut"]
 
 

@@ -15,7 +15,7 @@ from stpm.fitting import fit_categories as run
 from stpm.fitting.fit_categories import fit_categories, warn_of_few_normals
 from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask, Outcome
-from stpm.fitting.worker_group import PoolOptions
+from stpm.fitting.worker_group import WorkerOptions
 from stpm.method.recipe import Recipe
 from tests.conftest import LIMITS, MODELS
 from tests.datasets import make_category
@@ -48,7 +48,7 @@ def test_a_category_of_too_few_images_fails_before_anything_is_fitted(
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], calibration_folds=folds)
     of = categories(tmp_path, enough=least, few=least - 1)
-    outcomes = fit_categories(of, recipe, {0: str(tmp_path / "models")}, PoolOptions(), False)
+    outcomes = fit_categories(of, recipe, {0: str(tmp_path / "models")}, WorkerOptions(), False)
     assert fitted_keys == ["enough (seed 0)"]
     assert {o.category: o.status for o in outcomes} == {"few": "failed", "enough": "fitted"}
     assert f"few (seed 0): failed: good images: {least - 1}; this recipe needs at least {least}" in caplog.messages[0]
@@ -59,17 +59,17 @@ def test_a_damaged_model_is_said_and_fitted_again(
 ) -> None:
     of, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
     for _ in range(2):
-        fit_categories(of, tiny, {0: store}, PoolOptions(), False)
+        fit_categories(of, tiny, {0: store}, WorkerOptions(), False)
     assert len(fitted_keys) == 2
     (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
     student.write_bytes(student.read_bytes()[:-1])
     caplog.clear()
-    outcomes = fit_categories(of, tiny, {0: store}, PoolOptions(), False)
+    outcomes = fit_categories(of, tiny, {0: store}, WorkerOptions(), False)
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert {o.category: o.status for o in outcomes} == {"nut": "fitted", "bolt": "reused"}
     assert caplog.messages[0].startswith("nut (seed 0): fitted again: ")
     assert "student.safetensors: its SHA-256 is" in caplog.messages[0]
-    fit_categories(of, tiny, {0: store}, PoolOptions(), False)
+    fit_categories(of, tiny, {0: store}, WorkerOptions(), False)
     assert len(fitted_keys) == 3
 
 
