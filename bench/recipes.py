@@ -34,8 +34,8 @@ from stpm import storage
 from stpm.data import images, mvtec
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import PixelCounts, count_pixels
-from stpm.fitting.calibrate import make_parts
 from stpm.fitting.build_memory import build_memory
+from stpm.fitting.calibrate import make_parts
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
