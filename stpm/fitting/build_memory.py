@@ -20,12 +20,7 @@ _MAX_CANDIDATES = 65_536
 def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> tuple[MemoryBank, ...]:
     """Build two banks for each of the recipe's memory levels: one of features and one of directions.
 
-    The same images, recipe and kind of device give the same banks.
-
-    Args:
-        features: of all images.
-        train: indices of the images to remember, without held-out ones.
-        recipe: with vectors per bank (0: no banks), levels and seed.
+    The same training images, recipe and kind of device give the same banks.
     """
     if not recipe.memory:
         return ()

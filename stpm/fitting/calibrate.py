@@ -16,7 +16,7 @@ from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, Teache
 from stpm.fitting.train_student import Checkpoints, train_student
 from stpm.method.backbones import StateDict, architecture_of, backbone_from
 from stpm.method.calibration import Calibration, HeatmapRange, PartScale, part_scale, part_scales_without_each
-from stpm.method.forward import Distances, Parts, shape_of, to_device
+from stpm.method.forward import Distances, Parts, shape_of
 from stpm.method.fusion import AnomalyMap, part_values
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
@@ -31,25 +31,15 @@ class CalibrationResult(NamedTuple):
 
 def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: Recipe, device: torch.device) -> Parts:
     """Make the parts of a fitted model, ready to score on a device."""
-    backbone = None
-    if student is not None:
-        backbone = backbone_from(architecture_of(recipe.teacher), recipe.levels, student, "fitted student")
-        backbone = to_device(backbone, device)
-    return Parts(backbone, tuple(memory))
+    architecture = architecture_of(recipe.teacher)
+    backbone = None if student is None else backbone_from(architecture, recipe.levels, student, "fitted student")
+    return Parts(backbone, tuple(memory)).to(device)
 
 
 def calibrate_model(
     parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
 ) -> CalibrationResult:
-    """Measure scores, heatmap scale and part scales on held-out images.
-
-    Args:
-        parts: of the model.
-        features: of all images.
-        held_out: indices of images that the model was not fitted on.
-        recipe: of the model.
-        budget: see `HeldOutDistances`.
-    """
+    """Measure scores, heatmap scale and part scales on held-out images; for the budget see `HeldOutDistances`."""
     distances = HeldOutDistances(parts, features, held_out, recipe, budget)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
     heatmap_range = HeatmapRange(int(((right - left) * (bottom - top)).sum()))
@@ -67,13 +57,7 @@ def cross_validate_scores(
     """Score every image by a model fitted without it (k-fold cross-validation); return N scores, ascending.
 
     The students of all folds train for all epochs and keep the last: choosing an epoch on the fold that is scored
-    would bias its scores.
-
-    Args:
-        features: of all images.
-        recipe: with the number of folds.
-        checkpoints: one for each fold.
-        budget: see `HeldOutDistances`.
+    would bias its scores. Each of them has checkpoints of its own; for the budget see `HeldOutDistances`.
     """
     image_count = len(features.images)
     fold_count = recipe.folds_of(image_count)
@@ -94,18 +78,9 @@ def cross_validate_scores(
 class HeldOutDistances:
     """Distance maps of held-out images, and the anomaly maps that follow from them.
 
-    An anomaly map needs part scales from the other held-out images. So distance maps are computed first, and cached;
-    those beyond the budget are computed a second time, to the same bits.
-
-    Attributes:
-        samples: for each part and image, some of its distances.
-
-    Args:
-        parts: of the model.
-        features: of all images.
-        held_out: indices of the held-out images.
-        recipe: of the model.
-        budget: bytes that cached distance maps may take.
+    An anomaly map needs part scales from the other held-out images. So all distance maps are computed first, and cached
+    up to a budget of bytes; those beyond it are computed a second time, to the same bits. `samples` holds some of the
+    distances of each part and image.
     """
 
     def __init__(self, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int) -> None:

@@ -24,7 +24,6 @@ from stpm.lease import held
 from stpm.method.backbones import load_teacher
 from stpm.method.calibration import Normals, shortfall
 from stpm.method.recipe import Recipe
-from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -100,13 +99,20 @@ def fit_categories(
     # Raise the error of an unknown normalisation once, and not in each category.
     choose_normalisation(recipe)
     with ExitStack() as leases:
-        tasks = []
+        tasks: list[FitTask] = []
         for seed, store in stores.items():
             leases.enter_context(held(store, wait))
             digest = ModelStore(store).put_teacher(weights)
-            seeded = dataclasses.replace(recipe, seed=seed)
-            tasks += [FitTask.from_category(category, seeded, store, digest) for category in categories]
-        results, unfinished = _find_existing(tasks)
+            for category in categories:
+                adapted = dataclasses.replace(recipe, seed=seed).for_images(len(category.train))
+                tasks.append(FitTask(category.name, category.train, adapted, store, digest))
+        with ThreadPoolExecutor(_READER_THREADS) as threads:
+            existing = list(threads.map(_existing_result, tasks))
+        for task, (_, message) in zip(tasks, existing, strict=True):
+            if message:
+                log.info(f"{task.key}: {message}", extra={"category": task.category})
+        results = [result for result, _ in existing if result]
+        unfinished = [task for task, (result, _) in zip(tasks, existing, strict=True) if not result]
         if unfinished:
             scratch = storage.join(next(iter(stores.values())), ".train")
             with connected():
@@ -116,31 +122,15 @@ def fit_categories(
         return results
 
 
-def _find_existing(tasks: Sequence[FitTask]) -> tuple[list[FitResult], list[FitTask]]:
-    """Return the results of the tasks that need no worker, and the other tasks."""
-    with ThreadPoolExecutor(_READER_THREADS) as threads:
-        found = list(threads.map(_model_or_error, tasks))
-    results, unfinished = [], []
-    for task, model in zip(tasks, found, strict=True):
-        message = ""
-        if isinstance(model, DataError):
-            results.append(FitResult.failed(task, str(model)))
-            message = f"failed: {model}"
-        elif isinstance(model, ModelRecord):
-            results.append(FitResult.succeeded(task, model, "reused"))
-            message = f"model {model.model_id} is there already, with this recipe and these images"
-        else:
-            unfinished.append(task)
-            message = f"fitted again: {model}" if model else ""
-        if message:
-            log.info(f"{task.key}: {message}", extra={"category": task.category})
-    return results, unfinished
-
-
-def _model_or_error(task: FitTask) -> ModelRecord | ModelError | DataError | None:
-    """Return the task's model if it exists, an error if it is damaged or cannot be made, else None."""
+def _existing_result(task: FitTask) -> tuple[FitResult | None, str]:
+    """Return the result of a task that needs no worker, else None; and a message for the log, or ""."""
     try:
         task.recipe.check_images(len(task.train))
-        return existing_model(task)
-    except (DataError, ModelError) as error:
-        return error
+        model = existing_model(task)
+    except DataError as error:
+        return FitResult(task, reason=str(error)), f"failed: {error}"
+    except ModelError as error:
+        return None, f"fitted again: {error}"
+    if model is None:
+        return None, ""
+    return FitResult(task, model), f"model {model.model_id} is there already, with this recipe and these images"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from stpm.method.memory_bank import MemoryBank
 from stpm.models.record import FitSummary, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.pages.loss_chart import loss_png
+
+log = logging.getLogger(__name__)
 
 Reporter = Callable[[Epoch | str], None]
 
@@ -51,10 +54,6 @@ class WorkerLimits:
         return self.memory if images.on_disk else self.memory - images.pixels.nbytes
 
 
-class OutOfDeviceMemoryError(StpmError):
-    """The GPU has too little memory for a recipe. A smaller batch would be another recipe, so none is tried."""
-
-
 def existing_model(task: FitTask) -> ModelRecord | None:
     """Return the category's model in the store if the task would make the same, else None.
 
@@ -75,29 +74,33 @@ def existing_model(task: FitTask) -> ModelRecord | None:
 
 
 def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:
-    """Fit, calibrate and publish one model.
+    """Fit, calibrate and publish one model. Errors become failed results, so that the worker can go on.
 
     Args:
         task: to run.
         limits: of this worker.
         report: called with each finished epoch, and with messages for the log.
-
-    Raises:
-        StpmError: if the images or the teacher cannot be read, the loss diverges, or the GPU runs out of memory.
     """
     try:
-        return _fit_category(task, limits, report)
+        return FitResult(task, _fit_category(task, limits, report))
+    except StpmError as error:
+        reason = str(error)
     except torch.cuda.OutOfMemoryError as error:
-        reason = str(error).split(". ", maxsplit=1)[0]
-    # Outside of the except block no traceback keeps the tensors of the failed fit alive, and their memory is freed.
+        # A smaller batch would be another recipe, so none is tried.
+        reason = (
+            f"{str(error).split('. ', maxsplit=1)[0]}: the device's memory does not hold batches of "
+            f"{task.recipe.batch} at this size; lower --batch or --pixels (or --size), or give each worker more of a "
+            "GPU (--gpus-per-worker)"
+        )
+    except Exception as error:
+        log.exception("%s failed", task.key)
+        reason = f"{type(error).__name__}: {error}"
+    # Here, outside of the except blocks, no traceback keeps the tensors of the failed fit alive.
     torch.cuda.empty_cache()
-    raise OutOfDeviceMemoryError(
-        f"{reason}: the device's memory does not hold batches of {task.recipe.batch} at this size; lower --batch or "
-        "--pixels (or --size), or give each worker more of a GPU (--gpus-per-worker)"
-    )
+    return FitResult(task, reason=reason)
 
 
-def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:
+def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> ModelRecord:
     start = time.perf_counter()
     recipe, store = task.recipe, ModelStore(task.store)
     storage.sweep(store.folder(task.category))
@@ -143,7 +146,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitR
     )
     for each in checkpoints:
         each.clear()
-    return FitResult.succeeded(task, record, "fitted")
+    return record
 
 
 def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> TeacherFeatures:

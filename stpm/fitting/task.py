@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
-from stpm.data.mvtec import Category
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 
@@ -16,7 +14,8 @@ from stpm.models.record import ModelRecord
 class FitTask:
     """A model to fit: the category's training images, the recipe, and the store that the model goes to.
 
-    `train` holds URIs with versions, as `stpm.storage.versions` gives them.
+    `train` holds URIs with versions, as `stpm.storage.versions` gives them. `recipe` is the one that
+    `Recipe.for_images` returns.
     """
 
     category: str
@@ -24,11 +23,6 @@ class FitTask:
     recipe: Recipe
     store: str
     teacher_digest: str
-
-    @classmethod
-    def from_category(cls, category: Category, recipe: Recipe, store: str, teacher_digest: str) -> FitTask:
-        """Make the task of a category, with the number of epochs that its number of images calls for."""
-        return cls(category.name, category.train, recipe.for_images(len(category.train)), store, teacher_digest)
 
     @property
     def key(self) -> str:
@@ -55,22 +49,11 @@ class FitTask:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The result of a task: `record` is the model; if the task failed it is None, and `reason` says why."""
+    """The result of a task: the model's record; or None if the task failed, and `reason` says why."""
 
-    key: str
-    category: str
-    seed: int
-    status: Literal["fitted", "reused", "failed"]
+    task: FitTask
     record: ModelRecord | None = None
     reason: str = ""
-
-    @classmethod
-    def failed(cls, task: FitTask, reason: str) -> FitResult:
-        return cls(task.key, task.category, task.recipe.seed, "failed", reason=reason)
-
-    @classmethod
-    def succeeded(cls, task: FitTask, record: ModelRecord, status: Literal["fitted", "reused"]) -> FitResult:
-        return cls(task.key, task.category, task.recipe.seed, status, record)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class TaskQueue:
 
     def finish(self, result: FitResult) -> None:
         """Record the result of a task."""
-        self._running.pop(result.key, None)
+        self._running.pop(result.task.key, None)
         self._events.append(result)
 
     def events(self, since: int) -> list[Event]:
@@ -90,6 +90,6 @@ class TaskQueue:
             self._deaths[key] = deaths
             if len(deaths) > 1 and ran_alone:
                 reason = f"its worker process died {len(deaths)} times (out of memory?); it is not tried again"
-                self._events.append(FitResult.failed(task, reason))
+                self._events.append(FitResult(task, reason=reason))
             else:
                 self._quarantined.append(task)

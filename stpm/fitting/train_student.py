@@ -98,15 +98,7 @@ def train_student(
     """Train one student.
 
     The same recipe, images, kind of device and number of threads give the same bits, also if the training was
-    interrupted and continued from a checkpoint.
-
-    Args:
-        features: of all images.
-        train: indices of the images to train on.
-        held_out: indices of the images to measure the validation loss on.
-        recipe: of the model.
-        on_epoch: called after each epoch.
-        checkpoints: to continue from and to save to; None: neither.
+    interrupted and continued from a checkpoint. The validation loss is measured on the held-out images.
 
     Raises:
         DivergedError: if a loss is not finite.
@@ -151,11 +143,10 @@ def _best_epoch(history: Sequence[Epoch]) -> Epoch:
 
 
 def _has_ended(history: Sequence[Epoch], recipe: Recipe) -> bool:
-    if len(history) == recipe.epochs:
-        return True
-    if not recipe.early_stopping or not history:
+    if not history:
         return False
-    return history[-1].number - _best_epoch(history).number >= recipe.early_stopping
+    epochs_since_best = history[-1].number - _best_epoch(history).number
+    return len(history) == recipe.epochs or 0 < recipe.early_stopping <= epochs_since_best
 
 
 def _copy_weights(student: Backbone) -> StateDict:
@@ -164,10 +155,7 @@ def _copy_weights(student: Backbone) -> StateDict:
 
 def _copy_tensors(optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     state: dict[int, dict[str, Tensor | None]] = optimiser.state_dict()["state"]
-    return {
-        index: {name: value.cpu() for name, value in values.items() if value is not None}
-        for index, values in state.items()
-    }
+    return {i: {k: v.cpu() for k, v in tensors.items() if v is not None} for i, tensors in state.items()}
 
 
 def _make_optimiser(student: Backbone, recipe: Recipe) -> torch.optim.Optimizer:

@@ -20,7 +20,6 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from stpm import storage
 from stpm.cluster.connection import KEEPING_MEMORY, beside_the_driver, is_shared, living_nodes, working_nodes
-from stpm.errors import StpmError
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import Event, FitResult, FitTask
 from stpm.fitting.task_queue import WAIT, TaskQueue
@@ -92,8 +91,8 @@ def run_worker_group(
         results = monitor.stop()
         ray.kill(queue)
         storage.remove(scratch)
-    ended = {result.key for result in results}
-    missing = [FitResult.failed(task, failure or "it never ran") for task in tasks if task.key not in ended]
+    ended = {result.task.key for result in results}
+    missing = [FitResult(task, reason=failure or "it never ran") for task in tasks if task.key not in ended]
     for result in missing:
         on_event(result)
     return results + missing
@@ -125,7 +124,7 @@ def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[
 
 
 def _run_worker(config: dict[str, Any]) -> None:
-    """Take tasks from the queue until all have ended. If a task raises, it has failed, and the worker goes on."""
+    """Take tasks from the queue until all have ended."""
     # Ray Train's controller unpickles this function too, and would spend seconds on imports that it never uses.
     from stpm.fitting.fit_category import WorkerLimits, fit_category
 
@@ -139,13 +138,7 @@ def _run_worker(config: dict[str, Any]) -> None:
         if task == WAIT:
             time.sleep(_POLL_SECONDS)
             continue
-        try:
-            result = fit_category(task, limits, partial(queue.report.remote, task.key))
-        except StpmError as error:
-            result = FitResult.failed(task, str(error))
-        except Exception as error:
-            log.exception("%s failed", task.key)
-            result = FitResult.failed(task, f"{type(error).__name__}: {error}")
+        result = fit_category(task, limits, partial(queue.report.remote, task.key))
         ray.get(queue.finish.remote(result))
 
 

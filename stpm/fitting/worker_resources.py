@@ -36,11 +36,8 @@ class WorkerResources:
 def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], task_count: int) -> WorkerResources:
     """Choose the CPUs per worker where the options leave it open: as many as still give every task a worker.
 
-    Args:
-        options: of the workers.
-        nodes: resources of each node that takes work.
-        task_count: number of all tasks that the run was asked for, finished ones included: the number of threads
-            affects the last bits of a student, and must not change when a run is resumed.
+    The tasks include those that an earlier run has finished: the number of threads affects the last bits of a student,
+    and must not change when a run is resumed.
     """
     gpus = options.gpus_per_worker if any(node.get("GPU", 0) > 0 for node in nodes) else 0.0
     if options.cpus_per_worker:
@@ -56,14 +53,7 @@ def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], 
 def scaling_config(
     options: WorkerOptions, resources: WorkerResources, nodes: Sequence[Resources], task_count: int, *, elastic: bool
 ) -> ScalingConfig:
-    """Choose the number of workers for these nodes and tasks.
-
-    Args:
-        options: of the workers.
-        resources: of each worker.
-        nodes: resources of each node that takes work.
-        task_count: number of tasks to run.
-        elastic: nodes may come and go, and the number of workers follows them.
+    """Choose the number of workers for these nodes and tasks; if elastic, it changes with the number of nodes.
 
     Raises:
         ConfigError: if no worker fits, or without `elastic` fewer than `options.workers`.

@@ -86,9 +86,9 @@ def _run(
             stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
             warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
             fits = fit_categories(categories, recipe, stores, pool, options.wait)
-            failures += [Failure(o.key, o.reason) for o in fits if o.status == "failed"]
+            failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
             for seed, store in stores.items():
-                records = [o.record for o in fits if o.seed == seed and o.record]
+                records = [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]
                 if records:
                     log.info(f"seed {seed}: scoring the test images of {len(records)} categories")
                     fitted = [c for c in categories if c.name in {record.category for record in records}]

@@ -35,7 +35,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
             return ALL_DONE
         warn_about_few_normals(categories, recipe, options.false_alarm_rate)
         results = fit_categories(categories, recipe, {recipe.seed: store}, workers, options.wait) if categories else []
-    failed = len(failures) + sum(result.status == "failed" for result in results)
+    failed = len(failures) + sum(result.record is None for result in results)
     good = len(results) + len(failures) - failed
     log.info(f"{good} of {good + failed} categories have a model in {options.models}")
     return exit_code(good, failed)

@@ -26,9 +26,7 @@ class DeadlyTask(FitTask):
 def main(data: str, models: str) -> None:
     digest = ModelStore(models).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
     tasks = [
-        (DeadlyTask if name == "deadly" else FitTask).from_category(
-            mvtec.read_category(data, name), TINY, models, digest
-        )
+        (DeadlyTask if name == "deadly" else FitTask)(name, mvtec.read_category(data, name).train, TINY, models, digest)
         for name in mvtec.find_categories(data)
     ]
     with connected():
@@ -36,7 +34,7 @@ def main(data: str, models: str) -> None:
             tasks, WorkerOptions(workers=2), WorkerResources(cpus=1), f"{models}/.train", FitProgress(tasks, None)
         )
     for result in results:
-        print(f"outcome {result.category} {result.status} {result.reason}", flush=True)
+        print(f"outcome {result.task.category} {'fitted' if result.record else 'failed'} {result.reason}", flush=True)
 
 
 if __name__ == "__main__":

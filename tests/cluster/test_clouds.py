@@ -35,9 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> str:
     make_category(f"{root}/data", "nut")
     store = f"{root}/models"
     digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
-    fit_category(
-        FitTask.from_category(read_category(f"{root}/data", "nut"), TINY, store, digest), LIMITS, lambda message: None
-    )
+    task = FitTask("nut", read_category(f"{root}/data", "nut").train, TINY, store, digest)
+    fit_category(task, LIMITS, lambda message: None)
     return store
 
 

@@ -118,7 +118,7 @@ def options(s3: dict[str, str]) -> list[str]:
         make_category("s3://bucket/data", "nut", good=150, defects=50)
         store = ModelStore("s3://bucket/models")
         teacher = store.put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
-        task = FitTask.from_category(mvtec.read_category("s3://bucket/data", "nut"), TINY, store.uri, teacher)
+        task = FitTask("nut", mvtec.read_category("s3://bucket/data", "nut").train, TINY, store.uri, teacher)
         assert fit_category(task, LIMITS, lambda message: None).record
     return ["--models", "s3://bucket/models", "--images", "s3://bucket/data/nut/test", "--category", "nut"]
 

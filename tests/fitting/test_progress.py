@@ -29,7 +29,7 @@ def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> li
     for number in range(1, epochs + 1):
         clock.now += seconds_per_epoch
         progress((TASK.key, Epoch(number, 1 / number, 2 / number, 50.0)))
-    progress(FitResult.failed(TASK, "it broke"))
+    progress(FitResult(TASK, reason="it broke"))
     return shown
 
 
@@ -84,5 +84,5 @@ def test_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> N
 def test_model_without_student_has_no_epochs(caplog: pytest.LogCaptureFixture) -> None:
     fit = FitSummary(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
     record = ModelRecord("nut", TINY, preprocessing_of(64), "float32", "", HeatmapScale(0, 1), (), fit, {}, {}, "")
-    FitProgress([TASK], None)(FitResult.succeeded(TASK, record, "fitted"))
+    FitProgress([TASK], None)(FitResult(TASK, record))
     assert caplog.messages[0] == "nut (seed 0)  fitted in 3.2 s, memory only"

@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
         category = mvtec.read_category(str(root / "data"), name)
         recipe = dataclasses.replace(MODELS[KINDS[name]], validation_share=0.4)
-        fit_category(FitTask.from_category(category, recipe, store, digest), LIMITS, lambda message: None)
+        fit_category(FitTask(category.name, category.train, recipe, store, digest), LIMITS, lambda message: None)
     return root
 
 
@@ -425,7 +425,7 @@ def test_the_bound_model_scores_and_no_other(run: Path, tmp_path: Path) -> None:
     category = mvtec.read_category(str(run / "data"), "nut")
     recipe = dataclasses.replace(MODELS[KINDS["nut"]], seed=5)
     digest = store.record("nut").teacher_digest
-    fit_category(FitTask.from_category(category, recipe, store.uri, digest), LIMITS, lambda message: None)
+    fit_category(FitTask(category.name, category.train, recipe, store.uri, digest), LIMITS, lambda message: None)
     assert store.record("nut").model_id != bound["nut"]
     out = pa.concat_tables([before, scorer(decoded.slice(1))]).to_pylist()
     assert {row["category"]: row["model_id"] for row in out} == bound
@@ -573,7 +573,8 @@ def test_images_of_other_proportions_are_scored_on_what_they_show(
     digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(tmp_path / "data"), "long")
     recipe = dataclasses.replace(any_model, size=Size("64x48"), resize=resize)
-    record = fit_category(FitTask.from_category(category, recipe, store, digest), LIMITS, lambda message: None).record
+    task = FitTask(category.name, category.train, recipe, store, digest)
+    record = fit_category(task, LIMITS, lambda message: None).record
     assert record
     preprocessing = {"long": record.preprocessing}
     decoded = Decode(preprocessing)(with_ids([category]))
