@@ -33,7 +33,7 @@ _READER_THREADS = 8
 
 
 def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Category], dict[str, str]]:
-    """List the images of each category; return the categories, and for those that cannot be used, by name, the reason.
+    """List the images of each category; return the usable categories, and the reason by name for the others.
 
     Args:
         root: URI of the data set.

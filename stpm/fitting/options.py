@@ -44,8 +44,8 @@ class WorkerOptions:
     gpus_per_worker: float = option(1.0, "GPUs per worker, such as 0.5, where the cluster has GPUs; 0: use CPUs")
     cpus_per_worker: int = option(
         0,
-        "CPU cores per worker, with one thread each; 0: as many as still give each category a worker (on GPUs, each "
-        "--gpus-per-worker), at most 8",
+        "CPU cores per worker, with one thread each; 0: at most 8, as many as leave cores for one worker per category, "
+        "or on GPUs for one worker per --gpus-per-worker",
     )
     memory_gib: float = option(
         0.0,
@@ -64,7 +64,7 @@ class WorkerOptions:
     def __post_init__(self) -> None:
         remedies = {
             "workers": "give 1 or more, or 0 to take what the cluster has",
-            "cpus_per_worker": "give at least 1, or 0 to choose it by the cluster",
+            "cpus_per_worker": "give at least 1, or 0 to use as many as the cluster has for it",
             "gpus_per_worker": "give 0 or more",
             "memory_gib": "give a number above 0, or 0 to divide the node's memory",
             "checkpoint_seconds": "give 0 or more",

@@ -1,6 +1,6 @@
 """The queue that workers take their tasks from, longest first. It does not import Ray.
 
-When a worker process dies, Ray Train restarts the whole worker group and does not tell which worker it was. So every
+When a worker process dies, Ray Train restarts the whole worker group and does not report which worker it was. So every
 task that was running is quarantined: it runs again while no other task runs. If its worker dies again then, the task
 has failed.
 

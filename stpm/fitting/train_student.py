@@ -54,9 +54,9 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A student's weights on the CPU, all epochs, and the epoch that the weights are of.
+    """A student's weights on the CPU, all epochs of its training, and the epoch whose weights were kept.
 
-    With a recipe without a student it is empty.
+    It is empty if the recipe has no student.
     """
 
     student: StateDict | None = None

@@ -34,10 +34,10 @@ class WorkerResources:
 
 
 def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], task_count: int) -> WorkerResources:
-    """Choose the CPUs per worker where the options leave it open: as many as still give every task a worker.
+    """Choose the CPUs per worker where the options leave it open: as many as possible without having fewer workers.
 
-    The tasks include those that an earlier run has finished: the number of threads affects the last bits of a student,
-    and must not change when a run is resumed.
+    `task_count` includes tasks that an earlier run has finished: the number of threads affects the last bits of a
+    student, and must not change when a run is resumed.
     """
     gpus = options.gpus_per_worker if any(node.get("GPU", 0) > 0 for node in nodes) else 0.0
     if options.cpus_per_worker:

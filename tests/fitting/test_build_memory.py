@@ -46,12 +46,12 @@ def test_same_images_give_the_same_memory(images: TrainingImages, matcher_of: Ma
 
 
 def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, matcher_of: MatcherOf) -> None:
-    """Kept features are rounded to half precision, nothing else differs; all are remembered, for a choice may flip."""
+    """Cached features are rounded to half precision. The banks hold all of them, since rounding may change a choice."""
     recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
     features = [TeacherFeatures(matcher_of(recipe), images, budget) for budget in (BUDGET, 0)]
-    kept, anew = (build_memory(each, np.arange(6), recipe) for each in features)
+    cached, recomputed = (build_memory(each, np.arange(6), recipe) for each in features)
     levels, masks = features[1](np.arange(6, 9)), [None] * 3
-    for one, other in zip(kept, anew, strict=True):
+    for one, other in zip(cached, recomputed, strict=True):
         torch.testing.assert_close(one.mean, other.mean, rtol=2e-3, atol=1e-4)
         distances = [bank.distance_map(levels[bank.level], masks[bank.level]) for bank in (one, other)]
         torch.testing.assert_close(*distances, rtol=2e-2, atol=1e-2)

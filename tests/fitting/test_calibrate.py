@@ -22,7 +22,7 @@ from tests.fitting.helpers import BUDGET, MatcherOf, anomaly_maps, fit_parts, se
 def test_calibration_scores_held_out_images_as_scoring_does(
     images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, padded: bool
 ) -> None:
-    """Each on the scales that all held-out images but itself give."""
+    """Score each held-out image on the part scales that the other held-out images give."""
     if padded:
         images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
     recipe = dataclasses.replace(any_model, validation_share=0.5)
@@ -84,7 +84,7 @@ def test_part_scales_are_quantiles_on_held_out_images(
     distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content[held_out])
     scales = calibrate_model(parts, features, held_out, any_model, BUDGET).part_scales
     for scale, part in zip(scales, distances.maps, strict=True):
-        # Of this size all positions are looked at.
+        # Maps of this size are not sampled: all positions count.
         assert scale.low == pytest.approx(np.quantile(part.numpy(), 0.9, method="inverted_cdf"), rel=1e-3)
         assert scale.high == pytest.approx(np.quantile(part.numpy(), 0.995, method="inverted_cdf"), rel=1e-3)
 
@@ -117,7 +117,7 @@ def test_cross_validation_scores_every_image_once(
 
     monkeypatch.setattr(calibrate, "train_student", remember)
     scores = cross_validate_scores(TeacherFeatures(matcher_of(recipe), images, BUDGET), recipe, [None] * folds, BUDGET)
-    # No image is alone in its fold.
+    # Each fold has at least two images.
     assert sorted(trained) == {2: [4, 5], 3: [6, 6, 6]}.get(folds, [6, 7, 7, 7])
     assert scores.shape == (len(images),)
     assert np.isfinite(scores).all()
@@ -126,7 +126,7 @@ def test_cross_validation_scores_every_image_once(
 
 @pytest.mark.parametrize("kind", ["student and memory", "memory"])
 def test_fold_does_not_remember_the_images_it_scores(images: TrainingImages, matcher_of: MatcherOf, kind: str) -> None:
-    """One image is like no other: if all were remembered, it would score no higher than others."""
+    """One image is unlike all others: if its fold's memory held it, it would score no higher than they do."""
     recipe = dataclasses.replace(MODELS[kind], memory=100_000, calibration_folds=3)
     pixels = images.pixels.copy()
     pixels[4] = (255, 0, 0)
@@ -139,7 +139,7 @@ def test_fold_does_not_remember_the_images_it_scores(images: TrainingImages, mat
 
 
 def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, matcher_of: MatcherOf) -> None:
-    """The whole way on images that differ in contrast, of which some are held out and others come later, by chance."""
+    """Calibrate on random images of different contrast, and score others of the same kind."""
     rng = np.random.default_rng(0)
     contrast = rng.lognormal(2.5, 0.5, (90, 1, 1, 1))
     pixels = np.clip(120 + contrast * rng.normal(size=(90, 64, 64, 3)), 0, 255).astype(np.uint8)

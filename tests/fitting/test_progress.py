@@ -22,7 +22,7 @@ class Clock:
 
 
 def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> list[str]:
-    """Report some epochs of a task and its failure; returns what was shown at the bottom of the terminal."""
+    """Report some epochs of a task and its failure; return the lines shown at the bottom of the terminal."""
     shown: list[str] = []
     clock = Clock()
     progress = FitProgress([TASK, OTHER], shown.append if terminal else None, clock)

@@ -21,11 +21,11 @@ PAPER = PRESETS["paper"]
 
 
 @given(st.integers(2, 500), st.floats(0.01, 0.99), st.integers(0, 1000))
-def test_split_is_a_partition_without_empty_sides(count: int, share: float, seed: int) -> None:
-    train, held_out = split(count, dataclasses.replace(PAPER, validation_share=share, seed=seed))
+def test_split_is_a_partition_without_empty_sides(count: int, fraction: float, seed: int) -> None:
+    train, held_out = split(count, dataclasses.replace(PAPER, validation_share=fraction, seed=seed))
     assert sorted([*train, *held_out]) == list(range(count))
     assert len(train) >= 1
-    assert abs(len(held_out) - count * share) <= 1
+    assert abs(len(held_out) - count * fraction) <= 1
 
 
 def test_paper_split_is_80_to_20_and_depends_on_the_seed() -> None:
@@ -56,7 +56,7 @@ class InterruptedTrainingError(Exception):
 
 
 class InMemoryCheckpoints:
-    """Checkpoints after every epoch, and a death after the n-th."""
+    """Save after every epoch, and raise an error after the n-th."""
 
     def __init__(self, dies_after: int) -> None:
         self.state: FitState | None = None
@@ -136,17 +136,17 @@ def test_recipe_without_student_trains_nothing(images: TrainingImages, matcher_o
 def test_recomputed_features_give_about_the_same_losses(
     images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
-    kept, _ = train_on(images, tiny, matcher_of)
-    anew, _ = train_on(images, tiny, matcher_of, budget=0)
-    for first, second in zip(kept.history, anew.history, strict=True):
-        # Kept features are rounded to half precision, nothing else differs.
+    cached, _ = train_on(images, tiny, matcher_of)
+    recomputed, _ = train_on(images, tiny, matcher_of, budget=0)
+    for first, second in zip(cached.history, recomputed.history, strict=True):
+        # They differ only in that cached features are rounded to half precision.
         assert first.train_loss == pytest.approx(second.train_loss, rel=2e-2)
 
 
 def test_gradient_does_not_depend_on_the_batch_size(
     images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf
 ) -> None:
-    """The loss scale multiplies the mean of a batch, whatever its size: a batch twice over changes no gradient."""
+    """`loss_factor` multiplies the mean over a batch, so a batch with each image twice has the same gradient."""
     matcher = matcher_of(tiny)
     weights = train_on(images, tiny, matcher_of)[0].student
     gradients = []
@@ -166,7 +166,7 @@ def test_nan_loss_is_reported(images: TrainingImages, tiny: Recipe, matcher_of: 
 
 
 def test_student_does_not_learn_from_padding(images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
-    """Positions on padding have no part in the loss: replacing the teacher's features there changes nothing."""
+    """Replace the teacher's features on padding: the student stays the same."""
     content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
     padded = TrainingImages(images.pixels, content)
     features = TeacherFeatures(matcher_of(tiny), padded, BUDGET)

@@ -22,7 +22,7 @@ ONE, BIG = WorkerOptions(cpus_per_worker=1), {"CPU": 8.0}
         (ONE, [BIG], 100, 8, False),
         (ONE, [BIG], 3, 3, False),
         (WorkerOptions(cpus_per_worker=4), [BIG], 100, 2, False),
-        # A worker is never split: three cores and three are two workers of two.
+        # A worker is never split over two nodes: two nodes of three cores hold two workers of two.
         (WorkerOptions(cpus_per_worker=2), [{"CPU": 3.0}, {"CPU": 3.0}], 100, 2, False),
         (ONE, [{"CPU": 8.0, "GPU": 2.0}], 100, 2, True),
         (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.25), [{"CPU": 64.0, "GPU": 2.0}], 100, 8, True),
