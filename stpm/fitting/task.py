@@ -1,4 +1,4 @@
-"""One category's fit: the task, an epoch of it, and its result. No torch: these travel between light processes."""
+"""One category's fit: the task, an epoch of it, and its result. Processes without torch import this module."""
 
 from __future__ import annotations
 
