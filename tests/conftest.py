@@ -16,7 +16,7 @@ import torch
 
 from stpm.fitting.fit_category import Limits
 from stpm.fitting.training_images import preprocessing_for
-from stpm.method.backbones import architecture_of, backbone_from, load_teacher
+from stpm.method.backbones import architecture_of, load_backbone, load_teacher_weights
 from stpm.method.forward import Matcher
 from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
@@ -34,9 +34,9 @@ TINY = Recipe(
     teacher_weights="random",
     size=Size("64"),
     epochs=2,
-    batch=4,
+    batch_size=4,
     precision="float32",
-    validation_share=0.25,
+    validation_fraction=0.25,
 )
 
 
@@ -93,8 +93,8 @@ def matcher_of() -> Callable[[Recipe], Matcher]:
     """A matcher with an untrained teacher, as the pool would make it."""
 
     def make(recipe: Recipe) -> Matcher:
-        state = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-        teacher = backbone_from(architecture_of(recipe.teacher), recipe.levels, state, "test")
+        state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+        teacher = load_backbone(architecture_of(recipe.teacher), recipe.levels, state, "test")
         return Matcher(teacher, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
 
     return make

@@ -47,7 +47,7 @@ TRANSIENT_ERRORS = (
 )
 ERROR_KINDS = (*FINAL_ERRORS, *TRANSIENT_ERRORS)
 # Of many images in a row they say that something else is broken. Storage that is not mounted looks like missing files.
-SUSPECT_ERRORS = frozenset((*TRANSIENT_ERRORS, "missing"))
+EXTERNAL_ERRORS = frozenset((*TRANSIENT_ERRORS, "missing"))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Pillow can open far more, by programs that it starts for some: what a file is named says nothing.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")

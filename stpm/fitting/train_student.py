@@ -76,9 +76,9 @@ def split(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
     Raises:
         DataError: if there are too few for the recipe.
     """
-    recipe.check_images(count)
+    recipe.check_image_count(count)
     order = np.random.default_rng(recipe.seed).permutation(count)
-    held_out = recipe.held_out(count)
+    held_out = recipe.held_out_count(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
@@ -197,7 +197,7 @@ def _train(
     student.train()
     matcher = features.matcher
     total = torch.zeros((), device=matcher.device)
-    steps = batches(order, recipe.batch)
+    steps = batches(order, recipe.batch_size)
     for step, chosen in enumerate(steps, (number - 1) * len(steps)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step, len(steps))

@@ -48,7 +48,7 @@ def architecture_of(teacher: str) -> str:
     return DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher.split(".", 1)[0]
 
 
-def data_config(teacher: str) -> DataConfig:
+def resolve_data_config(teacher: str) -> DataConfig:
     """How timm says that the images were prepared on which a teacher was trained; without a tag, its default weights.
 
     Args:
@@ -101,7 +101,7 @@ def build_student(architecture: str, levels: tuple[int, ...], seed: int, zero_in
     return student
 
 
-def load_teacher(teacher: str, weights: str, levels: tuple[int, ...]) -> StateDict:
+def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) -> StateDict:
     """The weights of a frozen teacher's backbone, on the CPU.
 
     Args:
@@ -131,7 +131,7 @@ def load_teacher(teacher: str, weights: str, levels: tuple[int, ...]) -> StateDi
     return _cut_to_backbone(architecture, levels, state, list(expected), origin)
 
 
-def backbone_from(architecture: str, levels: tuple[int, ...], state: StateDict, origin: str) -> Backbone:
+def load_backbone(architecture: str, levels: tuple[int, ...], state: StateDict, origin: str) -> Backbone:
     """A backbone in eval mode with the given weights, keys and shapes matched exactly.
 
     Raises:

@@ -102,11 +102,11 @@ class ModelStore:
         Raises:
             ModelError: if it is missing, damaged or not of that architecture.
         """
-        from stpm.method.backbones import architecture_of, backbone_from, deserialise
+        from stpm.method.backbones import architecture_of, load_backbone, deserialise
 
         uri = self._teacher_uri(digest)
         state = deserialise(self._read_verified(uri, digest), uri)
-        return backbone_from(architecture_of(teacher), levels, state, uri)
+        return load_backbone(architecture_of(teacher), levels, state, uri)
 
     def save(
         self,
@@ -234,7 +234,7 @@ class ModelStore:
         Raises:
             ModelError: if a file is missing, damaged or foreign.
         """
-        from stpm.method.backbones import architecture_of, backbone_from
+        from stpm.method.backbones import architecture_of, load_backbone
         from stpm.method.forward import Parts
 
         record = self.record(category, model_id)
@@ -243,7 +243,7 @@ class ModelStore:
         if STUDENT in record.files:
             state = self._tensors(record, STUDENT)
             architecture = architecture_of(record.recipe.teacher)
-            student = backbone_from(architecture, record.recipe.levels, state, self._uri(record, STUDENT))
+            student = load_backbone(architecture, record.recipe.levels, state, self._uri(record, STUDENT))
         memory = _unnamed(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
         return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
 

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 
 from stpm.errors import ConfigError, ModelError
 from stpm.method.backbones import (
-    backbone_from,
+    load_backbone,
     build_backbone,
     build_student,
-    data_config,
+    resolve_data_config,
     deserialise,
-    load_teacher,
+    load_teacher_weights,
     serialise,
 )
 
@@ -48,7 +48,7 @@ def test_a_file_of_the_whole_architecture_is_cut_to_the_backbone(
         torch.save(whole.state_dict(), path)
     else:
         save_file(whole.state_dict(), path)
-    backbone = backbone_from(architecture, LEVELS, load_teacher(architecture, str(path), LEVELS), "test")
+    backbone = load_backbone(architecture, LEVELS, load_teacher_weights(architecture, str(path), LEVELS), "test")
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = whole.forward_intermediates(images, intermediates_only=True)
@@ -60,13 +60,13 @@ def test_a_file_of_the_whole_architecture_is_cut_to_the_backbone(
 def test_a_file_of_the_backbone_alone_is_taken_as_it_is(tmp_path: Path) -> None:
     state = build_backbone("test_resnet", LEVELS).net.state_dict()
     save_file(state, tmp_path / "backbone.safetensors")
-    loaded = load_teacher("test_resnet", str(tmp_path / "backbone.safetensors"), LEVELS)
+    loaded = load_teacher_weights("test_resnet", str(tmp_path / "backbone.safetensors"), LEVELS)
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
 
 def test_a_classifier_of_another_size_does_not_matter(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "w.pth")
-    assert load_teacher("test_resnet", str(tmp_path / "w.pth"), LEVELS)
+    assert load_teacher_weights("test_resnet", str(tmp_path / "w.pth"), LEVELS)
 
 
 def test_weights_from_any_filesystem(memory: str) -> None:
@@ -74,7 +74,7 @@ def test_weights_from_any_filesystem(memory: str) -> None:
 
     state = build_backbone("test_resnet", LEVELS).net.state_dict()
     storage.publish(f"{memory}/t.safetensors", serialise(state))
-    assert load_teacher("test_resnet", f"{memory}/t.safetensors", LEVELS).keys() == state.keys()
+    assert load_teacher_weights("test_resnet", f"{memory}/t.safetensors", LEVELS).keys() == state.keys()
 
 
 def test_keys_that_do_not_match_are_named(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_keys_that_do_not_match_are_named(tmp_path: Path) -> None:
     state["layer9.weight"] = state.pop("layer1.0.conv1.weight")
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ModelError, match=r"w.pth: keys .* 1 missing \(layer1.0.conv1.weight\); 1 unexpected \(layer9"):
-        load_teacher("resnet18", str(tmp_path / "w.pth"), LEVELS)
+        load_teacher_weights("resnet18", str(tmp_path / "w.pth"), LEVELS)
 
 
 def test_shapes_that_do_not_match_are_named(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_shapes_that_do_not_match_are_named(tmp_path: Path) -> None:
     state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ModelError, match=r"conv1.weight has shape \(64, 1, 7, 7\), \(64, 3, 7, 7\) expected"):
-        load_teacher("resnet18", str(tmp_path / "w.pth"), LEVELS)
+        load_teacher_weights("resnet18", str(tmp_path / "w.pth"), LEVELS)
 
 
 class Bomb:
@@ -102,7 +102,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     torch.save({"conv1.weight": Bomb()}, tmp_path / "w.pth")
     with pytest.raises(ModelError, match="plain weights"):
-        load_teacher("resnet18", str(tmp_path / "w.pth"), LEVELS)
+        load_teacher_weights("resnet18", str(tmp_path / "w.pth"), LEVELS)
     assert not (tmp_path / "bomb-went-off").exists()
 
 
@@ -117,22 +117,22 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_foreign_files_give_a_clear_error(tmp_path: Path, name: str, content: bytes, error: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises((ConfigError, ModelError), match=error):
-        load_teacher("resnet18", str(tmp_path / name), LEVELS)
+        load_teacher_weights("resnet18", str(tmp_path / name), LEVELS)
 
 
 def test_a_missing_file_and_an_unknown_architecture_give_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_teacher("resnet18", "/nowhere/w.pth", LEVELS)
+        load_teacher_weights("resnet18", "/nowhere/w.pth", LEVELS)
     with pytest.raises(ConfigError, match="'resnet81' is not an architecture of timm"):
-        load_teacher("resnet81", "random", LEVELS)
+        load_teacher_weights("resnet81", "random", LEVELS)
     with pytest.raises(ConfigError, match=r"cannot give pyramid levels \(1, 9\)"):
-        load_teacher("resnet18", "random", (1, 9))
+        load_teacher_weights("resnet18", "random", (1, 9))
 
 
 def test_a_tag_whose_weights_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="give --teacher-weights FILE"):
-        load_teacher("resnet18.no_such_tag", "", LEVELS)
+        load_teacher_weights("resnet18.no_such_tag", "", LEVELS)
 
 
 def test_a_student_is_its_seeds_and_leaves_the_global_generator_alone() -> None:
@@ -151,8 +151,8 @@ def test_residual_branches_start_where_the_recipe_says() -> None:
 
 
 def test_the_packaged_teacher_has_imagenet_weights() -> None:
-    state = load_teacher("demo", "", LEVELS)
-    backbone = backbone_from("tf_efficientnet_lite0", LEVELS, state, "test")
+    state = load_teacher_weights("demo", "", LEVELS)
+    backbone = load_backbone("tf_efficientnet_lite0", LEVELS, state, "test")
     assert backbone.channels == [24, 40, 112]
     # Trained batch statistics: a random network has mean 0 and variance 1 everywhere.
     assert state["bn1.running_var"].std() > 0.1
@@ -182,7 +182,7 @@ def test_the_input_is_what_timm_resolves_for_the_teacher(teacher: str) -> None:
     with torch.device("meta"):
         model = timm.create_model("tf_efficientnet_lite0" if teacher == "demo" else teacher)
     expected = timm.data.resolve_data_config(model=model)
-    found = data_config(teacher)
+    found = resolve_data_config(teacher)
     assert (found.mean, found.std, found.interpolation) == tuple(expected[k] for k in ("mean", "std", "interpolation"))
 
 
@@ -190,7 +190,7 @@ def test_a_teacher_whose_input_timm_does_not_know_is_said(monkeypatch: pytest.Mo
     with pytest.raises(
         ConfigError, match=r"'resnet18\.gone': .*tag \(gone\).* Name a tag that timm lists, or set --norm"
     ):
-        data_config("resnet18.gone")
+        resolve_data_config("resnet18.gone")
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
     with pytest.raises(ConfigError, match=r"teacher 'mine': timm has no configuration of it\. Name a tag"):
-        data_config("mine")
+        resolve_data_config("mine")

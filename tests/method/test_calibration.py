@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from stpm.errors import ConfigError
 from stpm.method.calibration import (
-    HeatmapRange,
+    HeatmapScaleBuilder,
     HeatmapScale,
-    Normals,
+    NormalCounts,
     PartScale,
-    check_rate,
+    check_false_alarm_rate,
     normals_for,
     p_values,
     part_scale,
-    part_scales_without_each,
-    shortfall,
+    leave_one_out_scales,
+    few_normals_warning,
     threshold,
 )
 
@@ -68,27 +68,27 @@ def test_a_rate_takes_as_many_normals_as_support_it(rate: float) -> None:
 
 
 def test_too_few_normals_are_said_with_what_it_takes() -> None:
-    screw = Normals(500, 400)
-    assert shortfall({"nut": Normals(120, 99), "screw": screw}, 0.01) == ""
-    warning = shortfall({"nut": Normals(122, 98), "screw": screw}, 0.01)
+    screw = NormalCounts(500, 400)
+    assert few_normals_warning({"nut": NormalCounts(120, 99), "screw": screw}, 0.01) == ""
+    warning = few_normals_warning({"nut": NormalCounts(122, 98), "screw": screw}, 0.01)
     assert warning.startswith(
         "warning: false-alarm-rate 0.01 takes 99 good images to calibrate on; nut has 98 of its 122 good images and "
         "supports 0.010."
     )
     assert "screw" not in warning
-    many = shortfall({f"part-{i}": Normals(209, 42) for i in range(1000)}, 0.01)
+    many = few_normals_warning({f"part-{i}": NormalCounts(209, 42) for i in range(1000)}, 0.01)
     assert "part-4 has 42 of its 209 good images and supports 0.023, and 995 more." in many
     assert len(many) < 700
 
 
 @pytest.mark.parametrize(
     ("normals", "folds_where_there_are", "more_images"),
-    [(Normals(122, 24), True, False), (Normals(14, 3), False, True), (Normals(14, 14), False, True)],
+    [(NormalCounts(122, 24), True, False), (NormalCounts(14, 3), False, True), (NormalCounts(14, 14), False, True)],
 )
 def test_folds_are_advised_where_they_would_do(
-    normals: Normals, folds_where_there_are: bool, more_images: bool
+    normals: NormalCounts, folds_where_there_are: bool, more_images: bool
 ) -> None:
-    warning = shortfall({"nut": normals}, 0.01)
+    warning = few_normals_warning({"nut": normals}, 0.01)
     assert ("where there are 99 good images, fit with --calibration-folds 5" in warning) == folds_where_there_are
     assert ("give at least 99 good images and fit with --calibration-folds 5" in warning) == more_images
     assert "raise --false-alarm-rate" in warning
@@ -97,11 +97,11 @@ def test_folds_are_advised_where_they_would_do(
 @pytest.mark.parametrize("rate", [0.0, 1.0, -1.0, float("nan")])
 def test_a_rate_is_a_share(rate: float) -> None:
     with pytest.raises(ConfigError, match="false-alarm-rate"):
-        check_rate(rate)
+        check_false_alarm_rate(rate)
 
 
 def scale_of(maps: Sequence[np.ndarray]) -> HeatmapScale:
-    found = HeatmapRange(sum(each.size for each in maps))
+    found = HeatmapScaleBuilder(sum(each.size for each in maps))
     for each in maps:
         found.add(each)
     return found.scale()
@@ -125,7 +125,7 @@ def test_the_heatmap_scale_is_the_quantile_and_the_maximum_of_all_pixels(
 def test_of_many_maps_few_pixels_are_held() -> None:
     rng = np.random.default_rng(0)
     tracemalloc.start()
-    found = HeatmapRange(2000 * 100 * 100)
+    found = HeatmapScaleBuilder(2000 * 100 * 100)
     for _ in range(2000):
         found.add(rng.random((100, 100), np.float32))
     _, peak = tracemalloc.get_traced_memory()
@@ -177,14 +177,14 @@ def reference_quantile(values: list[float], share: float) -> float:
 @given(PARTS)
 def test_the_scale_of_each_normal_is_that_of_all_others(part: list[list[float]]) -> None:
     arrays = [np.array(image, np.float32) for image in part]
-    found = part_scales_without_each(arrays)
+    found = leave_one_out_scales(arrays)
     assert len(found) == len(part)
     for i, scale in enumerate(found):
         others = [v for j, image in enumerate(part) for v in image if j != i]
         assert scale.low == pytest.approx(reference_quantile(others, 0.9), rel=1e-5, abs=1e-5)
         assert scale.high == pytest.approx(reference_quantile(others, 0.995), rel=1e-5, abs=1e-5)
     every = [v for image in part for v in image]
-    assert part_scale(arrays).high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
+    assert fit_part_scale(arrays).high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
 
 
 def test_a_part_that_does_not_vary_has_a_spread_too() -> None:
@@ -197,4 +197,4 @@ def test_a_part_that_does_not_vary_has_a_spread_too() -> None:
 def test_an_image_equal_to_all_held_out_normals_scores_as_they_do() -> None:
     image = np.linspace(1.0, 3.0, 64, dtype=np.float32)
     held_out = [image] * 8
-    assert part_scale(held_out) == part_scales_without_each(held_out)[0]
+    assert fit_part_scale(held_out) == leave_one_out_scales(held_out)[0]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from stpm.method.calibration import Calibration, HeatmapScale, PartScale, part_scale, part_scales_without_each
-from stpm.method.fusion import AnomalyMap, fuse, part_values, upsample
+from stpm.method.calibration import Calibration, HeatmapScale, PartScale, fit_part_scale, leave_one_out_scales
+from stpm.method.fusion import AnomalyMap, fuse, sample_distances, upsample
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.recipe import Fusion
 from tests.method.test_matching import boxes, features, reference_distance
@@ -125,20 +125,20 @@ def test_a_fraction_of_nothing_is_the_maximum() -> None:
 
 def test_values_of_a_part_are_evenly_spaced_over_what_counts() -> None:
     distances = torch.arange(2 * 50 * 40.0).reshape(2, 50, 40)
-    for image, values in zip(distances, part_values(distances), strict=True):
+    for image, values in zip(distances, sample_distances(distances), strict=True):
         assert len(values) == 1024
         assert (values[0], values[-1]) == (image.min(), image.max())
         assert set(np.diff(values)) == {1.0, 2.0}
     valid = torch.zeros(2, 50, 40, dtype=torch.bool)
     valid[0, :30] = valid[1, 7, 3] = True
-    first, second = part_values(distances, valid)
+    first, second = sample_distances(distances, valid)
     assert (len(first), first[0], first[-1]) == (1024, 0.0, 1199.0)
     assert second.tolist() == [distances[1, 7, 3].item()]
 
 
 def test_a_small_part_gives_all_its_values() -> None:
     (maps,) = random_maps((5, 4))
-    for image, values in zip(maps, part_values(maps), strict=True):
+    for image, values in zip(maps, sample_distances(maps), strict=True):
         np.testing.assert_array_equal(values, image.numpy().ravel())
 
 
@@ -165,7 +165,7 @@ def test_what_lies_on_the_padding_does_not_change_the_map(
             raised = upsample(given_maps, size, v)[:, top:bottom, left:right]
             assert d[v].min() - 1e-4 <= raised.min() <= raised.max() <= d[v].max() + 1e-4
     for d, o, v in zip(maps, other, valid, strict=True):
-        for one, two in zip(part_values(d, v), part_values(o, v), strict=True):
+        for one, two in zip(sample_distances(d, v), sample_distances(o, v), strict=True):
             np.testing.assert_array_equal(one, two)
 
 
@@ -181,15 +181,15 @@ def test_where_everything_counts_a_mask_changes_nothing(method: str) -> None:
 def score_all(held_out: list[Tensor], new: list[Tensor], levels: int, fusion: Fusion) -> tuple[np.ndarray, np.ndarray]:
     """Scores of held-out images, each on the scales of the others, and of new ones: as fitting and scoring do."""
     size, valid = (32, 32), [None] * len(new)
-    values = [part_values(d) for d in held_out]
+    values = [sample_distances(d) for d in held_out]
 
     def scores(maps: list[Tensor], scales: list[PartScale]) -> list[float]:
         total, *_ = fuse(maps[:levels], maps[levels:], scales, fusion, size, valid)
         return [AnomalyMap(each).score(fusion.top_fraction).total for each in total.numpy()]
 
-    without_each = zip(*map(part_scales_without_each, values), strict=True)
+    without_each = zip(*map(leave_one_out_scales, values), strict=True)
     of_held_out = [scores([d[i : i + 1] for d in held_out], scales)[0] for i, scales in enumerate(without_each)]
-    return np.array(of_held_out), np.array(scores(new, [part_scale(part) for part in values]))
+    return np.array(of_held_out), np.array(scores(new, [fit_part_scale(part) for part in values]))
 
 
 @pytest.mark.parametrize("factor", [1000.0, 1e-3])

@@ -21,7 +21,7 @@ from stpm.method.memory_bank import (
     fit_whitening,
     greedy_coreset,
     nearest_distance,
-    window_of,
+    window_size,
 )
 
 
@@ -92,12 +92,12 @@ def test_half_precision_features_are_averaged_in_float32() -> None:
 def test_a_window_is_as_wide_as_a_position_of_the_coarsest_level(
     shape: tuple[int, int], coarsest: tuple[int, int], expected: int
 ) -> None:
-    assert window_of(shape, coarsest) == expected
+    assert window_size(shape, coarsest) == expected
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8), st.integers(1, 8))
 def test_a_window_is_odd_and_no_wider_than_it_must_be(rows: int, columns: int, across: int, down: int) -> None:
-    window = window_of((rows * down, columns * across), (rows, columns))
+    window = window_size((rows * down, columns * across), (rows, columns))
     assert window % 2 == 1
     assert max(across, down) <= window <= max(across, down) + 1
 

@@ -13,13 +13,13 @@ from stpm.options import Integers, Size
 def test_the_presets_are_what_their_sources_say() -> None:
     paper, notebook = PRESETS["paper"], PRESETS["notebook"]
     assert (paper.optimiser, paper.learning_rate, paper.momentum, paper.weight_decay) == ("sgd", 0.4, 0.9, 1e-4)
-    assert (paper.batch, paper.epochs, paper.size, paper.normalisation) == (32, 100, "256x256", "teacher")
-    assert (notebook.optimiser, notebook.learning_rate, notebook.batch, notebook.epochs) == ("adam", 4e-4, 4, 20)
+    assert (paper.batch_size, paper.epochs, paper.size, paper.normalisation) == (32, 100, "256x256", "teacher")
+    assert (notebook.optimiser, notebook.learning_rate, notebook.batch_size, notebook.epochs) == ("adam", 4e-4, 4, 20)
     assert (notebook.size, notebook.normalisation) == ("256x256", "none")
     default = PRESETS["default"]
     changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
     assert changed == {
-        *("schedule", "warmup_epochs", "batch", "epochs", "least_steps", "size", "resize"),
+        *("schedule", "warmup_epochs", "batch", "epochs", "min_steps", "size", "resize"),
         *("memory", "fusion", "top_fraction"),
     }
     for preset in (paper, notebook):
@@ -28,7 +28,7 @@ def test_the_presets_are_what_their_sources_say() -> None:
     assert default.fusing == Fusion("quantile", 0.0, 0.005)
     assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
     assert (paper.resize, notebook.resize) == ("stretch", "stretch")
-    assert paper.validation_share == notebook.validation_share == 0.2
+    assert paper.validation_fraction == notebook.validation_fraction == 0.2
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_the_presets_are_what_their_sources_say() -> None:
         ("loss_factor", float("inf")),
         ("momentum", 1.0),
         ("weight_decay", -1.0),
-        ("validation_share", 0.0),
-        ("validation_share", 1.0),
+        ("validation_fraction", 0.0),
+        ("validation_fraction", 1.0),
         ("seed", -1),
         ("smoothing", -1.0),
         ("smoothing", 101.0),
@@ -90,19 +90,19 @@ def test_levels_of_a_memory_that_there_is_not_do_not_matter() -> None:
 
 
 def test_a_category_of_few_images_gets_the_steps_all_the_same() -> None:
-    recipe = Recipe(batch=8, epochs=5, least_steps=100)
+    recipe = Recipe(batch=8, epochs=5, min_steps=100)
     # 48 of 60 images are trained on: 6 steps per epoch, so 17 epochs for 100 steps.
-    assert recipe.for_images(60).epochs == 17
-    assert recipe.for_images(209).epochs == 5
-    assert recipe.for_images(2).epochs == 100
-    assert Recipe(batch=8, epochs=5).for_images(2).epochs == 5
-    assert recipe.for_images(60).for_images(60) == recipe.for_images(60)
+    assert recipe.for_image_count(60).epochs == 17
+    assert recipe.for_image_count(209).epochs == 5
+    assert recipe.for_image_count(2).epochs == 100
+    assert Recipe(batch=8, epochs=5).for_image_count(2).epochs == 5
+    assert recipe.for_image_count(60).for_image_count(60) == recipe.for_image_count(60)
 
 
 def test_what_is_held_out_is_the_share_and_enough_and_never_all() -> None:
     paper, default = PRESETS["paper"], PRESETS["default"]
-    assert [paper.held_out(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
-    assert [default.held_out(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
+    assert [paper.held_out_count(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
+    assert [default.held_out_count(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_what_is_held_out_is_the_share_and_enough_and_never_all() -> None:
     ],
 )
 def test_images_that_are_too_few_are_refused_with_the_reason(recipe: Recipe, least: int, why: str) -> None:
-    recipe.check_images(least)
+    recipe.check_image_count(least)
     for images in range(1, least):
         with pytest.raises(DataError, match=f"good images: {images}; this recipe needs at least {least}, {why}"):
-            recipe.check_images(images)
+            recipe.check_image_count(images)
 
 
 def test_folds_have_two_images_at_least() -> None:
     recipe = Recipe(calibration_folds=5)
-    assert [recipe.folds_of(images) for images in (4, 5, 9, 10, 14, 209)] == [2, 2, 4, 5, 5, 5]
+    assert [recipe.fold_count(images) for images in (4, 5, 9, 10, 14, 209)] == [2, 2, 4, 5, 5, 5]
     assert [each.calibrating(14) for each in (recipe, PRESETS["paper"])] == [14, 3]

@@ -12,7 +12,7 @@ import torch
 
 from stpm import storage
 from stpm.errors import DataError, ModelError
-from stpm.method.backbones import StateDict, architecture_of, build_student, load_teacher
+from stpm.method.backbones import StateDict, architecture_of, build_student, load_teacher_weights
 from stpm.method.calibration import Calibration, HeatmapScale, PartScale
 from stpm.method.memory_bank import KINDS, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
@@ -63,7 +63,7 @@ def stored(store: ModelStore, name: str) -> str:
 
 
 def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
-    teacher = store.put_teacher(load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    teacher = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     return store.save(
         category=category,
         recipe=recipe,
