@@ -71,7 +71,7 @@ class Teacher:
 
     @property
     def architecture(self) -> str:
-        return networks.architecture_of(self.name)
+        return networks.architecture_name(self.name)
 
     def __str__(self) -> str:
         return f"{self.name} of {Path(self.weights).name}" if self.weights else self.name

@@ -32,6 +32,7 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.data import images, mvtec
+from stpm.data.encode import encode_png
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.calibrate import make_parts
@@ -39,7 +40,7 @@ from stpm.fitting.coreset import build_memory
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import fit, split
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.backbones import architecture_of, load_backbone, load_teacher_weights
+from stpm.method.backbones import load_backbone, load_teacher_weights
 from stpm.method.calibration import fit_part_scale
 from stpm.method.forward import Distances, Matcher, Parts, pick_device, resolve_precision
 from stpm.method.fusion import sample_distances
@@ -79,7 +80,7 @@ def matcher_of(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
     """The recipe's teacher on this process's device."""
     device = pick_device()
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = load_backbone(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
+    teacher = load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
     return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
 
 
@@ -170,9 +171,7 @@ def drawn_on(files: Sequence[bytes]) -> list[tuple[bytes, Masks | None]]:
             pixels = np.asarray(image.convert("RGB"))
         for _ in range(_DRAWN_PER_IMAGE):
             drawn, mask = _draw(rng, pixels)
-            sink = io.BytesIO()
-            Image.fromarray(drawn).save(sink, "PNG", compress_level=1)
-            results.append((sink.getvalue(), mask))
+            results.append((encode_png(Image.fromarray(drawn), compress_level=1), mask))
     return results
 
 

@@ -16,7 +16,7 @@ import torch
 
 from stpm.fitting.fit_category import Limits
 from stpm.fitting.training_images import preprocessing_for
-from stpm.method.backbones import architecture_of, load_backbone, load_teacher_weights
+from stpm.method.backbones import load_backbone, load_teacher_weights
 from stpm.method.forward import Matcher
 from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
@@ -94,7 +94,7 @@ def matcher_of() -> Callable[[Recipe], Matcher]:
 
     def make(recipe: Recipe) -> Matcher:
         state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-        teacher = load_backbone(architecture_of(recipe.teacher), recipe.levels, state, "test")
+        teacher = load_backbone(recipe.teacher, recipe.levels, state, "test")
         return Matcher(teacher, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
 
     return make

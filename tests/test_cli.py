@@ -146,7 +146,7 @@ def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.Captu
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
         (["--seeds", "a"], "seeds"),
-        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a share between 0 and 1"),
+        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a fraction between 0 and 1"),
         (["--config", "/no/such/file.yaml"], "config"),
     ],
 )

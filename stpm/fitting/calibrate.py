@@ -14,7 +14,7 @@ import torch
 from stpm.fitting.coreset import build_memory
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import EVALUATION_BATCH, Checkpoints, Indices, batches, fit
-from stpm.method.backbones import StateDict, architecture_of, load_backbone
+from stpm.method.backbones import StateDict, load_backbone
 from stpm.method.calibration import Calibration, HeatmapScaleBuilder, PartScale, fit_part_scale, leave_one_out_scales
 from stpm.method.forward import Distances, Parts, spatial_shape, to_device
 from stpm.method.fusion import AnomalyMap, sample_distances
@@ -34,7 +34,7 @@ def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: 
     """The parts of a fitted model, ready to score on a device."""
     backbone = None
     if student is not None:
-        backbone = load_backbone(architecture_of(recipe.teacher), recipe.levels, student, "fitted student")
+        backbone = load_backbone(recipe.teacher, recipe.levels, student, "fitted student")
         backbone = to_device(backbone, device)
     return Parts(backbone, tuple(memory))
 

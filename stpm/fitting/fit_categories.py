@@ -133,7 +133,9 @@ def plan_of(pool: PoolOptions, tasks: int) -> Callable[[Resources], str]:
 
 def warn_of_few_normals(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
     """Say, before they are fitted, which models will not support a false-alarm rate."""
-    counts = {each.name: NormalCounts(len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
+    counts = {
+        each.name: NormalCounts(len(each.train), recipe.calibration_count(len(each.train))) for each in categories
+    }
     if warning := few_normals_warning(counts, false_alarm_rate):
         log.info(warning)
 

@@ -92,8 +92,8 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
     # Here no frame of the failed fit holds its tensors any more, and the next task finds the memory free.
     torch.cuda.empty_cache()
     raise OutOfDeviceMemoryError(
-        f"{reason}: the device's memory does not hold batches of {task.recipe.batch_size} at this size; lower --batch-size or "
-        "--pixels (or --size), or give each worker more of a GPU (--gpus-per-worker)"
+        f"{reason}: the device's memory does not hold batches of {task.recipe.batch_size} at this size; lower "
+        "--batch-size or --pixels (or --size), or give each worker more of a GPU (--gpus-per-worker)"
     )
 
 

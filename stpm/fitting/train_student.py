@@ -16,7 +16,7 @@ from torch import Tensor
 from stpm.errors import StpmError
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.method.backbones import Backbone, StateDict, architecture_of, build_student
+from stpm.method.backbones import Backbone, StateDict, build_student
 from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import Recipe
@@ -119,7 +119,7 @@ def fit(
         return Fitted()
     matcher = features.matcher
     student = to_device(
-        build_student(architecture_of(recipe.teacher), recipe.levels, recipe.seed, recipe.zero_init_residual),
+        build_student(recipe.teacher, recipe.levels, recipe.seed, recipe.zero_init_residual),
         matcher.device,
     )
     optimiser = _optimiser(student, recipe)

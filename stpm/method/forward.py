@@ -61,8 +61,8 @@ class Parts:
     @property
     def nbytes(self) -> int:
         """Count the bytes of all tensors."""
-        tensors = [tensor for bank in self.memory for tensor in (bank.mean, bank.whitening, bank.vectors)]
-        return sum(t.nbytes for t in (*tensors, *(self.student.state_dict().values() if self.student else ())))
+        student = self.student.state_dict().values() if self.student else ()
+        return sum(t.nbytes for t in (*student, *(t for bank in self.memory for t in bank.tensors.values())))
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ def sample_distances(distances: Tensor, valid: Tensor | None = None, images_in_a
     images = list(distances.flatten(1).cpu().numpy())
     if valid is not None:
         images = [image[keep] for image, keep in zip(images, valid.flatten(1).cpu().numpy(), strict=True)]
-    share = _MAX_SAMPLES_IN_ALL // max(images_in_all, len(images), 1)
-    max_samples = max(min(_MAX_SAMPLES, share), _MIN_SAMPLES)
+    max_samples = min(_MAX_SAMPLES, _MAX_SAMPLES_IN_ALL // max(images_in_all, len(images), 1))
+    max_samples = max(max_samples, _MIN_SAMPLES)
     return [image[np.linspace(0, len(image) - 1, min(len(image), max_samples)).astype(int)] for image in images]
 
 

@@ -52,10 +52,14 @@ class MemoryBank:
     whitening: Tensor
     vectors: Tensor
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the bank's tensors by name."""
+        return {"mean": self.mean, "whitening": self.whitening, "vectors": self.vectors}
+
     def to(self, device: torch.device) -> MemoryBank:
         """Move all tensors to a device."""
-        tensors = (tensor.to(device) for tensor in (self.mean, self.whitening, self.vectors))
-        return MemoryBank(self.level, self.kind, self.window, *tensors)
+        return MemoryBank(self.level, self.kind, self.window, *(t.to(device) for t in self.tensors.values()))
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         """Compute the distance of each position to the nearest vector: (B, C, H, W) to (B, H, W) float32.

@@ -32,7 +32,7 @@ _MAX_ASPECT = 8.0
 
 
 class DataConfig(NamedTuple):
-    """How a network's training images were prepared: mean and std per channel of pixels in [0, 1], and interpolation."""
+    """How a network's training images were prepared: mean and std per channel of pixels in [0, 1]; interpolation."""
 
     mean: PerChannel
     std: PerChannel
@@ -72,7 +72,7 @@ class Preprocessing:
 
     @property
     def padding_colour(self) -> tuple[int, int, int]:
-        """Return the colour of padding, RGB in 0 to 255: the mean, which normalisation turns into zero up to rounding."""
+        """Return the RGB colour of padding, 0 to 255: the mean, which becomes zero when normalised, up to rounding."""
         red, green, blue = (round(255 * value) for value in self.mean)
         return red, green, blue
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from stpm.data import images
-from stpm.data.images import DECODING_BYTES, MAX_BYTES, EXTERNAL_ERRORS
+from stpm.data.images import DECODING_BYTES, EXTERNAL_ERRORS, MAX_BYTES
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus as meters

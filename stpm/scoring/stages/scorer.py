@@ -186,7 +186,7 @@ class Scorer:
         pixels = pixels.reshape(len(rows), preprocessing.height, preprocessing.width, 3)
         inputs = matcher.inputs(torch.from_numpy(pixels))
         content = preprocessing.content_boxes((columns["width"][i], columns["height"][i]) for i in rows)
-        teacher = matcher.features(matcher.teacher, inputs)
+        teacher = matcher.teacher_features(inputs)
         start = 0
         for category, group in groupby(rows, key=lambda i: columns["category"][i]):
             members = list(group)
