@@ -13,12 +13,13 @@ from stpm.errors import ConfigError
 
 Floats = npt.NDArray[np.floating]
 
-# Quantile of held-out normals' pixels at which a heatmap begins, and where it ends: so many times the normal range.
+# A heatmap begins at this quantile of held-out normals' pixels, and ends at this multiple of the range from there to
+# the largest of them.
 _HEATMAP_QUANTILE = 0.99
 _HEATMAP_RANGES = 5.0
 # Quantiles of a part's distances that become 0 and 1.
 _PART_QUANTILES = (0.9, 0.995)
-# A part that hardly varies on normal images would outweigh all others: its spread is at least this part of its values.
+# A part that hardly varies on normal images would outweigh all others: its spread is at least this fraction of `high`.
 _MIN_SPREAD = 0.05
 _SHOWN_CATEGORIES = 5
 

@@ -26,7 +26,7 @@ from stpm.method.recipe import FusionMethod
 Map = npt.NDArray[np.float32]
 
 _EPS = 1e-12
-# Distances sampled of each image, at least and at most, and of all images: enough for the quantiles of a part.
+# Numbers of distances that are sampled: enough for the quantiles of a part.
 _MIN_SAMPLES, _MAX_SAMPLES, _MAX_SAMPLES_IN_ALL = 16, 1024, 256 * 1024
 
 
@@ -76,7 +76,7 @@ class Score:
 class AnomalyMap:
     """An image's anomaly map, (H, W) float32, and what its parts add to it: `student` + `memory` = `total`.
 
-    The part's maps are None where the total is a product, or the model has no such part.
+    The parts' maps are None where the total is a product, or the model has no such part.
     """
 
     total: Map

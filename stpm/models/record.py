@@ -96,7 +96,7 @@ def from_json(kind: type[T], data: bytes, uri: str) -> T:
     """
     try:
         value: T = _convert(kind, json.loads(data), kind.__name__)
-    except (ValueError, TypeError, ConfigError) as error:
+    except (AttributeError, ConfigError, TypeError, ValueError) as error:
         raise ModelError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
     return value
 

@@ -159,13 +159,13 @@ def test_to_original_stays_in_source_box(resize: Resize, width: int, height: int
 def test_to_original_finds_a_planted_spot(
     resize: Resize, width: int, height: int, rows: int, columns: int, across: float, down: float
 ) -> None:
-    """The brightest pixel of the decoded image leads back to the spot, to within what resizing blurs."""
+    """The brightest pixel of the decoded image maps back to the spot, up to the blur of resizing."""
     made = preprocessing_of(rows, columns, resize)
     left, top, right, bottom = made.source_box(width, height)
     x = min(int(left + across * (right - left)), width - 1)
     y = min(int(top + down * (bottom - top)), height - 1)
     pixels = np.zeros((height, width, 3), np.uint8)
-    # As large as a few pixels of the input, so that it survives being made smaller.
+    # The spot spans a few pixels of the input, so that downsizing does not remove it.
     reach_x, reach_y = (int(2 * side / size) + 1 for side, size in ((width, columns), (height, rows)))
     yy, xx = np.mgrid[:height, :width]
     fall = np.maximum(np.abs(xx - x) / (3 * reach_x), np.abs(yy - y) / (3 * reach_y))
@@ -227,7 +227,7 @@ def test_decode_picture_keeps_proportions() -> None:
 
 def test_read_size_needs_only_the_header() -> None:
     assert read_size(encoded(COLOURS)) == (40, 30)
-    # The pixels are not there, and not looked for.
+    # A file cut off after its header is enough.
     assert read_size(encoded(COLOURS)[:100]) == (40, 30)
     with pytest.raises(ImageError):
         read_size(b"")

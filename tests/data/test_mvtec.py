@@ -21,7 +21,7 @@ def test_read_category_lists_images_masks_and_versions(root: str) -> None:
     category = mvtec.read_category(root, "nut")
     assert [uri.rsplit("/", 1)[-1] for uri, _ in category.train] == ["000.png", "001.png", "002.png"]
     assert [*category.train] == storage.versions(f"{root}/nut/train")
-    # Figures of images or masks that were written anew are others'.
+    # An image or mask that was written anew has another version.
     for uri in (category.test[0].uri, category.test[-1].mask):
         storage.publish(uri, storage.read(uri))
         before, category = category, mvtec.read_category(root, "nut")

@@ -21,7 +21,7 @@ def features(seed: int, shapes: list[tuple[int, ...]] = SHAPES) -> list[np.ndarr
 
 
 def reference_distance(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    """Equations 1 and 2 as printed: normalise each vector over channels, then half the squared distance."""
+    """Compute equations 1 and 2 as printed: normalise each vector over channels, then half the squared distance."""
 
     def unit(f: np.ndarray) -> np.ndarray:
         norm = np.sqrt((f.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
@@ -90,7 +90,7 @@ def test_distance_map_refuses_different_shapes() -> None:
 
 @st.composite
 def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
-    """An input's height and width, and a box in it."""
+    """Draw an input's height and width, and a box in it."""
     height, width = draw(st.integers(32, 100)), draw(st.integers(32, 100))
     left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
     return (height, width), [left, top, draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height))]

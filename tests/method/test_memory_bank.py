@@ -1,4 +1,4 @@
-"""The memory of normal features against plain numpy, scipy and brute force."""
+"""Memory banks against plain numpy, scipy and brute force."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def correlated(count: int, channels: int, seed: int = 0) -> Tensor:
-    """Descriptors with a mean, whose channels differ in scale by a thousand and hang together."""
+    """Draw correlated descriptors with a mean, whose channels differ in scale by a thousand."""
     scales = torch.logspace(-1.5, 1.5, channels)
     return (normal(count, channels, seed=seed) * scales) @ normal(channels, channels, seed=seed + 1) + 5
 
 
 def reference_description(features: np.ndarray, kind: Kind, window: int, valid: np.ndarray) -> np.ndarray:
-    """The mean over those positions of the window that exist and count, by loops."""
+    """Average the valid positions of the window by loops."""
     images, channels, height, width = features.shape
     half = window // 2
     found = np.zeros((images, height, width, channels))
@@ -126,7 +126,7 @@ def test_fit_whitening_gives_mahalanobis_distances() -> None:
 
 
 def as_features(descriptors: Tensor) -> Tensor:
-    """Descriptors (N, C) as features of one image, (1, C, N, 1)."""
+    """Reshape descriptors (N, C) to the features of one image, (1, C, N, 1)."""
     return descriptors.T[None, :, :, None]
 
 
@@ -180,7 +180,7 @@ def test_greedy_coreset_radius_is_at_most_twice_the_best(coordinates: list[tuple
 
 
 def test_greedy_coreset_covers_clusters_after_projection() -> None:
-    """Clusters in 100 dimensions: one vector of each is enough, and no two of one are taken."""
+    """From 15 clusters in 100 dimensions, it chooses one vector of each."""
     centres = 10 * normal(15, 100, seed=1)
     points = (centres[:, None] + 0.1 * normal(15, 20, 100)).flatten(0, 1)
     for seed in range(3):
@@ -216,14 +216,14 @@ def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
     bank = fit_bank(descriptors, 1, kind, 1, 1500, 0)
     assert torch.equal(bank.vectors, bank.vectors.half().float())
     distances = bank.distance_map(features)
-    # Rounding to half precision moves a vector of length 8 by some thousandths.
+    # Rounding to half precision moves a vector of length 8 by a few thousandths.
     assert distances.max() < 0.02
     assert (distances >= 0).all()
     others = bank.distance_map(as_features(correlated(1500, 64, seed=7)))
     assert others.min() > 50 * distances.max()
 
 
-def bank_of(features: Tensor, kind: Kind, window: int, size: int = 10**6) -> MemoryBank:
+def make_bank(features: Tensor, kind: Kind, window: int, size: int = 10**6) -> MemoryBank:
     return fit_bank(describe(features, kind, window).flatten(0, 2), 0, kind, window, size, 0)
 
 
@@ -231,7 +231,7 @@ def bank_of(features: Tensor, kind: Kind, window: int, size: int = 10**6) -> Mem
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("size", [30, 10**6])
 def test_distance_map_turns_with_the_image(kind: Kind, window: int, size: int) -> None:
-    bank = bank_of(normal(4, 6, 8, 8), kind, window, size)
+    bank = make_bank(normal(4, 6, 8, 8), kind, window, size)
     features = normal(2, 6, 8, 8, seed=1)
     straight = bank.distance_map(features)
     turned = bank.distance_map(features.rot90(1, (2, 3)))
@@ -242,13 +242,13 @@ def test_distance_map_turns_with_the_image(kind: Kind, window: int, size: int) -
 def test_directions_are_invariant_to_contrast_and_features_are_not() -> None:
     features = normal(4, 6, 8, 8)
     for kind, blind in (("directions", True), ("features", False)):
-        bank = bank_of(features, kind, 1)  # type: ignore[arg-type]
+        bank = make_bank(features, kind, 1)  # type: ignore[arg-type]
         brighter = bank.distance_map(3 * features)
         assert (brighter.max() < 0.05) == blind
 
 
 def test_distance_map_matches_reference_at_each_position() -> None:
-    bank = bank_of(normal(4, 6, 8, 8), "features", 3, 20)
+    bank = make_bank(normal(4, 6, 8, 8), "features", 3, 20)
     features, valid = normal(2, 6, 5, 7, seed=1), torch.ones(2, 5, 7, dtype=torch.bool)
     valid[:, :, 4:] = False
     found = bank.distance_map(features, valid)

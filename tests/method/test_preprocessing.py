@@ -1,4 +1,4 @@
-"""Geometry of the input: which part of an image is seen, and where it lies."""
+"""Geometry of the input: the part of an image that a model sees, and its box in the input."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_choose_size_keeps_budget_and_proportions(sizes: list[tuple[int, int]], 
     pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
     wanted = np.sqrt([pixels / aspect, pixels * aspect])
     if wanted.min() >= 48:
-        # No side is further from the wanted one than rounding and two steps down take it.
+        # Rounding and two steps down change a side by at most this much.
         assert np.abs(np.array([height, width]) - wanted).max() <= 80
 
 

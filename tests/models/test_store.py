@@ -204,7 +204,7 @@ def test_model_id_depends_on_student_and_memory(store: ModelStore) -> None:
 
 
 def test_model_id_depends_on_everything_that_affects_scores(store: ModelStore, tiny: Recipe) -> None:
-    """Otherwise a run with an earlier calibration, or another way to compute scores, would be taken for done."""
+    """Otherwise a run with an earlier calibration, or another way to compute scores, would count as done."""
     record = save(store, dataclasses.replace(tiny, memory=50, fusion="quantile"))
     others = [
         dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, top_fraction=0.2)),
