@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, join_first
 
 Floats = npt.NDArray[np.floating]
 
@@ -21,7 +21,6 @@ _HEATMAP_RANGES = 5.0
 _PART_QUANTILES = (0.9, 0.995)
 # A part that hardly varies on normal images would outweigh all others: its spread is at least this fraction of `high`.
 _MIN_SPREAD = 0.05
-_SHOWN_CATEGORIES = 5
 
 
 @dataclass(frozen=True)
@@ -155,18 +154,17 @@ def few_normals_warning(counts: Mapping[str, NormalCounts], false_alarm_rate: fl
         false_alarm_rate: in (0, 1).
     """
     needed = min_calibration_images(false_alarm_rate)
-    few = {name: normals for name, normals in counts.items() if normals.calibration < needed}
+    few = [
+        f"{name} has {n.calibration} of its {n.good} good images and supports {1 / (n.calibration + 1):.3f}"
+        for name, n in counts.items()
+        if n.calibration < needed
+    ]
     if not few:
         return ""
-    shown = ", ".join(
-        f"{name} has {n.calibration} of its {n.good} good images and supports {1 / (n.calibration + 1):.3f}"
-        for name, n in list(few.items())[:_SHOWN_CATEGORIES]
-    )
-    more = f", and {len(few) - _SHOWN_CATEGORIES} more" if len(few) > _SHOWN_CATEGORIES else ""
     return (
-        f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on; {shown}{more}. "
-        f"Their threshold is the largest normal score. Raise --false-alarm-rate, or give at least {needed} good images "
-        "and fit with --calibration-folds 5, so that all of them calibrate"
+        f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
+        f"{join_first(few)}. Their threshold is the largest normal score. Raise --false-alarm-rate, or give at least "
+        f"{needed} good images and fit with --calibration-folds 5, so that all of them calibrate"
     )
 
 

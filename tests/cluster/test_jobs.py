@@ -29,7 +29,7 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     make_category("data", "bolt")
     fit = run_job("fit", "--data", "data", "--models", "models", "--categories", "nut", *TINY_FIT)
     assert fit.returncode == 0
-    assert "needs 99 good images to calibrate on; nut has 2 of its 8 good images and supports 0.333" in fit.stdout
+    assert "needs 99 good images to calibrate on: nut has 2 of its 8 good images and supports 0.333" in fit.stdout
     assert ModelStore("models").categories() == ["nut"]
 
     # What has not scored anything holds no later run up.
