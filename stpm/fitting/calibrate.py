@@ -53,12 +53,12 @@ def calibrate_model(
     """
     images = HeldOut(parts, features, held_out, recipe, budget)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
-    heatmap_scale = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
+    heatmap_range = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
     scores = []
     for each in images.maps():
         scores.append(each.score(recipe.top_fraction).total)
-        heatmap_scale.add(each.total)
-    calibration = Calibration(np.sort(scores).astype(np.float32), heatmap_scale.build())
+        heatmap_range.add(each.total)
+    calibration = Calibration(np.sort(scores).astype(np.float32), heatmap_range.build())
     return Calibrated(calibration, tuple(map(fit_part_scale, images.values)))
 
 
