@@ -52,3 +52,8 @@ def make_category(
         put(f"test/square/{i:03}.{suffix}", pixels)
         if masks:
             put(f"ground_truth/square/{i:03}_mask.png", mask, "PNG")
+
+
+def fitted_categories(store: str) -> list[str]:
+    """List the categories that have a model in a store, sorted."""
+    return [name for name in storage.children(store) if storage.exists(storage.join(store, name, "current.json"))]

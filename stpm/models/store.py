@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
+from stpm.errors import ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration, PartScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
@@ -166,21 +166,6 @@ class ModelStore:
                 storage.publish(self._uri(record, name), data)
         storage.publish(self._current_uri(category), to_json(Current(record.model_id, data_fingerprint)))
         return record
-
-    def categories(self) -> list[str]:
-        """List the categories that have a model, sorted.
-
-        Raises:
-            ModelError: if the store is missing or has no model.
-        """
-        try:
-            folders = storage.children(self.uri)
-        except DataError:
-            folders = []
-        found = [name for name in folders if storage.exists(storage.join(self.uri, name, _CURRENT))]
-        if not found:
-            raise ModelError(f"{self.uri}: no models here; fit some with jobs/fit.py --models {self.uri}")
-        return found
 
     def current(self, category: str) -> Current:
         """Read which model a category has.
