@@ -84,13 +84,13 @@ def _decoding_errors() -> Iterator[None]:
 
 
 @_decoding_errors()
-def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode an image, cut out what the model sees, and resize it to the model's input, with antialiasing.
 
     Raises:
         ImageError: if it cannot be decoded; no bytes cause any other exception.
     """
-    image = _open(data, max_pixels)
+    image = _open(data)
     width, height = image.size
     rgb = _as_rgb(image)
     content = preprocessing.content_shape(width, height)
@@ -117,30 +117,30 @@ def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, long
     Raises:
         ImageError: if the image cannot be decoded.
     """
-    image = _open(data, MAX_PIXELS)
+    image = _open(data)
     size = preprocessing.picture_size(*image.size, shorter, longest)
     box = preprocessing.source_box(*image.size)
     return np.asarray(_as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box))
 
 
 @_decoding_errors()
-def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def read_size(data: bytes) -> tuple[int, int]:
     """Read an image's width and height from its header alone.
 
     Raises:
         ImageError: if the header cannot be read.
     """
-    return _open_header(data, max_pixels).size
+    return _open_header(data).size
 
 
 @_decoding_errors()
-def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
+def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
     """Decode a ground-truth mask at its own size: (height, width) bool, true where the value is above 0.
 
     Raises:
         ImageError: if the mask cannot be decoded.
     """
-    image = _open(data, max_pixels)
+    image = _open(data)
     values = np.asarray(image if image.mode in ("L", "1") or image.mode.startswith("I") else image.convert("L"))
     return values > 0
 
@@ -164,7 +164,7 @@ def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) ->
     return np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _open_header(data: bytes, max_pixels: int) -> Image.Image:
+def _open_header(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     # Process-wide: Pillow's own limit would warn of images that are allowed here. The header is checked below, before
@@ -180,13 +180,13 @@ def _open_header(data: bytes, max_pixels: int) -> Image.Image:
     except Exception as error:
         raise ImageError("damaged", f"broken header: {error}") from error
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError("too_large", f"{width}×{height} pixels, at most {max_pixels:,} are allowed")
+    if width * height > MAX_PIXELS:
+        raise ImageError("too_large", f"{width}×{height} pixels, at most {MAX_PIXELS:,} are allowed")
     return image
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    image = _open_header(data, max_pixels)
+def _open(data: bytes) -> Image.Image:
+    image = _open_header(data)
     try:
         image.load()
     except MemoryError:
