@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
-from stpm.method.forward import shape_of
-from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, window_of
+from stpm.method.forward import spatial_shape
+from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, window_size
 from stpm.method.recipe import Recipe
 
 # Descriptors that a bank's coreset is chosen from. With more, this would take longer than a small student's training.
@@ -28,7 +28,7 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     banks = [(position, kind) for position in positions for kind in KINDS]
     per_image = math.ceil(_MAX_CANDIDATES / len(train))
     coarsest = features.shapes[positions[-1]]
-    windows = {position: window_of(features.shapes[position], coarsest) for position in positions}
+    windows = {position: window_size(features.shapes[position], coarsest) for position in positions}
     candidates: list[list[Tensor]] = [[] for _ in banks]
     for batch in split_batches(train, EVALUATION_BATCH_SIZE):
         levels, valid = features(batch), features.content_masks(batch)
@@ -44,7 +44,7 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
 
 def _choose_candidates(level: Tensor, valid: Tensor | None, images: Indices, per_image: int, seed: int) -> Tensor:
     """Choose up to `per_image` positions of each image at random; return flat indices into (B, H, W)."""
-    height, width = shape_of(level)
+    height, width = spatial_shape(level)
     chosen = []
     for row, image in enumerate(images.tolist()):
         positions = np.arange(height * width) if valid is None else np.flatnonzero(valid[row].cpu().numpy())

@@ -14,10 +14,10 @@ import torch
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
 from stpm.fitting.train_student import Checkpoints, train_student
-from stpm.method.backbones import StateDict, architecture_of, backbone_from
-from stpm.method.calibration import Calibration, HeatmapRange, PartScale, part_scale, part_scales_without_each
-from stpm.method.forward import Distances, Parts, shape_of
-from stpm.method.fusion import AnomalyMap, part_values
+from stpm.method.backbones import StateDict, load_backbone
+from stpm.method.calibration import Calibration, HeatmapScaleBuilder, PartScale, fit_part_scale, leave_one_out_scales
+from stpm.method.forward import Distances, Parts, spatial_shape
+from stpm.method.fusion import AnomalyMap, sample_distances
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 
@@ -31,8 +31,7 @@ class CalibrationResult(NamedTuple):
 
 def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: Recipe, device: torch.device) -> Parts:
     """Make the parts of a fitted model, ready to score on a device."""
-    architecture = architecture_of(recipe.teacher)
-    backbone = None if student is None else backbone_from(architecture, recipe.levels, student, "fitted student")
+    backbone = None if student is None else load_backbone(recipe.teacher, recipe.levels, student, "fitted student")
     return Parts(backbone, tuple(memory)).to(device)
 
 
@@ -42,13 +41,13 @@ def calibrate_model(
     """Measure scores, heatmap scale and part scales on held-out images; for the budget see `HeldOutDistances`."""
     distances = HeldOutDistances(parts, features, held_out, recipe, budget)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
-    heatmap_range = HeatmapRange(int(((right - left) * (bottom - top)).sum()))
+    scale_builder = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
     scores = []
     for anomaly_map in distances.anomaly_maps():
         scores.append(anomaly_map.score(recipe.top_fraction).total)
-        heatmap_range.add(anomaly_map.total)
-    calibration = Calibration(np.sort(scores).astype(np.float32), heatmap_range.scale())
-    return CalibrationResult(calibration, tuple(map(part_scale, distances.samples)))
+        scale_builder.add(anomaly_map.total)
+    calibration = Calibration(np.sort(scores).astype(np.float32), scale_builder.build())
+    return CalibrationResult(calibration, tuple(map(fit_part_scale, distances.samples)))
 
 
 def cross_validate_scores(
@@ -60,7 +59,7 @@ def cross_validate_scores(
     would bias its scores. Each of them has checkpoints of its own; for the budget see `HeldOutDistances`.
     """
     image_count = len(features.images)
-    fold_count = recipe.folds_of(image_count)
+    fold_count = recipe.fold_count(image_count)
     order = np.random.default_rng(recipe.seed).permutation(image_count)
     folds = [np.sort(fold) for fold in np.array_split(order, fold_count)]
     fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
@@ -95,10 +94,10 @@ class HeldOutDistances:
             budget -= distances.nbytes
             if budget >= 0:
                 self._cache.append(distances.to(torch.device("cpu")))
-            shapes = [shape_of(part) for part in distances.maps]
+            shapes = [spatial_shape(part) for part in distances.maps]
             masks = features.matcher.content_masks(features.images.content[batch], shapes)
             pairs = zip(distances.maps, masks, strict=True)
-            batch_samples.append([part_values(part, mask, len(held_out)) for part, mask in pairs])
+            batch_samples.append([sample_distances(part, mask, len(held_out)) for part, mask in pairs])
         self.samples = [[image for batch in part for image in batch] for part in zip(*batch_samples, strict=True)]
 
     def anomaly_maps(self) -> Iterator[AnomalyMap]:
@@ -106,13 +105,13 @@ class HeldOutDistances:
         matcher = self._features.matcher
         scales: Iterator[tuple[PartScale, ...]] = repeat(())
         if self._recipe.fusion == "quantile":
-            scales = zip(*map(part_scales_without_each, self.samples), strict=True)
+            scales = zip(*map(leave_one_out_scales, self.samples), strict=True)
         for number, batch in enumerate(self._batches):
             cached = number < len(self._cache)
             distances = self._cache[number].to(matcher.device) if cached else self._compute(batch)
             content = self._features.images.content[batch]
             for one in (slice(i, i + 1) for i in range(len(batch))):
-                yield from matcher.anomaly_maps(distances.images(one), content[one], self._recipe.fusing, next(scales))
+                yield from matcher.anomaly_maps(distances.images(one), content[one], self._recipe, next(scales))
 
     def _compute(self, batch: Indices) -> Distances:
         matcher = self._features.matcher

@@ -21,8 +21,8 @@ from stpm.fitting.training_images import choose_normalisation
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources, describe_workers
 from stpm.lease import held
-from stpm.method.backbones import load_teacher
-from stpm.method.calibration import Normals, shortfall
+from stpm.method.backbones import load_teacher_weights
+from stpm.method.calibration import NormalCounts, few_normals_warning
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 
@@ -60,8 +60,10 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
 
 def warn_about_few_normals(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
     """Warn about categories with too few good images to calibrate for a false-alarm rate."""
-    counts = {each.name: Normals(len(each.train), recipe.calibrating(len(each.train))) for each in categories}
-    if warning := shortfall(counts, false_alarm_rate):
+    counts = {
+        each.name: NormalCounts(len(each.train), recipe.calibration_count(len(each.train))) for each in categories
+    }
+    if warning := few_normals_warning(counts, false_alarm_rate):
         log.info(warning)
 
 
@@ -95,7 +97,7 @@ def fit_categories(
         ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or another
             run holds a store.
     """
-    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     # Raise the error of an unknown normalisation once, and not in each category.
     choose_normalisation(recipe)
     with ExitStack() as leases:
@@ -104,7 +106,7 @@ def fit_categories(
             leases.enter_context(held(store, wait))
             digest = ModelStore(store).put_teacher(weights)
             for category in categories:
-                adapted = dataclasses.replace(recipe, seed=seed).for_images(len(category.train))
+                adapted = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
                 tasks.append(FitTask(category.name, category.train, adapted, store, digest))
         with ThreadPoolExecutor(_READER_THREADS) as threads:
             existing = list(threads.map(_existing_result, tasks))
@@ -125,7 +127,7 @@ def fit_categories(
 def _existing_result(task: FitTask) -> tuple[FitResult | None, str]:
     """Return the result of a task that needs no worker, else None; and a message for the log, or ""."""
     try:
-        task.recipe.check_images(len(task.train))
+        task.recipe.check_image_count(len(task.train))
         model = existing_model(task)
     except DataError as error:
         return FitResult(task, reason=str(error)), f"failed: {error}"

@@ -89,8 +89,8 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
         # A smaller batch would be another recipe, so none is tried.
         reason = (
             f"{str(error).split('. ', maxsplit=1)[0]}: the device's memory does not hold batches of "
-            f"{task.recipe.batch} at this size; lower --batch or --pixels (or --size), or give each worker more of a "
-            "GPU (--gpus-per-worker)"
+            f"{task.recipe.batch_size} at this size; lower --batch-size or --pixels (or --size), or give each worker "
+            "more of a GPU (--gpus-per-worker)"
         )
     except Exception as error:
         log.exception("%s failed", task.key)
@@ -114,35 +114,39 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     budget = limits.distance_budget(features)
     calibration, part_scales = calibrate_model(parts, features, held_out, recipe, budget)
     if recipe.calibration_folds:
-        report(f"fitting {recipe.folds_of(len(features.images))} more models, to calibrate on every image")
+        report(f"fitting {recipe.fold_count(len(features.images))} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
         calibration = dataclasses.replace(calibration, scores=scores)
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
+    summary = FitSummary(
+        seconds=time.perf_counter() - start,
+        epochs=len(trained.history),
+        kept_epoch=kept.number if kept else 0,
+        train_loss=kept.train_loss if kept else None,
+        validation_loss=kept.validation_loss if kept else None,
+        train_count=len(train),
+        validation_count=len(held_out),
+        calibration_count=len(calibration.scores),
+        device=torch.cuda.get_device_name() if matcher.device.type == "cuda" else "cpu",
+    )
     record = store.save(
-        category=task.category,
-        recipe=recipe,
-        preprocessing=matcher.preprocessing,
-        precision=matcher.precision,
-        teacher_digest=task.teacher_digest,
-        data_fingerprint=task.data_fingerprint,
+        ModelRecord(
+            category=task.category,
+            recipe=recipe,
+            preprocessing=matcher.preprocessing,
+            precision=matcher.precision,
+            teacher_digest=task.teacher_digest,
+            heatmap_scale=calibration.scale,
+            part_scales=part_scales,
+            fit=summary,
+        ),
+        task.data_fingerprint,
         student=trained.student,
         memory=memory,
-        calibration=calibration,
-        part_scales=part_scales,
+        calibration_scores=calibration.scores,
         history=history,
         picture=loss_png(history.to_pydict(), kept.number, task.category) if kept else b"",
-        fit=FitSummary(
-            seconds=time.perf_counter() - start,
-            epochs=len(trained.history),
-            kept_epoch=kept.number if kept else 0,
-            train_loss=kept.train_loss if kept else None,
-            validation_loss=kept.validation_loss if kept else None,
-            train_count=len(train),
-            validation_count=len(held_out),
-            calibration_count=len(calibration.scores),
-            device=torch.cuda.get_device_name() if matcher.device.type == "cuda" else "cpu",
-        ),
     )
     for each in checkpoints:
         each.clear()

@@ -87,7 +87,7 @@ class FitProgress:
             f"{last.images_per_second:.0f} images/s"
         )
         if last.number < total:
-            images = len(task.train) - task.recipe.held_out(len(task.train))
+            images = len(task.train) - task.recipe.held_out_count(len(task.train))
             line += f"  {duration((total - last.number) * images / last.images_per_second)} left"
         if last.train_loss > start:
             line += f"  above its start, {start:.4f}: it may be diverging, lower --learning-rate"

@@ -15,7 +15,7 @@ class FitTask:
     """A model to fit: the category's training images, the recipe, and the store that the model goes to.
 
     `train` holds URIs with versions, as `stpm.storage.versions` gives them. `recipe` is the one that
-    `Recipe.for_images` returns.
+    `Recipe.for_image_count` returns.
     """
 
     category: str

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.forward import Matcher, shape_of
+from stpm.method.forward import Matcher, spatial_shape
 
 Indices = npt.NDArray[np.int64]
 
@@ -38,7 +38,7 @@ class TeacherFeatures:
         self.images = images
         self._pixels = torch.from_numpy(images.pixels)
         first = self._compute(np.arange(1))
-        self.shapes = [shape_of(level) for level in first]
+        self.shapes = [spatial_shape(level) for level in first]
         self.nbytes = sum(level.numel() for level in first) * 2 * len(images)
         self.cached = self.nbytes <= budget
         self._features: list[Tensor] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from stpm.errors import StpmError
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
-from stpm.method.backbones import Backbone, StateDict, architecture_of, build_student
+from stpm.method.backbones import Backbone, StateDict, build_student
 from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import Recipe
@@ -70,9 +70,9 @@ def split(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
     Raises:
         DataError: if there are too few images for the recipe.
     """
-    recipe.check_images(count)
+    recipe.check_image_count(count)
     order = np.random.default_rng(recipe.seed).permutation(count)
-    held_out_count = recipe.held_out(count)
+    held_out_count = recipe.held_out_count(count)
     return np.sort(order[held_out_count:]), np.sort(order[:held_out_count])
 
 
@@ -106,7 +106,7 @@ def train_student(
     if recipe.student == "none":
         return TrainedStudent()
     student = to_device(
-        build_student(architecture_of(recipe.teacher), recipe.levels, recipe.seed, recipe.zero_init_residual),
+        build_student(recipe.teacher, recipe.levels, recipe.seed, recipe.zero_init_residual),
         features.matcher.device,
     )
     optimiser = _make_optimiser(student, recipe)
@@ -177,7 +177,7 @@ def _train_epoch(
     """Train on all images once, in an order that follows from the seed and the epoch's number; return the mean loss."""
     student.train()
     order = train[np.random.default_rng((recipe.seed, number)).permutation(len(train))]
-    batches = split_batches(order, recipe.batch)
+    batches = split_batches(order, recipe.batch_size)
     total = torch.zeros((), device=features.matcher.device)
     for step, batch in enumerate(batches, (number - 1) * len(batches)):
         for group in optimiser.param_groups:

@@ -58,7 +58,7 @@ def anomaly_maps(
     inputs = matcher.inputs(torch.from_numpy(images.pixels))
     with torch.inference_mode():
         distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content)
-        return matcher.anomaly_maps(distances, images.content, recipe.fusing, scales)
+        return matcher.anomaly_maps(distances, images.content, recipe, scales)
 
 
 def select(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:

@@ -25,7 +25,7 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     """Score each held-out image on the part scales that the other held-out images give."""
     if padded:
         images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
-    recipe = dataclasses.replace(any_model, validation_share=0.5)
+    recipe = dataclasses.replace(any_model, validation_fraction=0.5)
     features, matcher = TeacherFeatures(matcher_of(recipe), images, BUDGET), matcher_of(recipe)
     train, held_out = split(len(images), recipe)
     parts = fit_parts(features, train, held_out, recipe)
@@ -39,7 +39,7 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     np.testing.assert_allclose(found.calibration.scores, np.sort(scores), rtol=1e-3, atol=1e-4)
     pixels = np.concatenate([each.total.ravel() for each in maps])
     assert found.calibration.scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=1e-4)
-    assert found.calibration.scale.edge == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
+    assert found.calibration.scale.normal_max == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
     assert [each.total.shape for each in maps] == [
         (bottom - top, right - left) for left, top, right, bottom in images.content[held_out].tolist()
     ]

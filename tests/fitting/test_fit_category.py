@@ -19,7 +19,7 @@ from stpm.fitting.fit_category import WorkerLimits, existing_model, fit_category
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.backbones import load_teacher
+from stpm.method.backbones import load_teacher_weights
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
@@ -33,7 +33,7 @@ EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
 def task_in(root: str, recipe: Recipe, store: str = "models", **changes: Any) -> FitTask:
     make_category(f"{root}/data", "nut", **changes)
     uri = f"{root}/{store}"
-    digest = ModelStore(uri).put_teacher(load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    digest = ModelStore(uri).put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     return FitTask("nut", mvtec.read_category(f"{root}/data", "nut").train, recipe, uri, digest)
 
 
@@ -175,7 +175,7 @@ def test_gpu_out_of_memory_fails_without_halving_the_batch(
     task = task_in(root, tiny)
     monkeypatch.setattr(training, "_loss", full)
     reason = fit_category(task, LIMITS, lambda message: None).reason
-    assert re.match(r"CUDA out of memory: .* batches of 4 at this size; lower --batch or --pixels", reason)
+    assert re.match(r"CUDA out of memory: .* batches of 4 at this size; lower --batch-size or --pixels", reason)
     assert steps == [4]
 
 
@@ -290,7 +290,7 @@ def test_auto_size_follows_the_images(root: str, tiny: Recipe) -> None:
 
 
 def test_images_of_mixed_proportions_are_fitted(root: str, any_model: Recipe) -> None:
-    recipe = dataclasses.replace(any_model, resize="fit", validation_share=0.4)
+    recipe = dataclasses.replace(any_model, resize="fit", validation_fraction=0.4)
     task = task_in(root, recipe)
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)

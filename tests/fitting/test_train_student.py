@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import DivergedError, FitState, learning_rate, split, train_student
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.backbones import backbone_from
+from stpm.method.backbones import load_backbone
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import PRESETS, Recipe
 from tests.conftest import MODELS
@@ -22,7 +22,7 @@ PAPER = PRESETS["paper"]
 
 @given(st.integers(2, 500), st.floats(0.01, 0.99), st.integers(0, 1000))
 def test_split_is_a_partition_without_empty_sides(count: int, fraction: float, seed: int) -> None:
-    train, held_out = split(count, dataclasses.replace(PAPER, validation_share=fraction, seed=seed))
+    train, held_out = split(count, dataclasses.replace(PAPER, validation_fraction=fraction, seed=seed))
     assert sorted([*train, *held_out]) == list(range(count))
     assert len(train) >= 1
     assert abs(len(held_out) - count * fraction) <= 1
@@ -42,7 +42,7 @@ def test_both_losses_are_reported_for_every_epoch(images: TrainingImages, tiny: 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_seed_decides_every_weight(preset: str, images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
-    ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "validation_share")
+    ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "validation_fraction")
     recipe = dataclasses.replace(PRESETS[preset], **{name: getattr(tiny, name) for name in ours})  # type: ignore[index]
     first, again = (train_on(images, recipe, matcher_of)[0] for _ in range(2))
     other = train_on(images, dataclasses.replace(recipe, seed=1), matcher_of)[0]
@@ -151,7 +151,7 @@ def test_gradient_does_not_depend_on_the_batch_size(
     weights = train_on(images, tiny, matcher_of)[0].student
     gradients = []
     for batch in (images.pixels[:3], np.concatenate([images.pixels[:3], images.pixels[:3]])):
-        student = backbone_from(tiny.teacher, tiny.levels, weights, "test")
+        student = load_backbone(tiny.teacher, tiny.levels, weights, "test")
         inputs = matcher.inputs(torch.from_numpy(batch))
         loss = matching_loss(matcher.teacher_features(inputs), student(inputs), [None] * 3) * tiny.loss_factor
         loss.backward()
