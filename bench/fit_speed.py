@@ -26,9 +26,9 @@ from tabulate import tabulate
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import images, mvtec
-from stpm.fitting import train_student as loop
+from stpm.fitting import train_student as training
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import fit, split
+from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.backbones import Backbone
 from stpm.method.forward import to_device
@@ -90,8 +90,8 @@ def _measured(
     before = time.perf_counter() - start
     train, held_out = split(len(loaded), recipe)
     ends = [time.perf_counter()]
-    with patch.object(loop, "to_device", to_device_by):
-        fit(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))
+    with patch.object(training, "to_device", to_device_by):
+        train_student(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))
     first, *later = np.diff(ends).tolist()
     again = 0.0 if decode_once else decoding
     return Speed(before, first + again, statistics.median(later) + again, len(train))
@@ -131,7 +131,7 @@ def main() -> None:
     for name, speed in (
         ("memory given back to the kernel", measured(uris, recipe, threads, keep_memory=False)),
         ("in float32", measured(uris, float32, threads)),
-        ("teacher's features computed anew", measured(uris, recipe, threads, keep_features=False)),
+        ("teacher's features recomputed", measured(uris, recipe, threads, keep_features=False)),
         ("channels first", measured(uris, recipe, threads, to_device_by=contiguous)),
         ("images decoded anew in each epoch", measured(uris, recipe, threads, decode_once=False)),
         ("one thread", measured(uris, recipe, 1)),

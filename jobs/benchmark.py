@@ -2,7 +2,7 @@
 
 from stpm.cli import Job, run_job
 from stpm.evaluation.options import EvaluationOptions, GateOptions
-from stpm.fitting.options import PoolOptions
+from stpm.fitting.options import WorkerOptions
 from stpm.jobs.benchmark_options import BenchmarkOptions, demo_defaults
 from stpm.method.recipe import Recipe
 from stpm.options import ClusterOptions
@@ -14,7 +14,7 @@ JOB = Job(
     groups={
         "what and where": BenchmarkOptions,
         "model": Recipe,
-        "workers": PoolOptions,
+        "workers": WorkerOptions,
         "scoring": ScoreOptions,
         "evaluation": EvaluationOptions,
         "gate": GateOptions,

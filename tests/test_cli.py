@@ -16,7 +16,7 @@ import yaml
 from stpm.cli import Job, run_job
 from stpm.errors import ConfigError
 from stpm.jobs.benchmark_options import BenchmarkOptions
-from stpm.method.recipe import PRESETS, Fusion, Recipe
+from stpm.method.recipe import PRESETS, Recipe
 from tests.conftest import REPOSITORY
 
 
@@ -42,7 +42,7 @@ def test_a_command_line_becomes_dataclasses() -> None:
     options, recipe, pool, *_ = job("benchmark").parse(line.split())
     assert options == BenchmarkOptions("s3://b/d", "s3://b/o", options.categories, options.seeds)
     assert (options.categories, options.seeds) == (("a", "b"), (0, 1))
-    assert (recipe.epochs, recipe.optimiser, recipe.batch) == (3, "adam", 4)
+    assert (recipe.epochs, recipe.optimiser, recipe.batch_size) == (3, "adam", 4)
     assert (recipe.teacher, recipe.teacher_weights, pool.workers) == ("resnet18.tv_in1k", "/w.pth", 2)
 
 
@@ -50,12 +50,12 @@ def test_the_command_line_wins_over_the_environment_and_the_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("preset: notebook\nepochs: 7\nbatch: 9\nlevels: [1, 2]\nteacher_weights: from-file\n")
+    file.write_text("preset: notebook\nepochs: 7\nbatch_size: 9\nlevels: [1, 2]\nteacher_weights: from-file\n")
     assert parse_recipe("--config", str(file)).learning_rate == 4e-4
     monkeypatch.setenv("STPM_EPOCHS", "8")
     monkeypatch.setenv("STPM_SIZE", "128")
-    recipe = parse_recipe("--config", str(file), "--batch", "11")
-    assert (recipe.batch, recipe.epochs, recipe.size) == (11, 7, "128x128")
+    recipe = parse_recipe("--config", str(file), "--batch-size", "11")
+    assert (recipe.batch_size, recipe.epochs, recipe.size) == (11, 7, "128x128")
     assert (recipe.levels, recipe.teacher_weights) == ((1, 2), "from-file")
 
 
@@ -97,8 +97,8 @@ def test_every_printed_recipe_reads_back(tmp_path: Path, capsys: pytest.CaptureF
 def test_options_choose_the_parts_of_a_model() -> None:
     recipe = parse_recipe("--student", "none", "--memory", "100", "--memory-levels", "1,3", "--top-fraction", "0.01")
     assert (recipe.student, recipe.memory, recipe.memory_levels) == ("none", 100, (1, 3))
-    assert recipe.fusing == Fusion("quantile", 0.0, 0.01)
-    assert parse_recipe("--memory", "0", "--fusion", "sum").fusing.method == "sum"
+    assert (recipe.fusion, recipe.smoothing, recipe.top_fraction) == ("quantile", 0.0, 0.01)
+    assert parse_recipe("--memory", "0", "--fusion", "sum").fusion == "sum"
 
 
 @pytest.mark.parametrize("size", ["640x256", "auto"])
@@ -134,7 +134,7 @@ def test_a_printed_size_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
         (["--seeds", "a"], "seeds is 'a'; give INTEGER,INTEGER,...; see --help"),
-        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a share between 0 and 1"),
+        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a fraction between 0 and 1"),
         (["--config", "/no/such/file.yaml"], "config"),
     ],
 )

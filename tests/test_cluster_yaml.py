@@ -9,8 +9,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from stpm.cluster.placement import first_bundle
-from stpm.fitting.options import PoolOptions
-from stpm.fitting.worker_group import scaling, shared_out
+from stpm.fitting.options import WorkerOptions
+from stpm.fitting.worker_resources import WorkerResources, choose_worker_resources, scaling_config
 from stpm.scoring.scorer_pool import ScorerPool
 from tests.conftest import REPOSITORY
 
@@ -39,7 +39,8 @@ def test_fit_workers_and_scorers_fit_the_gpu_nodes(config: dict[str, Any]) -> No
     nodes = gpu["max_workers"]
     assert 1 <= nodes <= config["max_workers"]
     each = [{name: float(amount) for name, amount in gpu["resources"].items()}] * nodes
-    assert scaling(shared_out(PoolOptions(), each, 100), each, tasks=100, grows=False).num_workers == nodes
+    resources = choose_worker_resources(WorkerOptions(), each, 100)
+    assert scaling_config(WorkerOptions(), resources, each, 100, elastic=False).num_workers == nodes
     pool = ScorerPool.of(0, each, blocks=100, grows=False)
     assert (pool.size, pool.num_gpus) == (nodes, 1.0)
     assert pool.num_cpus + 8 * pool.stage_cpus <= gpu["resources"]["CPU"]
@@ -58,10 +59,8 @@ def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
     assert "GPU" not in cpu["resources"]
     pool = ScorerPool.of(0, [config["available_node_types"]["gpu"]["resources"]], blocks=100, grows=False)
     assert cpu["resources"]["CPU"] >= 8 * pool.stage_cpus
-    assert (
-        scaling(PoolOptions(cpus_per_worker=1), [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}], 9, grows=False).num_workers
-        == 1
-    )
+    nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}]
+    assert scaling_config(WorkerOptions(), WorkerResources(1, 1.0), nodes, 9, elastic=False).num_workers == 1
 
 
 def test_every_node_requires_the_token(config: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""What a worker does with a task: images from storage, a model into the store."""
+"""Fit one category: read its images, train, calibrate, and publish the model. Runs in a worker."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,49 +14,51 @@ import torch
 
 from stpm import storage
 from stpm.errors import ModelError, StpmError
-from stpm.fitting.calibrate import calibrate_model, k_fold_scores, make_parts
-from stpm.fitting.coreset import build_memory
+from stpm.fitting.build_memory import build_memory
+from stpm.fitting.calibrate import calibrate_model, cross_validate_scores, make_parts
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
-from stpm.fitting.task import Epoch, FitTask, Outcome
-from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import fit, split
+from stpm.fitting.task import Epoch, FitResult, FitTask
+from stpm.fitting.teacher_features import Indices, TeacherFeatures
+from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
-from stpm.method.calibration import Calibration
 from stpm.method.forward import Matcher, pick_device, resolve_precision
+from stpm.method.memory_bank import MemoryBank
 from stpm.models.record import FitSummary, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.pages.loss_chart import loss_png
 
+log = logging.getLogger(__name__)
+
+Reporter = Callable[[Epoch | str], None]
+
 
 @dataclass(frozen=True)
-class Limits:
-    """What one worker may take: bytes of memory, bytes of its device's memory, seconds between checkpoints."""
+class WorkerLimits:
+    """Bytes of its node's memory and of its GPU's memory that a worker may use, and seconds between checkpoints."""
 
     memory: int
     device_memory: int
     checkpoint_seconds: float
 
-    def room_for_features(self, images: TrainingImages, device: torch.device) -> int:
-        """Bytes that the teacher's features may take beside the decoded images."""
-        if device.type != "cpu":
-            return self.device_memory
-        return self._beside(images)
+    def feature_budget(self, images: TrainingImages, device: torch.device) -> int:
+        """Return the bytes that the teacher's features may take beside the decoded images."""
+        return self.device_memory if device.type != "cpu" else self._memory_beside(images)
 
-    def room_for_distances(self, features: TeacherFeatures) -> int:
-        """Bytes that distance maps may take beside the decoded images and the teacher's features."""
-        on_cpu = features.kept and features.matcher.device.type == "cpu"
-        return self._beside(features.images) - (features.size if on_cpu else 0)
+    def distance_budget(self, features: TeacherFeatures) -> int:
+        """Return the bytes that distance maps may take beside the decoded images and the teacher's features."""
+        cached_in_memory = features.cached and features.matcher.device.type == "cpu"
+        return self._memory_beside(features.images) - (features.nbytes if cached_in_memory else 0)
 
-    def _beside(self, images: TrainingImages) -> int:
+    def _memory_beside(self, images: TrainingImages) -> int:
         return self.memory if images.on_disk else self.memory - images.pixels.nbytes
 
 
 def existing_model(task: FitTask) -> ModelRecord | None:
-    """The model in the store, if it is the one that the task would make.
+    """Return the category's model in the store if the task would make the same, else None.
 
     Raises:
-        ModelError: if it is, and one of its files is missing or damaged.
+        ModelError: if it would, and a file of the model is missing or damaged.
     """
     store = ModelStore(task.store)
     try:
@@ -63,115 +66,133 @@ def existing_model(task: FitTask) -> ModelRecord | None:
         record = store.record(task.category, current.model_id)
     except ModelError:
         return None
-    ours = (task.recipe, task.teacher_digest, task.data_fingerprint)
-    if ours != (record.recipe, record.teacher_digest, current.data_fingerprint):
+    wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
+    if wanted != (record.recipe, record.teacher_digest, current.data_fingerprint):
         return None
     store.verify(record)
     return record
 
 
-class OutOfDeviceMemoryError(StpmError):
-    """A GPU that is too small for a recipe. No batch is halved for it: that would be another recipe."""
-
-
-def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]) -> Outcome:
-    """Fit, calibrate and publish one model.
+def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:
+    """Fit, calibrate and publish one model. Errors become failed results, so that the worker can go on.
 
     Args:
-        task: what.
-        limits: what it may take.
-        tell: told of each epoch, and of choices that were made, in words.
-
-    Raises:
-        StpmError: if the images, the teacher, the loss or the device's memory forbid it.
+        task: to run.
+        limits: of this worker.
+        report: called with each finished epoch, and with messages for the log.
     """
     try:
-        return _run_task(task, limits, tell)
+        return FitResult(task, _fit_category(task, limits, report))
+    except StpmError as error:
+        reason = str(error)
     except torch.cuda.OutOfMemoryError as error:
-        reason = str(error).split(". ", maxsplit=1)[0]
-    # Here no frame of the failed fit holds its tensors any more, and the next task finds the memory free.
+        # A smaller batch would be another recipe, so none is tried.
+        reason = (
+            f"{str(error).split('. ', maxsplit=1)[0]}: the device's memory does not hold batches of "
+            f"{task.recipe.batch_size} at this size; lower --batch-size or --pixels (or --size), or give each worker "
+            "more of a GPU (--gpus-per-worker)"
+        )
+    except Exception as error:
+        log.exception("%s failed", task.key)
+        reason = f"{type(error).__name__}: {error}"
+    # Here, outside of the except blocks, no traceback keeps the tensors of the failed fit alive.
     torch.cuda.empty_cache()
-    raise OutOfDeviceMemoryError(
-        f"{reason}: the device's memory does not hold batches of {task.recipe.batch} at this size; lower --batch or "
-        "--pixels (or --size), or give each worker more of a GPU (--gpus-per-worker)"
-    )
+    return FitResult(task, reason=reason)
 
 
-def _run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]) -> Outcome:
+def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> ModelRecord:
     start = time.perf_counter()
-    recipe = task.recipe
-    store = ModelStore(task.store)
+    recipe, store = task.recipe, ModelStore(task.store)
     storage.sweep(store.folder(task.category))
+    features = _load_features(task, limits, report)
+    matcher = features.matcher
+    train, held_out = split(len(features.images), recipe)
+    checkpoints = _make_checkpoints(task, matcher, limits.checkpoint_seconds)
+    memory = _build_memory(features, train, task, report)
+    trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
+    parts = make_parts(trained.student, memory, recipe, matcher.device)
+    budget = limits.distance_budget(features)
+    calibration, part_scales = calibrate_model(parts, features, held_out, recipe, budget)
+    if recipe.calibration_folds:
+        report(f"fitting {recipe.fold_count(len(features.images))} more models, to calibrate on every image")
+        scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
+        calibration = dataclasses.replace(calibration, scores=scores)
+    kept = trained.kept_epoch
+    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
+    summary = FitSummary(
+        seconds=time.perf_counter() - start,
+        epochs=len(trained.history),
+        kept_epoch=kept.number if kept else 0,
+        train_loss=kept.train_loss if kept else None,
+        validation_loss=kept.validation_loss if kept else None,
+        train_count=len(train),
+        validation_count=len(held_out),
+        calibration_count=len(calibration.scores),
+        device=torch.cuda.get_device_name() if matcher.device.type == "cuda" else "cpu",
+    )
+    record = store.save(
+        ModelRecord(
+            category=task.category,
+            recipe=recipe,
+            preprocessing=matcher.preprocessing,
+            precision=matcher.precision,
+            teacher_digest=task.teacher_digest,
+            heatmap_scale=calibration.scale,
+            part_scales=part_scales,
+            fit=summary,
+        ),
+        task.data_fingerprint,
+        student=trained.student,
+        memory=memory,
+        calibration_scores=calibration.scores,
+        history=history,
+        picture=loss_png(history.to_pydict(), kept.number, task.category) if kept else b"",
+    )
+    for each in checkpoints:
+        each.clear()
+    return record
+
+
+def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> TeacherFeatures:
+    """Decode the training images, and compute the teacher's features of them if they fit into memory."""
+    start = time.perf_counter()
     device = pick_device()
-    precision = resolve_precision(recipe.precision, device)
-    teacher = _teacher(task.store, recipe.teacher, recipe.levels, task.teacher_digest)
+    precision = resolve_precision(task.recipe.precision, device)
+    teacher = _load_teacher(task.store, task.recipe.teacher, task.recipe.levels, task.teacher_digest)
     uris = [uri for uri, _ in task.train]
-    preprocessing = preprocessing_for(recipe, uris)
-    matcher = Matcher(teacher, preprocessing, device, precision)
+    preprocessing = preprocessing_for(task.recipe, uris)
     images = load_images(uris, preprocessing, limits.memory)
     seconds = time.perf_counter() - start
-    features = TeacherFeatures(matcher, images, limits.room_for_features(images, device))
-    tell(
+    matcher = Matcher(teacher, preprocessing, device, precision)
+    features = TeacherFeatures(matcher, images, limits.feature_budget(images, device))
+    report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
-        f"features {'kept' if features.kept else 'computed anew'} ({features.size / 2**20:.0f} MiB); "
+        f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); "
         f"input {preprocessing.size}, {precision}"
     )
-    fingerprint = f"{task.fingerprint}-{preprocessing}-{precision}-{device.type}"
-    checkpoints, *of_folds = (
-        StoredCheckpoints(
-            store.checkpoint_uri(task.category, number),
-            fingerprint,
-            limits.checkpoint_seconds,
-            keep_end=recipe.calibration_folds > 0,
-        )
-        for number in range(recipe.calibration_folds + 1)
-    )
-    train, held_out = split(len(images), recipe)
-    start_memory = time.perf_counter()
-    memory = build_memory(features, train, recipe)
-    if memory:
-        kept = sum(len(bank.vectors) for bank in memory)
-        tell(f"memory of {kept} vectors in {len(memory)} banks, in {time.perf_counter() - start_memory:.1f} s")
-    fitted = fit(features, train, held_out, recipe, tell, checkpoints)
-    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in fitted.history])
-    parts = make_parts(fitted.student, memory, recipe, device)
-    room = limits.room_for_distances(features)
-    calibrated = calibrate_model(parts, features, held_out, recipe, room)
-    calibration = calibrated.calibration
-    if recipe.calibration_folds:
-        tell(f"fitting {recipe.folds_of(len(images))} more models, to calibrate on every image")
-        calibration = Calibration(k_fold_scores(features, recipe, of_folds, room), calibration.scale)
-    record = store.save(
-        category=task.category,
-        recipe=recipe,
-        preprocessing=preprocessing,
-        precision=precision,
-        teacher_digest=task.teacher_digest,
-        data_fingerprint=task.data_fingerprint,
-        student=fitted.student,
-        memory=memory,
-        calibration=calibration,
-        part_scales=calibrated.scales,
-        history=history,
-        picture=loss_png(history.to_pydict(), fitted.kept.number, task.category) if fitted.kept else b"",
-        fit=FitSummary(
-            seconds=time.perf_counter() - start,
-            epochs=len(fitted.history),
-            kept_epoch=fitted.kept.number if fitted.kept else 0,
-            train_loss=fitted.kept.train_loss if fitted.kept else None,
-            validation_loss=fitted.kept.validation_loss if fitted.kept else None,
-            train_count=len(train),
-            validation_count=len(held_out),
-            calibration_count=len(calibration.scores),
-            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        ),
-    )
-    for checkpoint in (checkpoints, *of_folds):
-        checkpoint.clear()
-    return Outcome.done(task, record, "fitted")
+    return features
 
 
 @lru_cache(maxsize=1)
-def _teacher(store: str, teacher: str, levels: tuple[int, ...], digest: str) -> Backbone:
-    """A worker's tasks share their teacher."""
+def _load_teacher(store: str, teacher: str, levels: tuple[int, ...], digest: str) -> Backbone:
+    """Load a teacher once for all tasks of a worker."""
     return ModelStore(store).load_teacher(teacher, levels, digest)
+
+
+def _make_checkpoints(task: FitTask, matcher: Matcher, interval: float) -> list[StoredCheckpoints]:
+    """Make the checkpoints of the model's student, and of the student of each fold."""
+    store, folds = ModelStore(task.store), task.recipe.calibration_folds
+    fingerprint = f"{task.fingerprint}-{matcher.preprocessing}-{matcher.precision}-{matcher.device.type}"
+    return [
+        StoredCheckpoints(store.checkpoint_uri(task.category, number), fingerprint, interval, save_end=folds > 0)
+        for number in range(folds + 1)
+    ]
+
+
+def _build_memory(features: TeacherFeatures, train: Indices, task: FitTask, report: Reporter) -> tuple[MemoryBank, ...]:
+    start = time.perf_counter()
+    memory = build_memory(features, train, task.recipe)
+    if memory:
+        count = sum(len(bank.vectors) for bank in memory)
+        report(f"memory of {count} vectors in {len(memory)} banks, in {time.perf_counter() - start:.1f} s")
+    return memory

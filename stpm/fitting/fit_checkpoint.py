@@ -1,7 +1,7 @@
-"""A fit's progress in the model store, so that whatever kills it costs at most what came after.
+"""The state of an unfinished fit in the model store, so that a crash costs only the work since the last checkpoint.
 
-One safetensors object, published whole and removed when the model is there. It names the task that it belongs to:
-progress of another recipe, teacher or set of images is no progress.
+A checkpoint is one safetensors object, published whole and removed once the model is in the store. It holds the
+fingerprint of its task: a checkpoint of another recipe, teacher or set of images is ignored.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from stpm import storage
 from stpm.errors import ModelError
 from stpm.fitting.task import Epoch
-from stpm.fitting.train_student import Progress
+from stpm.fitting.train_student import FitState
 from stpm.method.backbones import deserialise, serialise
 
-_JSON = "json"
+_HEADER = "json"
 
 
 class StoredCheckpoints:
@@ -27,59 +27,54 @@ class StoredCheckpoints:
 
     Args:
         uri: of the object.
-        fingerprint: of all that the fit depends on.
-        seconds: between two checkpoints, at least.
-        keep_end: save the end of the fit too, since its task goes on.
+        fingerprint: of everything that the student depends on.
+        interval: minimum seconds between two checkpoints.
+        save_end: save the end of the training too, for tasks that train several students.
     """
 
-    def __init__(self, uri: str, fingerprint: str, seconds: float, keep_end: bool) -> None:
+    def __init__(self, uri: str, fingerprint: str, interval: float, *, save_end: bool) -> None:
         self._uri = uri
-        self._keep_end = keep_end
         self._fingerprint = fingerprint
-        self._seconds = seconds
-        self._last = time.monotonic()
+        self._interval = interval
+        self._save_end = save_end
+        self._saved_at = time.monotonic()
 
-    def load(self) -> Progress | None:
-        """The progress of this very task, or None."""
+    def load(self) -> FitState | None:
+        """Read the state of this task, or return None if there is none."""
         try:
             tensors = dict(deserialise(storage.read(self._uri), self._uri))
-            header = json.loads(bytes(tensors.pop(_JSON).tolist()))
+            header = json.loads(bytes(tensors.pop(_HEADER).tolist()))
         except (FileNotFoundError, ModelError, KeyError, ValueError):
-            # Missing, or damaged by whatever killed the last run: the fit starts over, which loses time alone.
+            # Missing or damaged: training starts from the beginning, to the same bits.
             return None
         if header["fingerprint"] != self._fingerprint:
             return None
         optimiser: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimiser", tensors).items():
+        for name, tensor in _select("optimiser", tensors).items():
             index, key = name.split(".", 1)
             optimiser.setdefault(int(index), {})[key] = tensor
-        return Progress(
-            student=_under("student", tensors),
-            optimiser=optimiser,
-            best=_under("best", tensors),
-            history=tuple(Epoch(**epoch) for epoch in header["history"]),
-        )
+        history = tuple(Epoch(**epoch) for epoch in header["history"])
+        return FitState(_select("student", tensors), optimiser, _select("best", tensors), history)
 
-    def due(self, last: bool) -> bool:
-        if last:
-            return self._keep_end
-        return time.monotonic() - self._last >= self._seconds
+    def is_due(self, training_ended: bool) -> bool:
+        if training_ended:
+            return self._save_end
+        return time.monotonic() - self._saved_at >= self._interval
 
-    def save(self, progress: Progress) -> None:
-        header = {
-            "fingerprint": self._fingerprint,
-            "history": [dataclasses.asdict(epoch) for epoch in progress.history],
-        }
-        tensors = {_JSON: torch.tensor(list(json.dumps(header).encode()), dtype=torch.uint8)}
-        tensors |= {f"student.{k}": v for k, v in progress.student.items()}
-        tensors |= {f"best.{k}": v for k, v in progress.best.items()}
-        tensors |= {f"optimiser.{i}.{k}": v for i, of in progress.optimiser.items() for k, v in of.items()}
+    def save(self, state: FitState) -> None:
+        history = [dataclasses.asdict(epoch) for epoch in state.history]
+        header = json.dumps({"fingerprint": self._fingerprint, "history": history})
+        tensors = {_HEADER: torch.tensor(list(header.encode()), dtype=torch.uint8)}
+        tensors |= {f"student.{k}": v for k, v in state.student.items()}
+        tensors |= {f"best.{k}": v for k, v in state.best.items()}
+        tensors |= {f"optimiser.{i}.{k}": v for i, values in state.optimiser.items() for k, v in values.items()}
         storage.publish(self._uri, serialise(tensors))
-        self._last = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def clear(self) -> None:
+        """Remove the checkpoint."""
         storage.remove(self._uri)
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _select(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

@@ -1,29 +1,46 @@
-"""Tells what happens in the pool: a line per epoch where someone watches, fewer in a log file, none lost."""
+"""Log the events of a fit: a line per epoch on a terminal; in a log file fewer lines, with every loss."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from stpm.console import duration
-from stpm.fitting.task import Epoch, FitTask, Outcome
-from stpm.fitting.task_queue import Event
+from stpm.fitting.task import Epoch, Event, FitResult, FitTask
 
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
-_BAR = 20
+_BAR_WIDTH = 20
+
+
+@dataclass
+class _TaskProgress:
+    """One task: its epochs, how many of them are logged, the time of the last line, and whether it has ended."""
+
+    task: FitTask
+    epochs: list[Epoch] = field(default_factory=list)
+    logged_count: int = 0
+    logged_at: float = float("-inf")
+    ended: bool = False
+
+    @property
+    def cost_done(self) -> float:
+        if self.ended or not self.epochs:
+            return self.task.cost if self.ended else 0.0
+        return self.task.cost * self.epochs[-1].number / self.task.recipe.epochs
 
 
 class FitProgress:
-    """Called with each event of a pool, on one thread.
+    """Log events, and show a progress bar. Call it with each event, on one thread.
 
     Args:
-        tasks: all that the pool runs.
-        show: rewrites the line at the bottom, where someone looks on; None: a log, in which a task's epochs are
-            gathered, and told at most every five seconds.
-        clock: seconds, for tests.
+        tasks: all tasks of the run.
+        show: shows the progress bar on a terminal; None: there is none, epochs of one task that end within five
+            seconds share a line, and the bar is logged after each task.
+        clock: returns seconds; tests replace it.
     """
 
     def __init__(
@@ -31,84 +48,68 @@ class FitProgress:
     ) -> None:
         self._clock = clock
         self._show = show
-        self._pause = 0.0 if show else _LOG_SECONDS
-        self._tasks = {task.key: task for task in tasks}
-        self._width = max(map(len, self._tasks))
-        self._gathered: dict[str, list[Epoch]] = {}
-        self._told: dict[str, float] = {}
-        self._first: dict[str, float] = {}
-        self._ended = 0
-        self._epochs_done: dict[str, int] = {}
+        self._tasks = {task.key: _TaskProgress(task) for task in tasks}
         self._start = clock()
 
     def __call__(self, event: Event) -> None:
-        self._tell(event)
-        if self._show and self._ended < len(self._tasks):
+        if isinstance(event, FitResult):
+            progress = self._tasks[event.task.key]
+            progress.ended = True
+            self._log_epochs(progress)
+            self._log(event.task, _describe(event))
+        else:
+            key, message = event
+            progress = self._tasks[key]
+            if isinstance(message, str):
+                self._log(progress.task, message)
+            else:
+                progress.epochs.append(message)
+                waited = self._clock() - progress.logged_at
+                if self._show or waited >= _LOG_SECONDS or message.number == progress.task.recipe.epochs:
+                    self._log_epochs(progress)
+        if self._show and not all(progress.ended for progress in self._tasks.values()):
             self._show(self._bar())
-        elif isinstance(event, Outcome):
+        elif isinstance(event, FitResult):
             log.info(self._bar())
 
-    def _tell(self, event: Event) -> None:
-        if isinstance(event, Outcome):
-            self._tell_epochs(event.key)
-            self._tell_outcome(event)
-            return
-        key, told = event
-        if isinstance(told, str):
-            self._line(key, told)
-            return
-        self._gathered.setdefault(key, []).append(told)
-        self._epochs_done[key] = told.number
-        last = told.number == self._tasks[key].recipe.epochs
-        if last or self._clock() - self._told.get(key, -self._pause) >= self._pause:
-            self._tell_epochs(key)
-
-    def _tell_epochs(self, key: str) -> None:
-        epochs = self._gathered.pop(key, [])
+    def _log_epochs(self, progress: _TaskProgress) -> None:
+        """Log the epochs of a task that are not logged yet, as one line."""
+        epochs = progress.epochs[progress.logged_count :]
         if not epochs:
             return
-        self._told[key] = self._clock()
-        first = self._first.setdefault(key, epochs[0].train_loss)
-        task = self._tasks[key]
-        total = str(task.recipe.epochs)
-        numbers = (
-            f"{epochs[-1].number:>{len(total)}}" if len(epochs) == 1 else f"{epochs[0].number}-{epochs[-1].number}"
-        )
-        left = (task.recipe.epochs - epochs[-1].number) * (len(task.train) - task.recipe.held_out(len(task.train)))
-        speed = epochs[-1].images_per_second
+        progress.logged_count, progress.logged_at = len(progress.epochs), self._clock()
+        first, last, start = epochs[0], epochs[-1], progress.epochs[0].train_loss
+        task, total = progress.task, progress.task.recipe.epochs
+        numbers = f"{last.number:>{len(str(total))}}" if first is last else f"{first.number}-{last.number}"
         line = (
-            f"epoch {numbers}/{total}  train loss {_several(e.train_loss for e in epochs)}  "
-            f"validation loss {_several(e.validation_loss for e in epochs)}  {speed:.0f} images/s"
+            f"epoch {numbers}/{total}  train loss {' '.join(f'{e.train_loss:.4f}' for e in epochs)}  "
+            f"validation loss {' '.join(f'{e.validation_loss:.4f}' for e in epochs)}  "
+            f"{last.images_per_second:.0f} images/s"
         )
-        if left:
-            line += f"  {duration(left / speed)} left"
-        if epochs[-1].train_loss > first:
-            line += f"  above its start, {first:.4f}: it may be diverging, lower --learning-rate"
-        self._line(key, line)
+        if last.number < total:
+            images = len(task.train) - task.recipe.held_out_count(len(task.train))
+            line += f"  {duration((total - last.number) * images / last.images_per_second)} left"
+        if last.train_loss > start:
+            line += f"  above its start, {start:.4f}: it may be diverging, lower --learning-rate"
+        self._log(task, line)
 
-    def _tell_outcome(self, outcome: Outcome) -> None:
-        self._ended += 1
-        if outcome.record is None:
-            self._line(outcome.key, f"failed: {outcome.reason}")
-        else:
-            fit = outcome.record.fit
-            what = f"epoch {fit.kept_epoch} of {fit.epochs} kept" if fit.epochs else "a memory alone"
-            self._line(outcome.key, f"fitted in {fit.seconds:.1f} s, {what}")
-        self._epochs_done[outcome.key] = self._tasks[outcome.key].recipe.epochs
+    def _log(self, task: FitTask, text: str) -> None:
+        log.info(f"{task.key:<{max(map(len, self._tasks))}}  {text}", extra={"category": task.category})
 
     def _bar(self) -> str:
-        total = len(self._tasks)
-        done = sum(task.cost * self._epochs_done.get(key, 0) / task.recipe.epochs for key, task in self._tasks.items())
-        whole = sum(task.cost for task in self._tasks.values())
-        filled = int(_BAR * done / whole)
-        line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {self._ended}/{total} ended"
-        if 0 < done < whole:
-            line += f", about {duration((self._clock() - self._start) * (whole - done) / done)} left"
-        return line
-
-    def _line(self, key: str, text: str) -> None:
-        log.info(f"{key:<{self._width}}  {text}", extra={"category": self._tasks[key].category})
+        done = sum(progress.cost_done for progress in self._tasks.values())
+        total = sum(progress.task.cost for progress in self._tasks.values())
+        filled = int(_BAR_WIDTH * done / total)
+        ended = sum(progress.ended for progress in self._tasks.values())
+        bar = f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {ended}/{len(self._tasks)} ended"
+        if 0 < done < total:
+            bar += f", about {duration((self._clock() - self._start) * (total - done) / done)} left"
+        return bar
 
 
-def _several(losses: Iterable[float]) -> str:
-    return " ".join(f"{loss:.4f}" for loss in losses)
+def _describe(result: FitResult) -> str:
+    if result.record is None:
+        return f"failed: {result.reason}"
+    fit = result.record.fit
+    model = f"epoch {fit.kept_epoch} of {fit.epochs} kept" if fit.epochs else "memory only"
+    return f"fitted in {fit.seconds:.1f} s, {model}"

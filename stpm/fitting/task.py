@@ -1,22 +1,21 @@
-"""What a worker is asked, and what it tells. The queue that holds these computes nothing: no torch here."""
+"""One category's fit: the task, an epoch of it, and its result. Processes without torch import this module."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
-from stpm.data.mvtec import Category
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """A model to fit: the category's images, how, and the store that it goes to.
+    """A model to fit: the category's training images, the recipe, and the store that the model goes to.
 
-    `train` holds URIs with versions, as `stpm.storage.versions` gives them.
+    `train` holds URIs with versions, as `stpm.storage.versions` gives them. `recipe` is the one that
+    `Recipe.for_image_count` returns.
     """
 
     category: str
@@ -25,58 +24,47 @@ class FitTask:
     store: str
     teacher_digest: str
 
-    @classmethod
-    def of(cls, category: Category, recipe: Recipe, store: str, teacher_digest: str) -> FitTask:
-        return cls(category.name, category.train, recipe.for_images(len(category.train)), store, teacher_digest)
-
     @property
     def key(self) -> str:
-        """Names the task within one run."""
+        """Name of the task, unique within one run."""
         return f"{self.category} (seed {self.recipe.seed})"
 
     @property
     def cost(self) -> int:
-        """Image presentations: what its duration is proportional to."""
+        """Images shown over all epochs, which the task's duration is proportional to."""
         return len(self.train) * self.recipe.epochs
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """Changes when a training image is added, removed, renamed or written anew. Taken from their listing."""
+        """SHA-256 of the listing: changes when a training image is added, removed, renamed or rewritten."""
         lines = (f"{uri.rsplit('/', 1)[-1]}\t{version}\n" for uri, version in self.train)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that the model depends on, but the device."""
+        """SHA-256 of everything that the model depends on, except the device."""
         parts = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a task ended; `reason` says why it failed, `record` is the model otherwise."""
+class FitResult:
+    """The result of a task: the model's record; or None if the task failed, and `reason` says why."""
 
-    key: str
-    category: str
-    seed: int
-    status: Literal["fitted", "reused", "failed"]
+    task: FitTask
     record: ModelRecord | None = None
     reason: str = ""
-
-    @classmethod
-    def failed(cls, task: FitTask, reason: str) -> Outcome:
-        return cls(task.key, task.category, task.recipe.seed, "failed", reason=reason)
-
-    @classmethod
-    def done(cls, task: FitTask, record: ModelRecord, status: Literal["fitted", "reused"]) -> Outcome:
-        return cls(task.key, task.category, task.recipe.seed, status, record)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Mean losses of one epoch (in [0, 2]), counted from 1, and its training speed."""
+    """One epoch: its number, from 1, its mean losses, in [0, 2], and its training speed."""
 
     number: int
     train_loss: float
     validation_loss: float
     images_per_second: float
+
+
+# A task's key with a finished epoch or a message, or the task's result.
+Event = tuple[str, Epoch | str] | FitResult

@@ -1,58 +1,71 @@
-"""The teacher's features of a category's images: computed once and kept where they fit, else computed anew."""
+"""The teacher's features of a category's images: computed once and cached where they fit, else recomputed."""
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.forward import Matcher, shape_of
+from stpm.method.forward import Matcher, spatial_shape
 
-_BATCH = 16
-_LARGEST = torch.finfo(torch.float16).max
+Indices = npt.NDArray[np.int64]
+
+# Without gradients and batch statistics, results do not depend on the batch size.
+EVALUATION_BATCH_SIZE = 16
+_MAX_HALF = torch.finfo(torch.float16).max
+
+
+def split_batches(indices: Indices, size: int) -> list[Indices]:
+    """Split indices into batches of `size`; the last one may be smaller."""
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 class TeacherFeatures:
-    """Images by index, and the teacher's features of them.
+    """A category's images and the teacher's features of them, by the images' indices.
 
-    They are kept in half precision, and what it cannot hold is brought to its largest value.
+    Cached features are rounded to half precision, and clamped to its range.
 
     Args:
-        matcher: holds the teacher.
+        matcher: with the teacher.
         images: decoded.
-        budget: bytes that kept features may take.
+        budget: bytes that cached features may take.
     """
 
     def __init__(self, matcher: Matcher, images: TrainingImages, budget: int) -> None:
         self.matcher = matcher
         self.images = images
         self._pixels = torch.from_numpy(images.pixels)
-        one = self._compute(torch.arange(1))
-        self.shapes = [shape_of(level) for level in one]
-        self.size = sum(f.numel() for f in one) * 2 * len(images)
-        self.kept = self.size <= budget
+        first = self._compute(np.arange(1))
+        self.shapes = [spatial_shape(level) for level in first]
+        self.nbytes = sum(level.numel() for level in first) * 2 * len(images)
+        self.cached = self.nbytes <= budget
         self._features: list[Tensor] = []
-        if self.kept:
-            self._features = [self._empty(f) for f in one]
-            for indices in torch.split(torch.arange(len(images)), _BATCH):
-                for level, computed in zip(self._features, self._compute(indices), strict=True):
-                    level[indices] = computed.clamp(-_LARGEST, _LARGEST).half()
+        if self.cached:
+            self._features = [self._allocate(level) for level in first]
+            for batch in split_batches(np.arange(len(images)), EVALUATION_BATCH_SIZE):
+                for level, computed in zip(self._features, self._compute(batch), strict=True):
+                    level[torch.from_numpy(batch)] = computed.clamp(-_MAX_HALF, _MAX_HALF).half()
 
-    def __call__(self, indices: Tensor) -> list[Tensor]:
-        """Features of the images of these indices, one (B, Cₗ, Hₗ, Wₗ) tensor per level."""
-        return [level[indices] for level in self._features] if self.kept else self._compute(indices)
+    def __call__(self, indices: Indices) -> list[Tensor]:
+        """Return the features of B images, one (B, Cₗ, Hₗ, Wₗ) tensor per level."""
+        if not self.cached:
+            return self._compute(indices)
+        chosen = torch.from_numpy(indices)
+        return [level[chosen] for level in self._features]
 
-    def inputs(self, indices: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 network inputs."""
-        return self.matcher.inputs(self._pixels[indices])
+    def inputs(self, indices: Indices) -> Tensor:
+        """Return the network inputs of B images, (B, 3, H, W) float32."""
+        return self.matcher.inputs(self._pixels[torch.from_numpy(indices)])
 
-    def content_masks(self, indices: Tensor) -> list[Tensor | None]:
-        """Which positions of the features of these images lie on no padding, as `Matcher.content_masks`."""
-        return self.matcher.content_masks(self.images.content[indices.numpy()], self.shapes)
+    def content_masks(self, indices: Indices) -> list[Tensor | None]:
+        """Return which positions of the features lie on no padding, as `Matcher.content_masks` does."""
+        return self.matcher.content_masks(self.images.content[indices], self.shapes)
 
-    def _compute(self, indices: Tensor) -> list[Tensor]:
+    def _compute(self, indices: Indices) -> list[Tensor]:
         return self.matcher.teacher_features(self.inputs(indices))
 
-    def _empty(self, like: Tensor) -> Tensor:
-        shape = (len(self._pixels), *like.shape[1:])
-        return torch.empty(shape, dtype=torch.float16, device=like.device, memory_format=torch.channels_last)
+    def _allocate(self, level: Tensor) -> Tensor:
+        shape = (len(self._pixels), *level.shape[1:])
+        return torch.empty(shape, dtype=torch.float16, device=level.device, memory_format=torch.channels_last)

@@ -1,11 +1,11 @@
-"""A category's training images: how they become the network's input, and all of them decoded."""
+"""A category's training images: their preprocessing, and all of them decoded."""
 
 from __future__ import annotations
 
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ from stpm import storage
 from stpm.data import images
 from stpm.data.images import Pixels
 from stpm.errors import DataError, ImageError
-from stpm.method.backbones import data_config
+from stpm.method.backbones import resolve_data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
 from stpm.method.recipe import Recipe
 
-_READERS = 8
-_SIZES_READ = 32
-_SHOWN_FILES = 5
+_READER_THREADS = 8
+_MAX_HEADERS_READ = 32
+_MAX_SHOWN_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -39,91 +39,91 @@ class TrainingImages:
         return isinstance(self.pixels, np.memmap)
 
 
-def normalisation_of(recipe: Recipe) -> DataConfig:
-    """Mean, deviation and interpolation that a recipe asks for.
+def choose_normalisation(recipe: Recipe) -> DataConfig:
+    """Return the mean, standard deviation and interpolation of a recipe.
 
     Raises:
-        ConfigError: if they are to be the teacher's, and timm does not know them.
+        ConfigError: if the recipe takes the teacher's, and timm does not know the teacher.
     """
     if recipe.normalisation == "teacher":
-        return data_config(recipe.teacher)
+        return resolve_data_config(recipe.teacher)
     return IMAGENET if recipe.normalisation == "imagenet" else UNSCALED
 
 
 def preprocessing_for(recipe: Recipe, uris: Sequence[str]) -> Preprocessing:
-    """What a recipe comes to for these training images. Where their sizes matter, the headers of some are read.
+    """Return a recipe's preprocessing of these training images; for the size `auto`, read the headers of some.
 
     Raises:
-        ConfigError: if timm does not know the teacher's normalisation.
-        DataError: if the size is `auto` and none of those headers can be read.
+        ConfigError: if the recipe takes the teacher's normalisation, and timm does not know the teacher.
+        DataError: if the size is `auto` and none of the headers can be read.
     """
-    config = normalisation_of(recipe)
-    height, width = recipe.size.sides or choose_size(_some_sizes(uris), recipe.pixels)
+    config = choose_normalisation(recipe)
+    height, width = recipe.size.sides or choose_size(_read_some_sizes(uris), recipe.pixels)
     return Preprocessing(height, width, recipe.resize, config.interpolation, config.mean, config.std)
 
 
-def _some_sizes(uris: Sequence[str]) -> list[tuple[int, int]]:
-    """Width and height of up to 32 images, evenly spaced."""
-    chosen = np.unique(np.linspace(0, len(uris) - 1, min(_SIZES_READ, len(uris))).round().astype(int))
+def _read_some_sizes(uris: Sequence[str]) -> list[tuple[int, int]]:
+    """Read width and height of up to 32 images, evenly spaced in the list."""
+    chosen = np.unique(np.linspace(0, len(uris) - 1, min(_MAX_HEADERS_READ, len(uris))).round().astype(int))
     sizes: list[tuple[int, int]] = []
-    problems: list[str] = []
-
-    def read(uri: str) -> None:
-        try:
-            sizes.append(images.read_size(storage.read_at_most(uri, images.MAX_BYTES)))
-        except (ImageError, DataError, OSError) as error:
-            problems.append(f"{uri}: {error}")
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(read, [uris[i] for i in chosen]))
+    problems = _read_all([uris[i] for i in chosen], lambda _, data: sizes.append(images.read_size(data)))
     if not sizes:
         raise _unreadable(problems, len(chosen))
     return sizes
 
 
 def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) -> TrainingImages:
-    """Decode images: in memory if their pixels fit a budget of bytes, else in a file.
+    """Decode images: into memory if their pixels fit a budget of bytes, else into a file.
 
     Raises:
-        DataError: naming the files that cannot be read. A student is not fitted on what is left, since a set that
-            lost images silently is not the set that its owner chose.
+        DataError: naming files that cannot be read. No model is fitted on the rest: the user would not notice that
+            images are missing.
     """
     shape = (len(uris), preprocessing.height, preprocessing.width, 3)
-    pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _file_backed(shape)
+    pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
     content = np.empty((len(uris), 4), np.int32)
-    problems: list[str] = []
 
-    def load(index: int) -> None:
-        try:
-            decoded = images.decode(storage.read_at_most(uris[index], images.MAX_BYTES), preprocessing)
-        except (ImageError, DataError, OSError) as error:
-            problems.append(f"{uris[index]}: {error}")
-        else:
-            pixels[index] = decoded.pixels
-            content[index] = preprocessing.content_box(decoded.width, decoded.height)
+    def decode(index: int, data: bytes) -> None:
+        decoded = images.decode(data, preprocessing)
+        pixels[index] = decoded.pixels
+        content[index] = preprocessing.content_box(decoded.width, decoded.height)
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(load, range(len(uris))))
-    if problems:
+    if problems := _read_all(uris, decode):
         raise _unreadable(problems, len(uris))
     return TrainingImages(pixels, content)
 
 
+def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> list[str]:
+    """Read files in parallel and call `use` with the index and the bytes of each; return what went wrong."""
+    problems: list[str] = []
+
+    def read(index: int) -> None:
+        try:
+            use(index, storage.read_at_most(uris[index], images.MAX_BYTES))
+        except (ImageError, DataError, OSError) as error:
+            problems.append(f"{uris[index]}: {error}")
+
+    with ThreadPoolExecutor(_READER_THREADS) as threads:
+        list(threads.map(read, range(len(uris))))
+    return problems
+
+
 def _unreadable(problems: list[str], tried: int) -> DataError:
-    shown = "; ".join(sorted(problems)[:_SHOWN_FILES])
-    more = f"; and {len(problems) - _SHOWN_FILES} more" if len(problems) > _SHOWN_FILES else ""
+    shown = "; ".join(sorted(problems)[:_MAX_SHOWN_FILES])
+    more = f"; and {len(problems) - _MAX_SHOWN_FILES} more" if len(problems) > _MAX_SHOWN_FILES else ""
     return DataError(f"{len(problems)} of {tried} training images cannot be read: {shown}{more}; repair or remove them")
 
 
-def _file_backed(shape: tuple[int, ...]) -> Pixels:
-    # The file has no name, so that it is gone with the process, however that ends.
+def _allocate_in_file(shape: tuple[int, ...]) -> Pixels:
+    size = math.prod(shape)
+    # The file has no name, so the system removes it when the process ends, however it ends.
     with tempfile.TemporaryFile() as file:
         try:
-            # A file with holes would be accepted, and kill the process at the first page that the disk has no room for.
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            # Reserve the space now: writing to a sparse file on a full disk would kill the process (SIGBUS).
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise DataError(
-                f"no room for {math.prod(shape) / 2**30:.2f} GiB of decoded images in {tempfile.gettempdir()} "
+                f"no room for {size / 2**30:.2f} GiB of decoded images in {tempfile.gettempdir()} "
                 f"({error.strerror}); free some, set TMPDIR to a larger disk, or raise --memory-gib"
             ) from error
         return np.memmap(file, np.uint8, "r+", shape=shape)

@@ -17,8 +17,8 @@ from stpm.errors import CutOffError, DataError
 from stpm.evaluation.gate import Gate, read_gate
 from stpm.evaluation.options import EvaluationOptions, GateOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.fitting.fit_categories import fit_categories, plan_of, read_categories, warn_of_few_normals
-from stpm.fitting.options import PoolOptions
+from stpm.fitting.fit_categories import fit_categories, plan_fits, read_categories, warn_about_few_normals
+from stpm.fitting.options import WorkerOptions
 from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.jobs.evaluate import evaluate_categories, publish_report
 from stpm.lease import held
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 def run_benchmark(
     options: BenchmarkOptions,
     recipe: Recipe,
-    pool: PoolOptions,
+    pool: WorkerOptions,
     scoring: ScoreOptions,
     evaluation: EvaluationOptions,
     gate: GateOptions,
@@ -56,7 +56,7 @@ def run_benchmark(
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
             tasks = len(names) * len(options.seeds)
-            log_plan({"fits": plan_of(pool, tasks), "then scores": partial(planned, scoring)})
+            log_plan({"fits": partial(plan_fits, pool, tasks), "then scores": partial(planned, scoring)})
             return ALL_DONE
         with held(out, options.wait):
             if not options.data:
@@ -69,7 +69,7 @@ def _run(
     data: str,
     out: str,
     recipe: Recipe,
-    pool: PoolOptions,
+    pool: WorkerOptions,
     scoring: ScoreOptions,
     evaluation: EvaluationOptions,
     requirements: Gate,
@@ -84,11 +84,11 @@ def _run(
     if categories:
         with connected():
             stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
-            warn_of_few_normals(categories, recipe, scoring.false_alarm_rate)
-            outcomes = fit_categories(categories, recipe, stores, pool, options.wait)
-            failures += [Failure(o.key, o.reason) for o in outcomes if o.status == "failed"]
+            warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
+            fits = fit_categories(categories, recipe, stores, pool, options.wait)
+            failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
             for seed, store in stores.items():
-                records = [o.record for o in outcomes if o.seed == seed and o.record]
+                records = [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]
                 if records:
                     log.info(f"seed {seed}: scoring the test images of {len(records)} categories")
                     fitted = [c for c in categories if c.name in {record.category for record in records}]

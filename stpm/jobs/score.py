@@ -18,7 +18,7 @@ from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.errors import DataError, ModelError
 from stpm.lease import held
-from stpm.method.calibration import Normals, shortfall
+from stpm.method.calibration import NormalCounts, few_normals_warning
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
@@ -101,8 +101,8 @@ def _score(collection: CollectionOptions, options: ScoreOptions, out: str, liste
         return SOME_FAILED
     _, models = run_state.models()
     fits = {name: store.record(name, model_id).fit for name, model_id in models.items()}
-    normals = {name: Normals(fit.good_count, fit.calibration_count) for name, fit in fits.items()}
-    if warning := shortfall(normals, options.false_alarm_rate):
+    normals = {name: NormalCounts(fit.good_count, fit.calibration_count) for name, fit in fits.items()}
+    if warning := few_normals_warning(normals, options.false_alarm_rate):
         log.info(warning)
     if not again:
         for row in failed_rows(output, _SHOWN):

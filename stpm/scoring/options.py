@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError
-from stpm.method.calibration import check_rate
+from stpm.method.calibration import check_false_alarm_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
 from stpm.scoring.inputs.categories import Categories
 
@@ -82,7 +82,7 @@ class ScoreOptions:
         0.01,
         "share of good images that may be called anomalous, 0 to 1; sets the threshold from held-out normals",
     )
-    batch_size: int = option(
+    scoring_batch_size: int = option(
         0,
         "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved where memory runs "
         "out",
@@ -104,8 +104,8 @@ class ScoreOptions:
     )
 
     def __post_init__(self) -> None:
-        check_rate(self.false_alarm_rate)
-        for name, least in (("batch_size", 0), ("rows_per_file", 1), ("model_memory_gib", 0)):
+        check_false_alarm_rate(self.false_alarm_rate)
+        for name, least in (("scoring_batch_size", 0), ("rows_per_file", 1), ("model_memory_gib", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
         if not self.image_seconds > 0:

@@ -98,7 +98,7 @@ def score_shards(
                     options.false_alarm_rate,
                     output.raw_maps,
                     output.overlays,
-                    options.batch_size,
+                    options.scoring_batch_size,
                     int(options.model_memory_gib * 2**30),
                     0,
                     report,

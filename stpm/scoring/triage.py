@@ -12,8 +12,9 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data import images
+from stpm.data.encode import encode_jpeg
 from stpm.method.preprocessing import Preprocessing
-from stpm.pages import jpeg, jpeg_uri, score_parts, template
+from stpm.pages import jpeg_uri, score_parts, template
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.stages.heatmaps import heat_over, written_heatmap
@@ -54,7 +55,7 @@ def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preproces
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _SHORTER, _LONGEST)
         heat = written_heatmap(output.out, row)
-        return jpeg_uri(jpeg(Image.fromarray(heat_over(pixels, heat) if heat else pixels)))
+        return jpeg_uri(encode_jpeg(Image.fromarray(heat_over(pixels, heat) if heat else pixels)))
     except Exception:
         log.warning("%s is not shown", row["uri"], exc_info=True)
         return ""

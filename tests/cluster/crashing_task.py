@@ -7,11 +7,12 @@ import sys
 
 from stpm.cluster.connection import connected
 from stpm.data import mvtec
-from stpm.fitting.options import PoolOptions
+from stpm.fitting.options import WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitTask
-from stpm.fitting.worker_group import run_pool
-from stpm.method.backbones import load_teacher
+from stpm.fitting.worker_group import run_worker_group
+from stpm.fitting.worker_resources import WorkerResources
+from stpm.method.backbones import load_teacher_weights
 from stpm.models.store import ModelStore
 from tests.conftest import TINY
 
@@ -23,17 +24,19 @@ class CrashingTask(FitTask):
 
 
 def main(data: str, models: str) -> None:
-    digest = ModelStore(models).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    digest = ModelStore(models).put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     tasks = [
-        (CrashingTask if name == "crashing" else FitTask).of(mvtec.read_category(data, name), TINY, models, digest)
+        (CrashingTask if name == "crashing" else FitTask)(
+            name, mvtec.read_category(data, name).train, TINY, models, digest
+        )
         for name in mvtec.find_categories(data)
     ]
     with connected():
-        outcomes = run_pool(
-            tasks, PoolOptions(workers=2, cpus_per_worker=1), f"{models}/.train", FitProgress(tasks, None)
+        results = run_worker_group(
+            tasks, WorkerOptions(workers=2), WorkerResources(cpus=1), f"{models}/.train", FitProgress(tasks, None)
         )
-    for outcome in outcomes:
-        print(f"outcome {outcome.category} {outcome.status} {outcome.reason}", flush=True)
+    for result in results:
+        print(f"outcome {result.task.category} {'fitted' if result.record else 'failed'} {result.reason}", flush=True)
 
 
 if __name__ == "__main__":

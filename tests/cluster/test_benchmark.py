@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import OUTPUT
 from tests.cluster.conftest import TINY_RECIPE, run_job
-from tests.datasets import encoded, make_category
+from tests.datasets import encoded, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -90,7 +90,7 @@ def test_the_report_and_the_log_name_each_failure(run: Finished) -> None:
 def test_both_losses_of_every_epoch_are_logged(run: Finished) -> None:
     for seed in SEEDS:
         store = ModelStore(str(run.out / "models" / f"seed-{seed}"))
-        for category in store.categories():
+        for category in fitted_categories(store.uri):
             lines = [line for line in run.process.stdout.splitlines() if line.startswith(f"{category} (seed {seed})")]
             for kind in ("train", "validation"):
                 logged = re.findall(rf"{kind} loss ((?:\d\.\d+ )+)", "\n".join(lines))
@@ -181,8 +181,8 @@ def test_heatmaps_galleries_and_models_are_written(run: Finished) -> None:
         with Image.open(run.out / "gallery" / f"seed-{seed}" / "colour.png") as image:
             assert image.width > 1000
         store = ModelStore(str(run.out / "models" / f"seed-{seed}"))
-        assert store.categories() == ["colour", "grey", "mismatch", "odd"]
-        for category in store.categories():
+        assert fitted_categories(store.uri) == ["colour", "grey", "mismatch", "odd"]
+        for category in fitted_categories(store.uri):
             model = store.load(category)
             assert store.history(model.record).num_rows == 3
             assert {r["model_id"] for r in run.rows if r["category"] == category and r["seed"] == seed} - {""} == {

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from stpm.models.store import ModelStore
 from tests.cluster.conftest import (
     FIT_WORKER,
     KILLS,
@@ -23,7 +22,7 @@ from tests.cluster.conftest import (
     wait_for_success,
 )
 from tests.conftest import REPOSITORY
-from tests.datasets import make_category
+from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -50,7 +49,7 @@ def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def models(store: Path) -> dict[str, bytes]:
     """Read all files that scores depend on."""
-    assert ModelStore(str(store)).categories() == list(CATEGORIES)
+    assert fitted_categories(str(store)) == list(CATEGORIES)
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.name in FILES}
 
 
@@ -108,4 +107,4 @@ def test_a_category_that_crashes_its_worker_twice_is_quarantined(tmp_path: Path)
     assert "outcome a fitted" in process.stdout
     assert "outcome b fitted" in process.stdout
     assert "outcome crashing failed its worker process died 2 times" in process.stdout
-    assert ModelStore(str(models)).categories() == ["a", "b"]
+    assert fitted_categories(str(models)) == ["a", "b"]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from stpm.models.store import ModelStore
 from tests.cluster.conftest import (
     DECODER,
     FIT_WORKER,
@@ -27,7 +26,7 @@ from tests.cluster.conftest import (
     wait_for_success,
     wait_until,
 )
-from tests.datasets import make_category
+from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -100,12 +99,12 @@ def fit_options(root: Path, models: Path) -> list[str]:
 def score_options(root: Path, out: Path) -> list[str]:
     return [
         *("--models", str(root / "models"), "--images", str(root / "images"), "--out", str(out), "--category", "a"),
-        *("--mounted", str(root), "--rows-per-file", "64", "--batch-size", "4", "--max-error-rate", "1"),
+        *("--mounted", str(root), "--rows-per-file", "64", "--scoring-batch-size", "4", "--max-error-rate", "1"),
     ]
 
 
 def students(store: Path) -> dict[str, bytes]:
-    assert ModelStore(str(store)).categories() == list(CATEGORIES)
+    assert fitted_categories(str(store)) == list(CATEGORIES)
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("student.safetensors")}
 
 

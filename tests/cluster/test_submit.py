@@ -16,7 +16,6 @@ import pytest
 import requests
 
 from stpm import storage
-from stpm.models.store import ModelStore
 from tests.cluster.conftest import (
     BIN,
     TINY_RECIPE,
@@ -29,7 +28,7 @@ from tests.cluster.conftest import (
     wait_until,
 )
 from tests.conftest import REPOSITORY
-from tests.datasets import make_category
+from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -129,7 +128,7 @@ def test_submitted_jobs_succeed_and_export_what_the_dashboard_draws(cluster: dic
     fit = submit(cluster, "fit", "--data", DATA, "--models", MODELS, *TINY)
     assert fit.returncode == 0
     assert "validation loss" in fit.stdout
-    assert ModelStore(MODELS).categories() == ["nut"]
+    assert fitted_categories(MODELS) == ["nut"]
 
     make_images("s3://bucket/images", 600, broken=range(0, 600, 100))
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", "s3://bucket/scored"]
@@ -154,7 +153,7 @@ def test_a_stopped_job_is_continued_by_the_next_one(cluster: dict[str, str]) -> 
     """Uses the models and the images of the test before."""
     out = "s3://bucket/stopped"
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", out]
-    options += ["--rows-per-file", "32", "--batch-size", "1"]
+    options += ["--rows-per-file", "32", "--scoring-batch-size", "1"]
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
     wait_until(lambda: bool(checkpoints(out)), "no rows were written")

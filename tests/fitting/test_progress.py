@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from stpm.fitting.progress import FitProgress
-from stpm.fitting.task import Epoch, FitTask, Outcome
+from stpm.fitting.task import Epoch, FitResult, FitTask
 from stpm.method.calibration import HeatmapScale
 from stpm.models.record import FitSummary, ModelRecord
 from tests.conftest import TINY, preprocessing_of
@@ -22,25 +22,25 @@ class Clock:
 
 
 def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> list[str]:
-    """Report some epochs of a task and its failure; returns what was shown at the bottom of the terminal."""
+    """Report some epochs of a task and its failure; return the lines shown at the bottom of the terminal."""
     shown: list[str] = []
     clock = Clock()
     progress = FitProgress([TASK, OTHER], shown.append if terminal else None, clock)
     for number in range(1, epochs + 1):
         clock.now += seconds_per_epoch
         progress((TASK.key, Epoch(number, 1 / number, 2 / number, 50.0)))
-    progress(Outcome.failed(TASK, "it broke"))
+    progress(FitResult(TASK, reason="it broke"))
     return shown
 
 
-def test_a_terminal_shows_a_line_per_epoch(caplog: pytest.LogCaptureFixture) -> None:
+def test_terminal_shows_a_line_per_epoch(caplog: pytest.LogCaptureFixture) -> None:
     follow(terminal=True, seconds_per_epoch=0.1)
     assert sum("epoch" in line for line in caplog.messages) == 100
     second = caplog.messages[1]
     assert "epoch   2/100  train loss 0.5000  validation loss 1.0000  50 images/s  16 s left" in second
 
 
-def test_a_log_has_few_lines_and_every_loss(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_has_few_lines_and_every_loss(caplog: pytest.LogCaptureFixture) -> None:
     follow(terminal=False, seconds_per_epoch=0.1)
     lines = [line for line in caplog.messages if "epoch" in line]
     assert len(lines) <= 5
@@ -49,12 +49,12 @@ def test_a_log_has_few_lines_and_every_loss(caplog: pytest.LogCaptureFixture) ->
         assert losses == [f"{scale / n:.4f}" for n in range(1, 101)]
 
 
-def test_a_log_has_a_line_per_slow_epoch(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_has_a_line_per_slow_epoch(caplog: pytest.LogCaptureFixture) -> None:
     follow(terminal=False, seconds_per_epoch=6.0)
     assert sum("epoch" in line for line in caplog.messages) == 100
 
 
-def test_gathered_epochs_are_logged_before_the_outcome(caplog: pytest.LogCaptureFixture) -> None:
+def test_gathered_epochs_are_logged_before_the_result(caplog: pytest.LogCaptureFixture) -> None:
     follow(terminal=False, seconds_per_epoch=0.1, epochs=3)
     lines = caplog.messages
     assert ["epoch" in line for line in lines] == [True, True, False, False]
@@ -62,7 +62,7 @@ def test_gathered_epochs_are_logged_before_the_outcome(caplog: pytest.LogCapture
     assert lines[2].endswith("failed: it broke")
 
 
-def test_a_bar_shows_the_whole_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_bar_shows_all_tasks_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
     shown = follow(terminal=True, seconds_per_epoch=1.0)
     assert not any("ended" in line for line in caplog.messages)
     assert len(shown) == 101
@@ -73,7 +73,7 @@ def test_a_bar_shows_the_whole_and_the_time_left(caplog: pytest.LogCaptureFixtur
     assert caplog.messages[-1] == "[##########..........] 1/2 ended, about 2 min left"
 
 
-def test_a_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     progress = FitProgress([TASK], lambda line: None)
     for number, loss in enumerate((0.8, 0.5, 0.9), 1):
         progress((TASK.key, Epoch(number, loss, 0.5, 50.0)))
@@ -81,8 +81,8 @@ def test_a_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) ->
     assert "above its start, 0.8000" in caplog.messages[2]
 
 
-def test_a_model_without_a_student_has_no_epochs(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_without_student_has_no_epochs(caplog: pytest.LogCaptureFixture) -> None:
     fit = FitSummary(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
     record = ModelRecord("nut", TINY, preprocessing_of(64), "float32", "", HeatmapScale(0, 1), (), fit, {}, {}, "")
-    FitProgress([TASK], None)(Outcome.done(TASK, record, "fitted"))
-    assert caplog.messages[0] == "nut (seed 0)  fitted in 3.2 s, a memory alone"
+    FitProgress([TASK], None)(FitResult(TASK, record))
+    assert caplog.messages[0] == "nut (seed 0)  fitted in 3.2 s, memory only"

@@ -23,9 +23,9 @@ from PIL import Image
 from stpm import storage
 from stpm.data import mvtec
 from stpm.data.images import decode
-from stpm.fitting.fit_category import run_task
+from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
-from stpm.method.backbones import load_teacher
+from stpm.method.backbones import load_teacher_weights
 from stpm.method.forward import Matcher
 from stpm.method.preprocessing import Resize
 from stpm.method.recipe import Recipe
@@ -55,10 +55,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in CATEGORIES:
         make_category(str(root / "data"), name, grey=name == "grey", kind="JPEG" if name == "grey" else "PNG")
         store = str(root / "models")
-        digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+        digest = ModelStore(store).put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
         category = mvtec.read_category(str(root / "data"), name)
-        recipe = dataclasses.replace(MODELS[KINDS[name]], validation_share=0.4)
-        run_task(FitTask.of(category, recipe, store, digest), LIMITS, lambda told: None)
+        recipe = dataclasses.replace(MODELS[KINDS[name]], validation_fraction=0.4)
+        fit_category(FitTask(category.name, category.train, recipe, store, digest), LIMITS, lambda message: None)
     return root
 
 
@@ -118,7 +118,7 @@ def test_every_row_of_a_mixed_batch_gets_its_own_models_score(run: Path) -> None
         inputs = matcher.inputs(torch.from_numpy(pixels[None].copy()))
         distances = matcher.distances(model.parts, matcher.teacher_features(inputs), inputs, whole)
         recipe = model.record.recipe
-        (expected,) = matcher.anomaly_maps(distances, whole, recipe.fusing, model.record.part_scales)
+        (expected,) = matcher.anomaly_maps(distances, whole, recipe, model.record.part_scales)
         actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
         np.testing.assert_allclose(actual, expected.total, atol=1e-4 * np.abs(expected.total).max())
         highest = np.sort(actual.ravel())[-max(round(recipe.top_fraction * 64 * 64), 1) :]
@@ -425,7 +425,7 @@ def test_the_bound_model_scores_and_no_other(run: Path, tmp_path: Path) -> None:
     category = mvtec.read_category(str(run / "data"), "nut")
     recipe = dataclasses.replace(MODELS[KINDS["nut"]], seed=5)
     digest = store.record("nut").teacher_digest
-    run_task(FitTask.of(category, recipe, store.uri, digest), LIMITS, lambda told: None)
+    fit_category(FitTask(category.name, category.train, recipe, store.uri, digest), LIMITS, lambda message: None)
     assert store.record("nut").model_id != bound["nut"]
     out = pa.concat_tables([before, scorer(decoded.slice(1))]).to_pylist()
     assert {row["category"]: row["model_id"] for row in out} == bound
@@ -570,10 +570,11 @@ def test_images_of_other_proportions_are_scored_on_what_they_show(
     """Images of 80 × 32 in an input of 64 × 48, height by width."""
     make_category(str(tmp_path / "data"), "long", shape=(32, 80))
     store = str(tmp_path / "models")
-    digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    digest = ModelStore(store).put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(tmp_path / "data"), "long")
     recipe = dataclasses.replace(any_model, size=Size("64x48"), resize=resize)
-    record = run_task(FitTask.of(category, recipe, store, digest), LIMITS, lambda told: None).record
+    task = FitTask(category.name, category.train, recipe, store, digest)
+    record = fit_category(task, LIMITS, lambda message: None).record
     assert record
     preprocessing = {"long": record.preprocessing}
     decoded = Decode(preprocessing)(with_ids([category]))

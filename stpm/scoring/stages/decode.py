@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from stpm.data import images
-from stpm.data.images import DECODING_BYTES, MAX_BYTES, SUSPECT_ERRORS
+from stpm.data.images import DECODING_BYTES, EXTERNAL_ERRORS, MAX_BYTES
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus as meters
@@ -69,7 +69,7 @@ class Decode:
         if self._report:
             # What the manifest refused says nothing of storage.
             tried = [r for row, r in zip(rows, results, strict=True) if not row["error_kind"]]
-            suspect = [r for r in tried if isinstance(r, ImageError) and r.kind in SUSPECT_ERRORS]
+            suspect = [r for r in tried if isinstance(r, ImageError) and r.kind in EXTERNAL_ERRORS]
             error = f"{suspect[-1].kind}: {suspect[-1]}" if suspect else ""
             self._report(Done(decode_seconds=computed), Tried("decode", len(tried), len(suspect), error))
         columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names}

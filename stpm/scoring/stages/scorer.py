@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from stpm.data.images import SUSPECT_ERRORS, TRANSIENT_ERRORS
+from stpm.data.images import EXTERNAL_ERRORS, TRANSIENT_ERRORS
 from stpm.errors import ImageError, ModelError, ModelUnreadableError
 from stpm.method.forward import Matcher, pick_device
 from stpm.method.fusion import AnomalyMap
@@ -141,7 +141,7 @@ class Scorer:
         meters.count_images((columns["category"][i], kinds[i], False) for i in left)
         if self._report:
             tried = [i for i, before in enumerate(arrived) if not before]
-            suspect = [i for i in tried if kinds[i] in SUSPECT_ERRORS]
+            suspect = [i for i in tried if kinds[i] in EXTERNAL_ERRORS]
             error = f"{kinds[suspect[-1]]}: {messages[suspect[-1]]}" if suspect else ""
             self._report(
                 Done(
@@ -186,7 +186,7 @@ class Scorer:
         pixels = pixels.reshape(len(rows), preprocessing.height, preprocessing.width, 3)
         inputs = matcher.inputs(torch.from_numpy(pixels))
         content = preprocessing.content_boxes((columns["width"][i], columns["height"][i]) for i in rows)
-        teacher = matcher.features(matcher.teacher, inputs)
+        teacher = matcher.teacher_features(inputs)
         start = 0
         for category, group in groupby(rows, key=lambda i: columns["category"][i]):
             members = list(group)
@@ -200,7 +200,7 @@ class Scorer:
                 continue
             distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
             record = model.record
-            maps = matcher.anomaly_maps(distances, content[part], record.recipe.fusing, record.part_scales)
+            maps = matcher.anomaly_maps(distances, content[part], record.recipe, record.part_scales)
             self._fill(members, maps, model, columns)
 
     def _fill(self, rows: Sequence[int], maps: Sequence[AnomalyMap], model: Model, columns: dict[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""The CPUs and GPUs that each worker of a fit takes, and how many workers fit on a cluster's nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray.train import ScalingConfig
+
+from stpm.cluster.connection import Resources
+from stpm.errors import ConfigError
+from stpm.fitting.options import WorkerOptions
+
+# Students are so small that they gain little from more threads.
+_MAX_THREADS = 8
+_MAX_SHOWN_NODES = 4
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """CPU cores, each with one thread, and GPUs that one worker takes. Workers without GPUs compute on CPUs."""
+
+    cpus: int
+    gpus: float = 0.0
+
+    def workers_on(self, nodes: Sequence[Resources]) -> int:
+        """Count the workers that fit on these nodes. A worker is never split over two of them."""
+        counts = [int(node.get("CPU", 0) // self.cpus) for node in nodes]
+        if self.gpus:
+            # Ten tenths of a GPU are one GPU, also where their floating-point quotient is a little below 10.
+            by_gpu = [int(node.get("GPU", 0) / self.gpus + 1e-9) for node in nodes]
+            counts = list(map(min, counts, by_gpu))
+        return sum(counts)
+
+
+def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], task_count: int) -> WorkerResources:
+    """Choose the CPUs per worker where the options leave it open: as many as possible without having fewer workers.
+
+    `task_count` includes tasks that an earlier run has finished: the number of threads affects the last bits of a
+    student, and must not change when a run is resumed.
+    """
+    gpus = options.gpus_per_worker if any(node.get("GPU", 0) > 0 for node in nodes) else 0.0
+    if options.cpus_per_worker:
+        return WorkerResources(options.cpus_per_worker, gpus)
+    wanted = min(options.workers or task_count, WorkerResources(1, gpus).workers_on(nodes))
+    for cpus in range(_MAX_THREADS, 1, -1):
+        resources = WorkerResources(cpus, gpus)
+        if resources.workers_on(nodes) >= wanted > 0:
+            return resources
+    return WorkerResources(1, gpus)
+
+
+def scaling_config(
+    options: WorkerOptions, resources: WorkerResources, nodes: Sequence[Resources], task_count: int, *, elastic: bool
+) -> ScalingConfig:
+    """Choose the number of workers for these nodes and tasks; if elastic, it changes with the number of nodes.
+
+    Raises:
+        ConfigError: if no worker fits, or without `elastic` fewer than `options.workers`.
+    """
+    fitting = resources.workers_on(nodes)
+    wanted = options.workers or fitting
+    if fitting < 1 or (wanted > fitting and not elastic):
+        have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes[:_MAX_SHOWN_NODES])
+        raise ConfigError(
+            f"{max(wanted, 1)} workers of {resources.cpus} CPUs"
+            f"{f' and {resources.gpus:g} GPUs' if resources.gpus else ''} do not fit the cluster's nodes ({have}); "
+            "lower --workers, --cpus-per-worker or --gpus-per-worker"
+        )
+    return ScalingConfig(
+        num_workers=(1, min(options.workers or task_count, task_count)) if elastic else min(wanted, task_count),
+        use_gpu=resources.gpus > 0,
+        resources_per_worker={"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {}),
+        elastic_resize_monitor_interval_s=options.resize_seconds,
+    )
+
+
+def describe_workers(options: WorkerOptions, nodes: Sequence[Resources], task_count: int, node: Resources) -> str:
+    """Describe the workers that one of the nodes would run for a plan; empty if none."""
+    resources = choose_worker_resources(options, nodes, task_count)
+    count = min(resources.workers_on([node]), options.workers or task_count)
+    gpus = f", {resources.gpus:g} GPU" if resources.gpus else ""
+    return f"{count} at once, {resources.cpus} CPUs{gpus} each" if count else ""

@@ -1,0 +1,65 @@
+"""Helpers of the tests of fitting: images without padding, and models fitted on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from stpm.fitting.build_memory import build_memory
+from stpm.fitting.calibrate import make_parts
+from stpm.fitting.task import Epoch
+from stpm.fitting.teacher_features import Indices, TeacherFeatures
+from stpm.fitting.train_student import Checkpoints, TrainedStudent, split, train_student
+from stpm.fitting.training_images import TrainingImages
+from stpm.method.calibration import PartScale
+from stpm.method.forward import Matcher, Parts
+from stpm.method.fusion import AnomalyMap
+from stpm.method.recipe import Recipe
+
+MatcherOf = Callable[[Recipe], Matcher]
+BUDGET = 2**30
+
+
+def unpadded(pixels: np.ndarray) -> TrainingImages:
+    """Make images that fill the input."""
+    content = np.array([[0, 0, pixels.shape[2], pixels.shape[1]]] * len(pixels), np.int32)
+    return TrainingImages(pixels, content)
+
+
+def train_on(
+    images: TrainingImages,
+    recipe: Recipe,
+    matcher_of: MatcherOf,
+    checkpoints: Checkpoints | None = None,
+    budget: int = BUDGET,
+) -> tuple[TrainedStudent, list[Epoch]]:
+    seen: list[Epoch] = []
+    features = TeacherFeatures(matcher_of(recipe), images, budget)
+    assert features.cached == (budget > 0)
+    train, held_out = split(len(images), recipe)
+    return train_student(features, train, held_out, recipe, seen.append, checkpoints), seen
+
+
+def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def fit_parts(features: TeacherFeatures, train: Indices, held_out: Indices, recipe: Recipe) -> Parts:
+    student = train_student(features, train, held_out, recipe, lambda epoch: None).student
+    return make_parts(student, build_memory(features, train, recipe), recipe, torch.device("cpu"))
+
+
+def anomaly_maps(
+    matcher: Matcher, parts: Parts, images: TrainingImages, recipe: Recipe, scales: Sequence[PartScale]
+) -> list[AnomalyMap]:
+    """Compute the maps of all images, as scoring does."""
+    inputs = matcher.inputs(torch.from_numpy(images.pixels))
+    with torch.inference_mode():
+        distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content)
+        return matcher.anomaly_maps(distances, images.content, recipe, scales)
+
+
+def select(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:
+    return TrainingImages(images.pixels[list(indices)], images.content[list(indices)])

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from stpm.fitting.build_memory import build_memory
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import split
+from stpm.fitting.training_images import TrainingImages
+from stpm.method.memory_bank import MemoryBank
+from tests.conftest import MODELS
+from tests.fitting.helpers import BUDGET, MatcherOf, unpadded
+
+
+def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) -> bool:
+    return len(first) == len(second) and all(
+        (a.level, a.kind, a.window) == (b.level, b.kind, b.window)
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "whitening", "vectors"))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("budget", [BUDGET, 0])
+def test_same_images_give_the_same_memory(images: TrainingImages, matcher_of: MatcherOf, budget: int) -> None:
+    recipe = MODELS["memory"]
+    train, _ = split(len(images), recipe)
+    first, again, other = (
+        build_memory(TeacherFeatures(matcher_of(recipe), images, budget), train, dataclasses.replace(recipe, seed=seed))
+        for seed in (0, 0, 1)
+    )
+    assert [(bank.level, bank.kind) for bank in first] == [
+        (1, "features"),
+        (1, "directions"),
+        (2, "features"),
+        (2, "directions"),
+    ]
+    assert [bank.window for bank in first] == [3, 3, 1, 1]
+    # The coarsest level has 16 positions on each of 7 images.
+    assert [len(bank.vectors) for bank in first] == [50] * 4
+    assert same_banks(first, again)
+    assert not same_banks(first, other)
+    assert build_memory(TeacherFeatures(matcher_of(recipe), images, budget), train, MODELS["student"]) == ()
+
+
+def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, matcher_of: MatcherOf) -> None:
+    """Cached features are rounded to half precision. The banks hold all of them, since rounding may change a choice."""
+    recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
+    features = [TeacherFeatures(matcher_of(recipe), images, budget) for budget in (BUDGET, 0)]
+    cached, recomputed = (build_memory(each, np.arange(6), recipe) for each in features)
+    levels, masks = features[1](np.arange(6, 9)), [None] * 3
+    for one, other in zip(cached, recomputed, strict=True):
+        torch.testing.assert_close(one.mean, other.mean, rtol=2e-3, atol=1e-4)
+        distances = [bank.distance_map(levels[bank.level], masks[bank.level]) for bank in (one, other)]
+        torch.testing.assert_close(*distances, rtol=2e-2, atol=1e-2)
+
+
+def test_memory_holds_only_training_images(images: TrainingImages, matcher_of: MatcherOf) -> None:
+    recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
+    pixels = images.pixels.copy()
+    pixels[[2, 5]] = (255, 0, 0)
+    features = TeacherFeatures(matcher_of(recipe), unpadded(pixels), BUDGET)
+    train = np.array([0, 1, 3, 4, 6, 7, 8])
+    odd = features(np.array([2, 5]))
+    for bank, with_it in zip(
+        build_memory(features, train, recipe), build_memory(features, np.append(train, 2), recipe), strict=True
+    ):
+        assert with_it.distance_map(odd[bank.level]).max() < 0.05
+        known = bank.distance_map(features(train)[bank.level])
+        assert known.max() < 0.05
+        assert bank.distance_map(odd[bank.level]).min() > 20 * known.max()
+
+
+def test_memory_holds_no_padding(images: TrainingImages, matcher_of: MatcherOf) -> None:
+    recipe = MODELS["memory"]
+    content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
+    features = TeacherFeatures(matcher_of(recipe), TrainingImages(images.pixels, content), BUDGET)
+    before = build_memory(features, np.arange(9), recipe)
+    for level, mask in zip(features._features, features.content_masks(np.arange(9)), strict=True):
+        assert mask is not None
+        level[~mask[:, None].expand_as(level)] = 1000.0
+    assert same_banks(before, build_memory(features, np.arange(9), recipe))
+
+
+def test_memory_candidates_are_spread_evenly_over_images(
+    images: TrainingImages, matcher_of: MatcherOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
+    monkeypatch.setattr("stpm.fitting.build_memory._MAX_CANDIDATES", 180)
+    features = TeacherFeatures(matcher_of(recipe), images, BUDGET)
+    sizes = [len(bank.vectors) for bank in build_memory(features, np.arange(9), recipe)]
+    # The levels have 8 × 8 and 4 × 4 positions: 20 of each image, or all.
+    assert sizes == [180, 180, 144, 144]

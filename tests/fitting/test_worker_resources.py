@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+from ray.train import ScalingConfig
+
+from stpm.cluster.connection import Resources
+from stpm.errors import ConfigError
+from stpm.fitting.options import WorkerOptions
+from stpm.fitting.worker_resources import choose_worker_resources, describe_workers, scaling_config
+
+
+def scale(options: WorkerOptions, nodes: list[Resources], tasks: int, *, elastic: bool = False) -> ScalingConfig:
+    return scaling_config(options, choose_worker_resources(options, nodes, tasks), nodes, tasks, elastic=elastic)
+
+
+ONE, BIG = WorkerOptions(cpus_per_worker=1), {"CPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "tasks", "workers", "use_gpu"),
+    [
+        (ONE, [BIG], 100, 8, False),
+        (ONE, [BIG], 3, 3, False),
+        (WorkerOptions(cpus_per_worker=4), [BIG], 100, 2, False),
+        # A worker is never split over two nodes: two nodes of three cores hold two workers of two.
+        (WorkerOptions(cpus_per_worker=2), [{"CPU": 3.0}, {"CPU": 3.0}], 100, 2, False),
+        (ONE, [{"CPU": 8.0, "GPU": 2.0}], 100, 2, True),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.25), [{"CPU": 64.0, "GPU": 2.0}], 100, 8, True),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.25), [{"CPU": 3.0, "GPU": 2.0}], 100, 3, True),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.1), [{"CPU": 64.0, "GPU": 1.0}], 100, 10, True),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0), [{"CPU": 4.0, "GPU": 2.0}], 100, 4, False),
+        (ONE, [{"CPU": 8.0, "GPU": 2.0}, BIG], 100, 2, True),
+        (WorkerOptions(workers=2, cpus_per_worker=1), [BIG], 100, 2, False),
+    ],
+)
+def test_workers_fill_the_nodes(
+    options: WorkerOptions, nodes: list[Resources], tasks: int, workers: int, use_gpu: bool
+) -> None:
+    found = scale(options, nodes, tasks)
+    assert (found.num_workers, found.use_gpu) == (workers, use_gpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "tasks", "cpus"),
+    [
+        (WorkerOptions(), [{"CPU": 2.0}], 1, 2),
+        (WorkerOptions(), [{"CPU": 2.0}], 2, 1),
+        (WorkerOptions(), [{"CPU": 2.0}], 15, 1),
+        (WorkerOptions(), [BIG], 3, 2),
+        (WorkerOptions(), [{"CPU": 64.0}], 1, 8),
+        (WorkerOptions(workers=1), [BIG], 15, 8),
+        (WorkerOptions(cpus_per_worker=3), [BIG], 1, 3),
+        (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 3, 1),
+        (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 2, 3),
+        (WorkerOptions(), [{"CPU": 16.0, "GPU": 2.0}], 15, 8),
+        (WorkerOptions(gpus_per_worker=0.25), [{"CPU": 16.0, "GPU": 2.0}], 15, 2),
+        (WorkerOptions(), [{"CPU": 0.0}], 15, 1),
+    ],
+)
+def test_cpus_are_divided_among_workers_that_have_tasks(
+    options: WorkerOptions, nodes: list[Resources], tasks: int, cpus: int
+) -> None:
+    assert choose_worker_resources(options, nodes, tasks).cpus == cpus
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes"),
+    [
+        (WorkerOptions(workers=9, cpus_per_worker=1), [BIG]),
+        (WorkerOptions(cpus_per_worker=9), [BIG]),
+        (WorkerOptions(cpus_per_worker=5), [{"CPU": 4.0}, {"CPU": 4.0}]),
+        (WorkerOptions(workers=2, cpus_per_worker=1), [{"CPU": 8.0, "GPU": 1.0}]),
+        (ONE, []),
+    ],
+)
+def test_workers_that_do_not_fit_are_refused(options: WorkerOptions, nodes: list[Resources]) -> None:
+    with pytest.raises(ConfigError, match="do not fit the cluster"):
+        scale(options, nodes, 100)
+
+
+def test_elastic_group_has_at_most_one_worker_per_task() -> None:
+    two = [{"CPU": 2.0}]
+    assert scale(ONE, two, 5, elastic=True).num_workers == (1, 5)
+    assert scale(WorkerOptions(workers=3, cpus_per_worker=1), two, 5, elastic=True).num_workers == (1, 3)
+    with pytest.raises(ConfigError, match="do not fit the cluster"):
+        scale(WorkerOptions(cpus_per_worker=3), two, 5, elastic=True)
+
+
+def test_plan_describes_the_workers_of_a_node() -> None:
+    nodes: list[Resources] = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}]
+    assert describe_workers(WorkerOptions(), nodes, 15, nodes[0]) == "1 at once, 8 CPUs, 1 GPU each"
+    assert describe_workers(WorkerOptions(), nodes, 15, nodes[2]) == ""
