@@ -32,6 +32,8 @@ from stpm.models.store import ModelStore
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.categories import Categories
 from stpm.scoring.inputs.sources import rows_of
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
@@ -56,7 +58,7 @@ def loop(store: str, rows: pa.Table, out: str, category: str) -> float:
     preprocessing = {category: ModelStore(store).record(category).preprocessing}
     decode = Decode(preprocessing, fetchers=1)
     scorer = Scorer(store, 0.01, raw_maps=False, overlays=True, batch_size=_BATCH, threads=1)
-    write = WriteHeatmaps(out, "heatmaps/loop", "all", preprocessing, overlays=True)
+    write = WriteHeatmaps(RunOutput.single(out, OutputOptions(overlay=True)), preprocessing)
     batches = [rows.slice(i, _BATCH) for i in range(0, rows.num_rows, _BATCH)]
     for batch in batches[:_WARM]:
         write(scorer(decode(batch)))
@@ -83,8 +85,8 @@ def job(store: str, images: Path, out: Path, category: str) -> tuple[float, floa
     options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category]
     command = [sys.executable, "jobs/score.py", *options, "--top", "0", "--overlay"]
     subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
-    effort = RunState(str(out)).effort()
-    return effort.steady_images_per_second, effort.images_per_second
+    summary = RunState(str(out)).summary()
+    return summary.statistics.steady_images_per_second, summary.images_per_second
 
 
 def peers(python: str, images: Path, folder: Path) -> float:

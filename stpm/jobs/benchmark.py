@@ -1,4 +1,4 @@
-"""The benchmark job: fit all, score each test split through the same pipeline, evaluate, report."""
+"""The benchmark job: fit all categories, score their test images, evaluate, and report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from stpm.options import ClusterOptions
 from stpm.scoring.inputs.manifest import of_test_images
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import planned
+from stpm.scoring.pipeline import describe_plan
 from stpm.scoring.resuming.run_state import RunConfig
 from stpm.scoring.run import ScoringRun, run_scoring
 
@@ -44,10 +44,13 @@ def run_benchmark(
     gate: GateOptions,
     cluster: ClusterOptions,
 ) -> int:
-    """The benchmark job. Returns its exit code: 0 all done, 2 something failed or fell short, 3 nothing could be done.
+    """Run the benchmark job.
+
+    Returns:
+        The exit code: 0 all done, 2 something failed or fell short of a requirement, 3 nothing could be done.
 
     Raises:
-        StpmError: if it cannot be run at all.
+        StpmError: if the job cannot be run at all.
     """
     requirements = read_gate(gate)
     out = storage.output_folder(options.out)
@@ -56,7 +59,7 @@ def run_benchmark(
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
             tasks = len(names) * len(options.seeds)
-            log_plan({"fits": plan_of(pool, tasks), "then scores": partial(planned, scoring)})
+            log_plan({"fits": plan_of(pool, tasks), "then scores": partial(describe_plan, scoring)})
             return ALL_DONE
         with held(out, options.wait):
             if not options.data:
@@ -82,8 +85,8 @@ def _run(
     failures = [Failure(name, reason) for name, reason in unreadable.items()]
     results: list[CategoryResult] = []
     if categories:
+        stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
         with connected():
-            stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
             warn_of_few_normals(categories, recipe, scoring.false_alarm_rate)
             outcomes = fit_categories(categories, recipe, stores, pool, options.wait)
             failures += [Failure(o.key, o.reason) for o in outcomes if o.status == "failed"]
@@ -91,9 +94,9 @@ def _run(
                 records = [o.record for o in outcomes if o.seed == seed and o.record]
                 if records:
                     log.info(f"seed {seed}: scoring the test images of {len(records)} categories")
-                    fitted = [c for c in categories if c.name in {record.category for record in records}]
-                    output = RunOutput.among(out, f"seed-{seed}")
-                    _score(data, fitted, ModelStore(store), scoring, output)
+                    names = {record.category for record in records}
+                    output = RunOutput.named(out, f"seed-{seed}")
+                    _score(data, [c for c in categories if c.name in names], ModelStore(store), scoring, output)
                     results += evaluate_categories(output, records, ModelStore(store), evaluation)
     code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements)
     log.info(f"models, scores and heatmaps are in {out}")
@@ -103,17 +106,17 @@ def _run(
 def _score(
     data: str, categories: Sequence[Category], store: ModelStore, options: ScoreOptions, output: RunOutput
 ) -> None:
-    """Score the test images, those of an earlier run left as they are where nothing differs.
+    """Score the test images; rows of an earlier run with the same configuration are kept.
 
     Raises:
-        CutOffError: if some are left: figures of a part would not be those of the test split.
+        CutOffError: if images are unfinished: metrics of a part would not be those of the test split.
     """
     if not any(category.test for category in categories):
         output.clear()
         return
     digest = hashlib.sha256(repr([category.test for category in categories]).encode()).hexdigest()
-    config = RunConfig((data,), options.false_alarm_rate, output.heatmaps, output.raw_maps, manifest=digest)
-    of = ScoringRun(lambda: of_test_images(categories), config, store, options, output)
-    counts = run_scoring(of, start_over=False, replace=True)
-    if counts.left:
-        raise CutOffError(f"{counts.left} test images are not scored; run the same command again to go on")
+    config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
+    run = ScoringRun(partial(of_test_images, categories), config, store, options, output)
+    summary, _ = run_scoring(run, replace=True)
+    if summary.unfinished:
+        raise CutOffError(f"{summary.unfinished} test images are not scored; run the same command again to go on")

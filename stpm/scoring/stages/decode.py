@@ -18,7 +18,8 @@ from stpm.scoring import prometheus as meters
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.options import IMAGE_SECONDS
-from stpm.scoring.progress import Done, Report, Tried
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_passthrough
 from stpm.scoring.stages.time_limit import run_within
 
@@ -46,7 +47,7 @@ class Decode:
         preprocessing: Mapping[str, Preprocessing],
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
-        report: Report | None = None,
+        report: ProgressReporter | None = None,
     ) -> None:
         self._report = report
         self._preprocessing = dict(preprocessing)
@@ -65,13 +66,12 @@ class Decode:
         began = time.process_time()
         results = run_within(self._seconds, self._fetchers, tasks, lambda i: self._late(decoding_since.get(i)))
         computed = time.process_time() - began
-        meters.spent("decode", computed)
+        meters.count_stage_seconds("decode", computed)
         if self._report:
             # What the manifest refused says nothing of storage.
             tried = [r for row, r in zip(rows, results, strict=True) if not row["error_kind"]]
-            suspect = [r for r in tried if isinstance(r, ImageError) and r.kind in SUSPECT_ERRORS]
-            error = f"{suspect[-1].kind}: {suspect[-1]}" if suspect else ""
-            self._report(Done(decode_seconds=computed), Tried("decode", len(tried), len(suspect), error))
+            errors = [f"{r.kind}: {r}" for r in tried if isinstance(r, ImageError) and r.kind in SUSPECT_ERRORS]
+            self._report("decode", RunStatistics(decode_seconds=computed), len(tried), errors)
         columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names}
         good = [r if isinstance(r, images.Decoded) else None for r in results]
         columns["pixels"] = [r.pixels.data.cast("B") if r else b"" for r in good]

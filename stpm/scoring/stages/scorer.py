@@ -21,7 +21,8 @@ from stpm.method.fusion import AnomalyMap
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.scoring import prometheus as meters
-from stpm.scoring.progress import Done, Left, Report, Tried
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
 from stpm.scoring.stages.scorer_actor import LARGEST_BATCH
 
@@ -65,7 +66,7 @@ class Scorer:
         batch_size: int = 0,
         memory: int = 2**30,
         threads: int = 0,
-        report: Report | None = None,
+        report: ProgressReporter | None = None,
         model_ids: Mapping[str, str] | None = None,
         accept_errors: bool = False,
     ) -> None:
@@ -90,7 +91,7 @@ class Scorer:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._idle_since:
-            meters.waited(time.perf_counter() - self._idle_since)
+            meters.count_wait_seconds(time.perf_counter() - self._idle_since)
         start = self._clock()
         rows = batch.num_rows
         columns: dict[str, Any] = {name: batch[name] for name in DECODED.names}
@@ -128,7 +129,7 @@ class Scorer:
             columns["pixels"] = [b""] * rows
         result = with_passthrough(table(columns, SCORED), batch)
         computed = self._clock() - start
-        meters.spent("forward", computed)
+        meters.count_stage_seconds("forward", computed)
         self._tell(batch["uri"], batch["error_kind"].to_pylist(), columns, computed)
         self._idle_since = time.perf_counter()
         kept = [kind not in self._left_out for kind in columns["error_kind"]]
@@ -141,15 +142,12 @@ class Scorer:
         meters.count_images((columns["category"][i], kinds[i], False) for i in left)
         if self._report:
             tried = [i for i, before in enumerate(arrived) if not before]
-            suspect = [i for i in tried if kinds[i] in SUSPECT_ERRORS]
-            error = f"{kinds[suspect[-1]]}: {messages[suspect[-1]]}" if suspect else ""
-            self._report(
-                Done(
-                    len(kinds), sum(map(bool, kinds)), sum(map(bool, columns["is_anomalous"])), forward_seconds=seconds
-                ),
-                Tried("forward", len(tried), len(suspect), error),
-                [Left(uris[i].as_py(), kinds[i], messages[i]) for i in left],
+            statistics = RunStatistics(
+                len(kinds), sum(map(bool, kinds)), sum(map(bool, columns["is_anomalous"])), forward_seconds=seconds
             )
+            errors = [f"{kinds[i]}: {messages[i]}" for i in tried if kinds[i] in SUSPECT_ERRORS]
+            unfinished = [UnfinishedImage(uris[i].as_py(), kinds[i], messages[i]) for i in left]
+            self._report("forward", statistics, len(tried), errors, unfinished)
 
     def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
         """Rows whose models share a teacher and all that the forward pass depends on."""
