@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask
 from stpm.method.backbones import load_teacher
 from stpm.method.forward import Matcher
-from stpm.method.preprocessing import Resize
+from stpm.method.preprocessing import Preprocessing, Resize
 from stpm.method.recipe import Recipe
 from stpm.models.store import Model, ModelStore
 from stpm.options import Size
@@ -35,6 +35,8 @@ from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.categories import Categories
 from stpm.scoring.inputs.manifest import image_id, of_test_images
 from stpm.scoring.inputs.sources import rows_of
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED, table
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps, heat_over, jet_palette, overlay, palette_png, written_heatmap
@@ -60,6 +62,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe = dataclasses.replace(MODELS[KINDS[name]], validation_share=0.4)
         run_task(FitTask.of(category, recipe, store, digest), LIMITS, lambda told: None)
     return root
+
+
+def heatmap_writer(
+    folder: Path, preprocessing: Mapping[str, Preprocessing] = PREPROCESSING, **options: Any
+) -> WriteHeatmaps:
+    return WriteHeatmaps(RunOutput.single(str(folder), OutputOptions(**options)), preprocessing)
 
 
 def manifest(run: Path) -> pa.Table:
@@ -142,7 +150,7 @@ def test_schemas_are_kept_from_stage_to_stage(run: Path, tmp_path: Path) -> None
     assert decoded.schema.equals(DECODED)
     out = scorer(run)(decoded)
     assert out.schema.equals(SCORED)
-    assert WriteHeatmaps(str(tmp_path), "heatmaps", "all", PREPROCESSING)(out).schema.equals(OUTPUT)
+    assert heatmap_writer(tmp_path)(out).schema.equals(OUTPUT)
     assert all(field.metadata[b"description"] for field in OUTPUT)
 
 
@@ -169,7 +177,7 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(run: Path, tmp_path: Path)
     names = [*contents, "deep.png", "dot.png", "gone.png"]
     uris = [str(tmp_path / name) for name in names]
     rows = rows_at([*uris, uris[-2]], [*["nut"] * 6, "no/such\nmodel"])
-    out = WriteHeatmaps(str(tmp_path / "out"), "heatmaps", "all", PREPROCESSING)(scored(run, rows)).to_pylist()
+    out = heatmap_writer(tmp_path / "out")(scored(run, rows)).to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
     for row in out:
         failed = bool(row["error_kind"])
@@ -259,10 +267,11 @@ def test_rows_that_storage_failed_are_left_to_the_next_run(
     uris = manifest(run)["uri"].to_pylist()[:3]
     decoded = Decode(PREPROCESSING)(rows_at([uris[0], "expired://a.png", *uris[1:], "/gone.png"], ["nut"] * 5))
     assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]
-    told: list[Any] = []
+    reports: list[Any] = []
 
-    def report(done: Any, tried: Any, left: Any = ()) -> None:
-        told.append((done.rows, done.errors, tried[:3], [each[:2] for each in left]))
+    def report(stage: str, statistics: Any, attempted: int, external_errors: Any, unfinished: Any = ()) -> None:
+        unfinished = [image[:2] for image in unfinished]
+        reports.append((stage, statistics.images, statistics.errors, attempted, len(external_errors), unfinished))
 
     everything = [uris[0], "expired://a.png", *uris[1:], "/gone.png"]
     Decode(PREPROCESSING, report=cast(Any, report))(rows_at(everything, ["nut"] * 5))
@@ -271,11 +280,11 @@ def test_rows_that_storage_failed_are_left_to_the_next_run(
             str(run / "models"), 0.3, False, False, threads=1, report=cast(Any, report), accept_errors=accept
         )
         assert stage(decoded)["uri"].to_pylist() == rows
-    # What failed is told of by the stage that it failed in.
-    assert told == [
-        (0, 0, ("decode", 5, 2), []),
-        (5, 2, ("forward", 3, 0), [("expired://a.png", "unreadable")]),
-        (5, 2, ("forward", 3, 0), []),
+    # Each failure is reported by the stage that it happened in.
+    assert reports == [
+        ("decode", 0, 0, 5, 2, []),
+        ("forward", 5, 2, 3, 0, [("expired://a.png", "unreadable")]),
+        ("forward", 5, 2, 3, 0, []),
     ]
 
 
@@ -325,10 +334,10 @@ def test_a_batch_of_errors_alone_passes_through(run: Path) -> None:
 
 def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
     rows = scored(run, manifest(run))
-    out = WriteHeatmaps(str(tmp_path), "heatmaps/x", "all", PREPROCESSING, True)(rows).to_pylist()
+    out = heatmap_writer(tmp_path, overlay=True)(rows).to_pylist()
     store = ModelStore(str(run / "models"))
     for row, before in zip(out, rows.to_pylist(), strict=True):
-        name = f"heatmaps/x/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
+        name = f"heatmaps/scores/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
         assert (row["heatmap"], row["overlay"]) == (f"{name}.png", f"{name}_overlay.png")
         with Image.open(tmp_path / row["heatmap"]) as image:
             assert (image.mode, image.size) == ("P", (64, 64))
@@ -345,8 +354,8 @@ def test_pictures_are_named_by_id_and_drawn_on_the_models_scale(run: Path, tmp_p
 
 def test_pictures_may_be_in_their_rows(run: Path, tmp_path: Path) -> None:
     rows = scored(run, manifest(run))
-    files = WriteHeatmaps(str(tmp_path), "heatmaps", "all", PREPROCESSING, True)(rows).to_pylist()
-    inside = WriteHeatmaps(str(tmp_path / "no"), "heatmaps", "all", PREPROCESSING, True, "parquet")(rows).to_pylist()
+    files = heatmap_writer(tmp_path, overlay=True)(rows).to_pylist()
+    inside = heatmap_writer(tmp_path / "no", overlay=True, heatmaps_in="parquet")(rows).to_pylist()
     assert not (tmp_path / "no").exists()
     for one, other in zip(files, inside, strict=True):
         assert (other["heatmap"], other["overlay"]) == ("", "")
@@ -357,7 +366,7 @@ def test_pictures_may_be_in_their_rows(run: Path, tmp_path: Path) -> None:
 
 
 def test_without_pictures_nothing_is_written(run: Path, tmp_path: Path) -> None:
-    out = WriteHeatmaps(str(tmp_path), "heatmaps", "none", PREPROCESSING)(scored(run, manifest(run)))
+    out = heatmap_writer(tmp_path, heatmaps="none")(scored(run, manifest(run)))
     assert set(out["heatmap"].to_pylist()) == {""}
     assert not list(tmp_path.iterdir())
 
@@ -442,7 +451,7 @@ def test_the_users_own_columns_go_with_their_rows(run: Path, tmp_path: Path) -> 
     rows = rows.append_column("line", pa.array([f"line {i}" for i in range(rows.num_rows)]))
     # Times that no Python object can hold.
     rows = rows.append_column("at", pa.array([2**60] * rows.num_rows, pa.timestamp("s")))
-    out = WriteHeatmaps(str(tmp_path), "heatmaps", "none", PREPROCESSING)(scored(run, rows))
+    out = heatmap_writer(tmp_path, heatmaps="none")(scored(run, rows))
     assert out.schema.names == [*OUTPUT.names, "line", "at"]
     assert out["at"].equals(rows["at"])
     lines = dict(zip(rows["uri"].to_pylist(), rows["line"].to_pylist(), strict=True))
@@ -461,7 +470,7 @@ def test_pictures_are_of_those_that_are_wanted(run: Path, tmp_path: Path, wanted
     rows = scored(run, manifest(run).slice(0, 8))
     verdicts = pa.array([i < 3 for i in range(8)])
     rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), verdicts)
-    out = WriteHeatmaps(str(tmp_path), "heatmaps", wanted, PREPROCESSING)(rows).to_pylist()
+    out = heatmap_writer(tmp_path, heatmaps=wanted)(rows).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert {row["overlay"] for row in out} == {""}
     assert len(list(tmp_path.rglob("*.png"))) == expected
@@ -578,7 +587,7 @@ def test_images_of_other_proportions_are_scored_on_what_they_show(
     preprocessing = {"long": record.preprocessing}
     decoded = Decode(preprocessing)(with_ids([category]))
     rows = Scorer(store, 0.3, True, overlays=True, threads=1)(decoded)
-    out = WriteHeatmaps(str(tmp_path), "heatmaps", "all", preprocessing, True)(rows).to_pylist()
+    out = heatmap_writer(tmp_path, preprocessing, overlay=True)(rows).to_pylist()
     # A crop of the input's proportions is the middle 24 of 80 columns.
     left, across = (28, 24) if resize == "crop" else (0, 80)
     for row in out:
