@@ -14,7 +14,7 @@ from stpm.console import ALL_DONE, NOTHING_DONE
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
 from stpm.errors import CutOffError, DataError
-from stpm.evaluation.gate import Gate, read_gate
+from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import EvaluationOptions, GateOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.fitting.fit_categories import fit_categories, plan_of, read_categories, warn_of_few_normals
@@ -23,6 +23,7 @@ from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.jobs.evaluate import evaluate_categories, publish_report
 from stpm.lease import held
 from stpm.method.recipe import Recipe
+from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.inputs.manifest import of_test_images
@@ -64,59 +65,51 @@ def run_benchmark(
         with held(out, options.wait):
             if not options.data:
                 demo.make(data)
-            return _run(options, data, out, recipe, pool, scoring, evaluation, requirements)
-
-
-def _run(
-    options: BenchmarkOptions,
-    data: str,
-    out: str,
-    recipe: Recipe,
-    pool: PoolOptions,
-    scoring: ScoreOptions,
-    evaluation: EvaluationOptions,
-    requirements: Gate,
-) -> int:
-    try:
-        categories, unreadable = read_categories(data, options.categories)
-    except DataError as error:
-        log.info(f"error: {error}")
-        return NOTHING_DONE
-    failures = [Failure(name, reason) for name, reason in unreadable.items()]
-    results: list[CategoryResult] = []
-    if categories:
-        stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
-        with connected():
-            warn_of_few_normals(categories, recipe, scoring.false_alarm_rate)
-            outcomes = fit_categories(categories, recipe, stores, pool, options.wait)
-            failures += [Failure(o.key, o.reason) for o in outcomes if o.status == "failed"]
-            for seed, store in stores.items():
-                records = [o.record for o in outcomes if o.seed == seed and o.record]
-                if records:
-                    log.info(f"seed {seed}: scoring the test images of {len(records)} categories")
-                    names = {record.category for record in records}
-                    output = RunOutput.named(out, f"seed-{seed}")
-                    _score(data, [c for c in categories if c.name in names], ModelStore(store), scoring, output)
-                    results += evaluate_categories(output, records, ModelStore(store), evaluation)
-    code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements)
-    log.info(f"models, scores and heatmaps are in {out}")
-    return code
+            try:
+                categories, unreadable = read_categories(data, options.categories)
+            except DataError as error:
+                log.info(f"error: {error}")
+                return NOTHING_DONE
+            failures = [Failure(name, reason) for name, reason in unreadable.items()]
+            results: list[CategoryResult] = []
+            if categories:
+                stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
+                with connected():
+                    warn_of_few_normals(categories, recipe, scoring.false_alarm_rate)
+                    outcomes = fit_categories(categories, recipe, stores, pool, options.wait)
+                    failures += [Failure(each.key, each.reason) for each in outcomes if each.status == "failed"]
+                    for seed, store in stores.items():
+                        if records := [each.record for each in outcomes if each.seed == seed and each.record]:
+                            output = RunOutput.named(out, f"seed-{seed}")
+                            _score(data, categories, records, ModelStore(store), scoring, output)
+                            results += evaluate_categories(output, records, ModelStore(store), evaluation)
+            code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements)
+            log.info(f"models, scores and heatmaps are in {out}")
+            return code
 
 
 def _score(
-    data: str, categories: Sequence[Category], store: ModelStore, options: ScoreOptions, output: RunOutput
+    data: str,
+    categories: Sequence[Category],
+    records: Sequence[ModelRecord],
+    store: ModelStore,
+    options: ScoreOptions,
+    output: RunOutput,
 ) -> None:
-    """Score the test images; rows of an earlier run with the same configuration are kept.
+    """Score the test images of the fitted categories; rows of an earlier run with the same configuration are kept.
 
     Raises:
         CutOffError: if images are unfinished: metrics of a part would not be those of the test split.
     """
-    if not any(category.test for category in categories):
+    log.info(f"{output.name}: scoring the test images of {len(records)} categories")
+    fitted = {record.category for record in records}
+    tested = [category for category in categories if category.name in fitted]
+    if not any(category.test for category in tested):
         output.clear()
         return
-    digest = hashlib.sha256(repr([category.test for category in categories]).encode()).hexdigest()
+    digest = hashlib.sha256(repr([category.test for category in tested]).encode()).hexdigest()
     config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
-    run = ScoringRun(partial(of_test_images, categories), config, store, options, output)
+    run = ScoringRun(partial(of_test_images, tested), config, store, options, output)
     summary, _ = run_scoring(run, replace=True)
     if summary.unfinished:
         raise CutOffError(f"{summary.unfinished} test images are not scored; run the same command again to go on")

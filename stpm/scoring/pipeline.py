@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
@@ -18,7 +18,7 @@ from stpm.models.store import ModelStore
 from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.progress import ProgressReporter, show_scoring_progress
+from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
 from stpm.scoring.resuming.row_checkpoints import FileNames, checkpoint_config
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
@@ -65,85 +65,69 @@ def score_shards(
         RayError: if a node or Ray failed.
     """
     blocks = ManifestBlocks(shards)
+    preprocessing = {name: record.preprocessing for name, record in records.items()}
     pool = ScorerPool.for_nodes(options.scorers, working_nodes(), len(blocks), grows=is_shared())
+    memory = pool.memory_for(TASK_BYTES)
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(output.checkpoint)
+    filesystem, path = storage.arrow_filesystem(output.scores)
     images = sum(rows for _, rows in shards)
     with DataContext.current(context), show_scoring_progress(images, stops=not options.accept_errors) as report:
-        rows = _output_rows(blocks, pool, records, store, options, output, report)
+        rows = ray.data.read_datasource(
+            blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus, memory=memory
+        )
+        rows = rows.map_batches(
+            Decode(preprocessing, options.image_seconds, report=report).__call__,
+            batch_format="pyarrow",
+            batch_size=BLOCK_ROWS,
+            num_cpus=pool.stage_cpus,
+            memory=memory,
+        )
+        rows = rows.map_batches(
+            ScorerActor,
+            fn_constructor_args=(
+                store.uri,
+                options.false_alarm_rate,
+                output.options.raw_maps,
+                output.options.overlay,
+                options.scoring_batch_size,
+                int(options.model_memory_gib * 2**30),
+                0,
+                report,
+                {name: record.model_id for name, record in records.items()},
+                options.accept_errors,
+            ),
+            compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
+            batch_format="pyarrow",
+            batch_size=LARGEST_BATCH if pool.num_gpus else BLOCK_ROWS,
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            runtime_env=KEEPING_MEMORY,
+        )
+        rows = rows.map_batches(
+            WriteHeatmaps(output, preprocessing, report).__call__,
+            batch_format="pyarrow",
+            batch_size=BLOCK_ROWS,
+            num_cpus=pool.stage_cpus,
+        )
         try:
-            _write(rows, pool, options, output)
+            rows.write_parquet(
+                path,
+                filesystem=filesystem,
+                partition_cols=["category"] if output.options.partition_by == "category" else None,
+                filename_provider=FileNames(output.name),
+                # Rows with raw maps are large.
+                min_rows_per_file=min(options.rows_per_file, BLOCK_ROWS if output.options.raw_maps else sys.maxsize),
+                ray_remote_args={"num_cpus": pool.stage_cpus},
+            )
         except (RayError, SystemException) as error:
-            if reason := report.stop_reason():
+            _, _, stop_reason = report.read()
+            if stop_reason:
                 raise CutOffError(
-                    f"scoring was stopped: {reason}; what was done is kept. Repair what failed and run the same "
+                    f"scoring was stopped: {stop_reason}; what was done is kept. Repair what failed and run the same "
                     "command again, or give --accept-errors to write such errors as rows"
                 ) from error
             raise
-        return report.statistics(), report.unfinished()
-
-
-def _output_rows(
-    blocks: ManifestBlocks,
-    pool: ScorerPool,
-    records: Mapping[str, ModelRecord],
-    store: ModelStore,
-    options: ScoreOptions,
-    output: RunOutput,
-    report: ProgressReporter,
-) -> Dataset:
-    """Chain the stages. Nothing runs before the rows are written."""
-    preprocessing = {name: record.preprocessing for name, record in records.items()}
-    memory = pool.memory_for(TASK_BYTES)
-    rows = ray.data.read_datasource(
-        blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus, memory=memory
-    ).map_batches(
-        Decode(preprocessing, options.image_seconds, report=report).__call__,
-        batch_format="pyarrow",
-        batch_size=BLOCK_ROWS,
-        num_cpus=pool.stage_cpus,
-        memory=memory,
-    )
-    rows = rows.map_batches(
-        ScorerActor,
-        fn_constructor_args=(
-            store.uri,
-            options.false_alarm_rate,
-            output.options.raw_maps,
-            output.options.overlay,
-            options.scoring_batch_size,
-            int(options.model_memory_gib * 2**30),
-            0,
-            report,
-            {name: record.model_id for name, record in records.items()},
-            options.accept_errors,
-        ),
-        compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
-        batch_format="pyarrow",
-        batch_size=LARGEST_BATCH if pool.num_gpus else BLOCK_ROWS,
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus,
-        runtime_env=KEEPING_MEMORY,
-    )
-    return rows.map_batches(
-        WriteHeatmaps(output, preprocessing, report).__call__,
-        batch_format="pyarrow",
-        batch_size=BLOCK_ROWS,
-        num_cpus=pool.stage_cpus,
-    )
-
-
-def _write(rows: Dataset, pool: ScorerPool, options: ScoreOptions, output: RunOutput) -> None:
-    """Run the stages and write their rows."""
-    filesystem, path = storage.arrow_filesystem(output.scores)
-    # Files with raw maps are kept small.
-    rows_per_file = min(options.rows_per_file, BLOCK_ROWS) if output.options.raw_maps else options.rows_per_file
-    rows.write_parquet(
-        path,
-        filesystem=filesystem,
-        partition_cols=["category"] if output.options.partition_by == "category" else None,
-        filename_provider=FileNames(output.name),
-        min_rows_per_file=rows_per_file,
-        ray_remote_args={"num_cpus": pool.stage_cpus},
-    )
+        statistics, unfinished, _ = report.read()
+        return statistics, unfinished

@@ -26,6 +26,8 @@ _LOG_SECONDS = 5.0
 # Number of unfinished images that the actor keeps to show.
 _MAX_UNFINISHED = 10
 
+Snapshot = tuple[RunStatistics, list[UnfinishedImage], str]
+
 
 class CircuitBreaker:
     """Opens once more than half of the latest images failed for a reason outside the image, and stays open.
@@ -102,17 +104,10 @@ class ProgressActor:
             self._marks.append((self._last_report, self._statistics.images))
         return self._stop_reason
 
-    def statistics(self) -> RunStatistics:
-        """Return the sum of all reports."""
-        return replace(self._statistics, steady_images_per_second=round(self._steady_speed(), 3))
-
-    def unfinished(self) -> list[UnfinishedImage]:
-        """Return the first unfinished images."""
-        return self._unfinished
-
-    def stop_reason(self) -> str:
-        """Return the reason to stop the run, or ""."""
-        return self._stop_reason
+    def read(self) -> Snapshot:
+        """Return the sum of all reports, the first unfinished images, and the reason to stop the run, or ""."""
+        steady = round(self._steady_speed(), 3)
+        return replace(self._statistics, steady_images_per_second=steady), self._unfinished, self._stop_reason
 
     def _steady_speed(self) -> float:
         """Images per second without the first quarter, during which processes start and models load; 0 if unknown.
@@ -159,20 +154,10 @@ class ProgressReporter:
         if external_errors and (reason := ray.get(reply)):
             raise CutOffError(reason)
 
-    def statistics(self) -> RunStatistics:
-        """See `ProgressActor.statistics`."""
-        statistics: RunStatistics = ray.get(self._actor.statistics.remote())
-        return statistics
-
-    def unfinished(self) -> list[UnfinishedImage]:
-        """See `ProgressActor.unfinished`."""
-        unfinished: list[UnfinishedImage] = ray.get(self._actor.unfinished.remote())
-        return unfinished
-
-    def stop_reason(self) -> str:
-        """See `ProgressActor.stop_reason`."""
-        reason: str = ray.get(self._actor.stop_reason.remote())
-        return reason
+    def read(self) -> Snapshot:
+        """See `ProgressActor.read`."""
+        snapshot: Snapshot = ray.get(self._actor.read.remote())
+        return snapshot
 
 
 class ProgressDisplay:
@@ -191,28 +176,18 @@ class ProgressDisplay:
         self._show = show
         self._clock = clock
         self._last_logged = clock()
-        self._first: tuple[float, int] | None = None
 
     def update(self, statistics: RunStatistics) -> None:
         """Show the latest statistics."""
-        now = self._clock()
-        if statistics.images and self._first is None:
-            self._first = now, statistics.images
-        if self._show:
-            self._show(self._line(statistics, now))
-        elif now - self._last_logged >= _LOG_SECONDS:
-            self._last_logged = now
-            log.info(self._line(statistics, now))
-
-    def _line(self, statistics: RunStatistics, now: float) -> str:
-        images = min(statistics.images, self._total)
+        images, speed = min(statistics.images, self._total), statistics.steady_images_per_second
         line = f"{images}/{self._total} images, {statistics.errors} errors, {statistics.anomalous} anomalous"
-        # The speed is measured from the first image on: starting Ray and loading models is not part of it.
-        time_then, images_then = self._first or (now, 0)
-        if images > images_then and now > time_then:
-            speed = (images - images_then) / (now - time_then)
+        if speed:
             line += f", {speed:.0f} images/s, about {duration((self._total - images) / speed)} left"
-        return line
+        if self._show:
+            self._show(line)
+        elif self._clock() - self._last_logged >= _LOG_SECONDS:
+            self._last_logged = self._clock()
+            log.info(line)
 
 
 @contextmanager
@@ -230,7 +205,7 @@ def show_scoring_progress(total: int, *, stops: bool) -> Iterator[ProgressReport
 
     def poll() -> None:
         while not ended.wait(_POLL_SECONDS):
-            display.update(reporter.statistics())
+            display.update(reporter.read()[0])
 
     thread = threading.Thread(target=poll, name="score-progress", daemon=True)
     thread.start()

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -77,16 +77,14 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         CutOffError: if storage, a node or Ray failed.
     """
     state, images, records = resume_or_start(run, start_over=start_over, replace=replace)
-    if state.is_finished():
-        summary = state.summary()
+    finished = state.is_finished()
+    if finished:
         log.info(f"all of them are scored already, see {state.uri}")
-        _write_triage(run, state, records)
-    else:
-        summary = _score_remaining(run, images, records)
-        if not summary.unfinished:
-            _write_triage(run, state, records)
-            state.finish(summary)
+    summary = state.summary() if finished else _score_remaining(run, images, records)
     if not summary.unfinished:
+        _write_triage(run, state, records)
+        if not finished:
+            state.finish(summary)
         run.output.clear_checkpoint()
     return summary, records
 
@@ -181,14 +179,18 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
         summarize_rows(run.output), statistics=statistics, seconds=round(time.perf_counter() - start, 3)
     )
     missing = images.rows - summary.rows
-    if unfinished and missing > 0:
-        _log_unfinished(unfinished, missing)
-        return dataclasses.replace(summary, unfinished=missing)
-    if missing:
+    if missing < 0 or (missing and not unfinished):
         raise ConfigError(
             f"{summary.rows} rows in {run.output.scores} for {images.rows} images; run again with --fresh"
         )
-    return summary
+    if missing:
+        for image in unfinished:
+            log.info(str(image))
+        log.info(
+            f"{missing} images are unfinished, because storage, a model or a device failed: run the same command again "
+            "to try them again, or with --accept-errors to write such errors as rows"
+        )
+    return dataclasses.replace(summary, unfinished=missing)
 
 
 def summarize_rows(output: RunOutput) -> RunSummary:
@@ -226,15 +228,6 @@ def _error_examples(output: RunOutput) -> tuple[str, ...]:
         if len(rows) >= _ERROR_EXAMPLES:
             break
     return tuple(": ".join(row[name] for name in _ERROR_COLUMNS) for row in rows[:_ERROR_EXAMPLES])
-
-
-def _log_unfinished(images: Sequence[UnfinishedImage], count: int) -> None:
-    for image in images:
-        log.info(str(image))
-    log.info(
-        f"{count} images are unfinished, because storage, a model or a device failed: run the same command again to "
-        "try them again, or with --accept-errors to write such errors as rows"
-    )
 
 
 def _write_triage(run: ScoringRun, state: RunState, records: Records) -> None:

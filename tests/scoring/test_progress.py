@@ -20,8 +20,8 @@ def shown_lines(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str
     display = ProgressDisplay(1000, shown.append if terminal else None, clock)
     for second in range(1, 21):
         clock.now = second
-        # Ten seconds of starting, then 50 images a second.
-        display.update(RunStatistics(max(second - 10, 0) * 50, errors=2, anomalous=1))
+        speed = 50.0 if second > 10 else 0.0
+        display.update(RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed))
     return shown if terminal else caplog.messages
 
 
@@ -32,7 +32,7 @@ def test_progress_is_shown_at_each_update_on_a_terminal_and_every_five_seconds_i
     assert len(shown_lines(caplog, terminal=False)) == 4
 
 
-def test_progress_speed_excludes_the_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_names_the_speed_once_it_is_known(caplog: pytest.LogCaptureFixture) -> None:
     first, *_, last = shown_lines(caplog, terminal=True)
     assert first == "0/1000 images, 2 errors, 1 anomalous"
     assert last == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
@@ -43,7 +43,7 @@ def test_progress_actor_adds_up_statistics() -> None:
     actor.add("forward", RunStatistics(16, 1, 2, forward_seconds=1.5))
     actor.add("forward", RunStatistics(4, 0, 1, forward_seconds=0.5))
     actor.add("decode", RunStatistics(decode_seconds=3.0))
-    assert actor.statistics() == RunStatistics(20, 1, 3, decode_seconds=3.0, forward_seconds=2.0)
+    assert actor.read()[0] == RunStatistics(20, 1, 3, decode_seconds=3.0, forward_seconds=2.0)
 
 
 def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:
@@ -57,8 +57,7 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
         reasons.append(actor.add(*failed))
         assert patient.add(*failed) == ""
     assert reasons == ["", "", "", "256 of the latest 256 images failed, the last one as unreadable: expired"]
-    assert actor.stop_reason() == reasons[-1]
-    assert actor.unfinished() == unfinished[:10]
+    assert actor.read()[1:] == (unfinished[:10], reasons[-1])
 
 
 @pytest.mark.parametrize(("fraction", "opens"), [(0.4, False), (0.6, True)])
@@ -87,12 +86,12 @@ def test_circuit_breaker_that_opens_on_a_good_batch_names_the_last_error() -> No
 def test_steady_speed_excludes_the_first_quarter() -> None:
     clock = Clock()
     actor = ProgressActor(clock)
-    assert actor.statistics().steady_images_per_second == 0
+    assert actor.read()[0].steady_images_per_second == 0
     for second, images in enumerate([0, 10, 10, 10, 50, 100, 100, 100]):
         clock.now = float(second)
         actor.add("forward", RunStatistics(images))
-    assert actor.statistics().images == 380
-    assert actor.statistics().steady_images_per_second == (380 - 180) / 2
+    assert actor.read()[0].images == 380
+    assert actor.read()[0].steady_images_per_second == (380 - 180) / 2
     clock.now = 9.0
     actor.add("encode", RunStatistics(encode_seconds=1))
-    assert actor.statistics().steady_images_per_second == (380 - 180) / 4
+    assert actor.read()[0].steady_images_per_second == (380 - 180) / 4
