@@ -115,7 +115,7 @@ class ProgressActor:
         It is measured until the last report of any stage, not only of the scorers.
         """
         images = self._statistics.images
-        time_then, images_then = next((mark for mark in self._marks if mark[1] >= images / 4), (0.0, 0))
+        time_then, images_then = next((mark for mark in self._marks if mark[1] >= images / 4), (self._last_report, 0))
         elapsed = self._last_report - time_then
         return (images - images_then) / elapsed if elapsed > 0 else 0.0
 

@@ -95,3 +95,14 @@ def test_steady_speed_excludes_the_first_quarter() -> None:
     clock.now = 9.0
     actor.add("encode", RunStatistics(encode_seconds=1))
     assert actor.read()[0].steady_images_per_second == (380 - 180) / 4
+
+
+def test_steady_speed_is_unknown_within_the_first_second() -> None:
+    clock = Clock()
+    actor = ProgressActor(clock)
+    for clock.now in (1000.0, 1000.1, 1000.2):
+        actor.add("forward", RunStatistics(100))
+    assert actor.read()[0].steady_images_per_second == pytest.approx(200 / 0.2, rel=1e-3)
+    for clock.now in (1000.3, 1000.4):
+        actor.add("forward", RunStatistics(1000))
+    assert actor.read()[0].steady_images_per_second == 0
