@@ -212,13 +212,13 @@ def summarize_rows(output: RunOutput) -> RunSummary:
         rows=total["rows"],
         anomalous=total["anomalous"],
         errors=dict(sorted((+errors).items())),
-        error_examples=_error_examples(output) if total["errors"] else (),
+        error_examples=_error_examples(output) if total["errors"] else [],
         categories={name: dict(counts) for name, counts in sorted(categories.items())},
         bytes_read=bytes_read,
     )
 
 
-def _error_examples(output: RunOutput) -> tuple[str, ...]:
+def _error_examples(output: RunOutput) -> list[str]:
     """Describe the first images with an error, a line each."""
     rows: list[dict[str, str]] = []
     # Each file is read to its end: an interrupted scan goes on in threads, and those crash at exit if the filesystem is
@@ -227,7 +227,7 @@ def _error_examples(output: RunOutput) -> tuple[str, ...]:
         rows += file.to_table(columns=_ERROR_COLUMNS, filter=ds.field("error_kind") != "").to_pylist()
         if len(rows) >= _ERROR_EXAMPLES:
             break
-    return tuple(": ".join(row[name] for name in _ERROR_COLUMNS) for row in rows[:_ERROR_EXAMPLES])
+    return [": ".join(row[name] for name in _ERROR_COLUMNS) for row in rows[:_ERROR_EXAMPLES]]
 
 
 def _write_triage(run: ScoringRun, state: RunState, records: Records) -> None:

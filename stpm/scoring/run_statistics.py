@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class RunStatistics:
-    """Images that one start of a run scored, and the time that its stages computed. Statistics add up.
+    """The images that a run has scored since it was last started, and the time that its stages computed. They add up.
 
-    Rows that are scored twice, because a task was killed, count twice.
+    An image that is scored twice, because a task was killed, counts twice.
 
     Args:
-        images: that scorers have finished.
+        images: number of images that scorers have finished.
         errors: how many of them have no score.
         anomalous: how many of them are anomalous.
         decode_seconds: CPU seconds for fetching and decoding.
@@ -36,7 +36,7 @@ class RunStatistics:
 
 
 class UnfinishedImage(NamedTuple):
-    """An image without a row, and the error that the next run may not meet again."""
+    """An image without a row, and its error; the next run tries it again."""
 
     uri: str
     error_kind: str
@@ -48,24 +48,24 @@ class UnfinishedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The rows of a run, and the effort of its last start, which may have scored only a part of them.
+    """The rows of a run, and the time since it was last started, in which it may have scored only a part of them.
 
     Args:
-        rows: that are written.
+        rows: number of rows that are written.
         anomalous: how many of them are anomalous.
         errors: how many of them have no score, by error kind.
-        error_examples: the first of those, a line each.
+        error_examples: the first of these rows, a line each.
         categories: rows, anomalous rows and errors by category.
         bytes_read: size of all image files.
-        unfinished: images without a row, which the next run tries again.
-        seconds: from the last start to the end.
-        statistics: of the last start.
+        unfinished: number of images without a row, which the next run tries again.
+        seconds: wall time since the last start.
+        statistics: since the last start.
     """
 
     rows: int = 0
     anomalous: int = 0
     errors: dict[str, int] = field(default_factory=dict)
-    error_examples: tuple[str, ...] = ()
+    error_examples: list[str] = field(default_factory=list)
     categories: dict[str, dict[str, int]] = field(default_factory=dict)
     bytes_read: int = 0
     unfinished: int = 0
@@ -79,5 +79,5 @@ class RunSummary:
 
     @property
     def images_per_second(self) -> float:
-        """Images per second from the last start to the end."""
+        """Images per second since the last start."""
         return self.statistics.images / self.seconds if self.seconds else 0.0

@@ -220,7 +220,7 @@ def test_rows_are_counted_by_category_and_error_kind(tmp_path: Path) -> None:
         rows=3,
         anomalous=1,
         errors={"empty": 1},
-        error_examples=("/b.png: empty: no bytes",),
+        error_examples=["/b.png: empty: no bytes"],
         categories={
             "bolt": {"rows": 1, "anomalous": 0, "errors": 1},
             "nut": {"rows": 2, "anomalous": 1, "errors": 0},

@@ -104,13 +104,7 @@ class RunState:
         if "summary" not in self._values:
             raise DataError(f"{self.uri}: no record of a finished run; run the score job first")
         values = self._values["summary"]
-        return RunSummary(
-            **values
-            | {
-                "error_examples": tuple(values["error_examples"]),
-                "statistics": RunStatistics(**values["statistics"]),
-            }
-        )
+        return RunSummary(**values | {"statistics": RunStatistics(**values["statistics"])})
 
     def triage_images(self) -> int:
         """Return the number of images that triage.html was made for; 0 if it was not made."""

@@ -60,7 +60,7 @@ def test_a_finished_run_has_a_summary_and_a_success_file(state: RunState, tmp_pa
         rows=10,
         anomalous=2,
         errors={"empty": 1},
-        error_examples=("a.png: empty: no bytes",),
+        error_examples=["a.png: empty: no bytes"],
         categories={"nut": {"rows": 10, "anomalous": 2, "errors": 1}},
         bytes_read=12345,
         seconds=2.0,
