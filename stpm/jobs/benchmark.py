@@ -25,7 +25,7 @@ from stpm.lease import held
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
-from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import planned
@@ -113,7 +113,7 @@ def _score(
         return
     digest = hashlib.sha256(repr([category.test for category in categories]).encode()).hexdigest()
     config = RunConfig((data,), options.false_alarm_rate, output.heatmaps, output.raw_maps, manifest=digest)
-    of = ScoringRun(lambda: of_test_images(categories), config, store, options, output)
+    of = ScoringRun(lambda: labelled_rows(categories), config, store, options, output)
     counts = run_scoring(of, start_over=False, replace=True)
     if counts.left:
         raise CutOffError(f"{counts.left} test images are not scored; run the same command again to go on")

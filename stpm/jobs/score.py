@@ -22,9 +22,9 @@ from stpm.method.calibration import Normals, shortfall
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
-from stpm.scoring.inputs.categories import Categories
+from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import image_id
-from stpm.scoring.inputs.sources import STANDARD_INPUT, rows_of
+from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import planned
@@ -67,7 +67,7 @@ def _score(collection: CollectionOptions, options: ScoreOptions, out: str, liste
     )
     store = ModelStore(collection.models)
     sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
-    categories = Categories(collection.category, collection.category_from)
+    rule = CategoryRule(collection.category, collection.category_from)
     config = RunConfig(
         images=sources,
         false_alarm_rate=options.false_alarm_rate,
@@ -84,7 +84,7 @@ def _score(collection: CollectionOptions, options: ScoreOptions, out: str, liste
 
     def rows() -> Iterator[pa.Table]:
         lines.seek(0)
-        return rows_of(sources, categories, collection.allow, lines)
+        return image_rows(sources, rule, collection.allow, lines)
 
     of = ScoringRun(rows, config, store, options, output, collection.top)
     run_state = RunState(output.home)

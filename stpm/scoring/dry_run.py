@@ -82,7 +82,7 @@ def dry_run(of: ScoringRun) -> None:
     try:
         began = time.perf_counter()
         whole = manifest.write(of.rows(), listed)
-        log.info(f"{whole.in_words()}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
+        log.info(f"{whole.describe()}, listed in {duration(time.perf_counter() - began)}; now a sample of them")
         output = dataclasses.replace(of.output, out=home, home=home)
         options = dataclasses.replace(of.options, accept_errors=True)
         rows = partial(evenly, listed, whole.rows, SAMPLE)

@@ -23,9 +23,10 @@ from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
 from stpm.scoring.resuming.row_checkpoints import FileNames, checkpoints
 from stpm.scoring.resuming.run_state import Effort
 from stpm.scoring.scorer_pool import ScorerPool
+from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
-from stpm.scoring.stages.scorer_actor import LARGEST_BATCH, ScorerActor
+from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
 
 
 def planned(options: ScoreOptions, node: Resources) -> str:
@@ -75,6 +76,16 @@ def score_shards(
     context.checkpoint_config = checkpoints(output.checkpoint)
     out_filesystem, out_path = storage.arrow_filesystem(output.scores)
     pictures = f"heatmaps/{output.name}"
+    settings = ScorerSettings(
+        store=store.uri,
+        false_alarm_rate=options.false_alarm_rate,
+        raw_maps=output.raw_maps,
+        overlays=output.overlays,
+        batch_size=options.batch_size,
+        model_memory=int(options.model_memory_gib * 2**30),
+        model_ids={name: record.model_id for name, record in records.items()},
+        accept_errors=options.accept_errors,
+    )
     with DataContext.current(context), followed(progress, breaks=not options.accept_errors) as report:
         write = WriteHeatmaps(
             output.out, pictures, output.heatmaps, preprocessing, output.overlays, output.heatmaps_in, report
@@ -93,21 +104,10 @@ def score_shards(
             )
             .map_batches(
                 ScorerActor,
-                fn_constructor_args=(
-                    store.uri,
-                    options.false_alarm_rate,
-                    output.raw_maps,
-                    output.overlays,
-                    options.batch_size,
-                    int(options.model_memory_gib * 2**30),
-                    0,
-                    report,
-                    {name: record.model_id for name, record in records.items()},
-                    options.accept_errors,
-                ),
+                fn_constructor_args=(settings, report),
                 compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.most),
                 batch_format="pyarrow",
-                batch_size=LARGEST_BATCH if pool.num_gpus else BLOCK_ROWS,
+                batch_size=MAX_BATCH if pool.num_gpus else BLOCK_ROWS,
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
                 runtime_env=KEEPING_MEMORY,

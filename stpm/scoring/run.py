@@ -76,7 +76,7 @@ def run_scoring(of: ScoringRun, *, start_over: bool, replace: bool) -> Counts:
     """
     run_state = RunState(of.output.home)
     fixed = take_up(of, start_over=start_over, replace=replace)
-    log.info(fixed.in_words())
+    log.info(fixed.describe())
     records = _records(of.store, fixed.categories)
     if differences := run_state.bind({name: r.model_id for name, r in records.items()}, of.store.uri):
         _refuse_unless(replace, of.output, differences)

@@ -16,7 +16,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg, jpeg_uri, score_parts, template
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
-from stpm.scoring.stages.heatmaps import heat_over, written_heatmap
+from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _PARTS = ["student_score", "memory_score"]
@@ -53,8 +53,8 @@ def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preproces
     """The image with its heatmap over it, if one was written, as a data URI; "" if it can no longer be read."""
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _SHORTER, _LONGEST)
-        heat = written_heatmap(output.out, row)
-        return jpeg_uri(jpeg(Image.fromarray(heat_over(pixels, heat) if heat else pixels)))
+        heat = read_heatmap(output.out, row)
+        return jpeg_uri(jpeg(Image.fromarray(overlay_png(pixels, heat) if heat else pixels)))
     except Exception:
         log.warning("%s is not shown", row["uri"], exc_info=True)
         return ""

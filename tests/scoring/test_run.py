@@ -20,7 +20,8 @@ from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.scoring import run as passes
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.sources import Categories, rows_of
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoreOptions
 from stpm.scoring.progress import Left
@@ -33,7 +34,7 @@ from tests.models.test_store import save
 
 def pass_over(out: Path, *uris: str) -> ScoringRun:
     def rows() -> Iterator[pa.Table]:
-        return rows_of(["-"], Categories("nut"), (), uris)
+        return image_rows(["-"], CategoryRule("nut"), (), uris)
 
     config = RunConfig(uris, 0.01, "all", False)
     return ScoringRun(rows, config, ModelStore(str(out / "models")), ScoreOptions(), RunOutput.alone(str(out / "run")))

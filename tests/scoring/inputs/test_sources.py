@@ -14,12 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stpm.scoring.inputs.categories import Categories
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.archives import ImageRef
-from stpm.scoring.inputs.categories import Categories
 from stpm.scoring.inputs.sources import Allowed, rows_of
 from stpm.scoring.schema import MANIFEST
 
