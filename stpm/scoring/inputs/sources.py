@@ -122,14 +122,14 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: AllowedPrefixes) -> Itera
     """Yield the rows of a manifest, or of a Parquet file that holds images."""
     folder = uri.rsplit("/", 1)[0]
     first = 0
-    for chunk, holds_images in tables.read(uri):
+    for chunk in tables.read(uri):
         if clashing := reserved_columns(chunk.schema.names):
             raise ConfigError(f"{uri}: column {clashing[0]} is one that scoring writes itself; rename it")
         rows = []
         for number, (name, category, label, mask) in enumerate(tables.input_values(chunk), start=first):
             mask_uri = _resolve(mask, folder)
             error = None
-            if holds_images:
+            if "uri" not in chunk.schema.names:
                 image = ImageRef.parquet_row(uri, number)
                 error = allowed.check(mask_uri)
             elif name:

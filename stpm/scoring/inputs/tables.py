@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,34 +21,18 @@ SUFFIXES = (PARQUET, ".csv", ".jsonl", ".ndjson")
 CHUNK_ROWS = 10_000
 
 
-class Chunk(NamedTuple):
-    """Rows of a table, without the images that it may hold. INPUT_COLUMNS hold text without nulls, or are missing."""
+def read(uri: str) -> Iterator[pa.Table]:
+    """Read a table, at most `CHUNK_ROWS` rows at a time. A table without a column `uri` has an image in each row.
 
-    table: pa.Table
-    holds_images: bool
-
-
-def read(uri: str) -> Iterator[Chunk]:
-    """Read a table, at most `CHUNK_ROWS` rows at a time.
-
-    All values of CSV and JSON lines are read as text, unchanged: 007 and 2024-01-01 do not become numbers and times. A
-    column of a Parquet file keeps its type.
+    The images themselves are not read. INPUT_COLUMNS hold text without nulls, or are missing. All values of CSV and
+    JSON lines are read as text, unchanged: 007 and 2024-01-01 do not become numbers and times. Other columns of a
+    Parquet file keep their type.
 
     Raises:
-        DataError: if the table cannot be read, has no images and no URIs, or has two columns of one name.
+        DataError: if the table cannot be read, has neither images nor URIs, or has two columns of one name.
     """
-    chunks = _read_parquet(uri) if uri.lower().endswith(PARQUET) else _read_text(uri)
-    names_images = False
     try:
-        for table, holds_images in chunks:
-            names = table.schema.names
-            names_images = names_images or holds_images or "uri" in names
-            if not names_images:
-                raise DataError(
-                    f"{uri}: no column `uri`, nor images in a column {' or '.join(IMAGE_COLUMNS)}; its columns are "
-                    f"{', '.join(names)}"
-                )
-            yield Chunk(_with_text_columns(table), holds_images)
+        yield from map(_with_text, _read_parquet(uri) if uri.lower().endswith(PARQUET) else _read_text(uri))
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{uri}: this manifest cannot be read: {error}") from error
 
@@ -60,8 +44,8 @@ def input_values(table: pa.Table) -> Iterator[tuple[str, ...]]:
     return zip(*columns, strict=True)
 
 
-def _with_text_columns(table: pa.Table) -> pa.Table:
-    """Cast those of INPUT_COLUMNS that are there to text without nulls.
+def _with_text(table: pa.Table) -> pa.Table:
+    """Cast the INPUT_COLUMNS of a table to text without nulls.
 
     Raises:
         pa.ArrowInvalid: if a string is not UTF-8.
@@ -74,33 +58,37 @@ def _with_text_columns(table: pa.Table) -> pa.Table:
     return table
 
 
-def _read_parquet(uri: str) -> Iterator[Chunk]:
+def _read_parquet(uri: str) -> Iterator[pa.Table]:
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_file(path) as file:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
         _require_distinct(schema.names)
         images = "" if "uri" in schema.names else image_column(schema)
-        names = [name for name in schema.names if name != images]
-        if names:
-            batches = (pa.Table.from_batches([batch]) for batch in parquet.iter_batches(CHUNK_ROWS, columns=names))
+        if not images:
+            _require_uri(uri, schema.names)
+        if names := [name for name in schema.names if name != images]:
+            for batch in parquet.iter_batches(CHUNK_ROWS, columns=names):
+                yield pa.Table.from_batches([batch])
         else:
-            # Arrow's batches without columns do not know their number of rows.
+            # Arrow's batches without columns do not know their number of rows: give them an empty column.
             rows = parquet.metadata.num_rows
-            sizes = (min(CHUNK_ROWS, rows - start) for start in range(0, rows, CHUNK_ROWS))
-            batches = (pa.table({"uri": pa.nulls(size)}) for size in sizes)
-        for table in batches:
-            yield Chunk(table, bool(images))
+            for start in range(0, rows, CHUNK_ROWS):
+                yield pa.table({"label": pa.nulls(min(CHUNK_ROWS, rows - start))})
 
 
-def _read_text(uri: str) -> Iterator[Chunk]:
+def _read_text(uri: str) -> Iterator[pa.Table]:
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
         records = _read_csv(file) if uri.lower().endswith(".csv") else _read_json_lines(file)
+        is_first = True
         while chunk := list(islice(records, CHUNK_ROWS)):
             names = dict.fromkeys(name for record in chunk for name in record)
-            columns = {name: pa.array([record.get(name) for record in chunk], pa.string()) for name in names}
-            yield Chunk(pa.table(columns), holds_images=False)
+            if is_first:
+                _require_uri(uri, names)
+            is_first = False
+            names.setdefault("uri")
+            yield pa.table({name: pa.array([record.get(name) for record in chunk], pa.string()) for name in names})
 
 
 def _read_csv(file: TextIO) -> Iterator[dict[str, str | None]]:
@@ -137,3 +125,11 @@ def _as_text(name: str, value: Any, line: str) -> str | None:
 def _require_distinct(names: Sequence[str]) -> None:
     if duplicates := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two columns have the name {duplicates[0]}; rename one")
+
+
+def _require_uri(table: str, names: Collection[str]) -> None:
+    if "uri" not in names:
+        raise DataError(
+            f"{table}: no column `uri`, nor images in a column {' or '.join(IMAGE_COLUMNS)}; its columns are "
+            f"{', '.join(names)}"
+        )

@@ -137,31 +137,29 @@ class Scorer:
         return [outcomes[i] for i in range(len(images))]
 
     def _score_shared(self, matcher: Matcher, images: Sequence[DecodedImage]) -> list[Outcome]:
-        """Score images whose models share a matcher, in batches that fit the device."""
+        """Score images whose models share a matcher, batch by batch."""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(images):
             batch = images[len(outcomes) : len(outcomes) + self._batch_size.current]
             began = time.perf_counter()
-            try:
-                outcomes += self._forward(matcher, batch)
-            except torch.cuda.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                if len(batch) > 1:
-                    self._batch_size.halve(len(batch))
-                    continue
-                outcomes.append(_as_image_error("out_of_memory", error))
-            except Exception:
-                log.exception("a forward pass failed; its images are tried one by one")
-                outcomes += [self._score_alone(matcher, image) for image in batch]
+            outcomes += self._score_batch(matcher, batch)
             self._batch_size.update(len(batch), time.perf_counter() - began)
         return outcomes
 
-    def _score_alone(self, matcher: Matcher, image: DecodedImage) -> Outcome:
+    def _score_batch(self, matcher: Matcher, batch: Sequence[DecodedImage]) -> list[Outcome]:
+        """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
         try:
-            return self._forward(matcher, [image])[0]
+            return self._forward(matcher, batch)
         except Exception as error:
-            log.exception("image %s", image.uri)
-            return _as_image_error("forward_failed", error)
+            log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
+            kind = "out_of_memory" if isinstance(error, torch.cuda.OutOfMemoryError) else "forward_failed"
+            if len(batch) == 1:
+                return [ImageError(kind, f"{type(error).__name__}: {error}")]
+        if kind == "out_of_memory":
+            torch.cuda.empty_cache()
+            self._batch_size.halve(len(batch))
+        middle = len(batch) // 2
+        return self._score_batch(matcher, batch[:middle]) + self._score_batch(matcher, batch[middle:])
 
     @torch.inference_mode()
     def _forward(self, matcher: Matcher, images: Sequence[DecodedImage]) -> list[Outcome]:
@@ -230,7 +228,3 @@ def _scored_table(batch: pa.Table, outcomes: Sequence[Outcome], keep_pixels: boo
     if not keep_pixels:
         columns["pixels"] = [b""] * len(outcomes)
     return with_passthrough(table(columns, SCORED), batch)
-
-
-def _as_image_error(kind: str, error: Exception) -> ImageError:
-    return ImageError(kind, f"{type(error).__name__}: {error}")
