@@ -26,7 +26,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
-from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import describe_plan
@@ -109,7 +109,7 @@ def _score(
         return
     digest = hashlib.sha256(repr([category.test for category in tested]).encode()).hexdigest()
     config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
-    run = ScoringRun(partial(of_test_images, tested), config, store, options, output)
+    run = ScoringRun(partial(labelled_rows, tested), config, store, options, output)
     summary, _ = run_scoring(run, replace=True)
     if summary.unfinished:
         raise CutOffError(f"{summary.unfinished} test images are not scored; run the same command again to go on")

@@ -21,9 +21,9 @@ from stpm.method.calibration import Normals, shortfall
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
-from stpm.scoring.inputs.categories import Categories
+from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import image_id
-from stpm.scoring.inputs.sources import STANDARD_INPUT, rows_of
+from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import describe_plan
@@ -111,7 +111,7 @@ def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
 
 def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
     lines.seek(0)
-    return rows_of(config.images, Categories(config.category, config.category_from), config.allow, lines)
+    return image_rows(config.images, CategoryRule(config.category, config.category_from), config.allow, lines)
 
 
 def _warn_of_few_normals(records: Records, false_alarm_rate: float) -> None:

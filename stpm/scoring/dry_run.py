@@ -42,7 +42,7 @@ def dry_run(run: ScoringRun) -> None:
     try:
         start = time.perf_counter()
         images = manifest.write(run.rows(), listed)
-        log.info(f"{images.in_words()}, listed in {duration(time.perf_counter() - start)}; now scoring a sample")
+        log.info(f"{images.describe()}, listed in {duration(time.perf_counter() - start)}; now scoring a sample")
         sample = dataclasses.replace(
             run,
             rows=partial(sample_evenly, listed, images.rows, SAMPLE_SIZE),

@@ -8,7 +8,7 @@ from typing import Literal
 from stpm.errors import ConfigError
 from stpm.method.calibration import check_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
-from stpm.scoring.inputs.categories import Categories
+from stpm.scoring.inputs.category_rule import CategoryRule
 
 Heatmaps = Literal["all", "anomalous", "none"]
 HeatmapsIn = Literal["files", "parquet"]
@@ -58,7 +58,7 @@ class CollectionOptions:
             raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a fraction between 0 and 1")
         if self.top < 0:
             raise ConfigError(f"top is {self.top}; give 0 or more")
-        Categories(self.category, self.category_from)
+        CategoryRule(self.category, self.category_from)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
 from stpm.scoring.resuming.row_checkpoints import FileNames, checkpoint_config
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.scorer_pool import ScorerPool
+from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
-from stpm.scoring.stages.scorer_actor import LARGEST_BATCH, ScorerActor
+from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
 
 
 def describe_plan(options: ScoreOptions, node: Resources) -> str:
@@ -68,6 +69,16 @@ def score_shards(
     preprocessing = {name: record.preprocessing for name, record in records.items()}
     pool = ScorerPool.for_nodes(options.scorers, working_nodes(), len(blocks), grows=is_shared())
     memory = pool.memory_for(TASK_BYTES)
+    settings = ScorerSettings(
+        store=store.uri,
+        false_alarm_rate=options.false_alarm_rate,
+        raw_maps=output.options.raw_maps,
+        overlays=output.options.overlay,
+        batch_size=options.scoring_batch_size,
+        model_memory=int(options.model_memory_gib * 2**30),
+        model_ids={name: record.model_id for name, record in records.items()},
+        accept_errors=options.accept_errors,
+    )
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(output.checkpoint)
@@ -86,21 +97,10 @@ def score_shards(
         )
         rows = rows.map_batches(
             ScorerActor,
-            fn_constructor_args=(
-                store.uri,
-                options.false_alarm_rate,
-                output.options.raw_maps,
-                output.options.overlay,
-                options.scoring_batch_size,
-                int(options.model_memory_gib * 2**30),
-                0,
-                report,
-                {name: record.model_id for name, record in records.items()},
-                options.accept_errors,
-            ),
+            fn_constructor_args=(settings, report),
             compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
             batch_format="pyarrow",
-            batch_size=LARGEST_BATCH if pool.num_gpus else BLOCK_ROWS,
+            batch_size=MAX_BATCH if pool.num_gpus else BLOCK_ROWS,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
             runtime_env=KEEPING_MEMORY,

@@ -132,7 +132,7 @@ def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, Records]:
 
 def _read_inputs(run: ScoringRun) -> tuple[Manifest, Records]:
     images = manifest.read(run.output.manifest) or manifest.write(run.rows(), run.output.manifest)
-    log.info(images.in_words())
+    log.info(images.describe())
     return images, _read_records(run.store, images.categories)
 
 

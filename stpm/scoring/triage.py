@@ -16,7 +16,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg, jpeg_uri, score_parts, template
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
-from stpm.scoring.stages.heatmaps import heat_over, written_heatmap
+from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _PARTS = ["student_score", "memory_score"]
@@ -51,8 +51,8 @@ def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preproces
     """Draw an image with its heatmap, if there is one, as a data URI; return "" if the image cannot be read."""
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
-        heatmap = written_heatmap(output.folder, row)
-        return jpeg_uri(jpeg(Image.fromarray(heat_over(pixels, heatmap) if heatmap else pixels)))
+        heatmap = read_heatmap(output.folder, row)
+        return jpeg_uri(jpeg(Image.fromarray(overlay_png(pixels, heatmap) if heatmap else pixels)))
     except Exception:
         log.warning("%s is not shown", row["uri"], exc_info=True)
         return ""

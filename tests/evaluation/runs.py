@@ -16,7 +16,7 @@ from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.method.calibration import HeatmapScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.record import FitSummary, ModelRecord
-from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
@@ -45,7 +45,7 @@ def scored_run(
     """
     make_category(str(root / "data"), "nut", good=6, defects=6, masks=masks)
     rng = np.random.default_rng(1)
-    (manifest,) = of_test_images([read_category(str(root / "data"), "nut")])
+    (manifest,) = labelled_rows([read_category(str(root / "data"), "nut")])
     output = RunOutput.named(str(root / "run"), "seed-0")
     shape = preprocessing.content_shape(40, 48)
     columns: dict[str, list[object]] = {f.name: [None] * manifest.num_rows for f in OUTPUT}

@@ -7,15 +7,15 @@ import pytest
 
 from stpm.scoring.dry_run import describe_estimate, sample_evenly
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.categories import Categories
-from stpm.scoring.inputs.sources import rows_of
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.run_statistics import RunStatistics, RunSummary
 
 
 @pytest.mark.parametrize(("size", "expected"), [(5, [0, 6, 12, 17, 23]), (100, list(range(24)))])
 def test_a_sample_is_spread_evenly_over_all_shards(tmp_path: Path, size: int, expected: list[int]) -> None:
     lists = [[f"{tmp_path}/{i:03}.png" for i in range(n, n + 8)] for n in (0, 8, 16)]
-    chunks = [next(rows_of(["-"], Categories("nut"), (), lines)) for lines in lists]
+    chunks = [next(image_rows(["-"], CategoryRule("nut"), (), lines)) for lines in lists]
     folder = str(tmp_path / "manifest")
     assert manifest.write(chunks, folder).rows == 24
     sample = pa.concat_tables(sample_evenly(folder, 24, size))

@@ -21,8 +21,8 @@ from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring import run as run_module
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.categories import Categories
-from stpm.scoring.inputs.sources import rows_of
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunConfig, RunState
@@ -35,7 +35,7 @@ from tests.models.test_store import save
 
 def make_run(root: Path, *uris: str) -> ScoringRun:
     def rows() -> Iterator[pa.Table]:
-        return rows_of(["-"], Categories("nut"), (), uris)
+        return image_rows(["-"], CategoryRule("nut"), (), uris)
 
     store, output = ModelStore(str(root / "models")), RunOutput.single(str(root / "run"))
     return ScoringRun(rows, RunConfig(uris, 0.01), store, ScoreOptions(), output)

@@ -1,4 +1,4 @@
-"""Third stage: from grey levels to PNG files. The scale was fixed with the model; nothing here looks at a range."""
+"""Third stage: draw heatmaps as PNG, on the model's fixed scale; no image is rescaled to its own range."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 
 _WRITERS = 8
 _NO_PICTURES: dict[str, Any] = {"heatmap": "", "overlay": "", "heatmap_png": None, "overlay_png": None}
-# Never copied: drawn from where they are, or passed on.
-_BINARY = ("heat", "pixels", "anomaly_map")
-_LONGEST_FOLDER = 200
-# Each of these characters takes up to twelve bytes when it is encoded.
-_KEPT_OF_FOLDER = 12
-# Of zlib: one tenth of the time of the default, for files a fifth larger.
+# Too large to copy: they are drawn from Arrow's memory, or passed on.
+_BINARY = ("heatmap_levels", "pixels", "anomaly_map")
+# Bytes of a percent-encoded folder name. Its first 12 characters may take 12 bytes each.
+_MAX_FOLDER_BYTES = 200
+_FOLDER_PREFIX = 12
+# zlib's level: a tenth of the default level's time, for files a fifth larger.
 _COMPRESSION = 1
-# In units of the input's longer side: what a long image may be drawn out to.
-_LONGEST_OVERLAY = 4
+# An overlay's longer side is at most this many times the longer side of the model's input.
+_MAX_OVERLAY_STRETCH = 4
 
 
 def jet_palette() -> npt.NDArray[np.uint8]:
-    """(256, 3) RGB from blue over green to red: piecewise linear, as the colour map of that name."""
+    """Make the colour map "jet", (256, 3) uint8 RGB: piecewise linear from blue over green to red."""
     x = np.linspace(0.0, 1.0, 256)
     rgb = np.stack([1.5 - np.abs(4 * x - centre) for centre in (3.0, 2.0, 1.0)], axis=1)
     return np.round(np.clip(rgb, 0.0, 1.0) * 255).astype(np.uint8)
@@ -46,41 +46,40 @@ def jet_palette() -> npt.NDArray[np.uint8]:
 _PALETTE = jet_palette()
 
 
-def palette_png(heat: Pixels) -> bytes:
-    """A heatmap as a palette PNG; the index of a pixel is its grey level.
-
-    Args:
-        heat: (H, W) uint8.
-    """
-    image = Image.frombytes("P", heat.shape[::-1], heat.tobytes())
+def palette_png(levels: Pixels) -> bytes:
+    """Encode (H, W) uint8 grey levels as a palette PNG, in which the index of a pixel is its grey level."""
+    image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
     image.putpalette(_PALETTE.tobytes())
     return _png(image)
 
 
-def overlay(pixels: Pixels, heat: Pixels) -> Pixels:
-    """(H, W, 3) uint8 RGB: an image with its heatmap over it at half opacity.
+def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
+    """Draw a heatmap over an image at half opacity.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
-        heat: (H, W) uint8.
+        levels: (H, W) uint8 grey levels.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
     """
-    return ((pixels + _PALETTE[heat].astype(np.uint16) + 1) // 2).astype(np.uint8)
+    return ((pixels + _PALETTE[levels].astype(np.uint16) + 1) // 2).astype(np.uint8)
 
 
-def heat_over(pixels: Pixels, png: bytes) -> Pixels:
-    """An image of any size, (H, W, 3) uint8 RGB, with a heatmap that was written as `palette_png` over it."""
+def overlay_png(pixels: Pixels, png: bytes) -> Pixels:
+    """Draw a heatmap made by `palette_png` over an image of any size, (H, W, 3) uint8 RGB."""
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-        heat = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
-    return overlay(pixels, np.asarray(heat))
+        levels = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
+    return overlay(pixels, np.asarray(levels))
 
 
 class WriteHeatmaps:
-    """SCORED rows to OUTPUT rows, with a palette PNG for each image that has a score: a file, or bytes in its row.
+    """Turn SCORED rows into OUTPUT rows, and draw a palette PNG of each scored image: a file, or bytes in its row.
 
     Args:
-        output: of the run; its options say which images get which pictures, and where those go.
-        preprocessing: that of each category's model.
-        report: reports how long each batch took; None: nothing is reported.
+        output: of the run; its options say which images get which pictures, and where those are written.
+        preprocessing: of each category's model.
+        report: called with the CPU time of each batch.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class WriteHeatmaps:
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.process_time()
         rows = batch.select([name for name in SCORED.names if name not in _BINARY]).to_pylist()
-        for name in ("heat", "pixels"):
+        for name in ("heatmap_levels", "pixels"):
             for row, value in zip(rows, batch[name], strict=True):
                 row[name] = value.as_buffer()
         with ThreadPoolExecutor(_WRITERS) as pool:
@@ -113,7 +112,7 @@ class WriteHeatmaps:
         return _with_folder_names(result) if self._options.partition_by == "category" else result
 
     def _pictures(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Of one row: the columns that name or hold its pictures."""
+        """Draw the pictures of one row; return the columns that name or hold them."""
         made = self._drawn(row)
         if not made:
             return _NO_PICTURES
@@ -123,47 +122,47 @@ class WriteHeatmaps:
         stem = f"{folder}/{row['image_id'] & (2**64 - 1):016x}"
         paths = {"heatmap": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
         for name, data in made.items():
-            # Waiting for the disk picture by picture costs more than drawing them: the pass waits once, at its end.
+            # Syncing each file would take longer than drawing it: the run syncs them all at its end.
             storage.publish(storage.join(self._output.folder, paths[name]), data, durable=False)
         return _NO_PICTURES | {name: paths[name] for name in made}
 
     def _drawn(self, row: Mapping[str, Any]) -> dict[str, bytes]:
         heatmaps = self._options.heatmaps
         wanted = heatmaps == "all" or (heatmaps == "anomalous" and row["is_anomalous"])
-        if not (wanted and row["heat"]):
+        if not (wanted and row["heatmap_levels"]):
             return {}
         preprocessing = self._preprocessing[row["category"]]
         size = row["width"], row["height"]
         content = preprocessing.content_shape(*size)
-        levels = np.frombuffer(row["heat"], np.uint8).reshape(content)
+        levels = np.frombuffer(row["heatmap_levels"], np.uint8).reshape(content)
         made = {"heatmap": palette_png(levels)}
         if self._options.overlay:
             left, top, right, bottom = preprocessing.content_box(*size)
             whole = np.frombuffer(row["pixels"], np.uint8).reshape(preprocessing.height, preprocessing.width, 3)
             blended = Image.fromarray(overlay(whole[top:bottom, left:right], levels))
-            longest = _LONGEST_OVERLAY * max(preprocessing.height, preprocessing.width)
+            longest = _MAX_OVERLAY_STRETCH * max(preprocessing.height, preprocessing.width)
             made["overlay"] = _png(blended.resize(preprocessing.picture_size(*size, min(content), longest)))
         return made
 
 
-def written_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
-    """The palette PNG of a row of OUTPUT, from its file or from the row; empty if there is none. Raises OSError."""
+def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
+    """Read the palette PNG of a row of OUTPUT, from its file or from the row; empty if there is none. Raise OSError."""
     if row["heatmap"]:
         return storage.read(storage.join(out, row["heatmap"]))
     return row["heatmap_png"] or b""
 
 
 def _with_folder_names(rows: pa.Table) -> pa.Table:
-    """Replace categories that no folder can be named as. No model has such a name, so these are rows with an error."""
+    """Replace categories that no folder can be named. No model has such a name, so these rows all have an error."""
     names = [_as_folder(name) for name in rows["category"].to_pylist()]
     return rows.set_column(rows.schema.get_field_index("category"), "category", pa.array(names, pa.string()))
 
 
 def _as_folder(category: str) -> str:
-    """What is written percent-encoded as the name of a folder: of at most 255 bytes, and none that is read as null."""
-    if len(quote(category, safe="")) <= _LONGEST_FOLDER and category != storage.HIVE_NULL:
+    """Shorten a category whose percent-encoded name is too long for a folder, or is read as null."""
+    if len(quote(category, safe="")) <= _MAX_FOLDER_BYTES and category != storage.HIVE_NULL:
         return category
-    return f"{category[:_KEPT_OF_FOLDER]}… {storage.digest(category.encode())[:12]}"
+    return f"{category[:_FOLDER_PREFIX]}… {storage.digest(category.encode())[:12]}"
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""Work in threads with a limit of time for each piece: what hangs is left behind, and the others go on."""
+"""Run tasks in threads with a time limit for each."""
 
 from __future__ import annotations
 
@@ -6,60 +6,51 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], late: Callable[[int], T]) -> list[T]:
-    """Results of the tasks, in their order.
+    """Run tasks side by side and return their results in order. What a task raises is raised here.
 
     Args:
-        seconds: that one task may take, from its own start.
-        workers: tasks that run at a time.
-        tasks: functions of no argument. What one raises is raised here.
-        late: gives the result of a task that takes longer, by its index. Its thread cannot be stopped: another one
-            takes its place.
+        seconds: limit of one task, from its own start.
+        workers: tasks that run at the same time.
+        tasks: functions without arguments.
+        late: make the result of a task that exceeds the limit, given its index. Its thread cannot be stopped: it is
+            left behind, and the next task starts.
     """
     results: dict[int, T] = {}
-    errors: list[BaseException] = []
-    started: dict[int, float] = {}
-    waiting = deque(range(len(tasks)))
-    changed = threading.Condition()
-
-    def work() -> None:
-        while True:
-            with changed:
-                if not waiting or errors:
-                    return
-                index = waiting.popleft()
-                started[index] = time.monotonic()
-            try:
-                result = tasks[index]()
-            except BaseException as error:  # noqa: BLE001
-                with changed:
-                    errors.append(error)
-                    changed.notify()
-                return
-            with changed:
-                if started.pop(index, None) is None:
-                    return
-                results[index] = result
-                changed.notify()
-
-    def hire() -> None:
-        threading.Thread(target=work, name="fetch", daemon=True).start()
-
-    for _ in range(min(workers, len(tasks))):
-        hire()
-    with changed:
-        while len(results) < len(tasks) and not errors:
-            oldest = min(started.values(), default=time.monotonic())
-            changed.wait(max(oldest + seconds - time.monotonic(), 0.01))
-            for index in [i for i, since in started.items() if time.monotonic() - since >= seconds]:
-                del started[index]
+    waiting = deque(enumerate(tasks))
+    running: dict[Future[T], tuple[int, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            index, task = waiting.popleft()
+            running[_start(task)] = index, time.monotonic() + seconds
+        next_deadline = min(deadline for _, deadline in running.values())
+        wait(running, max(next_deadline - time.monotonic(), 0.0), FIRST_COMPLETED)
+        for future, (index, deadline) in list(running.items()):
+            if future.done():
+                results[index] = future.result()
+            elif time.monotonic() >= deadline:
                 results[index] = late(index)
-                hire()
-    if errors:
-        raise errors[0]
+            else:
+                continue
+            del running[future]
     return [results[index] for index in range(len(tasks))]
+
+
+def _start(task: Callable[[], T]) -> Future[T]:
+    """Run a task in a daemon thread. An executor's thread would keep the process from ending if the task hangs."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:  # noqa: BLE001
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fetch", daemon=True).start()
+    return future
