@@ -33,30 +33,24 @@ class CircuitBreaker:
     """Opens once more than half of the latest images failed for a reason outside the image, and stays open.
 
     Args:
-        window: minimum number of images to decide on.
+        window: number of images to decide on.
     """
 
     def __init__(self, window: int = 256) -> None:
         self._window = window
-        self._latest: deque[tuple[int, int]] = deque()
-        self._images = self._failed = 0
+        self._failed: deque[bool] = deque(maxlen=window)
         self._last_error = ""
         self.is_open = False
 
     def add(self, images: int, errors: Sequence[str]) -> None:
         """Add a batch of images, and the errors of those that failed."""
-        self._latest.append((images, len(errors)))
-        self._images += images
-        self._failed += len(errors)
+        self._failed.extend([True] * len(errors) + [False] * (images - len(errors)))
         self._last_error = errors[-1] if errors else self._last_error
-        while self._images - self._latest[0][0] >= self._window:
-            oldest = self._latest.popleft()
-            self._images -= oldest[0]
-            self._failed -= oldest[1]
-        self.is_open |= self._images >= self._window and 2 * self._failed > self._images
+        self.is_open |= len(self._failed) == self._window and 2 * sum(self._failed) > self._window
 
     def __str__(self) -> str:
-        return f"{self._failed} of the latest {self._images} images failed, the last one as {self._last_error}"
+        failed, images = sum(self._failed), len(self._failed)
+        return f"{failed} of the latest {images} images failed, the last one as {self._last_error}"
 
 
 class ProgressActor:

@@ -26,14 +26,9 @@ _UNITS_PER_CPU = 10_000
 class ScorerPool:
     """The actors that score, and what each stage takes of its node.
 
-    Args:
-        size: actors to start with.
-        max_size: actors after nodes have been added.
-        num_cpus: CPUs per actor.
-        num_gpus: GPUs per actor.
-        stage_cpus: CPUs per task that fetches, decodes or writes.
-        reserved_fraction: fraction of the cluster that is reserved for the stages in equal parts.
-        node_memory: memory of the smallest node, bytes.
+    The pool starts with `size` actors, and has at most `max_size` after nodes have been added; `num_cpus` and
+    `num_gpus` are per actor. `stage_cpus` is per task that fetches, decodes or writes; `reserved_fraction` of the
+    cluster is reserved for the stages, in equal parts; `node_memory` is that of the smallest node, in bytes.
     """
 
     size: int

@@ -30,8 +30,8 @@ _MIN_THRESHOLD = 1e-30
 log = logging.getLogger(__name__)
 
 
-def write_triage(output: RunOutput, max_images: int, preprocessing: Mapping[str, Preprocessing]) -> int:
-    """Write the page, with its pictures embedded, to the run's state folder; return the number of images on it.
+def write_triage(output: RunOutput, max_images: int, preprocessing: Mapping[str, Preprocessing]) -> None:
+    """Write the page, with its pictures embedded, to the run's state folder.
 
     Args:
         output: of a run that has scored all images.
@@ -44,7 +44,6 @@ def write_triage(output: RunOutput, max_images: int, preprocessing: Mapping[str,
     shown = [row | {"picture": picture, "parts": score_parts(row)} for row, picture in zip(rows, pictures, strict=True)]
     page = template("scoring/triage.html").render(rows=shown, folder=output.folder)
     storage.publish(output.triage, page.encode())
-    return len(rows)
 
 
 def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:

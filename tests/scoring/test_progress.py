@@ -80,7 +80,7 @@ def test_circuit_breaker_that_opens_on_a_good_batch_names_the_last_error() -> No
     breaker.add(90, ["error"] * 90)
     breaker.add(20, [])
     assert breaker.is_open
-    assert str(breaker) == "90 of the latest 110 images failed, the last one as error"
+    assert str(breaker) == "80 of the latest 100 images failed, the last one as error"
 
 
 def test_steady_speed_excludes_the_first_quarter() -> None:

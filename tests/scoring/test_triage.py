@@ -100,7 +100,7 @@ def test_sums_of_parts_are_ordered_by_the_difference_to_their_thresholds(tmp_pat
 
 
 def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path) -> None:
-    assert write_triage(output, 20, PREPROCESSING) == 20
+    write_triage(output, 20, PREPROCESSING)
     text = (tmp_path / "triage.html").read_text()
     page = Page(text)
     assert EVIL in page.texts
@@ -121,8 +121,8 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path) ->
 
 
 def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
-    assert write_triage(RunOutput.single(str(tmp_path)), 5, PREPROCESSING) == 0
-    assert (tmp_path / "triage.html").exists()
+    write_triage(RunOutput.single(str(tmp_path)), 5, PREPROCESSING)
+    assert "The 0 most anomalous images" in (tmp_path / "triage.html").read_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
