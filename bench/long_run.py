@@ -41,7 +41,7 @@ _SAMPLE_SECONDS = 3.0
 _PARTS = ("driver", "scorers", "stages", "ray")
 _TINY = [
     *("--preset", "paper", "--teacher", "test_resnet", "--teacher-weights", "random"),
-    *("--size", "64", "--batch", "4", "--epochs", "1"),
+    *("--size", "64", "--batch-size", "4", "--epochs", "1"),
 ]
 _DONE = re.compile(r"^(\d+)/(\d+) images")
 

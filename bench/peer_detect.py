@@ -71,7 +71,7 @@ class Teacher:
 
     @property
     def architecture(self) -> str:
-        return networks.architecture_of(self.name)
+        return networks.architecture_name(self.name)
 
     def __str__(self) -> str:
         return f"{self.name} of {Path(self.weights).name}" if self.weights else self.name
@@ -180,12 +180,12 @@ def peers(
     like: Run,
 ) -> Run:
     """Fit by anomalib on the images that a run of ours trained on, at its size."""
-    config = networks.data_config(teacher.name)
+    config = networks.resolve_data_config(teacher.name)
     seen = Preprocessing(like.height, like.width, "stretch", config.interpolation, config.mean, config.std)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         weights, train, test = out / "teacher.safetensors", out / "train", out / "test"
-        weights.write_bytes(networks.serialise(networks.load_teacher(teacher.name, teacher.weights, _LEVELS)))
+        weights.write_bytes(networks.serialise(networks.load_teacher_weights(teacher.name, teacher.weights, _LEVELS)))
         train.mkdir()
         test.mkdir()
         for uri in training_images(category, like):
@@ -233,7 +233,7 @@ def peers(
 def training_images(category: mvtec.Category, run: Run) -> list[str]:
     """URIs of the images that a run of ours trained on."""
     count = len(category.train)
-    recipe = dataclasses.replace(PRESETS["paper"], seed=run.seed, validation_share=run.held_out_count / count)
+    recipe = dataclasses.replace(PRESETS["paper"], seed=run.seed, validation_fraction=run.held_out_count / count)
     chosen, _ = split(count, recipe)
     if len(chosen) != run.train_count:
         sys.exit(f"{category.name}: {len(chosen)} of {count} images to train on, and {run.side} had {run.train_count}")

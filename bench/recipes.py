@@ -32,6 +32,7 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.data import images, mvtec
+from stpm.data.encode import encode_png
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.calibrate import make_parts
@@ -39,10 +40,10 @@ from stpm.fitting.coreset import build_memory
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import fit, split
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.backbones import architecture_of, backbone_from, load_teacher
-from stpm.method.calibration import part_scale
+from stpm.method.backbones import load_backbone, load_teacher_weights
+from stpm.method.calibration import fit_part_scale
 from stpm.method.forward import Distances, Matcher, Parts, pick_device, resolve_precision
-from stpm.method.fusion import part_values
+from stpm.method.fusion import sample_distances
 from stpm.method.memory_bank import KINDS
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import PRESETS, Recipe
@@ -78,8 +79,8 @@ def changed(base: Recipe, text: str) -> Recipe:
 def matcher_of(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
     """The recipe's teacher on this process's device."""
     device = pick_device()
-    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = backbone_from(architecture_of(recipe.teacher), recipe.levels, weights, recipe.teacher)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    teacher = load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
     return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
 
 
@@ -137,13 +138,13 @@ def judge(parts: Parts, matcher: Matcher, shown: Sequence[tuple[bytes, Masks | N
 def figures(judged: Judged, normal: Judged, matcher: Matcher, recipe: Recipe, variant: str) -> list[float | None]:
     """Image AUROC, pixel AUROC and AUPRO of a variant of a fit, its parts on the scales that `normal` gives."""
     varied = changed(recipe, variant)
-    scales = [part_scale(part_values(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
+    scales = [fit_part_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
     distances = kept_parts(judged.distances, recipe, varied)
     scores = []
     counts = PixelCounts.empty()
     for start in range(0, len(judged.truth), _BATCH):
         part = slice(start, start + _BATCH)
-        maps = matcher.anomaly_maps(distances.images(part), judged.content[part], varied.fusing, scales)
+        maps = matcher.anomaly_maps(distances.images(part), judged.content[part], varied, scales)
         scores += [each.score(varied.top_fraction).total for each in maps]
         counts += count_pixels([each.total for each in maps], judged.truth[part])
     values: list[float | None] = [float(roc_auc_score(judged.is_defect, scores)), None, None]
@@ -170,9 +171,7 @@ def drawn_on(files: Sequence[bytes]) -> list[tuple[bytes, Masks | None]]:
             pixels = np.asarray(image.convert("RGB"))
         for _ in range(_DRAWN_PER_IMAGE):
             drawn, mask = _draw(rng, pixels)
-            sink = io.BytesIO()
-            Image.fromarray(drawn).save(sink, "PNG", compress_level=1)
-            results.append((sink.getvalue(), mask))
+            results.append((encode_png(Image.fromarray(drawn), compress_level=1), mask))
     return results
 
 
@@ -269,7 +268,7 @@ def main() -> None:
                     continue
                 category = mvtec.read_category(arguments.data, name)
                 category = dataclasses.replace(category, train=category.train[: arguments.train_images])
-                recipe = dataclasses.replace(changed(base, choice), seed=seed).for_images(len(category.train))
+                recipe = dataclasses.replace(changed(base, choice), seed=seed).for_image_count(len(category.train))
                 result = run(category, recipe, arguments.variants)
                 lines.append({"choice": choice, "category": name, "seed": seed} | result)
                 with out.open("a") as file:

@@ -123,7 +123,7 @@ def main() -> None:
         root, name = Path(folder), arguments.category
         fit = ["--data", data, "--models", str(root / "models"), "--categories", name, "--teacher", "demo"]
         subprocess.run(
-            [sys.executable, "jobs/fit.py", *fit, "--epochs", "2", "--least-steps", "0"], cwd=_ROOT, check=True
+            [sys.executable, "jobs/fit.py", *fit, "--epochs", "2", "--min-steps", "0"], cwd=_ROOT, check=True
         )
         collection(mvtec.read_category(data, name), arguments.images, root / "images")
         result = {

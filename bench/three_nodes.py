@@ -33,7 +33,7 @@ _PER_ARCHIVE = 5000
 _DISTINCT = 1000
 _TINY = [
     *("--preset", "paper", "--teacher", "test_resnet", "--teacher-weights", "random"),
-    *("--size", "32", "--batch", "4", "--epochs", "1"),
+    *("--size", "32", "--batch-size", "4", "--epochs", "1"),
 ]
 
 

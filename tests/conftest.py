@@ -1,4 +1,4 @@
-"""Fixtures that all tests share, and the line that says whether the real data was there."""
+"""Fixtures that all tests share, and a summary of the tests on real data."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ import torch
 
 from stpm.fitting.fit_category import Limits
 from stpm.fitting.training_images import preprocessing_for
-from stpm.method.backbones import architecture_of, backbone_from, load_teacher
+from stpm.method.backbones import load_backbone, load_teacher_weights
 from stpm.method.forward import Matcher
 from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
 from stpm.options import Size
 
-# What a job logs is part of what it does.
+# Tests check what jobs log.
 logging.getLogger("stpm").setLevel(logging.INFO)
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_DATA = REPOSITORY.parent / "shared" / "data" / "mvtec"
 
-# A student of a few thousand weights: what is tested is the machinery, and a test set fits in a second.
+# A student of a few thousand weights: fitting it takes a second.
 TINY = Recipe(
     teacher="test_resnet",
     teacher_weights="random",
     size=Size("64"),
     epochs=2,
-    batch=4,
+    batch_size=4,
     precision="float32",
-    validation_share=0.25,
+    validation_fraction=0.25,
 )
 
 
-# A model of each kind, by what it has.
+# A recipe for each kind of model, by its parts.
 MODELS = {
     "student": TINY,
     "student and memory": dataclasses.replace(TINY, memory=50, fusion="quantile", top_fraction=0.01, smoothing=1.0),
@@ -49,7 +49,7 @@ MODELS = {
 
 
 def preprocessing_of(height: int, width: int = 0, resize: Resize = "stretch") -> Preprocessing:
-    """An input of this height and width (none: a square), normalised as ImageNet is."""
+    """Make a preprocessing with this input height and width (0: a square) and ImageNet's normalisation."""
     return Preprocessing(height, width or height, resize, *IMAGENET[2:], *IMAGENET[:2])
 
 
@@ -63,20 +63,20 @@ def tiny() -> Recipe:
 
 @pytest.fixture(params=MODELS)
 def any_model(request: pytest.FixtureRequest) -> Recipe:
-    """The recipe of a model with a student, with a student and a memory, and with a memory."""
+    """Return each recipe of MODELS in turn."""
     return MODELS[request.param]
 
 
 @pytest.fixture
 def real_data() -> Path:
     if not REAL_DATA.is_dir():
-        pytest.skip(f"real data: {REAL_DATA} is not there")
+        pytest.skip(f"real data: {REAL_DATA} is missing")
     return REAL_DATA
 
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """The root of an empty in-memory filesystem."""
+    """Return the root of an empty in-memory filesystem."""
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     yield "memory://root"
@@ -90,11 +90,11 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def matcher_of() -> Callable[[Recipe], Matcher]:
-    """A matcher with an untrained teacher, as the pool would make it."""
+    """Return a function that makes a matcher with an untrained teacher on the CPU."""
 
     def make(recipe: Recipe) -> Matcher:
-        state = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-        teacher = backbone_from(architecture_of(recipe.teacher), recipe.levels, state, "test")
+        state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+        teacher = load_backbone(recipe.teacher, recipe.levels, state, "test")
         return Matcher(teacher, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
 
     return make
@@ -114,7 +114,7 @@ def browser() -> Iterator[Any]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """CI must show that the tests on real data ran."""
+    """List the tests on real data, so that CI shows that they ran."""
     reports = [
         (outcome, report)
         for outcome in ("passed", "failed", "skipped")

@@ -1,4 +1,4 @@
-"""Small data sets in the MVTec AD layout, made anywhere that fsspec reaches."""
+"""Write small data sets in the MVTec AD layout to any filesystem."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from stpm import storage
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    """Encode pixels as a file of any of Pillow's formats."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, kind)
     return sink.getvalue()
@@ -29,7 +30,7 @@ def make_category(
     shape: tuple[int, int] = (48, 40),
     seed: int = 0,
 ) -> None:
-    """Noise around a grey level; a defect is a bright square, and its mask that square."""
+    """Write noise around a grey level; a defect is a bright square, its mask that square."""
     rng = np.random.default_rng(seed)
     suffix = {"PNG": "png", "JPEG": "jpg"}[kind]
 
@@ -51,3 +52,8 @@ def make_category(
         put(f"test/square/{i:03}.{suffix}", pixels)
         if masks:
             put(f"ground_truth/square/{i:03}_mask.png", mask, "PNG")
+
+
+def fitted_categories(store: str) -> list[str]:
+    """List the categories that have a model in a store, sorted."""
+    return [name for name in storage.children(store) if storage.exists(storage.join(store, name, "current.json"))]

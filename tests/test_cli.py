@@ -16,7 +16,7 @@ import yaml
 from stpm.cli import Job, run_job
 from stpm.errors import ConfigError
 from stpm.jobs.benchmark_options import BenchmarkOptions
-from stpm.method.recipe import PRESETS, Fusion, Recipe
+from stpm.method.recipe import PRESETS, Recipe
 from tests.conftest import REPOSITORY
 
 
@@ -42,18 +42,18 @@ def test_the_command_line_of_the_issue() -> None:
     options, recipe, pool, *_ = job("benchmark").parse(line.split())
     assert options == BenchmarkOptions("s3://b/d", "s3://b/o", options.categories, options.seeds)
     assert (options.categories, options.seeds) == (("a", "b"), (0, 1))
-    assert (recipe.epochs, recipe.optimiser, recipe.batch) == (3, "adam", 4)
+    assert (recipe.epochs, recipe.optimiser, recipe.batch_size) == (3, "adam", 4)
     assert (recipe.teacher, recipe.teacher_weights, pool.workers) == ("resnet18.tv_in1k", "/w.pth", 2)
 
 
 def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("preset: notebook\nepochs: 7\nbatch: 9\nlevels: [1, 2]\nteacher_weights: from-file\n")
+    file.write_text("preset: notebook\nepochs: 7\nbatch_size: 9\nlevels: [1, 2]\nteacher_weights: from-file\n")
     assert recipe_of("--config", str(file)).learning_rate == 4e-4
     monkeypatch.setenv("STPM_EPOCHS", "8")
     monkeypatch.setenv("STPM_SIZE", "128")
-    recipe = recipe_of("--config", str(file), "--batch", "11")
-    assert (recipe.batch, recipe.epochs, recipe.size) == (11, 7, "128x128")
+    recipe = recipe_of("--config", str(file), "--batch-size", "11")
+    assert (recipe.batch_size, recipe.epochs, recipe.size) == (11, 7, "128x128")
     assert (recipe.levels, recipe.teacher_weights) == ((1, 2), "from-file")
 
 
@@ -109,8 +109,8 @@ def test_every_choice_of_a_recipe_is_printed_and_reads_back(
 def test_the_parts_of_a_model_are_those_asked_for() -> None:
     recipe = recipe_of("--student", "none", "--memory", "100", "--memory-levels", "1,3", "--top-fraction", "0.01")
     assert (recipe.student, recipe.memory, recipe.memory_levels) == ("none", 100, (1, 3))
-    assert recipe.fusing == Fusion("quantile", 0.0, 0.01)
-    assert recipe_of("--memory", "0", "--fusion", "sum").fusing.method == "sum"
+    assert (recipe.fusion, recipe.smoothing, recipe.top_fraction) == ("quantile", 0.0, 0.01)
+    assert recipe_of("--memory", "0", "--fusion", "sum").fusion == "sum"
 
 
 @pytest.mark.parametrize("size", ["640x256", "auto"])
@@ -146,7 +146,7 @@ def test_a_size_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.Captu
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
         (["--seeds", "a"], "seeds"),
-        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a share between 0 and 1"),
+        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a fraction between 0 and 1"),
         (["--config", "/no/such/file.yaml"], "config"),
     ],
 )

@@ -1,12 +1,11 @@
-"""The embedded demo: textures cut into crops, with drawn defects and their masks, in the MVTec AD layout.
+"""Make the demo data set: crops of textures, with drawn defects and their masks, in the MVTec AD layout.
 
-The textures (brick, grass, gravel) are those that scikit-image ships under CC0. Crops for testing come from a part
-of each texture that no training crop touches.
+The textures (brick, grass, gravel) are in scikit-image, under CC0. Test crops come from a part of each texture that no
+training crop touches.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,33 +14,33 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from stpm import storage
+from stpm.data.encode import encode_png
 from stpm.errors import ConfigError
 
 Grey = npt.NDArray[np.uint8]
 Draw = Callable[[np.random.Generator, Grey, Grey], tuple[Grey, Grey]]
 
-# Each texture, and the one whose pieces are its foreign bodies.
+# Each texture, and the texture of its foreign bodies.
 TEXTURES = {"brick": "gravel", "grass": "brick", "gravel": "brick"}
 TRAIN_IMAGES = 160
 GOOD_IMAGES = 20
 IMAGES_PER_DEFECT = 5
+# Side of a crop, pixels.
 CROP = 128
-
-_MARK = "demo-v1"
 
 
 def make(root: str) -> None:
-    """Write the demo set under a folder, unless it is there already.
+    """Write the demo set under a folder, unless the folder has it.
 
     Raises:
         ConfigError: if scikit-image is not installed.
     """
-    mark = storage.join(root, f".{_MARK}")
-    if storage.exists(mark):
+    marker = storage.join(root, ".demo-v1")
+    if storage.exists(marker):
         return
     for number, (name, other) in enumerate(TEXTURES.items()):
         _make_category(storage.join(root, name), _texture(name), _texture(other), np.random.default_rng(number))
-    storage.publish(mark, b"")
+    storage.publish(marker, b"")
 
 
 def _texture(name: str) -> Grey:
@@ -77,19 +76,19 @@ def _crop(rng: np.random.Generator, texture: Grey) -> Grey:
 
 
 def _foreign(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
-    """A piece of another texture."""
+    """Draw a piece of another texture."""
     mask = _blob(rng, radius=rng.uniform(0.12, 0.18) * CROP)
     return _blend(image, other, mask, softness=0.6), mask
 
 
 def _stain(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
-    """A soft dark spot through which the texture still shows."""
+    """Draw a soft dark spot through which the texture still shows."""
     mask = _blob(rng, radius=rng.uniform(0.10, 0.16) * CROP)
     return _blend(image, (image * 0.25).astype(np.uint8), mask, softness=2.0), mask
 
 
 def _hole(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
-    """A black hole with a bright rim."""
+    """Draw a black hole with a bright rim."""
     mask = _blob(rng, radius=rng.uniform(0.10, 0.15) * CROP)
     inner = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(5)))
     rim = _blend(image, np.full_like(image, 235), mask, softness=0.6)
@@ -97,7 +96,7 @@ def _hole(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Gre
 
 
 def _smear(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
-    """A place where the texture is wiped away, its brightness kept."""
+    """Blur the texture within a region, which keeps its brightness."""
     mask = _blob(rng, radius=rng.uniform(0.14, 0.20) * CROP)
     smooth = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(6)))
     return _blend(image, smooth, mask, softness=1.5), mask
@@ -107,28 +106,22 @@ _DEFECTS: dict[str, Draw] = {"foreign": _foreign, "hole": _hole, "smear": _smear
 
 
 def _blob(rng: np.random.Generator, radius: float) -> Grey:
-    """An uneven round region, as a mask."""
+    """Draw an uneven round region as a mask."""
     centre = rng.uniform(0.25, 0.75, 2) * CROP
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     phases = rng.uniform(0, 2 * np.pi, 2)
     radii = radius * (1 + 0.2 * np.sin(2 * angles + phases[0]) + 0.1 * np.sin(5 * angles + phases[1]))
     points = [(centre[0] + r * np.cos(a), centre[1] + r * np.sin(a)) for a, r in zip(angles, radii, strict=True)]
-    return _drawn(lambda draw: draw.polygon(points, fill=255))
-
-
-def _drawn(paint: Callable[[ImageDraw.ImageDraw], None]) -> Grey:
     canvas = Image.new("L", (CROP, CROP))
-    paint(ImageDraw.Draw(canvas))
+    ImageDraw.Draw(canvas).polygon(points, fill=255)
     return np.asarray(canvas)
 
 
 def _blend(image: Grey, other: Grey, mask: Grey, softness: float) -> Grey:
-    """`other` where the mask is, with a soft border of so many pixels."""
+    """Replace the image by another where the mask is, with a border blurred by `softness` pixels."""
     weight = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(softness))) / 255.0
     return np.round(image * (1 - weight) + other * weight).astype(np.uint8)
 
 
 def _write(uri: str, image: Grey) -> None:
-    sink = io.BytesIO()
-    Image.fromarray(image).save(sink, "PNG")
-    storage.publish(uri, sink.getvalue())
+    storage.publish(uri, encode_png(Image.fromarray(image)))

@@ -1,11 +1,11 @@
-"""From the bytes of an image file to uint8 RGB pixels at model size. Fitting and scoring share it.
+"""Decode image files to uint8 RGB pixels at model size. Fitting and scoring share this code.
 
-Conventions: EXIF orientation is not applied, since masks and peak coordinates refer to the pixels as stored.
-16-bit grey is divided by 257, the full range of its type, so that two images of one camera compare.
-An alpha channel is dropped. Of an animation or a multi-page file the first frame is taken.
+Conventions: EXIF orientation is not applied, since masks and peak coordinates refer to the pixels as stored. 16-bit
+grey is divided by 257, independent of the image's own range, so that images of one camera are comparable. An alpha
+channel is dropped. The first frame of an animation or a multi-page file is decoded.
 
-Errors about the image are final. Those about storage, a model or a device are transient: the image may be scored once
-these work again.
+Error kinds that an image itself causes are final. Those that storage, a model or a device causes are transient: a later
+run may score the image.
 """
 
 from __future__ import annotations
@@ -46,27 +46,23 @@ TRANSIENT_ERRORS = (
     "forward_failed",
 )
 ERROR_KINDS = (*FINAL_ERRORS, *TRANSIENT_ERRORS)
-# Of many images in a row they say that something else is broken. Storage that is not mounted looks like missing files.
-SUSPECT_ERRORS = frozenset((*TRANSIENT_ERRORS, "missing"))
+# Where many images in a row have these errors, something else is broken: unmounted storage looks like missing files.
+EXTERNAL_ERRORS = frozenset((*TRANSIENT_ERRORS, "missing"))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-# Pillow can open far more, by programs that it starts for some: what a file is named says nothing.
+# Formats are read from a file's contents, not its name. Pillow knows more, and starts other programs for some of them.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000
-# Of a file: four bytes for each pixel, uncompressed, and what comes before and after them.
+# Largest file: four bytes for each pixel, uncompressed, and its header.
 MAX_BYTES = 4 * MAX_PIXELS + 2**20
-# What one image takes while it is decoded, at most: as Pillow holds it, before and after it is converted.
+# Largest memory that decoding one image takes: Pillow's image before and after its conversion.
 DECODING_BYTES = 8 * MAX_PIXELS
-
-# Every file is checked against max_pixels from its header, before anything is allocated.
-Image.MAX_IMAGE_PIXELS = None
-
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels at model size, padding included: (H, W, 3) uint8 RGB; width, height and size in bytes are the file's."""
+    """An image at model size, padding included: (H, W, 3) uint8 RGB; and the file's own width, height and bytes."""
 
     pixels: Pixels
     width: int
@@ -76,25 +72,25 @@ class Decoded:
 
 @contextmanager
 def _decoding_errors() -> Iterator[None]:
-    """Raise whatever goes wrong while an image is decoded as an ImageError."""
+    """Turn every exception into an ImageError."""
     try:
         yield
     except ImageError:
         raise
     except MemoryError as error:
-        raise ImageError("out_of_memory", "no memory to decode it in") from error
+        raise ImageError("out_of_memory", "not enough memory to decode it") from error
     except Exception as error:
         raise ImageError("unforeseen", f"{type(error).__name__}: {error}") from error
 
 
 @_decoding_errors()
-def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode an image and bring what the model sees of it to the size of its input, with antialiasing.
+def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
+    """Decode an image, cut out what the model sees, and resize it to the model's input, with antialiasing.
 
     Raises:
-        ImageError: whatever the bytes hold, nothing else is raised.
+        ImageError: if it cannot be decoded; no bytes cause any other exception.
     """
-    image = _open(data, max_pixels)
+    image = _open(data)
     width, height = image.size
     rgb = _as_rgb(image)
     content = preprocessing.content_shape(width, height)
@@ -110,47 +106,47 @@ def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXE
 
 @_decoding_errors()
 def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
-    """What the model sees of an image, in its own proportions, for people to look at: (H, W, 3) uint8 RGB.
+    """Decode what the model sees of an image in the image's own proportions, to show it: (H, W, 3) uint8 RGB.
 
     Args:
-        data: the file.
-        preprocessing: the model's.
-        shorter: pixels of the shorter side, unless the longer one would be above `longest`.
-        longest: pixels that the longer side may have.
+        data: the image file.
+        preprocessing: the model's preprocessing.
+        shorter: wanted pixels of the shorter side; it has fewer where the longer side would exceed `longest`.
+        longest: largest number of pixels of the longer side.
 
     Raises:
-        ImageError: if it cannot be read.
+        ImageError: if the image cannot be decoded.
     """
-    image = _open(data, MAX_PIXELS)
+    image = _open(data)
     size = preprocessing.picture_size(*image.size, shorter, longest)
     box = preprocessing.source_box(*image.size)
     return np.asarray(_as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box))
 
 
 @_decoding_errors()
-def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of an image, from its header alone.
+def read_size(data: bytes) -> tuple[int, int]:
+    """Read an image's width and height from its header alone.
 
     Raises:
-        ImageError: if it has none that can be read.
+        ImageError: if the header cannot be read.
     """
-    return _open_header(data, max_pixels).size
+    return _open_header(data).size
 
 
 @_decoding_errors()
-def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
-    """A ground-truth mask at its own size, (height, width) bool; any value above 0 is defect.
+def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
+    """Decode a ground-truth mask at its own size: (height, width) bool, true where the value is above 0.
 
     Raises:
-        ImageError: if it cannot be read.
+        ImageError: if the mask cannot be decoded.
     """
-    image = _open(data, max_pixels)
+    image = _open(data)
     values = np.asarray(image if image.mode in ("L", "1") or image.mode.startswith("I") else image.convert("L"))
     return values > 0
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
-    """What the model sees of a mask, at the size of the image's anomaly map, by nearest neighbour."""
+    """Cut out what the model sees of a mask, and resize it to the image's anomaly map by nearest neighbour."""
     image = Image.fromarray(mask.astype(np.uint8))
     height, width = preprocessing.content_shape(*image.size)
     box = preprocessing.source_box(*image.size)
@@ -158,35 +154,39 @@ def resize_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> np
 
 
 def crop_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
-    """What the model sees of a mask, at the mask's own resolution."""
+    """Cut out what the model sees of a mask, at the mask's own resolution."""
     left, top, right, bottom = map(round, preprocessing.source_box(mask.shape[1], mask.shape[0]))
     return mask[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
 def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
-    """An anomaly map at another size, (height, width) float32, linearly."""
+    """Resize an anomaly map bilinearly: (height, width) float32."""
     return np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _open_header(data: bytes, max_pixels: int) -> Image.Image:
+def _open_header(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
+    # Process-wide: Pillow's own limit would warn of images that are allowed here. The header is checked below, before
+    # anything is allocated.
+    Image.MAX_IMAGE_PIXELS = None
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
-            "not_an_image", f"{len(data)} bytes that do not begin as {', '.join(FORMATS[:-1])} or {FORMATS[-1]} does"
+            "not_an_image",
+            f"{len(data)} bytes whose beginning is not that of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
         ) from error
     except Exception as error:
         raise ImageError("damaged", f"broken header: {error}") from error
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError("too_large", f"{width}×{height} pixels, at most {max_pixels:,} are allowed")
+    if width * height > MAX_PIXELS:
+        raise ImageError("too_large", f"{width}×{height} pixels, at most {MAX_PIXELS:,} are allowed")
     return image
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    image = _open_header(data, max_pixels)
+def _open(data: bytes) -> Image.Image:
+    image = _open_header(data)
     try:
         image.load()
     except MemoryError:

@@ -1,8 +1,8 @@
-"""The MVTec AD layout over any filesystem.
+"""Read data sets in the MVTec AD layout from any filesystem.
 
-<root>/<category>/train/good/*                        defect-free images, the only ones that fitting sees
-<root>/<category>/test/<good or defect>/*             test images; the folder's name is the label
-<root>/<category>/ground_truth/<defect>/<stem>_mask.png   optional masks
+<root>/<category>/train/good/*                            defect-free images, the only ones that fitting reads
+<root>/<category>/test/<good or defect type>/*            test images; the folder's name is the label
+<root>/<category>/ground_truth/<defect type>/<stem>_mask.png   optional masks
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GOOD = "good"
 class TestImage:
     """One test image. `label` is "good" or a defect type; `mask` is a URI, or "" if there is none.
 
-    `versions` are those of the image and its mask, as `stpm.storage.versions` gives them.
+    `versions` are the versions of the image and of its mask, from `stpm.storage.versions`.
     """
 
     __test__ = False
@@ -35,7 +35,7 @@ class TestImage:
 
 @dataclass(frozen=True)
 class Category:
-    """The images of one category, sorted by URI; `train` holds defect-free images with their versions."""
+    """The images of one category, sorted by URI. `train` has the URI and version of each defect-free image."""
 
     name: str
     train: tuple[tuple[str, str], ...]
@@ -43,10 +43,10 @@ class Category:
 
 
 def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
-    """Names of the categories under a data set, sorted; `wanted` chooses among them.
+    """List a data set's categories, sorted; `wanted` selects some of them.
 
     Raises:
-        DataError: if the data set is missing or empty, or a wanted category is not there.
+        DataError: if the data set is missing or empty, or does not have a wanted category.
     """
     names = storage.children(root)
     if not names:
@@ -58,11 +58,11 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
 
 
 def read_category(root: str, name: str) -> Category:
-    """List one category.
+    """List the images of one category.
 
     Raises:
-        DataError: if its name may not become a path, the name of a training image is not UTF-8,
-            or there is none.
+        DataError: if the category's name is not allowed in a path, there is no training image, or a training image's
+            name is not UTF-8.
     """
     storage.safe_name(name, "category")
     folder = storage.join(root, name)
@@ -77,10 +77,10 @@ def read_category(root: str, name: str) -> Category:
                 test.append((uri, label))
             case ("ground_truth", label, file):
                 masks[label, PurePosixPath(file).stem.removesuffix("_mask")] = uri
-    if odd := [uri for uri, _ in train if not storage.is_utf8(uri)]:
-        raise DataError(f"{odd[0]!r}: the name of this training image is not UTF-8; rename it")
+    if invalid := [uri for uri, _ in train if not storage.is_utf8(uri)]:
+        raise DataError(f"{invalid[0]!r}: the name of this training image is not UTF-8; rename it")
     if not train:
-        raise DataError(f"{folder}: no images in train/good (of {', '.join(SUFFIXES)})")
+        raise DataError(f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)})")
 
     def test_image(uri: str, label: str) -> TestImage:
         mask = masks.get((label, PurePosixPath(uri).stem), "")

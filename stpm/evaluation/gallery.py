@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from stpm.data import images
+from stpm.data.encode import encode_jpeg, encode_png
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError
 from stpm.evaluation.category import IMAGE_COLUMNS, ScoredCategory, ground_truth
 from stpm.method.preprocessing import Preprocessing
-from stpm.pages import jpeg, score_parts
+from stpm.pages import score_parts
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
@@ -68,9 +68,7 @@ def defect_sheet(category: ScoredCategory) -> bytes | None:
         verdict = "anomalous" if row["is_anomalous"] else "missed at this threshold"
         caption = f"{row['label']}/{row['uri'].rsplit('/', 1)[-1]}   score {row['score']:.3g}   {verdict}"
         draw.text((left + 2, top + pair.height + 3), caption, fill="black", font=font)
-    sink = io.BytesIO()
-    sheet.save(sink, "PNG")
-    return sink.getvalue() if cells else None
+    return encode_png(sheet) if cells else None
 
 
 def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, list[Tile]]:
@@ -84,7 +82,7 @@ def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, li
     }
     return {
         title: [
-            Tile(row["uri"], row["label"], row["score"], score_parts(row), row["is_anomalous"], jpeg(pair))
+            Tile(row["uri"], row["label"], row["score"], score_parts(row), row["is_anomalous"], encode_jpeg(pair))
             for row, pair in islice(_pairs(category, rows, _GALLERY_SIZE), max_tiles)
         ]
         for title, rows in chosen.items()

@@ -14,10 +14,10 @@ import torch
 from stpm.fitting.coreset import build_memory
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import EVALUATION_BATCH, Checkpoints, Indices, batches, fit
-from stpm.method.backbones import StateDict, architecture_of, backbone_from
-from stpm.method.calibration import Calibration, HeatmapRange, PartScale, part_scale, part_scales_without_each
-from stpm.method.forward import Distances, Parts, shape_of, to_device
-from stpm.method.fusion import AnomalyMap, part_values
+from stpm.method.backbones import StateDict, load_backbone
+from stpm.method.calibration import Calibration, HeatmapScaleBuilder, PartScale, fit_part_scale, leave_one_out_scales
+from stpm.method.forward import Distances, Parts, spatial_shape, to_device
+from stpm.method.fusion import AnomalyMap, sample_distances
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 
@@ -34,7 +34,7 @@ def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: 
     """The parts of a fitted model, ready to score on a device."""
     backbone = None
     if student is not None:
-        backbone = backbone_from(architecture_of(recipe.teacher), recipe.levels, student, "fitted student")
+        backbone = load_backbone(recipe.teacher, recipe.levels, student, "fitted student")
         backbone = to_device(backbone, device)
     return Parts(backbone, tuple(memory))
 
@@ -53,13 +53,13 @@ def calibrate_model(
     """
     images = HeldOut(parts, features, held_out, recipe, budget)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
-    heatmap_range = HeatmapRange(int(((right - left) * (bottom - top)).sum()))
+    heatmap_range = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
     scores = []
     for each in images.maps():
         scores.append(each.score(recipe.top_fraction).total)
         heatmap_range.add(each.total)
-    calibration = Calibration(np.sort(scores).astype(np.float32), heatmap_range.scale())
-    return Calibrated(calibration, tuple(map(part_scale, images.values)))
+    calibration = Calibration(np.sort(scores).astype(np.float32), heatmap_range.build())
+    return Calibrated(calibration, tuple(map(fit_part_scale, images.values)))
 
 
 def k_fold_scores(
@@ -77,7 +77,7 @@ def k_fold_scores(
     """
     total = len(features.images)
     order = np.random.default_rng(recipe.seed).permutation(total)
-    count = recipe.folds_of(total)
+    count = recipe.fold_count(total)
     folds = [np.sort(fold) for fold in np.array_split(order, count)]
     without_choice = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores: list[float] = []
@@ -116,10 +116,10 @@ class HeldOut:
             if budget >= 0:
                 self._kept.append(distances.to(torch.device("cpu")))
             masks = features.matcher.content_masks(
-                features.images.content[batch], [shape_of(d) for d in distances.maps]
+                features.images.content[batch], [spatial_shape(d) for d in distances.maps]
             )
             pairs = zip(distances.maps, masks, strict=True)
-            sampled.append([part_values(d, mask, len(chosen)) for d, mask in pairs])
+            sampled.append([sample_distances(d, mask, len(chosen)) for d, mask in pairs])
         # For each part, some of the distances of each image.
         self.values = [[image for batch in part for image in batch] for part in zip(*sampled, strict=True)]
 
@@ -128,13 +128,13 @@ class HeldOut:
         matcher = self._features.matcher
         scales: Iterator[tuple[PartScale, ...]] = repeat(())
         if self._recipe.fusion == "quantile":
-            scales = zip(*map(part_scales_without_each, self.values), strict=True)
+            scales = zip(*map(leave_one_out_scales, self.values), strict=True)
         for number, batch in enumerate(self._batches):
             kept = number < len(self._kept)
             distances = self._kept[number].to(matcher.device) if kept else self._distances(batch)
             content = self._features.images.content[batch]
             for one in (slice(i, i + 1) for i in range(len(batch))):
-                yield from matcher.anomaly_maps(distances.images(one), content[one], self._recipe.fusing, next(scales))
+                yield from matcher.anomaly_maps(distances.images(one), content[one], self._recipe, next(scales))
 
     def _distances(self, batch: Indices) -> Distances:
         matcher = self._features.matcher

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import EVALUATION_BATCH, Indices, batches
-from stpm.method.forward import shape_of
-from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, window_of
+from stpm.method.forward import spatial_shape
+from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, window_size
 from stpm.method.recipe import Recipe
 
 # Descriptors that a coreset is chosen from: more would take longer than a small category's fit.
@@ -34,7 +34,7 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     kinds = [(position, kind) for position in positions for kind in KINDS]
     per_image = math.ceil(_CANDIDATES / len(train))
     coarsest = features.shapes[positions[-1]]
-    windows = {position: window_of(features.shapes[position], coarsest) for position in positions}
+    windows = {position: window_size(features.shapes[position], coarsest) for position in positions}
     candidates: list[list[Tensor]] = [[] for _ in kinds]
     for batch in batches(train, EVALUATION_BATCH):
         indices = torch.from_numpy(batch)
@@ -51,7 +51,7 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
 
 def _chosen(level: Tensor, valid: Tensor | None, images: Indices, per_image: int, seed: int) -> Tensor:
     """Flat indices into (B, H, W) of the positions of each image that are candidates, drawn by seed and image."""
-    height, width = shape_of(level)
+    height, width = spatial_shape(level)
     result = []
     for row, image in enumerate(images.tolist()):
         positions = np.arange(height * width) if valid is None else np.flatnonzero(valid[row].cpu().numpy())

@@ -22,8 +22,8 @@ from stpm.fitting.task_queue import Event
 from stpm.fitting.training_images import normalisation_of
 from stpm.fitting.worker_group import planned, run_pool, shared_out
 from stpm.lease import held
-from stpm.method.backbones import StateDict, load_teacher
-from stpm.method.calibration import Normals, shortfall
+from stpm.method.backbones import StateDict, load_teacher_weights
+from stpm.method.calibration import NormalCounts, few_normals_warning
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
@@ -59,7 +59,7 @@ def fit_categories(
         ConfigError: if the teacher or its normalisation cannot be had, the workers do not fit the cluster, or another
             run holds a store.
     """
-    weights = load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     # What cannot be resolved fails here once, and not in each category.
     normalisation_of(recipe)
     with ExitStack() as leases:
@@ -107,7 +107,7 @@ def _fit_into(
 def _model_or_problem(task: FitTask) -> ModelRecord | ModelError | DataError | None:
     """The model that is there already, what is damaged about it, or why there can be none."""
     try:
-        task.recipe.check_images(len(task.train))
+        task.recipe.check_image_count(len(task.train))
         return existing_model(task)
     except (DataError, ModelError) as error:
         return error
@@ -133,8 +133,10 @@ def plan_of(pool: PoolOptions, tasks: int) -> Callable[[Resources], str]:
 
 def warn_of_few_normals(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
     """Say, before they are fitted, which models will not support a false-alarm rate."""
-    counts = {each.name: Normals(len(each.train), recipe.calibrating(len(each.train))) for each in categories}
-    if warning := shortfall(counts, false_alarm_rate):
+    counts = {
+        each.name: NormalCounts(len(each.train), recipe.calibration_count(len(each.train))) for each in categories
+    }
+    if warning := few_normals_warning(counts, false_alarm_rate):
         log.info(warning)
 
 

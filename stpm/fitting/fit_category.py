@@ -92,8 +92,8 @@ def run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None])
     # Here no frame of the failed fit holds its tensors any more, and the next task finds the memory free.
     torch.cuda.empty_cache()
     raise OutOfDeviceMemoryError(
-        f"{reason}: the device's memory does not hold batches of {task.recipe.batch} at this size; lower --batch or "
-        "--pixels (or --size), or give each worker more of a GPU (--gpus-per-worker)"
+        f"{reason}: the device's memory does not hold batches of {task.recipe.batch_size} at this size; lower "
+        "--batch-size or --pixels (or --size), or give each worker more of a GPU (--gpus-per-worker)"
     )
 
 
@@ -139,7 +139,7 @@ def _run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]
     calibrated = calibrate_model(parts, features, held_out, recipe, room)
     calibration = calibrated.calibration
     if recipe.calibration_folds:
-        tell(f"fitting {recipe.folds_of(len(images))} more models, to calibrate on every image")
+        tell(f"fitting {recipe.fold_count(len(images))} more models, to calibrate on every image")
         calibration = Calibration(k_fold_scores(features, recipe, of_folds, room), calibration.scale)
     record = store.save(
         category=task.category,

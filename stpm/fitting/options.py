@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError
-from stpm.method.calibration import check_rate
+from stpm.method.calibration import check_false_alarm_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
 
 
@@ -29,7 +29,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         check_required(self)
-        check_rate(self.false_alarm_rate)
+        check_false_alarm_rate(self.false_alarm_rate)
 
 
 @dataclass(frozen=True)

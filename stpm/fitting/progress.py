@@ -74,7 +74,9 @@ class FitProgress:
         numbers = (
             f"{epochs[-1].number:>{len(total)}}" if len(epochs) == 1 else f"{epochs[0].number}-{epochs[-1].number}"
         )
-        left = (task.recipe.epochs - epochs[-1].number) * (len(task.train) - task.recipe.held_out(len(task.train)))
+        left = (task.recipe.epochs - epochs[-1].number) * (
+            len(task.train) - task.recipe.held_out_count(len(task.train))
+        )
         speed = epochs[-1].images_per_second
         line = (
             f"epoch {numbers}/{total}  train loss {_several(e.train_loss for e in epochs)}  "

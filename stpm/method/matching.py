@@ -1,7 +1,7 @@
 """Student-teacher feature pyramid matching as pure tensor functions (Wang et al., BMVC 2021, arXiv 2103.04257).
 
-Convention: features are (B, C, H, W), one tensor per pyramid level, finest first; distance maps are (B, H, W)
-float32, from 0 (same direction) to 2 (opposite). Larger means more anomalous everywhere.
+Convention: features are (B, C, H, W), one tensor per pyramid level, finest first. Distance maps are (B, H, W) float32,
+from 0 (same direction) to 2 (opposite). In all of this project, larger means more anomalous.
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ _EPS = 1e-12
 
 
 def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
-    """Half the squared distance between the features, each normalised over channels (equations 1 and 2).
+    """Compute half the squared distance between features that are normalised over channels (equations 1 and 2).
 
-    ½‖t̂ − ŝ‖² = ½(‖t̂‖² + ‖ŝ‖²) − ⟨t, s⟩ / (‖t‖‖s‖): three reductions instead of two normalised copies. The
-    squared norm of a normalised vector is 1, or 0 where the feature vector itself is zero (shorter than 1e-12).
+    ½‖t̂ − ŝ‖² = ½(‖t̂‖² + ‖ŝ‖²) − ⟨t, s⟩ / (‖t‖‖s‖) takes three reductions and no normalised copy. The squared norm
+    of a normalised vector is 1, or 0 where the feature vector itself is zero (shorter than 1e-12).
 
     Args:
-        teacher: (B, C, H, W), any float type; reductions are made in float32.
-        student: the same shape.
+        teacher: (B, C, H, W) features, any float type; reductions are made in float32.
+        student: features of the same shape.
 
     Returns:
         (B, H, W) float32 in [0, 2].
 
     Raises:
         ValueError: if the shapes differ.
+
+    One channel pair per position, in the same, an orthogonal and the opposite direction:
+
+    >>> teacher = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]).view(1, 2, 1, 3)
+    >>> student = torch.tensor([[5.0, 0.0, -1.0], [0.0, 2.0, 0.0]]).view(1, 2, 1, 3)
+    >>> distance_map(teacher, student)
+    tensor([[[0., 1., 2.]]])
     """
     if teacher.shape != student.shape:
         raise ValueError(f"teacher {tuple(teacher.shape)} and student {tuple(student.shape)} differ in shape")
@@ -43,13 +50,13 @@ def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], valid: Sequence[Tensor | None]) -> Tensor:
-    """Mean distance over positions and images, averaged over levels (equations 2 and 3): a scalar in [0, 2].
+    """Average the distances over positions, images and levels (equations 2 and 3): a scalar in [0, 2].
 
     Args:
         teacher: features, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
         student: features of the same shapes.
-        valid: one (B, Hₗ, Wₗ) bool mask per level of the positions that count, at least one in each image; or None:
-            all count. Images weigh the same, however many of their positions count.
+        valid: one (B, Hₗ, Wₗ) bool mask per level, true at the positions that count, at least one in each image; None
+            counts all. Each image has the same weight, however many of its positions count.
     """
     distances = [distance_map(t, s) for t, s in zip(teacher, student, strict=True)]
     return torch.stack([_mean(d, v) for d, v in zip(distances, valid, strict=True)]).mean()
@@ -62,9 +69,9 @@ def _mean(distances: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def content_mask(content: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Which positions of a pyramid level lie on the image, and not on the padding around it.
+    """Mark the positions of a pyramid level whose centre lies on the image and not on the padding around it.
 
-    Those whose centre does. Where an image is too narrow to hold any centre, it is the position that holds its middle.
+    Where an image is too narrow to hold any centre, the position that holds the image's middle is marked.
 
     Args:
         content: (B, 4) integers: left, top, right and bottom of each image within the input, pixels.
@@ -72,7 +79,13 @@ def content_mask(content: Tensor, size: tuple[int, int], shape: tuple[int, int])
         shape: height and width of the level.
 
     Returns:
-        (B, H, W) bool, at least one of them true for each image.
+        (B, H, W) bool, true for at least one position of each image.
+
+    An image in the right half of an input of 8 x 8 pixels, at a level of 2 x 4 positions:
+
+    >>> content_mask(torch.tensor([[4, 0, 8, 8]]), (8, 8), (2, 4)).int()
+    tensor([[[0, 0, 1, 1],
+             [0, 0, 1, 1]]], dtype=torch.int32)
     """
     left, top, right, bottom = content.long().unbind(dim=1)
     rows, columns = _inside(top, bottom, size[0], shape[0]), _inside(left, right, size[1], shape[1])
@@ -80,7 +93,7 @@ def content_mask(content: Tensor, size: tuple[int, int], shape: tuple[int, int])
 
 
 def _inside(start: Tensor, stop: Tensor, size: int, positions: int) -> Tensor:
-    """Of each span [start, stop) of an axis of `size` pixels, the positions in it: (B, positions) bool."""
+    """Mark the positions in each span [start, stop) of an axis of `size` pixels: (B, positions) bool."""
     centres = (torch.arange(positions, device=start.device) + 0.5) * size / positions
     inside = (start[:, None] <= centres) & (centres < stop[:, None])
     middle = (start + stop) * positions // (2 * size)

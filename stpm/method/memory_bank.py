@@ -1,8 +1,8 @@
-"""A memory of normal features, as pure tensor functions: the distance to the nearest of a coreset.
+"""Memory banks of normal features, as pure tensor functions: the distance to the nearest vector of a coreset.
 
-After PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265), with two differences: each pyramid level has banks of its
-own, and features are whitened by their covariance over normal images, so that a distance is a Mahalanobis distance
-(Rippel et al., ICPR 2020, arXiv 2005.14140). Where a feature lies in the image plays no part: a product may turn.
+This is PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265) with two differences: each pyramid level has its own banks,
+and features are whitened by their covariance over normal images, which makes distances Mahalanobis distances (Rippel et
+al., ICPR 2020, arXiv 2005.14140). The position of a feature in the image has no effect, so that a product may turn.
 
 Convention: features are (B, C, H, W), descriptors (B, H, W, C), distance maps (B, H, W) float32, 0 or more.
 """
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
-# `features` are compared as they are, `directions` after each was scaled to length 1: brightness and contrast count
-# in the former alone.
+# `directions` are features scaled to length 1: brightness and contrast affect `features` alone.
 Kind = Literal["features", "directions"]
 KINDS: tuple[Kind, ...] = ("features", "directions")
 
+# Dimensions of the projection in which a coreset is chosen.
 _PROJECTED = 32
-# Of the mean variance: directions in which normal features do not vary get no more weight than this allows.
+# The ridge, as a fraction of the mean variance, limits the weight of directions in which normal features do not vary.
 _RIDGE = 0.01
-# Of the mean's mean square: above what rounding alone makes of features that are all the same.
-_LEAST_RIDGE = 1e-6
+# Smallest ridge, as a fraction of the mean's mean square: above the rounding errors of features that are all the same.
+_MIN_RIDGE = 1e-6
 _EPS = 1e-12
 # Queries per matrix product: its result, some MiB, stays in a core's cache.
-_QUERIES = 1024
+_QUERIES_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class MemoryBank:
     """Whitened descriptors of normal images at one pyramid level.
 
     Args:
-        level: position of the level among those of the teacher, 0 the finest.
-        kind: what is compared.
+        level: index of the level among those of the teacher, 0 the finest.
+        kind: kind of descriptor.
         window: side of the square of positions that a descriptor averages, odd.
-        mean: (C,) float32, of normal descriptors.
-        whitening: (C, C) float32; descriptors minus mean, times this, have about unit covariance.
-        vectors: (M, C) float32, whitened, of values that half precision holds.
+        mean: (C,) float32, mean of normal descriptors.
+        whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
+        vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
     """
 
     level: int
@@ -52,36 +52,41 @@ class MemoryBank:
     whitening: Tensor
     vectors: Tensor
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the bank's tensors by name."""
+        return {"mean": self.mean, "whitening": self.whitening, "vectors": self.vectors}
+
     def to(self, device: torch.device) -> MemoryBank:
-        tensors = (tensor.to(device) for tensor in (self.mean, self.whitening, self.vectors))
-        return MemoryBank(self.level, self.kind, self.window, *tensors)
+        """Move all tensors to a device."""
+        return MemoryBank(self.level, self.kind, self.window, *(t.to(device) for t in self.tensors.values()))
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Distance of each position to the nearest vector: (B, C, H, W) to (B, H, W) float32.
+        """Compute the distance of each position to the nearest vector: (B, C, H, W) to (B, H, W) float32.
 
         Args:
-            features: of the bank's level.
-            valid: (B, H, W) bool, the positions that lie on the image; None: all.
+            features: features of the bank's level.
+            valid: (B, H, W) bool, true at positions on the image; None: all are.
         """
         described = describe(features, self.kind, self.window, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
 
 
-def window_of(shape: tuple[int, int], coarsest: tuple[int, int]) -> int:
-    """The odd number of positions of a level that is at least as wide as one position of the coarsest level."""
+def window_size(shape: tuple[int, int], coarsest: tuple[int, int]) -> int:
+    """Return the smallest odd number of positions of a level that spans one position of the coarsest level."""
     ratio = max(round(shape[0] / coarsest[0]), round(shape[1] / coarsest[1]), 1)
     return ratio + 1 - ratio % 2
 
 
 def describe(features: Tensor, kind: Kind, window: int, valid: Tensor | None = None) -> Tensor:
-    """Descriptors of all positions, before whitening: averages over a window.
+    """Compute the descriptors of all positions, before whitening: averages over a window.
 
     Args:
         features: (B, C, H, W), any float type.
-        kind: `directions` scales each feature vector to length 1 after averaging.
-        window: side of the window, odd; at a border, the part that lies on the image counts.
-        valid: (B, H, W) bool, the positions that lie on the image; None: all.
+        kind: `directions` scales each averaged vector to length 1.
+        window: side of the window, odd; at a border, only positions on the image are averaged.
+        valid: (B, H, W) bool, true at positions on the image; None: all are.
 
     Returns:
         (B, H, W, C) float32.
@@ -99,15 +104,15 @@ def describe(features: Tensor, kind: Kind, window: int, valid: Tensor | None = N
 
 
 def fit_bank(descriptors: Tensor, level: int, kind: Kind, window: int, size: int, seed: int) -> MemoryBank:
-    """A bank of normal descriptors: their mean and whitening, and a coreset of them.
+    """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
 
     Args:
         descriptors: (N, C) float32, not whitened, N at least 1.
-        level: that they are of.
-        kind: that they are of.
-        window: that they average.
+        level: level of the descriptors.
+        kind: kind of the descriptors.
+        window: window of the descriptors.
         size: vectors to keep; all, if there are fewer.
-        seed: of the coreset's projection.
+        seed: seed of the coreset's projection.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
@@ -116,30 +121,30 @@ def fit_bank(descriptors: Tensor, level: int, kind: Kind, window: int, size: int
 
 
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and whitening matrix of descriptors: (N, C) to (C,) and (C, C) float32.
+    """Compute mean and whitening matrix of descriptors: (N, C) to (C,) and (C, C) float32.
 
-    The matrix is U (Λ + r)^-½ of the covariance U Λ Uᵀ, with r one hundredth of the mean variance, and where next to
-    nothing varies at least a millionth of the mean's mean square.
+    The matrix is U (Λ + r)^-½ for the covariance U Λ Uᵀ. The ridge r is one hundredth of the mean variance, and at
+    least a millionth of the mean's mean square, which matters where hardly anything varies.
     """
     wide = descriptors.double()
     mean = wide.mean(dim=0)
     centred = wide - mean
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(wide))
     variances = variances.clamp_min(0.0)
-    ridge = torch.maximum(_RIDGE * variances.mean(), _LEAST_RIDGE * mean.square().mean() + _EPS)
+    ridge = torch.maximum(_RIDGE * variances.mean(), _MIN_RIDGE * mean.square().mean() + _EPS)
     return mean.float(), (axes / (variances + ridge).sqrt()).float()
 
 
 def greedy_coreset(vectors: Tensor, size: int, seed: int) -> Tensor:
-    """Indices of a subset from which no vector is far: greedy k-centre (Sener and Savarese, ICLR 2018).
+    """Choose a subset that is near every vector: greedy k-centre (Sener and Savarese, ICLR 2018).
 
-    Starts at the vector nearest to the mean and adds the one that is farthest from all those chosen, with distances
-    taken after a random projection. The same vectors and seed give the same indices.
+    Start at the vector nearest to the mean, then repeatedly add the vector farthest from all chosen ones, by distance
+    after a random projection. The same vectors and seed give the same indices.
 
     Args:
         vectors: (N, D) float32.
-        size: indices to return; all N, if there are no more.
-        seed: of the projection.
+        size: number of indices to return; all N, if there are no more.
+        seed: seed of the projection.
 
     Returns:
         (min(size, N),) int64, in the order in which they were chosen.
@@ -165,15 +170,15 @@ def greedy_coreset(vectors: Tensor, size: int, seed: int) -> Tensor:
 
 
 def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
-    """Euclidean distance of each query to its nearest vector: (P, D) and (M, D) to (P,), float32.
+    """Compute the Euclidean distance of each query to its nearest vector: (P, D) and (M, D) to (P,), float32.
 
-    Exact, by blocked matrix products: some thousand vectors are too few for an index to pay.
+    The search is exact, by blocked matrix products: for a few thousand vectors an index is no faster.
     """
     squares = vectors.square().sum(dim=1)
     transposed = vectors.T
     nearest = [
         torch.addmm(squares, block, transposed, alpha=-2).amin(dim=1) + block.square().sum(dim=1)
-        for block in torch.split(queries, _QUERIES)
+        for block in torch.split(queries, _QUERIES_PER_BLOCK)
     ]
     return torch.cat(nearest).clamp_min(0.0).sqrt()
 

@@ -1,7 +1,7 @@
-"""From an image to a network's input: size, resizing, interpolation and normalisation. Numbers only: no pixels here.
+"""The geometry and normalisation of a network's input. This module computes numbers; it reads no pixels.
 
-Boxes are (left, top, right, bottom), right and bottom exclusive, in pixels; an image's size is (width, height), as
-Pillow has them. Shapes of arrays are (height, width), as NumPy has them.
+A box is (left, top, right, bottom) in pixels, right and bottom exclusive, and an image size is (width, height), as in
+Pillow. An array shape is (height, width), as in NumPy.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ Boxes = npt.NDArray[np.int32]
 # `fit` stretches an image whose aspect ratio is within this factor of the input's, instead of padding a few pixels.
 _SAME_ASPECT = 1.1
 
-LARGEST_SIDE = 4096
+# Pixels.
+MAX_SIDE = 4096
 _SIDE_MULTIPLE = 32
-_LEAST_PIXELS = 65_536
-_LARGEST_ASPECT = 8.0
+_MIN_PIXELS = 65_536
+# Width by height.
+_MAX_ASPECT = 8.0
 
 
 class DataConfig(NamedTuple):
-    """What a network was trained on: mean and deviation per channel of pixels from 0 to 1, and the interpolation."""
+    """How a network's training images were prepared: mean and std per channel of pixels in [0, 1]; interpolation."""
 
     mean: PerChannel
     std: PerChannel
@@ -43,17 +45,17 @@ UNSCALED = DataConfig((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """All that turns an image into the input of one model.
+    """How an image becomes the input of one model.
 
     Args:
-        height: of the input, pixels.
-        width: of the input, pixels.
-        resize: `stretch` scales the whole image to the whole input; `crop` the largest central part that has the
-            input's proportions; `fit` scales the whole image as far as it fits, and pads around it, unless its aspect
-            ratio is within 10 % of the input's: then it is stretched.
-        interpolation: of resizing.
-        mean: per channel, of pixels from 0 to 1.
-        std: per channel, of pixels from 0 to 1.
+        height: height of the input, pixels.
+        width: width of the input, pixels.
+        resize: `stretch` scales the whole image to the input; `crop` takes the largest central part with the input's
+            proportions; `fit` keeps the image's proportions and pads around it, or stretches it if its aspect ratio
+            is within 10 % of the input's.
+        interpolation: interpolation of resizing.
+        mean: mean per channel, of pixels in [0, 1].
+        std: standard deviation per channel, of pixels in [0, 1].
     """
 
     height: int
@@ -65,17 +67,17 @@ class Preprocessing:
 
     @property
     def size(self) -> str:
-        """The input's size in words: height x width."""
+        """Write the input's size as HEIGHTxWIDTH."""
         return f"{self.height}x{self.width}"
 
     @property
     def padding_colour(self) -> tuple[int, int, int]:
-        """RGB from 0 to 255 of what `fit` adds: the mean, which normalisation turns into zero (but for rounding)."""
+        """Return the RGB colour of padding, 0 to 255: the mean, which becomes zero when normalised, up to rounding."""
         red, green, blue = (round(255 * value) for value in self.mean)
         return red, green, blue
 
     def source_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The part of an image of this size that the model sees, in the image's pixels."""
+        """Return the part of an image of this size that the model sees, in the image's pixels."""
         if self.resize != "crop":
             return 0.0, 0.0, float(width), float(height)
         across = min(width, height * self.width / self.height)
@@ -84,7 +86,7 @@ class Preprocessing:
         return left, top, left + across, top + down
 
     def content_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Where that part lies in the input: all of it, unless `fit` pads. Never empty."""
+        """Return where that part lies in the input: everywhere, unless `fit` pads. The box is never empty."""
         distortion = (width / height) / (self.width / self.height)
         if self.resize != "fit" or 1 / _SAME_ASPECT <= distortion <= _SAME_ASPECT:
             return 0, 0, self.width, self.height
@@ -94,38 +96,38 @@ class Preprocessing:
         return left, top, left + across, top + down
 
     def content_boxes(self, sizes: Iterable[tuple[int, int]]) -> Boxes:
-        """The content boxes of some images of these sizes (width, height): (N, 4) int32."""
+        """Return the content boxes of images with these sizes (width, height): (N, 4) int32."""
         return np.array([self.content_box(*size) for size in sizes], np.int32).reshape(-1, 4)
 
     def content_shape(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width of the content box: the shape of an image's anomaly map and heatmap."""
+        """Return height and width of the content box: the shape of the image's anomaly map and heatmap."""
         left, top, right, bottom = self.content_box(width, height)
         return bottom - top, right - left
 
     def to_original(self, x: int, y: int, width: int, height: int) -> tuple[int, int]:
-        """The pixel of an image of this size that lies under the centre of a pixel of its content box.
+        """Map a pixel of an image's content box to the pixel of the image under its centre.
 
         Args:
             x: column, counted from the left of the content box.
-            y: row, counted from its top.
-            width: of the image.
-            height: of the image.
+            y: row, counted from the top of the content box.
+            width: width of the image, pixels.
+            height: height of the image, pixels.
 
         Returns:
-            Column and row.
+            Column and row in the image.
         """
         left, top, right, bottom = self.source_box(width, height)
         rows, columns = self.content_shape(width, height)
         return int(left + (x + 0.5) * (right - left) / columns), int(top + (y + 0.5) * (bottom - top) / rows)
 
     def picture_size(self, width: int, height: int, shorter: int, longest: int) -> tuple[int, int]:
-        """Width and height of a picture of what the model sees, in its own proportions.
+        """Return width and height of a picture that shows people what the model sees, in the image's proportions.
 
         Args:
-            width: of the image.
-            height: of the image.
-            shorter: what the shorter side is to be, unless the longer one would be above `longest`.
-            longest: the most that the longer side may be.
+            width: width of the image, pixels.
+            height: height of the image, pixels.
+            shorter: wanted length of the shorter side; it becomes less where the longer side would exceed `longest`.
+            longest: largest length of the longer side.
         """
         left, top, right, bottom = self.source_box(width, height)
         sides = right - left, bottom - top
@@ -134,19 +136,19 @@ class Preprocessing:
 
 
 def choose_size(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
-    """The input's height and width for images of these sizes (width, height).
+    """Choose the input's height and width for images of these sizes (width, height).
 
-    They have the images' median aspect ratio (within 1:8) and about as many pixels as the median image, at least
-    65,536, at most the budget. Both are multiples of 32, from 32 to 4096.
+    The input has the images' median aspect ratio (between 1:8 and 8:1) and about as many pixels as the median image,
+    at least 65,536 and at most the budget. Height and width are multiples of 32, from 32 to 4096.
 
     Args:
-        sizes: at least one.
-        budget: the most pixels that the input may have, at least 1024.
+        sizes: one size or more.
+        budget: largest number of input pixels, at least 1024.
     """
     aspect = exp(statistics.median(log(width / height) for width, height in sizes))
-    aspect = min(max(aspect, 1 / _LARGEST_ASPECT), _LARGEST_ASPECT)
-    most = min(budget, LARGEST_SIDE**2 * min(aspect, 1 / aspect))
-    pixels = min(max(statistics.median(width * height for width, height in sizes), _LEAST_PIXELS), most)
+    aspect = min(max(aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)
+    max_pixels = min(budget, MAX_SIDE**2 * min(aspect, 1 / aspect))
+    pixels = min(max(statistics.median(width * height for width, height in sizes), _MIN_PIXELS), max_pixels)
     height, width = _nearest_multiple(sqrt(pixels / aspect)), _nearest_multiple(sqrt(pixels * aspect))
     while height * width > budget:
         smaller = [(height - _SIDE_MULTIPLE, width), (height, width - _SIDE_MULTIPLE)]

@@ -1,4 +1,4 @@
-"""Recipe: every choice that shapes a model, validated when made, stored with the model."""
+"""Recipe: every choice that shapes a model, validated when made and stored with the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError, DataError
-from stpm.method.preprocessing import LARGEST_SIDE, Resize
+from stpm.method.preprocessing import MAX_SIDE, Resize
 from stpm.options import Integers, Size, option
 
 Preset = Literal["default", "paper", "notebook"]
@@ -16,37 +16,18 @@ Precision = Literal["float32", "bfloat16"]
 StudentKind = Literal["stpm", "none"]
 FusionMethod = Literal["product", "sum", "quantile"]
 
-# A held-out image's parts are brought to one scale by the other held-out images.
-_LEAST_FOR_QUANTILES = 2
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """How distance maps become an anomaly map and a score.
-
-    Args:
-        method: `product` or `sum` of the student's levels, or `quantile`: the mean of all parts, each on its scale.
-        smoothing: standard deviation of the Gaussian that smooths the anomaly map, pixels; 0: none.
-        top_fraction: of an image's pixels, those of the highest values whose mean is its score; 0: the maximum.
-    """
-
-    method: FusionMethod
-    smoothing: float = 0.0
-    top_fraction: float = 0.0
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is fitted. The defaults are those of preset `paper` (Wang et al., section 4).
+    """How to fit one model. The defaults are preset `paper` (Wang et al., section 4).
 
     Raises:
-        ConfigError: if a value, or a combination of values, cannot be run.
+        ConfigError: if a value is out of range, or two values contradict each other.
     """
 
-    teacher: str = option("resnet18.tv_in1k", "teacher as ARCHITECTURE.TAG of timm, or `demo`: the package's own")
+    teacher: str = option("resnet18.tv_in1k", "teacher as ARCHITECTURE.TAG of timm; `demo`: the packaged one")
     teacher_weights: str = option(
-        "",
-        "weights of the teacher from a .safetensors or .pth file (URI) instead; `random`: an untrained control",
+        "", "read the teacher's weights from this .safetensors or .pth file (URI); `random`: an untrained control"
     )
     levels: Integers = option(Integers((1, 2, 3)), "pyramid levels, as timm's out_indices, finest first")
     size: Size = option(
@@ -54,35 +35,37 @@ class Recipe:
         "height x width of the networks' input in pixels, such as 640x256; one number: a square; `auto`: the training "
         "images' median proportions and number of pixels, at least 65536 and at most --pixels, in multiples of 32",
     )
-    pixels: int = option(163_840, "budget of pixels of the input when size is auto")
+    pixels: int = option(163_840, "largest number of input pixels when size is auto")
     resize: Resize = option(
         "stretch",
-        "`stretch`: the whole image, whatever its proportions; `crop`: the largest central part that has the input's "
-        "proportions; `fit`: the whole image in its own proportions, with padding around it that counts nowhere; an "
-        "image whose aspect ratio is within 10 % of the input's is stretched instead",
+        "`stretch`: scale the whole image to the input; `crop`: take the largest central part with the input's "
+        "proportions; `fit`: keep the image's proportions and pad around it (padding counts nowhere), or stretch it "
+        "if its aspect ratio is within 10 % of the input's",
     )
     normalisation: Literal["teacher", "imagenet", "none"] = option(
         "teacher",
-        "`teacher`: mean and deviation per channel, and interpolation, that timm names for the teacher; `imagenet`: "
+        "mean and std per channel, and interpolation. `teacher`: those that timm lists for the teacher; `imagenet`: "
         "ImageNet's, bilinear; `none`: pixels from 0 to 1, bilinear",
     )
     optimiser: Literal["sgd", "adam"] = option("sgd", "optimiser")
-    learning_rate: float = option(0.4, "learning rate, at its highest")
+    learning_rate: float = option(0.4, "highest learning rate")
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate over time; `cosine` ends at 0")
     warmup_epochs: int = option(0, "epochs in which the learning rate rises linearly to its highest")
     momentum: float = option(0.9, "momentum of sgd")
     weight_decay: float = option(1e-4, "weight decay")
-    batch: int = option(32, "images per step")
-    epochs: int = option(100, "passes over the training images")
-    least_steps: int = option(
-        0, "steps that a fit makes at least: where the images are so few that `epochs` would make fewer, it runs longer"
-    )
-    early_stopping: int = option(0, "epochs without a lower validation loss after which fitting ends; 0: never")
+    batch_size: int = option(32, "training images per step")
+    epochs: int = option(100, "runs through the training images")
+    min_steps: int = option(0, "smallest number of steps of a fit: a category with few images gets more epochs")
+    early_stopping: int = option(0, "end after this many epochs without a lower validation loss; 0: never")
     loss_factor: float = option(
-        32.0, "factor on the mean loss of a batch before its gradient; 32 is the sum over a full batch of 32"
+        32.0, "multiply a batch's mean loss by this before its gradient; 32 makes it the sum over a batch of 32"
     )
-    validation_share: float = option(0.2, "share of the defect-free images held out, for validation and calibration")
-    keep: Literal["best", "last"] = option("best", "epoch that is kept: lowest validation loss, or the last")
+    validation_fraction: float = option(
+        0.2, "fraction of the defect-free images to hold out for validation and calibration"
+    )
+    keep: Literal["best", "last"] = option(
+        "best", "epoch to keep: the one with the lowest validation loss, or the last"
+    )
     zero_init_residual: bool = option(
         False, "start the student's residual branches at zero, as timm does, where the architecture has them"
     )
@@ -91,136 +74,104 @@ class Recipe:
     )
     memory: int = option(
         0,
-        "vectors of normal teacher features that are kept per memory bank, two banks for each of --memory-levels; an "
-        "image is as anomalous as it is far from the nearest of them; 0: the student alone",
+        "vectors of normal teacher features in each memory bank, two banks for each of --memory-levels; the distance "
+        "to the nearest vector counts as anomaly; 0: no memory, the student alone",
     )
-    memory_levels: Integers = option(Integers((2, 3)), "pyramid levels that have memory banks, some of --levels")
+    memory_levels: Integers = option(Integers((2, 3)), "pyramid levels with memory banks, some of --levels")
     fusion: FusionMethod = option(
         "product",
-        "how the distance maps become one: `product` or `sum` of the student's levels, or `quantile`: the mean of the "
-        "student's levels and the memory banks, each brought to one scale by its quantiles on held-out images",
+        "how to combine distance maps. `product` or `sum`: of the student's levels; `quantile`: the mean of the "
+        "student's levels and the memory banks, each scaled by its quantiles on held-out images",
     )
-    smoothing: float = option(
-        0.0, "standard deviation of the Gaussian that smooths the anomaly map, in pixels of the input; 0: none"
-    )
+    smoothing: float = option(0.0, "std of the Gaussian that smooths the anomaly map, in input pixels; 0: none")
     top_fraction: float = option(
-        0.0, "an image's score is the mean of this fraction of its pixels, the highest ones; 0: of the highest alone"
+        0.0, "score an image by the mean of this fraction of its pixels, the highest ones; 0: by the highest pixel"
     )
     calibration_folds: int = option(
         0,
-        "calibrate on every good image: fit this many more models, each without a fraction of the images, two at "
-        "least, that it then scores; 0: calibrate on the held-out images alone",
+        "calibrate on every good image: fit this many more models, at least two, each without one fold of the images, "
+        "and score that fold with it; 0: calibrate on the held-out images alone",
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"
+        "auto", "precision of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"
     )
     seed: int = option(0, "seed of the split, the student's initialisation and the order of the images")
 
-    def held_out(self, images: int) -> int:
-        """How many of so many good images are held out: the share, at least what is needed, and never all."""
-        return min(max(round(images * self.validation_share), self._least_held_out), images - 1)
+    def __post_init__(self) -> None:
+        levels, memory_levels, sides = list(self.levels), list(self.memory_levels), self.size.sides
+        # Comparisons are written so that NaN fails them.
+        for name, holds, valid in (
+            ("teacher", bool(self.teacher), "ARCHITECTURE.TAG, such as resnet18.tv_in1k"),
+            (
+                "levels",
+                bool(levels) and levels == sorted(set(levels)) and levels[0] >= 0,
+                "increasing levels, such as 1,2,3",
+            ),
+            (
+                "size",
+                sides is None or all(32 <= side <= MAX_SIDE for side in sides),
+                f"32 to {MAX_SIDE} pixels each, or auto",
+            ),
+            ("pixels", 1024 <= self.pixels <= MAX_SIDE**2, f"1024 to {MAX_SIDE**2}"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("loss_factor", 0 < self.loss_factor < math.inf, "a number above 0"),
+            ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"0 or more, fewer than the {self.epochs} epochs"),
+            ("min_steps", self.min_steps >= 0, "0 or more"),
+            ("early_stopping", self.early_stopping >= 0, "0 or more"),
+            ("validation_fraction", 0 < self.validation_fraction < 1, "a fraction above 0 and below 1"),
+            ("memory", 0 <= self.memory <= 1_000_000, "0 to 1000000"),
+            ("student", self.student != "none" or self.memory > 0, "--memory too, such as 2000: a model needs a part"),
+            (
+                "memory_levels",
+                not self.memory or (bool(memory_levels) and memory_levels == sorted({*memory_levels} & {*levels})),
+                f"some of the levels {','.join(map(str, levels))}, increasing",
+            ),
+            (
+                "fusion",
+                not self.memory or self.fusion == "quantile",
+                "quantile: distances of a student and of a memory have different scales; or give --memory 0",
+            ),
+            ("smoothing", 0 <= self.smoothing <= 100, "0 to 100 pixels"),
+            ("top_fraction", 0 <= self.top_fraction < 1, "0 to below 1"),
+            ("calibration_folds", self.calibration_folds == 0 or self.calibration_folds >= 2, "2 or more, or 0"),
+            ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
+        ):
+            if not holds:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; give {valid}")
 
-    def folds_of(self, images: int) -> int:
-        """How many folds calibrate on so many good images: as asked for, with at least two images in each."""
+    def held_out_count(self, images: int) -> int:
+        """Return how many of a category's good images are held out: the fraction, and at least what fusion needs."""
+        return min(max(round(images * self.validation_fraction), self._min_held_out), images - 1)
+
+    def fold_count(self, images: int) -> int:
+        """Return how many calibration folds a category's good images make: fewer than asked for if they are few."""
         return min(self.calibration_folds, images // 2)
 
-    def calibrating(self, images: int) -> int:
-        """How many of so many good images calibrate the model."""
-        return images if self.calibration_folds else self.held_out(images)
+    def calibration_count(self, images: int) -> int:
+        """Return how many of a category's good images calibrate its model."""
+        return images if self.calibration_folds else self.held_out_count(images)
 
-    def check_images(self, images: int) -> None:
-        """Raises DataError if so many good images are too few."""
-        least, why = 1 + self._least_held_out, f"1 to fit on and {self._least_held_out} to hold out"
+    def check_image_count(self, images: int) -> None:
+        """Raise DataError if a category has too few good images."""
+        needed, why = 1 + self._min_held_out, f"1 to fit on and {self._min_held_out} to hold out"
         if self.calibration_folds:
-            least, why = 4, "2 in each of 2 folds"
-        if images < least:
-            raise DataError(f"good images: {images}; this recipe needs at least {least}, {why}; give more")
+            needed, why = 4, "2 in each of 2 folds"
+        if images < needed:
+            raise DataError(f"good images: {images}; this recipe needs at least {needed}, {why}; give more")
+
+    def for_image_count(self, images: int) -> Recipe:
+        """Return the recipe with as many epochs as a category with this many good images needs for `min_steps`."""
+        steps_per_epoch = math.ceil(max(images - self.held_out_count(images), 1) / self.batch_size)
+        return dataclasses.replace(self, epochs=max(self.epochs, math.ceil(self.min_steps / steps_per_epoch)))
 
     @property
-    def _least_held_out(self) -> int:
-        return _LEAST_FOR_QUANTILES if self.fusion == "quantile" else 1
-
-    @property
-    def fusing(self) -> Fusion:
-        """How distance maps become an anomaly map and a score."""
-        return Fusion(self.fusion, self.smoothing, self.top_fraction)
-
-    def for_images(self, images: int) -> Recipe:
-        """The recipe with the epochs that a category of so many good images gets."""
-        steps_per_epoch = math.ceil(max(images - self.held_out(images), 1) / self.batch)
-        return dataclasses.replace(self, epochs=max(self.epochs, math.ceil(self.least_steps / steps_per_epoch)))
-
-    def __post_init__(self) -> None:
-        _require(
-            bool(self.levels) and list(self.levels) == sorted(set(self.levels)) and self.levels[0] >= 0,
-            "levels",
-            self.levels,
-            "give increasing levels, such as 1,2,3",
-        )
-        _require(0 <= self.memory <= 1_000_000, "memory", self.memory, "give 0 to 1000000")
-        _require(
-            self.memory > 0 or self.student != "none",
-            "student",
-            self.student,
-            "give --memory too, such as 2000: a model needs one of the two",
-        )
-        usable = sorted(set(self.memory_levels) & set(self.levels))
-        _require(
-            not self.memory or (bool(usable) and list(self.memory_levels) == usable),
-            "memory_levels",
-            self.memory_levels,
-            f"give some of the levels {','.join(map(str, self.levels))}, increasing",
-        )
-        _require(
-            not self.memory or self.fusion == "quantile",
-            "fusion",
-            self.fusion,
-            "give quantile: a student's and a memory's distances have no scale in common; or --memory 0",
-        )
-        _require(0 <= self.smoothing <= 100, "smoothing", self.smoothing, "give 0 to 100 pixels")
-        _require(0 <= self.top_fraction < 1, "top_fraction", self.top_fraction, "give 0 to below 1")
-        sides = self.size.sides
-        _require(
-            sides is None or 32 <= min(sides) <= max(sides) <= LARGEST_SIDE,
-            "size",
-            self.size,
-            f"give 32 to {LARGEST_SIDE} pixels each, or auto",
-        )
-        _require(1024 <= self.pixels <= LARGEST_SIDE**2, "pixels", self.pixels, f"give 1024 to {LARGEST_SIDE**2}")
-        for name in ("batch", "epochs"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
-        for name in ("learning_rate", "loss_factor"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "give a number above 0")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "give 0 to below 1")
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "give 0 or more")
-        _require(
-            0 < self.validation_share < 1,
-            "validation_share",
-            self.validation_share,
-            "give a share between 0 and 1: calibration needs held-out images",
-        )
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "give 0 to 2147483647")
-        for name in ("warmup_epochs", "early_stopping", "least_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        _require(
-            self.warmup_epochs < self.epochs,
-            "warmup_epochs",
-            self.warmup_epochs,
-            f"give fewer than the {self.epochs} epochs, or raise --epochs",
-        )
-        _require(
-            self.calibration_folds != 1 and self.calibration_folds >= 0,
-            "calibration_folds",
-            self.calibration_folds,
-            "give 2 or more, or 0",
-        )
-        _require(bool(self.teacher), "teacher", self.teacher, "give ARCHITECTURE.TAG, such as resnet18.tv_in1k")
-
-
-def _require(holds: bool, name: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name.replace('_', '-')} is {value!r}; {remedy}")
+    def _min_held_out(self) -> int:
+        # With quantiles, each held-out image is scaled by the others.
+        return 2 if self.fusion == "quantile" else 1
 
 
 # `default` was chosen without a label of a real defect: see docs/recipes.md.
@@ -230,9 +181,9 @@ PRESETS: dict[Preset, Recipe] = {
         resize="fit",
         schedule="cosine",
         warmup_epochs=1,
-        batch=8,
+        batch_size=8,
         epochs=5,
-        least_steps=100,
+        min_steps=100,
         memory=2000,
         fusion="quantile",
         top_fraction=0.005,
@@ -243,7 +194,7 @@ PRESETS: dict[Preset, Recipe] = {
         optimiser="adam",
         learning_rate=4e-4,
         weight_decay=0.0,
-        batch=4,
+        batch_size=4,
         epochs=20,
         loss_factor=1.0,
         keep="last",

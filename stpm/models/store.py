@@ -1,59 +1,65 @@
-"""The model store: one folder per category, published whole, verified when loaded; no pickle anywhere.
+"""The model store: one folder per category, whose files are verified when they are loaded; none is a pickle.
 
-<store>/teachers/<digest>.safetensors                once per store
-<store>/<category>/current.json                      the id of the category's model; written last of all
-<store>/<category>/<model id>/student.safetensors    where the recipe has a student
-<store>/<category>/<model id>/memory.safetensors     where it has a memory
-<store>/<category>/<model id>/calibration.parquet    `score`: float32, ascending
-<store>/<category>/<model id>/history.parquet        one row per epoch, where there is a student
-<store>/<category>/<model id>/loss.png               the same as a picture
+<store>/teachers/<digest>.safetensors                one for all models with this teacher
+<store>/<category>/current.json                      the id of the category's current model; written last of all
+<store>/<category>/<model id>/student.safetensors    if the recipe has a student
+<store>/<category>/<model id>/memory.safetensors     if the recipe has a memory
+<store>/<category>/<model id>/calibration.parquet    column `score`: float32, ascending
+<store>/<category>/<model id>/history.parquet        one row per epoch, if there is a student
+<store>/<category>/<model id>/loss.png               the loss curve, if there is a student
 <store>/<category>/<model id>/model.json             written last; a folder without it is not a model
 
-A model is never changed, and a new one never removes an older one: what began with a model ends with it.
+A model never changes, and a new model never removes an older one: a run can keep to the model that it began with.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
+from stpm.errors import ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration, PartScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
-from stpm.models.record import CALIBRATION, MEMORY, STUDENT, FitSummary, ModelRecord, library_versions
+from stpm.models.record import (
+    CALIBRATION,
+    MEMORY,
+    STUDENT,
+    FitSummary,
+    ModelRecord,
+    from_json,
+    library_versions,
+    to_json,
+)
 
-# Where weights are read or written these are imported: whoever needs records alone does without torch.
+# Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from stpm.method.backbones import Backbone, StateDict
     from stpm.method.forward import Parts
-    from stpm.method.memory_bank import MemoryBank
+    from stpm.method.memory_bank import Kind, MemoryBank
 
 _TEACHERS = "teachers"
 _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
 _PICTURE = "loss.png"
-_CHECKPOINT = "checkpoint-{}.safetensors"
-_OF_BANK = ("mean", "whitening", "vectors")
 
 
 @dataclass(frozen=True)
 class Current:
-    """current.json: which model a category has now, and the images that it was last fitted on."""
+    """The contents of current.json: a category's current model, and the digest of the images that it was fitted on."""
 
     model_id: str
     data_fingerprint: str
@@ -68,17 +74,18 @@ class Model:
     calibration: Calibration
 
     def to(self, device: torch.device) -> Model:
+        """Move all tensors to a device."""
         return dataclasses.replace(self, parts=self.parts.to(device))
 
 
 class ModelStore:
-    """Models under a URI. Safe to read while others publish."""
+    """Models under a URI. Reading is safe while other processes publish."""
 
     def __init__(self, uri: str) -> None:
         self.uri = storage.absolute(uri)
 
     def put_teacher(self, state: StateDict) -> str:
-        """Store a teacher's weights once; returns their digest."""
+        """Store a teacher's weights, unless they are there, and return their digest."""
         from stpm.method.backbones import serialise
 
         data = serialise(state)
@@ -87,26 +94,26 @@ class ModelStore:
         try:
             self._read_verified(uri, digest)
         except ModelError:
-            # Missing, or damaged: every model of the store needs it.
+            # Missing or damaged.
             storage.publish(uri, data)
         return digest
 
     def load_teacher(self, teacher: str, levels: tuple[int, ...], digest: str) -> Backbone:
-        """A frozen teacher, from the store alone.
+        """Load a frozen teacher, without access to the network.
 
         Args:
-            teacher: its name in the recipe.
+            teacher: the teacher's name in the recipe.
             levels: its pyramid levels.
-            digest: of its weights.
+            digest: digest of its weights.
 
         Raises:
-            ModelError: if it is missing, damaged or not of that architecture.
+            ModelError: if it is missing, damaged or of another architecture.
         """
-        from stpm.method.backbones import architecture_of, backbone_from, deserialise
+        from stpm.method.backbones import deserialise, load_backbone
 
         uri = self._teacher_uri(digest)
         state = deserialise(self._read_verified(uri, digest), uri)
-        return backbone_from(architecture_of(teacher), levels, state, uri)
+        return load_backbone(teacher, levels, state, uri)
 
     def save(
         self,
@@ -125,9 +132,9 @@ class ModelStore:
         picture: bytes,
         fit: FitSummary,
     ) -> ModelRecord:
-        """Publish a model and make it its category's; returns the record that is stored.
+        """Publish a model, make it its category's current one, and return its stored record.
 
-        A fit that came to a model that is there already changes nothing in it, unless it is damaged.
+        If the store has this very model already, its files stay as they are, unless they are damaged.
         """
         from stpm.method.backbones import serialise
 
@@ -135,7 +142,7 @@ class ModelStore:
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
         if memory:
-            contents[MEMORY] = serialise(_named(memory))
+            contents[MEMORY] = serialise(_tensors_by_name(memory))
         record = ModelRecord(
             category=storage.safe_name(category, "category"),
             recipe=recipe,
@@ -154,109 +161,82 @@ class ModelStore:
             self.verify(stored)
             record = stored
         except ModelError:
-            self._publish(record, contents)
-        current = Current(record.model_id, data_fingerprint)
-        storage.publish(self._current_uri(category), json.dumps(dataclasses.asdict(current), indent=2).encode())
+            # The id is a digest of the files, so that this repairs a damaged model. model.json comes last.
+            for name, data in (contents | {_RECORD: to_json(record)}).items():
+                storage.publish(self._uri(record, name), data)
+        storage.publish(self._current_uri(category), to_json(Current(record.model_id, data_fingerprint)))
         return record
 
-    def _publish(self, record: ModelRecord, contents: Mapping[str, bytes]) -> None:
-        # Readers go by model.json: without it there is no model. Where it is damaged, what scores is made whole again
-        # by the same bytes, since its id is made of them.
-        for name, data in contents.items():
-            storage.publish(self._uri(record, name), data)
-        storage.publish(self._uri(record, _RECORD), json.dumps(dataclasses.asdict(record), indent=2).encode())
-
-    def categories(self) -> list[str]:
-        """Names of the categories that have a model, sorted.
-
-        Raises:
-            ModelError: if the store is missing or holds no model.
-        """
-        try:
-            folders = storage.children(self.uri)
-        except DataError:
-            folders = []
-        found = [name for name in folders if storage.exists(storage.join(self.uri, name, _CURRENT))]
-        if not found:
-            raise ModelError(f"{self.uri}: no models here; fit some with jobs/fit.py --models {self.uri}")
-        return found
-
     def current(self, category: str) -> Current:
-        """Which model a category has.
+        """Read which model a category has.
 
         Raises:
-            ModelError: if it has none.
+            NoModelError: if it has none.
+            ModelError: if current.json cannot be read.
         """
         uri = self._current_uri(category)
         try:
-            return Current(**json.loads(_read(uri)))
+            return from_json(Current, _read(uri), uri)
         except FileNotFoundError as error:
             raise NoModelError(f"{self.uri}: no model for category {category!r}") from error
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"{uri}: cannot be read: {error}") from error
 
     def record(self, category: str, model_id: str = "") -> ModelRecord:
-        """A model's record.
+        """Read a model's record.
 
         Args:
-            category: its category.
-            model_id: which of the category's models; none: its current one.
+            category: the model's category.
+            model_id: one of the category's models; "": its current one.
 
         Raises:
-            ModelError: if there is no such model, or the record is foreign or of another format.
+            ModelError: if there is no such model, or its record was changed or is of another version.
         """
         model_id = model_id or self.current(category).model_id
         uri = storage.join(self.folder(category), model_id, _RECORD)
         try:
-            record = ModelRecord.from_json(_read(uri), uri)
+            record = from_json(ModelRecord, _read(uri), uri)
         except FileNotFoundError as error:
             raise ModelError(f"{self.uri}: no model {model_id} for category {category!r}") from error
         if record.model_id != model_id:
-            raise ModelError(f"{uri}: this is {record.model_id}; fit the model again")
+            raise ModelError(f"{uri}: its contents are those of {record.model_id}; fit the model again")
         return record
 
     def verify(self, record: ModelRecord) -> None:
-        """Read every file of a model.
-
-        Raises:
-            ModelError: if one is missing or damaged.
-        """
+        """Read every file of a model, and raise ModelError if one is missing or damaged."""
         for name, digest in record.files.items():
             self._read_verified(self._uri(record, name), digest)
 
     def load(self, category: str, model_id: str = "") -> Model:
-        """A model, each file verified by its digest.
+        """Load a model, and verify each file by its digest.
 
         Args:
-            category: its category.
-            model_id: which of the category's models; none: its current one.
+            category: the model's category.
+            model_id: one of the category's models; "": its current one.
 
         Raises:
-            ModelError: if a file is missing, damaged or foreign.
+            ModelError: if a file is missing, damaged or of another architecture.
         """
-        from stpm.method.backbones import architecture_of, backbone_from
+        from stpm.method.backbones import load_backbone
         from stpm.method.forward import Parts
 
         record = self.record(category, model_id)
         scores = self._table(record, CALIBRATION).column("score").to_numpy().astype(np.float32)
         student = None
         if STUDENT in record.files:
-            state = self._tensors(record, STUDENT)
-            architecture = architecture_of(record.recipe.teacher)
-            student = backbone_from(architecture, record.recipe.levels, state, self._uri(record, STUDENT))
-        memory = _unnamed(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
+            state, uri = self._tensors(record, STUDENT), self._uri(record, STUDENT)
+            student = load_backbone(record.recipe.teacher, record.recipe.levels, state, uri)
+        memory = _banks(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
         return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
 
     def folder(self, category: str) -> str:
-        """The folder of a category."""
+        """Return the folder of a category."""
         return storage.join(self.uri, storage.safe_name(category, "category"))
 
     def checkpoint_uri(self, category: str, number: int = 0) -> str:
-        """Where a fit of this category keeps its progress while it runs; a task of several fits numbers them."""
-        return storage.join(self.folder(category), _CHECKPOINT.format(number))
+        """Return the URI of the checkpoint of a running fit; a task with several fits numbers them."""
+        return storage.join(self.folder(category), f"checkpoint-{number}.safetensors")
 
     def history(self, record: ModelRecord) -> pa.Table:
-        """Loss per epoch: columns of `stpm.fitting.task.Epoch`; none if there is no student."""
+        """Read the losses per epoch, in columns of `stpm.fitting.task.Epoch`; the table is empty without a student."""
         return self._table(record, _HISTORY) if _HISTORY in record.files else pa.table({})
 
     def _tensors(self, record: ModelRecord, name: str) -> StateDict:
@@ -298,28 +278,22 @@ def _read(uri: str) -> bytes:
         raise ModelUnreadableError(f"{uri}: cannot be read: {error}") from error
 
 
-def _named(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
-    """Tensors by name: that of a bank begins with its level, kind and window. Vectors lose nothing as halves."""
+def _tensors_by_name(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
+    """Name each tensor <level>.<kind>.<window>.<name>. Half precision represents the vectors exactly."""
     return {
-        f"{bank.level}.{bank.kind}.{bank.window}.{name}": tensor
+        f"{bank.level}.{bank.kind}.{bank.window}.{name}": tensor.half() if name == "vectors" else tensor
         for bank in memory
-        for name, tensor in (("mean", bank.mean), ("whitening", bank.whitening), ("vectors", bank.vectors.half()))
+        for name, tensor in bank.tensors.items()
     }
 
 
-def _unnamed(tensors: StateDict) -> tuple[MemoryBank, ...]:
-    """The banks that `_named` took apart, by level and then by kind, as they were made."""
+def _banks(tensors: StateDict) -> tuple[MemoryBank, ...]:
+    """Undo `_tensors_by_name`: return the banks by level and kind, in the order in which they were fitted."""
     from stpm.method.memory_bank import KINDS, MemoryBank
 
-    windows = {(int(level), kind): window for level, kind, window, _ in (name.split(".") for name in tensors)}
-    return tuple(
-        MemoryBank(
-            level,
-            kind,
-            int(windows[level, kind]),
-            *(tensors[f"{level}.{kind}.{windows[level, kind]}.{name}"].float() for name in _OF_BANK),
-        )
-        for level in sorted({level for level, _ in windows})
-        for kind in KINDS
-        if (level, kind) in windows
-    )
+    by_bank: dict[tuple[int, Kind, int], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        level, kind, window, name = key.split(".")
+        by_bank.setdefault((int(level), cast("Kind", kind), int(window)), {})[name] = tensor.float()
+    banks = (MemoryBank(*key, each["mean"], each["whitening"], each["vectors"]) for key, each in by_bank.items())
+    return tuple(sorted(banks, key=lambda bank: (bank.level, KINDS.index(bank.kind))))

@@ -1,4 +1,4 @@
-"""The loss curve of a fit, for the model store and for the report."""
+"""Draw the loss curve of a fit, for the model store and for the report."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError
-from stpm.method.calibration import check_rate
+from stpm.method.calibration import check_false_alarm_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 
@@ -112,7 +112,7 @@ class ScoreOptions:
     )
 
     def __post_init__(self) -> None:
-        check_rate(self.false_alarm_rate)
+        check_false_alarm_rate(self.false_alarm_rate)
         minima = {"scoring_batch_size": 0, "rows_per_file": 1, "model_memory_gib": 0, "scorers": 0}
         for name, minimum in minima.items():
             if not getattr(self, name) >= minimum:

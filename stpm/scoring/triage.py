@@ -12,8 +12,9 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data import images
+from stpm.data.encode import encode_jpeg
 from stpm.method.preprocessing import Preprocessing
-from stpm.pages import jpeg, jpeg_uri, score_parts, template
+from stpm.pages import jpeg_uri, score_parts, template
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
@@ -51,7 +52,7 @@ def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preproces
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
         heatmap = read_heatmap(output.folder, row)
-        return jpeg_uri(jpeg(Image.fromarray(overlay_png(pixels, heatmap) if heatmap else pixels)))
+        return jpeg_uri(encode_jpeg(Image.fromarray(overlay_png(pixels, heatmap) if heatmap else pixels)))
     except Exception:
         log.warning("%s is not shown", row["uri"], exc_info=True)
         return ""

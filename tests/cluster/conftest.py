@@ -32,7 +32,7 @@ TINY_RECIPE = [
     "random",
     "--size",
     "64",
-    "--batch",
+    "--batch-size",
     "4",
 ]
 

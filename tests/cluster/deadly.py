@@ -11,7 +11,7 @@ from stpm.fitting.options import PoolOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitTask
 from stpm.fitting.worker_group import run_pool
-from stpm.method.backbones import load_teacher
+from stpm.method.backbones import load_teacher_weights
 from stpm.models.store import ModelStore
 from tests.conftest import TINY
 
@@ -23,7 +23,7 @@ class DeadlyTask(FitTask):
 
 
 def main(data: str, models: str) -> None:
-    digest = ModelStore(models).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    digest = ModelStore(models).put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     tasks = [
         (DeadlyTask if name == "deadly" else FitTask).of(mvtec.read_category(data, name), TINY, models, digest)
         for name in mvtec.find_categories(data)

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import OUTPUT
 from tests.cluster.conftest import TINY_RECIPE, run_job
-from tests.datasets import encoded, make_category
+from tests.datasets import encoded, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -90,7 +90,7 @@ def test_it_says_that_something_failed_and_what(ran: Ran) -> None:
 def test_both_losses_of_every_epoch_are_printed(ran: Ran) -> None:
     for seed in SEEDS:
         store = ModelStore(str(ran.out / "models" / f"seed-{seed}"))
-        for category in store.categories():
+        for category in fitted_categories(store.uri):
             lines = [line for line in ran.process.stdout.splitlines() if line.startswith(f"{category} (seed {seed})")]
             for kind in ("train", "validation"):
                 told = re.findall(rf"{kind} loss ((?:\d\.\d+ )+)", "\n".join(lines))
@@ -181,8 +181,8 @@ def test_pictures_and_models_are_there(ran: Ran) -> None:
         with Image.open(ran.out / "gallery" / f"seed-{seed}" / "colour.png") as image:
             assert image.width > 1000
         store = ModelStore(str(ran.out / "models" / f"seed-{seed}"))
-        assert store.categories() == ["colour", "grey", "mismatch", "odd"]
-        for category in store.categories():
+        assert fitted_categories(store.uri) == ["colour", "grey", "mismatch", "odd"]
+        for category in fitted_categories(store.uri):
             model = store.load(category)
             assert store.history(model.record).num_rows == 3
             assert {r["model_id"] for r in ran.rows if r["category"] == category and r["seed"] == seed} - {""} == {

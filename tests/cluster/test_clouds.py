@@ -15,7 +15,7 @@ from stpm import storage
 from stpm.data.mvtec import read_category
 from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask
-from stpm.method.backbones import load_teacher
+from stpm.method.backbones import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from tests.cluster.conftest import free_port, run_job, wait_until
@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = str(tmp_path_factory.mktemp("fit"))
     make_category(f"{root}/data", "nut")
     store = f"{root}/models"
-    digest = ModelStore(store).put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    digest = ModelStore(store).put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     run_task(FitTask.of(read_category(f"{root}/data", "nut"), TINY, store, digest), LIMITS, lambda told: None)
     return store
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, environment, run_job, start_job
 from tests.conftest import REPOSITORY
-from tests.datasets import make_category
+from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -44,7 +43,7 @@ def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def models(store: Path) -> dict[str, bytes]:
     """All files that scores depend on."""
-    assert ModelStore(str(store)).categories() == list(CATEGORIES)
+    assert fitted_categories(str(store)) == list(CATEGORIES)
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.name in FILES}
 
 
@@ -117,4 +116,4 @@ def test_a_category_that_kills_its_worker_twice_is_set_aside(tmp_path: Path) -> 
     assert "outcome a fitted" in process.stdout
     assert "outcome b fitted" in process.stdout
     assert "outcome deadly failed its worker process died 2 times" in process.stdout
-    assert ModelStore(str(models)).categories() == ["a", "b"]
+    assert fitted_categories(str(models)) == ["a", "b"]

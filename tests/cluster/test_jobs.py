@@ -9,9 +9,8 @@ import pyarrow.dataset as ds
 import pytest
 
 from stpm import __version__
-from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, run_job
-from tests.datasets import make_category
+from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -29,8 +28,8 @@ def test_fit_then_score_with_relative_paths(here: Path) -> None:
     make_category("data", "bolt")
     fit = run_job("fit", "--data", "data", "--models", "models", "--categories", "nut", *TINY_FIT)
     assert fit.returncode == 0
-    assert "takes 99 good images to calibrate on; nut has 2 of its 8 good images and supports 0.333" in fit.stdout
-    assert ModelStore("models").categories() == ["nut"]
+    assert "needs 99 good images to calibrate on: nut has 2 of its 8 good images and supports 0.333" in fit.stdout
+    assert fitted_categories("models") == ["nut"]
 
     # What has not scored anything holds no later run up.
     assert (
@@ -131,4 +130,4 @@ def test_a_data_set_without_test_images_is_fitted_and_its_figures_are_undefined(
     assert (
         "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0" in process.stdout
     )
-    assert ModelStore("run/models/seed-0").categories() == ["nut"]
+    assert fitted_categories("run/models/seed-0") == ["nut"]

@@ -10,7 +10,7 @@ import pytest
 
 from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, start_job
-from tests.datasets import make_category
+from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -35,7 +35,7 @@ def test_two_hundred_categories_neither_grow_the_driver_nor_wait_for_it(tmp_path
     seconds = time.monotonic() - begin
     assert process.returncode == 0
     store = ModelStore(str(tmp_path / "models"))
-    names = store.categories()
+    names = fitted_categories(store.uri)
     assert len(names) == COUNT == len(memory)
     work = sum(store.record(name).fit.seconds for name in names)
     print(

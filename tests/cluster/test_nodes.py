@@ -17,9 +17,8 @@ import pyarrow.dataset as ds
 import pytest
 from ray.cluster_utils import Cluster
 
-from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, run_job, start_job, wait_until
-from tests.datasets import encoded, make_category
+from tests.datasets import encoded, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -105,7 +104,7 @@ def score_options(root: Path, out: Path) -> list[str]:
 
 
 def students(store: Path) -> dict[str, bytes]:
-    assert ModelStore(str(store)).categories() == list(CATEGORIES)
+    assert fitted_categories(str(store)) == list(CATEGORIES)
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("student.safetensors")}
 
 

@@ -29,7 +29,7 @@ def rows(out: Path) -> dict[str, tuple[float, bytes]]:
 
 def test_a_full_object_store_costs_time_and_not_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_category(str(tmp_path / "data"), "nut")
-    large = [*TINY_RECIPE[:-4], "--size", "320", "--batch", "4", "--epochs", "1"]
+    large = [*TINY_RECIPE[:-4], "--size", "320", "--batch-size", "4", "--epochs", "1"]
     fit = ["--data", str(tmp_path / "data"), "--models", str(tmp_path / "models"), *large]
     assert run_job("fit", *fit).returncode == 0
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ def figures(real_data: Path, out: Path, *options: str) -> dict[str, Any]:
 
 
 def test_real_defects_are_found(real_data: Path, tmp_path: Path) -> None:
-    short = ("--pixels", "65536", "--epochs", "2", "--least-steps", "0")
+    short = ("--pixels", "65536", "--epochs", "2", "--min-steps", "0")
     found = figures(real_data, tmp_path, "--categories", "bottle,commutator", *short)
     bottle, commutator = found["bottle"], found["commutator"]
     assert bottle["image_auroc"] >= 0.99

@@ -20,7 +20,7 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask
-from stpm.method.backbones import load_teacher
+from stpm.method.backbones import load_teacher_weights
 from stpm.models.store import ModelStore
 from tests.cluster.conftest import run_job, start_job, wait_until
 from tests.conftest import LIMITS, TINY
@@ -117,7 +117,7 @@ def options(s3: dict[str, str]) -> list[str]:
     if not storage.exists("s3://bucket/models"):
         make_category("s3://bucket/data", "nut", good=150, defects=50)
         store = ModelStore("s3://bucket/models")
-        teacher = store.put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+        teacher = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
         task = FitTask.of(mvtec.read_category("s3://bucket/data", "nut"), TINY, store.uri, teacher)
         assert run_task(task, LIMITS, lambda told: None).record
     return ["--models", "s3://bucket/models", "--images", "s3://bucket/data/nut/test", "--category", "nut"]

@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 
 from stpm import storage
-from stpm.models.store import ModelStore
 from tests.cluster.conftest import TINY_RECIPE, committed, environment, free_port, kill_tree, wait_until
 from tests.conftest import REPOSITORY
-from tests.datasets import encoded, make_category
+from tests.datasets import encoded, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -125,7 +124,7 @@ def test_the_three_jobs_and_what_the_dashboard_draws_of_them(cluster: dict[str, 
     fit = submit(cluster, "fit", "--data", DATA, "--models", MODELS, *TINY)
     assert fit.returncode == 0
     assert "validation loss" in fit.stdout
-    assert ModelStore(MODELS).categories() == ["nut"]
+    assert fitted_categories(MODELS) == ["nut"]
 
     rng = np.random.default_rng(0)
     for i in range(600):

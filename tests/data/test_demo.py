@@ -9,7 +9,7 @@ from stpm import storage
 from stpm.data import demo, images, mvtec
 
 
-def test_the_demo_set_is_whole_and_the_same_everywhere(tmp_path: Path) -> None:
+def test_demo_set_is_complete_and_reproducible(tmp_path: Path) -> None:
     for name in ("one", "two"):
         demo.make(str(tmp_path / name))
     assert mvtec.find_categories(str(tmp_path / "one")) == ["brick", "grass", "gravel"]
@@ -26,7 +26,7 @@ def test_the_demo_set_is_whole_and_the_same_everywhere(tmp_path: Path) -> None:
             assert storage.read(image.uri) == storage.read(image.uri.replace("/one/", "/two/"))
 
 
-def test_a_defect_changes_the_image_where_its_mask_is_and_hardly_elsewhere() -> None:
+def test_demo_defects_change_images_inside_their_masks() -> None:
     texture = np.random.default_rng(0).integers(60, 200, (demo.CROP, demo.CROP), dtype=np.uint8)
     for draw in demo._DEFECTS.values():
         image, mask = draw(np.random.default_rng(1), texture, texture[::-1])
@@ -34,7 +34,7 @@ def test_a_defect_changes_the_image_where_its_mask_is_and_hardly_elsewhere() -> 
         assert change[mask > 0].mean() > 10 * change[mask == 0].mean()
 
 
-def test_an_existing_demo_set_is_left_alone(tmp_path: Path) -> None:
+def test_demo_set_is_not_overwritten(tmp_path: Path) -> None:
     demo.make(str(tmp_path))
     changed = tmp_path / "brick" / "train" / "good" / "000.png"
     Image.new("L", (1, 1)).save(changed)

@@ -16,12 +16,12 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
     return str(tmp_path) if request.param == "local" else memory
 
 
-def test_a_category_with_masks(root: str) -> None:
+def test_read_category_lists_images_masks_and_versions(root: str) -> None:
     make_category(root, "nut", train=3, good=2, defects=2)
     category = mvtec.read_category(root, "nut")
     assert [uri.rsplit("/", 1)[-1] for uri, _ in category.train] == ["000.png", "001.png", "002.png"]
     assert [*category.train] == storage.versions(f"{root}/nut/train")
-    # Figures of images or masks that were written anew are others'.
+    # An image or mask that was written anew has another version.
     for uri in (category.test[0].uri, category.test[-1].mask):
         storage.publish(uri, storage.read(uri))
         before, category = category, mvtec.read_category(root, "nut")
@@ -36,14 +36,14 @@ def test_a_category_with_masks(root: str) -> None:
     assert storage.exists(category.test[2].mask)
 
 
-def test_a_category_without_masks_and_with_jpeg(root: str) -> None:
+def test_read_category_accepts_jpeg_without_masks(root: str) -> None:
     make_category(root, "nut", masks=False, kind="JPEG")
     category = mvtec.read_category(root, "nut")
     assert len(category.test) == 8
     assert all(not image.mask for image in category.test)
 
 
-def test_masks_may_bear_the_images_own_name(root: str) -> None:
+def test_read_category_accepts_masks_without_suffix(root: str) -> None:
     make_category(root, "nut", defects=1)
     mask = storage.join(root, "nut/ground_truth/square/000_mask.png")
     storage.publish(mask.replace("_mask.png", ".png"), storage.read(mask))
@@ -51,7 +51,7 @@ def test_masks_may_bear_the_images_own_name(root: str) -> None:
     assert mvtec.read_category(root, "nut").test[-1].mask.endswith("ground_truth/square/000.png")
 
 
-def test_files_that_are_not_images_are_no_part_of_it(root: str) -> None:
+def test_read_category_ignores_other_files(root: str) -> None:
     make_category(root, "nut", train=2, good=0, defects=0)
     for name in ("nut/train/good/Thumbs.db", "nut/readme.txt", "license.txt"):
         storage.publish(storage.join(root, name), b"x")
@@ -59,7 +59,7 @@ def test_files_that_are_not_images_are_no_part_of_it(root: str) -> None:
     assert mvtec.find_categories(root) == ["nut"]
 
 
-def test_categories_are_found_or_chosen(root: str) -> None:
+def test_find_categories_lists_all_or_wanted(root: str) -> None:
     for name in ("b", "a", "c"):
         make_category(root, name, train=1, good=0, defects=0)
     assert mvtec.find_categories(root) == ["a", "b", "c"]
@@ -68,7 +68,7 @@ def test_categories_are_found_or_chosen(root: str) -> None:
         mvtec.find_categories(root, ["a", "d"])
 
 
-def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
+def test_missing_and_empty_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder"):
         mvtec.find_categories(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="no category folders"):
@@ -78,13 +78,13 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
         mvtec.read_category(str(tmp_path), "hollow")
 
 
-def test_a_name_that_may_not_become_a_path_is_refused(tmp_path: Path) -> None:
+def test_read_category_refuses_unsafe_names(tmp_path: Path) -> None:
     make_category(str(tmp_path), "a:b", train=1, good=0, defects=0)
     with pytest.raises(DataError, match=r"category 'a:b' holds the character ':'"):
         mvtec.read_category(str(tmp_path), "a:b")
 
 
-def test_a_training_image_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
+def test_read_category_refuses_training_image_not_utf8(tmp_path: Path) -> None:
     make_category(str(tmp_path), "nut", train=2, good=1, defects=0)
     folder = tmp_path / "nut" / "train" / "good"
     (folder / "000.png").rename(Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")))
@@ -93,7 +93,7 @@ def test_a_training_image_whose_name_is_no_text_is_named(tmp_path: Path) -> None
 
 
 @pytest.mark.real_data
-def test_the_real_categories(real_data: Path) -> None:
+def test_read_category_reads_real_data(real_data: Path) -> None:
     bottle = mvtec.read_category(str(real_data), "bottle")
     assert (len(bottle.train), len(bottle.test)) == (209, 83)
     assert sum(bool(image.mask) for image in bottle.test) == 63

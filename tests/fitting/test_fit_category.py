@@ -19,7 +19,7 @@ from stpm.fitting.fit_category import Limits, existing_model, run_task
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.backbones import load_teacher
+from stpm.method.backbones import load_teacher_weights
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
@@ -33,7 +33,7 @@ EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
 def task_in(root: str, recipe: Recipe, store: str = "models", **changes: Any) -> FitTask:
     make_category(f"{root}/data", "nut", **changes)
     uri = f"{root}/{store}"
-    digest = ModelStore(uri).put_teacher(load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    digest = ModelStore(uri).put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     return FitTask.of(mvtec.read_category(f"{root}/data", "nut"), recipe, uri, digest)
 
 
@@ -177,7 +177,7 @@ def test_a_gpu_that_is_too_small_is_said_and_no_batch_is_halved(
     task = task_in(root, tiny)
     monkeypatch.setattr(loop, "_loss", full)
     with pytest.raises(
-        StpmError, match=r"^CUDA out of memory: .* batches of 4 at this size; lower --batch or --pixels"
+        StpmError, match=r"^CUDA out of memory: .* batches of 4 at this size; lower --batch-size or --pixels"
     ):
         run_task(task, LIMITS, lambda told: None)
     assert steps == [4]
@@ -345,7 +345,7 @@ def test_few_headers_are_read_for_a_size_and_broken_ones_left_to_loading(
 
 
 def test_images_of_mixed_proportions_are_fitted_without_their_padding(root: str, any_model: Recipe) -> None:
-    recipe = dataclasses.replace(any_model, resize="fit", validation_share=0.4)
+    recipe = dataclasses.replace(any_model, resize="fit", validation_fraction=0.4)
     task = task_in(root, recipe)
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)

@@ -19,7 +19,7 @@ from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import DivergedError, Indices, Progress, fit, learning_rate, split
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.backbones import backbone_from
+from stpm.method.backbones import load_backbone
 from stpm.method.calibration import PartScale
 from stpm.method.forward import Matcher, Parts
 from stpm.method.fusion import AnomalyMap
@@ -64,7 +64,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 @given(st.integers(2, 500), st.floats(0.01, 0.99), st.integers(0, 1000))
 def test_a_split_is_a_partition_with_something_on_each_side(count: int, share: float, seed: int) -> None:
-    train, held_out = split(count, dataclasses.replace(PAPER, validation_share=share, seed=seed))
+    train, held_out = split(count, dataclasses.replace(PAPER, validation_fraction=share, seed=seed))
     assert sorted([*train, *held_out]) == list(range(count))
     assert len(train) >= 1
     assert abs(len(held_out) - count * share) <= 1
@@ -84,7 +84,7 @@ def test_both_losses_are_told_for_every_epoch(images: TrainingImages, tiny: Reci
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_a_seed_decides_every_weight(preset: str, images: TrainingImages, tiny: Recipe, matcher_of: MatcherOf) -> None:
-    ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "validation_share")
+    ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "validation_fraction")
     recipe = dataclasses.replace(PRESETS[preset], **{name: getattr(tiny, name) for name in ours})  # type: ignore[index]
     first, again = (fitted(images, recipe, matcher_of)[0] for _ in range(2))
     other = fitted(images, dataclasses.replace(recipe, seed=1), matcher_of)[0]
@@ -182,7 +182,7 @@ def anomaly_maps(
     inputs = matcher.inputs(torch.from_numpy(images.pixels))
     with torch.inference_mode():
         distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content)
-        return matcher.anomaly_maps(distances, images.content, recipe.fusing, scales)
+        return matcher.anomaly_maps(distances, images.content, recipe, scales)
 
 
 def chosen(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:
@@ -201,7 +201,7 @@ def test_calibration_is_the_held_out_images_scored_as_any_other(
     """Each on the scales that all held-out images but itself give."""
     if padded:
         images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
-    recipe = dataclasses.replace(any_model, validation_share=0.5)
+    recipe = dataclasses.replace(any_model, validation_fraction=0.5)
     features, matcher = TeacherFeatures(matcher_of(recipe), images, BUDGET), matcher_of(recipe)
     train, held_out = split(len(images), recipe)
     parts = parts_of(features, train, held_out, recipe)
@@ -215,7 +215,7 @@ def test_calibration_is_the_held_out_images_scored_as_any_other(
     np.testing.assert_allclose(found.calibration.scores, np.sort(scores), rtol=1e-3, atol=1e-4)
     pixels = np.concatenate([each.total.ravel() for each in maps])
     assert found.calibration.scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=1e-4)
-    assert found.calibration.scale.edge == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
+    assert found.calibration.scale.normal_max == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
     assert [each.total.shape for each in maps] == [
         (bottom - top, right - left) for left, top, right, bottom in images.content[held_out].tolist()
     ]
@@ -354,7 +354,7 @@ def test_the_last_smaller_batch_steps_as_far_as_its_mean_says(
     weights = fitted(images, tiny, matcher_of)[0].student
     gradients = []
     for batch in (images.pixels[:3], np.concatenate([images.pixels[:3], images.pixels[:3]])):
-        student = backbone_from(tiny.teacher, tiny.levels, weights, "test")
+        student = load_backbone(tiny.teacher, tiny.levels, weights, "test")
         inputs = matcher.inputs(torch.from_numpy(batch))
         loss = loop.matching_loss(matcher.teacher_features(inputs), student(inputs), [None] * 3) * tiny.loss_factor
         loss.backward()

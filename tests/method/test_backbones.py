@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 
 from stpm.errors import ConfigError, ModelError
 from stpm.method.backbones import (
-    backbone_from,
     build_backbone,
     build_student,
-    data_config,
     deserialise,
-    load_teacher,
+    load_backbone,
+    load_teacher_weights,
+    resolve_data_config,
     serialise,
 )
 
@@ -24,23 +24,21 @@ LEVELS = (1, 2, 3)
 @pytest.mark.parametrize(
     "architecture", ["resnet18", "tf_efficientnet_lite0", "test_convnext", "swin_tiny_patch4_window7_224"]
 )
-def test_any_architecture_gives_its_levels_channels_first(architecture: str) -> None:
+def test_backbone_returns_levels_channels_first(architecture: str) -> None:
     backbone = build_backbone(architecture, (0, 1) if architecture.startswith("swin") else LEVELS)
     features = backbone(torch.zeros(1, 3, 224, 224))
     assert [f.shape[1] for f in features] == backbone.channels
     assert all(f.shape[2] == f.shape[3] for f in features)
 
 
-def test_the_papers_levels_have_strides_4_8_16() -> None:
+def test_backbone_levels_of_paper_have_strides_4_8_16() -> None:
     shapes = [tuple(f.shape[1:]) for f in build_backbone("resnet18", LEVELS)(torch.zeros(1, 3, 256, 256))]
     assert shapes == [(64, 64, 64), (128, 32, 32), (256, 16, 16)]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("architecture", ["resnet18", "test_convnext"])
-def test_a_file_of_the_whole_architecture_is_cut_to_the_backbone(
-    tmp_path: Path, architecture: str, suffix: str
-) -> None:
+def test_load_teacher_weights_drops_the_head_of_a_whole_network(tmp_path: Path, architecture: str, suffix: str) -> None:
     torch.manual_seed(1)
     whole = timm.create_model(architecture).eval()
     path = tmp_path / f"weights{suffix}"
@@ -48,7 +46,7 @@ def test_a_file_of_the_whole_architecture_is_cut_to_the_backbone(
         torch.save(whole.state_dict(), path)
     else:
         save_file(whole.state_dict(), path)
-    backbone = backbone_from(architecture, LEVELS, load_teacher(architecture, str(path), LEVELS), "test")
+    backbone = load_backbone(architecture, LEVELS, load_teacher_weights(architecture, str(path), LEVELS), "test")
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = whole.forward_intermediates(images, intermediates_only=True)
@@ -57,40 +55,42 @@ def test_a_file_of_the_whole_architecture_is_cut_to_the_backbone(
             torch.testing.assert_close(ours, theirs)
 
 
-def test_a_file_of_the_backbone_alone_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_load_teacher_weights_reads_a_backbone_unchanged(tmp_path: Path) -> None:
     state = build_backbone("test_resnet", LEVELS).net.state_dict()
     save_file(state, tmp_path / "backbone.safetensors")
-    loaded = load_teacher("test_resnet", str(tmp_path / "backbone.safetensors"), LEVELS)
+    loaded = load_teacher_weights("test_resnet", str(tmp_path / "backbone.safetensors"), LEVELS)
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
 
-def test_a_classifier_of_another_size_does_not_matter(tmp_path: Path) -> None:
+def test_load_teacher_weights_ignores_classifier_size(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "w.pth")
-    assert load_teacher("test_resnet", str(tmp_path / "w.pth"), LEVELS)
+    assert load_teacher_weights("test_resnet", str(tmp_path / "w.pth"), LEVELS)
 
 
-def test_weights_from_any_filesystem(memory: str) -> None:
+def test_load_teacher_weights_reads_any_filesystem(memory: str) -> None:
     from stpm import storage
 
     state = build_backbone("test_resnet", LEVELS).net.state_dict()
     storage.publish(f"{memory}/t.safetensors", serialise(state))
-    assert load_teacher("test_resnet", f"{memory}/t.safetensors", LEVELS).keys() == state.keys()
+    assert load_teacher_weights("test_resnet", f"{memory}/t.safetensors", LEVELS).keys() == state.keys()
 
 
-def test_keys_that_do_not_match_are_named(tmp_path: Path) -> None:
+def test_load_teacher_weights_names_mismatched_keys(tmp_path: Path) -> None:
     state = timm.create_model("resnet18").state_dict()
     state["layer9.weight"] = state.pop("layer1.0.conv1.weight")
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(ModelError, match=r"w.pth: keys .* 1 missing \(layer1.0.conv1.weight\); 1 unexpected \(layer9"):
-        load_teacher("resnet18", str(tmp_path / "w.pth"), LEVELS)
+    with pytest.raises(
+        ModelError, match=r'w.pth: .* Missing key.* "layer1.0.conv1.weight". Unexpected key.* "layer9.weight"'
+    ):
+        load_teacher_weights("resnet18", str(tmp_path / "w.pth"), LEVELS)
 
 
-def test_shapes_that_do_not_match_are_named(tmp_path: Path) -> None:
+def test_load_teacher_weights_names_mismatched_shapes(tmp_path: Path) -> None:
     state = timm.create_model("resnet18").state_dict()
     state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(ModelError, match=r"conv1.weight has shape \(64, 1, 7, 7\), \(64, 3, 7, 7\) expected"):
-        load_teacher("resnet18", str(tmp_path / "w.pth"), LEVELS)
+    with pytest.raises(ModelError, match=r"size mismatch for conv1.weight: .*\[64, 1, 7, 7\].*\[64, 3, 7, 7\]"):
+        load_teacher_weights("resnet18", str(tmp_path / "w.pth"), LEVELS)
 
 
 class Bomb:
@@ -98,11 +98,11 @@ class Bomb:
         return Path.write_text, (Path("bomb-went-off"), "boom")
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_teacher_weights_refuses_pickles_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"conv1.weight": Bomb()}, tmp_path / "w.pth")
     with pytest.raises(ModelError, match="plain weights"):
-        load_teacher("resnet18", str(tmp_path / "w.pth"), LEVELS)
+        load_teacher_weights("resnet18", str(tmp_path / "w.pth"), LEVELS)
     assert not (tmp_path / "bomb-went-off").exists()
 
 
@@ -114,28 +114,28 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.
         ("w.txt", b"", "give a .safetensors or .pth file"),
     ],
 )
-def test_foreign_files_give_a_clear_error(tmp_path: Path, name: str, content: bytes, error: str) -> None:
+def test_load_teacher_weights_refuses_other_files(tmp_path: Path, name: str, content: bytes, error: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises((ConfigError, ModelError), match=error):
-        load_teacher("resnet18", str(tmp_path / name), LEVELS)
+        load_teacher_weights("resnet18", str(tmp_path / name), LEVELS)
 
 
-def test_a_missing_file_and_an_unknown_architecture_give_a_clear_error() -> None:
+def test_load_teacher_weights_names_missing_file_architecture_and_levels() -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_teacher("resnet18", "/nowhere/w.pth", LEVELS)
+        load_teacher_weights("resnet18", "/nowhere/w.pth", LEVELS)
     with pytest.raises(ConfigError, match="'resnet81' is not an architecture of timm"):
-        load_teacher("resnet81", "random", LEVELS)
+        load_teacher_weights("resnet81", "random", LEVELS)
     with pytest.raises(ConfigError, match=r"cannot give pyramid levels \(1, 9\)"):
-        load_teacher("resnet18", "random", (1, 9))
+        load_teacher_weights("resnet18", "random", (1, 9))
 
 
-def test_a_tag_whose_weights_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_teacher_weights_names_a_remedy_when_download_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="give --teacher-weights FILE"):
-        load_teacher("resnet18.no_such_tag", "", LEVELS)
+        load_teacher_weights("resnet18.no_such_tag", "", LEVELS)
 
 
-def test_a_student_is_its_seeds_and_leaves_the_global_generator_alone() -> None:
+def test_build_student_depends_on_seed_and_keeps_global_generator() -> None:
     before = torch.random.get_rng_state()
     first, again, other = (build_student("test_resnet", LEVELS, seed, False).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -143,22 +143,22 @@ def test_a_student_is_its_seeds_and_leaves_the_global_generator_alone() -> None:
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
-def test_residual_branches_start_where_the_recipe_says() -> None:
+def test_build_student_initialises_residual_branches() -> None:
     ours = build_student("resnet18", LEVELS, 0, zero_init_residual=False).net
     timms = build_student("resnet18", LEVELS, 0, zero_init_residual=True).net
     assert ours.layer1[0].bn2.weight.mean() == 1
     assert timms.layer1[0].bn2.weight.abs().sum() == 0
 
 
-def test_the_packaged_teacher_has_imagenet_weights() -> None:
-    state = load_teacher("demo", "", LEVELS)
-    backbone = backbone_from("tf_efficientnet_lite0", LEVELS, state, "test")
+def test_demo_teacher_has_trained_weights() -> None:
+    state = load_teacher_weights("demo", "", LEVELS)
+    backbone = load_backbone("tf_efficientnet_lite0", LEVELS, state, "test")
     assert backbone.channels == [24, 40, 112]
     # Trained batch statistics: a random network has mean 0 and variance 1 everywhere.
     assert state["bn1.running_var"].std() > 0.1
 
 
-def test_weights_survive_storage_and_damage_is_noticed() -> None:
+def test_serialise_round_trips_and_deserialise_refuses_damage() -> None:
     state = build_backbone("test_resnet", LEVELS).net.state_dict()
     data = serialise(state)
     assert data == serialise(state)
@@ -178,19 +178,19 @@ def test_weights_survive_storage_and_damage_is_noticed() -> None:
         "tf_efficientnet_b0.ns_jft_in1k",
     ],
 )
-def test_the_input_is_what_timm_resolves_for_the_teacher(teacher: str) -> None:
+def test_resolve_data_config_matches_timm(teacher: str) -> None:
     with torch.device("meta"):
         model = timm.create_model("tf_efficientnet_lite0" if teacher == "demo" else teacher)
     expected = timm.data.resolve_data_config(model=model)
-    found = data_config(teacher)
+    found = resolve_data_config(teacher)
     assert (found.mean, found.std, found.interpolation) == tuple(expected[k] for k in ("mean", "std", "interpolation"))
 
 
-def test_a_teacher_whose_input_timm_does_not_know_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_data_config_refuses_unknown_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"'resnet18\.gone': .*tag \(gone\).* Name a tag that timm lists, or set --norm"
     ):
-        data_config("resnet18.gone")
+        resolve_data_config("resnet18.gone")
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
     with pytest.raises(ConfigError, match=r"teacher 'mine': timm has no configuration of it\. Name a tag"):
-        data_config("mine")
+        resolve_data_config("mine")

@@ -5,7 +5,7 @@ import torch
 from stpm.method.forward import pick_device
 
 
-def test_a_gpu_is_asked_for_true_float32_and_the_same_bits_each_time() -> None:
+def test_pick_device_sets_float32_and_deterministic_kernels() -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
     try:

@@ -1,4 +1,4 @@
-"""Anomaly maps and scores against plain numpy, written from the papers' words."""
+"""Anomaly maps and scores against plain numpy, written from the papers' text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from stpm.method.calibration import Calibration, HeatmapScale, PartScale, part_scale, part_scales_without_each
-from stpm.method.fusion import AnomalyMap, fuse, part_values, upsample
+from stpm.method.calibration import Calibration, HeatmapScale, PartScale, fit_part_scale, leave_one_out_scales
+from stpm.method.fusion import AnomalyMap, fuse, sample_distances, upsample
 from stpm.method.matching import content_mask, distance_map
-from stpm.method.recipe import Fusion
+from stpm.method.recipe import FusionMethod
 from tests.method.test_matching import boxes, features, reference_distance
-
-QUANTILE = Fusion("quantile")
 
 
 def reference_upsample(distances: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear interpolation between pixel centres, clamped at the borders, for (H, W)."""
+    """Interpolate (H, W) bilinearly between pixel centres, clamped at the borders."""
     for axis, length in enumerate(size):
         n = distances.shape[axis]
         position = np.clip((np.arange(length) + 0.5) * n / length - 0.5, 0, n - 1)
@@ -36,13 +34,13 @@ def random_maps(*shapes: tuple[int, int], images: int = 2, seed: int = 0) -> lis
     return [torch.rand(images, *shape, generator=generator) for shape in shapes]
 
 
-def test_a_product_of_levels_is_the_map_of_the_paper() -> None:
+def test_fuse_product_matches_paper() -> None:
     teacher, student = features(0), features(1)
     expected = np.ones((2, 64, 48))
     for t, s in zip(teacher, student, strict=True):
         expected *= np.stack([reference_upsample(image, (64, 48)) for image in reference_distance(t, s)])
     maps = [distance_map(torch.from_numpy(t), torch.from_numpy(s)) for t, s in zip(teacher, student, strict=True)]
-    total, *parts = fuse(maps, [], (), Fusion("product"), (64, 48), [None] * 3)
+    total, *parts = fuse(maps, [], (), "product", (64, 48), [None] * 3)
     np.testing.assert_allclose(total.numpy(), expected, atol=1e-5)
     assert parts == [None, None]
     for image, reference in zip(total.numpy(), expected, strict=True):
@@ -51,36 +49,36 @@ def test_a_product_of_levels_is_the_map_of_the_paper() -> None:
         assert (score.student, score.memory) == (None, None)
 
 
-def test_a_sum_of_levels_adds_the_upsampled_maps() -> None:
+def test_fuse_sum_adds_upsampled_maps() -> None:
     distances = random_maps((4, 6), (8, 5))
     expected = sum(reference_upsample(d[0].numpy(), (16, 24)) for d in distances)
-    total, student, memory = fuse(distances, [], (), Fusion("sum"), (16, 24), [None] * 2)
+    total, student, memory = fuse(distances, [], (), "sum", (16, 24), [None] * 2)
     np.testing.assert_allclose(total[0].numpy(), expected, atol=1e-6)
     torch.testing.assert_close(student, total)
     assert memory is None
 
 
 @pytest.mark.parametrize(("levels", "banks"), [(2, 3), (0, 3), (2, 0), (1, 1)])
-def test_quantiles_bring_all_parts_to_one_scale_and_their_mean_is_the_map(levels: int, banks: int) -> None:
+def test_fuse_quantile_averages_scaled_parts(levels: int, banks: int) -> None:
     maps = random_maps(*[(8 - i, 4 + i) for i in range(levels + banks)])
-    # A spread of nothing counts as a twentieth of the high quantile.
+    # A spread of 0 is replaced by a twentieth of the high quantile.
     scales = [PartScale(0.1 * i, 0.1 * i + 0.5) if i else PartScale(2.0, 2.0) for i in range(levels + banks)]
     scaled = [
         reference_upsample((d[0].numpy() - s.low) / (s.high - s.low or 0.1), (32, 20))
         for d, s in zip(maps, scales, strict=True)
     ]
-    total, *parts = fuse(maps[:levels], maps[levels:], scales, QUANTILE, (32, 20), [None] * len(maps))
+    total, *parts = fuse(maps[:levels], maps[levels:], scales, "quantile", (32, 20), [None] * len(maps))
     np.testing.assert_allclose(total[0].numpy(), np.mean(scaled, axis=0), rtol=1e-4, atol=1e-5)
-    for part, of_part in zip(parts, (scaled[:levels], scaled[levels:]), strict=True):
-        assert (part is None) == (not of_part)
+    for part, scaled_maps in zip(parts, (scaled[:levels], scaled[levels:]), strict=True):
+        assert (part is None) == (not scaled_maps)
         if part is not None:
-            expected = np.sum(of_part, axis=0) / len(maps)
+            expected = np.sum(scaled_maps, axis=0) / len(maps)
             np.testing.assert_allclose(part[0].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @given(st.floats(0.3, 4.0), st.integers(13, 40), st.integers(13, 40))
 @settings(deadline=None, max_examples=30)
-def test_smoothing_averages_by_a_gaussian_and_repeats_the_borders(sigma: float, height: int, width: int) -> None:
+def test_smoothed_matches_gaussian_with_repeated_borders(sigma: float, height: int, width: int) -> None:
     (maps,) = random_maps((height, width))
     image = maps[0].numpy()
     radius = int(3 * sigma + 0.5)
@@ -91,7 +89,7 @@ def test_smoothing_averages_by_a_gaussian_and_repeats_the_borders(sigma: float, 
     np.testing.assert_allclose(AnomalyMap(image).smoothed(sigma).total, expected, atol=1e-5)
 
 
-def test_smoothing_keeps_the_parts_a_sum_and_sigma_zero_changes_nothing() -> None:
+def test_smoothed_keeps_sum_of_parts_and_sigma_0_changes_nothing() -> None:
     student, memory = (each[0].numpy() for each in random_maps((20, 30), (20, 30)))
     plain = AnomalyMap(student + memory, student, memory)
     smoothed = plain.smoothed(2.0)
@@ -103,9 +101,7 @@ def test_smoothing_keeps_the_parts_a_sum_and_sigma_zero_changes_nothing() -> Non
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 0.99), st.integers(0, 1000))
-def test_a_score_is_the_mean_of_the_highest_pixels_and_parts_add_up(
-    height: int, width: int, fraction: float, seed: int
-) -> None:
+def test_score_is_mean_of_highest_pixels_and_sum_of_parts(height: int, width: int, fraction: float, seed: int) -> None:
     student, memory = np.random.default_rng(seed).normal(size=(2, height, width)).astype(np.float32)
     total = student + memory
     score = AnomalyMap(total, student, memory).score(fraction)
@@ -117,36 +113,34 @@ def test_a_score_is_the_mean_of_the_highest_pixels_and_parts_add_up(
     assert score.student + score.memory == pytest.approx(score.total, abs=1e-5)
 
 
-def test_a_fraction_of_nothing_is_the_maximum() -> None:
+def test_score_with_fraction_0_is_maximum() -> None:
     each = np.random.default_rng(0).random((30, 40), np.float32)
     assert AnomalyMap(each).score(0.0).total == each.max()
     assert AnomalyMap(each).score(0.01).total == pytest.approx(np.sort(each.ravel())[-12:].mean(), rel=1e-6)
 
 
-def test_values_of_a_part_are_evenly_spaced_over_what_counts() -> None:
+def test_sample_distances_are_evenly_spaced_over_valid_positions() -> None:
     distances = torch.arange(2 * 50 * 40.0).reshape(2, 50, 40)
-    for image, values in zip(distances, part_values(distances), strict=True):
+    for image, values in zip(distances, sample_distances(distances), strict=True):
         assert len(values) == 1024
         assert (values[0], values[-1]) == (image.min(), image.max())
         assert set(np.diff(values)) == {1.0, 2.0}
     valid = torch.zeros(2, 50, 40, dtype=torch.bool)
     valid[0, :30] = valid[1, 7, 3] = True
-    first, second = part_values(distances, valid)
+    first, second = sample_distances(distances, valid)
     assert (len(first), first[0], first[-1]) == (1024, 0.0, 1199.0)
     assert second.tolist() == [distances[1, 7, 3].item()]
 
 
-def test_a_small_part_gives_all_its_values() -> None:
+def test_sample_distances_returns_all_of_a_small_map() -> None:
     (maps,) = random_maps((5, 4))
-    for image, values in zip(maps, part_values(maps), strict=True):
+    for image, values in zip(maps, sample_distances(maps), strict=True):
         np.testing.assert_array_equal(values, image.numpy().ravel())
 
 
 @given(boxes(), st.integers(0, 2**31), st.sampled_from(["product", "sum", "quantile"]))
 @settings(deadline=None)
-def test_what_lies_on_the_padding_does_not_change_the_map(
-    case: tuple[tuple[int, int], list[int]], seed: int, method: str
-) -> None:
+def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int, method: FusionMethod) -> None:
     size, (left, top, right, bottom) = case
     shapes = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in (4, 8, 16)]
     valid = [content_mask(torch.tensor([case[1]]), size, shape) for shape in shapes]
@@ -154,59 +148,57 @@ def test_what_lies_on_the_padding_does_not_change_the_map(
     other = [torch.where(v, d, 1e6 * o) for v, d, o in zip(valid, maps, other, strict=True)]
     scales = [PartScale(0.5, 0.75)] * 3
     levels = 1 if method == "quantile" else 3
-    fusion = Fusion(method)
     first, second = (
-        fuse(d[:levels], d[levels:], scales, fusion, size, valid)[0][:, top:bottom, left:right] for d in (maps, other)
+        fuse(d[:levels], d[levels:], scales, method, size, valid)[0][:, top:bottom, left:right] for d in (maps, other)
     )
     torch.testing.assert_close(first, second)
     for d, o, v in zip(maps, other, valid, strict=True):
         for given_maps in (d, o):
-            # Each value lies within those that count, at whatever distance from them it is interpolated.
+            # Every interpolated value lies within the range of valid values.
             raised = upsample(given_maps, size, v)[:, top:bottom, left:right]
             assert d[v].min() - 1e-4 <= raised.min() <= raised.max() <= d[v].max() + 1e-4
     for d, o, v in zip(maps, other, valid, strict=True):
-        for one, two in zip(part_values(d, v), part_values(o, v), strict=True):
+        for one, two in zip(sample_distances(d, v), sample_distances(o, v), strict=True):
             np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("method", ["product", "sum", "quantile"])
-def test_where_everything_counts_a_mask_changes_nothing(method: str) -> None:
+def test_fuse_with_full_mask_equals_no_mask(method: FusionMethod) -> None:
     maps = random_maps((8, 6), (4, 3))
     everything = [torch.ones_like(d, dtype=torch.bool) for d in maps]
     scales = [PartScale(0.5, 0.9)] * 2
-    first, second = (fuse(maps, [], scales, Fusion(method), (32, 24), v)[0] for v in (everything, [None] * 2))
+    first, second = (fuse(maps, [], scales, method, (32, 24), v)[0] for v in (everything, [None] * 2))
     torch.testing.assert_close(first, second)
 
 
-def score_all(held_out: list[Tensor], new: list[Tensor], levels: int, fusion: Fusion) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of held-out images, each on the scales of the others, and of new ones: as fitting and scoring do."""
+def score_all(held_out: list[Tensor], new: list[Tensor], levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Score held-out images, each with the scales of the others, and new images, as fitting and scoring do."""
     size, valid = (32, 32), [None] * len(new)
-    values = [part_values(d) for d in held_out]
+    values = [sample_distances(d) for d in held_out]
 
     def scores(maps: list[Tensor], scales: list[PartScale]) -> list[float]:
-        total, *_ = fuse(maps[:levels], maps[levels:], scales, fusion, size, valid)
-        return [AnomalyMap(each).score(fusion.top_fraction).total for each in total.numpy()]
+        total, *_ = fuse(maps[:levels], maps[levels:], scales, "quantile", size, valid)
+        return [AnomalyMap(each).score(0.02).total for each in total.numpy()]
 
-    without_each = zip(*map(part_scales_without_each, values), strict=True)
-    of_held_out = [scores([d[i : i + 1] for d in held_out], scales)[0] for i, scales in enumerate(without_each)]
-    return np.array(of_held_out), np.array(scores(new, [part_scale(part) for part in values]))
+    without_each = zip(*map(leave_one_out_scales, values), strict=True)
+    held_out_scores = [scores([d[i : i + 1] for d in held_out], scales)[0] for i, scales in enumerate(without_each)]
+    return np.array(held_out_scores), np.array(scores(new, [fit_part_scale(part) for part in values]))
 
 
 @pytest.mark.parametrize("factor", [1000.0, 1e-3])
 @pytest.mark.parametrize("part", range(3))
-def test_the_unit_of_a_part_does_not_matter(part: int, factor: float) -> None:
-    fusion = Fusion("quantile", top_fraction=0.02)
+def test_fuse_quantile_is_independent_of_a_parts_unit(part: int, factor: float) -> None:
     held_out, new = (random_maps((8, 8), (4, 4), (8, 8), images=6, seed=seed) for seed in (1, 2))
-    expected = score_all(held_out, new, 1, fusion)
+    expected = score_all(held_out, new, 1)
     scaled = [[factor * d if i == part else d for i, d in enumerate(maps)] for maps in (held_out, new)]
-    for found, before in zip(score_all(*scaled, 1, fusion), expected, strict=True):
+    for found, before in zip(score_all(*scaled, 1), expected, strict=True):
         np.testing.assert_allclose(found, before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("clear", range(4))
 @pytest.mark.parametrize("heavy", [False, True])
-def test_one_part_that_sees_the_defects_is_not_drowned_by_others_that_do_not(clear: int, heavy: bool) -> None:
-    """One part of four shows what others are blind to; the others are loud, and noise."""
+def test_fuse_quantile_keeps_signal_of_one_part_among_noisy_ones(clear: int, heavy: bool) -> None:
+    """One part of four responds to the defects; the others are noise on larger scales."""
     rng = np.random.default_rng(clear)
 
     def maps(images: int, defects: bool) -> list[Tensor]:
@@ -218,15 +210,15 @@ def test_one_part_that_sees_the_defects_is_not_drowned_by_others_that_do_not(cle
 
     held_out, good, bad = maps(10, False), maps(40, False), maps(40, True)
     new = [torch.cat(pair) for pair in zip(good, bad, strict=True)]
-    _, scores = score_all(held_out, new, 2, Fusion("quantile", top_fraction=0.02))
+    _, scores = score_all(held_out, new, 2)
     assert roc_auc_score([0] * 40 + [1] * 40, scores) > 0.95
 
 
 @pytest.mark.parametrize(("n", "draws"), [(2, 1500), (5, 1500), (10, 800), (40, 150)])
-def test_p_values_of_new_normal_images_are_not_too_small(n: int, draws: int) -> None:
-    """Images that differ in how anomalous they look, in parts of different scale, shape and tail."""
+def test_p_values_of_new_normal_images_are_valid(n: int, draws: int) -> None:
+    """Images differ in how anomalous they look, in parts of different scale, shape and tail."""
     rng = np.random.default_rng(n)
-    fusion, new_images = Fusion("quantile", top_fraction=0.02), 10
+    new_images = 10
     p_values = []
     for _ in range(draws):
         maps = []
@@ -234,9 +226,9 @@ def test_p_values_of_new_normal_images_are_not_too_small(n: int, draws: int) -> 
             image = rng.lognormal(0.0, tail, (n + new_images, 1, 1))
             maps.append(torch.from_numpy((scale * image * rng.gamma(2.0, size=(n + new_images, *shape))).astype("f")))
         held_out, new = [d[:n] for d in maps], [d[n:] for d in maps]
-        of_held_out, of_new = score_all(held_out, new, 2, fusion)
-        calibration = Calibration(np.sort(of_held_out).astype(np.float32), HeatmapScale(0.0, 1.0))
-        p_values.append(calibration.p_values(of_new.astype(np.float32)))
+        held_out_scores, new_scores = score_all(held_out, new, 2)
+        calibration = Calibration(np.sort(held_out_scores).astype(np.float32), HeatmapScale(0.0, 1.0))
+        p_values.append(calibration.p_values(new_scores.astype(np.float32)))
     for rate in (1 / (n + 1), 0.05, 0.1, 0.2, 0.5):
         alarms = (np.array(p_values) <= rate + 1e-6).mean(axis=1)
         assert alarms.mean() <= rate + 4 * alarms.std() / np.sqrt(draws)

@@ -21,7 +21,7 @@ def features(seed: int, shapes: list[tuple[int, ...]] = SHAPES) -> list[np.ndarr
 
 
 def reference_distance(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    """Equations 1 and 2 as printed: normalise each vector over channels, then half the squared distance."""
+    """Compute equations 1 and 2 as printed: normalise each vector over channels, then half the squared distance."""
 
     def unit(f: np.ndarray) -> np.ndarray:
         norm = np.sqrt((f.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
@@ -30,7 +30,7 @@ def reference_distance(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     return 0.5 * ((unit(teacher) - unit(student)) ** 2).sum(axis=1)
 
 
-def test_the_loss_is_that_of_the_paper() -> None:
+def test_matching_loss_matches_paper() -> None:
     teacher, student = features(0), features(1)
     expected = np.mean([reference_distance(t, s).mean() for t, s in zip(teacher, student, strict=True)])
     t, s = [[torch.from_numpy(f) for f in side] for side in (teacher, student)]
@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_the_paper() -> None:
     st.floats(0.01, 100.0),
 )
 @settings(deadline=None)
-def test_distances_are_bounded_symmetric_and_blind_to_scale(pair: np.ndarray, scale: float) -> None:
+def test_distance_map_is_bounded_symmetric_and_scale_invariant(pair: np.ndarray, scale: float) -> None:
     t, s = torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
     distance = distance_map(t, s)
     assert ((distance >= 0) & (distance <= 2)).all()
@@ -55,26 +55,26 @@ def test_distances_are_bounded_symmetric_and_blind_to_scale(pair: np.ndarray, sc
     torch.testing.assert_close(distance, distance_map(t * scale, s), atol=1e-5, rtol=0)
 
 
-def test_equal_features_have_distance_zero_and_opposite_ones_two() -> None:
+def test_distance_map_of_equal_and_opposite_features() -> None:
     f = torch.randn(1, 16, 3, 3)
     assert distance_map(f, f).max() < 1e-6
     torch.testing.assert_close(distance_map(f, -f), torch.full((1, 3, 3), 2.0))
 
 
-def test_features_without_direction_are_half_away_from_any_other() -> None:
+def test_distance_map_of_zero_features_is_one_half() -> None:
     zero, other = torch.zeros(1, 4, 1, 1), torch.randn(1, 4, 1, 1)
     assert distance_map(zero, other).item() == pytest.approx(0.5)
     assert distance_map(zero, zero).item() == 0.0
 
 
-def test_half_precision_features_are_compared_in_float32() -> None:
+def test_distance_map_of_bfloat16_is_computed_in_float32() -> None:
     t, s = (torch.from_numpy(f).bfloat16() for f in (features(2)[0], features(3)[0]))
     distance = distance_map(t, s)
     assert distance.dtype == torch.float32
     np.testing.assert_allclose(distance.numpy(), reference_distance(t.float().numpy(), s.float().numpy()), atol=1e-5)
 
 
-def test_the_gradient_is_that_of_the_normalised_form() -> None:
+def test_distance_map_gradient_matches_normalised_form() -> None:
     t, s = torch.randn(2, 6, 4, 4, dtype=torch.float32), torch.randn(2, 6, 4, 4, requires_grad=True)
     distance_map(t, s).mean().backward()
     ours, s.grad = s.grad, None
@@ -83,14 +83,14 @@ def test_the_gradient_is_that_of_the_normalised_form() -> None:
     torch.testing.assert_close(ours, s.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_features_of_different_shape_are_refused() -> None:
+def test_distance_map_refuses_different_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\) and student \(1, 5, 2, 2\)"):
         distance_map(torch.zeros(1, 4, 2, 2), torch.zeros(1, 5, 2, 2))
 
 
 @st.composite
 def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
-    """An input's height and width, and a box in it."""
+    """Draw an input's height and width, and a box in it."""
     height, width = draw(st.integers(32, 100)), draw(st.integers(32, 100))
     left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
     return (height, width), [left, top, draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height))]
@@ -98,7 +98,7 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
 
 @given(boxes(), st.integers(1, 16), st.integers(1, 16))
 @settings(deadline=None)
-def test_a_position_counts_if_its_centre_is_on_the_image(
+def test_content_mask_marks_positions_with_centre_on_image(
     case: tuple[tuple[int, int], list[int]], rows: int, columns: int
 ) -> None:
     size, (left, top, right, bottom) = case
@@ -115,7 +115,7 @@ def test_a_position_counts_if_its_centre_is_on_the_image(
 
 @given(boxes(), st.integers(0, 2**31))
 @settings(deadline=None)
-def test_what_lies_on_the_padding_does_not_change_the_loss(case: tuple[tuple[int, int], list[int]], seed: int) -> None:
+def test_matching_loss_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int) -> None:
     size, box = case
     generator = torch.Generator().manual_seed(seed)
     shapes = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in (4, 8, 16)]
@@ -131,7 +131,7 @@ def test_what_lies_on_the_padding_does_not_change_the_loss(case: tuple[tuple[int
     assert loss.item() == pytest.approx(np.mean([d.double().mean().item() for d in distances]), abs=1e-6)
 
 
-def test_images_weigh_the_same_in_the_loss_however_small_they_are_in_the_input() -> None:
+def test_matching_loss_weighs_images_equally() -> None:
     teacher, student = ([torch.from_numpy(f) for f in features(seed)] for seed in (0, 1))
     content = torch.tensor([[0, 0, 64, 64], [16, 0, 48, 64]])
     valid = [content_mask(content, (64, 64), tuple(t.shape[2:])) for t in teacher]

@@ -1,4 +1,4 @@
-"""The memory of normal features against plain numpy, scipy and brute force."""
+"""Memory banks against plain numpy, scipy and brute force."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stpm.method.memory_bank import (
     fit_whitening,
     greedy_coreset,
     nearest_distance,
-    window_of,
+    window_size,
 )
 
 
@@ -30,13 +30,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def correlated(count: int, channels: int, seed: int = 0) -> Tensor:
-    """Descriptors with a mean, whose channels differ in scale by a thousand and hang together."""
+    """Draw correlated descriptors with a mean, whose channels differ in scale by a thousand."""
     scales = torch.logspace(-1.5, 1.5, channels)
     return (normal(count, channels, seed=seed) * scales) @ normal(channels, channels, seed=seed + 1) + 5
 
 
 def reference_description(features: np.ndarray, kind: Kind, window: int, valid: np.ndarray) -> np.ndarray:
-    """The mean over those positions of the window that exist and count, by loops."""
+    """Average the valid positions of the window by loops."""
     images, channels, height, width = features.shape
     half = window // 2
     found = np.zeros((images, height, width, channels))
@@ -57,7 +57,7 @@ def reference_description(features: np.ndarray, kind: Kind, window: int, valid: 
 @pytest.mark.parametrize("window", [1, 3, 5])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(7, 6), (2, 9), (1, 1)])
-def test_a_descriptor_is_the_mean_of_what_counts_around(
+def test_describe_averages_valid_positions_of_window(
     kind: Kind, window: int, masked: bool, shape: tuple[int, int]
 ) -> None:
     features = normal(2, 5, *shape)
@@ -73,14 +73,14 @@ def test_a_descriptor_is_the_mean_of_what_counts_around(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_count_has_no_part_in_what_does(kind: Kind) -> None:
+def test_describe_ignores_invalid_positions(kind: Kind) -> None:
     features, valid = normal(1, 4, 6, 6), torch.zeros(1, 6, 6, dtype=torch.bool)
     valid[:, 2:5, 1:4] = True
     other = torch.where(valid[:, None], features, 1e4)
     torch.testing.assert_close(describe(features, kind, 3, valid)[valid], describe(other, kind, 3, valid)[valid])
 
 
-def test_half_precision_features_are_averaged_in_float32() -> None:
+def test_describe_averages_half_precision_in_float32() -> None:
     features = normal(2, 4, 6, 6).half()
     torch.testing.assert_close(describe(features, "features", 3), describe(features.float(), "features", 3))
 
@@ -89,20 +89,20 @@ def test_half_precision_features_are_averaged_in_float32() -> None:
     ("shape", "coarsest", "expected"),
     [((16, 16), (16, 16), 1), ((32, 32), (16, 16), 3), ((64, 64), (16, 16), 5), ((48, 16), (16, 8), 3)],
 )
-def test_a_window_is_as_wide_as_a_position_of_the_coarsest_level(
+def test_window_size_spans_a_position_of_the_coarsest_level(
     shape: tuple[int, int], coarsest: tuple[int, int], expected: int
 ) -> None:
-    assert window_of(shape, coarsest) == expected
+    assert window_size(shape, coarsest) == expected
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8), st.integers(1, 8))
-def test_a_window_is_odd_and_no_wider_than_it_must_be(rows: int, columns: int, across: int, down: int) -> None:
-    window = window_of((rows * down, columns * across), (rows, columns))
+def test_window_size_is_smallest_odd_number(rows: int, columns: int, across: int, down: int) -> None:
+    window = window_size((rows * down, columns * across), (rows, columns))
     assert window % 2 == 1
     assert max(across, down) <= window <= max(across, down) + 1
 
 
-def test_whitened_descriptors_have_unit_covariance_up_to_the_ridge() -> None:
+def test_fit_whitening_gives_unit_covariance_up_to_ridge() -> None:
     descriptors = correlated(5000, 6)
     mean, whitening = fit_whitening(descriptors)
     wide = descriptors.double().numpy()
@@ -114,7 +114,7 @@ def test_whitened_descriptors_have_unit_covariance_up_to_the_ridge() -> None:
     assert expected.max() > 0.98
 
 
-def test_without_a_ridge_worth_the_name_distances_are_those_of_mahalanobis() -> None:
+def test_fit_whitening_gives_mahalanobis_distances() -> None:
     descriptors = normal(5000, 4) @ normal(4, 4, seed=1)
     mean, whitening = fit_whitening(descriptors)
     one, other = descriptors[:50].numpy(), descriptors[50:100].numpy()
@@ -126,14 +126,14 @@ def test_without_a_ridge_worth_the_name_distances_are_those_of_mahalanobis() -> 
 
 
 def as_features(descriptors: Tensor) -> Tensor:
-    """Descriptors (N, C) as features of one image, (1, C, N, 1)."""
+    """Reshape descriptors (N, C) to the features of one image, (1, C, N, 1)."""
     return descriptors.T[None, :, :, None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 300.7])
 @pytest.mark.parametrize("constant", ["a channel", "all but one", "all"])
-def test_what_never_varies_has_finite_distances(kind: Kind, value: float, constant: str) -> None:
+def test_fit_bank_gives_finite_distances_for_constant_channels(kind: Kind, value: float, constant: str) -> None:
     descriptors = normal(300, 4).abs()
     descriptors[:, {"a channel": slice(1), "all but one": slice(3), "all": slice(4)}[constant]] = value
     bank = fit_bank(describe(as_features(descriptors), kind, 1).flatten(0, 2), 0, kind, 1, 50, 0)
@@ -144,7 +144,7 @@ def test_what_never_varies_has_finite_distances(kind: Kind, value: float, consta
     assert bank.distance_map(as_features(descriptors + normal(300, 4, seed=1))).max() < 1e12
 
 
-def test_a_training_set_that_never_varies_is_at_no_distance_from_itself() -> None:
+def test_fit_bank_gives_zero_distance_for_constant_features() -> None:
     features = torch.full((3, 8, 5, 5), 0.3)
     for kind in KINDS:
         bank = fit_bank(describe(features, kind, 3).flatten(0, 2), 0, kind, 3, 20, 0)
@@ -160,7 +160,7 @@ def reference_coreset(points: np.ndarray, size: int) -> list[int]:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 32])
-def test_a_coreset_always_adds_what_is_farthest(channels: int) -> None:
+def test_greedy_coreset_adds_farthest_vector(channels: int) -> None:
     points = normal(60, channels)
     assert greedy_coreset(points, 20, 0).tolist() == reference_coreset(points.double().numpy(), 20)
 
@@ -171,9 +171,7 @@ def radius(points: np.ndarray, chosen: list[int] | tuple[int, ...]) -> float:
 
 @given(st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20)), min_size=1, max_size=9), st.integers(1, 4))
 @settings(deadline=None)
-def test_a_coreset_is_at_most_twice_as_far_as_the_best_of_its_size(
-    coordinates: list[tuple[int, int]], size: int
-) -> None:
+def test_greedy_coreset_radius_is_at_most_twice_the_best(coordinates: list[tuple[int, int]], size: int) -> None:
     points = np.array(coordinates, np.float32)
     chosen = greedy_coreset(torch.from_numpy(points), size, 0).tolist()
     assert len(set(chosen)) == len(chosen) == min(size, len(points))
@@ -181,8 +179,8 @@ def test_a_coreset_is_at_most_twice_as_far_as_the_best_of_its_size(
     assert radius(points, chosen) <= 2 * best + 1e-5
 
 
-def test_a_projected_coreset_covers_about_as_well_as_an_exact_one() -> None:
-    """Clusters in 100 dimensions: one vector of each is enough, and no two of one are taken."""
+def test_greedy_coreset_covers_clusters_after_projection() -> None:
+    """From 15 clusters in 100 dimensions, it chooses one vector of each."""
     centres = 10 * normal(15, 100, seed=1)
     points = (centres[:, None] + 0.1 * normal(15, 20, 100)).flatten(0, 1)
     for seed in range(3):
@@ -192,7 +190,7 @@ def test_a_projected_coreset_covers_about_as_well_as_an_exact_one() -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 50])
-def test_no_vector_is_chosen_twice_even_where_many_are_equal(channels: int) -> None:
+def test_greedy_coreset_chooses_no_index_twice(channels: int) -> None:
     points = normal(4, channels).repeat(25, 1)
     chosen = greedy_coreset(points, 99, 0).tolist()
     assert len(set(chosen)) == len(chosen) == 99
@@ -200,40 +198,40 @@ def test_no_vector_is_chosen_twice_even_where_many_are_equal(channels: int) -> N
 
 
 @pytest.mark.parametrize("size", [7, 8, 1000])
-def test_where_there_are_no_more_all_are_chosen(size: int) -> None:
+def test_greedy_coreset_returns_all_if_fewer_than_size(size: int) -> None:
     assert greedy_coreset(normal(7, 40), size, 0).tolist() == list(range(7))
 
 
 @pytest.mark.parametrize(("queries", "vectors", "channels"), [(2500, 300, 20), (1024, 1, 3), (1025, 7, 100), (1, 5, 1)])
-def test_a_nearest_distance_is_the_smallest_of_all(queries: int, vectors: int, channels: int) -> None:
+def test_nearest_distance_matches_brute_force(queries: int, vectors: int, channels: int) -> None:
     q, v = normal(queries, channels), normal(vectors, channels, seed=1)
     expected = cdist(q.double().numpy(), v.double().numpy()).min(axis=1)
     np.testing.assert_allclose(nearest_distance(q, v).numpy(), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_in_the_bank_is_at_no_distance(kind: Kind) -> None:
+def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
     features = as_features(correlated(1500, 64))
     descriptors = describe(features, kind, 1).flatten(0, 2)
     bank = fit_bank(descriptors, 1, kind, 1, 1500, 0)
     assert torch.equal(bank.vectors, bank.vectors.half().float())
     distances = bank.distance_map(features)
-    # Rounding to half precision moves a vector of length 8 by some thousandths.
+    # Rounding to half precision moves a vector of length 8 by a few thousandths.
     assert distances.max() < 0.02
     assert (distances >= 0).all()
     others = bank.distance_map(as_features(correlated(1500, 64, seed=7)))
     assert others.min() > 50 * distances.max()
 
 
-def bank_of(features: Tensor, kind: Kind, window: int, size: int = 10**6) -> MemoryBank:
+def make_bank(features: Tensor, kind: Kind, window: int, size: int = 10**6) -> MemoryBank:
     return fit_bank(describe(features, kind, window).flatten(0, 2), 0, kind, window, size, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("size", [30, 10**6])
-def test_a_turned_image_has_the_same_distances_turned(kind: Kind, window: int, size: int) -> None:
-    bank = bank_of(normal(4, 6, 8, 8), kind, window, size)
+def test_distance_map_turns_with_the_image(kind: Kind, window: int, size: int) -> None:
+    bank = make_bank(normal(4, 6, 8, 8), kind, window, size)
     features = normal(2, 6, 8, 8, seed=1)
     straight = bank.distance_map(features)
     turned = bank.distance_map(features.rot90(1, (2, 3)))
@@ -241,16 +239,16 @@ def test_a_turned_image_has_the_same_distances_turned(kind: Kind, window: int, s
     assert straight.min() > 0.1
 
 
-def test_directions_are_blind_to_contrast_and_features_are_not() -> None:
+def test_directions_are_invariant_to_contrast_and_features_are_not() -> None:
     features = normal(4, 6, 8, 8)
     for kind, blind in (("directions", True), ("features", False)):
-        bank = bank_of(features, kind, 1)  # type: ignore[arg-type]
+        bank = make_bank(features, kind, 1)  # type: ignore[arg-type]
         brighter = bank.distance_map(3 * features)
         assert (brighter.max() < 0.05) == blind
 
 
-def test_a_distance_map_is_that_of_each_described_position() -> None:
-    bank = bank_of(normal(4, 6, 8, 8), "features", 3, 20)
+def test_distance_map_matches_reference_at_each_position() -> None:
+    bank = make_bank(normal(4, 6, 8, 8), "features", 3, 20)
     features, valid = normal(2, 6, 5, 7, seed=1), torch.ones(2, 5, 7, dtype=torch.bool)
     valid[:, :, 4:] = False
     found = bank.distance_map(features, valid)

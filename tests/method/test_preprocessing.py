@@ -1,4 +1,4 @@
-"""Geometry of the input: which part of an image is seen, and where it lies."""
+"""Geometry of the input: the part of an image that a model sees, and its box in the input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESIZES = st.sampled_from(["stretch", "crop", "fit"])
 @example("fit", 256, 256, 50, 1)
 @example("fit", 256, 256, 1, 3000)
 @example("crop", 32, 700, 1, 1)
-def test_boxes_are_inside_and_never_empty(resize: Resize, height: int, width: int, across: int, down: int) -> None:
+def test_boxes_are_inside_and_not_empty(resize: Resize, height: int, width: int, across: int, down: int) -> None:
     made = preprocessing_of(height, width, resize)
     left, top, right, bottom = made.source_box(across, down)
     assert 0 <= left < right <= across
@@ -39,9 +39,7 @@ def test_boxes_are_inside_and_never_empty(resize: Resize, height: int, width: in
 
 
 @given(INPUTS, INPUTS, SIDES, SIDES)
-def test_a_crop_has_the_inputs_proportions_and_touches_two_sides(
-    height: int, width: int, across: int, down: int
-) -> None:
+def test_crop_has_input_proportions_and_touches_two_sides(height: int, width: int, across: int, down: int) -> None:
     left, top, right, bottom = preprocessing_of(height, width, "crop").source_box(across, down)
     assert (right - left) / (bottom - top) == pytest.approx(width / height)
     assert left + right == pytest.approx(across)
@@ -50,9 +48,7 @@ def test_a_crop_has_the_inputs_proportions_and_touches_two_sides(
 
 
 @given(INPUTS, INPUTS, SIDES, SIDES)
-def test_fit_stretches_within_ten_percent_and_else_keeps_proportions(
-    height: int, width: int, across: int, down: int
-) -> None:
+def test_fit_stretches_within_10_percent_or_keeps_proportions(height: int, width: int, across: int, down: int) -> None:
     left, top, right, bottom = preprocessing_of(height, width, "fit").content_box(across, down)
     distortion = (across / down) / (width / height)
     if 1 / 1.099 < distortion < 1.099:
@@ -66,7 +62,7 @@ def test_fit_stretches_within_ten_percent_and_else_keeps_proportions(
 
 
 @given(RESIZES, SIDES, SIDES, st.integers(1, 512), st.integers(0, 512))
-def test_a_picture_keeps_proportions_within_its_limits(
+def test_picture_size_keeps_proportions_within_limits(
     resize: Resize, across: int, down: int, shorter: int, more: int
 ) -> None:
     made = preprocessing_of(256, 192, resize)
@@ -79,7 +75,7 @@ def test_a_picture_keeps_proportions_within_its_limits(
     assert abs(width - max((right - left) * scale, 1)) <= 0.5 + scale / 2 + (right - left) / (bottom - top)
 
 
-def test_padding_is_zero_once_normalised() -> None:
+def test_padding_colour_is_zero_after_normalisation() -> None:
     colour = np.array(preprocessing_of(64).padding_colour) / 255
     assert np.abs((colour - IMAGENET.mean) / IMAGENET.std).max() < 0.01
     assert dataclasses.replace(preprocessing_of(64), mean=(0.0, 0.0, 0.0)).padding_colour == (0, 0, 0)
@@ -100,7 +96,7 @@ def test_padding_is_zero_once_normalised() -> None:
         ([(100, 400), (400, 100), (200, 200)], (256, 256)),
     ],
 )
-def test_a_size_is_that_of_the_median_image_within_the_budget(
+def test_choose_size_follows_median_image_within_budget(
     sizes: list[tuple[int, int]], expected: tuple[int, int]
 ) -> None:
     assert choose_size(sizes, 163_840) == expected
@@ -113,7 +109,7 @@ def test_a_size_is_that_of_the_median_image_within_the_budget(
 @example([(40_000, 5_000)], 4096**2)
 @example([(1_000, 50_000)], 4096**2)
 @example([(4_097, 4_097)], 4096**2)
-def test_a_chosen_size_keeps_the_budget_and_the_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
+def test_choose_size_keeps_budget_and_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
     height, width = choose_size(sizes, budget)
     assert height % 32 == width % 32 == 0
     assert 32 <= min(height, width) <= max(height, width) <= 4096
@@ -122,7 +118,7 @@ def test_a_chosen_size_keeps_the_budget_and_the_proportions(sizes: list[tuple[in
     pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
     wanted = np.sqrt([pixels / aspect, pixels * aspect])
     if wanted.min() >= 48:
-        # No side is further from the wanted one than rounding and two steps down take it.
+        # Rounding and two steps down change a side by at most this much.
         assert np.abs(np.array([height, width]) - wanted).max() <= 80
 
 
@@ -130,13 +126,13 @@ def test_a_chosen_size_keeps_the_budget_and_the_proportions(sizes: list[tuple[in
     ("text", "written", "sides"),
     [("256", "256x256", (256, 256)), ("640x256", "640x256", (640, 256)), ("auto", "auto", None)],
 )
-def test_a_size_is_written_as_height_by_width(text: str, written: str, sides: tuple[int, int] | None) -> None:
+def test_size_is_written_height_by_width(text: str, written: str, sides: tuple[int, int] | None) -> None:
     assert Size(text) == written
     assert Size(text).sides == sides
     assert Size(Size(text)) == Size(text)
 
 
 @pytest.mark.parametrize("text", ["", "256x", "x256", "256X256", "-1", "1x2x3", "2.5", "Auto", "256 "])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_size_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size; give HEIGHTxWIDTH"):
         Size(text)

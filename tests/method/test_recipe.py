@@ -6,29 +6,30 @@ from typing import Any
 import pytest
 
 from stpm.errors import ConfigError, DataError
-from stpm.method.recipe import PRESETS, Fusion, Recipe
+from stpm.method.recipe import PRESETS, Recipe
 from stpm.options import Integers, Size
 
 
-def test_the_presets_are_what_their_sources_say() -> None:
+def test_presets_match_their_sources() -> None:
     paper, notebook = PRESETS["paper"], PRESETS["notebook"]
     assert (paper.optimiser, paper.learning_rate, paper.momentum, paper.weight_decay) == ("sgd", 0.4, 0.9, 1e-4)
-    assert (paper.batch, paper.epochs, paper.size, paper.normalisation) == (32, 100, "256x256", "teacher")
-    assert (notebook.optimiser, notebook.learning_rate, notebook.batch, notebook.epochs) == ("adam", 4e-4, 4, 20)
+    assert (paper.batch_size, paper.epochs, paper.size, paper.normalisation) == (32, 100, "256x256", "teacher")
+    assert (notebook.optimiser, notebook.learning_rate, notebook.batch_size, notebook.epochs) == ("adam", 4e-4, 4, 20)
     assert (notebook.size, notebook.normalisation) == ("256x256", "none")
     default = PRESETS["default"]
     changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
     assert changed == {
-        *("schedule", "warmup_epochs", "batch", "epochs", "least_steps", "size", "resize"),
+        *("schedule", "warmup_epochs", "batch_size", "epochs", "min_steps", "size", "resize"),
         *("memory", "fusion", "top_fraction"),
     }
     for preset in (paper, notebook):
-        assert (preset.student, preset.memory, preset.fusing) == ("stpm", 0, Fusion("product", 0.0, 0.0))
+        assert (preset.student, preset.memory, preset.fusion) == ("stpm", 0, "product")
+        assert (preset.smoothing, preset.top_fraction) == (0.0, 0.0)
     assert (default.student, default.memory, default.memory_levels) == ("stpm", 2000, (2, 3))
-    assert default.fusing == Fusion("quantile", 0.0, 0.005)
+    assert (default.fusion, default.smoothing, default.top_fraction) == ("quantile", 0.0, 0.005)
     assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
     assert (paper.resize, notebook.resize) == ("stretch", "stretch")
-    assert paper.validation_share == notebook.validation_share == 0.2
+    assert paper.validation_fraction == notebook.validation_fraction == 0.2
 
 
 @pytest.mark.parametrize(
@@ -41,15 +42,15 @@ def test_the_presets_are_what_their_sources_say() -> None:
         ("size", Size("8")),
         ("size", Size("64x5000")),
         ("pixels", 1000),
-        ("batch", 0),
+        ("batch_size", 0),
         ("epochs", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("loss_factor", float("inf")),
         ("momentum", 1.0),
         ("weight_decay", -1.0),
-        ("validation_share", 0.0),
-        ("validation_share", 1.0),
+        ("validation_fraction", 0.0),
+        ("validation_fraction", 1.0),
         ("seed", -1),
         ("smoothing", -1.0),
         ("smoothing", 101.0),
@@ -62,7 +63,7 @@ def test_the_presets_are_what_their_sources_say() -> None:
         ("teacher", ""),
     ],
 )
-def test_a_value_that_cannot_be_run_is_refused_by_name(field: str, value: Any) -> None:
+def test_recipe_refuses_values_out_of_range(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field.replace('_', '-')} is .*; give"):
         Recipe(**{field: value})
 
@@ -71,7 +72,7 @@ def test_a_value_that_cannot_be_run_is_refused_by_name(field: str, value: Any) -
     ("changes", "message"),
     [
         ({"student": "none"}, "student is 'none'; give --memory too"),
-        ({"memory": 9}, "fusion is 'product'; give quantile: .* or --memory 0"),
+        ({"memory": 9}, "fusion is 'product'; give quantile: .* or give --memory 0"),
         ({"memory": 9, "fusion": "sum"}, "fusion is 'sum'; give quantile"),
         ({"memory": 9, "fusion": "quantile", "memory_levels": Integers()}, "memory-levels is .*; give some of"),
         ({"memory": 9, "fusion": "quantile", "levels": Integers((1, 2))}, "memory-levels is .* of the levels 1,2"),
@@ -79,34 +80,34 @@ def test_a_value_that_cannot_be_run_is_refused_by_name(field: str, value: Any) -
         ({"memory": 9, "fusion": "quantile", "memory_levels": Integers((2, 2))}, "memory-levels is .* increasing"),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_recipe_refuses_contradictions(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe(**changes)
 
 
-def test_levels_of_a_memory_that_there_is_not_do_not_matter() -> None:
+def test_recipe_ignores_memory_levels_without_memory() -> None:
     assert Recipe(levels=Integers((1,))).memory == 0
-    assert Recipe(student="none", memory=1, fusion="quantile").fusing.method == "quantile"
+    assert Recipe(student="none", memory=1, fusion="quantile").student == "none"
 
 
-def test_a_category_of_few_images_gets_the_steps_all_the_same() -> None:
-    recipe = Recipe(batch=8, epochs=5, least_steps=100)
+def test_for_image_count_raises_epochs_to_reach_min_steps() -> None:
+    recipe = Recipe(batch_size=8, epochs=5, min_steps=100)
     # 48 of 60 images are trained on: 6 steps per epoch, so 17 epochs for 100 steps.
-    assert recipe.for_images(60).epochs == 17
-    assert recipe.for_images(209).epochs == 5
-    assert recipe.for_images(2).epochs == 100
-    assert Recipe(batch=8, epochs=5).for_images(2).epochs == 5
-    assert recipe.for_images(60).for_images(60) == recipe.for_images(60)
+    assert recipe.for_image_count(60).epochs == 17
+    assert recipe.for_image_count(209).epochs == 5
+    assert recipe.for_image_count(2).epochs == 100
+    assert Recipe(batch_size=8, epochs=5).for_image_count(2).epochs == 5
+    assert recipe.for_image_count(60).for_image_count(60) == recipe.for_image_count(60)
 
 
-def test_what_is_held_out_is_the_share_and_enough_and_never_all() -> None:
+def test_held_out_count_is_fraction_within_limits() -> None:
     paper, default = PRESETS["paper"], PRESETS["default"]
-    assert [paper.held_out(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
-    assert [default.held_out(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
+    assert [paper.held_out_count(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
+    assert [default.held_out_count(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "least", "why"),
+    ("recipe", "needed", "why"),
     [
         (PRESETS["paper"], 2, "1 to fit on and 1 to hold out"),
         (PRESETS["default"], 3, "1 to fit on and 2 to hold out"),
@@ -114,14 +115,14 @@ def test_what_is_held_out_is_the_share_and_enough_and_never_all() -> None:
         (dataclasses.replace(PRESETS["default"], calibration_folds=2), 4, "2 in each of 2 folds"),
     ],
 )
-def test_images_that_are_too_few_are_refused_with_the_reason(recipe: Recipe, least: int, why: str) -> None:
-    recipe.check_images(least)
-    for images in range(1, least):
-        with pytest.raises(DataError, match=f"good images: {images}; this recipe needs at least {least}, {why}"):
-            recipe.check_images(images)
+def test_check_image_count_refuses_too_few_with_reason(recipe: Recipe, needed: int, why: str) -> None:
+    recipe.check_image_count(needed)
+    for images in range(1, needed):
+        with pytest.raises(DataError, match=f"good images: {images}; this recipe needs at least {needed}, {why}"):
+            recipe.check_image_count(images)
 
 
-def test_folds_have_two_images_at_least() -> None:
+def test_fold_count_gives_each_fold_two_images() -> None:
     recipe = Recipe(calibration_folds=5)
-    assert [recipe.folds_of(images) for images in (4, 5, 9, 10, 14, 209)] == [2, 2, 4, 5, 5, 5]
-    assert [each.calibrating(14) for each in (recipe, PRESETS["paper"])] == [14, 3]
+    assert [recipe.fold_count(images) for images in (4, 5, 9, 10, 14, 209)] == [2, 2, 4, 5, 5, 5]
+    assert [each.calibration_count(14) for each in (recipe, PRESETS["paper"])] == [14, 3]

@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
+from stpm.data.encode import encode_png
 from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus as meters
@@ -50,7 +51,7 @@ def palette_png(levels: Pixels) -> bytes:
     """Encode (H, W) uint8 grey levels as a palette PNG, in which the index of a pixel is its grey level."""
     image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
     image.putpalette(_PALETTE.tobytes())
-    return _png(image)
+    return encode_png(image, _COMPRESSION)
 
 
 def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
@@ -141,7 +142,8 @@ class WriteHeatmaps:
             whole = np.frombuffer(row["pixels"], np.uint8).reshape(preprocessing.height, preprocessing.width, 3)
             blended = Image.fromarray(overlay(whole[top:bottom, left:right], levels))
             longest = _MAX_OVERLAY_STRETCH * max(preprocessing.height, preprocessing.width)
-            made["overlay"] = _png(blended.resize(preprocessing.picture_size(*size, min(content), longest)))
+            resized = blended.resize(preprocessing.picture_size(*size, min(content), longest))
+            made["overlay"] = encode_png(resized, _COMPRESSION)
         return made
 
 
@@ -163,9 +165,3 @@ def _as_folder(category: str) -> str:
     if len(quote(category, safe="")) <= _MAX_FOLDER_BYTES and category != storage.HIVE_NULL:
         return category
     return f"{category[:_FOLDER_PREFIX]}… {storage.digest(category.encode())[:12]}"
-
-
-def _png(image: Image.Image) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, "PNG", compress_level=_COMPRESSION)
-    return sink.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stpm.data.images import SUSPECT_ERRORS
+from stpm.data.images import EXTERNAL_ERRORS
 from stpm.errors import ImageError
 
 
@@ -19,5 +19,5 @@ def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:
 
 def external_errors(outcomes: Sequence[object]) -> list[str]:
     """Describe the errors that may have a cause outside the image."""
-    errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError) and outcome.kind in SUSPECT_ERRORS]
+    errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError) and outcome.kind in EXTERNAL_ERRORS]
     return [f"{error.kind}: {error}" for error in errors]

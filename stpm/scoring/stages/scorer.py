@@ -172,7 +172,7 @@ class Scorer:
         pixels = pixels.reshape(len(images), preprocessing.height, preprocessing.width, 3)
         inputs = matcher.inputs(torch.from_numpy(pixels))
         content = preprocessing.content_boxes((image.width, image.height) for image in images)
-        teacher = matcher.features(matcher.teacher, inputs)
+        teacher = matcher.teacher_features(inputs)
         outcomes: list[Outcome] = []
         for category, group in groupby(images, key=lambda image: image.category):
             members = list(group)
@@ -184,7 +184,7 @@ class Scorer:
                 continue
             distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
             record = model.record
-            maps = matcher.anomaly_maps(distances, content[part], record.recipe.fusing, record.part_scales)
+            maps = matcher.anomaly_maps(distances, content[part], record.recipe, record.part_scales)
             outcomes += _image_scores(maps, members, model, self._settings)
         return outcomes
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from stpm.data import mvtec
 from stpm.fitting.fit_category import run_task
 from stpm.fitting.task import FitTask
-from stpm.method.backbones import load_teacher
+from stpm.method.backbones import load_teacher_weights
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
@@ -39,13 +39,13 @@ def make_run(root: Path) -> None:
     """Make a data set, and a model of each category."""
     for name, kind in KINDS.items():
         make_category(str(root / "data"), name, grey=name == "grey", kind="JPEG" if name == "grey" else "PNG")
-        fit(root, name, dataclasses.replace(MODELS[kind], validation_share=0.4))
+        fit(root, name, dataclasses.replace(MODELS[kind], validation_fraction=0.4))
 
 
 def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     """Fit a category of the data set in a folder, and store its model in the same folder."""
     store = ModelStore(str(root / "models"))
-    digest = store.put_teacher(load_teacher(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    digest = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(root / "data"), name)
     record = run_task(FitTask.of(category, recipe, store.uri, digest), LIMITS, lambda told: None).record
     assert record

@@ -1,0 +1,26 @@
+"""Encode images as the bytes of files."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+
+def encode_png(image: Image.Image, compress_level: int = 6) -> bytes:
+    """Encode an image as PNG.
+
+    Args:
+        image: image of any mode that PNG has.
+        compress_level: zlib's level, 0 to 9; 1 takes a tenth of the time of 6, for files a fifth larger.
+    """
+    sink = io.BytesIO()
+    image.save(sink, "PNG", compress_level=compress_level)
+    return sink.getvalue()
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Encode an RGB image as JPEG."""
+    sink = io.BytesIO()
+    image.save(sink, "JPEG")
+    return sink.getvalue()
