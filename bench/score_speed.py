@@ -33,6 +33,8 @@ from stpm.models.store import ModelStore
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
@@ -59,7 +61,7 @@ def loop(store: str, rows: pa.Table, out: str, category: str) -> float:
     decode = Decode(preprocessing, fetchers=1)
     torch.set_num_threads(1)
     scorer = Scorer(ScorerSettings(store, 0.01, overlays=True, batch_size=_BATCH))
-    write = WriteHeatmaps(out, "heatmaps/loop", "all", preprocessing, overlays=True)
+    write = WriteHeatmaps(RunOutput.single(out, OutputOptions(overlay=True)), preprocessing)
     batches = [rows.slice(i, _BATCH) for i in range(0, rows.num_rows, _BATCH)]
     for batch in batches[:_WARM]:
         write(scorer(decode(batch)))
@@ -86,8 +88,8 @@ def job(store: str, images: Path, out: Path, category: str) -> tuple[float, floa
     options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category]
     command = [sys.executable, "jobs/score.py", *options, "--top", "0", "--overlay"]
     subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
-    effort = RunState(str(out)).effort()
-    return effort.steady_images_per_second, effort.images_per_second
+    summary = RunState(str(out)).summary()
+    return summary.statistics.steady_images_per_second, summary.images_per_second
 
 
 def peers(python: str, images: Path, folder: Path) -> float:

@@ -1,5 +1,7 @@
 """The errors a user can meet. Each says what was wrong, with which value, where, and what to do."""
 
+from collections.abc import Sequence
+
 # Some storage answers with whole pages.
 _LONGEST_MESSAGE = 1000
 
@@ -58,3 +60,13 @@ class ImageError(StpmError):
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
         return ImageError, (self.kind, str(self))
+
+
+def join_first(items: Sequence[str], limit: int = 5, separator: str = "; ") -> str:
+    """Join the first items, and say how many more there are.
+
+    >>> join_first(["a", "b", "c", "d"], limit=2)
+    'a; b; and 2 more'
+    """
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])

@@ -40,7 +40,7 @@ def test_both_pools_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
     assert 1 <= nodes <= config["max_workers"]
     each = [{name: float(amount) for name, amount in gpu["resources"].items()}] * nodes
     assert scaling(shared_out(PoolOptions(), each, 100), each, tasks=100, grows=False).num_workers == nodes
-    pool = ScorerPool.of(0, each, blocks=100, grows=False)
+    pool = ScorerPool.for_nodes(0, each, blocks=100, grows=False)
     assert (pool.size, pool.num_gpus) == (nodes, 1.0)
     assert pool.num_cpus + 8 * pool.stage_cpus <= gpu["resources"]["CPU"]
 
@@ -56,7 +56,7 @@ def test_from_nothing_the_node_that_is_asked_for_is_one_that_there_is(config: di
 def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
     cpu = config["available_node_types"]["cpu"]
     assert "GPU" not in cpu["resources"]
-    pool = ScorerPool.of(0, [config["available_node_types"]["gpu"]["resources"]], blocks=100, grows=False)
+    pool = ScorerPool.for_nodes(0, [config["available_node_types"]["gpu"]["resources"]], blocks=100, grows=False)
     assert cpu["resources"]["CPU"] >= 8 * pool.stage_cpus
     assert (
         scaling(PoolOptions(cpus_per_worker=1), [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}], 9, grows=False).num_workers

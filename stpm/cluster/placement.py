@@ -16,13 +16,12 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.cluster.connection import LEAST_CPUS, Resources, connected, is_shared, working_nodes
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, join_first
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
-_SHOWN = 5
 
 
 @contextmanager
@@ -63,10 +62,9 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str], *, several: bool) -
     local = [os.path.normpath(storage.absolute(uri)) for uri in uris if uri and storage.is_local(uri)]
     lost = [uri for uri in local if not any(Path(uri).is_relative_to(root) for root in roots)]
     if several and lost:
-        shown = ", ".join(lost[:_SHOWN])
         raise ConfigError(
-            f"{shown}: a path of one machine, and the cluster has several; give a URI (s3://, gs://, abfs://), or name "
-            "with --mounted the folder that every node mounts at the same place"
+            f"{join_first(lost, separator=', ')}: a path of one machine, and the cluster has several; give a URI "
+            "(s3://, gs://, abfs://), or name with --mounted the folder that every node mounts at the same place"
         )
 
 

@@ -111,7 +111,7 @@ def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
     pixels = images.decode_picture(read_uri(row["uri"]), category.preprocessing, size, size)
     height, width = pixels.shape[:2]
     left, top = (size - width) // 2, (size - height) // 2
-    if heatmap := read_heatmap(category.output.out, row):
+    if heatmap := read_heatmap(category.output.folder, row):
         pair.paste(Image.fromarray(overlay_png(pixels, heatmap)), (size + _GAP + left, top))
     outlined = pixels.copy()
     outlined[_outline(row, category.preprocessing, width, height)] = _OUTLINE

@@ -14,14 +14,13 @@ import numpy as np
 from stpm import storage
 from stpm.data import images
 from stpm.data.images import Pixels
-from stpm.errors import DataError, ImageError
+from stpm.errors import DataError, ImageError, join_first
 from stpm.method.backbones import data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
 from stpm.method.recipe import Recipe
 
 _READERS = 8
 _SIZES_READ = 32
-_SHOWN_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,8 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
 
 
 def _unreadable(problems: list[str], tried: int) -> DataError:
-    shown = "; ".join(sorted(problems)[:_SHOWN_FILES])
-    more = f"; and {len(problems) - _SHOWN_FILES} more" if len(problems) > _SHOWN_FILES else ""
-    return DataError(f"{len(problems)} of {tried} training images cannot be read: {shown}{more}; repair or remove them")
+    shown = join_first(sorted(problems))
+    return DataError(f"{len(problems)} of {tried} training images cannot be read: {shown}; repair or remove them")
 
 
 def _file_backed(shape: tuple[int, ...]) -> Pixels:

@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from stpm import storage
 from stpm.cluster.connection import KEEPING_MEMORY, Resources, beside_the_driver, is_shared, living_nodes, working_nodes
-from stpm.errors import ConfigError, StpmError
+from stpm.errors import ConfigError, StpmError, join_first
 from stpm.fitting.options import PoolOptions
 from stpm.fitting.task import FitTask, Outcome
 from stpm.fitting.task_queue import WAIT, Event, TaskQueue
@@ -33,7 +33,6 @@ _RESTARTS_BESIDES = 3
 _SHARE_OF_MEMORY = 0.5
 # A student this small gains little from more.
 _MOST_THREADS = 8
-_SHOWN_NODES = 4
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def scaling(options: PoolOptions, nodes: Sequence[Resources], tasks: int, *, gro
     fits = _places(options, nodes, options.cpus_per_worker, use_gpu)
     wanted = options.workers or fits
     if fits < 1 or (wanted > fits and not grows):
-        have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes[:_SHOWN_NODES])
+        have = join_first([f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes])
         raise ConfigError(
             f"{max(wanted, 1)} workers of {options.cpus_per_worker} CPUs"
             f"{f' and {options.gpus_per_worker:g} GPUs' if use_gpu else ''} do not fit the cluster's nodes ({have}); "

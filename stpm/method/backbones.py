@@ -14,7 +14,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from stpm import storage
-from stpm.errors import ConfigError, ModelError
+from stpm.errors import ConfigError, ModelError, join_first
 from stpm.method.preprocessing import DataConfig
 
 StateDict = Mapping[str, Tensor]
@@ -22,7 +22,6 @@ StateDict = Mapping[str, Tensor]
 DEMO_TEACHER = "demo"
 DEMO_ARCHITECTURE = "tf_efficientnet_lite0"
 RANDOM_WEIGHTS = "random"
-_SHOWN_KEYS = 5
 _NO_DATA_CONFIG = "Name a tag that timm lists, or set --normalisation to imagenet or none"
 
 
@@ -246,7 +245,7 @@ def _check_keys(state: StateDict, expected: StateDict, origin: str, architecture
     unexpected = sorted(state.keys() - expected.keys())
     if missing or unexpected:
         parts = [
-            f"{len(keys)} {what} ({', '.join(keys[:_SHOWN_KEYS])}{', …' if len(keys) > _SHOWN_KEYS else ''})"
+            f"{len(keys)} {what} ({join_first(keys, separator=', ')})"
             for what, keys in (("missing", missing), ("unexpected", unexpected))
             if keys
         ]

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, join_first
 
 Floats = npt.NDArray[np.floating]
 
 _COMMON = 0.99
 _BEYOND = 5.0
-_SHOWN = 5
 _LOW = 0.9
 _HIGH = 0.995
 # A part that hardly varies on normal images would outweigh all others: its scale is at least this part of its values.
@@ -149,11 +148,10 @@ def shortfall(counts: Mapping[str, Normals], false_alarm_rate: float) -> str:
     few = {name: normals for name, normals in counts.items() if normals.calibrating < needed}
     if not few:
         return ""
-    shown = ", ".join(
+    shown = [
         f"{name} has {n.calibrating} of its {n.good} good images and supports {1 / (n.calibrating + 1):.3f}"
-        for name, n in list(few.items())[:_SHOWN]
-    )
-    more = f", and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
+        for name, n in few.items()
+    ]
     remedies = ["raise --false-alarm-rate"]
     if any(n.good < needed for n in few.values()):
         remedies.insert(0, f"give at least {needed} good images and fit with --calibration-folds 5")
@@ -162,7 +160,8 @@ def shortfall(counts: Mapping[str, Normals], false_alarm_rate: float) -> str:
             0, f"where there are {needed} good images, fit with --calibration-folds 5: all of them calibrate"
         )
     return (
-        f"warning: false-alarm-rate {false_alarm_rate:g} takes {needed} good images to calibrate on; {shown}{more}. "
+        f"warning: false-alarm-rate {false_alarm_rate:g} takes {needed} good images to calibrate on; "
+        f"{join_first(shown, separator=', ')}. "
         f"There, the largest normal score is the threshold. To change that, {'; or '.join(remedies)}"
     )
 

@@ -77,7 +77,7 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 120) -> Non
 
 def committed(out: str) -> list[str]:
     """The files that say which rows of an unfinished pass are written for good: each comes after its rows."""
-    files = [uri for uri, _ in storage.files(RunOutput.alone(out).checkpoint)]
+    files = [uri for uri, _ in storage.files(RunOutput.single(out).checkpoint)]
     # In a store the folder itself may be an object.
     return [uri for uri in files if uri.endswith(".parquet") and not uri.endswith(".pending.parquet")]
 

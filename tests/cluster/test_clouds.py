@@ -98,7 +98,7 @@ def test_a_collection_is_scored_from_a_cloud_to_the_same(
     images = [f"{root}/data/nut/train", f"{root}/data/nut/test/**/*.png"]
     score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut"]
     assert run_job("score", *score, "--out", f"{root}/run").returncode == 0
-    rows = RunOutput.alone(f"{root}/run").dataset().to_table(columns=["uri", "error_kind", "heatmap"]).to_pylist()
+    rows = RunOutput.single(f"{root}/run").dataset().to_table(columns=["uri", "error_kind", "heatmap"]).to_pylist()
     scored = [uri for uri, _ in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
     assert sorted(row["uri"] for row in rows) == sorted(scored)
     assert all(uri.startswith(f"{root}/data/nut/") for uri in scored)

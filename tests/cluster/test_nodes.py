@@ -100,7 +100,7 @@ def fit_options(root: Path, models: Path) -> list[str]:
 def score_options(root: Path, out: Path) -> list[str]:
     return [
         *("--models", str(root / "models"), "--images", str(root / "images"), "--out", str(out), "--category", "a"),
-        *("--mounted", str(root), "--rows-per-file", "64", "--batch-size", "4", "--max-error-rate", "1"),
+        *("--mounted", str(root), "--rows-per-file", "64", "--scoring-batch-size", "4", "--max-error-rate", "1"),
     ]
 
 

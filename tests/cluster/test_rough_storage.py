@@ -180,7 +180,7 @@ def test_credentials_that_expire_stop_a_pass_and_spoil_no_row(rough: dict[str, s
     Rough.denied = "/many/199", 0
     ran = run_job("score", *options, **rough)
     assert ran.returncode == 2
-    assert "10 images are left" in ran.stdout
+    assert "10 images are unfinished" in ran.stdout
     assert "s3://bucket/many/1990.png: unreadable: PermissionError" in ran.stdout
     assert not storage.exists(f"{out}/_SUCCESS")
     ran = run_job("score", *options, "--accept-errors", **rough)

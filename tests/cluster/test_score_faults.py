@@ -28,7 +28,7 @@ SCORER, DECODER = "MapWorker(MapBatches(ScorerActor))", "MapBatches(Decode"
 VICTIMS = [(SCORER, "s3"), (DECODER, "local"), *([(SCORER, "local"), (DECODER, "s3")] if len(KILLS) > 1 else [])]
 IMAGES = 1000
 # Files of few rows: so that a kill finds some that are written, some half written and some that are not.
-OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--batch-size", "4", "--max-error-rate", "1"]
+OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--scoring-batch-size", "4", "--max-error-rate", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def test_a_job_that_is_stopped_says_so_and_the_next_one_goes_on(cluster: dict[st
     """Needs the models and the images of the test before."""
     out = "s3://bucket/stopped"
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", out]
-    options += ["--rows-per-file", "32", "--batch-size", "1"]
+    options += ["--rows-per-file", "32", "--scoring-batch-size", "1"]
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
     wait_until(lambda: bool(committed(out)), "no rows were committed")

@@ -18,9 +18,10 @@ from stpm.scoring import prometheus as meters
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.options import IMAGE_SECONDS
-from stpm.scoring.progress import Done, Report
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_passthrough
-from stpm.scoring.stages.outcomes import error_columns, summarise
+from stpm.scoring.stages.outcomes import error_columns, external_errors
 from stpm.scoring.stages.time_limit import run_within
 
 _FETCHERS = 8
@@ -47,7 +48,7 @@ class Decode:
         preprocessing: Mapping[str, Preprocessing],
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
-        report: Report | None = None,
+        report: ProgressReporter | None = None,
     ) -> None:
         self._report = report
         self._preprocessing = dict(preprocessing)
@@ -61,11 +62,11 @@ class Decode:
         tasks = [_ImageTask(row, self._preprocessing.get(row["category"]), turn) for row in rows]
         outcomes = run_within(self._seconds, self._fetchers, tasks, lambda i: tasks[i].late_error(self._seconds))
         computed = time.process_time() - began
-        meters.spent("decode", computed)
+        meters.count_stage_seconds("decode", computed)
         if self._report:
             # Images that the manifest refused were not tried.
             tried = [outcome for row, outcome in zip(rows, outcomes, strict=True) if not row["error_kind"]]
-            self._report(Done(decode_seconds=computed), summarise("decode", tried))
+            self._report("decode", RunStatistics(decode_seconds=computed), len(tried), external_errors(tried))
         decoded = [outcome if isinstance(outcome, Decoded) else None for outcome in outcomes]
         columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names} | error_columns(outcomes)
         columns["pixels"] = [image.pixels.data.cast("B") if image else b"" for image in decoded]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
@@ -18,8 +18,9 @@ from stpm import storage
 from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus as meters
-from stpm.scoring.options import Heatmaps, HeatmapsIn
-from stpm.scoring.progress import Done
+from stpm.scoring.output import RunOutput
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 
 _WRITERS = 8
@@ -76,32 +77,18 @@ class WriteHeatmaps:
     """Turn SCORED rows into OUTPUT rows, and draw a palette PNG of each scored image: a file, or bytes in its row.
 
     Args:
-        out: URI of the run folder.
-        folder: under it, where the pictures go; their names are image ids.
-        wanted: which images get pictures.
-        preprocessing: that of each category's model.
-        overlays: draw an overlay too, in the image's own proportions.
-        place: where the pictures go.
-        report: told how long each batch took; None tells nobody.
+        output: of the run; its options say which images get which pictures, and where those are written.
+        preprocessing: of each category's model.
+        report: called with the CPU time of each batch.
     """
 
     def __init__(
-        self,
-        out: str,
-        folder: str,
-        wanted: Heatmaps,
-        preprocessing: Mapping[str, Preprocessing],
-        overlays: bool = False,
-        place: HeatmapsIn = "files",
-        report: Callable[[Done], None] | None = None,
+        self, output: RunOutput, preprocessing: Mapping[str, Preprocessing], report: ProgressReporter | None = None
     ) -> None:
-        self._report = report
-        self._out = out
-        self._folder = folder
-        self._wanted = wanted
+        self._output = output
+        self._options = output.options
         self._preprocessing = dict(preprocessing)
-        self._overlays = overlays
-        self._place = place
+        self._report = report
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.process_time()
@@ -116,39 +103,32 @@ class WriteHeatmaps:
             columns[name] = [picture[name] for picture in pictures]
         result = with_passthrough(table(columns, OUTPUT), batch)
         computed = time.process_time() - began
-        meters.spent("encode", computed)
+        meters.count_stage_seconds("encode", computed)
         meters.count_images(
             (row["category"] if row["model_id"] else "", row["error_kind"], bool(row["is_anomalous"])) for row in rows
         )
         if self._report:
-            self._report(Done(encode_seconds=computed))
-        return result
-
-    def partitioned(self, batch: pa.Table) -> pa.Table:
-        """Do the same for rows that go to a folder per category, and replace categories that no folder can be named.
-
-        No model has such a name, so these rows all have an error.
-        """
-        result = self(batch)
-        names = [_as_folder(name) for name in result["category"].to_pylist()]
-        return result.set_column(result.schema.get_field_index("category"), "category", pa.array(names, pa.string()))
+            self._report("encode", RunStatistics(encode_seconds=computed))
+        return _with_folder_names(result) if self._options.partition_by == "category" else result
 
     def _pictures(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Draw the pictures of one row; return the columns that name or hold them."""
         made = self._drawn(row)
         if not made:
             return _NO_PICTURES
-        if self._place == "parquet":
+        if self._options.heatmaps_in == "parquet":
             return _NO_PICTURES | {f"{name}_png": data for name, data in made.items()}
-        stem = f"{self._folder}/{storage.safe_name(row['category'], 'category')}/{row['image_id'] & (2**64 - 1):016x}"
+        folder = f"{self._output.heatmap_path}/{storage.safe_name(row['category'], 'category')}"
+        stem = f"{folder}/{row['image_id'] & (2**64 - 1):016x}"
         paths = {"heatmap": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
         for name, data in made.items():
             # Syncing each file would take longer than drawing it: the run syncs them all at its end.
-            storage.publish(storage.join(self._out, paths[name]), data, durable=False)
+            storage.publish(storage.join(self._output.folder, paths[name]), data, durable=False)
         return _NO_PICTURES | {name: paths[name] for name in made}
 
     def _drawn(self, row: Mapping[str, Any]) -> dict[str, bytes]:
-        wanted = self._wanted == "all" or (self._wanted == "anomalous" and row["is_anomalous"])
+        heatmaps = self._options.heatmaps
+        wanted = heatmaps == "all" or (heatmaps == "anomalous" and row["is_anomalous"])
         if not (wanted and row["heatmap_levels"]):
             return {}
         preprocessing = self._preprocessing[row["category"]]
@@ -156,7 +136,7 @@ class WriteHeatmaps:
         content = preprocessing.content_shape(*size)
         levels = np.frombuffer(row["heatmap_levels"], np.uint8).reshape(content)
         made = {"heatmap": palette_png(levels)}
-        if self._overlays:
+        if self._options.overlay:
             left, top, right, bottom = preprocessing.content_box(*size)
             whole = np.frombuffer(row["pixels"], np.uint8).reshape(preprocessing.height, preprocessing.width, 3)
             blended = Image.fromarray(overlay(whole[top:bottom, left:right], levels))
@@ -170,6 +150,12 @@ def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
     if row["heatmap"]:
         return storage.read(storage.join(out, row["heatmap"]))
     return row["heatmap_png"] or b""
+
+
+def _with_folder_names(rows: pa.Table) -> pa.Table:
+    """Replace categories that no folder can be named. No model has such a name, so these rows all have an error."""
+    names = [_as_folder(name) for name in rows["category"].to_pylist()]
+    return rows.set_column(rows.schema.get_field_index("category"), "category", pa.array(names, pa.string()))
 
 
 def _as_folder(category: str) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from stpm.data.images import SUSPECT_ERRORS
 from stpm.errors import ImageError
-from stpm.scoring.progress import Tried
 
 
 def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:
@@ -18,7 +17,7 @@ def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:
     }
 
 
-def summarise(stage: str, outcomes: Sequence[object]) -> Tried:
-    """Count the images that a stage tried, and those whose errors may have an external cause."""
+def external_errors(outcomes: Sequence[object]) -> list[str]:
+    """Describe the errors that may have a cause outside the image."""
     errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError) and outcome.kind in SUSPECT_ERRORS]
-    return Tried(stage, len(outcomes), len(errors), f"{errors[-1].kind}: {errors[-1]}" if errors else "")
+    return [f"{error.kind}: {error}" for error in errors]

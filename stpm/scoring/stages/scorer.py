@@ -20,11 +20,12 @@ from stpm.method.forward import Matcher, pick_device
 from stpm.method.fusion import AnomalyMap
 from stpm.models.store import Model, ModelStore
 from stpm.scoring import prometheus as meters
-from stpm.scoring.progress import Done, Left, Report
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
 from stpm.scoring.stages.batch_size import BatchSize
 from stpm.scoring.stages.model_cache import ModelCache
-from stpm.scoring.stages.outcomes import error_columns, summarise
+from stpm.scoring.stages.outcomes import error_columns, external_errors
 from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Scorer:
     """
 
     def __init__(
-        self, settings: ScorerSettings, report: Report | None = None, models: ModelCache | None = None
+        self, settings: ScorerSettings, report: ProgressReporter | None = None, models: ModelCache | None = None
     ) -> None:
         device = pick_device()
         self._settings = settings
@@ -93,14 +94,14 @@ class Scorer:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._idle_since:
-            meters.waited(time.perf_counter() - self._idle_since)
+            meters.count_wait_seconds(time.perf_counter() - self._idle_since)
         start = self._clock()
         columns = [batch[name].to_pylist() for name in DecodedImage._fields[:-1]]
         images = list(map(DecodedImage, *columns, batch["pixels"]))
         outcomes = self._score(images)
         result = _scored_table(batch, outcomes, self._settings.overlays)
         seconds = self._clock() - start
-        meters.spent("forward", seconds)
+        meters.count_stage_seconds("forward", seconds)
         unfinished = {
             i: outcome
             for i, outcome in enumerate(outcomes)
@@ -112,9 +113,11 @@ class Scorer:
             anomalous = sum(bool(score.is_anomalous) for score in scores)
             tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
             self._report(
-                Done(len(images), len(images) - len(scores), anomalous, forward_seconds=seconds),
-                summarise("forward", tried),
-                [Left(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()],
+                "forward",
+                RunStatistics(len(images), len(images) - len(scores), anomalous, forward_seconds=seconds),
+                len(tried),
+                external_errors(tried),
+                [UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()],
             )
         self._idle_since = time.perf_counter()
         return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 
-from stpm.scoring.progress import Report
+from stpm.scoring.progress import ProgressReporter
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ScorerSettings:
 class ScorerActor:
     """A `Scorer` that computes in as many threads as Ray assigned CPUs to this actor, at least one."""
 
-    def __init__(self, settings: ScorerSettings, report: Report | None = None) -> None:
+    def __init__(self, settings: ScorerSettings, report: ProgressReporter | None = None) -> None:
         import torch
 
         from stpm.scoring.stages.scorer import Scorer

@@ -19,7 +19,9 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.manifest import ManifestRow, labelled_rows, make_rows
-from stpm.scoring.progress import Report
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer import Scorer
@@ -61,7 +63,7 @@ def nut_rows(uris: Sequence[str], positions: Sequence[tuple[int, int]] = ()) -> 
     return make_rows([ManifestRow(image, "nut") for image in images])
 
 
-def scorer(root: Path, report: Report | None = None, **settings: Any) -> Scorer:
+def scorer(root: Path, report: ProgressReporter | None = None, **settings: Any) -> Scorer:
     return Scorer(ScorerSettings(str(root / "models"), 0.3, **settings), report)
 
 
@@ -83,4 +85,5 @@ def write_heatmaps(
     heatmaps_in: Any = "files",
     preprocessing: Mapping[str, Preprocessing] = PREPROCESSING,
 ) -> pa.Table:
-    return WriteHeatmaps(str(out), "heatmaps/x", heatmaps, preprocessing, overlays, heatmaps_in)(rows)
+    options = OutputOptions(heatmaps, heatmaps_in, overlays)
+    return WriteHeatmaps(RunOutput.single(str(out), options), preprocessing)(rows)

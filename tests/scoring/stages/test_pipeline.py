@@ -129,8 +129,9 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
     uris = [good[0], "expired://a.png", *good[1:], "/gone.png"]
     reports: list[Any] = []
 
-    def report(done: Any, tried: Any, left: Any = ()) -> None:
-        reports.append((done.rows, done.errors, tried[:3], [each[:2] for each in left]))
+    def report(stage: str, statistics: Any, attempted: int, external_errors: Any, unfinished: Any = ()) -> None:
+        unfinished = [image[:2] for image in unfinished]
+        reports.append((stage, statistics.images, statistics.errors, attempted, len(external_errors), unfinished))
 
     decoded = Decode(PREPROCESSING, report=cast(Any, report))(nut_rows(uris))
     assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]
@@ -139,9 +140,9 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
         assert out["uri"].to_pylist() == expected
     # Each stage counts only its own failures.
     assert reports == [
-        (0, 0, ("decode", 5, 2), []),
-        (5, 2, ("forward", 3, 0), [("expired://a.png", "unreadable")]),
-        (5, 2, ("forward", 3, 0), []),
+        ("decode", 0, 0, 5, 2, []),
+        ("forward", 5, 2, 3, 0, [("expired://a.png", "unreadable")]),
+        ("forward", 5, 2, 3, 0, []),
     ]
 
 
