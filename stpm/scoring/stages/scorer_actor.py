@@ -15,15 +15,9 @@ from stpm.scoring.progress import ProgressReporter
 class ScorerSettings:
     """How a scorer works.
 
-    Args:
-        store: URI of the model store.
-        false_alarm_rate: fraction of good images above the threshold, 0 to 1.
-        raw_maps: keep the anomaly maps.
-        overlays: keep the pixels, to draw heatmaps over them.
-        batch_size: images per forward pass; 0: found on the device.
-        model_memory: bytes of models to keep loaded.
-        model_ids: the model that scores each category, and no other; None: the store's current models.
-        accept_errors: keep rows with a transient error too.
+    `store` is the URI of the model store, and `model_ids` has the model of each category (None: the store's current
+    ones). A `batch_size` of 0 is found on the device. `model_memory` limits the models that stay loaded, in bytes.
+    `raw_maps` keeps the anomaly maps, `overlays` the pixels, `accept_errors` the rows with a transient error.
     """
 
     store: str

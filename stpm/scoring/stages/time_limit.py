@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,34 +24,31 @@ def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], l
             left behind, and the next task starts.
     """
     results: dict[int, T] = {}
-    waiting = deque(enumerate(tasks))
-    running: dict[Future[T], tuple[int, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            index, task = waiting.popleft()
-            running[_start(task)] = index, time.monotonic() + seconds
-        next_deadline = min(deadline for _, deadline in running.values())
-        wait(running, max(next_deadline - time.monotonic(), 0.0), FIRST_COMPLETED)
-        for future, (index, deadline) in list(running.items()):
-            if future.done():
-                results[index] = future.result()
-            elif time.monotonic() >= deadline:
-                results[index] = late(index)
-            else:
-                continue
-            del running[future]
-    return [results[index] for index in range(len(tasks))]
+    finished: SimpleQueue[tuple[int, Future[T]]] = SimpleQueue()
+    waiting = deque(range(len(tasks)))
+    # In the order in which the tasks were started: the first deadline is the next one.
+    deadlines: dict[int, float] = {}
 
-
-def _start(task: Callable[[], T]) -> Future[T]:
-    """Run a task in a daemon thread. An executor's thread would keep the process from ending if the task hangs."""
-    future: Future[T] = Future()
-
-    def run() -> None:
+    def run(index: int) -> None:
+        future: Future[T] = Future()
         try:
-            future.set_result(task())
+            future.set_result(tasks[index]())
         except BaseException as error:  # noqa: BLE001
             future.set_exception(error)
+        finished.put((index, future))
 
-    threading.Thread(target=run, name="fetch", daemon=True).start()
-    return future
+    while waiting or deadlines:
+        while waiting and len(deadlines) < workers:
+            deadlines[waiting[0]] = time.monotonic() + seconds
+            # A daemon: the process must be able to end while a task hangs, which an executor's threads prevent.
+            Thread(target=run, args=[waiting.popleft()], name="fetch", daemon=True).start()
+        oldest, deadline = next(iter(deadlines.items()))
+        try:
+            index, future = finished.get(timeout=max(deadline - time.monotonic(), 0.0))
+        except Empty:
+            del deadlines[oldest]
+            results[oldest] = late(oldest)
+            continue
+        if deadlines.pop(index, None) is not None:
+            results[index] = future.result()
+    return [results[index] for index in range(len(tasks))]

@@ -47,7 +47,7 @@ def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     store = ModelStore(str(root / "models"))
     digest = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(root / "data"), name)
-    record = run_task(FitTask.of(category, recipe, store.uri, digest), LIMITS, lambda told: None).record
+    record = run_task(FitTask.of(category, recipe, store.uri, digest), LIMITS, lambda progress: None).record
     assert record
     return record
 

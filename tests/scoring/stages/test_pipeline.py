@@ -146,8 +146,8 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
     ]
 
 
-@pytest.mark.parametrize("place", ["local", "memory"])
-def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, memory: str, place: str) -> None:
+@pytest.mark.parametrize("filesystem", ["local", "memory"])
+def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, memory: str, filesystem: str) -> None:
     files = manifest(run).slice(0, 8)
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w") as archive:
@@ -157,7 +157,7 @@ def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, 
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
         archive.addfile(tarfile.TarInfo("grey/000.json"))
-    out = f"{tmp_path if place == 'local' else memory}/shards/0.tar"
+    out = f"{tmp_path if filesystem == 'local' else memory}/shards/0.tar"
     storage.publish(out, sink.getvalue())
     (members,) = image_rows([out.rsplit("/", 1)[0]], CategoryRule(pattern="{category}/{name}"))
     assert members.num_rows == 8
