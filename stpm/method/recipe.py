@@ -104,7 +104,7 @@ class Recipe:
             ("teacher", bool(self.teacher), "ARCHITECTURE.TAG, such as resnet18.tv_in1k"),
             (
                 "levels",
-                bool(levels) and levels == sorted(set(levels)) and levels[0] >= 0,
+                min(levels, default=-1) >= 0 and levels == sorted({*levels}),
                 "increasing levels, such as 1,2,3",
             ),
             (
