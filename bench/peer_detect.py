@@ -152,7 +152,7 @@ def ours(label: str, options: str, settings: str, data: str, category: str, seed
         cost = timed([sys.executable, "jobs/benchmark.py", *given, *options.split()])
         (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
         seen = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
-        effort = RunState(RunOutput.among(out, f"seed-{seed}").home).effort()
+        summary = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).summary()
     return Run(
         label,
         category,
@@ -164,7 +164,7 @@ def ours(label: str, options: str, settings: str, data: str, category: str, seed
         row["validation_count"],
         **{metric: row[metric] for metric in _METRICS},
         fit_seconds=round(row["fit_seconds"], 1),
-        predict_seconds=round(1 / (effort.steady_images_per_second or effort.images_per_second), 4),
+        predict_seconds=round(1 / (summary.statistics.steady_images_per_second or summary.images_per_second), 4),
         process_seconds=cost["seconds"],
         peak_mib=cost["peak_mib"],
     )

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import torch
 from recipes import mask_of
 from sklearn.metrics import roc_auc_score
 
@@ -38,9 +39,10 @@ from stpm.fitting.train_student import split
 from stpm.method.preprocessing import IMAGENET, Preprocessing
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.scorer import Scorer
+from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 _ROOT = Path(__file__).resolve().parents[1]
 # What the peer's transform does.
@@ -100,8 +102,9 @@ def ours(data: str, category: mvtec.Category, seed: int, recipe: list[str], out:
     result = timed([sys.executable, "jobs/fit.py", *options, "--teacher", "demo", *recipe])
     preprocessing = ModelStore(str(out)).record(category.name).preprocessing
     decode = Decode({category.name: preprocessing})
-    scorer = Scorer(str(out), 0.01, raw_maps=True, overlays=False, threads=psutil.cpu_count(logical=False) or 1)
-    rows = scorer(decode(pa.concat_tables(of_test_images([category])))).to_pylist()
+    torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+    scorer = Scorer(ScorerSettings(str(out), 0.01, raw_maps=True))
+    rows = scorer(decode(pa.concat_tables(labelled_rows([category])))).to_pylist()
     shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in rows]
     maps = [np.frombuffer(row["anomaly_map"], np.float32).reshape(s) for row, s in zip(rows, shapes, strict=True)]
     return result | figures(category.test, maps, preprocessing)

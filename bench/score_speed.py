@@ -24,18 +24,22 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import mvtec
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.categories import Categories
-from stpm.scoring.inputs.sources import rows_of
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer import Scorer
+from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 _ROOT = Path(__file__).resolve().parents[1]
 _BATCH = 16
@@ -55,8 +59,9 @@ def loop(store: str, rows: pa.Table, out: str, category: str) -> float:
     """Seconds that one process of one thread takes for all rows, once warm."""
     preprocessing = {category: ModelStore(store).record(category).preprocessing}
     decode = Decode(preprocessing, fetchers=1)
-    scorer = Scorer(store, 0.01, raw_maps=False, overlays=True, batch_size=_BATCH, threads=1)
-    write = WriteHeatmaps(out, "heatmaps/loop", "all", preprocessing, overlays=True)
+    torch.set_num_threads(1)
+    scorer = Scorer(ScorerSettings(store, 0.01, overlays=True, batch_size=_BATCH))
+    write = WriteHeatmaps(RunOutput.single(out, OutputOptions(overlay=True)), preprocessing)
     batches = [rows.slice(i, _BATCH) for i in range(0, rows.num_rows, _BATCH)]
     for batch in batches[:_WARM]:
         write(scorer(decode(batch)))
@@ -68,7 +73,7 @@ def loop(store: str, rows: pa.Table, out: str, category: str) -> float:
 
 def bare(store: str, images: Path, out: Path, category: str, processes: int) -> float:
     """Images per second of the loop in so many processes."""
-    manifest.write(rows_of([str(images)], Categories(category)), str(out / "manifest"))
+    manifest.write(image_rows([str(images)], CategoryRule(category)), str(out / "manifest"))
     rows = pa.concat_tables(pq.read_table(uri) for uri in manifest.shards(str(out / "manifest")))
     share = -(-rows.num_rows // processes)
     parts = [rows.slice(i * share, share) for i in range(processes)]
@@ -83,8 +88,8 @@ def job(store: str, images: Path, out: Path, category: str) -> tuple[float, floa
     options = ["--models", store, "--images", str(images), "--out", str(out), "--category", category]
     command = [sys.executable, "jobs/score.py", *options, "--top", "0", "--overlay"]
     subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
-    effort = RunState(str(out)).effort()
-    return effort.steady_images_per_second, effort.images_per_second
+    summary = RunState(str(out)).summary()
+    return summary.statistics.steady_images_per_second, summary.images_per_second
 
 
 def peers(python: str, images: Path, folder: Path) -> float:

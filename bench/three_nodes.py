@@ -68,11 +68,11 @@ def measure(root: Path, count: int) -> None:
     seconds = time.perf_counter() - start
     for quarter in quarters(samples, count):
         print(json.dumps({k: quarter[k] for k in ("quarter", "images_per_second", "driver")}), flush=True)
-    table = RunOutput.alone(str(out)).dataset().to_table(columns=["uri", "error_kind"])
+    table = RunOutput.single(str(out)).dataset().to_table(columns=["uri", "error_kind"])
     uris = table["uri"].to_pylist()
     result = {"images": count, "rows": len(uris), "twice": len(uris) - len(set(uris))}
     result["errors"] = sum(map(bool, table["error_kind"].to_pylist()))
-    speed = RunState(str(out)).effort().steady_images_per_second
+    speed = RunState(str(out)).summary().statistics.steady_images_per_second
     print(json.dumps(result | {"seconds": round(seconds, 1), "steady_images_per_second": speed}), flush=True)
 
 

@@ -2,12 +2,17 @@
 
 from stpm.cli import Job, run_job
 from stpm.options import ClusterOptions
-from stpm.scoring.options import CollectionOptions, ScoreOptions
+from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 
 JOB = Job(
     prog="score.py",
     description=__doc__,
-    groups={"what and where": CollectionOptions, "scoring": ScoreOptions, "cluster": ClusterOptions},
+    groups={
+        "what and where": CollectionOptions,
+        "output": OutputOptions,
+        "scoring": ScoreOptions,
+        "cluster": ClusterOptions,
+    },
     run="stpm.jobs.score:run_score",
     example="python jobs/score.py --models s3://plant/models --images s3://plant/today --category bottle --out scored",
 )

@@ -1,4 +1,4 @@
-"""Files as cameras, editors, converters and broken transfers leave them: what becomes of each."""
+"""Decode files as cameras, editors, converters and broken transfers write them."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def cut(data: bytes, tenths: int) -> bytes:
     return data[: len(data) * tenths // 10]
 
 
-def flipped(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :]
 
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -81,7 +81,7 @@ BASELINE = {"PNG": rgb("PNG"), "JPEG": rgb("JPEG"), "BMP": rgb("BMP"), "TIFF": r
 # Noise does not compress: where such a file ends early, pixels are missing.
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (36, 48, 3), dtype=np.uint8))
 
-# By name: the bytes, and SCORED or the kinds of error that are right.
+# The bytes of each file, and the outcomes that are right: SCORED or kinds of error.
 CORPUS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
     "one zero byte": (b"\0", "not_an_image"),
@@ -96,7 +96,7 @@ CORPUS: dict[str, tuple[bytes, str]] = {
     "PNG header of 40,000 × 40,000": (png_with_size(40_000, 40_000), "too_large"),
     "PNG header of no width": (png_with_size(0, 36), "damaged not_an_image"),
     "PNG header of the largest size there is": (png_with_size(2**31 - 1, 2**31 - 1), "too_large"),
-    "PNG whose pixels are fewer than its header says": (png_with_size(480, 360), "damaged"),
+    "PNG with fewer pixels than in its header": (png_with_size(480, 360), "damaged"),
     "PNG with an unknown chunk": (png_chunk(b"prVt", b"x" * 50), SCORED),
     "PNG with a comment of no encoding": (png_chunk(b"tEXt", b"Comment\0\xff\xfe\x80"), SCORED),
     "PNG with a wrong checksum of its pixels": (flipped(BASELINE["PNG"], len(BASELINE["PNG"]) - 14), "damaged scored"),
@@ -144,7 +144,7 @@ CORPUS: dict[str, tuple[bytes, str]] = {
     "WebP, lossless": (rgb("WEBP", lossless=True), SCORED),
     "WebP with alpha": (as_mode("RGBA", "WEBP"), SCORED),
     "animated WebP": (pages("WEBP"), SCORED),
-    # Pillow would open these, and give the first to a program that interprets it.
+    # Pillow would open these; for EPS it would start an interpreter.
     "EPS": (rgb("EPS"), "not_an_image"),
     "GIF": (as_mode("P", "GIF"), "not_an_image"),
     "portable pixmap": (rgb("PPM"), "not_an_image"),
@@ -158,7 +158,7 @@ CORPUS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_each_is_scored_or_has_its_kind_of_error(name: str) -> None:
+def test_each_file_is_decoded_or_has_the_right_kind_of_error(name: str) -> None:
     data, expected = CORPUS[name]
     try:
         found = decode(data, PREPROCESSING)
@@ -170,11 +170,11 @@ def test_each_is_scored_or_has_its_kind_of_error(name: str) -> None:
         assert (found.pixels.shape, found.pixels.dtype, found.bytes) == ((32, 32, 3), np.uint8, len(data))
 
 
-def test_there_are_enough_of_them() -> None:
+def test_corpus_is_large_enough() -> None:
     assert len(CORPUS) >= 60
 
 
-def test_images_are_opened_with_the_formats_that_are_meant() -> None:
+def test_every_image_open_names_its_formats() -> None:
     calls = [
         (path, call)
         for folder in ("stpm", "bench", "jobs")
@@ -188,7 +188,7 @@ def test_images_are_opened_with_the_formats_that_are_meant() -> None:
 
 
 @pytest.mark.parametrize(("raised", "kind"), [(RecursionError("deep"), "unforeseen"), (MemoryError(), "out_of_memory")])
-def test_nothing_but_an_image_error_is_raised(monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str) -> None:
+def test_decode_raises_only_image_errors(monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str) -> None:
     monkeypatch.setattr(Image.Image, "resize", Mock(side_effect=raised))
     with pytest.raises(ImageError) as caught:
         decode(rgb("PNG"), PREPROCESSING)
@@ -215,6 +215,6 @@ def pixels(data: bytes) -> np.ndarray:
         lambda: (deep("PNG"), deep("TIFF", ">u2")),
     ],
 )
-def test_the_container_does_not_change_the_pixels(same: Callable[[], tuple[bytes, bytes]]) -> None:
+def test_the_file_format_does_not_change_the_pixels(same: Callable[[], tuple[bytes, bytes]]) -> None:
     one, other = same()
     assert np.abs(pixels(one) - pixels(other)).max() <= 1

@@ -21,7 +21,7 @@ from stpm.evaluation.category import IMAGE_COLUMNS, ScoredCategory, ground_truth
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
 from stpm.scoring.inputs.archives import read_uri
-from stpm.scoring.stages.heatmaps import heat_over, written_heatmap
+from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
 _COUNT = 4
 # Pixels: sides of an image in the sheet and in a gallery, space between images, height of a caption.
@@ -109,8 +109,8 @@ def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
     pixels = images.decode_picture(read_uri(row["uri"]), category.preprocessing, size, size)
     height, width = pixels.shape[:2]
     left, top = (size - width) // 2, (size - height) // 2
-    if heatmap := written_heatmap(category.output.out, row):
-        pair.paste(Image.fromarray(heat_over(pixels, heatmap)), (size + _GAP + left, top))
+    if heatmap := read_heatmap(category.output.folder, row):
+        pair.paste(Image.fromarray(overlay_png(pixels, heatmap)), (size + _GAP + left, top))
     outlined = pixels.copy()
     outlined[_outline(row, category.preprocessing, width, height)] = _OUTLINE
     pair.paste(Image.fromarray(outlined), (left, top))

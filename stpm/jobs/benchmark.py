@@ -1,4 +1,4 @@
-"""The benchmark job: fit all, score each test split through the same pipeline, evaluate, report."""
+"""The benchmark job: fit all categories, score their test images, evaluate, and report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stpm.console import ALL_DONE, NOTHING_DONE
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
 from stpm.errors import CutOffError, DataError
-from stpm.evaluation.gate import Gate, read_gate
+from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import EvaluationOptions, GateOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.fitting.fit_categories import fit_categories, plan_fits, read_categories, warn_about_few_normals
@@ -23,12 +23,13 @@ from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.jobs.evaluate import evaluate_categories, publish_report
 from stpm.lease import held
 from stpm.method.recipe import Recipe
+from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
-from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import planned
+from stpm.scoring.pipeline import describe_plan
 from stpm.scoring.resuming.run_state import RunConfig
 from stpm.scoring.run import ScoringRun, run_scoring
 
@@ -44,10 +45,13 @@ def run_benchmark(
     gate: GateOptions,
     cluster: ClusterOptions,
 ) -> int:
-    """The benchmark job. Returns its exit code: 0 all done, 2 something failed or fell short, 3 nothing could be done.
+    """Run the benchmark job.
+
+    Returns:
+        The exit code: 0 all done, 2 something failed or fell short of a requirement, 3 nothing could be done.
 
     Raises:
-        StpmError: if it cannot be run at all.
+        StpmError: if the job cannot be run at all.
     """
     requirements = read_gate(gate)
     out = storage.output_folder(options.out)
@@ -56,64 +60,56 @@ def run_benchmark(
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
             tasks = len(names) * len(options.seeds)
-            log_plan({"fits": partial(plan_fits, pool, tasks), "then scores": partial(planned, scoring)})
+            log_plan({"fits": partial(plan_fits, pool, tasks), "then scores": partial(describe_plan, scoring)})
             return ALL_DONE
         with held(out, options.wait):
             if not options.data:
                 demo.make(data)
-            return _run(options, data, out, recipe, pool, scoring, evaluation, requirements)
-
-
-def _run(
-    options: BenchmarkOptions,
-    data: str,
-    out: str,
-    recipe: Recipe,
-    pool: WorkerOptions,
-    scoring: ScoreOptions,
-    evaluation: EvaluationOptions,
-    requirements: Gate,
-) -> int:
-    try:
-        categories, unreadable = read_categories(data, options.categories)
-    except DataError as error:
-        log.info(f"error: {error}")
-        return NOTHING_DONE
-    failures = [Failure(name, reason) for name, reason in unreadable.items()]
-    results: list[CategoryResult] = []
-    if categories:
-        with connected():
-            stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
-            warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
-            fits = fit_categories(categories, recipe, stores, pool, options.wait)
-            failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
-            for seed, store in stores.items():
-                records = [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]
-                if records:
-                    log.info(f"seed {seed}: scoring the test images of {len(records)} categories")
-                    fitted = [c for c in categories if c.name in {record.category for record in records}]
-                    output = RunOutput.among(out, f"seed-{seed}")
-                    _score(data, fitted, ModelStore(store), scoring, output)
-                    results += evaluate_categories(output, records, ModelStore(store), evaluation)
-    code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements)
-    log.info(f"models, scores and heatmaps are in {out}")
-    return code
+            try:
+                categories, unreadable = read_categories(data, options.categories)
+            except DataError as error:
+                log.info(f"error: {error}")
+                return NOTHING_DONE
+            failures = [Failure(name, reason) for name, reason in unreadable.items()]
+            results: list[CategoryResult] = []
+            if categories:
+                stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
+                with connected():
+                    warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
+                    fits = fit_categories(categories, recipe, stores, pool, options.wait)
+                    failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
+                    for seed, store in stores.items():
+                        if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
+                            output = RunOutput.named(out, f"seed-{seed}")
+                            _score(data, categories, records, ModelStore(store), scoring, output)
+                            results += evaluate_categories(output, records, ModelStore(store), evaluation)
+            code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements)
+            log.info(f"models, scores and heatmaps are in {out}")
+            return code
 
 
 def _score(
-    data: str, categories: Sequence[Category], store: ModelStore, options: ScoreOptions, output: RunOutput
+    data: str,
+    categories: Sequence[Category],
+    records: Sequence[ModelRecord],
+    store: ModelStore,
+    options: ScoreOptions,
+    output: RunOutput,
 ) -> None:
-    """Score the test images, those of an earlier run left as they are where nothing differs.
+    """Score the test images of the fitted categories; rows of an earlier run with the same configuration are kept.
 
     Raises:
-        CutOffError: if some are left: figures of a part would not be those of the test split.
+        CutOffError: if images are unfinished: metrics of a part would not be those of the test split.
     """
-    if not any(category.test for category in categories):
+    log.info(f"{output.name}: scoring the test images of {len(records)} categories")
+    fitted = {record.category for record in records}
+    tested = [category for category in categories if category.name in fitted]
+    if not any(category.test for category in tested):
         output.clear()
         return
-    digest = hashlib.sha256(repr([category.test for category in categories]).encode()).hexdigest()
-    config = RunConfig((data,), options.false_alarm_rate, output.heatmaps, output.raw_maps, manifest=digest)
-    of = ScoringRun(lambda: of_test_images(categories), config, store, options, output)
-    counts = run_scoring(of, start_over=False, replace=True)
-    if counts.left:
-        raise CutOffError(f"{counts.left} test images are not scored; run the same command again to go on")
+    digest = hashlib.sha256(repr([category.test for category in tested]).encode()).hexdigest()
+    config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
+    run = ScoringRun(partial(labelled_rows, tested), config, store, options, output)
+    summary, _ = run_scoring(run, replace=True)
+    if summary.unfinished:
+        raise CutOffError(f"{summary.unfinished} test images are not scored; run the same command again to go on")

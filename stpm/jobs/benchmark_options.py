@@ -1,4 +1,4 @@
-"""Options of the benchmark job. Light: the command line needs them before anything that is heavy to import."""
+"""Options of the benchmark job. They import nothing heavy: the command line reads them before anything else."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 from stpm.errors import ConfigError
 from stpm.options import WAIT_HELP, Integers, Names, Size, option
 
-# The recipe's defaults where the demo set, crops of 128 x 128 pixels, is what is fitted.
+# Defaults of the recipe for the demo set, whose images are crops of 128 x 128 pixels.
 _DEMO_DEFAULTS = {"teacher": "demo", "size": Size("128")}
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is benchmarked, and where the run folder is.
+    """The data set to benchmark, and the run folder.
 
     Raises:
-        ConfigError: if no seed is given, or one twice.
+        ConfigError: if no seed is given, or one twice, or no run folder.
     """
 
     data: str = option(
         "",
-        "data set in the MVTec AD layout: a folder or a URI; none: the demo set, made on the spot, with its own "
+        "data set in the MVTec AD layout: a folder or a URI; none: the demo set, which is generated, with its own "
         "defaults for teacher and size",
     )
     out: str = option("runs/benchmark", "run folder for models/, scores/, heatmaps/ and the report: a folder or a URI")
-    categories: Names = option(Names(), "categories to take, separated by commas; none: all that the data set has")
+    categories: Names = option(Names(), "categories to benchmark, separated by commas; none: all of the data set")
     seeds: Integers = option(Integers((0,)), "seeds to fit and score each category with, separated by commas")
     wait: bool = option(False, WAIT_HELP)
 
@@ -38,5 +38,5 @@ class BenchmarkOptions:
 
 
 def demo_defaults(values: Any) -> dict[str, Any]:
-    """The recipe's defaults that go with the demo set, where no other data is named."""
+    """Return the recipe's defaults for the demo set, or none if another data set is named."""
     return {} if values.data else _DEMO_DEFAULTS

@@ -1,4 +1,4 @@
-"""The evaluate job: from scored, labelled images to a report. The benchmark job ends with the same steps."""
+"""The evaluate job: make a report from scored, labelled images. The benchmark job ends with the same steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def evaluate_categories(
     output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, options: EvaluationOptions
 ) -> list[CategoryResult]:
-    """Evaluate some categories of a run, each in a Ray task. Needs a connection to Ray."""
+    """Evaluate categories of a run, each in a Ray task. Needs a connection to Ray."""
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
     results: list[CategoryResult] = ray.get(
@@ -42,17 +42,17 @@ def evaluate_categories(
 def evaluate_category(
     output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
 ) -> CategoryResult:
-    """Measure one category and draw its charts and pictures; the sheet of defects goes to the run folder.
+    """Measure one category and draw its charts and pictures; write the sheet of defects to the run folder.
 
     Args:
         output: the run that scored the category's images.
         record: of the model that scored them.
         history: loss per epoch, by column; empty if there is no student.
-        masks_at: where pixels are compared.
+        masks_at: the size at which masks and anomaly maps are compared.
     """
     category = ScoredCategory(output, record.category, record.preprocessing)
     if sheet := defect_sheet(category):
-        storage.publish(storage.join(output.out, "gallery", output.name, f"{category.name}.png"), sheet)
+        storage.publish(storage.join(output.folder, "gallery", output.name, f"{category.name}.png"), sheet)
     scores = read_scores(category, masks_at)
     charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
     return CategoryResult(record, measure_category(scores), charts, galleries(category))
@@ -76,7 +76,7 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
 
 
 def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: GateOptions) -> int:
-    """Run the evaluate job. Returns its exit code, as `publish_report` does.
+    """Run the evaluate job, and return its exit code, see `publish_report`.
 
     Raises:
         ConfigError: if a requirement or the baseline cannot be read.
@@ -86,7 +86,7 @@ def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: 
     out = storage.output_folder(options.out or run)
     results: list[CategoryResult] = []
     try:
-        runs = [(output, *_models(output, options.models)) for output in RunOutput.found(run)]
+        runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
         with connected():
             for output, store, records in runs:
                 results += evaluate_categories(output, records, store, evaluation)
@@ -95,21 +95,20 @@ def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: 
         return NOTHING_DONE
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
-            log.info(f"{result.model.category}: {unlabelled} images without a label are left out")
-    report = Report(run, results, masks_at=evaluation.masks_at)
-    return publish_report(report, out, requirements)
+            log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")
+    return publish_report(Report(run, results, masks_at=evaluation.masks_at), out, requirements)
 
 
-def _models(output: RunOutput, elsewhere: str) -> tuple[ModelStore, list[ModelRecord]]:
-    """Find the models that scored a run, in its model store, or elsewhere.
+def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:
+    """Read the records of the models that scored a run, from this model store, or by default the run's own.
 
     Raises:
-        DataError: if the run has not ended.
-        ModelError: if one of them is no longer there.
+        DataError: if the run is not finished.
+        ModelError: if one of the models no longer exists.
     """
-    run_state = RunState(output.home)
-    uri, made_by = run_state.models()
-    if run_state.done() is None:
-        raise DataError(f"{output.out}: this run has not ended; run the score job again, to its end")
-    store = ModelStore(elsewhere or uri)
-    return store, [store.record(category, model_id) for category, model_id in made_by.items()]
+    state = RunState(output.state_folder)
+    uri, model_ids = state.models()
+    if not state.is_finished():
+        raise DataError(f"{output.folder}: this run is not finished; run the score job again")
+    store = ModelStore(models or uri)
+    return store, [store.record(category, model_id) for category, model_id in model_ids.items()]

@@ -1,8 +1,7 @@
-"""Score a collection: the score job."""
+"""The score job: score a collection of images."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import tempfile
@@ -22,112 +21,110 @@ from stpm.method.calibration import NormalCounts, few_normals_warning
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
-from stpm.scoring.inputs.categories import Categories
+from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import image_id
-from stpm.scoring.inputs.sources import STANDARD_INPUT, rows_of
-from stpm.scoring.options import CollectionOptions, ScoreOptions
+from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
+from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import planned
-from stpm.scoring.resuming.run_state import Counts, RunConfig, RunState
-from stpm.scoring.run import ScoringRun, failed_rows, run_scoring
+from stpm.scoring.pipeline import describe_plan
+from stpm.scoring.resuming.run_state import RunConfig
+from stpm.scoring.run import Records, ScoringRun, run_scoring
+from stpm.scoring.run_statistics import RunSummary
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 10
 
+def run_score(
+    collection: CollectionOptions, output: OutputOptions, scoring: ScoreOptions, cluster: ClusterOptions
+) -> int:
+    """Run the score job.
 
-def run_score(collection: CollectionOptions, options: ScoreOptions, cluster: ClusterOptions) -> int:
-    """The score job. Returns its exit code: 0 all scored, 2 some are left or too many could not be, 3 none could.
+    Returns:
+        The exit code: 0 all scored, 2 images are unfinished or too many are errors, 3 no image could be scored.
 
     Raises:
-        ConfigError: if the options cannot be run, the run folder holds another pass, or another run is at work in it.
+        ConfigError: if the options are invalid, or the run folder holds another run or is in use.
     """
-    out = storage.output_folder(collection.out)
-    named = [collection.models, out, *collection.allow]
-    named += [source for source in collection.images if source != STANDARD_INPUT]
-    with on_cluster(cluster, named):
+    folder = storage.output_folder(collection.out)
+    sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
+    uris = [collection.models, folder, *collection.allow, *(s for s in sources if s != STANDARD_INPUT)]
+    with on_cluster(cluster, uris):
         if cluster.plan:
-            log_plan({"scores": partial(planned, options)})
+            log_plan({"scores": partial(describe_plan, scoring)})
             return ALL_DONE
         # A dry run writes to a folder of its own.
-        lease = nullcontext() if collection.dry_run else held(out, collection.wait)
-        with lease, taken_in(sys.stdin if STANDARD_INPUT in collection.images else ()) as listed:
-            return _score(collection, options, out, listed)
+        lease = nullcontext() if collection.dry_run else held(folder, collection.wait)
+        with lease, stored_list(sys.stdin if STANDARD_INPUT in sources else ()) as (lines, digest):
+            config = RunConfig(
+                images=sources,
+                false_alarm_rate=scoring.false_alarm_rate,
+                output=output,
+                category=collection.category,
+                category_from=collection.category_from,
+                allow=tuple(collection.allow),
+                standard_input=digest,
+            )
+            run = ScoringRun(
+                rows=partial(_manifest_rows, config, lines),
+                config=config,
+                store=ModelStore(collection.models),
+                options=scoring,
+                output=RunOutput.single(folder, output),
+                triage_images=collection.top,
+            )
+            return _score(run, collection)
 
 
-def _score(collection: CollectionOptions, options: ScoreOptions, out: str, listed: tuple[str, IO[str]]) -> int:
-    digest, lines = listed
-    output = dataclasses.replace(
-        RunOutput.alone(out),
-        heatmaps=collection.heatmaps,
-        heatmaps_in=collection.heatmaps_in,
-        raw_maps=collection.raw_maps,
-        overlays=collection.overlay,
-        partition_by=collection.partition_by,
-    )
-    store = ModelStore(collection.models)
-    sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
-    categories = Categories(collection.category, collection.category_from)
-    config = RunConfig(
-        images=sources,
-        false_alarm_rate=options.false_alarm_rate,
-        heatmaps=collection.heatmaps,
-        raw_maps=collection.raw_maps,
-        overlay=collection.overlay,
-        heatmaps_in=collection.heatmaps_in,
-        partition_by=collection.partition_by,
-        category=collection.category,
-        category_from=collection.category_from,
-        allow=tuple(collection.allow),
-        standard_input=digest,
-    )
-
-    def rows() -> Iterator[pa.Table]:
-        lines.seek(0)
-        return rows_of(sources, categories, collection.allow, lines)
-
-    of = ScoringRun(rows, config, store, options, output, collection.top)
-    run_state = RunState(output.home)
+def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     try:
         if collection.dry_run:
-            dry_run(of)
+            dry_run(run)
             return ALL_DONE
-        again = not collection.fresh and run_state.done() is not None
-        counts = run_scoring(of, start_over=collection.fresh, replace=False)
+        summary, records = run_scoring(run, start_over=collection.fresh)
     except (ModelError, DataError) as error:
         log.info(f"error: {error}")
         return NOTHING_DONE
-    if counts.left:
+    if summary.unfinished:
         return SOME_FAILED
-    _, models = run_state.models()
-    fits = {name: store.record(name, model_id).fit for name, model_id in models.items()}
-    normals = {name: NormalCounts(fit.good_count, fit.calibration_count) for name, fit in fits.items()}
-    if warning := few_normals_warning(normals, options.false_alarm_rate):
-        log.info(warning)
-    if not again:
-        for row in failed_rows(output, _SHOWN):
-            log.info(f"{row['uri']}: {row['error_kind']}: {row['error_message']}")
-    return _tell(counts, output, collection.max_error_rate)
+    _warn_of_few_normals(records, run.options.false_alarm_rate)
+    _log_summary(summary, run.output)
+    if summary.rows and summary.error_count == summary.rows:
+        return NOTHING_DONE
+    return SOME_FAILED if summary.error_count > collection.max_error_rate * summary.rows else ALL_DONE
 
 
 @contextmanager
-def taken_in(lines: Iterable[str]) -> Iterator[tuple[str, IO[str]]]:
-    """Take in a list of URIs; gives what tells it from other lists, in whatever order, and a file that holds it."""
+def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
+    """Store a list of URIs in a temporary file.
+
+    Yields:
+        The file; and the number of lines with a digest that does not depend on their order, or "" without lines.
+    """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape") as file:
-        number = total = 0
+        count = total = 0
         for line in filter(None, map(str.strip, lines)):
-            number += 1
+            count += 1
             total += image_id(storage.as_utf8(storage.absolute(line)))
             print(line, file=file)
-        yield f"{number} lines, digest {total % 2**64:016x}" if number else "", file
+        yield file, f"{count} lines, digest {total % 2**64:016x}" if count else ""
 
 
-def _tell(counts: Counts, output: RunOutput, max_error_rate: float) -> int:
-    kinds = ", ".join(f"{number} {kind}" for kind, number in counts.errors.items())
+def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
+    lines.seek(0)
+    return image_rows(config.images, CategoryRule(config.category, config.category_from), config.allow, lines)
+
+
+def _warn_of_few_normals(records: Records, false_alarm_rate: float) -> None:
+    normals = {name: NormalCounts(each.fit.good_count, each.fit.calibration_count) for name, each in records.items()}
+    if warning := few_normals_warning(normals, false_alarm_rate):
+        log.info(warning)
+
+
+def _log_summary(summary: RunSummary, output: RunOutput) -> None:
+    for example in summary.error_examples:
+        log.info(example)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in summary.errors.items())
     log.info(
-        f"{counts.rows} rows in {output.scores}: {counts.anomalous} anomalous, {counts.failed} with an error"
+        f"{summary.rows} rows in {output.scores}: {summary.anomalous} anomalous, {summary.error_count} with an error"
         f"{f' ({kinds})' if kinds else ''}"
     )
-    if counts.rows and counts.failed == counts.rows:
-        return NOTHING_DONE
-    return SOME_FAILED if counts.failed > max_error_rate * counts.rows else ALL_DONE

@@ -1,4 +1,4 @@
-"""Options of scoring. Light: the command line needs them before anything that is heavy to import."""
+"""Options of scoring. They import nothing heavy: the command line reads them before anything else is imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from stpm.errors import ConfigError
 from stpm.method.calibration import check_false_alarm_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
-from stpm.scoring.inputs.categories import Categories
+from stpm.scoring.inputs.category_rule import CategoryRule
 
 Heatmaps = Literal["all", "anomalous", "none"]
 HeatmapsIn = Literal["files", "parquet"]
@@ -19,55 +19,63 @@ IMAGE_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class CollectionOptions:
-    """What is scored, with which model, and where the results go.
+    """The images to score, the models that score them, and the run folder.
 
     Raises:
-        ConfigError: if something is missing, or cannot be.
+        ConfigError: if a required option is missing, or a value is out of range.
     """
 
     models: str = option("", "model store: a folder or a URI", required=True)
     images: Names = option(
         Names(),
         "what to score, separated by commas: folders or prefixes (searched at any depth), globs, tar archives, "
-        "manifests (.parquet, .csv or .jsonl with a column `uri`; others are carried to the output), .parquet files "
-        "with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input. What "
-        "exists by a name is no glob; write [[], [*] and [?] for the characters themselves",
+        "manifests (.parquet, .csv or .jsonl with a column `uri`; other columns are copied to the output), .parquet "
+        "files with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input. "
+        "The name of an existing file or folder is never read as a glob; write [[], [*] and [?] for the characters "
+        "themselves",
         required=True,
     )
     out: str = option("", "run folder for scores/*.parquet, heatmaps/ and run.json: a folder or a URI", required=True)
     category: str = option("", "category of every image: the model that scores it")
     category_from: str = option(
-        "", "the category of an image from the last parts of its path, such as {category}/{date}/{name}"
+        "", "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
     )
     allow: Names = option(
         Names(),
         "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
     )
-    heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
-    heatmaps_in: HeatmapsIn = option(
-        "files",
-        "where the pictures go: a PNG file each, or bytes in columns of the Parquet files, for millions of images",
-    )
-    partition_by: PartitionBy = option(
-        "none", "category: the Parquet files of each category in a folder of their own, scores/category=<name>/"
-    )
-    overlay: bool = option(False, "write beside each heatmap the image with it over it, in the image's own proportions")
-    raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
     dry_run: bool = option(
-        False, "list everything, score 200 images of it, and say what the whole would take; nothing is left behind"
+        False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
     )
-    fresh: bool = option(False, "remove what earlier runs left in the run folder, and start over")
+    fresh: bool = option(False, "remove what earlier runs wrote to the run folder, and start over")
     wait: bool = option(False, WAIT_HELP)
-    max_error_rate: float = option(0.01, "share of images, 0 to 1, that may be errors before the exit code is 2")
+    max_error_rate: float = option(0.01, "fraction of images, 0 to 1, that may be errors before the exit code is 2")
 
     def __post_init__(self) -> None:
         check_required(self)
         if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a share between 0 and 1")
+            raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a fraction between 0 and 1")
         if self.top < 0:
             raise ConfigError(f"top is {self.top}; give 0 or more")
-        Categories(self.category, self.category_from)
+        CategoryRule(self.category, self.category_from)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What a run writes for each image besides its score."""
+
+    heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
+    heatmaps_in: HeatmapsIn = option(
+        "files", "a PNG file for each heatmap, or its bytes in a column of the Parquet files, for millions of images"
+    )
+    overlay: bool = option(
+        False, "write beside each heatmap the image with the heatmap drawn over it, in the image's own proportions"
+    )
+    raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
+    partition_by: PartitionBy = option(
+        "none", "category: write the Parquet files of each category to a folder of their own, scores/category=<name>/"
+    )
 
 
 @dataclass(frozen=True)
@@ -75,40 +83,39 @@ class ScoreOptions:
     """How images are scored.
 
     Raises:
-        ConfigError: if a value cannot be.
+        ConfigError: if a value is out of range.
     """
 
     false_alarm_rate: float = option(
         0.01,
-        "share of good images that may be called anomalous, 0 to 1; sets the threshold from held-out normals",
+        "fraction of good images that may be called anomalous, 0 to 1; sets the threshold from held-out good images",
     )
     scoring_batch_size: int = option(
         0,
-        "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved where memory runs "
-        "out",
+        "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved after running out "
+        "of memory",
     )
-    model_memory_gib: float = option(1.0, "GiB of models that a scorer keeps loaded, those used last")
+    model_memory_gib: float = option(1.0, "GiB of models that a scorer keeps loaded, the most recently used ones")
     image_seconds: float = option(
         IMAGE_SECONDS,
-        "seconds that fetching and decoding one image may take; one that is not fetched by then is left to the next "
-        "run, one that is not decoded is a row with an error",
+        "seconds that fetching and decoding one image may take; an image that is not fetched by then is tried again by "
+        "the next run, one that is not decoded by then becomes a row with an error",
     )
     accept_errors: bool = option(
         False,
-        "write a row with an error for each image that storage, a model or a device failed, instead of leaving it to "
-        "the next run; and never stop because too many fail",
+        "write a row with an error for each image that failed because of storage, a model or a device, instead of "
+        "trying it again in the next run; and do not stop when most images fail",
     )
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
     rows_per_file: int = option(
-        512, "rows of a Parquet file, at least; what a kill costs at most, for each task that writes"
+        512, "minimum number of rows in a Parquet file; a killed task that writes loses at most this many rows"
     )
 
     def __post_init__(self) -> None:
         check_false_alarm_rate(self.false_alarm_rate)
-        for name, least in (("scoring_batch_size", 0), ("rows_per_file", 1), ("model_memory_gib", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
+        minima = {"scoring_batch_size": 0, "rows_per_file": 1, "model_memory_gib": 0, "scorers": 0}
+        for name, minimum in minima.items():
+            if not getattr(self, name) >= minimum:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {minimum}")
         if not self.image_seconds > 0:
             raise ConfigError(f"image-seconds is {self.image_seconds}; give more than 0")
-        if self.scorers < 0:
-            raise ConfigError(f"scorers is {self.scorers}; give 1 or more, or 0 to take what the cluster has")

@@ -1,96 +1,107 @@
-"""Where a pass writes."""
+"""The files and folders that a run writes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.errors import DataError
-from stpm.scoring.options import Heatmaps, HeatmapsIn, PartitionBy
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.schema import OUTPUT
 
-_PASSES = "passes"
+_RUNS = "runs"
 # Without this a category named 007 would be read as a number.
 _HIVE = ds.partitioning(pa.schema([("category", pa.string())]), flavor="hive")
 
 
 @dataclass(frozen=True)
 class RunOutput:
-    """Where a pass writes: `<out>/scores/<name>_*.parquet`, and `<out>/heatmaps/<name>/` if pictures are wanted.
+    """The output of one run: rows in `<folder>/scores/<name>_*.parquet`, heatmaps in `<folder>/heatmaps/<name>/`.
 
-    Partitioned, the rows are in `<out>/scores/category=<category>/<name>_*.parquet`.
+    Partitioned, the rows are in `<folder>/scores/category=<category>/<name>_*.parquet`.
 
-    `home` is the folder of the pass's own record and state: the run folder, or one of several in it.
+    Args:
+        folder: URI of the run folder.
+        name: of the run, unique in the folder.
+        state_folder: URI of the folder for run.json, the manifest and the checkpoint.
+        options: what is written besides the rows.
     """
 
-    out: str
+    folder: str
     name: str
-    home: str
-    heatmaps: Heatmaps = "all"
-    raw_maps: bool = False
-    overlays: bool = False
-    heatmaps_in: HeatmapsIn = "files"
-    partition_by: PartitionBy = "none"
+    state_folder: str
+    options: OutputOptions = field(default_factory=OutputOptions)
 
     @classmethod
-    def alone(cls, out: str) -> RunOutput:
-        """The one pass of a run folder."""
-        return cls(out, "scores", out)
+    def single(cls, folder: str, options: OutputOptions | None = None) -> RunOutput:
+        """The output of the only run of a folder."""
+        return cls(folder, "scores", folder, options or OutputOptions())
 
     @classmethod
-    def among(cls, out: str, name: str) -> RunOutput:
-        """One of several passes of a run folder, whose figures are wanted."""
-        return cls(out, name, storage.join(out, _PASSES, name), raw_maps=True)
+    def named(cls, folder: str, name: str) -> RunOutput:
+        """The output of one of several runs in a folder, which are to be evaluated and so keep raw maps."""
+        return cls(folder, name, storage.join(folder, _RUNS, name), OutputOptions(raw_maps=True))
 
     @classmethod
-    def found(cls, out: str) -> list[RunOutput]:
-        """The passes that a run folder holds.
+    def find_all(cls, folder: str) -> list[RunOutput]:
+        """Find the outputs of all runs in a folder.
 
         Raises:
-            DataError: if there is none.
+            DataError: if there are none.
         """
-        if storage.exists(storage.join(out, _PASSES)):
-            return [cls.among(out, name) for name in storage.children(storage.join(out, _PASSES))]
-        output = cls.alone(out)
+        if storage.exists(storage.join(folder, _RUNS)):
+            return [cls.named(folder, name) for name in storage.children(storage.join(folder, _RUNS))]
+        output = cls.single(folder)
         if not output.files():
-            raise DataError(f"{out}: no scores here; give the run folder of the score or benchmark job")
+            raise DataError(f"{folder}: no scores here; give the run folder of the score or benchmark job")
         return [output]
 
     @property
     def scores(self) -> str:
-        return storage.join(self.out, "scores")
+        """The folder of the Parquet files."""
+        return storage.join(self.folder, "scores")
+
+    @property
+    def heatmap_path(self) -> str:
+        """The folder of the heatmaps, relative to the run folder."""
+        return f"heatmaps/{self.name}"
+
+    @property
+    def heatmaps(self) -> str:
+        """The folder of the heatmaps."""
+        return storage.join(self.folder, self.heatmap_path)
 
     @property
     def manifest(self) -> str:
         """The folder of the manifest's shards."""
-        return storage.join(self.home, "manifest")
+        return storage.join(self.state_folder, "manifest")
 
     @property
     def triage(self) -> str:
         """The page of the most anomalous images."""
-        return storage.join(self.home, "triage.html")
+        return storage.join(self.state_folder, "triage.html")
 
     @property
     def checkpoint(self) -> str:
-        """The folder of what says which rows are written, while the pass runs."""
-        return storage.join(self.home, "checkpoint")
+        """The folder of the ids of written rows; removed when the run is finished."""
+        return storage.join(self.state_folder, "checkpoint")
 
     @property
     def remaining(self) -> str:
-        """The folder of the shards of what is left, while the pass runs."""
-        return storage.join(self.home, "remaining")
+        """The folder of the manifest shards that a resumed run has yet to score; removed when it is finished."""
+        return storage.join(self.state_folder, "remaining")
 
     def files(self) -> list[str]:
-        """URIs of the Parquet files that the pass wrote."""
+        """List the URIs of the Parquet files that the run wrote."""
         written = [uri for uri, _ in storage.files(self.scores)]
         return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
 
     def dataset(self) -> ds.Dataset:
-        """The rows that the pass wrote."""
+        """Open the rows that the run wrote."""
         filesystem, folder = storage.arrow_filesystem(self.scores)
         names = [uri.removeprefix(f"{self.scores}/") for uri in self.files()]
         return ds.dataset(
@@ -102,26 +113,22 @@ class RunOutput:
             partition_base_dir=folder,
         )
 
-    def occupied(self) -> list[str]:
-        """What there is under the names that a pass writes to."""
-        pictures = storage.join(self.out, "heatmaps", self.name)
-        names = (self.manifest, self.checkpoint, self.remaining, self.triage, pictures)
+    def existing(self) -> list[str]:
+        """List the files and folders that exist under the names that the run writes to."""
+        names = (self.manifest, self.checkpoint, self.remaining, self.triage, self.heatmaps)
         return [*self.files(), *(uri for uri in names if storage.exists(uri))]
 
     def clear(self) -> None:
-        """Remove what earlier runs of the pass left, whole or in part.
+        """Remove all that earlier runs wrote here.
 
-        Cut off anywhere, it leaves no pass that a next run could take up.
+        The run state is cleared first: after a kill at any moment, the next run finds nothing to resume.
         """
-        RunState(self.home).clear()
-        for uri in self.files():
+        RunState(self.state_folder).clear()
+        for uri in (*self.files(), self.heatmaps, self.manifest, self.triage):
             storage.remove(uri)
-        storage.remove(storage.join(self.out, "heatmaps", self.name))
-        for uri in (self.manifest, self.triage):
-            storage.remove(uri)
-        self.clear_state()
+        self.clear_checkpoint()
 
-    def clear_state(self) -> None:
-        """Remove what only an unfinished pass needs."""
+    def clear_checkpoint(self) -> None:
+        """Remove what only an unfinished run needs."""
         storage.remove(self.checkpoint)
         storage.remove(self.remaining)

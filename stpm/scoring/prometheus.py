@@ -1,6 +1,6 @@
-"""What Prometheus sees of a pass: Ray exports these from each node, and `deploy/grafana.json` draws them.
+"""The Prometheus metrics of scoring. Ray exports them from each node, and `deploy/grafana.json` draws them.
 
-Names appear there with the prefix `ray_` and the suffix `_total`. They count work: what ran twice counts twice.
+There their names have the prefix `ray_` and the suffix `_total`. They count work: images scored twice count twice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ ANOMALIES = "stpm_anomalies"
 STAGE_SECONDS = "stpm_stage_seconds"
 SCORER_WAIT_SECONDS = "stpm_scorer_wait_seconds"
 
-_ABOUT: dict[str, tuple[str, tuple[str, ...]]] = {
-    IMAGES: ('images that came through; error_kind is "" for those with a score', ("category", "error_kind")),
+# Description and tags of each metric.
+_METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    IMAGES: ('images that were processed; error_kind is "" for those with a score', ("category", "error_kind")),
     ANOMALIES: ("images called anomalous", ("category",)),
     STAGE_SECONDS: ("seconds of a CPU, or of a device, that a stage computed", ("stage",)),
     SCORER_WAIT_SECONDS: ("seconds that scorers waited for images", ()),
@@ -29,15 +30,15 @@ _ABOUT: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @cache
 def _counter(name: str) -> metrics.Counter:
-    """One per process: Ray keeps them by name."""
-    description, tags = _ABOUT[name]
+    """Return the process's counter of this name: Ray allows one."""
+    description, tags = _METRICS[name]
     return metrics.Counter(name, description=description, tag_keys=tags)
 
 
 def count_images(rows: Iterable[tuple[str, str, bool]]) -> None:
-    """Images by category, why they have no score, and whether they are anomalous.
+    """Count images, given as (category, error kind, is anomalous).
 
-    The category is "" where no model knows it: names from data could be as many as there are images.
+    The category of an image without a model must be "": category names come from data, and may be as many as images.
     """
     images: Counter[tuple[str, str]] = Counter()
     anomalies: Counter[str] = Counter()
@@ -51,13 +52,13 @@ def count_images(rows: Iterable[tuple[str, str, bool]]) -> None:
             _counter(ANOMALIES).inc(number, {"category": category})
 
 
-def spent(stage: Stage, seconds: float) -> None:
-    """So long a stage computed."""
+def count_stage_seconds(stage: Stage, seconds: float) -> None:
+    """Count the seconds that a stage computed."""
     if seconds > 0:
         _counter(STAGE_SECONDS).inc(seconds, {"stage": stage})
 
 
-def waited(seconds: float) -> None:
-    """So long a scorer had nothing to do."""
+def count_wait_seconds(seconds: float) -> None:
+    """Count the seconds that a scorer waited for images."""
     if seconds > 0:
         _counter(SCORER_WAIT_SECONDS).inc(seconds)

@@ -1,4 +1,4 @@
-"""The columns of a scored collection: one row per image, whatever became of it."""
+"""The columns of each stage's rows. Every image of a run is one row from the manifest to the output."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def _optional(name: str, kind: pa.DataType, description: str) -> pa.Field:
 
 
 _ERROR = [
-    _field("error_kind", pa.string(), 'why the image could not be scored, "" if it was'),
-    _field("error_message", pa.string(), "the same in words"),
+    _field("error_kind", pa.string(), 'kind of error that left the image without a score, "" if it has one'),
+    _field("error_message", pa.string(), "message of that error"),
 ]
 
-_PLACE = [
-    _field("archive_start", pa.int64(), "where in its archive the image begins: byte of a tar, row of a Parquet file"),
-    _field("archive_length", pa.int64(), "how long it is there, -1 if the image is a file of its own"),
+_ARCHIVE_POSITION = [
+    _field("archive_start", pa.int64(), "start of the image in its archive: byte of a tar, row of a Parquet file"),
+    _field("archive_length", pa.int64(), "length of the image in its archive, -1 if it is a file of its own"),
 ]
 
 MANIFEST = pa.schema(
     [
         _field("image_id", pa.int64(), "hash of the URI"),
-        _field("uri", pa.string(), "where the image is"),
-        _field("category", pa.string(), "which model scores it"),
+        _field("uri", pa.string(), "URI of the image"),
+        _field("category", pa.string(), "category, whose model scores the image"),
         _field("label", pa.string(), 'ground truth: "good" or a defect type, "" if unknown'),
         _field("mask", pa.string(), 'URI of the ground-truth mask, "" if there is none'),
         *_ERROR,
-        *_PLACE,
+        *_ARCHIVE_POSITION,
     ]
 )
 
@@ -49,14 +49,14 @@ DECODED = pa.schema([*MANIFEST, *_SIZE, _field("pixels", pa.large_binary(), "uin
 
 _SCORE = [
     _optional("score", pa.float32(), "mean of the anomaly map's highest values; larger is more anomalous"),
-    _optional("student_score", pa.float32(), "what the student adds to the score; null where scores are no sums"),
-    _optional("memory_score", pa.float32(), "what the memory of normal features adds to the score; null as above"),
+    _optional("student_score", pa.float32(), "the student's part of the score; null if the score is not a sum"),
+    _optional("memory_score", pa.float32(), "the memory bank's part of the score; null if the score is not a sum"),
     _optional("p_value", pa.float32(), "conformal p-value against held-out normals, 0 to 1"),
     _optional("is_anomalous", pa.bool_(), "score > threshold"),
     _optional("threshold", pa.float32(), "score of the model that held-out normals exceed at the false-alarm rate"),
-    _optional("peak_x", pa.int32(), "column of the largest anomaly, original pixels"),
-    _optional("peak_y", pa.int32(), "row of the largest anomaly, original pixels"),
-    _optional("area", pa.float32(), "share of pixels whose anomaly exceeds the threshold, 0 to 1"),
+    _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
+    _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
+    _optional("area", pa.float32(), "fraction of pixels whose anomaly exceeds the threshold, 0 to 1"),
     _optional("seed", pa.int32(), "seed of the model's recipe"),
     _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),
 ]
@@ -64,67 +64,54 @@ _SCORE = [
 _RAW_MAP = _optional(
     "anomaly_map", pa.large_binary(), "float32 at model size without padding, row by row, if asked for"
 )
-
-SCORED = pa.schema(
-    [
-        *DECODED,
-        *_SCORE,
-        _RAW_MAP,
-        _field(
-            "heat",
-            pa.large_binary(),
-            "uint8 grey levels at model size without padding, row by row",
-        ),
-    ]
+_HEATMAP_LEVELS = _field(
+    "heatmap_levels", pa.large_binary(), "uint8 grey levels at model size without padding, row by row"
 )
+
+SCORED = pa.schema([*DECODED, *_SCORE, _RAW_MAP, _HEATMAP_LEVELS])
 
 OUTPUT = pa.schema(
     [
-        *(field for field in MANIFEST if field not in (*_ERROR, *_PLACE)),
+        *(field for field in MANIFEST if field not in (*_ERROR, *_ARCHIVE_POSITION)),
         *_SCORE,
         *_SIZE,
         _field("heatmap", pa.string(), 'palette PNG at model size, relative to the run folder, "" if none'),
-        _field(
-            "overlay",
-            pa.string(),
-            'image under its heatmap, in its own proportions, path as above, "" if none',
-        ),
+        _field("overlay", pa.string(), 'image under its heatmap, in its own proportions, path as above, "" if none'),
         *_ERROR,
-        _optional("heatmap_png", pa.large_binary(), "the heatmap itself, if asked for"),
-        _optional("overlay_png", pa.large_binary(), "the overlay itself, if asked for"),
+        _optional("heatmap_png", pa.large_binary(), "the heatmap PNG, if asked for"),
+        _optional("overlay_png", pa.large_binary(), "the overlay PNG, if asked for"),
         _RAW_MAP,
     ]
 )
 
 
-# Columns of a user's table that say what an image is. All of them are text.
-GIVEN = ("uri", "category", "label", "mask")
-# What each stage has of its own: a manifest may carry columns of any other name to the output.
-_OWN = frozenset(name for schema in (MANIFEST, SCORED, OUTPUT) for name in schema.names)
+# Columns of a user's table that scoring reads. All of them hold text.
+INPUT_COLUMNS = ("uri", "category", "label", "mask")
+_RESERVED = frozenset(name for schema in (MANIFEST, SCORED, OUTPUT) for name in schema.names)
 
 
-def passthrough(schema: pa.Schema) -> list[str]:
-    """Names of the columns that are the user's own."""
-    return [name for name in schema.names if name not in _OWN]
+def passthrough_columns(schema: pa.Schema) -> list[str]:
+    """Return the names of the user's own columns, which scoring copies to the output."""
+    return [name for name in schema.names if name not in _RESERVED]
 
 
-def taken(names: Sequence[str]) -> list[str]:
-    """Names of columns that a user's table may not have: those that scoring writes itself, in capitals too.
+def reserved_columns(names: Sequence[str]) -> list[str]:
+    """Return the names that a user's table may not have because scoring writes such a column itself.
 
-    Most programs that read tables take no notice of capitals.
+    Case is ignored, as most programs that read tables ignore it.
     """
-    return [name for name in names if name.lower() in _OWN and name not in GIVEN]
+    return [name for name in names if name.lower() in _RESERVED and name not in INPUT_COLUMNS]
 
 
 def with_passthrough(result: pa.Table, batch: pa.Table) -> pa.Table:
-    """A stage's result with the user's own columns of the batch that it was made of."""
-    for name in passthrough(batch.schema):
+    """Append the user's own columns of a stage's input to the stage's result."""
+    for name in passthrough_columns(batch.schema):
         result = result.append_column(batch.schema.field(name), batch[name])
     return result
 
 
 def table(columns: Mapping[str, Sequence[Any] | pa.ChunkedArray], schema: pa.Schema) -> pa.Table:
-    """Columns by name as a table of exactly this schema; those that are Arrow's already are not copied."""
+    """Make a table of this schema from columns by name. Arrow columns are not copied."""
 
     def column(field: pa.Field) -> pa.Array | pa.ChunkedArray:
         values = columns[field.name]
@@ -136,12 +123,9 @@ def table(columns: Mapping[str, Sequence[Any] | pa.ChunkedArray], schema: pa.Sch
 
 
 def _binary(values: Sequence[bytes | memoryview | None]) -> pa.Array:
-    """Bytes as an array of large_binary, copied once.
+    """Copy bytes, or memoryviews of single bytes, into an array of large_binary.
 
-    `pa.array` keeps a reference to each memoryview for ever (pyarrow 16 to 26), and with it what the view shows.
-
-    Args:
-        values: views are of single bytes.
+    `pa.array` would leak a reference to each memoryview, and with it the memory viewed (pyarrow 16 to 26).
     """
     present = [value for value in values if value is not None]
     ends = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)

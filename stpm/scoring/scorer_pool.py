@@ -1,4 +1,4 @@
-"""How the processes of a pass share out the cores and devices of a cluster."""
+"""How scorers and the tasks of the other stages share the CPUs and GPUs of a cluster."""
 
 from __future__ import annotations
 
@@ -9,51 +9,52 @@ from dataclasses import dataclass
 from stpm.cluster.connection import Resources
 from stpm.errors import ConfigError
 
-# Half of the time of such a task is waiting for storage, or for a scorer on the same core.
+# Tasks that fetch, decode or write, per CPU core: each waits half of its time for storage or for a scorer.
 _TASKS_PER_CORE = 2
-# Of what scorers leave: so small that each of the three other stages has room for one.
-_SHARE_OF_REST = 1 / 4
-# Of a cluster, evenly for the four stages; Ray Data's default.
-_SET_ASIDE = 0.5
+# Maximum fraction of the CPUs beside scorers for one such task: each of the three other stages must fit.
+_MAX_FRACTION_OF_REST = 1 / 4
+# Fraction of a cluster that is reserved for the four stages in equal parts: Ray Data's default.
+_RESERVED_FRACTION = 0.5
 _STAGES = 4
-# That there is room for on any node, whatever memory they ask for.
-_FEWEST_TASKS = 4
-# Ray counts in ten-thousandths.
-_GRAIN = 10_000
+# Tasks that must fit the memory of any node.
+_MIN_TASKS = 4
+# Ray counts CPUs in ten-thousandths.
+_UNITS_PER_CPU = 10_000
 
 
 @dataclass(frozen=True)
 class ScorerPool:
-    """The actors that score: how many, how many there may be when nodes come, and what each takes of its node.
+    """The actors that score, and what each stage takes of its node.
 
-    `stage_cpus` is what each task takes that fetches, decodes or writes; `reserved` is the share of the cluster that
-    is kept for the stages, the same for each; `node_memory` is that of the smallest node, in bytes.
+    The pool starts with `size` actors, and has at most `max_size` after nodes have been added; `num_cpus` and
+    `num_gpus` are per actor. `stage_cpus` is per task that fetches, decodes or writes; `reserved_fraction` of the
+    cluster is reserved for the stages, in equal parts; `node_memory` is that of the smallest node, in bytes.
     """
 
     size: int
-    most: int
+    max_size: int
     num_cpus: float
     num_gpus: float
     stage_cpus: float
-    reserved: float
+    reserved_fraction: float
     node_memory: float = math.inf
 
-    def memory_for(self, task: int) -> int:
-        """Bytes to ask Ray for, for a task that takes so many: no more than lets some be on the smallest node."""
-        return int(min(task, self.node_memory / _FEWEST_TASKS))
+    def memory_for(self, task_bytes: int) -> int:
+        """Return the bytes to request from Ray for a task: few enough that some tasks fit the smallest node."""
+        return int(min(task_bytes, self.node_memory / _MIN_TASKS))
 
     @classmethod
-    def of(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
-        """The pool for a cluster and a number of blocks to score.
+    def for_nodes(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
+        """Plan the pool for a cluster.
 
         Args:
-            scorers: as many as are wanted; 0: one per GPU, or without GPUs one per CPU core.
-            nodes: what each node has, of those that take work.
-            blocks: that there are to score.
-            grows: nodes may come while it runs.
+            scorers: requested number; 0: one per GPU, or without GPUs one per CPU core.
+            nodes: the resources of each node that runs tasks.
+            blocks: number of blocks to score.
+            grows: nodes may be added during the run.
 
         Raises:
-            ConfigError: if the wanted scorers do not fit.
+            ConfigError: if the requested scorers do not fit.
         """
         cpus, gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
         fits = gpus or cpus
@@ -62,45 +63,49 @@ class ScorerPool:
         if scorers > fits and not grows:
             raise ConfigError(f"{scorers} scorers do not fit {fits} {'GPUs' if gpus else 'CPU cores'}; lower --scorers")
         size = min(scorers or fits, fits, max(blocks, 1))
-        most = max(scorers or blocks, size) if grows else size
-        num_cpus, stage_cpus = _beside_gpus(nodes) if gpus else _on_cores(nodes)
-        total = sum(node["CPU"] for node in nodes)
-        reserved = _set_aside(total, size * num_cpus)
-        memory = min(node.get("memory", math.inf) for node in nodes)
-        return cls(size, most, num_cpus, 1.0 if gpus else 0.0, stage_cpus, reserved, memory)
+        num_cpus, stage_cpus = _cpus_beside_gpus(nodes) if gpus else _cpus_on_cores(nodes)
+        return cls(
+            size=size,
+            max_size=max(scorers or blocks, size) if grows else size,
+            num_cpus=num_cpus,
+            num_gpus=1.0 if gpus else 0.0,
+            stage_cpus=stage_cpus,
+            reserved_fraction=_reserved_fraction(sum(node["CPU"] for node in nodes), size * num_cpus),
+            node_memory=min(node.get("memory", math.inf) for node in nodes),
+        )
 
 
-def _beside_gpus(nodes: Sequence[Resources]) -> tuple[float, float]:
-    """CPUs of a scorer and of another task: some of these on each node whose devices all have a scorer."""
+def _cpus_beside_gpus(nodes: Sequence[Resources]) -> tuple[float, float]:
+    """Return the CPUs per scorer and per other task, such that a node with a scorer on each GPU also fits others."""
     with_gpus = [node for node in nodes if node.get("GPU", 0) > 0]
-    scorer = _floor(min(1.0, *(node["CPU"] / (node["GPU"] + 1) for node in with_gpus)))
+    scorer = _round_down(min(1.0, *(node["CPU"] / (node["GPU"] + 1) for node in with_gpus)))
     rest = min(node["CPU"] - node["GPU"] * scorer for node in with_gpus)
-    return scorer, _floor(min(1 / _TASKS_PER_CORE, rest * _SHARE_OF_REST))
+    return scorer, _round_down(min(1 / _TASKS_PER_CORE, rest * _MAX_FRACTION_OF_REST))
 
 
-def _on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
-    """CPUs of a scorer and of another task, where both are on each core.
+def _cpus_on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
+    """Return the CPUs per scorer and per other task, such that each core has a scorer and two tasks.
 
-    A scorer computes in one thread: one per core beats fewer with more threads. The kernel shares the core out.
+    A scorer computes in one thread: one per core is faster than fewer with more threads. The kernel shares the core.
     """
-    most = max(int(node["CPU"]) for node in nodes)
-    # Just so much that no node has room for one more than it has cores.
-    scorer = _floor(most / (most + 1)) + 1 / _GRAIN
-    rest = most * (1 - scorer)
-    return scorer, _floor(min(rest / (most * _TASKS_PER_CORE), rest * _SHARE_OF_REST))
+    cores = max(int(node["CPU"]) for node in nodes)
+    # Just so many that no node fits one scorer more than it has cores.
+    scorer = _round_down(cores / (cores + 1)) + 1 / _UNITS_PER_CPU
+    rest = cores * (1 - scorer)
+    return scorer, _round_down(min(rest / (cores * _TASKS_PER_CORE), rest * _MAX_FRACTION_OF_REST))
 
 
-def _set_aside(total: float, scorers: float) -> float:
-    """The share of some CPUs to set aside for the stages, of which scorers take so many.
+def _reserved_fraction(cpus: float, scorer_cpus: float) -> float:
+    """Return the fraction of a cluster's CPUs to reserve for the stages, given the CPUs of all scorers.
 
-    Ray serves the stages in their order, and one for which too little is left has nothing of its own: the last one,
-    then, writes nothing before all is decoded, and what was scored piles up.
+    Ray reserves for the stages in their order, and nothing for a stage for which too little is left. If that were the
+    last one, it would write nothing before all images are decoded, and scored images would fill the memory.
     """
-    each = _SET_ASIDE * total / _STAGES
-    if total - 3 * each < scorers <= total - 2 * each:
-        return _floor(_STAGES * (total - scorers) / (3 * total))
-    return _SET_ASIDE
+    per_stage = _RESERVED_FRACTION * cpus / _STAGES
+    if cpus - 3 * per_stage < scorer_cpus <= cpus - 2 * per_stage:
+        return _round_down(_STAGES * (cpus - scorer_cpus) / (3 * cpus))
+    return _RESERVED_FRACTION
 
 
-def _floor(cpus: float) -> float:
-    return math.floor(cpus * _GRAIN) / _GRAIN
+def _round_down(cpus: float) -> float:
+    return math.floor(cpus * _UNITS_PER_CPU) / _UNITS_PER_CPU

@@ -100,14 +100,14 @@ def make_images(folder: str, count: int, broken: Sequence[int] = ()) -> None:
 
 def read_rows(out: object, *columns: str) -> list[dict[str, Any]]:
     """Read the rows of a scored collection."""
-    dataset = RunOutput.alone(storage.absolute(str(out))).dataset()
+    dataset = RunOutput.single(storage.absolute(str(out))).dataset()
     rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns) or None).to_pylist()
     return rows
 
 
 def checkpoints(out: str) -> list[str]:
     """List the files that mark rows of an unfinished run as written."""
-    files = [uri for uri, _ in storage.files(RunOutput.alone(out).checkpoint)]
+    files = [uri for uri, _ in storage.files(RunOutput.single(out).checkpoint)]
     # In a store the folder itself may be an object.
     return [uri for uri in files if uri.endswith(".parquet") and not uri.endswith(".pending.parquet")]
 

@@ -171,7 +171,7 @@ def test_expired_credentials_stop_a_run_and_write_no_error_rows(proxy: dict[str,
     FlakyProxy.denied = "/many/199", 0
     ran = run_job("score", *options, **proxy)
     assert ran.returncode == 2
-    assert "10 images are left" in ran.stdout
+    assert "10 images are unfinished" in ran.stdout
     assert "s3://bucket/many/1990.png: unreadable: PermissionError" in ran.stdout
     assert not storage.exists(f"{out}/_SUCCESS")
     ran = run_job("score", *options, "--accept-errors", **proxy)

@@ -48,7 +48,7 @@ def test_a_benchmark_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
     assert set(report["categories"]) == {"nut", "grey"}
     assert all(values["pixel_auroc"] is not None for values in report["categories"].values())
     assert ModelStore(f"{out}/models/seed-0").load("nut").record.category == "nut"
-    rows = RunOutput.among(out, "seed-0").dataset().to_table().to_pylist()
+    rows = RunOutput.named(out, "seed-0").dataset().to_table().to_pylist()
     rows = [row for row in rows if row["category"] == "nut"]
     assert len(rows) == 8
     assert all(row["uri"].startswith(f"{data}/nut/test/") for row in rows)

@@ -16,7 +16,7 @@ from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.method.calibration import HeatmapScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.record import FitSummary, ModelRecord
-from stpm.scoring.inputs.manifest import of_test_images
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
@@ -45,8 +45,8 @@ def scored_run(
     """
     make_category(str(root / "data"), "nut", good=6, defects=6, masks=masks)
     rng = np.random.default_rng(1)
-    (manifest,) = of_test_images([read_category(str(root / "data"), "nut")])
-    output = RunOutput.among(str(root / "run"), "seed-0")
+    (manifest,) = labelled_rows([read_category(str(root / "data"), "nut")])
+    output = RunOutput.named(str(root / "run"), "seed-0")
     shape = preprocessing.content_shape(40, 48)
     columns: dict[str, list[object]] = {f.name: [None] * manifest.num_rows for f in OUTPUT}
     columns |= {name: manifest[name].to_pylist() for name in manifest.schema.names}
@@ -55,7 +55,7 @@ def scored_run(
         anomaly_map[14:34, 14:34] += 0.3 if label != "good" else 0.0
         failed = i < broken
         heatmap = f"heatmaps/{i}.png"
-        storage.publish(f"{output.out}/{heatmap}", palette_png(np.full(shape, 255, np.uint8)))
+        storage.publish(f"{output.folder}/{heatmap}", palette_png(np.full(shape, 255, np.uint8)))
         columns["anomaly_map"][i] = None if failed or not maps else anomaly_map.tobytes()
         columns["label"][i] = "" if i < unlabelled else label if label == "good" else types[i % len(types)]
         columns["threshold"][i] = None if failed else 1.0

@@ -19,45 +19,43 @@ def evaluate(**options: str) -> int:
     return run_evaluate(EvaluateOptions(**options), EvaluationOptions(), GateOptions())
 
 
-def test_a_run_folder_that_is_none_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_run_folder_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert evaluate(scores=str(tmp_path / "nowhere")) == 3
     assert "nowhere: no scores here" in caplog.text
     with pytest.raises(ConfigError, match="--scores is missing"):
         EvaluateOptions()
 
 
-def test_a_pass_that_has_not_come_so_far_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_models_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = scored_run(tmp_path).output
-    Path(output.home).mkdir(parents=True)
-    assert evaluate(scores=output.out) == 3
-    assert "no record of a scored pass" in caplog.text
+    Path(output.state_folder).mkdir(parents=True)
+    assert evaluate(scores=output.folder) == 3
+    assert "no record of a scored run" in caplog.text
 
 
-def test_the_models_that_made_the_scores_are_asked_for_and_no_others(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = scored_run(tmp_path).output
-    Path(output.home).mkdir(parents=True)
-    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "counts": {}}
-    (Path(output.home) / "run.json").write_text(json.dumps(run))
-    assert evaluate(scores=output.out) == 3
-    assert "this run has not ended" in caplog.text
-    (Path(output.home) / "_SUCCESS").touch()
-    assert evaluate(scores=output.out) == 3
+    Path(output.state_folder).mkdir(parents=True)
+    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "summary": {}}
+    (Path(output.state_folder) / "run.json").write_text(json.dumps(run))
+    assert evaluate(scores=output.folder) == 3
+    assert "this run is not finished" in caplog.text
+    (Path(output.state_folder) / "_SUCCESS").touch()
+    assert evaluate(scores=output.folder) == 3
     assert "models: no model nut-before for category 'nut'" in caplog.text
 
 
-def test_a_baseline_is_read_before_anything_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_baseline_is_reported_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
         run_evaluate(EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"))
 
 
-def test_a_category_is_evaluated_and_published_and_held_against_the_gate(
+def test_a_category_is_evaluated_published_and_checked_against_the_gate(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     category = scored_run(tmp_path / "scored")
     found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
-    assert Path(category.output.out, "gallery/seed-0/nut.png").is_file()
+    assert Path(category.output.folder, "gallery/seed-0/nut.png").is_file()
     out = str(tmp_path / "report")
     report = Report("data", [found])
     assert publish_report(report, out, Gate((), {})) == 0

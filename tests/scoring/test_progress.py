@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from stpm.scoring.progress import Breaker, Done, Left, Progress, Tally, Tried
+from stpm.scoring.progress import CircuitBreaker, ProgressActor, ProgressDisplay
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 
 
 class Clock:
@@ -12,75 +13,96 @@ class Clock:
         return self.now
 
 
-def reported(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str]:
-    """Lines on the terminal, or in the log."""
+def shown_lines(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str]:
+    """Show 20 seconds of progress, and return the lines on the terminal or in the log."""
     shown: list[str] = []
     clock = Clock()
-    progress = Progress(1000, shown.append if terminal else None, clock)
+    display = ProgressDisplay(1000, shown.append if terminal else None, clock)
     for second in range(1, 21):
         clock.now = second
-        # Ten seconds of starting, then 50 images a second.
-        progress(Done(max(second - 10, 0) * 50, 2, 1))
+        speed = 50.0 if second > 10 else 0.0
+        display.update(RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed))
     return shown if terminal else caplog.messages
 
 
-def test_a_terminal_shows_each_step_and_a_log_one_in_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
-    assert len(reported(caplog, terminal=True)) == 20
-    assert len(reported(caplog, terminal=False)) == 4
+def test_progress_is_shown_at_each_update_on_a_terminal_and_every_five_seconds_in_a_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert len(shown_lines(caplog, terminal=True)) == 20
+    assert len(shown_lines(caplog, terminal=False)) == 4
 
 
-def test_the_time_of_starting_is_not_the_speed(caplog: pytest.LogCaptureFixture) -> None:
-    first, *_, last = reported(caplog, terminal=True)
+def test_progress_names_the_speed_once_it_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    first, *_, last = shown_lines(caplog, terminal=True)
     assert first == "0/1000 images, 2 errors, 1 anomalous"
     assert last == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
 
 
-def test_a_tally_adds_up() -> None:
-    tally = Tally()
-    tally.add(Done(16, 1, 2))
-    tally.add(Done(4, 0, 1))
-    assert tally.read() == Done(20, 1, 3)
+def test_progress_actor_adds_up_statistics() -> None:
+    actor = ProgressActor(Clock())
+    actor.add("forward", RunStatistics(16, 1, 2, forward_seconds=1.5))
+    actor.add("forward", RunStatistics(4, 0, 1, forward_seconds=0.5))
+    actor.add("decode", RunStatistics(decode_seconds=3.0))
+    assert actor.read()[0] == RunStatistics(20, 1, 3, decode_seconds=3.0, forward_seconds=2.0)
 
 
-def test_a_tally_ends_the_pass_once_most_of_the_latest_images_failed() -> None:
-    failed = Tried("decode", 64, 64, "unreadable: expired")
-    tally, patient = Tally(), Tally(breaks=False)
-    left = [Left(f"{i}.png", "unreadable", "expired") for i in range(64)]
-    told = []
+def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:
+    actor, patient = ProgressActor(), ProgressActor(stops=False)
+    unfinished = [UnfinishedImage(f"{i}.png", "unreadable", "expired") for i in range(64)]
+    reasons = []
     for _ in range(4):
-        # Scorers that are behind, and well, do not hide that decoding fails.
-        assert tally.add(Done(64), Tried("forward", 64, 0, "")) == ""
-        told.append(tally.add(Done(), failed, left))
-        assert patient.add(Done(), failed, left) == ""
-    assert told == ["", "", "", "256 of the latest 256 images failed, the last one as unreadable: expired"]
-    assert tally.broken() == told[-1]
-    assert tally.left() == left[:10]
+        # Successes of the scorers, which are behind, do not hide that decoding fails.
+        assert actor.add("forward", RunStatistics(64), attempted=64) == ""
+        failed = ("decode", RunStatistics(), 64, ["unreadable: expired"] * 64, unfinished)
+        reasons.append(actor.add(*failed))
+        assert patient.add(*failed) == ""
+    assert reasons == ["", "", "", "256 of the latest 256 images failed, the last one as unreadable: expired"]
+    assert actor.read()[1:] == (unfinished[:10], reasons[-1])
 
 
-@pytest.mark.parametrize(("share", "opens"), [(0.4, False), (0.6, True)])
-def test_the_breaker_opens_above_one_half_of_a_window(share: float, opens: bool) -> None:
-    breaker = Breaker(window=100)
+@pytest.mark.parametrize(("fraction", "opens"), [(0.4, False), (0.6, True)])
+def test_circuit_breaker_opens_above_half_of_a_window_and_stays_open(fraction: float, opens: bool) -> None:
+    breaker = CircuitBreaker(window=100)
     for i in range(99):
-        breaker.add(1, 1)
+        breaker.add(1, ["error"])
         assert not breaker.is_open, i
-    breaker = Breaker(window=100)
+    breaker = CircuitBreaker(window=100)
     for i in range(1000):
-        breaker.add(1, int((i + 1) * share) - int(i * share))
+        breaker.add(1, ["error"] * (int((i + 1) * fraction) - int(i * fraction)))
     assert breaker.is_open == opens
     for _ in range(1000):
-        breaker.add(1, 0)
+        breaker.add(1, [])
     assert breaker.is_open == opens
 
 
-def test_the_steady_speed_is_without_the_first_quarter() -> None:
-    now = 0.0
-    tally = Tally(lambda: now)
-    assert tally.speed() == 0
-    for second, rows in enumerate([0, 10, 10, 10, 50, 100, 100, 100]):
-        now = float(second)
-        tally.add(Done(rows))
-    assert tally.read().rows == 380
-    assert tally.speed() == (380 - 180) / 2
-    now = 9.0
-    tally.add(Done(encode_seconds=1))
-    assert tally.speed() == (380 - 180) / 4
+def test_circuit_breaker_that_opens_on_a_good_batch_names_the_last_error() -> None:
+    breaker = CircuitBreaker(window=100)
+    breaker.add(90, ["error"] * 90)
+    breaker.add(20, [])
+    assert breaker.is_open
+    assert str(breaker) == "80 of the latest 100 images failed, the last one as error"
+
+
+def test_steady_speed_excludes_the_first_quarter() -> None:
+    clock = Clock()
+    actor = ProgressActor(clock)
+    assert actor.read()[0].steady_images_per_second == 0
+    for second, images in enumerate([0, 10, 10, 10, 50, 100, 100, 100]):
+        clock.now = float(second)
+        actor.add("forward", RunStatistics(images))
+    assert actor.read()[0].images == 380
+    assert actor.read()[0].steady_images_per_second == (380 - 180) / 2
+    clock.now = 9.0
+    actor.add("encode", RunStatistics(encode_seconds=1))
+    assert actor.read()[0].steady_images_per_second == (380 - 180) / 4
+
+
+def test_steady_speed_is_unknown_within_the_first_second() -> None:
+    clock = Clock()
+    actor = ProgressActor(clock)
+    for clock.now in (1000.0, 1000.1, 1000.2):
+        actor.add("forward", RunStatistics(100))
+    assert actor.read()[0].steady_images_per_second == pytest.approx(200 / 0.2, rel=1e-3)
+    for clock.now in (1000.3, 1000.4):
+        actor.add("forward", RunStatistics(1000))
+    assert actor.read()[0].steady_images_per_second == 0

@@ -1,9 +1,10 @@
-"""Which pass a run folder holds, whatever was cut off there: all that comes before Ray is started."""
+"""Which run a folder holds, whatever was cut off there: all steps before Ray is started, and after it."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -12,135 +13,153 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.cluster.placement import ClusterOptions
-from stpm.errors import ConfigError, ModelError, ModelUnreadableError
-from stpm.jobs import score as run
-from stpm.jobs.score import CollectionOptions, run_score
+from stpm.errors import ConfigError, DataError, ModelError, ModelUnreadableError
+from stpm.jobs import score as score_job
+from stpm.jobs.score import run_score, stored_list
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
-from stpm.scoring import run as passes
+from stpm.options import ClusterOptions
+from stpm.scoring import run as run_module
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.sources import Categories, rows_of
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import ScoreOptions
-from stpm.scoring.progress import Left
-from stpm.scoring.resuming.run_state import Counts, Effort, RunConfig, RunState
-from stpm.scoring.run import ScoringRun, run_scoring, take_up
+from stpm.scoring.resuming.run_state import RunConfig, RunState
+from stpm.scoring.run import ScoringRun, resume_or_start, run_scoring, summarize_rows
+from stpm.scoring.run_statistics import RunStatistics, RunSummary, UnfinishedImage
 from stpm.scoring.schema import OUTPUT, table
 from tests.datasets import make_category
 from tests.models.test_store import save
 
 
-def pass_over(out: Path, *uris: str) -> ScoringRun:
+def make_run(root: Path, *uris: str) -> ScoringRun:
     def rows() -> Iterator[pa.Table]:
-        return rows_of(["-"], Categories("nut"), (), uris)
+        return image_rows(["-"], CategoryRule("nut"), (), uris)
 
-    config = RunConfig(uris, 0.01, "all", False)
-    return ScoringRun(rows, config, ModelStore(str(out / "models")), ScoreOptions(), RunOutput.alone(str(out / "run")))
+    store, output = ModelStore(str(root / "models")), RunOutput.single(str(root / "run"))
+    return ScoringRun(rows, RunConfig(uris, 0.01), store, ScoreOptions(), output)
 
 
-def ended(of: ScoringRun) -> None:
-    """A pass that has ended, with rows, pictures and a page."""
-    take_up(of, start_over=False, replace=False)
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs start without reading a model."""
+    monkeypatch.setattr(run_module, "_read_records", lambda store, categories: {})
+
+
+def finish(run: ScoringRun) -> None:
+    """Leave a finished run, with rows, heatmaps and a page."""
+    state, _, _ = resume_or_start(run, start_over=False, replace=False)
     for name in ("scores/scores_0.parquet", "scores/scores_1.parquet", "heatmaps/scores/nut/0.png", "triage.html"):
-        storage.publish(f"{of.output.out}/{name}", b"x")
-    RunState(of.output.home).finish(Counts(2), Effort())
+        storage.publish(f"{run.output.folder}/{name}", b"x")
+    state.finish(RunSummary(2))
 
 
 def uris_in(output: RunOutput) -> list[str]:
     return [uri for shard in manifest.shards(output.manifest) for uri in storage.read_table(shard)["uri"].to_pylist()]
 
 
+@pytest.mark.usefixtures("no_models")
 @pytest.mark.parametrize("steps", range(12))
-def test_clearing_that_is_cut_off_leaves_no_pass_to_go_on_with(
+def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
     tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = pass_over(tmp_path, "/a.png", "/b.png"), pass_over(tmp_path, "/c.png")
-    ended(old)
-    left = [steps]
+    old, new = make_run(tmp_path, "/a.png", "/b.png"), make_run(tmp_path, "/c.png")
+    finish(old)
+    remaining_steps = [steps]
     remove = storage.remove
 
     def cut_off(uri: str) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        remaining_steps[0] -= 1
+        if remaining_steps[0] < 0:
             raise KeyboardInterrupt
-        # Of a folder what comes first in the listing goes first.
-        for name, _ in storage.files(uri)[: None if left[0] else 1]:
+        # The last step removes only the first file of a folder.
+        for name, _ in storage.files(uri)[: None if remaining_steps[0] else 1]:
             remove(name)
-        if left[0]:
+        if remaining_steps[0]:
             remove(uri)
 
     monkeypatch.setattr(storage, "remove", cut_off)
     with suppress(KeyboardInterrupt):
-        take_up(new, start_over=True, replace=False)
+        resume_or_start(new, start_over=True, replace=False)
     monkeypatch.setattr(storage, "remove", remove)
-    for of in (old, new):
-        # Without --fresh: refused, or as it was, or nothing of what was there is taken up.
+    for run in (old, new):
+        # Without --fresh: refused, or intact, or none of the old files is resumed.
         try:
-            take_up(of, start_over=False, replace=False)
+            state, _, _ = resume_or_start(run, start_over=False, replace=False)
         except ConfigError as error:
-            assert "holds the rows of another pass" in str(error)
+            assert "holds the rows of another run" in str(error)
         else:
-            done = RunState(of.output.home).done()
-            assert uris_in(of.output) == list(of.config.images)
-            assert len(of.output.files()) == (2 if done else 0)
-    take_up(new, start_over=True, replace=False)
+            assert uris_in(run.output) == list(run.config.images)
+            assert len(run.output.files()) == (2 if state.is_finished() else 0)
+    resume_or_start(new, start_over=True, replace=False)
     assert uris_in(new.output) == ["/c.png"]
     assert {path.name for path in (tmp_path / "run").iterdir()} - {"scores", "heatmaps"} == {"manifest", "run.json"}
     assert not new.output.files()
 
 
-def scored_from_standard_input(out: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a score job that reads a list would score."""
+def score_standard_input(root: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run a score job that reads a list until Ray would start, and return the images of its manifest."""
 
-    def stop_before_ray(of: ScoringRun, **options: bool) -> Counts:
-        take_up(of, start_over=options["start_over"], replace=options["replace"])
-        storage.publish(f"{of.output.scores}/scores_0.parquet", b"x")
-        raise run.DataError
+    def stop_before_ray(run: ScoringRun, *, start_over: bool) -> None:
+        resume_or_start(run, start_over=start_over, replace=False)
+        storage.publish(f"{run.output.scores}/scores_0.parquet", b"x")
+        raise DataError
 
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    monkeypatch.setattr(run, "run_scoring", stop_before_ray)
-    options = CollectionOptions(models=str(out / "models"), images=("-",), out=str(out / "run"), category="nut")  # type: ignore[arg-type]
-    run_score(options, ScoreOptions(), ClusterOptions())
-    return uris_in(RunOutput.alone(str(out / "run")))
+    monkeypatch.setattr(score_job, "run_scoring", stop_before_ray)
+    options = CollectionOptions(models=str(root / "models"), images=("-",), out=str(root / "run"), category="nut")  # type: ignore[arg-type]
+    run_score(options, OutputOptions(), ScoreOptions(), ClusterOptions())
+    return uris_in(RunOutput.single(str(root / "run")))
 
 
-def test_another_list_on_standard_input_is_another_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scored_from_standard_input(tmp_path, "/a.png\n/b.png\n", monkeypatch) == ["/a.png", "/b.png"]
-    assert scored_from_standard_input(tmp_path, "/b.png\n\n /a.png", monkeypatch) == ["/a.png", "/b.png"]
+@pytest.mark.usefixtures("no_models")
+def test_another_list_on_standard_input_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert score_standard_input(tmp_path, "/a.png\n/b.png\n", monkeypatch) == ["/a.png", "/b.png"]
+    assert score_standard_input(tmp_path, "/b.png\n\n /a.png", monkeypatch) == ["/a.png", "/b.png"]
     for other in ("/c.png\n/d.png\n", "/a.png\n", ""):
         with pytest.raises(ConfigError, match=r"standard_input was '2 lines, digest .*' and is '"):
-            scored_from_standard_input(tmp_path, other, monkeypatch)
+            score_standard_input(tmp_path, other, monkeypatch)
 
 
-def score_without_ray(
-    shards: object, records: object, store: object, options: object, output: RunOutput, _: object
-) -> tuple[Effort, list[Left]]:
-    """Two rows with scores, in one file."""
-    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 2 for field in OUTPUT}
-    columns |= {"uri": uris_in(output), "category": ["nut"] * 2, "score": [2.0, 3.0], "threshold": [1.0] * 2}
-    columns |= {"image_id": [0, 1], "is_anomalous": [True] * 2, "p_value": [0.1] * 2, "bytes": [1] * 2}
-    storage.publish(f"{output.scores}/scores_0.parquet", storage.parquet(table(columns, OUTPUT)))
-    return Effort(), []
+def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
+    """Write rows with a score, in one file; the values of some columns may be given."""
+    values: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
+    values |= {"uri": uris_in(output)[:count], "category": ["nut"] * count, "score": [float(i) for i in range(count)]}
+    values |= {"threshold": [1.0] * count, "image_id": list(range(count)), "is_anomalous": [True] * count}
+    values |= {"p_value": [0.1] * count, "bytes": [1] * count} | columns
+    storage.publish(f"{output.scores}/scores_0.parquet", storage.parquet(table(values, OUTPUT)))
 
 
-def test_a_rerun_of_a_pass_that_has_ended_writes_nothing_and_reads_no_row(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, int]]:
+    """A score job of two images without Ray, by its options; returns when each file of the run folder was written."""
     save(ModelStore(str(tmp_path / "models")), tiny)
     make_category(str(tmp_path), "nut", good=2)
-    monkeypatch.setattr(passes, "connected", nullcontext)
-    monkeypatch.setattr(passes, "remaining_shards", lambda output: [("all of them", 2)])
-    monkeypatch.setattr(passes, "score_shards", score_without_ray)
-    images = (str(tmp_path / "nut/test/good"),)
 
-    def score(top: int) -> dict[str, int]:
-        """When each file of the run folder was written after a run with a page of so many."""
-        options = CollectionOptions(str(tmp_path / "models"), images, str(tmp_path / "run"), "nut", top=top)  # type: ignore[arg-type]
-        assert run_score(options, ScoreOptions(), ClusterOptions()) == 0
+    def score_shards(
+        shards: object, records: object, store: object, options: object, output: RunOutput
+    ) -> tuple[RunStatistics, list[UnfinishedImage]]:
+        publish_rows(output, 2)
+        return RunStatistics(images=2), []
+
+    monkeypatch.setattr(run_module, "connected", nullcontext)
+    monkeypatch.setattr(run_module, "remaining_shards", lambda output: [("all of them", 2)])
+    monkeypatch.setattr(run_module, "score_shards", score_shards)
+
+    def run(**options: Any) -> dict[str, int]:
+        images = (str(tmp_path / "nut/test/good"),)
+        collection = CollectionOptions(str(tmp_path / "models"), images, str(tmp_path / "run"), "nut", **options)  # type: ignore[arg-type]
+        assert run_score(collection, OutputOptions(), ScoreOptions(), ClusterOptions()) == 0
         files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != ".lease")
         return {path.name: path.stat().st_mtime_ns for path in files}
 
+    return run
+
+
+def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
+    score: Callable[..., dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = score(top=2)
     assert first.keys() == {
         "000000.parquet",
@@ -157,11 +176,77 @@ def test_a_rerun_of_a_pass_that_has_ended_writes_nothing_and_reads_no_row(
     assert {name for name in first if shorter[name] != first[name]} == {"triage.html", "run.json"}
 
 
-def test_a_model_that_storage_does_not_give_is_not_taken_for_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_with_other_models_is_refused_or_started_over(
+    score: Callable[..., dict[str, int]], tmp_path: Path, tiny: Recipe
 ) -> None:
-    """Rows of a category without a model are final errors."""
-    of = pass_over(tmp_path, "/a.png")
+    before = score()
+    bound = RunState(str(tmp_path / "run")).models()
+    save(ModelStore(str(tmp_path / "models")), dataclasses.replace(tiny, seed=7))
+    with pytest.raises(ConfigError, match=r"holds the rows of another run: nut was 'nut-.*' and is 'nut-"):
+        score()
+    assert RunState(str(tmp_path / "run")).models() == bound
+    after = score(fresh=True)
+    assert all(after[name] != before[name] for name in before)
+    assert RunState(str(tmp_path / "run")).models() != bound
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_run_of_another_configuration_may_be_replaced(tmp_path: Path) -> None:
+    finish(make_run(tmp_path, "/a.png"))
+    other = make_run(tmp_path, "/b.png")
+    with pytest.raises(ConfigError, match="holds the rows of another run: images was"):
+        resume_or_start(other, start_over=False, replace=False)
+    state, _, _ = resume_or_start(other, start_over=False, replace=True)
+    assert not state.is_finished()
+    assert uris_in(other.output) == ["/b.png"]
+    assert not other.output.files()
+
+
+@pytest.mark.usefixtures("no_models")
+def test_rows_are_counted_by_category_and_error_kind(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "/a.png", "/b.png", "/c.png")
+    resume_or_start(run, start_over=False, replace=False)
+    assert summarize_rows(run.output) == RunSummary()
+    publish_rows(
+        run.output,
+        3,
+        category=["nut", "bolt", "nut"],
+        is_anomalous=[True, None, False],
+        bytes=[3, None, 4],
+        error_kind=["", "empty", ""],
+        error_message=["", "no bytes", ""],
+    )
+    assert summarize_rows(run.output) == RunSummary(
+        rows=3,
+        anomalous=1,
+        errors={"empty": 1},
+        error_examples=["/b.png: empty: no bytes"],
+        categories={
+            "bolt": {"rows": 1, "anomalous": 0, "errors": 1},
+            "nut": {"rows": 2, "anomalous": 1, "errors": 0},
+        },
+        bytes_read=7,
+    )
+
+
+def test_a_run_without_all_rows_is_unfinished(
+    score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def score_one(*arguments: Any) -> tuple[RunStatistics, list[UnfinishedImage]]:
+        publish_rows(arguments[4], 1)
+        return RunStatistics(images=2), [UnfinishedImage("/b.png", "unreadable", "expired")]
+
+    monkeypatch.setattr(run_module, "score_shards", score_one)
+    with pytest.raises(AssertionError, match="2 == 0"):
+        score()
+    assert "/b.png: unreadable: expired" in caplog.text
+    assert "1 images are unfinished" in caplog.text
+    assert not (tmp_path / "run" / "_SUCCESS").exists()
+
+
+def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were treated as missing, its rows would be errors, and never be scored again."""
+    run = make_run(tmp_path, "/a.png")
     original = storage.read
 
     def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -171,32 +256,33 @@ def test_a_model_that_storage_does_not_give_is_not_taken_for_none(
 
     monkeypatch.setattr(storage, "read", read)
     with pytest.raises(ModelUnreadableError, match=r"nut/current.json: cannot be read: 403 Forbidden"):
-        run_scoring(of, start_over=False, replace=False)
-    assert not of.output.files()
+        run_scoring(run)
+    assert not run.output.files()
 
 
-def test_a_folder_that_no_run_made_is_left_as_it_is(tmp_path: Path) -> None:
-    of = pass_over(tmp_path, "/a.png")
+@pytest.mark.usefixtures("no_models")
+def test_files_that_no_run_wrote_are_never_removed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "/a.png")
     for name in ("checkpoint/epoch5.pt", "manifest/list.csv", "triage.html"):
-        storage.publish(f"{of.output.out}/{name}", b"precious")
+        storage.publish(f"{run.output.folder}/{name}", b"precious")
         for start_over in (False, True):
-            with pytest.raises(ConfigError, match=r"is there, and no .*run.json says that a run made it"):
-                take_up(of, start_over=start_over, replace=True)
-        assert storage.read(f"{of.output.out}/{name}") == b"precious"
-        storage.remove(f"{of.output.out}/{name.partition('/')[0]}")
-    take_up(of, start_over=False, replace=False)
+            with pytest.raises(ConfigError, match=r"exists, but no .*run.json shows that a run wrote it"):
+                resume_or_start(run, start_over=start_over, replace=True)
+        assert storage.read(f"{run.output.folder}/{name}") == b"precious"
+        storage.remove(f"{run.output.folder}/{name.partition('/')[0]}")
+    resume_or_start(run, start_over=False, replace=False)
 
 
-def test_a_damaged_model_is_not_taken_for_none(tmp_path: Path, tiny: Recipe) -> None:
+def test_a_damaged_model_ends_the_run(tmp_path: Path, tiny: Recipe) -> None:
     record = save(ModelStore(str(tmp_path / "models")), tiny)
     (tmp_path / "models" / "nut" / record.model_id / "model.json").write_bytes(b"{")
     with pytest.raises(ModelError, match=r"model.json: cannot be read"):
-        run_scoring(pass_over(tmp_path, "/a.png"), start_over=False, replace=False)
+        run_scoring(make_run(tmp_path, "/a.png"))
 
 
-def test_a_list_with_odd_names_is_taken_in() -> None:
+def test_a_list_keeps_odd_names() -> None:
     lines = ["a.png", "b\udcff.png", "~$draft.png", "~nosuchuser/x.png", "file://~x/a.png"]
-    with run.taken_in(lines) as (digest, file):
+    with stored_list(lines) as (file, digest):
         file.seek(0)
         assert file.read().splitlines() == lines
     assert digest.startswith("5 lines, ")

@@ -27,7 +27,7 @@ EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 @pytest.fixture
 def output(tmp_path: Path) -> RunOutput:
     """A hundred rows of two models with different thresholds, one of them with an error, one with an evil name."""
-    output = RunOutput.alone(str(tmp_path))
+    output = RunOutput.single(str(tmp_path))
     columns: dict[str, list[Any]] = {field.name: [None] * 100 for field in OUTPUT}
     for i in range(100):
         category = ("nut", "a b#c")[i % 2]
@@ -71,7 +71,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_order_is_by_score_over_threshold_across_models(output: RunOutput) -> None:
+def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunOutput) -> None:
     rows = most_anomalous(output, 7)
     assert [row["peak_x"] for row in rows] == [99, 98, 97, 96, 95, 94, 93]
     assert rows[0]["excess"] == pytest.approx(99 / 50 - 1)
@@ -79,28 +79,28 @@ def test_the_order_is_by_score_over_threshold_across_models(output: RunOutput) -
 
 
 @pytest.mark.parametrize("threshold", [2.0, 0.0, -0.5])
-def test_whatever_the_sign_of_the_threshold_larger_scores_come_first(tmp_path: Path, threshold: float) -> None:
+def test_larger_scores_come_first_for_any_sign_of_the_threshold(tmp_path: Path, threshold: float) -> None:
     scores = [-3.0, 7.0, -0.75, 0.0, 2.5, -0.25]
     columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 6 for field in OUTPUT}
     columns |= {"image_id": list(range(6)), "score": scores, "threshold": [threshold] * 6}
     (tmp_path / "scores").mkdir()
     pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
-    rows = most_anomalous(RunOutput.alone(str(tmp_path)), 4)
+    rows = most_anomalous(RunOutput.single(str(tmp_path)), 4)
     assert [row["score"] for row in rows] == [7.0, 2.5, 0.0, -0.25]
 
 
-def test_sums_of_parts_are_ordered_by_the_difference_whatever_their_thresholds(tmp_path: Path) -> None:
+def test_sums_of_parts_are_ordered_by_the_difference_to_their_thresholds(tmp_path: Path) -> None:
     scores, thresholds = [9.6, 12.2, 3.0], [0.1, 1.5, -2.0]
     columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 3 for field in OUTPUT}
     columns |= {"image_id": list(range(3)), "score": scores, "memory_score": scores, "threshold": thresholds}
     (tmp_path / "scores").mkdir()
     pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
-    rows = most_anomalous(RunOutput.alone(str(tmp_path)), 3)
+    rows = most_anomalous(RunOutput.single(str(tmp_path)), 3)
     assert [row["excess"] for row in rows] == pytest.approx([10.7, 9.5, 5.0])
 
 
-def test_the_page_escapes_and_quotes_what_comes_from_data(output: RunOutput, tmp_path: Path) -> None:
-    assert write_triage(output, 20, PREPROCESSING) == 20
+def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path) -> None:
+    write_triage(output, 20, PREPROCESSING)
     text = (tmp_path / "triage.html").read_text()
     page = Page(text)
     assert EVIL in page.texts
@@ -115,19 +115,19 @@ def test_the_page_escapes_and_quotes_what_comes_from_data(output: RunOutput, tmp
         assert blue > red
         assert blue > green
     assert "script" not in text
-    # One of the two models says what its scores are made of.
+    # One of the two models has scores of two parts.
     assert sum("student 0.25 + memory " in piece for piece in page.texts) == 10
     assert "student 0.25 + memory 1.71" in page.texts
 
 
-def test_a_pass_without_scores_has_a_page_too(tmp_path: Path) -> None:
-    assert write_triage(RunOutput.alone(str(tmp_path)), 5, PREPROCESSING) == 0
-    assert (tmp_path / "triage.html").exists()
+def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
+    write_triage(RunOutput.single(str(tmp_path)), 5, PREPROCESSING)
+    assert "The 0 most anomalous images" in (tmp_path / "triage.html").read_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_in_a_browser_nothing_hostile_runs_and_nothing_overflows(
+def test_the_page_runs_no_hostile_script_and_does_not_overflow(
     output: RunOutput, browser: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
     write_triage(output, 50, PREPROCESSING)

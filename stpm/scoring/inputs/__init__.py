@@ -1,1 +1,1 @@
-"""Where images come from: sources become the rows of a manifest."""
+"""From sources of images (folders, globs, archives, tables, lists) to the manifest of a run."""

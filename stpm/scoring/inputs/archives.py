@@ -1,4 +1,4 @@
-"""Images that are not files of their own: members of tar archives, and rows of Parquet files."""
+"""Read images, also those inside archives: members of tar files, and rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -19,56 +19,54 @@ from stpm.errors import DataError, ImageError, TooLongError, UriError
 from stpm.scoring.inputs.shared_reads import SharedReads
 
 TAR, PARQUET = ".tar", ".parquet"
-# Of a column that holds whole image files: bytes, or a struct of `bytes` and `path`.
+# Names of a column that holds whole image files: bytes, or a struct of `bytes` and `path`.
 IMAGE_COLUMNS = ("image", "bytes")
 
-_MEMBER = "#"
-# Names that no file can have, or that lead to none.
+# Errors of names that no file can have, or that lead to no file.
 _NO_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 
 class ImageRef(NamedTuple):
-    """An image: its URI, and where in its archive it lies.
+    """The URI of an image, and its position if it is in an archive: `shard.tar#dir/name.png`, `shard.parquet#17`.
 
-    In a tar, `start` and `length` are bytes; in a Parquet file `start` is the row and `length` 1. A length of -1 is a
-    file of its own.
+    In a tar, `start` and `length` are bytes; in a Parquet file `start` is the row and `length` 1. A length of -1 means
+    that the image is a file of its own.
     """
 
     uri: str
     start: int = 0
     length: int = -1
 
+    @classmethod
+    def parquet_row(cls, archive: str, row: int) -> ImageRef:
+        return cls(f"{archive}#{row}", row, 1)
+
     @property
     def path(self) -> str:
-        """What a pattern over the path is matched with: in a tar the member's own, else that of the file."""
+        """The path that a category pattern is matched with: a tar member's own path, else that of the file."""
         if self.length < 0:
             return self.uri
-        archive, member = split(self.uri)
-        return member if archive.lower().endswith(TAR) else archive
+        archive, member = split_uri(self.uri)
+        return member if _is_tar(archive) else archive
 
 
-def split(uri: str) -> tuple[str, str]:
-    """The archive and the member that a URI names: `shard.tar#dir/name.png`, `shard.parquet#17`; ("", "") if none."""
-    for kind in (TAR, PARQUET):
-        end = uri.lower().find(f"{kind}{_MEMBER}") + len(kind)
-        if end >= len(kind):
+def split_uri(uri: str) -> tuple[str, str]:
+    """Split a URI into archive and member; ("", "") if it names no archive."""
+    for suffix in (TAR, PARQUET):
+        end = uri.lower().find(f"{suffix}#") + len(suffix)
+        if end >= len(suffix):
             return uri[:end], uri[end + 1 :]
     return "", ""
 
 
-def row_of(uri: str, row: int) -> ImageRef:
-    """The image in a row of a Parquet file."""
-    return ImageRef(f"{uri}{_MEMBER}{row}", row, 1)
+def tar_images(uri: str) -> Iterator[ImageRef]:
+    """List the images of a tar archive from its headers, without reading the images.
 
-
-def members(uri: str) -> Iterator[ImageRef]:
-    """The images of a tar archive: headers are read, and images skipped.
-
-    Of several members with one name the last counts, as where the archive is unpacked. A hard link is the file that it
-    leads to. Bytes of a name that are no UTF-8 are written %XX.
+    Of several members with one name the last counts, as it would after unpacking. A hard link stands for the file that
+    it points to. Bytes of a name that are not UTF-8 are written %XX.
 
     Raises:
-        DataError: if it cannot be read.
+        DataError: if the archive cannot be read.
     """
     fs, path = storage.filesystem(uri)
     files: dict[str, ImageRef] = {}
@@ -76,26 +74,26 @@ def members(uri: str) -> Iterator[ImageRef]:
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 name = posixpath.normpath(member.name)
-                linked = files.get(posixpath.normpath(member.linkname))
+                link_target = files.get(posixpath.normpath(member.linkname))
                 files.pop(name, None)
-                place = f"{uri}{_MEMBER}{storage.as_utf8(member.name)}"
+                member_uri = f"{uri}#{storage.as_utf8(member.name)}"
                 if member.isfile():
-                    files[name] = ImageRef(place, member.offset_data, member.size)
-                elif member.islnk() and linked:
-                    files[name] = linked._replace(uri=place)
+                    files[name] = ImageRef(member_uri, member.offset_data, member.size)
+                elif member.islnk() and link_target:
+                    files[name] = link_target._replace(uri=member_uri)
     except (OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{uri}: this archive cannot be read: {error}; write it without compression") from error
-    return (place for place in files.values() if place.uri.lower().endswith(SUFFIXES))
+    return (image for image in files.values() if image.uri.lower().endswith(SUFFIXES))
 
 
 def image_column(schema: pa.Schema) -> str:
-    """Name of the column that holds image files, or ""."""
+    """Return the name of the column that holds image files, or ""."""
     return next((name for name in IMAGE_COLUMNS if name in schema.names and _is_bytes(schema.field(name).type)), "")
 
 
 @contextmanager
-def _reading_errors() -> Iterator[None]:
-    """Raise whatever goes wrong while an image is fetched as an ImageError."""
+def _as_image_errors() -> Iterator[None]:
+    """Raise any error of fetching an image as an ImageError."""
     try:
         yield
     except ImageError:
@@ -106,7 +104,7 @@ def _reading_errors() -> Iterator[None]:
         raise ImageError("too_large", str(error)) from error
     except FileNotFoundError as error:
         if error.filename and not Path(error.filename).parent.exists():
-            # It may come back with its disk.
+            # The disk may be mounted again.
             raise ImageError("unreadable", "no such folder; is its disk mounted?") from error
         raise ImageError("missing", "no such file") from error
     except pa.ArrowInvalid as error:
@@ -114,58 +112,54 @@ def _reading_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_FILE:
             raise ImageError("missing", str(error)) from error
-        # Whatever a client of some storage raises.
+        # Storage clients raise errors of any class.
         raise ImageError("unreadable", f"{type(error).__name__}: {error}") from error
 
 
-@_reading_errors()
-def read(place: ImageRef, most: int = MAX_BYTES) -> bytes:
-    """The bytes of an image.
-
-    Args:
-        place: where it is.
-        most: bytes that it may have; of a longer file only the first are fetched.
+@_as_image_errors()
+def read(image: ImageRef, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read the file of an image. Of a file longer than `max_bytes` only the first bytes are fetched.
 
     Raises:
-        ImageError: whatever goes wrong, nothing else is raised.
+        ImageError: whatever goes wrong; nothing else is raised.
     """
-    if place.length < 0:
-        return storage.read_at_most(place.uri, most)
-    archive, _ = split(place.uri)
-    if archive.lower().endswith(TAR):
-        _check_size(place.uri, place.length, most)
-        return storage.read(archive, place.start, place.start + place.length)
-    return _row(archive, place.start, most)
+    if image.length < 0:
+        return storage.read_at_most(image.uri, max_bytes)
+    archive, _ = split_uri(image.uri)
+    if _is_tar(archive):
+        _check_size(image.uri, image.length, max_bytes)
+        return storage.read(archive, image.start, image.start + image.length)
+    return _read_parquet_row(archive, image.start, max_bytes)
 
 
-@_reading_errors()
+@_as_image_errors()
 def read_uri(uri: str) -> bytes:
-    """The bytes of an image of which only the URI is known: in a tar, it is searched for. Raises as `read` does."""
-    archive, member = split(uri)
+    """Read an image by its URI alone: a tar is searched for the member. Raises as `read` does."""
+    archive, member = split_uri(uri)
     if not archive:
         return read(ImageRef(uri))
-    if archive.lower().endswith(PARQUET):
-        return _row(archive, int(member), MAX_BYTES)
-    for place in members(archive):
-        if place.uri == uri:
-            return read(place)
+    if not _is_tar(archive):
+        return _read_parquet_row(archive, int(member), MAX_BYTES)
+    for image in tar_images(archive):
+        if image.uri == uri:
+            return read(image)
     raise ImageError("missing", f"{uri}: no such image in the archive")
 
 
-def _row(uri: str, row: int, most: int) -> bytes:
+def _read_parquet_row(uri: str, row: int, max_bytes: int) -> bytes:
     first = 0
-    for number, rows in enumerate(_row_counts.get(uri)):
+    for group, rows in enumerate(_row_counts.get(uri)):
         if row < first + rows:
-            found: bytes = _images.get((uri, number))[row - first].as_py() or b""
-            _check_size(uri, len(found), most)
-            return found
+            data: bytes = _row_groups.get((uri, group))[row - first].as_py() or b""
+            _check_size(uri, len(data), max_bytes)
+            return data
         first += rows
     raise ImageError("missing", f"{uri}: has {first} rows, row {row} is wanted")
 
 
-def _check_size(uri: str, size: int, most: int) -> None:
-    if size > most:
-        raise TooLongError(f"{uri}: has more than {most:,} bytes")
+def _check_size(uri: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise TooLongError(f"{uri}: has more than {max_bytes:,} bytes")
 
 
 def _read_row_counts(uri: str) -> tuple[int, ...]:
@@ -174,20 +168,25 @@ def _read_row_counts(uri: str) -> tuple[int, ...]:
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
-def _read_images(row_group: tuple[str, int]) -> pa.ChunkedArray:
-    uri, number = row_group
+def _read_row_group(key: tuple[str, int]) -> pa.ChunkedArray:
+    """Read the images of one row group, given the URI of its file and its number."""
+    uri, group = key
     filesystem, path = storage.arrow_filesystem(uri)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         name = image_column(file.schema_arrow)
-        # Threads of Arrow's, which all archives share, must not wait for one that hangs.
-        column = file.read_row_group(number, columns=[name], use_threads=False)[name]
+        # All archives share Arrow's threads: a read that hangs must not block one of them.
+        column = file.read_row_group(group, columns=[name], use_threads=False)[name]
     if pa.types.is_struct(column.type):
         return pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
     return column
 
 
-_row_counts = SharedReads(_read_row_counts, kept=64)
-_images = SharedReads(_read_images, kept=2)
+_row_counts = SharedReads(_read_row_counts, max_results=64)
+_row_groups = SharedReads(_read_row_group, max_results=2)
+
+
+def _is_tar(archive: str) -> bool:
+    return archive.lower().endswith(TAR)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""The list of what is scored: fixed, in shards, before the work starts, each image in it once."""
+"""The manifest: the images of a run, each once, written in shards before scoring starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,161 +14,146 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.data.mvtec import Category
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, DataError, ImageError
 from stpm.scoring.inputs.archives import ImageRef
-from stpm.scoring.schema import MANIFEST, passthrough, table, with_passthrough
+from stpm.scoring.schema import MANIFEST, passthrough_columns, table, with_passthrough
 
-_WHOLE = "manifest.json"
-# A row group of a shard, and so the images that one decoding task takes.
+_SUMMARY = "manifest.json"
+# Rows of a shard's row group, and so images of one decoding task.
 BLOCK_ROWS = 64
 
-# URI of a Parquet file, and the rows in it.
+# URI of a Parquet file, and the number of its rows.
 Shard = tuple[str, int]
-# Kind of an image's error, and the same in words.
-Error = tuple[str, str]
-GOOD: Error = ("", "")
 
 
-def image_id(uri: str) -> int:
-    """A signed 64-bit hash of a URI: the image's config in all that is written."""
-    return int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=8).digest(), "big", signed=True)
+class ManifestRow(NamedTuple):
+    """One image to score: `label` and `mask` are "" if unknown, `error` says why it cannot be scored."""
+
+    image: ImageRef
+    category: str
+    label: str = ""
+    mask: str = ""
+    error: ImageError | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds: rows, doubles that were left out, categories, digest of all rows."""
+    """The summary of a manifest: rows, duplicates that were left out, categories, SHA-256 of all rows."""
 
     rows: int
-    doubles: int
+    duplicates: int
     categories: tuple[str, ...]
     digest: str
 
-    def in_words(self) -> str:
-        """How many images, and how many doubles."""
-        return f"{self.rows} images{f', {self.doubles} doubles left out' if self.doubles else ''}"
+    def describe(self) -> str:
+        return f"{self.rows} images{f', {self.duplicates} duplicates left out' if self.duplicates else ''}"
 
 
-def new_rows(
-    places: Sequence[ImageRef],
-    categories: Sequence[str],
-    labels: Sequence[str] = (),
-    masks: Sequence[str] = (),
-    errors: Sequence[Error] = (),
-    own: pa.Table | None = None,
-) -> pa.Table:
-    """Rows of a manifest, without ids.
+def image_id(uri: str) -> int:
+    """Hash a URI to a signed 64-bit integer, which identifies the image in everything that is written."""
+    return int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=8).digest(), "big", signed=True)
 
-    Args:
-        places: of the images.
-        categories: "" where there is none, which is an error.
-        labels: none: nothing is known of any.
-        masks: the same.
-        errors: what is known to be wrong with each, GOOD where it is nothing; none: with none of them.
-        own: a table with the user's own columns.
-    """
-    found = [
-        error if error != GOOD else _error(place, category)
-        for place, category, error in zip(places, categories, errors or [GOOD] * len(places), strict=True)
-    ]
-    texts = {
-        "uri": [place.uri for place in places],
-        "category": categories,
-        "label": labels or [""] * len(places),
-        "mask": masks or [""] * len(places),
-    }
-    columns: dict[str, list[Any]] = {name: list(map(storage.as_utf8, values)) for name, values in texts.items()}
-    columns |= {
-        "image_id": [0] * len(places),
-        "error_kind": [kind for kind, _ in found],
-        "error_message": [message for _, message in found],
-        "archive_start": [place.start for place in places],
-        "archive_length": [place.length for place in places],
+
+def make_rows(rows: Sequence[ManifestRow], user_table: pa.Table | None = None) -> pa.Table:
+    """Make a table of schema MANIFEST, with the user's own columns of the table that the rows were read from."""
+    uris = [storage.as_utf8(row.image.uri) for row in rows]
+    errors = [row.error or _error(row) for row in rows]
+    columns = {
+        "image_id": [image_id(uri) for uri in uris],
+        "uri": uris,
+        "category": [storage.as_utf8(row.category) for row in rows],
+        "label": [storage.as_utf8(row.label) for row in rows],
+        "mask": [storage.as_utf8(row.mask) for row in rows],
+        "error_kind": [error.kind if error else "" for error in errors],
+        "error_message": [str(error) if error else "" for error in errors],
+        "archive_start": [row.image.start for row in rows],
+        "archive_length": [row.image.length for row in rows],
     }
     made = table(columns, MANIFEST)
-    return made if own is None else with_passthrough(made, own)
+    return made if user_table is None else with_passthrough(made, user_table)
 
 
-def _error(place: ImageRef, category: str) -> Error:
-    if place.uri != storage.as_utf8(place.uri):
-        return "bad_name", "the name is not UTF-8, its bytes that are not are written %XX here; rename the file"
-    if not category:
-        return "no_model", "the image has no category; see --category and --category-from"
-    return GOOD
+def _error(row: ManifestRow) -> ImageError | None:
+    if not storage.is_utf8(row.image.uri):
+        return ImageError("bad_name", "the name is not UTF-8, bytes outside it are written %XX here; rename the file")
+    if not row.category:
+        return ImageError("no_model", "the image has no category; see --category and --category-from")
+    return None
 
 
-def of_test_images(categories: Sequence[Category]) -> Iterator[pa.Table]:
-    """The labelled test images of some categories, a table for each."""
+def labelled_rows(categories: Sequence[Category]) -> Iterator[pa.Table]:
+    """Yield a table of manifest rows for the labelled test images of each category."""
     for category in categories:
-        images = category.test
-        yield new_rows(
-            [ImageRef(image.uri) for image in images],
-            [category.name] * len(images),
-            [image.label for image in images],
-            [image.mask for image in images],
+        yield make_rows(
+            [ManifestRow(ImageRef(image.uri), category.name, image.label, image.mask) for image in category.test]
         )
 
 
 def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:
-    """Write chunks of manifest rows as shards, with their ids and without doubles.
+    """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`: without it nothing counts.
 
-    What an earlier, unfinished attempt left is removed first. The folder counts once `manifest.json` is there.
+    Shards that an unfinished attempt left are removed first.
 
     Args:
         chunks: tables of schema MANIFEST, with the user's own columns.
-        folder: a URI.
+        folder: URI of the manifest's folder.
 
     Raises:
-        ConfigError: if a user's column has different types in different manifests.
+        ConfigError: if a column of the user's has different types in different tables.
     """
     storage.remove(folder)
     seen = SeenIds()
-    rows = doubles = 0
+    rows = duplicates = 0
     written: list[tuple[str, list[str]]] = []
     categories: set[str] = set()
     digest = hashlib.sha256()
-    own: dict[str, pa.DataType] = {}
+    user_types: dict[str, pa.DataType] = {}
     for chunk in chunks:
-        for name in passthrough(chunk.schema):
-            kind = chunk.schema.field(name).type
-            if own.setdefault(name, kind) != kind:
-                raise ConfigError(f"column {name} is {own[name]} in one manifest and {kind} in another; make them one")
-        ids = np.fromiter((image_id(uri) for uri in chunk["uri"].to_pylist()), np.int64, chunk.num_rows)
-        new = seen.add(ids)
-        doubles += int((~new).sum())
-        kept = chunk.set_column(0, MANIFEST.field("image_id"), pa.array(ids)).filter(pa.array(new))
+        _add_types(user_types, chunk.schema)
+        is_new = seen.add(chunk["image_id"].to_numpy())
+        kept = chunk.filter(pa.array(is_new))
+        duplicates += chunk.num_rows - kept.num_rows
         if not kept.num_rows:
             continue
         data = storage.parquet(kept, BLOCK_ROWS)
         digest.update(data)
-        written.append((storage.join(folder, f"{len(written):06}.parquet"), passthrough(kept.schema)))
+        written.append((storage.join(folder, f"{len(written):06}.parquet"), passthrough_columns(kept.schema)))
         storage.publish(written[-1][0], data)
         rows += kept.num_rows
         categories.update(kept["category"].unique().to_pylist())
     for uri, names in written:
-        if names != list(own):
-            storage.publish(uri, storage.parquet(_with_columns(uri, own), BLOCK_ROWS))
-    found = Manifest(rows, doubles, tuple(sorted(categories)), digest.hexdigest())
-    storage.publish(storage.join(folder, _WHOLE), json.dumps(asdict(found), indent=2).encode())
-    return found
+        if names != list(user_types):
+            storage.publish(uri, storage.parquet(_with_user_columns(uri, user_types), BLOCK_ROWS))
+    summary = Manifest(rows, duplicates, tuple(sorted(categories)), digest.hexdigest())
+    storage.publish(storage.join(folder, _SUMMARY), json.dumps(asdict(summary), indent=2).encode())
+    return summary
 
 
-def _with_columns(uri: str, own: dict[str, pa.DataType]) -> pa.Table:
-    """A shard with every column of the user's, in one order: null where its source has none."""
+def _add_types(user_types: dict[str, pa.DataType], schema: pa.Schema) -> None:
+    """Add the types of the user's columns in one more table. Raise ConfigError if one differs from before."""
+    for name in passthrough_columns(schema):
+        kind = schema.field(name).type
+        if (known := user_types.setdefault(name, kind)) != kind:
+            raise ConfigError(f"column {name} is {known} in one manifest and {kind} in another; give it one type")
+
+
+def _with_user_columns(uri: str, user_types: dict[str, pa.DataType]) -> pa.Table:
+    """Read a shard and give it all of the user's columns, in one order: null where its source has none."""
     shard = storage.read_table(uri)
     result = shard.select(MANIFEST.names)
-    for name, kind in own.items():
-        known = name in shard.schema.names
-        result = result.append_column(name, shard[name] if known else pa.nulls(shard.num_rows, kind))
+    for name, kind in user_types.items():
+        is_there = name in shard.schema.names
+        result = result.append_column(name, shard[name] if is_there else pa.nulls(shard.num_rows, kind))
     return result
 
 
 def read(folder: str) -> Manifest | None:
-    """What a folder holds, or None if no attempt to write it was finished.
+    """Read the summary of a manifest, or return None if none was written to its end.
 
     Raises:
         DataError: if its `manifest.json` is damaged.
     """
-    uri = storage.join(folder, _WHOLE)
+    uri = storage.join(folder, _SUMMARY)
     try:
         values = json.loads(storage.read(uri))
         return Manifest(**values | {"categories": tuple(values["categories"])})
@@ -176,12 +161,12 @@ def read(folder: str) -> Manifest | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"{uri} is damaged, and with it the list of this pass's images ({error}); give another --out, or --fresh"
+            f"{uri} is damaged, and with it the list of this run's images ({error}); give another --out, or --fresh"
         ) from error
 
 
 def shards(folder: str) -> list[str]:
-    """URIs of the shards."""
+    """Return the URIs of a manifest's shards."""
     return [uri for uri, _ in storage.files(folder) if uri.endswith(".parquet")]
 
 
@@ -189,24 +174,26 @@ class SeenIds:
     """A growing set of ids, at eight bytes each: sorted arrays, each at least twice as long as the next."""
 
     def __init__(self) -> None:
-        self._runs: list[npt.NDArray[np.int64]] = []
+        self._arrays: list[npt.NDArray[np.int64]] = []
 
     def add(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of these were not in the set, the first of equals only; they are now."""
-        new = np.zeros(len(ids), bool)
+        """Add ids. Return a mask of those that were not in the set, and of equal ones only the first."""
+        is_new = np.zeros(len(ids), bool)
         distinct, first = np.unique(ids, return_index=True)
-        fresh = ~np.logical_or.reduce([_holds(run, distinct) for run in self._runs] or [np.zeros(len(distinct), bool)])
-        new[first[fresh]] = True
-        self._runs.append(distinct[fresh])
-        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            last, before = self._runs.pop(), self._runs.pop()
-            self._runs.append(np.sort(np.concatenate([before, last])))
-        return new
+        unseen = np.ones(len(distinct), bool)
+        for array in self._arrays:
+            unseen &= ~_contains(array, distinct)
+        is_new[first[unseen]] = True
+        self._arrays.append(distinct[unseen])
+        while len(self._arrays) > 1 and len(self._arrays[-2]) < 2 * len(self._arrays[-1]):
+            last, before = self._arrays.pop(), self._arrays.pop()
+            self._arrays.append(np.sort(np.concatenate([before, last])))
+        return is_new
 
 
-def _holds(ordered: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _contains(ordered: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     if not len(ordered):
         return np.zeros(len(ids), bool)
-    places = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
-    found: npt.NDArray[np.bool_] = ordered[places] == ids
+    positions = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
+    found: npt.NDArray[np.bool_] = ordered[positions] == ids
     return found

@@ -1,4 +1,4 @@
-"""Reads that several threads want at a time: one of them reads, the others wait for it."""
+"""A cache for reads that several threads want at the same time: one thread reads, the others wait for its result."""
 
 from __future__ import annotations
 
@@ -12,39 +12,28 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-# A read that takes longer hangs, and threads that come later do not wait for it.
-_PATIENCE = 120.0
-
 
 class SharedReads(Generic[K, T]):
-    """What was read last, by key. Nobody waits for the read of another key; what failed is tried again.
+    """The results of the latest reads, by key. A key waits only for its own read; a failed read is not kept.
 
     Args:
-        read: gets what a key names.
-        kept: results, those used last.
-        patience: seconds after which a read that has not ended is given up.
+        read: read the value of a key.
+        max_results: results to keep, the most recently used ones.
+        max_seconds: after which a read counts as hung, and the next thread reads again.
     """
 
-    def __init__(self, read: Callable[[K], T], kept: int, patience: float = _PATIENCE) -> None:
+    def __init__(self, read: Callable[[K], T], max_results: int, max_seconds: float = 120.0) -> None:
         self._read = read
-        self._kept = kept
-        self._patience = patience
+        self._max_results = max_results
+        self._max_seconds = max_seconds
         self._lock = threading.Lock()
         self._reads: OrderedDict[K, tuple[Future[T], float]] = OrderedDict()
 
     def get(self, key: K) -> T:
-        """Raises what `read` raises, in each thread that waited for it."""
-        now = time.monotonic()
+        """Return the value of a key. What `read` raises is raised in every thread that waited for it."""
         with self._lock:
-            future, began = self._reads.get(key, (None, now))
-            ours = future is None or (not future.done() and now - began > self._patience)
-            if future is None or ours:
-                future = Future()
-                self._reads[key] = future, now
-            self._reads.move_to_end(key)
-            while len(self._reads) > self._kept:
-                self._reads.popitem(last=False)
-        if ours:
+            future, is_new = self._find_or_add(key)
+        if is_new:
             try:
                 future.set_result(self._read(key))
             except BaseException as error:  # noqa: BLE001
@@ -53,3 +42,15 @@ class SharedReads(Generic[K, T]):
                         del self._reads[key]
                 future.set_exception(error)
         return future.result()
+
+    def _find_or_add(self, key: K) -> tuple[Future[T], bool]:
+        now = time.monotonic()
+        future, began = self._reads.get(key, (None, now))
+        is_new = future is None or (not future.done() and now - began > self._max_seconds)
+        if future is None or is_new:
+            future = Future()
+            self._reads[key] = future, now
+        self._reads.move_to_end(key)
+        while len(self._reads) > self._max_results:
+            self._reads.popitem(last=False)
+        return future, is_new

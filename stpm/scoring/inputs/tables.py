@@ -1,13 +1,13 @@
-"""Tables of a user's own: Parquet, CSV and JSON lines, some thousand rows at a time."""
+"""Read a user's tables (Parquet, CSV, JSON lines) in chunks."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,89 +15,83 @@ import pyarrow.parquet as pq
 from stpm import storage
 from stpm.errors import DataError
 from stpm.scoring.inputs.archives import IMAGE_COLUMNS, PARQUET, image_column
-from stpm.scoring.schema import GIVEN
+from stpm.scoring.schema import INPUT_COLUMNS
 
 SUFFIXES = (PARQUET, ".csv", ".jsonl", ".ndjson")
-CHUNK = 10_000
+CHUNK_ROWS = 10_000
 
 
-class Rows(NamedTuple):
-    """Some rows of a table, without the images that they may hold; the columns GIVEN are strings, never null."""
+def read(uri: str) -> Iterator[pa.Table]:
+    """Read a table, at most `CHUNK_ROWS` rows at a time. A table without a column `uri` has an image in each row.
 
-    table: pa.Table
-    hold_images: bool
-
-
-def read(uri: str) -> Iterator[Rows]:
-    """The rows of a table, at most `CHUNK` at a time.
-
-    What CSV and JSON lines hold stays the text that it is: 007, 00123 and 2024-01-01 are no numbers and no times. A
-    column of a Parquet file has the type that it has there.
+    The images themselves are not read. INPUT_COLUMNS hold text without nulls, or are missing. All values of CSV and
+    JSON lines are read as text, unchanged: 007 and 2024-01-01 do not become numbers and times. Other columns of a
+    Parquet file keep their type.
 
     Raises:
-        DataError: if it cannot be read, says nothing of images, or has two columns of one name.
+        DataError: if the table cannot be read, has neither images nor URIs, or has two columns of one name.
     """
-    rows = _parquet(uri) if uri.lower().endswith(PARQUET) else _text(uri)
-    named = False
     try:
-        for table, hold_images in rows:
-            names = table.schema.names
-            named = named or hold_images or "uri" in names
-            if not named:
-                raise DataError(
-                    f"{uri}: no column `uri`, nor images in a column {' or '.join(IMAGE_COLUMNS)}; its columns are "
-                    f"{', '.join(names)}"
-                )
-            yield Rows(_with_texts(table), hold_images)
+        yield from map(_with_text, _read_parquet(uri) if uri.lower().endswith(PARQUET) else _read_text(uri))
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{uri}: this manifest cannot be read: {error}") from error
 
 
-def _with_texts(table: pa.Table) -> pa.Table:
-    """The table with what is given as strings, and with a `uri`.
+def input_values(table: pa.Table) -> Iterator[tuple[str, ...]]:
+    """Return the values of INPUT_COLUMNS for each row, "" for a column that is missing."""
+    missing = [""] * table.num_rows
+    columns = [table[name].to_pylist() if name in table.schema.names else missing for name in INPUT_COLUMNS]
+    return zip(*columns, strict=True)
+
+
+def _with_text(table: pa.Table) -> pa.Table:
+    """Cast the INPUT_COLUMNS of a table to text without nulls.
 
     Raises:
         pa.ArrowInvalid: if a string is not UTF-8.
     """
     table.validate(full=True)
-    for name in GIVEN:
+    for name in INPUT_COLUMNS:
         if name in table.schema.names:
             texts = table[name].cast(pa.string()).fill_null("")
             table = table.set_column(table.schema.get_field_index(name), name, texts)
-    if "uri" in table.schema.names:
-        return table
-    return table.append_column("uri", pa.array([""] * table.num_rows, pa.string()))
+    return table
 
 
-def _parquet(uri: str) -> Iterator[Rows]:
+def _read_parquet(uri: str) -> Iterator[pa.Table]:
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_file(path) as file:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
         _require_distinct(schema.names)
-        held = "" if "uri" in schema.names else image_column(schema)
-        names = [name for name in schema.names if name != held]
-        if names:
-            batches = (pa.Table.from_batches([batch]) for batch in parquet.iter_batches(CHUNK, columns=names))
+        images = "" if "uri" in schema.names else image_column(schema)
+        if not images:
+            _require_uri(uri, schema.names)
+        if names := [name for name in schema.names if name != images]:
+            for batch in parquet.iter_batches(CHUNK_ROWS, columns=names):
+                yield pa.Table.from_batches([batch])
         else:
-            # Arrow's batches of no columns do not say how many rows there are.
+            # Arrow's batches without columns do not know their number of rows: give them an empty column.
             rows = parquet.metadata.num_rows
-            batches = (pa.table({"uri": pa.nulls(min(CHUNK, rows - start))}) for start in range(0, rows, CHUNK))
-        for table in batches:
-            yield Rows(table, bool(held))
+            for start in range(0, rows, CHUNK_ROWS):
+                yield pa.table({"label": pa.nulls(min(CHUNK_ROWS, rows - start))})
 
 
-def _text(uri: str) -> Iterator[Rows]:
+def _read_text(uri: str) -> Iterator[pa.Table]:
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
-        records = _csv(file) if uri.lower().endswith(".csv") else _json_lines(file)
-        while chunk := list(islice(records, CHUNK)):
+        records = _read_csv(file) if uri.lower().endswith(".csv") else _read_json_lines(file)
+        is_first = True
+        while chunk := list(islice(records, CHUNK_ROWS)):
             names = dict.fromkeys(name for record in chunk for name in record)
-            columns = {name: pa.array([record.get(name) for record in chunk], pa.string()) for name in names}
-            yield Rows(pa.table(columns), hold_images=False)
+            if is_first:
+                _require_uri(uri, names)
+            is_first = False
+            names.setdefault("uri")
+            yield pa.table({name: pa.array([record.get(name) for record in chunk], pa.string()) for name in names})
 
 
-def _csv(file: TextIO) -> Iterator[dict[str, str | None]]:
+def _read_csv(file: TextIO) -> Iterator[dict[str, str | None]]:
     lines = csv.reader(file, strict=True)
     names = next(lines, [])
     _require_distinct(names)
@@ -108,12 +102,12 @@ def _csv(file: TextIO) -> Iterator[dict[str, str | None]]:
             yield dict(zip(names, values, strict=True))
 
 
-def _json_lines(file: TextIO) -> Iterator[dict[str, str | None]]:
+def _read_json_lines(file: TextIO) -> Iterator[dict[str, str | None]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            # Numbers are not parsed, so that 1.50 and 12345678901234567890 stay what they are.
+            # Numbers are kept as text: 1.50 and 12345678901234567890 would not survive parsing.
             values = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
@@ -129,5 +123,13 @@ def _as_text(name: str, value: Any, line: str) -> str | None:
 
 
 def _require_distinct(names: Sequence[str]) -> None:
-    if double := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two columns have the name {double[0]}; rename one")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two columns have the name {duplicates[0]}; rename one")
+
+
+def _require_uri(table: str, names: Collection[str]) -> None:
+    if "uri" not in names:
+        raise DataError(
+            f"{table}: no column `uri`, nor images in a column {' or '.join(IMAGE_COLUMNS)}; its columns are "
+            f"{', '.join(names)}"
+        )

@@ -1,1 +1,1 @@
-"""What a run has done so far, and what is left of it after it was killed."""
+"""Resuming a run that was cut off: its state, its written rows, and the rows that remain."""

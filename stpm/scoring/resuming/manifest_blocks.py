@@ -1,7 +1,6 @@
-"""The manifest as Ray Data reads it: a task for each block of few rows, a row group of a shard.
+"""The manifest as a data source of Ray Data: one task per block, which is a row group of a shard.
 
-Ray's own reader of Parquet lists shards in a task of a whole CPU, reads them whole, and cuts them up in tasks of a
-whole CPU: where scorers hold nearly all CPUs, that never ends.
+Ray's own Parquet reader uses tasks of a whole CPU. Scorers hold nearly all CPUs, and such tasks would never start.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from ray.data.block import BlockMetadata
 from stpm import storage
 from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
 
-# About. Where Ray is told nothing it takes each task's output for its largest block, and lets few tasks run at a time.
+# Bytes of a row, roughly. Without an estimate Ray assumes that each task returns its largest block, and runs few tasks.
 _ROW_BYTES = 200
 
 
 class ManifestBlocks(Datasource):  # type: ignore[misc]
-    """Rows of some shards, in blocks of at most `BLOCK_ROWS`.
+    """Rows of manifest shards, in blocks of at most `BLOCK_ROWS`.
 
     Args:
-        shards: URIs of Parquet files whose row groups are such blocks, with the number of rows in each.
+        shards: Parquet files whose row groups are the blocks, with the number of rows in each file.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -37,18 +36,20 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
         ]
 
     def __len__(self) -> int:
+        """Return the number of blocks."""
         return len(self._blocks)
 
     def get_name(self) -> str:
+        """Return the name that Ray logs."""
         return "Manifest"
 
     def estimate_inmemory_data_size(self) -> None:
-        """Unknown to Ray, and small."""
+        """Return no estimate: the manifest is small."""
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """One for each block."""
+        """Return one task for each block."""
         return [
             ReadTask(
                 partial(_read, uri, group),

@@ -1,4 +1,4 @@
-"""What is left of a pass that was cut off: the manifest's rows whose ids no checkpoint holds."""
+"""The rows that a resumed run has yet to score: those of the manifest whose ids are in no checkpoint."""
 
 from __future__ import annotations
 
@@ -17,57 +17,68 @@ from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.output import RunOutput
 
 _READERS = 16
-# Where another pass holds nearly all CPUs there is still room for this.
+# CPUs of the task: few enough to start beside another run that holds nearly all CPUs.
 _CPUS = 0.1
 _PENDING = ".pending.parquet"
 
 
 def remaining_shards(output: RunOutput) -> list[Shard]:
-    """Shards that hold what is left of a pass. Needs a connection to Ray.
+    """Write the remaining rows as shards and list them. Needs a connection to Ray.
+
+    It runs in a task, because the ids of a large run may not fit the driver's memory.
 
     Raises:
         DataError: if a checkpoint is damaged.
     """
-    remote = ray.remote(num_cpus=_CPUS)(_remaining)
+    remote = ray.remote(num_cpus=_CPUS)(_write_remaining)
     try:
         shards: list[Shard] = ray.get(remote.remote(output.manifest, output.checkpoint, output.remaining))
     except RayTaskError as error:
-        # Ray's own text would be its traceback.
+        # The text of Ray's own error is a traceback.
         raise error.cause from error
     return shards
 
 
-def _remaining(folder: str, checkpoint: str, remaining: str) -> list[Shard]:
-    """In a task, since the ids of a large pass are too many for the driver."""
+def _write_remaining(manifest_folder: str, checkpoint: str, remaining: str) -> list[Shard]:
     storage.remove(remaining)
-    committed = [uri for uri, _ in storage.files(checkpoint) if uri.endswith(".parquet")]
-    pending = {uri for uri in committed if uri.endswith(_PENDING)}
-    committed = [uri for uri in committed if uri not in pending]
-    for uri in committed:
-        # A store without renames copies and then removes: cut off in between, both are there, and the rows are too.
-        if (twin := uri.removesuffix(".parquet") + _PENDING) in pending:
-            storage.remove(twin)
-    shards = manifest.shards(folder)
+    shards = manifest.shards(manifest_folder)
+    committed = _committed_checkpoints(checkpoint)
     if not committed:
         with ThreadPoolExecutor(_READERS) as pool:
             return list(zip(shards, pool.map(storage.count_rows, shards), strict=True))
-    done = np.sort(np.concatenate([_ids(uri) for uri in committed]))
-    left: list[Shard] = []
+    written = np.sort(np.concatenate([_read_ids(uri) for uri in committed]))
+    result: list[Shard] = []
     for uri in shards:
         table = storage.read_table(uri)
-        kept = table.filter(pa.array(~np.isin(table["image_id"].to_numpy(), done, kind="sort")))
-        if kept.num_rows:
-            left.append((storage.join(remaining, uri.rsplit("/", 1)[-1]), kept.num_rows))
-            storage.publish(left[-1][0], storage.parquet(kept, manifest.BLOCK_ROWS))
-    return left
+        rows = table.filter(pa.array(~np.isin(table["image_id"].to_numpy(), written, kind="sort")))
+        if rows.num_rows:
+            copy = storage.join(remaining, uri.rsplit("/", 1)[-1])
+            storage.publish(copy, storage.parquet(rows, manifest.BLOCK_ROWS))
+            result.append((copy, rows.num_rows))
+    return result
 
 
-def _ids(checkpoint: str) -> npt.NDArray[np.int64]:
+def _committed_checkpoints(folder: str) -> list[str]:
+    """List the checkpoints whose rows are written.
+
+    Ray commits a checkpoint by renaming it. A store without renames copies and then removes: if that was cut off, both
+    names exist, and the rows do too.
+    """
+    uris = [uri for uri, _ in storage.files(folder) if uri.endswith(".parquet")]
+    pending = {uri for uri in uris if uri.endswith(_PENDING)}
+    committed = [uri for uri in uris if uri not in pending]
+    for uri in committed:
+        if (copied_from := uri.removesuffix(".parquet") + _PENDING) in pending:
+            storage.remove(copied_from)
+    return committed
+
+
+def _read_ids(checkpoint: str) -> npt.NDArray[np.int64]:
     try:
         ids: npt.NDArray[np.int64] = storage.read_table(checkpoint)["image_id"].to_numpy()
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{checkpoint} is damaged, and with it what is known of the rows that are written ({error}); give "
-            "another --out, or --fresh"
+            f"{checkpoint} is damaged, and the written rows are no longer known ({error}); give another --out, or "
+            "--fresh"
         ) from error
     return ids

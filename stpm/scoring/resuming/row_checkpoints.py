@@ -1,7 +1,6 @@
-"""Ray Data's checkpoint: each row's id is written down with the row, so that a killed pass goes on.
+"""Ray Data's row checkpoint: the id of each written row is recorded, so that a killed run can be resumed.
 
-Its configuration travels with every task of the pass, and the process that runs one imports the module that defines its
-class: this one, which knows no torch.
+The configuration is sent to every task, which imports this module to read it: no torch here.
 """
 
 from __future__ import annotations
@@ -14,39 +13,41 @@ from ray.data.datasource import FilenameProvider
 from stpm import storage
 
 
-def checkpoints(folder: str) -> CheckpointConfig:
-    """For data sets that write down in a folder the ids of the rows that they have written."""
+def checkpoint_config(folder: str) -> CheckpointConfig:
+    """Configure Ray Data to record the ids of written rows in a folder."""
     filesystem, path = storage.arrow_filesystem(folder)
     return CheckpointConfig(
         id_column="image_id",
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
-        checkpoint_manager_cls=CleaningManager,
+        checkpoint_manager_cls=PendingCheckpointCleaner,
     )
 
 
 class FileNames(FilenameProvider):  # type: ignore[misc]
-    """Names of the files of rows, of which none is the beginning of another.
+    """Names of the Parquet files, none of which is a prefix of another.
 
-    Of a write task that was cut off Ray removes all files whose names begin with the task's. Its own names are padded
-    to six digits: task 100000's is the beginning of task 1000000's.
+    After a write task was cut off, Ray removes all files whose names begin with the task's. Ray's own names have six
+    digits, so the name of task 100000 would be a prefix of that of task 1000000.
 
     Args:
-        name: of the pass.
+        name: of the run.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name, "parquet")
 
     def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        """Return the prefix of the names of a task's files."""
         return f"{self.dataset_uuid}_{write_uuid}_{task_index:012}.{self.file_format}"
 
 
-class CleaningManager(CheckpointManager):  # type: ignore[misc]
-    """Ray's clean-up of what writers left half done, without its filter: the rows that come in are those left."""
+class PendingCheckpointCleaner(CheckpointManager):  # type: ignore[misc]
+    """Removes what unfinished write tasks left, as Ray does, but filters no rows: the input has only remaining ones."""
 
     def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> tuple[None, int]:
+        """Clean up, and return no ids."""
         if data_file_dir is not None:
             self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
         return None, 0

@@ -1,1 +1,1 @@
-"""What happens to an image: fetch and decode, score, write its heatmap."""
+"""The three stages that an image goes through: fetch and decode, score, draw its heatmap."""

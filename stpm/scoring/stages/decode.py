@@ -1,44 +1,46 @@
-"""First stage: fetch and decode, in CPU tasks. A row that cannot be decoded goes on with its error."""
+"""First stage: fetch and decode images, in CPU tasks. An image that fails becomes a row with its error."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 
 from stpm.data import images
-from stpm.data.images import DECODING_BYTES, EXTERNAL_ERRORS, MAX_BYTES
+from stpm.data.images import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus as meters
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.options import IMAGE_SECONDS
-from stpm.scoring.progress import Done, Report, Tried
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_passthrough
+from stpm.scoring.stages.outcomes import error_columns, external_errors
 from stpm.scoring.stages.time_limit import run_within
 
 _FETCHERS = 8
-# Bytes of a file that is fetched beside others; a larger one is fetched when its turn to be decoded has come.
-_BESIDE_OTHERS = 16 * 2**20
-# Seconds that an image waits for its turn: the one before it may hang.
+# Files up to this size are fetched side by side; a larger one is fetched when it is its turn to be decoded.
+_SMALL_FILE_BYTES = 16 * 2**20
+# How long an image waits for its turn: the one before it may hang.
 _TURN_SECONDS = 60.0
-# What a task takes at most: the small files that it holds, and the largest file and image.
-TASK_BYTES = _FETCHERS * _BESIDE_OTHERS + MAX_BYTES + DECODING_BYTES
+# Memory that a task takes at most: its small files, and the largest file and image.
+TASK_BYTES = _FETCHERS * _SMALL_FILE_BYTES + MAX_BYTES + DECODING_BYTES
 
 
 class Decode:
-    """MANIFEST rows to DECODED rows. Images are fetched side by side, and decoded one at a time: memory is bounded.
+    """Turn MANIFEST rows into DECODED rows. Fetch side by side, but decode one at a time, to bound memory.
 
     Args:
-        preprocessing: that of each category's model; a category that is not among them has no model.
-        seconds: that fetching and decoding one image may take.
-        fetchers: images that one task fetches at a time.
-        report: told of the CPU time that each batch took, and of what failed; None tells nobody.
+        preprocessing: by category; a category that is missing has no model.
+        seconds: limit for fetching and decoding one image.
+        fetchers: images that one task fetches at the same time.
+        report: called with the CPU time and the failures of each batch.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Decode:
         preprocessing: Mapping[str, Preprocessing],
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
-        report: Report | None = None,
+        report: ProgressReporter | None = None,
     ) -> None:
         self._report = report
         self._preprocessing = dict(preprocessing)
@@ -54,64 +56,72 @@ class Decode:
         self._fetchers = fetchers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        decoding_since: dict[int, float] = {}
+        began = time.process_time()
         turn = Lock()
         rows = batch.select(MANIFEST.names).to_pylist()
-
-        def decoding(i: int) -> None:
-            decoding_since[i] = time.monotonic()
-
-        tasks = [partial(self._one, row, turn, partial(decoding, i)) for i, row in enumerate(rows)]
-        began = time.process_time()
-        results = run_within(self._seconds, self._fetchers, tasks, lambda i: self._late(decoding_since.get(i)))
+        tasks = [_ImageTask(row, self._preprocessing.get(row["category"]), turn) for row in rows]
+        outcomes = run_within(self._seconds, self._fetchers, tasks, lambda i: tasks[i].late_error(self._seconds))
         computed = time.process_time() - began
-        meters.spent("decode", computed)
+        meters.count_stage_seconds("decode", computed)
         if self._report:
-            # What the manifest refused says nothing of storage.
-            tried = [r for row, r in zip(rows, results, strict=True) if not row["error_kind"]]
-            suspect = [r for r in tried if isinstance(r, ImageError) and r.kind in EXTERNAL_ERRORS]
-            error = f"{suspect[-1].kind}: {suspect[-1]}" if suspect else ""
-            self._report(Done(decode_seconds=computed), Tried("decode", len(tried), len(suspect), error))
-        columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names}
-        good = [r if isinstance(r, images.Decoded) else None for r in results]
-        columns["pixels"] = [r.pixels.data.cast("B") if r else b"" for r in good]
+            # Images that the manifest refused were not tried.
+            tried = [outcome for row, outcome in zip(rows, outcomes, strict=True) if not row["error_kind"]]
+            self._report("decode", RunStatistics(decode_seconds=computed), len(tried), external_errors(tried))
+        decoded = [outcome if isinstance(outcome, Decoded) else None for outcome in outcomes]
+        columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names} | error_columns(outcomes)
+        columns["pixels"] = [image.pixels.data.cast("B") if image else b"" for image in decoded]
         for name in ("width", "height", "bytes"):
-            columns[name] = [getattr(r, name) if r else None for r in good]
-        columns["error_kind"] = [r.kind if isinstance(r, ImageError) else "" for r in results]
-        columns["error_message"] = [str(r) if isinstance(r, ImageError) else "" for r in results]
+            columns[name] = [getattr(image, name) if image else None for image in decoded]
         return with_passthrough(table(columns, DECODED), batch)
 
-    def _one(self, row: dict[str, Any], turn: Lock, decoding: Callable[[], None]) -> images.Decoded | ImageError:
+
+class _ImageTask:
+    """Fetch and decode the image of one manifest row; call it in a thread.
+
+    Args:
+        row: of schema MANIFEST.
+        preprocessing: of its category's model; None: it has no model.
+        turn: held while one of the images of a batch is decoded.
+    """
+
+    def __init__(self, row: Mapping[str, Any], preprocessing: Preprocessing | None, turn: Lock) -> None:
+        self._row = row
+        self._preprocessing = preprocessing
+        self._turn = turn
+        self._decoding_since = math.inf
+
+    def __call__(self) -> Decoded | ImageError:
+        row = self._row
         if row["error_kind"]:
             return ImageError(row["error_kind"], row["error_message"])
-        preprocessing = self._preprocessing.get(row["category"])
-        if preprocessing is None:
+        if self._preprocessing is None:
             return ImageError("no_model", f"no model for category {row['category']!r}")
-        place = ImageRef(row["uri"], row["archive_start"], row["archive_length"])
+        image = ImageRef(row["uri"], row["archive_start"], row["archive_length"])
         try:
-            data = _read_small(place)
-            held = turn.acquire(timeout=_TURN_SECONDS)
+            data = _read_small(image)
+            is_ours = self._turn.acquire(timeout=_TURN_SECONDS)
             try:
-                data = archives.read(place) if data is None else data
-                decoding()
-                return images.decode(data, preprocessing)
+                data = archives.read(image) if data is None else data
+                self._decoding_since = time.monotonic()
+                return images.decode(data, self._preprocessing)
             finally:
-                if held:
-                    turn.release()
+                if is_ours:
+                    self._turn.release()
         except ImageError as error:
             return error
 
-    def _late(self, decoding_since: float | None) -> ImageError:
-        # What was fetched late is not to blame for what is left to decode it in.
-        if decoding_since is not None and time.monotonic() - decoding_since > self._seconds / 2:
-            return ImageError("too_slow", f"not decoded within {self._seconds:g} s; see --image-seconds")
-        return ImageError("timeout", f"not fetched and decoded within {self._seconds:g} s; see --image-seconds")
+    def late_error(self, limit: float) -> ImageError:
+        """Return the error of an image that took longer than the limit, in seconds."""
+        # If fetching took most of the time, the image itself may be quick to decode: the next run tries it again.
+        if time.monotonic() - self._decoding_since > limit / 2:
+            return ImageError("too_slow", f"not decoded within {limit:g} s; see --image-seconds")
+        return ImageError("timeout", f"not fetched and decoded within {limit:g} s; see --image-seconds")
 
 
-def _read_small(place: ImageRef) -> bytes | None:
-    """The bytes of an image, or None if they are many."""
+def _read_small(image: ImageRef) -> bytes | None:
+    """Read an image, or return None if its file is large."""
     try:
-        return archives.read(place, _BESIDE_OTHERS)
+        return archives.read(image, _SMALL_FILE_BYTES)
     except ImageError as error:
         if error.kind != "too_large":
             raise

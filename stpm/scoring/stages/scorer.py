@@ -1,340 +1,233 @@
-"""Second stage: the actor that holds teachers and models."""
+"""Second stage: score decoded images with the models of their categories."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
-from stpm.data.images import EXTERNAL_ERRORS, TRANSIENT_ERRORS
-from stpm.errors import ImageError, ModelError, ModelUnreadableError
+from stpm.data.images import TRANSIENT_ERRORS
+from stpm.errors import ImageError
 from stpm.method.forward import Matcher, pick_device
 from stpm.method.fusion import AnomalyMap
-from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.scoring import prometheus as meters
-from stpm.scoring.progress import Done, Left, Report, Tried
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
-from stpm.scoring.stages.scorer_actor import LARGEST_BATCH
-
-FIRST_BATCH = 16
-_WORTH_IT = 1.05
-# Seconds until a model that could not be loaded is tried again.
-_TRIED_AGAIN_AFTER = 60.0
-# Columns whose values the scorer looks at, or changes; others go through as they are.
-_READ = ("category", "width", "height", "error_kind", "error_message")
-
-Sharing = tuple[str, ...]
+from stpm.scoring.stages.batch_size import BatchSize
+from stpm.scoring.stages.model_cache import ModelCache
+from stpm.scoring.stages.outcomes import error_columns, external_errors
+from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 log = logging.getLogger(__name__)
 
 
-class Scorer:
-    """DECODED rows to SCORED rows. The teacher runs once per forward pass, each model on its own rows.
+class DecodedImage(NamedTuple):
+    """The columns of DECODED that the scorer reads."""
 
-    A model that cannot be loaded makes its rows errors, and no others. Rows with a transient error are left out: what
-    is not written is tried again by the next run.
+    uri: str
+    category: str
+    width: int
+    height: int
+    error_kind: str
+    error_message: str
+    pixels: pa.LargeBinaryScalar
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """The columns of SCORED that the scorer adds. The defaults are the values of a row with an error."""
+
+    score: float | None = None
+    student_score: float | None = None
+    memory_score: float | None = None
+    p_value: float | None = None
+    is_anomalous: bool | None = None
+    threshold: float | None = None
+    peak_x: int | None = None
+    peak_y: int | None = None
+    area: float | None = None
+    seed: int | None = None
+    model_id: str = ""
+    anomaly_map: memoryview | None = None
+    heatmap_levels: bytes | memoryview = b""
+
+
+Outcome = ImageScore | ImageError
+
+
+class Scorer:
+    """Turn DECODED rows into SCORED rows. The teacher runs once per forward pass, each model on its own rows.
+
+    If a model cannot be loaded, its rows become errors, and no others. Rows with a transient error are dropped: the
+    next run scores images that have no row.
 
     Args:
-        store: URI of the model store.
-        false_alarm_rate: for the threshold.
-        raw_maps: keep the anomaly maps.
-        overlays: keep the pixels, for what is drawn over them.
-        batch_size: images per forward pass; 0: found on the device.
-        memory: bytes of models that are kept loaded.
-        threads: that torch may use on a CPU; 0: as many as Ray assigned CPUs to this actor, at least one.
-        report: told of each batch, and how long it took; None tells nobody.
-        model_ids: the model that scores each category's rows, and no other; None: those that are current.
-        accept_errors: keep rows with a transient error too.
+        settings: see `ScorerSettings`.
+        report: called with the progress after each batch.
+        models: loads teachers and models; None: from the settings' store.
     """
 
     def __init__(
-        self,
-        store: str,
-        false_alarm_rate: float,
-        raw_maps: bool,
-        overlays: bool,
-        batch_size: int = 0,
-        memory: int = 2**30,
-        threads: int = 0,
-        report: Report | None = None,
-        model_ids: Mapping[str, str] | None = None,
-        accept_errors: bool = False,
+        self, settings: ScorerSettings, report: ProgressReporter | None = None, models: ModelCache | None = None
     ) -> None:
-        self._left_out = frozenset() if accept_errors else frozenset(TRANSIENT_ERRORS)
-        self._model_ids = model_ids
-        assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) if ray.is_initialized() else 1
-        torch.set_num_threads(threads or max(int(assigned), 1))
-        self._store = ModelStore(store)
-        self._rate = false_alarm_rate
+        device = pick_device()
+        self._settings = settings
         self._report = report
-        self._raw_maps = raw_maps
-        self._overlays = overlays
-        self._device = pick_device()
-        self._batch = BatchSize(batch_size, grows=self._device.type != "cpu")
-        self._records: dict[str, ModelRecord] = {}
-        self._failures: dict[str, tuple[ModelError, float]] = {}
-        self._models = LoadedModels(self._store, self._device, memory)
-        self._matchers: dict[Sharing, Matcher] = {}
-        # A GPU is taken for as long as it takes; of a CPU others have their share meanwhile.
-        self._clock = time.process_time if self._device.type == "cpu" else time.perf_counter
+        self._models = models or ModelCache(
+            ModelStore(settings.store), device, settings.model_memory, settings.model_ids
+        )
+        self._dropped_errors = frozenset() if settings.accept_errors else frozenset(TRANSIENT_ERRORS)
+        self._batch_size = BatchSize(settings.batch_size, grows=device.type != "cpu")
+        # On a CPU other processes run meanwhile; a GPU is occupied all the time.
+        self._clock = time.process_time if device.type == "cpu" else time.perf_counter
         self._idle_since = 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._idle_since:
-            meters.waited(time.perf_counter() - self._idle_since)
+            meters.count_wait_seconds(time.perf_counter() - self._idle_since)
         start = self._clock()
-        rows = batch.num_rows
-        columns: dict[str, Any] = {name: batch[name] for name in DECODED.names}
-        columns |= {name: batch[name].to_pylist() for name in _READ}
-        for field in SCORED:
-            if field.name not in columns:
-                columns[field.name] = [None if field.nullable else b"" if field.name == "heat" else ""] * rows
-        good: list[tuple[Sharing, str, int]] = []
-        records: dict[Sharing, ModelRecord] = {}
-        for i in range(rows):
-            if columns["error_kind"][i]:
-                continue
-            category = columns["category"][i]
-            if self._model_ids is not None and category not in self._model_ids:
-                missing = ModelError(f"{self._store.uri}: category {category!r} had no model when this run began")
-                _fail(columns, [i], "no_model", missing)
-                continue
-            record = self._record(category)
-            if isinstance(record, ModelError):
-                _fail(columns, [i], _model_kind(record), record)
-            else:
-                sharing = _sharing(record)
-                records[sharing] = record
-                good.append((sharing, category, i))
-        # Sorted by teacher and then by category, what one network sees is a slice and never a copy.
-        for sharing, shared in groupby(sorted(good), key=lambda row: row[0]):
-            members = [i for _, _, i in shared]
-            try:
-                matcher = self._matcher(sharing, records[sharing])
-            except ModelError as error:
-                _fail(columns, members, _model_kind(error), error)
-            else:
-                self._score_shared(matcher, members, columns)
-        if not self._overlays:
-            columns["pixels"] = [b""] * rows
-        result = with_passthrough(table(columns, SCORED), batch)
-        computed = self._clock() - start
-        meters.spent("forward", computed)
-        self._tell(batch["uri"], batch["error_kind"].to_pylist(), columns, computed)
-        self._idle_since = time.perf_counter()
-        kept = [kind not in self._left_out for kind in columns["error_kind"]]
-        return result if all(kept) else result.filter(pa.array(kept))
-
-    def _tell(self, uris: pa.ChunkedArray, arrived: list[str], columns: dict[str, Any], seconds: float) -> None:
-        """Report a batch that arrived with such errors and took so many seconds, the rows that are left out too."""
-        kinds, messages = columns["error_kind"], columns["error_message"]
-        left = [i for i, kind in enumerate(kinds) if kind in self._left_out]
-        meters.count_images((columns["category"][i], kinds[i], False) for i in left)
+        columns = [batch[name].to_pylist() for name in DecodedImage._fields[:-1]]
+        images = list(map(DecodedImage, *columns, batch["pixels"]))
+        outcomes = self._score(images)
+        result = _scored_table(batch, outcomes, self._settings.overlays)
+        seconds = self._clock() - start
+        meters.count_stage_seconds("forward", seconds)
+        unfinished = {
+            i: outcome
+            for i, outcome in enumerate(outcomes)
+            if isinstance(outcome, ImageError) and outcome.kind in self._dropped_errors
+        }
+        meters.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
         if self._report:
-            tried = [i for i, before in enumerate(arrived) if not before]
-            suspect = [i for i in tried if kinds[i] in EXTERNAL_ERRORS]
-            error = f"{kinds[suspect[-1]]}: {messages[suspect[-1]]}" if suspect else ""
+            scores = [outcome for outcome in outcomes if isinstance(outcome, ImageScore)]
+            anomalous = sum(bool(score.is_anomalous) for score in scores)
+            tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
             self._report(
-                Done(
-                    len(kinds), sum(map(bool, kinds)), sum(map(bool, columns["is_anomalous"])), forward_seconds=seconds
-                ),
-                Tried("forward", len(tried), len(suspect), error),
-                [Left(uris[i].as_py(), kinds[i], messages[i]) for i in left],
+                "forward",
+                RunStatistics(len(images), len(images) - len(scores), anomalous, forward_seconds=seconds),
+                len(tried),
+                external_errors(tried),
+                [UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()],
             )
+        self._idle_since = time.perf_counter()
+        return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result
 
-    def _score_shared(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
-        """Rows whose models share a teacher and all that the forward pass depends on."""
-        start = 0
-        while start < len(rows):
-            part = rows[start : start + self._batch.now]
+    def _score(self, images: Sequence[DecodedImage]) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {
+            i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
+        }
+        # Sorted by category, the images of one model are a slice of a batch, not a copy.
+        rows = sorted((i for i in range(len(images)) if i not in outcomes), key=lambda i: images[i].category)
+        by_matcher: defaultdict[Matcher, list[int]] = defaultdict(list)
+        for category, group in groupby(rows, key=lambda i: images[i].category):
+            members = list(group)
+            try:
+                by_matcher[self._models.matcher(category)] += members
+            except ImageError as error:
+                outcomes |= dict.fromkeys(members, error)
+        for matcher, members in by_matcher.items():
+            outcomes |= zip(members, self._score_shared(matcher, [images[i] for i in members]), strict=True)
+        return [outcomes[i] for i in range(len(images))]
+
+    def _score_shared(self, matcher: Matcher, images: Sequence[DecodedImage]) -> list[Outcome]:
+        """Score images whose models share a matcher, batch by batch."""
+        outcomes: list[Outcome] = []
+        while len(outcomes) < len(images):
+            batch = images[len(outcomes) : len(outcomes) + self._batch_size.current]
             began = time.perf_counter()
-            try:
-                self._forward(matcher, part, columns)
-            except torch.cuda.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                if len(part) > 1:
-                    self._batch.halve(len(part))
-                    continue
-                _fail(columns, part, "out_of_memory", error)
-            except Exception:
-                log.exception("a forward pass failed; its images are tried one by one")
-                self._score_singly(matcher, part, columns)
-            self._batch.ran(len(part), time.perf_counter() - began)
-            start += len(part)
+            outcomes += self._score_batch(matcher, batch)
+            self._batch_size.update(len(batch), time.perf_counter() - began)
+        return outcomes
 
-    def _score_singly(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
-        for row in rows:
-            try:
-                self._forward(matcher, [row], columns)
-            except Exception as error:
-                log.exception("image %s", columns["image_id"][row])
-                _fail(columns, [row], "forward_failed", error)
+    def _score_batch(self, matcher: Matcher, batch: Sequence[DecodedImage]) -> list[Outcome]:
+        """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
+        try:
+            return self._forward(matcher, batch)
+        except Exception as error:
+            log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
+            kind = "out_of_memory" if isinstance(error, torch.cuda.OutOfMemoryError) else "forward_failed"
+            if len(batch) == 1:
+                return [ImageError(kind, f"{type(error).__name__}: {error}")]
+        if kind == "out_of_memory":
+            torch.cuda.empty_cache()
+            self._batch_size.halve(len(batch))
+        middle = len(batch) // 2
+        return self._score_batch(matcher, batch[:middle]) + self._score_batch(matcher, batch[middle:])
 
     @torch.inference_mode()
-    def _forward(self, matcher: Matcher, rows: list[int], columns: dict[str, Any]) -> None:
+    def _forward(self, matcher: Matcher, images: Sequence[DecodedImage]) -> list[Outcome]:
+        """Score images of one batch, which are sorted by category."""
         preprocessing = matcher.preprocessing
-        pixels = np.stack([np.frombuffer(columns["pixels"][i].as_buffer(), np.uint8) for i in rows])
-        pixels = pixels.reshape(len(rows), preprocessing.height, preprocessing.width, 3)
+        pixels = np.stack([np.frombuffer(image.pixels.as_buffer(), np.uint8) for image in images])
+        pixels = pixels.reshape(len(images), preprocessing.height, preprocessing.width, 3)
         inputs = matcher.inputs(torch.from_numpy(pixels))
-        content = preprocessing.content_boxes((columns["width"][i], columns["height"][i]) for i in rows)
+        content = preprocessing.content_boxes((image.width, image.height) for image in images)
         teacher = matcher.teacher_features(inputs)
-        start = 0
-        for category, group in groupby(rows, key=lambda i: columns["category"][i]):
+        outcomes: list[Outcome] = []
+        for category, group in groupby(images, key=lambda image: image.category):
             members = list(group)
-            part = slice(start, start + len(members))
-            start = part.stop
+            part = slice(len(outcomes), len(outcomes) + len(members))
             try:
-                model = self._models.get(self._records[category])
-            except ModelError as error:
-                self._failures[category] = error, time.monotonic()
-                _fail(columns, members, _model_kind(error), error)
+                model = self._models.model(category)
+            except ImageError as error:
+                outcomes += [error] * len(members)
                 continue
             distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
             record = model.record
             maps = matcher.anomaly_maps(distances, content[part], record.recipe, record.part_scales)
-            self._fill(members, maps, model, columns)
+            outcomes += _image_scores(maps, members, model, self._settings)
+        return outcomes
 
-    def _fill(self, rows: Sequence[int], maps: Sequence[AnomalyMap], model: Model, columns: dict[str, Any]) -> None:
-        record, calibration = model.record, model.calibration
-        found = [each.score(record.recipe.top_fraction) for each in maps]
-        scores = np.array([score.total for score in found], np.float32)
-        p_values = calibration.p_values(scores)
-        threshold = np.float32(calibration.threshold(self._rate))
-        for k, row in enumerate(rows):
-            each, score = maps[k].total, scores[k]
-            y, x = divmod(int(each.argmax()), each.shape[1])
-            columns["score"][row] = float(score)
-            columns["student_score"][row] = found[k].student
-            columns["memory_score"][row] = found[k].memory
-            columns["p_value"][row] = float(p_values[k])
-            columns["is_anomalous"][row] = bool(score > threshold)
-            columns["threshold"][row] = float(threshold)
-            columns["peak_x"][row], columns["peak_y"][row] = record.preprocessing.to_original(
-                x, y, columns["width"][row], columns["height"][row]
+
+def _image_scores(
+    maps: Sequence[AnomalyMap], images: Sequence[DecodedImage], model: Model, settings: ScorerSettings
+) -> list[ImageScore]:
+    """Score the anomaly maps of images of one category."""
+    record, calibration = model.record, model.calibration
+    found = [each.score(record.recipe.top_fraction) for each in maps]
+    scores = np.array([score.total for score in found], np.float32)
+    p_values = calibration.p_values(scores)
+    threshold = np.float32(calibration.threshold(settings.false_alarm_rate))
+    results = []
+    for image, anomaly_map, parts, score, p_value in zip(images, maps, found, scores, p_values, strict=True):
+        values = anomaly_map.total
+        y, x = divmod(int(values.argmax()), values.shape[1])
+        peak_x, peak_y = record.preprocessing.to_original(x, y, image.width, image.height)
+        results.append(
+            ImageScore(
+                score=float(score),
+                student_score=parts.student,
+                memory_score=parts.memory,
+                p_value=float(p_value),
+                is_anomalous=bool(score > threshold),
+                threshold=float(threshold),
+                peak_x=peak_x,
+                peak_y=peak_y,
+                area=float((values > threshold).mean()),
+                seed=record.recipe.seed,
+                model_id=record.model_id,
+                anomaly_map=values.data.cast("B") if settings.raw_maps else None,
+                heatmap_levels=calibration.scale.apply(values).data.cast("B"),
             )
-            columns["area"][row] = float((each > threshold).mean())
-            columns["seed"][row] = record.recipe.seed
-            columns["model_id"][row] = record.model_id
-            columns["heat"][row] = calibration.scale.apply(each).data.cast("B")
-            if self._raw_maps:
-                columns["anomaly_map"][row] = each.data.cast("B")
-
-    def _record(self, category: str) -> ModelRecord | ModelError:
-        """What is known of a category's model, or why there is none."""
-        failure, since = self._failures.get(category, (None, 0.0))
-        if failure and time.monotonic() - since < _TRIED_AGAIN_AFTER:
-            return failure
-        if category not in self._records:
-            try:
-                model_id = self._model_ids[category] if self._model_ids else ""
-                self._records[category] = self._store.record(category, model_id)
-            except ModelError as error:
-                self._failures[category] = error, time.monotonic()
-                return error
-        return self._records[category]
-
-    def _matcher(self, sharing: Sharing, record: ModelRecord) -> Matcher:
-        if sharing not in self._matchers:
-            teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-            self._matchers[sharing] = Matcher(teacher, record.preprocessing, self._device, record.precision)
-        return self._matchers[sharing]
+        )
+    return results
 
 
-class LoadedModels:
-    """Models by category, those kept that were used last.
-
-    Args:
-        store: where they come from.
-        device: where they go.
-        memory: bytes of weights that are kept; the one in use always is.
-    """
-
-    def __init__(self, store: ModelStore, device: torch.device, memory: int) -> None:
-        self._store = store
-        self._device = device
-        self._memory = memory
-        self._models: OrderedDict[str, Model] = OrderedDict()
-        self._sizes: dict[str, int] = {}
-
-    def get(self, record: ModelRecord) -> Model:
-        """Raises ModelError if it cannot be loaded."""
-        category = record.category
-        if category not in self._models:
-            model = self._store.load(category, record.model_id).to(self._device)
-            self._models[category] = model
-            self._sizes[category] = model.parts.nbytes
-            while len(self._models) > 1 and sum(self._sizes.values()) > self._memory:
-                oldest, _ = self._models.popitem(last=False)
-                del self._sizes[oldest]
-        self._models.move_to_end(category)
-        return self._models[category]
-
-
-class BatchSize:
-    """Images per forward pass: as given, or doubled while that is faster; halved where memory runs out.
-
-    Args:
-        wanted: the number; 0: to be found.
-        grows: the device gains by more than a few; a CPU does not.
-    """
-
-    def __init__(self, wanted: int, grows: bool) -> None:
-        self.now = wanted or FIRST_BATCH
-        self._settled = bool(wanted) or not grows
-        self._best = 0.0
-        self._warm = False
-
-    def ran(self, images: int, seconds: float) -> None:
-        """So many images took so long."""
-        if self._settled or images < self.now:
-            return
-        if not self._warm:
-            # The first pass of a size pays for choosing its kernels.
-            self._warm = True
-            return
-        speed = images / seconds
-        self._warm = False
-        if speed < self._best * _WORTH_IT:
-            self.now //= 2
-            self._settled = True
-        elif self.now * 2 > LARGEST_BATCH:
-            self._settled = True
-        else:
-            self._best = speed
-            self.now *= 2
-
-    def halve(self, failed: int) -> None:
-        """So many images were too many."""
-        self.now = max(failed // 2, 1)
-        self._settled = True
-
-
-def _fail(columns: dict[str, Any], rows: Sequence[int], kind: str, error: Exception) -> None:
-    message = str(ImageError(kind, str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"))
-    for i in rows:
-        columns["error_kind"][i], columns["error_message"][i] = kind, message
-
-
-def _model_kind(error: ModelError) -> str:
-    """Whether storage did not give a model, or what it gave is not the model."""
-    return "model_unreadable" if isinstance(error, ModelUnreadableError) else "model_damaged"
-
-
-def _sharing(record: ModelRecord) -> Sharing:
-    """What models must have in common to share one forward pass of the teacher."""
-    recipe = record.recipe
-    return (
-        record.teacher_digest,
-        ",".join(map(str, recipe.levels)),
-        str(record.preprocessing),
-        record.precision,
-    )
+def _scored_table(batch: pa.Table, outcomes: Sequence[Outcome], keep_pixels: bool) -> pa.Table:
+    scores = [outcome if isinstance(outcome, ImageScore) else ImageScore() for outcome in outcomes]
+    columns = {name: batch[name] for name in DECODED.names}
+    columns |= {field.name: [getattr(score, field.name) for score in scores] for field in fields(ImageScore)}
+    columns |= error_columns(outcomes)
+    if not keep_pixels:
+        columns["pixels"] = [b""] * len(outcomes)
+    return with_passthrough(table(columns, SCORED), batch)

@@ -1,26 +1,45 @@
-"""The scorer as an actor of Ray Data. Light: the driver only names it, and need not import torch for that."""
+"""The scorer as an actor of Ray Data. The driver imports this module, so it does not import torch at the top."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
+import ray
 
-# Images per forward pass, and so rows at a time, on a GPU.
-LARGEST_BATCH = 256
+from stpm.scoring.progress import ProgressReporter
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """How a scorer works.
+
+    `store` is the URI of the model store, and `model_ids` has the model of each category (None: the store's current
+    ones). A `batch_size` of 0 is found on the device. `model_memory` limits the models that stay loaded, in bytes.
+    `raw_maps` keeps the anomaly maps, `overlays` the pixels, `accept_errors` the rows with a transient error.
+    """
+
+    store: str
+    false_alarm_rate: float
+    raw_maps: bool = False
+    overlays: bool = False
+    batch_size: int = 0
+    model_memory: int = 2**30
+    model_ids: Mapping[str, str] | None = None
+    accept_errors: bool = False
 
 
 class ScorerActor:
-    """A `stpm.scoring.stages.scorer.Scorer`, imported where it is made.
+    """A `Scorer` that computes in as many threads as Ray assigned CPUs to this actor, at least one."""
 
-    Args:
-        arguments: the scorer's own.
-    """
+    def __init__(self, settings: ScorerSettings, report: ProgressReporter | None = None) -> None:
+        import torch
 
-    def __init__(self, *arguments: Any) -> None:
         from stpm.scoring.stages.scorer import Scorer
 
-        self._score = Scorer(*arguments)
+        torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
+        self._scorer = Scorer(settings, report)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self._score(batch)
+        return self._scorer(batch)

@@ -1,65 +1,54 @@
-"""Work in threads with a limit of time for each piece: what hangs is left behind, and the others go on."""
+"""Run tasks in threads with a time limit for each."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], late: Callable[[int], T]) -> list[T]:
-    """Results of the tasks, in their order.
+    """Run tasks side by side and return their results in order. What a task raises is raised here.
 
     Args:
-        seconds: that one task may take, from its own start.
-        workers: tasks that run at a time.
-        tasks: functions of no argument. What one raises is raised here.
-        late: gives the result of a task that takes longer, by its index. Its thread cannot be stopped: another one
-            takes its place.
+        seconds: limit of one task, from its own start.
+        workers: tasks that run at the same time.
+        tasks: functions without arguments.
+        late: make the result of a task that exceeds the limit, given its index. Its thread cannot be stopped: it is
+            left behind, and the next task starts.
     """
     results: dict[int, T] = {}
-    errors: list[BaseException] = []
-    started: dict[int, float] = {}
+    finished: SimpleQueue[tuple[int, Future[T]]] = SimpleQueue()
     waiting = deque(range(len(tasks)))
-    changed = threading.Condition()
+    # In the order in which the tasks were started: the first deadline is the next one.
+    deadlines: dict[int, float] = {}
 
-    def work() -> None:
-        while True:
-            with changed:
-                if not waiting or errors:
-                    return
-                index = waiting.popleft()
-                started[index] = time.monotonic()
-            try:
-                result = tasks[index]()
-            except BaseException as error:  # noqa: BLE001
-                with changed:
-                    errors.append(error)
-                    changed.notify()
-                return
-            with changed:
-                if started.pop(index, None) is None:
-                    return
-                results[index] = result
-                changed.notify()
+    def run(index: int) -> None:
+        future: Future[T] = Future()
+        try:
+            future.set_result(tasks[index]())
+        except BaseException as error:  # noqa: BLE001
+            future.set_exception(error)
+        finished.put((index, future))
 
-    def hire() -> None:
-        threading.Thread(target=work, name="fetch", daemon=True).start()
-
-    for _ in range(min(workers, len(tasks))):
-        hire()
-    with changed:
-        while len(results) < len(tasks) and not errors:
-            oldest = min(started.values(), default=time.monotonic())
-            changed.wait(max(oldest + seconds - time.monotonic(), 0.01))
-            for index in [i for i, since in started.items() if time.monotonic() - since >= seconds]:
-                del started[index]
-                results[index] = late(index)
-                hire()
-    if errors:
-        raise errors[0]
+    while waiting or deadlines:
+        while waiting and len(deadlines) < workers:
+            deadlines[waiting[0]] = time.monotonic() + seconds
+            # A daemon: the process must be able to end while a task hangs, which an executor's threads prevent.
+            Thread(target=run, args=[waiting.popleft()], name="fetch", daemon=True).start()
+        oldest, deadline = next(iter(deadlines.items()))
+        try:
+            index, future = finished.get(timeout=max(deadline - time.monotonic(), 0.0))
+        except Empty:
+            del deadlines[oldest]
+            results[oldest] = late(oldest)
+            continue
+        if deadlines.pop(index, None) is not None:
+            results[index] = future.result()
     return [results[index] for index in range(len(tasks))]

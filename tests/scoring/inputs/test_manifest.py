@@ -1,9 +1,6 @@
-"""Shards of a manifest: each image once, whole or not there at all."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,23 +12,25 @@ from hypothesis import strategies as st
 from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.manifest import SeenIds, image_id
-from stpm.scoring.schema import MANIFEST, table
+from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs.manifest import ManifestRow, SeenIds, image_id, make_rows
+from stpm.scoring.schema import MANIFEST
 
 
 def chunk(uris: list[str], category: str = "nut", **own: list[object]) -> pa.Table:
-    columns: dict[str, list[object]] = {name: [""] * len(uris) for name in MANIFEST.names}
-    columns |= {"image_id": [0] * len(uris), "uri": list(uris), "category": [category] * len(uris)}
-    columns |= {"archive_start": [0] * len(uris), "archive_length": [-1] * len(uris)}
-    rows = table(columns, MANIFEST)
-    for name, values in own.items():
-        rows = rows.append_column(name, pa.array(values))
-    return rows
+    return make_rows([ManifestRow(ImageRef(uri), category) for uri in uris], pa.table(own))
 
 
-@pytest.fixture(params=["local", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    return f"{tmp_path if request.param == 'local' else memory}/manifest"
+@pytest.fixture
+def folder(root: str) -> str:
+    return f"{root}/manifest"
+
+
+def test_image_ids_are_stable_64_bit_and_distinct() -> None:
+    assert image_id("s3://bucket/a.png") == -520363251256440237
+    ids = {image_id(f"file-{i}") for i in range(10_000)}
+    assert len(ids) == 10_000
+    assert all(-(2**63) <= i < 2**63 for i in ids)
 
 
 def rows_in(folder: str) -> list[dict[str, object]]:
@@ -39,15 +38,15 @@ def rows_in(folder: str) -> list[dict[str, object]]:
     return pa.concat_tables(shards, promote_options="default").to_pylist()
 
 
-def test_doubles_are_left_out_and_counted_within_and_across_chunks(folder: str) -> None:
+def test_duplicates_are_left_out_and_counted_within_and_across_chunks(folder: str) -> None:
     written = manifest.write([chunk(["a", "b", "a"]), chunk(["b", "c"], "bolt"), chunk(["a"])], folder)
-    assert (written.rows, written.doubles, written.categories) == (3, 3, ("bolt", "nut"))
+    assert (written.rows, written.duplicates, written.categories) == (3, 3, ("bolt", "nut"))
     assert manifest.read(folder) == written
     assert [row["uri"] for row in rows_in(folder)] == ["a", "b", "c"]
     assert all(row["image_id"] == image_id(str(row["uri"])) for row in rows_in(folder))
 
 
-def test_an_attempt_that_was_cut_off_does_not_count(folder: str) -> None:
+def test_an_unfinished_manifest_does_not_count(folder: str) -> None:
     def cut_off() -> Iterator[pa.Table]:
         yield chunk(["old"])
         raise KeyboardInterrupt
@@ -60,20 +59,20 @@ def test_an_attempt_that_was_cut_off_does_not_count(folder: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
-def test_a_damaged_manifest_is_said(folder: str, content: bytes) -> None:
+def test_an_error_names_a_damaged_manifest(folder: str, content: bytes) -> None:
     manifest.write([chunk(["a"])], folder)
     storage.publish(f"{folder}/manifest.json", content)
     with pytest.raises(DataError, match=r"manifest/manifest\.json is damaged, .* or --fresh"):
         manifest.read(folder)
 
 
-def test_the_digest_is_of_the_rows(folder: str) -> None:
+def test_the_digest_depends_on_the_rows(folder: str) -> None:
     first = manifest.write([chunk(["a", "b"])], folder).digest
     assert manifest.write([chunk(["a", "b"])], folder).digest == first
     assert manifest.write([chunk(["a", "c"])], folder).digest != first
 
 
-def test_own_columns_are_kept_and_must_agree(folder: str) -> None:
+def test_passthrough_columns_are_kept_and_must_agree(folder: str) -> None:
     manifest.write([chunk(["a"]), chunk(["b"], line=[7]), chunk(["c"], shift=["x"])], folder)
     shards = [pq.read_table(pa.BufferReader(storage.read(uri))) for uri in manifest.shards(folder)]
     assert all(shard.schema.names == [*MANIFEST.names, "line", "shift"] for shard in shards)
@@ -82,13 +81,13 @@ def test_own_columns_are_kept_and_must_agree(folder: str) -> None:
         manifest.write([chunk(["a"], line=[7]), chunk(["b"], line=["7"])], folder)
 
 
-def test_no_rows_are_a_manifest_too(folder: str) -> None:
+def test_a_manifest_may_be_empty(folder: str) -> None:
     assert manifest.write([], folder).rows == 0
     assert manifest.shards(folder) == []
 
 
 @given(st.lists(st.lists(st.integers(-50, 50), max_size=30), max_size=12))
-def test_seen_ids_are_a_set(chunks: list[list[int]]) -> None:
+def test_seen_ids_behave_as_a_set(chunks: list[list[int]]) -> None:
     ours, theirs = SeenIds(), set()
     for ids in chunks:
         expected = []

@@ -8,7 +8,7 @@ import pytest
 from stpm.scoring.inputs.shared_reads import SharedReads
 
 
-def test_one_thread_reads_and_the_others_wait_for_it() -> None:
+def test_one_thread_reads_a_key_and_the_others_wait() -> None:
     read: list[str] = []
     started = threading.Barrier(8)
 
@@ -16,7 +16,7 @@ def test_one_thread_reads_and_the_others_wait_for_it() -> None:
         started.wait(30)
         return shared.get(key)
 
-    shared = SharedReads(lambda key: read.append(key) or key.upper(), kept=2)
+    shared = SharedReads(lambda key: read.append(key) or key.upper(), max_results=2)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(get, "aabbaabb")) == list("AABBAABB")
     assert sorted(read) == ["a", "b"]
@@ -25,7 +25,7 @@ def test_one_thread_reads_and_the_others_wait_for_it() -> None:
     assert sorted(read) == ["a", "a", "b", "c"]
 
 
-def test_a_read_that_hangs_holds_up_no_other_key_and_is_given_up() -> None:
+def test_a_read_that_hangs_delays_no_other_key_and_is_replaced() -> None:
     release = threading.Event()
     hangs = [True]
 
@@ -35,7 +35,7 @@ def test_a_read_that_hangs_holds_up_no_other_key_and_is_given_up() -> None:
             release.wait(60)
         return key.upper()
 
-    shared = SharedReads(read, kept=2, patience=0.05)
+    shared = SharedReads(read, max_results=2, max_seconds=0.05)
     first = threading.Thread(target=shared.get, args=["hangs"], daemon=True)
     first.start()
     assert shared.get("other") == "OTHER"
@@ -45,7 +45,7 @@ def test_a_read_that_hangs_holds_up_no_other_key_and_is_given_up() -> None:
     first.join(60)
 
 
-def test_what_failed_is_tried_again() -> None:
+def test_a_failed_read_is_tried_again() -> None:
     answers = [OSError("503"), None]
 
     def read(key: int) -> int:
@@ -53,7 +53,7 @@ def test_what_failed_is_tried_again() -> None:
             raise error
         return key
 
-    shared = SharedReads(read, kept=1)
+    shared = SharedReads(read, max_results=1)
     with pytest.raises(OSError, match="503"):
         shared.get(1)
     assert shared.get(1) == 1

@@ -9,8 +9,8 @@ from stpm.scoring.resuming.row_checkpoints import FileNames
 
 
 @pytest.mark.parametrize("cut_off", [0, 10, 99_999, 100_000, 999_999])
-def test_what_a_write_task_left_is_not_taken_for_what_another_wrote(cut_off: int) -> None:
-    """Ray removes the files whose names begin as that of a task whose checkpoint is pending."""
+def test_no_file_name_of_a_write_task_is_a_prefix_of_another_tasks(cut_off: int) -> None:
+    """Ray removes the files whose names begin with that of a task whose checkpoint is pending."""
     names = FileNames("scores")
     pending = names.get_filename_for_task("uuid", cut_off).removesuffix(".parquet")
     trie = build_pending_checkpoint_trie([SimpleNamespace(path=f"x/{pending}.pending.parquet")], ".pending.parquet")

@@ -21,32 +21,32 @@ def test_results_come_in_the_order_of_the_tasks() -> None:
     assert run_within(60, 4, [], late) == []
 
 
-def test_what_hangs_is_late_and_all_others_are_done() -> None:
-    # More hang than there are workers: the last tasks would never start.
+def test_tasks_that_hang_are_late_and_all_others_run() -> None:
+    # More tasks hang than there are workers: without new threads the last tasks would never start.
     release = threading.Event()
     tasks = [lambda n=n: (release.wait(60), n)[1] if n < 5 else n for n in range(12)]  # type: ignore[misc]
     assert run_within(0.2, 2, tasks, late) == [-1, -2, -3, -4, -5, *range(5, 12)]
     release.set()
 
 
-def test_no_more_run_at_a_time_than_there_are_workers() -> None:
-    running, most = 0, 0
+def test_no_more_tasks_run_at_the_same_time_than_workers() -> None:
+    running = peak = 0
     lock = threading.Lock()
 
     def task() -> None:
-        nonlocal running, most
+        nonlocal running, peak
         with lock:
             running += 1
-            most = max(most, running)
+            peak = max(peak, running)
         time.sleep(0.01)
         with lock:
             running -= 1
 
     run_within(60, 3, [task] * 20, lambda index: None)
-    assert most == 3
+    assert peak == 3
 
 
-def test_what_a_task_raises_is_raised() -> None:
+def test_an_error_of_a_task_is_raised() -> None:
     def broken() -> int:
         raise ValueError("broken")
 

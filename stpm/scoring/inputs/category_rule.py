@@ -1,4 +1,4 @@
-"""Which category an image has: from the command line, or from its path."""
+"""How the category of an image is chosen if its manifest does not name one."""
 
 from __future__ import annotations
 
@@ -9,44 +9,43 @@ from functools import cached_property
 from stpm.errors import ConfigError
 
 _FIELD = re.compile(r"\{(\w+)\}")
+_EXAMPLE = "as in {category}/{date}/{name}"
 
 
 @dataclass(frozen=True)
-class Categories:
-    """Which category an image has, where its manifest does not say.
+class CategoryRule:
+    """The category of every image, or a pattern that finds it in the image's path.
 
     Args:
-        everywhere: the one of every image, or "".
-        pattern: over the last parts of the path, such as `{category}/{date}/{name}`, or "".
+        fixed: category of every image, or "".
+        pattern: of the last parts of the path, such as `{category}/{date}/{name}`, or "".
 
     Raises:
         ConfigError: if the pattern names no category, or both are given.
     """
 
-    everywhere: str = ""
+    fixed: str = ""
     pattern: str = ""
 
     def __post_init__(self) -> None:
-        if self.everywhere and self.pattern:
+        if self.fixed and self.pattern:
             raise ConfigError("--category and --category-from are both given; give one")
         names = _FIELD.findall(self.pattern)
-        if unfit := [name for name in names if not name.isidentifier()]:
+        if invalid := [name for name in names if not name.isidentifier()]:
             raise ConfigError(
-                f"category-from is {self.pattern!r}; {{{unfit[0]}}} is no name, which begins with a letter, as in "
-                "{category}/{date}/{name}"
+                f"category-from is {self.pattern!r}; {{{invalid[0]}}} is no name: begin it with a letter, {_EXAMPLE}"
             )
         if self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
             raise ConfigError(
-                f"category-from is {self.pattern!r}; name {{category}} once, and no name twice, as in "
-                "{category}/{date}/{name}"
+                f"category-from is {self.pattern!r}; name {{category}} once, and no name twice, {_EXAMPLE}"
             )
 
-    def of(self, uri: str) -> str:
-        """The category of an image, or "" if the pattern does not match its path."""
+    def category(self, path: str) -> str:
+        """Return the category of the image at a path, or "" if the pattern does not match."""
         if not self.pattern:
-            return self.everywhere
-        found = self._expression.search(uri)
-        return found["category"] if found else ""
+            return self.fixed
+        match = self._expression.search(path)
+        return match["category"] if match else ""
 
     @cached_property
     def _expression(self) -> re.Pattern[str]:

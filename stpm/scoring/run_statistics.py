@@ -1,0 +1,83 @@
+"""The numbers of a run: how many images were scored, with which outcome, and how long the stages computed."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class RunStatistics:
+    """The images that a run has scored since it was last started, and the time that its stages computed. They add up.
+
+    An image that is scored twice, because a task was killed, counts twice.
+
+    Args:
+        images: number of images that scorers have finished.
+        errors: how many of them have no score.
+        anomalous: how many of them are anomalous.
+        decode_seconds: CPU seconds for fetching and decoding.
+        forward_seconds: seconds of the scorers' devices: of a CPU core, or of a GPU.
+        encode_seconds: CPU seconds for drawing heatmaps.
+        steady_images_per_second: measured by the progress actor, without the first quarter of the images; 0 if unknown.
+    """
+
+    images: int = 0
+    errors: int = 0
+    anomalous: int = 0
+    decode_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    steady_images_per_second: float = 0.0
+
+    def __add__(self, other: RunStatistics) -> RunStatistics:
+        """Add up all fields."""
+        return RunStatistics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+class UnfinishedImage(NamedTuple):
+    """An image without a row, and its error; the next run tries it again."""
+
+    uri: str
+    error_kind: str
+    error_message: str
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.error_kind}: {self.error_message}"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The rows of a run, and the time since it was last started, in which it may have scored only a part of them.
+
+    Args:
+        rows: number of rows that are written.
+        anomalous: how many of them are anomalous.
+        errors: how many of them have no score, by error kind.
+        error_examples: the first of these rows, a line each.
+        categories: rows, anomalous rows and errors by category.
+        bytes_read: size of all image files.
+        unfinished: number of images without a row, which the next run tries again.
+        seconds: wall time since the last start.
+        statistics: since the last start.
+    """
+
+    rows: int = 0
+    anomalous: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    error_examples: list[str] = field(default_factory=list)
+    categories: dict[str, dict[str, int]] = field(default_factory=dict)
+    bytes_read: int = 0
+    unfinished: int = 0
+    seconds: float = 0.0
+    statistics: RunStatistics = field(default_factory=RunStatistics)
+
+    @property
+    def error_count(self) -> int:
+        """The number of rows without a score."""
+        return sum(self.errors.values())
+
+    @property
+    def images_per_second(self) -> float:
+        """Images per second since the last start."""
+        return self.statistics.images / self.seconds if self.seconds else 0.0

@@ -1,0 +1,23 @@
+"""The outcome of an image in a stage: its result, or the ImageError that it failed with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stpm.data.images import EXTERNAL_ERRORS
+from stpm.errors import ImageError
+
+
+def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:
+    """Return the columns `error_kind` and `error_message`, "" for images without an error."""
+    errors = [outcome if isinstance(outcome, ImageError) else None for outcome in outcomes]
+    return {
+        "error_kind": [error.kind if error else "" for error in errors],
+        "error_message": [str(error) if error else "" for error in errors],
+    }
+
+
+def external_errors(outcomes: Sequence[object]) -> list[str]:
+    """Describe the errors that may have a cause outside the image."""
+    errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError) and outcome.kind in EXTERNAL_ERRORS]
+    return [f"{error.kind}: {error}" for error in errors]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stpm.errors import DataError, ImageError
+from stpm.scoring.inputs import archives
+from stpm.scoring.inputs.category_rule import CategoryRule
+from tests.scoring.inputs.helpers import read_row, rows
+
+
+def write_tar(path: Path, files: Sequence[tuple[str, bytes]], links: Mapping[str, str] | None = None) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, output in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, output
+            archive.addfile(member)
+
+
+def test_an_error_names_a_damaged_or_compressed_tar(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(b"x" * 4096))
+    with pytest.raises(DataError, match=r"a\.tar: this archive cannot be read"):
+        rows(f"{tmp_path}/a.tar")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_parquet_file_may_hold_images(tmp_path: Path, nested: bool) -> None:
+    files = [bytes([i]) * (i + 1) for i in range(25)]
+    column = [{"bytes": data, "path": "x.png"} for data in files] if nested else files
+    name = "image" if nested else "bytes"
+    table = pa.table({name: column, "category": ["nut"] * 24 + [""], "line": list(range(25))})
+    pq.write_table(table, tmp_path / "part-0.parquet", row_group_size=10)
+    pq.write_table(table.slice(0, 3), tmp_path / "part-1.parquet")
+    found = rows(f"{tmp_path}/part-*.parquet", rule=CategoryRule("bolt"))
+    assert [row["uri"] for row in found[:2]] == [f"{tmp_path}/part-0.parquet#0", f"{tmp_path}/part-0.parquet#1"]
+    assert found[-1]["uri"] == f"{tmp_path}/part-1.parquet#2"
+    assert (found[24]["category"], found[24]["line"], found[0]["error_kind"]) == ("bolt", 24, "")
+    assert name not in found[0]
+    assert len(found) == 28
+    for row, data in zip(found, files, strict=False):
+        assert read_row(row) == data
+        assert archives.read_uri(row["uri"]) == data
+    with pytest.raises(ImageError, match="has 25 rows, row 25 is wanted"):
+        archives.read_uri(f"{tmp_path}/part-0.parquet#25")
+
+
+@pytest.mark.parametrize("name", ["image", "bytes"])
+def test_a_parquet_file_may_hold_nothing_but_images(tmp_path: Path, name: str) -> None:
+    files = [bytes([i]) for i in range(8)]
+    pq.write_table(pa.table({name: files}), tmp_path / "p.parquet", row_group_size=3)
+    found = rows(f"{tmp_path}/p.parquet")
+    assert [row["uri"] for row in found] == [f"{tmp_path}/p.parquet#{i}" for i in range(8)]
+    assert [read_row(r) for r in found] == files
+
+
+def test_the_last_tar_member_of_a_name_counts(tmp_path: Path) -> None:
+    files = [("a/1.png", b"old"), ("a/2.png", b"two"), ("./a/1.png", b"new!"), ("a/3.png", b"gone")]
+    write_tar(tmp_path / "s.tar", files, {"a/4.png": "a/2.png", "a/5.png": "a/none.png"})
+    with tarfile.open(tmp_path / "s.tar", "a") as archive:
+        folder = tarfile.TarInfo("a/3.png")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    found = {str(row["uri"]).rpartition("/")[2]: row for row in rows(f"{tmp_path}/s.tar")}
+    read = {n: read_row(r) for n, r in found.items()}
+    assert read == {"2.png": b"two", "1.png": b"new!", "4.png": b"two"}
+
+
+def test_a_tar_member_is_found_by_its_uri(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", [("a/1.png", b"one"), ("a/2.png", b"two")])
+    assert archives.read_uri(f"{tmp_path}/s.tar#a/2.png") == b"two"
+    with pytest.raises(ImageError, match="no such image in the archive"):
+        archives.read_uri(f"{tmp_path}/s.tar#a/3.png")

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from stpm.errors import ConfigError
+from stpm.scoring.inputs.category_rule import CategoryRule
+
+
+@pytest.mark.parametrize(
+    ("pattern", "uri", "category"),
+    [
+        ("{category}/{date}/{name}", "s3://dump/plant/nut/2026-11-24/1.png", "nut"),
+        ("{category}/{name}", "nut/1.png", "nut"),
+        ("{line}-{category}.png", "s3://dump/7-nut.png", "nut"),
+        ("{category}/{date}/{name}", "1.png", ""),
+        ("raw.{category}/{name}", "/data/rawXnut/1.png", ""),
+        ("raw.{category}/{name}", "/data/raw.nut/1.png", "nut"),
+    ],
+)
+def test_a_pattern_matches_the_end_of_the_path(pattern: str, uri: str, category: str) -> None:
+    assert CategoryRule(pattern=pattern).category(uri) == category
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("{name}", "once, and no name twice"),
+        ("{category}/{category}", "once, and no name twice"),
+        ("{category}/{a}/{a}", "once, and no name twice"),
+        ("{category}/{2}", r"\{2\} is no name"),
+    ],
+)
+def test_a_pattern_must_name_the_category_once(pattern: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        CategoryRule(pattern=pattern)
+
+
+def test_category_and_pattern_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        CategoryRule("nut", "{category}/{name}")

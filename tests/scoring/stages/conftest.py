@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.scoring.stages.helpers import make_run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, the images of three categories, and `models`, a model of each. Tests must not change it."""
+    root = tmp_path_factory.mktemp("run")
+    make_run(root)
+    return root

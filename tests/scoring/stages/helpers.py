@@ -1,0 +1,89 @@
+"""A data set with three fitted categories, and the stages as plain functions from table to table: no Ray runs here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stpm.data import mvtec
+from stpm.fitting.fit_category import run_task
+from stpm.fitting.task import FitTask
+from stpm.method.backbones import load_teacher_weights
+from stpm.method.preprocessing import Preprocessing
+from stpm.method.recipe import Recipe
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs.manifest import ManifestRow, labelled_rows, make_rows
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.stages.decode import Decode
+from stpm.scoring.stages.heatmaps import WriteHeatmaps
+from stpm.scoring.stages.scorer import Scorer
+from stpm.scoring.stages.scorer_actor import ScorerSettings
+from tests.conftest import LIMITS, MODELS, TINY, preprocessing_of
+from tests.datasets import make_category
+
+# One model of each kind: the scorer has to keep them apart in a mixed batch.
+KINDS = {"grey": "student and memory", "nut": "student", "screw": "memory"}
+CATEGORIES = tuple(KINDS)
+PREPROCESSING = dict.fromkeys(CATEGORIES, preprocessing_of(64))
+
+
+def make_run(root: Path) -> None:
+    """Make a data set, and a model of each category."""
+    for name, kind in KINDS.items():
+        make_category(str(root / "data"), name, grey=name == "grey", kind="JPEG" if name == "grey" else "PNG")
+        fit(root, name, dataclasses.replace(MODELS[kind], validation_fraction=0.4))
+
+
+def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
+    """Fit a category of the data set in a folder, and store its model in the same folder."""
+    store = ModelStore(str(root / "models"))
+    digest = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
+    category = mvtec.read_category(str(root / "data"), name)
+    record = run_task(FitTask.of(category, recipe, store.uri, digest), LIMITS, lambda progress: None).record
+    assert record
+    return record
+
+
+def manifest(root: Path) -> pa.Table:
+    """The manifest of all labelled images."""
+    return pa.concat_tables(labelled_rows([mvtec.read_category(str(root / "data"), name) for name in CATEGORIES]))
+
+
+def nut_rows(uris: Sequence[str], positions: Sequence[tuple[int, int]] = ()) -> pa.Table:
+    """Manifest rows of images of category "nut". Positions are start and length in an archive."""
+    images = [ImageRef(uri, *position) for uri, position in zip(uris, positions or [()] * len(uris), strict=True)]
+    return make_rows([ManifestRow(image, "nut") for image in images])
+
+
+def scorer(root: Path, report: ProgressReporter | None = None, **settings: Any) -> Scorer:
+    return Scorer(ScorerSettings(str(root / "models"), 0.3, **settings), report)
+
+
+def decode(rows: pa.Table) -> pa.Table:
+    return Decode(PREPROCESSING)(rows)
+
+
+def score(root: Path, rows: pa.Table) -> pa.Table:
+    """Decode and score manifest rows; keep everything."""
+    return scorer(root, raw_maps=True, overlays=True)(decode(rows))
+
+
+def write_heatmaps(
+    rows: pa.Table,
+    out: Path,
+    heatmaps: Any = "all",
+    *,
+    overlays: bool = False,
+    heatmaps_in: Any = "files",
+    preprocessing: Mapping[str, Preprocessing] = PREPROCESSING,
+) -> pa.Table:
+    options = OutputOptions(heatmaps, heatmaps_in, overlays)
+    return WriteHeatmaps(RunOutput.single(str(out), options), preprocessing)(rows)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from stpm import storage
+from stpm.scoring.inputs import archives
+from stpm.scoring.schema import MANIFEST
+from stpm.scoring.stages.decode import Decode
+from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, nut_rows
+
+
+def test_a_parquet_file_that_hangs_delays_no_other(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = Path(manifest(run)["uri"][0].as_py()).read_bytes()
+    for name in ("hangs", "works"):
+        storage.publish(f"{tmp_path}/{name}.parquet", storage.parquet(pa.table({"image": pa.array([good, good])})))
+    release = threading.Event()
+    original = archives.pq.ParquetFile
+
+    def open_parquet(file: Any, **options: Any) -> Any:
+        if "hangs.parquet" in str(file):
+            release.wait(60)
+        return original(file, **options)
+
+    monkeypatch.setattr(archives.pq, "ParquetFile", open_parquet)
+    uris = [f"{tmp_path}/{name}.parquet#{row}" for row in range(2) for name in ("hangs", "works")]
+    out = Decode(PREPROCESSING, seconds=1.0)(nut_rows(uris, [(0, 1), (0, 1), (1, 1), (1, 1)]))
+    release.set()
+    assert out["error_kind"].to_pylist() == ["timeout", "", "timeout", ""]
+
+
+def test_a_row_with_an_error_in_its_manifest_is_not_read(run: Path) -> None:
+    rows = manifest(run).slice(0, 1)
+    rows = rows.set_column(5, MANIFEST.field("error_kind"), pa.array(["not_allowed"]))
+    (row,) = decode(rows).to_pylist()
+    assert (row["error_kind"], row["pixels"], row["bytes"]) == ("not_allowed", b"", None)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from stpm.models.store import ModelStore
+from stpm.scoring.schema import SCORED
+from stpm.scoring.stages.heatmaps import jet_palette, overlay, overlay_png, palette_png, read_heatmap
+from tests.scoring.stages.helpers import manifest, score, write_heatmaps
+
+
+def test_palette_runs_from_blue_over_green_to_red() -> None:
+    palette = jet_palette().astype(int)
+    assert palette[0].tolist() == [0, 0, 128]
+    assert palette[255].tolist() == [128, 0, 0]
+    assert palette[127, 1] == 255
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    with Image.open(io.BytesIO(palette_png(levels))) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), jet_palette()[levels])
+
+
+def test_overlay_is_half_image_and_half_heatmap(rng: np.random.Generator) -> None:
+    pixels, levels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), rng.integers(0, 256, (4, 4), dtype=np.uint8)
+    expected = (pixels.astype(float) + jet_palette()[levels]) / 2
+    np.testing.assert_allclose(overlay(pixels, levels), expected, atol=0.5)
+
+
+def test_overlay_png_scales_the_heatmap_to_the_image(rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    png = palette_png(np.full((4, 4), 200, np.uint8))
+    np.testing.assert_array_equal(overlay_png(pixels, png), overlay(pixels, np.full((8, 12), 200, np.uint8)))
+
+
+def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
+    rows = score(run, manifest(run))
+    out = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
+    store = ModelStore(str(run / "models"))
+    for row, before in zip(out, rows.to_pylist(), strict=True):
+        name = f"heatmaps/scores/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
+        assert (row["heatmap"], row["overlay"]) == (f"{name}.png", f"{name}_overlay.png")
+        with Image.open(tmp_path / row["heatmap"]) as image:
+            assert (image.mode, image.size) == ("P", (64, 64))
+            levels = np.asarray(image)
+        raw = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
+        np.testing.assert_array_equal(levels, store.record(row["category"]).heatmap_scale.apply(raw))
+        pixels = np.frombuffer(before["pixels"], np.uint8).reshape(64, 64, 3)
+        with Image.open(tmp_path / row["overlay"]) as image:
+            # Images of 40 × 48: the shorter side is the model's.
+            assert image.size == (64, 77)
+            expected = Image.fromarray(overlay(pixels, levels)).resize((64, 77))
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_heatmaps_in_parquet_are_the_same_bytes_as_in_files(run: Path, tmp_path: Path) -> None:
+    rows = score(run, manifest(run))
+    files = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
+    inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
+    assert not (tmp_path / "no").exists()
+    for one, other in zip(files, inside, strict=True):
+        assert (other["heatmap"], other["overlay"]) == ("", "")
+        assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes() == read_heatmap(str(tmp_path), one)
+        assert other["overlay_png"] == (tmp_path / one["overlay"]).read_bytes()
+        assert read_heatmap("nowhere", other) == other["heatmap_png"]
+        assert one["heatmap_png"] is one["overlay_png"] is None
+
+
+@pytest.mark.parametrize(("heatmaps", "expected"), [("all", 8), ("none", 0), ("anomalous", 3)])
+def test_only_the_wanted_images_have_heatmaps(run: Path, tmp_path: Path, heatmaps: Any, expected: int) -> None:
+    rows = score(run, manifest(run).slice(0, 8))
+    verdicts = pa.array([i < 3 for i in range(8)])
+    rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), verdicts)
+    out = write_heatmaps(rows, tmp_path, heatmaps).to_pylist()
+    assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
+    assert {row["overlay"] for row in out} == {""}
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == expected

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stpm.errors import ImageError
+from stpm.models.store import ModelStore
+from stpm.scoring.stages.model_cache import ModelCache
+from tests.scoring.stages.helpers import CATEGORIES
+
+
+def test_model_cache_keeps_the_models_used_last_within_its_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, loaded = ModelStore(str(run / "models")), []
+    original = ModelStore.load
+    monkeypatch.setattr(
+        ModelStore, "load", lambda self, name, model: loaded.append(name) or original(self, name, model)
+    )
+    total = sum(original(store, name).parts.nbytes for name in CATEGORIES)
+    for max_bytes, wanted, expected in (
+        (2**30, "nut grey screw nut grey screw", "nut grey screw"),
+        (1, "nut nut grey nut screw nut", "nut grey nut screw nut"),
+        (total - 1, "nut grey screw grey nut", "nut grey screw nut"),
+    ):
+        loaded.clear()
+        models = ModelCache(store, torch.device("cpu"), max_bytes)
+        for name in wanted.split():
+            assert models.model(name).record.category == name
+        assert " ".join(loaded) == expected
+
+
+def test_categories_with_one_teacher_share_a_matcher(run: Path) -> None:
+    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 1)
+    assert len({models.matcher(name) for name in CATEGORIES}) == 1
+
+
+def test_a_failed_load_is_not_tried_again_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = ModelStore.record
+    monkeypatch.setattr(ModelStore, "record", lambda self, *names: asked.append(names) or original(self, *names))
+    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 1, {"nut": "nut-0"})
+    for _ in range(2):
+        with pytest.raises(ImageError, match="no model nut-0") as caught:
+            models.matcher("nut")
+        assert caught.value.kind == "model_damaged"
+    assert asked == [("nut", "nut-0")]

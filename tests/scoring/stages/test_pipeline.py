@@ -1,0 +1,199 @@
+"""Images through all stages, as plain functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from stpm import storage
+from stpm.data import mvtec
+from stpm.method.preprocessing import Resize
+from stpm.method.recipe import Recipe
+from stpm.options import Size
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import labelled_rows
+from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
+from stpm.scoring.stages.decode import Decode
+from tests.datasets import encoded, make_category
+from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
+
+
+def test_each_stage_keeps_its_schema(run: Path, tmp_path: Path) -> None:
+    decoded = decode(manifest(run))
+    assert decoded.schema.equals(DECODED)
+    scored = scorer(run, overlays=True)(decoded)
+    assert scored.schema.equals(SCORED)
+    assert write_heatmaps(scored, tmp_path).schema.equals(OUTPUT)
+    assert all(field.metadata[b"description"] for field in OUTPUT)
+
+
+def test_passthrough_columns_stay_with_their_rows(run: Path, tmp_path: Path) -> None:
+    rows = manifest(run)
+    rows = rows.append_column("line", pa.array([f"line {i}" for i in range(rows.num_rows)]))
+    # Times that no Python object can hold.
+    rows = rows.append_column("at", pa.array([2**60] * rows.num_rows, pa.timestamp("s")))
+    out = write_heatmaps(score(run, rows), tmp_path, "none")
+    assert out.schema.names == [*OUTPUT.names, "line", "at"]
+    assert out["at"].equals(rows["at"])
+    lines = dict(zip(rows["uri"].to_pylist(), rows["line"].to_pylist(), strict=True))
+    assert all(lines[row["uri"]] == row["line"] for row in out.select(["uri", "line"]).to_pylist())
+
+
+def test_unreadable_images_become_rows_with_an_error(run: Path, tmp_path: Path) -> None:
+    good = storage.read(manifest(run)["uri"][0].as_py())
+    contents = {"empty.png": b"", "text.png": b"hello", "cut.jpg": good[: len(good) // 2]}
+    contents["deep.png"] = encoded(np.full((9, 9), 40_000, np.uint16))
+    contents["dot.png"] = encoded(np.full((1, 1, 3), 9, np.uint8))
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    rows = nut_rows([str(tmp_path / name) for name in (*contents, "gone.png", "dot.png")])
+    categories = pa.array([*["nut"] * 6, "no/such\nmodel"])
+    rows = rows.set_column(2, MANIFEST.field("category"), categories)
+    out = write_heatmaps(score(run, rows), tmp_path / "out").to_pylist()
+    assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
+    for row in out:
+        failed = bool(row["error_kind"])
+        assert bool(row["error_message"]) == failed
+        assert (row["score"] is None) == failed
+        assert (row["model_id"] == "") == failed
+        assert (row["heatmap"] == "") == failed
+    assert [(row["width"], row["height"]) for row in out[3:5]] == [(9, 9), (1, 1)]
+
+
+def test_odd_names_and_files_are_not_opened_and_spoil_no_other(run: Path, tmp_path: Path) -> None:
+    good = manifest(run)["uri"][0].as_py()
+    for name in ("secret", "pre::fix.png", "good.png"):
+        shutil.copy(good, tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(100 * 2**30)
+    Image.new("RGB", (9, 9)).save(tmp_path / "page.eps.png", "EPS")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("empty.png"))
+    expected = {
+        "secret::z.png": "missing",
+        "pre::fix.png": "",
+        "a\0b.png": "bad_name",
+        "nosuch://a.png": "bad_name",
+        "memory://gone::file://z.png": "missing",
+        f"{'long' * 100}.png": "missing",
+        "folder.png": "missing",
+        "pipe.png": "missing",
+        "round.png": "missing",
+        "huge.png": "too_large",
+        "page.eps.png": "not_an_image",
+        "a.tar#empty.png": "empty",
+        "good.png": "",
+    }
+    uris = [name if "://" in name else f"{tmp_path}/{name}" for name in expected]
+    out = score(run, nut_rows(uris, [(512, 0) if "tar#" in uri else (0, -1) for uri in uris])).to_pylist()
+    assert {name: row["error_kind"] for name, row in zip(expected, out, strict=True)} == expected
+    assert all(row["error_message"] for row in out if row["error_kind"])
+
+
+class Expired(MemoryFileSystem):
+    """Storage whose reads all fail."""
+
+    protocol = "expired"
+    error: Exception = PermissionError("the token is expired")
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("no"), OSError("503"), RuntimeError("a client's bug"), UnicodeError("\udcff")]
+)
+def test_images_that_storage_failed_are_left_to_the_next_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fsspec.register_implementation("expired", Expired, clobber=True)
+    monkeypatch.setattr(Expired, "error", error)
+    monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.0)
+    good = manifest(run)["uri"].to_pylist()[:3]
+    uris = [good[0], "expired://a.png", *good[1:], "/gone.png"]
+    reports: list[Any] = []
+
+    def report(stage: str, statistics: Any, attempted: int, external_errors: Any, unfinished: Any = ()) -> None:
+        unfinished = [image[:2] for image in unfinished]
+        reports.append((stage, statistics.images, statistics.errors, attempted, len(external_errors), unfinished))
+
+    decoded = Decode(PREPROCESSING, report=cast(Any, report))(nut_rows(uris))
+    assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]
+    for accept_errors, expected in ((False, [*good, "/gone.png"]), (True, uris)):
+        out = scorer(run, cast(Any, report), accept_errors=accept_errors)(decoded)
+        assert out["uri"].to_pylist() == expected
+    # Each stage counts only its own failures.
+    assert reports == [
+        ("decode", 0, 0, 5, 2, []),
+        ("forward", 5, 2, 3, 0, [("expired://a.png", "unreadable")]),
+        ("forward", 5, 2, 3, 0, []),
+    ]
+
+
+@pytest.mark.parametrize("filesystem", ["local", "memory"])
+def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, memory: str, filesystem: str) -> None:
+    files = manifest(run).slice(0, 8)
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for uri in files["uri"].to_pylist():
+            data = storage.read(uri)
+            info = tarfile.TarInfo(f"grey/#{uri.rsplit('/', 1)[1]}" if "good" in uri else f"grey/{Path(uri).name}.jpg")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        archive.addfile(tarfile.TarInfo("grey/000.json"))
+    out = f"{tmp_path if filesystem == 'local' else memory}/shards/0.tar"
+    storage.publish(out, sink.getvalue())
+    (members,) = image_rows([out.rsplit("/", 1)[0]], CategoryRule(pattern="{category}/{name}"))
+    assert members.num_rows == 8
+    assert set(members["category"].to_pylist()) == {"grey"}
+    members = members.set_column(2, MANIFEST.field("category"), files["category"])
+    for ours, theirs in zip(score(run, members).to_pylist(), score(run, files).to_pylist(), strict=True):
+        assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
+        assert ours["score"] == theirs["score"]
+        assert ".tar#grey/" in ours["uri"]
+
+
+@pytest.mark.parametrize(("resize", "shape"), [("fit", (19, 48)), ("crop", (64, 48)), ("stretch", (64, 48))])
+def test_images_of_other_proportions_are_scored_without_padding(
+    tmp_path: Path, any_model: Recipe, resize: Resize, shape: tuple[int, int]
+) -> None:
+    """Images of 80 × 32 in an input of 64 × 48, height by width."""
+    make_category(str(tmp_path / "data"), "long", shape=(32, 80))
+    recipe = dataclasses.replace(any_model, size=Size("64x48"), resize=resize)
+    record = fit(tmp_path, "long", recipe)
+    preprocessing = {"long": record.preprocessing}
+    (rows,) = labelled_rows([mvtec.read_category(str(tmp_path / "data"), "long")])
+    scored = scorer(tmp_path, raw_maps=True, overlays=True)(Decode(preprocessing)(rows))
+    out = write_heatmaps(scored, tmp_path, overlays=True, preprocessing=preprocessing).to_pylist()
+    # A crop of the input's proportions is the middle 24 of 80 columns.
+    left, across = (28, 24) if resize == "crop" else (0, 80)
+    for row in out:
+        assert row["error_kind"] == ""
+        with Image.open(tmp_path / row["heatmap"]) as image:
+            assert image.size == shape[::-1]
+            levels = np.asarray(image)
+        raw = np.frombuffer(row["anomaly_map"], np.float32).reshape(shape)
+        np.testing.assert_array_equal(levels, record.heatmap_scale.apply(raw))
+        highest = np.sort(raw.ravel())[-max(round(recipe.top_fraction * raw.size), 1) :]
+        assert row["score"] == pytest.approx(highest.mean(), rel=1e-6)
+        y, x = np.unravel_index(raw.argmax(), raw.shape)
+        expected = left + int((x + 0.5) * across / 48), int((y + 0.5) * 32 / shape[0])
+        assert (row["peak_x"], row["peak_y"]) == expected
+        with Image.open(tmp_path / row["overlay"]) as image:
+            assert image.size[0] / image.size[1] == pytest.approx(across / 32, rel=0.03)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from stpm import storage
+from stpm.data import images
+from stpm.errors import ImageError
+from stpm.method.forward import Matcher
+from stpm.models.store import ModelStore
+from stpm.scoring.schema import MANIFEST
+from stpm.scoring.stages.model_cache import ModelCache
+from stpm.scoring.stages.scorer import Scorer
+from stpm.scoring.stages.scorer_actor import ScorerSettings
+from tests.conftest import MODELS
+from tests.scoring.stages.helpers import CATEGORIES, KINDS, PREPROCESSING, decode, fit, manifest, score, scorer
+
+
+def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> None:
+    rows = manifest(run)
+    mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
+    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 2**30)
+    for row in score(run, mixed).to_pylist():
+        model, matcher = models.model(row["category"]), models.matcher(row["category"])
+        pixels = images.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
+        whole = np.array([[0, 0, 64, 64]], np.int32)
+        inputs = matcher.inputs(torch.from_numpy(pixels[None].copy()))
+        distances = matcher.distances(model.parts, matcher.teacher_features(inputs), inputs, whole)
+        recipe = model.record.recipe
+        (expected,) = matcher.anomaly_maps(distances, whole, recipe, model.record.part_scales)
+        actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
+        np.testing.assert_allclose(actual, expected.total, atol=1e-4 * np.abs(expected.total).max())
+        highest = np.sort(actual.ravel())[-max(round(recipe.top_fraction * 64 * 64), 1) :]
+        assert row["score"] == pytest.approx(highest.mean(), rel=1e-6)
+        expected_score = expected.score(recipe.top_fraction)
+        for part, value in (("student_score", expected_score.student), ("memory_score", expected_score.memory)):
+            assert row[part] == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-3))
+        parts = [row[part] for part in ("student_score", "memory_score") if row[part] is not None]
+        assert len(parts) == {"student and memory": 2, "student": 0, "memory": 1}[KINDS[row["category"]]]
+        if parts:
+            assert sum(parts) == pytest.approx(row["score"], rel=1e-4, abs=1e-5)
+        assert row["model_id"] == model.record.model_id
+        assert row["is_anomalous"] == (row["score"] > row["threshold"])
+        assert row["area"] == pytest.approx((actual > np.float32(row["threshold"])).mean())
+        y, x = np.unravel_index(actual.argmax(), actual.shape)
+        assert (row["peak_x"], row["peak_y"]) == (int((x + 0.5) * 40 / 64), int((y + 0.5) * 48 / 64))
+
+
+def test_an_image_has_the_same_score_in_any_batch(run: Path) -> None:
+    rows = manifest(run)
+    together = score(run, rows)["score"].to_numpy()
+    alone = [score(run, rows.slice(i, 1))["score"][0].as_py() for i in range(rows.num_rows)]
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+
+def test_pixels_are_kept_only_for_overlays(run: Path) -> None:
+    decoded = decode(manifest(run))
+    kept, dropped = (scorer(run, overlays=overlays)(decoded) for overlays in (True, False))
+    assert kept["pixels"].equals(decoded["pixels"])
+    assert kept.drop(["pixels"]).equals(dropped.drop(["pixels"]))
+    assert set(dropped["pixels"].to_pylist()) == {b""}
+
+
+def test_anomaly_maps_are_kept_only_if_asked_for(run: Path) -> None:
+    decoded = decode(manifest(run))
+    assert scorer(run)(decoded)["anomaly_map"].null_count == decoded.num_rows
+
+
+def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
+    rows = manifest(run).slice(0, 2).set_column(2, MANIFEST.field("category"), pa.array(["x", "x"]))
+    assert score(run, rows)["error_kind"].to_pylist() == ["no_model", "no_model"]
+
+
+def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> None:
+    class Loader:
+        def matcher(self, category: str) -> Matcher:
+            raise ImageError("model_unreadable", f"the loader has no {category}")
+
+    out = Scorer(ScorerSettings("nowhere", 0.3, accept_errors=True), models=cast(Any, Loader()))(decode(manifest(run)))
+    assert set(out["error_message"].to_pylist()) == {f"the loader has no {name}" for name in CATEGORIES}
+
+
+def test_a_model_that_could_not_be_read_is_tried_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = decode(manifest(run))
+    original = storage.read
+    down = {"student", "model.json", "teachers"}
+
+    def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+        if any(name in uri for name in down):
+            raise OSError("503 Slow Down")
+        return original(uri, start, end)
+
+    monkeypatch.setattr(storage, "read", read)
+    monkeypatch.setattr("stpm.scoring.stages.model_cache._RETRY_SECONDS", 0.0)
+    stage = scorer(run, accept_errors=True)
+    for name, kinds in (
+        ("model.json", {"model_unreadable"}),
+        ("teachers", {"model_unreadable"}),
+        ("student", {"", "model_unreadable"}),
+        ("", {""}),
+    ):
+        assert set(stage(decoded)["error_kind"].to_pylist()) == kinds, name
+        down.discard(name)
+
+
+@pytest.mark.parametrize("file", ["nut/student.safetensors", "screw/memory.safetensors", "teachers"])
+def test_a_damaged_model_makes_only_its_own_rows_errors(run: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(run / "models", tmp_path / "models")
+    folder, _, name = file.partition("/")
+    (damaged,) = (tmp_path / "models" / folder).rglob(name or "*.safetensors")
+    damaged.write_bytes(b"x")
+    broken = set(CATEGORIES) if file == "teachers" else {folder}
+    for row in scorer(tmp_path, accept_errors=True)(decode(manifest(run))).to_pylist():
+        assert (row["error_kind"] == "model_damaged") == (row["category"] in broken)
+        assert (row["score"] is None) == (row["category"] in broken)
+        assert ("its SHA-256 is" in row["error_message"]) == (row["category"] in broken)
+
+
+def test_a_category_that_is_fitted_again_keeps_the_model_that_its_run_began_with(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    store = ModelStore(str(tmp_path / "models"))
+    model_ids = {name: store.record(name).model_id for name in CATEGORIES}
+    decoded = decode(manifest(run))
+    stage = scorer(tmp_path, model_ids=model_ids)
+    before = stage(decoded.slice(0, 1))
+    fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], seed=5))
+    assert store.record("nut").model_id != model_ids["nut"]
+    out = pa.concat_tables([before, stage(decoded.slice(1))]).to_pylist()
+    assert {row["category"]: row["model_id"] for row in out} == model_ids
+    assert {row["error_kind"] for row in out} == {""}
+    del model_ids["nut"]
+    for row in scorer(tmp_path, model_ids=model_ids)(decoded).to_pylist():
+        assert (row["error_kind"] == "no_model") == (row["category"] == "nut")
+        assert ("had no model when this run began" in row["error_message"]) == (row["category"] == "nut")
+
+
+def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = decode(manifest(run))
+    original = Matcher.inputs
+    odd = np.frombuffer(decoded["pixels"][3].as_buffer(), np.uint8).reshape(64, 64, 3).copy()
+
+    def inputs(matcher: Matcher, pixels: torch.Tensor) -> torch.Tensor:
+        if (pixels == torch.from_numpy(odd)).flatten(1).all(1).any():
+            raise RuntimeError("no such kernel")
+        return original(matcher, pixels)
+
+    monkeypatch.setattr(Matcher, "inputs", inputs)
+    kinds = scorer(run, accept_errors=True)(decoded)["error_kind"].to_pylist()
+    assert kinds == ["forward_failed" if i == 3 else "" for i in range(len(kinds))]
+
+
+@pytest.mark.parametrize("fits", [1, 3, 5])
+def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = decode(manifest(run))
+    expected = scorer(run)(decoded).to_pylist()
+    original, tried = Matcher.features, []
+
+    def features(matcher: Matcher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+        tried.append(len(inputs))
+        if len(inputs) > fits:
+            raise torch.cuda.OutOfMemoryError(f"{len(inputs)} images")
+        return original(matcher, backbone, inputs)
+
+    monkeypatch.setattr(Matcher, "features", features)
+    out = scorer(run)(decoded).to_pylist()
+    assert max(tried) > fits
+    for row, other in zip(out, expected, strict=True):
+        assert row["error_kind"] == ""
+        assert row["score"] == pytest.approx(other["score"], rel=1e-3)
+
+
+def test_an_image_that_does_not_fit_alone_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = decode(manifest(run).slice(0, 3))
+
+    def features(matcher: Matcher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+        raise torch.cuda.OutOfMemoryError("no memory at all")
+
+    monkeypatch.setattr(Matcher, "features", features)
+    for row in scorer(run, accept_errors=True)(decoded).to_pylist():
+        assert (row["error_kind"], row["score"]) == ("out_of_memory", None)
+        assert row["error_message"] == "OutOfMemoryError: no memory at all"
