@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from stpm.data import mvtec
-from stpm.fitting.fit_category import run_task
+from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
 from stpm.method.backbones import load_teacher_weights
 from stpm.method.preprocessing import Preprocessing
@@ -47,18 +47,19 @@ def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     store = ModelStore(str(root / "models"))
     digest = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(root / "data"), name)
-    record = run_task(FitTask.of(category, recipe, store.uri, digest), LIMITS, lambda progress: None).record
+    task = FitTask(name, category.train, recipe, store.uri, digest)
+    record = fit_category(task, LIMITS, lambda event: None).record
     assert record
     return record
 
 
 def manifest(root: Path) -> pa.Table:
-    """The manifest of all labelled images."""
+    """Make the manifest of all labelled images."""
     return pa.concat_tables(labelled_rows([mvtec.read_category(str(root / "data"), name) for name in CATEGORIES]))
 
 
 def nut_rows(uris: Sequence[str], positions: Sequence[tuple[int, int]] = ()) -> pa.Table:
-    """Manifest rows of images of category "nut". Positions are start and length in an archive."""
+    """Make manifest rows of images of category "nut". Positions are start and length in an archive."""
     images = [ImageRef(uri, *position) for uri, position in zip(uris, positions or [()] * len(uris), strict=True)]
     return make_rows([ManifestRow(image, "nut") for image in images])
 
