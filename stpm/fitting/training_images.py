@@ -14,14 +14,13 @@ import numpy as np
 from stpm import storage
 from stpm.data import images
 from stpm.data.images import Pixels
-from stpm.errors import DataError, ImageError
+from stpm.errors import DataError, ImageError, join_first
 from stpm.method.backbones import resolve_data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
 from stpm.method.recipe import Recipe
 
 _READER_THREADS = 8
 _MAX_HEADERS_READ = 32
-_MAX_SHOWN_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,8 @@ def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> list[st
 
 
 def _unreadable(problems: list[str], tried: int) -> DataError:
-    shown = "; ".join(sorted(problems)[:_MAX_SHOWN_FILES])
-    more = f"; and {len(problems) - _MAX_SHOWN_FILES} more" if len(problems) > _MAX_SHOWN_FILES else ""
-    return DataError(f"{len(problems)} of {tried} training images cannot be read: {shown}{more}; repair or remove them")
+    shown = join_first(sorted(problems))
+    return DataError(f"{len(problems)} of {tried} training images cannot be read: {shown}; repair or remove them")
 
 
 def _allocate_in_file(shape: tuple[int, ...]) -> Pixels:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from ray.train import ScalingConfig
 
 from stpm.cluster.connection import Resources
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, join_first
 from stpm.fitting.options import WorkerOptions
 
 # Students are so small that they gain little from more threads.
 _MAX_THREADS = 8
-_MAX_SHOWN_NODES = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def scaling_config(
     fitting = resources.workers_on(nodes)
     wanted = options.workers or fitting
     if fitting < 1 or (wanted > fitting and not elastic):
-        have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes[:_MAX_SHOWN_NODES])
+        have = join_first([f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes])
         raise ConfigError(
             f"{max(wanted, 1)} workers of {resources.cpus} CPUs"
             f"{f' and {resources.gpus:g} GPUs' if resources.gpus else ''} do not fit the cluster's nodes ({have}); "
