@@ -39,6 +39,7 @@ class ImageRef(NamedTuple):
 
     @classmethod
     def parquet_row(cls, archive: str, row: int) -> ImageRef:
+        """Make the reference of the image in a row of a Parquet file."""
         return cls(f"{archive}#{row}", row, 1)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from glob import has_magic
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -26,37 +25,30 @@ STANDARD_INPUT = "-"
 _ESCAPED = re.compile(r"\[([*?[])\]")
 
 
-@dataclass(frozen=True)
-class AllowedPrefixes:
-    """The URIs that a manifest may name: it is foreign data, and must not make a job read other files of its host.
+def allowed_prefixes(manifest: str, prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Return the given prefixes, or if there are none, the manifest's own folder, or its bucket in object storage.
 
-    Args:
-        prefixes: allowed URIs; everything under them is allowed too.
+    A manifest is foreign data: it may name only URIs under these prefixes, so that a job does not read other files.
     """
+    if prefixes:
+        return tuple(storage.absolute(prefix) for prefix in prefixes)
+    if storage.is_local(manifest):
+        return (str(Path(storage.absolute(manifest)).parent),)
+    scheme, _, path = manifest.partition("://")
+    return (f"{scheme}://{path.split('/', 1)[0]}",)
 
-    prefixes: tuple[str, ...]
 
-    @classmethod
-    def for_manifest(cls, manifest: str, prefixes: Sequence[str]) -> AllowedPrefixes:
-        """Allow the given prefixes; if there are none, the manifest's own folder, or its bucket in object storage."""
-        if prefixes:
-            return cls(tuple(storage.absolute(prefix) for prefix in prefixes))
-        if storage.is_local(manifest):
-            return cls((str(Path(storage.absolute(manifest)).parent),))
-        scheme, _, path = manifest.partition("://")
-        return cls((f"{scheme}://{path.split('/', 1)[0]}",))
+def check_allowed(uris: Iterable[str], prefixes: Sequence[str]) -> ImageError | None:
+    """Return an error if one of the URIs is not under one of the prefixes. Empty URIs are ignored."""
+    if all(_is_allowed(uri, prefixes) for uri in uris if uri):
+        return None
+    return ImageError("not_allowed", f"the manifest may name only what is under {', '.join(prefixes)}; see --allow")
 
-    def check(self, *uris: str) -> ImageError | None:
-        """Return an error if one of the URIs is not allowed; "" is."""
-        if all(self._allow(uri) for uri in uris if uri):
-            return None
-        under = ", ".join(self.prefixes)
-        return ImageError("not_allowed", f"the manifest may name only what is under {under}; see --allow")
 
-    def _allow(self, uri: str) -> bool:
-        if "::" in uri or ".." in uri.split("/"):
-            return False
-        return any(uri == prefix or uri.startswith(f"{prefix.rstrip('/')}/") for prefix in self.prefixes)
+def _is_allowed(uri: str, prefixes: Sequence[str]) -> bool:
+    if "::" in uri or ".." in uri.split("/"):
+        return False
+    return any(uri == prefix or uri.startswith(f"{prefix.rstrip('/')}/") for prefix in prefixes)
 
 
 def image_rows(
@@ -69,7 +61,7 @@ def image_rows(
             the images themselves, or `-` for a list of URIs. A glob may match any of these. A source is taken
             literally if it exists by that name, or if each of its `*`, `?` and `[` is escaped as `[*]`, `[?]`, `[[]`.
         rule: chooses the category of images whose manifest does not name one.
-        allow: prefixes of the URIs that a manifest may name; none: see `AllowedPrefixes.for_manifest`.
+        allow: prefixes of the URIs that a manifest may name; none: see `allowed_prefixes`.
         lines: the list of URIs, one per line.
 
     Raises:
@@ -94,7 +86,7 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
     name = _literal_name(uri)
     if uri.lower().endswith(tables.SUFFIXES):
         for table in [name] if name else storage.glob(uri):
-            yield from _table_rows(table, rule, AllowedPrefixes.for_manifest(table, allow))
+            yield from _table_rows(table, rule, allowed_prefixes(table, allow))
         return
     files = storage.stream(name) if name else storage.glob(uri)
     yield from _file_rows((image for file in files for image in _images_in(file)), rule)
@@ -118,7 +110,7 @@ def _file_rows(images: Iterator[ImageRef], rule: CategoryRule) -> Iterator[pa.Ta
         yield make_rows([ManifestRow(image, rule.category(storage.as_utf8(image.path))) for image in chunk])
 
 
-def _table_rows(uri: str, rule: CategoryRule, allowed: AllowedPrefixes) -> Iterator[pa.Table]:
+def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator[pa.Table]:
     """Yield the rows of a manifest, or of a Parquet file that holds images."""
     folder = uri.rsplit("/", 1)[0]
     first = 0
@@ -131,10 +123,10 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: AllowedPrefixes) -> Itera
             error = None
             if "uri" not in chunk.schema.names:
                 image = ImageRef.parquet_row(uri, number)
-                error = allowed.check(mask_uri)
+                error = check_allowed([mask_uri], allowed)
             elif name:
                 image = ImageRef(_resolve(name, folder))
-                error = allowed.check(image.uri, mask_uri)
+                error = check_allowed([image.uri, mask_uri], allowed)
             else:
                 image = ImageRef(f"{uri}#{number}")
                 error = ImageError("missing", "this row of the manifest has no uri")

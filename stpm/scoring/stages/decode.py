@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -75,45 +76,42 @@ class Decode:
         return with_passthrough(table(columns, DECODED), batch)
 
 
+@dataclass
 class _ImageTask:
-    """Fetch and decode the image of one manifest row; call it in a thread.
+    """Fetch and decode the image of one row of MANIFEST; call it in a thread.
 
-    Args:
-        row: of schema MANIFEST.
-        preprocessing: of its category's model; None: it has no model.
-        turn: held while one of the images of a batch is decoded.
+    `preprocessing` is None if the category has no model; `turn` is held while one of a batch's images is decoded.
     """
 
-    def __init__(self, row: Mapping[str, Any], preprocessing: Preprocessing | None, turn: Lock) -> None:
-        self._row = row
-        self._preprocessing = preprocessing
-        self._turn = turn
-        self._decoding_since = math.inf
+    row: Mapping[str, Any]
+    preprocessing: Preprocessing | None
+    turn: Lock
+    decoding_since: float = math.inf
 
     def __call__(self) -> Decoded | ImageError:
-        row = self._row
+        row = self.row
         if row["error_kind"]:
             return ImageError(row["error_kind"], row["error_message"])
-        if self._preprocessing is None:
+        if self.preprocessing is None:
             return ImageError("no_model", f"no model for category {row['category']!r}")
         image = ImageRef(row["uri"], row["archive_start"], row["archive_length"])
         try:
             data = _read_small(image)
-            is_ours = self._turn.acquire(timeout=_TURN_SECONDS)
+            is_ours = self.turn.acquire(timeout=_TURN_SECONDS)
             try:
                 data = archives.read(image) if data is None else data
-                self._decoding_since = time.monotonic()
-                return images.decode(data, self._preprocessing)
+                self.decoding_since = time.monotonic()
+                return images.decode(data, self.preprocessing)
             finally:
                 if is_ours:
-                    self._turn.release()
+                    self.turn.release()
         except ImageError as error:
             return error
 
     def late_error(self, limit: float) -> ImageError:
         """Return the error of an image that took longer than the limit, in seconds."""
         # If fetching took most of the time, the image itself may be quick to decode: the next run tries it again.
-        if time.monotonic() - self._decoding_since > limit / 2:
+        if time.monotonic() - self.decoding_since > limit / 2:
             return ImageError("too_slow", f"not decoded within {limit:g} s; see --image-seconds")
         return ImageError("timeout", f"not fetched and decoded within {limit:g} s; see --image-seconds")
 

@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -25,7 +25,6 @@ from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 
 _WRITERS = 8
-_NO_PICTURES: dict[str, Any] = {"heatmap": "", "overlay": "", "heatmap_png": None, "overlay_png": None}
 # Too large to copy: they are drawn from Arrow's memory, or passed on.
 _BINARY = ("heatmap_levels", "pixels", "anomaly_map")
 # Bytes of a percent-encoded folder name. Its first 12 characters may take 12 bytes each.
@@ -74,6 +73,15 @@ def overlay_png(pixels: Pixels, png: bytes) -> Pixels:
     return overlay(pixels, np.asarray(levels))
 
 
+class Pictures(NamedTuple):
+    """The columns of OUTPUT that name an image's pictures, or hold them."""
+
+    heatmap: str = ""
+    overlay: str = ""
+    heatmap_png: bytes | None = None
+    overlay_png: bytes | None = None
+
+
 class WriteHeatmaps:
     """Turn SCORED rows into OUTPUT rows, and draw a palette PNG of each scored image: a file, or bytes in its row.
 
@@ -100,8 +108,7 @@ class WriteHeatmaps:
         with ThreadPoolExecutor(_WRITERS) as pool:
             pictures = list(pool.map(self._pictures, rows))
         columns: dict[str, Any] = {name: batch[name] for name in OUTPUT.names if name in batch.schema.names}
-        for name in _NO_PICTURES:
-            columns[name] = [picture[name] for picture in pictures]
+        columns |= {name: [getattr(each, name) for each in pictures] for name in Pictures._fields}
         result = with_passthrough(table(columns, OUTPUT), batch)
         computed = time.process_time() - began
         meters.count_stage_seconds("encode", computed)
@@ -112,39 +119,41 @@ class WriteHeatmaps:
             self._report("encode", RunStatistics(encode_seconds=computed))
         return _with_folder_names(result) if self._options.partition_by == "category" else result
 
-    def _pictures(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Draw the pictures of one row; return the columns that name or hold them."""
-        made = self._drawn(row)
-        if not made:
-            return _NO_PICTURES
+    def _pictures(self, row: Mapping[str, Any]) -> Pictures:
+        heatmaps = self._options.heatmaps
+        is_wanted = heatmaps == "all" or (heatmaps == "anomalous" and row["is_anomalous"])
+        if not (is_wanted and row["heatmap_levels"]):
+            return Pictures()
+        heatmap, overlaid = self._draw(row)
         if self._options.heatmaps_in == "parquet":
-            return _NO_PICTURES | {f"{name}_png": data for name, data in made.items()}
+            return Pictures(heatmap_png=heatmap, overlay_png=overlaid)
         folder = f"{self._output.heatmap_path}/{storage.safe_name(row['category'], 'category')}"
         stem = f"{folder}/{row['image_id'] & (2**64 - 1):016x}"
-        paths = {"heatmap": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
-        for name, data in made.items():
-            # Syncing each file would take longer than drawing it: the run syncs them all at its end.
-            storage.publish(storage.join(self._output.folder, paths[name]), data, durable=False)
-        return _NO_PICTURES | {name: paths[name] for name in made}
+        return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.png", overlaid))
 
-    def _drawn(self, row: Mapping[str, Any]) -> dict[str, bytes]:
-        heatmaps = self._options.heatmaps
-        wanted = heatmaps == "all" or (heatmaps == "anomalous" and row["is_anomalous"])
-        if not (wanted and row["heatmap_levels"]):
-            return {}
+    def _draw(self, row: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
+        """Draw the heatmap of a row, and the overlay if there is to be one."""
         preprocessing = self._preprocessing[row["category"]]
         size = row["width"], row["height"]
         content = preprocessing.content_shape(*size)
         levels = np.frombuffer(row["heatmap_levels"], np.uint8).reshape(content)
-        made = {"heatmap": palette_png(levels)}
-        if self._options.overlay:
-            left, top, right, bottom = preprocessing.content_box(*size)
-            whole = np.frombuffer(row["pixels"], np.uint8).reshape(preprocessing.height, preprocessing.width, 3)
-            blended = Image.fromarray(overlay(whole[top:bottom, left:right], levels))
-            longest = _MAX_OVERLAY_STRETCH * max(preprocessing.height, preprocessing.width)
-            resized = blended.resize(preprocessing.picture_size(*size, min(content), longest))
-            made["overlay"] = encode_png(resized, _COMPRESSION)
-        return made
+        heatmap = palette_png(levels)
+        if not self._options.overlay:
+            return heatmap, None
+        left, top, right, bottom = preprocessing.content_box(*size)
+        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(preprocessing.height, preprocessing.width, 3)
+        blended = Image.fromarray(overlay(pixels[top:bottom, left:right], levels))
+        longest = _MAX_OVERLAY_STRETCH * max(preprocessing.height, preprocessing.width)
+        resized = blended.resize(preprocessing.picture_size(*size, min(content), longest))
+        return heatmap, encode_png(resized, _COMPRESSION)
+
+    def _write(self, path: str, png: bytes | None) -> str:
+        """Write a picture, if there is one, and return its path."""
+        if png is None:
+            return ""
+        # Syncing each file would take longer than drawing it: the run syncs them all at its end.
+        storage.publish(storage.join(self._output.folder, path), png, durable=False)
+        return path
 
 
 def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 
-# Until a model that could not be loaded is tried again.
+# Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
 
 

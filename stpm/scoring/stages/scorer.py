@@ -123,6 +123,7 @@ class Scorer:
         return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result
 
     def _score(self, images: Sequence[DecodedImage]) -> list[Outcome]:
+        """Score the images that have no error yet, those with one matcher together."""
         outcomes: dict[int, Outcome] = {
             i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
         }

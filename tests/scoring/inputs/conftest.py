@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(params=["local", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    """The URI of an empty folder, on a local disk or in an in-memory filesystem."""
+    """Return the URI of an empty folder, on a local disk or in an in-memory filesystem."""
     return str(tmp_path) if request.param == "local" else memory

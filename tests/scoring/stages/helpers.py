@@ -53,12 +53,12 @@ def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
 
 
 def manifest(root: Path) -> pa.Table:
-    """The manifest of all labelled images."""
+    """Make the manifest of all labelled images."""
     return pa.concat_tables(labelled_rows([mvtec.read_category(str(root / "data"), name) for name in CATEGORIES]))
 
 
 def nut_rows(uris: Sequence[str], positions: Sequence[tuple[int, int]] = ()) -> pa.Table:
-    """Manifest rows of images of category "nut". Positions are start and length in an archive."""
+    """Make manifest rows of images of category "nut". Positions are start and length in an archive."""
     images = [ImageRef(uri, *position) for uri, position in zip(uris, positions or [()] * len(uris), strict=True)]
     return make_rows([ManifestRow(image, "nut") for image in images])
 
