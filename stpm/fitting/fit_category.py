@@ -141,30 +141,34 @@ def _run_task(task: FitTask, limits: Limits, tell: Callable[[Epoch | str], None]
     if recipe.calibration_folds:
         tell(f"fitting {recipe.fold_count(len(images))} more models, to calibrate on every image")
         calibration = Calibration(k_fold_scores(features, recipe, of_folds, room), calibration.scale)
+    summary = FitSummary(
+        seconds=time.perf_counter() - start,
+        epochs=len(fitted.history),
+        kept_epoch=fitted.kept.number if fitted.kept else 0,
+        train_loss=fitted.kept.train_loss if fitted.kept else None,
+        validation_loss=fitted.kept.validation_loss if fitted.kept else None,
+        train_count=len(train),
+        validation_count=len(held_out),
+        calibration_count=len(calibration.scores),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    )
     record = store.save(
-        category=task.category,
-        recipe=recipe,
-        preprocessing=preprocessing,
-        precision=precision,
-        teacher_digest=task.teacher_digest,
-        data_fingerprint=task.data_fingerprint,
+        ModelRecord(
+            category=task.category,
+            recipe=recipe,
+            preprocessing=preprocessing,
+            precision=precision,
+            teacher_digest=task.teacher_digest,
+            heatmap_scale=calibration.scale,
+            part_scales=calibrated.scales,
+            fit=summary,
+        ),
+        task.data_fingerprint,
         student=fitted.student,
         memory=memory,
-        calibration=calibration,
-        part_scales=calibrated.scales,
+        calibration_scores=calibration.scores,
         history=history,
         picture=loss_png(history.to_pydict(), fitted.kept.number, task.category) if fitted.kept else b"",
-        fit=FitSummary(
-            seconds=time.perf_counter() - start,
-            epochs=len(fitted.history),
-            kept_epoch=fitted.kept.number if fitted.kept else 0,
-            train_loss=fitted.kept.train_loss if fitted.kept else None,
-            validation_loss=fitted.kept.validation_loss if fitted.kept else None,
-            train_count=len(train),
-            validation_count=len(held_out),
-            calibration_count=len(calibration.scores),
-            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        ),
     )
     for checkpoint in (checkpoints, *of_folds):
         checkpoint.clear()

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -23,6 +24,12 @@ T = TypeVar("T")
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
 CALIBRATION = "calibration.parquet"
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that affect models and scores, by name."""
+    names = ("torch", "timm", "ray", "numpy", "pillow")
+    return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,9 @@ class ModelRecord:
     heatmap_scale: HeatmapScale
     part_scales: tuple[PartScale, ...]
     fit: FitSummary
-    files: dict[str, str]
-    versions: dict[str, str]
-    created: str
+    files: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=library_versions)
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     format: Literal[4] = 4
 
     @cached_property
@@ -75,12 +82,6 @@ class ModelRecord:
         values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.part_scales, files)
         digest = hashlib.sha256(repr((values, self.heatmap_scale)).encode()).hexdigest()
         return f"{self.category}-{digest[:12]}"
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that affect models and scores, by name."""
-    names = ("torch", "timm", "ray", "numpy", "pillow")
-    return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def to_json(value: Any) -> bytes:

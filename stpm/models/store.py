@@ -18,28 +18,17 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.errors import ModelError, ModelUnreadableError, NoModelError
-from stpm.method.calibration import Calibration, PartScale
-from stpm.method.preprocessing import Preprocessing
-from stpm.method.recipe import Precision, Recipe
-from stpm.models.record import (
-    CALIBRATION,
-    MEMORY,
-    STUDENT,
-    FitSummary,
-    ModelRecord,
-    from_json,
-    library_versions,
-    to_json,
-)
+from stpm.method.calibration import Calibration
+from stpm.models.record import CALIBRATION, MEMORY, STUDENT, ModelRecord, from_json, to_json
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
@@ -117,54 +106,47 @@ class ModelStore:
 
     def save(
         self,
-        *,
-        category: str,
-        recipe: Recipe,
-        preprocessing: Preprocessing,
-        precision: Precision,
-        teacher_digest: str,
+        record: ModelRecord,
         data_fingerprint: str,
+        *,
         student: StateDict | None,
         memory: Sequence[MemoryBank],
-        calibration: Calibration,
-        part_scales: tuple[PartScale, ...],
+        calibration_scores: npt.NDArray[np.float32],
         history: pa.Table,
         picture: bytes,
-        fit: FitSummary,
     ) -> ModelRecord:
         """Publish a model, make it its category's current one, and return its stored record.
 
         If the store has this very model already, its files stay as they are, unless they are damaged.
+
+        Args:
+            record: the model's record, to which this adds the files' digests.
+            data_fingerprint: digest of the images that the model was fitted on.
+            student: weights of the student, if there is one.
+            memory: memory banks, if there are any.
+            calibration_scores: (n,) ascending.
+            history: losses per epoch, stored with a student.
+            picture: PNG of the losses, stored with a student.
         """
         from stpm.method.backbones import serialise
 
-        contents = {CALIBRATION: storage.parquet(pa.table({"score": calibration.scores}))}
+        storage.safe_name(record.category, "category")
+        contents = {CALIBRATION: storage.parquet(pa.table({"score": calibration_scores}))}
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
         if memory:
             contents[MEMORY] = serialise(_tensors_by_name(memory))
-        record = ModelRecord(
-            category=storage.safe_name(category, "category"),
-            recipe=recipe,
-            preprocessing=preprocessing,
-            precision=precision,
-            teacher_digest=teacher_digest,
-            heatmap_scale=calibration.scale,
-            part_scales=part_scales,
-            fit=fit,
-            files={name: storage.digest(data) for name, data in contents.items()},
-            versions=library_versions(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+        digests = {name: storage.digest(data) for name, data in contents.items()}
+        record = dataclasses.replace(record, files=digests)
         try:
-            stored = self.record(category, record.model_id)
+            stored = self.record(record.category, record.model_id)
             self.verify(stored)
             record = stored
         except ModelError:
             # The id is a digest of the files, so that this repairs a damaged model. model.json comes last.
             for name, data in (contents | {_RECORD: to_json(record)}).items():
                 storage.publish(self._uri(record, name), data)
-        storage.publish(self._current_uri(category), to_json(Current(record.model_id, data_fingerprint)))
+        storage.publish(self._current_uri(record.category), to_json(Current(record.model_id, data_fingerprint)))
         return record
 
     def current(self, category: str) -> Current:

@@ -65,20 +65,15 @@ def stored(store: ModelStore, name: str) -> str:
 
 def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
     teacher = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    preprocessing, scale = preprocessing_of(64, 48, "fit"), CALIBRATION.scale
     return store.save(
-        category=category,
-        recipe=recipe,
-        preprocessing=preprocessing_of(64, 48, "fit"),
-        precision="float32",
-        teacher_digest=teacher,
-        data_fingerprint="f",
+        ModelRecord(category, recipe, preprocessing, "float32", teacher, scale, make_scales(recipe), SUMMARY),
+        "fingerprint",
         student=make_student(recipe, seed),
         memory=make_banks(recipe, seed),
-        calibration=CALIBRATION,
-        part_scales=make_scales(recipe),
+        calibration_scores=CALIBRATION.scores,
         picture=b"png",
         history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
-        fit=SUMMARY,
     )
 
 
