@@ -61,7 +61,7 @@ def run_benchmark(
         with held(out, options.wait):
             if not options.data:
                 demo.make(data)
-            return _run(options, data, out, recipe, pool, scoring, evaluation, requirements)
+            return _run(options, data, out, recipe, pool, scoring, evaluation, requirements, cluster)
 
 
 def _run(
@@ -73,6 +73,7 @@ def _run(
     scoring: ScoreOptions,
     evaluation: EvaluationOptions,
     requirements: Gate,
+    cluster: ClusterOptions,
 ) -> int:
     try:
         categories, unreadable = read_categories(data, options.categories)
@@ -85,7 +86,7 @@ def _run(
         with connected():
             stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
             warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
-            fits = fit_categories(categories, recipe, stores, pool, options.wait)
+            fits = fit_categories(categories, recipe, stores, pool, cluster.backend, options.wait)
             failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
             for seed, store in stores.items():
                 records = [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]
