@@ -79,9 +79,13 @@ def check_required(options: Any) -> None:
         raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
 
 
+WantedBackend = Literal["auto", "eager", "openvino"]
+Backend = Literal["eager", "openvino"]
+
+
 @dataclass(frozen=True)
 class ClusterOptions:
-    """How a job uses a cluster of several machines; without effect on a single machine.
+    """How a job runs: what computes, and how it uses a cluster of several machines.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -96,6 +100,11 @@ class ClusterOptions:
         "gpu", "the kind of node to ask for, and to wait for, where a cluster starts its nodes on demand and has none"
     )
     node_minutes: float = option(15.0, "minutes to wait for that first node")
+    backend: WantedBackend = option(
+        "auto",
+        "what computes features on a CPU: openvino, several times as fast (pip install 'stpm[openvino]'), or eager, "
+        "which is PyTorch; auto: openvino where it is installed. On a GPU PyTorch computes",
+    )
     plan: bool = option(False, "print what would run on each node of the cluster, and do nothing")
 
     def __post_init__(self) -> None:

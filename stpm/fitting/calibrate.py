@@ -83,7 +83,7 @@ class HeldOutDistances:
     """
 
     def __init__(self, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int) -> None:
-        self._parts = parts
+        self._parts = features.matcher.compile(parts)
         self._features = features
         self._recipe = recipe
         self._batches = split_batches(held_out, EVALUATION_BATCH_SIZE)

@@ -25,6 +25,7 @@ from stpm.method.backbones import load_teacher_weights
 from stpm.method.calibration import NormalCounts, few_normals_warning
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def fit_categories(
     recipe: Recipe,
     stores: Mapping[int, str],
     workers: WorkerOptions,
+    backend: WantedBackend,
     wait: bool,
 ) -> list[FitResult]:
     """Fit one model per category and seed. Undamaged models that the stores already hold are reused.
@@ -88,6 +90,7 @@ def fit_categories(
         recipe: of all models, without the seed.
         stores: URI of the model store for each seed.
         workers: options of the workers.
+        backend: what computes features on a CPU.
         wait: if another run holds a store, wait for its end instead of raising an error.
 
     Returns:
@@ -107,7 +110,7 @@ def fit_categories(
             digest = ModelStore(store).put_teacher(weights)
             for category in categories:
                 adapted = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
-                tasks.append(FitTask(category.name, category.train, adapted, store, digest))
+                tasks.append(FitTask(category.name, category.train, adapted, store, digest, backend))
         with ThreadPoolExecutor(_READER_THREADS) as threads:
             existing = list(threads.map(_existing_result, tasks))
         for task, (_, message) in zip(tasks, existing, strict=True):

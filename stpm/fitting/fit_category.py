@@ -22,7 +22,7 @@ from stpm.fitting.teacher_features import Indices, TeacherFeatures
 from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
-from stpm.method.forward import Matcher, pick_device, resolve_precision
+from stpm.method.forward import Matcher, pick_device, resolve_backend, resolve_precision
 from stpm.method.memory_bank import MemoryBank
 from stpm.models.record import FitSummary, ModelRecord
 from stpm.models.store import ModelStore
@@ -128,7 +128,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         train_count=len(train),
         validation_count=len(held_out),
         calibration_count=len(calibration.scores),
-        device=torch.cuda.get_device_name() if matcher.device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name() if matcher.device.type == "cuda" else f"cpu, {matcher.backend}",
     )
     record = store.save(
         ModelRecord(
@@ -163,12 +163,12 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
     preprocessing = preprocessing_for(task.recipe, uris)
     images = load_images(uris, preprocessing, limits.memory)
     seconds = time.perf_counter() - start
-    matcher = Matcher(teacher, preprocessing, device, precision)
+    matcher = Matcher(teacher, preprocessing, device, precision, resolve_backend(task.backend, device))
     features = TeacherFeatures(matcher, images, limits.feature_budget(images, device))
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); "
-        f"input {preprocessing.size}, {precision}"
+        f"input {preprocessing.size}, {precision}, {matcher.backend}"
     )
     return features
 
@@ -182,7 +182,8 @@ def _load_teacher(store: str, teacher: str, levels: tuple[int, ...], digest: str
 def _make_checkpoints(task: FitTask, matcher: Matcher, interval: float) -> list[StoredCheckpoints]:
     """Make the checkpoints of the model's student, and of the student of each fold."""
     store, folds = ModelStore(task.store), task.recipe.calibration_folds
-    fingerprint = f"{task.fingerprint}-{matcher.preprocessing}-{matcher.precision}-{matcher.device.type}"
+    computed_by = (matcher.preprocessing, matcher.precision, matcher.device.type, matcher.backend)
+    fingerprint = "-".join(map(str, (task.fingerprint, *computed_by)))
     return [
         StoredCheckpoints(store.checkpoint_uri(task.category, number), fingerprint, interval, save_end=folds > 0)
         for number in range(folds + 1)

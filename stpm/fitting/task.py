@@ -8,6 +8,7 @@ from functools import cached_property
 
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
+from stpm.options import WantedBackend
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class FitTask:
     recipe: Recipe
     store: str
     teacher_digest: str
+    backend: WantedBackend = "auto"
 
     @property
     def key(self) -> str:
@@ -42,7 +44,7 @@ class FitTask:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that the model depends on, except the device."""
+        """SHA-256 of everything that the model depends on, except the device and the backend."""
         parts = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -76,7 +76,7 @@ def run_benchmark(
                 stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
                 with connected():
                     warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
-                    fits = fit_categories(categories, recipe, stores, pool, options.wait)
+                    fits = fit_categories(categories, recipe, stores, pool, cluster.backend, options.wait)
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
                     for seed, store in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:

@@ -34,7 +34,10 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
             log_plan({"fits": partial(plan_fits, workers, len(categories))})
             return ALL_DONE
         warn_about_few_normals(categories, recipe, options.false_alarm_rate)
-        results = fit_categories(categories, recipe, {recipe.seed: store}, workers, options.wait) if categories else []
+        results = []
+        if categories:
+            stores = {recipe.seed: store}
+            results = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
     failed = len(failures) + sum(result.record is None for result in results)
     good = len(results) + len(failures) - failed
     log.info(f"{good} of {good + failed} categories have a model in {options.models}")

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from stpm import storage
@@ -33,15 +35,22 @@ class Backbone(nn.Module):
     forward takes (B, 3, H, W) float and returns one (B, Cₗ, Hₗ, Wₗ) tensor per level, finest first.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, architecture: str, levels: tuple[int, ...]) -> None:
         super().__init__()
         self.net = net
+        self.architecture = architecture
+        self.levels = levels
         self.channels: list[int] = list(net.feature_info.channels())  # type: ignore[union-attr, operator]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(images)
         # Some architectures (Swin among them) keep channels last.
         return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of all weights."""
+        return sum(weight.nbytes for weight in self.state_dict().values())
 
 
 def architecture_name(teacher: str) -> str:
@@ -80,11 +89,15 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
     """
     architecture = architecture_name(teacher)
     try:
-        return Backbone(timm.create_model(architecture, pretrained=False, features_only=True, out_indices=levels))
+        net = timm.create_model(architecture, pretrained=False, features_only=True, out_indices=levels)
     except (RuntimeError, AttributeError, IndexError, AssertionError, ValueError) as error:
         known = timm.is_model(architecture)
         problem = f"cannot give pyramid levels {levels}: {error}" if known else "is not an architecture of timm"
         raise ConfigError(f"teacher: {architecture!r} {problem}; try resnet18.tv_in1k with levels 1,2,3") from error
+    if isinstance(net, EfficientNetFeatures | MobileNetV3Features):
+        # timm keeps the stages after the last level, and computes them.
+        net.blocks = net.blocks[: max(net._stage_out_idx)]
+    return Backbone(net, architecture, levels)
 
 
 def build_student(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:

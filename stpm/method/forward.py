@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stpm.errors import ConfigError, ModelError
 from stpm.method.backbones import Backbone
 from stpm.method.calibration import PartScale
+from stpm.method.depthwise import Float32Depthwise
 from stpm.method.fusion import AnomalyMap, fuse
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.memory_bank import MemoryBank
+from stpm.method.openvino_backend import OpenVinoBackbone, is_installed
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
+from stpm.options import Backend, WantedBackend
+
+log = logging.getLogger(__name__)
 
 
 def pick_device() -> torch.device:
@@ -43,6 +51,30 @@ def resolve_precision(wanted: Literal["auto", "float32", "bfloat16"], device: to
     return "bfloat16" if native else "float32"
 
 
+def resolve_backend(wanted: WantedBackend, device: torch.device) -> Backend:
+    """Replace `auto` by OpenVINO where it is installed; on a GPU PyTorch computes in any case.
+
+    Raises:
+        ConfigError: if OpenVINO is wanted on a CPU and is not installed.
+    """
+    if device.type != "cpu" or wanted == "eager":
+        return "eager"
+    if is_installed():
+        return "openvino"
+    if wanted == "openvino":
+        raise ConfigError("backend is openvino, which is not installed here; pip install 'stpm[openvino]'")
+    return "eager"
+
+
+class FeatureExtractor(Protocol):
+    """A backbone in eval mode, of PyTorch or compiled: (B, 3, H, W) to one (B, Cₗ, Hₗ, Wₗ) tensor per level."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, images: Tensor) -> list[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of a model, whose distances to the teacher's features are measured: a student, memory banks, or both.
@@ -50,19 +82,19 @@ class Parts:
     The student is in eval mode.
     """
 
-    student: Backbone | None
+    student: FeatureExtractor | None
     memory: tuple[MemoryBank, ...] = ()
 
     def to(self, device: torch.device) -> Parts:
         """Move all tensors to a device."""
-        student = self.student and to_device(self.student, device)
+        student = to_device(self.student, device) if isinstance(self.student, Backbone) else self.student
         return Parts(student, tuple(bank.to(device) for bank in self.memory))
 
     @property
     def nbytes(self) -> int:
         """Count the bytes of all tensors."""
-        student = self.student.state_dict().values() if self.student else ()
-        return sum(t.nbytes for t in (*student, *(t for bank in self.memory for t in bank.tensors.values())))
+        memory = sum(tensor.nbytes for bank in self.memory for tensor in bank.tensors.values())
+        return memory + (self.student.nbytes if self.student else 0)
 
 
 @dataclass(frozen=True)
@@ -106,15 +138,22 @@ class Matcher:
         preprocessing: the input's size and normalisation.
         device: device to compute on.
         precision: precision of convolutions; distances are always float32.
+        backend: what computes features where no gradient is needed.
     """
 
     def __init__(
-        self, teacher: Backbone, preprocessing: Preprocessing, device: torch.device, precision: Precision
+        self,
+        teacher: Backbone,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        precision: Precision,
+        backend: Backend = "eager",
     ) -> None:
-        self.teacher = to_device(teacher, device).eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.device = device
         self.precision = precision
+        self.backend = backend
+        self.teacher = self._compile(to_device(teacher, device).eval().requires_grad_(False))
         mean = torch.tensor(preprocessing.mean, device=device)
         std = torch.tensor(preprocessing.std, device=device)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1)
@@ -125,11 +164,26 @@ class Matcher:
         pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
         return torch.addcmul(self._shift, pixels, self._scale)
 
-    def features(self, backbone: Backbone, inputs: Tensor) -> list[Tensor]:
+    def compile(self, parts: Parts) -> Parts:
+        """Compile a model's student by the matcher's backend."""
+        return replace(parts, student=self._compile(parts.student)) if isinstance(parts.student, Backbone) else parts
+
+    def _compile(self, backbone: Backbone) -> FeatureExtractor:
+        if self.backend == "openvino":
+            size = self.preprocessing.height, self.preprocessing.width
+            try:
+                return OpenVinoBackbone(backbone, *size, self.precision)
+            except ModelError as error:
+                log.warning("%s; PyTorch computes it instead", error)
+        return backbone
+
+    def features(self, backbone: FeatureExtractor, inputs: Tensor) -> list[Tensor]:
         """Compute a backbone's features of each level, at the matcher's precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            features: list[Tensor] = backbone(inputs)
-        return features
+        reduced = self.precision == "bfloat16"
+        trains_on_cpu = self.device.type == "cpu" and torch.is_grad_enabled()
+        depthwise = Float32Depthwise() if reduced and trains_on_cpu else nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced), depthwise:
+            return backbone(inputs)
 
     def teacher_features(self, inputs: Tensor) -> list[Tensor]:
         """Compute the teacher's features of each level, without gradient."""

@@ -48,7 +48,7 @@ def test_category_with_too_few_images_fails_before_fitting(
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], calibration_folds=folds)
     data = categories(tmp_path, enough=minimum, few=minimum - 1)
-    results = fit_categories(data, recipe, {0: str(tmp_path / "models")}, WorkerOptions(), False)
+    results = fit_categories(data, recipe, {0: str(tmp_path / "models")}, WorkerOptions(), "auto", False)
     assert fitted_keys == ["enough (seed 0)"]
     assert {result.task.category: bool(result.record) for result in results} == {"few": False, "enough": True}
     message = caplog.messages[0]
@@ -60,17 +60,17 @@ def test_damaged_model_is_reported_and_fitted_again(
 ) -> None:
     data, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
     for _ in range(2):
-        fit_categories(data, tiny, {0: store}, WorkerOptions(), False)
+        fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False)
     assert len(fitted_keys) == 2
     (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
     student.write_bytes(student.read_bytes()[:-1])
     caplog.clear()
-    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), False)
+    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False)
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert all(result.record for result in results)
     assert caplog.messages[0].startswith("nut (seed 0): fitted again: ")
     assert "student.safetensors: its SHA-256 is" in caplog.messages[0]
-    fit_categories(data, tiny, {0: store}, WorkerOptions(), False)
+    fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False)
     assert len(fitted_keys) == 3
 
 

@@ -194,3 +194,12 @@ def test_resolve_data_config_refuses_unknown_teachers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
     with pytest.raises(ConfigError, match=r"teacher 'mine': timm has no configuration of it\. Name a tag"):
         resolve_data_config("mine")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["tf_efficientnet_lite0", "mobilenetv3_small_050", "resnet18", "test_convnext"]
+)
+def test_every_weight_has_a_part_in_the_features(architecture: str) -> None:
+    backbone = build_student(architecture, (1, 2, 3), 0, zero_init_residual=False)
+    torch.stack([level.sum() for level in backbone(torch.randn(2, 3, 64, 64))]).sum().backward()
+    assert [name for name, weight in backbone.named_parameters() if weight.grad is None] == []

@@ -1,8 +1,21 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 
-from stpm.method.forward import pick_device
+from stpm.errors import ConfigError, ModelError
+from stpm.method.backbones import Backbone, build_student
+from stpm.method.forward import Matcher, Parts, pick_device, resolve_backend
+from stpm.method.openvino_backend import OpenVinoBackbone
+from stpm.options import Backend
+from tests.conftest import TINY, preprocessing_of
+
+
+def matcher(backend: Backend) -> Matcher:
+    """Make a matcher with an untrained teacher."""
+    teacher = build_student("test_resnet", (1, 2, 3), 1, zero_init_residual=False)
+    return Matcher(teacher, preprocessing_of(64), torch.device("cpu"), "float32", backend)
 
 
 def test_pick_device_sets_float32_and_deterministic_kernels() -> None:
@@ -16,3 +29,46 @@ def test_pick_device_sets_float32_and_deterministic_kernels() -> None:
         assert cudnn.deterministic
     finally:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+
+
+def test_backends_agree_on_anomaly_maps() -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: its backend was not tried")
+    student = build_student("test_resnet", (1, 2, 3), 0, zero_init_residual=False).eval()
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    content = preprocessing_of(64).content_boxes([(64, 64)] * 3)
+    maps = []
+    for each in (matcher("eager"), matcher("openvino")):
+        inputs = each.inputs(pixels)
+        parts = each.compile(Parts(student))
+        distances = each.distances(parts, each.teacher_features(inputs), inputs, content)
+        maps.append(each.anomaly_maps(distances, content, TINY, ()))
+    assert isinstance(parts.student, OpenVinoBackbone)
+    for ours, theirs in zip(*maps, strict=True):
+        np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-3, atol=1e-5)
+
+
+def test_backend_is_resolved_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for wanted, installed, device, backend in (
+        ("auto", True, cpu, "openvino"),
+        ("auto", False, cpu, "eager"),
+        ("eager", True, cpu, "eager"),
+        ("openvino", True, cpu, "openvino"),
+        ("auto", True, gpu, "eager"),
+        ("openvino", False, gpu, "eager"),
+    ):
+        monkeypatch.setattr("stpm.method.forward.is_installed", lambda installed=installed: installed)
+        assert resolve_backend(wanted, device) == backend  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="which is not installed here; pip install"):
+        resolve_backend("openvino", cpu)
+
+
+def test_pytorch_computes_what_openvino_cannot(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("OpenVINO cannot compile test_resnet: unknown operation")
+
+    monkeypatch.setattr("stpm.method.forward.OpenVinoBackbone", refuse)
+    assert isinstance(matcher("openvino").teacher, Backbone)
+    assert "unknown operation; PyTorch computes it instead" in caplog.text

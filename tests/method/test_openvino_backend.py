@@ -1,0 +1,79 @@
+"""Features by OpenVINO against those by PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stpm.errors import ModelError
+from stpm.method import openvino_backend
+from stpm.method.backbones import build_student
+from stpm.method.openvino_backend import OpenVinoBackbone
+from stpm.method.recipe import Precision
+
+pytest.importorskip("openvino", reason="openvino is not installed: its backend was not tried")
+
+LEVELS = (1, 2, 3)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "tf_efficientnet_lite0"])
+def test_features_are_those_of_pytorch(architecture: str, precision: Precision, tolerance: float) -> None:
+    images = torch.randn(3, 3, 64, 96)
+    # The second has the weights of its own in the graph of the first.
+    for seed in range(2):
+        backbone = build_student(architecture, LEVELS, seed, zero_init_residual=False).eval()
+        levels = OpenVinoBackbone(backbone, 64, 96, precision)(images)
+        with torch.no_grad():
+            expected = backbone(images)
+        assert [level.shape for level in levels] == [level.shape for level in expected]
+        for ours, theirs in zip(levels, expected, strict=True):
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_an_image_has_the_same_features_alone_and_in_a_batch() -> None:
+    compiled = OpenVinoBackbone(build_student("test_resnet", LEVELS, 0, False).eval(), 64, 64, "float32")
+    images = torch.randn(5, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    for whole, alone in zip(compiled(images), compiled(images[3:4]), strict=True):
+        assert torch.equal(whole[3:4], alone)
+
+
+def test_weights_that_are_lost_in_the_conversion_convert_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (build_student("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
+    monkeypatch.setattr(openvino_backend, "_convert_architecture", lambda *_: openvino_backend._convert(first, 64, 64))
+    second.register_buffer("unused", torch.ones(1))
+    images = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(OpenVinoBackbone(second, 64, 64, "float32")(images), second(images), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_features_of_another_backbone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (build_student("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
+    wrong = openvino_backend._convert(first, 64, 64)
+    monkeypatch.setattr(openvino_backend, "_graph_with_weights", lambda *_: wrong)
+    with pytest.raises(ModelError, match=r"OpenVINO's features of test_resnet differ by .* from PyTorch's"):
+        OpenVinoBackbone(second, 64, 64, "float32")
+
+
+def test_what_openvino_cannot_compile_is_an_error() -> None:
+    class Odd(torch.nn.Module):
+        architecture = "odd"
+        levels = LEVELS
+
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            raise RuntimeError("no trace")
+
+    with pytest.raises(ModelError, match="OpenVINO cannot compile odd: "):
+        OpenVinoBackbone(Odd(), 64, 64, "float32")  # type: ignore[arg-type]
+
+
+def test_nothing_is_reported_over_the_network() -> None:
+    script = (
+        "import sys; from stpm.method.openvino_backend import _import_openvino; _import_openvino(); "
+        "print(*(m for m, loaded in sys.modules.items() if loaded and m.startswith('openvino_telemetry')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
