@@ -22,7 +22,8 @@ from stpm.fitting.teacher_features import Indices, TeacherFeatures
 from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
-from stpm.method.forward import Matcher, pick_device, resolve_backend, resolve_precision
+from stpm.method.backend import resolve_backend
+from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.memory_bank import MemoryBank
 from stpm.models.record import FitSummary, ModelRecord
 from stpm.models.store import ModelStore
@@ -163,7 +164,9 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
     preprocessing = preprocessing_for(task.recipe, uris)
     images = load_images(uris, preprocessing, limits.memory)
     seconds = time.perf_counter() - start
-    matcher = Matcher(teacher, preprocessing, device, precision, resolve_backend(task.backend, device))
+    matcher = Matcher(
+        teacher, preprocessing, device, precision, resolve_backend(task.backend, on_gpu=device.type != "cpu")
+    )
     features = TeacherFeatures(matcher, images, limits.feature_budget(images, device))
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "

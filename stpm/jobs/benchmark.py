@@ -25,7 +25,7 @@ from stpm.lease import held
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions
+from stpm.options import ClusterOptions, WantedBackend
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -81,7 +81,7 @@ def run_benchmark(
                     for seed, store in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
                             output = RunOutput.named(out, f"seed-{seed}")
-                            _score(data, categories, records, ModelStore(store), scoring, output)
+                            _score(data, categories, records, ModelStore(store), scoring, output, cluster.backend)
                             results += evaluate_categories(output, records, ModelStore(store), evaluation)
             code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements)
             log.info(f"models, scores and heatmaps are in {out}")
@@ -95,6 +95,7 @@ def _score(
     store: ModelStore,
     options: ScoreOptions,
     output: RunOutput,
+    backend: WantedBackend,
 ) -> None:
     """Score the test images of the fitted categories; rows of an earlier run with the same configuration are kept.
 
@@ -109,7 +110,7 @@ def _score(
         return
     digest = hashlib.sha256(repr([category.test for category in tested]).encode()).hexdigest()
     config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
-    run = ScoringRun(partial(labelled_rows, tested), config, store, options, output)
+    run = ScoringRun(partial(labelled_rows, tested), config, store, options, output, backend=backend)
     summary, _ = run_scoring(run, replace=True)
     if summary.unfinished:
         raise CutOffError(f"{summary.unfinished} test images are not scored; run the same command again to go on")

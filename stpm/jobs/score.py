@@ -71,6 +71,7 @@ def run_score(
                 options=scoring,
                 output=RunOutput.single(folder, output),
                 triage_images=collection.top,
+                backend=cluster.backend,
             )
             return _score(run, collection)
 

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stpm.errors import ConfigError, ModelError
+from stpm.errors import ModelError
 from stpm.method.backbones import Backbone
 from stpm.method.calibration import PartScale
 from stpm.method.depthwise import Float32Depthwise
 from stpm.method.fusion import AnomalyMap, fuse
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.memory_bank import MemoryBank
-from stpm.method.openvino_backend import OpenVinoBackbone, is_installed
+from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
-from stpm.options import Backend, WantedBackend
+from stpm.options import Backend
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +49,6 @@ def resolve_precision(wanted: Literal["auto", "float32", "bfloat16"], device: to
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"
-
-
-def resolve_backend(wanted: WantedBackend, device: torch.device) -> Backend:
-    """Replace `auto` by OpenVINO where it is installed; on a GPU PyTorch computes in any case.
-
-    Raises:
-        ConfigError: if OpenVINO is wanted on a CPU and is not installed.
-    """
-    if device.type != "cpu" or wanted == "eager":
-        return "eager"
-    if is_installed():
-        return "openvino"
-    if wanted == "openvino":
-        raise ConfigError("backend is openvino, which is not installed here; pip install 'stpm[openvino]'")
-    return "eager"
 
 
 class FeatureExtractor(Protocol):

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,11 +18,6 @@ from stpm.method.recipe import Precision
 _PRECISION_HINTS: Mapping[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 # Largest difference to PyTorch's features, relative to the largest of them: bfloat16 rounds in other places.
 _TOLERANCES: Mapping[Precision, float] = {"float32": 1e-3, "bfloat16": 0.2}
-
-
-def is_installed() -> bool:
-    """Whether OpenVINO can be imported."""
-    return find_spec("openvino") is not None
 
 
 class OpenVinoBackbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -13,8 +14,10 @@ from ray.exceptions import RayError
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY, Resources, is_shared, working_nodes
 from stpm.errors import CutOffError
+from stpm.method.backend import resolve_backend
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
 from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -27,6 +30,8 @@ from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
+
+log = logging.getLogger(__name__)
 
 
 def describe_plan(options: ScoreOptions, node: Resources) -> str:
@@ -45,6 +50,7 @@ def score_shards(
     store: ModelStore,
     options: ScoreOptions,
     output: RunOutput,
+    backend: WantedBackend,
 ) -> tuple[RunStatistics, list[UnfinishedImage]]:
     """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
 
@@ -56,6 +62,7 @@ def score_shards(
         store: the models.
         options: how to score.
         output: where to write.
+        backend: what computes features on a CPU.
 
     Returns:
         The statistics, and the first images without a row.
@@ -78,7 +85,9 @@ def score_shards(
         model_memory=int(options.model_memory_gib * 2**30),
         model_ids={name: record.model_id for name, record in records.items()},
         accept_errors=options.accept_errors,
+        backend=resolve_backend(backend, on_gpu=pool.num_gpus > 0),
     )
+    log.info(f"{pool.size} scorers on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(output.checkpoint)

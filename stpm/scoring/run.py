@@ -18,6 +18,7 @@ from stpm.cluster.connection import connected
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoModelError, join_first
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.manifest import Manifest
 from stpm.scoring.options import ScoreOptions
@@ -49,6 +50,7 @@ class ScoringRun:
         options: how to score.
         output: where to write.
         triage_images: images on the page of the most anomalous ones; 0: no page.
+        backend: what computes features on a CPU.
     """
 
     rows: Callable[[], Iterable[pa.Table]]
@@ -57,6 +59,7 @@ class ScoringRun:
     options: ScoreOptions
     output: RunOutput
     triage_images: int = 0
+    backend: WantedBackend = "auto"
 
 
 def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunSummary, Records]:
@@ -168,7 +171,7 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
             log.info(f"{images.rows - remaining} are scored already, {remaining} remain")
         if remaining:
             try:
-                statistics, unfinished = score_shards(shards, records, run.store, run.options, run.output)
+                statistics, unfinished = score_shards(shards, records, run.store, run.options, run.output, run.backend)
             except (RayError, SystemException, ExecutionTimeoutError) as error:
                 log.exception("the pipeline failed")
                 raise CutOffError(

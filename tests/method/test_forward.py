@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from stpm.errors import ConfigError, ModelError
+from stpm.errors import ModelError
 from stpm.method.backbones import Backbone, build_student
-from stpm.method.forward import Matcher, Parts, pick_device, resolve_backend
+from stpm.method.forward import Matcher, Parts, pick_device
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.options import Backend
 from tests.conftest import TINY, preprocessing_of
@@ -45,22 +45,6 @@ def test_backends_agree_on_anomaly_maps() -> None:
     assert isinstance(parts.student, OpenVinoBackbone)
     for ours, theirs in zip(*maps, strict=True):
         np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-3, atol=1e-5)
-
-
-def test_backend_is_resolved_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for wanted, installed, device, backend in (
-        ("auto", True, cpu, "openvino"),
-        ("auto", False, cpu, "eager"),
-        ("eager", True, cpu, "eager"),
-        ("openvino", True, cpu, "openvino"),
-        ("auto", True, gpu, "eager"),
-        ("openvino", False, gpu, "eager"),
-    ):
-        monkeypatch.setattr("stpm.method.forward.is_installed", lambda installed=installed: installed)
-        assert resolve_backend(wanted, device) == backend  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="which is not installed here; pip install"):
-        resolve_backend("openvino", cpu)
 
 
 def test_pytorch_computes_what_openvino_cannot(

@@ -138,7 +138,7 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
     make_category(str(tmp_path), "nut", good=2)
 
     def score_shards(
-        shards: object, records: object, store: object, options: object, output: RunOutput
+        shards: object, records: object, store: object, options: object, output: RunOutput, backend: object
     ) -> tuple[RunStatistics, list[UnfinishedImage]]:
         publish_rows(output, 2)
         return RunStatistics(images=2), []

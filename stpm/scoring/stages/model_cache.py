@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,7 @@ from stpm.errors import ImageError, ModelError, ModelUnreadableError
 from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
+from stpm.options import Backend
 
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
@@ -26,15 +28,22 @@ class ModelCache:
         device: the device to load onto.
         max_bytes: weights of models to keep, the most recently used ones; at least one model is kept.
         model_ids: the model of each category, and of no other; None: the store's current models.
+        backend: what computes features.
     """
 
     def __init__(
-        self, store: ModelStore, device: torch.device, max_bytes: int, model_ids: Mapping[str, str] | None = None
+        self,
+        store: ModelStore,
+        device: torch.device,
+        max_bytes: int,
+        model_ids: Mapping[str, str] | None = None,
+        backend: Backend = "eager",
     ) -> None:
         self._store = store
         self._device = device
         self._max_bytes = max_bytes
         self._model_ids = model_ids
+        self._backend = backend
         self._records: dict[str, ModelRecord] = {}
         self._matchers: dict[tuple[object, ...], Matcher] = {}
         self._models: OrderedDict[str, tuple[Model, int]] = OrderedDict()
@@ -52,7 +61,9 @@ class ModelCache:
             key = (record.teacher_digest, recipe.levels, record.preprocessing, record.precision)
             if key not in self._matchers:
                 teacher = self._store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
-                self._matchers[key] = Matcher(teacher, record.preprocessing, self._device, record.precision)
+                self._matchers[key] = Matcher(
+                    teacher, record.preprocessing, self._device, record.precision, self._backend
+                )
             return self._matchers[key]
 
     def model(self, category: str) -> Model:
@@ -64,6 +75,7 @@ class ModelCache:
         with self._loading(category):
             if category not in self._models:
                 model = self._store.load(category, self._record(category).model_id).to(self._device)
+                model = replace(model, parts=self.matcher(category).compile(model.parts))
                 self._models[category] = model, model.parts.nbytes
                 while len(self._models) > 1 and sum(size for _, size in self._models.values()) > self._max_bytes:
                     self._models.popitem(last=False)

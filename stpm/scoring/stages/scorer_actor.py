@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 
+from stpm.options import Backend
 from stpm.scoring.progress import ProgressReporter
 
 
@@ -18,6 +19,7 @@ class ScorerSettings:
     `store` is the URI of the model store, and `model_ids` has the model of each category (None: the store's current
     ones). A `batch_size` of 0 is found on the device. `model_memory` limits the models that stay loaded, in bytes.
     `raw_maps` keeps the anomaly maps, `overlays` the pixels, `accept_errors` the rows with a transient error.
+    `backend` computes the features.
     """
 
     store: str
@@ -28,6 +30,7 @@ class ScorerSettings:
     model_memory: int = 2**30
     model_ids: Mapping[str, str] | None = None
     accept_errors: bool = False
+    backend: Backend = "eager"
 
 
 class ScorerActor:
