@@ -8,6 +8,7 @@ Runs in anomalib's environment and imports nothing of ours; the tests make the s
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib.metadata import version
 
@@ -36,6 +37,7 @@ def case(seed: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
     from anomalib.metrics.aupro import _AUPRO
 
