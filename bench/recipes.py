@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -200,28 +201,23 @@ def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
         return statistics.fmean(values) if values else None
 
     def average(name: str, metric: int, but: str = "") -> float:
-        values = (mean(name, category, metric) for category in categories if category != but)
-        return statistics.fmean(value for value in values if value is not None)
+        values = [value for c in categories if c != but and (value := mean(name, c, metric)) is not None]
+        return statistics.fmean(values) if values else math.nan
 
     def shown(name: str, category: str) -> str:
         return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in range(len(METRICS)))
 
-    rows = [
-        [
-            name,
-            *(shown(name, c) for c in categories),
-            " / ".join(f"{average(name, m):.4f}" for m in range(len(METRICS))),
-        ]
-        for name in complete
-    ]
+    rows = []
+    for name in complete:
+        means = " / ".join(f"{average(name, m):.4f}" for m in range(len(METRICS)))
+        rows.append([name, *(shown(name, category) for category in categories), means])
+    text = tabulate(rows, [kind, *categories, "mean"], tablefmt="pipe", disable_numparse=True)
+    if len(categories) == 1:
+        return text
     chosen = {c: max(complete, key=lambda name: average(name, 0, but=c)) for c in categories}
-    left_out = [[c, chosen[c], shown(chosen[c], c)] for c in categories]
-    return "\n\n".join(
-        [
-            tabulate(rows, [kind, *categories, "mean"], tablefmt="pipe", disable_numparse=True),
-            tabulate(left_out, ["left out", "best on the others", kind], tablefmt="pipe", disable_numparse=True),
-        ]
-    )
+    rows = [[c, chosen[c], shown(chosen[c], c)] for c in categories]
+    headers = ["left out", "best on the others", kind]
+    return f"{text}\n\n{tabulate(rows, headers, tablefmt='pipe', disable_numparse=True)}"
 
 
 def main() -> None:
