@@ -25,7 +25,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,25 +61,6 @@ class Teacher:
 
     def __str__(self) -> str:
         return f"{self.name} of {Path(self.weights).name}" if self.weights else self.name
-
-
-@dataclass(frozen=True)
-class PeerOptions:
-    """Settings of anomalib's models."""
-
-    stfpm_epochs: int
-    reverse_distillation_epochs: int
-    coreset: float
-    features: int
-    threads: int
-
-    def epochs(self, method: str) -> int:
-        return self.reverse_distillation_epochs if method == "reverse_distillation" else self.stfpm_epochs
-
-    def describe(self, method: str) -> str:
-        """Name the settings that a method uses."""
-        own = {"patchcore": f"coreset {self.coreset:g}", "padim": f"{self.features} features"}
-        return own.get(method, f"{self.epochs(method)} epochs")
 
 
 @dataclass(frozen=True)
@@ -157,18 +138,12 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
 
 
 def run_anomalib(
-    python: str,
-    method: str,
-    options: PeerOptions,
-    settings: str,
-    category: mvtec.Category,
-    teacher: Teacher,
-    ours: Run,
+    arguments: argparse.Namespace, method: str, settings: str, category: mvtec.Category, teacher: Teacher, ours: Run
 ) -> Run:
     """Fit by anomalib on the images that a run of ours trained on, at its size."""
     config = data_config(teacher.name)
     preprocessing = Preprocessing(ours.height, ours.width, "stretch", config.interpolation, config.mean, config.std)
-    given = {
+    options = {
         "method": method,
         "height": ours.height,
         "width": ours.width,
@@ -176,16 +151,16 @@ def run_anomalib(
         "mean": ",".join(map(str, config.mean)),
         "std": ",".join(map(str, config.std)),
         "seed": ours.seed,
-        "epochs": options.epochs(method),
-        "features": options.features,
-        "coreset": options.coreset,
-        "threads": options.threads,
+        "epochs": epochs_for(arguments, method),
+        "features": arguments.features,
+        "coreset": arguments.coreset,
+        "threads": arguments.threads,
     }
     train = training_images(category, ours)
     prefix = _KEEP_MEMORY if method == "patchcore" else ()
     with tempfile.TemporaryDirectory() as folder:
         weights = teacher.name, teacher.weights
-        fitted = fit_anomalib(python, Path(folder), weights, train, category.test, given, prefix=prefix)
+        fitted = fit_anomalib(arguments.peer, Path(folder), weights, train, category.test, options, prefix=prefix)
     metrics = map_metrics(fitted.tests, fitted.scores.tolist(), list(fitted.maps), preprocessing)
     return dataclasses.replace(
         ours,
@@ -197,6 +172,18 @@ def run_anomalib(
         process_seconds=fitted.cost["seconds"],
         peak_mib=fitted.cost["peak_mib"],
     )
+
+
+def epochs_for(arguments: argparse.Namespace, method: str) -> int:
+    """Return the epochs of a method; those without a network to train take no notice."""
+    epochs: int = getattr(arguments, f"{method}_epochs", arguments.stfpm_epochs)
+    return epochs
+
+
+def describe_settings(arguments: argparse.Namespace, method: str) -> str:
+    """Name the settings that a method uses."""
+    own = {"patchcore": f"coreset {arguments.coreset:g}", "padim": f"{arguments.features} features"}
+    return own.get(method, f"{epochs_for(arguments, method)} epochs")
 
 
 def training_images(category: mvtec.Category, run: Run) -> list[str]:
@@ -222,50 +209,28 @@ def reason_to_skip(method: str, teacher: Teacher, height: int, width: int) -> st
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Return means over seeds in Markdown, by category and over all; the best of anomalib's models is bold."""
-    sides = list(dict.fromkeys(run.side for run in runs))
-    categories = list(dict.fromkeys(run.category for run in runs))
-    lines: list[list[str]] = []
-    per_side: dict[str, list[dict[str, float | None]]] = {side: [] for side in sides}
-    for category in categories:
-        by_side = {side: [run for run in runs if (run.side, run.category) == (side, category)] for side in sides}
-        means = {side: _means(vars(run) for run in some) for side, some in by_side.items() if some}
-        for side, values in means.items():
-            per_side[side].append(values)
-        lines += _lines(category, means, {side: str(len(some)) for side, some in by_side.items()})
-    # A mean over fewer categories does not compare with the others.
-    complete = {side: _means(values) for side, values in per_side.items() if len(values) == len(categories)}
-    if len(categories) > 1:
-        lines += _lines("**mean**", complete, dict.fromkeys(complete, ""))
+    """Return means over seeds in Markdown, by category and over all categories."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.category, run.side), []).append(run)
+    means = {key: _means(vars(run) for run in some) for key, some in groups.items()}
+    rows = [[*key, len(groups[key]), *values.values()] for key, values in means.items()]
+    categories = {category for category, _ in groups}
+    for side in dict.fromkeys(side for _, side in groups):
+        values = [means[category, side] for category in categories if (category, side) in means]
+        # A mean over fewer categories does not compare with the others.
+        if 1 < len(categories) == len(values):
+            rows.append(["**mean**", side, None, *_means(values).values()])
     headers = ["category", "side", "seeds", *METRICS, *_COSTS]
-    align = ("left", "left", *("right",) * (len(headers) - 2))
-    return str(tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=align))
+    formats = ["", "", "", *(".4f" for _ in METRICS), *(".4g" for _ in _COSTS)]
+    return str(tabulate(rows, headers, tablefmt="pipe", floatfmt=formats, missingval="–"))
 
 
-def _means(rows: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
+def _means(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Return the mean of each metric and cost; None where no row has a value."""
-    columns: dict[str, list[float]] = {name: [] for name in (*METRICS, *_COSTS)}
-    for row in rows:
-        for name, values in columns.items():
-            if (value := row[name]) is not None:
-                values.append(value)
-    return {name: statistics.fmean(values) if values else None for name, values in columns.items()}
-
-
-def _lines(category: str, means: dict[str, dict[str, float | None]], seeds: dict[str, str]) -> list[list[str]]:
-    best = {
-        metric: max((v[metric] or 0.0 for side, v in means.items() if side.startswith(_PEER)), default=0.0)
-        for metric in METRICS
-    }
-    lines = []
-    for side, values in means.items():
-        cells = []
-        for metric in METRICS:
-            text = "–" if values[metric] is None else f"{values[metric]:.4f}"
-            cells.append(f"**{text}**" if side.startswith(_PEER) and values[metric] == best[metric] else text)
-        cells += [f"{values[cost]:.4g}" for cost in _COSTS]
-        lines.append([category, side, seeds[side], *cells])
-    return lines
+    rows = list(rows)
+    found = {name: [v for row in rows if (v := row[name]) is not None] for name in (*METRICS, *_COSTS)}
+    return {name: statistics.fmean(values) if values else None for name, values in found.items()}
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -309,13 +274,6 @@ def main() -> None:
     methods = arguments.methods.split(",")
     if unknown := set(methods) - set(_METHODS):
         parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(_METHODS)}")
-    options = PeerOptions(
-        arguments.stfpm_epochs,
-        arguments.reverse_distillation_epochs,
-        arguments.coreset,
-        arguments.features,
-        arguments.threads,
-    )
     weights = storage.absolute(arguments.teacher_weights) if arguments.teacher_weights else ""
     teacher = Teacher(arguments.teacher, weights)
     data = storage.absolute(arguments.data)
@@ -339,8 +297,8 @@ def main() -> None:
                 if reason := reason_to_skip(method, teacher, like.height, like.width):
                     skipped[f"{method} on {category.name}"] = reason
                     continue
-                settings = f"{teacher}, {like.height}x{like.width}, {options.describe(method)}"
-                fit = partial(run_anomalib, arguments.peer, method, options, settings, category, teacher, like)
+                settings = f"{teacher}, {like.height}x{like.width}, {describe_settings(arguments, method)}"
+                fit = partial(run_anomalib, arguments, method, settings, category, teacher, like)
                 group.append(runs.once(f"{_PEER}{method}", category.name, seed, settings, fit))
             shown += group
     print(f"\n{table(shown)}")
