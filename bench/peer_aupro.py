@@ -1,13 +1,14 @@
-"""AUPRO of random cases by anomalib 2.7, as the table that our tests hold ours against.
+"""Compute AUPRO of random cases with anomalib 2.7: the table that our tests compare with.
 
     python -m venv PEER && PEER/bin/pip install 'anomalib==2.7.*'
     PEER/bin/python bench/peer_aupro.py > tests/evaluation/peer_aupro.json
 
-Runs in the peer's environment and imports nothing of ours; the tests make the same cases.
+Runs in anomalib's environment and imports nothing of ours; the tests make the same cases.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib.metadata import version
 
@@ -19,7 +20,7 @@ LIMITS = (0.3, 0.05)
 
 
 def case(seed: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """(N, H, W) maps and masks: noise around blobs, sometimes with ties, sometimes far from one."""
+    """Return (N, H, W) maps and masks: noise around blobs, some with ties, some far below 1."""
     rng = np.random.default_rng(seed)
     count, size = int(rng.integers(1, 5)), int(rng.integers(16, 49))
     masks = np.zeros((count, size, size), bool)
@@ -36,15 +37,16 @@ def case(seed: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
     from anomalib.metrics.aupro import _AUPRO
 
-    def by_peer(maps: npt.NDArray[np.float32], masks: npt.NDArray[np.bool_], limit: float) -> float:
+    def anomalib_aupro(maps: npt.NDArray[np.float32], masks: npt.NDArray[np.bool_], limit: float) -> float:
         metric = _AUPRO(fpr_limit=limit)
         metric.update(torch.from_numpy(maps), torch.from_numpy(masks).int())
         return float(metric.compute())
 
-    values = [[round(by_peer(*case(seed), limit), 7) for limit in LIMITS] for seed in range(CASES)]
+    values = [[round(anomalib_aupro(*case(seed), limit), 7) for limit in LIMITS] for seed in range(CASES)]
     print(json.dumps({"peer": f"anomalib {version('anomalib')}", "limits": LIMITS, "aupro": values}))
 
 

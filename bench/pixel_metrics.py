@@ -1,9 +1,9 @@
-"""Pixel metrics of many maps: memory and time per map, and how far they are from the exact figures.
+"""Measure time and memory of the pixel metrics, and how far they are from the exact values.
 
     python bench/pixel_metrics.py
 
-Maps of 256 × 256 are made as they are counted, 16 at a time, each number in a process of its own, whose peak memory is
-what the system says. scikit-learn's exact AUROC and average precision are timed and compared on the smallest number.
+Maps of 256 × 256 are made and counted 16 at a time, each number of maps in a process of its own, whose peak memory is
+read from the system. On the smallest number scikit-learn's exact AUROC and average precision are timed and compared.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from stpm.evaluation.pixels import PixelCounts, count_pixels
 
 _SIZE = 256
-_AT_ONCE = 16
+_MAPS_AT_ONCE = 16
 
 
-def made(count: int) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
-    """Maps as products of three smooth distances give them, and masks, some at a time."""
-    for start in range(0, count, _AT_ONCE):
+def make_maps(count: int) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
+    """Yield batches of maps, distributed as products of three smooth distances, and masks."""
+    for start in range(0, count, _MAPS_AT_ONCE):
         rng = np.random.default_rng(start)
-        many = min(_AT_ONCE, count - start)
-        maps = rng.lognormal(-14, 1, (many, _SIZE, _SIZE)).astype(np.float32)
+        number = min(_MAPS_AT_ONCE, count - start)
+        maps = rng.lognormal(-14, 1, (number, _SIZE, _SIZE)).astype(np.float32)
         masks = np.zeros(maps.shape, bool)
-        for each in range(0, many, 2):
+        for each in range(0, number, 2):
             y, x = rng.integers(0, _SIZE - 40, 2)
             masks[each, y : y + 40, x : x + 30] = True
         maps[masks] *= 5
         yield maps, masks
 
 
-def counted(count: int) -> dict[str, float]:
-    """Of so many maps: seconds per map, the process's peak memory, figures and the bound on their error."""
+def count_maps(count: int) -> dict[str, float]:
+    """Return time per map, the process's peak memory, the metrics and the bound on their error."""
     counts = PixelCounts.empty()
     seconds = 0.0
-    for maps, masks in made(count):
+    for maps, masks in make_maps(count):
         start = time.perf_counter()
         counts += count_pixels(maps, masks)
         seconds += time.perf_counter() - start
-    figures = {"auroc": counts.auroc(), "ap": counts.average_precision(), "aupro": counts.aupro(0.3)}
+    metrics = {"auroc": counts.auroc(), "ap": counts.average_precision(), "aupro": counts.aupro(0.3)}
     return {
         "maps": count,
         "ms_per_map": seconds / count * 1000,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "error_bound": max(figure.error for figure in figures.values()),
-    } | {name: figure.value for name, figure in figures.items()}
+        "error_bound": max(metric.error for metric in metrics.values()),
+    } | {name: metric.value for name, metric in metrics.items()}
 
 
-def exact(count: int) -> dict[str, float]:
-    """The same by scikit-learn, all maps at once."""
-    maps, masks = (np.concatenate(parts).ravel() for parts in zip(*made(count), strict=True))
+def exact_metrics(count: int) -> dict[str, float]:
+    """Return the same metrics by scikit-learn, all maps at once."""
+    maps, masks = (np.concatenate(parts).ravel() for parts in zip(*make_maps(count), strict=True))
     start = time.perf_counter()
-    figures = {"auroc": roc_auc_score(masks, maps), "ap": average_precision_score(masks, maps)}
+    metrics = {"auroc": roc_auc_score(masks, maps), "ap": average_precision_score(masks, maps)}
     seconds = time.perf_counter() - start
-    return {"exact_ms_per_map": seconds / count * 1000} | {f"exact_{name}": value for name, value in figures.items()}
+    return {"exact_ms_per_map": seconds / count * 1000} | {f"exact_{name}": value for name, value in metrics.items()}
 
 
 def main() -> None:
@@ -71,9 +71,9 @@ def main() -> None:
     numbers = list(map(int, parser.parse_args().maps.split(",")))
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for number in numbers:
-            result = pool.apply(counted, (number,))
+            result = pool.apply(count_maps, (number,))
             if number == min(numbers):
-                result |= pool.apply(exact, (number,))
+                result |= pool.apply(exact_metrics, (number,))
             print(json.dumps({name: round(value, 7) for name, value in result.items()}), flush=True)
 
 

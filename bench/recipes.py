@@ -1,22 +1,22 @@
-"""What a recipe's choices do, on several products, and what choosing by the others' figures gives on each of them.
+"""Compare choices of a recipe on several products, and choose for each product by the others' metrics.
 
     python bench/recipes.py --data DATA --seeds 0,1,2 --out FILE.jsonl 'student=none' 'epochs=10' \\
         --variants '' 'memory=0' 'student=none' 'top_fraction=0'
 
-Each choice is a change to preset `default`, fitted once for each category and seed, in one process and without Ray. A
-variant changes how the parts of that fit are fused, and leaves parts out: it needs no fit of its own. One JSON line per
-fit goes to FILE (what it holds already is not done again): seconds, validation loss, and for each variant image AUROC,
-pixel AUROC and AUPRO. `drawn` are faint scratches and displaced patches painted on held-out good images at their own
-resolution: it needs no label. `real` are the test images. Then two tables: the means over seeds, and for each category
-the figure of the choice that is best on all others.
+Each choice is a change to preset `default`, fitted once per category and seed, in one process and without Ray. A
+variant changes how the parts of that fit are fused, or drops parts: it needs no fit of its own. One JSON line per fit
+is appended to FILE, and a fit that the file holds is not repeated: seconds, validation loss, and for each variant image
+AUROC, pixel AUROC and AUPRO. `drawn` defects are faint scratches and displaced patches painted on held-out good images
+at their own resolution, and need no label. `real` are the test images. Then prints two tables: the means over seeds,
+and for each category the metrics of the choice that is best on all others.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -24,50 +24,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from common import MEMORY_BUDGET, METRICS, Mask, make_parser, matcher_from, read_mask
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.metrics import roc_auc_score
+from stpm.fitting.coreset import build_memory
 from tabulate import tabulate
 
 from stpm import storage
 from stpm.data import images, mvtec
-from stpm.data.encode import encode_png
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import PixelCounts, count_pixels
-from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import split, train_student
+from stpm.fitting.train_student import fit, split
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.backbones import load_backbone, load_teacher_weights
-from stpm.method.calibration import fit_part_scale
-from stpm.method.forward import Distances, Matcher, Parts, pick_device, resolve_precision
-from stpm.method.fusion import sample_distances
+from stpm.method.calibration import part_scale
+from stpm.method.forward import Distances, Matcher, Parts
+from stpm.method.fusion import part_values
 from stpm.method.memory_bank import KINDS
-from stpm.method.preprocessing import Boxes, Preprocessing
+from stpm.method.preprocessing import Boxes
 from stpm.method.recipe import PRESETS, Recipe
 
-_BUDGET = 4 * 2**30
 _BATCH = 16
 _DRAWN_PER_IMAGE = 4
-_METRICS = 3
-
-Masks = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """Distances of some images from a model's parts, with their content boxes, labels and ground truth."""
+class ComparedImages:
+    """Distance maps of some images for each part of a model, with their content boxes, labels and ground truth."""
 
     distances: Distances
     content: Boxes
-    is_defect: Masks
-    truth: list[Masks]
+    is_defect: Mask
+    truth: list[Mask]
 
 
-def changed(base: Recipe, text: str) -> Recipe:
-    """A recipe with `name=value` pairs replaced, values as JSON or plain words."""
+def change_recipe(base: Recipe, text: str) -> Recipe:
+    """Return a recipe with `name=value` pairs replaced, values as JSON or plain words."""
     changes: dict[str, Any] = {}
     for pair in text.split():
         name, value = pair.split("=", 1)
@@ -76,107 +70,103 @@ def changed(base: Recipe, text: str) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
-def matcher_of(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
-    """The recipe's teacher on this process's device."""
-    device = pick_device()
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
-    return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
-
-
 def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> dict[str, Any]:
-    """Fit one model, and judge the category's test images and drawn defects by each variant of it."""
+    """Fit one model, and measure each variant of it on the category's test images and on drawn defects."""
     uris = [uri for uri, _ in category.train]
     preprocessing = preprocessing_for(recipe, uris)
-    matcher = matcher_of(recipe, preprocessing)
+    matcher = matcher_from(recipe, preprocessing)
     start = time.perf_counter()
-    good = load_images(uris, preprocessing, _BUDGET)
-    features = TeacherFeatures(matcher, good, _BUDGET)
+    good = load_images(uris, preprocessing, MEMORY_BUDGET)
+    features = TeacherFeatures(matcher, good, MEMORY_BUDGET)
     train, held_out = split(len(good), recipe)
     memory = build_memory(features, train, recipe)
-    trained = train_student(features, train, held_out, recipe, lambda epoch: None)
+    fitted = fit(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    parts = make_parts(trained.student, memory, recipe, matcher.device)
-    tests = [(storage.read(image.uri), native_mask(image.mask)) for image in category.test]
+    parts = make_parts(fitted.student, memory, recipe, matcher.device)
+    tests = [(storage.read(image.uri), read_mask(image.mask)) for image in category.test]
     held = [storage.read(uris[i]) for i in held_out]
-    # One half sets the scales, the other is drawn on: no image is judged by its own.
-    normal = judge(parts, matcher, [(data, None) for data in held])
-    half = judge(parts, matcher, [(data, None) for data in held[::2]])
-    drawn = judge(parts, matcher, drawn_on(held[1::2]))
-    real = judge(parts, matcher, tests)
+    # One half sets the scales, defects are drawn on the other: no image sets its own scale.
+    normal = compare(parts, matcher, [(data, None) for data in held])
+    half = compare(parts, matcher, [(data, None) for data in held[::2]])
+    drawn = compare(parts, matcher, draw_defects(held[1::2]))
+    real = compare(parts, matcher, tests)
     real = dataclasses.replace(real, is_defect=np.array([image.label != mvtec.GOOD for image in category.test]))
     return {
         "size": preprocessing.size,
         "seconds": round(seconds, 1),
-        "validation_loss": trained.kept_epoch and round(trained.kept_epoch.validation_loss, 5),
+        "validation_loss": fitted.kept and round(fitted.kept.validation_loss, 5),
         "variants": {
             variant: {
-                "drawn": figures(drawn, half, matcher, recipe, variant),
-                "real": figures(real, normal, matcher, recipe, variant),
+                "drawn": measure(drawn, half, matcher, recipe, variant),
+                "real": measure(real, normal, matcher, recipe, variant),
             }
             for variant in variants
         },
     }
 
 
-def judge(parts: Parts, matcher: Matcher, shown: Sequence[tuple[bytes, Masks | None]]) -> Judged:
-    """Image files, each with its mask at its own resolution or None, as scoring sees them."""
+def compare(parts: Parts, matcher: Matcher, files: Sequence[tuple[bytes, Mask | None]]) -> ComparedImages:
+    """Compare image files (each with its mask at its own resolution, or None) with a model, as scoring does."""
     results, boxes, truth = [], [], []
-    for start in range(0, len(shown), _BATCH):
-        decoded = [images.decode(data, matcher.preprocessing) for data, _ in shown[start : start + _BATCH]]
+    for start in range(0, len(files), _BATCH):
+        decoded = [images.decode(data, matcher.preprocessing) for data, _ in files[start : start + _BATCH]]
         content = matcher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
         inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
         results.append(matcher.distances(parts, matcher.teacher_features(inputs), inputs, content))
         boxes.append(content)
-    for (_, mask), (left, top, right, bottom) in zip(shown, np.concatenate(boxes).tolist(), strict=True):
+    for (_, mask), (left, top, right, bottom) in zip(files, np.concatenate(boxes).tolist(), strict=True):
         empty = np.zeros((bottom - top, right - left), bool)
         truth.append(empty if mask is None else images.resize_mask(mask, matcher.preprocessing))
     is_defect = np.array([mask.any() for mask in truth])
-    return Judged(Distances.concatenate(results), np.concatenate(boxes), is_defect, truth)
+    return ComparedImages(Distances.concatenate(results), np.concatenate(boxes), is_defect, truth)
 
 
-def figures(judged: Judged, normal: Judged, matcher: Matcher, recipe: Recipe, variant: str) -> list[float | None]:
-    """Image AUROC, pixel AUROC and AUPRO of a variant of a fit, its parts on the scales that `normal` gives."""
-    varied = changed(recipe, variant)
-    scales = [fit_part_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
-    distances = kept_parts(judged.distances, recipe, varied)
+def measure(
+    compared: ComparedImages, normal: ComparedImages, matcher: Matcher, recipe: Recipe, variant: str
+) -> list[float | None]:
+    """Return METRICS of a variant of a fit; `normal` gives the scales of its parts."""
+    varied = change_recipe(recipe, variant)
+    scales = [part_scale(part_values(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
+    distances = kept_parts(compared.distances, recipe, varied)
     scores = []
     counts = PixelCounts.empty()
-    for start in range(0, len(judged.truth), _BATCH):
+    for start in range(0, len(compared.truth), _BATCH):
         part = slice(start, start + _BATCH)
-        maps = matcher.anomaly_maps(distances.images(part), judged.content[part], varied, scales)
+        maps = matcher.anomaly_maps(distances.images(part), compared.content[part], varied.fusing, scales)
         scores += [each.score(varied.top_fraction).total for each in maps]
-        counts += count_pixels([each.total for each in maps], judged.truth[part])
-    values: list[float | None] = [float(roc_auc_score(judged.is_defect, scores)), None, None]
-    if any(mask.any() for mask in judged.truth):
+        counts += count_pixels([each.total for each in maps], compared.truth[part])
+    values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
+    if any(mask.any() for mask in compared.truth):
         values[1:] = counts.auroc().value, counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
     return [value and round(value, 4) for value in values]
 
 
 def kept_parts(distances: Distances, fitted: Recipe, varied: Recipe) -> Distances:
-    """What a variant keeps of the parts of a fit: the student's levels and banks of the levels that it names."""
+    """Return the distances of those levels and banks that a variant keeps of a fit."""
     student = [d for d, level in zip(distances.student, fitted.levels, strict=False) if level in varied.levels]
     levels = [level for level in fitted.memory_levels for _ in KINDS]
     memory = [d for d, level in zip(distances.memory, levels, strict=False) if level in varied.memory_levels]
     return Distances(tuple(student) if varied.student != "none" else (), tuple(memory) if varied.memory else ())
 
 
-def drawn_on(files: Sequence[bytes]) -> list[tuple[bytes, Masks | None]]:
-    """Good images, each followed by copies with a faint drawn defect and the mask of what was drawn."""
+def draw_defects(files: Sequence[bytes]) -> list[tuple[bytes, Mask | None]]:
+    """Return good images, each followed by copies with a faint drawn defect and the mask of what was drawn."""
     rng = np.random.default_rng(0)
-    results: list[tuple[bytes, Masks | None]] = []
+    results: list[tuple[bytes, Mask | None]] = []
     for data in files:
         results.append((data, None))
         with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
             pixels = np.asarray(image.convert("RGB"))
         for _ in range(_DRAWN_PER_IMAGE):
             drawn, mask = _draw(rng, pixels)
-            results.append((encode_png(Image.fromarray(drawn), compress_level=1), mask))
+            sink = io.BytesIO()
+            Image.fromarray(drawn).save(sink, "PNG", compress_level=1)
+            results.append((sink.getvalue(), mask))
     return results
 
 
-def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels, Masks]:
-    """A scratch, or a piece of the image from elsewhere, more or less transparent."""
+def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels, Mask]:
+    """Draw a scratch, or a piece from elsewhere in the image, with random opacity."""
     height, width = image.shape[:2]
     size = min(height, width)
     canvas = Image.new("L", (width, height))
@@ -196,63 +186,53 @@ def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels
     return np.round(image * (1 - opacity) + other * opacity).astype(np.uint8), mask
 
 
-def native_mask(uri: str) -> Masks | None:
-    """A test image's ground truth at its own resolution; None if it has none."""
-    return images.decode_mask(storage.read(uri)) if uri else None
-
-
-def mask_of(uri: str, preprocessing: Preprocessing, shape: tuple[int, ...]) -> Masks:
-    """A test image's ground truth at the shape of its anomaly map; empty if it has none."""
-    mask = native_mask(uri)
-    return np.zeros(shape, bool) if mask is None else images.resize_mask(mask, preprocessing)
-
-
 def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
-    """Means over seeds of each choice and variant; and for each category what the best on the others gives there."""
+    """Return means over seeds of each choice and variant, and per category the result of the best on the others."""
     categories = sorted({line["category"] for line in lines})
     by_choice: dict[str, dict[str, list[list[float | None]]]] = {}
     for line in lines:
-        for variant, of_kinds in line["variants"].items():
+        for variant, metrics in line["variants"].items():
             name = " ".join(filter(None, (line["choice"], variant))) or "default"
-            by_choice.setdefault(name, {}).setdefault(line["category"], []).append(of_kinds[kind])
-    whole = {name: found for name, found in by_choice.items() if len(found) == len(categories)}
+            by_choice.setdefault(name, {}).setdefault(line["category"], []).append(metrics[kind])
+    complete = {name: found for name, found in by_choice.items() if len(found) == len(categories)}
 
     def mean(name: str, category: str, metric: int) -> float | None:
-        values = [value for pair in whole[name][category] if (value := pair[metric]) is not None]
+        values = [value for pair in complete[name][category] if (value := pair[metric]) is not None]
         return statistics.fmean(values) if values else None
 
     def average(name: str, metric: int, but: str = "") -> float:
-        values = (mean(name, category, metric) for category in categories if category != but)
-        return statistics.fmean(value for value in values if value is not None)
+        values = [value for c in categories if c != but and (value := mean(name, c, metric)) is not None]
+        return statistics.fmean(values) if values else math.nan
 
     def shown(name: str, category: str) -> str:
-        return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in range(_METRICS))
+        return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in range(len(METRICS)))
 
-    rows = [
-        [name, *(shown(name, c) for c in categories), " / ".join(f"{average(name, m):.4f}" for m in range(_METRICS))]
-        for name in whole
-    ]
-    chosen = {c: max(whole, key=lambda name: average(name, 0, but=c)) for c in categories}
-    left_out = [[c, chosen[c], shown(chosen[c], c)] for c in categories]
-    return "\n\n".join(
-        [
-            tabulate(rows, [kind, *categories, "mean"], tablefmt="pipe", disable_numparse=True),
-            tabulate(left_out, ["left out", "best on the others", kind], tablefmt="pipe", disable_numparse=True),
-        ]
-    )
+    rows = []
+    for name in complete:
+        means = " / ".join(f"{average(name, m):.4f}" for m in range(len(METRICS)))
+        rows.append([name, *(shown(name, category) for category in categories), means])
+    text = tabulate(rows, [kind, *categories, "mean"], tablefmt="pipe", disable_numparse=True)
+    if len(categories) == 1:
+        return text
+    chosen = {c: max(complete, key=lambda name: average(name, 0, but=c)) for c in categories}
+    rows = [[c, chosen[c], shown(chosen[c], c)] for c in categories]
+    headers = ["left out", "best on the others", kind]
+    return f"{text}\n\n{tabulate(rows, headers, tablefmt='pipe', disable_numparse=True)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
     parser.add_argument("--categories", default="", help="separated by commas (default: all)")
     parser.add_argument("--teacher", default="demo")
-    parser.add_argument("--teacher-weights", default="", help="file, as of the fit job")
+    parser.add_argument("--teacher-weights", default="", help="file of weights, as for the fit job")
     parser.add_argument("--seeds", default="0", help="seeds, separated by commas (default: 0)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--train-images", type=int, help="fit on the first so many images alone")
+    parser.add_argument("--train-images", type=int, help="fit on the first N images alone", metavar="N")
     parser.add_argument("--variants", nargs="*", default=[""], help="name=value pairs on top of each choice")
-    parser.add_argument("--out", required=True, help="file for a JSON line per fit; what it holds is not done again")
+    parser.add_argument(
+        "--out", required=True, help="file for a JSON line per fit; fits that it holds are not repeated"
+    )
     parser.add_argument("choices", nargs="*", default=[""], help="name=value pairs on top of preset default")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -268,7 +248,7 @@ def main() -> None:
                     continue
                 category = mvtec.read_category(arguments.data, name)
                 category = dataclasses.replace(category, train=category.train[: arguments.train_images])
-                recipe = dataclasses.replace(changed(base, choice), seed=seed).for_image_count(len(category.train))
+                recipe = dataclasses.replace(change_recipe(base, choice), seed=seed).for_images(len(category.train))
                 result = run(category, recipe, arguments.variants)
                 lines.append({"choice": choice, "category": name, "seed": seed} | result)
                 with out.open("a") as file:

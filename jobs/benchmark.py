@@ -1,4 +1,4 @@
-"""Fit one model per category, score every test image, report AUROC per category and in the mean."""
+"""Fit one model per category, score every test image, and report metrics per category and on average."""
 
 from stpm.cli import Job, run_job
 from stpm.evaluation.options import EvaluationOptions, GateOptions

@@ -1,4 +1,4 @@
-"""Make the report of a run that is scored already: labelled images of the score job, or a benchmark's."""
+"""Report on a run that is scored already: a benchmark, or a score job with labelled images."""
 
 from stpm.cli import Job, run_job
 from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions

@@ -1,8 +1,9 @@
-"""What the README promises exists, and CI runs what it prints."""
+"""README, CONTRIBUTING and docs name options, paths and links that exist; CI runs the test line of the README."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,15 @@ from tests.conftest import REPOSITORY
 from tests.test_cli import job
 
 README = (REPOSITORY / "README.md").read_text()
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
+MAX_README_LINES = 125
+# Options of other programs.
+OTHER_OPTIONS = {"--working-dir", "--address", "--generate", "--check"}
+
+
+def name_of(page: Path) -> str:
+    return page.name
 
 
 def test_ci_runs_the_test_line_as_printed() -> None:
@@ -18,31 +28,52 @@ def test_ci_runs_the_test_line_as_printed() -> None:
     assert r"grep -m1 -E '^pip install .*pytest$' README.md" in (REPOSITORY / ".ci" / "run").read_text()
 
 
-def test_every_option_it_names_is_one() -> None:
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MAX_README_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_options_exist(page: Path) -> None:
     known = {
         flag
         for name in ("fit", "score", "benchmark", "evaluate")
         for a in job(name).parser({})._actions
         for flag in a.option_strings
     }
-    ours = re.sub(r"ray job submit.*?--", "", README.replace("--generate", ""), flags=re.DOTALL)
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) - {"--working-dir", "--address"}
-    assert named
-    assert named <= known, named - known
+    # Benchmarks have options of their own.
+    text = re.sub(r"python bench/\S+\.py(.*\\\n)*.*", "", page.read_text())
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named <= known | OTHER_OPTIONS, named - known - OTHER_OPTIONS
 
 
-def test_every_path_it_names_is_there() -> None:
-    named = set(re.findall(r"`((?:stpm|jobs|tests)/[\w/.]*)`", README)) | set(re.findall(r"\]\(([\w/.]+)\)", README))
-    assert len(named) > 8
-    for name in named:
-        assert (REPOSITORY / name).exists(), name
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"`((?:stpm|jobs|tests|bench|deploy)/[\w/.]*)`|(bench/\w+\.py)", text):
+        assert (REPOSITORY / "".join(name)).exists(), name
 
 
-def test_every_module_has_its_place_in_the_table() -> None:
-    table = README[README.index("| folder or file") :]
-    for module in sorted((REPOSITORY / "stpm").iterdir()):
-        if module.name not in ("__init__.py", "errors.py", "__pycache__"):
-            assert module.name in table, module.name
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([\w/.]*)#?([\w-]*)\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_index_names_every_page() -> None:
+    index = (REPOSITORY / "docs" / "README.md").read_text()
+    for page in DOCS:
+        assert page.name == "README.md" or f"({page.name})" in index
+
+
+def test_every_benchmark_is_named_in_the_docs_or_used_by_another() -> None:
+    bench = sorted((REPOSITORY / "bench").glob("*.py"))
+    text = "".join(page.read_text() for page in [*DOCS, *bench])
+    for script in bench:
+        assert f"bench/{script.name}" in text or f"`{script.name}" in text or f"from {script.stem} import" in text
 
 
 def test_every_extra_it_names_is_one() -> None:
@@ -53,5 +84,5 @@ def test_every_extra_it_names_is_one() -> None:
 
 
 @pytest.mark.parametrize("preset", ["default", "paper", "notebook"])
-def test_the_presets_are_named(preset: str) -> None:
-    assert f"| `{preset}` |" in README
+def test_the_presets_are_described(preset: str) -> None:
+    assert f"| `{preset}` |" in (REPOSITORY / "docs" / "recipes.md").read_text()
