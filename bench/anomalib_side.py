@@ -60,7 +60,10 @@ def use_weights(file: Path) -> None:
     def create(name: str, pretrained: bool = False, **options: Any) -> Any:
         net = original(name, pretrained=False, **options)
         if pretrained:
-            net.load_state_dict(load_file(file))
+            # The file has no stages after the last level; no feature depends on them.
+            unexpected = net.load_state_dict(load_file(file), strict=False).unexpected_keys
+            if unexpected:
+                raise SystemExit(f"{file}: {name} has no {', '.join(unexpected)}")
         return net
 
     timm.create_model = create

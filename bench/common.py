@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.fusion import Map
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.options import WantedBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 CORES = psutil.cpu_count(logical=False) or 1
@@ -69,10 +70,20 @@ def tiny_recipe(size: int) -> list[str]:
         "teacher": "test_resnet",
         "teacher-weights": "random",
         "size": size,
-        "batch": 4,
+        "batch-size": 4,
         "epochs": 1,
     }
     return options_from(options)
+
+
+def add_backend_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--backend`, to be resolved by `resolve_backend`."""
+    parser.add_argument(
+        "--backend",
+        choices=get_args(WantedBackend),
+        default="auto",
+        help="what computes our features; auto: openvino where it is installed (default: auto)",
+    )
 
 
 def options_from(values: Mapping[str, object]) -> list[str]:
@@ -198,11 +209,10 @@ def _part_from_title(title: str) -> str:
 
 
 def matcher_from(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
-    """Return the recipe's teacher on this process's device."""
+    """Return the recipe's teacher on this process's device, computed by PyTorch."""
     device = pick_device()
-    weights = backbones.load_teacher(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    architecture = backbones.architecture_of(recipe.teacher)
-    teacher = backbones.backbone_from(architecture, recipe.levels, weights, recipe.teacher)
+    weights = backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    teacher = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
     return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
 
 
@@ -261,7 +271,7 @@ class AnomalibFit:
 
 def write_teacher(teacher: str, weights: str, file: Path) -> None:
     """Write the weights of the teacher's backbone as safetensors, for `anomalib_side.py`."""
-    file.write_bytes(backbones.serialise(backbones.load_teacher(teacher, weights, _LEVELS)))
+    file.write_bytes(backbones.serialise(backbones.load_teacher_weights(teacher, weights, _LEVELS)))
 
 
 def fit_anomalib(
@@ -294,7 +304,7 @@ def fit_anomalib(
         (paths["train"] / Path(uri).name).symlink_to(uri)
     for number, test in enumerate(tests):
         (paths["test"] / f"{number:05}{Path(test.uri).suffix}").symlink_to(test.uri)
-    values = {"architecture": backbones.architecture_of(teacher[0]), **paths, "out": folder, **options}
+    values = {"architecture": backbones.architecture_name(teacher[0]), **paths, "out": folder, **options}
     command = [*prefix, python, str(ROOT / "bench" / "anomalib_side.py"), "fit", *options_from(values)]
     cost = time_command(command, until)
     with np.load(folder / "predictions.npz") as saved:

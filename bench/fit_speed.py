@@ -2,8 +2,9 @@
 
     python bench/fit_speed.py --data DATA --category bottle
 
-One run each, in a process of its own, without Ray. Prints a Markdown table; `seconds` is the time of a 15-epoch fit,
-computed from the first epoch, the steady ones and the preparation. Run nothing else on the machine meanwhile.
+One run each, in a process of its own, without Ray; PyTorch computes the teacher's features. Prints a Markdown table;
+`seconds` is the time of a 15-epoch fit, computed from the first epoch, the steady ones and the preparation. Run nothing
+else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from common import MEMORY_BUDGET, make_parser, matcher_from
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.cluster.connection import KEEPING_MEMORY
+from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import images, mvtec
-from stpm.fitting import train_student as loop
+from stpm.fitting import train_student as training
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import fit, split
+from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.backbones import Backbone
 from stpm.method.forward import to_device
@@ -66,7 +67,7 @@ def measure(
     to_device_by: ToDevice = to_device,
 ) -> Speed:
     """Time one short fit, in a process of its own."""
-    for name, value in KEEPING_MEMORY["env_vars"].items():
+    for name, value in KEEP_FREED_MEMORY["env_vars"].items():
         if keep_memory:
             os.environ[name] = value
         else:
@@ -88,8 +89,8 @@ def _measure(
     before = time.perf_counter() - start
     train, held_out = split(len(loaded), recipe)
     ends = [time.perf_counter()]
-    with patch.object(loop, "to_device", to_device_by):
-        fit(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))
+    with patch.object(training, "to_device", to_device_by):
+        train_student(features, train, held_out, recipe, lambda epoch: ends.append(time.perf_counter()))
     first, *later = np.diff(ends).tolist()
     again = 0.0 if decode_once else decoding
     return Speed(before, first + again, statistics.median(later) + again, len(train))

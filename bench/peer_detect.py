@@ -37,7 +37,7 @@ from tabulate import tabulate
 from stpm import storage
 from stpm.data import mvtec
 from stpm.fitting.train_student import split
-from stpm.method.backbones import architecture_of, data_config
+from stpm.method.backbones import architecture_name, resolve_data_config
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
@@ -119,7 +119,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         cost = time_command([*job_command("benchmark", given), *options.split()])
         (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
         preprocessing = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
-        effort = RunState(RunOutput.among(out, f"seed-{seed}").home).effort()
+        summary = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).summary()
     return Run(
         label,
         category,
@@ -131,7 +131,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         row["validation_count"],
         **{metric: row[metric] for metric in METRICS},
         fit_seconds=round(row["fit_seconds"], 1),
-        predict_seconds=round(1 / (effort.steady_images_per_second or effort.images_per_second), 4),
+        predict_seconds=round(1 / (summary.statistics.steady_images_per_second or summary.images_per_second), 4),
         process_seconds=cost["seconds"],
         peak_mib=cost["peak_mib"],
     )
@@ -141,7 +141,7 @@ def run_anomalib(
     arguments: argparse.Namespace, method: str, settings: str, category: mvtec.Category, teacher: Teacher, ours: Run
 ) -> Run:
     """Fit by anomalib on the images that a run of ours trained on, at its size."""
-    config = data_config(teacher.name)
+    config = resolve_data_config(teacher.name)
     preprocessing = Preprocessing(ours.height, ours.width, "stretch", config.interpolation, config.mean, config.std)
     options = {
         "method": method,
@@ -189,7 +189,7 @@ def describe_settings(arguments: argparse.Namespace, method: str) -> str:
 def training_images(category: mvtec.Category, run: Run) -> list[str]:
     """Return the URIs of the images that a run of ours trained on."""
     count = len(category.train)
-    recipe = dataclasses.replace(PRESETS["paper"], seed=run.seed, validation_share=run.held_out_count / count)
+    recipe = dataclasses.replace(PRESETS["paper"], seed=run.seed, validation_fraction=run.held_out_count / count)
     chosen, _ = split(count, recipe)
     if len(chosen) != run.train_count:
         sys.exit(f"{category.name}: {len(chosen)} of {count} images to train on, and {run.side} had {run.train_count}")
@@ -200,7 +200,7 @@ def reason_to_skip(method: str, teacher: Teacher, height: int, width: int) -> st
     """Return why a method cannot run, or ""."""
     if method != "reverse_distillation":
         return ""
-    architecture = architecture_of(teacher.name)
+    architecture = architecture_name(teacher.name)
     if not architecture.startswith(("resnet", "resnext", "wide_resnet")):
         return f"its decoder mirrors a ResNet, and the teacher is {architecture}"
     if height % 32 or width % 32:

@@ -6,8 +6,8 @@
 Both sides have the same teacher, training images, epochs, batch size and cores: preset `paper` and anomalib's own
 recipe. Preset `default` runs as it comes. Time is that of the whole process until its model exists, imports and Ray's
 start included; memory is the largest sum over the process tree, a shared page divided among the processes that share
-it. One code computes the metrics from both sides' anomaly maps. Prints a JSON line per run, and at the end the means
-and their ratios to anomalib's. Run nothing else on the machine meanwhile.
+it. One code computes the metrics from both sides' anomaly maps. Prints what computes our features (`--backend`), a JSON
+line per run, and at the end the means and their ratios to anomalib's. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -21,30 +21,37 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from common import CORES, fit_anomalib, job_command, make_parser, map_metrics, time_command
+import torch
+from common import CORES, add_backend_option, fit_anomalib, job_command, make_parser, map_metrics, time_command
 
 from stpm import storage
 from stpm.data import mvtec
 from stpm.fitting.train_student import split
+from stpm.method.backend import resolve_backend
 from stpm.method.preprocessing import IMAGENET, Preprocessing
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs.manifest import of_test_images
+from stpm.options import Backend
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.scorer import Scorer
+from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 # anomalib's own preprocessing.
 _ANOMALIB = Preprocessing(256, 256, "stretch", IMAGENET.interpolation, IMAGENET.mean, IMAGENET.std)
 
 
-def run_ours(data: str, category: mvtec.Category, seed: int, recipe: list[str], out: Path) -> dict[str, Any]:
+def run_ours(
+    data: str, category: mvtec.Category, seed: int, recipe: list[str], out: Path, backend: Backend
+) -> dict[str, Any]:
     """Fit by the fit job; score by the stages of the score job."""
     options = {"data": data, "categories": category.name, "models": out, "seed": seed, "teacher": "demo"}
-    cost = time_command([*job_command("fit", options), *recipe])
+    cost = time_command([*job_command("fit", options | {"backend": backend}), *recipe])
     preprocessing = ModelStore(str(out)).record(category.name).preprocessing
     decode = Decode({category.name: preprocessing})
-    scorer = Scorer(str(out), 0.01, raw_maps=True, overlays=False, threads=CORES)
-    rows = scorer(decode(pa.concat_tables(of_test_images([category])))).to_pylist()
+    torch.set_num_threads(CORES)
+    scorer = Scorer(ScorerSettings(str(out), 0.01, raw_maps=True, backend=backend))
+    rows = scorer(decode(pa.concat_tables(labelled_rows([category])))).to_pylist()
     shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in rows]
     maps = [np.frombuffer(row["anomaly_map"], np.float32).reshape(s) for row, s in zip(rows, shapes, strict=True)]
     return cost | map_metrics(category.test, [each.max() for each in maps], maps, preprocessing)._asdict()
@@ -70,7 +77,10 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=CORES, help="threads of anomalib")
+    add_backend_option(parser)
     arguments = parser.parse_args()
+    backend = resolve_backend(arguments.backend, on_gpu=False)
+    print(json.dumps({"backend": backend}), flush=True)
     data = storage.absolute(arguments.data)
     category = mvtec.read_category(data, arguments.category)
     paper = ["--preset", "paper", "--epochs", str(arguments.epochs), "--precision"]
@@ -81,7 +91,7 @@ def main() -> None:
         for side, recipe in sides.items():
             with tempfile.TemporaryDirectory() as folder:
                 if recipe:
-                    run = run_ours(data, category, seed, recipe, Path(folder))
+                    run = run_ours(data, category, seed, recipe, Path(folder), backend)
                 else:
                     peer, epochs, threads = arguments.peer, arguments.epochs, arguments.threads
                     run = run_anomalib(peer, category, seed, epochs, threads, Path(folder))

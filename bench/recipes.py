@@ -28,20 +28,21 @@ import torch
 from common import MEMORY_BUDGET, METRICS, Mask, make_parser, matcher_from, read_mask
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.metrics import roc_auc_score
-from stpm.fitting.coreset import build_memory
 from tabulate import tabulate
 
 from stpm import storage
 from stpm.data import images, mvtec
+from stpm.data.encode import encode_png
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import PixelCounts, count_pixels
+from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import fit, split
+from stpm.fitting.train_student import split, train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.calibration import part_scale
+from stpm.method.calibration import fit_part_scale
 from stpm.method.forward import Distances, Matcher, Parts
-from stpm.method.fusion import part_values
+from stpm.method.fusion import sample_distances
 from stpm.method.memory_bank import KINDS
 from stpm.method.preprocessing import Boxes
 from stpm.method.recipe import PRESETS, Recipe
@@ -80,9 +81,9 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> di
     features = TeacherFeatures(matcher, good, MEMORY_BUDGET)
     train, held_out = split(len(good), recipe)
     memory = build_memory(features, train, recipe)
-    fitted = fit(features, train, held_out, recipe, lambda epoch: None)
+    trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    parts = make_parts(fitted.student, memory, recipe, matcher.device)
+    parts = make_parts(trained.student, memory, recipe, matcher.device)
     tests = [(storage.read(image.uri), read_mask(image.mask)) for image in category.test]
     held = [storage.read(uris[i]) for i in held_out]
     # One half sets the scales, defects are drawn on the other: no image sets its own scale.
@@ -94,7 +95,7 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> di
     return {
         "size": preprocessing.size,
         "seconds": round(seconds, 1),
-        "validation_loss": fitted.kept and round(fitted.kept.validation_loss, 5),
+        "validation_loss": trained.kept_epoch and round(trained.kept_epoch.validation_loss, 5),
         "variants": {
             variant: {
                 "drawn": measure(drawn, half, matcher, recipe, variant),
@@ -126,13 +127,13 @@ def measure(
 ) -> list[float | None]:
     """Return METRICS of a variant of a fit; `normal` gives the scales of its parts."""
     varied = change_recipe(recipe, variant)
-    scales = [part_scale(part_values(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
+    scales = [fit_part_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
     distances = kept_parts(compared.distances, recipe, varied)
     scores = []
     counts = PixelCounts.empty()
     for start in range(0, len(compared.truth), _BATCH):
         part = slice(start, start + _BATCH)
-        maps = matcher.anomaly_maps(distances.images(part), compared.content[part], varied.fusing, scales)
+        maps = matcher.anomaly_maps(distances.images(part), compared.content[part], varied, scales)
         scores += [each.score(varied.top_fraction).total for each in maps]
         counts += count_pixels([each.total for each in maps], compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
@@ -159,9 +160,7 @@ def draw_defects(files: Sequence[bytes]) -> list[tuple[bytes, Mask | None]]:
             pixels = np.asarray(image.convert("RGB"))
         for _ in range(_DRAWN_PER_IMAGE):
             drawn, mask = _draw(rng, pixels)
-            sink = io.BytesIO()
-            Image.fromarray(drawn).save(sink, "PNG", compress_level=1)
-            results.append((sink.getvalue(), mask))
+            results.append((encode_png(Image.fromarray(drawn), compress_level=1), mask))
     return results
 
 
@@ -248,7 +247,9 @@ def main() -> None:
                     continue
                 category = mvtec.read_category(arguments.data, name)
                 category = dataclasses.replace(category, train=category.train[: arguments.train_images])
-                recipe = dataclasses.replace(change_recipe(base, choice), seed=seed).for_images(len(category.train))
+                recipe = dataclasses.replace(change_recipe(base, choice), seed=seed).for_image_count(
+                    len(category.train)
+                )
                 result = run(category, recipe, arguments.variants)
                 lines.append({"choice": choice, "category": name, "seed": seed} | result)
                 with out.open("a") as file:

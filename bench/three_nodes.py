@@ -54,7 +54,7 @@ def measure(root: Path, count: int) -> None:
     seconds = time.perf_counter() - start
     for quarter in by_quarter(samples, count):
         print(json.dumps({k: quarter[k] for k in ("quarter", "images_per_second", "driver")}), flush=True)
-    table = RunOutput.alone(str(out)).dataset().to_table(columns=["uri", "error_kind"])
+    table = RunOutput.single(str(out)).dataset().to_table(columns=["uri", "error_kind"])
     uris = table["uri"].to_pylist()
     result = {
         "images": count,
@@ -62,7 +62,7 @@ def measure(root: Path, count: int) -> None:
         "twice": len(uris) - len(set(uris)),
         "errors": sum(map(bool, table["error_kind"].to_pylist())),
         "seconds": round(seconds, 1),
-        "steady_images_per_second": RunState(str(out)).effort().steady_images_per_second,
+        "steady_images_per_second": RunState(str(out)).summary().statistics.steady_images_per_second,
     }
     print(json.dumps(result), flush=True)
 
