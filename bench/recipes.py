@@ -1,6 +1,6 @@
 """Compare choices of a recipe on several products, and choose for each product by the others' metrics.
 
-    python bench/recipes.py --data DATA --seeds 0,1,2 --out FILE.jsonl 'student=none' 'epochs=10' \\
+    python bench/recipes.py --data DATA --seeds 0,1,2 --out FILE.jsonl 'pixels=65536' 'epochs=10' \\
         --variants '' 'memory=0' 'student=none' 'top_fraction=0'
 
 Each choice is a change to preset `default`, fitted once per category and seed, in one process and without Ray. A
