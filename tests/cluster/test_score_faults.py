@@ -38,7 +38,7 @@ pytestmark = pytest.mark.cluster
 VICTIMS = [(SCORER, "s3"), (DECODER, "local"), *([(SCORER, "local"), (DECODER, "s3")] if len(KILLS) > 1 else [])]
 IMAGES = 1000
 # With few rows per file, a kill finds some files written, some half written and some not begun.
-OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--batch-size", "4", "--max-error-rate", "1"]
+OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--scoring-batch-size", "4", "--max-error-rate", "1"]
 
 
 @pytest.fixture(scope="module")
