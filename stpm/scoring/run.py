@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -111,7 +111,9 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
     """Read the manifest and the models of the run that the output holds; None if a new run is to be started."""
     differences = state.config_differences(run.config)
     if not differences:
-        images, records = _read_inputs(run)
+        # An unfinished run goes on with its models, though newer ones may be current by now.
+        model_ids = None if replace or state.is_finished() else state.model_ids()
+        images, records = _read_inputs(run, model_ids)
         differences = state.model_differences(_model_ids(records))
         if not differences:
             return images, records
@@ -133,19 +135,25 @@ def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, Records]:
     return _read_inputs(run)
 
 
-def _read_inputs(run: ScoringRun) -> tuple[Manifest, Records]:
+def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, Records]:
     images = manifest.read(run.output.manifest) or manifest.write(run.rows(), run.output.manifest)
     log.info(images.describe())
-    return images, _read_records(run.store, images.categories)
+    return images, _read_records(run.store, images.categories, model_ids)
 
 
-def _read_records(store: ModelStore, categories: Iterable[str]) -> Records:
-    """Read the records of the models of these categories, without those that have none."""
+def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None) -> Records:
+    """Read the records of the models of these categories, without those that have none.
+
+    Args:
+        store: to read from.
+        categories: names; "" is ignored.
+        model_ids: the model of each category, and of no other; None: the current ones.
+    """
     records, problems = {}, []
     for category in categories:
         try:
-            if category:
-                records[category] = store.record(category)
+            if category and (model_ids is None or category in model_ids):
+                records[category] = store.record(category, (model_ids or {}).get(category, ""))
         except (NoModelError, DataError) as error:
             # Errors of damaged or unreadable models are not caught: a row without a model is never scored again.
             problems.append(str(error))

@@ -44,7 +44,7 @@ def make_run(root: Path, *uris: str) -> ScoringRun:
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs start without reading a model."""
-    monkeypatch.setattr(run_module, "_read_records", lambda store, categories: {})
+    monkeypatch.setattr(run_module, "_read_records", lambda *_: {})
 
 
 def finish(run: ScoringRun) -> None:
@@ -188,6 +188,22 @@ def test_a_run_with_other_models_is_refused_or_started_over(
     after = score(fresh=True)
     assert all(after[name] != before[name] for name in before)
     assert RunState(str(tmp_path / "run")).models() != bound
+
+
+def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe) -> None:
+    run = make_run(tmp_path, "/a.png")
+    first = save(run.store, tiny)
+    resume_or_start(run, start_over=False, replace=False)
+    storage.publish(f"{run.output.scores}/scores_0.parquet", b"x")
+    second = save(run.store, dataclasses.replace(tiny, seed=7))
+    state, _, records = resume_or_start(run, start_over=False, replace=False)
+    assert records["nut"].model_id == first.model_id != second.model_id
+    assert state.model_ids() == {"nut": first.model_id}
+    storage.remove(f"{run.store.uri}/nut/{first.model_id}")
+    with pytest.raises((ConfigError, ModelError), match=first.model_id):
+        resume_or_start(run, start_over=False, replace=False)
+    _, _, records = resume_or_start(run, start_over=False, replace=True)
+    assert records["nut"].model_id == second.model_id
 
 
 @pytest.mark.usefixtures("no_models")

@@ -60,17 +60,21 @@ def split_uri(uri: str) -> tuple[str, str]:
     return "", ""
 
 
-def tar_images(uri: str) -> Iterator[ImageRef]:
+def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
     """List the images of a tar archive from its headers, without reading the images.
 
     Of several members with one name the last counts, as it would after unpacking. A hard link stands for the file that
     it points to. Bytes of a name that are not UTF-8 are written %XX.
 
+    Returns:
+        The images; and an error if the archive is damaged or compressed, behind the last of them.
+
     Raises:
-        DataError: if the archive cannot be read.
+        DataError: if storage does not give the archive.
     """
     fs, path = storage.filesystem(uri)
     files: dict[str, ImageRef] = {}
+    error = None
     try:
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -82,9 +86,11 @@ def tar_images(uri: str) -> Iterator[ImageRef]:
                     files[name] = ImageRef(member_uri, member.offset_data, member.size)
                 elif member.islnk() and link_target:
                     files[name] = link_target._replace(uri=member_uri)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"{uri}: this archive cannot be read: {error}; write it without compression") from error
-    return (image for image in files.values() if image.uri.lower().endswith(SUFFIXES))
+    except (ValueError, tarfile.TarError) as problem:
+        error = ImageError("damaged", f"this archive cannot be read to its end: {problem}; write it uncompressed")
+    except OSError as problem:
+        raise DataError(f"{uri}: this archive cannot be read: {problem}") from problem
+    return [image for image in files.values() if image.uri.lower().endswith(SUFFIXES)], error
 
 
 def image_column(schema: pa.Schema) -> str:
@@ -141,7 +147,8 @@ def read_uri(uri: str) -> bytes:
         return read(ImageRef(uri))
     if not _is_tar(archive):
         return _read_parquet_row(archive, int(member), MAX_BYTES)
-    for image in tar_images(archive):
+    images, _ = tar_images(archive)
+    for image in images:
         if image.uri == uri:
             return read(image)
     raise ImageError("missing", f"{uri}: no such image in the archive")

@@ -80,7 +80,7 @@ def image_rows(
 def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: Iterable[str]) -> Iterator[pa.Table]:
     if source == STANDARD_INPUT:
         uris = (storage.absolute(line.strip()) for line in lines if line.strip())
-        yield from _file_rows(map(ImageRef, uris), rule)
+        yield from _file_rows(((ImageRef(uri), None) for uri in uris), rule)
         return
     uri = storage.absolute(source)
     name = _literal_name(uri)
@@ -99,15 +99,22 @@ def _literal_name(uri: str) -> str:
     return "" if has_magic(_ESCAPED.sub("", uri)) else _ESCAPED.sub(r"\1", uri)
 
 
-def _images_in(file: str) -> Iterable[ImageRef]:
+def _images_in(file: str) -> Iterator[tuple[ImageRef, ImageError | None]]:
+    """Yield the image that a file is, or those of an archive; an archive's error has a row of its own."""
     if file.lower().endswith(SUFFIXES):
-        return [ImageRef(file)]
-    return tar_images(file) if file.lower().endswith(TAR) else []
+        yield ImageRef(file), None
+    elif file.lower().endswith(TAR):
+        images, error = tar_images(file)
+        yield from ((image, None) for image in images)
+        if error:
+            yield ImageRef(file), error
 
 
-def _file_rows(images: Iterator[ImageRef], rule: CategoryRule) -> Iterator[pa.Table]:
+def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: CategoryRule) -> Iterator[pa.Table]:
     while chunk := list(islice(images, CHUNK_ROWS)):
-        yield make_rows([ManifestRow(image, rule.category(storage.as_utf8(image.path))) for image in chunk])
+        yield make_rows(
+            [ManifestRow(image, rule.category(storage.as_utf8(image.path)), error=error) for image, error in chunk]
+        )
 
 
 def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator[pa.Table]:

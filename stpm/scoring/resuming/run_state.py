@@ -81,6 +81,10 @@ class RunState:
         """List how the model ids of the run differ from others, by category; none if no models are bound yet."""
         return _differences(self._values.get("models", models), models)
 
+    def model_ids(self) -> dict[str, str] | None:
+        """Return the model id of each category that has one; None if no models are bound yet."""
+        return self._values.get("models")
+
     def models(self) -> tuple[str, dict[str, str]]:
         """Return the URI of the model store, and the model id of each category.
 

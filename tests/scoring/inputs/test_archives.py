@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stpm.errors import DataError, ImageError
+from stpm.errors import ImageError
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.category_rule import CategoryRule
 from tests.scoring.inputs.helpers import read_row, rows
@@ -28,10 +28,16 @@ def write_tar(path: Path, files: Sequence[tuple[str, bytes]], links: Mapping[str
             archive.addfile(member)
 
 
-def test_an_error_names_a_damaged_or_compressed_tar(tmp_path: Path) -> None:
+def test_a_damaged_or_compressed_tar_is_a_row_with_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(gzip.compress(b"x" * 4096))
-    with pytest.raises(DataError, match=r"a\.tar: this archive cannot be read"):
-        rows(f"{tmp_path}/a.tar")
+    write_tar(tmp_path / "b.tar", [("1.png", b"x"), ("2.png", b"y" * 2000)])
+    whole = (tmp_path / "b.tar").read_bytes()
+    # The header of 2.png is there, the end of its bytes is not.
+    (tmp_path / "b.tar").write_bytes(whole[:2048])
+    (tmp_path / "c.png").write_bytes(b"z")
+    found = {row["uri"].removeprefix(f"{tmp_path}/"): row["error_kind"] for row in rows(str(tmp_path))}
+    assert found == {"a.tar": "damaged", "b.tar": "damaged", "b.tar#1.png": "", "b.tar#2.png": "", "c.png": ""}
+    assert rows(f"{tmp_path}/a.tar")[0]["error_message"].startswith("this archive cannot be read to its end: ")
 
 
 @pytest.mark.parametrize("nested", [False, True])
