@@ -48,7 +48,7 @@ MODELS = {
 }
 
 
-def preprocessing_of(height: int, width: int = 0, resize: Resize = "stretch") -> Preprocessing:
+def make_preprocessing(height: int, width: int = 0, resize: Resize = "stretch") -> Preprocessing:
     """Make a preprocessing with this input height and width (0: a square) and ImageNet's normalisation."""
     return Preprocessing(height, width or height, resize, *IMAGENET[2:], *IMAGENET[:2])
 
@@ -89,7 +89,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def matcher_of() -> Callable[[Recipe], Matcher]:
+def make_matcher() -> Callable[[Recipe], Matcher]:
     """Return a function that makes a matcher with an untrained teacher on the CPU."""
 
     def make(recipe: Recipe) -> Matcher:

@@ -10,7 +10,7 @@ from PIL import Image
 from stpm import storage
 
 
-def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+def encode_image(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     """Encode pixels as a file of any of Pillow's formats."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, kind)
@@ -39,7 +39,7 @@ def make_category(
         return rng.integers(90, 130, size, dtype=np.uint8)
 
     def put(path: str, pixels: np.ndarray, as_kind: str = kind) -> None:
-        storage.publish(storage.join(root, name, path), encoded(pixels, as_kind))
+        storage.publish(storage.join(root, name, path), encode_image(pixels, as_kind))
 
     for i in range(train):
         put(f"train/good/{i:03}.{suffix}", normal())

@@ -16,9 +16,9 @@ from PIL import Image, ImageCms
 
 from stpm.data.images import decode
 from stpm.errors import ImageError
-from tests.conftest import REPOSITORY, preprocessing_of
+from tests.conftest import REPOSITORY, make_preprocessing
 
-PREPROCESSING = preprocessing_of(32)
+PREPROCESSING = make_preprocessing(32)
 GREY = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (36, 1))
 COLOUR = np.stack([GREY, GREY[:, ::-1], np.full_like(GREY, 60)], axis=-1)
 SCORED = "scored"

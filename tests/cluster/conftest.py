@@ -22,7 +22,7 @@ from moto.server import ThreadedMotoServer
 from stpm import storage
 from stpm.scoring.output import RunOutput
 from tests.conftest import REPOSITORY
-from tests.datasets import encoded
+from tests.datasets import encode_image
 
 # A recipe that fits in seconds.
 TINY_RECIPE = [
@@ -94,7 +94,7 @@ def make_images(folder: str, count: int, broken: Sequence[int] = ()) -> None:
         pixels = rng.integers(90, 130, (48, 40, 3), dtype=np.uint8)
         pixels[: i % 40, :20] += 60
         kind, suffix = ("JPEG", "jpg") if i % 2 else ("PNG", "png")
-        data = encoded(pixels, kind)
+        data = encode_image(pixels, kind)
         storage.publish(f"{folder}/{i:04}.{suffix}", data[:40] if i in broken else data, durable=False)
 
 

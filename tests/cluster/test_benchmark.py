@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import OUTPUT
 from tests.cluster.conftest import TINY_RECIPE, run_job
-from tests.datasets import encoded, fitted_categories, make_category
+from tests.datasets import encode_image, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -55,14 +55,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     make_category(str(data), "grey", masks=False, grey=True, kind="JPEG")
     make_category(str(data), "odd", train=6)
     test = data / "odd" / "test" / "good"
-    (test / "dot.png").write_bytes(encoded(np.full((1, 1, 3), 100, np.uint8)))
-    (test / "deep.png").write_bytes(encoded(np.full((48, 40), 28_000, np.uint16)))
-    jpeg = encoded(np.full((48, 40, 3), 100, np.uint8), "JPEG")
+    (test / "dot.png").write_bytes(encode_image(np.full((1, 1, 3), 100, np.uint8)))
+    (test / "deep.png").write_bytes(encode_image(np.full((48, 40), 28_000, np.uint16)))
+    jpeg = encode_image(np.full((48, 40, 3), 100, np.uint8), "JPEG")
     (test / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     make_category(str(data), "broken")
     (data / "broken" / "train" / "good" / "003.png").write_bytes(b"not an image")
     make_category(str(data), "mismatch")
-    (data / "mismatch" / "ground_truth" / "square" / "001_mask.png").write_bytes(encoded(np.zeros((9, 9), np.uint8)))
+    (data / "mismatch" / "ground_truth" / "square" / "001_mask.png").write_bytes(
+        encode_image(np.zeros((9, 9), np.uint8))
+    )
     (data / "hollow").mkdir()
     make_category(str(data), MARKUP)
     (data / "license.txt").write_text("not a category")

@@ -14,8 +14,8 @@ from stpm.data import images
 from stpm.data.images import ERROR_KINDS, crop_mask, decode, decode_mask, decode_picture, read_size, resize_mask
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Resize
-from tests.conftest import preprocessing_of
-from tests.datasets import encoded
+from tests.conftest import make_preprocessing
+from tests.datasets import encode_image
 
 GRADIENT = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
 COLOURS = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
@@ -23,14 +23,14 @@ COLOURS = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
 
 def error_kind(data: bytes) -> str:
     with pytest.raises(ImageError) as caught:
-        decode(data, preprocessing_of(64))
+        decode(data, make_preprocessing(64))
     assert caught.value.kind in ERROR_KINDS
     assert str(caught.value)
     return caught.value.kind
 
 
 def test_decode_returns_rgb_at_model_size_and_original_size() -> None:
-    decoded = decode(encoded(COLOURS), preprocessing_of(64))
+    decoded = decode(encode_image(COLOURS), make_preprocessing(64))
     assert decoded.pixels.shape == (64, 64, 3)
     assert decoded.pixels.dtype == np.uint8
     assert (decoded.width, decoded.height) == (40, 30)
@@ -38,24 +38,24 @@ def test_decode_returns_rgb_at_model_size_and_original_size() -> None:
 
 def test_decode_keeps_pixels_at_model_size() -> None:
     pixels = COLOURS[:30, :30]
-    np.testing.assert_array_equal(decode(encoded(pixels), preprocessing_of(30)).pixels, pixels)
+    np.testing.assert_array_equal(decode(encode_image(pixels), make_preprocessing(30)).pixels, pixels)
 
 
 def test_decode_repeats_grey_in_three_channels() -> None:
-    pixels = decode(encoded(GRADIENT), preprocessing_of(64)).pixels
+    pixels = decode(encode_image(GRADIENT), make_preprocessing(64)).pixels
     assert (pixels[..., 0] == pixels[..., 1]).all()
     assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
 def test_decode_keeps_range_of_16_bit_grey() -> None:
     deep = (np.linspace(0, 65535, 64 * 64).reshape(64, 64)).astype(np.uint16)
-    pixels = decode(encoded(deep), preprocessing_of(64)).pixels[..., 0]
+    pixels = decode(encode_image(deep), make_preprocessing(64)).pixels[..., 0]
     np.testing.assert_allclose(pixels, deep / 257, atol=1)
     assert (pixels == 255).mean() < 0.01
 
 
 def test_decode_accepts_one_pixel() -> None:
-    decoded = decode(encoded(np.full((1, 1, 3), 77, np.uint8)), preprocessing_of(64))
+    decoded = decode(encode_image(np.full((1, 1, 3), 77, np.uint8)), make_preprocessing(64))
     assert (decoded.pixels == 77).all()
     assert (decoded.width, decoded.height) == (1, 1)
 
@@ -67,14 +67,14 @@ def test_decode_reads_common_modes(mode: str) -> None:
     image = Image.fromarray(GRADIENT)
     image = Image.fromarray(GRADIENT.astype(np.uint16) * 257) if mode == "I;16" else image.convert("RGB").convert(mode)
     image.save(sink, kind)
-    pixels = decode(sink.getvalue(), preprocessing_of(64)).pixels
+    pixels = decode(sink.getvalue(), make_preprocessing(64)).pixels
     assert pixels.shape == (64, 64, 3)
     assert pixels.max() > 200
     assert pixels.min() < 50
 
 
 def test_decode_errors_have_kinds() -> None:
-    png, jpeg = encoded(COLOURS), encoded(COLOURS, "JPEG")
+    png, jpeg = encode_image(COLOURS), encode_image(COLOURS, "JPEG")
     assert error_kind(b"") == "empty"
     assert error_kind(b"just some text in a file called image.png") == "not_an_image"
     assert error_kind(jpeg[: len(jpeg) // 2]) == "damaged"
@@ -87,7 +87,7 @@ def test_decode_errors_have_kinds() -> None:
 
 
 def test_decode_refuses_huge_image_by_its_header() -> None:
-    png = bytearray(encoded(COLOURS))
+    png = bytearray(encode_image(COLOURS))
     png[16:24] = (40_000).to_bytes(4, "big") * 2
     import zlib
 
@@ -98,14 +98,14 @@ def test_decode_refuses_huge_image_by_its_header() -> None:
 @given(st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_decode_raises_only_image_errors(data: st.DataObject) -> None:
-    original = bytearray(encoded(COLOURS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]))))
+    original = bytearray(encode_image(COLOURS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]))))
     for position in data.draw(st.lists(st.integers(0, min(len(original), 200) - 1), max_size=8)):
         original[position] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(original)))
     try:
         # A damaged header may claim a size that takes long to decode.
         with patch.object(images, "MAX_PIXELS", 1_000_000):
-            assert decode(bytes(original[:cut]), preprocessing_of(32)).pixels.shape == (32, 32, 3)
+            assert decode(bytes(original[:cut]), make_preprocessing(32)).pixels.shape == (32, 32, 3)
     except ImageError as error:
         assert error.kind in ERROR_KINDS
 
@@ -113,9 +113,9 @@ def test_decode_raises_only_image_errors(data: st.DataObject) -> None:
 def test_decode_mask_keeps_size_and_resize_mask_uses_nearest_neighbour() -> None:
     mask = np.zeros((30, 40), np.uint8)
     mask[:, 20:] = 255
-    read = decode_mask(encoded(mask))
+    read = decode_mask(encode_image(mask))
     np.testing.assert_array_equal(read, mask > 0)
-    np.testing.assert_array_equal(resize_mask(read, preprocessing_of(10)), np.tile(np.arange(10) >= 5, (10, 1)))
+    np.testing.assert_array_equal(resize_mask(read, make_preprocessing(10)), np.tile(np.arange(10) >= 5, (10, 1)))
 
 
 def test_image_error_pickles() -> None:
@@ -131,9 +131,9 @@ def test_decode_crops_central_square(width: int, height: int) -> None:
     side = min(pixels.shape[:2])
     top, left = ((n - side) // 2 for n in pixels.shape[:2])
     square = pixels[top : top + side, left : left + side]
-    crop = preprocessing_of(side, resize="crop")
+    crop = make_preprocessing(side, resize="crop")
     if (pixels.shape[0] - side) % 2 == (pixels.shape[1] - side) % 2 == 0:
-        np.testing.assert_array_equal(decode(encoded(pixels), crop).pixels, square)
+        np.testing.assert_array_equal(decode(encode_image(pixels), crop).pixels, square)
     left, _, right, _ = crop.source_box(*pixels.shape[1::-1])
     assert right - left == side
 
@@ -144,7 +144,7 @@ SIDES = st.integers(1, 500)
 
 @given(RESIZES, SIDES, SIDES, st.integers(0, 63), st.integers(0, 63))
 def test_to_original_stays_in_source_box(resize: Resize, width: int, height: int, x: int, y: int) -> None:
-    made = preprocessing_of(64, resize=resize)
+    made = make_preprocessing(64, resize=resize)
     rows, columns = made.content_shape(width, height)
     x, y = x % columns, y % rows
     left, top, right, bottom = made.source_box(width, height)
@@ -165,7 +165,7 @@ def test_to_original_finds_a_planted_spot(
     resize: Resize, width: int, height: int, rows: int, columns: int, across: float, down: float
 ) -> None:
     """The brightest pixel of the decoded image maps back to the spot, up to the blur of resizing."""
-    made = preprocessing_of(rows, columns, resize)
+    made = make_preprocessing(rows, columns, resize)
     left, top, right, bottom = made.source_box(width, height)
     x = min(int(left + across * (right - left)), width - 1)
     y = min(int(top + down * (bottom - top)), height - 1)
@@ -176,7 +176,7 @@ def test_to_original_finds_a_planted_spot(
     fall = np.maximum(np.abs(xx - x) / (3 * reach_x), np.abs(yy - y) / (3 * reach_y))
     pixels[:] = (255 * (1 - fall)).clip(0, 255).astype(np.uint8)[..., None]
     box = made.content_box(width, height)
-    content = decode(encoded(pixels), made).pixels[box[1] : box[3], box[0] : box[2], 0]
+    content = decode(encode_image(pixels), made).pixels[box[1] : box[3], box[0] : box[2], 0]
     peak = np.argwhere(content == content.max()).mean(axis=0).round().astype(int)
     found_x, found_y = made.to_original(int(peak[1]), int(peak[0]), width, height)
     scale_x = (right - left) / content.shape[1]
@@ -188,7 +188,7 @@ def test_to_original_finds_a_planted_spot(
 @given(RESIZES, SIDES, SIDES, st.integers(32, 90), st.integers(32, 90))
 @settings(deadline=None)
 def test_resize_mask_has_shape_of_map(resize: Resize, width: int, height: int, rows: int, columns: int) -> None:
-    made = preprocessing_of(rows, columns, resize)
+    made = make_preprocessing(rows, columns, resize)
     for value in (False, True):
         mask = np.full((height, width), value)
         resized = resize_mask(mask, made)
@@ -199,8 +199,8 @@ def test_resize_mask_has_shape_of_map(resize: Resize, width: int, height: int, r
 
 def test_decode_fit_pads_with_mean_and_keeps_proportions() -> None:
     pixels = np.full((50, 200, 3), 250, np.uint8)
-    made = preprocessing_of(64, resize="fit")
-    decoded = decode(encoded(pixels), made)
+    made = make_preprocessing(64, resize="fit")
+    decoded = decode(encode_image(pixels), made)
     assert decoded.pixels.shape == (64, 64, 3)
     left, top, right, bottom = made.content_box(200, 50)
     assert (left, top, right, bottom) == (0, 24, 64, 40)
@@ -210,29 +210,29 @@ def test_decode_fit_pads_with_mean_and_keeps_proportions() -> None:
 
 
 def test_decode_fit_stretches_similar_proportions() -> None:
-    made = preprocessing_of(64, resize="fit")
+    made = make_preprocessing(64, resize="fit")
     for width, height in ((50, 50), (50, 54), (54, 50)):
         pixels = np.full((height, width, 3), 250, np.uint8)
-        assert (decode(encoded(pixels), made).pixels == 250).all()
+        assert (decode(encode_image(pixels), made).pixels == 250).all()
 
 
 def test_decode_uses_given_interpolation() -> None:
     for name, resampling in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
-        made = dataclasses.replace(preprocessing_of(24, 16), interpolation=name)  # type: ignore[arg-type]
+        made = dataclasses.replace(make_preprocessing(24, 16), interpolation=name)  # type: ignore[arg-type]
         expected = np.asarray(Image.fromarray(COLOURS).resize((16, 24), resampling))
-        np.testing.assert_array_equal(decode(encoded(COLOURS), made).pixels, expected)
+        np.testing.assert_array_equal(decode(encode_image(COLOURS), made).pixels, expected)
 
 
 def test_decode_picture_keeps_proportions() -> None:
-    picture = decode_picture(encoded(COLOURS), preprocessing_of(64), 15, 1000)
+    picture = decode_picture(encode_image(COLOURS), make_preprocessing(64), 15, 1000)
     expected = Image.fromarray(COLOURS).resize((20, 15), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(picture, np.asarray(expected))
-    assert decode_picture(encoded(COLOURS), preprocessing_of(64, resize="crop"), 20, 20).shape == (20, 20, 3)
+    assert decode_picture(encode_image(COLOURS), make_preprocessing(64, resize="crop"), 20, 20).shape == (20, 20, 3)
 
 
 def test_read_size_needs_only_the_header() -> None:
-    assert read_size(encoded(COLOURS)) == (40, 30)
+    assert read_size(encode_image(COLOURS)) == (40, 30)
     # A file cut off after its header is enough.
-    assert read_size(encoded(COLOURS)[:100]) == (40, 30)
+    assert read_size(encode_image(COLOURS)[:100]) == (40, 30)
     with pytest.raises(ImageError):
         read_size(b"")

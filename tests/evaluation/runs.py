@@ -20,11 +20,11 @@ from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
-from tests.conftest import MODELS, TINY, preprocessing_of
+from tests.conftest import MODELS, TINY, make_preprocessing
 from tests.datasets import make_category
 
 SIZE = 64
-PREPROCESSING = preprocessing_of(SIZE)
+PREPROCESSING = make_preprocessing(SIZE)
 
 
 def scored_run(

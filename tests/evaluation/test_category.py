@@ -13,8 +13,8 @@ from stpm.data import images
 from stpm.evaluation.category import MasksAt, ScoredCategory
 from stpm.evaluation.category_metrics import METRICS
 from stpm.method.preprocessing import Resize
-from tests.conftest import preprocessing_of
-from tests.datasets import encoded
+from tests.conftest import make_preprocessing
+from tests.datasets import encode_image
 from tests.evaluation.runs import PREPROCESSING, SIZE, measured, scored_run
 
 
@@ -67,7 +67,7 @@ def test_without_masks_pixel_metrics_are_undefined_without_a_failure(tmp_path: P
 def test_a_mask_of_another_size_is_a_problem_and_image_metrics_remain(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
-    mask.write_bytes(encoded(np.zeros((10, 20), np.uint8)))
+    mask.write_bytes(encode_image(np.zeros((10, 20), np.uint8)))
     metrics = measured(category)
     assert metrics.values["image_auroc"] is not None
     assert metrics.values["pixel_auroc"] is None
@@ -134,7 +134,7 @@ def test_pixels_are_compared_at_original_size_on_request(tmp_path: Path) -> None
 @pytest.mark.parametrize("masks_at", ["model", "original"])
 def test_pixels_outside_the_models_input_are_not_counted(tmp_path: Path, resize: Resize, masks_at: MasksAt) -> None:
     """Images of 40 × 48 in an input of 96 × 64 are cropped to their middle, or padded."""
-    made = preprocessing_of(96, 64, resize)
+    made = make_preprocessing(96, 64, resize)
     category = scored_run(tmp_path, preprocessing=made)
     truth, maps = [], []
     for row in rows_of(category):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stpm.evaluation.report import Failure, Report
-from tests.conftest import preprocessing_of
+from tests.conftest import make_preprocessing
 from tests.evaluation.runs import REPORT, result, without_student
 
 
@@ -66,7 +66,7 @@ def test_the_protocol_has_the_inputs_values_in_common() -> None:
     assert protocol["normalisation"] == "mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225"
     assert "(64x64)" in protocol["mask_resolution"]
     long = result("long", 0, 0.5, None)
-    long = dataclasses.replace(long, model=dataclasses.replace(long.model, preprocessing=preprocessing_of(96, 32)))
+    long = dataclasses.replace(long, model=dataclasses.replace(long.model, preprocessing=make_preprocessing(96, 32)))
     both = Report("data", [result("a", 0, 0.5, None), long], [])
     assert both.summary["protocol"]["input_size"] == "varies"
     assert [both.summary["categories"][name]["input_size"] for name in ("a", "long")] == ["64x64", "96x32"]

@@ -31,12 +31,12 @@ def unpadded(pixels: np.ndarray) -> TrainingImages:
 def train_on(
     images: TrainingImages,
     recipe: Recipe,
-    matcher_of: MatcherOf,
+    make_matcher: MatcherOf,
     checkpoints: Checkpoints | None = None,
     budget: int = BUDGET,
 ) -> tuple[TrainedStudent, list[Epoch]]:
     seen: list[Epoch] = []
-    features = TeacherFeatures(matcher_of(recipe), images, budget)
+    features = TeacherFeatures(make_matcher(recipe), images, budget)
     assert features.cached == (budget > 0)
     train, held_out = split(len(images), recipe)
     return train_student(features, train, held_out, recipe, seen.append, checkpoints), seen

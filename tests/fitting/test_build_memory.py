@@ -24,11 +24,13 @@ def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) ->
 
 
 @pytest.mark.parametrize("budget", [BUDGET, 0])
-def test_same_images_give_the_same_memory(images: TrainingImages, matcher_of: MatcherOf, budget: int) -> None:
+def test_same_images_give_the_same_memory(images: TrainingImages, make_matcher: MatcherOf, budget: int) -> None:
     recipe = MODELS["memory"]
     train, _ = split(len(images), recipe)
     first, again, other = (
-        build_memory(TeacherFeatures(matcher_of(recipe), images, budget), train, dataclasses.replace(recipe, seed=seed))
+        build_memory(
+            TeacherFeatures(make_matcher(recipe), images, budget), train, dataclasses.replace(recipe, seed=seed)
+        )
         for seed in (0, 0, 1)
     )
     assert [(bank.level, bank.kind) for bank in first] == [
@@ -42,13 +44,13 @@ def test_same_images_give_the_same_memory(images: TrainingImages, matcher_of: Ma
     assert [len(bank.vectors) for bank in first] == [50] * 4
     assert same_banks(first, again)
     assert not same_banks(first, other)
-    assert build_memory(TeacherFeatures(matcher_of(recipe), images, budget), train, MODELS["student"]) == ()
+    assert build_memory(TeacherFeatures(make_matcher(recipe), images, budget), train, MODELS["student"]) == ()
 
 
-def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, matcher_of: MatcherOf) -> None:
+def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, make_matcher: MatcherOf) -> None:
     """Cached features are rounded to half precision. The banks hold all of them, since rounding may change a choice."""
     recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
-    features = [TeacherFeatures(matcher_of(recipe), images, budget) for budget in (BUDGET, 0)]
+    features = [TeacherFeatures(make_matcher(recipe), images, budget) for budget in (BUDGET, 0)]
     cached, recomputed = (build_memory(each, np.arange(6), recipe) for each in features)
     levels, masks = features[1](np.arange(6, 9)), [None] * 3
     for one, other in zip(cached, recomputed, strict=True):
@@ -57,11 +59,11 @@ def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, 
         torch.testing.assert_close(*distances, rtol=2e-2, atol=1e-2)
 
 
-def test_memory_holds_only_training_images(images: TrainingImages, matcher_of: MatcherOf) -> None:
+def test_memory_holds_only_training_images(images: TrainingImages, make_matcher: MatcherOf) -> None:
     recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
     pixels = images.pixels.copy()
     pixels[[2, 5]] = (255, 0, 0)
-    features = TeacherFeatures(matcher_of(recipe), unpadded(pixels), BUDGET)
+    features = TeacherFeatures(make_matcher(recipe), unpadded(pixels), BUDGET)
     train = np.array([0, 1, 3, 4, 6, 7, 8])
     odd = features(np.array([2, 5]))
     for bank, with_it in zip(
@@ -73,10 +75,10 @@ def test_memory_holds_only_training_images(images: TrainingImages, matcher_of: M
         assert bank.distance_map(odd[bank.level]).min() > 20 * known.max()
 
 
-def test_memory_holds_no_padding(images: TrainingImages, matcher_of: MatcherOf) -> None:
+def test_memory_holds_no_padding(images: TrainingImages, make_matcher: MatcherOf) -> None:
     recipe = MODELS["memory"]
     content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
-    features = TeacherFeatures(matcher_of(recipe), TrainingImages(images.pixels, content), BUDGET)
+    features = TeacherFeatures(make_matcher(recipe), TrainingImages(images.pixels, content), BUDGET)
     before = build_memory(features, np.arange(9), recipe)
     for level, mask in zip(features._features, features.content_masks(np.arange(9)), strict=True):
         assert mask is not None
@@ -85,11 +87,11 @@ def test_memory_holds_no_padding(images: TrainingImages, matcher_of: MatcherOf) 
 
 
 def test_memory_candidates_are_spread_evenly_over_images(
-    images: TrainingImages, matcher_of: MatcherOf, monkeypatch: pytest.MonkeyPatch
+    images: TrainingImages, make_matcher: MatcherOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
     monkeypatch.setattr("stpm.fitting.build_memory._MAX_CANDIDATES", 180)
-    features = TeacherFeatures(matcher_of(recipe), images, BUDGET)
+    features = TeacherFeatures(make_matcher(recipe), images, BUDGET)
     sizes = [len(bank.vectors) for bank in build_memory(features, np.arange(9), recipe)]
     # The levels have 8 × 8 and 4 × 4 positions: 20 of each image, or all.
     assert sizes == [180, 180, 144, 144]

@@ -20,13 +20,13 @@ from tests.fitting.helpers import BUDGET, MatcherOf, anomaly_maps, fit_parts, se
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_calibration_scores_held_out_images_as_scoring_does(
-    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, padded: bool
+    images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf, padded: bool
 ) -> None:
     """Score each held-out image on the part scales that the other held-out images give."""
     if padded:
         images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
     recipe = dataclasses.replace(any_model, validation_fraction=0.5)
-    features, matcher = TeacherFeatures(matcher_of(recipe), images, BUDGET), matcher_of(recipe)
+    features, matcher = TeacherFeatures(make_matcher(recipe), images, BUDGET), make_matcher(recipe)
     train, held_out = split(len(images), recipe)
     parts = fit_parts(features, train, held_out, recipe)
     found = calibrate_model(parts, features, held_out, recipe, BUDGET)
@@ -47,11 +47,11 @@ def test_calibration_scores_held_out_images_as_scoring_does(
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_distances_over_the_budget_are_recomputed_to_the_same_bits(
-    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, padded: bool, monkeypatch: pytest.MonkeyPatch
+    images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if padded:
         images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
-    features = TeacherFeatures(matcher_of(any_model), images, BUDGET)
+    features = TeacherFeatures(make_matcher(any_model), images, BUDGET)
     held_out = np.arange(9)
     parts = fit_parts(features, np.arange(9), held_out, any_model)
     monkeypatch.setattr(calibrate, "EVALUATION_BATCH_SIZE", 2)
@@ -75,9 +75,9 @@ def test_distances_over_the_budget_are_recomputed_to_the_same_bits(
 
 
 def test_part_scales_are_quantiles_on_held_out_images(
-    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf
+    images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf
 ) -> None:
-    features, matcher = TeacherFeatures(matcher_of(any_model), images, BUDGET), matcher_of(any_model)
+    features, matcher = TeacherFeatures(make_matcher(any_model), images, BUDGET), make_matcher(any_model)
     held_out = np.array([1, 4, 8])
     parts = fit_parts(features, np.array([0, 2, 3, 5, 6, 7]), held_out, any_model)
     inputs = matcher.inputs(torch.from_numpy(images.pixels[held_out]))
@@ -89,8 +89,8 @@ def test_part_scales_are_quantiles_on_held_out_images(
         assert scale.high == pytest.approx(np.quantile(part.numpy(), 0.995, method="inverted_cdf"), rel=1e-3)
 
 
-def test_scores_do_not_depend_on_the_batch(images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf) -> None:
-    features, matcher = TeacherFeatures(matcher_of(any_model), images, BUDGET), matcher_of(any_model)
+def test_scores_do_not_depend_on_the_batch(images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf) -> None:
+    features, matcher = TeacherFeatures(make_matcher(any_model), images, BUDGET), make_matcher(any_model)
     train, held_out = split(len(images), any_model)
     parts = fit_parts(features, train, held_out, any_model)
     scales = calibrate_model(parts, features, held_out, any_model, BUDGET).part_scales
@@ -106,7 +106,7 @@ def test_scores_do_not_depend_on_the_batch(images: TrainingImages, any_model: Re
 
 @pytest.mark.parametrize("folds", [2, 3, 9, 12])
 def test_cross_validation_scores_every_image_once(
-    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, folds: int, monkeypatch: pytest.MonkeyPatch
+    images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf, folds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = dataclasses.replace(any_model, calibration_folds=folds)
     trained: list[int] = []
@@ -116,7 +116,9 @@ def test_cross_validation_scores_every_image_once(
         return train_student(features, train, *others)
 
     monkeypatch.setattr(calibrate, "train_student", remember)
-    scores = cross_validate_scores(TeacherFeatures(matcher_of(recipe), images, BUDGET), recipe, [None] * folds, BUDGET)
+    scores = cross_validate_scores(
+        TeacherFeatures(make_matcher(recipe), images, BUDGET), recipe, [None] * folds, BUDGET
+    )
     # Each fold has at least two images.
     assert sorted(trained) == {2: [4, 5], 3: [6, 6, 6]}.get(folds, [6, 7, 7, 7])
     assert scores.shape == (len(images),)
@@ -125,12 +127,14 @@ def test_cross_validation_scores_every_image_once(
 
 
 @pytest.mark.parametrize("kind", ["student and memory", "memory"])
-def test_fold_does_not_remember_the_images_it_scores(images: TrainingImages, matcher_of: MatcherOf, kind: str) -> None:
+def test_fold_does_not_remember_the_images_it_scores(
+    images: TrainingImages, make_matcher: MatcherOf, kind: str
+) -> None:
     """One image is unlike all others: if its fold's memory held it, it would score no higher than they do."""
     recipe = dataclasses.replace(MODELS[kind], memory=100_000, calibration_folds=3)
     pixels = images.pixels.copy()
     pixels[4] = (255, 0, 0)
-    features = TeacherFeatures(matcher_of(recipe), unpadded(pixels), BUDGET)
+    features = TeacherFeatures(make_matcher(recipe), unpadded(pixels), BUDGET)
     scores = cross_validate_scores(features, recipe, [None] * 3, BUDGET)
     assert scores[-1] > 10 * max(scores[-2], 1)
     everything = np.arange(len(images))
@@ -138,13 +142,13 @@ def test_fold_does_not_remember_the_images_it_scores(images: TrainingImages, mat
     assert known.calibration.scores[-1] < 10 * max(known.calibration.scores[-2], 1)
 
 
-def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, matcher_of: MatcherOf) -> None:
+def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, make_matcher: MatcherOf) -> None:
     """Calibrate on random images of different contrast, and score others of the same kind."""
     rng = np.random.default_rng(0)
     contrast = rng.lognormal(2.5, 0.5, (90, 1, 1, 1))
     pixels = np.clip(120 + contrast * rng.normal(size=(90, 64, 64, 3)), 0, 255).astype(np.uint8)
     images = unpadded(pixels)
-    features, matcher = TeacherFeatures(matcher_of(any_model), images, BUDGET), matcher_of(any_model)
+    features, matcher = TeacherFeatures(make_matcher(any_model), images, BUDGET), make_matcher(any_model)
     parts = fit_parts(features, np.arange(20), np.arange(20), any_model)
     p_values = []
     for _ in range(40):
@@ -159,16 +163,16 @@ def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, matcher_
 
 
 def test_patch_scores_above_normal_images(
-    images: TrainingImages, any_model: Recipe, matcher_of: MatcherOf, rng: np.random.Generator
+    images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf, rng: np.random.Generator
 ) -> None:
     recipe = dataclasses.replace(any_model, teacher="demo", teacher_weights="", epochs=12)
-    features = TeacherFeatures(matcher_of(recipe), images, BUDGET)
+    features = TeacherFeatures(make_matcher(recipe), images, BUDGET)
     train, held_out = split(len(images), recipe)
     parts = fit_parts(features, train, held_out, recipe)
     scales = calibrate_model(parts, features, held_out, recipe, BUDGET).part_scales
     normal = rng.integers(90, 130, (6, 64, 64, 3), dtype=np.uint8)
     odd = normal.copy()
     odd[:, 20:40, 20:40] = 250
-    maps = anomaly_maps(matcher_of(recipe), parts, unpadded(np.concatenate([normal, odd])), recipe, scales)
+    maps = anomaly_maps(make_matcher(recipe), parts, unpadded(np.concatenate([normal, odd])), recipe, scales)
     scores = np.array([each.score(recipe.top_fraction).total for each in maps])
     assert scores[6:].min() > 2 * scores[:6].max()

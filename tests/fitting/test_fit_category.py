@@ -25,7 +25,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Size
 from tests.conftest import LIMITS, MODELS
-from tests.datasets import encoded, make_category
+from tests.datasets import encode_image, make_category
 
 EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
 
@@ -179,11 +179,11 @@ def test_gpu_out_of_memory_fails_without_halving_the_batch(
     assert steps == [4]
 
 
-def test_distance_budget_is_what_images_and_features_leave(root: str, tiny: Recipe, matcher_of: Any) -> None:
+def test_distance_budget_is_what_images_and_features_leave(root: str, tiny: Recipe, make_matcher: Any) -> None:
     uris = [uri for uri, _ in task_in(root, tiny).train]
     images = load_images(uris, preprocessing_for(tiny, uris), 2**30)
     for budget, cached in ((2**30, 1), (0, 0)):
-        features = TeacherFeatures(matcher_of(tiny), images, budget)
+        features = TeacherFeatures(make_matcher(tiny), images, budget)
         limits = WorkerLimits(2**30, 0, 0)
         assert limits.distance_budget(features) == 2**30 - images.pixels.nbytes - cached * features.nbytes
 
@@ -294,7 +294,7 @@ def test_images_of_mixed_proportions_are_fitted(root: str, any_model: Recipe) ->
     task = task_in(root, recipe)
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)
-        storage.publish(task.train[i][0], encoded(pixels))
+        storage.publish(task.train[i][0], encode_image(pixels))
     record = fit_category(task, LIMITS, lambda message: None).record
     assert record
     for loss in (record.fit.train_loss, record.fit.validation_loss):

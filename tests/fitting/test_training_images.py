@@ -12,7 +12,7 @@ from stpm.errors import DataError
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.recipe import Recipe
 from stpm.options import Size
-from tests.conftest import preprocessing_of
+from tests.conftest import make_preprocessing
 from tests.datasets import make_category
 
 
@@ -37,7 +37,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     for uri in uris[:7]:
         Path(uri).write_bytes(b"")
     with pytest.raises(DataError, match=r"7 of 9 training images cannot be read: .*000.png.*; and 2 more; repair"):
-        load_images(uris, preprocessing_of(64), 2**30)
+        load_images(uris, make_preprocessing(64), 2**30)
 
 
 def test_normalisation_follows_the_recipe(tiny: Recipe) -> None:

@@ -9,13 +9,13 @@ from stpm.method.backbones import Backbone, build_student
 from stpm.method.forward import Matcher, Parts, pick_device
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.options import Backend
-from tests.conftest import TINY, preprocessing_of
+from tests.conftest import TINY, make_preprocessing
 
 
 def matcher(backend: Backend) -> Matcher:
     """Make a matcher with an untrained teacher."""
     teacher = build_student("test_resnet", (1, 2, 3), 1, zero_init_residual=False)
-    return Matcher(teacher, preprocessing_of(64), torch.device("cpu"), "float32", backend)
+    return Matcher(teacher, make_preprocessing(64), torch.device("cpu"), "float32", backend)
 
 
 def test_pick_device_sets_float32_and_deterministic_kernels() -> None:
@@ -35,7 +35,7 @@ def test_backends_agree_on_anomaly_maps() -> None:
     pytest.importorskip("openvino", reason="openvino is not installed: its backend was not tried")
     student = build_student("test_resnet", (1, 2, 3), 0, zero_init_residual=False).eval()
     pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
-    content = preprocessing_of(64).content_boxes([(64, 64)] * 3)
+    content = make_preprocessing(64).content_boxes([(64, 64)] * 3)
     maps = []
     for each in (matcher("eager"), matcher("openvino")):
         inputs = each.inputs(pixels)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stpm.method.preprocessing import IMAGENET, Resize, choose_size
 from stpm.options import Size
-from tests.conftest import preprocessing_of
+from tests.conftest import make_preprocessing
 
 SIDES = st.integers(1, 3000)
 INPUTS = st.integers(32, 700)
@@ -24,7 +24,7 @@ RESIZES = st.sampled_from(["stretch", "crop", "fit"])
 @example("fit", 256, 256, 1, 3000)
 @example("crop", 32, 700, 1, 1)
 def test_boxes_are_inside_and_not_empty(resize: Resize, height: int, width: int, across: int, down: int) -> None:
-    made = preprocessing_of(height, width, resize)
+    made = make_preprocessing(height, width, resize)
     left, top, right, bottom = made.source_box(across, down)
     assert 0 <= left < right <= across
     assert 0 <= top < bottom <= down
@@ -40,7 +40,7 @@ def test_boxes_are_inside_and_not_empty(resize: Resize, height: int, width: int,
 
 @given(INPUTS, INPUTS, SIDES, SIDES)
 def test_crop_has_input_proportions_and_touches_two_sides(height: int, width: int, across: int, down: int) -> None:
-    left, top, right, bottom = preprocessing_of(height, width, "crop").source_box(across, down)
+    left, top, right, bottom = make_preprocessing(height, width, "crop").source_box(across, down)
     assert (right - left) / (bottom - top) == pytest.approx(width / height)
     assert left + right == pytest.approx(across)
     assert top + bottom == pytest.approx(down)
@@ -49,7 +49,7 @@ def test_crop_has_input_proportions_and_touches_two_sides(height: int, width: in
 
 @given(INPUTS, INPUTS, SIDES, SIDES)
 def test_fit_stretches_within_10_percent_or_keeps_proportions(height: int, width: int, across: int, down: int) -> None:
-    left, top, right, bottom = preprocessing_of(height, width, "fit").content_box(across, down)
+    left, top, right, bottom = make_preprocessing(height, width, "fit").content_box(across, down)
     distortion = (across / down) / (width / height)
     if 1 / 1.099 < distortion < 1.099:
         assert (left, top, right, bottom) == (0, 0, width, height)
@@ -65,7 +65,7 @@ def test_fit_stretches_within_10_percent_or_keeps_proportions(height: int, width
 def test_picture_size_keeps_proportions_within_limits(
     resize: Resize, across: int, down: int, shorter: int, more: int
 ) -> None:
-    made = preprocessing_of(256, 192, resize)
+    made = make_preprocessing(256, 192, resize)
     width, height = made.picture_size(across, down, shorter, shorter + more)
     left, top, right, bottom = made.source_box(across, down)
     assert 1 <= min(width, height) <= shorter
@@ -76,9 +76,9 @@ def test_picture_size_keeps_proportions_within_limits(
 
 
 def test_padding_colour_is_zero_after_normalisation() -> None:
-    colour = np.array(preprocessing_of(64).padding_colour) / 255
+    colour = np.array(make_preprocessing(64).padding_colour) / 255
     assert np.abs((colour - IMAGENET.mean) / IMAGENET.std).max() < 0.01
-    assert dataclasses.replace(preprocessing_of(64), mean=(0.0, 0.0, 0.0)).padding_colour == (0, 0, 0)
+    assert dataclasses.replace(make_preprocessing(64), mean=(0.0, 0.0, 0.0)).padding_colour == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from stpm.method.memory_bank import KINDS, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
 from stpm.models.record import FitSummary, ModelRecord
 from stpm.models.store import ModelStore
-from tests.conftest import MODELS, preprocessing_of
+from tests.conftest import MODELS, make_preprocessing
 from tests.datasets import fitted_categories
 
 SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
@@ -65,7 +65,7 @@ def stored(store: ModelStore, name: str) -> str:
 
 def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0) -> ModelRecord:
     teacher = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
-    preprocessing, scale = preprocessing_of(64, 48, "fit"), CALIBRATION.scale
+    preprocessing, scale = make_preprocessing(64, 48, "fit"), CALIBRATION.scale
     return store.save(
         ModelRecord(category, recipe, preprocessing, "float32", teacher, scale, make_scales(recipe), SUMMARY),
         "fingerprint",
@@ -101,7 +101,7 @@ def test_save_and_load_round_trip(store: ModelStore, any_model: Recipe) -> None:
     model = store.load("nut")
     assert model.record == record == store.record("nut")
     assert record.recipe == any_model
-    assert record.preprocessing == preprocessing_of(64, 48, "fit")
+    assert record.preprocessing == make_preprocessing(64, 48, "fit")
     assert record.part_scales == make_scales(any_model)
     np.testing.assert_array_equal(model.calibration.scores, CALIBRATION.scores)
     assert model.calibration.scale == CALIBRATION.scale
@@ -204,7 +204,7 @@ def test_model_id_depends_on_everything_that_affects_scores(store: ModelStore, t
     record = save(store, dataclasses.replace(tiny, memory=50, fusion="quantile"))
     others = [
         dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, top_fraction=0.2)),
-        dataclasses.replace(record, preprocessing=preprocessing_of(64, 48, "stretch")),
+        dataclasses.replace(record, preprocessing=make_preprocessing(64, 48, "stretch")),
         dataclasses.replace(record, part_scales=(PartScale(0.1, 0.7),)),
         dataclasses.replace(record, heatmap_scale=HeatmapScale(0.0, 9.0)),
         dataclasses.replace(record, files=record.files | {"calibration.parquet": "0" * 64}),

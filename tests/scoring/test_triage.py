@@ -17,10 +17,10 @@ from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
 from stpm.scoring.triage import most_anomalous, write_triage
 from tests.browser import check_page
-from tests.conftest import preprocessing_of
-from tests.datasets import encoded
+from tests.conftest import make_preprocessing
+from tests.datasets import encode_image
 
-PREPROCESSING = dict.fromkeys(("nut", "a b#c"), preprocessing_of(64))
+PREPROCESSING = dict.fromkeys(("nut", "a b#c"), make_preprocessing(64))
 EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 
 
@@ -44,7 +44,7 @@ def output(tmp_path: Path) -> RunOutput:
         columns["heatmap"][i] = f"heatmaps/scores/{category}/{i}.png" if i % 10 else ""
         if i in (97, 98):
             path = tmp_path / f"{i}.png"
-            path.write_bytes(encoded(np.full((20, 40, 3), 90, np.uint8)))
+            path.write_bytes(encode_image(np.full((20, 40, 3), 90, np.uint8)))
             columns["uri"][i] = str(path)
             storage.publish(str(tmp_path / columns["heatmap"][i]), palette_png(np.zeros((64, 64), np.uint8)))
         for name in ("label", "mask", "overlay", "model_id", "error_kind", "error_message"):

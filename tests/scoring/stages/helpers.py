@@ -26,13 +26,13 @@ from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.scorer_actor import ScorerSettings
-from tests.conftest import LIMITS, MODELS, TINY, preprocessing_of
+from tests.conftest import LIMITS, MODELS, TINY, make_preprocessing
 from tests.datasets import make_category
 
 # One model of each kind: the scorer has to keep them apart in a mixed batch.
 KINDS = {"grey": "student and memory", "nut": "student", "screw": "memory"}
 CATEGORIES = tuple(KINDS)
-PREPROCESSING = dict.fromkeys(CATEGORIES, preprocessing_of(64))
+PREPROCESSING = dict.fromkeys(CATEGORIES, make_preprocessing(64))
 
 
 def make_run(root: Path) -> None:

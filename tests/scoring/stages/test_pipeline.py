@@ -27,7 +27,7 @@ from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
-from tests.datasets import encoded, make_category
+from tests.datasets import encode_image, make_category
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
 
 
@@ -55,8 +55,8 @@ def test_passthrough_columns_stay_with_their_rows(run: Path, tmp_path: Path) -> 
 def test_unreadable_images_become_rows_with_an_error(run: Path, tmp_path: Path) -> None:
     good = storage.read(manifest(run)["uri"][0].as_py())
     contents = {"empty.png": b"", "text.png": b"hello", "cut.jpg": good[: len(good) // 2]}
-    contents["deep.png"] = encoded(np.full((9, 9), 40_000, np.uint16))
-    contents["dot.png"] = encoded(np.full((1, 1, 3), 9, np.uint8))
+    contents["deep.png"] = encode_image(np.full((9, 9), 40_000, np.uint16))
+    contents["dot.png"] = encode_image(np.full((1, 1, 3), 9, np.uint8))
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     rows = nut_rows([str(tmp_path / name) for name in (*contents, "gone.png", "dot.png")])
