@@ -48,13 +48,13 @@ class Tile:
 
 
 def defect_sheet(category: ScoredCategory) -> bytes | None:
-    """Draw four defects with their heatmaps as a PNG, or return None if no defect was scored.
+    """Draw four defects with their heatmaps as a PNG, or return None if no defect has a heatmap.
 
     Defect types take turns, in the order of their images' names; scores play no part in the choice.
     """
     by_type: dict[str, list[Row]] = {}
     for row in category.rows(_COLUMNS).to_pylist():
-        if row["label"] != GOOD and (row["heatmap"] or row["heatmap_png"]):
+        if _is_defect(row) and (row["heatmap"] or row["heatmap_png"]):
             by_type.setdefault(row["label"], []).append(row)
     turns = sorted((turn, label) for label, rows in by_type.items() for turn in range(len(rows)))
     rows = [by_type[label][turn] for turn, label in turns]
@@ -77,7 +77,7 @@ def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, li
     rows.sort(key=lambda row: -row["score"])
     chosen: dict[str, Sequence[Row]] = {
         "Largest scores": rows,
-        "Missed defects": [row for row in reversed(rows) if row["label"] != GOOD and not row["is_anomalous"]],
+        "Missed defects": [row for row in reversed(rows) if _is_defect(row) and not row["is_anomalous"]],
         "False alarms": [row for row in rows if row["label"] == GOOD and row["is_anomalous"]],
     }
     return {
@@ -87,6 +87,10 @@ def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, li
         ]
         for title, rows in chosen.items()
     }
+
+
+def _is_defect(row: Row) -> bool:
+    return row["label"] not in ("", GOOD)
 
 
 def _pairs(category: ScoredCategory, rows: Sequence[Row], size: int) -> Iterator[tuple[Row, Image.Image]]:
