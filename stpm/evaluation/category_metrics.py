@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from stpm.errors import UndefinedMetricError
 from stpm.evaluation.category import LabelledScores
-from stpm.evaluation.intervals import Flags, Interval, Scores, bootstrap_intervals, wilson_interval
+from stpm.evaluation.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
 
 # Title of each metric, in the order of the report's table: what papers compare first.
 METRICS = {
@@ -105,7 +105,7 @@ def _rank_metrics(is_defect: Flags, scores: Scores) -> dict[str, Metric]:
     try:
         intervals = bootstrap_intervals(is_defect, scores)
     except UndefinedMetricError as error:
-        return {f"image_{name}": Metric(undefined=str(error)) for name in ("auroc", "average_precision", "f1_max")}
+        return {f"image_{name}": Metric(undefined=str(error)) for name in RANK_METRICS}
     precision, recall, _ = precision_recall_curve(is_defect, scores)
     values = {
         "auroc": roc_auc_score(is_defect, scores),

@@ -12,6 +12,8 @@ Flags = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float32]
 Interval = tuple[float, float]
 
+# Metrics of images that depend on the order of the scores alone.
+RANK_METRICS = ("auroc", "average_precision", "f1_max")
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
 # Limit on resamples times distinct scores that are in memory at once.
@@ -32,7 +34,7 @@ def bootstrap_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> dict
         seed: of the resampling; the same for every category, so that a report can be reproduced.
 
     Returns:
-        Intervals of `auroc`, `average_precision` and `f1_max`.
+        The interval of each of RANK_METRICS.
 
     Raises:
         UndefinedMetricError: if there is only one class, or a score is not finite.
@@ -47,8 +49,7 @@ def bootstrap_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> dict
         for size in (min(chunk, _RESAMPLES - start) for start in range(0, _RESAMPLES, chunk))
     ]
     ends = np.quantile(np.concatenate(resampled, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
-    names = ("auroc", "average_precision", "f1_max")
-    return {name: (float(low), float(high)) for name, low, high in zip(names, *ends, strict=True)}
+    return {name: (float(low), float(high)) for name, low, high in zip(RANK_METRICS, *ends, strict=True)}
 
 
 def wilson_interval(flags: Flags) -> Interval:
@@ -67,7 +68,7 @@ def require_both_classes(is_defect: Flags, scores: Scores) -> None:
 
 
 def _metrics(good: npt.NDArray[np.int64], defect: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """AUROC, average precision and F1-max, (3, R), of counts of images (R, K) by score, the largest score first."""
+    """Compute RANK_METRICS, (3, R), of counts of images (R, K) by score, the largest score first."""
     fp, tp = np.cumsum(good, axis=1), np.cumsum(defect, axis=1)
     goods, defects = fp[:, -1:], tp[:, -1:]
     auroc = (defect * (goods - fp + good / 2) / (goods * defects)).sum(axis=1)

@@ -69,12 +69,12 @@ class PixelCounts:
             one.regions + two.regions,
             lost,
             self.max_keys,
-        )._bounded()
+        )._within_max_keys()
 
     def auroc(self) -> Bounded:
         """Compute the area under the ROC curve over pixels, ties counting half."""
         x, y = self.roc_curve()
-        return self._bound(float(np.trapezoid(y, x)), (np.diff(x) * np.diff(y)).sum() / 2)
+        return self._with_error(float(np.trapezoid(y, x)), (np.diff(x) * np.diff(y)).sum() / 2)
 
     def average_precision(self) -> Bounded:
         """Compute average precision, as scikit-learn does."""
@@ -88,7 +88,7 @@ class PixelCounts:
         highest = (recall * tp / np.maximum(tp + fp - good, 1)).sum()
         first = tp - defect + 1
         lowest = (recall * (first / (first + fp) + tp / (tp + fp)) / 2).sum()
-        return self._bound(value, max(highest - value, value - lowest))
+        return self._with_error(value, max(highest - value, value - lowest))
 
     def f1_max(self) -> Bounded:
         """Find the largest F1 of any threshold."""
@@ -96,7 +96,7 @@ class PixelCounts:
         fp, tp = np.cumsum(good), np.cumsum(defect)
         value = (2 * tp / (tp[-1] + tp + fp)).max()
         highest = (2 * tp / (tp[-1] + tp + fp - good)).max()
-        return self._bound(value, highest - value)
+        return self._with_error(value, highest - value)
 
     def aupro(self, limit: float) -> Bounded:
         """Compute the area under the per-region-overlap curve up to a false positive rate, divided by it.
@@ -112,7 +112,7 @@ class PixelCounts:
         # The bin that the limit cuts may have its whole rise before it.
         rises = np.diff(y)
         rises[-1] = max(rises[-1], self._rise_at(cut))
-        return self._bound(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
+        return self._with_error(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
 
     def roc_curve(self) -> Curve:
         """Compute false positive rate and recall over pixels, both ascending from 0 to 1."""
@@ -132,7 +132,7 @@ class PixelCounts:
         at_limit = np.interp(limit, x, y) if inside < len(x) else y[-1]
         return np.append(x[:inside], limit), np.append(y[:inside], at_limit), inside
 
-    def _bound(self, value: float, error: float) -> Bounded:
+    def _with_error(self, value: float, error: float) -> Bounded:
         """Return a metric with its error, which is 0 while no bit is lost: then all ties are real."""
         return Bounded(float(value), float(error) if self.lost_bits else 0.0)
 
@@ -147,7 +147,7 @@ class PixelCounts:
             raise UndefinedMetricError("no good pixels")
         return self.good[::-1], self.defect[::-1]
 
-    def _bounded(self) -> PixelCounts:
+    def _within_max_keys(self) -> PixelCounts:
         counts = self
         while len(counts.keys) > self.max_keys:
             counts = counts._without(counts.lost_bits + 1)
@@ -184,7 +184,7 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
     defect = _joined(masks, np.bool_)
     return _grouped(
         _ordered_bits(scores), ~defect, defect, _joined(weights, np.float64), sum(regions), 0, max_keys
-    )._bounded()
+    )._within_max_keys()
 
 
 def _grouped(
