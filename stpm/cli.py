@@ -138,26 +138,28 @@ class Job:
 
 
 def run_job(job: Job) -> NoReturn:
-    """Run a job as this process: exit with its code, and print an error as one line on standard error.
+    """Run a job as this process: exit with its code, and log an error as one line.
 
     Standard input and output accept bytes that are not UTF-8; the output escapes them.
     """
     stop_on_signals()
+    # Until the options are read.
+    start_logging(job.prog.removesuffix(".py"), "text")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
     try:
         code = job(sys.argv[1:])
     except Stopped as stopped:
-        print(f"stopped by {stopped}: what was done is kept; run the same command again to go on", flush=True)
+        log.info(f"stopped by {stopped}: what was done is kept; run the same command again to go on")
         code = STOPPED + stopped.number
     except StpmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.critical("error: %s", error)
         code = SOME_FAILED if isinstance(error, CutOffError) else USAGE
     except OSError as error:
         # Of an error in a task, Ray makes a message that ends with the error's own line.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"error: {lines[-1]}", file=sys.stderr)
+        log.critical("error: %s", lines[-1])
         code = USAGE
     sys.exit(code)
 

@@ -22,6 +22,8 @@ NOTHING_DONE = 3
 # Plus the signal's number, as shells report a process that a signal ended.
 STOPPED = 128
 
+log = logging.getLogger(__name__)
+
 # Terminal codes: return to the start of the line, and clear it.
 _REWRITE = "\r\x1b[K"
 
@@ -59,8 +61,17 @@ def start_logging(job: str, log_format: LogFormat) -> None:
     package.handlers = [ConsoleHandler() if log_format == "text" else JsonHandler(job)]
 
 
+def nothing_done(error: Exception) -> int:
+    """Log an error because of which a job could do nothing; return its exit code."""
+    log.critical("error: %s", error)
+    return NOTHING_DONE
+
+
 class ConsoleHandler(logging.Handler):
-    """Print each message, and a traceback on standard error; on a terminal it overwrites the progress line."""
+    """Print each message; on a terminal it overwrites the progress line.
+
+    Tracebacks go to standard error, and so does a critical message: an error that ends the job.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         self.print_message(record)
@@ -68,11 +79,12 @@ class ConsoleHandler(logging.Handler):
             traceback.print_exception(*record.exc_info, file=sys.stderr)
 
     def print_message(self, record: logging.LogRecord) -> None:
-        print(f"{_REWRITE if is_terminal() else ''}{record.getMessage()}", flush=True)
+        stream = sys.stderr if record.levelno >= logging.CRITICAL else sys.stdout
+        print(f"{_REWRITE if stream.isatty() else ''}{record.getMessage()}", file=stream, flush=True)
 
 
 class JsonHandler(ConsoleHandler):
-    """Print each line of a message as a JSON object, for programs that collect logs."""
+    """Print each line of a message as a JSON object on standard output, for programs that collect logs."""
 
     def __init__(self, job: str) -> None:
         super().__init__()

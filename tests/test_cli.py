@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -215,6 +216,19 @@ def test_a_job_with_invalid_options_prints_one_line_and_exits_with_1(
 
 def fill_the_disk() -> int:
     raise OSError(28, "No space left on device", "/data/x")
+
+
+def test_an_error_is_a_json_object_of_a_json_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["full.py", "--log", "json"])
+    with pytest.raises(SystemExit) as exit_:
+        run_job(Job("full.py", None, {}, f"{__name__}:fill_the_disk", ""))
+    assert exit_.value.code == 1
+    out, err = capsys.readouterr()
+    line = json.loads(out.splitlines()[-1])
+    assert (line["job"], line["message"]) == ("full", "error: [Errno 28] No space left on device: '/data/x'")
+    assert err == ""
 
 
 def test_an_error_of_the_disk_is_printed_as_one_line(

@@ -57,8 +57,9 @@ def test_a_json_line_has_time_run_job_and_category(capsys: pytest.CaptureFixture
 
 
 _STOPPED = """
-import signal
+import signal, sys
 from stpm.cli import Job, run_job
+sys.argv[1:] = {options}
 def stop():
     signal.raise_signal(signal.{name})
 try:
@@ -70,7 +71,7 @@ finally:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: int) -> None:
-    program = [sys.executable, "-c", _STOPPED.replace("{name}", name)]
+    program = [sys.executable, "-c", _STOPPED.replace("{name}", name).replace("{options}", "[]")]
     ran = subprocess.run(program, capture_output=True, text=True, check=False)
     assert ran.returncode == code
     assert ran.stdout.splitlines() == [
@@ -79,3 +80,18 @@ def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: 
         "cleaned up",
     ]
     assert ran.stderr == ""
+
+
+def test_a_stopped_job_says_so_in_json() -> None:
+    program = _STOPPED.replace("{name}", "SIGTERM").replace("{options}", "['--log', 'json']")
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (143, "")
+    *lines, last = ran.stdout.splitlines()
+    assert last == "cleaned up"
+    assert json.loads(lines[-1])["message"].startswith("stopped by SIGTERM: what was done is kept")
+
+
+def test_an_error_for_which_nothing_is_done_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import logging; from stpm.console import nothing_done, start_logging; start_logging('fit', 'text'); "
+    subprocess.run([sys.executable, "-c", f"{program} raise SystemExit(nothing_done(OSError('no')))"], check=False)
+    assert tuple(capfd.readouterr()) == ("", "error: no\n")

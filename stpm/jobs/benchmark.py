@@ -10,7 +10,7 @@ from functools import partial
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, NOTHING_DONE
+from stpm.console import ALL_DONE, nothing_done
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
 from stpm.errors import CutOffError, DataError
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 def run_benchmark(
     options: BenchmarkOptions,
     recipe: Recipe,
-    pool: WorkerOptions,
+    workers: WorkerOptions,
     scoring: ScoreOptions,
     evaluation: EvaluationOptions,
     gate: GateOptions,
@@ -60,7 +60,7 @@ def run_benchmark(
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
             tasks = len(names) * len(options.seeds)
-            log_plan({"fits": partial(plan_fits, pool, tasks), "then scores": partial(describe_plan, scoring)})
+            log_plan({"fits": partial(plan_fits, workers, tasks), "then scores": partial(describe_plan, scoring)})
             return ALL_DONE
         with held(out, options.wait):
             if not options.data:
@@ -68,15 +68,14 @@ def run_benchmark(
             try:
                 categories, unreadable = read_categories(data, options.categories)
             except DataError as error:
-                log.info(f"error: {error}")
-                return NOTHING_DONE
+                return nothing_done(error)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:
                 stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
                 with connected():
                     warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
-                    fits = fit_categories(categories, recipe, stores, pool, cluster.backend, options.wait)
+                    fits = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
                     for seed, store in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:

@@ -9,7 +9,7 @@ import ray
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.console import NOTHING_DONE, SOME_FAILED, exit_code
+from stpm.console import SOME_FAILED, exit_code, nothing_done
 from stpm.errors import DataError, ModelError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import measure_category
@@ -91,8 +91,7 @@ def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: 
             for output, store, records in runs:
                 results += evaluate_categories(output, records, store, evaluation)
     except (DataError, ModelError) as error:
-        log.info(f"error: {error}")
-        return NOTHING_DONE
+        return nothing_done(error)
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")

@@ -7,7 +7,7 @@ from functools import partial
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, NOTHING_DONE, exit_code
+from stpm.console import ALL_DONE, exit_code, nothing_done
 from stpm.errors import DataError
 from stpm.fitting.fit_categories import fit_categories, plan_fits, read_categories, warn_about_few_normals
 from stpm.fitting.options import FitOptions, WorkerOptions
@@ -28,8 +28,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         try:
             categories, failures = read_categories(storage.absolute(options.data), options.categories)
         except DataError as error:
-            log.info(f"error: {error}")
-            return NOTHING_DONE
+            return nothing_done(error)
         if cluster.plan:
             log_plan({"fits": partial(plan_fits, workers, len(categories))})
             return ALL_DONE

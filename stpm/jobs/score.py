@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
+from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, nothing_done
 from stpm.errors import DataError, ModelError
 from stpm.lease import held
 from stpm.method.calibration import NormalCounts, few_normals_warning
@@ -83,8 +83,7 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
             return ALL_DONE
         summary, records = run_scoring(run, start_over=collection.fresh)
     except (ModelError, DataError) as error:
-        log.info(f"error: {error}")
-        return NOTHING_DONE
+        return nothing_done(error)
     if summary.unfinished:
         return SOME_FAILED
     _warn_of_few_normals(records, run.options.false_alarm_rate)
