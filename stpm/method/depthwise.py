@@ -23,7 +23,8 @@ class Float32Depthwise(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is not conv2d or len(args) <= _GROUPS or args[_GROUPS] == 1:
+        # A convolution with one group is an ordinary one, even of a single channel.
+        if func is not conv2d or len(args) <= _GROUPS or not 1 < args[_GROUPS] == args[0].shape[-3]:
             return func(*args, **(kwargs or {}))
         images, *rest = args
         with torch.autocast(images.device.type, enabled=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -23,9 +24,10 @@ def test_gradients_of_a_depthwise_convolution_are_those_of_float32() -> None:
     torch.testing.assert_close(convolution.weight.grad, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
-def test_other_convolutions_are_left_to_autocast() -> None:
+@pytest.mark.parametrize("groups", [1, 4])
+def test_other_convolutions_are_left_to_autocast(groups: int) -> None:
     images = torch.randn(2, 8, 9, 9)
-    convolution = nn.Conv2d(8, 8, 3)
+    convolution = nn.Conv2d(8, 8, 3, groups=groups)
     with torch.autocast("cpu", torch.bfloat16):
         expected = convolution(images)
         with Float32Depthwise():
