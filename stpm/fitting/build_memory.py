@@ -24,21 +24,21 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     """
     if not recipe.memory:
         return ()
-    positions = [recipe.levels.index(level) for level in recipe.memory_levels]
-    banks = [(position, kind) for position in positions for kind in KINDS]
+    level_indices = [recipe.levels.index(level) for level in recipe.memory_levels]
+    banks = [(index, kind) for index in level_indices for kind in KINDS]
     per_image = math.ceil(_MAX_CANDIDATES / len(train))
-    coarsest = features.shapes[positions[-1]]
-    windows = {position: window_size(features.shapes[position], coarsest) for position in positions}
+    coarsest = features.shapes[level_indices[-1]]
+    windows = {index: window_size(features.shapes[index], coarsest) for index in level_indices}
     candidates: list[list[Tensor]] = [[] for _ in banks]
     for batch in split_batches(train, EVALUATION_BATCH_SIZE):
         levels, valid = features(batch), features.content_masks(batch)
-        chosen = {p: _choose_candidates(levels[p], valid[p], batch, per_image, recipe.seed) for p in positions}
-        for (position, kind), found in zip(banks, candidates, strict=True):
-            descriptors = describe(levels[position], kind, windows[position], valid[position])
-            found.append(descriptors.flatten(0, 2)[chosen[position]])
+        chosen = {i: _choose_candidates(levels[i], valid[i], batch, per_image, recipe.seed) for i in level_indices}
+        for (index, kind), found in zip(banks, candidates, strict=True):
+            descriptors = describe(levels[index], kind, windows[index], valid[index])
+            found.append(descriptors.flatten(0, 2)[chosen[index]])
     return tuple(
-        fit_bank(torch.cat(found), position, kind, windows[position], recipe.memory, recipe.seed)
-        for (position, kind), found in zip(banks, candidates, strict=True)
+        fit_bank(torch.cat(found), index, kind, windows[index], recipe.memory, recipe.seed)
+        for (index, kind), found in zip(banks, candidates, strict=True)
     )
 
 

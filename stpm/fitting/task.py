@@ -33,8 +33,8 @@ class FitTask:
 
     @property
     def cost(self) -> int:
-        """Images shown over all epochs, which the task's duration is proportional to."""
-        return len(self.train) * self.recipe.epochs
+        """A rough measure of the task's duration: images shown over all epochs."""
+        return len(self.train) * (self.recipe.epochs if self.recipe.student != "none" else 1)
 
     @cached_property
     def data_fingerprint(self) -> str:

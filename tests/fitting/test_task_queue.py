@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stpm.fitting.task import Epoch, FitResult, FitTask
 from stpm.fitting.task_queue import WAIT, TaskQueue
-from tests.conftest import TINY
+from tests.conftest import MODELS, TINY
 
 
 def task(name: str, images: int = 1) -> FitTask:
@@ -43,6 +43,11 @@ def test_longest_task_comes_first() -> None:
     for t in taken:
         finish(queue, t)
     assert queue.take("g", 2, "n1") is None
+
+
+def test_a_memory_alone_shows_each_image_once() -> None:
+    memory = dataclasses.replace(task("a", 9), recipe=MODELS["memory"])
+    assert (memory.cost, task("a", 9).cost) == (9, 9 * TINY.epochs)
 
 
 def test_category_with_two_seeds_is_two_tasks() -> None:
