@@ -13,6 +13,9 @@ from stpm.errors import DataError
 # The name of null in a folder `category=<name>` of a partitioned table.
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
+# Bytes of a percent-encoded name in the name of a folder, which may have 255 on most filesystems.
+MAX_FOLDER_BYTES = 200
+
 _MAX_CHARACTERS = 128
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 # The last range stands for bytes that are not UTF-8.
@@ -34,8 +37,9 @@ def safe_name(name: str, what: str) -> str:
     """Return the name, if it may become part of a path on every filesystem.
 
     Raises:
-        DataError: if it is empty, longer than 128 characters, starts with a dot, ends with a dot or a space, is
-            reserved on Windows, is not UTF-8, or holds a control character or one of `<>:"/\\|?*`.
+        DataError: if it is empty, longer than 128 characters or than 200 bytes percent-encoded, starts with a dot,
+            ends with a dot or a space, is reserved on Windows, is Hive's name of null, is not UTF-8, or holds a control
+            character or one of `<>:"/\\|?*`.
     """
     problem = None
     if not name or len(name) > _MAX_CHARACTERS:
@@ -48,6 +52,8 @@ def safe_name(name: str, what: str) -> str:
         problem = "is reserved on Windows"
     elif name == HIVE_NULL:
         problem = "means null in a partitioned table"
+    elif (length := len(quote(name, safe=""))) > MAX_FOLDER_BYTES:
+        problem = f"has {length} bytes percent-encoded, {MAX_FOLDER_BYTES} are allowed"
     if problem:
         raise DataError(f"{what} {name[:_MAX_CHARACTERS]!r} {problem}; rename it")
     return name

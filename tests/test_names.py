@@ -28,6 +28,8 @@ from stpm.names import as_utf8, is_utf8, safe_name
         'a"b',
         "a:b",
         "not UTF-8 \udcff",
+        "é" * 34,
+        "x" * 129,
         "__HIVE_DEFAULT_PARTITION__",
     ],
 )
@@ -36,7 +38,9 @@ def test_unsafe_names_are_refused(name: str) -> None:
         safe_name(name, "category")
 
 
-@pytest.mark.parametrize("name", ["bottle", "metal_nut", "Teil 7", "größe-ü", "part#4", "consumer", "a..b"])
+@pytest.mark.parametrize(
+    "name", ["bottle", "metal_nut", "Teil 7", "größe-ü", "part#4", "consumer", "a..b", "é" * 33, "x" * 128]
+)
 def test_safe_names_are_accepted(name: str) -> None:
     assert safe_name(name, "category") == name
 

@@ -1,16 +1,18 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.names import HIVE_NULL, as_utf8, is_utf8, safe_name
+from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, as_utf8, is_utf8, safe_name
 from stpm.storage.listing import children, files, glob, stream, versions
-from stpm.storage.objects import create, digest, exists, publish, read, read_at_most, remove, sweep, sync
+from stpm.storage.objects import check_size, create, digest, exists, publish, read, read_at_most, remove, sweep, sync
 from stpm.storage.tables import count_rows, parquet, read_row_group, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
     "HIVE_NULL",
+    "MAX_FOLDER_BYTES",
     "absolute",
     "arrow_filesystem",
     "as_utf8",
+    "check_size",
     "children",
     "count_rows",
     "create",

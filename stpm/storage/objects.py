@@ -66,16 +66,16 @@ def _read_local(path: str, limit: int) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         # Reading a pipe or a device might never end.
         raise FileNotFoundError(f"{path}: not a file")
-    _check_size(path, found.st_size, limit)
+    check_size(path, found.st_size, limit)
     return Path(path).read_bytes()
 
 
 def _read_remote(fs: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
     data = _read_start(fs, path, min(limit, _FIRST_BYTES) + 1)
     if len(data) > _FIRST_BYTES:
-        _check_size(path, fs.info(path)["size"] or 0, limit)
+        check_size(path, fs.info(path)["size"] or 0, limit)
         data = _read_start(fs, path, limit + 1)
-    _check_size(path, len(data), limit)
+    check_size(path, len(data), limit)
     return data
 
 
@@ -92,7 +92,8 @@ def _read_start(fs: fsspec.AbstractFileSystem, path: str, length: int) -> bytes:
         raise
 
 
-def _check_size(path: str, size: int, limit: int) -> None:
+def check_size(path: str, size: int, limit: int) -> None:
+    """Raise TooLongError if an object has more bytes than the limit."""
     if size > limit:
         raise TooLongError(f"{path}: has more than {limit:,} bytes")
 

@@ -134,7 +134,7 @@ def read(image: ImageRef, max_bytes: int = MAX_BYTES) -> bytes:
         return storage.read_at_most(image.uri, max_bytes)
     archive, _ = split_uri(image.uri)
     if _is_tar(archive):
-        _check_size(image.uri, image.length, max_bytes)
+        storage.check_size(image.uri, image.length, max_bytes)
         return storage.read(archive, image.start, image.start + image.length)
     return _read_parquet_row(archive, image.start, max_bytes)
 
@@ -159,15 +159,10 @@ def _read_parquet_row(uri: str, row: int, max_bytes: int) -> bytes:
     for group, rows in enumerate(_row_counts.get(uri)):
         if row < first + rows:
             data: bytes = _row_groups.get((uri, group))[row - first].as_py() or b""
-            _check_size(uri, len(data), max_bytes)
+            storage.check_size(uri, len(data), max_bytes)
             return data
         first += rows
     raise ImageError("missing", f"{uri}: has {first} rows, row {row} is wanted")
-
-
-def _check_size(uri: str, size: int, max_bytes: int) -> None:
-    if size > max_bytes:
-        raise TooLongError(f"{uri}: has more than {max_bytes:,} bytes")
 
 
 def _read_row_counts(uri: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from stpm import storage
 from stpm.data.encode import encode_png
 from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
-from stpm.scoring import prometheus as meters
+from stpm.scoring import prometheus
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
@@ -27,10 +27,9 @@ from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 _WRITERS = 8
 # Too large to copy: they are drawn from Arrow's memory, or passed on.
 _BINARY = ("heatmap_levels", "pixels", "anomaly_map")
-# Bytes of a percent-encoded folder name. Its first 12 characters may take 12 bytes each.
-_MAX_FOLDER_BYTES = 200
+# Characters that are kept of a name that is too long: they may take 12 bytes each.
 _FOLDER_PREFIX = 12
-# zlib's level: a tenth of the default level's time, for files a fifth larger.
+# See `encode_png`.
 _COMPRESSION = 1
 # An overlay's longer side is at most this many times the longer side of the model's input.
 _MAX_OVERLAY_STRETCH = 4
@@ -111,8 +110,8 @@ class WriteHeatmaps:
         columns |= {name: [getattr(each, name) for each in pictures] for name in Pictures._fields}
         result = with_passthrough(table(columns, OUTPUT), batch)
         computed = time.process_time() - began
-        meters.count_stage_seconds("encode", computed)
-        meters.count_images(
+        prometheus.count_stage_seconds("encode", computed)
+        prometheus.count_images(
             (row["category"] if row["model_id"] else "", row["error_kind"], bool(row["is_anomalous"])) for row in rows
         )
         if self._report:
@@ -171,6 +170,6 @@ def _with_folder_names(rows: pa.Table) -> pa.Table:
 
 def _as_folder(category: str) -> str:
     """Shorten a category whose percent-encoded name is too long for a folder, or is read as null."""
-    if len(quote(category, safe="")) <= _MAX_FOLDER_BYTES and category != storage.HIVE_NULL:
+    if len(quote(category, safe="")) <= storage.MAX_FOLDER_BYTES and category != storage.HIVE_NULL:
         return category
     return f"{category[:_FOLDER_PREFIX]}… {storage.digest(category.encode())[:12]}"
