@@ -47,10 +47,11 @@ def run_ours(
     """Fit by the fit job; score by the stages of the score job."""
     options = {"data": data, "categories": category.name, "models": out, "seed": seed, "teacher": "demo"}
     cost = time_command([*job_command("fit", options | {"backend": backend}), *recipe])
-    preprocessing = ModelStore(str(out)).record(category.name).preprocessing
+    record = ModelStore(str(out)).record(category.name)
+    preprocessing = record.preprocessing
     decode = Decode({category.name: preprocessing})
     torch.set_num_threads(CORES)
-    scorer = Scorer(ScorerSettings(str(out), 0.01, raw_maps=True, backend=backend))
+    scorer = Scorer(ScorerSettings(str(out), {category.name: record.model_id}, 0.01, raw_maps=True, backend=backend))
     rows = scorer(decode(pa.concat_tables(labelled_rows([category])))).to_pylist()
     shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in rows]
     maps = [np.frombuffer(row["anomaly_map"], np.float32).reshape(s) for row, s in zip(rows, shapes, strict=True)]

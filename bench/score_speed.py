@@ -59,9 +59,13 @@ def copy_images(category: mvtec.Category, count: int, folder: Path) -> None:
 def time_loop(store: str, rows: pa.Table, out: str, category: str, backend: Backend) -> float:
     """Return the seconds that one process of one thread takes for all rows, once warm."""
     torch.set_num_threads(1)
-    preprocessing = {category: ModelStore(store).record(category).preprocessing}
+    record = ModelStore(store).record(category)
+    preprocessing = {category: record.preprocessing}
     decode = Decode(preprocessing, fetchers=1)
-    scorer = Scorer(ScorerSettings(store, 0.01, overlays=True, batch_size=_BATCH, backend=backend))
+    settings = ScorerSettings(
+        store, {category: record.model_id}, 0.01, overlays=True, batch_size=_BATCH, backend=backend
+    )
+    scorer = Scorer(settings)
     write = WriteHeatmaps(RunOutput.single(out, OutputOptions(overlay=True)), preprocessing)
     batches = [rows.slice(i, _BATCH) for i in range(0, rows.num_rows, _BATCH)]
     for batch in batches[:_WARM_BATCHES]:

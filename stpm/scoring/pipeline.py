@@ -40,8 +40,12 @@ def describe_plan(options: ScoreOptions, node: Resources) -> str:
     cpus = node.get("CPU", 0)
     scorers = min(pool.size, int(node.get("GPU", 0)) if pool.num_gpus else int(cpus))
     tasks = int(round((cpus - scorers * pool.num_cpus) / pool.stage_cpus, 6))
-    described = f"{scorers} scorers of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; " if scorers else ""
+    described = f"{_scorers(scorers)} of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; " if scorers else ""
     return f"{described}{tasks} tasks that fetch, decode and write" if cpus else ""
+
+
+def _scorers(number: int) -> str:
+    return f"{number} scorer{'' if number == 1 else 's'}"
 
 
 def score_shards(
@@ -78,16 +82,16 @@ def score_shards(
     memory = pool.memory_for(TASK_BYTES)
     settings = ScorerSettings(
         store=store.uri,
+        model_ids={name: record.model_id for name, record in records.items()},
         false_alarm_rate=options.false_alarm_rate,
         raw_maps=output.options.raw_maps,
         overlays=output.options.overlay,
         batch_size=options.scoring_batch_size,
         model_memory=int(options.model_memory_gib * 2**30),
-        model_ids={name: record.model_id for name, record in records.items()},
         accept_errors=options.accept_errors,
         backend=resolve_backend(backend, on_gpu=pool.num_gpus > 0),
     )
-    log.info(f"{pool.size} scorers on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
+    log.info(f"{_scorers(pool.size)} on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(output.checkpoint)

@@ -168,7 +168,7 @@ def test_the_plan_lists_every_node_and_starts_nothing(root: Path, client: dict[s
     assert "driver, queue, progress" in ran.stdout
     assert not (root / "planned").exists()
     ran = run_job("score", *score_options(root, root / "planned"), "--plan", **client)
-    assert ran.stdout.count("1 scorers of 0.5001 CPU; 4 tasks that fetch, decode and write") == 2
+    assert ran.stdout.count("1 scorer of 0.5001 CPU; 4 tasks that fetch, decode and write") == 2
     assert not (root / "planned").exists()
 
 

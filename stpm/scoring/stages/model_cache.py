@@ -19,6 +19,8 @@ from stpm.options import Backend
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
 
+_MatcherKey = tuple[object, ...]
+
 
 class ModelCache:
     """Matchers and models of a store, by category.
@@ -26,8 +28,9 @@ class ModelCache:
     Args:
         store: the store to load from.
         device: the device to load onto.
-        max_bytes: weights of models to keep, the most recently used ones; at least one model is kept.
-        model_ids: the model of each category, and of no other; None: the store's current models.
+        max_bytes: weights of models to keep, the most recently used ones; at least one model is kept. A matcher goes
+            with the last kept model that uses it.
+        model_ids: the model of each category.
         backend: what computes features.
     """
 
@@ -36,7 +39,7 @@ class ModelCache:
         store: ModelStore,
         device: torch.device,
         max_bytes: int,
-        model_ids: Mapping[str, str] | None = None,
+        model_ids: Mapping[str, str],
         backend: Backend = "eager",
     ) -> None:
         self._store = store
@@ -45,7 +48,7 @@ class ModelCache:
         self._model_ids = model_ids
         self._backend = backend
         self._records: dict[str, ModelRecord] = {}
-        self._matchers: dict[tuple[object, ...], Matcher] = {}
+        self._matchers: dict[_MatcherKey, Matcher] = {}
         self._models: OrderedDict[str, tuple[Model, int]] = OrderedDict()
         self._failures: dict[str, tuple[str, str, float]] = {}
 
@@ -53,12 +56,11 @@ class ModelCache:
         """Return the matcher of a category. Categories share one if they share the teacher and its input.
 
         Raises:
-            ImageError: if the category has no model, or the record or the teacher cannot be loaded.
+            ImageError: if the record or the teacher cannot be loaded.
         """
         with self._loading(category):
             record = self._record(category)
-            recipe = record.recipe
-            key = (record.teacher_digest, recipe.levels, record.preprocessing, record.precision)
+            recipe, key = record.recipe, _matcher_key(record)
             if key not in self._matchers:
                 teacher = self._store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
                 self._matchers[key] = Matcher(
@@ -78,20 +80,23 @@ class ModelCache:
                 model = replace(model, parts=self.matcher(category).compile(model.parts))
                 self._models[category] = model, model.parts.nbytes
                 while len(self._models) > 1 and sum(size for _, size in self._models.values()) > self._max_bytes:
-                    self._models.popitem(last=False)
+                    _, (evicted, _) = self._models.popitem(last=False)
+                    self._drop_unused_matcher(_matcher_key(evicted.record))
             self._models.move_to_end(category)
             return self._models[category][0]
 
+    def _drop_unused_matcher(self, key: _MatcherKey) -> None:
+        if all(_matcher_key(model.record) != key for model, _ in self._models.values()):
+            self._matchers.pop(key, None)
+
     def _record(self, category: str) -> ModelRecord:
         if category not in self._records:
-            self._records[category] = self._store.record(category, (self._model_ids or {}).get(category, ""))
+            self._records[category] = self._store.record(category, self._model_ids[category])
         return self._records[category]
 
     @contextmanager
     def _loading(self, category: str) -> Iterator[None]:
         """Raise a ModelError as an ImageError. For a minute, repeat it instead of loading again."""
-        if self._model_ids is not None and category not in self._model_ids:
-            raise ImageError("no_model", f"{self._store.uri}: category {category!r} had no model when this run began")
         kind, message, since = self._failures.get(category, ("", "", 0.0))
         if kind and time.monotonic() - since < _RETRY_SECONDS:
             raise ImageError(kind, message)
@@ -101,3 +106,8 @@ class ModelCache:
             kind = "model_unreadable" if isinstance(error, ModelUnreadableError) else "model_damaged"
             self._failures[category] = kind, str(error), time.monotonic()
             raise ImageError(kind, str(error)) from error
+
+
+def _matcher_key(record: ModelRecord) -> _MatcherKey:
+    """Return what models that share a matcher have in common: the teacher and its input."""
+    return record.teacher_digest, record.recipe.levels, record.preprocessing, record.precision

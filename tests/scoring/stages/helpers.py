@@ -64,8 +64,14 @@ def nut_rows(uris: Sequence[str], positions: Sequence[tuple[int, int]] = ()) -> 
     return make_rows([ManifestRow(image, "nut") for image in images])
 
 
+def current_ids(store: ModelStore) -> dict[str, str]:
+    """Return the current model of each category."""
+    return {name: store.current(name).model_id for name in CATEGORIES}
+
+
 def scorer(root: Path, report: ProgressReporter | None = None, **settings: Any) -> Scorer:
-    return Scorer(ScorerSettings(str(root / "models"), 0.3, **settings), report)
+    uri = str(root / "models")
+    return Scorer(ScorerSettings(uri, current_ids(ModelStore(uri)), 0.3, **settings), report)
 
 
 def decode(rows: pa.Table) -> pa.Table:

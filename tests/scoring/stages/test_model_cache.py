@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import gc
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,13 @@ import torch
 from stpm.errors import ImageError
 from stpm.models.store import ModelStore
 from stpm.scoring.stages.model_cache import ModelCache
-from tests.scoring.stages.helpers import CATEGORIES
+from tests.conftest import MODELS
+from tests.scoring.stages.helpers import CATEGORIES, KINDS, current_ids, fit
+
+
+def make_cache(run: Path, max_bytes: int = 1) -> ModelCache:
+    store = ModelStore(str(run / "models"))
+    return ModelCache(store, torch.device("cpu"), max_bytes, current_ids(store))
 
 
 def test_model_cache_keeps_the_models_used_last_within_its_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,15 +34,31 @@ def test_model_cache_keeps_the_models_used_last_within_its_budget(run: Path, mon
         (total - 1, "nut grey screw grey nut", "nut grey screw nut"),
     ):
         loaded.clear()
-        models = ModelCache(store, torch.device("cpu"), max_bytes)
+        models = make_cache(run, max_bytes)
         for name in wanted.split():
             assert models.model(name).record.category == name
         assert " ".join(loaded) == expected
 
 
 def test_categories_with_one_teacher_share_a_matcher(run: Path) -> None:
-    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 1)
+    models = make_cache(run)
     assert len({models.matcher(name) for name in CATEGORIES}) == 1
+
+
+def test_a_matcher_goes_with_the_last_kept_model_that_uses_it(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))
+    models = make_cache(tmp_path)
+    matchers = {name: weakref.ref(models.matcher(name)) for name in CATEGORIES}
+    assert matchers["grey"]() is matchers["screw"]() is not matchers["nut"]()
+    models.model("nut")
+    models.model("grey")
+    gc.collect()
+    assert matchers["nut"]() is None
+    shared = matchers["grey"]()
+    models.model("screw")
+    assert models.matcher("grey") is shared
+    assert models.matcher("nut").precision == "bfloat16"
 
 
 def test_a_failed_load_is_not_tried_again_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,24 @@ from stpm.scoring.stages.model_cache import ModelCache
 from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.scorer_actor import ScorerSettings
 from tests.conftest import MODELS
-from tests.scoring.stages.helpers import CATEGORIES, KINDS, PREPROCESSING, decode, fit, manifest, score, scorer
+from tests.scoring.stages.helpers import (
+    CATEGORIES,
+    KINDS,
+    PREPROCESSING,
+    current_ids,
+    decode,
+    fit,
+    manifest,
+    score,
+    scorer,
+)
 
 
 def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> None:
     rows = manifest(run)
     mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
-    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 2**30)
+    store = ModelStore(str(run / "models"))
+    models = ModelCache(store, torch.device("cpu"), 2**30, current_ids(store))
     for row in score(run, mixed).to_pylist():
         model, matcher = models.model(row["category"]), models.matcher(row["category"])
         pixels = images.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
@@ -83,7 +94,8 @@ def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> 
         def matcher(self, category: str) -> Matcher:
             raise ImageError("model_unreadable", f"the loader has no {category}")
 
-    out = Scorer(ScorerSettings("nowhere", 0.3, accept_errors=True), models=cast(Any, Loader()))(decode(manifest(run)))
+    settings = ScorerSettings("nowhere", {}, 0.3, accept_errors=True)
+    out = Scorer(settings, models=cast(Any, Loader()))(decode(manifest(run)))
     assert set(out["error_message"].to_pylist()) == {f"the loader has no {name}" for name in CATEGORIES}
 
 
@@ -126,19 +138,15 @@ def test_a_damaged_model_makes_only_its_own_rows_errors(run: Path, tmp_path: Pat
 def test_a_category_that_is_fitted_again_keeps_the_model_that_its_run_began_with(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     store = ModelStore(str(tmp_path / "models"))
-    model_ids = {name: store.record(name).model_id for name in CATEGORIES}
+    model_ids = current_ids(store)
     decoded = decode(manifest(run))
-    stage = scorer(tmp_path, model_ids=model_ids)
+    stage = scorer(tmp_path)
     before = stage(decoded.slice(0, 1))
     fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], seed=5))
     assert store.record("nut").model_id != model_ids["nut"]
     out = pa.concat_tables([before, stage(decoded.slice(1))]).to_pylist()
     assert {row["category"]: row["model_id"] for row in out} == model_ids
     assert {row["error_kind"] for row in out} == {""}
-    del model_ids["nut"]
-    for row in scorer(tmp_path, model_ids=model_ids)(decoded).to_pylist():
-        assert (row["error_kind"] == "no_model") == (row["category"] == "nut")
-        assert ("had no model when this run began" in row["error_message"]) == (row["category"] == "nut")
 
 
 def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
