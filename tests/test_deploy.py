@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from stpm.cluster.placement import first_bundle
-from stpm.scoring import prometheus as meters
+from stpm.scoring import prometheus
 from tests.conftest import REPOSITORY
 from tests.test_cli import job
 
@@ -148,7 +148,9 @@ def test_a_retried_night_creates_one_job(tmp_path: Path) -> None:
     assert f"--out s3://plant/scored/{created.removeprefix('stpm-score-')} " in given["spec"]["entrypoint"]
 
 
-@pytest.mark.parametrize("name", [meters.IMAGES, meters.ANOMALIES, meters.STAGE_SECONDS, meters.SCORER_WAIT_SECONDS])
+@pytest.mark.parametrize(
+    "name", [prometheus.IMAGES, prometheus.ANOMALIES, prometheus.STAGE_SECONDS, prometheus.SCORER_WAIT_SECONDS]
+)
 def test_the_dashboard_draws_every_metric(name: str) -> None:
     dashboard = json.loads((DEPLOY / "grafana.json").read_text())
     drawn = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])

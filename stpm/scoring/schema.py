@@ -13,8 +13,8 @@ def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:
     return pa.field(name, kind, nullable=False, metadata={"description": description})
 
 
-def _optional(name: str, kind: pa.DataType, description: str) -> pa.Field:
-    return pa.field(name, kind, metadata={"description": f"{description}; null for a row with an error"})
+def _optional(name: str, kind: pa.DataType, description: str, null: str = "for a row with an error") -> pa.Field:
+    return pa.field(name, kind, metadata={"description": f"{description}; null {null}"})
 
 
 _ERROR = [
@@ -39,10 +39,11 @@ MANIFEST = pa.schema(
     ]
 )
 
+_NOT_DECODED = "if the image was not decoded"
 _SIZE = [
-    _optional("width", pa.int32(), "width of the original image, pixels"),
-    _optional("height", pa.int32(), "height of the original image, pixels"),
-    _optional("bytes", pa.int64(), "size of the file"),
+    _optional("width", pa.int32(), "width of the original image, pixels", _NOT_DECODED),
+    _optional("height", pa.int32(), "height of the original image, pixels", _NOT_DECODED),
+    _optional("bytes", pa.int64(), "size of the file", _NOT_DECODED),
 ]
 
 DECODED = pa.schema([*MANIFEST, *_SIZE, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")])

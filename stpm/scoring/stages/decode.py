@@ -15,7 +15,7 @@ from stpm.data import images
 from stpm.data.images import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
-from stpm.scoring import prometheus as meters
+from stpm.scoring import prometheus
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.options import IMAGE_SECONDS
@@ -63,7 +63,7 @@ class Decode:
         tasks = [_ImageTask(row, self._preprocessing.get(row["category"]), turn) for row in rows]
         outcomes = run_within(self._seconds, self._fetchers, tasks, lambda i: tasks[i].late_error(self._seconds))
         computed = time.process_time() - began
-        meters.count_stage_seconds("decode", computed)
+        prometheus.count_stage_seconds("decode", computed)
         if self._report:
             # Images that the manifest refused were not tried.
             tried = [outcome for row, outcome in zip(rows, outcomes, strict=True) if not row["error_kind"]]

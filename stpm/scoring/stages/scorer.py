@@ -19,7 +19,7 @@ from stpm.errors import ImageError
 from stpm.method.forward import Matcher, pick_device
 from stpm.method.fusion import AnomalyMap
 from stpm.models.store import Model, ModelStore
-from stpm.scoring import prometheus as meters
+from stpm.scoring import prometheus
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
@@ -94,20 +94,20 @@ class Scorer:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._idle_since:
-            meters.count_wait_seconds(time.perf_counter() - self._idle_since)
+            prometheus.count_wait_seconds(time.perf_counter() - self._idle_since)
         start = self._clock()
         columns = [batch[name].to_pylist() for name in DecodedImage._fields[:-1]]
         images = list(map(DecodedImage, *columns, batch["pixels"]))
         outcomes = self._score(images)
         result = _scored_table(batch, outcomes, self._settings.overlays)
         seconds = self._clock() - start
-        meters.count_stage_seconds("forward", seconds)
+        prometheus.count_stage_seconds("forward", seconds)
         unfinished = {
             i: outcome
             for i, outcome in enumerate(outcomes)
             if isinstance(outcome, ImageError) and outcome.kind in self._dropped_errors
         }
-        meters.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
+        prometheus.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
         if self._report:
             scores = [outcome for outcome in outcomes if isinstance(outcome, ImageScore)]
             anomalous = sum(bool(score.is_anomalous) for score in scores)
