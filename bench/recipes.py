@@ -119,7 +119,14 @@ def compare(parts: Parts, matcher: Matcher, files: Sequence[tuple[bytes, Mask | 
         empty = np.zeros((bottom - top, right - left), bool)
         truth.append(empty if mask is None else images.resize_mask(mask, matcher.preprocessing))
     is_defect = np.array([mask.any() for mask in truth])
-    return ComparedImages(Distances.concatenate(results), np.concatenate(boxes), is_defect, truth)
+    return ComparedImages(concatenate(results), np.concatenate(boxes), is_defect, truth)
+
+
+def concatenate(batches: Sequence[Distances]) -> Distances:
+    """Join batches in their order."""
+    student = zip(*(batch.student for batch in batches), strict=True)
+    memory = zip(*(batch.memory for batch in batches), strict=True)
+    return Distances(tuple(map(torch.cat, student)), tuple(map(torch.cat, memory)))
 
 
 def measure(

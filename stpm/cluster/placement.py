@@ -41,19 +41,19 @@ def on_cluster(options: ClusterOptions, uris: Sequence[str]) -> Iterator[None]:
         yield
         return
     with connected():
-        check_reach(uris, options.mounted, several=_several_machines())
+        if _several_machines():
+            check_reach(uris, options.mounted)
         if not options.plan:
             wait_for_node(options)
         yield
 
 
-def check_reach(uris: Sequence[str], mounted: Sequence[str], *, several: bool) -> None:
+def check_reach(uris: Sequence[str], mounted: Sequence[str]) -> None:
     """Refuse local paths on several machines, except under folders that all of them mount.
 
     Args:
         uris: of everything that a job reads and writes; empty ones are ignored.
         mounted: local folders that every machine mounts.
-        several: there are several machines.
 
     Raises:
         ConfigError: if some machines cannot reach a path.
@@ -61,7 +61,7 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str], *, several: bool) -
     roots = [os.path.normpath(storage.absolute(folder)) for folder in mounted]
     local = [os.path.normpath(storage.absolute(uri)) for uri in uris if uri and storage.is_local(uri)]
     unreachable = [uri for uri in local if not any(Path(uri).is_relative_to(root) for root in roots)]
-    if several and unreachable:
+    if unreachable:
         raise ConfigError(
             f"{join_first(unreachable, separator=', ')}: a path of one machine, and the cluster has several; give a "
             "URI (s3://, gs://, abfs://), or name with --mounted the folder that every node mounts at the same place"

@@ -103,13 +103,6 @@ class Distances:
         """Select some of the images."""
         return Distances(tuple(d[part] for d in self.student), tuple(d[part] for d in self.memory))
 
-    @staticmethod
-    def concatenate(batches: Sequence[Distances]) -> Distances:
-        """Join batches in their order."""
-        student = zip(*(batch.student for batch in batches), strict=True)
-        memory = zip(*(batch.memory for batch in batches), strict=True)
-        return Distances(tuple(map(torch.cat, student)), tuple(map(torch.cat, memory)))
-
     def to(self, device: torch.device) -> Distances:
         """Move all maps to a device."""
         return Distances(tuple(d.to(device) for d in self.student), tuple(d.to(device) for d in self.memory))

@@ -64,8 +64,7 @@ def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
     for batch in output.dataset().to_batches(_COLUMNS):
         for row in batch.to_pylist():
             if row["score"] is not None:
-                excess = _excess(row)
-                heapq.heappush(best, (excess, row["uri"], row | {"excess": excess}))
+                heapq.heappush(best, (_excess(row), row["uri"], row))
                 if len(best) > max_images:
                     heapq.heappop(best)
     return [row for _, _, row in sorted(best, key=lambda entry: entry[:2], reverse=True)]
