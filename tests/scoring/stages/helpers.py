@@ -65,8 +65,9 @@ def nut_rows(uris: Sequence[str], positions: Sequence[tuple[int, int]] = ()) -> 
 
 
 def current_ids(store: ModelStore) -> dict[str, str]:
-    """Return the current model of each category."""
-    return {name: store.current(name).model_id for name in CATEGORIES}
+    """Return the current model of each category of a local store."""
+    names = [path.parent.name for path in Path(store.uri).glob("*/current.json")]
+    return {name: store.current(name).model_id for name in names}
 
 
 def scorer(root: Path, report: ProgressReporter | None = None, **settings: Any) -> Scorer:
