@@ -24,7 +24,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import register_type
 
 from stpm import __version__
-from stpm.console import SOME_FAILED, STOPPED, USAGE, LogFormat, Stopped, start_logging, stop_on_signals
+from stpm.console import COULD_NOT_RUN, SOME_FAILED, STOPPED, LogFormat, Stopped, start_logging, stop_on_signals
 from stpm.errors import ConfigError, CutOffError, StpmError
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, is_utf8
@@ -41,7 +41,8 @@ _PRESET_HELP = (
 _LOG_HELP = "as text, or each line as a JSON object with time, run, job, category and message (default: text)"
 _EPILOG = (
     "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20);\n"
-    "the command line wins over the environment, and that over the preset and the defaults."
+    "the command line and the file of --config (of two, the later one) win over the environment, and that over the\n"
+    "preset and the defaults."
 )
 # How the help shows a value of each type; a Literal is shown as its choices.
 _METAVARS = {
@@ -155,12 +156,12 @@ def run_job(job: Job) -> NoReturn:
         code = STOPPED + stopped.number
     except StpmError as error:
         log.critical("error: %s", error)
-        code = SOME_FAILED if isinstance(error, CutOffError) else USAGE
+        code = SOME_FAILED if isinstance(error, CutOffError) else COULD_NOT_RUN
     except OSError as error:
         # Of an error in a task, Ray makes a message that ends with the error's own line.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         log.critical("error: %s", lines[-1])
-        code = USAGE
+        code = COULD_NOT_RUN
     sys.exit(code)
 
 

@@ -16,7 +16,7 @@ from typing import Literal, NoReturn
 LogFormat = Literal["text", "json"]
 
 ALL_DONE = 0
-USAGE = 1
+COULD_NOT_RUN = 1
 SOME_FAILED = 2
 NOTHING_DONE = 3
 # Plus the signal's number, as shells report a process that a signal ended.

@@ -51,7 +51,7 @@ class Holder:
     """The process that holds a lease, as its file describes it.
 
     Args:
-        acquisition: its unique id.
+        acquisition: unique id of this taking of the lease.
         host: name of the machine, for people.
         machine: boot id and process namespace, in which `pid` and `start` have a meaning; "" if unknown.
         pid: id of the process.

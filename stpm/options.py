@@ -102,8 +102,8 @@ class ClusterOptions:
     node_minutes: float = option(15.0, "minutes to wait for that first node")
     backend: WantedBackend = option(
         "auto",
-        "what computes features on a CPU: openvino, several times as fast (pip install 'stpm[openvino]'), or eager, "
-        "which is PyTorch; auto: openvino where it is installed. On a GPU PyTorch computes",
+        "what computes features on a CPU: eager, which is PyTorch, or openvino, faster than PyTorch there "
+        "(pip install 'stpm[openvino]'); auto: openvino where it is installed. On a GPU PyTorch computes",
     )
     plan: bool = option(False, "print what would run on each node of the cluster, and do nothing")
 

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from stpm.cluster.cpus import usable_cpus
 from stpm.console import stop_on_signals
 
-# The scoring pipeline needs a CPU beside the one that its scorer takes.
+# Fewer are not tested: a scorer and the tasks of the other stages share them.
 MIN_CPUS = 2
 
 Resources = Mapping[str, float]

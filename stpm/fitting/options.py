@@ -40,12 +40,15 @@ class WorkerOptions:
         ConfigError: if a value is out of range.
     """
 
-    workers: int = option(0, "workers that fit in parallel; 0: one per GPU, or without GPUs one per CPU core")
+    workers: int = option(
+        0,
+        "workers that fit in parallel; 0: one per category and seed, but no more than the GPUs (see "
+        "--gpus-per-worker), or without GPUs the CPU cores, allow",
+    )
     gpus_per_worker: float = option(1.0, "GPUs per worker, such as 0.5, where the cluster has GPUs; 0: use CPUs")
     cpus_per_worker: int = option(
         0,
-        "CPU cores per worker, with one thread each; 0: at most 8, as many as leave cores for one worker per category, "
-        "or on GPUs for one worker per --gpus-per-worker",
+        "CPU cores per worker, with one thread each; 0: as many as the number of workers leaves to each, at most 8",
     )
     memory_gib: float = option(
         0.0,

@@ -1,1 +1,1 @@
-"""The four jobs: each composes fitting, scoring and evaluation into one command."""
+"""What each of the four commands does. The benchmark fits, scores and evaluates; the others do one of these."""

@@ -1,1 +1,1 @@
-"""The method as pure tensor functions: preprocessing, backbones, matching, memory bank, fusion, calibration."""
+"""The method, without Ray: tensor functions, teachers' weights, the recipe."""

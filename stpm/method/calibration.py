@@ -29,8 +29,8 @@ class HeatmapScale:
 
     `low` is the 99th percentile of held-out normals' pixels, `normal_max` the largest of them. Grey level 0 is `low`
     and below, the middle of the scale is `normal_max` for every model, so that everything above it was never seen on a
-    good image. Levels rise linearly up to `normal_max`, then with the logarithm; five times as far above `low` as
-    `normal_max`, and beyond, is level 255.
+    held-out good image. Levels rise linearly up to `normal_max`, then with the logarithm; five times as far above `low`
+    as `normal_max`, and beyond, is level 255.
 
     >>> HeatmapScale(low=1.0, normal_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
     array([  0,   0,  64, 128, 255, 255], dtype=uint8)
@@ -112,10 +112,11 @@ class Calibration:
         return ((1 + at_least) / (n + 1)).astype(np.float32)
 
     def threshold(self, false_alarm_rate: float) -> float:
-        """Return the calibration score s* for which a score above s* has p ≤ the rate, on exchangeable scores.
+        """Return the smallest calibration score above which every score has p ≤ the rate.
 
-        n images support no rate below 1/(n+1); for a lower one the largest calibration score is returned, whose rate
-        is 1/(n+1).
+        Of good images that are exchangeable with the calibration images, on average at most this fraction scores
+        higher. n images support no rate below 1/(n+1); for a lower one the largest calibration score is returned, whose
+        rate is 1/(n+1).
         """
         n = len(self.scores)
         # The small term keeps a product that should be whole from being rounded down.
@@ -155,7 +156,8 @@ def few_normals_warning(counts: Mapping[str, NormalCounts], false_alarm_rate: fl
     """
     needed = min_calibration_images(false_alarm_rate)
     few = [
-        f"{name} has {n.calibration} of its {n.good} good images and supports {1 / (n.calibration + 1):.3f}"
+        f"{name} calibrates on {n.calibration} of its {n.good} good images, which supports a rate of "
+        f"{1 / (n.calibration + 1):.3f} or more"
         for name, n in counts.items()
         if n.calibration < needed
     ]
@@ -163,8 +165,9 @@ def few_normals_warning(counts: Mapping[str, NormalCounts], false_alarm_rate: fl
         return ""
     return (
         f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
-        f"{join_first(few)}. Their threshold is the largest normal score. Raise --false-alarm-rate, or give at least "
-        f"{needed} good images and fit with --calibration-folds 5, so that all of them calibrate"
+        f"{join_first(few)}. Raise --false-alarm-rate, or give at least {needed} good images and fit with "
+        "--calibration-folds 5, so that all of them calibrate. Until then their threshold is the largest score of a "
+        "good image"
     )
 
 

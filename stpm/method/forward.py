@@ -211,7 +211,7 @@ class Matcher:
             distances: distances of B images.
             content: (B, 4) int32 content boxes of the same images.
             recipe: its fusion and smoothing are used.
-            scales: scale of each distance map; fusion by quantiles alone needs them.
+            scales: scale of each distance map; only fusion by quantiles needs them.
         """
         valid = self.content_masks(content, [spatial_shape(d) for d in distances.maps])
         size = self.preprocessing.height, self.preprocessing.width

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
-# `directions` are features scaled to length 1: brightness and contrast affect `features` alone.
+# `directions` are features scaled to length 1: brightness and contrast change only `features`.
 Kind = Literal["features", "directions"]
 KINDS: tuple[Kind, ...] = ("features", "directions")
 

@@ -174,7 +174,7 @@ class Recipe:
         return 2 if self.fusion == "quantile" else 1
 
 
-# `default` was chosen without a label of a real defect: see docs/recipes.md.
+# The products' labels were seen while `default` was chosen: see docs/recipes.md.
 PRESETS: dict[Preset, Recipe] = {
     "default": Recipe(
         size=Size("auto"),

@@ -59,7 +59,8 @@ class FitSummary:
 class ModelRecord:
     """The contents of model.json: everything that scoring needs besides the weights. Digests are SHA-256.
 
-    `recipe` is as the user gave it, possibly with size `auto`; `preprocessing` has the size chosen for the category.
+    `recipe` is the user's with this model's seed and the epochs that `min_steps` asks for; its size may be `auto`:
+    `preprocessing` has the size chosen for the category.
     """
 
     category: str

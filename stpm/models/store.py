@@ -8,6 +8,9 @@
 <store>/<category>/<model id>/history.parquet        one row per epoch, if there is a student
 <store>/<category>/<model id>/loss.png               the loss curve, if there is a student
 <store>/<category>/<model id>/model.json             written last; a folder without it is not a model
+<store>/<category>/checkpoint-<n>.safetensors        of an unfinished fit
+<store>/.lease/                                      see stpm/lease.py
+<store>/.train/                                      Ray Train's files during a fit
 
 A model never changes, and a new model never removes an older one: a run can keep to the model that it began with.
 """

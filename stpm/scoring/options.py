@@ -28,9 +28,10 @@ class CollectionOptions:
     models: str = option("", "model store: a folder or a URI", required=True)
     images: Names = option(
         Names(),
-        "what to score, separated by commas: folders or prefixes (searched at any depth), globs, tar archives, "
-        "manifests (.parquet, .csv or .jsonl with a column `uri`; other columns are copied to the output), .parquet "
-        "files with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard input. "
+        "what to score, separated by commas: folders or prefixes (searched at any depth), globs, .tar archives, "
+        "manifests (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns are copied to the output), "
+        ".parquet files with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard "
+        "input. "
         "The name of an existing file or folder is never read as a glob; write [[], [*] and [?] for the characters "
         "themselves",
         required=True,

@@ -51,10 +51,14 @@ DECODED = pa.schema([*MANIFEST, *_SIZE, _field("pixels", pa.large_binary(), "uin
 _SCORE = [
     _optional("score", pa.float32(), "mean of the anomaly map's highest values; larger is more anomalous"),
     _optional("student_score", pa.float32(), "the student's part of the score; null if the score is not a sum"),
-    _optional("memory_score", pa.float32(), "the memory bank's part of the score; null if the score is not a sum"),
+    _optional("memory_score", pa.float32(), "the memory's part of the score; null if the score is not a sum"),
     _optional("p_value", pa.float32(), "conformal p-value against held-out normals, 0 to 1"),
     _optional("is_anomalous", pa.bool_(), "score > threshold"),
-    _optional("threshold", pa.float32(), "score of the model that held-out normals exceed at the false-alarm rate"),
+    _optional(
+        "threshold",
+        pa.float32(),
+        "score above which an image is called anomalous; of good images, at most the false-alarm rate",
+    ),
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
     _optional("area", pa.float32(), "fraction of pixels whose anomaly exceeds the threshold, 0 to 1"),

@@ -89,7 +89,7 @@ def _cpus_on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
     A scorer computes in one thread: one per core is faster than fewer with more threads. The kernel shares the core.
     """
     cores = max(int(node["CPU"]) for node in nodes)
-    # Just so many that no node fits one scorer more than it has cores.
+    # Just over cores / (cores + 1): a node fits exactly one scorer per core.
     scorer = _round_down(cores / (cores + 1)) + 1 / _UNITS_PER_CPU
     rest = cores * (1 - scorer)
     return scorer, _round_down(min(rest / (cores * _TASKS_PER_CORE), rest * _MAX_FRACTION_OF_REST))

@@ -44,8 +44,9 @@ def files(uri: str) -> list[tuple[str, int]]:
 def versions(uri: str) -> list[tuple[str, str]]:
     """Return (URI, version) of every file under a folder, at any depth, sorted; none if it does not exist.
 
-    The version changes when the file is written again: it is the size with the checksum or tag in an object store, and
-    with the time of modification on a disk. It costs no request beside the listing.
+    The version changes when the file's bytes do; on a disk, and in some object stores, also when the same bytes are
+    written again: it is the size with the checksum or tag in an object store, and with the time of modification on a
+    disk. It costs no request beside the listing.
     """
     return [(name, _version(info)) for name, info in _entries(uri)]
 

@@ -76,7 +76,7 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Make a local path absolute, so that other processes find it; any other URI loses its last slash alone."""
+    """Make a local path absolute, so that other processes find it; any other URI only loses trailing slashes."""
     if is_local(uri):
         # This expands `~` too, and keeps it where no user has that name.
         return str(Path(LocalFileSystem._strip_protocol(uri)).absolute())

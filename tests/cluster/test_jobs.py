@@ -27,7 +27,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     make_category("data", "bolt")
     fit = run_job("fit", "--data", "data", "--models", "models", "--categories", "nut", *TINY_FIT)
     assert fit.returncode == 0
-    assert "needs 99 good images to calibrate on: nut has 2 of its 8 good images and supports 0.333" in fit.stdout
+    assert "needs 99 good images to calibrate on: nut calibrates on 2 of its 8 good images, which" in fit.stdout
     assert fitted_categories("models") == ["nut"]
 
     # A run without rows may be replaced.
@@ -42,7 +42,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     for name, ran in (("fit", fit), ("score", score)):
         assert ran.stdout.startswith(f"{name}.py of stpm {__version__} starts\n")
         assert ran.stderr == ""
-    assert "nut has 2 of its 8 good images and supports 0.333" in score.stdout
+    assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333 or more" in score.stdout
     rows = read_rows("run")
     assert len(rows) == 8
     assert all((working_folder / "run" / row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)

@@ -80,7 +80,7 @@ def test_few_normals_for_a_rate_are_warned_about(
     data = categories(tmp_path, nut=8)
     warn_about_few_normals(data, tiny, 0.01)
     warn_about_few_normals(data, dataclasses.replace(tiny, calibration_folds=2), 0.1)
-    assert "nut has 2 of its 8 good images and supports 0.333" in caplog.messages[0]
-    assert "nut has 8 of its 8 good images and supports 0.111" in caplog.messages[1]
+    assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333" in caplog.messages[0]
+    assert "nut calibrates on 8 of its 8 good images, which supports a rate of 0.111" in caplog.messages[1]
     warn_about_few_normals(data, dataclasses.replace(tiny, calibration_folds=2), 0.2)
     assert len(caplog.messages) == 2

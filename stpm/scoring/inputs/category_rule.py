@@ -37,7 +37,8 @@ class CategoryRule:
             )
         if self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
             raise ConfigError(
-                f"category-from is {self.pattern!r}; name {{category}} once, and no name twice, {_EXAMPLE}"
+                f"category-from is {self.pattern!r}; use {{category}} exactly once, and every other name at most once, "
+                f"{_EXAMPLE}"
             )
 
     def category(self, path: str) -> str:

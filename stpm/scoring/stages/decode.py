@@ -28,7 +28,7 @@ from stpm.scoring.stages.time_limit import run_within
 _FETCHERS = 8
 # Files up to this size are fetched side by side; a larger one is fetched when it is its turn to be decoded.
 _SMALL_FILE_BYTES = 16 * 2**20
-# How long an image waits for its turn: the one before it may hang.
+# An image that has waited this long for its turn is decoded beside the one before it, which may hang.
 _TURN_SECONDS = 60.0
 # Memory that a task takes at most: its small files, and the largest file and image.
 TASK_BYTES = _FETCHERS * _SMALL_FILE_BYTES + MAX_BYTES + DECODING_BYTES

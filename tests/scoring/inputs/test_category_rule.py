@@ -24,9 +24,9 @@ def test_a_pattern_matches_the_end_of_the_path(pattern: str, uri: str, category:
 @pytest.mark.parametrize(
     ("pattern", "why"),
     [
-        ("{name}", "once, and no name twice"),
-        ("{category}/{category}", "once, and no name twice"),
-        ("{category}/{a}/{a}", "once, and no name twice"),
+        ("{name}", "exactly once, and every other name at most once"),
+        ("{category}/{category}", "exactly once, and every other name at most once"),
+        ("{category}/{a}/{a}", "exactly once, and every other name at most once"),
         ("{category}/{2}", r"\{2\} is no name"),
     ],
 )
