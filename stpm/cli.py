@@ -144,7 +144,7 @@ def run_job(job: Job) -> NoReturn:
     Standard input and output accept bytes that are not UTF-8; the output escapes them.
     """
     stop_on_signals()
-    # Until the options are read.
+    # Errors of the options come before the format that they choose.
     start_logging(job.prog.removesuffix(".py"), "text")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
