@@ -95,7 +95,7 @@ class JsonHandler(ConsoleHandler):
         category = {"category": record.category} if hasattr(record, "category") else {}
         for line in filter(None, record.getMessage().splitlines()):
             fields = {"time": time, **self._names, **category, "message": line}
-            print(json.dumps(fields, ensure_ascii=False), flush=True)
+            print(json.dumps(fields), flush=True)
 
 
 def show_progress(line: str) -> None:

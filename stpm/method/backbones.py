@@ -135,6 +135,7 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
         ModelError: if the file's keys or shapes do not match the architecture.
     """
     backbone = build_backbone(teacher, levels)
+    architecture, keys = architecture_name(teacher), backbone.net.state_dict().keys()
     if weights == RANDOM_WEIGHTS:
         return build_student(teacher, levels, seed=0, zero_init_residual=False).net.state_dict()
     if weights:
@@ -142,8 +143,8 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
     elif teacher == DEMO_TEACHER:
         state, origin = _packaged_weights(), "the package's teacher"
     else:
-        return _download(teacher, levels)
-    architecture, keys = architecture_name(teacher), backbone.net.state_dict().keys()
+        # timm's has the stages after the last level too.
+        return {key: value for key, value in _download(teacher, levels).items() if key in keys}
     if state.keys() != keys:
         return _cut_to_backbone(architecture, levels, state, keys, origin)
     _load_weights(backbone.net, state, origin, architecture)

@@ -130,8 +130,12 @@ class Matcher:
         self.preprocessing = preprocessing
         self.device = device
         self.precision = precision
-        self.backend = backend
-        self.teacher = self._compile(to_device(teacher, device).eval().requires_grad_(False))
+        self.backend: Backend = backend
+        eager = to_device(teacher, device).eval().requires_grad_(False)
+        self.teacher = self._compile(eager)
+        if self.teacher is eager:
+            # If OpenVINO cannot compile the teacher, PyTorch computes the student too.
+            self.backend = "eager"
         mean = torch.tensor(preprocessing.mean, device=device)
         std = torch.tensor(preprocessing.std, device=device)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1)

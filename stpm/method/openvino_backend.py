@@ -40,13 +40,13 @@ class OpenVinoBackbone:
     def __init__(self, backbone: Backbone, height: int, width: int, precision: Precision) -> None:
         try:
             self._request = _compile(backbone, height, width, precision).create_infer_request()
+            shapes = [tuple(output.shape) for output in self._request.model_outputs]
+            self._shapes = [(channels, rows, columns) for _, rows, columns, channels in shapes]
+            difference = self._difference(backbone, height, width)
         except Exception as error:
             # OpenVINO has no exception of its own for an operation that it does not know.
             raise ModelError(f"OpenVINO cannot compile {backbone.architecture}: {error}") from error
-        shapes = [tuple(output.shape) for output in self._request.model_outputs]
-        self._shapes = [(channels, rows, columns) for _, rows, columns, channels in shapes]
         self.nbytes = backbone.nbytes
-        difference = self._difference(backbone, height, width)
         if not difference < _TOLERANCES[precision]:
             raise ModelError(
                 f"OpenVINO's features of {backbone.architecture} differ by {difference:.2g} from PyTorch's, relative "
@@ -67,7 +67,9 @@ class OpenVinoBackbone:
         image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             pairs = zip(self(image), backbone(image), strict=True)
-        return max(float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)) for ours, theirs in pairs)
+        ratios = [(ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6) for ours, theirs in pairs]
+        # Python's max would lose a NaN.
+        return float(torch.stack(ratios).max())
 
 
 def _compile(backbone: Backbone, height: int, width: int, precision: Precision) -> Any:

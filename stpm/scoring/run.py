@@ -116,6 +116,8 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
         images, records = _read_inputs(run, model_ids)
         differences = state.model_differences(_model_ids(records))
         if not differences:
+            if model_ids:
+                log.info("the models are those that this run began with; --fresh starts over with the current ones")
             return images, records
     # A run without rows may be replaced.
     if not replace and run.output.files():
@@ -156,6 +158,10 @@ def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mappi
                 records[category] = store.record(category, (model_ids or {}).get(category, ""))
         except (NoModelError, DataError) as error:
             # Errors of damaged or unreadable models are not caught: a row without a model is never scored again.
+            if model_ids:
+                raise ModelError(
+                    f"{error}; this run began with it: restore it, or give --fresh to start over with current models"
+                ) from error
             problems.append(str(error))
     if not records:
         raise ModelError(join_first(problems) or "no image has a category; see --category and --category-from")

@@ -203,3 +203,13 @@ def test_every_weight_has_a_part_in_the_features(architecture: str) -> None:
     backbone = build_student(architecture, (1, 2, 3), 0, zero_init_residual=False)
     torch.stack([level.sum() for level in backbone(torch.randn(2, 3, 64, 64))]).sum().backward()
     assert [name for name, weight in backbone.named_parameters() if weight.grad is None] == []
+
+
+@pytest.mark.parametrize("teacher", ["mobilenetv3_small_050.lamb_in1k", "resnet18.tv_in1k"])
+def test_a_downloaded_teacher_fits_its_backbone(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_model = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **options: create_model(name, **options | {"pretrained": False})
+    )
+    weights = load_teacher_weights(teacher, "", (1, 2, 3))
+    assert load_backbone(teacher, (1, 2, 3), weights, "the download").net.state_dict().keys() == weights.keys()

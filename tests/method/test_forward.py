@@ -54,5 +54,8 @@ def test_pytorch_computes_what_openvino_cannot(
         raise ModelError("OpenVINO cannot compile test_resnet: unknown operation")
 
     monkeypatch.setattr("stpm.method.forward.OpenVinoBackbone", refuse)
-    assert isinstance(matcher("openvino").teacher, Backbone)
+    fallback = matcher("openvino")
+    assert isinstance(fallback.teacher, Backbone)
+    # What the record of a fit and the fingerprint of its checkpoints say.
+    assert fallback.backend == "eager"
     assert "unknown operation; PyTorch computes it instead" in caplog.text

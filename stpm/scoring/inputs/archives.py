@@ -86,6 +86,10 @@ def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
                     files[name] = ImageRef(member_uri, member.offset_data, member.size)
                 elif member.islnk() and link_target:
                     files[name] = link_target._replace(uri=member_uri)
+            # tarfile takes a header that is damaged or cut off for the end, which is a block of zeros.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"neither a header nor the end at byte {archive.offset}")
     except (ValueError, tarfile.TarError) as problem:
         error = ImageError("damaged", f"this archive cannot be read to its end: {problem}; write it uncompressed")
     except OSError as problem:

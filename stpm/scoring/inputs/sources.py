@@ -111,10 +111,13 @@ def _images_in(file: str) -> Iterator[tuple[ImageRef, ImageError | None]]:
 
 
 def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: CategoryRule) -> Iterator[pa.Table]:
+    def row(image: ImageRef, error: ImageError | None) -> ManifestRow:
+        # A pattern matches paths of images, and an archive with an error is none.
+        category = rule.fixed if error else rule.category(storage.as_utf8(image.path))
+        return ManifestRow(image, category, error=error)
+
     while chunk := list(islice(images, CHUNK_ROWS)):
-        yield make_rows(
-            [ManifestRow(image, rule.category(storage.as_utf8(image.path)), error=error) for image, error in chunk]
-        )
+        yield make_rows([row(image, error) for image, error in chunk])
 
 
 def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator[pa.Table]:
