@@ -209,6 +209,7 @@ def job(argv):
                 if ignores_stop == "no":
                     raise
 
+job.prog = "writer.py"
 run_job(job)
 """
 
@@ -220,6 +221,7 @@ def test_a_process_that_lost_its_lease_stops_writing(tmp_path: Path, loss: str, 
     process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
     first, second = tmp_path / ".lease" / "0.json", tmp_path / ".lease" / "1.json"
     while not (tmp_path / "written").exists():
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     if loss == "taken over":
         storage.create(str(second), OTHER_MACHINE.encode())
