@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -27,6 +27,24 @@ _LOG_SECONDS = 5.0
 _MAX_UNFINISHED = 10
 
 Snapshot = tuple[RunStatistics, list[UnfinishedImage], str]
+
+
+class BatchReport(NamedTuple):
+    """What a stage reports of one batch.
+
+    Args:
+        stage: that processed the batch.
+        statistics: of the batch.
+        attempted: images that the stage tried to process.
+        external_errors: errors of those that failed for a reason that may be outside the image.
+        unfinished: images that are left to the next run.
+    """
+
+    stage: Stage
+    statistics: RunStatistics
+    attempted: int = 0
+    external_errors: Sequence[str] = ()
+    unfinished: Sequence[UnfinishedImage] = ()
 
 
 class CircuitBreaker:
@@ -73,28 +91,17 @@ class ProgressActor:
         self._marks: list[tuple[float, int]] = []
         self._last_report = 0.0
 
-    def add(
-        self,
-        stage: Stage,
-        statistics: RunStatistics,
-        attempted: int = 0,
-        external_errors: Sequence[str] = (),
-        unfinished: Sequence[UnfinishedImage] = (),
-    ) -> str:
-        """Add a stage's report of one batch. See `ProgressReporter.__call__`.
-
-        Returns:
-            The reason to stop the run, or "".
-        """
-        self._statistics += statistics
-        self._unfinished += unfinished[: _MAX_UNFINISHED - len(self._unfinished)]
-        if attempted and self._stops:
-            breaker = self._breakers[stage]
-            breaker.add(attempted, external_errors)
+    def add(self, report: BatchReport) -> str:
+        """Add the report of one batch; return the reason to stop the run, or ""."""
+        self._statistics += report.statistics
+        self._unfinished += report.unfinished[: _MAX_UNFINISHED - len(self._unfinished)]
+        if report.attempted and self._stops:
+            breaker = self._breakers[report.stage]
+            breaker.add(report.attempted, report.external_errors)
             if breaker.is_open and not self._stop_reason:
                 self._stop_reason = str(breaker)
         self._last_report = self._clock()
-        if statistics.images and (not self._marks or self._last_report - self._marks[-1][0] >= _POLL_SECONDS):
+        if report.statistics.images and (not self._marks or self._last_report - self._marks[-1][0] >= _POLL_SECONDS):
             self._marks.append((self._last_report, self._statistics.images))
         return self._stop_reason
 
@@ -124,28 +131,14 @@ class ProgressReporter:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def __call__(
-        self,
-        stage: Stage,
-        statistics: RunStatistics,
-        attempted: int = 0,
-        external_errors: Sequence[str] = (),
-        unfinished: Sequence[UnfinishedImage] = (),
-    ) -> None:
+    def __call__(self, report: BatchReport) -> None:
         """Report one batch. Return without waiting, except if images failed.
-
-        Args:
-            stage: that processed the batch.
-            statistics: of the batch.
-            attempted: images that the stage tried to process.
-            external_errors: errors of those that failed for a reason that may be outside the image.
-            unfinished: images that are left to the next run.
 
         Raises:
             CutOffError: if so many images failed that the run should stop.
         """
-        reply = self._actor.add.remote(stage, statistics, attempted, external_errors, unfinished)
-        if external_errors and (reason := ray.get(reply)):
+        reply = self._actor.add.remote(report)
+        if report.external_errors and (reason := ray.get(reply)):
             raise CutOffError(reason)
 
     def read(self) -> Snapshot:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from stpm.scoring.progress import CircuitBreaker, ProgressActor, ProgressDisplay
+from stpm.scoring.progress import BatchReport, CircuitBreaker, ProgressActor, ProgressDisplay
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 
 
@@ -40,9 +40,9 @@ def test_progress_names_the_speed_once_it_is_known(caplog: pytest.LogCaptureFixt
 
 def test_progress_actor_adds_up_statistics() -> None:
     actor = ProgressActor(Clock())
-    actor.add("forward", RunStatistics(16, 1, 2, forward_seconds=1.5))
-    actor.add("forward", RunStatistics(4, 0, 1, forward_seconds=0.5))
-    actor.add("decode", RunStatistics(decode_seconds=3.0))
+    actor.add(BatchReport("forward", RunStatistics(16, 1, 2, forward_seconds=1.5)))
+    actor.add(BatchReport("forward", RunStatistics(4, 0, 1, forward_seconds=0.5)))
+    actor.add(BatchReport("decode", RunStatistics(decode_seconds=3.0)))
     assert actor.read()[0] == RunStatistics(20, 1, 3, decode_seconds=3.0, forward_seconds=2.0)
 
 
@@ -52,10 +52,10 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
     reasons = []
     for _ in range(4):
         # Successes of the scorers, which are behind, do not hide that decoding fails.
-        assert actor.add("forward", RunStatistics(64), attempted=64) == ""
-        failed = ("decode", RunStatistics(), 64, ["unreadable: expired"] * 64, unfinished)
-        reasons.append(actor.add(*failed))
-        assert patient.add(*failed) == ""
+        assert actor.add(BatchReport("forward", RunStatistics(64), attempted=64)) == ""
+        failed = BatchReport("decode", RunStatistics(), 64, ["unreadable: expired"] * 64, unfinished)
+        reasons.append(actor.add(failed))
+        assert patient.add(failed) == ""
     assert reasons == ["", "", "", "256 of the latest 256 images failed, the last one as unreadable: expired"]
     assert actor.read()[1:] == (unfinished[:10], reasons[-1])
 
@@ -89,11 +89,11 @@ def test_steady_speed_excludes_the_first_quarter() -> None:
     assert actor.read()[0].steady_images_per_second == 0
     for second, images in enumerate([0, 10, 10, 10, 50, 100, 100, 100]):
         clock.now = float(second)
-        actor.add("forward", RunStatistics(images))
+        actor.add(BatchReport("forward", RunStatistics(images)))
     assert actor.read()[0].images == 380
     assert actor.read()[0].steady_images_per_second == (380 - 180) / 2
     clock.now = 9.0
-    actor.add("encode", RunStatistics(encode_seconds=1))
+    actor.add(BatchReport("encode", RunStatistics(encode_seconds=1)))
     assert actor.read()[0].steady_images_per_second == (380 - 180) / 4
 
 
@@ -101,8 +101,8 @@ def test_steady_speed_is_unknown_within_the_first_second() -> None:
     clock = Clock()
     actor = ProgressActor(clock)
     for clock.now in (1000.0, 1000.1, 1000.2):
-        actor.add("forward", RunStatistics(100))
+        actor.add(BatchReport("forward", RunStatistics(100)))
     assert actor.read()[0].steady_images_per_second == pytest.approx(200 / 0.2, rel=1e-3)
     for clock.now in (1000.3, 1000.4):
-        actor.add("forward", RunStatistics(1000))
+        actor.add(BatchReport("forward", RunStatistics(1000)))
     assert actor.read()[0].steady_images_per_second == 0

@@ -19,7 +19,7 @@ from stpm.scoring import prometheus
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.options import IMAGE_SECONDS
-from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_passthrough
 from stpm.scoring.stages.outcomes import error_columns, external_errors
@@ -67,7 +67,8 @@ class Decode:
         if self._report:
             # Images that the manifest refused were not tried.
             tried = [outcome for row, outcome in zip(rows, outcomes, strict=True) if not row["error_kind"]]
-            self._report("decode", RunStatistics(decode_seconds=computed), len(tried), external_errors(tried))
+            statistics = RunStatistics(decode_seconds=computed)
+            self._report(BatchReport("decode", statistics, len(tried), external_errors(tried)))
         decoded = [outcome if isinstance(outcome, Decoded) else None for outcome in outcomes]
         columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names} | error_columns(outcomes)
         columns["pixels"] = [image.pixels.data.cast("B") if image else b"" for image in decoded]

@@ -20,7 +20,7 @@ from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
 from stpm.scoring.output import RunOutput
-from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 
@@ -115,7 +115,7 @@ class WriteHeatmaps:
             (row["category"] if row["model_id"] else "", row["error_kind"], bool(row["is_anomalous"])) for row in rows
         )
         if self._report:
-            self._report("encode", RunStatistics(encode_seconds=computed))
+            self._report(BatchReport("encode", RunStatistics(encode_seconds=computed)))
         return _with_folder_names(result) if self._options.partition_by == "category" else result
 
     def _pictures(self, row: Mapping[str, Any]) -> Pictures:

@@ -20,7 +20,7 @@ from stpm.method.forward import Matcher, pick_device
 from stpm.method.fusion import AnomalyMap
 from stpm.models.store import Model, ModelStore
 from stpm.scoring import prometheus
-from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
 from stpm.scoring.stages.batch_size import BatchSize
@@ -113,11 +113,13 @@ class Scorer:
             anomalous = sum(bool(score.is_anomalous) for score in scores)
             tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
             self._report(
-                "forward",
-                RunStatistics(len(images), len(images) - len(scores), anomalous, forward_seconds=seconds),
-                len(tried),
-                external_errors(tried),
-                [UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()],
+                BatchReport(
+                    "forward",
+                    RunStatistics(len(images), len(images) - len(scores), anomalous, forward_seconds=seconds),
+                    len(tried),
+                    external_errors(tried),
+                    [UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()],
+                )
             )
         self._idle_since = time.perf_counter()
         return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result

@@ -25,6 +25,7 @@ from stpm.options import Size
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
 from tests.datasets import encode_image, make_category
@@ -129,8 +130,9 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
     uris = [good[0], "expired://a.png", *good[1:], "/gone.png"]
     reports: list[Any] = []
 
-    def report(stage: str, statistics: Any, attempted: int, external_errors: Any, unfinished: Any = ()) -> None:
-        unfinished = [image[:2] for image in unfinished]
+    def report(batch: BatchReport) -> None:
+        stage, statistics, attempted, external_errors, _ = batch
+        unfinished = [image[:2] for image in batch.unfinished]
         reports.append((stage, statistics.images, statistics.errors, attempted, len(external_errors), unfinished))
 
     decoded = Decode(PREPROCESSING, report=cast(Any, report))(nut_rows(uris))
