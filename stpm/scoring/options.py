@@ -96,7 +96,9 @@ class ScoreOptions:
         "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved after running out "
         "of memory",
     )
-    model_memory_gib: float = option(1.0, "GiB of models that a scorer keeps loaded, the most recently used ones")
+    model_memory_gib: float = option(
+        1.0, "GiB of models and teachers that a scorer keeps loaded, the most recently used ones"
+    )
     image_seconds: float = option(
         IMAGE_SECONDS,
         "seconds that fetching and decoding one image may take; an image that is not fetched by then is tried again by "

@@ -6,7 +6,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -22,14 +23,22 @@ _RETRY_SECONDS = 60.0
 _MatcherKey = tuple[object, ...]
 
 
+@dataclass(frozen=True)
+class _LoadedModel:
+    """A model with its matcher, which is in memory as long as a model that uses it."""
+
+    model: Model
+    matcher: Matcher
+
+
 class ModelCache:
     """Matchers and models of a store, by category.
 
     Args:
         store: the store to load from.
         device: the device to load onto.
-        max_bytes: weights of models to keep, the most recently used ones; at least one model is kept. A matcher goes
-            with the last kept model that uses it.
+        max_bytes: weights of models and of their teachers to keep, those of the most recently used models; at least
+            one model is kept.
         model_ids: the model of each category.
         backend: what computes features.
     """
@@ -48,8 +57,8 @@ class ModelCache:
         self._model_ids = model_ids
         self._backend = backend
         self._records: dict[str, ModelRecord] = {}
-        self._matchers: dict[_MatcherKey, Matcher] = {}
-        self._models: OrderedDict[str, tuple[Model, int]] = OrderedDict()
+        self._matchers: WeakValueDictionary[_MatcherKey, Matcher] = WeakValueDictionary()
+        self._models: OrderedDict[str, _LoadedModel] = OrderedDict()
         self._failures: dict[str, tuple[str, str, float]] = {}
 
     def matcher(self, category: str) -> Matcher:
@@ -61,12 +70,12 @@ class ModelCache:
         with self._loading(category):
             record = self._record(category)
             recipe, key = record.recipe, _matcher_key(record)
-            if key not in self._matchers:
+            matcher = self._matchers.get(key)
+            if not matcher:
                 teacher = self._store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
-                self._matchers[key] = Matcher(
-                    teacher, record.preprocessing, self._device, record.precision, self._backend
-                )
-            return self._matchers[key]
+                matcher = Matcher(teacher, record.preprocessing, self._device, record.precision, self._backend)
+                self._matchers[key] = matcher
+            return matcher
 
     def model(self, category: str) -> Model:
         """Return the model of a category.
@@ -76,18 +85,19 @@ class ModelCache:
         """
         with self._loading(category):
             if category not in self._models:
+                matcher = self.matcher(category)
                 model = self._store.load(category, self._record(category).model_id).to(self._device)
-                model = replace(model, parts=self.matcher(category).compile(model.parts))
-                self._models[category] = model, model.parts.nbytes
-                while len(self._models) > 1 and sum(size for _, size in self._models.values()) > self._max_bytes:
-                    _, (evicted, _) = self._models.popitem(last=False)
-                    self._drop_unused_matcher(_matcher_key(evicted.record))
+                model = replace(model, parts=matcher.compile(model.parts))
+                self._models[category] = _LoadedModel(model, matcher)
+                while len(self._models) > 1 and self._nbytes() > self._max_bytes:
+                    self._models.popitem(last=False)
             self._models.move_to_end(category)
-            return self._models[category][0]
+            return self._models[category].model
 
-    def _drop_unused_matcher(self, key: _MatcherKey) -> None:
-        if all(_matcher_key(model.record) != key for model, _ in self._models.values()):
-            self._matchers.pop(key, None)
+    def _nbytes(self) -> int:
+        matchers = {loaded.matcher for loaded in self._models.values()}
+        parts = (loaded.model.parts for loaded in self._models.values())
+        return sum(part.nbytes for part in parts) + sum(matcher.teacher.nbytes for matcher in matchers)
 
     def _record(self, category: str) -> ModelRecord:
         if category not in self._records:
