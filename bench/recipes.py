@@ -71,7 +71,7 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
-def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> dict[str, Any]:
+def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
     """Fit one model, and measure each variant of it on the category's test images and on drawn defects."""
     uris = [uri for uri, _ in category.train]
     preprocessing = preprocessing_for(recipe, uris)
@@ -86,21 +86,22 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str]) -> di
     parts = make_parts(trained.student, memory, recipe, matcher.device)
     tests = [(storage.read(image.uri), read_mask(image.mask)) for image in category.test]
     held = [storage.read(uris[i]) for i in held_out]
-    # One half sets the scales, defects are drawn on the other: no image sets its own scale.
     normal = compare(parts, matcher, [(data, None) for data in held])
-    half = compare(parts, matcher, [(data, None) for data in held[::2]])
-    drawn = compare(parts, matcher, draw_defects(held[1::2]))
-    real = compare(parts, matcher, tests)
-    real = dataclasses.replace(real, is_defect=np.array([image.label != mvtec.GOOD for image in category.test]))
+    measured = {}
+    if "real" in kinds:
+        real = compare(parts, matcher, tests)
+        is_defect = np.array([image.label != mvtec.GOOD for image in category.test])
+        measured["real"] = dataclasses.replace(real, is_defect=is_defect), normal
+    if "drawn" in kinds:
+        # One half sets the scales, defects are drawn on the other: no image sets its own scale.
+        half = compare(parts, matcher, [(data, None) for data in held[::2]])
+        measured["drawn"] = compare(parts, matcher, draw_defects(held[1::2])), half
     return {
         "size": preprocessing.size,
         "seconds": round(seconds, 1),
         "validation_loss": trained.kept_epoch and round(trained.kept_epoch.validation_loss, 5),
         "variants": {
-            variant: {
-                "drawn": measure(drawn, half, matcher, recipe, variant),
-                "real": measure(real, normal, matcher, recipe, variant),
-            }
+            variant: {kind: measure(*compared, matcher, recipe, variant) for kind, compared in measured.items()}
             for variant in variants
         },
     }
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--teacher-weights", default="", help="file of weights, as for the fit job")
     parser.add_argument("--seeds", default="0", help="seeds, separated by commas (default: 0)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--kinds", default="real,drawn", help="defects to measure (default: real,drawn)")
     parser.add_argument("--train-images", type=int, help="fit on the first N images alone", metavar="N")
     parser.add_argument("--variants", nargs="*", default=[""], help="name=value pairs on top of each choice")
     parser.add_argument(
@@ -242,7 +244,7 @@ def main() -> None:
     parser.add_argument("choices", nargs="*", default=[""], help="name=value pairs on top of preset default")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    out = Path(arguments.out)
+    out, kinds = Path(arguments.out), arguments.kinds.split(",")
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(line["choice"], line["category"], line["seed"]) for line in lines}
     base = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, teacher_weights=arguments.teacher_weights)
@@ -257,12 +259,12 @@ def main() -> None:
                 recipe = dataclasses.replace(change_recipe(base, choice), seed=seed).for_image_count(
                     len(category.train)
                 )
-                result = run(category, recipe, arguments.variants)
+                result = run(category, recipe, arguments.variants, kinds)
                 lines.append({"choice": choice, "category": name, "seed": seed} | result)
                 with out.open("a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
                 print(json.dumps(lines[-1]), flush=True)
-    for kind in ("real", "drawn"):
+    for kind in kinds:
         print("\n" + tables(lines, kind))
 
 
