@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from stpm.data.image_statistics import ImageStatistics, compute_statistics
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 
@@ -62,12 +63,15 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image at model size, padding included: (H, W, 3) uint8 RGB; and the file's own width, height and bytes."""
+    """An image at model size, padding included: (H, W, 3) uint8 RGB; and width, height, bytes and statistics of the
+    file's own pixels.
+    """
 
     pixels: Pixels
     width: int
     height: int
     bytes: int
+    statistics: ImageStatistics
 
 
 @contextmanager
@@ -93,6 +97,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     image = _open(data)
     width, height = image.size
     rgb = _as_rgb(image)
+    statistics = compute_statistics(rgb)
     content = preprocessing.content_shape(width, height)
     if rgb.size != content[::-1]:
         resampling = _RESAMPLING[preprocessing.interpolation]
@@ -101,7 +106,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
         padded = Image.new("RGB", (preprocessing.width, preprocessing.height), preprocessing.padding_colour)
         padded.paste(rgb, preprocessing.content_box(width, height))
         rgb = padded
-    return Decoded(np.asarray(rgb), width, height, len(data))
+    return Decoded(np.asarray(rgb), width, height, len(data), statistics)
 
 
 @_decoding_errors()

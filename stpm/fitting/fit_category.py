@@ -146,6 +146,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         student=trained.student,
         memory=memory,
         calibration_scores=calibration.scores,
+        image_statistics=features.images.statistics_table,
         history=history,
         picture=loss_png(history.to_pydict(), kept.number, task.category) if kept else b"",
     )

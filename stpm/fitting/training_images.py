@@ -10,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from stpm import storage
 from stpm.data import images
+from stpm.data.image_statistics import COMPARED
 from stpm.data.images import Pixels
 from stpm.errors import DataError, ImageError, join_first
 from stpm.method.backbones import resolve_data_config
@@ -25,13 +28,25 @@ _MAX_HEADERS_READ = 32
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Decoded images: `pixels` (N, H, W, 3) uint8 RGB, in memory or in a file; `content` (N, 4) int32 content boxes."""
+    """Decoded images, N of them.
+
+    Args:
+        pixels: (N, H, W, 3) uint8 RGB, in memory or in a file.
+        content: (N, 4) int32 content boxes.
+        statistics: (N, len(COMPARED)) float32 of the images' own pixels, in the order of COMPARED.
+    """
 
     pixels: Pixels
     content: Boxes
+    statistics: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def statistics_table(self) -> pa.Table:
+        """Return the statistics with a name for each column."""
+        return pa.table(dict(zip(COMPARED, self.statistics.T, strict=True)))
 
     @property
     def on_disk(self) -> bool:
@@ -81,15 +96,17 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
     shape = (len(uris), preprocessing.height, preprocessing.width, 3)
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
     content = np.empty((len(uris), 4), np.int32)
+    statistics = np.empty((len(uris), len(COMPARED)), np.float32)
 
     def decode(index: int, data: bytes) -> None:
         decoded = images.decode(data, preprocessing)
         pixels[index] = decoded.pixels
         content[index] = preprocessing.content_box(decoded.width, decoded.height)
+        statistics[index] = decoded.width, decoded.height, *decoded.statistics
 
     if problems := _read_all(uris, decode):
         raise _unreadable(problems, len(uris))
-    return TrainingImages(pixels, content)
+    return TrainingImages(pixels, content, statistics)
 
 
 def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> list[str]:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
 CALIBRATION = "calibration.parquet"
+IMAGE_STATISTICS = "image_statistics.parquet"
 
 
 def library_versions() -> dict[str, str]:
@@ -74,7 +75,7 @@ class ModelRecord:
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    format: Literal[4] = 4
+    format: Literal[5] = 5
 
     @cached_property
     def model_id(self) -> str:

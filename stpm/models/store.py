@@ -5,6 +5,7 @@
 <store>/<category>/<model id>/student.safetensors    if the recipe has a student
 <store>/<category>/<model id>/memory.safetensors     if the recipe has a memory
 <store>/<category>/<model id>/calibration.parquet    column `score`: float32, ascending
+<store>/<category>/<model id>/image_statistics.parquet  a row per good image: stpm.data.image_statistics.COMPARED
 <store>/<category>/<model id>/history.parquet        one row per epoch, if there is a student
 <store>/<category>/<model id>/loss.png               the loss curve, if there is a student
 <store>/<category>/<model id>/model.json             written last; a folder without it is not a model
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from stpm import storage
 from stpm.errors import ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration
-from stpm.models.record import CALIBRATION, MEMORY, STUDENT, ModelRecord, from_json, to_json
+from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, from_json, to_json
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class ModelStore:
         student: StateDict | None,
         memory: Sequence[MemoryBank],
         calibration_scores: npt.NDArray[np.float32],
+        image_statistics: pa.Table,
         history: pa.Table,
         picture: bytes,
     ) -> ModelRecord:
@@ -128,13 +130,17 @@ class ModelStore:
             student: weights of the student, if there is one.
             memory: memory banks, if there are any.
             calibration_scores: (n,) ascending.
+            image_statistics: of all good images that the model was fitted on or calibrated with, a row each.
             history: losses per epoch, stored with a student.
             picture: PNG of the losses, stored with a student.
         """
         from stpm.method.backbones import serialise
 
         storage.safe_name(record.category, "category")
-        contents = {CALIBRATION: storage.parquet(pa.table({"score": calibration_scores}))}
+        contents = {
+            CALIBRATION: storage.parquet(pa.table({"score": calibration_scores})),
+            IMAGE_STATISTICS: storage.parquet(image_statistics),
+        }
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
         if memory:
@@ -211,6 +217,14 @@ class ModelStore:
             student = load_backbone(record.recipe.teacher, record.recipe.levels, state, uri)
         memory = _banks(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
         return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
+
+    def image_statistics(self, record: ModelRecord) -> pa.Table:
+        """Read the statistics of the good images of a model, a row each.
+
+        Raises:
+            ModelError: if the file is missing or damaged.
+        """
+        return self._table(record, IMAGE_STATISTICS)
 
     def folder(self, category: str) -> str:
         """Return the folder of a category."""

@@ -46,7 +46,19 @@ _SIZE = [
     _optional("bytes", pa.int64(), "size of the file", _NOT_DECODED),
 ]
 
-DECODED = pa.schema([*MANIFEST, *_SIZE, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")])
+_STATISTICS = [
+    _optional("brightness", pa.float32(), "mean luma of the original image, 0 to 255", _NOT_DECODED),
+    _optional("contrast", pa.float32(), "standard deviation of the luma over its mean", _NOT_DECODED),
+    _optional("sharpness", pa.float32(), "energy of the finest detail over that of coarser detail", _NOT_DECODED),
+    _optional("red_to_green", pa.float32(), "mean of the red channel over that of the green channel", _NOT_DECODED),
+    _optional("blue_to_green", pa.float32(), "mean of the blue channel over that of the green channel", _NOT_DECODED),
+    _optional("position_x", pa.float32(), "centre of the content, 0 (left) to 1 (right)", _NOT_DECODED),
+    _optional("position_y", pa.float32(), "centre of the content, 0 (top) to 1 (bottom)", _NOT_DECODED),
+]
+
+DECODED = pa.schema(
+    [*MANIFEST, *_SIZE, *_STATISTICS, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")]
+)
 
 _SCORE = [
     _optional("score", pa.float32(), "mean of the anomaly map's highest values; larger is more anomalous"),
@@ -80,6 +92,7 @@ OUTPUT = pa.schema(
         *(field for field in MANIFEST if field not in (*_ERROR, *_ARCHIVE_POSITION)),
         *_SCORE,
         *_SIZE,
+        *_STATISTICS,
         _field("heatmap", pa.string(), 'palette PNG at model size, relative to the run folder, "" if none'),
         _field("overlay", pa.string(), 'image under its heatmap, in its own proportions, path as above, "" if none'),
         *_ERROR,

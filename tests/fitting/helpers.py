@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from stpm.data.image_statistics import COMPARED
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.task import Epoch
@@ -25,7 +26,7 @@ BUDGET = 2**30
 def unpadded(pixels: np.ndarray) -> TrainingImages:
     """Make images that fill the input."""
     content = np.array([[0, 0, pixels.shape[2], pixels.shape[1]]] * len(pixels), np.int32)
-    return TrainingImages(pixels, content)
+    return TrainingImages(pixels, content, np.zeros((len(pixels), len(COMPARED)), np.float32))
 
 
 def train_on(
@@ -62,4 +63,5 @@ def anomaly_maps(
 
 
 def select(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:
-    return TrainingImages(images.pixels[list(indices)], images.content[list(indices)])
+    chosen = list(indices)
+    return TrainingImages(images.pixels[chosen], images.content[chosen], images.statistics[chosen])

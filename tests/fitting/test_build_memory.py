@@ -78,7 +78,7 @@ def test_memory_holds_only_training_images(images: TrainingImages, make_matcher:
 def test_memory_holds_no_padding(images: TrainingImages, make_matcher: MatcherOf) -> None:
     recipe = MODELS["memory"]
     content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
-    features = TeacherFeatures(make_matcher(recipe), TrainingImages(images.pixels, content), BUDGET)
+    features = TeacherFeatures(make_matcher(recipe), dataclasses.replace(images, content=content), BUDGET)
     before = build_memory(features, np.arange(9), recipe)
     for level, mask in zip(features._features, features.content_masks(np.arange(9)), strict=True):
         assert mask is not None

@@ -24,7 +24,8 @@ def test_calibration_scores_held_out_images_as_scoring_does(
 ) -> None:
     """Score each held-out image on the part scales that the other held-out images give."""
     if padded:
-        images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
+        content = np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4")
+        images = dataclasses.replace(images, content=content)
     recipe = dataclasses.replace(any_model, validation_fraction=0.5)
     features, matcher = TeacherFeatures(make_matcher(recipe), images, BUDGET), make_matcher(recipe)
     train, held_out = split(len(images), recipe)
@@ -50,7 +51,8 @@ def test_distances_over_the_budget_are_recomputed_to_the_same_bits(
     images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if padded:
-        images = TrainingImages(images.pixels, np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4"))
+        content = np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4")
+        images = dataclasses.replace(images, content=content)
     features = TeacherFeatures(make_matcher(any_model), images, BUDGET)
     held_out = np.arange(9)
     parts = fit_parts(features, np.arange(9), held_out, any_model)

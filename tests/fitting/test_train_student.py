@@ -170,7 +170,7 @@ def test_nan_loss_is_reported(images: TrainingImages, tiny: Recipe, make_matcher
 def test_student_does_not_learn_from_padding(images: TrainingImages, tiny: Recipe, make_matcher: MatcherOf) -> None:
     """Replace the teacher's features on padding: the student stays the same."""
     content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
-    padded = TrainingImages(images.pixels, content)
+    padded = dataclasses.replace(images, content=content)
     features = TeacherFeatures(make_matcher(tiny), padded, BUDGET)
     train, held_out = split(len(padded), tiny)
     before = train_student(features, train, held_out, tiny, lambda epoch: None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stpm import storage
+from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ModelError
 from stpm.method.backbones import StateDict, build_student, load_teacher_weights
 from stpm.method.calibration import Calibration, HeatmapScale, PartScale
@@ -23,6 +24,7 @@ from tests.datasets import fitted_categories
 
 SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
 CALIBRATION = Calibration(np.array([0.2, 0.4, 0.7], np.float32), HeatmapScale(0.25, 0.75))
+IMAGE_STATISTICS = pa.table({name: np.arange(8, dtype=np.float32) + i for i, name in enumerate(COMPARED)})
 
 
 def make_banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
@@ -72,6 +74,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         student=make_student(recipe, seed),
         memory=make_banks(recipe, seed),
         calibration_scores=CALIBRATION.scores,
+        image_statistics=IMAGE_STATISTICS,
         picture=b"png",
         history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
     )
@@ -105,6 +108,7 @@ def test_save_and_load_round_trip(store: ModelStore, any_model: Recipe) -> None:
     assert record.part_scales == make_scales(any_model)
     np.testing.assert_array_equal(model.calibration.scores, CALIBRATION.scores)
     assert model.calibration.scale == CALIBRATION.scale
+    assert store.image_statistics(record).equals(IMAGE_STATISTICS)
     assert fitted_categories(store.uri) == ["nut"]
     teacher = store.load_teacher(any_model.teacher, any_model.levels, record.teacher_digest)
     expected, student = make_student(any_model), model.parts.student
@@ -141,7 +145,7 @@ def test_parts_nbytes_counts_all_tensors(tmp_path: Path, any_model: Recipe) -> N
     assert store.load("nut").parts.nbytes == sum(t.numel() * t.element_size() for t in tensors)
 
 
-COMMON_FILES = {"current.json", "model.json", "calibration.parquet"}
+COMMON_FILES = {"current.json", "model.json", "calibration.parquet", "image_statistics.parquet"}
 STUDENT_FILES = {"student.safetensors", "history.parquet", "loss.png"}
 MEMORY_FILES = {"memory.safetensors"}
 FILES = {

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from stpm.data import images
+from stpm.data.image_statistics import NAMES
 from stpm.data.images import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
@@ -74,6 +75,8 @@ class Decode:
         columns["pixels"] = [image.pixels.data.cast("B") if image else b"" for image in decoded]
         for name in ("width", "height", "bytes"):
             columns[name] = [getattr(image, name) if image else None for image in decoded]
+        for name in NAMES:
+            columns[name] = [getattr(image.statistics, name) if image else None for image in decoded]
         return with_passthrough(table(columns, DECODED), batch)
 
 

@@ -8,6 +8,9 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
+from stpm.data import mvtec
+from stpm.data.image_statistics import COMPARED
+from stpm.models.store import ModelStore
 from stpm.scoring.inputs import archives
 from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages.decode import Decode
@@ -38,3 +41,17 @@ def test_a_row_with_an_error_in_its_manifest_is_not_read(run: Path) -> None:
     rows = rows.set_column(5, MANIFEST.field("error_kind"), pa.array(["not_allowed"]))
     (row,) = decode(rows).to_pylist()
     assert (row["error_kind"], row["pixels"], row["bytes"]) == ("not_allowed", b"", None)
+
+
+def test_statistics_are_those_that_fitting_stored_of_the_same_images(run: Path) -> None:
+    store = ModelStore(str(run / "models"))
+    stored = store.image_statistics(store.record("nut"))
+    uris = [uri for uri, _ in mvtec.read_category(str(run / "data"), "nut").train]
+    found = decode(nut_rows(uris)).select(COMPARED)
+    assert found.cast(stored.schema).equals(stored)
+    assert len(set(stored["brightness"].to_pylist())) == len(uris)
+
+
+def test_a_row_with_an_error_has_no_statistics(tmp_path: Path) -> None:
+    (row,) = decode(nut_rows([str(tmp_path / "missing.png")])).select(COMPARED).to_pylist()
+    assert set(row.values()) == {None}
