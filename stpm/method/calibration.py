@@ -118,10 +118,17 @@ class Calibration:
         higher. n images support no rate below 1/(n+1); for a lower one the largest calibration score is returned, whose
         rate is 1/(n+1).
         """
-        n = len(self.scores)
-        # The small term keeps a product that should be whole from being rounded down.
-        allowed = max(int(false_alarm_rate * (n + 1) + 1e-9), 1) - 1
-        return float(self.scores[n - 1 - min(allowed, n - 1)])
+        return float(self.scores[-threshold_rank(len(self.scores), false_alarm_rate)])
+
+
+def threshold_rank(count: int, false_alarm_rate: float) -> int:
+    """Return the rank, 1 for the largest, of the score that is the threshold of `count` calibration images.
+
+    >>> threshold_rank(199, 0.01)
+    2
+    """
+    # The small term keeps a product that should be whole from being rounded down.
+    return min(max(int(false_alarm_rate * (count + 1) + 1e-9), 1), count)
 
 
 def check_false_alarm_rate(false_alarm_rate: float) -> None:

@@ -1,17 +1,44 @@
-"""Judge a night of one category against the good images of its model, and against earlier nights."""
+"""Judge a night of one category against the good images of its model, and against earlier nights.
+
+A change is reported if chance does not explain it, and if it is large enough to matter: of 100,000 images, any
+difference is significant. docs/drift.md names the tests and limits.
+"""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Level = Literal["fine", "watch", "act"]
+from stpm.data.image_statistics import COMPARED
+from stpm.method.calibration import threshold_rank
+from stpm.monitoring import image_drift
+from stpm.monitoring.change import Change, Level, Limits, percent
+from stpm.monitoring.significance import Rate, compare_rates, compare_scores, exceedances, pool
+
 FloatArray = npt.NDArray[np.floating[Any]]
+
+# How many times a p-value counts (Bonferroni): errors, alarms, scores and images share the false-verdict rate equally,
+# so that the many tests of images leave those of alarms their power.
+_TIMES = {"errors": 4, "alarms": 4 * 2, "scores": 4} | dict.fromkeys(COMPARED, 4 * image_drift.TESTS)
+
+# Distance between the distributions of the night's scores and the calibration's. Some defects change it by their share.
+_SCORES = Limits(0.25, 0.5)
+# Alarms beyond the requested rate, as a share of the images. So many defects are taken for granted.
+_ALARMS = Limits(0.05, 0.15)
+# Alarms beyond those of earlier nights.
+_MORE_ALARMS = Limits(0.02, 0.05)
+_ERRORS = Limits(0.01, 0.1)
+# Images that are missing, as a share of the earlier night with the fewest.
+_MISSING = Limits(0.5, 0.9)
+_MIN_NIGHTS = 3
+# An earlier night that chance explains worse had a fault, and says nothing about usual nights.
+_FAULT_P_VALUE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -20,7 +47,7 @@ class Reference:
 
     Args:
         calibration_count: number of calibration images.
-        statistics: by name, one value for each good image: `stpm.data.image_statistics.NAMES`, `width` and `height`.
+        statistics: one value for each good image, by name: `stpm.data.image_statistics.COMPARED`.
     """
 
     calibration_count: int
@@ -29,7 +56,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class CategoryNight:
-    """One category's rows of one night. `scored` images are those without an error.
+    """One category's rows of one night.
 
     Args:
         date: of the night.
@@ -39,7 +66,7 @@ class CategoryNight:
         errors: number of rows with an error.
         alarms: number of anomalous images.
         false_alarm_rate: that the run requested.
-        p_values: of scored images, or of a random sample of them.
+        p_values: of images without an error, or of a random sample of them.
         statistics: of the same images in the same order, by name as in `Reference`.
     """
 
@@ -58,27 +85,23 @@ class CategoryNight:
         """Count the images without an error."""
         return self.images - self.errors
 
+    @property
+    def alarm_rate(self) -> Rate | None:
+        """Return alarms of scored images, None if there are none."""
+        return Rate(self.alarms, self.scored) if self.scored else None
 
-@dataclass(frozen=True)
-class Change:
-    """One thing that changed.
-
-    Args:
-        name: a statistic's name, or `images`, `repeated`, `errors`, `alarms`, `scores`, `size`.
-        level: watch or act.
-        p_value: probability of a change as large by chance in any of the tests judged together; 0 for a plain fact.
-        text: for people, in plain words with numbers.
-    """
-
-    name: str
-    level: Level
-    p_value: float
-    text: str
+    @property
+    def error_rate(self) -> Rate | None:
+        """Return errors of all images, None if there are none."""
+        return Rate(self.errors, self.images) if self.images else None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on a night; the change that matters most comes first."""
+    """The verdict on a night. Causes come before their consequences, and large changes before small ones.
+
+    The p-values of its changes are those of any of the verdicts that are given together.
+    """
 
     level: Level
     changes: tuple[Change, ...]
@@ -89,18 +112,134 @@ class Verdict:
         return tuple(change.text for change in self.changes)
 
 
-def judge(nights: Sequence[CategoryNight], reference: Reference, *, tests: int, false_verdict_rate: float) -> Verdict:
+def judge(
+    nights: Sequence[CategoryNight], reference: Reference | None, *, tests: int, false_verdict_rate: float
+) -> Verdict:
     """Judge the last of a category's nights.
 
     Args:
         nights: of one category, oldest first, one or more; the last one is judged.
-        reference: of the model that scored the last night.
+        reference: of the model that scored the last night; None if there is none.
         tests: number of verdicts that are given together (categories × nights): the rate holds for all of them.
         false_verdict_rate: probability, in (0, 1), that any of those verdicts is not `fine` though nothing changed.
     """
-    raise NotImplementedError
+    *earlier, night = nights
+    found: list[Change] = []
+    for change in _changes(night, earlier, reference):
+        adjusted = min(change.p_value * _TIMES.get(change.name, 1) * tests, 1.0)
+        if change.level != "fine" and adjusted <= false_verdict_rate:
+            found.append(replace(change, p_value=adjusted))
+    level: Level = "fine"
+    if found:
+        level = "act" if any(change.level == "act" for change in found) else "watch"
+    # Of two changes of one name, the larger is enough.
+    by_name = {change.name: change for change in sorted(found, key=lambda change: change.size)}
+    return Verdict(level, tuple(sorted(by_name.values(), key=_order)))
 
 
-def rate_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Clopper–Pearson interval of a rate; (0, 1) if the total is 0."""
-    raise NotImplementedError
+def _order(change: Change) -> tuple[int, float]:
+    groups = (("images", "repeated", "errors"), COMPARED, ("alarms",), ("scores",))
+    return next(i for i, names in enumerate(groups) if change.name in names), -change.size
+
+
+def _changes(night: CategoryNight, earlier: Sequence[CategoryNight], reference: Reference | None) -> Iterator[Change]:
+    """Yield what may have changed, with the p-value of each test alone."""
+    yield from _fewer_images(night, earlier)
+    yield from _errors(night, earlier)
+    if not reference or not len(night.p_values):
+        return
+    distinct, commonest = image_drift.distinct_rows(night.statistics)
+    repeated = list(image_drift.repeated_picture(night.scored, len(night.p_values), commonest))
+    yield from repeated
+    if any(change.level == "act" for change in repeated):
+        # What else changed follows from that.
+        return
+    statistics = {name: values[distinct] for name, values in night.statistics.items()}
+    yield from image_drift.compare_statistics(statistics, reference.statistics)
+    yield from _alarms(night, earlier, reference.calibration_count)
+    yield _scores(night.p_values[distinct], reference.calibration_count)
+
+
+def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:
+    counts = [each.images for each in earlier]
+    if not night.images:
+        last = max((each for each in earlier if each.images), key=lambda each: each.date, default=None)
+        since = [each for each in earlier if last and each.date > last.date]
+        pauses = counts.count(0) - len(since)
+        text = "no images tonight"
+        if last:
+            text += f"; {last.images:,} on {last.date}" if since else f"; {last.images:,} the night before"
+        if pauses:
+            text += f", and none on {pauses} other nights of the last {len(earlier)}"
+        yield Change("images", "act" if last and not pauses else "watch", 0.0, 1.0, text)
+        return
+    present = [count for count in counts if count]
+    if len(present) >= _MIN_NIGHTS:
+        missing = 1 - night.images / min(present)
+        if (level := _MISSING.level(missing)) != "fine":
+            text = (
+                f"only {night.images:,} images; never fewer than {min(present):,} on the {len(present)} nights before"
+            )
+            yield Change("images", level, 0.0, missing / _MISSING.act, text)
+
+
+def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:
+    rate = night.error_rate
+    if not rate or not rate.events:
+        return
+    usual = _usual([each.error_rate for each in earlier], _ERRORS.watch)
+    # Where there are no earlier nights, one error in a hundred images needs no explanation.
+    share = pool(usual).value if usual else 0.0
+    text = f"{percent(rate.value)} of the images are errors ({rate.events:,} of {rate.total:,})"
+    if usual:
+        text += f", usually {percent(share)}"
+    excess = rate.value - share
+    p_value = compare_rates(rate, usual or [Rate(1, 100)])
+    yield Change("errors", _ERRORS.level(excess), p_value, excess / _ERRORS.act, text)
+
+
+def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_count: int) -> Iterator[Change]:
+    """Compare alarms with earlier nights of the same model, and with what its calibration lets expect."""
+    rate = night.alarm_rate
+    if not rate or not calibration_count:
+        return
+    low, high = rate.interval()
+    found = (
+        f"{percent(rate.value)} of the images ({rate.events:,} of {rate.total:,}, 95 % interval {percent(low)} to "
+        f"{percent(high)})"
+    )
+    same = [e for e in earlier if (e.model_id, e.false_alarm_rate) == (night.model_id, night.false_alarm_rate)]
+    if usual := _usual([each.alarm_rate for each in same], _MORE_ALARMS.watch):
+        share = pool(usual).value
+        excess = rate.value - share
+        text = f"more alarms than usual: {found}, {percent(share)} on {len(usual)} nights before"
+        yield Change("alarms", _MORE_ALARMS.level(excess), compare_rates(rate, usual), excess / _MORE_ALARMS.act, text)
+    rank = threshold_rank(calibration_count, night.false_alarm_rate)
+    excess = rate.value - rank / (calibration_count + 1)
+    defects = min(math.ceil(_ALARMS.watch * rate.total), rate.events)
+    p_value = exceedances(rate.events - defects, rate.total - defects, calibration_count, rank)
+    text = f"more alarms than the requested {percent(night.false_alarm_rate)}: {found}"
+    yield Change("alarms", _ALARMS.level(excess), p_value, excess / _ALARMS.act, text)
+
+
+def _usual(rates: Sequence[Rate | None], margin: float) -> list[Rate]:
+    """Return the rates, oldest first, without those that stand out above the ones before by more than a margin."""
+    usual: list[Rate] = []
+    for rate in rates:
+        if rate and not (
+            usual and rate.value > pool(usual).value + margin and compare_rates(rate, usual) < _FAULT_P_VALUE
+        ):
+            usual.append(rate)
+    return usual
+
+
+def _scores(p_values: FloatArray, calibration_count: int) -> Change:
+    distance, p_value = compare_scores(p_values, calibration_count)
+    middle = float(np.median(p_values))
+    if middle < 0.5:
+        text = f"scores are higher than the calibration's: half of the images score above {percent(1 - middle)} of it"
+        cause = "has the product changed, or the model aged?"
+    else:
+        text = f"scores are lower than the calibration's: half of the images score below {percent(middle)} of it"
+        cause = "do the images still show what they should?"
+    return Change("scores", _SCORES.level(distance), p_value, distance / _SCORES.act, f"{text}; {cause}")

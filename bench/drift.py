@@ -1,0 +1,293 @@
+"""Plant faults in simulated nights of real products, and count how many are named.
+
+    python bench/drift.py --data DATA [--models STORE] [--categories a,b] [--plantings 100] [--clean 1000]
+
+For each planting and each clean night a category's training images are split at random: one half is the reference, and
+the night's statistics are drawn from the other half, so that a clean night has the reference's own distribution. A
+night has 1,000 images, of which 3 % are defective, and follows five clean nights. Good images have uniform p-values
+that share one calibration of 200 images. Defects are the category's test images: with a model store their p-values are
+those of its model, and otherwise 80 % of them count as found.
+
+A fault counts as named if the first reason of the verdict names it; in brackets how often the verdict is to act. With
+a model store, the last table has the share of good test images that are alarms of the model at a requested rate of 1 %
+while the camera has the fault: whether a fault matters.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from common import CORES, make_parser, matcher_from
+from PIL import Image, ImageFilter
+from tabulate import tabulate
+
+from stpm import storage
+from stpm.data import images, mvtec
+from stpm.data.encode import encode_png
+from stpm.data.image_statistics import COMPARED, compute_statistics
+from stpm.method.calibration import threshold_rank
+from stpm.models.store import ModelStore
+from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
+
+FloatArray = npt.NDArray[np.floating[Any]]
+Transform = Callable[[Image.Image], Image.Image]
+Rng = np.random.Generator
+
+_FALSE_ALARM_RATE = 0.01
+_FALSE_VERDICT_RATE = 0.05
+_CALIBRATION = 200
+_NIGHT = 1000
+_USUAL_DEFECTS = 0.03
+_FOUND = 0.8
+_EARLIER = 5
+_MAX_IMAGES = 200
+_MAX_SCORED = 30
+_LAST_DATE = datetime.date(2026, 11, 24)
+
+
+class Fault(NamedTuple):
+    """A fault of a camera: the statistics whose change names it, and its variants, of which a night has one."""
+
+    kind: str
+    size: str
+    names: tuple[str, ...]
+    variants: tuple[Transform, ...]
+
+
+def keep(image: Image.Image) -> Image.Image:
+    return image
+
+
+def brighten(image: Image.Image, factor: float) -> Image.Image:
+    return image.point([min(round(value * factor), 255) for value in range(256)] * 3)
+
+
+def blur(image: Image.Image, share: float) -> Image.Image:
+    """Blur with a standard deviation that is a share of the shorter side."""
+    return image.filter(ImageFilter.GaussianBlur(share * min(image.size)))
+
+
+def move(image: Image.Image, right: float, down: float) -> Image.Image:
+    """Move what the camera sees by shares of the sides; what comes into view is a reflection of what is beside it."""
+    x, y = round(right * image.width), round(down * image.height)
+    before, after = (max(y, 0), max(-y, 0)), (max(x, 0), max(-x, 0))
+    padded = np.pad(np.asarray(image), (before, after, (0, 0)), mode="reflect")
+    top, left = max(-y, 0), max(-x, 0)
+    return Image.fromarray(padded[top : top + image.height, left : left + image.width])
+
+
+def camera_faults() -> list[Fault]:
+    faults = []
+    for share in (0.03, 0.05, 0.1, 0.2):
+        variants = tuple(partial(brighten, factor=1 + sign * share) for sign in (1, -1))
+        faults.append(Fault("brightness", f"± {share:.0%}", ("brightness",), variants))
+    for share in (0.001, 0.002, 0.004, 0.008):
+        faults.append(Fault("blur", f"{share:.1%} of the side", ("sharpness",), (partial(blur, share=share),)))
+    for share in (0.01, 0.02, 0.03, 0.05):
+        places = ((share, 0.0), (-share, 0.0), (0.0, share), (0.0, -share))
+        variants = tuple(partial(move, right=right, down=down) for right, down in places)
+        faults.append(Fault("camera moved", f"{share:.0%} of the side", ("position_x", "position_y"), variants))
+    return faults
+
+
+class Product(NamedTuple):
+    """A category in numbers; a row of statistics is an image.
+
+    `clean` holds statistics, and `faulty` those of the same images by fault and variant; `defects` are p-values, and
+    `alarms` the share of alarms without a fault and with each, empty without a model.
+    """
+
+    name: str
+    clean: FloatArray
+    faulty: list[list[FloatArray]]
+    defects: FloatArray
+    alarms: list[float]
+
+
+def measure(data: str, name: str, store: str) -> Product:
+    """Compute the statistics of a category's training images, with and without each fault, and its model's p-values."""
+    torch.set_num_threads(1)
+    category, faults = mvtec.read_category(data, name), camera_faults()
+    chosen = np.random.default_rng(0).permutation(len(category.train))[:_MAX_IMAGES]
+    files = [open_image(category.train[i][0]) for i in chosen]
+    clean = statistics_of(files, keep)
+    faulty = [[statistics_of(files, variant) for variant in fault.variants] for fault in faults]
+    if not store:
+        found = np.arange(100) < 100 * _FOUND
+        return Product(name, clean, faulty, np.where(found, 1 / (_CALIBRATION + 1), 1.0), [])
+    p_values = make_p_values(ModelStore(store), name)
+    defects = p_values([open_image(test.uri) for test in category.test if test.label != mvtec.GOOD])
+    good = [open_image(test.uri) for test in category.test if test.label == mvtec.GOOD][:_MAX_SCORED]
+    variants = [(keep,), *(fault.variants for fault in faults)]
+    alarms = [
+        float((p_values([each[i % len(each)](image) for i, image in enumerate(good)]) <= _FALSE_ALARM_RATE).mean())
+        for each in variants
+    ]
+    return Product(name, clean, faulty, defects, alarms)
+
+
+def open_image(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(storage.read(uri))).convert("RGB")
+
+
+def statistics_of(files: Sequence[Image.Image], transform: Transform) -> FloatArray:
+    """Return (N, len(COMPARED)) float32."""
+    changed = map(transform, files)
+    return np.array([(*image.size, *compute_statistics(image)) for image in changed], np.float32)
+
+
+def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Image]], FloatArray]:
+    """Return a function that scores images with a category's model, in this process."""
+    model = store.load(name)
+    record = model.record
+    matcher = matcher_from(record.recipe, record.preprocessing)
+    parts = matcher.compile(model.to(matcher.device).parts)
+
+    def score(image: Image.Image) -> float:
+        decoded = images.decode(encode_png(image, 1), record.preprocessing)
+        inputs = matcher.inputs(torch.from_numpy(decoded.pixels[None].copy()))
+        content = record.preprocessing.content_boxes([image.size])
+        distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, content)
+        (anomaly_map,) = matcher.anomaly_maps(distances, content, record.recipe, record.part_scales)
+        return anomaly_map.score(record.recipe.top_fraction).total
+
+    @torch.inference_mode()
+    def p_values(files: Sequence[Image.Image]) -> FloatArray:
+        return model.calibration.p_values(np.array([score(each) for each in files], np.float32))
+
+    return p_values
+
+
+class Nights:
+    """Nights of one product at random: some earlier ones without a fault, and the night that is judged."""
+
+    def __init__(self, product: Product, seed: int) -> None:
+        self._product = product
+        self._rng = np.random.default_rng(seed)
+
+    def clean(self) -> tuple[list[CategoryNight], Reference]:
+        product, rng = self._product, self._rng
+        order = rng.permutation(len(product.clean))
+        self._half = order[: len(order) // 2]
+        reference = Reference(_CALIBRATION, by_name(product.clean[order[len(order) // 2 :]]))
+        self._calibration = np.sort(rng.random(_CALIBRATION))
+        dates = [_LAST_DATE - datetime.timedelta(days) for days in range(_EARLIER, -1, -1)]
+        return [self._night(date, _USUAL_DEFECTS) for date in dates], reference
+
+    def camera_fault(self, number: int) -> tuple[list[CategoryNight], Reference]:
+        (*earlier, night), reference = self.clean()
+        variants = self._product.faulty[number]
+        chosen = variants[self._rng.integers(len(variants))]
+        return [*earlier, replace(night, statistics=by_name(chosen[self._half]))], reference
+
+    def more_defects(self, share: float) -> tuple[list[CategoryNight], Reference]:
+        (*earlier, night), reference = self.clean()
+        return [*earlier, self._night(night.date, _USUAL_DEFECTS + share)], reference
+
+    def empty(self) -> tuple[list[CategoryNight], Reference]:
+        (*earlier, night), reference = self.clean()
+        nothing = {name: np.empty(0, np.float32) for name in COMPARED}
+        empty = replace(night, images=0, errors=0, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
+        return [*earlier, empty], reference
+
+    def repeated(self) -> tuple[list[CategoryNight], Reference]:
+        (*earlier, night), reference = self.clean()
+        chosen = np.full(len(self._half), self._half[0])
+        repeated = replace(night, statistics=by_name(self._product.clean[chosen]))
+        return [*earlier, replace(repeated, p_values=np.full(len(chosen), night.p_values[0]))], reference
+
+    def _night(self, date: datetime.date, defects: float) -> CategoryNight:
+        rng = self._rng
+        at_least = _CALIBRATION - np.searchsorted(self._calibration, rng.random(_NIGHT))
+        p_values = (1 + at_least) / (_CALIBRATION + 1)
+        bad = rng.random(_NIGHT) < defects
+        p_values[bad] = rng.choice(self._product.defects, int(bad.sum()))
+        limit = threshold_rank(_CALIBRATION, _FALSE_ALARM_RATE) / (_CALIBRATION + 1)
+        return CategoryNight(
+            date=date,
+            category=self._product.name,
+            model_id="model",
+            images=_NIGHT,
+            errors=0,
+            alarms=int((p_values <= limit + 1e-6).sum()),
+            false_alarm_rate=_FALSE_ALARM_RATE,
+            p_values=p_values[: len(self._half)],
+            statistics=by_name(self._product.clean[self._half]),
+        )
+
+
+def by_name(rows: FloatArray) -> dict[str, FloatArray]:
+    return dict(zip(COMPARED, rows.T, strict=True))
+
+
+class Count(NamedTuple):
+    """Verdicts whose first reason has one of some names; and those that are to act."""
+
+    named: int
+    act: int
+
+
+def count_named(
+    make: Callable[[], tuple[list[CategoryNight], Reference]], names: Sequence[str], number: int, tests: int
+) -> Count:
+    verdicts = [verdict(*make(), tests=tests) for _ in range(number)]
+    named = [each for each in verdicts if each.changes and each.changes[0].name in names]
+    return Count(len(named), sum(each.level == "act" for each in named))
+
+
+def verdict(nights: list[CategoryNight], reference: Reference, *, tests: int) -> Verdict:
+    return judge(nights, reference, tests=tests, false_verdict_rate=_FALSE_VERDICT_RATE)
+
+
+def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[list[str]]:
+    """Yield the rows of the table: kind, size, and a cell for each product."""
+    nights = [Nights(product, seed) for seed, product in enumerate(products)]
+    anything = (*COMPARED, "images", "repeated", "errors", "alarms", "scores")
+
+    def row(kind: str, size: str, names: Sequence[str], number: int, make: Callable[[Nights], Any]) -> list[str]:
+        counts = [count_named(partial(make, each), names, number, len(products)) for each in nights]
+        return [kind, size, *(f"{count.named} ({count.act})" for count in counts)]
+
+    for number, fault in enumerate(camera_faults()):
+        yield row(fault.kind, fault.size, fault.names, plantings, partial(Nights.camera_fault, number=number))
+    for share in (0.02, 0.05, 0.1):
+        yield row("more defects", f"+ {share:.0%}", ("alarms",), plantings, partial(Nights.more_defects, share=share))
+    yield row("empty night", "", ("images",), plantings, Nights.empty)
+    yield row("one repeated image", "", ("repeated",), plantings, Nights.repeated)
+    yield row(f"none, {clean} nights", "", anything, clean, Nights.clean)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--models", default="")
+    parser.add_argument("--categories", default="")
+    parser.add_argument("--plantings", type=int, default=100)
+    parser.add_argument("--clean", type=int, default=1000)
+    options = parser.parse_args()
+    names = mvtec.find_categories(options.data, [name for name in options.categories.split(",") if name])
+    with ProcessPoolExecutor(CORES) as processes:
+        products = list(processes.map(partial(measure, options.data, store=options.models), names))
+    print(f"verdicts that name the fault first, of {options.plantings} (to act)")
+    print(tabulate(list(rows(products, options.plantings, options.clean)), ["fault", "size", *names], "github"))
+    if options.models:
+        print(f"\nalarms of good test images, {_FALSE_ALARM_RATE:.0%} requested")
+        kinds = [("none", ""), *((fault.kind, fault.size) for fault in camera_faults())]
+        cells = zip(*(product.alarms for product in products), strict=True)
+        table = [
+            [*kind, *(f"{100 * value:.0f} %" for value in values)] for kind, values in zip(kinds, cells, strict=True)
+        ]
+        print(tabulate(table, ["fault", "size", *names], "github"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Do a night's images look like those that the model was fitted on? Statistics of images, compared one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stpm.data.image_statistics import COMPARED
+from stpm.monitoring.change import Change, Level, Limits, percent
+from stpm.monitoring.significance import compare_samples, exceedances
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+# Of each statistic: all images, those above every good image, and those below.
+TESTS = 3 * len(COMPARED)
+
+# A median that moved by less than this many standard deviations of the good images is ordinary, whatever its unit;
+# by less than `act`, it calls for no action.
+_DEVIATIONS = Limits(1.0, 2.0)
+# Share of a night's images, beyond all good ones, when the night as a whole has not changed.
+_PART_OF_NIGHT = Limits(0.1, 0.3)
+# Share of a night's images that are one picture.
+_REPEATED = Limits(0.1, 0.5)
+_MIN_REPEATED = 3
+
+
+class _Statistic(NamedTuple):
+    """How a change of a statistic is measured and said.
+
+    Args:
+        limits: as a share of the good images' median, or in the statistic's own unit.
+        is_relative: which of the two.
+        subject: beginning of a sentence about the images.
+        more: comparative for a rise.
+        less: comparative for a fall.
+        cause: question about what to look at.
+    """
+
+    limits: Limits
+    is_relative: bool
+    subject: str
+    more: str
+    less: str
+    cause: str
+
+    def unit(self, good: FloatArray) -> float:
+        """Return what a change is divided by."""
+        return max(abs(float(np.median(good))), 1e-9) if self.is_relative else 1.0
+
+    def describe(self, change: float) -> str:
+        """Describe a change, in units, without what it is compared with."""
+        return f"{self.subject} {percent(abs(change))} {self.more if change > 0 else self.less}"
+
+
+_SIZE = Limits(0.02, 0.1)
+_BRIGHTNESS = Limits(0.03, 0.08)
+_CONTRAST = Limits(0.08, 0.2)
+_COLOUR = Limits(0.03, 0.06)
+_POSITION = Limits(0.02, 0.04)
+_IMAGES, _CONTENT = "the images are", "the content lies"
+_RESOLUTION = "has the camera's resolution changed?"
+_LAMP = "has the lamp or the exposure changed?"
+_WHITE_BALANCE = "has the lamp or the white balance changed?"
+_MOVED = "was the camera moved?"
+
+_STATISTICS = {
+    "width": _Statistic(_SIZE, True, _IMAGES, "wider", "narrower", _RESOLUTION),
+    "height": _Statistic(_SIZE, True, _IMAGES, "taller", "less tall", _RESOLUTION),
+    "brightness": _Statistic(_BRIGHTNESS, True, _IMAGES, "brighter", "darker", _LAMP),
+    "contrast": _Statistic(_CONTRAST, True, "their contrast is", "higher", "lower", "other light, or a dirty lens?"),
+    "sharpness": _Statistic(
+        _CONTRAST, True, "their sharpness is", "higher", "lower", "out of focus, a dirty lens, or noise?"
+    ),
+    "red_to_green": _Statistic(_COLOUR, True, _IMAGES, "redder", "less red", _WHITE_BALANCE),
+    "blue_to_green": _Statistic(_COLOUR, True, _IMAGES, "bluer", "less blue", _WHITE_BALANCE),
+    "position_x": _Statistic(
+        _POSITION, False, _CONTENT, "of the width further right", "of the width further left", _MOVED
+    ),
+    "position_y": _Statistic(
+        _POSITION, False, _CONTENT, "of the height further down", "of the height further up", _MOVED
+    ),
+}
+_LEVELS: tuple[Level, ...] = ("fine", "watch", "act")
+
+
+def distinct_rows(statistics: Mapping[str, FloatArray]) -> tuple[npt.NDArray[np.intp], int]:
+    """Return the index of one image of each picture, ascending, and how many images show the commonest picture.
+
+    Two pictures never have all statistics equal to the last bit; two copies of one picture always have.
+    """
+    rows = np.stack([statistics[name] for name in COMPARED], axis=1)
+    if not len(rows):
+        return np.empty(0, np.intp), 0
+    _, first, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
+    return np.sort(first), int(counts.max())
+
+
+def repeated_picture(images: int, sampled: int, commonest: int) -> Iterator[Change]:
+    """Report a picture that many of a night's images show.
+
+    Args:
+        images: number of images of the night.
+        sampled: number of those whose statistics are known.
+        commonest: how many of them show the commonest picture.
+    """
+    share = commonest / max(sampled, 1)
+    level = _REPEATED.level(share)
+    if commonest >= _MIN_REPEATED and level != "fine":
+        count = "all" if commonest == sampled else f"{round(share * images):,} of"
+        yield Change(
+            "repeated",
+            level,
+            0.0,
+            share / _REPEATED.act,
+            f"{count} {images:,} images are the same picture: does the camera deliver new ones?",
+        )
+
+
+def compare_statistics(night: Mapping[str, FloatArray], good: Mapping[str, FloatArray]) -> Iterator[Change]:
+    """Compare a night's images with good images, each statistic by name; the p-values are of one test each.
+
+    Args:
+        night: one value for each distinct image, at least one.
+        good: one value for each good image, at least one.
+    """
+    for name, statistic in _STATISTICS.items():
+        whole = _whole_night(name, statistic, night[name], good[name])
+        if whole.level != "fine":
+            yield whole
+        else:
+            yield from _part_of_night(name, statistic, night[name], good[name])
+
+
+def _whole_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Change:
+    shift = float(np.median(night) - np.median(good))
+    change = shift / statistic.unit(good)
+    levels = statistic.limits.level(abs(change)), _DEVIATIONS.level(abs(shift) / max(_deviation(good), 1e-9))
+    return Change(
+        name,
+        min(levels, key=_LEVELS.index),
+        compare_samples(night, good).p_value,
+        abs(change) / statistic.limits.act,
+        f"{statistic.describe(change)} than in training: {statistic.cause}",
+    )
+
+
+def _part_of_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Iterator[Change]:
+    """Report images, too few to move the night's median, that lie far beyond all good ones on one side."""
+    for beyond in (night[night > good.max()], night[night < good.min()]):
+        share = len(beyond) / len(night)
+        level = _PART_OF_NIGHT.level(share)
+        if level == "fine":
+            continue
+        change = float(np.median(beyond) - np.median(good)) / statistic.unit(good)
+        if abs(change) >= statistic.limits.act:
+            yield Change(
+                name,
+                level,
+                exceedances(len(beyond), len(night), len(good)),
+                share / _PART_OF_NIGHT.act,
+                f"{percent(share)} of the images are unlike every training image: {statistic.describe(change)}; "
+                f"{statistic.cause}",
+            )
+
+
+def _deviation(values: FloatArray) -> float:
+    """Estimate the standard deviation by the median absolute deviation, as of a normal distribution."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
