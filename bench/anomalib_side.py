@@ -1,4 +1,4 @@
-"""anomalib's side of `peer_fit.py`, `peer_detect.py` and `score_speed.py`.
+"""anomalib's side of `run.py` and `peer_detect.py`.
 
 Runs in an environment that has anomalib 2.7 and not this package.
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
-import re
+import itertools
+import math
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.fusion import Map
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
-from stpm.options import WantedBackend
+from stpm.scoring.resuming.run_state import RunState
 
 ROOT = Path(__file__).resolve().parents[1]
 CORES = psutil.cpu_count(logical=False) or 1
@@ -40,9 +40,9 @@ MEMORY_BUDGET = 4 * 2**30
 
 _LEVELS = (1, 2, 3)
 _MAPS_AT_ONCE = 16
-_SAMPLE_SECONDS = 3.0
-_PROGRESS = re.compile(r"^(\d+)/(\d+) images")
-_JOB_PARTS = ("driver", "scorers", "stages", "ray")
+_SAMPLE_SECONDS = 0.2
+# Reading a process's memory is slow.
+_SAMPLES_PER_MEMORY = 15
 
 Mask = npt.NDArray[np.bool_]
 
@@ -63,35 +63,29 @@ def make_image(seed: int, height: int, width: int, file_format: str = "PNG") -> 
     return sink.getvalue()
 
 
-def tiny_recipe(size: int) -> list[str]:
-    """Return options of the fit job for a student so small that its own time does not count."""
-    options = {
-        "preset": "paper",
-        "teacher": "test_resnet",
-        "teacher-weights": "random",
-        "size": size,
-        "batch-size": 4,
-        "epochs": 1,
-    }
-    return options_from(options)
-
-
-def add_backend_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--backend`, to be resolved by `resolve_backend`."""
-    parser.add_argument(
-        "--backend",
-        choices=get_args(WantedBackend),
-        default="auto",
-        help="what computes our features; auto: openvino where it is installed (default: auto)",
-    )
-
-
 def options_from(values: Mapping[str, object]) -> list[str]:
     """Return `--name value` words for a command line."""
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-# Commands
+# Measurements
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement: the job's value, the machine's own limit and the peer's value, in one unit."""
+
+    name: str
+    unit: str
+    job: float
+    limit: float
+    peer: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> list[float]:
+        """Return the three values and the two ratios, NaN without a peer."""
+        peer = math.nan if self.peer is None else self.peer
+        return [self.job, self.limit, peer, self.job / self.limit, self.job / peer]
 
 
 def job_command(name: str, options: Mapping[str, object]) -> list[str]:
@@ -99,110 +93,86 @@ def job_command(name: str, options: Mapping[str, object]) -> list[str]:
     return [sys.executable, f"jobs/{name}.py", *options_from(options)]
 
 
-def memory_bytes(process: psutil.Process) -> int:
-    """Return a process's proportional set size (a shared page counts in parts), or 0 if the process has ended."""
-    try:
-        return int(process.memory_full_info().pss)
-    except psutil.Error:
-        return 0
+class ProcessTree(threading.Thread):
+    """Watch a process and its descendants until the process ends.
 
-
-class PeakMemory(threading.Thread):
-    """Sample the memory of a process and its descendants; `peak` is the largest sum, in bytes."""
+    `cpu_seconds` is what all of them have computed. `peak` is the largest sum of their memory, and `peaks` that of each
+    part of a job, in bytes (a shared page is divided among the processes that share it): `driver` is the process
+    itself, `ray` are Ray's own processes.
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self._root = psutil.Process(pid)
+        self._cpu_seconds: dict[psutil.Process, float] = {}
         self.peak = 0
+        self.peaks = dict.fromkeys(("driver", "scorers", "stages", "ray"), 0)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self._cpu_seconds.values())
 
     def run(self) -> None:
-        while self._root.is_running() and self._root.status() != psutil.STATUS_ZOMBIE:
+        for number in itertools.count():
+            sizes = dict.fromkeys(self.peaks, 0)
             try:
+                if self._root.status() == psutil.STATUS_ZOMBIE:
+                    return
                 family = [self._root, *self._root.children(recursive=True)]
             except psutil.NoSuchProcess:
                 return
-            self.peak = max(self.peak, sum(map(memory_bytes, family)))
+            for process in family:
+                with contextlib.suppress(psutil.Error):
+                    self._cpu_seconds[process] = sum(process.cpu_times()[:2])
+                    if number % _SAMPLES_PER_MEMORY == 0:
+                        sizes[self._part(process)] += process.memory_full_info().pss
+            self.peak = max(self.peak, sum(sizes.values()))
+            self.peaks = {part: max(peak, sizes[part]) for part, peak in self.peaks.items()}
             time.sleep(_SAMPLE_SECONDS)
+
+    def _part(self, process: psutil.Process) -> str:
+        """Return the part of the job that a process belongs to, by the title that Ray gives the process."""
+        if process == self._root:
+            return "driver"
+        title = " ".join(process.cmdline()[:2])
+        if "MapWorker" in title:
+            return "scorers"
+        # Between two tasks a worker is IDLE; other titles that begin with `ray::` are Ray's own actors and agents.
+        return "stages" if title.startswith(("ray::Read", "ray::Map", "ray::IDLE")) else "ray"
 
 
 def time_command(command: list[str], until: str = "") -> dict[str, float]:
-    """Run a command and return its wall time (`seconds`) and the peak memory of its process tree (`peak_mib`).
+    """Run a command; return its wall `seconds`, and the `cpu_seconds` and `peak_mib` of its process tree.
 
-    Both are taken when the command prints the line `until`, or at its end if that is empty. Exits if the command fails.
+    The peaks of a job's parts are `driver_mib` and so on. All are taken when the command prints the line `until`, or at
+    its end if that is empty. Exits if the command fails.
     """
     start = time.perf_counter()
-    seconds = 0.0
-    peak = 0
+    cost: dict[str, float] = {}
     tail: list[str] = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        memory = PeakMemory(process.pid)
-        memory.start()
+        tree = ProcessTree(process.pid)
+        tree.start()
+
+        def measure() -> dict[str, float]:
+            sizes = {"peak": tree.peak, **tree.peaks}
+            seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": tree.cpu_seconds}
+            return seconds | {f"{part}_mib": round(size / 2**20) for part, size in sizes.items()}
+
         assert process.stdout
         for line in process.stdout:
             tail = [*tail[-30:], line]
             if until and line.strip() == until:
-                seconds, peak = time.perf_counter() - start, memory.peak
-    if process.returncode or (until and not seconds):
+                cost = measure()
+    if process.returncode or (until and not cost):
         sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(tail)}")
-    seconds = seconds or time.perf_counter() - start
-    return {"seconds": round(seconds, 1), "peak_mib": round((peak or memory.peak) / 2**20)}
+    return cost or measure()
 
 
-class Sample(NamedTuple):
-    """The state of a running score job: seconds since its start, images done, and MiB by part of the job."""
-
-    seconds: float
-    images: int
-    memory: dict[str, float]
-
-
-def watch_score_job(options: Mapping[str, object]) -> list[Sample]:
-    """Run the score job to its end and return samples of it. Exits if the job fails."""
-    command = job_command("score", options)
-    start = sampled = time.perf_counter()
-    samples: list[Sample] = []
-    lines: list[str] = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            lines.append(line)
-            if (match := _PROGRESS.match(line)) and time.perf_counter() - sampled >= _SAMPLE_SECONDS:
-                sampled = time.perf_counter()
-                samples.append(Sample(sampled - start, int(match[1]), _memory_by_part(process.pid)))
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(lines[-30:])}")
-    return samples
-
-
-def by_quarter(samples: Sequence[Sample], count: int) -> Iterator[dict[str, float]]:
-    """Yield images per second and mean memory for each quarter of `count` images."""
-    for quarter in range(4):
-        inside = [s for s in samples if quarter * count < 4 * s.images <= (quarter + 1) * count]
-        if len(inside) > 1:
-            speed = (inside[-1].images - inside[0].images) / (inside[-1].seconds - inside[0].seconds)
-            memory = {part: round(fmean(s.memory.get(part, 0) for s in inside)) for part in _JOB_PARTS}
-            yield {"quarter": quarter + 1, "images_per_second": round(speed, 1), **memory}
-
-
-def _memory_by_part(driver: int) -> dict[str, float]:
-    sizes: dict[str, float] = defaultdict(float)
-    root = psutil.Process(driver)
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            title = " ".join(process.cmdline()[:2])
-        except psutil.Error:
-            continue
-        part = "driver" if process.pid == driver else _part_from_title(title)
-        sizes[part] += memory_bytes(process) / 2**20
-    return dict(sizes)
-
-
-def _part_from_title(title: str) -> str:
-    """Return the part of the job that a process belongs to, by the title that Ray gives the process."""
-    if "MapWorker" in title:
-        return "scorers"
-    # Between two tasks a worker is IDLE; other titles that begin with `ray::` are Ray's own actors and agents.
-    return "stages" if title.startswith(("ray::Read", "ray::Map", "ray::IDLE")) else "ray"
+def images_per_second(out: str) -> float:
+    """Return the steady speed of a scoring run, or of all of it where it was too short to be steady."""
+    summary = RunState(out).summary()
+    return summary.statistics.steady_images_per_second or summary.images_per_second
 
 
 # Models and metrics

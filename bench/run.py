@@ -1,0 +1,348 @@
+"""Measure how far fit and score are from the machine's own limit, and from anomalib 2.7: ratios of one run.
+
+    python -m venv PEER && PEER/bin/pip install 'anomalib==2.7.*'
+    python bench/run.py score fit first growth --data DATA --category bottle --peer PEER/bin/python
+
+| section | job | limit | peer |
+|---|---|---|---|
+| score | steady images/s of the score job | a bare loop over the functions of its stages | `Engine.predict` |
+| fit | seconds of the fit job | the same fit in one process, without Ray | `Engine.fit`, with the same images |
+| first | seconds until --help is shown, or ten images are scored | bare imports, or the bare loop | |
+| growth | ms per image, or per category | ms with the fewest images, or of the fits themselves | |
+
+Both sides have the packaged teacher and all cores. Seconds are those of whole processes, imports and Ray's start
+included; the loop of `score` runs in one process of one thread per core, its best arrangement on a CPU, once warm, and
+anomalib's prediction is timed without its imports. Both sides write pictures. In `fit`, preset `paper` has the epochs,
+batch size and images of anomalib's own recipe, and `default` runs as it comes; one code computes the metrics from both
+sides' anomaly maps. `growth` scores tiny images with a tiny student, so that everything else is measured; RAY_ADDRESS
+or --nodes chooses a cluster. Memory is the largest sum over processes, a shared page divided among those that share it.
+
+Prints the machine, a JSON line per measurement, and the medians over --repeats as a table. Run nothing else meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from common import (
+    CORES,
+    MEMORY_BUDGET,
+    ROOT,
+    Measured,
+    fit_anomalib,
+    images_per_second,
+    job_command,
+    make_parser,
+    map_metrics,
+    options_from,
+    time_command,
+    write_teacher,
+)
+from growth import measure_growth
+from tabulate import tabulate
+
+from stpm import storage
+from stpm.cluster.connection import KEEP_FREED_MEMORY
+from stpm.data import mvtec
+from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.task import FitTask
+from stpm.fitting.train_student import split
+from stpm.method.backbones import DEMO_ARCHITECTURE, DEMO_TEACHER, load_teacher_weights
+from stpm.method.backend import resolve_backend
+from stpm.method.preprocessing import IMAGENET, Preprocessing
+from stpm.method.recipe import PRESETS, Recipe
+from stpm.models.store import ModelStore
+from stpm.options import Backend, Size, WantedBackend
+from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.stages.decode import Decode
+from stpm.scoring.stages.heatmaps import WriteHeatmaps
+from stpm.scoring.stages.scorer import Scorer
+from stpm.scoring.stages.scorer_actor import ScorerSettings
+
+T = TypeVar("T")
+
+# Recipes of the models that score: as slow as any other, but fitted soon.
+_SCORED_MODELS = {
+    "student": dataclasses.replace(PRESETS["paper"], teacher=DEMO_TEACHER, epochs=1),
+    "default": dataclasses.replace(
+        PRESETS["default"], teacher=DEMO_TEACHER, size=Size("256"), epochs=2, warmup_epochs=0, min_steps=0
+    ),
+}
+_LOOP_BATCH = 16
+_WARM_BATCHES = 3
+_PEER_IMAGES = 500
+_FIRST_IMAGES = 10
+_SMALL_TRAIN = 24
+_VECTOR_FLAGS = ("avx", "amx", "asimd", "sve")
+# anomalib's own preprocessing.
+_PEER_PREPROCESSING = Preprocessing(256, 256, "stretch", IMAGENET.interpolation, IMAGENET.mean, IMAGENET.std)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and an empty folder for everything that is written."""
+
+    folder: Path
+    arguments: argparse.Namespace
+    category: mvtec.Category
+    backend: Backend
+    seed: int
+
+    def new_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    def fit(self, recipe: Recipe) -> tuple[Path, float]:
+        """Fit the category in one process, without Ray; return the model store, and the seconds of that process."""
+        store, train = self.new_folder(), self.category.train
+        digest = ModelStore(str(store)).put_teacher(load_teacher_weights(recipe.teacher, "", recipe.levels))
+        task = FitTask(self.category.name, train, recipe.for_image_count(len(train)), str(store), digest, self.backend)
+        start = time.perf_counter()
+        in_processes(run_fit, [(task,)])
+        return store, time.perf_counter() - start
+
+    def images(self, count: int) -> Path:
+        """Link to the category's test images in turn, under new names, until there are `count`."""
+        folder = self.folder / f"images-{count}"
+        if not folder.exists():
+            folder.mkdir()
+            for i in range(count):
+                uri = self.category.test[i % len(self.category.test)].uri
+                (folder / f"{i:06}{Path(uri).suffix}").symlink_to(uri)
+        return folder
+
+    def score(self, models: Path, images: Path) -> tuple[dict[str, float], float]:
+        """Run the score job with heatmaps and overlays; return its cost, and its steady images per second."""
+        out = self.new_folder() / "out"
+        options = {"models": models, "images": images, "out": out, "category": self.category.name, "top": 0}
+        cost = time_command([*job_command("score", options | {"backend": self.backend}), "--overlay"])
+        return cost, images_per_second(str(out))
+
+
+def in_processes(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:
+    """Call a function for each tuple of arguments, in processes that keep freed memory, as those of the jobs do."""
+    with patch.dict(os.environ, KEEP_FREED_MEMORY["env_vars"]):
+        pool = multiprocessing.get_context("spawn").Pool(len(tasks))
+    with pool:
+        return pool.starmap(function, tasks)
+
+
+# score
+
+
+def measure_score(bench: Bench) -> Iterator[Measured]:
+    """Score the category's images with each kind of model."""
+    images = bench.images(bench.arguments.images)
+    peer = predict_by_peer(bench) if bench.arguments.peer else None
+    for name, recipe in list(_SCORED_MODELS.items())[: 1 if bench.arguments.small else None]:
+        models, _ = bench.fit(recipe)
+        limit, limit_cpu = loop_speed(bench, models, images, CORES)
+        cost, steady = bench.score(models, images)
+        yield Measured(name, "images/s", steady, limit, peer, cost)
+        yield Measured(
+            name, "images per CPU second", *(bench.arguments.images / s for s in (cost["cpu_seconds"], limit_cpu))
+        )
+
+
+def loop_speed(bench: Bench, models: Path, images: Path, processes: int) -> tuple[float, float]:
+    """Run the bare loop in several processes; return its images per second, and their CPU seconds."""
+    out = bench.new_folder()
+    manifest.write(image_rows([str(images)], CategoryRule(bench.category.name)), str(out / "manifest"))
+    rows = pa.concat_tables(pq.read_table(uri) for uri in manifest.shards(str(out / "manifest")))
+    length = -(-rows.num_rows // processes)
+    tasks = [
+        (str(models), rows.slice(i * length, length), str(out), bench.category.name, bench.backend)
+        for i in range(processes)
+    ]
+    speeds, cpu_seconds = zip(*in_processes(run_loop, tasks), strict=True)
+    return sum(speeds), sum(cpu_seconds)
+
+
+def run_loop(models: str, rows: pa.Table, out: str, category: str, backend: Backend) -> tuple[float, float]:
+    """Decode, score and write in this process, on one thread.
+
+    Returns:
+        Images per second, once warm; and CPU seconds of this process, imports included.
+    """
+    torch.set_num_threads(1)
+    record = ModelStore(models).record(category)
+    preprocessing = {category: record.preprocessing}
+    decode = Decode(preprocessing, fetchers=1)
+    model_ids = {category: record.model_id}
+    scorer = Scorer(ScorerSettings(models, model_ids, 0.01, overlays=True, batch_size=_LOOP_BATCH, backend=backend))
+    write = WriteHeatmaps(RunOutput.single(out, OutputOptions(overlay=True)), preprocessing)
+    batches = [rows.slice(i, _LOOP_BATCH) for i in range(0, rows.num_rows, _LOOP_BATCH)]
+    for batch in batches[:_WARM_BATCHES]:
+        write(scorer(decode(batch)))
+    start = time.perf_counter()
+    for batch in batches:
+        write(scorer(decode(batch)))
+    return rows.num_rows / (time.perf_counter() - start), time.process_time()
+
+
+def predict_by_peer(bench: Bench) -> float:
+    """Return images per second of anomalib's prediction."""
+    folder = bench.new_folder()
+    write_teacher(DEMO_TEACHER, "", folder / "teacher.safetensors")
+    options = {
+        "images": bench.images(_PEER_IMAGES),
+        "out": folder / "anomalib",
+        "weights": folder / "teacher.safetensors",
+        "architecture": DEMO_ARCHITECTURE,
+    }
+    command = [bench.arguments.peer, str(ROOT / "bench" / "anomalib_side.py"), "predict", *options_from(options)]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return float(ran.stdout.splitlines()[-1])
+
+
+# fit
+
+
+def measure_fit(bench: Bench) -> Iterator[Measured]:
+    """Fit the category by presets `paper` and `default`."""
+    peer = fit_by_peer(bench) if bench.arguments.peer else {}
+    paper = dataclasses.replace(PRESETS["paper"], epochs=bench.arguments.epochs)
+    for preset, recipe in {"paper": paper, "default": PRESETS["default"]}.items():
+        models = bench.new_folder()
+        options = {"data": bench.arguments.data, "categories": bench.category.name, "models": models, "preset": preset}
+        options |= {"teacher": DEMO_TEACHER, "epochs": recipe.epochs, "seed": bench.seed, "backend": bench.backend}
+        cost = time_command(job_command("fit", options))
+        _, limit = bench.fit(dataclasses.replace(recipe, teacher=DEMO_TEACHER, seed=bench.seed))
+        details = cost | measure_model(bench, models) | {f"peer_{key}": value for key, value in peer.items()}
+        yield Measured(preset, "s", cost["seconds"], limit, peer.get("seconds"), details)
+
+
+def run_fit(task: FitTask) -> None:
+    """Fit in this process, on all cores."""
+    torch.set_num_threads(CORES)
+    if reason := fit_category(task, WorkerLimits(MEMORY_BUDGET, 0, math.inf), lambda message: None).reason:
+        raise RuntimeError(reason)
+
+
+def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:
+    """Return metrics of a model of ours on the category's test images, by the stages of the score job."""
+    record = ModelStore(str(models)).record(bench.category.name)
+    preprocessing, name = record.preprocessing, bench.category.name
+    settings = ScorerSettings(str(models), {name: record.model_id}, 0.01, raw_maps=True, backend=bench.backend)
+    rows = Scorer(settings)(Decode({name: preprocessing})(pa.concat_tables(manifest.labelled_rows([bench.category]))))
+    scored = rows.to_pylist()
+    shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in scored]
+    maps = [np.frombuffer(row["anomaly_map"], np.float32).reshape(s) for row, s in zip(scored, shapes, strict=True)]
+    return map_metrics(bench.category.test, [row["score"] for row in scored], maps, preprocessing)._asdict()
+
+
+def fit_by_peer(bench: Bench) -> dict[str, Any]:
+    """Return cost and metrics of anomalib's fit on the images that our recipe trains on."""
+    train = bench.category.train
+    chosen, _ = split(len(train), dataclasses.replace(PRESETS["paper"], seed=bench.seed))
+    uris = [train[number][0] for number in chosen.tolist()]
+    options = {"seed": bench.seed, "epochs": bench.arguments.epochs, "threads": CORES}
+    teacher = DEMO_TEACHER, ""
+    fitted = fit_anomalib(
+        bench.arguments.peer, bench.new_folder(), teacher, uris, bench.category.test, options, until="fitted"
+    )
+    scores = [each.max() for each in fitted.maps]
+    metrics = map_metrics(fitted.tests, scores, list(fitted.maps), _PEER_PREPROCESSING)
+    return fitted.cost | metrics._asdict()
+
+
+# first
+
+
+def measure_first(bench: Bench) -> Iterator[Measured]:
+    """Show the help, and score ten images."""
+    imports = [sys.executable, "-c", "import jsonargparse, numpy, yaml"]
+    job, limit = (time_command(command)["seconds"] for command in ([*job_command("score", {}), "--help"], imports))
+    yield Measured("--help", "s", job, limit)
+    if not bench.arguments.small:
+        images = bench.images(_FIRST_IMAGES)
+        models, _ = bench.fit(_SCORED_MODELS["student"])
+        cost, _ = bench.score(models, images)
+        start = time.perf_counter()
+        loop_speed(bench, models, images, processes=1)
+        yield Measured("ten images", "s", cost["seconds"], time.perf_counter() - start)
+
+
+SECTIONS: dict[str, Callable[[Bench], Iterator[Measured]]] = {
+    "score": measure_score,
+    "fit": measure_fit,
+    "first": measure_first,
+    "growth": lambda bench: measure_growth(
+        bench.new_folder(), bench.arguments.image_counts, bench.arguments.category_counts, bench.arguments.nodes
+    ),
+}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the CPU's name, cores and vector extensions, and the versions of what computes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    values = {name.strip(): value.strip() for name, value in lines.items()}
+    flags = [flag for flag in values.get("flags", values.get("Features", "")).split() if flag.startswith(_VECTOR_FLAGS)]
+    return {
+        "cpu": values.get("model name", platform.machine()),
+        "cores": CORES,
+        "flags": " ".join(flags),
+        "versions": {name: version(name) for name in ("torch", "ray")},
+    }
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("sections", nargs="+", choices=SECTIONS)
+    parser.add_argument("--data", required=True, help="local folder in the MVTec AD layout, with masks")
+    parser.add_argument("--category", default="bottle")
+    parser.add_argument("--peer", default="", help="python of the environment that has anomalib")
+    parser.add_argument("--backend", choices=get_args(WantedBackend), default="auto", help="what computes our features")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, with seeds 0, 1, 2 (default: 3)")
+    parser.add_argument("--epochs", type=int, default=15, help="of anomalib and of preset paper (default: 15)")
+    parser.add_argument("--images", type=int, default=6000, help="images of `score` (default: 6000)")
+    parser.add_argument("--image-counts", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="of `growth`")
+    parser.add_argument("--category-counts", type=int, nargs="+", default=[1, 15, 200], help="of `growth`")
+    parser.add_argument("--nodes", type=int, default=0, help="nodes of a local cluster for `growth` (default: none)")
+    parser.add_argument("--small", action="store_true", help="only what takes seconds, for CI")
+    arguments = parser.parse_args()
+    arguments.data = storage.absolute(arguments.data)
+    backend = resolve_backend(arguments.backend, on_gpu=False)
+    print(json.dumps(describe_machine() | {"backend": backend}), flush=True)
+    category = mvtec.read_category(arguments.data, arguments.category)
+    if arguments.small:
+        category = dataclasses.replace(category, train=category.train[:_SMALL_TRAIN])
+    found: dict[tuple[str, str, str], list[list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(arguments.repeats):
+            bench = Bench(Path(folder), arguments, category, backend, seed)
+            for section in arguments.sections:
+                for measured in SECTIONS[section](bench):
+                    print(json.dumps({"section": section} | dataclasses.asdict(measured)), flush=True)
+                    found.setdefault((section, measured.name, measured.unit), []).append(measured.row())
+    rows = [[*key, *map(statistics.median, zip(*values, strict=True))] for key, values in found.items()]
+    headers = ["section", "measure", "unit", "job", "limit", "peer", "of limit", "of peer"]
+    print("\n" + tabulate(rows, headers, tablefmt="github", floatfmt=".4g"))
+
+
+if __name__ == "__main__":
+    main()
