@@ -36,7 +36,7 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.data import mvtec
-from stpm.fitting.train_student import split
+from stpm.fitting.train_student import split_images
 from stpm.method.backbones import architecture_name, resolve_data_config
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import PRESETS
@@ -128,7 +128,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         preprocessing.height,
         preprocessing.width,
         row["train_count"],
-        row["validation_count"],
+        row["held_out_count"],
         **{metric: row[metric] for metric in METRICS},
         fit_seconds=round(row["fit_seconds"], 1),
         predict_seconds=round(1 / (summary.statistics.steady_images_per_second or summary.images_per_second), 4),
@@ -189,8 +189,8 @@ def describe_settings(arguments: argparse.Namespace, method: str) -> str:
 def training_images(category: mvtec.Category, run: Run) -> list[str]:
     """Return the URIs of the images that a run of ours trained on."""
     count = len(category.train)
-    recipe = dataclasses.replace(PRESETS["paper"], seed=run.seed, validation_fraction=run.held_out_count / count)
-    chosen, _ = split(count, recipe)
+    recipe = dataclasses.replace(PRESETS["paper"], seed=run.seed, held_out_fraction=run.held_out_count / count)
+    chosen, _ = split_images(count, recipe)
     if len(chosen) != run.train_count:
         sys.exit(f"{category.name}: {len(chosen)} of {count} images to train on, and {run.side} had {run.train_count}")
     return [category.train[int(number)][0] for number in chosen]

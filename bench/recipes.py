@@ -38,9 +38,9 @@ from stpm.evaluation.pixels import PixelCounts, count_pixels
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import split, train_student
+from stpm.fitting.train_student import split_images, train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.calibration import fit_part_scale
+from stpm.method.calibration import fit_distance_scale
 from stpm.method.forward import Distances, Matcher, Parts
 from stpm.method.fusion import sample_distances
 from stpm.method.memory_bank import KINDS
@@ -79,7 +79,7 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
     start = time.perf_counter()
     good = load_images(uris, preprocessing, MEMORY_BUDGET)
     features = TeacherFeatures(matcher, good, MEMORY_BUDGET)
-    train, held_out = split(len(good), recipe)
+    train, held_out = split_images(len(good), recipe)
     memory = build_memory(features, train, recipe)
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
@@ -135,7 +135,7 @@ def measure(
 ) -> list[float | None]:
     """Return METRICS of a variant of a fit; `normal` gives the scales of its parts."""
     varied = change_recipe(recipe, variant)
-    scales = [fit_part_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
+    scales = [fit_distance_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
     distances = kept_parts(compared.distances, recipe, varied)
     scores = []
     counts = PixelCounts.empty()

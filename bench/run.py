@@ -67,7 +67,7 @@ from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import mvtec
 from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.task import FitTask
-from stpm.fitting.train_student import split
+from stpm.fitting.train_student import split_images
 from stpm.method.backbones import DEMO_ARCHITECTURE, DEMO_TEACHER, load_teacher_weights
 from stpm.method.backend import resolve_backend
 from stpm.method.preprocessing import IMAGENET, Preprocessing
@@ -118,7 +118,7 @@ class Bench:
 
     def fit(self, recipe: Recipe) -> tuple[Path, float]:
         """Fit the category in one process, without Ray; return the model store, and the seconds of that process."""
-        store, train = self.new_folder(), self.category.train
+        store, train = self.new_folder(), self.category.train[: _SMALL_TRAIN if self.arguments.small else None]
         digest = ModelStore(str(store)).put_teacher(load_teacher_weights(recipe.teacher, "", recipe.levels))
         task = FitTask(self.category.name, train, recipe.for_image_count(len(train)), str(store), digest, self.backend)
         start = time.perf_counter()
@@ -258,7 +258,7 @@ def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:
 def fit_by_peer(bench: Bench) -> dict[str, Any]:
     """Return cost and metrics of anomalib's fit on the images that our recipe trains on."""
     train = bench.category.train
-    chosen, _ = split(len(train), dataclasses.replace(PRESETS["paper"], seed=bench.seed))
+    chosen, _ = split_images(len(train), dataclasses.replace(PRESETS["paper"], seed=bench.seed))
     uris = [train[number][0] for number in chosen.tolist()]
     options = {"seed": bench.seed, "epochs": bench.arguments.epochs, "threads": CORES}
     teacher = DEMO_TEACHER, ""
@@ -329,8 +329,6 @@ def main() -> None:
     backend = resolve_backend(arguments.backend, on_gpu=False)
     print(json.dumps(describe_machine() | {"backend": backend}), flush=True)
     category = mvtec.read_category(arguments.data, arguments.category)
-    if arguments.small:
-        category = dataclasses.replace(category, train=category.train[:_SMALL_TRAIN])
     found: dict[tuple[str, str, str], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.repeats):

@@ -1,7 +1,7 @@
 """Fit one model per category, score every test image, and report metrics per category and on average."""
 
 from stpm.cli import Job, run_job
-from stpm.evaluation.options import EvaluationOptions, GateOptions
+from stpm.evaluation.options import ReportOptions
 from stpm.fitting.options import WorkerOptions
 from stpm.jobs.benchmark_options import BenchmarkOptions, demo_defaults
 from stpm.method.recipe import Recipe
@@ -16,8 +16,7 @@ JOB = Job(
         "model": Recipe,
         "workers": WorkerOptions,
         "scoring": ScoreOptions,
-        "evaluation": EvaluationOptions,
-        "gate": GateOptions,
+        "report": ReportOptions,
         "cluster": ClusterOptions,
     },
     run="stpm.jobs.benchmark:run_benchmark",

@@ -1,14 +1,14 @@
 """Report on a run that is scored already: a benchmark, or a score job with labelled images."""
 
 from stpm.cli import Job, run_job
-from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions
+from stpm.evaluation.options import EvaluateOptions, ReportOptions
 
 JOB = Job(
     prog="evaluate.py",
     description=__doc__,
-    groups={"what and where": EvaluateOptions, "evaluation": EvaluationOptions, "gate": GateOptions},
+    groups={"what and where": EvaluateOptions, "report": ReportOptions},
     run="stpm.jobs.evaluate:run_evaluate",
-    example="python jobs/evaluate.py --scores runs/benchmark --out runs/at-full-size --masks-at original",
+    example="python jobs/evaluate.py --run runs/benchmark --out runs/at-full-size --masks-at original",
 )
 
 if __name__ == "__main__":

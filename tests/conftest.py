@@ -36,7 +36,7 @@ TINY = Recipe(
     epochs=2,
     batch_size=4,
     precision="float32",
-    validation_fraction=0.25,
+    held_out_fraction=0.25,
 )
 
 

@@ -191,7 +191,7 @@ SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
         ([*SCORE, "i", "--out", "file/run"], "file is a file"),
         (["fit", "--data", "d", "--models", "file"], "file is a file"),
         (["benchmark", "--data", "d", "--out", "file/run"], "file is a file"),
-        (["evaluate", "--scores", "d", "--out", "file/run"], "file is a file"),
+        (["evaluate", "--run", "d", "--out", "file/run"], "file is a file"),
         (
             ["score", "--models", "m", "--images", "i", "--out", "o", "--category-from", "{category}/{2}"],
             "{2} is no name",

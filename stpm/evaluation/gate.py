@@ -10,7 +10,7 @@ from typing import Any
 from stpm import storage
 from stpm.errors import ConfigError
 from stpm.evaluation.category_metrics import LOWER_IS_BETTER, METRICS
-from stpm.evaluation.options import GateOptions
+from stpm.evaluation.options import ReportOptions
 
 _MEAN = "mean"
 
@@ -59,7 +59,7 @@ class Gate:
         return differences + [line for each in self.requirements if (line := each.shortfall(report))]
 
 
-def read_gate(options: GateOptions) -> Gate:
+def read_gate(options: ReportOptions) -> Gate:
     """Read the requirements and the baseline, before any work is done.
 
     Raises:

@@ -12,17 +12,6 @@ MasksAt = Literal["model", "original"]
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """How metrics are measured."""
-
-    masks_at: MasksAt = option(
-        "model",
-        "where pixels are compared; `model`: masks brought to model size, as the paper's authors do; `original`: maps "
-        "brought to the image's size",
-    )
-
-
-@dataclass(frozen=True)
 class EvaluateOptions:
     """The run to evaluate, and where the report goes.
 
@@ -30,7 +19,7 @@ class EvaluateOptions:
         ConfigError: if no run is given.
     """
 
-    scores: str = option(
+    run: str = option(
         "",
         "run folder of the score job (with --raw-maps, and a manifest with columns `label` and `mask`) or of the "
         "benchmark: a folder or a URI",
@@ -44,13 +33,18 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class GateOptions:
-    """The values that a report must reach.
+class ReportOptions:
+    """How a report measures, and the values that it must reach.
 
     Raises:
         ConfigError: if the tolerance is below 0.
     """
 
+    masks_at: MasksAt = option(
+        "model",
+        "where pixels are compared; `model`: masks brought to model size, as the paper's authors do; `original`: maps "
+        "brought to the image's size",
+    )
     require: Names = option(
         Names(),
         "values that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "

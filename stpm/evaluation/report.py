@@ -21,7 +21,7 @@ from stpm.evaluation.options import MasksAt
 from stpm.models.record import ModelRecord, library_versions
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
-_COUNTS = ("train_count", "validation_count", "good_count", "defect_count", "error_count")
+_COUNTS = ("train_count", "held_out_count", "good_count", "defect_count", "error_count")
 
 
 def _columns(kind: pa.DataType, *names: str) -> list[tuple[str, pa.DataType]]:
@@ -38,7 +38,7 @@ _DEFECTS_SCHEMA = pa.schema([*_METRIC_COLUMNS, *_columns(pa.string(), "defect")]
 _REPORT_SCHEMA = pa.schema(
     [
         *_METRIC_COLUMNS,
-        *_columns(pa.int64(), "error_count", "train_count", "validation_count", "calibration_count"),
+        *_columns(pa.int64(), "error_count", "train_count", "held_out_count", "calibration_count"),
         *_columns(pa.int64(), "epochs", "kept_epoch"),
         *_columns(pa.float64(), *_FIT_METRICS),
         *_columns(pa.string(), "input_size", "precision", "device", "model_id"),
@@ -144,7 +144,7 @@ class Report:
             {
                 "category": _escape(name) if tablefmt == "pipe" else name,
                 **_table_metrics(values),
-                "train+held out": f"{values['train_count']}+{values['validation_count']}",
+                "train+held out": f"{values['train_count']}+{values['held_out_count']}",
                 "good+defect": f"{values['good_count']}+{values['defect_count']}",
                 "fit s": f"{values['fit_seconds']:.1f}",
                 "train loss": "" if values["train_loss"] is None else f"{values['train_loss']:.4f}",

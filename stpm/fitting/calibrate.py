@@ -15,7 +15,13 @@ from stpm.fitting.build_memory import build_memory
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
 from stpm.fitting.train_student import Checkpoints, train_student
 from stpm.method.backbones import StateDict, load_backbone
-from stpm.method.calibration import Calibration, HeatmapScaleBuilder, PartScale, fit_part_scale, leave_one_out_scales
+from stpm.method.calibration import (
+    Calibration,
+    DistanceScale,
+    HeatmapScaleBuilder,
+    fit_distance_scale,
+    leave_one_out_scales,
+)
 from stpm.method.forward import Distances, Parts, spatial_shape
 from stpm.method.fusion import AnomalyMap, sample_distances
 from stpm.method.memory_bank import MemoryBank
@@ -23,10 +29,10 @@ from stpm.method.recipe import Recipe
 
 
 class CalibrationResult(NamedTuple):
-    """A model's calibration, and the scale of each of its parts, in the order of `Distances.maps`."""
+    """A model's calibration, and the scale of each of its distance maps, in the order of `Distances.maps`."""
 
     calibration: Calibration
-    part_scales: tuple[PartScale, ...]
+    distance_scales: tuple[DistanceScale, ...]
 
 
 def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: Recipe, device: torch.device) -> Parts:
@@ -38,7 +44,7 @@ def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: 
 def calibrate_model(
     parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
 ) -> CalibrationResult:
-    """Measure scores, heatmap scale and part scales on held-out images; for the budget see `HeldOutDistances`."""
+    """Measure scores, heatmap scale and distance scales on held-out images; for the budget see `HeldOutDistances`."""
     distances = HeldOutDistances(parts, features, held_out, recipe, budget)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
     scale_builder = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
@@ -47,7 +53,7 @@ def calibrate_model(
         scores.append(anomaly_map.score(recipe.top_fraction).total)
         scale_builder.add(anomaly_map.total)
     calibration = Calibration(np.sort(scores).astype(np.float32), scale_builder.build())
-    return CalibrationResult(calibration, tuple(map(fit_part_scale, distances.samples)))
+    return CalibrationResult(calibration, tuple(map(fit_distance_scale, distances.samples)))
 
 
 def cross_validate_scores(
@@ -77,9 +83,9 @@ def cross_validate_scores(
 class HeldOutDistances:
     """Distance maps of held-out images, and the anomaly maps that follow from them.
 
-    An anomaly map needs part scales from the other held-out images. So all distance maps are computed first, and cached
-    up to a budget of bytes; those beyond it are computed a second time, to the same bits. `samples` holds some of the
-    distances of each part and image.
+    An anomaly map needs distance scales from the other held-out images. So all distance maps are computed first, and
+    cached up to a budget of bytes; those beyond it are computed a second time, to the same bits. `samples` holds some
+    of the distances of each map and image.
     """
 
     def __init__(self, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int) -> None:
@@ -94,16 +100,16 @@ class HeldOutDistances:
             budget -= distances.nbytes
             if budget >= 0:
                 self._cache.append(distances.to(torch.device("cpu")))
-            shapes = [spatial_shape(part) for part in distances.maps]
+            shapes = [spatial_shape(each) for each in distances.maps]
             masks = features.matcher.content_masks(features.images.content[batch], shapes)
             pairs = zip(distances.maps, masks, strict=True)
-            batch_samples.append([sample_distances(part, mask, len(held_out)) for part, mask in pairs])
-        self.samples = [[image for batch in part for image in batch] for part in zip(*batch_samples, strict=True)]
+            batch_samples.append([sample_distances(each, mask, len(held_out)) for each, mask in pairs])
+        self.samples = [[image for batch in batches for image in batch] for batches in zip(*batch_samples, strict=True)]
 
     def anomaly_maps(self) -> Iterator[AnomalyMap]:
-        """Yield the anomaly map of each image, on part scales that the other held-out images give."""
+        """Yield the anomaly map of each image, on distance scales that the other held-out images give."""
         matcher = self._features.matcher
-        scales: Iterator[tuple[PartScale, ...]] = repeat(())
+        scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
         if self._recipe.fusion == "quantile":
             scales = zip(*map(leave_one_out_scales, self.samples), strict=True)
         for number, batch in enumerate(self._batches):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from stpm import storage
-from stpm.cluster.connection import Resources, connected, working_nodes
+from stpm.cluster.connection import connected, working_nodes
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError, ModelError
@@ -19,10 +19,10 @@ from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import choose_normalisation
 from stpm.fitting.worker_group import run_worker_group
-from stpm.fitting.worker_resources import choose_worker_resources, describe_workers
+from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import held
 from stpm.method.backbones import load_teacher_weights
-from stpm.method.calibration import NormalCounts, few_normals_warning
+from stpm.method.calibration import GoodCounts, few_good_images_warning
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
@@ -59,18 +59,11 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
     return [result for result in found.values() if isinstance(result, mvtec.Category)], failures
 
 
-def warn_about_few_normals(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
+def warn_about_few_good_images(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
     """Warn about categories with too few good images to calibrate for a false-alarm rate."""
-    counts = {
-        each.name: NormalCounts(len(each.train), recipe.calibration_count(len(each.train))) for each in categories
-    }
-    if warning := few_normals_warning(counts, false_alarm_rate):
+    counts = {each.name: GoodCounts(len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
+    if warning := few_good_images_warning(counts, false_alarm_rate):
         log.info(warning)
-
-
-def plan_fits(workers: WorkerOptions, task_count: int, node: Resources) -> str:
-    """Describe what a node of the connected cluster would fit."""
-    return describe_workers(workers, working_nodes(), task_count, node)
 
 
 def fit_categories(

@@ -19,7 +19,7 @@ from stpm.fitting.calibrate import calibrate_model, cross_validate_scores, make_
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
 from stpm.fitting.task import Epoch, FitResult, FitTask
 from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import split, train_student
+from stpm.fitting.train_student import split_images, train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
 from stpm.method.backend import resolve_backend
@@ -107,13 +107,13 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     storage.sweep(store.folder(task.category))
     features = _load_features(task, limits, report)
     matcher = features.matcher
-    train, held_out = split(len(features.images), recipe)
+    train, held_out = split_images(len(features.images), recipe)
     checkpoints = _make_checkpoints(task, matcher, limits.checkpoint_seconds)
     memory = _build_memory(features, train, task, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
     parts = make_parts(trained.student, memory, recipe, matcher.device)
     budget = limits.distance_budget(features)
-    calibration, part_scales = calibrate_model(parts, features, held_out, recipe, budget)
+    calibration, distance_scales = calibrate_model(parts, features, held_out, recipe, budget)
     if recipe.calibration_folds:
         report(f"fitting {recipe.fold_count(len(features.images))} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
@@ -127,7 +127,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         train_loss=kept.train_loss if kept else None,
         validation_loss=kept.validation_loss if kept else None,
         train_count=len(train),
-        validation_count=len(held_out),
+        held_out_count=len(held_out),
         calibration_count=len(calibration.scores),
         device=torch.cuda.get_device_name() if matcher.device.type == "cuda" else f"cpu, {matcher.backend}",
     )
@@ -139,7 +139,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
             precision=matcher.precision,
             teacher_digest=task.teacher_digest,
             heatmap_scale=calibration.scale,
-            part_scales=part_scales,
+            distance_scales=distance_scales,
             fit=summary,
         ),
         task.data_fingerprint,

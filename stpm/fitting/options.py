@@ -50,10 +50,10 @@ class WorkerOptions:
         0,
         "CPU cores per worker, with one thread each; 0: as many as the number of workers leaves to each, at most 8",
     )
-    memory_gib: float = option(
+    worker_memory_gib: float = option(
         0.0,
-        "GiB per worker for decoded images (beyond it they go to a file), and for the teacher's features and "
-        "calibration's distance maps (beyond it they are recomputed); 0: half of the node's memory, divided by its "
+        "memory per worker, in GiB, for decoded images (beyond it they go to a file), and for the teacher's features "
+        "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's memory, divided by its "
         "workers",
     )
     checkpoint_seconds: float = option(
@@ -69,7 +69,7 @@ class WorkerOptions:
             "workers": "give 1 or more, or 0 to take what the cluster has",
             "cpus_per_worker": "give at least 1, or 0 to use as many as the cluster has for it",
             "gpus_per_worker": "give 0 or more",
-            "memory_gib": "give a number above 0, or 0 to divide the node's memory",
+            "worker_memory_gib": "give a number above 0, or 0 to divide the node's memory",
             "checkpoint_seconds": "give 0 or more",
         }
         for name, remedy in remedies.items():

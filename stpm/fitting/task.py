@@ -45,8 +45,8 @@ class FitTask:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that the model depends on, except the device and the backend."""
-        parts = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        values = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
+        return hashlib.sha256("\n".join(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

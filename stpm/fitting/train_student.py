@@ -64,7 +64,7 @@ class TrainedStudent:
     kept_epoch: Epoch | None = None
 
 
-def split(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
+def split_images(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
     """Split the indices of `count` images at random into those to train on and those to hold out, both ascending.
 
     Raises:

@@ -147,7 +147,7 @@ def _memory_limits(options: WorkerOptions, assigned: dict[str, float]) -> tuple[
     context = ray.get_runtime_context()
     node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     fraction = assigned.get("CPU", 1) / max(node["Resources"].get("CPU", 1), 1)
-    memory = options.memory_gib * 2**30 or node["Resources"]["memory"] * _MEMORY_FRACTION * fraction
+    memory = options.worker_memory_gib * 2**30 or node["Resources"]["memory"] * _MEMORY_FRACTION * fraction
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     return int(memory), int(free * _MEMORY_FRACTION * min(assigned.get("GPU", 0), 1))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ray.train import ScalingConfig
 
-from stpm.cluster.connection import Resources
+from stpm.cluster.connection import Resources, working_nodes
 from stpm.errors import ConfigError, join_first
 from stpm.fitting.options import WorkerOptions
 
@@ -74,9 +74,9 @@ def scaling_config(
     )
 
 
-def describe_workers(options: WorkerOptions, nodes: Sequence[Resources], task_count: int, node: Resources) -> str:
-    """Describe the workers that one of the nodes would run for a plan; empty if none."""
-    resources = choose_worker_resources(options, nodes, task_count)
+def describe_workers(options: WorkerOptions, task_count: int, node: Resources) -> str:
+    """Describe the workers that one node of the connected cluster would run; empty if none."""
+    resources = choose_worker_resources(options, working_nodes(), task_count)
     count = min(resources.workers_on([node]), options.workers or task_count)
     gpus = f", {resources.gpus:g} GPU" if resources.gpus else ""
     return f"{count} at once, {resources.cpus} CPUs{gpus} each" if count else ""

@@ -15,10 +15,11 @@ from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
 from stpm.errors import CutOffError, DataError
 from stpm.evaluation.gate import read_gate
-from stpm.evaluation.options import EvaluationOptions, GateOptions
+from stpm.evaluation.options import ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.fitting.fit_categories import fit_categories, plan_fits, read_categories, warn_about_few_normals
+from stpm.fitting.fit_categories import fit_categories, read_categories, warn_about_few_good_images
 from stpm.fitting.options import WorkerOptions
+from stpm.fitting.worker_resources import describe_workers
 from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.jobs.evaluate import evaluate_categories, publish_report
 from stpm.lease import held
@@ -41,8 +42,7 @@ def run_benchmark(
     recipe: Recipe,
     workers: WorkerOptions,
     scoring: ScoreOptions,
-    evaluation: EvaluationOptions,
-    gate: GateOptions,
+    reporting: ReportOptions,
     cluster: ClusterOptions,
 ) -> int:
     """Run the benchmark job.
@@ -53,14 +53,16 @@ def run_benchmark(
     Raises:
         StpmError: if the job cannot be run at all.
     """
-    requirements = read_gate(gate)
+    gate = read_gate(reporting)
     out = storage.output_folder(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
     with on_cluster(cluster, [data, out]):
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
             tasks = len(names) * len(options.seeds)
-            log_plan({"fits": partial(plan_fits, workers, tasks), "then scores": partial(describe_plan, scoring)})
+            log_plan(
+                {"fits": partial(describe_workers, workers, tasks), "then scores": partial(describe_plan, scoring)}
+            )
             return ALL_DONE
         with held(out, options.wait):
             if not options.data:
@@ -74,15 +76,15 @@ def run_benchmark(
             if categories:
                 stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
                 with connected():
-                    warn_about_few_normals(categories, recipe, scoring.false_alarm_rate)
+                    warn_about_few_good_images(categories, recipe, scoring.false_alarm_rate)
                     fits = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
                     for seed, store in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
                             output = RunOutput.named(out, f"seed-{seed}")
                             _score(data, categories, records, ModelStore(store), scoring, output, cluster.backend)
-                            results += evaluate_categories(output, records, ModelStore(store), evaluation)
-            code = publish_report(Report(data, results, failures, evaluation.masks_at), out, requirements)
+                            results += evaluate_categories(output, records, ModelStore(store), reporting.masks_at)
+            code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
             log.info(f"models, scores and heatmaps are in {out}")
             return code
 

@@ -16,7 +16,7 @@ from stpm.evaluation.category_metrics import measure_category
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import defect_sheet, galleries
 from stpm.evaluation.gate import Gate, read_gate
-from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions, MasksAt
+from stpm.evaluation.options import EvaluateOptions, MasksAt, ReportOptions
 from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Report
 from stpm.models.record import ModelRecord
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_categories(
-    output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, options: EvaluationOptions
+    output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, masks_at: MasksAt
 ) -> list[CategoryResult]:
     """Evaluate categories of a run, each in a Ray task. Needs a connection to Ray."""
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
     results: list[CategoryResult] = ray.get(
-        [remote.remote(output, record, history[record.category], options.masks_at) for record in records]
+        [remote.remote(output, record, history[record.category], masks_at) for record in records]
     )
     return results
 
@@ -75,27 +75,27 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
     return code or (SOME_FAILED if shortfalls else code)
 
 
-def run_evaluate(options: EvaluateOptions, evaluation: EvaluationOptions, gate: GateOptions) -> int:
+def run_evaluate(options: EvaluateOptions, reporting: ReportOptions) -> int:
     """Run the evaluate job, and return its exit code, see `publish_report`.
 
     Raises:
         ConfigError: if a requirement or the baseline cannot be read.
     """
-    requirements = read_gate(gate)
-    run = storage.absolute(options.scores)
+    gate = read_gate(reporting)
+    run = storage.absolute(options.run)
     out = storage.output_folder(options.out or run)
     results: list[CategoryResult] = []
     try:
         runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
         with connected():
             for output, store, records in runs:
-                results += evaluate_categories(output, records, store, evaluation)
+                results += evaluate_categories(output, records, store, reporting.masks_at)
     except (DataError, ModelError) as error:
         return nothing_done(error)
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")
-    return publish_report(Report(run, results, masks_at=evaluation.masks_at), out, requirements)
+    return publish_report(Report(run, results, masks_at=reporting.masks_at), out, gate)
 
 
 def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:

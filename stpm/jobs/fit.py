@@ -9,8 +9,9 @@ from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, exit_code, nothing_done
 from stpm.errors import DataError
-from stpm.fitting.fit_categories import fit_categories, plan_fits, read_categories, warn_about_few_normals
+from stpm.fitting.fit_categories import fit_categories, read_categories, warn_about_few_good_images
 from stpm.fitting.options import FitOptions, WorkerOptions
+from stpm.fitting.worker_resources import describe_workers
 from stpm.method.recipe import Recipe
 from stpm.options import ClusterOptions
 
@@ -30,9 +31,9 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         except DataError as error:
             return nothing_done(error)
         if cluster.plan:
-            log_plan({"fits": partial(plan_fits, workers, len(categories))})
+            log_plan({"fits": partial(describe_workers, workers, len(categories))})
             return ALL_DONE
-        warn_about_few_normals(categories, recipe, options.false_alarm_rate)
+        warn_about_few_good_images(categories, recipe, options.false_alarm_rate)
         results = []
         if categories:
             stores = {recipe.seed: store}

@@ -17,7 +17,7 @@ from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, nothing_done
 from stpm.errors import DataError, ModelError
 from stpm.lease import held
-from stpm.method.calibration import NormalCounts, few_normals_warning
+from stpm.method.calibration import GoodCounts, few_good_images_warning
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
@@ -86,7 +86,7 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
         return nothing_done(error)
     if summary.unfinished:
         return SOME_FAILED
-    _warn_of_few_normals(records, run.options.false_alarm_rate)
+    _warn_of_few_good_images(records, run.options.false_alarm_rate)
     _log_summary(summary, run.output)
     if summary.rows and summary.error_count == summary.rows:
         return NOTHING_DONE
@@ -114,9 +114,9 @@ def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
     return image_rows(config.images, CategoryRule(config.category, config.category_from), config.allow, lines)
 
 
-def _warn_of_few_normals(records: Records, false_alarm_rate: float) -> None:
-    normals = {name: NormalCounts(each.fit.good_count, each.fit.calibration_count) for name, each in records.items()}
-    if warning := few_normals_warning(normals, false_alarm_rate):
+def _warn_of_few_good_images(records: Records, false_alarm_rate: float) -> None:
+    counts = {name: GoodCounts(each.fit.good_count, each.fit.calibration_count) for name, each in records.items()}
+    if warning := few_good_images_warning(counts, false_alarm_rate):
         log.info(warning)
 
 

@@ -1,4 +1,4 @@
-"""Calibration on held-out normal images: scales of a model's parts, p-values, the threshold and the heatmap scale."""
+"""Calibration on held-out good images: scales of distance maps, p-values, the threshold and the heatmap scale."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from stpm.errors import ConfigError, join_first
 
 Floats = npt.NDArray[np.floating]
 
-# A heatmap begins at this quantile of held-out normals' pixels, and ends at this multiple of the range from there to
-# the largest of them.
+# A heatmap begins at this quantile of held-out images' pixels, and ends at this multiple of the range from there to the
+# largest of them.
 _HEATMAP_QUANTILE = 0.99
 _HEATMAP_RANGES = 5.0
-# Quantiles of a part's distances that become 0 and 1.
-_PART_QUANTILES = (0.9, 0.995)
-# A part that hardly varies on normal images would outweigh all others: its spread is at least this fraction of `high`.
+# Quantiles of distances that become 0 and 1.
+_DISTANCE_QUANTILES = (0.9, 0.995)
+# Distances that hardly vary on good images would outweigh all others: their spread is at least this fraction of `high`.
 _MIN_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
 class HeatmapScale:
-    """The fixed range of a model's heatmaps, in units of the anomaly map, low < normal_max.
+    """The fixed range of a model's heatmaps, in units of the anomaly map, low < held_out_max.
 
-    `low` is the 99th percentile of held-out normals' pixels, `normal_max` the largest of them. Grey level 0 is `low`
-    and below, the middle of the scale is `normal_max` for every model, so that everything above it was never seen on a
-    held-out good image. Levels rise linearly up to `normal_max`, then with the logarithm; five times as far above `low`
-    as `normal_max`, and beyond, is level 255.
+    `low` is the 99th percentile of held-out images' pixels, `held_out_max` the largest of them. Grey level 0 is `low`
+    and below, the middle of the scale is `held_out_max` for every model, so that everything above it was never seen on
+    a held-out good image. Levels rise linearly up to `held_out_max`, then with the logarithm; five times as far above
+    `low` as `held_out_max`, and beyond, is level 255.
 
-    >>> HeatmapScale(low=1.0, normal_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
+    >>> HeatmapScale(low=1.0, held_out_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
     array([  0,   0,  64, 128, 255, 255], dtype=uint8)
     """
 
     low: float
-    normal_max: float
+    held_out_max: float
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
         """Convert a map of any shape to grey levels 0 to 255."""
-        excess = (anomaly_map - self.low) / (self.normal_max - self.low)
+        excess = (anomaly_map - self.low) / (self.held_out_max - self.low)
         beyond = 1 + np.log(np.clip(excess, 1.0, _HEATMAP_RANGES)) / np.log(_HEATMAP_RANGES)
         levels = np.round(127.5 * np.where(excess < 1, np.maximum(excess, 0.0), beyond))
         return np.asarray(levels, np.uint8)
 
 
 @dataclass(frozen=True)
-class PartScale:
-    """Quantiles of a part's distances on held-out normals: fusion maps `low` (0.9) to 0 and `high` (0.995) to 1."""
+class DistanceScale:
+    """Quantiles of a distance map on held-out images: fusion maps `low` (0.9) to 0 and `high` (0.995) to 1."""
 
     low: float
     high: float
@@ -60,17 +60,17 @@ class PartScale:
         return max(self.high - self.low, _MIN_SPREAD * abs(self.high), 1e-6)
 
 
-def fit_part_scale(values: Sequence[Floats]) -> PartScale:
-    """Return a part's scale, given its distances on each held-out normal, one image or more."""
+def fit_distance_scale(values: Sequence[Floats]) -> DistanceScale:
+    """Return the scale of a distance map, given its values on each held-out image, one image or more."""
     # Not interpolated: the same images twice have the same quantiles, and equal images score the same.
-    low, high = np.quantile(np.concatenate(values), _PART_QUANTILES, method="inverted_cdf")
-    return PartScale(float(low), float(high))
+    low, high = np.quantile(np.concatenate(values), _DISTANCE_QUANTILES, method="inverted_cdf")
+    return DistanceScale(float(low), float(high))
 
 
-def leave_one_out_scales(values: Sequence[Floats]) -> list[PartScale]:
-    """Return for each of two or more held-out normals the scale that `fit_part_scale` gives for all others.
+def leave_one_out_scales(values: Sequence[Floats]) -> list[DistanceScale]:
+    """Return for each of two or more held-out images the scale that `fit_distance_scale` gives for all others.
 
-    An image that contributed to its own scale would look more normal than any later image.
+    An image that contributed to its own scale would look better than any later image.
     """
     pooled = np.concatenate(values)
     order = np.argsort(pooled, kind="stable")
@@ -82,9 +82,9 @@ def leave_one_out_scales(values: Sequence[Floats]) -> list[PartScale]:
     for own in np.split(ranks_in_order, ends[:-1]):
         # Number of values of other images before each of this image's values.
         others_before = np.sort(own) - np.arange(len(own))
-        ranks = [max(math.ceil((len(pooled) - len(own)) * quantile - 1), 0) for quantile in _PART_QUANTILES]
+        ranks = [max(math.ceil((len(pooled) - len(own)) * quantile - 1), 0) for quantile in _DISTANCE_QUANTILES]
         low, high = ordered[ranks + np.searchsorted(others_before, ranks, side="right")]
-        scales.append(PartScale(float(low), float(high)))
+        scales.append(DistanceScale(float(low), float(high)))
     return scales
 
 
@@ -147,14 +147,14 @@ def min_calibration_images(false_alarm_rate: float) -> int:
 
 
 @dataclass(frozen=True)
-class NormalCounts:
+class GoodCounts:
     """The number of a category's good images, and of those that calibrate its model."""
 
     good: int
     calibration: int
 
 
-def few_normals_warning(counts: Mapping[str, NormalCounts], false_alarm_rate: float) -> str:
+def few_good_images_warning(counts: Mapping[str, GoodCounts], false_alarm_rate: float) -> str:
     """Write a warning that names the models with too few calibration images for a rate; "" if there are none.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stpm.errors import ModelError
 from stpm.method.backbones import Backbone
-from stpm.method.calibration import PartScale
+from stpm.method.calibration import DistanceScale
 from stpm.method.depthwise import Float32Depthwise
 from stpm.method.fusion import AnomalyMap, fuse
 from stpm.method.matching import content_mask, distance_map
@@ -99,9 +99,9 @@ class Distances:
         """Count the bytes of all maps."""
         return sum(d.nbytes for d in self.maps)
 
-    def images(self, part: slice) -> Distances:
+    def images(self, chosen: slice) -> Distances:
         """Select some of the images."""
-        return Distances(tuple(d[part] for d in self.student), tuple(d[part] for d in self.memory))
+        return Distances(tuple(d[chosen] for d in self.student), tuple(d[chosen] for d in self.memory))
 
     def to(self, device: torch.device) -> Distances:
         """Move all maps to a device."""
@@ -207,7 +207,7 @@ class Matcher:
         return Distances(student, tuple(memory))
 
     def anomaly_maps(
-        self, distances: Distances, content: Boxes, recipe: Recipe, scales: Sequence[PartScale]
+        self, distances: Distances, content: Boxes, recipe: Recipe, scales: Sequence[DistanceScale]
     ) -> list[AnomalyMap]:
         """Fuse distances into one smoothed anomaly map per image, cut to the image's content box.
 

@@ -1,8 +1,8 @@
-"""Combine the distance maps of a model's parts into one anomaly map and one score, as pure functions.
+"""Combine the distance maps of a model into one anomaly map and one score, as pure functions.
 
-A part is one level of the student or one memory bank. Maps are combined by the product of the student's levels (Wang et
-al., equation 4), or by the mean of all parts, each scaled by quantiles of its values on held-out normal images
-(EfficientAD: Batzner et al., WACV 2024, arXiv 2303.14535, section 3.4).
+There is one map for each level of the student and for each memory bank. They are combined by the product of the
+student's levels (Wang et al., equation 4), or by the mean of all maps, each scaled by quantiles of its values on
+held-out images (EfficientAD: Batzner et al., WACV 2024, arXiv 2303.14535, section 3.4).
 
 Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) at input size, all float32.
 """
@@ -20,18 +20,18 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stpm.method.calibration import PartScale
+from stpm.method.calibration import DistanceScale
 from stpm.method.recipe import FusionMethod
 
 Map = npt.NDArray[np.float32]
 
 _EPS = 1e-12
-# Numbers of distances that are sampled: enough for the quantiles of a part.
+# Numbers of distances that are sampled: enough for quantiles.
 _MIN_SAMPLES, _MAX_SAMPLES, _MAX_SAMPLES_IN_ALL = 16, 1024, 256 * 1024
 
 
 def sample_distances(distances: Tensor, valid: Tensor | None = None, images_in_all: int = 0) -> list[Map]:
-    """Sample a part's distances on each image, evenly spaced over the positions that count.
+    """Sample the distances on each image, evenly spaced over the positions that count.
 
     Args:
         distances: (B, Hₗ, Wₗ).
@@ -53,7 +53,7 @@ def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = No
     """Upsample distance maps bilinearly to input size: (B, Hₗ, Wₗ) to (B, height, width).
 
     Args:
-        distances: the maps of one part.
+        distances: maps of one level or bank.
         size: height and width of the input, pixels.
         valid: (B, Hₗ, Wₗ) bool, true at the positions that count; None counts all. Between a position that counts and
             others, the result has the value of the former; far from any position that counts it has no meaning.
@@ -92,7 +92,7 @@ class AnomalyMap:
         if not sigma:
             return self
         gaussian = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
-        student, memory = (None if part is None else gaussian(part) for part in (self.student, self.memory))
+        student, memory = (None if each is None else gaussian(each) for each in (self.student, self.memory))
         return AnomalyMap(gaussian(self.total), student, memory)
 
     def score(self, top_fraction: float) -> Score:
@@ -104,14 +104,14 @@ class AnomalyMap:
         total = self.total.ravel()
         count = max(round(top_fraction * total.size), 1)
         top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count)[-count:]
-        student, memory = (None if part is None else _mean(part, top) for part in (self.student, self.memory))
+        student, memory = (None if each is None else _mean(each, top) for each in (self.student, self.memory))
         return Score(_mean(self.total, top), student, memory)
 
 
 def fuse(
     student: Sequence[Tensor],
     memory: Sequence[Tensor],
-    scales: Sequence[PartScale],
+    scales: Sequence[DistanceScale],
     method: FusionMethod,
     size: tuple[int, int],
     valid: Sequence[Tensor | None],
@@ -135,7 +135,7 @@ def fuse(
     n = len(student)
     student_map = _add(maps[:n], valid[:n], size) if student else None
     memory_map = _add(maps[n:], valid[n:], size) if memory else None
-    total = torch.stack([part for part in (student_map, memory_map) if part is not None]).sum(dim=0)
+    total = torch.stack([each for each in (student_map, memory_map) if each is not None]).sum(dim=0)
     return total, student_map, memory_map
 
 

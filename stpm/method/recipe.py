@@ -60,7 +60,7 @@ class Recipe:
     loss_factor: float = option(
         32.0, "multiply a batch's mean loss by this before its gradient; 32 makes it the sum over a batch of 32"
     )
-    validation_fraction: float = option(
+    held_out_fraction: float = option(
         0.2, "fraction of the defect-free images to hold out for validation and calibration"
     )
     keep: Literal["best", "last"] = option(
@@ -122,7 +122,7 @@ class Recipe:
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"0 or more, fewer than the {self.epochs} epochs"),
             ("min_steps", self.min_steps >= 0, "0 or more"),
             ("early_stopping", self.early_stopping >= 0, "0 or more"),
-            ("validation_fraction", 0 < self.validation_fraction < 1, "a fraction above 0 and below 1"),
+            ("held_out_fraction", 0 < self.held_out_fraction < 1, "a fraction above 0 and below 1"),
             ("memory", 0 <= self.memory <= 1_000_000, "0 to 1000000"),
             ("student", self.student != "none" or self.memory > 0, "--memory too, such as 2000: a model needs a part"),
             (
@@ -145,7 +145,7 @@ class Recipe:
 
     def held_out_count(self, images: int) -> int:
         """Return how many of a category's good images are held out: the fraction, and at least what fusion needs."""
-        return min(max(round(images * self.validation_fraction), self._min_held_out), images - 1)
+        return min(max(round(images * self.held_out_fraction), self._min_held_out), images - 1)
 
     def fold_count(self, images: int) -> int:
         """Return how many calibration folds a category's good images make: fewer than asked for if they are few."""

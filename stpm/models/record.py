@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stpm import __version__
 from stpm.errors import ConfigError, ModelError
-from stpm.method.calibration import HeatmapScale, PartScale
+from stpm.method.calibration import DistanceScale, HeatmapScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.options import Integers, Size
@@ -46,14 +46,14 @@ class FitSummary:
     train_loss: float | None
     validation_loss: float | None
     train_count: int
-    validation_count: int
+    held_out_count: int
     calibration_count: int
     device: str
 
     @property
     def good_count(self) -> int:
         """Count all good images."""
-        return self.train_count + self.validation_count
+        return self.train_count + self.held_out_count
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ModelRecord:
     precision: Precision
     teacher_digest: str
     heatmap_scale: HeatmapScale
-    part_scales: tuple[PartScale, ...]
+    distance_scales: tuple[DistanceScale, ...]
     fit: FitSummary
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
@@ -81,7 +81,7 @@ class ModelRecord:
     def model_id(self) -> str:
         """Return the category, with a digest of everything that affects scores, p-values, verdicts or heatmaps."""
         files = [self.files.get(name) for name in (STUDENT, MEMORY, CALIBRATION)]
-        values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.part_scales, files)
+        values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.distance_scales, files)
         digest = hashlib.sha256(repr((values, self.heatmap_scale)).encode()).hexdigest()
         return f"{self.category}-{digest[:12]}"
 

@@ -62,7 +62,7 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
     assert run_job("score", *score).returncode == 0
     check_partitions()
 
-    done = run_job("evaluate", "--scores", "run", "--out", "report")
+    done = run_job("evaluate", "--run", "run", "--out", "report")
     assert done.returncode == 0
     report = json.loads(Path("report/report.json").read_text())
     scored = [row for row in read_rows("run") if not row["error_kind"]]
@@ -80,7 +80,7 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
 
     # At the masks' own size, and compared to the first report.
     gate = ["--baseline", "report/report.json", "--require", "mean.image_auroc=1.0,nut.image_recall=0.0"]
-    other = run_job("evaluate", "--scores", "run", "--out", "other", "--masks-at", "original", *gate)
+    other = run_job("evaluate", "--run", "run", "--out", "other", "--masks-at", "original", *gate)
     assert other.returncode == 2
     assert "the baseline's mask_resolution is" in other.stdout
     assert ("falls short: mean.image_auroc" in other.stdout) == (expected < 1)

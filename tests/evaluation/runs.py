@@ -89,7 +89,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         precision="float32",
         teacher_digest="t",
         heatmap_scale=HeatmapScale(0.1, 1.0),
-        part_scales=(),
+        distance_scales=(),
         fit=FitSummary(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
         files={"student.safetensors": f"{seed}" * 64},
         versions={},

@@ -9,7 +9,7 @@ import pytest
 from stpm.errors import ConfigError
 from stpm.evaluation.category_metrics import METRICS
 from stpm.evaluation.gate import read_gate
-from stpm.evaluation.options import GateOptions
+from stpm.evaluation.options import ReportOptions
 from stpm.options import Names
 
 
@@ -20,7 +20,7 @@ def report(protocol: str = "model size", **values: float) -> dict[str, Any]:
 
 
 def shortfalls(found: dict[str, Any], *require: str) -> list[str]:
-    return read_gate(GateOptions(Names(require))).shortfalls(found)
+    return read_gate(ReportOptions(require=Names(require))).shortfalls(found)
 
 
 def test_a_reached_requirement_has_no_shortfall() -> None:
@@ -42,13 +42,13 @@ def test_a_shortfall_names_both_values() -> None:
 @pytest.mark.parametrize("text", ["image_auroc=0.9", "mean.image_auroc", "mean.auroc=0.9", "mean.image_auroc=95", "="])
 def test_an_invalid_requirement_is_an_error_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match=r"mean\.image_auroc=0\.95|there are image_auroc"):
-        read_gate(GateOptions(Names([text])))
+        read_gate(ReportOptions(require=Names([text])))
 
 
 def test_a_baseline_is_reached_within_the_tolerance(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report()))
-    gate = read_gate(GateOptions(baseline=str(path), tolerance=0.01))
+    gate = read_gate(ReportOptions(baseline=str(path), tolerance=0.01))
     assert gate.shortfalls(report(image_auroc=0.895, image_false_alarm_rate=0.025)) == []
     assert gate.shortfalls(report(image_auroc=0.95, image_false_alarm_rate=0.0)) == []
     worse = gate.shortfalls(report(image_auroc=0.88))
@@ -61,7 +61,7 @@ def test_a_baseline_is_reached_within_the_tolerance(tmp_path: Path) -> None:
 def test_a_baseline_of_another_protocol_is_a_shortfall(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report("original size")))
-    (line,) = read_gate(GateOptions(baseline=str(path))).shortfalls(report())
+    (line,) = read_gate(ReportOptions(baseline=str(path))).shortfalls(report())
     assert line == (
         "the baseline's mask_resolution is 'original size' and this report's 'model size': they do not compare"
     )
@@ -73,9 +73,9 @@ def test_an_invalid_baseline_is_an_error(tmp_path: Path, content: str | None) ->
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match="baseline"):
-        read_gate(GateOptions(baseline=str(path)))
+        read_gate(ReportOptions(baseline=str(path)))
 
 
 def test_a_tolerance_below_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="tolerance is -1"):
-        GateOptions(tolerance=-1)
+        ReportOptions(tolerance=-1)

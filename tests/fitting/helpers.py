@@ -12,9 +12,9 @@ from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import Checkpoints, TrainedStudent, split, train_student
+from stpm.fitting.train_student import Checkpoints, TrainedStudent, split_images, train_student
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.calibration import PartScale
+from stpm.method.calibration import DistanceScale
 from stpm.method.forward import Matcher, Parts
 from stpm.method.fusion import AnomalyMap
 from stpm.method.recipe import Recipe
@@ -39,7 +39,7 @@ def train_on(
     seen: list[Epoch] = []
     features = TeacherFeatures(make_matcher(recipe), images, budget)
     assert features.cached == (budget > 0)
-    train, held_out = split(len(images), recipe)
+    train, held_out = split_images(len(images), recipe)
     return train_student(features, train, held_out, recipe, seen.append, checkpoints), seen
 
 
@@ -53,7 +53,7 @@ def fit_parts(features: TeacherFeatures, train: Indices, held_out: Indices, reci
 
 
 def anomaly_maps(
-    matcher: Matcher, parts: Parts, images: TrainingImages, recipe: Recipe, scales: Sequence[PartScale]
+    matcher: Matcher, parts: Parts, images: TrainingImages, recipe: Recipe, scales: Sequence[DistanceScale]
 ) -> list[AnomalyMap]:
     """Compute the maps of all images, as scoring does."""
     inputs = matcher.inputs(torch.from_numpy(images.pixels))

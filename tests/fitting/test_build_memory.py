@@ -8,7 +8,7 @@ import torch
 
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import split
+from stpm.fitting.train_student import split_images
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.memory_bank import MemoryBank
 from tests.conftest import MODELS
@@ -26,7 +26,7 @@ def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) ->
 @pytest.mark.parametrize("budget", [BUDGET, 0])
 def test_same_images_give_the_same_memory(images: TrainingImages, make_matcher: MatcherOf, budget: int) -> None:
     recipe = MODELS["memory"]
-    train, _ = split(len(images), recipe)
+    train, _ = split_images(len(images), recipe)
     first, again, other = (
         build_memory(
             TeacherFeatures(make_matcher(recipe), images, budget), train, dataclasses.replace(recipe, seed=seed)

@@ -10,7 +10,7 @@ import torch
 from stpm.fitting import calibrate
 from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
 from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import TrainedStudent, split, train_student
+from stpm.fitting.train_student import TrainedStudent, split_images, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Matcher
 from stpm.method.recipe import Recipe
@@ -26,21 +26,21 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     if padded:
         content = np.array([[0, 24, 64, 40], [8, 0, 56, 64], [0, 0, 64, 64]] * 3, "i4")
         images = dataclasses.replace(images, content=content)
-    recipe = dataclasses.replace(any_model, validation_fraction=0.5)
+    recipe = dataclasses.replace(any_model, held_out_fraction=0.5)
     features, matcher = TeacherFeatures(make_matcher(recipe), images, BUDGET), make_matcher(recipe)
-    train, held_out = split(len(images), recipe)
+    train, held_out = split_images(len(images), recipe)
     parts = fit_parts(features, train, held_out, recipe)
     found = calibrate_model(parts, features, held_out, recipe, BUDGET)
-    assert len(found.part_scales) == (3 if parts.student else 0) + len(parts.memory)
+    assert len(found.distance_scales) == (3 if parts.student else 0) + len(parts.memory)
     maps = []
     for i in held_out:
-        scales = calibrate_model(parts, features, held_out[held_out != i], recipe, BUDGET).part_scales
+        scales = calibrate_model(parts, features, held_out[held_out != i], recipe, BUDGET).distance_scales
         maps += anomaly_maps(matcher, parts, select(images, [i]), recipe, scales)
     scores = [each.score(recipe.top_fraction).total for each in maps]
     np.testing.assert_allclose(found.calibration.scores, np.sort(scores), rtol=1e-3, atol=1e-4)
     pixels = np.concatenate([each.total.ravel() for each in maps])
     assert found.calibration.scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=1e-4)
-    assert found.calibration.scale.normal_max == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
+    assert found.calibration.scale.held_out_max == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
     assert [each.total.shape for each in maps] == [
         (bottom - top, right - left) for left, top, right, bottom in images.content[held_out].tolist()
     ]
@@ -73,7 +73,10 @@ def test_distances_over_the_budget_are_recomputed_to_the_same_bits(
         assert len(computed) == times
     for other in found[1:]:
         np.testing.assert_array_equal(other.calibration.scores, found[0].calibration.scores)
-        assert (other.part_scales, other.calibration.scale) == (found[0].part_scales, found[0].calibration.scale)
+        assert (other.distance_scales, other.calibration.scale) == (
+            found[0].distance_scales,
+            found[0].calibration.scale,
+        )
 
 
 def test_part_scales_are_quantiles_on_held_out_images(
@@ -84,7 +87,7 @@ def test_part_scales_are_quantiles_on_held_out_images(
     parts = fit_parts(features, np.array([0, 2, 3, 5, 6, 7]), held_out, any_model)
     inputs = matcher.inputs(torch.from_numpy(images.pixels[held_out]))
     distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content[held_out])
-    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).part_scales
+    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).distance_scales
     for scale, part in zip(scales, distances.maps, strict=True):
         # Maps of this size are not sampled: all positions count.
         assert scale.low == pytest.approx(np.quantile(part.numpy(), 0.9, method="inverted_cdf"), rel=1e-3)
@@ -93,9 +96,9 @@ def test_part_scales_are_quantiles_on_held_out_images(
 
 def test_scores_do_not_depend_on_the_batch(images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf) -> None:
     features, matcher = TeacherFeatures(make_matcher(any_model), images, BUDGET), make_matcher(any_model)
-    train, held_out = split(len(images), any_model)
+    train, held_out = split_images(len(images), any_model)
     parts = fit_parts(features, train, held_out, any_model)
-    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).part_scales
+    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).distance_scales
     together = anomaly_maps(matcher, parts, images, any_model, scales)
     for i, each in enumerate(together):
         (alone,) = anomaly_maps(matcher, parts, select(images, [i]), any_model, scales)
@@ -156,7 +159,7 @@ def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, make_mat
     for _ in range(40):
         later = rng.permutation(np.arange(20, 90))
         found = calibrate_model(parts, features, np.sort(later[:4]), any_model, BUDGET)
-        maps = anomaly_maps(matcher, parts, select(images, later[4:34]), any_model, found.part_scales)
+        maps = anomaly_maps(matcher, parts, select(images, later[4:34]), any_model, found.distance_scales)
         scores = np.array([each.score(any_model.top_fraction).total for each in maps], np.float32)
         p_values.append(found.calibration.p_values(scores))
     for rate in (0.2, 0.4):
@@ -169,9 +172,9 @@ def test_patch_scores_above_normal_images(
 ) -> None:
     recipe = dataclasses.replace(any_model, teacher="demo", teacher_weights="", epochs=12)
     features = TeacherFeatures(make_matcher(recipe), images, BUDGET)
-    train, held_out = split(len(images), recipe)
+    train, held_out = split_images(len(images), recipe)
     parts = fit_parts(features, train, held_out, recipe)
-    scales = calibrate_model(parts, features, held_out, recipe, BUDGET).part_scales
+    scales = calibrate_model(parts, features, held_out, recipe, BUDGET).distance_scales
     normal = rng.integers(90, 130, (6, 64, 64, 3), dtype=np.uint8)
     odd = normal.copy()
     odd[:, 20:40, 20:40] = 250

@@ -12,7 +12,7 @@ import pytest
 
 from stpm.data import mvtec
 from stpm.fitting import fit_categories as fitting
-from stpm.fitting.fit_categories import fit_categories, warn_about_few_normals
+from stpm.fitting.fit_categories import fit_categories, warn_about_few_good_images
 from stpm.fitting.fit_category import fit_category
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import FitResult, FitTask
@@ -74,13 +74,13 @@ def test_damaged_model_is_reported_and_fitted_again(
     assert len(fitted_keys) == 3
 
 
-def test_few_normals_for_a_rate_are_warned_about(
+def test_few_good_images_for_a_rate_are_warned_about(
     tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = categories(tmp_path, nut=8)
-    warn_about_few_normals(data, tiny, 0.01)
-    warn_about_few_normals(data, dataclasses.replace(tiny, calibration_folds=2), 0.1)
+    warn_about_few_good_images(data, tiny, 0.01)
+    warn_about_few_good_images(data, dataclasses.replace(tiny, calibration_folds=2), 0.1)
     assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333" in caplog.messages[0]
     assert "nut calibrates on 8 of its 8 good images, which supports a rate of 0.111" in caplog.messages[1]
-    warn_about_few_normals(data, dataclasses.replace(tiny, calibration_folds=2), 0.2)
+    warn_about_few_good_images(data, dataclasses.replace(tiny, calibration_folds=2), 0.2)
     assert len(caplog.messages) == 2

@@ -203,7 +203,7 @@ def test_stored_model_matches_its_recipe(root: str, any_model: Recipe) -> None:
     record = result.record
     assert record
     fit, model = record.fit, ModelStore(task.store).load("nut")
-    assert (fit.train_count, fit.validation_count, fit.calibration_count) == (6, 2, 2)
+    assert (fit.train_count, fit.held_out_count, fit.calibration_count) == (6, 2, 2)
     epochs = [each for each in reported if isinstance(each, Epoch)]
     if any_model.student == "none":
         assert (fit.epochs, fit.kept_epoch, fit.train_loss, fit.validation_loss, epochs) == (0, 0, None, None, [])
@@ -213,7 +213,7 @@ def test_stored_model_matches_its_recipe(root: str, any_model: Recipe) -> None:
         assert fit.validation_loss == epochs[fit.kept_epoch - 1].validation_loss
     banks = 4 if any_model.memory else 0
     assert len(model.parts.memory) == banks
-    assert len(record.part_scales) == banks + (3 if model.parts.student else 0)
+    assert len(record.distance_scales) == banks + (3 if model.parts.student else 0)
     assert any("memory of 200 vectors in 4 banks" in each for each in reported if isinstance(each, str)) == bool(banks)
 
 
@@ -225,7 +225,7 @@ def test_second_fit_stores_the_same_bits(root: str, any_model: Recipe) -> None:
     assert records[0]
     assert records[1]
     assert records[0].model_id == records[1].model_id
-    assert records[0].part_scales == records[1].part_scales
+    assert records[0].distance_scales == records[1].distance_scales
     assert records[0].heatmap_scale == records[1].heatmap_scale
 
 
@@ -290,7 +290,7 @@ def test_auto_size_follows_the_images(root: str, tiny: Recipe) -> None:
 
 
 def test_images_of_mixed_proportions_are_fitted(root: str, any_model: Recipe) -> None:
-    recipe = dataclasses.replace(any_model, resize="fit", validation_fraction=0.4)
+    recipe = dataclasses.replace(any_model, resize="fit", held_out_fraction=0.4)
     task = task_in(root, recipe)
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)

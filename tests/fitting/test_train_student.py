@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import DivergedError, FitState, learning_rate, split, train_student
+from stpm.fitting.train_student import DivergedError, FitState, learning_rate, split_images, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.backbones import load_backbone
 from stpm.method.matching import matching_loss
@@ -22,15 +22,15 @@ PAPER = PRESETS["paper"]
 
 @given(st.integers(2, 500), st.floats(0.01, 0.99), st.integers(0, 1000))
 def test_split_is_a_partition_without_empty_sides(count: int, fraction: float, seed: int) -> None:
-    train, held_out = split(count, dataclasses.replace(PAPER, validation_fraction=fraction, seed=seed))
+    train, held_out = split_images(count, dataclasses.replace(PAPER, held_out_fraction=fraction, seed=seed))
     assert sorted([*train, *held_out]) == list(range(count))
     assert len(train) >= 1
     assert abs(len(held_out) - count * fraction) <= 1
 
 
 def test_paper_split_is_80_to_20_and_depends_on_the_seed() -> None:
-    assert tuple(map(len, split(209, PAPER))) == (167, 42)
-    assert (split(209, PAPER)[1] != split(209, dataclasses.replace(PAPER, seed=1))[1]).any()
+    assert tuple(map(len, split_images(209, PAPER))) == (167, 42)
+    assert (split_images(209, PAPER)[1] != split_images(209, dataclasses.replace(PAPER, seed=1))[1]).any()
 
 
 def test_both_losses_are_reported_for_every_epoch(
@@ -44,7 +44,7 @@ def test_both_losses_are_reported_for_every_epoch(
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_seed_decides_every_weight(preset: str, images: TrainingImages, tiny: Recipe, make_matcher: MatcherOf) -> None:
-    ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "validation_fraction")
+    ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "held_out_fraction")
     recipe = dataclasses.replace(PRESETS[preset], **{name: getattr(tiny, name) for name in ours})  # type: ignore[index]
     first, again = (train_on(images, recipe, make_matcher)[0] for _ in range(2))
     other = train_on(images, dataclasses.replace(recipe, seed=1), make_matcher)[0]
@@ -172,7 +172,7 @@ def test_student_does_not_learn_from_padding(images: TrainingImages, tiny: Recip
     content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
     padded = dataclasses.replace(images, content=content)
     features = TeacherFeatures(make_matcher(tiny), padded, BUDGET)
-    train, held_out = split(len(padded), tiny)
+    train, held_out = split_images(len(padded), tiny)
     before = train_student(features, train, held_out, tiny, lambda epoch: None)
     masks = features.content_masks(np.arange(len(padded)))
     for level, mask in zip(features._features, masks, strict=True):

@@ -5,6 +5,7 @@ from ray.train import ScalingConfig
 
 from stpm.cluster.connection import Resources
 from stpm.errors import ConfigError
+from stpm.fitting import worker_resources
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.worker_resources import choose_worker_resources, describe_workers, scaling_config
 
@@ -86,7 +87,8 @@ def test_elastic_group_has_at_most_one_worker_per_task() -> None:
         scale(WorkerOptions(cpus_per_worker=3), two, 5, elastic=True)
 
 
-def test_plan_describes_the_workers_of_a_node() -> None:
+def test_plan_describes_the_workers_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[Resources] = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}]
-    assert describe_workers(WorkerOptions(), nodes, 15, nodes[0]) == "1 at once, 8 CPUs, 1 GPU each"
-    assert describe_workers(WorkerOptions(), nodes, 15, nodes[2]) == ""
+    monkeypatch.setattr(worker_resources, "working_nodes", lambda: nodes)
+    assert describe_workers(WorkerOptions(), 15, nodes[0]) == "1 at once, 8 CPUs, 1 GPU each"
+    assert describe_workers(WorkerOptions(), 15, nodes[2]) == ""

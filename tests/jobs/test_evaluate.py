@@ -9,27 +9,27 @@ import pytest
 
 from stpm.errors import ConfigError
 from stpm.evaluation.gate import Gate, Requirement
-from stpm.evaluation.options import EvaluateOptions, EvaluationOptions, GateOptions
+from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import Report
 from stpm.jobs.evaluate import evaluate_category, publish_report, run_evaluate
 from tests.evaluation.runs import result, scored_run
 
 
 def evaluate(**options: str) -> int:
-    return run_evaluate(EvaluateOptions(**options), EvaluationOptions(), GateOptions())
+    return run_evaluate(EvaluateOptions(**options), ReportOptions())
 
 
 def test_a_missing_run_folder_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert evaluate(scores=str(tmp_path / "nowhere")) == 3
+    assert evaluate(run=str(tmp_path / "nowhere")) == 3
     assert "nowhere: no scores here" in caplog.text
-    with pytest.raises(ConfigError, match="--scores is missing"):
+    with pytest.raises(ConfigError, match="--run is missing"):
         EvaluateOptions()
 
 
 def test_a_run_without_models_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
-    assert evaluate(scores=output.folder) == 3
+    assert evaluate(run=output.folder) == 3
     assert "no record of a scored run" in caplog.text
 
 
@@ -38,16 +38,16 @@ def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path, caplog: py
     Path(output.state_folder).mkdir(parents=True)
     run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "summary": {}}
     (Path(output.state_folder) / "run.json").write_text(json.dumps(run))
-    assert evaluate(scores=output.folder) == 3
+    assert evaluate(run=output.folder) == 3
     assert "this run is not finished" in caplog.text
     (Path(output.state_folder) / "_SUCCESS").touch()
-    assert evaluate(scores=output.folder) == 3
+    assert evaluate(run=output.folder) == 3
     assert "models: no model nut-before for category 'nut'" in caplog.text
 
 
 def test_an_unreadable_baseline_is_reported_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
-        run_evaluate(EvaluateOptions(scores="nowhere"), EvaluationOptions(), GateOptions(baseline="nothing.json"))
+        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"))
 
 
 def test_a_category_is_evaluated_published_and_checked_against_the_gate(

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from stpm.errors import ConfigError
 from stpm.method.calibration import (
     Calibration,
+    DistanceScale,
+    GoodCounts,
     HeatmapScale,
     HeatmapScaleBuilder,
-    NormalCounts,
-    PartScale,
     check_false_alarm_rate,
-    few_normals_warning,
-    fit_part_scale,
+    few_good_images_warning,
+    fit_distance_scale,
     leave_one_out_scales,
     min_calibration_images,
 )
@@ -70,16 +70,16 @@ def test_min_calibration_images_is_smallest_sufficient_number(rate: float) -> No
     assert n == 0 or 1 / n > rate * (1 - 1e-6)
 
 
-def test_few_normals_warning_names_categories_and_remedies() -> None:
-    screw = NormalCounts(500, 400)
-    assert few_normals_warning({"nut": NormalCounts(120, 99), "screw": screw}, 0.01) == ""
-    warning = few_normals_warning({"nut": NormalCounts(122, 98), "screw": screw}, 0.01)
+def test_few_good_images_warning_names_categories_and_remedies() -> None:
+    screw = GoodCounts(500, 400)
+    assert few_good_images_warning({"nut": GoodCounts(120, 99), "screw": screw}, 0.01) == ""
+    warning = few_good_images_warning({"nut": GoodCounts(122, 98), "screw": screw}, 0.01)
     assert warning.startswith(
         "warning: false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on 98 of its 122 good "
         "images, which supports a rate of 0.010 or more."
     )
     assert "screw" not in warning
-    many = few_normals_warning({f"part-{i}": NormalCounts(209, 42) for i in range(1000)}, 0.01)
+    many = few_good_images_warning({f"part-{i}": GoodCounts(209, 42) for i in range(1000)}, 0.01)
     assert "part-4 calibrates on 42 of its 209 good images, which supports a rate of 0.023 or more; and 995" in many
     assert "Raise --false-alarm-rate, or give at least 99 good images and fit with --calibration-folds 5" in many
     assert len(many) < 750
@@ -110,7 +110,7 @@ def test_heatmap_scale_matches_quantile_and_maximum_of_all_pixels(
     ]
     pixels, found = np.concatenate([each.ravel() for each in made]), build_scale(made)
     assert found.low == float(np.quantile(pixels, 0.99))
-    assert found.normal_max == max(float(pixels.max()), found.normal_max if pixels.max() == found.low else 0.0)
+    assert found.held_out_max == max(float(pixels.max()), found.held_out_max if pixels.max() == found.low else 0.0)
 
 
 def test_heatmap_scale_builder_keeps_few_pixels() -> None:
@@ -129,17 +129,17 @@ def test_heatmap_scale_exists_for_constant_maps() -> None:
     for value in (0.0, -3.0, 1e6):
         constant = np.full((3, 4, 4), value, np.float32)
         scale = build_scale(constant)
-        assert scale.low < scale.normal_max
+        assert scale.low < scale.held_out_max
         assert (scale.apply(constant) == 0).all()
         assert (scale.apply(constant + max(abs(value), 1.0)) == 255).all()
 
 
 @pytest.mark.parametrize("scale", [HeatmapScale(1e-4, 0.1), HeatmapScale(0.0, 2.0), HeatmapScale(-3.0, -1.0)])
 def test_heatmap_scale_puts_normal_max_in_the_middle(scale: HeatmapScale) -> None:
-    """The scale is linear from `low` (0) to `normal_max` (1), then logarithmic up to 5."""
+    """The scale is linear from `low` (0) to `held_out_max` (1), then logarithmic up to 5."""
     relative = np.array([-1.0, 0.0, 0.25, 0.5, 1.0, np.sqrt(5.0), 5.0, 50.0])
     expected = [0.0, 0.0, 31.875, 63.75, 127.5, 191.25, 255.0, 255.0]
-    levels = scale.apply((scale.low + relative * (scale.normal_max - scale.low)).astype(np.float32))
+    levels = scale.apply((scale.low + relative * (scale.held_out_max - scale.low)).astype(np.float32))
     assert levels.dtype == np.uint8
     np.testing.assert_allclose(levels, expected, atol=0.51)
 
@@ -175,17 +175,17 @@ def test_leave_one_out_scales_match_quantiles_of_the_others(part: list[list[floa
         assert scale.low == pytest.approx(reference_quantile(others, 0.9), rel=1e-5, abs=1e-5)
         assert scale.high == pytest.approx(reference_quantile(others, 0.995), rel=1e-5, abs=1e-5)
     every = [v for image in part for v in image]
-    assert fit_part_scale(arrays).high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
+    assert fit_distance_scale(arrays).high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
 
 
 def test_part_scale_spread_is_positive() -> None:
-    assert PartScale(0.0, 0.0).spread > 0
-    assert PartScale(4.0, 4.0).spread == pytest.approx(0.2)
-    assert PartScale(1.0, 4.0).spread == pytest.approx(3.0)
-    assert PartScale(-4.0, -4.0).spread > 0
+    assert DistanceScale(0.0, 0.0).spread > 0
+    assert DistanceScale(4.0, 4.0).spread == pytest.approx(0.2)
+    assert DistanceScale(1.0, 4.0).spread == pytest.approx(3.0)
+    assert DistanceScale(-4.0, -4.0).spread > 0
 
 
 def test_part_scale_of_equal_images_equals_leave_one_out_scale() -> None:
     image = np.linspace(1.0, 3.0, 64, dtype=np.float32)
     held_out = [image] * 8
-    assert fit_part_scale(held_out) == leave_one_out_scales(held_out)[0]
+    assert fit_distance_scale(held_out) == leave_one_out_scales(held_out)[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from stpm.method.calibration import Calibration, HeatmapScale, PartScale, fit_part_scale, leave_one_out_scales
+from stpm.method.calibration import Calibration, DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
 from stpm.method.fusion import AnomalyMap, fuse, sample_distances, upsample
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.recipe import FusionMethod
@@ -62,7 +62,7 @@ def test_fuse_sum_adds_upsampled_maps() -> None:
 def test_fuse_quantile_averages_scaled_parts(levels: int, banks: int) -> None:
     maps = random_maps(*[(8 - i, 4 + i) for i in range(levels + banks)])
     # A spread of 0 is replaced by a twentieth of the high quantile.
-    scales = [PartScale(0.1 * i, 0.1 * i + 0.5) if i else PartScale(2.0, 2.0) for i in range(levels + banks)]
+    scales = [DistanceScale(0.1 * i, 0.1 * i + 0.5) if i else DistanceScale(2.0, 2.0) for i in range(levels + banks)]
     scaled = [
         reference_upsample((d[0].numpy() - s.low) / (s.high - s.low or 0.1), (32, 20))
         for d, s in zip(maps, scales, strict=True)
@@ -146,7 +146,7 @@ def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int
     valid = [content_mask(torch.tensor([case[1]]), size, shape) for shape in shapes]
     maps, other = (random_maps(*shapes, images=1, seed=seed + i) for i in range(2))
     other = [torch.where(v, d, 1e6 * o) for v, d, o in zip(valid, maps, other, strict=True)]
-    scales = [PartScale(0.5, 0.75)] * 3
+    scales = [DistanceScale(0.5, 0.75)] * 3
     levels = 1 if method == "quantile" else 3
     first, second = (
         fuse(d[:levels], d[levels:], scales, method, size, valid)[0][:, top:bottom, left:right] for d in (maps, other)
@@ -166,7 +166,7 @@ def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int
 def test_fuse_with_full_mask_equals_no_mask(method: FusionMethod) -> None:
     maps = random_maps((8, 6), (4, 3))
     everything = [torch.ones_like(d, dtype=torch.bool) for d in maps]
-    scales = [PartScale(0.5, 0.9)] * 2
+    scales = [DistanceScale(0.5, 0.9)] * 2
     first, second = (fuse(maps, [], scales, method, (32, 24), v)[0] for v in (everything, [None] * 2))
     torch.testing.assert_close(first, second)
 
@@ -176,13 +176,13 @@ def score_all(held_out: list[Tensor], new: list[Tensor], levels: int) -> tuple[n
     size, valid = (32, 32), [None] * len(new)
     values = [sample_distances(d) for d in held_out]
 
-    def scores(maps: list[Tensor], scales: list[PartScale]) -> list[float]:
+    def scores(maps: list[Tensor], scales: list[DistanceScale]) -> list[float]:
         total, *_ = fuse(maps[:levels], maps[levels:], scales, "quantile", size, valid)
         return [AnomalyMap(each).score(0.02).total for each in total.numpy()]
 
     without_each = zip(*map(leave_one_out_scales, values), strict=True)
     held_out_scores = [scores([d[i : i + 1] for d in held_out], scales)[0] for i, scales in enumerate(without_each)]
-    return np.array(held_out_scores), np.array(scores(new, [fit_part_scale(part) for part in values]))
+    return np.array(held_out_scores), np.array(scores(new, [fit_distance_scale(part) for part in values]))
 
 
 @pytest.mark.parametrize("factor", [1000.0, 1e-3])

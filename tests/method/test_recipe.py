@@ -29,7 +29,7 @@ def test_presets_match_their_sources() -> None:
     assert (default.fusion, default.smoothing, default.top_fraction) == ("quantile", 0.0, 0.005)
     assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
     assert (paper.resize, notebook.resize) == ("stretch", "stretch")
-    assert paper.validation_fraction == notebook.validation_fraction == 0.2
+    assert paper.held_out_fraction == notebook.held_out_fraction == 0.2
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_presets_match_their_sources() -> None:
         ("loss_factor", float("inf")),
         ("momentum", 1.0),
         ("weight_decay", -1.0),
-        ("validation_fraction", 0.0),
-        ("validation_fraction", 1.0),
+        ("held_out_fraction", 0.0),
+        ("held_out_fraction", 1.0),
         ("seed", -1),
         ("smoothing", -1.0),
         ("smoothing", 101.0),

@@ -14,7 +14,7 @@ from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ModelError
 from stpm.method.backbones import StateDict, build_student, load_teacher_weights
-from stpm.method.calibration import Calibration, HeatmapScale, PartScale
+from stpm.method.calibration import Calibration, DistanceScale, HeatmapScale
 from stpm.method.memory_bank import KINDS, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
 from stpm.models.record import FitSummary, ModelRecord
@@ -45,17 +45,17 @@ def make_student(recipe: Recipe, seed: int = 0) -> StateDict | None:
     return build_student(recipe.teacher, recipe.levels, seed, False).net.state_dict()
 
 
-def make_scales(recipe: Recipe) -> tuple[PartScale, ...]:
+def make_scales(recipe: Recipe) -> tuple[DistanceScale, ...]:
     """Make a different scale for each of the recipe's parts."""
     parts = len(recipe.levels) * (recipe.student != "none") + len(make_banks(recipe))
-    return tuple(PartScale(i - 1.5, i + 0.25) for i in range(parts))
+    return tuple(DistanceScale(i - 1.5, i + 0.25) for i in range(parts))
 
 
 def test_load_refuses_changed_record(store: ModelStore, any_model: Recipe) -> None:
     save(store, any_model)
     uri = stored(store, "model.json")
     values = json.loads(storage.read(uri))
-    storage.publish(uri, json.dumps(values | {"part_scales": values["part_scales"][1:]}).encode())
+    storage.publish(uri, json.dumps(values | {"distance_scales": values["distance_scales"][1:]}).encode())
     with pytest.raises(ModelError, match=r"/model\.json: its contents are those of nut-.*; fit the model again"):
         store.load("nut")
 
@@ -105,7 +105,7 @@ def test_save_and_load_round_trip(store: ModelStore, any_model: Recipe) -> None:
     assert model.record == record == store.record("nut")
     assert record.recipe == any_model
     assert record.preprocessing == make_preprocessing(64, 48, "fit")
-    assert record.part_scales == make_scales(any_model)
+    assert record.distance_scales == make_scales(any_model)
     np.testing.assert_array_equal(model.calibration.scores, CALIBRATION.scores)
     assert model.calibration.scale == CALIBRATION.scale
     assert store.image_statistics(record).equals(IMAGE_STATISTICS)
@@ -209,7 +209,7 @@ def test_model_id_depends_on_everything_that_affects_scores(store: ModelStore, t
     others = [
         dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, top_fraction=0.2)),
         dataclasses.replace(record, preprocessing=make_preprocessing(64, 48, "stretch")),
-        dataclasses.replace(record, part_scales=(PartScale(0.1, 0.7),)),
+        dataclasses.replace(record, distance_scales=(DistanceScale(0.1, 0.7),)),
         dataclasses.replace(record, heatmap_scale=HeatmapScale(0.0, 9.0)),
         dataclasses.replace(record, files=record.files | {"calibration.parquet": "0" * 64}),
     ]
@@ -254,7 +254,7 @@ def test_load_teacher_refuses_damaged_file(store: ModelStore, tiny: Recipe) -> N
     [
         ({"format": 99}, "ModelRecord.format is 99, not of type"),
         ({"surprise": 1}, "ModelRecord has missing or unknown fields: surprise"),
-        ({"heatmap_scale": {"low": 1.0}}, "heatmap_scale has missing or unknown fields: normal_max"),
+        ({"heatmap_scale": {"low": 1.0}}, "heatmap_scale has missing or unknown fields: held_out_max"),
         ({"recipe.epochs": 0}, "epochs is 0"),
         ({"recipe.epochs": "5"}, "recipe.epochs is '5', not of type int"),
         ({"recipe.epochs": True}, "recipe.epochs is True, not of type int"),
@@ -265,7 +265,7 @@ def test_load_teacher_refuses_damaged_file(store: ModelStore, tiny: Recipe) -> N
         ({"fit.seconds": "1.5"}, "fit.seconds is '1.5', not of type float"),
         ({"fit.train_loss": "low"}, "fit.train_loss is 'low', not of type float"),
         ({"heatmap_scale.low": "0.1"}, "heatmap_scale.low is '0.1', not of type float"),
-        ({"part_scales": [{"low": 1.0}]}, "part_scales has missing or unknown fields: high"),
+        ({"distance_scales": [{"low": 1.0}]}, "distance_scales has missing or unknown fields: high"),
         ({"preprocessing.height": 64.5}, "preprocessing.height is 64.5, not of type int"),
         ({"preprocessing.mean": [0.5, 0.5]}, "its contents are those of nut-"),
         ({"files": {"student.safetensors": 1}}, "files.student.safetensors is 1, not of type str"),

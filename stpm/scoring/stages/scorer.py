@@ -187,7 +187,7 @@ class Scorer:
                 continue
             distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
             record = model.record
-            maps = matcher.anomaly_maps(distances, content[part], record.recipe, record.part_scales)
+            maps = matcher.anomaly_maps(distances, content[part], record.recipe, record.distance_scales)
             outcomes += _image_scores(maps, members, model, self._settings)
         return outcomes
 

@@ -39,7 +39,7 @@ def make_run(root: Path) -> None:
     """Make a data set, and a model of each category."""
     for name, kind in KINDS.items():
         make_category(str(root / "data"), name, grey=name == "grey", kind="JPEG" if name == "grey" else "PNG")
-        fit(root, name, dataclasses.replace(MODELS[kind], validation_fraction=0.4))
+        fit(root, name, dataclasses.replace(MODELS[kind], held_out_fraction=0.4))
 
 
 def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:

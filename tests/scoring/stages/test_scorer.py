@@ -45,7 +45,7 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
         inputs = matcher.inputs(torch.from_numpy(pixels[None].copy()))
         distances = matcher.distances(model.parts, matcher.teacher_features(inputs), inputs, whole)
         recipe = model.record.recipe
-        (expected,) = matcher.anomaly_maps(distances, whole, recipe, model.record.part_scales)
+        (expected,) = matcher.anomaly_maps(distances, whole, recipe, model.record.distance_scales)
         actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
         np.testing.assert_allclose(actual, expected.total, atol=1e-4 * np.abs(expected.total).max())
         highest = np.sort(actual.ravel())[-max(round(recipe.top_fraction * 64 * 64), 1) :]
