@@ -157,7 +157,7 @@ def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Imag
         inputs = matcher.inputs(torch.from_numpy(decoded.pixels[None].copy()))
         content = record.preprocessing.content_boxes([image.size])
         distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, content)
-        (anomaly_map,) = matcher.anomaly_maps(distances, content, record.recipe, record.part_scales)
+        (anomaly_map,) = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
         return anomaly_map.score(record.recipe.top_fraction).total
 
     @torch.inference_mode()

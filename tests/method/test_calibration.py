@@ -135,7 +135,7 @@ def test_heatmap_scale_exists_for_constant_maps() -> None:
 
 
 @pytest.mark.parametrize("scale", [HeatmapScale(1e-4, 0.1), HeatmapScale(0.0, 2.0), HeatmapScale(-3.0, -1.0)])
-def test_heatmap_scale_puts_normal_max_in_the_middle(scale: HeatmapScale) -> None:
+def test_heatmap_scale_puts_held_out_max_in_the_middle(scale: HeatmapScale) -> None:
     """The scale is linear from `low` (0) to `held_out_max` (1), then logarithmic up to 5."""
     relative = np.array([-1.0, 0.0, 0.25, 0.5, 1.0, np.sqrt(5.0), 5.0, 50.0])
     expected = [0.0, 0.0, 31.875, 63.75, 127.5, 191.25, 255.0, 255.0]
