@@ -31,10 +31,9 @@ def imported_by(script: str, *argv: str) -> set[str]:
     return set(ran.stderr.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_a_light_module_imports_no_torch(module: str) -> None:
-    found = imported_by(f"import {module}")
-    assert module in found
+def test_light_modules_import_no_torch() -> None:
+    found = imported_by(f"import {', '.join(LIGHT)}")
+    assert found >= set(LIGHT)
     assert not found & {"torch", "timm", "sklearn"}
 
 

@@ -3,10 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from stpm import storage
 from stpm.data import demo, images, mvtec
+
+
+@pytest.fixture(autouse=True)
+def few_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", 5)
 
 
 def test_demo_set_is_complete_and_reproducible(tmp_path: Path) -> None:

@@ -37,9 +37,14 @@ def task_in(root: str, recipe: Recipe, store: str = "models", **changes: Any) ->
     return FitTask("nut", mvtec.read_category(f"{root}/data", "nut").train, recipe, uri, digest)
 
 
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    return str(tmp_path)
+
+
 @pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    return str(tmp_path) if request.param == "local" else memory
+def any_root(request: pytest.FixtureRequest, root: str, memory: str) -> str:
+    return root if request.param == "local" else memory
 
 
 def model_folder(task: FitTask) -> str:
@@ -63,9 +68,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kind", ["student", "student and memory"])
-def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> None:
+def test_interrupted_task_continues_to_the_same_bits(any_root: str, kind: str) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=4)
-    undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
+    undisturbed, task = task_in(any_root, recipe, "one"), task_in(any_root, recipe, "two")
     fit_category(undisturbed, LIMITS, lambda message: None)
 
     def die(message: Epoch | str) -> None:
@@ -86,13 +91,13 @@ def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> No
 
 @pytest.mark.parametrize("damage", ["half", "other recipe"])
 def test_damaged_or_foreign_checkpoint_is_ignored(
-    root: str, tiny: Recipe, damage: str, monkeypatch: pytest.MonkeyPatch
+    any_root: str, tiny: Recipe, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(message: Epoch | str) -> None:
         if isinstance(message, Epoch) and message.number == 2:
             raise Killed
 
-    task = task_in(root, dataclasses.replace(tiny, epochs=3))
+    task = task_in(any_root, dataclasses.replace(tiny, epochs=3))
     with pytest.raises(Killed):
         fit_category(task, EVERY_EPOCH, die)
     checkpoint = ModelStore(task.store).checkpoint_uri("nut")
@@ -116,15 +121,15 @@ def test_model_is_reused_only_for_its_recipe_teacher_and_images(root: str, any_m
     assert existing_model(dataclasses.replace(task, train=task.train[1:])) is None
 
 
-def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, any_model: Recipe) -> None:
-    task = task_in(root, any_model)
+def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(any_root: str, any_model: Recipe) -> None:
+    task = task_in(any_root, any_model)
     fit_category(task, LIMITS, lambda message: None)
     uri = task.train[3][0]
     data = storage.read(uri)
     storage.publish(uri, data[:-1] + b"x")
 
     def now() -> FitTask:
-        category = mvtec.read_category(f"{root}/data", "nut")
+        category = mvtec.read_category(f"{any_root}/data", "nut")
         return FitTask(category.name, category.train, task.recipe, task.store, task.teacher_digest)
 
     assert existing_model(now()) is None
@@ -135,8 +140,8 @@ def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, a
     assert fit_category(now(), LIMITS, lambda message: None).record == before == existing_model(now())
 
 
-def test_damaged_model_is_not_reused(root: str) -> None:
-    task = task_in(root, MODELS["student and memory"])
+def test_damaged_model_is_not_reused(any_root: str) -> None:
+    task = task_in(any_root, MODELS["student and memory"])
     record = fit_category(task, LIMITS, lambda message: None).record
     assert record
     for file in record.files:
@@ -154,12 +159,12 @@ def test_damaged_model_is_not_reused(root: str) -> None:
     assert existing_model(task) == ModelStore(task.store).load("nut").record
 
 
-def test_damaged_teacher_is_written_again(root: str, tiny: Recipe) -> None:
-    task = task_in(root, tiny)
+def test_damaged_teacher_is_written_again(any_root: str, tiny: Recipe) -> None:
+    task = task_in(any_root, tiny)
     uri = f"{task.store}/teachers/{task.teacher_digest}.safetensors"
     whole = storage.read(uri)
     storage.publish(uri, whole[:100])
-    task_in(root, tiny)
+    task_in(any_root, tiny)
     assert storage.read(uri) == whole
 
 
