@@ -120,13 +120,3 @@ def test_an_error_is_one_line_and_an_exit_code(
     assert message in output
     assert "Traceback" not in output
     assert not Path("m").exists() or not list(Path("m").rglob("model.json"))
-
-
-def test_a_data_set_without_test_images_is_fitted_and_its_metrics_are_undefined(working_folder: Path) -> None:
-    make_category("data", "nut", good=0, defects=0)
-    process = run_job("benchmark", "--data", "data", "--out", "run", *TINY_FIT)
-    assert process.returncode == 0
-    assert (
-        "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0" in process.stdout
-    )
-    assert fitted_categories("run/models/seed-0") == ["nut"]

@@ -1,4 +1,4 @@
-"""Two hundred categories that take a second or less each."""
+"""A hundred categories that take a second or less each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
-COUNT = 200
+COUNT = 100
 
 
 def test_the_drivers_memory_stays_constant_and_workers_do_not_wait_for_it(tmp_path: Path) -> None:

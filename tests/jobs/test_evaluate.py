@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from stpm.data.mvtec import Category
 from stpm.errors import ConfigError
 from stpm.evaluation.gate import Gate, Requirement
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import Report
+from stpm.jobs.benchmark import _score as score_tests
 from stpm.jobs.evaluate import evaluate_category, publish_report, run_evaluate
+from stpm.models.store import ModelStore
+from stpm.scoring.options import ScoreOptions
+from stpm.scoring.output import RunOutput
 from tests.evaluation.runs import result, scored_run
 
 
@@ -48,6 +53,18 @@ def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path, caplog: py
 def test_an_unreadable_baseline_is_reported_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
         run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"))
+
+
+def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
+    output = RunOutput.named(str(tmp_path / "run"), "seed-0")
+    model = result("nut", 0, None, None).model
+    store = ModelStore(str(tmp_path / "models"))
+    # The benchmark scores nothing.
+    score_tests("data", [Category("nut", (), ())], [model], store, ScoreOptions(), output, "auto")
+    report = Report("data", [evaluate_category(output, model, {}, "model")])
+    assert publish_report(report, str(tmp_path), Gate((), {})) == 0
+    undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
+    assert undefined in report.text()
 
 
 def test_a_category_is_evaluated_published_and_checked_against_the_gate(
