@@ -114,14 +114,15 @@ class RowFiles(ParquetDatasink):  # type: ignore[misc]
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
         """Write the rows of a task, and then their summary. The checkpoint is pending until both are written."""
         tables = [block for block in blocks if block.num_rows]
+        name = self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx)
+        checkpoint = storage.join(self._checkpoint, name)
+        # A task whose node was lost after its commit runs again. Its rows are complete: do not open their file again.
+        if not tables or storage.exists(checkpoint):
+            return
         super().write(tables, ctx)
-        if tables:
-            name = self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx)
-            task = name.removesuffix(_IDS)
-            summary = RowSummary.total(
-                (RowSummary.of_rows(table, task, self._max_ranked) for table in tables), self._max_ranked
-            )
-            storage.publish(storage.join(self._checkpoint, task + _SUMMARY), summary.to_json())
+        task = name.removesuffix(_IDS)
+        summaries = (RowSummary.of_rows(table, task, self._max_ranked) for table in tables)
+        storage.publish(summary_of(checkpoint), RowSummary.total(summaries, self._max_ranked).to_json())
 
 
 class PendingCheckpointCleaner(CheckpointManager):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import FileNames, RowFiles
 from stpm.scoring.resuming.segments import commit_segment, scan_rows
+from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT, table
 
 
@@ -62,3 +63,17 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
     # The tasks named five images each.
     assert [row["score"] for row in triage.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
+
+
+def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:
+    output = RunOutput.single(str(tmp_path))
+    files = RowFiles(output, output.segment_checkpoint(0), rows_per_file=1, max_ranked=5)
+    context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=7)
+    files.write([output_rows(0, 9)], context)
+    # Until the commit it writes the same files.
+    files.write([output_rows(0, 10)], context)
+    storage.publish(f"{output.segment_checkpoint(0)}/scores_uuid_000000000007.parquet", b"ids")
+    files.write([output_rows(0, 4)], context)
+    assert output.dataset().count_rows() == 10
+    (summary,) = tmp_path.rglob("*.json")
+    assert RowSummary.from_json(summary.read_bytes()).rows == 10
