@@ -15,6 +15,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.console import duration
 from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.manifest import Manifest
 from stpm.scoring.run import ScoringRun, run_scoring
 from stpm.scoring.run_statistics import RunSummary
 
@@ -45,7 +46,7 @@ def dry_run(run: ScoringRun) -> None:
         log.info(f"{images.describe()}, listed in {duration(time.perf_counter() - start)}; now scoring a sample")
         sample = dataclasses.replace(
             run,
-            rows=partial(sample_evenly, listed, images.rows, SAMPLE_SIZE),
+            rows=partial(sample_evenly, images, listed, SAMPLE_SIZE),
             options=dataclasses.replace(run.options, accept_errors=True),
             output=dataclasses.replace(run.output, folder=folder, state_folder=folder),
             triage_images=0,
@@ -76,13 +77,13 @@ def describe_estimate(images: int, sample: RunSummary, file_sizes: Sequence[int]
     )
 
 
-def sample_evenly(folder: str, rows: int, size: int) -> Iterator[pa.Table]:
-    """Select rows of a manifest, spread evenly over it; all if there are fewer than `size`."""
-    chosen = np.unique(np.linspace(0, rows - 1, min(size, rows)).round().astype(np.int64))
+def sample_evenly(images: Manifest, folder: str, size: int) -> Iterator[pa.Table]:
+    """Select rows of the manifest in a folder, spread evenly over it; all if there are fewer than `size`."""
+    chosen = np.unique(np.linspace(0, images.rows - 1, min(size, images.rows)).round().astype(np.int64))
     first = 0
-    for uri in manifest.shards(folder):
-        shard = storage.read_table(uri)
-        inside = chosen[(chosen >= first) & (chosen < first + shard.num_rows)] - first
-        first += shard.num_rows
-        if len(inside):
-            yield shard.take(pa.array(inside))
+    for segment in images.segments(folder):
+        for uri, rows in segment.shards:
+            inside = chosen[(chosen >= first) & (chosen < first + rows)] - first
+            first += rows
+            if len(inside):
+                yield storage.read_table(uri).take(pa.array(inside))

@@ -113,10 +113,15 @@ class ScoreOptions:
     rows_per_file: int = option(
         512, "minimum number of rows in a Parquet file; a killed task that writes loses at most this many rows"
     )
+    segment_rows: int = option(
+        2_000_000,
+        "images of a segment, at most: the part of a run that is planned, executed and committed at a time; read when "
+        "the run starts",
+    )
 
     def __post_init__(self) -> None:
         check_false_alarm_rate(self.false_alarm_rate)
-        minima = {"scoring_batch_size": 0, "rows_per_file": 1, "model_memory_gib": 0, "scorers": 0}
+        minima = {"scoring_batch_size": 0, "rows_per_file": 1, "segment_rows": 1, "model_memory_gib": 0, "scorers": 0}
         for name, minimum in minima.items():
             if not getattr(self, name) >= minimum:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {minimum}")

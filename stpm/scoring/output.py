@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -86,8 +87,13 @@ class RunOutput:
         return storage.join(self.state_folder, "triage.html")
 
     @property
+    def segments(self) -> str:
+        """The folder of the summaries of segments of which all rows are written."""
+        return storage.join(self.state_folder, "segments")
+
+    @property
     def checkpoint(self) -> str:
-        """The folder of the ids of written rows; removed when the run is finished."""
+        """The folder of the ids and summaries of written rows, by segment; removed when the run is finished."""
         return storage.join(self.state_folder, "checkpoint")
 
     @property
@@ -95,15 +101,33 @@ class RunOutput:
         """The folder of the manifest shards that a resumed run has yet to score; removed when it is finished."""
         return storage.join(self.state_folder, "remaining")
 
+    def segment_summary(self, number: int) -> str:
+        """The summary of a segment of which all rows are written."""
+        return storage.join(self.segments, f"{number:06}.json")
+
+    def segment_checkpoint(self, number: int) -> str:
+        """The folder of the ids and summaries of a segment's written rows."""
+        return storage.join(self.checkpoint, f"{number:06}")
+
+    def segment_remaining(self, number: int) -> str:
+        """The folder of the shards of a segment that a resumed run has yet to score."""
+        return storage.join(self.remaining, f"{number:06}")
+
+    def segments_with_checkpoints(self) -> set[int]:
+        """Return the numbers of the segments of which rows are written."""
+        if not storage.exists(self.checkpoint):
+            return set()
+        return {int(name) for name in storage.children(self.checkpoint)}
+
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""
         written = [uri for uri, _ in storage.files(self.scores)]
         return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
 
-    def dataset(self) -> ds.Dataset:
-        """Open the rows that the run wrote."""
+    def dataset(self, files: Sequence[str] | None = None) -> ds.Dataset:
+        """Open the rows that the run wrote, or those in some of its files."""
         filesystem, folder = storage.arrow_filesystem(self.scores)
-        names = [uri.removeprefix(f"{self.scores}/") for uri in self.files()]
+        names = [uri.removeprefix(f"{self.scores}/") for uri in (self.files() if files is None else files)]
         return ds.dataset(
             [f"{folder}/{name}" for name in names],
             schema=None if names else OUTPUT,
@@ -115,7 +139,7 @@ class RunOutput:
 
     def existing(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""
-        names = (self.manifest, self.checkpoint, self.remaining, self.triage, self.heatmaps)
+        names = (self.manifest, self.segments, self.checkpoint, self.remaining, self.triage, self.heatmaps)
         return [*self.files(), *(uri for uri in names if storage.exists(uri))]
 
     def clear(self) -> None:
@@ -124,7 +148,7 @@ class RunOutput:
         The run state is cleared first: after a kill at any moment, the next run finds nothing to resume.
         """
         RunState(self.state_folder).clear()
-        for uri in (*self.files(), self.heatmaps, self.manifest, self.triage):
+        for uri in (*self.files(), self.heatmaps, self.manifest, self.segments, self.triage):
             storage.remove(uri)
         self.clear_checkpoint()
 

@@ -11,7 +11,6 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
-from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY, Resources, is_shared, working_nodes
 from stpm.errors import CutOffError
 from stpm.method.backend import resolve_backend
@@ -21,15 +20,17 @@ from stpm.options import WantedBackend
 from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.progress import show_scoring_progress
+from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
-from stpm.scoring.resuming.row_checkpoints import FileNames, checkpoint_config
-from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
+from stpm.scoring.resuming.row_checkpoints import RowFiles, checkpoint_config
 from stpm.scoring.scorer_pool import ScorerPool
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
+
+# Tasks at a time that read the manifest.
+_READING_TASKS = 2
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +51,29 @@ def _scorers(number: int) -> str:
 
 def score_shards(
     shards: Sequence[Shard],
+    checkpoint: str,
     records: Mapping[str, ModelRecord],
     store: ModelStore,
     options: ScoreOptions,
     output: RunOutput,
+    max_ranked: int,
     backend: WantedBackend,
-) -> tuple[RunStatistics, list[UnfinishedImage]]:
+    report: ProgressReporter,
+) -> None:
     """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
 
     An image that failed because of storage, a model or a device gets no row, unless such errors are accepted.
 
     Args:
         shards: Parquet files of schema MANIFEST, with passthrough columns.
+        checkpoint: URI of the folder for the ids and the summaries of written rows.
         records: the model of each category; rows of other categories become rows with an error.
         store: the models.
         options: how to score.
         output: where to write.
+        max_ranked: number of the most anomalous images that summaries name.
         backend: what computes features on a CPU.
-
-    Returns:
-        The statistics, and the first images without a row.
+        report: gets the statistics and the images without a row.
 
     Raises:
         ConfigError: if the scorers do not fit the cluster.
@@ -94,12 +98,11 @@ def score_shards(
     log.info(f"{_scorers(pool.size)} on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
-    context.checkpoint_config = checkpoint_config(output.checkpoint)
-    filesystem, path = storage.arrow_filesystem(output.scores)
-    images = sum(rows for _, rows in shards)
-    with DataContext.current(context), show_scoring_progress(images, stops=not options.accept_errors) as report:
+    context.checkpoint_config = checkpoint_config(checkpoint)
+    with DataContext.current(context):
+        # Tasks that only read take no CPU: nothing must keep the other stages from getting theirs.
         rows = ray.data.read_datasource(
-            blocks, override_num_blocks=len(blocks), num_cpus=pool.stage_cpus, memory=memory
+            blocks, override_num_blocks=blocks.parallelism, num_cpus=0, concurrency=_READING_TASKS
         )
         rows = rows.map_batches(
             Decode(preprocessing, options.image_seconds, report=report).__call__,
@@ -125,13 +128,8 @@ def score_shards(
             num_cpus=pool.stage_cpus,
         )
         try:
-            rows.write_parquet(
-                path,
-                filesystem=filesystem,
-                partition_cols=["category"] if output.options.partition_by == "category" else None,
-                filename_provider=FileNames(output.name),
-                # Rows with raw maps are large.
-                min_rows_per_file=min(options.rows_per_file, BLOCK_ROWS if output.options.raw_maps else sys.maxsize),
+            rows.write_datasink(
+                RowFiles(output, checkpoint, options.rows_per_file, max_ranked),
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         except (RayError, SystemException) as error:
@@ -142,5 +140,3 @@ def score_shards(
                     "command again, or give --accept-errors to write such errors as rows"
                 ) from error
             raise
-        statistics, unfinished, _ = report.read()
-        return statistics, unfinished

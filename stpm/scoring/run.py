@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
@@ -20,18 +18,20 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.manifest import Manifest
+from stpm.scoring.inputs.manifest import Manifest, Shard
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import score_shards
-from stpm.scoring.resuming.remaining import remaining_shards
+from stpm.scoring.progress import ProgressReporter, show_scoring_progress
+from stpm.scoring.resuming.remaining import remaining_segments
 from stpm.scoring.resuming.run_state import RunConfig, RunState
-from stpm.scoring.run_statistics import RunStatistics, RunSummary, UnfinishedImage
+from stpm.scoring.resuming.segments import commit_segment, committed_segments
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_statistics import RunSummary
 from stpm.scoring.triage import write_triage
 
-# Images with an error that a run's summary names.
-_ERROR_EXAMPLES = 10
-_ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
+# Records that are read at the same time.
+_READERS = 16
 
 # By category.
 Records = dict[str, ModelRecord]
@@ -138,7 +138,9 @@ def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, Records]:
 
 
 def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, Records]:
-    images = manifest.read(run.output.manifest) or manifest.write(run.rows(), run.output.manifest)
+    images = manifest.read(run.output.manifest) or manifest.write(
+        run.rows(), run.output.manifest, run.options.segment_rows
+    )
     log.info(images.describe())
     return images, _read_records(run.store, images.categories, model_ids)
 
@@ -151,18 +153,24 @@ def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mappi
         categories: names; "" is ignored.
         model_ids: the model of each category, and of no other; None: the current ones.
     """
-    records, problems = {}, []
-    for category in categories:
+
+    def read(category: str) -> ModelRecord | str:
+        """Return the record, or why there is none."""
         try:
-            if category and (model_ids is None or category in model_ids):
-                records[category] = store.record(category, (model_ids or {}).get(category, ""))
+            return store.record(category, (model_ids or {}).get(category, ""))
         except (NoModelError, DataError) as error:
             # Errors of damaged or unreadable models are not caught: a row without a model is never scored again.
             if model_ids:
                 raise ModelError(
                     f"{error}; this run began with it: restore it, or give --fresh to start over with current models"
                 ) from error
-            problems.append(str(error))
+            return str(error)
+
+    names = [name for name in categories if name and (model_ids is None or name in model_ids)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = dict(zip(names, pool.map(read, names), strict=True))
+    records = {name: each for name, each in found.items() if not isinstance(each, str)}
+    problems = [each for each in found.values() if isinstance(each, str)]
     if not records:
         raise ModelError(join_first(problems) or "no image has a category; see --category and --category-from")
     if problems:
@@ -175,31 +183,26 @@ def _model_ids(records: Records) -> dict[str, str]:
 
 
 def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> RunSummary:
-    """Score the images without a row, and summarize all rows."""
+    """Score the images without a row, segment by segment, and summarize all rows."""
     start = time.perf_counter()
-    statistics, unfinished = RunStatistics(), list[UnfinishedImage]()
     with connected():
-        shards = remaining_shards(run.output)
-        remaining = sum(rows for _, rows in shards)
-        if remaining < images.rows:
-            log.info(f"{images.rows - remaining} are scored already, {remaining} remain")
-        if remaining:
-            try:
-                statistics, unfinished = score_shards(shards, records, run.store, run.options, run.output, run.backend)
-            except (RayError, SystemException, ExecutionTimeoutError) as error:
-                log.exception("the pipeline failed")
-                raise CutOffError(
-                    f"scoring was cut off: {str(error).strip().splitlines()[-1]}; what was done is kept, run the same "
-                    "command again to go on"
-                ) from error
-    summary = dataclasses.replace(
-        summarize_rows(run.output), statistics=statistics, seconds=round(time.perf_counter() - start, 3)
-    )
-    missing = images.rows - summary.rows
-    if missing < 0 or (missing and not unfinished):
-        raise ConfigError(
-            f"{summary.rows} rows in {run.output.scores} for {images.rows} images; run again with --fresh"
-        )
+        committed = committed_segments(run.output)
+        segments = [each for each in images.segments(run.output.manifest) if each.number not in committed]
+        remaining = {each.number: each.shards for each in remaining_segments(run.output, segments)}
+        to_score = sum(rows for shards in remaining.values() for _, rows in shards)
+        if to_score < images.rows:
+            log.info(f"{images.rows - to_score} are scored already, {to_score} remain")
+        summaries = list(committed.values())
+        with show_scoring_progress(to_score, stops=not run.options.accept_errors) as report:
+            for segment in segments:
+                if segment.number in remaining:
+                    _score_segment(run, segment.number, remaining[segment.number], records, report)
+                summaries.append(commit_segment(run.output, segment, run.triage_images))
+            statistics, unfinished, _ = report.read()
+    total = RowSummary.total(summaries, run.triage_images)
+    missing = images.rows - total.rows
+    if missing and not unfinished:
+        raise ConfigError(f"{total.rows} rows in {run.output.scores} for {images.rows} images; run again with --fresh")
     if missing:
         for image in unfinished:
             log.info(str(image))
@@ -207,44 +210,41 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
             f"{missing} images are unfinished, because storage, a model or a device failed: run the same command again "
             "to try them again, or with --accept-errors to write such errors as rows"
         )
-    return dataclasses.replace(summary, unfinished=missing)
-
-
-def summarize_rows(output: RunOutput) -> RunSummary:
-    """Count the rows of a run by category and error kind, a batch at a time."""
-    keys = ["category", "error_kind"]
-    sums = [([], "count_all"), ("is_anomalous", "sum"), ("bytes", "sum")]
-    categories: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    errors: Counter[str] = Counter()
-    bytes_read = 0
-    for batch in output.dataset().to_batches([*keys, "is_anomalous", "bytes"]):
-        for group in pa.Table.from_batches([batch]).group_by(keys).aggregate(sums).to_pylist():
-            rows = group["count_all"]
-            failed = rows if group["error_kind"] else 0
-            categories[group["category"]].update(rows=rows, anomalous=group["is_anomalous_sum"] or 0, errors=failed)
-            errors[group["error_kind"]] += failed
-            bytes_read += group["bytes_sum"] or 0
-    total = sum(categories.values(), Counter[str]())
+    seconds = round(time.perf_counter() - start, 3)
     return RunSummary(
-        rows=total["rows"],
-        anomalous=total["anomalous"],
-        errors=dict(sorted((+errors).items())),
-        error_examples=_error_examples(output) if total["errors"] else [],
-        categories={name: dict(counts) for name, counts in sorted(categories.items())},
-        bytes_read=bytes_read,
+        rows=total.rows,
+        anomalous=total.anomalous,
+        errors=total.errors,
+        error_examples=total.error_examples,
+        categories=total.categories,
+        bytes_read=total.bytes_read,
+        unfinished=missing,
+        seconds=seconds,
+        statistics=statistics,
     )
 
 
-def _error_examples(output: RunOutput) -> list[str]:
-    """Describe the first images with an error, a line each."""
-    rows: list[dict[str, str]] = []
-    # Each file is read to its end: an interrupted scan goes on in threads, and those crash at exit if the filesystem is
-    # implemented in Python.
-    for file in output.dataset().get_fragments():
-        rows += file.to_table(columns=_ERROR_COLUMNS, filter=ds.field("error_kind") != "").to_pylist()
-        if len(rows) >= _ERROR_EXAMPLES:
-            break
-    return [": ".join(row[name] for name in _ERROR_COLUMNS) for row in rows[:_ERROR_EXAMPLES]]
+def _score_segment(
+    run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, report: ProgressReporter
+) -> None:
+    try:
+        score_shards(
+            shards,
+            run.output.segment_checkpoint(number),
+            records,
+            run.store,
+            run.options,
+            run.output,
+            run.triage_images,
+            run.backend,
+            report,
+        )
+    except (RayError, SystemException, ExecutionTimeoutError) as error:
+        log.exception("the pipeline failed")
+        raise CutOffError(
+            f"scoring was cut off: {str(error).strip().splitlines()[-1]}; what was done is kept, run the same command "
+            "again to go on"
+        ) from error
 
 
 def _write_triage(run: ScoringRun, state: RunState, records: Records) -> None:

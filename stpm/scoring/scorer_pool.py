@@ -101,9 +101,11 @@ def _reserved_fraction(cpus: float, scorer_cpus: float) -> float:
     Ray reserves for the stages in their order, and nothing for a stage for which too little is left. If that were the
     last one, it would write nothing before all images are decoded, and scored images would fill the memory.
     """
-    per_stage = _RESERVED_FRACTION * cpus / _STAGES
-    if cpus - 3 * per_stage < scorer_cpus <= cpus - 2 * per_stage:
-        return _round_down(_STAGES * (cpus - scorer_cpus) / (3 * cpus))
+    # While the manifest is read, that is one more stage, which itself takes no CPUs.
+    for stages in (_STAGES, _STAGES + 1):
+        per_stage = _RESERVED_FRACTION * cpus / stages
+        if cpus - 3 * per_stage < scorer_cpus <= cpus - 2 * per_stage:
+            return _round_down(_STAGES * (cpus - scorer_cpus) / (3 * cpus))
     return _RESERVED_FRACTION
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow.dataset as ds
 from PIL import Image
 
 from stpm import storage
@@ -17,16 +18,17 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, score_parts, template
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.row_checkpoints import written_by
+from stpm.scoring.resuming.segments import committed_segments, scan_rows
+from stpm.scoring.row_summary import RankedImage, RowSummary
 from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
-_PARTS = ["student_score", "memory_score"]
-_COLUMNS = ["uri", "category", "score", *_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y", *_HEATMAP]
+_SCORES = ["score", "student_score", "memory_score", "threshold", "p_value", "is_anomalous"]
+_COLUMNS = ["image_id", "uri", "category", *_SCORES, "peak_x", "peak_y", *_HEATMAP]
 # Pixels of a picture's shorter and longer side, at most.
 _MAX_SHORT_SIDE, _MAX_LONG_SIDE = 256, 1024
 _READERS = 8
-# Thresholds are at least this in the division by them.
-_MIN_THRESHOLD = 1e-30
 
 log = logging.getLogger(__name__)
 
@@ -59,23 +61,31 @@ def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preproces
 
 
 def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Select the rows whose scores exceed their model's threshold the most, in that order, a batch at a time."""
-    best: list[tuple[float, str, dict[str, Any]]] = []
-    for batch in output.dataset().to_batches(_COLUMNS):
-        for row in batch.to_pylist():
-            if row["score"] is not None:
-                heapq.heappush(best, (_excess(row), row["uri"], row))
-                if len(best) > max_images:
-                    heapq.heappop(best)
-    return [row for _, _, row in sorted(best, key=lambda entry: entry[:2], reverse=True)]
+    """Read the rows whose scores exceed their model's threshold the most, in that order."""
+    segments = committed_segments(output)
+    summary = RowSummary.total(segments.values(), max_images)
+    if not segments or summary.max_ranked < max_images:
+        # The run was scored for a shorter page.
+        summary = scan_rows(output, max_images)
+    return _read_images(output, summary.ranked)
 
 
-def _excess(row: Mapping[str, Any]) -> float:
-    """Compute how far a score is above its threshold, comparable over models.
+def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[str, Any]]:
+    """Read the rows of images. Pictures of other images are read only if they are in the same row group."""
+    wanted: defaultdict[str, list[int]] = defaultdict(list)
+    for image in images:
+        wanted[image.file].append(image.image_id)
+    rows: dict[int, dict[str, Any]] = {}
+    for uri in output.files():
+        if ids := wanted.get(written_by(uri)):
+            rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
+    return [rows[image.image_id] for image in images]
 
-    A sum of parts has the same scale in all models: take the difference. Otherwise divide it by the threshold.
-    """
-    score, threshold = float(row["score"]), float(row["threshold"])
-    if any(row[name] is not None for name in _PARTS):
-        return score - threshold
-    return (score - threshold) / max(abs(threshold), _MIN_THRESHOLD)
+
+def _read_rows(output: RunOutput, uri: str, image_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    dataset = output.dataset([uri])
+    is_wanted = ds.field("image_id").isin(image_ids)
+    for file in dataset.get_fragments():
+        for row_group in file.split_by_row_group():
+            if row_group.count_rows(filter=is_wanted):
+                yield from row_group.to_table(dataset.schema, columns=_COLUMNS, filter=is_wanted).to_pylist()

@@ -3,7 +3,7 @@
 from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, as_utf8, is_utf8, safe_name
 from stpm.storage.listing import children, files, glob, stream, versions
 from stpm.storage.objects import check_size, create, digest, exists, publish, read, read_at_most, remove, sweep, sync
-from stpm.storage.tables import count_rows, parquet, read_row_group, read_table
+from stpm.storage.tables import parquet, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "as_utf8",
     "check_size",
     "children",
-    "count_rows",
     "create",
     "digest",
     "exists",
@@ -29,7 +28,6 @@ __all__ = [
     "publish",
     "read",
     "read_at_most",
-    "read_row_group",
     "read_table",
     "remove",
     "safe_name",

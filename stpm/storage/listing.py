@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -17,6 +17,8 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import filesystem, is_local
 
 _THREADS = 16
+# Levels of folders at which a prefix is divided, at most.
+_PREFIX_LEVELS = 4
 # Entries of a listing that change with a file's bytes. A checksum is first: uploading the same bytes again keeps it.
 _VERSION_KEYS = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 
@@ -72,8 +74,8 @@ def _version(info: dict[str, Any]) -> str:
 def stream(uri: str) -> Iterator[str]:
     """Yield the URI of every file under a folder or prefix at any depth, or of the one file that the URI names.
 
-    Holds a page of the listing at a time. Lists folders in parallel where the filesystem has folders; the order is the
-    filesystem's. Yields nothing if there is no such folder.
+    Lists folders, or prefixes of S3, in parallel, and holds a page of each; the order is the same each time. Yields
+    nothing if there is no such folder.
 
     Raises:
         ConfigError: if the bucket does not exist, where the store reports it.
@@ -92,15 +94,58 @@ def stream(uri: str) -> Iterator[str]:
 
 
 def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
+    """Yield the keys under a prefix: a listing is a chain of requests, so several parts of it are listed in parallel.
+
+    The order is that of their pages in turn, which does not depend on time.
+    """
     bucket, _, key = path.partition("/")
-    prefix = f"{key.rstrip('/')}/" if key else ""
-    request = partial(fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix)
-    page: dict[str, Any] = with_retries(uri, request)
-    while True:
-        yield from (f"{bucket}/{o['Key']}" for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
-        if not page["IsTruncated"]:
-            return
-        page = with_retries(uri, partial(request, ContinuationToken=page["NextContinuationToken"]))
+
+    def list_page(prefix: str, **arguments: str) -> dict[str, Any]:
+        request = partial(fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **arguments)
+        return cast("dict[str, Any]", with_retries(uri, request))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        keys, prefixes = _divide_prefix(f"{key.rstrip('/')}/" if key else "", list_page, pool)
+        yield from (f"{bucket}/{name}" for name in keys)
+        waiting = deque(prefixes)
+        listed: deque[tuple[str, Future[dict[str, Any]]]] = deque()
+        while waiting or listed:
+            while waiting and len(listed) < _THREADS:
+                prefix = waiting.popleft()
+                listed.append((prefix, pool.submit(list_page, prefix)))
+            prefix, future = listed.popleft()
+            page = future.result()
+            if page["IsTruncated"]:
+                token = page["NextContinuationToken"]
+                listed.append((prefix, pool.submit(list_page, prefix, ContinuationToken=token)))
+            yield from (f"{bucket}/{name}" for name in _keys(page))
+
+
+def _divide_prefix(
+    prefix: str, list_page: Callable[..., dict[str, Any]], pool: ThreadPoolExecutor
+) -> tuple[list[str], list[str]]:
+    """Divide a prefix into as many as are listed in parallel, at slashes; return them and the keys in none of them."""
+    keys: list[str] = []
+    prefixes = [prefix]
+    for _ in range(_PREFIX_LEVELS):
+        if len(prefixes) >= _THREADS:
+            break
+        divided = []
+        for whole, page in zip(prefixes, pool.map(lambda each: list_page(each, Delimiter="/"), prefixes), strict=True):
+            if page["IsTruncated"]:
+                # It has too many parts, and a listing of each would take more requests than one of all.
+                divided.append(whole)
+            else:
+                keys += _keys(page)
+                divided += [part["Prefix"] for part in page.get("CommonPrefixes", ())]
+        if divided == prefixes:
+            break
+        prefixes = divided
+    return keys, prefixes
+
+
+def _keys(page: dict[str, Any]) -> list[str]:
+    return [entry["Key"] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
 
 
 def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:

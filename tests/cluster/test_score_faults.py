@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ import pytest
 from PIL import Image
 
 from stpm import storage
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.resuming.segments import committed_segments, scan_rows
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_statistics import RunStatistics, RunSummary
 from tests.cluster.conftest import (
     DECODER,
     KILLS,
@@ -37,8 +43,11 @@ pytestmark = pytest.mark.cluster
 # Every pair if kills are repeated, otherwise each victim and each store once.
 VICTIMS = [(SCORER, "s3"), (DECODER, "local"), *([(SCORER, "local"), (DECODER, "s3")] if len(KILLS) > 1 else [])]
 IMAGES = 1000
-# With few rows per file, a kill finds some files written, some half written and some not begun.
-OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--scoring-batch-size", "4", "--max-error-rate", "1"]
+# With few rows per file and four segments, a kill finds some of them written, some half written and some not begun.
+OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--segment-rows", "300"]
+OPTIONS += ["--scoring-batch-size", "4", "--max-error-rate", "1"]
+# Files of a segment, at least.
+SEGMENT_FILES = 2
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +96,26 @@ def check_same(root: Path, out: str) -> None:
                 pictures.append(np.asarray(image).astype(int))
         assert np.abs(pictures[0] - pictures[1]).max() <= 1
     names = {uri.removeprefix(f"{out}/").split("/")[0] for uri, _ in storage.files(out)}
-    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "triage.html"}
+    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "segments", "triage.html"}
+    assert summary(out) == summary(str(root / "undisturbed"))
+    assert RowSummary.total(committed_segments(RunOutput.single(out)).values(), 50) == scan_rows(
+        RunOutput.single(out), 50
+    )
+
+
+def summary(out: str) -> RunSummary:
+    """Return what run.json says of the rows."""
+    return replace(RunState(out).summary(), seconds=0.0, statistics=RunStatistics())
 
 
 def wait_for_rows(out: str, min_files: int) -> None:
     """Wait until this number of files of rows is written."""
-    wait_until(lambda: len(checkpoints(out)) >= min_files, "no rows were written", seconds=300)
+
+    def written() -> int:
+        segments = [uri for uri, _ in storage.files(RunOutput.single(out).segments) if uri.endswith(".json")]
+        return len(checkpoints(out)) + SEGMENT_FILES * len(segments)
+
+    wait_until(lambda: written() >= min_files, "no rows were written", seconds=300)
 
 
 def kill_one(driver: int, title: str) -> None:

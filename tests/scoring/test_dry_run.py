@@ -17,8 +17,9 @@ def test_a_sample_is_spread_evenly_over_all_shards(tmp_path: Path, size: int, ex
     lists = [[f"{tmp_path}/{i:03}.png" for i in range(n, n + 8)] for n in (0, 8, 16)]
     chunks = [next(image_rows(["-"], CategoryRule("nut"), (), lines)) for lines in lists]
     folder = str(tmp_path / "manifest")
-    assert manifest.write(chunks, folder).rows == 24
-    sample = pa.concat_tables(sample_evenly(folder, 24, size))
+    images = manifest.write(chunks, folder, segment_rows=10)
+    assert images.rows == 24
+    sample = pa.concat_tables(sample_evenly(images, folder, size))
     assert [int(Path(uri).stem) for uri in sample["uri"].to_pylist()] == expected
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -25,8 +26,10 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.resuming.run_state import RunConfig, RunState
-from stpm.scoring.run import ScoringRun, resume_or_start, run_scoring, summarize_rows
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run import ScoringRun, resume_or_start, run_scoring
 from stpm.scoring.run_statistics import RunStatistics, RunSummary, UnfinishedImage
 from stpm.scoring.schema import OUTPUT, table
 from tests.datasets import make_category
@@ -123,12 +126,26 @@ def test_another_list_on_standard_input_is_another_run(tmp_path: Path, monkeypat
 
 
 def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
-    """Write rows with a score, in one file; the values of some columns may be given."""
+    """Write rows with a score as a task does, in one file; the values of some columns may be given."""
     values: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
     values |= {"uri": uris_in(output)[:count], "category": ["nut"] * count, "score": [float(i) for i in range(count)]}
     values |= {"threshold": [1.0] * count, "image_id": list(range(count)), "is_anomalous": [True] * count}
     values |= {"p_value": [0.1] * count, "bytes": [1] * count} | columns
-    storage.publish(f"{output.scores}/scores_0.parquet", storage.parquet(table(values, OUTPUT)))
+    rows = table(values, OUTPUT)
+    storage.publish(f"{output.scores}/scores_0-0.parquet", storage.parquet(rows))
+    checkpoint = f"{output.segment_checkpoint(0)}/scores_0.parquet"
+    storage.publish(summary_of(checkpoint), RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json())
+    storage.publish(checkpoint, storage.parquet(rows.select(["image_id"])))
+
+
+def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:
+    """Let another function score, which leaves these images unfinished."""
+    images = [UnfinishedImage(uri, "unreadable", "expired") for uri in unfinished]
+    report = SimpleNamespace(read=lambda: (RunStatistics(images=2), images, ""))
+    monkeypatch.setattr(run_module, "connected", nullcontext)
+    monkeypatch.setattr(run_module, "remaining_segments", lambda output, segments: segments)
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stops: nullcontext(report))
+    monkeypatch.setattr(run_module, "score_shards", score_shards)
 
 
 @pytest.fixture
@@ -137,15 +154,10 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
     save(ModelStore(str(tmp_path / "models")), tiny)
     make_category(str(tmp_path), "nut", good=2)
 
-    def score_shards(
-        shards: object, records: object, store: object, options: object, output: RunOutput, backend: object
-    ) -> tuple[RunStatistics, list[UnfinishedImage]]:
-        publish_rows(output, 2)
-        return RunStatistics(images=2), []
+    def score_shards(*arguments: Any) -> None:
+        publish_rows(arguments[5], 2)
 
-    monkeypatch.setattr(run_module, "connected", nullcontext)
-    monkeypatch.setattr(run_module, "remaining_shards", lambda output: [("all of them", 2)])
-    monkeypatch.setattr(run_module, "score_shards", score_shards)
+    replace_ray(monkeypatch, score_shards)
 
     def run(**options: Any) -> dict[str, int]:
         images = (str(tmp_path / "nut/test/good"),)
@@ -165,7 +177,8 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
         "000000.parquet",
         "manifest.json",
         "run.json",
-        "scores_0.parquet",
+        "000000.json",
+        "scores_0-0.parquet",
         "triage.html",
         "_SUCCESS",
     }
@@ -218,41 +231,10 @@ def test_a_run_of_another_configuration_may_be_replaced(tmp_path: Path) -> None:
     assert not other.output.files()
 
 
-@pytest.mark.usefixtures("no_models")
-def test_rows_are_counted_by_category_and_error_kind(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "/a.png", "/b.png", "/c.png")
-    resume_or_start(run, start_over=False, replace=False)
-    assert summarize_rows(run.output) == RunSummary()
-    publish_rows(
-        run.output,
-        3,
-        category=["nut", "bolt", "nut"],
-        is_anomalous=[True, None, False],
-        bytes=[3, None, 4],
-        error_kind=["", "empty", ""],
-        error_message=["", "no bytes", ""],
-    )
-    assert summarize_rows(run.output) == RunSummary(
-        rows=3,
-        anomalous=1,
-        errors={"empty": 1},
-        error_examples=["/b.png: empty: no bytes"],
-        categories={
-            "bolt": {"rows": 1, "anomalous": 0, "errors": 1},
-            "nut": {"rows": 2, "anomalous": 1, "errors": 0},
-        },
-        bytes_read=7,
-    )
-
-
 def test_a_run_without_all_rows_is_unfinished(
     score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def score_one(*arguments: Any) -> tuple[RunStatistics, list[UnfinishedImage]]:
-        publish_rows(arguments[4], 1)
-        return RunStatistics(images=2), [UnfinishedImage("/b.png", "unreadable", "expired")]
-
-    monkeypatch.setattr(run_module, "score_shards", score_one)
+    replace_ray(monkeypatch, lambda *arguments: publish_rows(arguments[5], 1), "/b.png")
     with pytest.raises(AssertionError, match="2 == 0"):
         score()
     assert "/b.png: unreadable: expired" in caplog.text

@@ -46,15 +46,19 @@ def test_tasks_request_their_memory_up_to_a_fraction_of_the_smallest_node() -> N
 KINDS = [*((n, 0) for n in (1, 2, 3, 4, 8, 16, 64)), (1, 1), (2, 1), (4, 1), (8, 1), (4, 4), (6, 4), (7, 5), (32, 4)]
 
 
+@pytest.mark.parametrize("reading", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize(("cpus", "gpus"), KINDS)
-def test_the_writing_stage_has_reserved_cpus(cpus: int, gpus: int, count: int) -> None:
-    """Reserve as Ray Data 2.60 does in `ReservationOpResourceAllocator`, written plainly."""
+def test_the_writing_stage_has_reserved_cpus(cpus: int, gpus: int, count: int, reading: bool) -> None:
+    """Reserve as Ray Data 2.60 does in `ReservationOpResourceAllocator`, written plainly.
+
+    While the manifest is read there is one more stage, which takes no CPUs.
+    """
     pool = ScorerPool.for_nodes(0, [{"CPU": float(cpus), "GPU": float(gpus)}] * count, blocks=10_000, grows=False)
     unreserved = total = float(cpus * count)
     got = []
     for wanted in (pool.stage_cpus, pool.stage_cpus, pool.size * pool.num_cpus, pool.stage_cpus):
-        reserved = max(wanted, pool.reserved_fraction * total / 4)
+        reserved = max(wanted, pool.reserved_fraction * total / (4 + reading))
         got.append(reserved if reserved <= unreserved + 1e-9 else 0)
         unreserved -= got[-1]
     assert all(got[stage] for stage in (0, 1, 3))

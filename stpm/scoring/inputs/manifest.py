@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs.duplicates import DuplicateFinder
+from stpm.scoring.options import ScoreOptions
 from stpm.scoring.schema import MANIFEST, passthrough_columns, table, with_passthrough
 
 _SUMMARY = "manifest.json"
-# Rows of a shard's row group, and so images of one decoding task.
+# Images of one decoding task.
 BLOCK_ROWS = 64
+# A shard is read at once, by one task: enough rows that few tasks need planning, few enough for a small file.
+SHARD_ROWS = 128 * BLOCK_ROWS
+# Shards that are being written at the same time.
+_WRITERS = 8
 
 # URI of a Parquet file, and the number of its rows.
 Shard = tuple[str, int]
@@ -36,17 +42,52 @@ class ManifestRow(NamedTuple):
     error: ImageError | None = None
 
 
+class Segment(NamedTuple):
+    """Consecutive shards of a manifest, which are scored by one execution of Ray Data and committed together."""
+
+    number: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.shards)
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """The summary of a manifest: rows, duplicates that were left out, categories, SHA-256 of all rows."""
+    """The summary of a manifest.
+
+    Args:
+        rows: images in it.
+        duplicates: images that were left out.
+        categories: names, sorted.
+        digest: SHA-256 of all rows.
+        shard_rows: rows of each shard, by its number.
+        segment_rows: rows of a segment, at most.
+    """
 
     rows: int
     duplicates: int
     categories: tuple[str, ...]
     digest: str
+    shard_rows: tuple[int, ...] = ()
+    segment_rows: int = ScoreOptions.segment_rows
 
     def describe(self) -> str:
         return f"{self.rows} images{f', {self.duplicates} duplicates left out' if self.duplicates else ''}"
+
+    def segments(self, folder: str) -> list[Segment]:
+        """Divide the shards, which are in this folder, into segments."""
+        segments: list[list[Shard]] = []
+        rows_left = 0
+        for number, rows in enumerate(self.shard_rows):
+            if rows > rows_left:
+                segments.append([])
+                rows_left = self.segment_rows
+            if rows:
+                segments[-1].append((_shard_uri(folder, number), rows))
+                rows_left -= rows
+        return [Segment(number, tuple(shards)) for number, shards in enumerate(segments)]
 
 
 def image_id(uri: str) -> int:
@@ -89,61 +130,148 @@ def labelled_rows(categories: Sequence[Category]) -> Iterator[pa.Table]:
         )
 
 
-def write(chunks: Iterable[pa.Table], folder: str) -> Manifest:
+def write(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOptions.segment_rows) -> Manifest:
     """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`: without it nothing counts.
 
-    Shards that an unfinished attempt left are removed first.
+    Shards that an unfinished attempt left are removed first. Of several rows with one id the first is kept.
 
     Args:
         chunks: tables of schema MANIFEST, with the user's own columns.
         folder: URI of the manifest's folder.
+        segment_rows: rows of a segment, at most.
 
     Raises:
         ConfigError: if a column of the user's has different types in different tables.
     """
     storage.remove(folder)
-    seen = SeenIds()
-    rows = duplicates = 0
-    written: list[tuple[str, list[str]]] = []
-    categories: set[str] = set()
-    digest = hashlib.sha256()
-    user_types: dict[str, pa.DataType] = {}
-    for chunk in chunks:
-        _add_types(user_types, chunk.schema)
-        is_new = seen.add(chunk["image_id"].to_numpy())
-        kept = chunk.filter(pa.array(is_new))
-        duplicates += chunk.num_rows - kept.num_rows
-        if not kept.num_rows:
-            continue
-        data = storage.parquet(kept, BLOCK_ROWS)
-        digest.update(data)
-        written.append((storage.join(folder, f"{len(written):06}.parquet"), passthrough_columns(kept.schema)))
-        storage.publish(written[-1][0], data)
-        rows += kept.num_rows
-        categories.update(kept["category"].unique().to_pylist())
-    for uri, names in written:
-        if names != list(user_types):
-            storage.publish(uri, storage.parquet(_with_user_columns(uri, user_types), BLOCK_ROWS))
-    summary = Manifest(rows, duplicates, tuple(sorted(categories)), digest.hexdigest())
-    storage.publish(storage.join(folder, _SUMMARY), json.dumps(asdict(summary), indent=2).encode())
+    categories: Counter[str] = Counter()
+    with ThreadPoolExecutor(_WRITERS) as pool, DuplicateFinder() as ids:
+        shards = _Shards(folder, min(SHARD_ROWS, segment_rows), pool)
+        for chunk in chunks:
+            ids.add(chunk["image_id"].to_numpy())
+            categories.update(_count_categories(chunk))
+            shards.add(chunk)
+        shards.end()
+        duplicates = ids.find()
+        end = 0
+        for number in range(len(shards)):
+            start, end = end, end + shards.rows(number)
+            is_duplicate = duplicates.mask(start, end)
+            if is_duplicate.any() or shards.lacks_columns(number):
+                shard = storage.read_table(_shard_uri(folder, number))
+                categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))
+                shards.replace(number, shard.filter(pa.array(~is_duplicate)))
+        shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
+        digest = shards.digest()
+    rows = sum(shard_rows)
+    summary = Manifest(rows, end - rows, tuple(sorted(+categories)), digest, shard_rows, segment_rows)
+    storage.publish(storage.join(folder, _SUMMARY), json.dumps(asdict(summary)).encode())
     return summary
 
 
-def _add_types(user_types: dict[str, pa.DataType], schema: pa.Schema) -> None:
-    """Add the types of the user's columns in one more table. Raise ConfigError if one differs from before."""
-    for name in passthrough_columns(schema):
-        kind = schema.field(name).type
-        if (known := user_types.setdefault(name, kind)) != kind:
-            raise ConfigError(f"column {name} is {known} in one manifest and {kind} in another; give it one type")
+def _shard_uri(folder: str, number: int) -> str:
+    return storage.join(folder, f"{number:06}.parquet")
 
 
-def _with_user_columns(uri: str, user_types: dict[str, pa.DataType]) -> pa.Table:
-    """Read a shard and give it all of the user's columns, in one order: null where its source has none."""
-    shard = storage.read_table(uri)
-    result = shard.select(MANIFEST.names)
+def _count_categories(rows: pa.Table) -> dict[str, int]:
+    counted: list[dict[str, Any]] = rows["category"].value_counts().to_pylist()
+    return {each["values"]: each["counts"] for each in counted}
+
+
+class _Written(NamedTuple):
+    """A shard that is written: its rows, the number of the user's columns in it, and the SHA-256 of the file."""
+
+    rows: int
+    user_columns: int
+    digest: bytes
+
+
+class _Shards:
+    """Cuts tables into shards of equal length, and writes several of them at the same time.
+
+    Args:
+        folder: URI to write to.
+        length: rows of each shard but the last.
+        pool: of the threads that write.
+    """
+
+    def __init__(self, folder: str, length: int, pool: ThreadPoolExecutor) -> None:
+        self._folder = folder
+        self._length = length
+        self._pool = pool
+        self._waiting: list[pa.Table] = []
+        self._written: list[Future[_Written]] = []
+        self._user_types: dict[str, pa.DataType] = {}
+
+    def __len__(self) -> int:
+        """Return the number of shards."""
+        return len(self._written)
+
+    def add(self, chunk: pa.Table) -> None:
+        """Add rows. Raise ConfigError if a column of the user's has another type than before."""
+        for name in passthrough_columns(chunk.schema):
+            kind = chunk.schema.field(name).type
+            if (known := self._user_types.setdefault(name, kind)) != kind:
+                raise ConfigError(f"column {name} is {known} in one manifest and {kind} in another; give it one type")
+        self._waiting.append(chunk)
+        if sum(table.num_rows for table in self._waiting) >= self._length:
+            rows = self._take()
+            end = rows.num_rows - rows.num_rows % self._length
+            for start in range(0, end, self._length):
+                self._write(len(self), rows.slice(start, self._length))
+            self._waiting = [rows.slice(end)]
+
+    def end(self) -> None:
+        """Write the rows that are left."""
+        if any(table.num_rows for table in self._waiting):
+            self._write(len(self), self._take())
+
+    def replace(self, number: int, rows: pa.Table) -> None:
+        """Replace a shard; without rows, remove it."""
+        self._write(number, rows)
+
+    def rows(self, number: int) -> int:
+        return self._written[number].result().rows
+
+    def lacks_columns(self, number: int) -> bool:
+        """Return whether a column of the user's was unknown when the shard was written."""
+        return self._written[number].result().user_columns < len(self._user_types)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all shards."""
+        digest = hashlib.sha256()
+        for written in self._written:
+            digest.update(written.result().digest)
+        return digest.hexdigest()
+
+    def _take(self) -> pa.Table:
+        rows = pa.concat_tables([_with_user_columns(table, self._user_types) for table in self._waiting])
+        self._waiting = []
+        return rows
+
+    def _write(self, number: int, rows: pa.Table) -> None:
+        rows = _with_user_columns(rows, self._user_types)
+        future = self._pool.submit(_write_shard, _shard_uri(self._folder, number), rows)
+        self._written[number : number + 1] = [future]
+        # Rows that wait for a writer take memory.
+        self._written[max(number - 2 * _WRITERS, 0)].result()
+
+
+def _write_shard(uri: str, rows: pa.Table) -> _Written:
+    data = storage.parquet(rows)
+    if rows.num_rows:
+        storage.publish(uri, data)
+    else:
+        storage.remove(uri)
+    return _Written(rows.num_rows, len(passthrough_columns(rows.schema)), hashlib.sha256(data).digest())
+
+
+def _with_user_columns(rows: pa.Table, user_types: Mapping[str, pa.DataType]) -> pa.Table:
+    """Give rows all of the user's columns, in one order: null where their source has none."""
+    result = rows.select(MANIFEST.names)
     for name, kind in user_types.items():
-        is_there = name in shard.schema.names
-        result = result.append_column(name, shard[name] if is_there else pa.nulls(shard.num_rows, kind))
+        is_there = name in rows.schema.names
+        result = result.append_column(name, rows[name] if is_there else pa.nulls(rows.num_rows, kind))
     return result
 
 
@@ -156,7 +284,8 @@ def read(folder: str) -> Manifest | None:
     uri = storage.join(folder, _SUMMARY)
     try:
         values = json.loads(storage.read(uri))
-        return Manifest(**values | {"categories": tuple(values["categories"])})
+        lists = {name: tuple(values[name]) for name in ("categories", "shard_rows")}
+        return Manifest(**values | lists)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -168,32 +297,3 @@ def read(folder: str) -> Manifest | None:
 def shards(folder: str) -> list[str]:
     """Return the URIs of a manifest's shards."""
     return [uri for uri, _ in storage.files(folder) if uri.endswith(".parquet")]
-
-
-class SeenIds:
-    """A growing set of ids, at eight bytes each: sorted arrays, each at least twice as long as the next."""
-
-    def __init__(self) -> None:
-        self._arrays: list[npt.NDArray[np.int64]] = []
-
-    def add(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Add ids. Return a mask of those that were not in the set, and of equal ones only the first."""
-        is_new = np.zeros(len(ids), bool)
-        distinct, first = np.unique(ids, return_index=True)
-        unseen = np.ones(len(distinct), bool)
-        for array in self._arrays:
-            unseen &= ~_contains(array, distinct)
-        is_new[first[unseen]] = True
-        self._arrays.append(distinct[unseen])
-        while len(self._arrays) > 1 and len(self._arrays[-2]) < 2 * len(self._arrays[-1]):
-            last, before = self._arrays.pop(), self._arrays.pop()
-            self._arrays.append(np.sort(np.concatenate([before, last])))
-        return is_new
-
-
-def _contains(ordered: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    if not len(ordered):
-        return np.zeros(len(ids), bool)
-    positions = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
-    found: npt.NDArray[np.bool_] = ordered[positions] == ids
-    return found

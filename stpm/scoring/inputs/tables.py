@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any, TextIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stpm import storage
+from stpm.data.images import SUFFIXES as IMAGE_SUFFIXES
 from stpm.errors import DataError
 from stpm.scoring.inputs.archives import IMAGE_COLUMNS, PARQUET, image_column
 from stpm.scoring.schema import INPUT_COLUMNS
@@ -20,9 +23,17 @@ from stpm.scoring.schema import INPUT_COLUMNS
 SUFFIXES = (PARQUET, ".csv", ".jsonl", ".ndjson")
 CHUNK_ROWS = 10_000
 
+# Columns of a stored listing of a bucket.
+_LISTING_COLUMNS = ["bucket", "key"]
+# Keys of images.
+_IMAGE = rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
+
 
 def read(uri: str) -> Iterator[pa.Table]:
     """Read a table, at most `CHUNK_ROWS` rows at a time. A table without a column `uri` has an image in each row.
+
+    A stored listing of a bucket, as S3 Inventory writes, has columns `bucket` and `key` instead of `uri`. Those of its
+    objects that are images are returned, and no other column.
 
     The images themselves are not read. INPUT_COLUMNS hold text without nulls, or are missing. All values of CSV and
     JSON lines are read as text, unchanged: 007 and 2024-01-01 do not become numbers and times. Other columns of a
@@ -42,6 +53,19 @@ def input_values(table: pa.Table) -> Iterator[tuple[str, ...]]:
     missing = [""] * table.num_rows
     columns = [table[name].to_pylist() if name in table.schema.names else missing for name in INPUT_COLUMNS]
     return zip(*columns, strict=True)
+
+
+def _is_listing(names: Collection[str]) -> bool:
+    return "uri" not in names and all(name in names for name in _LISTING_COLUMNS)
+
+
+def _with_uris(listing: pa.Table, source: str) -> pa.Table:
+    """Return the URIs of the images in a listing of a bucket, under the scheme of the listing itself, or s3."""
+    listing.validate(full=True)
+    scheme = "s3" if storage.is_local(source) else source.partition("://")[0]
+    bucket, key = (listing[name].cast(pa.string()) for name in _LISTING_COLUMNS)
+    uris = pc.binary_join_element_wise(f"{scheme}://", bucket, "/", key, "")
+    return pa.table({"uri": uris.filter(pc.match_substring_regex(key, _IMAGE, ignore_case=True))})
 
 
 def _with_text(table: pa.Table) -> pa.Table:
@@ -67,7 +91,10 @@ def _read_parquet(uri: str) -> Iterator[pa.Table]:
         images = "" if "uri" in schema.names else image_column(schema)
         if not images:
             _require_uri(uri, schema.names)
-        if names := [name for name in schema.names if name != images]:
+        if _is_listing(schema.names):
+            for batch in parquet.iter_batches(CHUNK_ROWS, columns=_LISTING_COLUMNS):
+                yield _with_uris(pa.Table.from_batches([batch]), uri)
+        elif names := [name for name in schema.names if name != images]:
             for batch in parquet.iter_batches(CHUNK_ROWS, columns=names):
                 yield pa.Table.from_batches([batch])
         else:
@@ -81,14 +108,15 @@ def _read_text(uri: str) -> Iterator[pa.Table]:
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
         records = _read_csv(file) if uri.lower().endswith(".csv") else _read_json_lines(file)
-        is_first = True
+        is_first, is_listing = True, False
         while chunk := list(islice(records, CHUNK_ROWS)):
             names = dict.fromkeys(name for record in chunk for name in record)
             if is_first:
                 _require_uri(uri, names)
-            is_first = False
-            names.setdefault("uri")
-            yield pa.table({name: pa.array([record.get(name) for record in chunk], pa.string()) for name in names})
+                is_first, is_listing = False, _is_listing(names)
+            names |= dict.fromkeys(_LISTING_COLUMNS if is_listing else ["uri"])
+            table = pa.table({name: pa.array([record.get(name) for record in chunk], pa.string()) for name in names})
+            yield _with_uris(table, uri) if is_listing else table
 
 
 def _read_csv(file: TextIO) -> Iterator[dict[str, str | None]]:
@@ -128,7 +156,7 @@ def _require_distinct(names: Sequence[str]) -> None:
 
 
 def _require_uri(table: str, names: Collection[str]) -> None:
-    if "uri" not in names:
+    if "uri" not in names and not _is_listing(names):
         raise DataError(
             f"{table}: no column `uri`, nor images in a column {' or '.join(IMAGE_COLUMNS)}; its columns are "
             f"{', '.join(names)}"

@@ -1,43 +1,55 @@
-"""The manifest as a data source of Ray Data: one task per block, which is a row group of a shard.
+"""The manifest as a data source of Ray Data: a task for each shard's worth of rows, which splits them into blocks.
 
-Ray's own Parquet reader uses tasks of a whole CPU. Scorers hold nearly all CPUs, and such tasks would never start.
+Ray's own Parquet reader uses tasks of a whole CPU. Scorers hold nearly all CPUs, and such tasks would never start. A
+task for each block would cost the driver a millisecond and 3 KB each, before the first of them starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from stpm import storage
-from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.inputs.manifest import BLOCK_ROWS, SHARD_ROWS, Shard
 
 # Bytes of a row, roughly. Without an estimate Ray assumes that each task returns its largest block, and runs few tasks.
 _ROW_BYTES = 200
+
+
+class ShardRows(NamedTuple):
+    """The rows of a shard from `start` to before `stop`."""
+
+    uri: str
+    start: int
+    stop: int
 
 
 class ManifestBlocks(Datasource):  # type: ignore[misc]
     """Rows of manifest shards, in blocks of at most `BLOCK_ROWS`.
 
     Args:
-        shards: Parquet files whose row groups are the blocks, with the number of rows in each file.
+        shards: Parquet files, with the number of rows in each.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__()
-        self._blocks = [
-            (uri, group, min(BLOCK_ROWS, rows - group * BLOCK_ROWS))
-            for uri, rows in shards
-            for group in range(-(-rows // BLOCK_ROWS))
-        ]
+        self._blocks = -(-sum(rows for _, rows in shards) // BLOCK_ROWS)
+        self._tasks = divide_evenly(shards, SHARD_ROWS)
 
     def __len__(self) -> int:
         """Return the number of blocks."""
-        return len(self._blocks)
+        return self._blocks
+
+    @property
+    def parallelism(self) -> int:
+        """The number to request from Ray, which then splits the rows of each task into blocks."""
+        longest = max((_count_rows(parts) for parts in self._tasks), default=0)
+        return len(self._tasks) * -(-longest // BLOCK_ROWS)
 
     def get_name(self) -> str:
         """Return the name that Ray logs."""
@@ -49,16 +61,47 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """Return one task for each block."""
+        """Return the tasks."""
         return [
             ReadTask(
-                partial(_read, uri, group),
-                BlockMetadata(num_rows=rows, size_bytes=rows * _ROW_BYTES, exec_stats=None, input_files=None),
+                partial(_read, parts),
+                BlockMetadata(
+                    num_rows=_count_rows(parts),
+                    size_bytes=_count_rows(parts) * _ROW_BYTES,
+                    exec_stats=None,
+                    input_files=None,
+                ),
                 per_task_row_limit=per_task_row_limit,
             )
-            for uri, group, rows in self._blocks
+            for parts in self._tasks
         ]
 
 
-def _read(uri: str, group: int) -> Iterator[pa.Table]:
-    yield storage.read_row_group(uri, group)
+def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[ShardRows]]:
+    """Divide the rows of all shards, in their order, into as few parts as have at most `max_rows` rows.
+
+    Their lengths differ by one row at most: Ray splits all of them into the same number of blocks.
+    """
+    total = sum(rows for _, rows in shards)
+    parts = -(-total // max_rows)
+    ends = [total * number // parts for number in range(1, parts + 1)]
+    divided: list[list[ShardRows]] = [[]] if ends else []
+    position = 0
+    for uri, rows in shards:
+        start = 0
+        while start < rows:
+            if position == ends[len(divided) - 1]:
+                divided.append([])
+            stop = min(rows, start + ends[len(divided) - 1] - position)
+            divided[-1].append(ShardRows(uri, start, stop))
+            position += stop - start
+            start = stop
+    return divided
+
+
+def _count_rows(parts: Sequence[ShardRows]) -> int:
+    return sum(stop - start for _, start, stop in parts)
+
+
+def _read(parts: Sequence[ShardRows]) -> Iterator[pa.Table]:
+    yield pa.concat_tables([storage.read_table(uri).slice(start, stop - start) for uri, start, stop in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,70 +13,71 @@ from ray.exceptions import RayTaskError
 
 from stpm import storage
 from stpm.errors import DataError
-from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.manifest import Shard
+from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
 
 _READERS = 16
 # CPUs of the task: few enough to start beside another run that holds nearly all CPUs.
 _CPUS = 0.1
-_PENDING = ".pending.parquet"
+
+Ids = npt.NDArray[np.int64]
 
 
-def remaining_shards(output: RunOutput) -> list[Shard]:
-    """Write the remaining rows as shards and list them. Needs a connection to Ray.
+def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[Segment]:
+    """Write the remaining rows of segments as shards, and list those with shards left. Needs a connection to Ray.
 
-    It runs in a task, because the ids of a large run may not fit the driver's memory.
+    A segment of which no row is written keeps its shards. The others are read in tasks, one for each: their ids may not
+    fit the driver's memory.
 
     Raises:
         DataError: if a checkpoint is damaged.
     """
-    remote = ray.remote(num_cpus=_CPUS)(_write_remaining)
+    remote = ray.remote(num_cpus=_CPUS)(write_remaining)
+    started = output.segments_with_checkpoints()
+    tasks = {each: remote.remote(output, each) for each in segments if each.number in started}
     try:
-        shards: list[Shard] = ray.get(remote.remote(output.manifest, output.checkpoint, output.remaining))
+        shards = dict(zip(tasks, ray.get(list(tasks.values())), strict=True))
     except RayTaskError as error:
         # The text of Ray's own error is a traceback.
         raise error.cause from error
-    return shards
+    left = [each._replace(shards=shards.get(each, each.shards)) for each in segments]
+    return [each for each in left if each.shards]
 
 
-def _write_remaining(manifest_folder: str, checkpoint: str, remaining: str) -> list[Shard]:
-    storage.remove(remaining)
-    shards = manifest.shards(manifest_folder)
-    committed = _committed_checkpoints(checkpoint)
+def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
+    """Write the rows of a segment that are in no checkpoint as shards, and list these."""
+    folder = output.segment_remaining(segment.number)
+    storage.remove(folder)
+    committed = committed_checkpoints(output.segment_checkpoint(segment.number))
     if not committed:
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(zip(shards, pool.map(storage.count_rows, shards), strict=True))
-    written = np.sort(np.concatenate([_read_ids(uri) for uri in committed]))
-    result: list[Shard] = []
-    for uri in shards:
-        table = storage.read_table(uri)
-        rows = table.filter(pa.array(~np.isin(table["image_id"].to_numpy(), written, kind="sort")))
-        if rows.num_rows:
-            copy = storage.join(remaining, uri.rsplit("/", 1)[-1])
-            storage.publish(copy, storage.parquet(rows, manifest.BLOCK_ROWS))
-            result.append((copy, rows.num_rows))
-    return result
+        return segment.shards
+    with ThreadPoolExecutor(_READERS) as pool:
+        written = np.sort(np.concatenate(list(pool.map(_read_ids, committed))))
+        copies = pool.map(lambda shard: _write_unwritten(shard, written, folder), segment.shards)
+        return tuple(copy for copy in copies if copy[1])
 
 
-def _committed_checkpoints(folder: str) -> list[str]:
-    """List the checkpoints whose rows are written.
-
-    Ray commits a checkpoint by renaming it. A store without renames copies and then removes: if that was cut off, both
-    names exist, and the rows do too.
-    """
-    uris = [uri for uri, _ in storage.files(folder) if uri.endswith(".parquet")]
-    pending = {uri for uri in uris if uri.endswith(_PENDING)}
-    committed = [uri for uri in uris if uri not in pending]
-    for uri in committed:
-        if (copied_from := uri.removesuffix(".parquet") + _PENDING) in pending:
-            storage.remove(copied_from)
-    return committed
+def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:
+    """Copy a shard without the rows whose ids are in a sorted array; without rows nothing is written."""
+    uri, _ = shard
+    table = storage.read_table(uri)
+    rows = table.filter(pa.array(~contains(written, table["image_id"].to_numpy())))
+    copy = storage.join(folder, uri.rsplit("/", 1)[-1])
+    if rows.num_rows:
+        storage.publish(copy, storage.parquet(rows))
+    return copy, rows.num_rows
 
 
-def _read_ids(checkpoint: str) -> npt.NDArray[np.int64]:
+def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
+    """Return whether each id is in a sorted array of at least one id."""
+    found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)] == ids
+    return found
+
+
+def _read_ids(checkpoint: str) -> Ids:
     try:
-        ids: npt.NDArray[np.int64] = storage.read_table(checkpoint)["image_id"].to_numpy()
+        ids: Ids = storage.read_table(checkpoint)["image_id"].to_numpy()
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{checkpoint} is damaged, and the written rows are no longer known ({error}); give another --out, or "

@@ -126,8 +126,10 @@ class WriteHeatmaps:
         heatmap, overlaid = self._draw(row)
         if self._options.heatmaps_in == "parquet":
             return Pictures(heatmap_png=heatmap, overlay_png=overlaid)
-        folder = f"{self._output.heatmap_path}/{storage.safe_name(row['category'], 'category')}"
-        stem = f"{folder}/{row['image_id'] & (2**64 - 1):016x}"
+        name = f"{row['image_id'] & (2**64 - 1):016x}"
+        # A folder for each of the 256 beginnings of a name: in one of millions of files, a disk and its tools are slow.
+        category = storage.safe_name(row["category"], "category")
+        stem = f"{self._output.heatmap_path}/{category}/{name[:2]}/{name}"
         return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.png", overlaid))
 
     def _draw(self, row: Mapping[str, Any]) -> tuple[bytes, bytes | None]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,8 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.archives import ImageRef
-from stpm.scoring.inputs.manifest import ManifestRow, SeenIds, image_id, make_rows
+from stpm.scoring.inputs.duplicates import DuplicateFinder
+from stpm.scoring.inputs.manifest import ManifestRow, image_id, make_rows
 from stpm.scoring.schema import MANIFEST
 
 
@@ -87,11 +89,32 @@ def test_a_manifest_may_be_empty(folder: str) -> None:
 
 
 @given(st.lists(st.lists(st.integers(-50, 50), max_size=30), max_size=12))
-def test_seen_ids_behave_as_a_set(chunks: list[list[int]]) -> None:
-    ours, theirs = SeenIds(), set()
-    for ids in chunks:
-        expected = []
-        for i in ids:
-            expected.append(i not in theirs)
-            theirs.add(i)
-        assert ours.add(np.array(ids, np.int64)).tolist() == expected
+def test_each_id_is_found_but_its_first_row(chunks: list[list[int]]) -> None:
+    rows = [i for ids in chunks for i in ids]
+    with DuplicateFinder() as finder:
+        for ids in chunks:
+            finder.add(np.array(ids, np.int64))
+        duplicates = finder.find()
+    expected = [i in rows[:number] for number, i in enumerate(rows)]
+    for start in (0, 3, len(rows) // 2):
+        assert duplicates.mask(start, len(rows)).tolist() == expected[start:]
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(1, 12))
+def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], segment_rows: int) -> None:
+    fsspec.filesystem("memory").store.clear()
+    written = manifest.write(
+        [chunk([f"{i}.png" for i in ids]) for ids in chunks if ids], "memory://list", segment_rows=segment_rows
+    )
+    found = []
+    for number, segment in enumerate(written.segments("memory://list")):
+        assert segment.number == number
+        assert 0 < segment.rows <= segment_rows
+        for uri, rows in segment.shards:
+            uris = storage.read_table(uri)["uri"].to_pylist()
+            assert len(uris) == rows
+            found += uris
+    distinct = dict.fromkeys(f"{i}.png" for ids in chunks for i in ids)
+    assert found == list(distinct)
+    assert written.rows == len(distinct)
+    assert manifest.shards("memory://list") == [uri for s in written.segments("memory://list") for uri, _ in s.shards]

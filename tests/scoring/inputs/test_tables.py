@@ -104,3 +104,20 @@ def test_an_error_names_the_columns_of_a_table_without_images(tmp_path: Path) ->
     pq.write_table(pa.table({"image": ["a.png"], "x": [1]}), tmp_path / "t.parquet")
     with pytest.raises(DataError, match=r"no column `uri`, nor images in a column image or bytes; its columns are im"):
         rows(f"{tmp_path}/t.parquet")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_stored_listing_of_a_bucket_names_its_images(root: str, kind: str) -> None:
+    keys = ["a.png", "dir/b c.JPG", "dir/", "notes.txt", "é.png"]
+    records = [{"bucket": "plant", "key": key, "size": number} for number, key in enumerate(keys)]
+    write_manifest(f"{root}/inventory.{kind}", records)
+    scheme = "memory" if root.startswith("memory") else "s3"
+    images = [f"{scheme}://plant/{key}" for key in ("a.png", "dir/b c.JPG", "é.png")]
+    found = rows(f"{root}/inventory.{kind}", allow=[f"{scheme}://plant"])
+    assert [row["uri"] for row in found] == images
+    assert all(row["error_kind"] == "" and "size" not in row for row in found)
+    # As any manifest, it may name only what is allowed.
+    assert {row["error_kind"] for row in rows(f"{root}/inventory.{kind}")} == {"not_allowed"}
+    write_manifest(f"{root}/empty.{kind}", records[2:4])
+    with pytest.raises(DataError, match="this manifest has no rows"):
+        rows(f"{root}/empty.{kind}")

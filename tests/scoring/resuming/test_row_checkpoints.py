@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from ray.data.checkpoint.util import build_pending_checkpoint_trie
 
-from stpm.scoring.resuming.row_checkpoints import FileNames
+from stpm import storage
+from stpm.scoring import triage
+from stpm.scoring.inputs.manifest import Segment
+from stpm.scoring.options import OutputOptions, PartitionBy
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.row_checkpoints import FileNames, RowFiles
+from stpm.scoring.resuming.segments import commit_segment, scan_rows
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.schema import OUTPUT, table
 
 
 @pytest.mark.parametrize("cut_off", [0, 10, 99_999, 100_000, 999_999])
@@ -17,3 +27,53 @@ def test_no_file_name_of_a_write_task_is_a_prefix_of_another_tasks(cut_off: int)
     for task in {cut_off * 10**power + rest for power in range(4) for rest in (0, 1, 9)}:
         written = names.get_filename_for_task("uuid", task).replace(".parquet", "-0.parquet")
         assert trie.has_prefix_of(written) == (task == cut_off), (pending, written)
+
+
+def output_rows(start: int, stop: int) -> pa.Table:
+    numbers = range(start, stop)
+    values = {field.name: [None if field.nullable else ""] * len(numbers) for field in OUTPUT}
+    values |= {"image_id": list(numbers), "uri": [f"{i}.png" for i in numbers], "bytes": [1] * len(numbers)}
+    values |= {"category": [("nut", "a b", "c/d")[i % 3] for i in numbers], "threshold": [10.0] * len(numbers)}
+    values |= {"score": [float(i * 37 % 100) for i in numbers], "is_anomalous": [i * 37 % 100 > 10 for i in numbers]}
+    values |= {"heatmap_png": [b"%d" % i for i in numbers]}
+    return table(values, OUTPUT)
+
+
+@pytest.mark.parametrize("partition_by", ["none", "category"])
+def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
+    tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = RunOutput.single(str(tmp_path), OutputOptions(partition_by=partition_by))
+    files = RowFiles(output, output.segment_checkpoint(0), rows_per_file=20, max_ranked=5)
+    for task, bounds in enumerate([(0, 30), (30, 31), (31, 100)]):
+        context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task)
+        rows = output_rows(*bounds)
+        files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
+        name = f"{output.segment_checkpoint(0)}/scores_uuid_{task:012}.parquet"
+        storage.publish(name, storage.parquet(rows.select(["image_id"])))
+    scanned = scan_rows(output, max_ranked=5)
+    assert commit_segment(output, Segment(0, (("shard", 100),)), max_ranked=5) == scanned
+    assert scanned.rows == 100
+    with monkeypatch.context() as patch:
+        patch.setattr(triage, "scan_rows", lambda *_: pytest.fail("all rows were read"))
+        shown = triage.most_anomalous(output, 4)
+    assert [(row["score"], row["category"]) for row in shown] == [
+        (score, ("nut", "a b", "c/d")[image % 3]) for score, image in ((99.0, 27), (98.0, 54), (97.0, 81), (96.0, 8))
+    ]
+    assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
+    # The tasks named five images each.
+    assert [row["score"] for row in triage.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
+
+
+def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:
+    output = RunOutput.single(str(tmp_path))
+    files = RowFiles(output, output.segment_checkpoint(0), rows_per_file=1, max_ranked=5)
+    context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=7)
+    files.write([output_rows(0, 9)], context)
+    # Until the commit it writes the same files.
+    files.write([output_rows(0, 10)], context)
+    storage.publish(f"{output.segment_checkpoint(0)}/scores_uuid_000000000007.parquet", b"ids")
+    files.write([output_rows(0, 4)], context)
+    assert output.dataset().count_rows() == 10
+    (summary,) = tmp_path.rglob("*.json")
+    assert RowSummary.from_json(summary.read_bytes()).rows == 10

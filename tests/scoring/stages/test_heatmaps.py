@@ -42,7 +42,8 @@ def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path,
     out = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
     store = ModelStore(str(run / "models"))
     for row, before in zip(out, rows.to_pylist(), strict=True):
-        name = f"heatmaps/scores/{row['category']}/{row['image_id'] & (2**64 - 1):016x}"
+        image_id = f"{row['image_id'] & (2**64 - 1):016x}"
+        name = f"heatmaps/scores/{row['category']}/{image_id[:2]}/{image_id}"
         assert (row["heatmap"], row["overlay"]) == (f"{name}.png", f"{name}_overlay.png")
         with Image.open(tmp_path / row["heatmap"]) as image:
             assert (image.mode, image.size) == ("P", (64, 64))

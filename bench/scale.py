@@ -1,0 +1,254 @@
+"""Measure what a run costs beside its images, by its number of rows: listing, manifest, planning, resume, end.
+
+    python bench/scale.py --rows 10000,100000,1000000
+
+Each step runs in a process of its own, on a local disk; its figures are seconds and the growth of the driver's memory,
+in MiB, both also per million rows. Images are not scored: a stub stage takes the place of decoding and scoring, and
+writes rows with random scores. What earlier steps left is made up where the stub would take minutes.
+
+- list: a folder of empty files, of which there are at most `--files`; its prefixes hold a thousand files each.
+- manifest: from a Parquet table of URIs, of which a hundredth are duplicates.
+- plan: from the start of Ray Data until the first block reaches the stub stage, for the first segment.
+- stub: all rows through Ray Data, with the stub stage; only up to `--stub-rows`.
+- resume10, resume90: which rows remain, with 10 % and 90 % done.
+- commit: the end of all segments, and of the run: adds up what the tasks reported, and ranks the images.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from common import make_parser
+from ray.exceptions import RayTaskError
+
+from stpm import storage
+from stpm.cluster.connection import connected
+from stpm.models.store import ModelStore
+from stpm.scoring import pipeline
+from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import Manifest, Segment
+from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.options import ScoreOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.progress import show_scoring_progress
+from stpm.scoring.resuming.remaining import write_remaining
+from stpm.scoring.resuming.row_checkpoints import summary_of
+from stpm.scoring.resuming.segments import commit_segment, committed_segments
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.schema import OUTPUT
+from stpm.scoring.triage import most_anomalous
+
+_FILES_PER_PREFIX = 1000
+_DUPLICATES = 100
+_ROWS_PER_FILE = ScoreOptions.rows_per_file
+_TOP = 50
+_STEPS = ("list", "manifest", "plan", "stub", "resume10", "resume90", "commit")
+
+
+def image_name(number: int) -> str:
+    return f"{number // _FILES_PER_PREFIX:06}/{number:09}.png"
+
+
+def output_rows(rows: pa.Table) -> pa.Table:
+    """Make rows of schema OUTPUT, with random scores."""
+    rng = np.random.default_rng(int(rows["image_id"][0].as_py()) % 2**32)
+    scores = rng.random((2, rows.num_rows), np.float32)
+    values = {"score": scores[0], "threshold": scores[1], "is_anomalous": scores[0] > scores[1]}
+
+    def column(field: pa.Field) -> pa.ChunkedArray:
+        if field.name in rows.schema.names:
+            return rows[field.name]
+        if field.name in values:
+            return pa.array(values[field.name], field.type)
+        return pa.nulls(rows.num_rows, field.type) if field.nullable else pa.repeat("", rows.num_rows)
+
+    return pa.table([column(field) for field in OUTPUT], schema=OUTPUT)
+
+
+class FirstBlock(Exception):  # noqa: N818
+    """Ends an execution once a block has reached the stub stage."""
+
+
+class StubDecode:
+    """Takes the place of `Decode`: makes output rows, or ends the execution at the first block."""
+
+    def __init__(self, stop: bool, *_: object, report: object) -> None:
+        self._stop = stop
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._stop:
+            raise FirstBlock
+        return output_rows(batch)
+
+
+class Identity:
+    """Takes the place of `ScorerActor` and of `WriteHeatmaps`."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return batch
+
+
+def driver_memory() -> float:
+    """Return the largest size of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(step: str, rows: int, act: Callable[[], object]) -> None:
+    """Print what a step takes."""
+    memory, start = driver_memory(), time.perf_counter()
+    act()
+    seconds, grown = time.perf_counter() - start, driver_memory() - memory
+    per_million = {
+        "seconds_per_million": round(seconds / rows * 1e6, 2),
+        "mib_per_million": round(grown / rows * 1e6, 1),
+    }
+    print(
+        json.dumps({"step": step, "rows": rows, "seconds": round(seconds, 2), "mib": round(grown, 1)} | per_million),
+        flush=True,
+    )
+
+
+def list_files(folder: Path, rows: int) -> None:
+    for number in range(rows):
+        file = folder / "images" / image_name(number)
+        if number % _FILES_PER_PREFIX == 0:
+            file.parent.mkdir(parents=True)
+        file.touch()
+    measure("list", rows, lambda: sum(1 for _ in storage.stream(str(folder / "images"))))
+
+
+def write_manifest(output: RunOutput, rows: int) -> None:
+    names = [image_name(number % (rows - rows // _DUPLICATES)) for number in range(rows)]
+    source = storage.join(output.folder, "images.parquet")
+    storage.publish(source, storage.parquet(pa.table({"uri": names})))
+    measure("manifest", rows, lambda: manifest.write(image_rows([source], CategoryRule("nut")), output.manifest))
+
+
+def run_stub(output: RunOutput, segments: Sequence[Segment], step: str) -> None:
+    """Score segments with the stub stage, to their end or to the first block."""
+    stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "WriteHeatmaps": Identity}
+    for name, stub in stubs.items():
+        setattr(pipeline, name, stub)
+    store, options = ModelStore(output.folder), ScoreOptions()
+
+    def score() -> None:
+        for segment in segments:
+            checkpoint = output.segment_checkpoint(segment.number)
+            pipeline.score_shards(segment.shards, checkpoint, {}, store, options, output, _TOP, "eager", report)
+            commit_segment(output, segment, _TOP)
+
+    def to_first_block() -> None:
+        with suppress(RayTaskError):
+            score()
+
+    rows = sum(segment.rows for segment in segments)
+    with connected(), show_scoring_progress(rows, stops=False) as report:
+        measure(step, rows, score if step == "stub" else to_first_block)
+    if step == "stub":
+        measure("triage", rows, lambda: most_anomalous(output, _TOP))
+
+
+def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
+    """Leave what tasks report of a fraction of a segment's rows."""
+    for uri, rows in segment.shards:
+        done = storage.read_table(uri).slice(0, round(rows * fraction))
+        for start in range(0, done.num_rows, _ROWS_PER_FILE):
+            task = f"scores_{Path(uri).stem}{start:06}"
+            written = done.slice(start, _ROWS_PER_FILE)
+            checkpoint = storage.join(output.segment_checkpoint(segment.number), f"{task}.parquet")
+            summary = RowSummary.of_rows(output_rows(written), task, _TOP)
+            storage.publish(summary_of(checkpoint), summary.to_json(), durable=False)
+            storage.publish(checkpoint, storage.parquet(written.select(["image_id"])), durable=False)
+
+
+def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
+    """Find the remaining rows of a run of which a fraction of the segments, and of the next one, is done."""
+    segments = images.segments(output.manifest)
+    done = int(len(segments) * fraction)
+    begun = segments[done]
+    make_up_rows(output, begun, len(segments) * fraction - done)
+    summary = RowSummary.of_rows(output_rows(storage.read_table(begun.shards[0][0])), "scores", _TOP)
+    for segment in segments[:done]:
+        storage.publish(output.segment_summary(segment.number), summary.to_json())
+
+    def act() -> None:
+        committed_segments(output)
+        write_remaining(output, begun)
+
+    measure(f"resume{fraction * 100:.0f}", images.rows, act)
+
+
+def commit(output: RunOutput, images: Manifest) -> None:
+    segments = images.segments(output.manifest)
+    for segment in segments:
+        make_up_rows(output, segment, 1.0)
+
+    def act() -> None:
+        for segment in segments:
+            commit_segment(output, segment, _TOP)
+        assert RowSummary.total(committed_segments(output).values(), _TOP).rows == images.rows
+
+    measure("commit", images.rows, act)
+
+
+def run_step(step: str, rows: int, max_files: int, max_stub_rows: int, folder: Path) -> None:
+    output = RunOutput.single(str(folder))
+    if step == "list":
+        list_files(folder, min(rows, max_files))
+    elif step == "manifest":
+        write_manifest(output, rows)
+    else:
+        images = manifest.read(output.manifest)
+        assert images
+        for leftover in (output.segments, output.checkpoint, output.remaining, output.scores):
+            storage.remove(leftover)
+        if step in ("plan", "stub"):
+            segments = images.segments(output.manifest)
+            if step == "plan" or images.rows <= max_stub_rows:
+                run_stub(output, segments[:1] if step == "plan" else segments, step)
+        elif step == "commit":
+            commit(output, images)
+        else:
+            resume(output, images, int(step.removeprefix("resume")) / 100)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", default="10000,100000,1000000", help="numbers of rows, separated by commas")
+    parser.add_argument(
+        "--steps", default=",".join(_STEPS), help="steps, separated by commas; manifest is needed by later ones"
+    )
+    parser.add_argument("--files", type=int, default=100_000, help="files to list, at most (default: 100000)")
+    parser.add_argument(
+        "--stub-rows", type=int, default=1_000_000, help="rows for the stub stage, at most (default: 1000000)"
+    )
+    parsed = parser.parse_args()
+    processes = multiprocessing.get_context("spawn")
+    for rows in map(int, parsed.rows.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            for step in parsed.steps.split(","):
+                arguments = step, rows, parsed.files, parsed.stub_rows, Path(folder)
+                process = processes.Process(target=run_step, args=arguments)
+                process.start()
+                process.join()
+                if process.exitcode:
+                    sys.exit(f"{step} of {rows} rows ended with {process.exitcode}")
+
+
+if __name__ == "__main__":
+    main()

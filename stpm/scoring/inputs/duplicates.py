@@ -1,0 +1,79 @@
+"""Finds the rows whose id an earlier row has, in memory that hardly grows with their number."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+# Ids are split by their value into this many files, each of which is looked at alone.
+_PARTS = 64
+
+Ids = npt.NDArray[np.int64]
+
+
+class DuplicateFinder:
+    """Ids with the numbers of their rows, in temporary files: 16 bytes a row on disk, and one bit in memory.
+
+    Use it as a context manager, which removes the files.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="stpm-ids-")))
+        self._paths = [folder / str(part) for part in range(_PARTS)]
+        self._files = [self._stack.enter_context(path.open("wb")) for path in self._paths]
+        self._rows = 0
+
+    def __enter__(self) -> DuplicateFinder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, ids: Ids) -> None:
+        """Add the ids of the next rows."""
+        entries = np.stack([ids, np.arange(self._rows, self._rows + len(ids))], axis=1)
+        self._rows += len(ids)
+        # Ids are hashes: any of their bits split them evenly.
+        parts = ids % _PARTS
+        order = np.argsort(parts, kind="stable")
+        ends = np.searchsorted(parts[order], np.arange(_PARTS), side="right")
+        for file, part in zip(self._files, np.split(entries[order], ends[:-1]), strict=True):
+            file.write(part.tobytes())
+
+    def find(self) -> Duplicates:
+        """Find the rows that have the id of an earlier row. No row can be added any more."""
+        bits = np.zeros(-(-self._rows // 8), np.uint8)
+        for file, path in zip(self._files, self._paths, strict=True):
+            file.close()
+            for row in _repeated(np.fromfile(path, np.int64).reshape(-1, 2)):
+                bits[row >> 3] |= 128 >> (row & 7)
+        return Duplicates(bits)
+
+
+class Duplicates:
+    """The rows that have the id of an earlier row.
+
+    Args:
+        bits: one for each row, packed as `numpy.packbits` does.
+    """
+
+    def __init__(self, bits: npt.NDArray[np.uint8]) -> None:
+        self._bits = bits
+
+    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return whether each of the rows from `start` to before `stop` is a duplicate."""
+        first = start // 8
+        flags = np.unpackbits(self._bits[first : -(-stop // 8)])
+        return flags[start - 8 * first : stop - 8 * first].astype(bool)
+
+
+def _repeated(entries: Ids) -> Iterator[int]:
+    """Yield the rows, given as (id, row) in ascending order of the rows, whose id an earlier one has."""
+    ordered = entries[np.argsort(entries[:, 0], kind="stable")]
+    yield from ordered[1:][ordered[1:, 0] == ordered[:-1, 0], 1].tolist()

@@ -1,0 +1,74 @@
+"""The segments of a run: each is committed by a summary of its rows, once all of them are written."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+
+from stpm import storage
+from stpm.errors import ConfigError, DataError
+from stpm.scoring.inputs.manifest import Segment
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, written_by
+from stpm.scoring.row_summary import COLUMNS, RowSummary
+
+_READERS = 16
+
+
+def committed_segments(output: RunOutput) -> dict[int, RowSummary]:
+    """Read the summary of each segment that is committed, by its number."""
+    uris = [uri for uri, _ in storage.files(output.segments) if uri.endswith(".json")]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {int(PurePosixPath(uri).stem): each for uri, each in zip(uris, pool.map(_read, uris), strict=True)}
+
+
+def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowSummary:
+    """Add up the summaries of all tasks that wrote rows of a segment, and commit it if all of its rows are written.
+
+    Args:
+        output: of the run.
+        segment: as in the manifest.
+        max_ranked: number of the most anomalous images to name.
+
+    Raises:
+        ConfigError: if there are more rows than images.
+        DataError: if a summary is damaged.
+    """
+    checkpoint = output.segment_checkpoint(segment.number)
+    uris = [summary_of(uri) for uri in committed_checkpoints(checkpoint)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        summary = RowSummary.total(pool.map(_read, uris), max_ranked)
+    if summary.rows > segment.rows:
+        raise ConfigError(
+            f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}; run again "
+            "with --fresh"
+        )
+    if summary.rows == segment.rows:
+        # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
+        storage.sync(output.scores)
+        storage.publish(output.segment_summary(segment.number), summary.to_json())
+        storage.remove(checkpoint)
+        storage.remove(output.segment_remaining(segment.number))
+    return summary
+
+
+def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
+    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time."""
+    dataset = output.dataset()
+    return RowSummary.total(
+        (
+            RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), written_by(file.path), max_ranked)
+            for file in dataset.get_fragments()
+        ),
+        max_ranked,
+    )
+
+
+def _read(uri: str) -> RowSummary:
+    try:
+        return RowSummary.from_json(storage.read(uri))
+    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
+        raise DataError(
+            f"{uri} is damaged or missing, and with it the counts of written rows ({error}); give another --out, or "
+            "--fresh"
+        ) from error

@@ -1,0 +1,160 @@
+"""The summary of rows: counts, examples of errors, and the most anomalous images.
+
+Each task summarizes the rows that it writes. Summaries add up, so that a run of any size ends without reading its rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+T = TypeVar("T")
+
+# Images with an error that a summary names.
+_ERROR_EXAMPLES = 10
+_ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
+_PARTS = ["student_score", "memory_score"]
+# Columns that a summary is made from.
+COLUMNS = [*_ERROR_COLUMNS, *_PARTS, "image_id", "category", "score", "threshold", "is_anomalous", "bytes"]
+# Thresholds are at least this in the division by them.
+_MIN_THRESHOLD = 1e-30
+
+
+class RankedImage(NamedTuple):
+    """An image with a score.
+
+    Args:
+        excess: how far its score is above its threshold, comparable over models.
+        image_id: breaks ties.
+        file: beginning of the name of the Parquet file that has its row.
+    """
+
+    excess: float
+    image_id: int
+    file: str
+
+
+@dataclass(frozen=True)
+class RowSummary:
+    """Counts of rows, and some of them. Summaries of different rows add up, in any order.
+
+    Args:
+        categories: rows, anomalous rows and errors by category.
+        errors: rows without a score, by error kind.
+        error_examples: the first of these rows by their URIs, a line each.
+        bytes_read: size of all image files.
+        max_ranked: number of images in `ranked`, at most.
+        ranked: the most anomalous images, in that order.
+    """
+
+    categories: dict[str, dict[str, int]] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    error_examples: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    max_ranked: int = 0
+    ranked: list[RankedImage] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return self._count("rows")
+
+    @property
+    def anomalous(self) -> int:
+        return self._count("anomalous")
+
+    def _count(self, name: str) -> int:
+        return sum(counts[name] for counts in self.categories.values())
+
+    @classmethod
+    def of_rows(cls, rows: pa.Table, file: str, max_ranked: int) -> RowSummary:
+        """Summarize rows of schema OUTPUT, of which COLUMNS are read.
+
+        Args:
+            rows: to summarize.
+            file: beginning of the name of their Parquet file.
+            max_ranked: number of the most anomalous images to name.
+        """
+        sums = [([], "count_all"), ("is_anomalous", "sum"), ("bytes", "sum")]
+        categories: dict[str, Counter[str]] = {}
+        errors: Counter[str] = Counter()
+        bytes_read = 0
+        for group in rows.group_by(["category", "error_kind"]).aggregate(sums).to_pylist():
+            count = group["count_all"]
+            failed = count if group["error_kind"] else 0
+            counts = categories.setdefault(group["category"], Counter())
+            counts.update(rows=count, anomalous=group["is_anomalous_sum"] or 0, errors=failed)
+            errors[group["error_kind"]] += failed
+            bytes_read += group["bytes_sum"] or 0
+        failures = rows.select(_ERROR_COLUMNS).filter(pc.field("error_kind") != "").to_pylist()
+        return cls(
+            _by_name({name: dict(counts) for name, counts in categories.items()}),
+            _by_name(dict(+errors)),
+            _first_examples(": ".join(row[name] for name in _ERROR_COLUMNS) for row in failures),
+            bytes_read,
+            max_ranked,
+            _rank(rows, file, max_ranked),
+        )
+
+    @classmethod
+    def total(cls, summaries: Iterable[RowSummary], max_ranked: int) -> RowSummary:
+        """Add up summaries of different rows. It names as many of the most anomalous images as each of them does."""
+        categories: dict[str, Counter[str]] = {}
+        errors: Counter[str] = Counter()
+        examples: list[str] = []
+        bytes_read = 0
+        ranked: list[RankedImage] = []
+        for each in summaries:
+            for name, counts in each.categories.items():
+                categories.setdefault(name, Counter()).update(counts)
+            errors.update(each.errors)
+            examples = _first_examples([*examples, *each.error_examples])
+            bytes_read += each.bytes_read
+            max_ranked = min(max_ranked, each.max_ranked)
+            ranked = heapq.nlargest(max_ranked, [*ranked, *each.ranked])
+        counted = _by_name({name: dict(counts) for name, counts in categories.items()})
+        return cls(counted, _by_name(dict(errors)), examples, bytes_read, max_ranked, ranked)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> RowSummary:
+        """Read what `to_json` wrote. Raise ValueError or TypeError if it is something else."""
+        values = json.loads(text)
+        return cls(**values | {"ranked": [RankedImage(*each) for each in values["ranked"]]})
+
+
+def _by_name(values: dict[str, T]) -> dict[str, T]:
+    return dict(sorted(values.items()))
+
+
+def _first_examples(examples: Iterable[str]) -> list[str]:
+    return heapq.nsmallest(_ERROR_EXAMPLES, examples)
+
+
+def _rank(rows: pa.Table, file: str, max_ranked: int) -> list[RankedImage]:
+    """Select the rows whose scores exceed their model's threshold the most."""
+    scored = rows.select(["image_id", "score", "threshold", *_PARTS]).filter(pc.field("score").is_valid())
+    images = zip(excess(scored).tolist(), scored["image_id"].to_pylist(), strict=True)
+    return [RankedImage(*image, file) for image in heapq.nlargest(max_ranked, images)]
+
+
+def excess(scored: pa.Table) -> npt.NDArray[np.float64]:
+    """Compute how far scores are above their thresholds, comparable over models.
+
+    A sum of parts has the same scale in all models: take the difference. Otherwise divide it by the threshold.
+    """
+    scores, thresholds = (scored[name].cast(pa.float64()).to_numpy() for name in ("score", "threshold"))
+    is_sum = np.any([scored[name].is_valid().to_numpy() for name in _PARTS], axis=0)
+    scales = np.where(is_sum, 1.0, np.maximum(np.abs(thresholds), _MIN_THRESHOLD))
+    above: npt.NDArray[np.float64] = (scores - thresholds) / scales
+    return above

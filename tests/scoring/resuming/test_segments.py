@@ -1,0 +1,111 @@
+"""What a killed run left of its segments, and what the next one makes of it, without Ray."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from stpm import storage
+from stpm.errors import ConfigError, DataError
+from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.remaining import write_remaining
+from stpm.scoring.resuming.row_checkpoints import summary_of
+from stpm.scoring.resuming.segments import commit_segment, committed_segments
+from stpm.scoring.row_summary import COLUMNS, RowSummary
+from stpm.scoring.schema import OUTPUT
+
+
+@pytest.fixture
+def output(memory: str) -> RunOutput:
+    return RunOutput.single(memory)
+
+
+@pytest.fixture
+def segments(output: RunOutput) -> list[Segment]:
+    """Two segments, of 8 and 2 images."""
+    rows = make_rows([ManifestRow(ImageRef(f"{number}.png"), "nut") for number in range(10)])
+    return manifest.write([rows], output.manifest, segment_rows=8).segments(output.manifest)
+
+
+def write_task(output: RunOutput, segment: Segment, rows: slice, pending: bool = False) -> None:
+    """Leave what a task leaves that writes some rows of a segment, or is cut off before it commits them."""
+    table = pa.concat_tables([storage.read_table(uri) for uri, _ in segment.shards])
+    chosen = table.slice(rows.start, rows.stop - rows.start)
+    values = {name: chosen[name] if name in chosen.schema.names else None for name in COLUMNS}
+    columns = [pa.nulls(chosen.num_rows, OUTPUT.field(n).type) if v is None else v for n, v in values.items()]
+    checkpoint = f"{output.segment_checkpoint(segment.number)}/{rows.start}.parquet"
+    summary = RowSummary.of_rows(pa.table(dict(zip(COLUMNS, columns, strict=True))), "file", 3)
+    storage.publish(summary_of(checkpoint), summary.to_json())
+    name = checkpoint.replace(".parquet", ".pending.parquet") if pending else checkpoint
+    storage.publish(name, storage.parquet(chosen.select(["image_id"])))
+
+
+def remaining_uris(output: RunOutput, segment: Segment) -> list[str]:
+    return [
+        uri for shard, _ in write_remaining(output, segment) for uri in storage.read_table(shard)["uri"].to_pylist()
+    ]
+
+
+def test_rows_that_tasks_committed_are_not_scored_again(output: RunOutput, segments: list[Segment]) -> None:
+    first, second = segments
+    write_task(output, first, slice(1, 3))
+    write_task(output, first, slice(4, 5))
+    write_task(output, first, slice(6, 8), pending=True)
+    assert remaining_uris(output, first) == ["0.png", "3.png", "5.png", "6.png", "7.png"]
+    assert write_remaining(output, second) == second.shards
+    assert output.segments_with_checkpoints() == {0}
+
+
+def test_a_segment_is_committed_once_all_of_its_rows_are_written(output: RunOutput, segments: list[Segment]) -> None:
+    first, second = segments
+    write_task(output, first, slice(0, 5))
+    write_task(output, first, slice(5, 8), pending=True)
+    assert commit_segment(output, first, 3).rows == 5
+    assert committed_segments(output) == {}
+    # The next run writes under other names.
+    storage.remove(f"{output.segment_checkpoint(0)}/5.pending.parquet")
+    write_task(output, first, slice(5, 7))
+    write_task(output, first, slice(7, 8))
+    summary = commit_segment(output, first, 3)
+    assert summary.rows == 8
+    assert committed_segments(output) == {0: summary}
+    assert output.segments_with_checkpoints() == set()
+    write_task(output, second, slice(0, 2))
+    commit_segment(output, second, 3)
+    assert RowSummary.total(committed_segments(output).values(), 3).rows == 10
+
+
+def test_a_checkpoint_whose_rename_was_cut_off_counts_once(output: RunOutput, segments: list[Segment]) -> None:
+    """A store without renames copies and then removes."""
+    write_task(output, segments[0], slice(0, 8), pending=True)
+    write_task(output, segments[0], slice(0, 8))
+    assert remaining_uris(output, segments[0]) == []
+    assert commit_segment(output, segments[0], 3).rows == 8
+
+
+def test_rows_that_are_written_twice_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
+    for rows in (slice(0, 8), slice(7, 8)):
+        write_task(output, segments[0], rows)
+    with pytest.raises(ConfigError, match=r"9 rows in .* for 8 images of segment 0; run again with --fresh"):
+        commit_segment(output, segments[0], 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", None])
+def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segment], content: bytes | None) -> None:
+    write_task(output, segments[0], slice(0, 8))
+    uri = f"{output.segment_checkpoint(0)}/0.json"
+    if content is None:
+        storage.remove(uri)
+    else:
+        storage.publish(uri, content)
+    with pytest.raises(DataError, match=r"000000/0\.json is damaged or missing, .* or --fresh"):
+        commit_segment(output, segments[0], 3)
+
+
+def test_an_error_names_a_damaged_checkpoint(output: RunOutput, segments: list[Segment]) -> None:
+    storage.publish(f"{output.segment_checkpoint(0)}/0.parquet", b"x")
+    with pytest.raises(DataError, match=r"000000/0\.parquet is damaged"):
+        write_remaining(output, segments[0])

@@ -1,0 +1,59 @@
+"""Listings of S3 in parts, against a plain implementation of its requests; `tests/cluster` has a real server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stpm.storage import listing
+
+_KEY = st.lists(st.sampled_from(["a", "b", "a b", "é"]), min_size=1, max_size=6).map("/".join)
+
+
+class Bucket:
+    """Answers `list_objects_v2` with pages of three entries."""
+
+    def __init__(self, keys: set[str]) -> None:
+        self._keys = sorted(keys)
+        self.requests = 0
+
+    def call_s3(self, _: str, Prefix: str, Delimiter: str = "", ContinuationToken: str = "", **bucket: str) -> Any:  # noqa: N803
+        assert bucket == {"Bucket": "bucket"}
+        self.requests += 1
+        entries: dict[str, dict[str, str]] = {}
+        for key in self._keys:
+            if key.startswith(Prefix):
+                rest = key.removeprefix(Prefix)
+                folder = rest.split("/")[0] + "/"
+                is_folder = Delimiter and "/" in rest
+                entries.setdefault(Prefix + folder if is_folder else key, {"Prefix" if is_folder else "Key": ""})
+        page = sorted(entries)[int(ContinuationToken or 0) :][:3]
+        end = int(ContinuationToken or 0) + len(page)
+        return {
+            "IsTruncated": end < len(entries),
+            "NextContinuationToken": str(end),
+            "Contents": [{"Key": name} for name in page if "Key" in entries[name]],
+            "CommonPrefixes": [{"Prefix": name} for name in page if "Prefix" in entries[name]],
+        }
+
+
+@given(st.sets(_KEY, max_size=40))
+def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(names: set[str]) -> None:
+    keys = {f"images/{name}.png" for name in names}
+    bucket = Bucket(keys | {"images/", "images/a/", "other/x.png"})
+    fs = SimpleNamespace(call_s3=bucket.call_s3)
+    found = list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))
+    assert len(found) == len(keys)
+    assert set(found) == {f"bucket/{key}" for key in keys}
+    assert found == list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))
+
+
+def test_a_folder_of_one_page_takes_one_request_and_a_large_one_as_many_as_its_pages() -> None:
+    for count, requests in ((2, 1), (30, 11)):
+        bucket = Bucket({f"images/{number:02}.png" for number in range(count)})
+        fs = SimpleNamespace(call_s3=bucket.call_s3)
+        assert len(list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))) == count
+        assert bucket.requests == requests
