@@ -72,6 +72,7 @@ def run_score(
                 output=RunOutput.single(folder, output),
                 triage_images=collection.top,
                 backend=cluster.backend,
+                fdr=collection.fdr,
             )
             return _score(run, collection)
 
@@ -128,3 +129,7 @@ def _log_summary(summary: RunSummary, output: RunOutput) -> None:
         f"{summary.rows} rows in {output.scores}: {summary.anomalous} anomalous, {summary.error_count} with an error"
         f"{f' ({kinds})' if kinds else ''}"
     )
+    if found := summary.discoveries:
+        log.info(found.describe())
+        if warning := found.warning():
+            log.info(warning)

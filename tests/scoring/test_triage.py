@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from stpm import storage
+from stpm.method.false_discovery import Discoveries
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
@@ -113,10 +114,26 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path) ->
         red, green, blue = image.convert("RGB").resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
         assert blue > red
         assert blue > green
-    assert "script" not in text
+    assert text.count("<script") == 1
     # One of the two models has scores of two parts.
     assert sum("student 0.25 + memory " in piece for piece in page.texts) == 10
     assert "student 0.25 + memory 1.71" in page.texts
+
+
+def test_discoveries_come_first_and_are_marked(output: RunOutput, tmp_path: Path) -> None:
+    (file,) = (tmp_path / "scores").glob("scores_0*")
+    rows = pq.read_table(file).to_pylist()
+    for i in (7, 8):
+        rows[i]["p_value"] = 0.001
+    pq.write_table(table({name: [row[name] for row in rows] for name in OUTPUT.names}, OUTPUT), file)
+    cut_off = float(np.float32(0.001))
+    write_triage(output, 5, PREPROCESSING, Discoveries(0.1, 99, cut_off, {"nut": 1, "a b#c": 1}, 900, {"nut": 42}))
+    texts = Page((tmp_path / "triage.html").read_text()).texts
+    shown = [text for text in texts if text.endswith(".png")]
+    assert shown == ["/nowhere/8.png", "/nowhere/7.png", EVIL, f"{tmp_path}/98.png", f"{tmp_path}/97.png"]
+    assert sum("a discovery" in text for text in texts) == 2
+    assert any("2 discoveries among 99 images at a false discovery rate of 0.1 (p ≤ 0.001)" in text for text in texts)
+    assert any("too few good images calibrate nut (42)" in text for text in texts)
 
 
 def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
