@@ -131,7 +131,7 @@ def test_discoveries_come_first_and_are_marked(output: RunOutput, tmp_path: Path
     texts = Page((tmp_path / "triage.html").read_text()).texts
     shown = [text for text in texts if text.endswith(".png")]
     assert shown == ["/nowhere/8.png", "/nowhere/7.png", EVIL, f"{tmp_path}/98.png", f"{tmp_path}/97.png"]
-    assert sum("a discovery" in text for text in texts) == 2
+    assert sum(", a discovery" in text for text in texts) == 2
     assert any("2 discoveries among 99 images at a false discovery rate of 0.1 (p ≤ 0.001)" in text for text in texts)
     assert any("too few good images calibrate nut (42)" in text for text in texts)
 
