@@ -116,7 +116,7 @@ def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
 
 
 def _warn_of_few_normals(records: Records, false_alarm_rate: float) -> None:
-    normals = {name: NormalCounts(each.fit.good_count, each.fit.calibration_count) for name, each in records.items()}
+    normals = {name: NormalCounts(each.good_count, each.fit.calibration_count) for name, each in records.items()}
     if warning := few_normals_warning(normals, false_alarm_rate):
         log.info(warning)
 

@@ -95,6 +95,11 @@ class ModelRecord:
     created: str = field(default_factory=now)
     format: Literal[5] = 5
 
+    @property
+    def good_count(self) -> int:
+        """Count all good images: those of the fit, and those that only calibrate."""
+        return self.fit.good_count + sum(not image.fitted for image in self.added_normals)
+
     @cached_property
     def model_id(self) -> str:
         """Return the category, with a digest of everything that affects scores, p-values, verdicts or heatmaps."""

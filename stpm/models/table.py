@@ -45,6 +45,6 @@ def _lines(store: ModelStore, category: str, false_alarm_rate: float) -> list[li
             continue
         fit, threshold = record.fit, Calibration(scores, record.heatmap_scale).threshold(false_alarm_rate)
         loss = "" if fit.validation_loss is None else f"{fit.validation_loss:.4f}"
-        counts = [str(fit.good_count), str(len(record.added_normals) or ""), str(fit.calibration_count)]
+        counts = [str(record.good_count), str(len(record.added_normals) or ""), str(fit.calibration_count)]
         lines.append([model_id, versions.position(model_id), record.created, *counts, loss, f"{threshold:.4g}"])
     return sorted(lines, key=lambda line: line[2])

@@ -82,6 +82,7 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     record, new = plant.store.record("nut"), plant.calibration()
     np.testing.assert_allclose(new.scores, np.sort(np.concatenate([old.scores, expected])), rtol=1e-5)
     assert record.fit.calibration_count == before.fit.calibration_count + 3 == len(new.scores)
+    assert record.good_count == before.good_count + 3
     assert {name: digest for name, digest in record.files.items() if name != "calibration.parquet"} == weights
     assert record.part_scales == before.part_scales
     assert new.scale.low == old.scale.low

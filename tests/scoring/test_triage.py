@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from stpm import storage
+from stpm.feedback.marks import read_marks
 from stpm.method.false_discovery import Discoveries
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
@@ -148,3 +149,55 @@ def test_the_page_runs_no_hostile_script_and_does_not_overflow(
 ) -> None:
     write_triage(output, 50, PREPROCESSING)
     check_page(browser, (tmp_path / "triage.html").as_uri(), width, scheme)
+
+
+ABSURD = [
+    "comma, \"quote\" and 'apostrophe'.png",
+    "line\nfeed, carriage\rreturn\tand tab.png",
+    "=HYPERLINK(1).png",
+    "</script><script>alert(1)</script>.png",
+    "ünïcödé 🦆 \u2028 \u202e.png",
+    "{{ 7 * 7 }} &amp; %41 \\n.png",
+]
+
+
+def test_marks_are_saved_as_a_manifest_that_feedback_reads(browser: Any, tmp_path: Path) -> None:
+    count = len(ABSURD)
+    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
+    uris = [f"{tmp_path}/{name}" for name in ABSURD]
+    columns |= {"image_id": list(range(count)), "uri": uris, "category": ["a b#c"] * count, "threshold": [1.0] * count}
+    columns |= {"score": [9.0 - i for i in range(count)], "p_value": [0.1] * count, "is_anomalous": [True] * count}
+    (tmp_path / "scores").mkdir()
+    pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
+    write_triage(RunOutput.single(str(tmp_path)), count, PREPROCESSING)
+    tab = browser.new_page()
+    messages: list[str] = []
+    tab.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.goto((tmp_path / "triage.html").as_uri())
+    save = tab.get_by_role("button", name="Save marks")
+    assert save.is_disabled()
+    buttons = {label: tab.locator(f".marks [value={label}]") for label in ("good", "defect")}
+    for i in range(count):
+        buttons["good"].nth(i).click()
+    # The other button replaces a mark, and the same one again takes it back.
+    buttons["defect"].nth(1).click()
+    buttons["good"].nth(2).click()
+    assert tab.locator("[aria-pressed=true]").count() == count - 1
+    assert tab.locator("output").text_content() == f"{count - 2} good, 1 defect"
+    with tab.expect_download() as download:
+        save.click()
+    assert download.value.suggested_filename == "marks.jsonl"
+    download.value.save_as(tmp_path / "marks.jsonl")
+    marks = read_marks(str(tmp_path / "marks.jsonl"))
+    assert marks.good == {"a b#c": [uri for i, uri in enumerate(uris) if i not in (1, 2)]}
+    assert marks.other == {"defect": 1}
+    assert marks.refused == {}
+    assert messages == []
+    buttons["good"].nth(1).click()
+    with tab.expect_download() as download:
+        save.click()
+    download.value.save_as(tmp_path / "marks.jsonl")
+    assert read_marks(str(tmp_path / "marks.jsonl")).good["a b#c"][1] == uris[1]
+    tab.close()
