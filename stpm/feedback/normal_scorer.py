@@ -22,10 +22,11 @@ BATCH_SIZE = 16
 
 
 class NormalScore(NamedTuple):
-    """An image's score, and the largest value of its anomaly map."""
+    """An image's score, the largest value of its anomaly map, and its statistics in the order of COMPARED."""
 
     score: float
     peak: float
+    statistics: tuple[float, ...]
 
 
 class NormalScorer:
@@ -75,7 +76,8 @@ class NormalScorer:
             else:
                 anomaly_map = next(maps)
                 score = anomaly_map.score(record.recipe.top_fraction).total
-                scores.append(NormalScore(score, float(anomaly_map.total.max())))
+                statistics = outcome.width, outcome.height, *outcome.statistics
+                scores.append(NormalScore(score, float(anomaly_map.total.max()), statistics))
         return scores
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
+from stpm.data.image_statistics import COMPARED
 from stpm.feedback.new_normals import NewNormals
 from stpm.method.calibration import HeatmapScale
 from stpm.models.record import ModelRecord, library_versions, now
@@ -23,7 +24,7 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
         ModelError: if a file of the current model is missing or damaged.
     """
     record, scale = new.record, new.record.heatmap_scale
-    calibration = add_scores(store.calibration(record), new)
+    calibration = _add_scores(store.calibration(record), new)
     changed = dataclasses.replace(
         record,
         heatmap_scale=HeatmapScale(scale.low, max([scale.normal_max, *(score.peak for score in new.scores)])),
@@ -32,10 +33,15 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
         versions=library_versions(),
         created=now(),
     )
-    return store.save_recalibrated(record, changed, calibration)
+    return store.save_recalibrated(record, changed, calibration, _add_statistics(store.image_statistics(record), new))
 
 
-def add_scores(calibration: pa.Table, new: NewNormals) -> pa.Table:
-    """Add scores to a calibration, in the columns of `ModelStore.calibration`."""
+def _add_scores(calibration: pa.Table, new: NewNormals) -> pa.Table:
     added = pa.table({"score": new.values, "is_added": np.ones(len(new.scores), bool)}, calibration.schema)
     return pa.concat_tables([calibration, added]).sort_by("score")
+
+
+def _add_statistics(statistics: pa.Table, new: NewNormals) -> pa.Table:
+    columns = np.array([score.statistics for score in new.scores], np.float32).T
+    added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
+    return pa.concat_tables([statistics, added])

@@ -147,19 +147,22 @@ class ModelStore:
             contents[MEMORY] = serialise(_tensors_by_name(memory))
         return self._publish(record, contents, data_fingerprint, stage=stage)
 
-    def save_recalibrated(self, current: ModelRecord, record: ModelRecord, calibration: pa.Table) -> ModelRecord:
+    def save_recalibrated(
+        self, current: ModelRecord, record: ModelRecord, calibration: pa.Table, image_statistics: pa.Table
+    ) -> ModelRecord:
         """Publish a category's current model with another calibration, staged, and return its stored record.
 
         Args:
             current: record of the current model, whose other files are copied.
             record: the new model's record, in which this replaces the files' digests.
             calibration: as `calibration` returns it.
+            image_statistics: as `image_statistics` returns them.
 
         Raises:
             ModelError: if a file of the current model is missing or damaged.
         """
         files = {name: self._read_verified(self._uri(current, name), digest) for name, digest in current.files.items()}
-        files[CALIBRATION] = storage.parquet(calibration)
+        files |= {CALIBRATION: storage.parquet(calibration), IMAGE_STATISTICS: storage.parquet(image_statistics)}
         return self._publish(record, files, self.current(record.category).data_fingerprint, stage=True)
 
     def _publish(

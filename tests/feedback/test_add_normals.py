@@ -76,14 +76,20 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     before, uris = plant.store.record("nut"), plant.good(0, 1, 2)
-    weights = {name: digest for name, digest in before.files.items() if name != "calibration.parquet"}
+    changing = ("calibration.parquet", "image_statistics.parquet")
+    weights = {name: digest for name, digest in before.files.items() if name not in changing}
     old, expected = plant.calibration(), plant.scores(uris)
     assert plant.add(uris) == 0
     record, new = plant.store.record("nut"), plant.calibration()
     np.testing.assert_allclose(new.scores, np.sort(np.concatenate([old.scores, expected])), rtol=1e-5)
     assert record.fit.calibration_count == before.fit.calibration_count + 3 == len(new.scores)
     assert record.good_count == before.good_count + 3
-    assert {name: digest for name, digest in record.files.items() if name != "calibration.parquet"} == weights
+    assert {name: digest for name, digest in record.files.items() if name not in changing} == weights
+    statistics = plant.store.image_statistics(record)
+    rows = score(plant.root, nut_rows(uris)).select(statistics.column_names)
+    assert statistics.slice(0, 10) == plant.store.image_statistics(before)
+    for name in statistics.column_names:
+        assert statistics[name].to_pylist()[10:] == rows[name].to_pylist()
     assert record.part_scales == before.part_scales
     assert new.scale.low == old.scale.low
     assert new.scale.normal_max >= old.scale.normal_max
