@@ -13,7 +13,7 @@ from stpm import storage
 from stpm.cluster.connection import Resources, connected, working_nodes
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
-from stpm.errors import DataError, ModelError
+from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
 from stpm.fitting.added_normals import with_added_normals
 from stpm.fitting.fit_category import existing_model, waiting_model
 from stpm.fitting.options import WorkerOptions
@@ -147,10 +147,21 @@ class _TaskMaker:
     backend: WantedBackend
 
     def added(self) -> tuple[AddedNormal, ...]:
-        """Return the images that were added to the category's current model."""
+        """Return the images that were added to the category's current model.
+
+        Raises:
+            ModelUnreadableError: if storage failed while its record was read.
+        """
+        name = self.category.name
         try:
-            return self.store.record(self.category.name).added_normals
-        except ModelError:
+            return self.store.record(name).added_normals
+        except NoModelError:
+            return ()
+        except ModelUnreadableError:
+            raise
+        except ModelError as error:
+            if storage.files(self.store.normals_folder(name)):
+                log.info(f"{name}: fitted without the images that were added: {error}", extra={"category": name})
             return ()
 
     def task(self, added: Sequence[AddedNormal], *, stage: bool = False) -> FitTask:
@@ -166,7 +177,12 @@ _Plan = tuple[FitTask, FitResult | None, str]
 
 def _plan(maker: _TaskMaker) -> _Plan:
     """Plan a fit. A model that images were added to by calibration alone is reused, or else fitted on them too."""
-    added = maker.added()
+    try:
+        added = maker.added()
+    except ModelUnreadableError as error:
+        # To fit without them would lose them.
+        task = maker.task(())
+        return task, FitResult(task, reason=str(error)), f"failed: {error}"
     task = maker.task([each for each in added if each.fitted])
     if planned := _reuse(task):
         return planned

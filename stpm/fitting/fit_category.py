@@ -74,10 +74,14 @@ def _find_model(task: FitTask, choose: Callable[[Versions], Sequence[Version]]) 
     store = ModelStore(task.store)
     wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
     try:
-        found = [(each, store.record(task.category, each.model_id)) for each in choose(store.versions(task.category))]
+        versions = choose(store.versions(task.category))
     except ModelError:
         return None
-    for version, record in found:
+    for version in versions:
+        try:
+            record = store.record(task.category, version.model_id)
+        except ModelError:
+            continue
         if wanted == (record.recipe, record.teacher_digest, version.data_fingerprint):
             store.verify(record)
             return record

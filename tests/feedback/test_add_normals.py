@@ -271,3 +271,28 @@ def test_feedback_of_one_category_changes_no_other(student: Plant) -> None:
     stores = {0: student.store.uri}
     (result,) = fit_categories([category], student.recipe, stores, WorkerOptions(), "eager", False)
     assert result.record == student.store.record("bolt")
+
+
+def test_storage_that_fails_does_not_lose_feedback(
+    student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student.add(student.good(0))
+    before = student.store.record("nut")
+    storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
+    read = storage.read
+
+    def fail(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+        if uri.endswith("model.json"):
+            raise PermissionError("403 Forbidden")
+        return read(uri, start, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read", fail)
+        assert student.fit() == 3
+    assert "nut (seed 0): failed: " in caplog.text
+    assert fitted_keys == []
+    assert student.store.record("nut") == before
+    # A damaged record cannot say which images were added: the log does.
+    storage.publish(f"{student.store.uri}/nut/{before.model_id}/model.json", b"{")
+    assert student.fit() == 0
+    assert "nut: fitted without the images that were added: " in caplog.text
