@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from stpm.fitting.fit_category import WorkerLimits
+from stpm.fitting import fit_categories as fitting
+from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import preprocessing_for
 from stpm.method.backbones import load_backbone, load_teacher_weights
 from stpm.method.forward import Matcher
@@ -98,6 +101,21 @@ def make_matcher() -> Callable[[Recipe], Matcher]:
         return Matcher(teacher, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
 
     return make
+
+
+@pytest.fixture
+def fitted_keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fit in this process instead of in workers; the keys of the tasks that were fitted."""
+    keys: list[str] = []
+
+    def run_worker_group(tasks: Sequence[FitTask], *_: Any) -> list[FitResult]:
+        keys.extend(task.key for task in tasks)
+        return [fit_category(task, LIMITS, lambda message: None) for task in tasks]
+
+    monkeypatch.setattr(fitting, "run_worker_group", run_worker_group)
+    monkeypatch.setattr(fitting, "connected", nullcontext)
+    monkeypatch.setattr(fitting, "working_nodes", lambda: [{"CPU": 1.0}])
+    return keys
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +9,7 @@ from markupsafe import Markup
 
 from stpm.evaluation.category_metrics import METRICS
 from stpm.evaluation.report import Report
-from stpm.pages import jpeg_uri, template
-
-_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+from stpm.pages import jpeg_uri, template, with_script_hash
 
 
 def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
@@ -38,11 +33,8 @@ def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
         number=_number,
         spread=_spread,
         jpeg_uri=jpeg_uri,
-        script_hash="SCRIPT-HASH",
     )
-    script = _SCRIPT.findall(text)[-1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return text.replace("SCRIPT-HASH", f"sha256-{digest}", 1)
+    return with_script_hash(text)
 
 
 def _number(value: float | None) -> str:

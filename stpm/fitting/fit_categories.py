@@ -7,13 +7,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from stpm import storage
 from stpm.cluster.connection import connected, working_nodes
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
-from stpm.errors import DataError, ModelError
-from stpm.fitting.fit_category import existing_model
+from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
+from stpm.fitting.added_normals import with_added_normals
+from stpm.fitting.fit_category import existing_model, waiting_model
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
@@ -24,6 +26,7 @@ from stpm.lease import held
 from stpm.method.backbones import load_teacher_weights
 from stpm.method.calibration import GoodCounts, few_good_images_warning
 from stpm.method.recipe import Recipe
+from stpm.models.record import AddedNormal, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 
@@ -73,10 +76,12 @@ def fit_categories(
     workers: WorkerOptions,
     backend: WantedBackend,
     wait: bool,
+    new_normals: Mapping[str, Sequence[AddedNormal]] | None = None,
 ) -> list[FitResult]:
     """Fit one model per category and seed. Undamaged models that the stores already hold are reused.
 
-    Each store is locked by a lease meanwhile.
+    Each store is locked by a lease meanwhile. Images that were added to a category's current model are among the
+    training images of the next one.
 
     Args:
         categories: to fit.
@@ -85,6 +90,8 @@ def fit_categories(
         workers: options of the workers.
         backend: what computes features on a CPU.
         wait: if another run holds a store, wait for its end instead of raising an error.
+        new_normals: fit on these images too, by category, and on all that were added before; and stage the models,
+            instead of making them current.
 
     Returns:
         One result per category and seed.
@@ -97,38 +104,120 @@ def fit_categories(
     # Raise the error of an unknown normalisation once, and not in each category.
     choose_normalisation(recipe)
     with ExitStack() as leases:
-        tasks: list[FitTask] = []
+        makers: list[_TaskMaker] = []
         for seed, store in stores.items():
             leases.enter_context(held(store, wait))
             digest = ModelStore(store).put_teacher(weights)
-            for category in categories:
-                adapted = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
-                tasks.append(FitTask(category.name, category.train, adapted, store, digest, backend))
+            seeded = dataclasses.replace(recipe, seed=seed)
+            makers += [_TaskMaker(each, seeded, ModelStore(store), digest, backend) for each in categories]
         with ThreadPoolExecutor(_READER_THREADS) as threads:
-            existing = list(threads.map(_existing_result, tasks))
-        for task, (_, message) in zip(tasks, existing, strict=True):
+            if new_normals is None:
+                planned = list(threads.map(_plan, makers))
+            else:
+                planned = list(threads.map(lambda maker: _plan_refit(maker, new_normals[maker.category.name]), makers))
+        for task, _, message in planned:
             if message:
                 log.info(f"{task.key}: {message}", extra={"category": task.category})
-        results = [result for result, _ in existing if result]
-        unfinished = [task for task, (result, _) in zip(tasks, existing, strict=True) if not result]
+        results = [result for _, result, _ in planned if result]
+        unfinished = [task for task, result, _ in planned if not result]
         if unfinished:
             scratch = storage.join(next(iter(stores.values())), ".train")
             with connected():
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
-                resources = choose_worker_resources(workers, working_nodes(), len(tasks))
+                resources = choose_worker_resources(workers, working_nodes(), len(planned))
                 results += run_worker_group(unfinished, workers, resources, scratch, progress)
         return results
 
 
-def _existing_result(task: FitTask) -> tuple[FitResult | None, str]:
-    """Return the result of a task that needs no worker, else None; and a message for the log, or ""."""
+@dataclass(frozen=True)
+class _TaskMaker:
+    """All of a task but the images that were added."""
+
+    category: mvtec.Category
+    recipe: Recipe
+    store: ModelStore
+    teacher_digest: str
+    backend: WantedBackend
+
+    def added(self) -> tuple[AddedNormal, ...]:
+        """Return the images that were added to the category's current model.
+
+        Raises:
+            ModelUnreadableError: if storage failed while its record was read.
+        """
+        name = self.category.name
+        try:
+            return self.store.record(name).added_normals
+        except NoModelError:
+            return ()
+        except ModelUnreadableError:
+            raise
+        except ModelError as error:
+            if storage.files(self.store.normals_folder(name)):
+                log.info(f"{name}: fitted without the images that were added: {error}", extra={"category": name})
+            return ()
+
+    def task(self, added: Sequence[AddedNormal], *, stage: bool = False) -> FitTask:
+        train = with_added_normals(self.category, self.store, added)
+        recipe = self.recipe.for_image_count(len(train))
+        name, store = self.category.name, self.store.uri
+        return FitTask(name, train, recipe, store, self.teacher_digest, self.backend, tuple(added), stage)
+
+
+# A task, its result if it needs no worker, and a message for the log, or "".
+_Plan = tuple[FitTask, FitResult | None, str]
+
+
+def _plan(maker: _TaskMaker) -> _Plan:
+    """Plan a fit. A model that images were added to by calibration alone is reused, or else fitted on them too."""
+    try:
+        added = maker.added()
+    except ModelUnreadableError as error:
+        # To fit without them would lose them.
+        task = maker.task(())
+        return task, FitResult(task, reason=str(error)), f"failed: {error}"
+    task = maker.task([each for each in added if each.fitted])
+    if planned := _reuse(task):
+        return planned
+    if model := _waiting(task):
+        current = maker.store.record(task.category)
+        message = (
+            f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
+            f"{current.model_id} stays current; jobs/models.py --roll-forward changes that"
+        )
+        return task, FitResult(task, current), message
+    return maker.task(added), None, ""
+
+
+def _plan_refit(maker: _TaskMaker, new: Sequence[AddedNormal]) -> _Plan:
+    """Plan a fit on all images that were added."""
+    task = maker.task([*maker.added(), *new], stage=True)
+    if planned := _reuse(task):
+        return planned
+    if model := _waiting(task):
+        return task, FitResult(task, model), f"model {model.model_id} of these images is there already"
+    return task, None, ""
+
+
+def _waiting(task: FitTask) -> ModelRecord | None:
+    """Return an undamaged model of the task that was staged or rolled back."""
+    try:
+        return waiting_model(task)
+    except ModelError as error:
+        log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
+        return None
+
+
+def _reuse(task: FitTask) -> _Plan | None:
+    """Plan a task that cannot run, or whose model is there already; None if it is to be fitted."""
     try:
         task.recipe.check_image_count(len(task.train))
         model = existing_model(task)
     except DataError as error:
-        return FitResult(task, reason=str(error)), f"failed: {error}"
+        return task, FitResult(task, reason=str(error)), f"failed: {error}"
     except ModelError as error:
-        return None, f"fitted again: {error}"
+        log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
+        return None
     if model is None:
-        return None, ""
-    return FitResult(task, model), f"model {model.model_id} is there already, with this recipe and these images"
+        return None
+    return task, FitResult(task, model), f"model {model.model_id} is there already, with this recipe and these images"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +27,7 @@ from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.memory_bank import MemoryBank
 from stpm.models.record import FitSummary, ModelRecord
 from stpm.models.store import ModelStore
+from stpm.models.versions import Version, Versions
 from stpm.pages.loss_chart import loss_png
 
 log = logging.getLogger(__name__)
@@ -56,22 +57,35 @@ class WorkerLimits:
 
 
 def existing_model(task: FitTask) -> ModelRecord | None:
-    """Return the category's model in the store if the task would make the same, else None.
+    """Return the category's current model in the store if the task would make the same, else None.
 
     Raises:
         ModelError: if it would, and a file of the model is missing or damaged.
     """
+    return _find_model(task, lambda versions: [versions.current])
+
+
+def waiting_model(task: FitTask) -> ModelRecord | None:
+    """Return a model that was staged or rolled back if the task would make the same, else None. Raises likewise."""
+    return _find_model(task, lambda versions: versions.next)
+
+
+def _find_model(task: FitTask, choose: Callable[[Versions], Sequence[Version]]) -> ModelRecord | None:
     store = ModelStore(task.store)
+    wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
     try:
-        current = store.current(task.category)
-        record = store.record(task.category, current.model_id)
+        versions = choose(store.versions(task.category))
     except ModelError:
         return None
-    wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
-    if wanted != (record.recipe, record.teacher_digest, current.data_fingerprint):
-        return None
-    store.verify(record)
-    return record
+    for version in versions:
+        try:
+            record = store.record(task.category, version.model_id)
+        except ModelError:
+            continue
+        if wanted == (record.recipe, record.teacher_digest, version.data_fingerprint):
+            store.verify(record)
+            return record
+    return None
 
 
 def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:
@@ -141,6 +155,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
             heatmap_scale=calibration.scale,
             distance_scales=distance_scales,
             fit=summary,
+            added_normals=tuple(dataclasses.replace(each, fitted=True) for each in task.added),
         ),
         task.data_fingerprint,
         student=trained.student,
@@ -149,6 +164,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         image_statistics=features.images.statistics_table,
         history=history,
         picture=loss_png(history.to_pydict(), kept.number, task.category) if kept else b"",
+        stage=task.stage,
     )
     for each in checkpoints:
         each.clear()

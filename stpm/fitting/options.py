@@ -17,18 +17,42 @@ class FitOptions:
         ConfigError: if a required option is missing or a value is out of range.
     """
 
-    data: str = option("", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://)", required=True)
+    data: str = option(
+        "", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-normals"
+    )
     models: str = option("", "model store to write to: a folder or a URI", required=True)
     categories: Names = option(Names(), "categories to fit, separated by commas; none: all categories of the data set")
     false_alarm_rate: float = option(
         0.01,
         "fraction of good images that scoring may call anomalous, 0 to 1; it changes no model, but fitting warns where "
-        "the held-out good images are too few for it",
+        "the held-out good images are too few for it, and --add-normals compares thresholds at it",
+    )
+    add_normals: str = option(
+        "",
+        "manifest (.parquet, .csv, .jsonl or .ndjson) with the columns uri, category and label, such as triage.html "
+        "saves: images labelled good are added to the calibration of their category's current model",
+    )
+    refit: bool = option(
+        False, "with --add-normals: fit the models of these categories again, with the images among those of --data"
+    )
+    stage: bool = option(
+        False,
+        "with --add-normals: report what changes, and leave the current models; jobs/models.py --roll-forward "
+        "makes the new ones current",
+    )
+    allow: Names = option(
+        Names(),
+        "with --add-normals: prefixes that the URIs of the manifest may have, separated by commas; none: the "
+        "manifest's own bucket or folder",
     )
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
         check_required(self)
+        if not self.add_normals and (given := [n for n in ("refit", "stage", "allow") if getattr(self, n)]):
+            raise ConfigError(f"--{given[0]} is given without --add-normals; give both")
+        if not self.data and (self.refit or not self.add_normals):
+            raise ConfigError("--data is missing; see --help")
         check_false_alarm_rate(self.false_alarm_rate)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stpm.method.recipe import Recipe
-from stpm.models.record import ModelRecord
+from stpm.models.record import AddedNormal, ModelRecord
 from stpm.options import WantedBackend
 
 
@@ -15,8 +15,9 @@ from stpm.options import WantedBackend
 class FitTask:
     """A model to fit: the category's training images, the recipe, and the store that the model goes to.
 
-    `train` holds URIs with versions, as `stpm.storage.versions` gives them. `recipe` is the one that
-    `Recipe.for_image_count` returns.
+    `train` holds URIs with versions, as `stpm.storage.versions` gives them, also of the images `added` that a person
+    marked as good. `recipe` is the one that `Recipe.for_image_count` returns. With `stage` the model does not become
+    the category's current one.
     """
 
     category: str
@@ -25,6 +26,8 @@ class FitTask:
     store: str
     teacher_digest: str
     backend: WantedBackend = "auto"
+    added: tuple[AddedNormal, ...] = ()
+    stage: bool = False
 
     @property
     def key(self) -> str:

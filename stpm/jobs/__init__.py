@@ -1,1 +1,1 @@
-"""What each of the four commands does. The benchmark fits, scores and evaluates; the others do one of these."""
+"""What each command does. The benchmark fits, scores and evaluates; the others do one of these, or manage models."""

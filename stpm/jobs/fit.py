@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from functools import partial
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, exit_code, nothing_done
 from stpm.errors import DataError
+from stpm.feedback.add_normals import AddOptions, add_normals
+from stpm.feedback.marks import read_marks
+from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import fit_categories, read_categories, warn_about_few_good_images
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
 from stpm.method.recipe import Recipe
+from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
@@ -24,6 +29,8 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
     Raises:
         ConfigError: if the options cannot be run.
     """
+    if options.add_normals:
+        return _add_normals(options, recipe, workers, cluster)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
         try:
@@ -41,4 +48,20 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
     failed = len(failures) + sum(result.record is None for result in results)
     good = len(results) + len(failures) - failed
     log.info(f"{good} of {good + failed} categories have a model in {options.models}")
+    return exit_code(good, failed)
+
+
+def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
+    """Add marked images to the models of their categories; return the exit code, by the images marked as good."""
+    store = ModelStore(storage.output_folder(options.models))
+    data = storage.absolute(options.data)
+    refit = Refit(data, recipe, workers, cluster.backend, options.wait) if options.refit else None
+    add = AddOptions(options.false_alarm_rate, cluster.backend, options.stage, options.wait)
+    try:
+        with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
+            marks = read_marks(options.add_normals, options.allow, options.categories)
+            good, failed = add_normals(store, marks, add, refit)
+    except DataError as error:
+        return nothing_done(error)
+    log.info(f"{good} of {good + failed} images that are marked as good belong to models in {options.models}")
     return exit_code(good, failed)

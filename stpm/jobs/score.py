@@ -72,6 +72,7 @@ def run_score(
                 output=RunOutput.single(folder, output),
                 triage_images=collection.top,
                 backend=cluster.backend,
+                fdr=collection.fdr,
             )
             return _score(run, collection)
 
@@ -115,7 +116,7 @@ def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
 
 
 def _warn_of_few_good_images(records: Records, false_alarm_rate: float) -> None:
-    counts = {name: GoodCounts(each.fit.good_count, each.fit.calibration_count) for name, each in records.items()}
+    counts = {name: GoodCounts(each.good_count, each.fit.calibration_count) for name, each in records.items()}
     if warning := few_good_images_warning(counts, false_alarm_rate):
         log.info(warning)
 
@@ -128,3 +129,7 @@ def _log_summary(summary: RunSummary, output: RunOutput) -> None:
         f"{summary.rows} rows in {output.scores}: {summary.anomalous} anomalous, {summary.error_count} with an error"
         f"{f' ({kinds})' if kinds else ''}"
     )
+    if found := summary.discoveries:
+        log.info(found.describe())
+        if warning := found.warning():
+            log.info(warning)

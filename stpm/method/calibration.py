@@ -25,23 +25,23 @@ _MIN_SPREAD = 0.05
 
 @dataclass(frozen=True)
 class HeatmapScale:
-    """The fixed range of a model's heatmaps, in units of the anomaly map, low < held_out_max.
+    """The fixed range of a model's heatmaps, in units of the anomaly map, low < good_max.
 
-    `low` is the 99th percentile of held-out images' pixels, `held_out_max` the largest of them. Grey level 0 is `low`
-    and below, the middle of the scale is `held_out_max` for every model, so that everything above it was never seen on
-    a held-out good image. Levels rise linearly up to `held_out_max`, then with the logarithm; five times as far above
-    `low` as `held_out_max`, and beyond, is level 255.
+    `low` is the 99th percentile of held-out images' pixels, `good_max` the largest pixel of all images that calibrate.
+    Grey level 0 is `low` and below. The middle of the scale is `good_max` for every model, so that everything above it
+    was never seen on a good image that calibrates. Levels rise linearly up to `good_max`, then with the logarithm; five
+    times as far above `low` as `good_max`, and beyond, is level 255.
 
-    >>> HeatmapScale(low=1.0, held_out_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
+    >>> HeatmapScale(low=1.0, good_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
     array([  0,   0,  64, 128, 255, 255], dtype=uint8)
     """
 
     low: float
-    held_out_max: float
+    good_max: float
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
         """Convert a map of any shape to grey levels 0 to 255."""
-        excess = (anomaly_map - self.low) / (self.held_out_max - self.low)
+        excess = (anomaly_map - self.low) / (self.good_max - self.low)
         beyond = 1 + np.log(np.clip(excess, 1.0, _HEATMAP_RANGES)) / np.log(_HEATMAP_RANGES)
         levels = np.round(127.5 * np.where(excess < 1, np.maximum(excess, 0.0), beyond))
         return np.asarray(levels, np.uint8)

@@ -33,6 +33,11 @@ def library_versions() -> dict[str, str]:
     return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def now() -> str:
+    """Return the time, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True)
 class FitSummary:
     """The outcome of one fit: wall seconds, decoding included, and the losses, in [0, 2], of the kept epoch.
@@ -57,11 +62,23 @@ class FitSummary:
 
 
 @dataclass(frozen=True)
+class AddedNormal:
+    """An image that a person marked as good: digest and original URI; and whether the model is fitted on it.
+
+    If it is not, it calibrates the model.
+    """
+
+    digest: str
+    uri: str
+    fitted: bool
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """The contents of model.json: everything that scoring needs besides the weights. Digests are SHA-256.
 
     `recipe` is the user's with this model's seed and the epochs that `min_steps` asks for; its size may be `auto`:
-    `preprocessing` has the size chosen for the category.
+    `preprocessing` has the size chosen for the category. `added_normals` lists all images that were marked as good.
     """
 
     category: str
@@ -72,10 +89,16 @@ class ModelRecord:
     heatmap_scale: HeatmapScale
     distance_scales: tuple[DistanceScale, ...]
     fit: FitSummary
+    added_normals: tuple[AddedNormal, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=now)
     format: Literal[5] = 5
+
+    @property
+    def good_count(self) -> int:
+        """Count all good images: those of the fit, and those that only calibrate."""
+        return self.fit.good_count + sum(not image.fitted for image in self.added_normals)
 
     @cached_property
     def model_id(self) -> str:

@@ -1,10 +1,13 @@
 """The model store: one folder per category, whose files are verified when they are loaded; none is a pickle.
 
 <store>/teachers/<digest>.safetensors                one for all models with this teacher
-<store>/<category>/current.json                      the id of the category's current model; written last of all
+<store>/<category>/current.json                      the ids of the category's current model, of those before it and
+                                                     of those after it; written last of all
+<store>/<category>/normals/<digest>                  the file of an image that was marked as good
 <store>/<category>/<model id>/student.safetensors    if the recipe has a student
 <store>/<category>/<model id>/memory.safetensors     if the recipe has a memory
-<store>/<category>/<model id>/calibration.parquet    column `score`: float32, ascending
+<store>/<category>/<model id>/calibration.parquet    columns `score`: float32, ascending, and
+                                                     `is_added`: of an image that was marked as good
 <store>/<category>/<model id>/image_statistics.parquet  a row per good image: stpm.data.image_statistics.COMPARED
 <store>/<category>/<model id>/history.parquet        one row per epoch, if there is a student
 <store>/<category>/<model id>/loss.png               the loss curve, if there is a student
@@ -13,7 +16,8 @@
 <store>/.lease/                                      see stpm/lease.py
 <store>/.train/                                      Ray Train's files during a fit
 
-A model never changes, and a new model never removes an older one: a run can keep to the model that it began with.
+A model never changes, and a new model never removes an older one: a run can keep to the model that it began with, and
+the current model can be rolled back to an earlier one.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from stpm import storage
 from stpm.errors import ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, from_json, to_json
+from stpm.models.versions import Version, Versions
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
@@ -48,14 +53,7 @@ _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
 _PICTURE = "loss.png"
-
-
-@dataclass(frozen=True)
-class Current:
-    """The contents of current.json: a category's current model, and the digest of the images that it was fitted on."""
-
-    model_id: str
-    data_fingerprint: str
+_NORMALS = "normals"
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,7 @@ class ModelStore:
         image_statistics: pa.Table,
         history: pa.Table,
         picture: bytes,
+        stage: bool = False,
     ) -> ModelRecord:
         """Publish a model, make it its category's current one, and return its stored record.
 
@@ -133,18 +132,43 @@ class ModelStore:
             image_statistics: of all good images that the model was fitted on or calibrated with, a row each.
             history: losses per epoch, stored with a student.
             picture: PNG of the losses, stored with a student.
+            stage: leave the current model, if there is one, and put this one after it.
         """
         from stpm.method.backbones import serialise
 
-        storage.safe_name(record.category, "category")
+        is_added = np.zeros(len(calibration_scores), bool)
         contents = {
-            CALIBRATION: storage.parquet(pa.table({"score": calibration_scores})),
+            CALIBRATION: storage.parquet(pa.table({"score": calibration_scores, "is_added": is_added})),
             IMAGE_STATISTICS: storage.parquet(image_statistics),
         }
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
         if memory:
             contents[MEMORY] = serialise(_tensors_by_name(memory))
+        return self._publish(record, contents, data_fingerprint, stage=stage)
+
+    def save_recalibrated(
+        self, current: ModelRecord, record: ModelRecord, calibration: pa.Table, image_statistics: pa.Table
+    ) -> ModelRecord:
+        """Publish a category's current model with another calibration, staged, and return its stored record.
+
+        Args:
+            current: record of the current model, whose other files are copied.
+            record: the new model's record, in which this replaces the files' digests.
+            calibration: as `calibration` returns it.
+            image_statistics: as `image_statistics` returns them.
+
+        Raises:
+            ModelError: if a file of the current model is missing or damaged.
+        """
+        files = {name: self._read_verified(self._uri(current, name), digest) for name, digest in current.files.items()}
+        files |= {CALIBRATION: storage.parquet(calibration), IMAGE_STATISTICS: storage.parquet(image_statistics)}
+        return self._publish(record, files, self.current(record.category).data_fingerprint, stage=True)
+
+    def _publish(
+        self, record: ModelRecord, contents: dict[str, bytes], data_fingerprint: str, *, stage: bool
+    ) -> ModelRecord:
+        storage.safe_name(record.category, "category")
         digests = {name: storage.digest(data) for name, data in contents.items()}
         record = dataclasses.replace(record, files=digests)
         try:
@@ -155,11 +179,20 @@ class ModelStore:
             # The id is a digest of the files, so that this repairs a damaged model. model.json comes last.
             for name, data in (contents | {_RECORD: to_json(record)}).items():
                 storage.publish(self._uri(record, name), data)
-        storage.publish(self._current_uri(record.category), to_json(Current(record.model_id, data_fingerprint)))
+        version = Version(record.model_id, data_fingerprint)
+        try:
+            before = self.versions(record.category)
+            versions = before.stage(version) if stage else before.publish(version)
+        except ModelUnreadableError:
+            raise
+        except ModelError:
+            # There is no current.json, or a damaged one, whose models are listed still.
+            versions = Versions(version)
+        self.set_versions(record.category, versions)
         return record
 
-    def current(self, category: str) -> Current:
-        """Read which model a category has.
+    def versions(self, category: str) -> Versions:
+        """Read which model a category has, which ones it had before, and which ones are to come.
 
         Raises:
             NoModelError: if it has none.
@@ -167,9 +200,56 @@ class ModelStore:
         """
         uri = self._current_uri(category)
         try:
-            return from_json(Current, _read(uri), uri)
+            return from_json(Versions, _read(uri), uri)
         except FileNotFoundError as error:
             raise NoModelError(f"{self.uri}: no model for category {category!r}") from error
+
+    def set_versions(self, category: str, versions: Versions) -> None:
+        """Write which model a category has."""
+        storage.publish(self._current_uri(category), to_json(versions))
+
+    def current(self, category: str) -> Version:
+        """Read which model a category has. Raises as `versions` does."""
+        return self.versions(category).current
+
+    def categories(self) -> list[str]:
+        """List the categories that have a model, sorted.
+
+        Raises:
+            DataError: if there is no such store.
+        """
+        return [name for name in storage.children(self.uri) if storage.exists(self._current_uri(name))]
+
+    def model_ids(self, category: str) -> list[str]:
+        """List all models of a category, also those that are no longer versions, sorted."""
+        names = [uri.split("/")[-2:] for uri, _ in storage.files(self.folder(category))]
+        return sorted(folder for folder, name in names if name == _RECORD)
+
+    def remove(self, category: str, model_id: str) -> None:
+        """Remove the files of a model. Its record goes first: without it the folder is not a model."""
+        folder = storage.join(self.folder(category), model_id)
+        storage.remove(storage.join(folder, _RECORD))
+        storage.remove(folder)
+
+    def put_normal(self, category: str, data: bytes) -> str:
+        """Store the file of an image that was marked as good, and return its digest."""
+        digest = storage.digest(data)
+        uri = self.normal_uri(category, digest)
+        if not storage.exists(uri):
+            storage.publish(uri, data)
+        return digest
+
+    def normal_uri(self, category: str, digest: str) -> str:
+        """Return the URI of an image that was marked as good."""
+        return storage.join(self.normals_folder(category), digest)
+
+    def normals_folder(self, category: str) -> str:
+        """Return the folder of a category's images that were marked as good."""
+        return storage.join(self.folder(category), _NORMALS)
+
+    def calibration(self, record: ModelRecord) -> pa.Table:
+        """Read the scores that calibrate a model, ascending, in the columns `score` and `is_added`."""
+        return self._table(record, CALIBRATION)
 
     def record(self, category: str, model_id: str = "") -> ModelRecord:
         """Read a model's record.
@@ -210,7 +290,7 @@ class ModelStore:
         from stpm.method.forward import Parts
 
         record = self.record(category, model_id)
-        scores = self._table(record, CALIBRATION).column("score").to_numpy().astype(np.float32)
+        scores = self.calibration(record).column("score").to_numpy().astype(np.float32)
         student = None
         if STUDENT in record.files:
             state, uri = self._tensors(record, STUDENT), self._uri(record, STUDENT)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 
+_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("stpm", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
@@ -16,6 +19,13 @@ _TEMPLATES = jinja2.Environment(
 def template(name: str) -> jinja2.Template:
     """Return a template by its path in the package. It extends `pages/page.html`, whose policy lets nothing load."""
     return _TEMPLATES.get_template(name)
+
+
+def with_script_hash(page: str) -> str:
+    """Replace SCRIPT-HASH in a page's policy by the hash of its last script, so that no other one runs."""
+    script = _SCRIPT.findall(page)[-1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return page.replace("SCRIPT-HASH", f"sha256-{digest}", 1)
 
 
 def score_parts(row: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ def dry_run(run: ScoringRun) -> None:
             options=dataclasses.replace(run.options, accept_errors=True),
             output=dataclasses.replace(run.output, folder=folder, state_folder=folder),
             triage_images=0,
+            fdr=0.0,
         )
         summary, _ = run_scoring(sample, start_over=True)
         written = storage.files(sample.output.scores) + storage.files(sample.output.heatmaps)

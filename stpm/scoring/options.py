@@ -7,6 +7,7 @@ from typing import Literal
 
 from stpm.errors import ConfigError
 from stpm.method.calibration import check_false_alarm_rate
+from stpm.method.false_discovery import check_false_discovery_rate
 from stpm.options import WAIT_HELP, Names, check_required, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 
@@ -46,6 +47,12 @@ class CollectionOptions:
         "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
     )
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
+    fdr: float = option(
+        0.0,
+        "false discovery rate, 0 to 1: of the images that the run calls discoveries, at most this fraction is good on "
+        "average, over all its images and categories (Benjamini-Hochberg); the verdict of each image stays that of the "
+        "false-alarm rate; 0: no discoveries",
+    )
     dry_run: bool = option(
         False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
     )
@@ -59,6 +66,7 @@ class CollectionOptions:
             raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a fraction between 0 and 1")
         if self.top < 0:
             raise ConfigError(f"top is {self.top}; give 0 or more")
+        check_false_discovery_rate(self.fdr)
         CategoryRule(self.category, self.category_from)
 
 

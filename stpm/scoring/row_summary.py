@@ -24,7 +24,7 @@ _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
 _PARTS = ["student_score", "memory_score"]
 # Columns that a summary is made from.
-COLUMNS = [*_ERROR_COLUMNS, *_PARTS, "image_id", "category", "score", "threshold", "is_anomalous", "bytes"]
+COLUMNS = [*_ERROR_COLUMNS, *_PARTS, "image_id", "category", "score", "p_value", "threshold", "is_anomalous", "bytes"]
 # Thresholds are at least this in the division by them.
 _MIN_THRESHOLD = 1e-30
 
@@ -51,6 +51,8 @@ class RowSummary:
         categories: rows, anomalous rows and errors by category.
         errors: rows without a score, by error kind.
         error_examples: the first of these rows by their URIs, a line each.
+        p_values: number of images by category and p-value. A category has at most as many p-values as images calibrate
+            it, and one more.
         bytes_read: size of all image files.
         max_ranked: number of images in `ranked`, at most.
         ranked: the most anomalous images, in that order.
@@ -59,6 +61,7 @@ class RowSummary:
     categories: dict[str, dict[str, int]] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     error_examples: list[str] = field(default_factory=list)
+    p_values: dict[str, dict[float, int]] = field(default_factory=dict)
     bytes_read: int = 0
     max_ranked: int = 0
     ranked: list[RankedImage] = field(default_factory=list)
@@ -99,6 +102,7 @@ class RowSummary:
             _by_name({name: dict(counts) for name, counts in categories.items()}),
             _by_name(dict(+errors)),
             _first_examples(": ".join(row[name] for name in _ERROR_COLUMNS) for row in failures),
+            _count_p_values(rows),
             bytes_read,
             max_ranked,
             _rank(rows, file, max_ranked),
@@ -110,18 +114,28 @@ class RowSummary:
         categories: dict[str, Counter[str]] = {}
         errors: Counter[str] = Counter()
         examples: list[str] = []
+        p_values: dict[str, Counter[float]] = {}
         bytes_read = 0
         ranked: list[RankedImage] = []
         for each in summaries:
             for name, counts in each.categories.items():
                 categories.setdefault(name, Counter()).update(counts)
             errors.update(each.errors)
+            for name, counted in each.p_values.items():
+                p_values.setdefault(name, Counter()).update(counted)
             examples = _first_examples([*examples, *each.error_examples])
             bytes_read += each.bytes_read
             max_ranked = min(max_ranked, each.max_ranked)
             ranked = heapq.nlargest(max_ranked, [*ranked, *each.ranked])
-        counted = _by_name({name: dict(counts) for name, counts in categories.items()})
-        return cls(counted, _by_name(dict(errors)), examples, bytes_read, max_ranked, ranked)
+        return cls(
+            _by_name({name: dict(counts) for name, counts in categories.items()}),
+            _by_name(dict(errors)),
+            examples,
+            _by_name({name: dict(sorted(counts.items())) for name, counts in p_values.items()}),
+            bytes_read,
+            max_ranked,
+            ranked,
+        )
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -130,7 +144,13 @@ class RowSummary:
     def from_json(cls, text: bytes) -> RowSummary:
         """Read what `to_json` wrote. Raise ValueError or TypeError if it is something else."""
         values = json.loads(text)
-        return cls(**values | {"ranked": [RankedImage(*each) for each in values["ranked"]]})
+        values["ranked"] = [RankedImage(*each) for each in values["ranked"]]
+        # JSON has no numbers as keys.
+        values["p_values"] = {
+            name: {float(p_value): count for p_value, count in counts.items()}
+            for name, counts in values["p_values"].items()
+        }
+        return cls(**values)
 
 
 def _by_name(values: dict[str, T]) -> dict[str, T]:
@@ -139,6 +159,15 @@ def _by_name(values: dict[str, T]) -> dict[str, T]:
 
 def _first_examples(examples: Iterable[str]) -> list[str]:
     return heapq.nsmallest(_ERROR_EXAMPLES, examples)
+
+
+def _count_p_values(rows: pa.Table) -> dict[str, dict[float, int]]:
+    scored = rows.select(["category", "p_value"]).filter(pc.field("p_value").is_valid())
+    groups = scored.group_by(["category", "p_value"]).aggregate([([], "count_all")]).sort_by("p_value").to_pylist()
+    counts: dict[str, dict[float, int]] = {}
+    for group in groups:
+        counts.setdefault(group["category"], {})[group["p_value"]] = group["count_all"]
+    return _by_name(counts)
 
 
 def _rank(rows: pa.Table, file: str, max_ranked: int) -> list[RankedImage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoModel
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
+from stpm.scoring.discoveries import run_discoveries
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.manifest import Manifest, Shard
 from stpm.scoring.options import ScoreOptions
@@ -51,6 +53,7 @@ class ScoringRun:
         output: where to write.
         triage_images: images on the page of the most anomalous ones; 0: no page.
         backend: what computes features on a CPU.
+        fdr: false discovery rate of the run's discoveries; 0: none are looked for.
     """
 
     rows: Callable[[], Iterable[pa.Table]]
@@ -60,6 +63,7 @@ class ScoringRun:
     output: RunOutput
     triage_images: int = 0
     backend: WantedBackend = "auto"
+    fdr: float = 0.0
 
 
 def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunSummary, Records]:
@@ -85,9 +89,18 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         log.info(f"all of them are scored already, see {state.uri}")
     summary = state.summary() if finished else _score_remaining(run, images, records)
     if not summary.unfinished:
-        _write_triage(run, state, records)
+        known = summary.discoveries.rate if summary.discoveries else 0.0
+        if run.fdr != known:
+            found = run_discoveries(committed_segments(run.output).values(), records, run.fdr) if run.fdr else None
+            summary = dataclasses.replace(summary, discoveries=found)
+        if run.triage_images and (run.triage_images != state.triage_images() or run.fdr != known):
+            preprocessing = {name: record.preprocessing for name, record in records.items()}
+            write_triage(run.output, run.triage_images, preprocessing, summary.discoveries)
+            state.record_triage(run.triage_images)
         if not finished:
             state.finish(summary)
+        elif run.fdr != known:
+            state.update_summary(summary)
         run.output.clear_checkpoint()
     return summary, records
 
@@ -245,10 +258,3 @@ def _score_segment(
             f"scoring was cut off: {str(error).strip().splitlines()[-1]}; what was done is kept, run the same command "
             "again to go on"
         ) from error
-
-
-def _write_triage(run: ScoringRun, state: RunState, records: Records) -> None:
-    """Write triage.html, unless it exists with this number of images."""
-    if run.triage_images and run.triage_images != state.triage_images():
-        write_triage(run.output, run.triage_images, {name: record.preprocessing for name, record in records.items()})
-        state.record_triage(run.triage_images)

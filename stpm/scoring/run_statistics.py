@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 from typing import NamedTuple
 
+from stpm.method.false_discovery import Discoveries
+
 
 @dataclass(frozen=True)
 class RunStatistics:
@@ -60,6 +62,7 @@ class RunSummary:
         unfinished: number of images without a row, which the next run tries again.
         seconds: wall time since the last start.
         statistics: since the last start.
+        discoveries: at the run's false discovery rate; None if it has none.
     """
 
     rows: int = 0
@@ -71,6 +74,7 @@ class RunSummary:
     unfinished: int = 0
     seconds: float = 0.0
     statistics: RunStatistics = field(default_factory=RunStatistics)
+    discoveries: Discoveries | None = None
 
     @property
     def error_count(self) -> int:

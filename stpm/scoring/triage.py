@@ -14,8 +14,9 @@ from PIL import Image
 from stpm import storage
 from stpm.data import images
 from stpm.data.encode import encode_jpeg
+from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
-from stpm.pages import jpeg_uri, score_parts, template
+from stpm.pages import jpeg_uri, score_parts, template, with_script_hash
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import written_by
@@ -33,20 +34,30 @@ _READERS = 8
 log = logging.getLogger(__name__)
 
 
-def write_triage(output: RunOutput, max_images: int, preprocessing: Mapping[str, Preprocessing]) -> None:
+def write_triage(
+    output: RunOutput,
+    max_images: int,
+    preprocessing: Mapping[str, Preprocessing],
+    discoveries: Discoveries | None = None,
+) -> None:
     """Write the page, with its pictures embedded, to the run's state folder.
 
     Args:
         output: of a run that has scored all images.
         max_images: images on the page.
         preprocessing: of each category's model.
+        discoveries: of the run, if it looked for them: they are marked.
     """
     rows = most_anomalous(output, max_images)
+    cut_off = discoveries.cut_off if discoveries else 0.0
     with ThreadPoolExecutor(_READERS) as pool:
         pictures = list(pool.map(lambda row: _picture(output, row, preprocessing[row["category"]]), rows))
-    shown = [row | {"picture": picture, "parts": score_parts(row)} for row, picture in zip(rows, pictures, strict=True)]
-    page = template("scoring/triage.html").render(rows=shown, folder=output.folder)
-    storage.publish(output.triage, page.encode())
+    shown = [
+        row | {"picture": picture, "parts": score_parts(row), "is_discovery": row["p_value"] <= cut_off}
+        for row, picture in zip(rows, pictures, strict=True)
+    ]
+    page = template("scoring/triage.html").render(rows=shown, folder=output.folder, discoveries=discoveries)
+    storage.publish(output.triage, with_script_hash(page).encode())
 
 
 def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:

@@ -22,6 +22,31 @@ def written() -> dict[str, int]:
     return {str(path.relative_to("run")): path.stat().st_mtime_ns for path in found}
 
 
+def check_fresh(images: list[str]) -> None:
+    """Score from the start, with an empty file among the images."""
+    Path("data/nut/test/good/zero.png").write_bytes(b"")
+    fresh = ["--fresh", "--heatmaps", "none", "--raw-maps"]
+    some = run_job("score", "--models", "models", *images, *fresh)
+    assert some.returncode == 2
+    assert "zero.png: empty: the file has no bytes" in some.stdout
+    rows = read_rows("run")
+    assert len(rows) == 9
+    assert all(row["heatmap"] == "" for row in rows)
+    assert sum(row["anomaly_map"] is not None for row in rows) == 8
+    assert not list(Path("run/heatmaps").rglob("*.png"))
+
+
+def check_feedback() -> None:
+    """Add a marked image to the models here, and list them."""
+    Path("marks.csv").write_text("uri,category,label\ndata/nut/test/good/000.png,nut,good\n")
+    feedback = run_job("fit", "--models", "models", "--add-normals", "marks.csv")
+    assert feedback.returncode == 0
+    assert "1 of 1 images that are marked as good belong to models in models" in feedback.stdout
+    listed = run_job("models", "--models", "models")
+    assert listed.returncode == 0
+    assert [place in listed.stdout for place in (" current ", " 1 before ", " 2 before ")] == [True, True, False]
+
+
 def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     make_category("data", "nut")
     make_category("data", "bolt")
@@ -74,8 +99,9 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     assert again.returncode == 0
     assert "all of them are scored already" in again.stdout
     assert written() == before
-    shorter = run_job("score", "--models", "models", *images, "--top", "3")
+    shorter = run_job("score", "--models", "models", *images, "--top", "3", "--fdr", "0.5")
     assert shorter.returncode == 0
+    assert "among 8 images at a false discovery rate of 0.5" in shorter.stdout
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
     assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
     other = run_job("score", "--models", "models", *images, "--heatmaps", "none")
@@ -83,17 +109,8 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     assert "heatmaps was 'all' and is 'none'" in other.stderr
     assert read_rows("run") == rows
 
-    # From the start, with an empty file among the images.
-    (working_folder / "data/nut/test/good/zero.png").write_bytes(b"")
-    fresh = ["--fresh", "--heatmaps", "none", "--raw-maps"]
-    some = run_job("score", "--models", "models", *images, *fresh)
-    assert some.returncode == 2
-    assert "zero.png: empty: the file has no bytes" in some.stdout
-    rows = read_rows("run")
-    assert len(rows) == 9
-    assert all(row["heatmap"] == "" for row in rows)
-    assert sum(row["anomaly_map"] is not None for row in rows) == 8
-    assert not list((working_folder / "run/heatmaps").rglob("*.png"))
+    check_fresh(images)
+    check_feedback()
 
 
 @pytest.mark.parametrize(

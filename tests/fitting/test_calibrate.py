@@ -40,7 +40,7 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     np.testing.assert_allclose(found.calibration.scores, np.sort(scores), rtol=1e-3, atol=1e-4)
     pixels = np.concatenate([each.total.ravel() for each in maps])
     assert found.calibration.scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=1e-4)
-    assert found.calibration.scale.held_out_max == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
+    assert found.calibration.scale.good_max == pytest.approx(pixels.max(), rel=1e-3, abs=1e-4)
     assert [each.total.shape for each in maps] == [
         (bottom - top, right - left) for left, top, right, bottom in images.content[held_out].tolist()
     ]
@@ -79,7 +79,7 @@ def test_distances_over_the_budget_are_recomputed_to_the_same_bits(
         )
 
 
-def test_part_scales_are_quantiles_on_held_out_images(
+def test_distance_scales_are_quantiles_on_held_out_images(
     images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf
 ) -> None:
     features, matcher = TeacherFeatures(make_matcher(any_model), images, BUDGET), make_matcher(any_model)

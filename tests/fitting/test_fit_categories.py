@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from stpm.data import mvtec
-from stpm.fitting import fit_categories as fitting
 from stpm.fitting.fit_categories import fit_categories, warn_about_few_good_images
-from stpm.fitting.fit_category import fit_category
 from stpm.fitting.options import WorkerOptions
-from stpm.fitting.task import FitResult, FitTask
 from stpm.method.recipe import Recipe
-from tests.conftest import LIMITS, MODELS
+from tests.conftest import MODELS
 from tests.datasets import make_category
-
-
-@pytest.fixture
-def fitted_keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Keys of the tasks that workers were started for."""
-    keys: list[str] = []
-
-    def run_worker_group(tasks: Sequence[FitTask], *_: Any) -> list[FitResult]:
-        keys.extend(task.key for task in tasks)
-        return [fit_category(task, LIMITS, lambda message: None) for task in tasks]
-
-    monkeypatch.setattr(fitting, "run_worker_group", run_worker_group)
-    monkeypatch.setattr(fitting, "connected", nullcontext)
-    monkeypatch.setattr(fitting, "working_nodes", lambda: [{"CPU": 1.0}])
-    return keys
 
 
 def categories(root: Path, **images: int) -> list[mvtec.Category]:

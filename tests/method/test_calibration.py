@@ -110,7 +110,7 @@ def test_heatmap_scale_matches_quantile_and_maximum_of_all_pixels(
     ]
     pixels, found = np.concatenate([each.ravel() for each in made]), build_scale(made)
     assert found.low == float(np.quantile(pixels, 0.99))
-    assert found.held_out_max == max(float(pixels.max()), found.held_out_max if pixels.max() == found.low else 0.0)
+    assert found.good_max == max(float(pixels.max()), found.good_max if pixels.max() == found.low else 0.0)
 
 
 def test_heatmap_scale_builder_keeps_few_pixels() -> None:
@@ -129,17 +129,17 @@ def test_heatmap_scale_exists_for_constant_maps() -> None:
     for value in (0.0, -3.0, 1e6):
         constant = np.full((3, 4, 4), value, np.float32)
         scale = build_scale(constant)
-        assert scale.low < scale.held_out_max
+        assert scale.low < scale.good_max
         assert (scale.apply(constant) == 0).all()
         assert (scale.apply(constant + max(abs(value), 1.0)) == 255).all()
 
 
 @pytest.mark.parametrize("scale", [HeatmapScale(1e-4, 0.1), HeatmapScale(0.0, 2.0), HeatmapScale(-3.0, -1.0)])
-def test_heatmap_scale_puts_held_out_max_in_the_middle(scale: HeatmapScale) -> None:
-    """The scale is linear from `low` (0) to `held_out_max` (1), then logarithmic up to 5."""
+def test_heatmap_scale_puts_good_max_in_the_middle(scale: HeatmapScale) -> None:
+    """The scale is linear from `low` (0) to `good_max` (1), then logarithmic up to 5."""
     relative = np.array([-1.0, 0.0, 0.25, 0.5, 1.0, np.sqrt(5.0), 5.0, 50.0])
     expected = [0.0, 0.0, 31.875, 63.75, 127.5, 191.25, 255.0, 255.0]
-    levels = scale.apply((scale.low + relative * (scale.held_out_max - scale.low)).astype(np.float32))
+    levels = scale.apply((scale.low + relative * (scale.good_max - scale.low)).astype(np.float32))
     assert levels.dtype == np.uint8
     np.testing.assert_allclose(levels, expected, atol=0.51)
 

@@ -254,7 +254,7 @@ def test_load_teacher_refuses_damaged_file(store: ModelStore, tiny: Recipe) -> N
     [
         ({"format": 99}, "ModelRecord.format is 99, not of type"),
         ({"surprise": 1}, "ModelRecord has missing or unknown fields: surprise"),
-        ({"heatmap_scale": {"low": 1.0}}, "heatmap_scale has missing or unknown fields: held_out_max"),
+        ({"heatmap_scale": {"low": 1.0}}, "heatmap_scale has missing or unknown fields: good_max"),
         ({"recipe.epochs": 0}, "epochs is 0"),
         ({"recipe.epochs": "5"}, "recipe.epochs is '5', not of type int"),
         ({"recipe.epochs": True}, "recipe.epochs is True, not of type int"),

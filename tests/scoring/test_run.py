@@ -6,10 +6,12 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -17,6 +19,7 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError, ModelError, ModelUnreadableError
 from stpm.jobs import score as score_job
 from stpm.jobs.score import run_score, stored_list
+from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
@@ -187,6 +190,22 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
         assert score(top=2) == first
     shorter = score(top=1)
     assert {name for name in first if shorter[name] != first[name]} == {"triage.html", "run.json"}
+
+
+def test_discoveries_follow_the_rate_without_scoring_again(
+    score: Callable[..., dict[str, int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = partial(RunState, str(tmp_path / "run"))
+    first = score(fdr=0.05)
+    assert state().summary().discoveries == Discoveries(0.05, 2, 0.0, {}, 39, {"nut": 5})
+    assert "too few good images calibrate nut (5) for a false discovery rate of 0.05 over 2 images" in caplog.text
+    assert score(fdr=0.05) == first
+    other = score(fdr=0.2)
+    assert {name for name in first if other[name] != first[name]} == {"triage.html", "run.json"}
+    assert state().summary().discoveries == Discoveries(0.2, 2, float(np.float32(0.1)), {"nut": 2}, 9, {"nut": 5})
+    assert "2 discoveries among 2 images at a false discovery rate of 0.2 (p ≤ 0.1): nut 2" in caplog.text
+    score()
+    assert state().summary().discoveries is None
 
 
 def test_a_run_with_other_models_is_refused_or_started_over(

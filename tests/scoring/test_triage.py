@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from stpm import storage
+from stpm.feedback.marks import read_marks
+from stpm.method.false_discovery import Discoveries
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
@@ -113,10 +115,23 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path) ->
         red, green, blue = image.convert("RGB").resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
         assert blue > red
         assert blue > green
-    assert "script" not in text
+    assert text.count("<script") == 1
     # One of the two models has scores of two parts.
     assert sum("student 0.25 + memory " in piece for piece in page.texts) == 10
     assert "student 0.25 + memory 1.71" in page.texts
+
+
+def test_discoveries_are_marked(output: RunOutput, tmp_path: Path) -> None:
+    file = tmp_path / "scores" / "scores_1.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[-2]["p_value"] = 0.001
+    pq.write_table(table({name: [row[name] for row in rows] for name in OUTPUT.names}, OUTPUT), file)
+    cut_off = float(np.float32(0.001))
+    write_triage(output, 5, PREPROCESSING, Discoveries(0.1, 99, cut_off, {"nut": 1, "a b#c": 1}, 900, {"nut": 42}))
+    texts = Page((tmp_path / "triage.html").read_text()).texts
+    assert sum(", a discovery" in text for text in texts) == 1
+    assert any("2 discoveries among 99 images at a false discovery rate of 0.1 (p ≤ 0.001)" in text for text in texts)
+    assert any("too few good images calibrate nut (42)" in text for text in texts)
 
 
 def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
@@ -131,3 +146,55 @@ def test_the_page_runs_no_hostile_script_and_does_not_overflow(
 ) -> None:
     write_triage(output, 50, PREPROCESSING)
     check_page(browser, (tmp_path / "triage.html").as_uri(), width, scheme)
+
+
+ABSURD = [
+    "comma, \"quote\" and 'apostrophe'.png",
+    "line\nfeed, carriage\rreturn\tand tab.png",
+    "=HYPERLINK(1).png",
+    "</script><script>alert(1)</script>.png",
+    "ünïcödé 🦆 \u2028 \u202e.png",
+    "{{ 7 * 7 }} &amp; %41 \\n.png",
+]
+
+
+def test_marks_are_saved_as_a_manifest_that_feedback_reads(browser: Any, tmp_path: Path) -> None:
+    count = len(ABSURD)
+    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
+    uris = [f"{tmp_path}/{name}" for name in ABSURD]
+    columns |= {"image_id": list(range(count)), "uri": uris, "category": ["a b#c"] * count, "threshold": [1.0] * count}
+    columns |= {"score": [9.0 - i for i in range(count)], "p_value": [0.1] * count, "is_anomalous": [True] * count}
+    (tmp_path / "scores").mkdir()
+    pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
+    write_triage(RunOutput.single(str(tmp_path)), count, PREPROCESSING)
+    tab = browser.new_page()
+    messages: list[str] = []
+    tab.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.goto((tmp_path / "triage.html").as_uri())
+    save = tab.get_by_role("button", name="Save marks")
+    assert save.is_disabled()
+    buttons = {label: tab.locator(f".marks [value={label}]") for label in ("good", "defect")}
+    for i in range(count):
+        buttons["good"].nth(i).click()
+    # The other button replaces a mark, and the same one again takes it back.
+    buttons["defect"].nth(1).click()
+    buttons["good"].nth(2).click()
+    assert tab.locator("[aria-pressed=true]").count() == count - 1
+    assert tab.locator("output").text_content() == f"{count - 2} good, 1 defect"
+    with tab.expect_download() as download:
+        save.click()
+    assert download.value.suggested_filename == "marks.jsonl"
+    download.value.save_as(tmp_path / "marks.jsonl")
+    marks = read_marks(str(tmp_path / "marks.jsonl"))
+    assert marks.good == {"a b#c": [uri for i, uri in enumerate(uris) if i not in (1, 2)]}
+    assert marks.other == {"defect": 1}
+    assert marks.refused == {}
+    assert messages == []
+    buttons["good"].nth(1).click()
+    with tab.expect_download() as download:
+        save.click()
+    download.value.save_as(tmp_path / "marks.jsonl")
+    assert read_marks(str(tmp_path / "marks.jsonl")).good["a b#c"][1] == uris[1]
+    tab.close()

@@ -129,13 +129,13 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterato
             raise ConfigError(f"{uri}: column {clashing[0]} is one that scoring writes itself; rename it")
         rows = []
         for number, (name, category, label, mask) in enumerate(tables.input_values(chunk), start=first):
-            mask_uri = _resolve(mask, folder)
+            mask_uri = resolve(mask, folder)
             error = None
             if "uri" not in chunk.schema.names:
                 image = ImageRef.parquet_row(uri, number)
                 error = check_allowed([mask_uri], allowed)
             elif name:
-                image = ImageRef(_resolve(name, folder))
+                image = ImageRef(resolve(name, folder))
                 error = check_allowed([image.uri, mask_uri], allowed)
             else:
                 image = ImageRef(f"{uri}#{number}")
@@ -147,7 +147,7 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterato
         raise DataError(f"{uri}: this manifest has no rows")
 
 
-def _resolve(name: str, folder: str) -> str:
+def resolve(name: str, folder: str) -> str:
     """Return the absolute URI of a name in a manifest; relative names are relative to the manifest's folder."""
     if "://" in name or name.startswith("/"):
         return storage.absolute(name) if storage.is_local(name) else name

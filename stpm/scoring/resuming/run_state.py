@@ -11,6 +11,7 @@ from typing import Any
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
+from stpm.method.false_discovery import Discoveries
 from stpm.models.record import library_versions
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_statistics import RunStatistics, RunSummary
@@ -108,7 +109,12 @@ class RunState:
         if "summary" not in self._values:
             raise DataError(f"{self.uri}: no record of a finished run; run the score job first")
         values = self._values["summary"]
-        return RunSummary(**values | {"statistics": RunStatistics(**values["statistics"])})
+        found = values["discoveries"]
+        parts = {
+            "statistics": RunStatistics(**values["statistics"]),
+            "discoveries": Discoveries(**found) if found else None,
+        }
+        return RunSummary(**values | parts)
 
     def triage_images(self) -> int:
         """Return the number of images that triage.html was made for; 0 if it was not made."""
@@ -127,6 +133,10 @@ class RunState:
     def record_triage(self, images: int) -> None:
         """Record that triage.html was made for a number of images."""
         self._write(self._values | {"triage_images": images})
+
+    def update_summary(self, summary: RunSummary) -> None:
+        """Record another summary of the finished run."""
+        self._write(self._values | {"summary": asdict(summary)})
 
     def finish(self, summary: RunSummary) -> None:
         """Record the summary of the finished run, and write `_SUCCESS` last."""

@@ -1,0 +1,1 @@
+"""Feedback: images that a person marked as good change a category's model."""

@@ -1,0 +1,151 @@
+"""Add images that a person marked as good to models: by calibrating them again, or by fitting them again.
+
+Each new model is staged first, and becomes current once its change is in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stpm.errors import DataError, ModelError, join_first
+from stpm.feedback.change import Alarms, describe_change
+from stpm.feedback.marks import Marks
+from stpm.feedback.new_normals import NewNormals, collect
+from stpm.feedback.recalibrate import recalibrate
+from stpm.feedback.refit import Refit
+from stpm.lease import held
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.models.versions import Version
+from stpm.options import WantedBackend
+
+# Added images that the log names.
+_NAMED = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """How images are added.
+
+    Args:
+        false_alarm_rate: whose thresholds and alarms are compared.
+        backend: what computes features on a CPU.
+        stage: leave the current models, and put the new ones after them.
+        wait: if another run holds the store, wait for its end instead of raising an error.
+    """
+
+    false_alarm_rate: float
+    backend: WantedBackend
+    stage: bool
+    wait: bool
+
+
+def add_normals(store: ModelStore, marks: Marks, options: AddOptions, refit: Refit | None = None) -> tuple[int, int]:
+    """Add marked images to the models of their categories.
+
+    Args:
+        store: with the models.
+        marks: the images.
+        options: how to.
+        refit: fit models on the images too; None: calibrate the current models on them.
+
+    Returns:
+        The number of images that are marked as good and that the models now have; and of the others.
+
+    Raises:
+        ConfigError: if another run holds the store.
+        DataError: if the data set to fit on is missing or empty.
+    """
+    refused = dict(marks.refused)
+    found: dict[str, NewNormals] = {}
+    with held(store.uri, options.wait):
+        for category, uris in marks.good.items():
+            try:
+                new = collect(store, category, uris, options.backend)
+                refused |= new.refused
+                if refit is None:
+                    _add_to_calibration(store, new, options)
+                found[category] = new
+            except (DataError, ModelError) as error:
+                refused |= dict.fromkeys(uris, str(error))
+    if refit is not None and found:
+        for category, reason in _add_to_training(store, found, options, refit).items():
+            refused |= {each.uri: reason for each in found.pop(category).images}
+    if marks.other:
+        counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
+        log.info(f"left out, since only images with label 'good' are added: {counts}")
+    if refused:
+        reasons = join_first([f"{uri}: {reason}" for uri, reason in refused.items()])
+        log.info(f"left out, since they cannot be used: {len(refused)}: {reasons}")
+    return sum(len(new.images) + new.known for new in found.values()), len(refused)
+
+
+def _add_to_calibration(store: ModelStore, new: NewNormals, options: AddOptions) -> None:
+    if not new.images:
+        _log(new.record.category, "none of the images is new to its model")
+        return
+    record = recalibrate(store, new)
+    _log_change(store, new, record, new.values, options, "calibrated again")
+    fingerprint = store.current(record.category).data_fingerprint
+    _make_current(store, record.category, Version(record.model_id, fingerprint), options)
+
+
+def _add_to_training(
+    store: ModelStore, found: dict[str, NewNormals], options: AddOptions, refit: Refit
+) -> dict[str, str]:
+    """Fit models on new images; return the reason of each category that could not be fitted."""
+    results = refit.fit(store, {category: new.images for category, new in found.items()})
+    failures = dict.fromkeys(found.keys() - results.keys(), "its category has no images in --data")
+    with held(store.uri, options.wait):
+        for category, result in results.items():
+            if result.record is None:
+                failures[category] = f"its category was not fitted: {result.reason}"
+            elif result.record.model_id == store.current(category).model_id:
+                _log(category, "none of the images is new to its model")
+            else:
+                new, record = found[category], result.record
+                scores = refit.scores(store, new, record.model_id)
+                what = f"fitted again on {record.fit.train_count} images, others held out"
+                _log_change(store, new, record, scores, options, what)
+                _make_current(store, category, Version(record.model_id, result.task.data_fingerprint), options)
+    return failures
+
+
+def _log_change(
+    store: ModelStore,
+    new: NewNormals,
+    record: ModelRecord,
+    scores: npt.NDArray[np.float32],
+    options: AddOptions,
+    what: str,
+) -> None:
+    """Compare the current model with a new one, which gives new images these scores."""
+    before = Alarms.count(store.calibration(new.record), new.values, options.false_alarm_rate)
+    after = Alarms.count(store.calibration(record), scores, options.false_alarm_rate)
+    _log(record.category, f"{what}: {describe_change(before, after, len(scores))}")
+    # One defect that is marked as good by mistake would hide all others like it.
+    highest = sorted(zip(new.scores, new.images, strict=True), key=lambda pair: -pair[0].score)[:_NAMED]
+    if over := [f"{image.uri} ({score.score:.4g})" for score, image in highest if score.score > before.threshold]:
+        _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
+
+
+def _make_current(store: ModelStore, category: str, version: Version, options: AddOptions) -> None:
+    """Make a staged model current, unless it is to stay staged."""
+    versions = store.versions(category)
+    if options.stage:
+        message = f"stays current, {version.model_id} is staged; jobs/models.py --roll-forward makes it current"
+        _log(category, f"{versions.current.model_id} {message}")
+    else:
+        store.set_versions(category, versions.publish(version))
+        message = f"is current, it was {versions.current.model_id}; jobs/models.py --roll-back undoes this"
+        _log(category, f"{version.model_id} {message}")
+
+
+def _log(category: str, message: str) -> None:
+    log.info(f"{category}: {message}", extra={"category": category})

@@ -1,0 +1,45 @@
+"""What a new model changes for good images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stpm.method.calibration import Calibration, HeatmapScale
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """How a model judges good images at a false-alarm rate: its threshold, and how many images score above it.
+
+    Args:
+        threshold: score above which an image is called anomalous.
+        held_out: number of calibration images that no person added.
+        held_out_alarms: how many of them score above the threshold.
+        added_alarms: how many of the images that are added now score above it.
+    """
+
+    threshold: float
+    held_out: int
+    held_out_alarms: int
+    added_alarms: int
+
+    @classmethod
+    def count(cls, calibration: pa.Table, added: npt.NDArray[np.float32], false_alarm_rate: float) -> Alarms:
+        """Count the alarms of a calibration, and of the scores of added images by the same model, (n,)."""
+        scores = calibration["score"].to_numpy().astype(np.float32)
+        held_out = scores[~calibration["is_added"].to_numpy()]
+        threshold = Calibration(scores, HeatmapScale(0.0, 1.0)).threshold(false_alarm_rate)
+        return cls(threshold, len(held_out), int((held_out > threshold).sum()), int((added > threshold).sum()))
+
+
+def describe_change(before: Alarms, after: Alarms, added: int) -> str:
+    """Write the alarms of the current model and of a new one, over `added` new images, as a line."""
+    return (
+        f"threshold {before.threshold:.4g} before, {after.threshold:.4g} after; held-out normals above it "
+        f"{before.held_out_alarms} of {before.held_out} before, {after.held_out_alarms} of {after.held_out} after; "
+        f"added normals above it {before.added_alarms} of {added} before, {after.added_alarms} of {added} after"
+    )

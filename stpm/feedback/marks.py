@@ -1,0 +1,66 @@
+"""Read the marks of a person: a manifest with the columns uri, category and label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stpm import storage
+from stpm.data.mvtec import GOOD
+from stpm.errors import DataError
+from stpm.scoring.inputs import tables
+from stpm.scoring.inputs.sources import allowed_prefixes, check_allowed, resolve
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The images of a manifest.
+
+    Args:
+        good: URIs of the images that are marked as good, by category.
+        other: number of images by another label, such as `defect`.
+        refused: URIs that cannot be used, with the reason.
+    """
+
+    good: dict[str, list[str]] = field(default_factory=dict)
+    other: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def read_marks(manifest: str, allow: Sequence[str] = (), categories: Sequence[str] = ()) -> Marks:
+    """Read a manifest of marked images, each once.
+
+    Args:
+        manifest: URI of a `.parquet`, `.csv`, `.jsonl` or `.ndjson` file.
+        allow: prefixes of the URIs that it may name; none: its own bucket or folder, as for scoring.
+        categories: to read; none: all.
+
+    Raises:
+        DataError: if the manifest cannot be read, or has no column `uri`.
+    """
+    uri = storage.absolute(manifest)
+    if not uri.lower().endswith(tables.SUFFIXES):
+        raise DataError(f"{manifest}: a manifest is a file of {', '.join(tables.SUFFIXES)}; name one")
+    allowed, folder = allowed_prefixes(uri, allow), uri.rsplit("/", 1)[0]
+    labels: dict[tuple[str, str], set[str]] = {}
+    marks = Marks()
+    for chunk in tables.read(uri):
+        if "uri" not in chunk.schema.names:
+            raise DataError(f"{manifest}: no column `uri`; its columns are {', '.join(chunk.schema.names)}")
+        for name, category, label, _ in tables.input_values(chunk):
+            image = resolve(name, folder)
+            if not image:
+                marks.refused[f"{manifest}"] = "a row has no uri"
+            elif error := check_allowed([image], allowed):
+                marks.refused[image] = str(error)
+            elif not categories or category in categories:
+                labels.setdefault((image, category), set()).add(label)
+    for (image, category), found in labels.items():
+        if found == {GOOD}:
+            marks.good.setdefault(category, []).append(image)
+        elif len(found) > 1:
+            marks.refused[image] = f"it is marked as {' and as '.join(sorted(map(repr, found)))}"
+        else:
+            label = found.pop()
+            marks.other[label] = marks.other.get(label, 0) + 1
+    return marks

@@ -1,0 +1,85 @@
+"""The marked images of a category that are new to its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stpm import storage
+from stpm.errors import ImageError
+from stpm.feedback.normal_scorer import BATCH_SIZE, NormalScore, NormalScorer
+from stpm.models.record import AddedNormal, ModelRecord
+from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
+from stpm.scoring.inputs import archives
+
+_READERS = 8
+
+
+@dataclass(frozen=True)
+class NewNormals:
+    """Images that are marked as good.
+
+    Args:
+        record: of the category's current model.
+        images: those that are new to the model, each once.
+        scores: their scores by the model.
+        known: number of images that were added before, or are there twice.
+        refused: URIs of images that cannot be used, with the reason.
+    """
+
+    record: ModelRecord
+    images: list[AddedNormal]
+    scores: list[NormalScore]
+    known: int
+    refused: dict[str, str]
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """The scores alone, (n,)."""
+        return np.array([score.score for score in self.scores], np.float32)
+
+
+def collect(store: ModelStore, category: str, uris: Sequence[str], backend: WantedBackend) -> NewNormals:
+    """Fetch images, score them with a category's current model, and copy the new ones to the store.
+
+    Raises:
+        DataError: if the category's name is not allowed in a path.
+        ModelError: if the category has no model, or it cannot be loaded.
+    """
+    scorer = NormalScorer(store, category, "", backend)
+    found: dict[str, tuple[AddedNormal, NormalScore]] = {}
+    before = {each.digest for each in scorer.record.added_normals}
+    refused: dict[str, str] = {}
+    known = 0
+    with ThreadPoolExecutor(_READERS) as threads:
+        for start in range(0, len(uris), BATCH_SIZE):
+            files: dict[str, bytes] = {}
+            batch = uris[start : start + BATCH_SIZE]
+            for uri, data in zip(batch, threads.map(_fetch, batch), strict=True):
+                if isinstance(data, ImageError):
+                    refused[uri] = str(data)
+                elif (digest := storage.digest(data)) in before or digest in found:
+                    known += 1
+                else:
+                    files[uri] = data
+            for (uri, data), score in zip(files.items(), scorer(list(files.values())), strict=True):
+                if isinstance(score, ImageError):
+                    refused[uri] = str(score)
+                elif (digest := store.put_normal(category, data)) in found:
+                    known += 1
+                else:
+                    found[digest] = AddedNormal(digest, uri, fitted=False), score
+    pairs = list(found.values())
+    return NewNormals(scorer.record, [image for image, _ in pairs], [score for _, score in pairs], known, refused)
+
+
+def _fetch(uri: str) -> bytes | ImageError:
+    try:
+        return archives.read_uri(uri)
+    except ImageError as error:
+        return error

@@ -1,0 +1,88 @@
+"""Score images with a model in this process, as scoring does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stpm.data import images
+from stpm.errors import ImageError
+from stpm.method.backend import resolve_backend
+from stpm.method.forward import Matcher, pick_device
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
+
+# Results do not depend on it.
+BATCH_SIZE = 16
+
+
+class NormalScore(NamedTuple):
+    """An image's score, the largest value of its anomaly map, and its statistics in the order of COMPARED."""
+
+    score: float
+    peak: float
+    statistics: tuple[float, ...]
+
+
+class NormalScorer:
+    """A category's model, loaded to score image files.
+
+    Args:
+        store: to load from.
+        category: of the model.
+        model_id: of the model; "": the current one.
+        backend: what computes features on a CPU.
+
+    Raises:
+        DataError: if the category's name is not allowed in a path.
+        ModelError: if the model cannot be loaded.
+    """
+
+    def __init__(self, store: ModelStore, category: str, model_id: str, backend: WantedBackend) -> None:
+        device = pick_device()
+        model = store.load(category, model_id).to(device)
+        record = model.record
+        teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
+        kind = resolve_backend(backend, on_gpu=device.type != "cpu")
+        self._matcher = Matcher(teacher, record.preprocessing, device, record.precision, kind)
+        self._model = dataclasses.replace(model, parts=self._matcher.compile(model.parts))
+
+    @property
+    def record(self) -> ModelRecord:
+        """The model's record."""
+        return self._model.record
+
+    @torch.inference_mode()
+    def __call__(self, files: Sequence[bytes]) -> list[NormalScore | ImageError]:
+        """Score up to `BATCH_SIZE` image files; an image that cannot be decoded has its error instead."""
+        record, matcher = self.record, self._matcher
+        outcomes = [_decode(data, record) for data in files]
+        decoded = [each for each in outcomes if isinstance(each, images.Decoded)]
+        if not decoded:
+            return [each for each in outcomes if isinstance(each, ImageError)]
+        inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
+        content = record.preprocessing.content_boxes((each.width, each.height) for each in decoded)
+        distances = matcher.distances(self._model.parts, matcher.teacher_features(inputs), inputs, content)
+        maps = iter(matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales))
+        scores: list[NormalScore | ImageError] = []
+        for outcome in outcomes:
+            if isinstance(outcome, ImageError):
+                scores.append(outcome)
+            else:
+                anomaly_map = next(maps)
+                score = anomaly_map.score(record.recipe.top_fraction).total
+                statistics = outcome.width, outcome.height, *outcome.statistics
+                scores.append(NormalScore(score, float(anomaly_map.total.max()), statistics))
+        return scores
+
+
+def _decode(data: bytes, record: ModelRecord) -> images.Decoded | ImageError:
+    try:
+        return images.decode(data, record.preprocessing)
+    except ImageError as error:
+        return error

@@ -1,0 +1,47 @@
+"""Calibrate a model on more images, without fitting it again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+
+from stpm.data.image_statistics import COMPARED
+from stpm.feedback.new_normals import NewNormals
+from stpm.method.calibration import HeatmapScale
+from stpm.models.record import ModelRecord, library_versions, now
+from stpm.models.store import ModelStore
+
+
+def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
+    """Add the scores of new normals to the calibration of their category's current model; stage it as a new model.
+
+    The scales of the model's parts stay, so that all scores stay what they are. So does the lower end of the heatmap
+    scale; its middle becomes the largest pixel of all images that calibrate.
+
+    Raises:
+        ModelError: if a file of the current model is missing or damaged.
+    """
+    record, scale = new.record, new.record.heatmap_scale
+    calibration = _add_scores(store.calibration(record), new)
+    changed = dataclasses.replace(
+        record,
+        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(score.peak for score in new.scores)])),
+        fit=dataclasses.replace(record.fit, calibration_count=len(calibration)),
+        added_normals=(*record.added_normals, *new.images),
+        versions=library_versions(),
+        created=now(),
+    )
+    return store.save_recalibrated(record, changed, calibration, _add_statistics(store.image_statistics(record), new))
+
+
+def _add_scores(calibration: pa.Table, new: NewNormals) -> pa.Table:
+    added = pa.table({"score": new.values, "is_added": np.ones(len(new.scores), bool)}, calibration.schema)
+    return pa.concat_tables([calibration, added]).sort_by("score")
+
+
+def _add_statistics(statistics: pa.Table, new: NewNormals) -> pa.Table:
+    columns = np.array([score.statistics for score in new.scores], np.float32).T
+    added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
+    return pa.concat_tables([statistics, added])

@@ -1,0 +1,66 @@
+"""Fit models again, with images that a person marked as good among the training images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stpm import storage
+from stpm.data import mvtec
+from stpm.feedback.new_normals import NewNormals
+from stpm.feedback.normal_scorer import BATCH_SIZE, NormalScore, NormalScorer
+from stpm.fitting.fit_categories import fit_categories, read_categories
+from stpm.fitting.options import WorkerOptions
+from stpm.fitting.task import FitResult
+from stpm.method.recipe import Recipe
+from stpm.models.record import AddedNormal
+from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How to fit again.
+
+    Args:
+        data: URI of the data set in the MVTec AD layout.
+        recipe: of the models.
+        workers: that fit.
+        backend: what computes features on a CPU.
+        wait: if another run holds the store, wait for its end instead of raising an error.
+    """
+
+    data: str
+    recipe: Recipe
+    workers: WorkerOptions
+    backend: WantedBackend
+    wait: bool
+
+    def fit(self, store: ModelStore, new: Mapping[str, Sequence[AddedNormal]]) -> dict[str, FitResult]:
+        """Fit and stage the models of these categories; the categories that the data set has not are left out.
+
+        Raises:
+            ConfigError: as `fit_categories` does.
+            DataError: if the data set is missing or empty.
+        """
+        names = sorted(new.keys() & set(mvtec.find_categories(self.data)))
+        categories = read_categories(self.data, names)[0] if names else []
+        if not categories:
+            return {}
+        stores = {self.recipe.seed: store.uri}
+        results = fit_categories(categories, self.recipe, stores, self.workers, self.backend, self.wait, new)
+        return {result.task.category: result for result in results}
+
+    def scores(self, store: ModelStore, new: NewNormals, model_id: str) -> npt.NDArray[np.float32]:
+        """Score new images with a new model, (n,)."""
+        category = new.record.category
+        scorer = NormalScorer(store, category, model_id, self.backend)
+        uris = [store.normal_uri(category, each.digest) for each in new.images]
+        scores: list[float] = []
+        for start in range(0, len(uris), BATCH_SIZE):
+            files = [storage.read(uri) for uri in uris[start : start + BATCH_SIZE]]
+            scores += [score.score for score in scorer(files) if isinstance(score, NormalScore)]
+        return np.array(scores, np.float32)

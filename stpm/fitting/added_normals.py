@@ -1,0 +1,33 @@
+"""Images that a person marked as good, as training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stpm import storage
+from stpm.data.mvtec import Category
+from stpm.models.record import AddedNormal
+from stpm.models.store import ModelStore
+
+
+def with_added_normals(
+    category: Category, store: ModelStore, added: Sequence[AddedNormal]
+) -> tuple[tuple[str, str], ...]:
+    """Return URI and version of a category's training images, and of the added ones whose bytes are not among them.
+
+    An image that is there twice could be trained on and held out.
+    """
+    uris = {store.normal_uri(category.name, each.digest): each.digest for each in added}
+    if not uris:
+        return category.train
+    sizes = {size for uri, size in storage.files(store.normals_folder(category.name)) if uri in uris}
+    present = set()
+    for uri, version in category.train:
+        # A version begins with the size.
+        if int(version.split(" ", 1)[0]) in sizes:
+            try:
+                present.add(storage.digest(storage.read(uri)))
+            except OSError:
+                # The fit names the images that cannot be read.
+                continue
+    return (*category.train, *((uri, digest) for uri, digest in uris.items() if digest not in present))

@@ -1,0 +1,50 @@
+"""A table of the models of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tabulate import tabulate
+
+from stpm.errors import ModelError
+from stpm.method.calibration import Calibration
+from stpm.models.store import ModelStore
+
+_HEAD = ["model", "", "created", "good images", "added", "calibrate", "validation loss", "threshold"]
+
+
+def models_table(store: ModelStore, categories: Sequence[str], false_alarm_rate: float) -> str:
+    """Write a line for each model, by category and time: its place among the versions, and how it was fitted.
+
+    Args:
+        store: to list.
+        categories: names.
+        false_alarm_rate: whose threshold is listed.
+
+    Raises:
+        ModelError: if a category has no model.
+    """
+    return tabulate(
+        [line for category in categories for line in _lines(store, category, false_alarm_rate)],
+        _HEAD,
+        disable_numparse=True,
+        colalign=("left", "left", "left", *["right"] * 5),
+    )
+
+
+def _lines(store: ModelStore, category: str, false_alarm_rate: float) -> list[list[str]]:
+    versions = store.versions(category)
+    lines = []
+    for model_id in store.model_ids(category):
+        try:
+            record = store.record(category, model_id)
+            scores = store.calibration(record)["score"].to_numpy().astype(np.float32)
+        except ModelError as error:
+            lines.append([model_id, versions.position(model_id), str(error)])
+            continue
+        fit, threshold = record.fit, Calibration(scores, record.heatmap_scale).threshold(false_alarm_rate)
+        loss = "" if fit.validation_loss is None else f"{fit.validation_loss:.4f}"
+        counts = [str(record.good_count), str(len(record.added_normals) or ""), str(fit.calibration_count)]
+        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, f"{threshold:.4g}"])
+    return sorted(lines, key=lambda line: line[2])

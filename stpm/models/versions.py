@@ -1,0 +1,75 @@
+"""The models that were, are or may become the current one of a category, in the order in which that happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stpm.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Version:
+    """A model's id, and the digest of the images that it was fitted on."""
+
+    model_id: str
+    data_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The contents of current.json. Rolling back and forward moves along `previous`, `current` and `next`.
+
+    Args:
+        current: the category's current model.
+        previous: the models that were current before it, the latest last.
+        next: the models that were rolled back, or staged, and not made current since, the nearest first.
+    """
+
+    current: Version
+    previous: tuple[Version, ...] = ()
+    next: tuple[Version, ...] = ()
+
+    def publish(self, version: Version) -> Versions:
+        """Make a new model the current one. Those that stood after the current one are no longer versions."""
+        if version.model_id == self.current.model_id:
+            return Versions(version, self.previous, self.next)
+        return Versions(version, (*self.previous, self.current))
+
+    def stage(self, version: Version) -> Versions:
+        """Put a new model right after the current one."""
+        others = [each for each in self.next if each.model_id != version.model_id]
+        return Versions(self.current, self.previous, (version, *others))
+
+    def roll_back(self) -> Versions:
+        """Make the previous model current.
+
+        Raises:
+            ModelError: if there is none.
+        """
+        if not self.previous:
+            raise ModelError(f"no model was current before {self.current.model_id}")
+        return Versions(self.previous[-1], self.previous[:-1], (self.current, *self.next))
+
+    def roll_forward(self) -> Versions:
+        """Make the next model current.
+
+        Raises:
+            ModelError: if there is none.
+        """
+        if not self.next:
+            raise ModelError(f"no model was rolled back or staged since {self.current.model_id} became current")
+        return Versions(self.next[0], (*self.previous, self.current), self.next[1:])
+
+    def forget(self, keep: int) -> Versions:
+        """Drop all previous models but the last `keep`, at least 1."""
+        return Versions(self.current, self.previous[-keep:], self.next)
+
+    def position(self, model_id: str) -> str:
+        """Describe where a model stands; "" if it is none of the versions."""
+        if model_id == self.current.model_id:
+            return "current"
+        for word, versions in (("before", self.previous[::-1]), ("after", self.next)):
+            ids = [version.model_id for version in versions]
+            if model_id in ids:
+                return f"{ids.index(model_id) + 1} {word}"
+        return ""

@@ -1,0 +1,298 @@
+"""Feedback from the job's options to the store, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stpm import storage
+from stpm.data import mvtec
+from stpm.fitting.fit_categories import fit_categories
+from stpm.fitting.options import FitOptions, WorkerOptions
+from stpm.jobs.fit import run_fit
+from stpm.jobs.models import run_models
+from stpm.method.calibration import Calibration
+from stpm.method.recipe import Recipe
+from stpm.models.options import ModelsOptions
+from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions
+from tests.conftest import MODELS
+from tests.datasets import make_category
+from tests.feedback.test_marks import write
+from tests.scoring.stages.helpers import nut_rows, score
+
+RATE = 0.3
+
+
+class Plant:
+    """A data set with the category `nut`, whose model is fitted, and good images of later nights."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.root, self.recipe = root, recipe
+        self.store = ModelStore(str(root / "models"))
+        make_category(str(root / "data"), "nut", train=10)
+        make_category(str(root / "nights"), "nut", good=6, seed=1)
+        assert self.fit() == 0
+
+    def fit(self, **options: Any) -> int:
+        found = FitOptions(data=str(self.root / "data"), models=self.store.uri, false_alarm_rate=RATE, **options)
+        return run_fit(found, self.recipe, WorkerOptions(), ClusterOptions(backend="eager"))
+
+    def good(self, *numbers: int) -> list[str]:
+        return [f"{self.root}/nights/nut/test/good/{number:03}.png" for number in numbers]
+
+    def add(self, uris: Sequence[str], **options: Any) -> int:
+        manifest = write(self.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
+        return self.fit(add_normals=manifest, **options)
+
+    def scores(self, uris: Sequence[str]) -> np.ndarray:
+        """Score images with the current model, by the stages of scoring."""
+        return score(self.root, nut_rows(uris))["score"].to_numpy().astype(np.float32)
+
+    def calibration(self) -> Calibration:
+        return self.store.load("nut").calibration
+
+
+@pytest.fixture
+def plant(tmp_path: Path, fitted_keys: list[str], any_model: Recipe) -> Plant:
+    plant = Plant(tmp_path, dataclasses.replace(any_model, held_out_fraction=0.4))
+    fitted_keys.clear()
+    return plant
+
+
+@pytest.fixture
+def student(tmp_path: Path, fitted_keys: list[str]) -> Plant:
+    plant = Plant(tmp_path, MODELS["student"])
+    fitted_keys.clear()
+    return plant
+
+
+def test_added_normals_calibrate_as_scoring_scores_them(
+    plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    before, uris = plant.store.record("nut"), plant.good(0, 1, 2)
+    changing = ("calibration.parquet", "image_statistics.parquet")
+    weights = {name: digest for name, digest in before.files.items() if name not in changing}
+    old, expected = plant.calibration(), plant.scores(uris)
+    assert plant.add(uris) == 0
+    record, new = plant.store.record("nut"), plant.calibration()
+    np.testing.assert_allclose(new.scores, np.sort(np.concatenate([old.scores, expected])), rtol=1e-5)
+    assert record.fit.calibration_count == before.fit.calibration_count + 3 == len(new.scores)
+    assert record.good_count == before.good_count + 3
+    assert {name: digest for name, digest in record.files.items() if name not in changing} == weights
+    statistics = plant.store.image_statistics(record)
+    rows = score(plant.root, nut_rows(uris)).select(statistics.column_names)
+    assert statistics.slice(0, 10) == plant.store.image_statistics(before)
+    for name in statistics.column_names:
+        assert statistics[name].to_pylist()[10:] == rows[name].to_pylist()
+    assert record.distance_scales == before.distance_scales
+    assert new.scale.low == old.scale.low
+    assert new.scale.good_max >= old.scale.good_max
+    np.testing.assert_allclose(plant.scores(uris), expected, rtol=1e-6)
+    assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, False) for uri in uris]
+    held_out = plant.store.calibration(record).filter(~plant.store.calibration(record)["is_added"].to_numpy())
+    np.testing.assert_array_equal(held_out["score"].to_numpy(), old.scores)
+    assert plant.store.load("nut", before.model_id).record == before
+    # The report compares the two models by numbers that anyone can count.
+    counts = [
+        (float(c.threshold(RATE)), *((s > c.threshold(RATE)).sum() for s in (old.scores, expected))) for c in (old, new)
+    ]
+    (was, was_out, was_added), (now, now_out, now_added) = counts
+    n, text = len(old.scores), caplog.text
+    assert f"threshold {was:.4g} before, {now:.4g} after; held-out normals above it {was_out} of {n} before, " in text
+    assert f"{now_out} of {n} after; added normals above it {was_added} of 3 before, {now_added} of 3 after" in text
+    assert f"nut: {record.model_id} is current, it was {before.model_id}" in caplog.text
+    assert fitted_keys == []
+
+
+def test_feedback_is_cumulative_and_the_same_image_counts_once(
+    student: Plant, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = student.store.record("nut").fit.calibration_count
+    copied = f"{student.root}/copy.png"
+    storage.publish(copied, storage.read(student.good(0)[0]))
+    assert student.add([*student.good(0, 1), copied]) == 0
+    first = student.store.record("nut")
+    assert first.fit.calibration_count == held_out + 2
+    assert student.add(student.good(1, 2)) == 0
+    second = student.store.record("nut")
+    assert [each.uri for each in second.added_normals] == student.good(0, 1, 2)
+    assert len(student.calibration().scores) == held_out + 3
+    caplog.clear()
+    assert student.add(student.good(0, 1, 2)) == 0
+    assert "nut: none of the images is new to its model" in caplog.text
+    assert student.store.record("nut") == second
+    # The files are copied: the night's images may be gone by the next fit.
+    for each in second.added_normals:
+        assert storage.digest(storage.read(student.store.normal_uri("nut", each.digest))) == each.digest
+    assert run_models(ModelsOptions(student.store.uri, roll_back=True)) == 0
+    assert student.store.record("nut") == first
+
+
+def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
+    (student.root / "empty.png").write_bytes(b"")
+    rows = [
+        (student.good(0)[0], "nut", "good"),
+        (student.good(1)[0], "screw", "good"),
+        (student.good(2)[0], "../nut", "good"),
+        (student.good(3)[0], "", "good"),
+        (f"{student.root}/empty.png", "nut", "good"),
+        (f"{student.root}/nowhere.png", "nut", "good"),
+        (student.good(4)[0], "nut", "defect"),
+        ("/etc/hostname", "nut", "good"),
+    ]
+    manifest = write(student.root / "marks.csv", rows)
+    before = student.store.record("nut")
+    assert student.fit(add_normals=manifest) == 2
+    assert len(student.store.record("nut").added_normals) == 1
+    assert "1 of 7 images that are marked as good belong to models" in caplog.text
+    assert "only images with label 'good' are added: 1 with label 'defect'" in caplog.text
+    for reason in ("no model for category 'screw'", "holds the character '/'", "the file has no bytes", "see --allow"):
+        assert reason in caplog.text
+    assert "Traceback" not in caplog.text
+    assert student.fit(add_normals=write(student.root / "marks.csv", rows[1:])) == 3
+    assert student.fit(add_normals=write(student.root / "marks.csv", rows[6:7])) == 0
+    assert student.fit(add_normals=str(student.root / "none.csv")) == 3
+    assert student.store.versions("nut").previous[0].model_id == before.model_id
+    assert len(student.store.versions("nut").previous) == 1
+
+
+def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
+    defect = f"{student.root}/nights/nut/test/square/000.png"
+    before = student.calibration().threshold(RATE)
+    assert student.scores([defect]) > before
+    assert student.add([defect]) == 0
+    assert f"look again at the added images that scored highest: {defect} (" in caplog.text
+
+
+def test_a_staged_model_becomes_current_by_rolling_forward(student: Plant) -> None:
+    before = student.store.record("nut")
+    assert student.add(student.good(0), stage=True) == 0
+    assert student.store.record("nut") == before
+    staged = student.store.versions("nut").next[0].model_id
+    assert student.add(student.good(0), stage=True) == 0
+    assert [each.model_id for each in student.store.versions("nut").next] == [staged]
+    # A fit in between reuses the current model.
+    assert student.fit() == 0
+    assert run_models(ModelsOptions(student.store.uri, roll_forward=True)) == 0
+    assert student.store.record("nut").model_id == staged
+
+
+def test_a_fit_keeps_feedback(student: Plant, fitted_keys: list[str]) -> None:
+    student.add(student.good(0, 1))
+    recalibrated = student.store.record("nut")
+    assert student.fit() == 0
+    assert fitted_keys == []
+    assert student.store.record("nut") == recalibrated
+    # With other images, it fits on those that were added too.
+    storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
+    assert student.fit() == 0
+    record = student.store.record("nut")
+    assert fitted_keys == ["nut (seed 0)"]
+    assert record.fit.good_count == 11 + 2
+    assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, True) for uri in student.good(0, 1)]
+    assert student.fit() == 0
+    assert fitted_keys == ["nut (seed 0)"]
+
+
+def test_refit_trains_on_all_added_images(
+    student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = student.store.record("nut")
+    student.add(student.good(0))
+    assert student.add(student.good(1, 2), refit=True) == 0
+    record = student.store.record("nut")
+    assert fitted_keys == ["nut (seed 0)"]
+    assert record.fit.good_count == first.fit.good_count + 3
+    assert [each.fitted for each in record.added_normals] == [True] * 3
+    assert record.fit.calibration_count == record.fit.held_out_count == student.recipe.held_out_count(13)
+    assert not student.store.calibration(record)["is_added"].to_numpy().any()
+    assert f"nut: fitted again on {record.fit.train_count} images, others held out: threshold" in caplog.text
+    assert "of 2 after" in caplog.text
+    assert student.store.versions("nut").previous[0].model_id == first.model_id
+    # Again: nothing is new, and a nightly fit reuses it.
+    assert student.add(student.good(1, 2), refit=True) == 0
+    assert student.fit() == 0
+    assert fitted_keys == ["nut (seed 0)"]
+    assert student.store.record("nut") == record
+
+
+def test_an_added_image_that_is_among_the_training_images_is_not_there_twice(student: Plant) -> None:
+    inside = f"{student.root}/data/nut/train/good/000.png"
+    assert student.add([inside, *student.good(0)], refit=True) == 0
+    record = student.store.record("nut")
+    assert record.fit.good_count == 10 + 1
+    assert len(record.added_normals) == 2
+
+
+def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
+    before = student.store.record("nut")
+    make_category(f"{student.root}/other", "bolt")
+    manifest = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in student.good(0)])
+    options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=manifest, refit=True)
+    assert run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="eager")) == 3
+    assert "its category has no images in --data" in caplog.text
+    assert student.store.record("nut") == before
+
+
+def test_a_fit_does_not_bring_back_what_was_rolled_back(
+    student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = student.store.record("nut")
+    storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
+    student.fit()
+    second = student.store.record("nut")
+    assert second != first
+    run_models(ModelsOptions(student.store.uri, roll_back=True))
+    caplog.clear()
+    assert student.fit() == 0
+    assert student.store.record("nut") == first
+    assert f"model {second.model_id}, of this recipe and these images, was rolled back or staged" in caplog.text
+    assert len(fitted_keys) == 1
+    # Other images make another model, which becomes current.
+    storage.publish(f"{student.root}/data/nut/train/good/newer.png", storage.read(student.good(4)[0]))
+    student.fit()
+    assert student.store.record("nut").model_id not in (first.model_id, second.model_id)
+    assert [each.model_id for each in student.store.versions("nut").previous] == [first.model_id]
+
+
+def test_feedback_of_one_category_changes_no_other(student: Plant) -> None:
+    make_category(f"{student.root}/data", "bolt")
+    student.fit(categories=("bolt",))
+    before = student.store.versions("bolt")
+    student.add(student.good(0))
+    assert student.store.versions("bolt") == before
+    category = mvtec.read_category(f"{student.root}/data", "bolt")
+    stores = {0: student.store.uri}
+    (result,) = fit_categories([category], student.recipe, stores, WorkerOptions(), "eager", False)
+    assert result.record == student.store.record("bolt")
+
+
+def test_storage_that_fails_does_not_lose_feedback(
+    student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student.add(student.good(0))
+    before = student.store.record("nut")
+    storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
+    read = storage.read
+
+    def fail(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+        if uri.endswith("model.json"):
+            raise PermissionError("403 Forbidden")
+        return read(uri, start, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read", fail)
+        assert student.fit() == 3
+    assert "nut (seed 0): failed: " in caplog.text
+    assert fitted_keys == []
+    assert student.store.record("nut") == before
+    # A damaged record cannot say which images were added: the log does.
+    storage.publish(f"{student.store.uri}/nut/{before.model_id}/model.json", b"{")
+    assert student.fit() == 0
+    assert "nut: fitted without the images that were added: " in caplog.text

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stpm.errors import DataError
+from stpm.feedback.marks import read_marks
+
+ROWS = [
+    ("a.png", "nut", "good"),
+    ("b, \"c\"\n=d 'ü' 🦆 .png", "nut", "good"),
+    ("sub/e.png", "bolt", "good"),
+    ("f.png", "nut", "defect"),
+    ("g.png", "nut", "Good"),
+    ("h.png", "nut", ""),
+]
+
+
+def write(path: Path, rows: Sequence[tuple[str, str, str]]) -> str:
+    names = ("uri", "category", "label")
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(dict(zip(names, zip(*rows, strict=True), strict=True))), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([names, *rows])
+    else:
+        path.write_text("".join(f"{json.dumps(dict(zip(names, row, strict=True)))}\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl", ".ndjson"])
+def test_only_images_with_the_label_good_are_good(tmp_path: Path, kind: str) -> None:
+    marks = read_marks(write(tmp_path / f"marks{kind}", [*ROWS, ROWS[0]]))
+    assert marks.good == {
+        "nut": [f"{tmp_path}/{ROWS[0][0]}", f"{tmp_path}/{ROWS[1][0]}"],
+        "bolt": [f"{tmp_path}/sub/e.png"],
+    }
+    assert marks.other == {"defect": 1, "Good": 1, "": 1}
+    assert marks.refused == {}
+    assert read_marks(str(tmp_path / f"marks{kind}"), categories=["bolt"]).good == {"bolt": [f"{tmp_path}/sub/e.png"]}
+
+
+def test_a_manifest_names_only_what_scoring_would_allow(tmp_path: Path) -> None:
+    (tmp_path / "marks").mkdir()
+    outside = [(f"{tmp_path}/x.png", "nut", "good"), ("../x.png", "nut", "good"), ("s3://b/x.png", "nut", "good")]
+    uri = write(tmp_path / "marks" / "m.jsonl", [*outside, ("in.png", "nut", "good"), ("", "nut", "good")])
+    marks = read_marks(uri)
+    assert marks.good == {"nut": [f"{tmp_path}/marks/in.png"]}
+    assert len(marks.refused) == 4
+    assert f"may name only what is under {tmp_path}/marks; see --allow" in marks.refused["s3://b/x.png"]
+    assert marks.refused[uri] == "a row has no uri"
+    assert read_marks(uri, ["s3://b", str(tmp_path)]).good["nut"] == [
+        f"{tmp_path}/x.png",
+        "s3://b/x.png",
+        f"{tmp_path}/marks/in.png",
+    ]
+
+
+def test_an_image_with_two_labels_is_refused(tmp_path: Path) -> None:
+    marks = read_marks(write(tmp_path / "m.jsonl", [("a.png", "nut", "good"), ("a.png", "nut", "defect")]))
+    assert marks.good == marks.other == {}
+    assert marks.refused == {f"{tmp_path}/a.png": "it is marked as 'defect' and as 'good'"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("marks.txt", b"a.png", r"a manifest is a file of \.parquet, "),
+        ("marks.jsonl", b"{", "this manifest cannot be read"),
+        ("marks.csv", b"name,label\na.png,good\n", "no column `uri`"),
+        ("marks.parquet", b"", "this manifest cannot be read"),
+        ("nowhere.jsonl", None, "this manifest cannot be read"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_one_error(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_marks(str(tmp_path / name))
+
+
+def test_a_parquet_file_of_images_is_no_manifest_of_marks(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "label": ["good"]}), tmp_path / "images.parquet")
+    with pytest.raises(DataError, match="no column `uri`; its columns are label"):
+        read_marks(str(tmp_path / "images.parquet"))

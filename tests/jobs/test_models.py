@@ -1,0 +1,116 @@
+"""The models job, on a store of models that were not trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stpm import storage
+from stpm.errors import ConfigError
+from stpm.jobs.models import run_models
+from stpm.method.recipe import Recipe
+from stpm.models.options import ModelsOptions
+from stpm.models.store import ModelStore
+from tests.models.test_store import save
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny: Recipe) -> tuple[ModelStore, list[str]]:
+    """A store with three models of `nut`, the last one current, and one of `bolt`; and their ids."""
+    store = ModelStore(str(tmp_path))
+    records = [save(store, dataclasses.replace(tiny, seed=seed)) for seed in (0, 1, 2)]
+    records.append(save(store, tiny, "bolt"))
+    return store, [record.model_id for record in records]
+
+
+def run(store: ModelStore, *categories: str, **options: Any) -> int:
+    return run_models(ModelsOptions(store.uri, categories, **options))  # type: ignore[arg-type]
+
+
+def test_models_are_listed_with_their_place(
+    store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    models, ids = store
+    before = {uri: storage.read(uri) for uri, _ in storage.files(models.uri)}
+    assert run(models) == 0
+    lines = {line.split()[0]: line for line in caplog.text.splitlines() if line.startswith(("nut-", "bolt-"))}
+    assert lines.keys() == set(ids)
+    # Images: 6 to train on and 2 held out; the validation loss and the largest calibration score.
+    assert lines[ids[2]].split()[1:2] + lines[ids[2]].split()[-4:] == ["current", "8", "5", "0.6000", "0.7"]
+    assert "2 before" in lines[ids[0]]
+    assert "current" in lines[ids[3]]
+    assert {uri: storage.read(uri) for uri, _ in storage.files(models.uri)} == before
+
+
+def test_two_roll_backs_go_two_back_and_forward_returns(store: tuple[ModelStore, list[str]]) -> None:
+    models, ids = store
+    for expected in (ids[1], ids[0]):
+        assert run(models, "nut", roll_back=True) == 0
+        assert models.record("nut").model_id == expected
+    for expected in (ids[1], ids[2]):
+        assert run(models, "nut", roll_forward=True) == 0
+        assert models.load("nut").record.model_id == expected
+
+
+def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_back(
+    store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    models, ids = store
+    assert run(models, roll_back=True) == 2
+    assert f"bolt: failed: no model was current before {ids[3]}" in caplog.text
+    assert models.record("nut").model_id == ids[1]
+    assert run(models, "bolt", roll_back=True) == 3
+    assert run(models, "../nut", "screw") == 3
+    assert run(ModelStore(f"{models.uri}/nowhere")) == 3
+
+
+def test_a_damaged_model_does_not_become_current(
+    store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    models, ids = store
+    storage.publish(f"{models.uri}/nut/{ids[1]}/student.safetensors", b"x")
+    assert run(models, "nut", roll_back=True) == 3
+    assert "its SHA-256 is" in caplog.text
+    assert models.record("nut").model_id == ids[2]
+    storage.publish(f"{models.uri}/nut/{ids[1]}/model.json", b"{")
+    assert run(models, "nut") == 0
+
+
+def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[str]]) -> None:
+    models, ids = store
+    run(models, "nut", roll_back=True)
+    assert models.model_ids("nut") == sorted(ids[:3])
+    extra = storage.read(f"{models.uri}/nut/{ids[0]}/model.json")
+    storage.publish(f"{models.uri}/nut/nut-left-over/model.json", extra)
+    assert run(models, "nut", keep=1) == 0
+    assert models.model_ids("nut") == sorted(ids[:3])
+    run(models, "nut", roll_forward=True)
+    assert run(models, "nut", keep=1) == 0
+    assert models.model_ids("nut") == sorted(ids[1:3])
+    assert not [uri for uri, _ in storage.files(models.folder("nut")) if ids[0] in uri or "left-over" in uri]
+    assert [each.model_id for each in models.versions("nut").previous] == [ids[1]]
+    assert models.load("bolt").record.model_id == ids[3]
+
+
+def test_options_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--roll-back and --roll-forward are both given; give one"):
+        ModelsOptions("m", roll_back=True, roll_forward=True)
+    with pytest.raises(ConfigError, match="keep is -1; give 1 or more, or 0 to remove none"):
+        ModelsOptions("m", keep=-1)
+
+
+def test_a_damaged_list_of_versions_is_replaced_by_the_next_model(
+    store: tuple[ModelStore, list[str]], tiny: Recipe
+) -> None:
+    models, ids = store
+    old = {"model_id": ids[2], "data_fingerprint": "x"}
+    storage.publish(f"{models.uri}/nut/current.json", json.dumps(old).encode())
+    assert run(models, "nut") == 3
+    record = save(models, dataclasses.replace(tiny, seed=9))
+    assert models.record("nut") == record
+    assert models.versions("nut").previous == ()
+    assert len(models.model_ids("nut")) == 4
