@@ -1,6 +1,6 @@
 """Cheap statistics of one decoded image, by which a change of camera, lamp or lens is noticed.
 
-They are taken from a fixed grid of samples and a few bands of rows, so that their cost hardly grows with the image.
+They are taken from a fixed grid of samples and a few rows and columns, so that their cost hardly grows with the image.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ Values = npt.NDArray[np.float32]
 # Samples per side, and samples per side of a cell of the thumbnail: enough to average out a sensor's noise.
 _SAMPLES = 256
 _CELL = 4
-# Rows of a band, and wanted pixels of all bands together.
-_BAND = 16
-_BAND_PIXELS = 2**15
-# Pixels between which the coarse difference is taken.
-_COARSE = 4
+# Rows, and columns, in which sharpness is measured; and the pixels between which the coarse difference is taken.
+_LINES = 32
+_COARSE = 8
 # ITU-R BT.601, as Pillow's mode "L".
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -31,8 +29,8 @@ class ImageStatistics(NamedTuple):
     Args:
         brightness: mean luma, 0 to 255.
         contrast: standard deviation of the luma over its mean (RMS contrast), from 0.
-        sharpness: energy of differences over one pixel as a share of that over four pixels. 1/16 where brightness
-            varies as slowly as a ramp, 1/4 at perfect edges, 1 in noise; a brighter lamp does not change it.
+        sharpness: energy of differences over one pixel as a share of that over eight pixels. 1/64 where brightness
+            varies as slowly as a ramp, 1/8 at perfect edges, 1 in noise; a brighter lamp does not change it.
         red_to_green: mean of the red channel over that of the green channel.
         blue_to_green: mean of the blue channel over that of the green channel.
         position_x: centre of the content, from 0 (left) to 1 (right): of the squared difference of the luma from the
@@ -79,15 +77,13 @@ def _content_centre(luma: Values) -> tuple[float, float]:
 
 
 def _sharpness(image: Image.Image) -> float:
-    width, height = image.size
-    count = max(min(_BAND_PIXELS // (width * _BAND), height // _BAND), 1)
-    tops = np.linspace(0, max(height - _BAND, 0), count).astype(int).tolist()
-    # Most sensors resolve green best.
-    bands = [np.asarray(image.crop((0, y, width, min(y + _BAND, height))).getchannel("G")) for y in tops]
-    # (bands, rows, columns)
-    green = np.stack(bands).astype(np.float32)
-    fine = _energy(green[:, 1:] - green[:, :-1]) + _energy(green[..., 1:] - green[..., :-1])
-    coarse = _energy(green[:, _COARSE:] - green[:, :-_COARSE]) + _energy(green[..., _COARSE:] - green[..., :-_COARSE])
+    # Whole rows and columns at the image's own resolution, which is lost between them. Most sensors resolve green best.
+    rows = image.resize((image.width, min(_LINES, image.height)), Image.Resampling.NEAREST).getchannel("G")
+    columns = image.resize((min(_LINES, image.width), image.height), Image.Resampling.NEAREST).getchannel("G")
+    fine = coarse = 0.0
+    for lines in (np.asarray(rows, np.float32), np.asarray(columns, np.float32).T.copy()):
+        fine += _energy(lines[:, 1:] - lines[:, :-1])
+        coarse += _energy(lines[:, _COARSE:] - lines[:, :-_COARSE])
     return fine / coarse if coarse else 1.0
 
 

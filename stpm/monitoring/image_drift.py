@@ -58,6 +58,7 @@ class _Statistic(NamedTuple):
 _SIZE = Limits(0.02, 0.1)
 _BRIGHTNESS = Limits(0.03, 0.08)
 _CONTRAST = Limits(0.08, 0.2)
+_SHARPNESS = Limits(0.15, 0.3)
 _COLOUR = Limits(0.03, 0.06)
 _POSITION = Limits(0.02, 0.04)
 _IMAGES, _CONTENT = "the images are", "the content lies"
@@ -72,7 +73,7 @@ _STATISTICS = {
     "brightness": _Statistic(_BRIGHTNESS, True, _IMAGES, "brighter", "darker", _LAMP),
     "contrast": _Statistic(_CONTRAST, True, "their contrast is", "higher", "lower", "other light, or a dirty lens?"),
     "sharpness": _Statistic(
-        _CONTRAST, True, "their sharpness is", "higher", "lower", "out of focus, a dirty lens, or noise?"
+        _SHARPNESS, True, "their sharpness is", "higher", "lower", "out of focus, a dirty lens, or noise?"
     ),
     "red_to_green": _Statistic(_COLOUR, True, _IMAGES, "redder", "less red", _WHITE_BALANCE),
     "blue_to_green": _Statistic(_COLOUR, True, _IMAGES, "bluer", "less blue", _WHITE_BALANCE),
@@ -127,24 +128,19 @@ def compare_statistics(night: Mapping[str, FloatArray], good: Mapping[str, Float
         good: one value for each good image, at least one.
     """
     for name, statistic in _STATISTICS.items():
-        whole = _whole_night(name, statistic, night[name], good[name])
-        if whole.level != "fine":
-            yield whole
-        else:
-            yield from _part_of_night(name, statistic, night[name], good[name])
+        samples = night[name], good[name]
+        yield from list(_whole_night(name, statistic, *samples)) or _part_of_night(name, statistic, *samples)
 
 
-def _whole_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Change:
+def _whole_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Iterator[Change]:
+    """Report that the night's median moved."""
     shift = float(np.median(night) - np.median(good))
     change = shift / statistic.unit(good)
     levels = statistic.limits.level(abs(change)), _DEVIATIONS.level(abs(shift) / max(_deviation(good), 1e-9))
-    return Change(
-        name,
-        min(levels, key=_LEVELS.index),
-        compare_samples(night, good).p_value,
-        abs(change) / statistic.limits.act,
-        f"{statistic.describe(change)} than in training: {statistic.cause}",
-    )
+    if (level := min(levels, key=_LEVELS.index)) != "fine":
+        p_value = compare_samples(night, good).p_value
+        text = f"{statistic.describe(change)} than in training: {statistic.cause}"
+        yield Change(name, level, p_value, abs(change) / statistic.limits.act, text)
 
 
 def _part_of_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Iterator[Change]:

@@ -44,17 +44,16 @@ def test_means_are_those_of_all_pixels(rng: np.random.Generator) -> None:
 
 
 def test_sharpness_is_the_ratio_of_the_energies_of_fine_and_coarse_differences(rng: np.random.Generator) -> None:
-    """In an image of one band, all pixels are taken."""
-    green = rng.integers(0, 256, (16, 90)).astype(np.uint8)
+    """In an image of few rows and columns, all of them are taken."""
+    green = rng.integers(0, 256, (32, 32)).astype(np.uint8)
     values = green.astype(float)
     fine, coarse = (
-        sum(((values[d:] - values[:-d]) ** 2).mean() + ((values[:, d:] - values[:, :-d]) ** 2).mean() for d in (step,))
-        for step in (1, 4)
+        ((values[d:] - values[:-d]) ** 2).mean() + ((values[:, d:] - values[:, :-d]) ** 2).mean() for d in (1, 8)
     )
     assert compute(np.stack([green] * 3, axis=-1)).sharpness == pytest.approx(fine / coarse)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("ramp", 1 / 16), ("edge", 1 / 4), ("noise", 1.0)])
+@pytest.mark.parametrize(("kind", "expected"), [("ramp", 1 / 64), ("edge", 1 / 8), ("noise", 1.0)])
 def test_sharpness_of_a_ramp_an_edge_and_noise(rng: np.random.Generator, kind: str, expected: float) -> None:
     column = {"ramp": np.arange(200), "edge": np.where(np.arange(200) < 100, 20, 200), "noise": np.zeros(200)}[kind]
     pixels = np.repeat(np.tile(column, (200, 1)).astype(np.uint8)[..., None], 3, axis=2)
