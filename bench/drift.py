@@ -8,10 +8,11 @@ night has 1,000 images, of which 3 % are defective, and follows five clean night
 that share one calibration of 200 images. Defects are the category's test images: with a model store their p-values are
 those of its model, and otherwise 80 % of them count as found.
 
-A fault counts as named if the first reason of the verdict names it; in brackets how often the verdict is to act. Then
-the good test images, taken at another time than the training images, are judged as one night. With a model store, the
-last table has the share of them that are alarms of the model at a requested rate of 1 % while the camera has the fault:
-whether a fault matters.
+A false verdict among those of 30 nights of all categories together has a probability of 5 %. A fault counts as named
+if the first reason of the verdict names it; in brackets how often the verdict is to act. Then the good test images,
+taken at another time than the training images, are judged as one night. With a model store, the last table has the
+share of them that are alarms of the model at a requested rate of 1 % while the camera has the fault: whether a fault
+matters.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ _NIGHT = 1000
 _USUAL_DEFECTS = 0.03
 _FOUND = 0.8
 _EARLIER = 5
-_MAX_IMAGES = 200
+_MAX_IMAGES = 140
 _MAX_SCORED = 30
+# Nights whose verdicts are given together, on one page.
+_NIGHTS = 30
 _LAST_DATE = datetime.date(2026, 11, 24)
 
 
@@ -270,7 +273,8 @@ def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[li
     anything = (*COMPARED, "images", "repeated", "errors", "alarms", "scores")
 
     def row(kind: str, size: str, names: Sequence[str], number: int, make: Callable[[Nights], Any]) -> list[str]:
-        counts = [count_named(partial(make, each), names, number, len(products)) for each in nights]
+        tests = _NIGHTS * len(products)
+        counts = [count_named(partial(make, each), names, number, tests) for each in nights]
         return [kind, size, *(f"{count.named} ({count.act})" for count in counts)]
 
     for number, fault in enumerate(camera_faults()):
@@ -296,7 +300,7 @@ def main() -> None:
     print(f"verdicts that name the fault first, of {options.plantings} (to act)")
     print(tabulate(list(rows(products, options.plantings, options.clean)), ["fault", "size", *names], "github"))
     for product in products:
-        found = verdict(*Nights(product, 0).test(), tests=len(products))
+        found = verdict(*Nights(product, 0).test(), tests=_NIGHTS * len(products))
         print(f"{product.name}, {len(product.test)} good test images: {found.level} {'; '.join(found.reasons)}")
     if options.models:
         print(f"\nalarms of good test images, {_FALSE_ALARM_RATE:.0%} requested")
