@@ -71,9 +71,11 @@ _STATISTICS = {
     "width": _Statistic(_SIZE, True, _IMAGES, "wider", "narrower", _RESOLUTION),
     "height": _Statistic(_SIZE, True, _IMAGES, "taller", "less tall", _RESOLUTION),
     "brightness": _Statistic(_BRIGHTNESS, True, _IMAGES, "brighter", "darker", _LAMP),
-    "contrast": _Statistic(_CONTRAST, True, "their contrast is", "higher", "lower", "other light, or a dirty lens?"),
+    "contrast": _Statistic(
+        _CONTRAST, True, "their contrast is", "higher", "lower", "has the light changed, or is the lens dirty?"
+    ),
     "sharpness": _Statistic(
-        _SHARPNESS, True, "their sharpness is", "higher", "lower", "out of focus, a dirty lens, or noise?"
+        _SHARPNESS, True, "their sharpness is", "higher", "lower", "has the focus changed, or is the lens dirty?"
     ),
     "red_to_green": _Statistic(_COLOUR, True, _IMAGES, "redder", "less red", _WHITE_BALANCE),
     "blue_to_green": _Statistic(_COLOUR, True, _IMAGES, "bluer", "less blue", _WHITE_BALANCE),

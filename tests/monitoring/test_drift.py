@@ -96,7 +96,10 @@ def test_scores_that_moved_are_named(line: Line) -> None:
     [
         ({"brightness": 1.11}, "the images are 11 % brighter than in training: has the lamp or the exposure changed?"),
         ({"brightness": 0.9}, "the images are 10 % darker than in training"),
-        ({"sharpness": 0.6}, "their sharpness is 40 % lower than in training: out of focus, a dirty lens, or noise?"),
+        (
+            {"sharpness": 0.6},
+            "their sharpness is 40 % lower than in training: has the focus changed, or is the lens dirty?",
+        ),
         (
             {"position_x": 0.9},
             "the content lies 5.0 % of the width further left than in training: was the camera",
