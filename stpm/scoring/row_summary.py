@@ -22,9 +22,9 @@ T = TypeVar("T")
 # Images with an error that a summary names.
 _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
-_PARTS = ["student_score", "memory_score"]
+PARTS = ["student_score", "memory_score"]
 # Columns that a summary is made from.
-COLUMNS = [*_ERROR_COLUMNS, *_PARTS, "image_id", "category", "score", "p_value", "threshold", "is_anomalous", "bytes"]
+COLUMNS = [*_ERROR_COLUMNS, *PARTS, "image_id", "category", "score", "p_value", "threshold", "is_anomalous", "bytes"]
 # Thresholds are at least this in the division by them.
 _MIN_THRESHOLD = 1e-30
 
@@ -172,7 +172,7 @@ def _count_p_values(rows: pa.Table) -> dict[str, dict[float, int]]:
 
 def _rank(rows: pa.Table, file: str, max_ranked: int) -> list[RankedImage]:
     """Select the rows whose scores exceed their model's threshold the most."""
-    scored = rows.select(["image_id", "score", "threshold", *_PARTS]).filter(pc.field("score").is_valid())
+    scored = rows.select(["image_id", "score", "threshold", *PARTS]).filter(pc.field("score").is_valid())
     images = zip(excess(scored).tolist(), scored["image_id"].to_pylist(), strict=True)
     return [RankedImage(*image, file) for image in heapq.nlargest(max_ranked, images)]
 
@@ -183,7 +183,7 @@ def excess(scored: pa.Table) -> npt.NDArray[np.float64]:
     A sum of parts has the same scale in all models: take the difference. Otherwise divide it by the threshold.
     """
     scores, thresholds = (scored[name].cast(pa.float64()).to_numpy() for name in ("score", "threshold"))
-    is_sum = np.any([scored[name].is_valid().to_numpy() for name in _PARTS], axis=0)
+    is_sum = np.any([scored[name].is_valid().to_numpy() for name in PARTS], axis=0)
     scales = np.where(is_sum, 1.0, np.maximum(np.abs(thresholds), _MIN_THRESHOLD))
     above: npt.NDArray[np.float64] = (scores - thresholds) / scales
     return above

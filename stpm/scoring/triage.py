@@ -21,12 +21,12 @@ from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import written_by
 from stpm.scoring.resuming.segments import committed_segments, scan_rows
-from stpm.scoring.row_summary import RankedImage, RowSummary
+from stpm.scoring.row_summary import PARTS, RankedImage, RowSummary
 from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
-_SCORES = ["score", "student_score", "memory_score", "threshold", "p_value", "is_anomalous"]
-_COLUMNS = ["image_id", "uri", "category", *_SCORES, "peak_x", "peak_y", *_HEATMAP]
+_VALUES = ["score", *PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
+_COLUMNS = ["image_id", "uri", "category", "model_id", *_VALUES, *_HEATMAP]
 # Pixels of a picture's shorter and longer side, at most.
 _MAX_SHORT_SIDE, _MAX_LONG_SIDE = 256, 1024
 _READERS = 8
@@ -51,16 +51,16 @@ def write_triage(
     rows = most_anomalous(output, max_images)
     cut_off = discoveries.cut_off if discoveries else 0.0
     with ThreadPoolExecutor(_READERS) as pool:
-        pictures = list(pool.map(lambda row: _picture(output, row, preprocessing[row["category"]]), rows))
+        pictures = list(pool.map(lambda row: picture(output, row, preprocessing[row["category"]]), rows))
     shown = [
-        row | {"picture": picture, "parts": score_parts(row), "is_discovery": row["p_value"] <= cut_off}
-        for row, picture in zip(rows, pictures, strict=True)
+        row | {"picture": drawn, "parts": score_parts(row), "is_discovery": row["p_value"] <= cut_off}
+        for row, drawn in zip(rows, pictures, strict=True)
     ]
     page = template("scoring/triage.html").render(rows=shown, folder=output.folder, discoveries=discoveries)
     storage.publish(output.triage, with_script_hash(page).encode())
 
 
-def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
+def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
     """Draw an image with its heatmap, if there is one, as a data URI; return "" if the image cannot be read."""
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
@@ -72,7 +72,7 @@ def _picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preproces
 
 
 def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Read the rows whose scores exceed their model's threshold the most, in that order."""
+    """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`."""
     segments = committed_segments(output)
     summary = RowSummary.total(segments.values(), max_images)
     if not segments or summary.max_ranked < max_images:
@@ -90,7 +90,7 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     for uri in output.files():
         if ids := wanted.get(written_by(uri)):
             rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
-    return [rows[image.image_id] for image in images]
+    return [rows[image.image_id] | {"excess": image.excess} for image in images]
 
 
 def _read_rows(output: RunOutput, uri: str, image_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
