@@ -25,10 +25,9 @@ from sklearn.metrics import roc_auc_score
 from stpm import storage
 from stpm.data import images, mvtec
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
-from stpm.evaluation.pixels import PixelCounts, count_pixels
+from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.method import backbones
 from stpm.method.forward import Matcher, pick_device, resolve_precision
-from stpm.method.fusion import Map
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.scoring.resuming.run_state import RunState
@@ -43,8 +42,6 @@ _MAPS_AT_ONCE = 16
 _SAMPLE_SECONDS = 0.2
 # Reading a process's memory is slow.
 _SAMPLES_PER_MEMORY = 15
-
-Mask = npt.NDArray[np.bool_]
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MEMORY_BUDGET, METRICS, Mask, make_parser, matcher_from, read_mask
+from common import MEMORY_BUDGET, METRICS, make_parser, matcher_from, read_mask
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
@@ -34,7 +34,7 @@ from stpm import storage
 from stpm.data import images, mvtec
 from stpm.data.encode import encode_png
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
-from stpm.evaluation.pixels import PixelCounts, count_pixels
+from stpm.evaluation.pixels import Mask, PixelCounts, count_pixels
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
 from stpm.fitting.teacher_features import TeacherFeatures

@@ -25,8 +25,8 @@ from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 
 # The columns that `ground_truth` reads.
-IMAGE_COLUMNS = ("uri", "label", "mask", "width", "height")
-_COLUMNS = (*IMAGE_COLUMNS, "score", "threshold", "is_anomalous", "error_kind", "error_message")
+GROUND_TRUTH_COLUMNS = ("uri", "label", "mask", "width", "height")
+_COLUMNS = (*GROUND_TRUTH_COLUMNS, "score", "threshold", "is_anomalous", "error_kind", "error_message")
 # A map at original size may have a hundred times as many pixels.
 _BATCH_SIZE = {"model": 16, "original": 1}
 

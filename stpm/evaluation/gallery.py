@@ -17,7 +17,7 @@ from stpm.data import images
 from stpm.data.encode import encode_jpeg, encode_png
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError
-from stpm.evaluation.category import IMAGE_COLUMNS, ScoredCategory, ground_truth
+from stpm.evaluation.category import GROUND_TRUTH_COLUMNS, ScoredCategory, ground_truth
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
 from stpm.scoring.inputs.archives import read_uri
@@ -28,7 +28,7 @@ _COUNT = 4
 _SHEET_SIZE, _GALLERY_SIZE, _GAP, _CAPTION = 256, 160, 8, 22
 _OUTLINE = (0, 255, 255)
 _SCORES = ("score", "student_score", "memory_score", "is_anomalous")
-_COLUMNS = (*IMAGE_COLUMNS, *_SCORES, "heatmap", "heatmap_png")
+_COLUMNS = (*GROUND_TRUTH_COLUMNS, *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
 

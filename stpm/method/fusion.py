@@ -23,14 +23,14 @@ from torch.nn.functional import interpolate
 from stpm.method.calibration import DistanceScale
 from stpm.method.recipe import FusionMethod
 
-Map = npt.NDArray[np.float32]
+Float32Array = npt.NDArray[np.float32]
 
 _EPS = 1e-12
 # Numbers of distances that are sampled: enough for quantiles.
 _MIN_SAMPLES, _MAX_SAMPLES, _MAX_SAMPLES_IN_ALL = 16, 1024, 256 * 1024
 
 
-def sample_distances(distances: Tensor, valid: Tensor | None = None, images_in_all: int = 0) -> list[Map]:
+def sample_distances(distances: Tensor, valid: Tensor | None = None, images_in_all: int = 0) -> list[Float32Array]:
     """Sample the distances on each image, evenly spaced over the positions that count.
 
     Args:
@@ -79,9 +79,9 @@ class AnomalyMap:
     The parts' maps are None where the total is a product, or the model has no such part.
     """
 
-    total: Map
-    student: Map | None = None
-    memory: Map | None = None
+    total: Float32Array
+    student: Float32Array | None = None
+    memory: Float32Array | None = None
 
     def smoothed(self, sigma: float) -> AnomalyMap:
         """Smooth the map by a Gaussian that is cut off at three standard deviations; borders are repeated.
@@ -148,7 +148,7 @@ def _add(maps: Sequence[Tensor], valid: Sequence[Tensor | None], size: tuple[int
     return torch.stack([upsample(d, size, v) for d, v in by_shape.values()]).sum(dim=0)
 
 
-def _mean(values: Map, indices: npt.NDArray[np.int64]) -> float:
+def _mean(values: Float32Array, indices: npt.NDArray[np.int64]) -> float:
     return float(values.ravel()[indices].mean(dtype=np.float64))
 
 

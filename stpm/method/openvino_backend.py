@@ -117,6 +117,7 @@ def _convert_architecture(architecture: str, levels: tuple[int, ...], height: in
 
 
 def _convert(backbone: Backbone, height: int, width: int) -> Any:
+    """Convert a backbone as `openvino.convert_model` does, but keep each weight a constant that can be replaced."""
     openvino = _import_openvino()
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
