@@ -31,14 +31,14 @@ def link(uris: list[str], folder: Path) -> None:
 
 
 def prepare(data: str, names: list[str], train_images: int, work: Path) -> None:
-    """Make the data set to fit on, and the two nights as <work>/<night>/<category>/<good or defect>/."""
+    """Make the data set to fit on, and the two nights as <work>/nights/<night>/<category>/<good or defect>/."""
     for name in names:
         category = mvtec.read_category(data, name)
         link([uri for uri, _ in category.train[:train_images]], work / "data" / name / "train" / "good")
         for label in (mvtec.GOOD, "defect"):
             uris = [image.uri for image in category.test if (image.label == mvtec.GOOD) == (label == mvtec.GOOD)]
             for night in (5, 6):
-                link(uris[night - 5 :: 2], work / f"night-{night}" / name / label)
+                link(uris[night - 5 :: 2], work / "nights" / f"night-{night}" / name / label)
 
 
 def run(name: str, options: dict[str, object], *flags: str) -> None:
@@ -51,13 +51,16 @@ def run(name: str, options: dict[str, object], *flags: str) -> None:
         raise SystemExit(done.stderr)
 
 
-def score(work: Path, night: int, out: str) -> list[dict[str, object]]:
-    """Score a night, and return its rows, each with its label."""
-    options = {"models": work / "models", "images": work / f"night-{night}", "out": work / out}
-    pattern = {"category-from": "{category}/{truth}/{name}", "heatmaps": "none", "top": 0}
-    run("score", options | pattern)
+def score(work: Path, images: Path, out: str) -> list[dict[str, str]]:
+    """Score a folder, and return a row for each image, with its night, label and verdict."""
+    options = {"models": work / "models", "images": images, "out": work / out, "heatmaps": "none", "top": 0}
+    run("score", options | {"category-from": "{category}/{truth}/{name}"})
     table = RunOutput.single(str(work / out)).dataset().to_table(columns=["uri", "category", "is_anomalous"])
-    return [row | {"label": row["uri"].split("/")[-2]} for row in table.to_pylist()]
+    rows = []
+    for row in table.to_pylist():
+        night, _, label, _ = row["uri"].split("/")[-4:]
+        rows.append(row | {"night": night, "label": label})
+    return rows
 
 
 def main() -> None:
@@ -72,14 +75,15 @@ def main() -> None:
     prepare(arguments.data, names, arguments.train_images, work)
     fit: dict[str, object] = {"data": work / "data", "models": work / "models", "teacher": "demo"}
     run("fit", fit)
-    nights = {"night 5": score(work, 5, "scored-5"), "night 6, before": score(work, 6, "scored-6-before")}
-    marked = [row for row in nights["night 5"] if row["is_anomalous"] and row["label"] == mvtec.GOOD]
+    before = score(work, work / "nights", "scored-before")
+    nights = {night: [row for row in before if row["night"] == night] for night in ("night-5", "night-6")}
+    marked = [row for row in nights["night-5"] if row["is_anomalous"] and row["label"] == mvtec.GOOD]
     marks = work / "marks.jsonl"
     marks.write_text("".join(f"{json.dumps({k: row[k] for k in ('uri', 'category', 'label')})}\n" for row in marked))
     if not arguments.refit:
         del fit["data"]
     run("fit", fit | {"add-normals": marks}, *(["--refit"] if arguments.refit else []))
-    nights["night 6, after"] = score(work, 6, "scored-6-after")
+    nights["night-6, with feedback"] = score(work, work / "nights" / "night-6", "scored-after")
     for night, rows in nights.items():
         for name in names:
             counts = Counter((row["label"], bool(row["is_anomalous"])) for row in rows if row["category"] == name)

@@ -109,7 +109,7 @@ class RunState:
         if "summary" not in self._values:
             raise DataError(f"{self.uri}: no record of a finished run; run the score job first")
         values = self._values["summary"]
-        found = values["discoveries"]
+        found = values.get("discoveries")
         parts = {
             "statistics": RunStatistics(**values["statistics"]),
             "discoveries": Discoveries(**found) if found else None,
