@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
@@ -20,8 +21,13 @@ import requests
 from moto.server import ThreadedMotoServer
 
 from stpm import storage
+from stpm.data.mvtec import read_category
+from stpm.fitting.fit_category import fit_category
+from stpm.fitting.task import FitTask
+from stpm.method.backbones import load_teacher_weights
+from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
-from tests.conftest import REPOSITORY
+from tests.conftest import LIMITS, REPOSITORY, TINY
 from tests.datasets import encode_image
 
 # A recipe that fits in seconds.
@@ -81,10 +87,13 @@ def wait_for_success(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def fit(data: object, models: object, *options: str, **extra: str) -> None:
-    """Fit a tiny model for each category of a data set, for one epoch."""
-    arguments = ["--data", str(data), "--models", str(models), "--epochs", "1", *TINY_RECIPE, *options]
-    assert run_job("fit", *arguments, **extra).returncode == 0
+def fit(data: object, models: object, category: str = "nut", **changes: Any) -> None:
+    """Fit a tiny model of one category, for one epoch, in this process: the fit job would start Ray for it."""
+    recipe, store = dataclasses.replace(TINY, epochs=1, **changes), storage.absolute(str(models))
+    train = read_category(storage.absolute(str(data)), category).train
+    digest = ModelStore(store).put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    result = fit_category(FitTask(category, train, recipe, store, digest), LIMITS, lambda message: None)
+    assert result.record, result.reason
 
 
 def make_images(folder: str, count: int, broken: Sequence[int] = ()) -> None:

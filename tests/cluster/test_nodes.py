@@ -73,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed_rows(root: Path, cluster: Cluster, client: dict[str, str]) -> Path:
     """Score the collection without any disturbance, and check that each node works, and the head does not."""
-    fit(root / "data", root / "models", "--categories", "a", "--mounted", str(root), **client)
+    fit(root / "data", root / "models", "a")
     process = start_job("score", *score_options(root, root / "out"), **client)
     nodes = [cluster.head_node, *cluster.worker_nodes]
     seen: set[tuple[int, str]] = set()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
+from stpm.options import Size
 from tests.cluster.conftest import fit, make_images, read_rows, run_job, start_job
 from tests.datasets import make_category
 
@@ -27,7 +28,7 @@ def rows(out: Path) -> dict[str, tuple[float, bytes]]:
 
 def test_scoring_with_a_full_object_store_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_category(str(tmp_path / "data"), "nut")
-    fit(tmp_path / "data", tmp_path / "models", "--size", "320")
+    fit(tmp_path / "data", tmp_path / "models", size=Size("320"))
     make_images(str(tmp_path / "images"), IMAGES)
     options = ["--models", str(tmp_path / "models"), "--images", str(tmp_path / "images"), "--category", "nut"]
     options += ["--raw-maps", "--heatmaps", "none", "--top", "0"]
