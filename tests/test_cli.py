@@ -19,6 +19,7 @@ from stpm.errors import ConfigError
 from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.method.recipe import PRESETS, Recipe
 from tests.conftest import REPOSITORY
+from tests.datasets import make_category
 
 
 def job(name: str) -> Job:
@@ -212,6 +213,40 @@ def test_a_job_with_invalid_options_prints_one_line_and_exits_with_1(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["fit", "--data", "nowhere", "--models", "m"], 3, "nowhere: no such folder"),
+        (["fit", "--data", "data", "--models", "m", "--categories", "bolt"], 3, "no category bolt; there are nut"),
+        (["fit", "--data", "data", "--models", "m", "--epochs", "0"], 1, "epochs is 0; give at least 1"),
+        (["fit", "--data", "data", "--models", "m", "--teacher", "resnet81.x"], 1, "is not an architecture of timm"),
+        (["fit", "--data", "data", "--models", "m", "--teacher-weights", "w.pth"], 1, "w.pth: cannot be read"),
+        ([*SCORE, "data", "--out", "o"], 3, "no model for category"),
+        (["benchmark", "--data", "nowhere", "--out", "o"], 3, "nowhere: no such folder"),
+        (["benchmark", "--data", "weird://x", "--out", "o"], 1, "weird://x"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(
+    words: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_category("data", "nut", train=2, good=0, defects=0)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as exit_:
+        run_job(job(words[0]))
+    assert exit_.value.code == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out
+    assert not list(Path().rglob("model.json"))
 
 
 def fill_the_disk() -> int:
