@@ -22,27 +22,21 @@ from stpm.models.record import ModelRecord, library_versions
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
 _COUNTS = ("train_count", "held_out_count", "good_count", "defect_count", "error_count")
-
-
-def _columns(kind: pa.DataType, *names: str) -> list[tuple[str, pa.DataType]]:
-    return [(name, kind) for name in names]
-
-
-_METRIC_COLUMNS = [
-    *_columns(pa.string(), "category"),
-    *_columns(pa.int64(), "seed"),
-    *_columns(pa.float64(), *METRICS, "pixel_error"),
-    *_columns(pa.int64(), "good_count", "defect_count"),
-]
-_DEFECTS_SCHEMA = pa.schema([*_METRIC_COLUMNS, *_columns(pa.string(), "defect")])
+_METRIC_TYPES = {
+    "category": pa.string(),
+    "seed": pa.int64(),
+    **dict.fromkeys((*METRICS, "pixel_error"), pa.float64()),
+    **dict.fromkeys(("good_count", "defect_count"), pa.int64()),
+}
+_DEFECTS_SCHEMA = pa.schema({**_METRIC_TYPES, "defect": pa.string()})
 _REPORT_SCHEMA = pa.schema(
-    [
-        *_METRIC_COLUMNS,
-        *_columns(pa.int64(), "error_count", "train_count", "held_out_count", "calibration_count"),
-        *_columns(pa.int64(), "epochs", "kept_epoch"),
-        *_columns(pa.float64(), *_FIT_METRICS),
-        *_columns(pa.string(), "input_size", "precision", "device", "model_id"),
-    ]
+    {
+        **_METRIC_TYPES,
+        **dict.fromkeys(("error_count", "train_count", "held_out_count", "calibration_count"), pa.int64()),
+        **dict.fromkeys(("epochs", "kept_epoch"), pa.int64()),
+        **dict.fromkeys(_FIT_METRICS, pa.float64()),
+        **dict.fromkeys(("input_size", "precision", "device", "model_id"), pa.string()),
+    }
 )
 
 
