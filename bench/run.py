@@ -117,7 +117,7 @@ class Bench:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def fit(self, recipe: Recipe) -> tuple[Path, float]:
-        """Fit the category in one process, without Ray; return the model store, and the seconds of that process."""
+        """Fit the category, or a part of it if small, without Ray; return the model store, and the process's seconds."""
         store, train = self.new_folder(), self.category.train[: _SMALL_TRAIN if self.arguments.small else None]
         digest = ModelStore(str(store)).put_teacher(load_teacher_weights(recipe.teacher, "", recipe.levels))
         task = FitTask(self.category.name, train, recipe.for_image_count(len(train)), str(store), digest, self.backend)
@@ -323,15 +323,15 @@ def main() -> None:
     parser.add_argument("--image-counts", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="of `growth`")
     parser.add_argument("--category-counts", type=int, nargs="+", default=[1, 15, 200], help="of `growth`")
     parser.add_argument("--nodes", type=int, default=0, help="nodes of a local cluster for `growth` (default: none)")
-    parser.add_argument("--small", action="store_true", help="only what takes seconds, for CI")
+    parser.add_argument("--small", action="store_true", help="fit few images, one model, no jobs in `first`: for CI")
     arguments = parser.parse_args()
     arguments.data = storage.absolute(arguments.data)
     backend = resolve_backend(arguments.backend, on_gpu=False)
     print(json.dumps(describe_machine() | {"backend": backend}), flush=True)
     category = mvtec.read_category(arguments.data, arguments.category)
     found: dict[tuple[str, str, str], list[list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(arguments.repeats):
+    for seed in range(arguments.repeats):
+        with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder), arguments, category, backend, seed)
             for section in arguments.sections:
                 for measured in SECTIONS[section](bench):
