@@ -117,7 +117,7 @@ class Bench:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def fit(self, recipe: Recipe) -> tuple[Path, float]:
-        """Fit the category, or a part of it if small, without Ray; return the model store, and the process's seconds."""
+        """Fit the category (if small, a part of it) in one process, without Ray; return the store, and its seconds."""
         store, train = self.new_folder(), self.category.train[: _SMALL_TRAIN if self.arguments.small else None]
         digest = ModelStore(str(store)).put_teacher(load_teacher_weights(recipe.teacher, "", recipe.levels))
         task = FitTask(self.category.name, train, recipe.for_image_count(len(train)), str(store), digest, self.backend)
