@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -56,27 +57,34 @@ class Size(str):
         return int(height), int(width)
 
 
-def option(default: T, text: str, *, required: bool = False) -> T:
+def option(default: T, text: str, *, required: bool = False, minimum: float = -math.inf) -> T:
     """Declare a dataclass field as an option.
 
     Args:
         default: value of the option if the user gives none.
         text: help text; it names the unit.
-        required: the user has to give a value, which `check_required` checks.
+        required: the user has to give a value.
+        minimum: the smallest valid value. `check_options` checks both.
     """
-    field: T = dataclasses.field(default=default, metadata={"help": text, "required": required})
+    metadata = {"help": text, "required": required, "minimum": minimum}
+    field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
-def check_required(options: Any) -> None:
-    """Check in an option dataclass's `__post_init__` that the required options are given.
+def check_options(options: Any) -> None:
+    """Check in an option dataclass's `__post_init__` that required options are given, and numbers not too small.
 
     Raises:
-        ConfigError: if one is empty.
+        ConfigError: if a required option is empty, or a number is below its minimum.
     """
     required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
     if missing := [f"--{name}" for name in required if not getattr(options, name)]:
         raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
+    for field in dataclasses.fields(options):
+        value, minimum = getattr(options, field.name), field.metadata["minimum"]
+        # Written so that NaN fails.
+        if minimum > -math.inf and not value >= minimum:
+            raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give {minimum} or more")
 
 
 WantedBackend = Literal["auto", "eager", "openvino"]
@@ -99,7 +107,7 @@ class ClusterOptions:
     first_node: Literal["gpu", "cpu"] = option(
         "gpu", "the kind of node to ask for, and to wait for, where a cluster starts its nodes on demand and has none"
     )
-    node_minutes: float = option(15.0, "minutes to wait for that first node")
+    node_minutes: float = option(15.0, "minutes to wait for that first node", minimum=0)
     backend: WantedBackend = option(
         "auto",
         "what computes features on a CPU: eager, which is PyTorch, or openvino, faster than PyTorch there "
@@ -108,5 +116,4 @@ class ClusterOptions:
     plan: bool = option(False, "print what would run on each node of the cluster, and do nothing")
 
     def __post_init__(self) -> None:
-        if not self.node_minutes >= 0:
-            raise ConfigError(f"node-minutes is {self.node_minutes}; give 0 or more")
+        check_options(self)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stpm.errors import ConfigError
-from stpm.options import Names, check_required, option
+from stpm.options import Names, check_options, option
 
 MasksAt = Literal["model", "original"]
 
@@ -29,7 +28,7 @@ class EvaluateOptions:
     out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
 
     def __post_init__(self) -> None:
-        check_required(self)
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class ReportOptions:
         "image_false_alarm_rate is a limit from above. Exit code 2 if one is not",
     )
     baseline: str = option("", "report.json of an earlier run, whose values must be reached")
-    tolerance: float = option(0.01, "how far a value may fall short of the baseline's")
+    tolerance: float = option(0.01, "how far a value may fall short of the baseline's", minimum=0)
 
     def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise ConfigError(f"tolerance is {self.tolerance}; give 0 or more")
+        check_options(self)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stpm.errors import ConfigError
 from stpm.method.calibration import check_false_alarm_rate
-from stpm.options import WAIT_HELP, Names, check_required, option
+from stpm.options import WAIT_HELP, Names, check_options, option
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FitOptions:
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
-        check_required(self)
+        check_options(self)
         if not self.add_normals and (given := [n for n in ("refit", "stage", "allow") if getattr(self, n)]):
             raise ConfigError(f"--{given[0]} is given without --add-normals; give both")
         if not self.data and (self.refit or not self.add_normals):
@@ -68,20 +68,27 @@ class WorkerOptions:
         0,
         "workers that fit in parallel; 0: one per category and seed, but no more than the GPUs (see "
         "--gpus-per-worker), or without GPUs the CPU cores, allow",
+        minimum=0,
     )
-    gpus_per_worker: float = option(1.0, "GPUs per worker, such as 0.5, where the cluster has GPUs; 0: use CPUs")
+    gpus_per_worker: float = option(
+        1.0, "GPUs per worker, such as 0.5, where the cluster has GPUs; 0: use CPUs", minimum=0
+    )
     cpus_per_worker: int = option(
         0,
         "CPU cores per worker, with one thread each; 0: as many as the number of workers leaves to each, at most 8",
+        minimum=0,
     )
     worker_memory_gib: float = option(
         0.0,
         "memory per worker, in GiB, for decoded images (beyond it they go to a file), and for the teacher's features "
         "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's memory, divided by its "
         "workers",
+        minimum=0,
     )
     checkpoint_seconds: float = option(
-        30.0, "minimum seconds between checkpoints of a fit, which are made at the end of an epoch; 0: every epoch"
+        30.0,
+        "minimum seconds between checkpoints of a fit, which are made at the end of an epoch; 0: every epoch",
+        minimum=0,
     )
     resize_seconds: float = option(
         60.0,
@@ -89,15 +96,6 @@ class WorkerOptions:
     )
 
     def __post_init__(self) -> None:
-        remedies = {
-            "workers": "give 1 or more, or 0 to take what the cluster has",
-            "cpus_per_worker": "give at least 1, or 0 to use as many as the cluster has for it",
-            "gpus_per_worker": "give 0 or more",
-            "worker_memory_gib": "give a number above 0, or 0 to divide the node's memory",
-            "checkpoint_seconds": "give 0 or more",
-        }
-        for name, remedy in remedies.items():
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; {remedy}")
+        check_options(self)
         if not self.resize_seconds > 0:
             raise ConfigError(f"resize-seconds is {self.resize_seconds}; give more than 0")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stpm.errors import ConfigError
 from stpm.method.calibration import check_false_alarm_rate
-from stpm.options import WAIT_HELP, Names, check_required, option
+from stpm.options import WAIT_HELP, Names, check_options, option
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,13 @@ class ModelsOptions:
         0,
         "remove the models of each category, except the current one, this many before it, and those after it; "
         "0: remove none",
+        minimum=0,
     )
     false_alarm_rate: float = option(0.01, "rate whose thresholds are listed, 0 to 1")
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
-        check_required(self)
+        check_options(self)
         check_false_alarm_rate(self.false_alarm_rate)
         if self.roll_back and self.roll_forward:
             raise ConfigError("--roll-back and --roll-forward are both given; give one")
-        if self.keep < 0:
-            raise ConfigError(f"keep is {self.keep}; give 1 or more, or 0 to remove none")

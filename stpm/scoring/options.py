@@ -8,7 +8,7 @@ from typing import Literal
 from stpm.errors import ConfigError
 from stpm.method.calibration import check_false_alarm_rate
 from stpm.method.false_discovery import check_false_discovery_rate
-from stpm.options import WAIT_HELP, Names, check_required, option
+from stpm.options import WAIT_HELP, Names, check_options, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 
 Heatmaps = Literal["all", "anomalous", "none"]
@@ -46,7 +46,7 @@ class CollectionOptions:
         Names(),
         "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
     )
-    top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page")
+    top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page", minimum=0)
     fdr: float = option(
         0.0,
         "false discovery rate, 0 to 1: of the images that the run calls discoveries, at most this fraction is good on "
@@ -61,11 +61,9 @@ class CollectionOptions:
     max_error_rate: float = option(0.01, "fraction of images, 0 to 1, that may be errors before the exit code is 2")
 
     def __post_init__(self) -> None:
-        check_required(self)
+        check_options(self)
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a fraction between 0 and 1")
-        if self.top < 0:
-            raise ConfigError(f"top is {self.top}; give 0 or more")
         check_false_discovery_rate(self.fdr)
         CategoryRule(self.category, self.category_from)
 
@@ -103,9 +101,10 @@ class ScoreOptions:
         0,
         "images per forward pass; 0: 16 on a CPU, and on a GPU doubled while that is faster. Halved after running out "
         "of memory",
+        minimum=0,
     )
     model_memory_gib: float = option(
-        1.0, "GiB of models and teachers that a scorer keeps loaded, the most recently used ones"
+        1.0, "GiB of models and teachers that a scorer keeps loaded, the most recently used ones", minimum=0
     )
     image_seconds: float = option(
         IMAGE_SECONDS,
@@ -117,21 +116,21 @@ class ScoreOptions:
         "write a row with an error for each image that failed because of storage, a model or a device, instead of "
         "trying it again in the next run; and do not stop when most images fail",
     )
-    scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core")
+    scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core", minimum=0)
     rows_per_file: int = option(
-        512, "minimum number of rows in a Parquet file; a killed task that writes loses at most this many rows"
+        512,
+        "minimum number of rows in a Parquet file; a killed task that writes loses at most this many rows",
+        minimum=1,
     )
     segment_rows: int = option(
         2_000_000,
         "images of a segment, at most: the part of a run that is planned, executed and committed at a time; read when "
         "the run starts",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:
         check_false_alarm_rate(self.false_alarm_rate)
-        minima = {"scoring_batch_size": 0, "rows_per_file": 1, "segment_rows": 1, "model_memory_gib": 0, "scorers": 0}
-        for name, minimum in minima.items():
-            if not getattr(self, name) >= minimum:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; give at least {minimum}")
+        check_options(self)
         if not self.image_seconds > 0:
             raise ConfigError(f"image-seconds is {self.image_seconds}; give more than 0")
