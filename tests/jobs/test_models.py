@@ -99,7 +99,7 @@ def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[st
 def test_options_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="--roll-back and --roll-forward are both given; give one"):
         ModelsOptions("m", roll_back=True, roll_forward=True)
-    with pytest.raises(ConfigError, match="keep is -1; give 1 or more, or 0 to remove none"):
+    with pytest.raises(ConfigError, match="keep is -1; give 0 or more"):
         ModelsOptions("m", keep=-1)
 
 
