@@ -8,8 +8,8 @@ night has 1,000 images, of which 3 % are defective, and follows five clean night
 that share one calibration of 200 images. Defects are the category's test images: with a model store their p-values are
 those of its model, and otherwise 80 % of them count as found.
 
-A false verdict among those of 30 nights of all categories together has a probability of 5 %. A fault counts as named
-if the first reason of the verdict names it; in brackets how often the verdict is to act. Then the good test images,
+Any false verdict among the 150 of five categories and 30 nights has a probability of 5 %. A fault counts as named if
+the first reason of the verdict names it; in brackets how often the verdict is to act. Then the good test images,
 taken at another time than the training images, are judged as one night. With a model store, the last table has the
 share of them that are alarms of the model at a requested rate of 1 % while the camera has the fault: whether a fault
 matters.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -53,8 +54,8 @@ _FOUND = 0.8
 _EARLIER = 5
 _MAX_IMAGES = 140
 _MAX_SCORED = 30
-# Nights whose verdicts are given together, on one page.
-_NIGHTS = 30
+# Verdicts that are given together, on one page: five categories, 30 nights.
+_VERDICTS = 5 * 30
 _LAST_DATE = datetime.date(2026, 11, 24)
 
 
@@ -182,9 +183,10 @@ def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Imag
 class Nights:
     """Nights of one product at random: some earlier ones without a fault, and the night that is judged."""
 
-    def __init__(self, product: Product, seed: int) -> None:
+    def __init__(self, product: Product) -> None:
         self._product = product
-        self._rng = np.random.default_rng(seed)
+        # The same nights whatever other categories are measured.
+        self._rng = np.random.default_rng(zlib.crc32(product.name.encode()))
 
     def clean(self) -> tuple[list[CategoryNight], Reference]:
         product, rng = self._product, self._rng
@@ -221,7 +223,8 @@ class Nights:
         """Make one night of the test images, without earlier ones."""
         (night, *_), _ = self.clean()
         test, clean = self._product.test, self._product.clean
-        night = replace(night, statistics=by_name(test), p_values=night.p_values[: len(test)])
+        p_values = self._rng.choice(night.p_values, len(test))
+        night = replace(night, statistics=by_name(test), p_values=p_values)
         return [night], Reference(_CALIBRATION, by_name(clean))
 
     def _night(self, date: datetime.date, defects: float) -> CategoryNight:
@@ -255,26 +258,23 @@ class Count(NamedTuple):
     act: int
 
 
-def count_named(
-    make: Callable[[], tuple[list[CategoryNight], Reference]], names: Sequence[str], number: int, tests: int
-) -> Count:
-    verdicts = [verdict(*make(), tests=tests) for _ in range(number)]
+def count_named(make: Callable[[], tuple[list[CategoryNight], Reference]], names: Sequence[str], number: int) -> Count:
+    verdicts = [verdict(*make()) for _ in range(number)]
     named = [each for each in verdicts if each.changes and each.changes[0].name in names]
     return Count(len(named), sum(each.level == "act" for each in named))
 
 
-def verdict(nights: list[CategoryNight], reference: Reference, *, tests: int) -> Verdict:
-    return judge(nights, reference, tests=tests, false_verdict_rate=_FALSE_VERDICT_RATE)
+def verdict(nights: list[CategoryNight], reference: Reference) -> Verdict:
+    return judge(nights, reference, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
 
 
 def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[list[str]]:
     """Yield the rows of the table: kind, size, and a cell for each product."""
-    nights = [Nights(product, seed) for seed, product in enumerate(products)]
+    nights = [Nights(product) for product in products]
     anything = (*COMPARED, "images", "repeated", "errors", "alarms", "scores")
 
     def row(kind: str, size: str, names: Sequence[str], number: int, make: Callable[[Nights], Any]) -> list[str]:
-        tests = _NIGHTS * len(products)
-        counts = [count_named(partial(make, each), names, number, tests) for each in nights]
+        counts = [count_named(partial(make, each), names, number) for each in nights]
         return [kind, size, *(f"{count.named} ({count.act})" for count in counts)]
 
     for number, fault in enumerate(camera_faults()):
@@ -300,7 +300,7 @@ def main() -> None:
     print(f"verdicts that name the fault first, of {options.plantings} (to act)")
     print(tabulate(list(rows(products, options.plantings, options.clean)), ["fault", "size", *names], "github"))
     for product in products:
-        found = verdict(*Nights(product, 0).test(), tests=_NIGHTS * len(products))
+        found = verdict(*Nights(product).test())
         print(f"{product.name}, {len(product.test)} good test images: {found.level} {'; '.join(found.reasons)}")
     if options.models:
         print(f"\nalarms of good test images, {_FALSE_ALARM_RATE:.0%} requested")
