@@ -17,8 +17,8 @@ writes rows with random scores. What earlier steps left is made up where the stu
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from common import make_parser
+from common import make_parser, options_from
 from ray.exceptions import RayTaskError
 
 from stpm import storage
@@ -237,17 +237,17 @@ def main() -> None:
     parser.add_argument(
         "--stub-rows", type=int, default=1_000_000, help="rows for the stub stage, at most (default: 1000000)"
     )
+    parser.add_argument("--folder", default="", help="of one step in a process of its own, which this program starts")
     parsed = parser.parse_args()
-    processes = multiprocessing.get_context("spawn")
-    for rows in map(int, parsed.rows.split(",")):
+    if parsed.folder:
+        run_step(parsed.steps, int(parsed.rows), parsed.files, parsed.stub_rows, Path(parsed.folder))
+        return
+    limits = {"files": parsed.files, "stub-rows": parsed.stub_rows}
+    for rows in parsed.rows.split(","):
         with tempfile.TemporaryDirectory() as folder:
             for step in parsed.steps.split(","):
-                arguments = step, rows, parsed.files, parsed.stub_rows, Path(folder)
-                process = processes.Process(target=run_step, args=arguments)
-                process.start()
-                process.join()
-                if process.exitcode:
-                    sys.exit(f"{step} of {rows} rows ended with {process.exitcode}")
+                options = options_from({"rows": rows, "steps": step, "folder": folder} | limits)
+                subprocess.run([sys.executable, __file__, *options], check=True)
 
 
 if __name__ == "__main__":
