@@ -1,95 +1,103 @@
-"""Mark the false alarms of one night as good, and count alarms and defects found on the next one.
+"""Mark the false alarms of one night as good, and count alarms on the next one, before and after.
 
-    python bench/feedback.py --data DATA --categories casting,macaroni1 --work WORK
+    python bench/feedback.py --data DATA --categories casting,commutator --teacher demo
 
 DATA is in the MVTec AD layout. Fits each category on its first images of train/good, so few that its threshold is
-rough. Night 5 is every other test image, night 6 the others. Scores night 5, marks as good all good images that raised
-an alarm, adds them with `jobs/fit.py --add-normals`, and scores night 6 with the models before and after. `--refit`
-fits again with the marked images instead. Prints, for each category, alarms among good and among defective images.
+rough. Night 5 is every other test image, night 6 the others. Marks as good all good images of night 5 that raise an
+alarm, adds them as `jobs/fit.py --add-normals` does, and prints the alarms of both nights, and those of night 6 with
+feedback. Everything runs in this process; `--student none` leaves the student out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import subprocess
+import logging
+import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
-from common import ROOT, job_command, make_parser
+import numpy as np
+from common import MEMORY_BUDGET, make_parser
 
 from stpm.data import mvtec
-from stpm.scoring.output import RunOutput
+from stpm.feedback.normal_scorer import BATCH_SIZE, NormalScore, NormalScorer
+from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.options import FitOptions, WorkerOptions
+from stpm.fitting.task import FitTask
+from stpm.jobs.fit import run_fit
+from stpm.method.backbones import load_teacher_weights
+from stpm.method.recipe import PRESETS, Recipe
+from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions
 
 
-def link(uris: list[str], folder: Path) -> None:
-    """Link images into a folder, numbered."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, uri in enumerate(uris):
-        (folder / f"{number:04}{Path(uri).suffix}").symlink_to(uri)
+def fit(store: ModelStore, category: mvtec.Category, recipe: Recipe, train_images: int) -> None:
+    """Fit a category on its first images."""
+    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    train = category.train[:train_images]
+    task = FitTask(category.name, train, recipe.for_image_count(len(train)), store.uri, digest)
+    result = fit_category(task, WorkerLimits(MEMORY_BUDGET, MEMORY_BUDGET, 1e9), lambda event: None)
+    if result.reason:
+        raise SystemExit(result.reason)
 
 
-def prepare(data: str, names: list[str], train_images: int, work: Path) -> None:
-    """Make the data set to fit on, and the two nights as <work>/nights/<night>/<category>/<good or defect>/."""
-    for name in names:
-        category = mvtec.read_category(data, name)
-        link([uri for uri, _ in category.train[:train_images]], work / "data" / name / "train" / "good")
-        for label in (mvtec.GOOD, "defect"):
-            uris = [image.uri for image in category.test if (image.label == mvtec.GOOD) == (label == mvtec.GOOD)]
-            for night in (5, 6):
-                link(uris[night - 5 :: 2], work / "nights" / f"night-{night}" / name / label)
+def score(store: ModelStore, name: str, images: list[mvtec.TestImage]) -> np.ndarray:
+    """Score images with the current model."""
+    scorer = NormalScorer(store, name, "", "auto")
+    scores: list[float] = []
+    for start in range(0, len(images), BATCH_SIZE):
+        files = [Path(image.uri).read_bytes() for image in images[start : start + BATCH_SIZE]]
+        scores += [each.score for each in scorer(files) if isinstance(each, NormalScore)]
+    return np.array(scores, np.float32)
 
 
-def run(name: str, options: dict[str, object], *flags: str) -> None:
-    """Run a job, and print what it says and how long it takes."""
+def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path) -> None:
+    """Give feedback on night 5, and print the alarms of both nights."""
+    name, good = category.name, np.array([image.label == mvtec.GOOD for image in category.test])
+    # Scores stay the same when a model is calibrated again.
+    scores = score(store, name, list(category.test))
+    # Every other image of each label.
+    ranks = np.where(good, np.cumsum(good), np.cumsum(~good))
+    nights = {night: ranks % 2 == night % 2 for night in (5, 6)}
+
+    def count(night: int) -> str:
+        alarms = (scores > store.load(name).calibration.threshold(0.01)) & nights[night]
+        parts = ((alarms & truth).sum() for truth in (good, ~good))
+        totals = ((nights[night] & truth).sum() for truth in (good, ~good))
+        return ", ".join(f"{n} of {m} {what}" for n, m, what in zip(parts, totals, ("good", "defective"), strict=True))
+
+    report = {"night 5": count(5), "night 6": count(6)}
+    marked = np.flatnonzero((scores > store.load(name).calibration.threshold(0.01)) & nights[5] & good)
+    marks = work / f"{name}.jsonl"
+    lines = [{"uri": category.test[i].uri, "category": name, "label": "good"} for i in marked]
+    marks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     start = time.perf_counter()
-    command = [*job_command(name, options), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
-    print(done.stdout, f"{name}: exit code {done.returncode}, {time.perf_counter() - start:.0f} s\n", flush=True)
-    if done.returncode not in (0, 2):
-        raise SystemExit(done.stderr)
-
-
-def score(work: Path, images: Path, out: str) -> list[dict[str, str]]:
-    """Score a folder, and return a row for each image, with its night, label and verdict."""
-    options = {"models": work / "models", "images": images, "out": work / out, "heatmaps": "none", "top": 0}
-    run("score", options | {"category-from": "{category}/{truth}/{name}"})
-    table = RunOutput.single(str(work / out)).dataset().to_table(columns=["uri", "category", "is_anomalous"])
-    rows = []
-    for row in table.to_pylist():
-        night, _, label, _ = row["uri"].split("/")[-4:]
-        rows.append(row | {"night": night, "label": label})
-    return rows
+    options = FitOptions(models=store.uri, add_normals=str(marks), allow=(data,))  # type: ignore[arg-type]
+    run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions())
+    report |= {"night 6, with feedback": count(6), "seconds": f"{time.perf_counter() - start:.1f}"}
+    for title, text in report.items():
+        print(f"{name}: {title}: {text}", flush=True)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--categories", required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--train-images", type=int, default=60)
-    parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--teacher", default="demo")
+    parser.add_argument("--student", default="stpm")
+    parser.add_argument("--train-images", type=int, default=40)
     arguments = parser.parse_args()
-    work, names = arguments.work.absolute(), arguments.categories.split(",")
-    prepare(arguments.data, names, arguments.train_images, work)
-    fit: dict[str, object] = {"data": work / "data", "models": work / "models", "teacher": "demo"}
-    run("fit", fit)
-    before = score(work, work / "nights", "scored-before")
-    nights = {night: [row for row in before if row["night"] == night] for night in ("night-5", "night-6")}
-    marked = [row for row in nights["night-5"] if row["is_anomalous"] and row["label"] == mvtec.GOOD]
-    marks = work / "marks.jsonl"
-    marks.write_text("".join(f"{json.dumps({k: row[k] for k in ('uri', 'category', 'label')})}\n" for row in marked))
-    if not arguments.refit:
-        del fit["data"]
-    run("fit", fit | {"add-normals": marks}, *(["--refit"] if arguments.refit else []))
-    nights["night-6, with feedback"] = score(work, work / "nights" / "night-6", "scored-after")
-    for night, rows in nights.items():
-        for name in names:
-            counts = Counter((row["label"], bool(row["is_anomalous"])) for row in rows if row["category"] == name)
-            totals = {label: counts[label, True] + counts[label, False] for label in (mvtec.GOOD, "defect")}
-            found = ", ".join(f"{counts[label, True]} of {total} {label}" for label, total in totals.items())
-            print(f"{night}: {name}: alarms: {found}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("stpm.feedback").setLevel(logging.INFO)
+    recipe = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, student=arguments.student)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        store = ModelStore(str(work / "models"))
+        for name in arguments.categories.split(","):
+            category = mvtec.read_category(arguments.data, name)
+            fit(store, category, recipe, arguments.train_images)
+            measure(store, arguments.data, category, work)
 
 
 if __name__ == "__main__":
