@@ -86,7 +86,7 @@ class Measured:
 
 
 def job_command(name: str, options: Mapping[str, object]) -> list[str]:
-    """Return the command line of one of the four jobs, to be run in ROOT."""
+    """Return the command line of one of the jobs, to be run in ROOT."""
     return [sys.executable, f"jobs/{name}.py", *options_from(options)]
 
 

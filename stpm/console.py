@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Terminal codes: return to the start of the line, and clear it.
 _REWRITE = "\r\x1b[K"
+
+_WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*")
 
 
 class Stopped(KeyboardInterrupt):
@@ -113,6 +116,15 @@ def exit_code(good: int, failed: int) -> int:
     if not failed:
         return ALL_DONE
     return SOME_FAILED if good else NOTHING_DONE
+
+
+def hide_urls(text: str) -> str:
+    """Shorten each web URL to its host: its user, path and query may hold secrets.
+
+    >>> hide_urls("--webhook=https://me:secret@hooks.example/T0/B1?key=secret --wait")
+    '--webhook=https://hooks.example/... --wait'
+    """
+    return _WEB_URL.sub(r"\1\2/...", text)
 
 
 def duration(seconds: float) -> str:

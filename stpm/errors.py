@@ -22,6 +22,10 @@ class DataError(StpmError):
     """A data set, a folder or a mask does not have the required layout."""
 
 
+class NoImagesError(DataError):
+    """A source has no image."""
+
+
 class TooLongError(DataError):
     """An object has more bytes than the limit for reading it."""
 
@@ -40,6 +44,10 @@ class ModelUnreadableError(ModelError):
 
 class UndefinedMetricError(StpmError):
     """A metric is undefined for these labels or scores."""
+
+
+class WebhookError(StpmError):
+    """A webhook did not accept a message."""
 
 
 class CutOffError(StpmError):

@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from stpm import storage
-from stpm.console import SOME_FAILED, duration
+from stpm.console import SOME_FAILED, duration, hide_urls
 from stpm.errors import ConfigError, CutOffError
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Holder:
         machine: boot id and process namespace, in which `pid` and `start` have a meaning; "" if unknown.
         pid: id of the process.
         start: time when the process started, in ticks since the boot.
-        command: command line of the process.
+        command: command line of the process, without what web URLs in it may hold of secrets.
         since: time when it took the lease, for people.
         renewals: their number so far.
         released: the process has given the lease back.
@@ -81,7 +81,7 @@ class Holder:
             machine=_machine(),
             pid=os.getpid(),
             start=_process_start(os.getpid()),
-            command=shlex.join(sys.argv),
+            command=shlex.join(map(hide_urls, sys.argv)),
             since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 

@@ -156,7 +156,7 @@ def test_the_error_for_an_unknown_option_in_the_file_names_the_nearest(tmp_path:
         parse_recipe("--config", str(tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models"])
+@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models", "nightly"])
 def test_help_explains_every_option_in_its_group(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job(name).parse(["--help"])
@@ -176,7 +176,7 @@ def test_help_explains_every_option_in_its_group(name: str, capsys: pytest.Captu
     assert shown.count("example:\n  python jobs/") == 1
 
 
-@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models"])
+@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models", "nightly"])
 def test_the_example_in_the_help_parses_and_the_jobs_function_exists(name: str) -> None:
     program, *argv = job(name).example.removeprefix("python jobs/").split()
     assert program == job(name).prog
@@ -190,7 +190,7 @@ SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *(([name], " missing; see --help") for name in ("fit", "score", "evaluate")),
+        *(([name], " missing; see --help") for name in ("fit", "score", "evaluate", "nightly")),
         ([*SCORE, "i", "--out", "file/run"], "file is a file"),
         (["fit", "--data", "d", "--models", "file"], "file is a file"),
         (["benchmark", "--data", "d", "--out", "file/run"], "file is a file"),

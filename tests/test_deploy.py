@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -32,7 +33,7 @@ def resources(group: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_rayjob_has_the_fields_of_kuberay() -> None:
     assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
-    assert RAYJOB["metadata"] == {"name": "stpm-score-YYYY-MM-DD"}, "two jobs of one night would have one run folder"
+    assert RAYJOB["metadata"] == {"name": "stpm-nightly-YYYY-MM-DD"}, "of two jobs of one night, one would wait"
     assert set(RAYJOB["spec"]) <= {
         *("entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"),
     }
@@ -46,8 +47,20 @@ def test_the_rayjob_has_the_fields_of_kuberay() -> None:
 
 def test_the_rayjobs_entrypoint_parses() -> None:
     python, script, *options = shlex.split(RAYJOB["spec"]["entrypoint"])
-    assert (python, script) == ("python", "/home/ray/stpm/jobs/score.py")
-    assert job("score").parse(options)[0].category_from == "{category}/{name}"
+    assert (python, script) == ("python", "/home/ray/stpm/jobs/nightly.py")
+    parsed = job("nightly").parse([word.replace("YYYY-MM-DD", "2026-11-24") for word in options])[0]
+    assert parsed.category_from == "{category}/{name}"
+    date = parsed.night(datetime.datetime.now(datetime.timezone.utc))
+    assert parsed.sources(date) == ("s3://plant/dump/2026-11-24",)
+
+
+def test_only_the_drivers_pod_has_the_webhook_and_may_do_without() -> None:
+    (head,) = CLUSTER["headGroupSpec"]["template"]["spec"]["containers"]
+    assert [variable["name"] for variable in head["env"]] == ["STPM_WEBHOOK", "STPM_WEBHOOK_SECRET"]
+    assert all(variable["valueFrom"]["secretKeyRef"]["optional"] for variable in head["env"])
+    for group in CLUSTER["workerGroupSpecs"]:
+        (worker,) = group["template"]["spec"]["containers"]
+        assert "env" not in worker
 
 
 def test_the_head_runs_no_tasks_and_the_groups_fit_the_first_node() -> None:
@@ -107,7 +120,7 @@ def test_the_nightly_cron_job_may_create_one_rayjob_and_nothing_else() -> None:
     assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert "YYYY-MM-DD" in pod["containers"][0]["command"][-1]
-    assert RAYJOB["spec"]["entrypoint"].count("YYYY-MM-DD") == 2
+    assert RAYJOB["spec"]["entrypoint"].count("YYYY-MM-DD") == 1
     assert cron["spec"]["jobTemplate"]["spec"]["backoffLimit"] == RAYJOB["spec"]["backoffLimit"] == 3
     mounted = pod["volumes"][0]["configMap"]["name"]
     kustomization = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
@@ -143,9 +156,9 @@ def test_a_retried_night_creates_one_job(tmp_path: Path) -> None:
     assert [each.returncode for each in ran] == [1, 137, 0, 0]
     assert "is forbidden" in ran[0].stdout
     (created,) = [path.name for path in tmp_path.iterdir() if path.name not in ("kubectl", "given")]
-    assert re.fullmatch(r"stpm-score-\d{4}-\d\d-\d\d", created)
+    assert re.fullmatch(r"stpm-nightly-\d{4}-\d\d-\d\d", created)
     given = yaml.safe_load((tmp_path / "given").read_text())
-    assert f"--out s3://plant/scored/{created.removeprefix('stpm-score-')} " in given["spec"]["entrypoint"]
+    assert f"--date {created.removeprefix('stpm-nightly-')} " in given["spec"]["entrypoint"]
 
 
 @pytest.mark.parametrize(

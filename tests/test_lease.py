@@ -273,3 +273,13 @@ def test_a_number_that_others_used_and_removed_is_not_a_lease(
     with pytest.raises(ConfigError, match="is held by"):
         slow.acquire(False)
     assert not last.problem()
+
+
+def test_a_lease_does_not_show_what_a_web_url_may_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "https://me:secret@hooks.example/T0/secret?key=secret"
+    monkeypatch.setattr(
+        "sys.argv", ["nightly.py", "--webhook", url, f"--webhook={url}", "--images", "s3://dump/{date}"]
+    )
+    command = Holder.this_process().command
+    shown = "https://hooks.example/..."
+    assert command == f"nightly.py --webhook {shown} --webhook={shown} --images 's3://dump/{{date}}'"

@@ -38,7 +38,7 @@ def test_light_modules_import_no_torch() -> None:
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--modles", "x"], ["--log", "loud"]])
-@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models"])
+@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models", "nightly"])
 def test_help_and_errors_import_nothing_heavy(name: str, argv: list[str]) -> None:
     path = str(REPOSITORY / "jobs" / f"{name}.py")
     found = imported_by(f"import runpy; runpy.run_path({path!r}, run_name='__main__')", *argv)
@@ -46,7 +46,7 @@ def test_help_and_errors_import_nothing_heavy(name: str, argv: list[str]) -> Non
     assert not found & {"torch", "ray", "timm", "pyarrow", "fsspec", "PIL", "scipy", "sklearn", "matplotlib"}
 
 
-@pytest.mark.parametrize("name", ["score", "evaluate", "models"])
+@pytest.mark.parametrize("name", ["score", "evaluate", "models", "nightly"])
 def test_drivers_that_do_not_fit_import_no_torch(name: str) -> None:
     path = str(REPOSITORY / "jobs" / f"{name}.py")
     script = f"import pkgutil, runpy; pkgutil.resolve_name(runpy.run_path({path!r})['JOB'].run)"

@@ -36,7 +36,7 @@ def test_readme_is_short() -> None:
 def test_options_exist(page: Path) -> None:
     known = {
         flag
-        for name in ("fit", "score", "benchmark", "evaluate", "models")
+        for name in ("fit", "score", "benchmark", "evaluate", "models", "nightly")
         for a in job(name).parser({})._actions
         for flag in a.option_strings
     }

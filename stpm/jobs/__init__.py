@@ -1,1 +1,1 @@
-"""What each command does. The benchmark fits, scores and evaluates; the others do one of these, or manage models."""
+"""What each command does. The benchmark fits, scores and evaluates, the nightly job scores and judges."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stpm import __version__
@@ -136,6 +137,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         if differ := value.keys() ^ hints.keys():
             raise ValueError(f"{name} has missing or unknown fields: {', '.join(sorted(differ))}")
         return kind(**{key: _convert(hints[key], item, f"{name}.{key}") for key, item in value.items()})  # type: ignore[operator]
+    if origin is UnionType and isinstance(value, dict):
+        # One dataclass, or None.
+        return _convert(arguments[0], value, name)
     if kind in (Size, Integers):
         return kind(value)
     if origin is tuple:

@@ -43,9 +43,16 @@ class RunOutput:
         return cls(folder, "scores", folder, options or OutputOptions())
 
     @classmethod
-    def named(cls, folder: str, name: str) -> RunOutput:
-        """The output of one of several runs in a folder, which are to be evaluated and so keep raw maps."""
-        return cls(folder, name, storage.join(folder, _RUNS, name), OutputOptions(raw_maps=True))
+    def named(cls, folder: str, name: str, options: OutputOptions | None = None) -> RunOutput:
+        """The output of one of several runs in a folder; without options one to be evaluated, which keeps raw maps."""
+        return cls(folder, name, storage.join(folder, _RUNS, name), options or OutputOptions(raw_maps=True))
+
+    @classmethod
+    def all_named(cls, folder: str) -> list[RunOutput]:
+        """List the outputs of all named runs in a folder, by name."""
+        parent = storage.join(folder, _RUNS)
+        names = storage.children(parent) if storage.exists(parent) else []
+        return [cls.named(folder, name) for name in names]
 
     @classmethod
     def find_all(cls, folder: str) -> list[RunOutput]:
@@ -54,8 +61,8 @@ class RunOutput:
         Raises:
             DataError: if there are none.
         """
-        if storage.exists(storage.join(folder, _RUNS)):
-            return [cls.named(folder, name) for name in storage.children(storage.join(folder, _RUNS))]
+        if outputs := cls.all_named(folder):
+            return outputs
         output = cls.single(folder)
         if not output.files():
             raise DataError(f"{folder}: no scores here; give the run folder of the score or benchmark job")
@@ -151,6 +158,11 @@ class RunOutput:
         for uri in (*self.files(), self.heatmaps, self.manifest, self.segments, self.triage):
             storage.remove(uri)
         self.clear_checkpoint()
+
+    def remove(self) -> None:
+        """Remove all that runs wrote here, with the mark that a run wrote it."""
+        self.clear()
+        RunState(self.state_folder).forget()
 
     def clear_checkpoint(self) -> None:
         """Remove what only an unfinished run needs."""

@@ -2,7 +2,19 @@
 
 from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, as_utf8, is_utf8, safe_name
 from stpm.storage.listing import children, files, glob, stream, versions
-from stpm.storage.objects import check_size, create, digest, exists, publish, read, read_at_most, remove, sweep, sync
+from stpm.storage.objects import (
+    check_size,
+    create,
+    digest,
+    exists,
+    publish,
+    read,
+    read_at_most,
+    remove,
+    remove_empty_folders,
+    sweep,
+    sync,
+)
 from stpm.storage.tables import parquet, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
@@ -30,6 +42,7 @@ __all__ = [
     "read_at_most",
     "read_table",
     "remove",
+    "remove_empty_folders",
     "safe_name",
     "stream",
     "sweep",

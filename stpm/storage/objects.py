@@ -220,6 +220,17 @@ def remove(uri: str) -> None:
     with_retries(uri, act)
 
 
+def remove_empty_folders(uri: str) -> None:
+    """Remove the empty folders under a local folder, and the folder itself if it is empty; object stores have none."""
+    if not is_local(uri):
+        return
+    root = Path(absolute(uri))
+    folders = [path for path in root.rglob("*") if path.is_dir() and not path.is_symlink()] if root.is_dir() else []
+    for folder in sorted([*folders, root], key=lambda path: len(path.parts), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def digest(data: bytes) -> str:
     """Return the SHA-256, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.data.images import SUFFIXES
-from stpm.errors import ConfigError, DataError, ImageError
+from stpm.errors import ConfigError, ImageError, NoImagesError
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.archives import TAR, ImageRef, tar_images
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -65,7 +65,8 @@ def image_rows(
         lines: the list of URIs, one per line.
 
     Raises:
-        DataError: if a source has no image, or a manifest or an archive cannot be read.
+        NoImagesError: if a source has no image.
+        DataError: if a manifest or an archive cannot be read.
         ConfigError: if a manifest has a column that scoring writes itself, or a bucket does not exist.
     """
     for source in sources:
@@ -74,7 +75,7 @@ def image_rows(
             is_empty = False
             yield rows
         if is_empty:
-            raise DataError(f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {TAR})")
+            raise NoImagesError(f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {TAR})")
 
 
 def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: Iterable[str]) -> Iterator[pa.Table]:
@@ -144,7 +145,7 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterato
         first += len(rows)
         yield make_rows(rows, chunk)
     if not first:
-        raise DataError(f"{uri}: this manifest has no rows")
+        raise NoImagesError(f"{uri}: this manifest has no rows")
 
 
 def resolve(name: str, folder: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.data.images import SUFFIXES as IMAGE_SUFFIXES
-from stpm.errors import DataError
+from stpm.errors import DataError, NoImagesError
 from stpm.scoring.inputs.archives import IMAGE_COLUMNS, PARQUET, image_column
 from stpm.scoring.schema import INPUT_COLUMNS
 
@@ -40,10 +40,13 @@ def read(uri: str) -> Iterator[pa.Table]:
     Parquet file keep their type.
 
     Raises:
+        NoImagesError: if there is no such file.
         DataError: if the table cannot be read, has neither images nor URIs, or has two columns of one name.
     """
     try:
         yield from map(_with_text, _read_parquet(uri) if uri.lower().endswith(PARQUET) else _read_text(uri))
+    except FileNotFoundError as error:
+        raise NoImagesError(f"{uri}: this manifest cannot be read: there is no such file") from error
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{uri}: this manifest cannot be read: {error}") from error
 

@@ -154,6 +154,14 @@ class RunState:
             self._write(_CLEARED)
         storage.remove(self._success_uri)
 
+    def is_cleared(self) -> bool:
+        """Return whether removing the run's files was begun, and cut off."""
+        return self._values == _CLEARED
+
+    def forget(self) -> None:
+        """Remove run.json, once nothing is left that it could be needed for."""
+        storage.remove(self.uri)
+
     @cached_property
     def _values(self) -> dict[str, Any]:
         """The content of run.json; empty if there is none."""

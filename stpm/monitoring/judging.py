@@ -1,0 +1,151 @@
+"""Summarize a night from its rows, and judge each of its categories against its model and earlier nights."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from stpm.errors import ModelError
+from stpm.method.false_discovery import Discoveries, find_discoveries
+from stpm.method.preprocessing import Preprocessing
+from stpm.models.store import ModelStore
+from stpm.monitoring.change import Change
+from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
+from stpm.monitoring.nights import CategorySummary, Night
+from stpm.monitoring.options import MonitoringOptions
+from stpm.monitoring.rows import CategoryRows, read_rows, top_images
+from stpm.monitoring.runs import NightFolder
+from stpm.scoring.inputs import manifest
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.resuming.segments import committed_segments
+from stpm.scoring.row_summary import RowSummary
+
+_READERS = 16
+
+
+def summarize_night(
+    folder: NightFolder,
+    night: Night,
+    earlier: Sequence[Night],
+    store: ModelStore,
+    options: MonitoringOptions,
+    false_alarm_rate: float,
+) -> Night:
+    """Count a night's rows, judge its categories, and draw its most anomalous images.
+
+    A night with a problem is counted and not judged: the images that are missing would look like a change.
+
+    Args:
+        folder: of the night.
+        night: its record, of which counts and verdicts are made anew.
+        earlier: the nights before it, oldest first.
+        store: the models.
+        options: the number of nights, and the rates of false verdicts and discoveries.
+        false_alarm_rate: that the runs requested.
+    """
+    runs = folder.runs()
+    found = read_rows(runs)
+    known = ({} if night.problem else _latest_models(earlier)) | _bound_models(runs)
+    names = sorted({*found.categories, *known})
+    rows = {name: found.categories.get(name) or CategoryRows() for name in names}
+    models = {name: next(iter(rows[name].models.most_common(1)), (known.get(name, ""), 0))[0] for name in names}
+    with ThreadPoolExecutor(_READERS) as pool:
+        references = dict(zip(names, pool.map(lambda name: _reference(store, name, models[name]), names), strict=True))
+    tests = max(len(names), 1) * options.nights
+
+    def summarize(name: str) -> CategorySummary:
+        counted, reference = rows[name], references[name]
+        p_values, statistics = counted.sample()
+        summary = CategorySummary(
+            models[name],
+            counted.images,
+            counted.alarms,
+            dict(counted.errors.most_common()),
+            false_alarm_rate,
+            float(np.median(p_values)) if len(p_values) else None,
+            _medians(statistics),
+            {} if isinstance(reference, str) else _medians(reference.statistics),
+        )
+        if night.problem:
+            return summary
+        if isinstance(reference, str):
+            return replace(summary, verdict=Verdict("act", (Change("model", "act", 0.0, 1.0, reference),)))
+        # A night that was not judged may lack images for another reason.
+        before = [
+            _as_input(each.day, name, counts)
+            for each in earlier
+            if (counts := each.categories.get(name)) and counts.verdict
+        ]
+        this = replace(_as_input(folder.date, name, summary), p_values=p_values, statistics=statistics)
+        verdict = judge([*before, this], reference, tests=tests, false_verdict_rate=options.false_verdict_rate)
+        return replace(summary, verdict=verdict)
+
+    listed = sum(each.rows for run in runs if (each := manifest.read(run.manifest)))
+    counted = replace(
+        night,
+        runs=tuple(run.name for run in runs),
+        categories={name: summarize(name) for name in names},
+        error_examples=found.error_examples,
+        top=top_images(runs, _preprocessing(store)),
+        discoveries=_discoveries(runs, references, options.fdr),
+    )
+    return replace(counted, unfinished=max(listed - counted.images, 0))
+
+
+def _discoveries(
+    runs: Iterable[RunOutput], references: Mapping[str, Reference | str], rate: float
+) -> Discoveries | None:
+    """Find the discoveries among the images of all runs, without those whose model can no longer be read."""
+    if not rate:
+        return None
+    segments = [summary for run in runs for summary in committed_segments(run).values()]
+    calibration = {
+        name: reference.calibration_count for name, reference in references.items() if isinstance(reference, Reference)
+    }
+    counts = RowSummary.total(segments, 0).p_values
+    return find_discoveries({name: counts[name] for name in counts if name in calibration}, calibration, rate)
+
+
+def _bound_models(runs: Iterable[RunOutput]) -> dict[str, str]:
+    """Return the id of each category's model in the latest run that has one."""
+    bound: dict[str, str] = {}
+    for run in runs:
+        bound |= RunState(run.state_folder).model_ids() or {}
+    return bound
+
+
+def _latest_models(earlier: Iterable[Night]) -> dict[str, str]:
+    """Return the latest model of each category that had scores on one of the earlier nights."""
+    return {name: each.model_id for night in earlier for name, each in night.categories.items() if each.scored}
+
+
+def _reference(store: ModelStore, category: str, model_id: str) -> Reference | str:
+    """Return the good images of a category's model, or why there are none."""
+    if not model_id:
+        return "no model scored its images" if category else "images without a category, which no model scores"
+    try:
+        record = store.record(category, model_id)
+        table = store.image_statistics(record)
+    except ModelError as error:
+        return f"its model cannot be compared with: {error}"
+    return Reference(record.fit.calibration_count, {name: table[name].to_numpy() for name in table.column_names})
+
+
+def _medians(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(np.median(each)) for name, each in values.items() if len(each)}
+
+
+def _as_input(date: datetime.date, category: str, summary: CategorySummary) -> CategoryNight:
+    """Make an input of `drift.judge` from counts alone."""
+    counts = (summary.images, summary.error_count, summary.alarms)
+    return CategoryNight(date, category, summary.model_id, *counts, summary.false_alarm_rate, np.empty(0), {})
+
+
+def _preprocessing(store: ModelStore) -> Callable[[str, str], Preprocessing]:
+    return cache(lambda category, model_id: store.record(category, model_id).preprocessing)

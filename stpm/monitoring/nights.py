@@ -1,0 +1,177 @@
+"""What is known of each night: counted once from its rows, judged, and kept in the night's folder as night.json."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from dataclasses import dataclass, field
+
+from stpm import storage
+from stpm.errors import DataError, ModelError
+from stpm.method.false_discovery import Discoveries
+from stpm.models.record import from_json, to_json
+from stpm.monitoring.drift import Verdict
+from stpm.monitoring.runs import NightFolder
+
+_FILE = "night.json"
+
+
+@dataclass(frozen=True)
+class CategorySummary:
+    """One category's night.
+
+    Args:
+        model_id: of the model that scored most of its images; "" if none did.
+        images: number of rows.
+        alarms: how many of them are anomalous.
+        errors: how many of them have no score, by error kind.
+        false_alarm_rate: that was requested.
+        median_p_value: about 0.5 on a night of good images; None without scores.
+        medians: of image statistics, by name; empty without scores.
+        training_medians: the same of the training images; empty if unknown.
+        verdict: None until it is given.
+    """
+
+    model_id: str
+    images: int
+    alarms: int
+    errors: dict[str, int]
+    false_alarm_rate: float
+    median_p_value: float | None = None
+    medians: dict[str, float] = field(default_factory=dict)
+    training_medians: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+    @property
+    def error_count(self) -> int:
+        """Count the rows without a score."""
+        return sum(self.errors.values())
+
+    @property
+    def scored(self) -> int:
+        """Count the rows with a score."""
+        return self.images - self.error_count
+
+
+@dataclass(frozen=True)
+class ErrorExample:
+    """An image that has no score."""
+
+    kind: str
+    category: str
+    uri: str
+    message: str
+
+
+@dataclass(frozen=True)
+class TopImage:
+    """One of the most anomalous images; `picture` is a data URI, "" if the image or its model can no longer be read."""
+
+    uri: str
+    category: str
+    score: float
+    threshold: float
+    p_value: float
+    is_anomalous: bool
+    picture: str
+
+
+@dataclass(frozen=True)
+class Night:
+    """The contents of night.json: one night of all categories, and the mark that this job wrote the night's folder.
+
+    Args:
+        date: such as 2026-11-24, as in the folder's name.
+        sources: of the images.
+        runs: their names, by which it is noticed that more images were scored since.
+        unfinished: images that a run lists and that have no row.
+        problem: why the night is not all done, "" if it is.
+        categories: by name.
+        error_examples: a few of each kind.
+        top: the most anomalous images first.
+        discoveries: among all images of the night, if they were looked for.
+    """
+
+    date: str
+    sources: tuple[str, ...]
+    runs: tuple[str, ...] = ()
+    unfinished: int = 0
+    problem: str = ""
+    categories: dict[str, CategorySummary] = field(default_factory=dict)
+    error_examples: tuple[ErrorExample, ...] = ()
+    top: tuple[TopImage, ...] = ()
+    discoveries: Discoveries | None = None
+
+    @property
+    def day(self) -> datetime.date:
+        """The date."""
+        return datetime.date.fromisoformat(self.date)
+
+    @property
+    def fdr(self) -> float:
+        """The false discovery rate of the discoveries, 0 for none."""
+        return self.discoveries.rate if self.discoveries else 0.0
+
+    @property
+    def images(self) -> int:
+        """Count the rows."""
+        return sum(each.images for each in self.categories.values())
+
+    @property
+    def scored(self) -> int:
+        """Count the rows with a score."""
+        return self.images - self.error_count
+
+    @property
+    def is_judged(self) -> bool:
+        """Return whether there is nothing to add to the record, unless more images were scored since."""
+        return bool(self.runs) and not self.unfinished and all(each.verdict for each in self.categories.values())
+
+    @property
+    def alarms(self) -> int:
+        """Count the anomalous images."""
+        return sum(each.alarms for each in self.categories.values())
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Count the rows without a score by error kind, the most frequent first."""
+        return dict(sum((Counter(each.errors) for each in self.categories.values()), Counter[str]()).most_common())
+
+    @property
+    def error_count(self) -> int:
+        """Count the rows without a score."""
+        return sum(self.errors.values())
+
+    @property
+    def levels(self) -> dict[str, int]:
+        """Count the categories by level."""
+        found = Counter(each.verdict.level for each in self.categories.values() if each.verdict)
+        return {level: found[level] for level in ("act", "watch", "fine")}
+
+
+def read_night(folder: NightFolder) -> Night | None:
+    """Read a night's record; None if its folder has none.
+
+    Raises:
+        DataError: if night.json is damaged, of another version, or of another date.
+    """
+    uri = storage.join(folder.uri, _FILE)
+    try:
+        night = from_json(Night, storage.read(uri), uri)
+    except FileNotFoundError:
+        return None
+    except ModelError as error:
+        raise DataError(f"{uri} is not a record of a night: {error.__cause__}") from error
+    if night.date != folder.date.isoformat():
+        raise DataError(f"{uri} is the record of another night, {night.date}")
+    return night
+
+
+def write_night(folder: NightFolder, night: Night) -> None:
+    """Write a night's record."""
+    storage.publish(storage.join(folder.uri, _FILE), to_json(night))
+
+
+def remove_record(folder: NightFolder) -> None:
+    """Remove a night's record."""
+    storage.remove(storage.join(folder.uri, _FILE))

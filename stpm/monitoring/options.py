@@ -1,0 +1,160 @@
+"""Options of the nightly job. They import nothing heavy: the command line reads them before anything else."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from stpm.errors import ConfigError
+from stpm.method.false_discovery import check_false_discovery_rate
+from stpm.options import WAIT_HELP, Names, check_required, option
+from stpm.scoring.inputs.category_rule import CategoryRule
+
+_DATE = re.compile(r"\{date(?::([^{}]*))?\}")
+_UTC = "UTC"
+
+
+@dataclass(frozen=True)
+class NightlyOptions:
+    """The night to score, its images, the models, and the folder of all nights.
+
+    Raises:
+        ConfigError: if a required option is missing, or a value is out of range.
+    """
+
+    models: str = option("", "model store: a folder or a URI", required=True)
+    images: Names = option(
+        Names(),
+        "each night's images, separated by commas: the sources of the score job, with {date} in them, such as "
+        "s3://dump/{date} for s3://dump/2026-11-24, or s3://dump/{date:%Y/%m/%d}",
+        required=True,
+    )
+    out: str = option(
+        "",
+        "folder of the nights, date=YYYY-MM-DD, and of nightly.html and nightly.json: a folder or a URI",
+        required=True,
+    )
+    date: str = option("", "the night to score, such as 2026-11-24; none: yesterday")
+    timezone: str = option(_UTC, "time zone in which yesterday is meant, such as Europe/Berlin")
+    category: str = option("", "category of every image: the model that scores it")
+    category_from: str = option(
+        "", "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
+    )
+    allow: Names = option(
+        Names(),
+        "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
+    )
+    look_back: int = option(
+        3, "nights before that one whose images are listed too: those that have no row yet are scored into their night"
+    )
+    keep_days: int = option(
+        0, "days before the night after which an older night is removed, with all that this job wrote there; 0: never"
+    )
+    fresh: bool = option(False, "remove the rows of the night, and score its images again with the current models")
+    wait: bool = option(False, WAIT_HELP)
+    max_error_rate: float = option(
+        0.01, "fraction of the night's images, 0 to 1, that may be errors before the exit code is 2"
+    )
+
+    def __post_init__(self) -> None:
+        check_required(self)
+        for source in self.images:
+            if not _DATE.search(source):
+                raise ConfigError(f"images is {source!r}; put {{date}} in it, each night has images of its own")
+        CategoryRule(self.category, self.category_from)
+        if self.look_back < 0:
+            raise ConfigError(f"look-back is {self.look_back}; give 0 or more")
+        if self.keep_days and self.keep_days <= self.look_back:
+            raise ConfigError(
+                f"keep-days is {self.keep_days}; give 0, or more than --look-back {self.look_back}: a removed night "
+                "would be scored again"
+            )
+        if not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a fraction between 0 and 1")
+        if self.date and not parse_date(self.date):
+            raise ConfigError(f"date is {self.date!r}; give it as 2026-11-24")
+        _ = self._zone
+
+    def night(self, now: datetime.datetime) -> datetime.date:
+        """Return the date of the night to score.
+
+        Args:
+            now: any time with its time zone; without `date` the night is the day before it.
+        """
+        return parse_date(self.date) or now.astimezone(self._zone).date() - datetime.timedelta(days=1)
+
+    def sources(self, date: datetime.date) -> tuple[str, ...]:
+        """Return the sources of a night's images."""
+        return tuple(_DATE.sub(lambda match: date.strftime(match[1] or "%Y-%m-%d"), each) for each in self.images)
+
+    @cached_property
+    def _zone(self) -> datetime.tzinfo:
+        if self.timezone == _UTC:
+            # It needs no database of time zones.
+            return datetime.timezone.utc
+        try:
+            return ZoneInfo(self.timezone)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"timezone is {self.timezone!r}, which this machine does not know; give a name such as Europe/Berlin"
+            ) from error
+
+
+@dataclass(frozen=True)
+class MonitoringOptions:
+    """What the page of the nights tells, and to whom.
+
+    Raises:
+        ConfigError: if a value is out of range. The message does not show the webhook's URL.
+    """
+
+    nights: int = option(30, "nights on nightly.html and in nightly.json, up to the latest one")
+    top: int = option(50, "images on each night's triage.html, the page of the most anomalous ones")
+    fdr: float = option(
+        0.0,
+        "false discovery rate, 0 to 1: of the images that a night calls discoveries, at most this fraction is good on "
+        "average, over all its categories (Benjamini-Hochberg); 0: no discoveries",
+    )
+    false_verdict_rate: float = option(
+        0.05,
+        "probability, 0 to 1, that of all categories in --nights nights any is called watch or act though nothing has "
+        "changed",
+    )
+    webhook: str = option(
+        "",
+        "http:// or https:// URL to which the summary of the night is posted as JSON. As it may hold a secret, set it "
+        "in the environment (STPM_WEBHOOK); STPM_WEBHOOK_SECRET there is the key of the signature",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("nights", "top"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give 1 or more")
+        check_false_discovery_rate(self.fdr)
+        if not 0 < self.false_verdict_rate < 1:
+            raise ConfigError(f"false-verdict-rate is {self.false_verdict_rate}; give a fraction between 0 and 1")
+        if self.webhook and not _is_http(self.webhook):
+            raise ConfigError("webhook is not an http:// or https:// URL; its value is not shown here")
+
+
+def parse_date(text: str) -> datetime.date | None:
+    """Parse a date written as 2026-11-24; return None for any other text."""
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        return None
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable() and " " not in url

@@ -1,0 +1,174 @@
+"""nightly.html: the nights as one page that needs no network. What needs eyes is on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from stpm.monitoring.change import percent
+from stpm.monitoring.nights import CategorySummary, Night
+from stpm.monitoring.significance import Rate
+from stpm.monitoring.summary import ordered_categories
+from stpm.pages import template, with_script_hash
+
+_WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
+# Categories to act on or to watch that have a card; the others of them are in the table alone.
+_MAX_CARDS = 60
+# In a trend of rates the requested rate is at most this high up: no larger noise looks like a change.
+_RATE_RANGE = 3.0
+_LABELS = {
+    "brightness": "brightness",
+    "contrast": "contrast",
+    "sharpness": "sharpness",
+    "red_to_green": "red over green",
+    "blue_to_green": "blue over green",
+    "position_x": "position, left to right",
+    "position_y": "position, top to bottom",
+    "width": "width, pixels",
+    "height": "height, pixels",
+}
+
+
+class Dot(NamedTuple):
+    """A night in a trend, in the coordinates of its drawing."""
+
+    x: float
+    y: float
+    level: str
+    title: str
+
+
+class Trend(NamedTuple):
+    """A drawing of one number over nights.
+
+    Args:
+        label: what is drawn, and its last value.
+        lines: of the drawing's polylines, the points; a night without a value interrupts them.
+        dots: nights that were not fine, and the last one.
+        expected: height of the line where good nights are, None for no line.
+    """
+
+    label: str
+    lines: list[str]
+    dots: list[Dot]
+    expected: float | None
+
+
+class Card(NamedTuple):
+    """A category with its trends."""
+
+    name: str
+    summary: CategorySummary
+    trends: list[Trend]
+
+
+def page(nights: Sequence[Night], out: str, created: str) -> str:
+    """Render the page. Text from data is escaped, nothing is loaded, and no script runs but the page's own.
+
+    Args:
+        nights: one or more, oldest first.
+        out: URI of the folder of all nights.
+        created: time of writing, for people.
+    """
+    latest = nights[-1]
+    ordered = ordered_categories(latest)
+    flagged = [(name, each) for name, each in ordered if each.verdict and each.verdict.level != "fine"]
+    text = template("monitoring/nightly.html").render(
+        nights=nights,
+        latest=latest,
+        out=out,
+        created=created,
+        cards=[Card(name, each, card_trends(nights, name)) for name, each in flagged[:_MAX_CARDS]],
+        more_flagged=max(len(flagged) - _MAX_CARDS, 0),
+        rows=[Card(name, each, [alarm_trend(nights, name)]) for name, each in ordered],
+        rate=Rate,
+        percent=percent,
+        width=_WIDTH,
+        height=_HEIGHT,
+    )
+    return with_script_hash(text)
+
+
+def card_trends(nights: Sequence[Night], category: str) -> list[Trend]:
+    """Draw a category's alarm rate, number of images, median p-value, and the image statistics that changed."""
+    latest = nights[-1].categories[category]
+    changes = latest.verdict.changes if latest.verdict else ()
+    names = [change.name for change in changes if change.name in _LABELS and change.name in latest.training_medians]
+    return [
+        alarm_trend(nights, category),
+        _trend(nights, category, "images", lambda each: float(each.images), lambda value: f"{value:g}", None, 0.0),
+        _trend(nights, category, "median p-value", lambda each: each.median_p_value, _short, 0.5, 0.0, 1.0),
+        *(_statistic_trend(nights, category, name, latest.training_medians[name]) for name in names[:2]),
+    ]
+
+
+def alarm_trend(nights: Sequence[Night], category: str) -> Trend:
+    """Draw a category's alarm rate, with the requested rate as the expected one."""
+    rate = nights[-1].categories[category].false_alarm_rate
+    return _trend(nights, category, "alarm rate", _alarm_rate, percent, rate, 0.0, min(_RATE_RANGE * rate, 1.0))
+
+
+def _statistic_trend(nights: Sequence[Night], category: str, name: str, expected: float) -> Trend:
+    def median(each: CategorySummary) -> float | None:
+        return each.medians.get(name)
+
+    return _trend(nights, category, _LABELS[name], median, _short, expected)
+
+
+def _alarm_rate(each: CategorySummary) -> float | None:
+    return each.alarms / each.scored if each.scored else None
+
+
+def _trend(
+    nights: Sequence[Night],
+    category: str,
+    what: str,
+    value: Callable[[CategorySummary], float | None],
+    show: Callable[[float], str],
+    expected: float | None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Trend:
+    """Draw a number over nights, by date; a night without it interrupts the line.
+
+    Args:
+        nights: oldest first.
+        category: its name.
+        what: the number's name.
+        value: the number of a night; None for none.
+        show: formats it.
+        expected: the number on good nights; None if there is none.
+        low: the lower end of the scale, or below it; None: that of the values.
+        high: the upper end of the scale, or above it; None: that of the values.
+    """
+    found = [(night, each, value(each)) for night in nights if (each := night.categories.get(category))]
+    values = [number for _, _, number in found if number is not None]
+    ends = [end for end in (*values, expected, low, high) if end is not None] or [0.0]
+    bottom, top = min(ends), max(ends)
+    first, days = nights[0].day, max((nights[-1].day - nights[0].day).days, 1)
+
+    def x(night: Night) -> float:
+        position = (night.day - first).days / days if len(nights) > 1 else 1.0
+        return round(_MARGIN + position * (_WIDTH - 2 * _MARGIN), 1)
+
+    def y(number: float) -> float:
+        share = (number - bottom) / (top - bottom) if top > bottom else 0.5
+        return round(_HEIGHT - _MARGIN - share * (_HEIGHT - 2 * _MARGIN), 1)
+
+    lines: list[list[str]] = [[]]
+    dots = []
+    for night, each, number in found:
+        if number is None:
+            lines.append([])
+            continue
+        lines[-1].append(f"{x(night)},{y(number)}")
+        level = each.verdict.level if each.verdict else "none"
+        if level != "fine" or night is nights[-1]:
+            dots.append(Dot(x(night), y(number), level, f"{night.date}: {show(number)}"))
+    last = found[-1][2] if found else None
+    label = f"{what} {'unknown' if last is None else show(last)}"
+    return Trend(label, [" ".join(each) for each in lines], dots, None if expected is None else y(expected))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

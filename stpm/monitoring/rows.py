@@ -1,0 +1,132 @@
+"""Count and sample the rows of a night, in batches."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stpm.data.image_statistics import COMPARED
+from stpm.errors import ModelError
+from stpm.method.preprocessing import Preprocessing
+from stpm.monitoring.nights import ErrorExample, TopImage
+from stpm.scoring.output import RunOutput
+from stpm.scoring.triage import most_anomalous, picture
+
+# Images of a category whose p-values and statistics are looked at. More would show no change that matters.
+SAMPLE = 5000
+_TOP = 12
+_EXAMPLES_OF_A_KIND = 3
+_READERS = 8
+# Rows at a time. A file of rows may have a few hundred, of as many categories.
+_BATCH = 100_000
+_COLUMNS = ["image_id", "uri", "category", "model_id", "is_anomalous", "error_kind", "error_message", "p_value"]
+
+
+class CategoryRows:
+    """Counts of one category's rows, and a sample of them. Rows are added a batch at a time, in any order.
+
+    The sample is the rows with the smallest image ids. An id is a hash, so that this is a random sample, and the same
+    one however a run was cut off.
+    """
+
+    def __init__(self) -> None:
+        self.images = self.alarms = 0
+        self.errors = Counter[str]()
+        self.models = Counter[str]()
+        self._ids = np.empty(0, np.int64)
+        self._values = np.empty((0, 1 + len(COMPARED)), np.float32)
+
+    def add(self, rows: pa.Table) -> None:
+        """Add rows of this category."""
+        self.images += rows.num_rows
+        self.alarms += pc.sum(rows["is_anomalous"]).as_py() or 0
+        scored = rows.filter(pc.equal(rows["error_kind"], ""))
+        self.errors.update(pc.filter(rows["error_kind"], pc.not_equal(rows["error_kind"], "")).to_pylist())
+        self.models.update(scored["model_id"].to_pylist())
+        values = [scored[name].to_numpy() for name in ("p_value", *COMPARED)]
+        self._ids = np.concatenate([self._ids, scored["image_id"].to_numpy()])
+        self._values = np.concatenate([self._values, np.stack(values, axis=1).astype(np.float32)])
+        if len(self._ids) > 2 * SAMPLE:
+            self._keep_sample()
+
+    def sample(self) -> tuple[npt.NDArray[np.float32], dict[str, npt.NDArray[np.float32]]]:
+        """Return p-values, and statistics by name, of the sampled images."""
+        self._keep_sample()
+        return self._values[:, 0], dict(zip(COMPARED, self._values[:, 1:].T, strict=True))
+
+    def _keep_sample(self) -> None:
+        order = np.argsort(self._ids, kind="stable")[:SAMPLE]
+        self._ids, self._values = self._ids[order], self._values[order]
+
+
+@dataclass(frozen=True)
+class NightRows:
+    """What one pass over a night's rows yields."""
+
+    categories: Mapping[str, CategoryRows]
+    error_examples: tuple[ErrorExample, ...]
+
+
+def read_rows(runs: Iterable[RunOutput]) -> NightRows:
+    """Count and sample the rows of a night, a batch at a time."""
+    categories: defaultdict[str, CategoryRows] = defaultdict(CategoryRows)
+    examples: defaultdict[str, list[ErrorExample]] = defaultdict(list)
+    for rows in _batches(runs):
+        ordered = rows.sort_by("category")
+        start = 0
+        for counted in pc.value_counts(ordered["category"]).to_pylist():
+            categories[counted["values"]].add(ordered.slice(start, counted["counts"]))
+            start += counted["counts"]
+        _add_examples(examples, rows)
+    by_kind = [examples[kind] for kind in sorted(examples)]
+    return NightRows(categories, tuple(example for found in by_kind for example in found))
+
+
+def _batches(runs: Iterable[RunOutput]) -> Iterator[pa.Table]:
+    pending: list[pa.RecordBatch] = []
+    for run in runs:
+        for batch in run.dataset().to_batches([*_COLUMNS, *COMPARED]):
+            pending.append(batch)
+            if sum(each.num_rows for each in pending) >= _BATCH:
+                yield pa.Table.from_batches(pending)
+                pending = []
+    if pending:
+        yield pa.Table.from_batches(pending)
+
+
+def _add_examples(examples: defaultdict[str, list[ErrorExample]], rows: pa.Table) -> None:
+    failed = rows.filter(pc.not_equal(rows["error_kind"], ""))
+    for kind in pc.unique(failed["error_kind"]).to_pylist():
+        if (wanted := _EXAMPLES_OF_A_KIND - len(examples[kind])) > 0:
+            for row in failed.filter(pc.equal(failed["error_kind"], kind)).slice(0, wanted).to_pylist():
+                examples[kind].append(ErrorExample(kind, row["category"], row["uri"], row["error_message"]))
+
+
+def top_images(runs: Sequence[RunOutput], preprocessing: Callable[[str, str], Preprocessing]) -> tuple[TopImage, ...]:
+    """Select the most anomalous images of a night, and draw each with its heatmap.
+
+    Args:
+        runs: of the night.
+        preprocessing: of a category's model, given the category and the model's id.
+    """
+    found = [(row["excess"], row["uri"], run, row) for run in runs for row in most_anomalous(run, _TOP)]
+    best = sorted(found, key=lambda item: item[:2], reverse=True)[:_TOP]
+
+    def image(run: RunOutput, row: dict[str, Any]) -> TopImage:
+        drawn = ""
+        with suppress(ModelError):
+            drawn = picture(run, row, preprocessing(row["category"], row["model_id"]))
+        values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
+        return TopImage(**values, picture=drawn)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return tuple(pool.map(lambda item: image(*item[2:]), best))

@@ -1,0 +1,140 @@
+"""The scoring runs of a night: the first one scores what is there, each later one the files that came late.
+
+A run's manifest is fixed before it starts, and a finished run never changes. So each start of the job that finds new
+images adds a run to the night's folder:
+
+<out>/date=2026-11-24/scores/<number>_*.parquet     the rows of all runs
+<out>/date=2026-11-24/heatmaps/<number>/
+<out>/date=2026-11-24/runs/<number>/                run.json, manifest, triage.html
+<out>/date=2026-11-24/night.json                    see stpm/monitoring/nights.py
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stpm import storage
+from stpm.errors import NoImagesError
+from stpm.monitoring.options import parse_date
+from stpm.scoring.inputs import manifest
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.remaining import contains
+from stpm.scoring.resuming.run_state import RunState
+
+_PREFIX = "date="
+_READERS = 16
+
+log = logging.getLogger(__name__)
+
+
+class NightFolder(NamedTuple):
+    """The folder of one night."""
+
+    date: datetime.date
+    uri: str
+
+    @classmethod
+    def of(cls, out: str, date: datetime.date) -> NightFolder:
+        """Return a night's folder in the folder of all nights."""
+        return cls(date, storage.join(out, f"{_PREFIX}{date.isoformat()}"))
+
+    @classmethod
+    def find_all(cls, out: str) -> list[NightFolder]:
+        """List the folders that are named as nights, oldest first; other files and folders are ignored."""
+        names = storage.children(out) if storage.exists(out) else []
+        dates = (parse_date(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
+        return [cls.of(out, date) for date in dates if date]
+
+    def runs(self) -> list[RunOutput]:
+        """List the runs whose list of images is fixed, oldest first."""
+        return [output for output in self._outputs() if manifest.read(output.manifest)]
+
+    def run(self, number: int) -> RunOutput:
+        """Return the output of a run."""
+        return RunOutput.named(self.uri, f"{number:03}")
+
+    def finish_removal(self) -> None:
+        """Remove what is left of runs whose removal was cut off."""
+        for output in self._outputs():
+            if RunState(output.state_folder).is_cleared():
+                output.remove()
+
+    def remove_runs(self) -> None:
+        """Remove all that runs wrote, the latest first: after a kill, what is left is a night with fewer runs."""
+        for output in reversed(self._outputs()):
+            output.remove()
+
+    def _outputs(self) -> list[RunOutput]:
+        outputs = [output for output in RunOutput.all_named(self.uri) if output.name.isdecimal()]
+        outputs = [output for output in outputs if RunState(output.state_folder).exists()]
+        return sorted(outputs, key=lambda output: int(output.name))
+
+
+def score_new_images(
+    folder: NightFolder,
+    listing: Callable[[], Iterator[pa.Table]],
+    score: Callable[[RunOutput, Iterable[pa.Table]], int],
+) -> int:
+    """Finish the night's unfinished runs, and start one for images that no run of the night has.
+
+    Args:
+        folder: of the night.
+        listing: lists the night's images, as tables of schema MANIFEST.
+        score: runs scoring to an output, with rows for a manifest that does not exist yet; returns the number of images
+            that are still without a row.
+
+    Returns:
+        The number of images without a row. Nothing is scored if all images have one.
+    """
+    folder.finish_removal()
+    runs = folder.runs()
+    unfinished = 0
+    for run in runs:
+        if not RunState(run.state_folder).is_finished():
+            # A run without rows starts over if its options were changed.
+            others = [other for other in runs if other != run]
+            unfinished += score(run, new_rows(listing(), others))
+    runs = folder.runs()
+    rows = new_rows(listing(), runs)
+    if first := next(rows, None):
+        number = max((int(run.name) for run in runs), default=0) + 1
+        unfinished += score(folder.run(number), chain([first], rows))
+    return unfinished
+
+
+def new_rows(chunks: Iterable[pa.Table], runs: Sequence[RunOutput]) -> Iterator[pa.Table]:
+    """Yield the rows of images that are in no manifest of these runs."""
+    listed = np.sort(_listed_ids(runs))
+    for chunk in chunks:
+        new = chunk
+        if len(listed):
+            new = chunk.filter(pa.array(~contains(listed, chunk["image_id"].to_numpy())))
+        if new.num_rows:
+            yield new
+
+
+def _listed_ids(runs: Iterable[RunOutput]) -> npt.NDArray[np.int64]:
+    """Read the ids of all images that runs list."""
+    manifests = ((run.manifest, images) for run in runs if (images := manifest.read(run.manifest)))
+    shards = [uri for folder, images in manifests for each in images.segments(folder) for uri, _ in each.shards]
+    with ThreadPoolExecutor(_READERS) as pool:
+        ids = pool.map(lambda uri: storage.read_table(uri)["image_id"].to_numpy(), shards)
+        return np.concatenate([np.empty(0, np.int64), *ids])
+
+
+def rows_of_sources(listings: Iterable[Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """Yield the rows of each source that has images; one without images hides no other's."""
+    for listing in listings:
+        try:
+            yield from listing
+        except NoImagesError as error:
+            log.info(str(error))

@@ -1,0 +1,111 @@
+"""nightly.json and the message of the webhook: the nights for machines. nightly.schema.json is its JSON schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from stpm import storage
+from stpm.errors import join_first
+from stpm.method.false_discovery import Discoveries
+from stpm.monitoring.nights import CategorySummary, Night
+from stpm.monitoring.runs import NightFolder
+from stpm.monitoring.significance import Rate
+
+PAGE, SUMMARY = "nightly.html", "nightly.json"
+_FORMAT = 1
+# Categories that a message of the webhook has at most.
+_MAX_CATEGORIES = 100
+
+
+def nightly_json(nights: Sequence[Night], out: str, created: str) -> bytes:
+    """Write nightly.json.
+
+    Args:
+        nights: one or more, oldest first.
+        out: URI of the folder of all nights.
+        created: time of writing.
+    """
+    values = {"format": _FORMAT, "created": created, "out": out, "nights": [_night(night, out) for night in nights]}
+    return json.dumps(values, indent=1, ensure_ascii=False).encode()
+
+
+def webhook_message(night: Night, out: str, created: str) -> bytes:
+    """Write the message of the webhook: the night, with the categories that need eyes. Chats show its `text`."""
+    values = _night(night, out)
+    needs_eyes = {name: each for name, each in values["categories"].items() if each["level"] in ("act", "watch")}
+    values["categories"] = dict(list(needs_eyes.items())[:_MAX_CATEGORIES])
+    message = {"format": _FORMAT, "text": headline(night), "created": created, "page": storage.join(out, PAGE)}
+    return json.dumps(message | values, ensure_ascii=False).encode()
+
+
+def headline(night: Night) -> str:
+    """Describe a night in one line."""
+    levels = night.levels
+    named = [
+        [name for name, each in night.categories.items() if each.verdict and each.verdict.level == level]
+        for level in ("act", "watch")
+    ]
+    parts = [
+        f"{night.images} images, {night.alarms} alarms, {night.error_count} errors",
+        *([f"{night.unfinished} images without a row"] if night.unfinished else []),
+        *(
+            f"{level}: {join_first(names, separator=', ')}"
+            for level, names in zip(("act", "watch"), named, strict=True)
+            if names
+        ),
+        f"{levels['fine']} categories fine",
+        *([night.problem] if night.problem else []),
+    ]
+    return f"{night.date}: {'; '.join(parts)}"
+
+
+def ordered_categories(night: Night) -> list[tuple[str, CategorySummary]]:
+    """List the categories of a night: those to act on first, then those to watch, large changes before small ones."""
+    order = {"act": 0, "watch": 1, "fine": 3}
+
+    def key(item: tuple[str, CategorySummary]) -> tuple[int, float, str]:
+        name, each = item
+        if not each.verdict:
+            return 2, 0.0, name
+        return order[each.verdict.level], -max((change.size for change in each.verdict.changes), default=0.0), name
+
+    return sorted(night.categories.items(), key=key)
+
+
+def _night(night: Night, out: str) -> dict[str, Any]:
+    return {
+        "date": night.date,
+        "folder": NightFolder.of(out, night.day).uri,
+        "sources": list(night.sources),
+        "images": night.images,
+        "alarms": night.alarms,
+        "errors": night.errors,
+        "unfinished": night.unfinished,
+        "problem": night.problem,
+        "levels": night.levels,
+        "categories": {name: _category(each) for name, each in ordered_categories(night)},
+        "discoveries": _discoveries(night.discoveries) if night.discoveries else None,
+        "error_examples": [asdict(example) for example in night.error_examples],
+    }
+
+
+def _discoveries(found: Discoveries) -> dict[str, Any]:
+    return {"rate": found.rate, "cut_off": found.cut_off, "count": found.count, "categories": found.categories}
+
+
+def _category(each: CategorySummary) -> dict[str, Any]:
+    return {
+        "level": each.verdict.level if each.verdict else None,
+        "changes": [asdict(change) for change in each.verdict.changes] if each.verdict else [],
+        "model_id": each.model_id,
+        "images": each.images,
+        "alarms": each.alarms,
+        "alarm_rate": each.alarms / each.scored if each.scored else None,
+        "alarm_rate_interval": list(Rate(each.alarms, each.scored).interval()) if each.scored else None,
+        "false_alarm_rate": each.false_alarm_rate,
+        "median_p_value": each.median_p_value,
+        "errors": each.errors,
+    }

@@ -1,0 +1,99 @@
+"""The nightly job in processes of its own: two starts at once, a kill in the middle, late files, a webhook."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stpm import storage
+from stpm.scoring.output import RunOutput
+from tests.cluster.conftest import fit, kill_tree, make_images, run_job, start_job, wait_for_success, wait_until
+from tests.datasets import make_category
+
+pytestmark = pytest.mark.cluster
+
+IMAGES = 400
+NIGHT = "2026-11-24"
+URL_SECRET, KEY = "a-path-that-no-log-may-show", "a-key-that-no-log-may-show"
+
+
+class Hook(BaseHTTPRequestHandler):
+    """Remember each message."""
+
+    def do_POST(self) -> None:
+        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of the night by URI; each image has one."""
+    outputs = RunOutput.all_named(f"{out}/date={NIGHT}")
+    found = [row for output in outputs for row in output.dataset().to_table().to_pylist()]
+    by_uri = {row["uri"]: row for row in found}
+    assert len(by_uri) == len(found)
+    return by_uri
+
+
+def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_path: Path) -> None:
+    make_category(str(tmp_path / "data"), "nut")
+    fit(tmp_path / "data", tmp_path / "models")
+    images = tmp_path / "dump" / NIGHT
+    make_images(str(images), IMAGES, broken=range(0, IMAGES, 50))
+    out = tmp_path / "nights"
+    options = ["--models", str(tmp_path / "models"), "--images", f"{tmp_path}/dump/{{date}}", "--date", NIGHT]
+    options += ["--category", "nut", "--rows-per-file", "32", "--scoring-batch-size", "4", "--max-error-rate", "1"]
+    undisturbed = run_job("nightly", *options, "--out", str(tmp_path / "undisturbed"))
+    assert undisturbed.returncode == 0
+
+    late = [uri for uri, _ in storage.files(str(images))][7:20]
+    (tmp_path / "late").mkdir()
+    for uri in late:
+        Path(uri).rename(tmp_path / "late" / Path(uri).name)
+    options += ["--out", str(out)]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    server.received = []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    secrets = {"STPM_WEBHOOK": f"http://127.0.0.1:{server.server_port}/{URL_SECRET}", "STPM_WEBHOOK_SECRET": KEY}
+
+    # Of two starts at once, one works, and is killed.
+    rivals = [start_job("nightly", *options, **secrets) for _ in range(2)]
+    wait_until(lambda: any(each.poll() is not None for each in rivals), "neither was refused")
+    winner, loser = sorted(rivals, key=lambda each: each.poll() is not None)
+    assert loser.returncode == 1
+    assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
+    run = RunOutput.named(f"{out}/date={NIGHT}", "001")
+    wait_until(lambda: bool(run.files()), "no rows were written")
+    kill_tree(winner)
+    assert not (out / "nightly.html").exists()
+
+    for uri in late:
+        (tmp_path / "late" / Path(uri).name).rename(uri)
+    log = wait_for_success(start_job("nightly", *options, **secrets))
+    assert "are scored already" in log
+    expected, found = rows(tmp_path / "undisturbed"), rows(out)
+    assert found.keys() == expected.keys()
+    for uri, row in expected.items():
+        for name in ("category", "error_kind", "is_anomalous", "width", "bytes", "model_id", "brightness"):
+            assert found[uri][name] == row[name], (uri, name)
+        assert found[uri]["score"] == (row["score"] and pytest.approx(row["score"], rel=1e-5))
+    assert len(RunOutput.named(f"{out}/date={NIGHT}", "002").dataset().to_table()) == len(late)
+    nights = [json.loads((each / "nightly.json").read_text())["nights"] for each in (tmp_path / "undisturbed", out)]
+    assert [night["images"] for (night,) in nights] == [IMAGES, IMAGES]
+    assert nights[0][0]["categories"]["nut"]["alarms"] == nights[1][0]["categories"]["nut"]["alarms"]
+    assert nights[0][0]["categories"]["nut"]["level"] == nights[1][0]["categories"]["nut"]["level"]
+
+    assert [message["images"] for message in server.received] == [IMAGES]  # type: ignore[attr-defined]
+    server.shutdown()
+    written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    for secret in (URL_SECRET, KEY):
+        assert secret not in log
+        assert secret.encode() not in written

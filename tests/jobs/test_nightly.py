@@ -1,0 +1,245 @@
+"""The nightly job without Ray: what is scored when, and that a kill at any step changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+import shutil
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from stpm import storage
+from stpm.jobs import nightly
+from stpm.models.store import ModelStore
+from stpm.monitoring.nights import Night, read_night
+from stpm.monitoring.runs import NightFolder
+from stpm.scoring.resuming.run_state import RunState
+from tests.conftest import TINY
+from tests.models.test_store import save
+from tests.monitoring.nightly_runs import DATE, Nightly, cut_off_after, job
+
+__all__ = ["job"]
+
+BEFORE = DATE - datetime.timedelta(days=1)
+AFTER = DATE + datetime.timedelta(days=1)
+
+
+def record(job: Nightly, date: datetime.date = DATE) -> Night:
+    found = read_night(NightFolder.of(job.out, date))
+    assert found
+    return found
+
+
+def test_a_night_is_scored_into_its_folder_and_reported(job: Nightly) -> None:
+    job.dump(DATE, "a", "b", "c", "bad")
+    assert job(max_error_rate=0.5) == 0
+    assert job.names() == ["a", "b", "bad", "c"]
+    night = record(job)
+    assert (night.images, night.scored, night.errors) == (4, 3, {"damaged": 1})
+    assert night.categories["nut"].images == 4
+    assert [example.message for example in night.error_examples] == ["cut off"]
+    assert [Path(image.uri).stem for image in night.top] == [
+        Path(row["uri"]).stem for row in sorted(job.rows(), key=lambda row: -(row["score"] or 0))[:3]
+    ]
+    values = json.loads(storage.read(f"{job.out}/nightly.json"))
+    assert [(each["date"], each["images"]) for each in values["nights"]] == [("2026-11-24", 4)]
+    assert b"Night of 2026-11-24" in storage.read(f"{job.out}/nightly.html")
+    # No folder is made for nights that have nothing.
+    assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
+
+
+def test_all_nights_are_one_table(job: Nightly) -> None:
+    job.dump(BEFORE, "a", "b")
+    job.dump(DATE, "c")
+    assert job() == 0
+    found = duckdb.read_parquet(f"{job.out}/date=*/scores/*.parquet", hive_partitioning=True).aggregate(
+        "date, count(*)"
+    )
+    assert sorted(found.fetchall()) == [(BEFORE, 2), (DATE, 1)]
+
+
+def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
+    job.dump(DATE, "a", "b", "c", "d")
+    assert job() == 0
+    assert record(job).discoveries is None
+    job.dump(DATE, "late")
+    assert job(fdr=0.9) == 0
+    found = record(job).discoveries
+    assert found
+    assert found.images == 5
+    assert found.count == sum(row["p_value"] <= found.cut_off for row in job.rows()) > 0
+    assert found.describe() in storage.read(f"{job.out}/nightly.html").decode()
+    assert job() == 0
+    assert record(job).discoveries is None
+
+
+def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.dump(DATE, "a", "b")
+    assert job() == 0
+    before = job.rows(), record(job)
+    monkeypatch.setattr(nightly, "connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(nightly, "summarize_night", lambda *_: pytest.fail("rows were read"))
+    assert job() == 0
+    assert (job.rows(), record(job)) == before
+    assert job.starts == 1
+
+
+def test_late_files_are_scored_into_their_night_by_a_run_of_their_own(job: Nightly) -> None:
+    job.dump(BEFORE, "a", "b")
+    assert job(BEFORE) == 0
+    first = job.rows(BEFORE)
+    job.dump(BEFORE, "late")
+    job.dump(DATE, "c")
+    assert job(DATE) == 0
+    assert job.names(BEFORE) == ["a", "b", "late"]
+    assert job.names(DATE) == ["c"]
+    assert [row for row in job.rows(BEFORE) if not row["uri"].endswith("/late.png")] == first
+    assert record(job, BEFORE).runs == ("001", "002")
+    assert record(job, BEFORE).images == 3
+    html = storage.read(f"{job.out}/nightly.html").decode()
+    for link in re.findall(r'href="(date=[^"]*html)"', html):
+        assert storage.exists(f"{job.out}/{link}")
+    # A night that is older than --look-back is not listed.
+    job.dump(BEFORE, "later")
+    assert job(DATE, look_back=0) == 0
+    assert job.names(BEFORE) == ["a", "b", "late"]
+
+
+def test_missed_nights_are_caught_up(job: Nightly) -> None:
+    job.dump(BEFORE, "a")
+    job.dump(DATE, "b")
+    assert job(AFTER) == 3
+    assert (job.names(BEFORE), job.names(DATE)) == (["a"], ["b"])
+    verdict = record(job, AFTER).categories["nut"].verdict
+    assert verdict
+    assert verdict.reasons == ("no images; 2 nights before had some",)
+
+
+def test_a_new_model_scores_what_is_new_and_leaves_the_rows_that_are_there(job: Nightly) -> None:
+    job.dump(DATE, "a")
+    assert job() == 0
+    (first,) = {row["model_id"] for row in job.rows()}
+    second = save(ModelStore(str(job.root / "models")), dataclasses.replace(TINY, seed=7)).model_id
+    job.dump(DATE, "b", "c")
+    assert job() == 0
+    assert {Path(row["uri"]).stem: row["model_id"] for row in job.rows()} == {"a": first, "b": second, "c": second}
+    assert record(job).categories["nut"].model_id == second
+    assert job(fresh=True) == 0
+    assert {row["model_id"] for row in job.rows()} == {second}
+    assert record(job).runs == ("001",)
+
+
+def test_unreadable_images_are_tried_again_and_hold_up_no_late_files(job: Nightly) -> None:
+    job.dump(DATE, "a", "b", "denied")
+    job.unreadable = {f"{job.root}/dump/{DATE}/nut/denied.png"}
+    assert job() == 2
+    assert (job.names(), record(job).unfinished) == (["a", "b"], 1)
+    job.dump(DATE, "late")
+    assert job() == 2
+    assert (job.names(), record(job).unfinished) == (["a", "b", "late"], 1)
+    job.unreadable = set()
+    assert job() == 0
+    assert (job.names(), record(job).unfinished) == (["a", "b", "denied", "late"], 0)
+
+
+def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
+    job.dump(BEFORE, "a")
+    assert job(BEFORE) == 0
+    judged = record(job, BEFORE)
+    # Options of an unfinished run with rows may not change.
+    job.dump(BEFORE, "denied", "c")
+    job.unreadable = {f"{job.root}/dump/{BEFORE}/nut/denied.png"}
+    assert job(BEFORE) == 2
+    job.dump(DATE, "b")
+    assert job(DATE, category_from="", category="nut") == 2
+    assert job.names(DATE) == ["b"]
+    problem = record(job, BEFORE).problem
+    assert "holds the rows of another run: category was '' and is 'nut'" in problem
+    assert record(job, BEFORE).categories["nut"].images == judged.images + 1
+    assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
+
+
+def test_a_damaged_record_is_named_and_not_written_over(job: Nightly) -> None:
+    job.dump(DATE, "a")
+    uri = f"{NightFolder.of(job.out, DATE).uri}/night.json"
+    storage.publish(uri, b"mine")
+    assert job() == 3
+    assert storage.read(uri) == b"mine"
+    assert "night.json is not a record of a night" in storage.read(f"{job.out}/nightly.html").decode()
+
+
+def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
+    old = DATE - datetime.timedelta(days=10)
+    job.dump(old, "a", "b")
+    job.dump(DATE, "c")
+    assert job(old) == 0
+    mine = f"{NightFolder.of(job.out, old).uri}/scores/notes.txt"
+    storage.publish(mine, b"mine")
+    # Of a date that was mistyped, there are no images.
+    assert job(datetime.date(2126, 11, 24), keep_days=7) == 3
+    assert record(job, old).images == 2
+    assert job(DATE, keep_days=7) == 0
+    assert [uri for uri, _ in storage.files(f"{job.out}/date={old}")] == [mine]
+    nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
+    assert [each["date"] for each in nights] == ["2026-11-24", "2126-11-24"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
+    job: Nightly, fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def result() -> object:
+        values = json.loads(storage.read(f"{job.out}/nightly.json"))
+        return job.rows(BEFORE), job.rows(DATE), values["nights"], record(job, BEFORE), record(job)
+
+    # Waiting for the disk would take most of the time.
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    monkeypatch.setattr("os.sync", lambda: None)
+    # The run that is cut off finds a finished night with late files, and one without rows.
+    job.dump(BEFORE, "a")
+    assert job(BEFORE) == 0
+    job.dump(BEFORE, "late", "later")
+    job.dump(DATE, "d", "bad", "e")
+    if fresh:
+        assert job(DATE, look_back=0, max_error_rate=1.0) == 0
+    shutil.copytree(job.out, job.root / "start")
+    assert job(DATE, fresh=fresh, max_error_rate=1.0) == 0
+    expected = result()
+    assert not any("checkpoint" in uri or "remaining" in uri for uri, _ in storage.files(job.out))
+    # By then, --fresh has removed all, and the rest is as without it.
+    last = 14 if fresh else 10**6
+    steps = 0
+    while steps <= last:
+        shutil.rmtree(job.out)
+        shutil.copytree(job.root / "start", job.out)
+        with cut_off_after(steps, monkeypatch) as count, suppress(KeyboardInterrupt):
+            job(DATE, fresh=fresh, max_error_rate=1.0)
+            break
+        assert count() == steps
+        assert job(DATE, max_error_rate=1.0) == 0
+        assert result() == expected, steps
+        runs = [run for date in (BEFORE, DATE) for run in NightFolder.of(job.out, date).runs()]
+        assert all(RunState(run.state_folder).is_finished() for run in runs)
+        # Every other step, for the sake of time.
+        steps += 2
+    assert steps > min(last, 20)
+
+
+def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(
+    job: Nightly, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nightly, "post", partial(nightly.post, pause=0.001))
+    monkeypatch.setenv("STPM_WEBHOOK_SECRET", "the-key")
+    job.dump(DATE, "a")
+    assert job(webhook="http://me:pass-word@127.0.0.1:9/T0ken?key=key-9") == 2
+    assert record(job).images == 1
+    assert "the webhook at http://127.0.0.1:9/... did not take the summary: Connection refused" in caplog.text
+    texts = [caplog.text, *capsys.readouterr(), *(path.read_text() for path in Path(job.out).rglob("*.json"))]
+    texts.append(storage.read(f"{job.out}/nightly.html").decode())
+    assert not any(secret in text for text in texts for secret in ("pass-word", "T0ken", "key-9", "the-key"))

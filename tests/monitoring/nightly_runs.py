@@ -1,0 +1,182 @@
+"""The nightly job without Ray: each image is scored by its name, two rows to a file."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stpm import storage
+from stpm.data.image_statistics import COMPARED
+from stpm.jobs import nightly
+from stpm.models.store import ModelStore
+from stpm.monitoring import judging
+from stpm.monitoring.change import Change
+from stpm.monitoring.drift import CategoryNight, Reference, Verdict
+from stpm.monitoring.options import MonitoringOptions, NightlyOptions
+from stpm.monitoring.runs import NightFolder
+from stpm.options import ClusterOptions, Names
+from stpm.scoring import run as run_module
+from stpm.scoring.inputs.manifest import Segment
+from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.remaining import write_remaining
+from stpm.scoring.resuming.row_checkpoints import summary_of
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
+from stpm.scoring.schema import OUTPUT, table
+from tests.conftest import TINY
+from tests.datasets import encode_image
+from tests.models.test_store import save
+
+DATE = datetime.date(2026, 11, 24)
+
+
+def output_rows(rows: list[dict[str, Any]], model_id: str = "nut-1") -> pa.Table:
+    """Make a table of the output's schema: a hash of each URI is its score; an image named `bad` has an error."""
+    values: dict[str, list[Any]] = {field.name: [] for field in OUTPUT}
+    for row in rows:
+        fraction = int(hashlib.sha256(row["uri"].encode()).hexdigest()[:8], 16) / 2**32
+        bad = Path(row["uri"]).stem == "bad"
+        scored = dict.fromkeys(("score", "memory_score", *COMPARED[2:]), 0.5 + fraction)
+        scored |= {"threshold": 1.4, "p_value": 1 - fraction, "is_anomalous": fraction > 0.9, "width": 40, "height": 48}
+        made = {field.name: None if field.nullable else "" for field in OUTPUT}
+        made |= {name: row[name] for name in ("image_id", "uri", "category")}
+        made |= {"error_kind": "damaged", "error_message": "cut off"} if bad else scored | {"model_id": model_id}
+        for name, value in made.items():
+            values[name].append(value)
+    return table(values, OUTPUT)
+
+
+class Nightly:
+    """The job on a folder of dumps, one folder per night, and what it writes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.out = str(root / "nights")
+        self.unreadable: set[str] = set()
+        self.starts = 0
+
+    def dump(self, date: datetime.date, *names: str) -> None:
+        """Write images of one grey level each to a night's folder."""
+        for name in names:
+            image = encode_image(np.full((12, 10, 3), len(name), np.uint8))
+            storage.publish(f"{self.root}/dump/{date}/nut/{name}.png", image, durable=False)
+
+    def __call__(
+        self, date: datetime.date = DATE, *, webhook: str = "", nights: int = 30, fdr: float = 0.0, **options: Any
+    ) -> int:
+        """Run the job, and return its exit code."""
+        values: dict[str, Any] = {
+            "models": str(self.root / "models"),
+            "images": Names([f"{self.root}/dump/{{date}}"]),
+            "out": self.out,
+            "date": date.isoformat(),
+            "category_from": "{category}/{name}",
+        }
+        monitoring = MonitoringOptions(webhook=webhook, nights=nights, fdr=fdr)
+        return nightly.run_nightly(
+            NightlyOptions(**values | options), monitoring, OutputOptions(), ScoreOptions(), ClusterOptions()
+        )
+
+    def score(self, shards: Any, checkpoint: str, records: Any, *others: Any) -> None:
+        """Stand for `score_shards`: write the rows, and a checkpoint after each file."""
+        _, _, output, max_ranked, _, report = others
+        self.starts += 1
+        for uri, _ in shards:
+            rows = storage.read_table(uri).to_pylist()
+            for start in range(0, len(rows), 2):
+                chunk = [row for row in rows[start : start + 2] if row["uri"] not in self.unreadable]
+                failed = [row["uri"] for row in rows[start : start + 2] if row["uri"] in self.unreadable]
+                report.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
+                if chunk:
+                    made = output_rows(chunk, records["nut"].model_id)
+                    task = f"{output.name}_{chunk[0]['image_id']}"
+                    # Ray commits a file and its checkpoint together, or removes the file.
+                    storage.publish(f"{output.scores}/{task}-0.parquet", storage.parquet(made), durable=False)
+                    ids = f"{checkpoint}/{task}.parquet"
+                    summary = RowSummary.of_rows(made, task, max_ranked)
+                    _plain_publish(summary_of(ids), summary.to_json(), durable=False)
+                    _plain_publish(ids, storage.parquet(made.select(["image_id"])), durable=False)
+
+    def rows(self, date: datetime.date = DATE) -> list[dict[str, Any]]:
+        """Return the rows of a night, by URI."""
+        files = [uri for uri, _ in storage.files(f"{NightFolder.of(self.out, date).uri}/scores")]
+        rows = [row for uri in files for row in storage.read_table(uri).to_pylist()]
+        return sorted(rows, key=lambda row: str(row["uri"]))
+
+    def names(self, date: datetime.date = DATE) -> list[str]:
+        """Return the names of the images that have a row, sorted."""
+        return [Path(row["uri"]).stem for row in self.rows(date)]
+
+
+_plain_publish = storage.publish
+
+
+def judge(nights: list[CategoryNight], reference: Reference, *, tests: int, false_verdict_rate: float) -> Verdict:
+    """Stand for `drift.judge`: a night without images where others had some is a reason to act."""
+    if nights[-1].images or not any(night.images for night in nights):
+        return Verdict("fine", ())
+    return Verdict("act", (Change("images", "act", 0.0, 1.0, f"no images; {len(nights) - 1} nights before had some"),))
+
+
+def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[Segment]:
+    """Stand for the function of this name, without Ray."""
+    started = output.segments_with_checkpoints()
+    left = [
+        each._replace(shards=write_remaining(output, each)) if each.number in started else each for each in segments
+    ]
+    return [each for each in left if each.shards]
+
+
+class Report:
+    """Stands for `ProgressReporter`."""
+
+    def __init__(self) -> None:
+        self.unfinished: list[UnfinishedImage] = []
+
+    def read(self) -> tuple[RunStatistics, list[UnfinishedImage], str]:
+        return RunStatistics(), self.unfinished, ""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
+    """The job with a model for the category `nut`."""
+    save(ModelStore(str(tmp_path / "models")), TINY)
+    made = Nightly(tmp_path)
+    monkeypatch.setattr(run_module, "connected", nullcontext)
+    monkeypatch.setattr(nightly, "connected", nullcontext)
+    monkeypatch.setattr(nightly, "held", lambda folder, wait: nullcontext())
+    monkeypatch.setattr(run_module, "remaining_segments", remaining_segments)
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stops: nullcontext(Report()))
+    monkeypatch.setattr(run_module, "score_shards", made.score)
+    monkeypatch.setattr(judging, "judge", judge)
+    return made
+
+
+@contextmanager
+def cut_off_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Interrupt the block at the write or removal after this number of them; yield a function that counts them."""
+    done = 0
+
+    def counted(act: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: Any, **options: Any) -> None:
+            nonlocal done
+            if done == steps:
+                raise KeyboardInterrupt
+            done += 1
+            act(*arguments, **options)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for name in ("publish", "remove"):
+            patch.setattr(storage, name, counted(getattr(storage, name)))
+        yield lambda: done

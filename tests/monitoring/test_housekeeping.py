@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from stpm import storage
+from stpm.models.record import to_json
+from stpm.monitoring.housekeeping import remove_nights_before
+from stpm.monitoring.nights import Night, write_night
+from stpm.monitoring.runs import NightFolder
+from stpm.scoring.inputs import manifest
+from stpm.scoring.resuming.run_state import RunConfig, RunState
+from stpm.scoring.run_statistics import RunSummary
+
+KEPT, OLD = datetime.date(2026, 11, 24), datetime.date(2026, 11, 1)
+
+
+def make_night(out: str, date: datetime.date, runs: int = 2) -> NightFolder:
+    """Write every kind of file that a night has."""
+    folder = NightFolder.of(out, date)
+    write_night(folder, Night(date.isoformat(), ("s3://dump",)))
+    for number in range(1, runs + 1):
+        output = folder.run(number)
+        state = RunState(output.state_folder)
+        state.start(RunConfig(("s3://dump",), 0.01))
+        manifest.write([], output.manifest)
+        for name in ("scores/{}_0.parquet", "heatmaps/{}/nut/0.png", "runs/{}/triage.html", "runs/{}/checkpoint/0"):
+            storage.publish(f"{folder.uri}/{name.format(output.name)}", b"x", durable=False)
+        state.finish(RunSummary())
+    return folder
+
+
+def names(out: str) -> set[str]:
+    return {uri.removeprefix(f"{out}/") for uri, _ in storage.files(out)}
+
+
+@pytest.fixture(params=["local", "memory"])
+def out(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    return str(tmp_path / "out") if request.param == "local" else f"{memory}/out"
+
+
+def test_an_old_night_is_removed_to_the_last_file(out: str) -> None:
+    make_night(out, OLD)
+    kept = make_night(out, KEPT)
+    expected = {uri for uri, _ in storage.files(kept.uri)}
+    remove_nights_before(out, KEPT)
+    assert {uri for uri, _ in storage.files(out)} == expected
+    if storage.is_local(out):
+        assert [path.name for path in Path(out).iterdir()] == ["date=2026-11-24"]
+
+
+def test_what_no_run_wrote_stays(out: str) -> None:
+    """Whatever it is called, and however old the files are."""
+    folder = make_night(out, OLD)
+    mine = {
+        f"date={OLD}/notes.txt",
+        f"date={OLD}/scores/notes.csv",
+        f"date={OLD}/runs/notes/run.json",
+        f"date={OLD}/heatmaps/mine/0.png",
+        "date=2026-01-01/scores/001_0.parquet",
+        "date=2026-01-02/night.json",
+        "date=2026-01-03/night.json",
+        "date=20260101/night.json",
+        "dump/2026-01-01/0.png",
+    }
+    for name in mine:
+        storage.publish(f"{out}/{name}", b"mine", durable=False)
+    # A folder that was renamed, or copied.
+    storage.publish(f"{out}/date=2026-01-03/night.json", to_json(Night("2026-11-01", ())), durable=False)
+    remove_nights_before(out, KEPT)
+    assert names(out) == mine
+    assert storage.read(f"{folder.uri}/notes.txt") == b"mine"
+
+
+def test_a_removal_that_was_cut_off_goes_on(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Waiting for the disk would take most of the time.
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    monkeypatch.setattr("os.sync", lambda: None)
+    steps = 0
+    remove = storage.remove
+    while True:
+        make_night(out, OLD)
+        left = [steps]
+
+        def cut_off(uri: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            remove(uri)
+
+        monkeypatch.setattr(storage, "remove", cut_off)
+        try:
+            remove_nights_before(out, KEPT)
+            break
+        except KeyboardInterrupt:
+            monkeypatch.setattr(storage, "remove", remove)
+        remove_nights_before(out, KEPT)
+        assert names(out) == set()
+        steps += 1
+    assert steps > 10
