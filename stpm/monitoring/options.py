@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from stpm.errors import ConfigError
 from stpm.method.false_discovery import check_false_discovery_rate
-from stpm.options import WAIT_HELP, Names, check_required, option
+from stpm.options import WAIT_HELP, Names, check_options, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
@@ -49,7 +49,9 @@ class NightlyOptions:
         "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
     )
     look_back: int = option(
-        3, "nights before that one whose images are listed too: those that have no row yet are scored into their night"
+        3,
+        "nights before that one whose images are listed too: those that have no row yet are scored into their night",
+        minimum=0,
     )
     keep_days: int = option(
         0, "days before the night after which an older night is removed, with all that this job wrote there; 0: never"
@@ -61,13 +63,11 @@ class NightlyOptions:
     )
 
     def __post_init__(self) -> None:
-        check_required(self)
+        check_options(self)
         for source in self.images:
             if not _DATE.search(source):
                 raise ConfigError(f"images is {source!r}; put {{date}} in it, each night has images of its own")
         CategoryRule(self.category, self.category_from)
-        if self.look_back < 0:
-            raise ConfigError(f"look-back is {self.look_back}; give 0 or more")
         if self.keep_days and self.keep_days <= self.look_back:
             raise ConfigError(
                 f"keep-days is {self.keep_days}; give 0, or more than --look-back {self.look_back}: a removed night "
@@ -112,8 +112,8 @@ class MonitoringOptions:
         ConfigError: if a value is out of range. The message does not show the webhook's URL.
     """
 
-    nights: int = option(30, "nights on nightly.html and in nightly.json, up to the latest one")
-    top: int = option(50, "images on each night's triage.html, the page of the most anomalous ones")
+    nights: int = option(30, "nights on nightly.html and in nightly.json, up to the latest one", minimum=1)
+    top: int = option(50, "images on each night's triage.html, the page of the most anomalous ones", minimum=1)
     fdr: float = option(
         0.0,
         "false discovery rate, 0 to 1: of the images that a night calls discoveries, at most this fraction is good on "
@@ -131,9 +131,7 @@ class MonitoringOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("nights", "top"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give 1 or more")
+        check_options(self)
         check_false_discovery_rate(self.fdr)
         if not 0 < self.false_verdict_rate < 1:
             raise ConfigError(f"false-verdict-rate is {self.false_verdict_rate}; give a fraction between 0 and 1")
