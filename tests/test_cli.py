@@ -125,7 +125,7 @@ def test_a_printed_size_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--size", "640x8"], "size is '640x8'; give 32 to 4096 pixels each, or auto"),
         (["--epochs", "0"], "epochs is 0; give at least 1"),
         (["--workers", "-1"], "workers is -1; give 0 or more"),
-        (["--worker-memory-gib", "nan"], "worker-memory-gib is nan; give 0 or more"),
+        (["--worker-memory-gib", "nan"], "worker-memory-gib is nan; give NUMBER"),
         (["--student", "none", "--memory", "0"], "student is 'none'; give --memory too"),
         (["--preset", "paper", "--memory", "9"], "fusion is 'product'; give quantile"),
         (["--memory-levels", "3,2"], "memory-levels is"),
