@@ -124,7 +124,8 @@ class RunOutput:
         """Return the numbers of the segments of which rows are written."""
         if not storage.exists(self.checkpoint):
             return set()
-        return {int(name) for name in storage.children(self.checkpoint)}
+        # In a store the folder itself may be an object, and so be among its children.
+        return {int(name) for name in storage.children(self.checkpoint) if name.isdigit()}
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""
