@@ -3,9 +3,9 @@
     python bench/feedback.py --data DATA --categories casting,commutator --teacher demo
 
 DATA is in the MVTec AD layout. Fits each category on its first images of train/good, so few that its threshold is
-rough. Night 5 is every other test image, night 6 the others. Marks as good all good images of night 5 that raise an
-alarm, adds them as `jobs/fit.py --add-normals` does, and prints the alarms of both nights, and those of night 6 with
-feedback. Everything runs in this process; `--student none` leaves the student out.
+rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `jobs/fit.py --add-normals`
+does: those that raise an alarm, and after a roll-back all of them. Prints the alarms of both nights, and those of night
+6 with each feedback. Everything runs in this process; `--student none` leaves the student out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from common import MEMORY_BUDGET, make_parser
 
 from stpm.data import mvtec
@@ -29,7 +30,7 @@ from stpm.jobs.fit import run_fit
 from stpm.method.backbones import load_teacher_weights
 from stpm.method.recipe import PRESETS, Recipe
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions
+from stpm.options import ClusterOptions, Names
 
 
 def fit(store: ModelStore, category: mvtec.Category, recipe: Recipe, train_images: int) -> None:
@@ -52,7 +53,7 @@ def score(store: ModelStore, name: str, images: list[mvtec.TestImage]) -> np.nda
     return np.array(scores, np.float32)
 
 
-def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path) -> None:
+def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, rate: float) -> None:
     """Give feedback on night 5, and print the alarms of both nights."""
     name, good = category.name, np.array([image.label == mvtec.GOOD for image in category.test])
     # Scores stay the same when a model is calibrated again.
@@ -61,23 +62,25 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path) 
     ranks = np.where(good, np.cumsum(good), np.cumsum(~good))
     nights = {night: ranks % 2 == night % 2 for night in (5, 6)}
 
-    def count(night: int) -> str:
-        alarms = (scores > store.load(name).calibration.threshold(0.01)) & nights[night]
-        parts = ((alarms & truth).sum() for truth in (good, ~good))
-        totals = ((nights[night] & truth).sum() for truth in (good, ~good))
-        return ", ".join(f"{n} of {m} {what}" for n, m, what in zip(parts, totals, ("good", "defective"), strict=True))
+    def alarms() -> npt.NDArray[np.bool_]:
+        return scores > store.load(name).calibration.threshold(rate)
 
-    report = {"night 5": count(5), "night 6": count(6)}
-    marked = np.flatnonzero((scores > store.load(name).calibration.threshold(0.01)) & nights[5] & good)
-    marks = work / f"{name}.jsonl"
-    lines = [{"uri": category.test[i].uri, "category": name, "label": "good"} for i in marked]
-    marks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    start = time.perf_counter()
-    options = FitOptions(models=store.uri, add_normals=str(marks), allow=(data,))  # type: ignore[arg-type]
-    run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions())
-    report |= {"night 6, with feedback": count(6), "seconds": f"{time.perf_counter() - start:.1f}"}
-    for title, text in report.items():
-        print(f"{name}: {title}: {text}", flush=True)
+    def report(night: int, feedback: str) -> None:
+        parts = {"good": nights[night] & good, "defective": nights[night] & ~good}
+        counts = [f"{(alarms() & part).sum()} of {part.sum()} {kind}" for kind, part in parts.items()]
+        print(f"{name}, night {night}, {feedback}: alarms {', '.join(counts)}", flush=True)
+
+    report(5, "no feedback")
+    report(6, "no feedback")
+    for feedback, marked in (("its alarms", nights[5] & good & alarms()), ("all of it", nights[5] & good)):
+        marks = work / f"{name}.jsonl"
+        lines = [{"uri": category.test[i].uri, "category": name, "label": "good"} for i in np.flatnonzero(marked)]
+        marks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        start = time.perf_counter()
+        options = FitOptions(models=store.uri, false_alarm_rate=rate, add_normals=str(marks), allow=Names((data,)))
+        run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions())
+        report(6, f"{len(lines)} good images of night 5 added ({feedback}) in {time.perf_counter() - start:.1f} s")
+        store.set_versions(name, store.versions(name).roll_back())
 
 
 def main() -> None:
@@ -86,7 +89,8 @@ def main() -> None:
     parser.add_argument("--categories", required=True)
     parser.add_argument("--teacher", default="demo")
     parser.add_argument("--student", default="stpm")
-    parser.add_argument("--train-images", type=int, default=40)
+    parser.add_argument("--train-images", type=int, default=15)
+    parser.add_argument("--false-alarm-rate", type=float, default=0.05)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("stpm.feedback").setLevel(logging.INFO)
@@ -97,7 +101,7 @@ def main() -> None:
         for name in arguments.categories.split(","):
             category = mvtec.read_category(arguments.data, name)
             fit(store, category, recipe, arguments.train_images)
-            measure(store, arguments.data, category, work)
+            measure(store, arguments.data, category, work, arguments.false_alarm_rate)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def run_models(options: ModelsOptions) -> int:
                 failed.add(category)
                 log.info(f"{category}: failed: {error}", extra={"category": category})
     good = [category for category in categories if category not in failed]
-    log.info(f"\n{models_table(store, good, options.false_alarm_rate)}\n")
+    if good:
+        log.info(f"\n{models_table(store, good, options.false_alarm_rate)}\n")
     return exit_code(len(good), len(failed))
 
 
