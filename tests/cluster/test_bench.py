@@ -15,8 +15,8 @@ from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-# The job's images per CPU second, of the loop's. Other work on the machine hardly changes it.
-STATED = 0.7
+# The job's images per CPU second, of the loop's. The ratio of wall times varies much more with other work on the machine.
+STATED = 0.65
 IMAGES = 800
 
 
