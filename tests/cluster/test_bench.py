@@ -15,7 +15,7 @@ from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-# The job's images per CPU second, of the loop's. The ratio of wall times varies much more with other work on the machine.
+# The job's images per CPU second, of the loop's. Other work on the machine changes the ratio of wall times far more.
 STATED = 0.65
 IMAGES = 800
 
