@@ -100,9 +100,12 @@ def score_shards(
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(checkpoint)
     with DataContext.current(context):
-        # Tasks that only read take no CPU: nothing must keep the other stages from getting theirs.
         rows = ray.data.read_datasource(
-            blocks, override_num_blocks=blocks.parallelism, num_cpus=0, concurrency=_READING_TASKS
+            blocks,
+            override_num_blocks=blocks.parallelism,
+            # These tasks must not keep the other stages from getting their CPUs.
+            num_cpus=0,
+            concurrency=min(_READING_TASKS, blocks.task_count),
         )
         rows = rows.map_batches(
             Decode(preprocessing, options.image_seconds, report=report).__call__,

@@ -209,6 +209,8 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
         with show_scoring_progress(to_score, stops=not run.options.accept_errors) as report:
             for segment in segments:
                 if segment.number in remaining:
+                    if len(remaining) > 1:
+                        log.info(f"segment {segment.number + 1} of {len(segments) + len(committed)}")
                     _score_segment(run, segment.number, remaining[segment.number], records, report)
                 summaries.append(commit_segment(run.output, segment, run.triage_images))
             statistics, unfinished, _ = report.read()

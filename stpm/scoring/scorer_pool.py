@@ -11,11 +11,11 @@ from stpm.errors import ConfigError
 
 # Tasks that fetch, decode or write, per CPU core: each waits half of its time for storage or for a scorer.
 _TASKS_PER_CORE = 2
-# Maximum fraction of the CPUs beside scorers for one such task: each of the three other stages must fit.
+# Maximum fraction of the CPUs beside scorers for one such task: tasks of each other stage must fit.
 _MAX_FRACTION_OF_REST = 1 / 4
-# Fraction of a cluster that is reserved for the four stages in equal parts: Ray Data's default.
+# Fraction of a cluster that is reserved for the stages (decode, score, write) in equal parts: Ray Data's default.
 _RESERVED_FRACTION = 0.5
-_STAGES = 4
+_STAGES = 3
 # Tasks that must fit the memory of any node.
 _MIN_TASKS = 4
 # Ray counts CPUs in ten-thousandths.
@@ -98,14 +98,15 @@ def _cpus_on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
 def _reserved_fraction(cpus: float, scorer_cpus: float) -> float:
     """Return the fraction of a cluster's CPUs to reserve for the stages, given the CPUs of all scorers.
 
-    Ray reserves for the stages in their order, and nothing for a stage for which too little is left. If that were the
-    last one, it would write nothing before all images are decoded, and scored images would fill the memory.
+    Ray reserves for the stages in their order (decode, score, write), and nothing for a stage for which too little is
+    left. If that were the last one, it would write nothing before all images are decoded, and scored images would fill
+    the memory.
     """
-    # While the manifest is read, that is one more stage, which itself takes no CPUs.
+    # While the manifest is read there is one more stage, which itself takes no CPUs.
     for stages in (_STAGES, _STAGES + 1):
         per_stage = _RESERVED_FRACTION * cpus / stages
-        if cpus - 3 * per_stage < scorer_cpus <= cpus - 2 * per_stage:
-            return _round_down(_STAGES * (cpus - scorer_cpus) / (3 * cpus))
+        if cpus - 2 * per_stage < scorer_cpus <= cpus - per_stage:
+            return _round_down(_STAGES * (cpus - scorer_cpus) / (2 * cpus))
     return _RESERVED_FRACTION
 
 

@@ -46,10 +46,15 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
         return self._blocks
 
     @property
+    def task_count(self) -> int:
+        """The number of tasks."""
+        return len(self._tasks)
+
+    @property
     def parallelism(self) -> int:
         """The number to request from Ray, which then splits the rows of each task into blocks."""
         longest = max((_count_rows(parts) for parts in self._tasks), default=0)
-        return len(self._tasks) * -(-longest // BLOCK_ROWS)
+        return self.task_count * -(-longest // BLOCK_ROWS)
 
     def get_name(self) -> str:
         """Return the name that Ray logs."""
