@@ -56,8 +56,11 @@ def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, 
     opener = urllib.request.build_opener(_NoRedirect)
 
     def act() -> None:
-        with opener.open(request, timeout=timeout):
-            pass
+        try:
+            opener.open(request, timeout=timeout).close()
+        except HTTPError as error:
+            error.close()
+            raise
 
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_temporary),
