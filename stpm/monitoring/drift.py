@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,18 @@ class Reference:
     Args:
         calibration_count: number of calibration images.
         statistics: one value for each good image, by name: `stpm.data.image_statistics.COMPARED`.
+        added: places of those calibration images that a person added, ascending; 1 is the highest score.
     """
 
     calibration_count: int
     statistics: Mapping[str, FloatArray]
+    added: FloatArray = field(default_factory=lambda: np.empty(0))
+
+    def held_out_p_values(self, p_values: FloatArray) -> FloatArray:
+        """Return the p-values that a calibration without the added images gives: those are no random sample."""
+        at_least = np.rint(p_values * (self.calibration_count + 1)) - 1
+        at_least -= np.searchsorted(self.added, at_least, side="right")
+        return (at_least + 1) / (self.calibration_count - len(self.added) + 1)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,8 @@ def _changes(night: CategoryNight, earlier: Sequence[CategoryNight], reference: 
     statistics = {name: values[distinct] for name, values in night.statistics.items()}
     yield from image_drift.compare_statistics(statistics, reference.statistics)
     yield from _alarms(night, earlier, reference.calibration_count)
-    yield _scores(night.p_values[distinct], reference.calibration_count)
+    held_out = reference.calibration_count - len(reference.added)
+    yield _scores(reference.held_out_p_values(night.p_values[distinct]), held_out)
 
 
 def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:

@@ -132,9 +132,11 @@ def _reference(store: ModelStore, category: str, model_id: str) -> Reference | s
     try:
         record = store.record(category, model_id)
         table = store.image_statistics(record)
+        is_added = store.calibration(record)["is_added"].to_numpy()
     except ModelError as error:
         return f"its model cannot be compared with: {error}"
-    return Reference(record.fit.calibration_count, {name: table[name].to_numpy() for name in table.column_names})
+    statistics = {name: table[name].to_numpy() for name in table.column_names}
+    return Reference(len(is_added), statistics, np.flatnonzero(is_added[::-1]) + 1.0)
 
 
 def _medians(values: Mapping[str, np.ndarray]) -> dict[str, float]:

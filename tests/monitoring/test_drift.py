@@ -13,6 +13,7 @@ from scipy import stats
 
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
+from stpm.method.calibration import Calibration, HeatmapScale
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
 from tests.monitoring.nights import Line
 
@@ -248,3 +249,18 @@ def test_faults_of_a_camera_are_named_on_real_products(real_data: Path, category
         found = judged(moved)
         assert found.changes[0].name == "position_x"
         assert "further left" in found.reasons[0]
+
+
+def test_images_that_a_person_added_do_not_count_as_a_change_of_scores() -> None:
+    """Images that raised an alarm are among the highest scores of a calibration, and of no night."""
+    rng = np.random.default_rng(0)
+    held_out, added, night = (rng.normal(size=50), rng.normal(3, 1, size=30), rng.normal(size=400))
+    both = np.concatenate([held_out, added])
+    order = np.argsort(both)
+    is_added = (order >= 50)[::-1]
+    reference = Reference(80, {}, np.flatnonzero(is_added) + 1.0)
+    scale = HeatmapScale(0.0, 1.0)
+    with_added = Calibration(both[order].astype(np.float32), scale).p_values(night.astype(np.float32))
+    without = Calibration(np.sort(held_out).astype(np.float32), scale).p_values(night.astype(np.float32))
+    np.testing.assert_allclose(reference.held_out_p_values(with_added), without, rtol=1e-6)
+    np.testing.assert_allclose(Reference(50, {}).held_out_p_values(without), without, rtol=1e-6)
