@@ -84,6 +84,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
         "manifest",
         "run.json",
         "scores",
+        "segments",
         "triage.html",
     }
 
