@@ -23,9 +23,9 @@ from stpm.monitoring.significance import Rate, compare_rates, compare_scores, ex
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-# How many times a p-value counts (Bonferroni): errors, alarms, scores and images share the false-verdict rate equally,
-# so that the many tests of images leave those of alarms their power.
-_TIMES = {"errors": 4, "alarms": 4 * 2, "scores": 4} | dict.fromkeys(COMPARED, 4 * image_drift.TESTS)
+# By how much the p-value of a change is multiplied (Bonferroni): errors, alarms, scores and images share the
+# false-verdict rate equally, so that the many tests of images leave those of alarms their power.
+_BONFERRONI = {"errors": 4, "alarms": 4 * 2, "scores": 4} | dict.fromkeys(COMPARED, 4 * image_drift.TESTS)
 
 # Distance between the distributions of the night's scores and the calibration's. Some defects change it by their share.
 _SCORES = Limits(0.25, 0.5)
@@ -134,7 +134,7 @@ def judge(
     *earlier, night = nights
     found: list[Change] = []
     for change in _changes(night, earlier, reference):
-        adjusted = min(change.p_value * _TIMES.get(change.name, 1) * tests, 1.0)
+        adjusted = min(change.p_value * _BONFERRONI.get(change.name, 1) * tests, 1.0)
         if change.level != "fine" and adjusted <= false_verdict_rate:
             found.append(replace(change, p_value=adjusted))
     level: Level = "fine"
@@ -232,12 +232,10 @@ def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_
 
 
 def _usual(rates: Sequence[Rate | None], margin: float) -> list[Rate]:
-    """Return the rates, oldest first, without those that stand out above the ones before by more than a margin."""
+    """Return the rates, lowest first, without those that stand out above all lower ones by more than a margin."""
     usual: list[Rate] = []
-    for rate in rates:
-        if rate and not (
-            usual and rate.value > pool(usual).value + margin and compare_rates(rate, usual) < _FAULT_P_VALUE
-        ):
+    for rate in sorted(filter(None, rates), key=lambda rate: rate.value):
+        if not (usual and rate.value > pool(usual).value + margin and compare_rates(rate, usual) < _FAULT_P_VALUE):
             usual.append(rate)
     return usual
 

@@ -70,11 +70,14 @@ def test_alarms_of_another_model_are_not_compared(line: Line) -> None:
     assert verdict([*nights, line.night(5, images=1000, defects=0.04)], line.reference).level == "fine"
 
 
-def test_a_night_with_a_fault_does_not_raise_what_is_usual(line: Line) -> None:
+@pytest.mark.parametrize("fault", [0, 4])
+def test_a_night_with_a_fault_does_not_raise_what_is_usual(line: Line, fault: int) -> None:
     nights = line.nights(6, images=1000, defects=0.02)
-    nights[4] = line.night(4, images=1000, defects=0.6)
-    found = verdict([*nights, line.night(6, images=1000, defects=0.09)], line.reference)
-    assert "on 5 nights before" in found.reasons[0]
+    nights[fault] = replace(line.night(fault, images=1000, defects=0.6), errors=300)
+    found = verdict([*nights, replace(line.night(6, images=1000, defects=0.09), errors=80)], line.reference)
+    assert [change.name for change in found.changes][:2] == ["errors", "alarms"]
+    assert "usually 0.0 %" in found.reasons[0]
+    assert "on 5 nights before" in found.reasons[1]
 
 
 def test_many_alarms_are_named_on_the_first_night(line: Line) -> None:
