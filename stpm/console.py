@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # Terminal codes: return to the start of the line, and clear it.
 _REWRITE = "\r\x1b[K"
 
-_WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*")
+_WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*", re.IGNORECASE)
 
 
 class Stopped(KeyboardInterrupt):

@@ -11,7 +11,7 @@ from datetime import datetime
 import pytest
 
 from stpm import __version__
-from stpm.console import JsonHandler, exit_code
+from stpm.console import JsonHandler, exit_code, hide_urls
 
 _PROGRAM = """
 import logging
@@ -95,3 +95,8 @@ def test_an_error_for_which_nothing_is_done_goes_to_standard_error(capfd: pytest
     program = "import logging; from stpm.console import nothing_done, start_logging; start_logging('fit', 'text'); "
     subprocess.run([sys.executable, "-c", f"{program} raise SystemExit(nothing_done(OSError('no')))"], check=False)
     assert tuple(capfd.readouterr()) == ("", "error: no\n")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTPS", "Http"])
+def test_urls_are_hidden_in_any_case(scheme: str) -> None:
+    assert hide_urls(f"--webhook={scheme}://me:secret@host/T0?key=secret") == f"--webhook={scheme}://host/..."
