@@ -123,6 +123,7 @@ class Job:
             allow_abbrev=False,
             print_config="--print-config",
         )
+        parser.secrets = tuple(field.name for field in fields if field.metadata["is_secret"])
         parser.add_argument(
             "--config", action="config", metavar="FILE", help="YAML file that sets any of these options"
         )
@@ -199,6 +200,9 @@ def _make(kind: type, values: Namespace) -> Any:
 class _Parser(ArgumentParser):
     """A parser whose errors are ConfigErrors in the user's words, instead of Python's."""
 
+    # Names of the options that may hold a secret.
+    secrets: tuple[str, ...] = ()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
         if unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
@@ -210,6 +214,14 @@ class _Parser(ArgumentParser):
             name = invalid[1].replace("_", "-")
             text = self._invalid(name, value) if value else f"{name}: {reason}"
         raise ConfigError(f"{text}; see --help") from ex
+
+    def dump(self, cfg: Namespace, **options: Any) -> str:
+        """Write options as YAML, without those that may hold a secret: they still come from the environment."""
+        shown = cfg.clone()
+        for name in self.secrets:
+            shown.pop(name, None)
+        text: str = super().dump(shown, **options)
+        return text
 
     def _unknown(self, name: str) -> str:
         known = [flag.lstrip("-") for flag in self._option_string_actions]

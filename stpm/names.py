@@ -1,4 +1,4 @@
-"""Names of files and folders: whether they are UTF-8, and whether every filesystem can have them.
+"""Names of files and folders: whether they are UTF-8, hold a secret, and whether every filesystem can have them.
 
 Python reads each byte of a name that is not UTF-8 as a lone surrogate, U+DC80 to U+DCFF.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from urllib.parse import quote
 
-from stpm.errors import DataError
+from stpm.errors import DataError, UriError
 
 # The name of null in a folder `category=<name>` of a partitioned table.
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -21,6 +21,8 @@ _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "l
 # The last range stands for bytes that are not UTF-8.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
 _BYTE = re.compile(r"[\udc80-\udcff]")
+# Scheme, user with password, host, and the rest. fsspec takes what is before :: for another filesystem.
+_URI = re.compile(r"(?:.*::)?([a-z][a-z0-9+.-]*)://(?:([^/?#]*)@)?([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def is_utf8(name: str) -> bool:
@@ -31,6 +33,28 @@ def is_utf8(name: str) -> bool:
 def as_utf8(name: str) -> str:
     """Write each byte that is not UTF-8 as %XX; every other character stays."""
     return _BYTE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
+
+
+def check_no_secret(uri: str) -> None:
+    """Refuse a URI that may hold a secret, which logs, models and pages would show.
+
+    That is one with a password; a web URL also with a user or a query, such as a signature. The user of abfs:// is a
+    container.
+
+    Raises:
+        UriError: if it may hold one. The message shows neither user nor query nor path.
+    """
+    if not (match := _URI.match(uri)):
+        return
+    scheme, user, host, rest = match.groups()
+    is_web = scheme.lower() in ("http", "https")
+    if user and (is_web or ":" in user):
+        held, remedy = "user or password", "give credentials to the storage's own tools (docs/cluster.md)"
+    elif is_web and "?" in rest:
+        held, remedy = "query, which may be a signature", "use s3://, gs:// or abfs:// for signed objects"
+    else:
+        return
+    raise UriError(f"{scheme}://{host}/...: this URI holds a {held}, and would be kept with results; {remedy}")
 
 
 def safe_name(name: str, what: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from stpm.errors import ConfigError
+from stpm.names import check_no_secret
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class Size(str):
         return int(height), int(width)
 
 
-def option(default: T, text: str, *, required: bool = False, minimum: float = -math.inf) -> T:
+def option(default: T, text: str, *, required: bool = False, minimum: float = -math.inf, is_secret: bool = False) -> T:
     """Declare a dataclass field as an option.
 
     Args:
@@ -65,17 +66,19 @@ def option(default: T, text: str, *, required: bool = False, minimum: float = -m
         text: help text; it names the unit.
         required: the user has to give a value.
         minimum: the smallest valid value. `check_options` checks both.
+        is_secret: the value may hold a secret: --print-config leaves it out.
     """
-    metadata = {"help": text, "required": required, "minimum": minimum}
+    metadata = {"help": text, "required": required, "minimum": minimum, "is_secret": is_secret}
     field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
 def check_options(options: Any) -> None:
-    """Check in an option dataclass's `__post_init__` that required options are given, and numbers not too small.
+    """Check in an option dataclass's `__post_init__` that required options are given, numbers not too small, and no
+    URI holds a secret.
 
     Raises:
-        ConfigError: if a required option is empty, or a number is below its minimum.
+        ConfigError: if a required option is empty, a number is below its minimum, or a URI has a password.
     """
     required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
     if missing := [f"--{name}" for name in required if not getattr(options, name)]:
@@ -85,6 +88,10 @@ def check_options(options: Any) -> None:
         # Written so that NaN fails.
         if minimum > -math.inf and not value >= minimum:
             raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give {minimum} or more")
+        if not field.metadata["is_secret"]:
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, str):
+                    check_no_secret(each)
 
 
 WantedBackend = Literal["auto", "eager", "openvino"]

@@ -78,6 +78,19 @@ def test_the_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.Cap
     assert job("benchmark").parse(["--config", str(tmp_path / "c.yaml")]) == job("benchmark").parse(argv)
 
 
+def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("STPM_WEBHOOK", "https://host/SECRET")
+    argv = ["--models", "m", "--images", "{date}", "--out", "o"]
+    assert job("nightly").parse(argv)[1].webhook == "https://host/SECRET"
+    with pytest.raises(SystemExit):
+        job("nightly").parse([*argv, "--print-config"])
+    assert "webhook" not in capsys.readouterr().out
+    for option in ("--models", "--images", "--allow"):
+        with pytest.raises(ConfigError, match=r"https://host/\.\.\.: this URI holds a user or password") as caught:
+            job("nightly").parse([*argv, option, "https://me:SECRET@host/{date}"])
+        assert "SECRET" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "line",
     [

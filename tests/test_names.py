@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from stpm.errors import DataError
-from stpm.names import as_utf8, is_utf8, safe_name
+from stpm.errors import DataError, UriError
+from stpm.names import as_utf8, check_no_secret, is_utf8, safe_name
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,38 @@ def test_as_utf8_escapes_bytes_that_are_not_utf8() -> None:
 @pytest.mark.parametrize(("name", "expected"), [("größe", True), (os.fsdecode(b"\xff"), False), ("\ud800", False)])
 def test_is_utf8_finds_lone_surrogates(name: str, expected: bool) -> None:
     assert is_utf8(name) == expected
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://me:SECRET@host/a.png",
+        "HTTPS://SECRET@host/a.png",
+        "http://host/SECRET.png?X-Amz-Signature=SECRET",
+        "http://host?SECRET",
+        "simplecache::https://me:SECRET@host/a.png",
+        "ftp://me:SECRET@host/a.png",
+        "s3://key:SECRET@host/a.png",
+    ],
+)
+def test_a_uri_with_a_secret_is_refused_without_showing_it(uri: str) -> None:
+    with pytest.raises(UriError, match=r"://host/\.\.\.: this URI holds a ") as caught:
+        check_no_secret(uri)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "a@b:c?d.png",
+        "/data/a:b@c/d?.png",
+        "s3://bucket/a:b@c/*.png?",
+        "https://host:8080/a@b.png",
+        "abfs://container@account.dfs.core.windows.net/a.png",
+        "sftp://me@host/a.png",
+        "file:///a:b@c.png",
+    ],
+)
+def test_a_uri_without_a_secret_is_accepted(uri: str) -> None:
+    check_no_secret(uri)

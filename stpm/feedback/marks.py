@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from stpm import storage
 from stpm.data.mvtec import GOOD
-from stpm.errors import DataError
+from stpm.errors import DataError, UriError
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.sources import allowed_prefixes, check_allowed, resolve
 
@@ -19,7 +19,8 @@ class Marks:
     Args:
         good: URIs of the images that are marked as good, by category.
         other: number of images by another label, such as `defect`.
-        refused: URIs that cannot be used, with the reason.
+        refused: URIs that cannot be used, or rows without one, with the reason. Only images that are marked as good
+            are among them.
     """
 
     good: dict[str, list[str]] = field(default_factory=dict)
@@ -43,20 +44,25 @@ def read_marks(manifest: str, allow: Sequence[str] = (), categories: Sequence[st
         raise DataError(f"{manifest}: a manifest is a file of {', '.join(tables.SUFFIXES)}; name one")
     allowed, folder = allowed_prefixes(uri, allow), uri.rsplit("/", 1)[0]
     labels: dict[tuple[str, str], set[str]] = {}
+    unusable: dict[str, str] = {}
+    row = 0
     marks = Marks()
     for chunk in tables.read(uri):
         if "uri" not in chunk.schema.names:
             raise DataError(f"{manifest}: no column `uri`; its columns are {', '.join(chunk.schema.names)}")
         for name, category, label, _ in tables.input_values(chunk):
-            image = resolve(name, folder)
-            if not image:
-                marks.refused[f"{manifest}"] = "a row has no uri"
-            elif error := check_allowed([image], allowed):
-                marks.refused[image] = str(error)
-            elif not categories or category in categories:
-                labels.setdefault((image, category), set()).add(label)
+            row += 1
+            if categories and category not in categories:
+                continue
+            image, problem = _resolve(name, folder, allowed)
+            image = image or f"{manifest}, row {row}"
+            if problem:
+                unusable[image] = problem
+            labels.setdefault((image, category), set()).add(label)
     for (image, category), found in labels.items():
-        if found == {GOOD}:
+        if found == {GOOD} and image in unusable:
+            marks.refused[image] = unusable[image]
+        elif found == {GOOD}:
             marks.good.setdefault(category, []).append(image)
         elif len(found) > 1:
             marks.refused[image] = f"it is marked as {' and as '.join(sorted(map(repr, found)))}"
@@ -64,3 +70,12 @@ def read_marks(manifest: str, allow: Sequence[str] = (), categories: Sequence[st
             label = found.pop()
             marks.other[label] = marks.other.get(label, 0) + 1
     return marks
+
+
+def _resolve(name: str, folder: str, allowed: Sequence[str]) -> tuple[str, str]:
+    """Return an image's URI, "" if there is none to show; and why the image cannot be used, "" if it can."""
+    try:
+        image = resolve(name, folder)
+    except UriError as error:
+        return "", str(error)
+    return (image, str(check_allowed([image], allowed) or "")) if image else ("", "it has no uri")

@@ -128,6 +128,7 @@ class MonitoringOptions:
         "",
         "http:// or https:// URL to which the summary of the night is posted as JSON. As it may hold a secret, set it "
         "in the environment (STPM_WEBHOOK); STPM_WEBHOOK_SECRET there is the key of the signature",
+        is_secret=True,
     )
 
     def __post_init__(self) -> None:

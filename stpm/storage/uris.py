@@ -15,6 +15,7 @@ from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from stpm.errors import ConfigError, UriError
+from stpm.names import check_no_secret
 
 # This package's extra that installs the client of a scheme.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
@@ -76,7 +77,12 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Make a local path absolute, so that other processes find it; any other URI only loses trailing slashes."""
+    """Make a local path absolute, so that other processes find it; any other URI only loses trailing slashes.
+
+    Raises:
+        UriError: if the URI may hold a secret.
+    """
+    check_no_secret(uri)
     if is_local(uri):
         # This expands `~` too, and keeps it where no user has that name.
         return str(Path(LocalFileSystem._strip_protocol(uri)).absolute())

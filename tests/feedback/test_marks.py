@@ -54,12 +54,31 @@ def test_a_manifest_names_only_what_scoring_would_allow(tmp_path: Path) -> None:
     assert marks.good == {"nut": [f"{tmp_path}/marks/in.png"]}
     assert len(marks.refused) == 4
     assert f"may name only what is under {tmp_path}/marks; see --allow" in marks.refused["s3://b/x.png"]
-    assert marks.refused[uri] == "a row has no uri"
+    assert marks.refused[f"{uri}, row 5"] == "it has no uri"
     assert read_marks(uri, ["s3://b", str(tmp_path)]).good["nut"] == [
         f"{tmp_path}/x.png",
         "s3://b/x.png",
         f"{tmp_path}/marks/in.png",
     ]
+
+
+def test_only_images_to_be_added_are_refused(tmp_path: Path) -> None:
+    rows = [
+        ("/elsewhere/d.png", "nut", "defect"),
+        ("/elsewhere/o.png", "bolt", "good"),
+        ("", "nut", "good"),
+        ("", "nut", "good"),
+        ("", "nut", ""),
+        ("https://me:SECRET@h/a.png", "nut", "good"),
+        ("https://h/b.png?X-Amz-Signature=SECRET", "nut", "good"),
+        ("https://h/b.png?X-Amz-Signature=SECRET", "nut", "defect"),
+    ]
+    marks = read_marks(uri := write(tmp_path / "m.csv", rows), ["https://h"], ["nut"])
+    assert marks.good == {}
+    assert marks.other == {"defect": 2, "": 1}
+    assert list(marks.refused) == [f"{uri}, row {number}" for number in (3, 4, 6, 7)]
+    assert "https://h/...: this URI holds a query" in marks.refused[f"{uri}, row 7"]
+    assert "SECRET" not in str(marks)
 
 
 def test_an_image_with_two_labels_is_refused(tmp_path: Path) -> None:

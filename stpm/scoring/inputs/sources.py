@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.data.images import SUFFIXES
-from stpm.errors import ConfigError, ImageError, NoImagesError
+from stpm.errors import ConfigError, ImageError, NoImagesError, UriError
+from stpm.names import check_no_secret
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.archives import TAR, ImageRef, tar_images
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -130,17 +131,20 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterato
             raise ConfigError(f"{uri}: column {clashing[0]} is one that scoring writes itself; rename it")
         rows = []
         for number, (name, category, label, mask) in enumerate(tables.input_values(chunk), start=first):
-            mask_uri = resolve(mask, folder)
-            error = None
-            if "uri" not in chunk.schema.names:
-                image = ImageRef.parquet_row(uri, number)
-                error = check_allowed([mask_uri], allowed)
-            elif name:
-                image = ImageRef(resolve(name, folder))
-                error = check_allowed([image.uri, mask_uri], allowed)
-            else:
-                image = ImageRef(f"{uri}#{number}")
-                error = ImageError("missing", "this row of the manifest has no uri")
+            mask_uri = ""
+            try:
+                mask_uri = resolve(mask, folder)
+                if "uri" not in chunk.schema.names:
+                    image = ImageRef.parquet_row(uri, number)
+                    error = check_allowed([mask_uri], allowed)
+                elif name:
+                    image = ImageRef(resolve(name, folder))
+                    error = check_allowed([image.uri, mask_uri], allowed)
+                else:
+                    image = ImageRef(f"{uri}#{number}")
+                    error = ImageError("missing", "this row of the manifest has no uri")
+            except UriError as problem:
+                image, error = ImageRef(f"{uri}#{number}"), ImageError("not_allowed", str(problem))
             rows.append(ManifestRow(image, category or rule.category(image.path), label, mask_uri, error))
         first += len(rows)
         yield make_rows(rows, chunk)
@@ -149,7 +153,14 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterato
 
 
 def resolve(name: str, folder: str) -> str:
-    """Return the absolute URI of a name in a manifest; relative names are relative to the manifest's folder."""
+    """Return the absolute URI of a name in a manifest; relative names are relative to the manifest's folder.
+
+    Raises:
+        UriError: if the URI may hold a secret.
+    """
     if "://" in name or name.startswith("/"):
-        return storage.absolute(name) if storage.is_local(name) else name
-    return f"{folder}/{PurePosixPath(name)}" if name else ""
+        uri = storage.absolute(name) if storage.is_local(name) else name
+    else:
+        uri = f"{folder}/{PurePosixPath(name)}" if name else ""
+    check_no_secret(uri)
+    return uri

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, DataError, UriError
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import allowed_prefixes, check_allowed, image_rows
@@ -107,6 +107,18 @@ def test_a_manifest_cannot_name_masks_outside_the_allowed_prefixes(tmp_path: Pat
     good, bad = rows(f"{tmp_path}/list.jsonl")
     assert (good["mask"], good["error_kind"]) == (f"{tmp_path}/m.png", "")
     assert bad["error_kind"] == "not_allowed"
+
+
+def test_a_uri_with_a_secret_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    secrets = ["https://me:SECRET@host/a.png", "https://host/a.png?sig=SECRET"]
+    records = [{"uri": secrets[0], "mask": ""}, {"uri": "a.png", "mask": secrets[1]}, {"uri": "b.png", "mask": ""}]
+    write_manifest(f"{tmp_path}/list.jsonl", records)
+    found = rows(f"{tmp_path}/list.jsonl", allow=["https://host", str(tmp_path)])
+    assert [row["error_kind"] for row in found] == ["not_allowed", "not_allowed", ""]
+    assert "SECRET" not in str(found)
+    for sources, lines in ((secrets[:1], []), (["-"], secrets[1:])):
+        with pytest.raises(UriError, match=r"https://host/\.\.\.: this URI holds a "):
+            rows(*sources, lines=lines)
 
 
 def test_a_manifest_may_by_default_name_its_own_bucket_or_folder() -> None:
