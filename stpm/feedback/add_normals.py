@@ -93,7 +93,7 @@ def _add_to_calibration(store: ModelStore, new: NewNormals, options: AddOptions)
     record = recalibrate(store, new)
     _log_change(store, new, record, new.values, options, "calibrated again")
     fingerprint = store.current(record.category).data_fingerprint
-    _make_current(store, record.category, Version(record.model_id, fingerprint), options)
+    _make_current(store, new, Version(record.model_id, fingerprint), options)
 
 
 def _add_to_training(
@@ -110,10 +110,14 @@ def _add_to_training(
                 _log(category, "none of the images is new to its model")
             else:
                 new, record = found[category], result.record
-                scores = refit.scores(store, new, record.model_id)
-                what = f"fitted again on {record.fit.train_count} images, others held out"
-                _log_change(store, new, record, scores, options, what)
-                _make_current(store, category, Version(record.model_id, result.task.data_fingerprint), options)
+                try:
+                    scores = refit.scores(store, new, record.model_id)
+                    what = f"fitted again on {record.fit.train_count} images, others held out"
+                    _log_change(store, new, record, scores, options, what)
+                except (DataError, ModelError, OSError) as error:
+                    failures[category] = f"{record.model_id} stays staged, since it cannot score: {error}"
+                    continue
+                _make_current(store, new, Version(record.model_id, result.task.data_fingerprint), options)
     return failures
 
 
@@ -135,13 +139,19 @@ def _log_change(
         _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
 
 
-def _make_current(store: ModelStore, category: str, version: Version, options: AddOptions) -> None:
-    """Make a staged model current, unless it is to stay staged."""
+def _make_current(store: ModelStore, new: NewNormals, version: Version, options: AddOptions) -> None:
+    """Make a staged model current, unless it is to stay staged, or another one than before is current now."""
+    category = new.record.category
     versions = store.versions(category)
-    if options.stage:
+    is_changed = versions.current.model_id != new.record.model_id
+    if options.stage or is_changed:
+        store.set_versions(category, versions.stage(version))
+        became = f"became current meanwhile instead of {new.record.model_id}, and " if is_changed else ""
         message = f"stays current, {version.model_id} is staged; jobs/models.py --roll-forward makes it current"
-        _log(category, f"{versions.current.model_id} {message}")
+        _log(category, f"{versions.current.model_id} {became}{message}")
     else:
+        if replaced := versions.describe_replaced(version.model_id):
+            _log(category, replaced)
         store.set_versions(category, versions.publish(version))
         message = f"is current, it was {versions.current.model_id}; jobs/models.py --roll-back undoes this"
         _log(category, f"{version.model_id} {message}")

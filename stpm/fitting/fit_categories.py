@@ -157,6 +157,13 @@ class _TaskMaker:
                 log.info(f"{name}: fitted without the images that were added: {error}", extra={"category": name})
             return ()
 
+    def describe_replaced(self) -> str:
+        """Say which models are no versions any more once the category is fitted."""
+        try:
+            return self.store.versions(self.category.name).describe_replaced()
+        except ModelError:
+            return ""
+
     def task(self, added: Sequence[AddedNormal], *, stage: bool = False) -> FitTask:
         train = with_added_normals(self.category, self.store, added)
         recipe = self.recipe.for_image_count(len(train))
@@ -186,7 +193,7 @@ def _plan(maker: _TaskMaker) -> _Plan:
             f"{current.model_id} stays current; jobs/models.py --roll-forward changes that"
         )
         return task, FitResult(task, current), message
-    return maker.task(added), None, ""
+    return maker.task(added), None, maker.describe_replaced()
 
 
 def _plan_refit(maker: _TaskMaker, new: Sequence[AddedNormal]) -> _Plan:

@@ -24,8 +24,10 @@ def run_models(options: ModelsOptions) -> int:
     """
     store = ModelStore(options.models)
     changes = options.roll_back or options.roll_forward or options.keep > 0
+    if not storage.exists(store.uri):
+        return nothing_done(DataError(f"{store.uri}: no such folder"))
     try:
-        categories = list(options.categories) or store.categories()
+        categories = list(options.categories) if options.names_categories else store.categories()
     except DataError as error:
         return nothing_done(error)
     failed = set()
@@ -58,7 +60,7 @@ def _change(store: ModelStore, category: str, options: ModelsOptions) -> None:
         )
     if options.keep:
         store.set_versions(category, versions := versions.forget(options.keep))
-        for model_id in store.model_ids(category):
+        for model_id in store.model_folders(category):
             if not versions.position(model_id):
                 store.remove(category, model_id)
                 log.info(f"{category}: removed {model_id}", extra={"category": category})

@@ -8,6 +8,9 @@ from stpm.errors import ConfigError
 from stpm.method.calibration import check_false_alarm_rate
 from stpm.options import WAIT_HELP, Names, check_options, option
 
+# No category can have this name.
+_ALL = "*"
+
 
 @dataclass(frozen=True)
 class ModelsOptions:
@@ -18,7 +21,11 @@ class ModelsOptions:
     """
 
     models: str = option("", "model store: a folder or a URI", required=True)
-    categories: Names = option(Names(), "categories to list or change, separated by commas; none: all of the store")
+    categories: Names = option(
+        Names(),
+        "categories to list or change, separated by commas; '*' or none: all of the store; --roll-back and "
+        "--roll-forward need them or '*'",
+    )
     roll_back: bool = option(False, "make each category's previous model the current one; twice goes back two models")
     roll_forward: bool = option(
         False, "make the model after each category's current one the current one: one that was rolled back or staged"
@@ -37,3 +44,11 @@ class ModelsOptions:
         check_false_alarm_rate(self.false_alarm_rate)
         if self.roll_back and self.roll_forward:
             raise ConfigError("--roll-back and --roll-forward are both given; give one")
+        if (self.roll_back or self.roll_forward) and not self.categories:
+            name = "--roll-back" if self.roll_back else "--roll-forward"
+            raise ConfigError(f"{name} is given without --categories; name them, or give --categories '*' for all")
+
+    @property
+    def names_categories(self) -> bool:
+        """Whether the categories are those named, and not all of the store."""
+        return bool(self.categories) and _ALL not in self.categories

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.errors import ModelError, ModelUnreadableError, NoModelError
+from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, from_json, to_json
 from stpm.models.versions import Version, Versions
@@ -218,12 +218,24 @@ class ModelStore:
         Raises:
             DataError: if there is no such store.
         """
-        return [name for name in storage.children(self.uri) if storage.exists(self._current_uri(name))]
+        return [name for name in storage.children(self.uri) if self._has_models(name)]
+
+    def _has_models(self, folder: str) -> bool:
+        try:
+            return storage.exists(self._current_uri(folder))
+        except DataError:
+            # No category has such a name.
+            return False
 
     def model_ids(self, category: str) -> list[str]:
         """List all models of a category, also those that are no longer versions, sorted."""
         names = [uri.split("/")[-2:] for uri, _ in storage.files(self.folder(category))]
         return sorted(folder for folder, name in names if name == _RECORD)
+
+    def model_folders(self, category: str) -> list[str]:
+        """List the folders of all models of a category, also those without a record: a process was killed there."""
+        folders = {uri.split("/")[-2] for uri, _ in storage.files(self.folder(category))}
+        return sorted(folder for folder in folders if folder.startswith(f"{category}-"))
 
     def remove(self, category: str, model_id: str) -> None:
         """Remove the files of a model. Its record goes first: without it the folder is not a model."""

@@ -35,6 +35,17 @@ class Versions:
             return Versions(version, self.previous, self.next)
         return Versions(version, (*self.previous, self.current))
 
+    def describe_replaced(self, model_id: str = "") -> str:
+        """Say which models are no versions any more once a new one, of this id, is published; "" if none is."""
+        kept = {model_id, self.current.model_id, *(version.model_id for version in self.previous)}
+        lost = [version.model_id for version in self.next if version.model_id not in kept]
+        if not lost:
+            return ""
+        return (
+            f"the new model takes the place of what was rolled back or staged: {', '.join(lost)}; --roll-forward does "
+            "not return there, and jobs/models.py --keep removes it"
+        )
+
     def stage(self, version: Version) -> Versions:
         """Put a new model right after the current one."""
         others = [each for each in self.next if each.model_id != version.model_id]

@@ -25,6 +25,8 @@ _PART_OF_NIGHT = Limits(0.1, 0.3)
 # Share of a night's images that are one picture.
 _REPEATED = Limits(0.1, 0.5)
 _MIN_REPEATED = 3
+# A larger change is not said as a number: of training images that are almost black, it has no meaning.
+_MOST = 10.0
 
 
 class _Statistic(NamedTuple):
@@ -52,7 +54,8 @@ class _Statistic(NamedTuple):
 
     def describe(self, change: float) -> str:
         """Describe a change, in units, without what it is compared with."""
-        return f"{self.subject} {percent(abs(change))} {self.more if change > 0 else self.less}"
+        size = percent(abs(change)) if abs(change) <= _MOST else f"more than {percent(_MOST)}"
+        return f"{self.subject} {size} {self.more if change > 0 else self.less}"
 
 
 _SIZE = Limits(0.02, 0.1)

@@ -12,6 +12,8 @@ import pytest
 
 from stpm import storage
 from stpm.data import mvtec
+from stpm.feedback.new_normals import NewNormals
+from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import fit_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
@@ -20,13 +22,14 @@ from stpm.method.calibration import Calibration
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions
+from stpm.options import ClusterOptions, Names
 from tests.conftest import MODELS
 from tests.datasets import make_category
 from tests.feedback.test_marks import write
 from tests.scoring.stages.helpers import nut_rows, score
 
 RATE = 0.3
+NUT = Names(["nut"])
 
 
 class Plant:
@@ -130,7 +133,7 @@ def test_feedback_is_cumulative_and_the_same_image_counts_once(
     # The files are copied: the night's images may be gone by the next fit.
     for each in second.added_normals:
         assert storage.digest(storage.read(student.store.normal_uri("nut", each.digest))) == each.digest
-    assert run_models(ModelsOptions(student.store.uri, roll_back=True)) == 0
+    assert run_models(ModelsOptions(student.store.uri, NUT, roll_back=True)) == 0
     assert student.store.record("nut") == first
 
 
@@ -179,7 +182,7 @@ def test_a_staged_model_becomes_current_by_rolling_forward(student: Plant) -> No
     assert [each.model_id for each in student.store.versions("nut").next] == [staged]
     # A fit in between reuses the current model.
     assert student.fit() == 0
-    assert run_models(ModelsOptions(student.store.uri, roll_forward=True)) == 0
+    assert run_models(ModelsOptions(student.store.uri, NUT, roll_forward=True)) == 0
     assert student.store.record("nut").model_id == staged
 
 
@@ -248,7 +251,7 @@ def test_a_fit_does_not_bring_back_what_was_rolled_back(
     student.fit()
     second = student.store.record("nut")
     assert second != first
-    run_models(ModelsOptions(student.store.uri, roll_back=True))
+    run_models(ModelsOptions(student.store.uri, NUT, roll_back=True))
     caplog.clear()
     assert student.fit() == 0
     assert student.store.record("nut") == first
@@ -296,3 +299,59 @@ def test_storage_that_fails_does_not_lose_feedback(
     storage.publish(f"{student.store.uri}/nut/{before.model_id}/model.json", b"{")
     assert student.fit() == 0
     assert "nut: fitted without the images that were added: " in caplog.text
+
+
+def test_a_roll_back_during_a_refit_is_not_undone(
+    student: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = student.store.record("nut")
+    student.add(student.good(0))
+    second = student.store.record("nut")
+    fit = Refit.fit
+
+    def fit_while_another_rolls_back(*arguments: Any) -> Any:
+        results = fit(*arguments)
+        assert run_models(ModelsOptions(student.store.uri, NUT, roll_back=True)) == 0
+        return results
+
+    monkeypatch.setattr(Refit, "fit", fit_while_another_rolls_back)
+    assert student.add(student.good(1), refit=True) == 0
+    versions = student.store.versions("nut")
+    refitted = versions.next[0].model_id
+    assert versions.current.model_id == first.model_id
+    assert [each.model_id for each in versions.next] == [refitted, second.model_id]
+    text = f"nut: {first.model_id} became current meanwhile instead of {second.model_id}, and stays current, {refitted}"
+    assert text in caplog.text
+
+
+def test_a_refitted_model_that_cannot_score_fails_alone(
+    student: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_category(f"{student.root}/data", "bolt")
+    make_category(f"{student.root}/nights", "bolt", good=1, seed=1)
+    student.fit(categories=("bolt",))
+    before = {name: student.store.record(name) for name in ("bolt", "nut")}
+    scores = Refit.scores
+
+    def fail_for_bolt(self: Refit, store: ModelStore, new: NewNormals, model_id: str) -> Any:
+        if new.record.category == "bolt":
+            raise PermissionError("403 Forbidden")
+        return scores(self, store, new, model_id)
+
+    monkeypatch.setattr(Refit, "scores", fail_for_bolt)
+    marks = [(f"{student.root}/nights/{name}/test/good/000.png", name, "good") for name in before]
+    assert student.fit(add_normals=write(student.root / "marks.jsonl", marks), refit=True) == 2
+    assert "stays staged, since it cannot score: 403 Forbidden" in caplog.text
+    assert student.store.record("bolt") == before["bolt"]
+    assert student.store.record("nut").fit.good_count == before["nut"].fit.good_count + 1
+
+
+def test_a_model_that_is_no_version_any_more_is_named(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
+    for make in (lambda: student.add(student.good(1)), student.fit):
+        student.add(student.good(0), stage=True)
+        staged = student.store.versions("nut").next[0].model_id
+        storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
+        caplog.clear()
+        assert make() == 0
+        assert not student.store.versions("nut").position(staged)
+        assert f"takes the place of what was rolled back or staged: {staged}; --roll-forward does not" in caplog.text

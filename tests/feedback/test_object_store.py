@@ -9,7 +9,7 @@ from stpm.jobs.models import run_models
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions
+from stpm.options import ClusterOptions, Names
 from tests.datasets import make_category
 
 
@@ -32,5 +32,5 @@ def test_feedback_and_roll_back_in_an_object_store(memory: str, tiny: Recipe, fi
     assert store.load("nut").record.fit.good_count == before.fit.good_count + 2
     assert len(fitted_keys) == 2
     for _ in range(2):
-        assert run_models(ModelsOptions(models, roll_back=True)) == 0
+        assert run_models(ModelsOptions(models, Names(["nut"]), roll_back=True)) == 0
     assert store.record("nut") == before

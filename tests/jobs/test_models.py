@@ -60,12 +60,14 @@ def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_bac
     store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     models, ids = store
-    assert run(models, roll_back=True) == 2
+    assert run(models, "*", roll_back=True) == 2
     assert f"bolt: failed: no model was current before {ids[3]}" in caplog.text
     assert models.record("nut").model_id == ids[1]
     assert run(models, "bolt", roll_back=True) == 3
     assert run(models, "../nut", "screw") == 3
-    assert run(ModelStore(f"{models.uri}/nowhere")) == 3
+    for options in ((), ("nut",)):
+        assert run(ModelStore(f"{models.uri}/nowhere"), *options, keep=1) == 3
+    assert not storage.exists(f"{models.uri}/nowhere")
 
 
 def test_a_damaged_model_does_not_become_current(
@@ -86,8 +88,13 @@ def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[st
     assert models.model_ids("nut") == sorted(ids[:3])
     extra = storage.read(f"{models.uri}/nut/{ids[0]}/model.json")
     storage.publish(f"{models.uri}/nut/nut-left-over/model.json", extra)
-    assert run(models, "nut", keep=1) == 0
-    assert models.model_ids("nut") == sorted(ids[:3])
+    # What a kill between the record and the rest of its folder leaves; and folders of others.
+    storage.publish(f"{models.uri}/nut/nut-killed/student.safetensors", b"x")
+    storage.publish(f"{models.uri}/nut/mine/student.safetensors", b"x")
+    storage.publish(f"{models.uri}/a:b/current.json", b"x")
+    assert run(models, keep=1) == 0
+    assert models.model_ids("nut") == models.model_folders("nut") == sorted(ids[:3])
+    assert storage.exists(f"{models.uri}/nut/mine/student.safetensors")
     run(models, "nut", roll_forward=True)
     assert run(models, "nut", keep=1) == 0
     assert models.model_ids("nut") == sorted(ids[1:3])
@@ -99,6 +106,9 @@ def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[st
 def test_options_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="--roll-back and --roll-forward are both given; give one"):
         ModelsOptions("m", roll_back=True, roll_forward=True)
+    for option in ("roll_back", "roll_forward"):
+        with pytest.raises(ConfigError, match=r"without --categories; name them, or give --categories '\*' for all"):
+            ModelsOptions("m", **{option: True})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="keep is -1; give 0 or more"):
         ModelsOptions("m", keep=-1)
 

@@ -110,6 +110,7 @@ def test_scores_that_moved_are_named(line: Line) -> None:
         ),
         ({"position_y": 1.1}, "the content lies 4.5 % of the height further down than in training"),
         ({"red_to_green": 1.08}, "the images are 8.0 % redder than in training: has the lamp or the white balance"),
+        ({"brightness": 1e9}, "the images are more than 1000 % brighter than in training"),
         ({"width": 2.0}, "the images are 100 % wider than in training: has the camera's resolution changed?"),
     ],
 )
