@@ -89,6 +89,9 @@ def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsy
         with pytest.raises(ConfigError, match=r"https://host/\.\.\.: this URI holds a user or password") as caught:
             job("nightly").parse([*argv, option, "https://me:SECRET@host/{date}"])
         assert "SECRET" not in str(caught.value)
+    for option in ("--data", "--out", "--teacher-weights"):
+        with pytest.raises(ConfigError, match=r"s3://bucket/\.\.\.: this URI holds a user or password"):
+            job("benchmark").parse([option, "s3://key:SECRET@bucket/x"])
 
 
 @pytest.mark.parametrize(

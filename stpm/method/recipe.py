@@ -9,7 +9,7 @@ from typing import Literal
 
 from stpm.errors import ConfigError, DataError
 from stpm.method.preprocessing import MAX_SIDE, Resize
-from stpm.options import Integers, Size, option
+from stpm.options import Integers, Size, check_options, option
 
 Preset = Literal["default", "paper", "notebook"]
 Precision = Literal["float32", "bfloat16"]
@@ -98,6 +98,7 @@ class Recipe:
     seed: int = option(0, "seed of the split, the student's initialisation and the order of the images")
 
     def __post_init__(self) -> None:
+        check_options(self)
         levels, memory_levels, sides = list(self.levels), list(self.memory_levels), self.size.sides
         # Comparisons are written so that NaN fails them.
         for name, holds, valid in (
