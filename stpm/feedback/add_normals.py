@@ -147,13 +147,15 @@ def _make_current(store: ModelStore, new: NewNormals, version: Version, options:
     if options.stage or is_changed:
         store.set_versions(category, versions.stage(version))
         became = f"became current meanwhile instead of {new.record.model_id}, and " if is_changed else ""
-        message = f"stays current, {version.model_id} is staged; jobs/models.py --roll-forward makes it current"
+        command = f"jobs/models.py --categories {category} --roll-forward"
+        message = f"stays current, {version.model_id} is staged; {command} makes it current"
         _log(category, f"{versions.current.model_id} {became}{message}")
     else:
         if replaced := versions.describe_replaced(version.model_id):
             _log(category, replaced)
         store.set_versions(category, versions.publish(version))
-        message = f"is current, it was {versions.current.model_id}; jobs/models.py --roll-back undoes this"
+        command = f"jobs/models.py --categories {category} --roll-back"
+        message = f"is current, it was {versions.current.model_id}; {command} undoes this"
         _log(category, f"{version.model_id} {message}")
 
 

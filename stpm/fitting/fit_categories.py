@@ -190,7 +190,7 @@ def _plan(maker: _TaskMaker) -> _Plan:
         current = maker.store.record(task.category)
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
-            f"{current.model_id} stays current; jobs/models.py --roll-forward changes that"
+            f"{current.model_id} stays current; jobs/models.py --categories {task.category} --roll-forward changes that"
         )
         return task, FitResult(task, current), message
     return maker.task(added), None, maker.describe_replaced()
