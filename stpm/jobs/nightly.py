@@ -21,7 +21,7 @@ from stpm.lease import held
 from stpm.models.store import ModelStore
 from stpm.monitoring.housekeeping import remove_nights_before
 from stpm.monitoring.judging import summarize_night
-from stpm.monitoring.nights import Night, read_night, write_night
+from stpm.monitoring.nights import Night, has_record, read_night, write_night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.monitoring.page import page
 from stpm.monitoring.runs import NightFolder, rows_of_sources, score_new_images
@@ -56,12 +56,16 @@ class NightlyJob:
         """Return the absolute URIs of a night's images."""
         return tuple(map(storage.absolute, self.options.sources(date)))
 
-    def score(self, folder: NightFolder, ray: ExitStack) -> int:
+    def score(self, folder: NightFolder, ray: ExitStack, *, fresh: bool = False) -> int:
         """Score the night's images that have no row; return how many are left without one.
 
         Args:
             folder: of the night.
             ray: receives the connection to Ray, which is made once there is an image to score.
+            fresh: start over.
+
+        Raises:
+            DataError: if there is no image to start over with: the rows stay.
         """
         sources = self.sources(folder.date)
         rule = CategoryRule(self.options.category, self.options.category_from)
@@ -88,7 +92,6 @@ class NightlyJob:
                 output=replace(output, options=self.output),
                 triage_images=self.monitoring.top,
                 backend=self.cluster.backend,
-                fdr=self.monitoring.fdr,
             )
             summary, _ = run_scoring(run)
             return summary.unfinished
@@ -96,11 +99,16 @@ class NightlyJob:
         def listing() -> Iterator[pa.Table]:
             return rows_of_sources(image_rows([source], rule, self.options.allow) for source in sources)
 
+        if fresh:
+            # Of a dump that is not mounted, there would be nothing to score again.
+            if folder.has_runs() and not next(listing(), None):
+                raise DataError(f"there are no images in {', '.join(sources)}: --fresh left the rows as they are")
+            self.start_over(folder)
         return score_new_images(folder, listing, score_run)
 
     def start_over(self, folder: NightFolder) -> None:
-        """Remove the night's rows; its record then no longer counts them."""
-        if read_night(folder):
+        """Remove the night's rows; its record, which may be damaged, then no longer counts them."""
+        if has_record(folder):
             write_night(folder, Night(folder.date.isoformat(), self.sources(folder.date)))
         folder.remove_runs()
 
@@ -148,11 +156,17 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     nights = _summarize(job, sorted(dates), problems)
     night = nights[date]
     log.info(headline(night))
-    failed = bool(problems) or any(nights[each].unfinished for each in dates if each in nights)
+    failed = any(nights[each].problem or nights[each].unfinished for each in dates if each in nights)
     failed |= night.error_count > job.options.max_error_rate * night.images
     if job.options.keep_days and night.scored:
         # A night without images may be one that was mistyped.
         failed |= not _remove_old_nights(job, date, nights)
+    for each in sorted(nights):
+        if each < min(dates) and nights[each].unfinished:
+            log.info(
+                f"warning: {nights[each].unfinished} images of {each} have no row, and --look-back does not reach it; "
+                f"start with --date {each}"
+            )
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     shown = [nights[each] for each in sorted(nights)][-job.monitoring.nights :]
     storage.publish(storage.join(job.out, SUMMARY), nightly_json(shown, job.out, created))
@@ -166,21 +180,30 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
 
 def _score(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:
     """Score what is new in each night; return the problems by date. One night's problem stops no other."""
+    known = {folder.date for folder in NightFolder.find_all(job.out)}
     problems = {}
     with ExitStack() as ray:
         for date in dates:
-            folder = NightFolder.of(job.out, date)
+            is_tonight = date == dates[0]
             try:
-                if job.options.fresh and date == dates[0]:
-                    job.start_over(folder)
-                job.score(folder, ray)
+                job.score(NightFolder.of(job.out, date), ray, fresh=job.options.fresh and is_tonight)
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
-                problems[date] = str(error)
-                log.info(f"{date}: {error}")
+                problem = _describe(error)
+                if "--fresh" in problem and not is_tonight:
+                    problem += f" (of this night: --date {date} --fresh)"
+                problems[date] = problem
+                log.info(f"{date}: {problem}")
                 if isinstance(error, CutOffError):
                     # Storage or Ray failed, and would fail again.
+                    skipped = [each for each in dates if each < date and each in known]
+                    problems |= dict.fromkeys(skipped, f"not looked at, because {date} was cut off: {problem}")
                     break
     return problems
+
+
+def _describe(error: Exception) -> str:
+    """Return the text of an error, which may name a file whose name is not UTF-8, as UTF-8 can hold it."""
+    return storage.as_utf8(str(error))
 
 
 def _summarize(
@@ -197,11 +220,14 @@ def _summarize(
             continue
         earlier = [nights[each] for each in sorted(nights) if each < date][-count:]
         try:
-            nights[date] = job.summarize(folder, earlier, problems.get(date, ""))
-            write_night(folder, nights[date])
-        except (ConfigError, DataError) as error:
-            # Its record, or one of its runs', is damaged: it is not written over.
-            nights[date] = Night(date.isoformat(), job.sources(date), problem=str(error))
+            nights[date] = night = job.summarize(folder, earlier, problems.get(date, ""))
+            # A day without anything to tell is no night: it may have been mistyped.
+            if folder in folders or night.categories or night.problem:
+                write_night(folder, night)
+        except (ConfigError, DataError, OSError) as error:
+            # Storage failed, or its record, or a file of its runs, is damaged: the record is not written over.
+            nights[date] = Night(date.isoformat(), job.sources(date), problem=_describe(error))
+            log.info(f"{date}: {nights[date].problem}")
     return nights
 
 
@@ -211,8 +237,8 @@ def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
         try:
             if night := read_night(folder):
                 nights[folder.date] = night
-        except DataError as error:
-            log.info(f"warning: {error}; the page leaves this night out")
+        except (DataError, OSError) as error:
+            log.info(f"warning: {_describe(error)}; the page leaves this night out")
     return nights
 
 

@@ -71,7 +71,14 @@ class Nightly:
             storage.publish(f"{self.root}/dump/{date}/nut/{name}.png", image, durable=False)
 
     def __call__(
-        self, date: datetime.date = DATE, *, webhook: str = "", nights: int = 30, fdr: float = 0.0, **options: Any
+        self,
+        date: datetime.date = DATE,
+        *,
+        webhook: str = "",
+        nights: int = 30,
+        fdr: float = 0.0,
+        rate: float = 0.01,
+        **options: Any,
     ) -> int:
         """Run the job, and return its exit code."""
         values: dict[str, Any] = {
@@ -82,8 +89,9 @@ class Nightly:
             "category_from": "{category}/{name}",
         }
         monitoring = MonitoringOptions(webhook=webhook, nights=nights, fdr=fdr)
+        scoring = ScoreOptions(false_alarm_rate=rate)
         return nightly.run_nightly(
-            NightlyOptions(**values | options), monitoring, OutputOptions(), ScoreOptions(), ClusterOptions()
+            NightlyOptions(**values | options), monitoring, OutputOptions(), scoring, ClusterOptions()
         )
 
     def score(self, shards: Any, checkpoint: str, records: Any, *others: Any) -> None:
