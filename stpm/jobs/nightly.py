@@ -190,7 +190,7 @@ def _score(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.dat
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
                 problem = _describe(error)
                 if "--fresh" in problem and not is_tonight:
-                    problem += f" (of this night: --date {date} --fresh)"
+                    problem += f"; for this night, start with --date {date} --fresh"
                 problems[date] = problem
                 log.info(f"{date}: {problem}")
                 if isinstance(error, CutOffError):

@@ -170,7 +170,7 @@ def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     assert job.names(DATE) == ["b"]
     problem = record(job, BEFORE).problem
     assert "holds the rows of another run: category was '' and is 'nut'" in problem
-    assert problem.endswith("(of this night: --date 2026-11-23 --fresh)")
+    assert problem.endswith("; for this night, start with --date 2026-11-23 --fresh")
     assert record(job, BEFORE).categories["nut"].images == judged.images + 1
     assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
 
@@ -224,7 +224,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
     job.dump(DATE, "a", "b", "c")
     with monkeypatch.context() as patch:
         patch.setattr(ModelStore, "image_statistics", unreadable)
-        assert job() == 2
+        assert job(fdr=0.5) == 2
     night = record(job)
     assert (night.images, night.problem) == (3, "s3://plant/models: 503 Slow Down")
     assert night.categories["nut"].verdict is None
