@@ -46,12 +46,25 @@ def test_the_rayjob_has_the_fields_of_kuberay() -> None:
 
 
 def test_the_rayjobs_entrypoint_parses() -> None:
-    python, script, *options = shlex.split(RAYJOB["spec"]["entrypoint"])
-    assert (python, script) == ("python", "/home/ray/stpm/jobs/nightly.py")
+    *shell, python, script = shlex.split(RAYJOB["spec"]["entrypoint"])[:6]
+    options = shlex.split(RAYJOB["spec"]["entrypoint"])[6:]
+    assert (shell[0], python, script) == ("sh", "python", "/home/ray/stpm/jobs/nightly.py")
     parsed = job("nightly").parse([word.replace("YYYY-MM-DD", "2026-11-24") for word in options])[0]
     assert parsed.category_from == "{category}/{name}"
     date = parsed.night(datetime.datetime.now(datetime.timezone.utc))
     assert parsed.sources(date) == ("s3://plant/dump/2026-11-24",)
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (1, 1), (2, 0), (3, 0), (143, 143)])
+def test_a_night_that_is_partly_done_is_not_repeated(code: int, expected: int) -> None:
+    """The entrypoint passes two shells, as KubeRay and Ray use it, with a job that ends with a code."""
+    wrapper = RAYJOB["spec"]["entrypoint"].partition(" python ")[0]
+    inner = f"{wrapper} sh -c 'test \"$1\" = \"a b\" && exit {code}' job 'a b'"
+    words = subprocess.run(
+        ["/bin/bash", "-ec", f"printf '%s\\0' {inner} ;"], capture_output=True, text=True, check=True
+    ).stdout
+    ran = subprocess.run(["/bin/bash", "-c", shlex.join(words.split("\0")[:-1])], check=False)
+    assert ran.returncode == expected
 
 
 def test_only_the_drivers_pod_has_the_webhook_and_may_do_without() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -216,9 +218,16 @@ def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> N
     assert [storage.read(uri) for uri in expected] == [b"2.png", b"x/1.png"]
 
 
+def test_a_damaged_table_is_named(root: str) -> None:
+    uri = storage.join(root, "rows.parquet")
+    storage.publish(uri, b"PAR1 damaged")
+    with pytest.raises(DataError, match=f"{re.escape(uri)} is damaged"):
+        storage.read_table(uri)
+
+
 def test_sweep_removes_the_unfinished_files_of_killed_writers(tmp_path: Path) -> None:
     storage.publish(str(tmp_path / "kept"), b"x")
-    (tmp_path / ".abc.part").write_bytes(b"half")
+    (tmp_path / f".{uuid.uuid4().hex}.part").write_bytes(b"half")
     storage.sweep(str(tmp_path))
     storage.sweep(str(tmp_path / "nothing"))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -5,114 +5,27 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 
-import pyarrow as pa
-
 from stpm import storage
-from stpm.cluster.connection import connected
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, WebhookError
+from stpm.errors import ConfigError, WebhookError
 from stpm.lease import held
-from stpm.models.store import ModelStore
 from stpm.monitoring.housekeeping import remove_nights_before
-from stpm.monitoring.judging import summarize_night
-from stpm.monitoring.nights import Night, read_night, write_night
+from stpm.monitoring.job import NightlyJob, score_nights, summarize_nights
+from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.monitoring.page import page
-from stpm.monitoring.runs import NightFolder, rows_of_sources, score_new_images
 from stpm.monitoring.summary import PAGE, SUMMARY, headline, nightly_json, webhook_message
 from stpm.monitoring.webhook import post
 from stpm.options import ClusterOptions
-from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
-from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import describe_plan
-from stpm.scoring.resuming.run_state import RunConfig
-from stpm.scoring.run import ScoringRun, run_scoring
 
 _SECRET = "STPM_WEBHOOK_SECRET"  # noqa: S105  the name of the variable that holds it
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class NightlyJob:
-    """The options of the job, and how they apply to each night."""
-
-    options: NightlyOptions
-    monitoring: MonitoringOptions
-    output: OutputOptions
-    scoring: ScoreOptions
-    cluster: ClusterOptions
-    out: str
-
-    def sources(self, date: datetime.date) -> tuple[str, ...]:
-        """Return the absolute URIs of a night's images."""
-        return tuple(map(storage.absolute, self.options.sources(date)))
-
-    def score(self, folder: NightFolder, ray: ExitStack) -> int:
-        """Score the night's images that have no row; return how many are left without one.
-
-        Args:
-            folder: of the night.
-            ray: receives the connection to Ray, which is made once there is an image to score.
-        """
-        sources = self.sources(folder.date)
-        rule = CategoryRule(self.options.category, self.options.category_from)
-        config = RunConfig(
-            images=sources,
-            false_alarm_rate=self.scoring.false_alarm_rate,
-            output=self.output,
-            category=self.options.category,
-            category_from=self.options.category_from,
-            allow=tuple(self.options.allow),
-        )
-
-        def score_run(output: RunOutput, rows: Iterable[pa.Table]) -> int:
-            if not read_night(folder):
-                # The mark that what is written here is this job's.
-                write_night(folder, Night(folder.date.isoformat(), sources))
-            ray.enter_context(connected())
-            log.info(f"{folder.date}, run {output.name}: scoring into {folder.uri}")
-            run = ScoringRun(
-                rows=lambda: rows,
-                config=config,
-                store=ModelStore(self.options.models),
-                options=self.scoring,
-                output=replace(output, options=self.output),
-                triage_images=self.monitoring.top,
-                backend=self.cluster.backend,
-                fdr=self.monitoring.fdr,
-            )
-            summary, _ = run_scoring(run)
-            return summary.unfinished
-
-        def listing() -> Iterator[pa.Table]:
-            return rows_of_sources(image_rows([source], rule, self.options.allow) for source in sources)
-
-        return score_new_images(folder, listing, score_run)
-
-    def start_over(self, folder: NightFolder) -> None:
-        """Remove the night's rows; its record then no longer counts them."""
-        if read_night(folder):
-            write_night(folder, Night(folder.date.isoformat(), self.sources(folder.date)))
-        folder.remove_runs()
-
-    def summarize(self, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
-        """Return the night's record, made anew if rows were added since it was written or it was not judged."""
-        night = read_night(folder)
-        names = tuple(run.name for run in folder.runs())
-        if night and night.is_judged and night.runs == names and night.fdr == self.monitoring.fdr:
-            return replace(night, problem=problem)
-        night = Night(folder.date.isoformat(), self.sources(folder.date), problem=problem)
-        store = ModelStore(self.options.models)
-        return summarize_night(folder, night, earlier, store, self.monitoring, self.scoring.false_alarm_rate)
 
 
 def run_nightly(
@@ -144,15 +57,21 @@ def run_nightly(
 def _run(job: NightlyJob, date: datetime.date) -> int:
     # The night itself first: late files of others have time.
     dates = [date - datetime.timedelta(days=days) for days in range(job.options.look_back + 1)]
-    problems = _score(job, dates)
-    nights = _summarize(job, sorted(dates), problems)
+    problems = score_nights(job, dates)
+    nights = summarize_nights(job, sorted(dates), problems)
     night = nights[date]
     log.info(headline(night))
-    failed = bool(problems) or any(nights[each].unfinished for each in dates if each in nights)
+    failed = any(nights[each].problem or nights[each].unfinished for each in dates if each in nights)
     failed |= night.error_count > job.options.max_error_rate * night.images
     if job.options.keep_days and night.scored:
         # A night without images may be one that was mistyped.
         failed |= not _remove_old_nights(job, date, nights)
+    for each in sorted(nights):
+        if each < min(dates) and nights[each].unfinished:
+            log.info(
+                f"warning: {nights[each].unfinished} images of {each} have no row, and --look-back does not reach it; "
+                f"start with --date {each}"
+            )
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     shown = [nights[each] for each in sorted(nights)][-job.monitoring.nights :]
     storage.publish(storage.join(job.out, SUMMARY), nightly_json(shown, job.out, created))
@@ -162,58 +81,6 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     if not night.scored:
         return NOTHING_DONE
     return SOME_FAILED if failed else ALL_DONE
-
-
-def _score(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:
-    """Score what is new in each night; return the problems by date. One night's problem stops no other."""
-    problems = {}
-    with ExitStack() as ray:
-        for date in dates:
-            folder = NightFolder.of(job.out, date)
-            try:
-                if job.options.fresh and date == dates[0]:
-                    job.start_over(folder)
-                job.score(folder, ray)
-            except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
-                problems[date] = str(error)
-                log.info(f"{date}: {error}")
-                if isinstance(error, CutOffError):
-                    # Storage or Ray failed, and would fail again.
-                    break
-    return problems
-
-
-def _summarize(
-    job: NightlyJob, dates: Sequence[datetime.date], problems: Mapping[datetime.date, str]
-) -> dict[datetime.date, Night]:
-    """Bring the records of these nights, oldest first, up to date; return all records that matter, by date."""
-    count = job.monitoring.nights
-    folders = NightFolder.find_all(job.out)
-    before = [folder for folder in folders if folder.date < dates[0]][-count:]
-    nights = _read({*before, *(folder for folder in folders[-count:] if folder.date not in dates)})
-    for date in dates:
-        folder = NightFolder.of(job.out, date)
-        if folder not in folders and date != dates[-1] and date not in problems:
-            continue
-        earlier = [nights[each] for each in sorted(nights) if each < date][-count:]
-        try:
-            nights[date] = job.summarize(folder, earlier, problems.get(date, ""))
-            write_night(folder, nights[date])
-        except (ConfigError, DataError) as error:
-            # Its record, or one of its runs', is damaged: it is not written over.
-            nights[date] = Night(date.isoformat(), job.sources(date), problem=str(error))
-    return nights
-
-
-def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
-    nights = {}
-    for folder in folders:
-        try:
-            if night := read_night(folder):
-                nights[folder.date] = night
-        except DataError as error:
-            log.info(f"warning: {error}; the page leaves this night out")
-    return nights
 
 
 def _remove_old_nights(job: NightlyJob, date: datetime.date, nights: dict[datetime.date, Night]) -> bool:

@@ -180,7 +180,9 @@ def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Ite
             text += f"; {last.images:,} on {last.date}" if since else f"; {last.images:,} the night before"
         if pauses:
             text += f", and none on {pauses} other nights of the last {len(earlier)}"
-        yield Change("images", "act" if last and not pauses else "watch", 0.0, 1.0, text)
+        # A product that is no longer made calls for no action every night.
+        is_new = len(since) < _MIN_NIGHTS
+        yield Change("images", "act" if last and is_new and not pauses else "watch", 0.0, 1.0, text)
         return
     present = [count for count in counts if count]
     if len(present) >= _MIN_NIGHTS:

@@ -10,7 +10,8 @@ from functools import cache
 
 import numpy as np
 
-from stpm.errors import ModelError
+from stpm import storage
+from stpm.errors import ModelError, ModelUnreadableError
 from stpm.method.false_discovery import Discoveries, find_discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
@@ -39,7 +40,8 @@ def summarize_night(
 ) -> Night:
     """Count a night's rows, judge its categories, and draw its most anomalous images.
 
-    A night with a problem is counted and not judged: the images that are missing would look like a change.
+    A night with a problem, or with images that have no row yet, is counted and not judged: the images that are missing
+    would look like a change.
 
     Args:
         folder: of the night.
@@ -47,16 +49,32 @@ def summarize_night(
         earlier: the nights before it, oldest first.
         store: the models.
         options: the number of nights, and the rates of false verdicts and discoveries.
-        false_alarm_rate: that the runs requested.
+        false_alarm_rate: of a night without runs. Otherwise it is the one that its first run requested.
+
+    Returns:
+        The record; its problem says so if storage failed while a model was read.
+
+    Raises:
+        ConfigError, DataError: if files of a run are damaged.
     """
     runs = folder.runs()
     found = read_rows(runs)
-    known = ({} if night.problem else _latest_models(earlier)) | _bound_models(runs)
+    rates = [rate for run in runs if (rate := RunState(run.state_folder).false_alarm_rate()) is not None]
+    false_alarm_rate = next(iter(rates), false_alarm_rate)
+    listed = sum(each.rows for run in runs if (each := manifest.read(run.manifest)))
+    unfinished = max(listed - sum(each.images for each in found.categories.values()), 0)
+    known = ({} if night.problem or unfinished else _latest_models(earlier)) | _bound_models(runs)
     names = sorted({*found.categories, *known})
     rows = {name: found.categories.get(name) or CategoryRows() for name in names}
     models = {name: next(iter(rows[name].models.most_common(1)), (known.get(name, ""), 0))[0] for name in names}
-    with ThreadPoolExecutor(_READERS) as pool:
-        references = dict(zip(names, pool.map(lambda name: _reference(store, name, models[name]), names), strict=True))
+    references: dict[str, Reference | str] = {}
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            references |= zip(names, pool.map(lambda name: _reference(store, name, models[name]), names), strict=True)
+    except ModelUnreadableError as error:
+        # The next start judges the night.
+        night = replace(night, problem=night.problem or storage.as_utf8(str(error)))
+        references = dict.fromkeys(names, "")
     tests = max(len(names), 1) * options.nights
 
     def summarize(name: str) -> CategorySummary:
@@ -72,9 +90,9 @@ def summarize_night(
             _medians(statistics),
             {} if isinstance(reference, str) else _medians(reference.statistics),
         )
-        if night.problem:
+        if night.problem or unfinished:
             return summary
-        if isinstance(reference, str):
+        if isinstance(reference, str) and counted.images:
             return replace(summary, verdict=Verdict("act", (Change("model", "act", 0.0, 1.0, reference),)))
         # A night that was not judged may lack images for another reason.
         before = [
@@ -83,19 +101,20 @@ def summarize_night(
             if (counts := each.categories.get(name)) and counts.verdict
         ]
         this = replace(_as_input(folder.date, name, summary), p_values=p_values, statistics=statistics)
-        verdict = judge([*before, this], reference, tests=tests, false_verdict_rate=options.false_verdict_rate)
+        good = None if isinstance(reference, str) else reference
+        verdict = judge([*before, this], good, tests=tests, false_verdict_rate=options.false_verdict_rate)
         return replace(summary, verdict=verdict)
 
-    listed = sum(each.rows for run in runs if (each := manifest.read(run.manifest)))
-    counted = replace(
+    return replace(
         night,
         runs=tuple(run.name for run in runs),
+        pages=tuple(run.name for run in runs if storage.exists(run.triage)),
+        unfinished=unfinished,
         categories={name: summarize(name) for name in names},
         error_examples=found.error_examples,
         top=top_images(runs, _preprocessing(store)),
         discoveries=_discoveries(runs, references, options.fdr),
     )
-    return replace(counted, unfinished=max(listed - counted.images, 0))
 
 
 def _discoveries(
@@ -126,13 +145,19 @@ def _latest_models(earlier: Iterable[Night]) -> dict[str, str]:
 
 
 def _reference(store: ModelStore, category: str, model_id: str) -> Reference | str:
-    """Return the good images of a category's model, or why there are none."""
+    """Return the good images of a category's model, or why there are none.
+
+    Raises:
+        ModelUnreadableError: if storage failed.
+    """
     if not model_id:
         return "no model scored its images" if category else "images without a category, which no model scores"
     try:
         record = store.record(category, model_id)
         table = store.image_statistics(record)
         is_added = store.calibration(record)["is_added"].to_numpy()
+    except ModelUnreadableError:
+        raise
     except ModelError as error:
         return f"its model cannot be compared with: {error}"
     statistics = {name: table[name].to_numpy() for name in table.column_names}

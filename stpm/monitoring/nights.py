@@ -90,6 +90,7 @@ class Night:
         error_examples: a few of each kind.
         top: the most anomalous images first.
         discoveries: among all images of the night, if they were looked for.
+        pages: names of the runs that have a triage.html: an unfinished one has none yet.
     """
 
     date: str
@@ -101,6 +102,7 @@ class Night:
     error_examples: tuple[ErrorExample, ...] = ()
     top: tuple[TopImage, ...] = ()
     discoveries: Discoveries | None = None
+    pages: tuple[str, ...] = ()
 
     @property
     def day(self) -> datetime.date:
@@ -124,7 +126,7 @@ class Night:
 
     @property
     def is_judged(self) -> bool:
-        """Return whether there is nothing to add to the record, unless more images were scored since."""
+        """Return whether all images of its runs have a row, and every category a verdict."""
         return bool(self.runs) and not self.unfinished and all(each.verdict for each in self.categories.values())
 
     @property
@@ -161,10 +163,18 @@ def read_night(folder: NightFolder) -> Night | None:
     except FileNotFoundError:
         return None
     except ModelError as error:
-        raise DataError(f"{uri} is not a record of a night: {error.__cause__}") from error
+        raise DataError(
+            f"{uri} is not a record of a night: {error.__cause__}; remove it, or start with --date {folder.date} "
+            "--fresh, which replaces it and scores the night again"
+        ) from error
     if night.date != folder.date.isoformat():
         raise DataError(f"{uri} is the record of another night, {night.date}")
     return night
+
+
+def has_record(folder: NightFolder) -> bool:
+    """Return whether a night has a record, be it a damaged one."""
+    return storage.exists(storage.join(folder.uri, _FILE))
 
 
 def write_night(folder: NightFolder, night: Night) -> None:

@@ -16,6 +16,8 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _UTC = "UTC"
+# The day before it is in the same year, month and week.
+_ANY_DAY = datetime.date(2026, 11, 25)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,13 @@ class NightlyOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        days = [_ANY_DAY - datetime.timedelta(days=days) for days in range(max(self.look_back, 1) + 1)]
         for source in self.images:
-            if not _DATE.search(source):
-                raise ConfigError(f"images is {source!r}; put {{date}} in it, each night has images of its own")
+            if len({_put_date(source, day) for day in days}) < len(days):
+                raise ConfigError(
+                    f"images is {source!r}, the same on different days; put {{date}} or {{date:%Y/%m/%d}} in it, each "
+                    "night has images of its own"
+                )
         CategoryRule(self.category, self.category_from)
         if self.keep_days and self.keep_days <= self.look_back:
             raise ConfigError(
@@ -84,12 +90,19 @@ class NightlyOptions:
 
         Args:
             now: any time with its time zone; without `date` the night is the day before it.
+
+        Raises:
+            ConfigError: if the date is yet to come: its empty night would be the latest one until then.
         """
-        return parse_date(self.date) or now.astimezone(self._zone).date() - datetime.timedelta(days=1)
+        today = now.astimezone(self._zone).date()
+        date = parse_date(self.date) or today - datetime.timedelta(days=1)
+        if date > today:
+            raise ConfigError(f"date is {self.date}, and today is {today} ({self.timezone}); give a day that has begun")
+        return date
 
     def sources(self, date: datetime.date) -> tuple[str, ...]:
         """Return the sources of a night's images."""
-        return tuple(_DATE.sub(lambda match: date.strftime(match[1] or "%Y-%m-%d"), each) for each in self.images)
+        return tuple(_put_date(each, date) for each in self.images)
 
     @cached_property
     def _zone(self) -> datetime.tzinfo:
@@ -148,6 +161,10 @@ def parse_date(text: str) -> datetime.date | None:
         return datetime.date.fromisoformat(text)
     except ValueError:
         return None
+
+
+def _put_date(source: str, date: datetime.date) -> str:
+    return _DATE.sub(lambda match: date.strftime(match[1] or "%Y-%m-%d"), source)
 
 
 def _is_http(url: str) -> bool:

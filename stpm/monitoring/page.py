@@ -1,4 +1,4 @@
-"""nightly.html: the nights as one page that needs no network. What needs eyes is on top."""
+"""nightly.html: the nights as one page that needs no network. What is to be looked at is on top."""
 
 from __future__ import annotations
 

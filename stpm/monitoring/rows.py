@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stpm.data.image_statistics import COMPARED
-from stpm.errors import ModelError
+from stpm.errors import DataError, ModelError
 from stpm.method.preprocessing import Preprocessing
 from stpm.monitoring.nights import ErrorExample, TopImage
 from stpm.scoring.output import RunOutput
@@ -77,7 +77,11 @@ class NightRows:
 
 
 def read_rows(runs: Iterable[RunOutput]) -> NightRows:
-    """Count and sample the rows of a night, a batch at a time."""
+    """Count and sample the rows of a night, a batch at a time.
+
+    Raises:
+        DataError: if a file of rows is damaged.
+    """
     categories: defaultdict[str, CategoryRows] = defaultdict(CategoryRows)
     examples: defaultdict[str, list[ErrorExample]] = defaultdict(list)
     for rows in _batches(runs):
@@ -94,11 +98,14 @@ def read_rows(runs: Iterable[RunOutput]) -> NightRows:
 def _batches(runs: Iterable[RunOutput]) -> Iterator[pa.Table]:
     pending: list[pa.RecordBatch] = []
     for run in runs:
-        for batch in run.dataset().to_batches([*_COLUMNS, *COMPARED]):
-            pending.append(batch)
-            if sum(each.num_rows for each in pending) >= _BATCH:
-                yield pa.Table.from_batches(pending)
-                pending = []
+        try:
+            for batch in run.dataset().to_batches([*_COLUMNS, *COMPARED]):
+                pending.append(batch)
+                if sum(each.num_rows for each in pending) >= _BATCH:
+                    yield pa.Table.from_batches(pending)
+                    pending = []
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{run.scores}: a file of rows is damaged: {error}") from error
     if pending:
         yield pa.Table.from_batches(pending)
 

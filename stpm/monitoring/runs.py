@@ -58,6 +58,10 @@ class NightFolder(NamedTuple):
         """List the runs whose list of images is fixed, oldest first."""
         return [output for output in self._outputs() if manifest.read(output.manifest)]
 
+    def has_runs(self) -> bool:
+        """Return whether there is anything that a run wrote."""
+        return bool(self._outputs())
+
     def run(self, number: int) -> RunOutput:
         """Return the output of a run."""
         return RunOutput.named(self.uri, f"{number:03}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,11 +34,16 @@ def nightly_json(nights: Sequence[Night], out: str, created: str) -> bytes:
 
 
 def webhook_message(night: Night, out: str, created: str) -> bytes:
-    """Write the message of the webhook: the night, with the categories that need eyes. Chats show its `text`."""
+    """Write the message of the webhook: the night, with the categories to look at. Chats show its `text`."""
     values = _night(night, out)
-    needs_eyes = {name: each for name, each in values["categories"].items() if each["level"] in ("act", "watch")}
-    values["categories"] = dict(list(needs_eyes.items())[:_MAX_CATEGORIES])
-    message = {"format": _FORMAT, "text": headline(night), "created": created, "page": storage.join(out, PAGE)}
+    flagged = {name: each for name, each in values["categories"].items() if each["level"] in ("act", "watch")}
+    values["categories"] = dict(list(flagged.items())[:_MAX_CATEGORIES])
+    message = {
+        "format": _FORMAT,
+        "text": _chat_text(headline(night)),
+        "created": created,
+        "page": storage.join(out, PAGE),
+    }
     return json.dumps(message | values, ensure_ascii=False).encode()
 
 
@@ -60,6 +66,11 @@ def headline(night: Night) -> str:
         *([night.problem] if night.problem else []),
     ]
     return f"{night.date}: {'; '.join(parts)}"
+
+
+def _chat_text(text: str) -> str:
+    """Escape what chats take for markup, and names of categories may hold: `<!channel>` would call everybody."""
+    return html.escape("".join(each if each.isprintable() else " " for each in text), quote=False)
 
 
 def ordered_categories(night: Night) -> list[tuple[str, CategorySummary]]:

@@ -133,17 +133,24 @@ class RunOutput:
         return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
 
     def dataset(self, files: Sequence[str] | None = None) -> ds.Dataset:
-        """Open the rows that the run wrote, or those in some of its files."""
+        """Open the rows that the run wrote, or those in some of its files.
+
+        Raises:
+            DataError: if the first file is damaged.
+        """
         filesystem, folder = storage.arrow_filesystem(self.scores)
         names = [uri.removeprefix(f"{self.scores}/") for uri in (self.files() if files is None else files)]
-        return ds.dataset(
-            [f"{folder}/{name}" for name in names],
-            schema=None if names else OUTPUT,
-            filesystem=filesystem,
-            format="parquet",
-            partitioning=_HIVE if any("/" in name for name in names) else None,
-            partition_base_dir=folder,
-        )
+        try:
+            return ds.dataset(
+                [f"{folder}/{name}" for name in names],
+                schema=None if names else OUTPUT,
+                filesystem=filesystem,
+                format="parquet",
+                partitioning=_HIVE if any("/" in name for name in names) else None,
+                partition_base_dir=folder,
+            )
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{self.scores}: a file of rows is damaged: {error}") from error
 
     def existing(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""

@@ -21,6 +21,8 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import absolute, filesystem, is_local
 
 _UNFINISHED = ".part"
+# Of the names of unfinished files, so that no other hidden file is taken for one.
+_HEX = 32 * "[0-9a-f]"
 # Bytes to fetch of an object before asking for its size, which is one more request.
 _FIRST_BYTES = 32 * 2**20
 
@@ -200,7 +202,7 @@ def sync(uri: str) -> None:
 def sweep(uri: str) -> None:
     """Remove the unfinished files of killed writers under a local folder; nobody may be writing there."""
     if is_local(uri):
-        for unfinished in Path(absolute(uri)).rglob(f".*{_UNFINISHED}"):
+        for unfinished in Path(absolute(uri)).rglob(f".{_HEX}{_UNFINISHED}"):
             unfinished.unlink(missing_ok=True)
 
 

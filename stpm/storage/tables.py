@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stpm.errors import DataError
 from stpm.storage.objects import read
 
 
@@ -17,5 +18,13 @@ def parquet(table: pa.Table, row_group: int | None = None) -> bytes:
 
 
 def read_table(uri: str) -> pa.Table:
-    """Read a Parquet file. Raises as `read` does."""
-    return pq.read_table(pa.BufferReader(read(uri)))
+    """Read a Parquet file.
+
+    Raises:
+        DataError: if it is damaged. Otherwise as `read` does.
+    """
+    data = read(uri)
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri} is damaged: {error}") from error

@@ -7,18 +7,25 @@ import datetime
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 from stpm import storage
+from stpm.errors import ConfigError, CutOffError, ModelUnreadableError
 from stpm.jobs import nightly
 from stpm.models.store import ModelStore
+from stpm.monitoring import job as job_module
+from stpm.monitoring.drift import Verdict
 from stpm.monitoring.nights import Night, read_night
 from stpm.monitoring.runs import NightFolder
+from stpm.scoring import run as run_module
 from stpm.scoring.resuming.run_state import RunState
 from tests.conftest import TINY
 from tests.models.test_store import save
@@ -75,6 +82,9 @@ def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
     assert found.images == 5
     assert found.count == sum(row["p_value"] <= found.cut_off for row in job.rows()) > 0
     assert found.describe() in storage.read(f"{job.out}/nightly.html").decode()
+    # Those of one run alone would be others.
+    folder = NightFolder.of(job.out, DATE)
+    assert not any(RunState(run.state_folder).summary().discoveries for run in folder.runs())
     assert job() == 0
     assert record(job).discoveries is None
 
@@ -83,8 +93,8 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     job.dump(DATE, "a", "b")
     assert job() == 0
     before = job.rows(), record(job)
-    monkeypatch.setattr(nightly, "connected", lambda: pytest.fail("Ray was started"))
-    monkeypatch.setattr(nightly, "summarize_night", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(job_module, "connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(job_module, "summarize_night", lambda *_: pytest.fail("rows were read"))
     assert job() == 0
     assert (job.rows(), record(job)) == before
     assert job.starts == 1
@@ -161,17 +171,141 @@ def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     assert job.names(DATE) == ["b"]
     problem = record(job, BEFORE).problem
     assert "holds the rows of another run: category was '' and is 'nut'" in problem
+    assert problem.endswith("; for this night, start with --date 2026-11-23 --fresh")
     assert record(job, BEFORE).categories["nut"].images == judged.images + 1
     assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
 
 
-def test_a_damaged_record_is_named_and_not_written_over(job: Nightly) -> None:
+def test_a_damaged_record_is_named_and_written_over_only_by_fresh(job: Nightly) -> None:
     job.dump(DATE, "a")
     uri = f"{NightFolder.of(job.out, DATE).uri}/night.json"
     storage.publish(uri, b"mine")
     assert job() == 3
     assert storage.read(uri) == b"mine"
-    assert "night.json is not a record of a night" in storage.read(f"{job.out}/nightly.html").decode()
+    html = storage.read(f"{job.out}/nightly.html").decode()
+    assert "night.json is not a record of a night" in html
+    assert "start with --date 2026-11-24 --fresh" in html
+    assert job(fresh=True) == 0
+    assert record(job).images == 1
+
+
+@pytest.mark.parametrize("storage_fails", [False, True])
+def test_fresh_keeps_the_rows_where_there_is_nothing_to_score(
+    job: Nightly, storage_fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.dump(DATE, "a", "b")
+    assert job() == 0
+    before = job.rows()
+    shutil.move(job.root / "dump", job.root / "unmounted")
+    if storage_fails:
+
+        def rows(*_: object) -> Iterator[pa.Table]:
+            raise OSError("503 Slow Down")
+
+        monkeypatch.setattr(job_module, "image_rows", rows)
+    assert job(fresh=True) == 2
+    assert job.rows() == before
+    assert ("503 Slow Down" if storage_fails else "--fresh left the rows as they are") in record(job).problem
+    assert record(job).categories["nut"].verdict
+
+
+def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly) -> None:
+    job.dump(DATE, "a")
+    assert job() == 0
+    assert job(datetime.date(2016, 11, 24)) == 3
+    assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
+    with pytest.raises(ConfigError, match="date is 2126-11-24, and today is"):
+        job(datetime.date(2126, 11, 24))
+
+
+def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> None:
+        raise ModelUnreadableError("s3://plant/models: 503 Slow Down")
+
+    job.dump(DATE, "a", "b", "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelStore, "image_statistics", unreadable)
+        assert job(fdr=0.5) == 2
+    night = record(job)
+    assert (night.images, night.problem) == (3, "s3://plant/models: 503 Slow Down")
+    assert night.categories["nut"].verdict is None
+    assert job() == 0
+    assert record(job).problem == ""
+    assert record(job).categories["nut"].verdict == Verdict("fine", ())
+
+
+def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
+    job: Nightly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: object) -> None:
+        raise CutOffError("a node was lost")
+
+    job.dump(BEFORE, "a", "b", "c", "d")
+    job.unreadable = {f"{job.root}/dump/{BEFORE}/nut/{name}.png" for name in "abc"}
+    assert job(BEFORE) == 2
+    html = storage.read(f"{job.out}/nightly.html").decode()
+    assert "The night has not been judged." in html
+    assert "triage.html" not in html
+    job.unreadable = set()
+    job.dump(DATE, "e")
+    monkeypatch.setattr(run_module, "score_shards", cut_off)
+    assert job(DATE) == 3
+    assert record(job).problem == "a node was lost"
+    before = record(job, BEFORE)
+    assert before.problem == "not looked at, because 2026-11-24 was cut off: a node was lost"
+    assert (before.unfinished, before.categories["nut"].verdict) == (3, None)
+    assert len(NightFolder.find_all(job.out)) == 2
+
+
+@pytest.mark.parametrize("part", ["scores", "runs/001/manifest"])
+def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> None:
+    job.dump(BEFORE, "a", "b")
+    assert job(BEFORE) == 0
+    job.dump(BEFORE, "late")
+    job.dump(DATE, "c")
+    files = [uri for uri, _ in storage.files(f"{job.out}/date={BEFORE}/{part}") if uri.endswith(".parquet")]
+    storage.publish(files[0], b"PAR1 damaged", durable=False)
+    assert job(DATE) == 2
+    assert record(job).images == 1
+    nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
+    assert files[0].removeprefix("/") in nights[0]["problem"]
+
+
+def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
+    def summarize(folder: NightFolder, *others: Any) -> Night:
+        if folder.date == BEFORE:
+            raise OSError("503 Slow Down \udcff")
+        return plain(folder, *others)
+
+    plain = job_module.summarize_night
+    job.dump(BEFORE, "a")
+    job.dump(DATE, "b")
+    monkeypatch.setattr(job_module, "summarize_night", summarize)
+    assert job(DATE) == 2
+    assert record(job).images == 1
+    # A name that is not UTF-8 fits on the page.
+    assert "503 Slow Down %FF" in storage.read(f"{job.out}/nightly.html").decode()
+
+
+def test_a_night_keeps_the_rate_that_its_first_run_requested(job: Nightly) -> None:
+    job.dump(BEFORE, "a", "b")
+    assert job(BEFORE, rate=0.01) == 0
+    job.dump(BEFORE, "late")
+    job.dump(DATE, "c")
+    assert job(DATE, rate=0.05) == 0
+    rates = {date: record(job, date).categories["nut"].false_alarm_rate for date in (BEFORE, DATE)}
+    assert rates == {BEFORE: 0.01, DATE: 0.05}
+    assert record(job, BEFORE).runs == ("001", "002")
+
+
+def test_images_without_a_row_beyond_look_back_are_told(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
+    job.dump(BEFORE, "a", "b")
+    job.unreadable = {f"{job.root}/dump/{BEFORE}/nut/a.png"}
+    assert job(BEFORE) == 2
+    job.unreadable = set()
+    job.dump(DATE, "c")
+    assert job(DATE, look_back=0) == 0
+    assert "1 images of 2026-11-23 have no row, and --look-back does not reach it" in caplog.text
 
 
 def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
@@ -181,13 +315,12 @@ def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
     assert job(old) == 0
     mine = f"{NightFolder.of(job.out, old).uri}/scores/notes.txt"
     storage.publish(mine, b"mine")
-    # Of a date that was mistyped, there are no images.
-    assert job(datetime.date(2126, 11, 24), keep_days=7) == 3
+    assert job(AFTER, keep_days=7) == 3
     assert record(job, old).images == 2
     assert job(DATE, keep_days=7) == 0
     assert [uri for uri, _ in storage.files(f"{job.out}/date={old}")] == [mine]
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
-    assert [each["date"] for each in nights] == ["2026-11-24", "2126-11-24"]
+    assert [each["date"] for each in nights] == ["2026-11-24", "2026-11-25"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])

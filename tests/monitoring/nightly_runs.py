@@ -17,6 +17,7 @@ from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.jobs import nightly
 from stpm.models.store import ModelStore
+from stpm.monitoring import job as job_module
 from stpm.monitoring import judging
 from stpm.monitoring.change import Change
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict
@@ -71,7 +72,14 @@ class Nightly:
             storage.publish(f"{self.root}/dump/{date}/nut/{name}.png", image, durable=False)
 
     def __call__(
-        self, date: datetime.date = DATE, *, webhook: str = "", nights: int = 30, fdr: float = 0.0, **options: Any
+        self,
+        date: datetime.date = DATE,
+        *,
+        webhook: str = "",
+        nights: int = 30,
+        fdr: float = 0.0,
+        rate: float = 0.01,
+        **options: Any,
     ) -> int:
         """Run the job, and return its exit code."""
         values: dict[str, Any] = {
@@ -82,8 +90,9 @@ class Nightly:
             "category_from": "{category}/{name}",
         }
         monitoring = MonitoringOptions(webhook=webhook, nights=nights, fdr=fdr)
+        scoring = ScoreOptions(false_alarm_rate=rate)
         return nightly.run_nightly(
-            NightlyOptions(**values | options), monitoring, OutputOptions(), ScoreOptions(), ClusterOptions()
+            NightlyOptions(**values | options), monitoring, OutputOptions(), scoring, ClusterOptions()
         )
 
     def score(self, shards: Any, checkpoint: str, records: Any, *others: Any) -> None:
@@ -152,7 +161,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     save(ModelStore(str(tmp_path / "models")), TINY)
     made = Nightly(tmp_path)
     monkeypatch.setattr(run_module, "connected", nullcontext)
-    monkeypatch.setattr(nightly, "connected", nullcontext)
+    monkeypatch.setattr(job_module, "connected", nullcontext)
     monkeypatch.setattr(nightly, "held", lambda folder, wait: nullcontext())
     monkeypatch.setattr(run_module, "remaining_segments", remaining_segments)
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stops: nullcontext(Report()))

@@ -78,6 +78,7 @@ def make_nights(
                 {name: make_summary(rng, level, text) for name, level in zip(categories, levels, strict=True)},
                 examples,
                 top if is_last else (),
+                pages=("001",),
             )
         )
     return nights

@@ -166,6 +166,9 @@ def test_an_empty_night_is_named(line: Line) -> None:
     assert (found.level, found.reasons) == ("act", ("no images tonight; 1,204 the night before",))
     found = verdict([*nights, line.empty(3), line.empty(4)], line.reference)
     assert (found.level, found.reasons) == ("act", ("no images tonight; 1,204 on 2026-11-03",))
+    # A product that is no longer made.
+    assert verdict([*nights, *map(line.empty, range(3, 6))], line.reference).level == "act"
+    assert verdict([*nights, *map(line.empty, range(3, 7))], line.reference).level == "watch"
     found = verdict([*nights, line.empty(3), line.night(4, images=900), line.empty(5)], None)
     assert found.level == "watch"
     assert found.reasons[0] == "no images tonight; 900 the night before, and none on 1 other nights of the last 5"

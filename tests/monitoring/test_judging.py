@@ -116,3 +116,12 @@ def test_a_model_that_was_removed_is_named(nights: Nights) -> None:
     assert verdict
     assert f"no model {nights.model_id}" in verdict.reasons[0]
     assert night.categories["nut"].training_medians == {}
+
+
+def test_a_product_that_is_no_longer_made_leaves_the_page(nights: Nights) -> None:
+    """Whether its model is still there or not."""
+    nights.add(300)
+    storage.remove(nights.store.folder("nut"))
+    assert [reasons(nights.add(0)) for _ in range(4)] == [("act", ["images"])] * 3 + [("watch", ["images"])]
+    del nights.nights[0]
+    assert nights.add(0).categories == {}

@@ -43,10 +43,22 @@ def test_the_night_is_yesterday_in_the_time_zone(zone: str, time: str, expected:
     assert make(timezone=zone, date="2020-02-29").night(now) == datetime.date(2020, 2, 29)
 
 
+def test_a_date_that_is_yet_to_come_in_the_time_zone_is_refused() -> None:
+    now = datetime.datetime.fromisoformat("2026-11-24T23:30:00+00:00")
+    tomorrow = {"date": "2026-11-25"}
+    assert make(timezone="Europe/Berlin", **tomorrow).night(now) == datetime.date(2026, 11, 25)
+    with pytest.raises(ConfigError, match=r"date is 2026-11-25, and today is 2026-11-24 \(UTC\)"):
+        make(**tomorrow).night(now)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": "s3://dump"}, r"images is 's3://dump'; put \{date\} in it"),
+        ({"images": "s3://dump"}, r"images is 's3://dump', the same on different days; put \{date\}"),
+        ({"images": "s3://dump/{date:%Y/%m}"}, "the same on different days"),
+        ({"images": "s3://dump/{date:week %V}"}, "the same on different days"),
+        ({"images": "s3://dump/{date:latest}"}, "the same on different days"),
+        ({"images": "s3://dump/{date:%a}", "look_back": 7}, "the same on different days"),
         ({"images": "s3://dump/{date},s3://dump"}, r"images is 's3://dump'"),
         ({"date": "24.11.2026"}, "date is '24.11.2026'; give it as 2026-11-24"),
         ({"date": "2026-02-30"}, "date is '2026-02-30'"),

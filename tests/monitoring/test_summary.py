@@ -49,7 +49,7 @@ def test_the_schema_requires_each_field(path: tuple[Any, ...]) -> None:
         jsonschema.validate(values, SCHEMA, jsonschema.Draft202012Validator)
 
 
-def test_the_webhooks_message_names_what_needs_eyes() -> None:
+def test_the_webhooks_message_names_what_is_to_be_looked_at() -> None:
     night = make_nights([f"c{i:03}" for i in range(300)], 1, act=20, watch=100)[-1]
     message = json.loads(webhook_message(night, OUT, CREATED))
     assert message["page"] == "s3://plant/nights/nightly.html"
@@ -57,3 +57,9 @@ def test_the_webhooks_message_names_what_needs_eyes() -> None:
     assert message["levels"] == {"act": 20, "watch": 100, "fine": 180}
     assert [each["level"] for each in message["categories"].values()] == ["act"] * 20 + ["watch"] * 80
     assert "act: c000, c001, c002, c003, c004, and 15 more; watch: c020" in message["text"]
+
+
+def test_no_name_of_a_category_is_markup_in_a_chat() -> None:
+    night = make_nights(["<!channel>", "a & b", "c\nERROR\u202e"], 1, act=3, watch=0)[-1]
+    text = json.loads(webhook_message(night, OUT, CREATED))["text"]
+    assert "act: &lt;!channel&gt;, a &amp; b, c ERROR ;" in text

@@ -78,9 +78,6 @@ def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
 def _read_ids(checkpoint: str) -> Ids:
     try:
         ids: Ids = storage.read_table(checkpoint)["image_id"].to_numpy()
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{checkpoint} is damaged, and the written rows are no longer known ({error}); give another --out, or "
-            "--fresh"
-        ) from error
+    except DataError as error:
+        raise DataError(f"{error}; the written rows are no longer known: give another --out, or --fresh") from error
     return ids

@@ -78,6 +78,11 @@ class RunState:
             return [f"{self.uri} is missing"]
         return _differences(self._values["config"], config.to_json())
 
+    def false_alarm_rate(self) -> float | None:
+        """Return the rate that the run requested; None if there is no run to resume."""
+        rate: float | None = self._values.get("config", {}).get("false_alarm_rate")
+        return rate
+
     def model_differences(self, models: Mapping[str, str]) -> list[str]:
         """List how the model ids of the run differ from others, by category; none if no models are bound yet."""
         return _differences(self._values.get("models", models), models)

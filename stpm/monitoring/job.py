@@ -1,0 +1,175 @@
+"""Score several nights, the latest first, and bring their records up to date, so that no night stops another."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from stpm import storage
+from stpm.cluster.connection import connected
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError
+from stpm.models.store import ModelStore
+from stpm.monitoring.judging import summarize_night
+from stpm.monitoring.nights import Night, has_record, read_night, write_night
+from stpm.monitoring.options import MonitoringOptions, NightlyOptions
+from stpm.monitoring.runs import NightFolder, rows_of_sources, score_new_images
+from stpm.options import ClusterOptions
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunConfig
+from stpm.scoring.run import ScoringRun, run_scoring
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NightlyJob:
+    """The options of the job, and how they apply to each night."""
+
+    options: NightlyOptions
+    monitoring: MonitoringOptions
+    output: OutputOptions
+    scoring: ScoreOptions
+    cluster: ClusterOptions
+    out: str
+
+    def sources(self, date: datetime.date) -> tuple[str, ...]:
+        """Return the absolute URIs of a night's images."""
+        return tuple(map(storage.absolute, self.options.sources(date)))
+
+    def score(self, folder: NightFolder, ray: ExitStack, *, fresh: bool = False) -> int:
+        """Score the night's images that have no row; return how many are left without one.
+
+        Args:
+            folder: of the night.
+            ray: receives the connection to Ray, which is made once there is an image to score.
+            fresh: start over.
+
+        Raises:
+            DataError: if there is no image to start over with: the rows stay.
+        """
+        sources = self.sources(folder.date)
+        rule = CategoryRule(self.options.category, self.options.category_from)
+        config = RunConfig(
+            images=sources,
+            false_alarm_rate=self.scoring.false_alarm_rate,
+            output=self.output,
+            category=self.options.category,
+            category_from=self.options.category_from,
+            allow=tuple(self.options.allow),
+        )
+
+        def score_run(output: RunOutput, rows: Iterable[pa.Table]) -> int:
+            if not read_night(folder):
+                # The mark that what is written here is this job's.
+                write_night(folder, Night(folder.date.isoformat(), sources))
+            ray.enter_context(connected())
+            log.info(f"{folder.date}, run {output.name}: scoring into {folder.uri}")
+            run = ScoringRun(
+                rows=lambda: rows,
+                config=config,
+                store=ModelStore(self.options.models),
+                options=self.scoring,
+                output=replace(output, options=self.output),
+                triage_images=self.monitoring.top,
+                backend=self.cluster.backend,
+            )
+            summary, _ = run_scoring(run)
+            return summary.unfinished
+
+        def listing() -> Iterator[pa.Table]:
+            return rows_of_sources(image_rows([source], rule, self.options.allow) for source in sources)
+
+        if fresh:
+            # Of a dump that is not mounted, there would be nothing to score again.
+            if folder.has_runs() and not next(listing(), None):
+                raise DataError(f"there are no images in {', '.join(sources)}: --fresh left the rows as they are")
+            self.start_over(folder)
+        return score_new_images(folder, listing, score_run)
+
+    def start_over(self, folder: NightFolder) -> None:
+        """Remove the night's rows; its record, which may be damaged, then no longer counts them."""
+        if has_record(folder):
+            write_night(folder, Night(folder.date.isoformat(), self.sources(folder.date)))
+        folder.remove_runs()
+
+    def summarize(self, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
+        """Return the night's record, made anew if rows were added since it was written or it was not judged."""
+        night = read_night(folder)
+        names = tuple(run.name for run in folder.runs())
+        if night and night.is_judged and night.runs == names and night.fdr == self.monitoring.fdr:
+            return replace(night, problem=problem)
+        night = Night(folder.date.isoformat(), self.sources(folder.date), problem=problem)
+        store = ModelStore(self.options.models)
+        return summarize_night(folder, night, earlier, store, self.monitoring, self.scoring.false_alarm_rate)
+
+
+def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:
+    """Score what is new in each night; return the problems by date. One night's problem stops no other."""
+    known = {folder.date for folder in NightFolder.find_all(job.out)}
+    problems = {}
+    with ExitStack() as ray:
+        for date in dates:
+            is_tonight = date == dates[0]
+            try:
+                job.score(NightFolder.of(job.out, date), ray, fresh=job.options.fresh and is_tonight)
+            except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
+                problem = _describe(error)
+                if "--fresh" in problem and not is_tonight:
+                    problem += f"; for this night, start with --date {date} --fresh"
+                problems[date] = problem
+                log.info(f"{date}: {problem}")
+                if isinstance(error, CutOffError):
+                    # Storage or Ray failed, and would fail again.
+                    skipped = [each for each in dates if each < date and each in known]
+                    problems |= dict.fromkeys(skipped, f"not looked at, because {date} was cut off: {problem}")
+                    break
+    return problems
+
+
+def _describe(error: Exception) -> str:
+    """Return the text of an error, which may name a file whose name is not UTF-8, as UTF-8 can hold it."""
+    return storage.as_utf8(str(error))
+
+
+def summarize_nights(
+    job: NightlyJob, dates: Sequence[datetime.date], problems: Mapping[datetime.date, str]
+) -> dict[datetime.date, Night]:
+    """Bring the records of these nights, oldest first, up to date; return all records that matter, by date."""
+    count = job.monitoring.nights
+    folders = NightFolder.find_all(job.out)
+    before = [folder for folder in folders if folder.date < dates[0]][-count:]
+    nights = _read({*before, *(folder for folder in folders[-count:] if folder.date not in dates)})
+    for date in dates:
+        folder = NightFolder.of(job.out, date)
+        if folder not in folders and date != dates[-1] and date not in problems:
+            continue
+        earlier = [nights[each] for each in sorted(nights) if each < date][-count:]
+        try:
+            nights[date] = night = job.summarize(folder, earlier, problems.get(date, ""))
+            # A day without anything to tell is no night: it may have been mistyped.
+            if folder in folders or night.categories or night.problem:
+                write_night(folder, night)
+        except (ConfigError, DataError, OSError) as error:
+            # Storage failed, or its record, or a file of its runs, is damaged: the record is not written over.
+            nights[date] = Night(date.isoformat(), job.sources(date), problem=_describe(error))
+            log.info(f"{date}: {nights[date].problem}")
+    return nights
+
+
+def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
+    nights = {}
+    for folder in folders:
+        try:
+            if night := read_night(folder):
+                nights[folder.date] = night
+        except (DataError, OSError) as error:
+            log.info(f"warning: {_describe(error)}; the page leaves this night out")
+    return nights
