@@ -14,13 +14,14 @@ from PIL import Image
 from stpm import storage
 from stpm.data import images
 from stpm.data.encode import encode_jpeg
+from stpm.errors import DataError
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, score_parts, template, with_script_hash
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import written_by
-from stpm.scoring.resuming.segments import committed_segments, scan_rows
+from stpm.scoring.resuming.segments import committed_summaries, scan_rows
 from stpm.scoring.row_summary import PARTS, RankedImage, RowSummary
 from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
@@ -66,16 +67,19 @@ def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocess
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
         heatmap = read_heatmap(output.folder, row)
         return jpeg_uri(encode_jpeg(Image.fromarray(overlay_png(pixels, heatmap) if heatmap else pixels)))
-    except Exception:
-        log.warning("%s is not shown", row["uri"], exc_info=True)
+    except Exception as error:  # noqa: BLE001
+        log.warning("%s is not shown: %s: %s", row["uri"], type(error).__name__, error)
         return ""
 
 
 def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`."""
-    segments = committed_segments(output)
-    summary = RowSummary.total(segments.values(), max_images)
-    if not segments or summary.max_ranked < max_images:
+    """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`.
+
+    Raises:
+        DataError: if one of them is missing.
+    """
+    summary = RowSummary.total(committed_summaries(output), max_images)
+    if not summary.rows or summary.max_ranked < max_images:
         # The run was scored for a shorter page.
         summary = scan_rows(output, max_images)
     return _read_images(output, summary.ranked)
@@ -90,6 +94,11 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     for uri in output.files():
         if ids := wanted.get(written_by(uri)):
             rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
+    if missing := sum(image.image_id not in rows for image in images):
+        raise DataError(
+            f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing; run "
+            "again with --fresh"
+        )
     return [rows[image.image_id] | {"excess": image.excess} for image in images]
 
 
