@@ -74,11 +74,10 @@ def option(default: T, text: str, *, required: bool = False, minimum: float = -m
 
 
 def check_options(options: Any) -> None:
-    """Check in an option dataclass's `__post_init__` that required options are given, numbers in range, and no URI holds a
-    secret.
+    """Check an option dataclass in its `__post_init__`.
 
     Raises:
-        ConfigError: if a required option is empty, a number is not finite or below its minimum, or a URI has a password.
+        ConfigError: if a required option is empty, a number is not finite or below its minimum, or a URI holds a secret.
     """
     required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
     if missing := [f"--{name}" for name in required if not getattr(options, name)]:
