@@ -77,7 +77,7 @@ def check_options(options: Any) -> None:
     """Check an option dataclass in its `__post_init__`.
 
     Raises:
-        ConfigError: if a required option is empty, a number is not finite or below its minimum, or a URI holds a secret.
+        ConfigError: if a required option is empty, a number is infinite or below its minimum, or a URI holds a secret.
     """
     required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
     if missing := [f"--{name}" for name in required if not getattr(options, name)]:
