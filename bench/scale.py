@@ -173,7 +173,9 @@ def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
             checkpoint = storage.join(output.segment_checkpoint(segment.number), f"{task}.parquet")
             summary = RowSummary.of_rows(output_rows(written), task, _TOP)
             storage.publish(summary_of(checkpoint), summary.to_json(), durable=False)
-            storage.publish(checkpoint, storage.parquet(written.select(["image_id"])), durable=False)
+            ids = storage.parquet(written.select(["image_id"]))
+            storage.publish(storage.join(output.scores, f"{task}-0.parquet"), ids, durable=False)
+            storage.publish(checkpoint, ids, durable=False)
 
 
 def resume(output: RunOutput, images: Manifest, fraction: float) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from stpm import storage
 from stpm.data import images
 from stpm.data.encode import encode_jpeg
+from stpm.errors import DataError
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, score_parts, template, with_script_hash
@@ -72,7 +73,11 @@ def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocess
 
 
 def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`."""
+    """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`.
+
+    Raises:
+        DataError: if one of them is missing.
+    """
     segments = committed_segments(output)
     summary = RowSummary.total(segments.values(), max_images)
     if not segments or summary.max_ranked < max_images:
@@ -90,6 +95,11 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     for uri in output.files():
         if ids := wanted.get(written_by(uri)):
             rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
+    if missing := sum(image.image_id not in rows for image in images):
+        raise DataError(
+            f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing; run "
+            "again with --fresh"
+        )
     return [rows[image.image_id] | {"excess": image.excess} for image in images]
 
 

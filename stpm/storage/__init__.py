@@ -15,7 +15,7 @@ from stpm.storage.objects import (
     sweep,
     sync,
 )
-from stpm.storage.tables import parquet, read_table
+from stpm.storage.tables import count_rows, parquet, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "as_utf8",
     "check_size",
     "children",
+    "count_rows",
     "create",
     "digest",
     "exists",

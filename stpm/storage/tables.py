@@ -5,7 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stpm.errors import DataError
 from stpm.storage.objects import read
+from stpm.storage.retries import with_retries
+from stpm.storage.uris import arrow_filesystem
 
 
 def parquet(table: pa.Table, row_group: int | None = None) -> bytes:
@@ -17,5 +20,25 @@ def parquet(table: pa.Table, row_group: int | None = None) -> bytes:
 
 
 def read_table(uri: str) -> pa.Table:
-    """Read a Parquet file. Raises as `read` does."""
-    return pq.read_table(pa.BufferReader(read(uri)))
+    """Read a Parquet file. Raises as `read` does.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    try:
+        return pq.read_table(pa.BufferReader(read(uri)))
+    except pa.ArrowException as error:
+        raise DataError(f"{uri} is damaged: {error}") from error
+
+
+def count_rows(uri: str) -> int:
+    """Read the number of rows of a Parquet file from its footer.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    filesystem, path = arrow_filesystem(uri)
+    try:
+        return int(with_retries(uri, lambda: pq.read_metadata(path, filesystem=filesystem).num_rows))
+    except pa.ArrowException as error:
+        raise DataError(f"{uri} is damaged: {error}") from error

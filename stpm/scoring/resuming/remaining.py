@@ -78,7 +78,7 @@ def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
 def _read_ids(checkpoint: str) -> Ids:
     try:
         ids: Ids = storage.read_table(checkpoint)["image_id"].to_numpy()
-    except pa.ArrowInvalid as error:
+    except DataError as error:
         raise DataError(
             f"{checkpoint} is damaged, and the written rows are no longer known ({error}); give another --out, or "
             "--fresh"

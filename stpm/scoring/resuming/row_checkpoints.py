@@ -64,6 +64,11 @@ def summary_of(checkpoint: str) -> str:
     return checkpoint.removesuffix(_IDS) + _SUMMARY
 
 
+def task_of(checkpoint: str) -> str:
+    """Return the name of the task whose rows a checkpoint commits."""
+    return PurePosixPath(checkpoint).name.removesuffix(_IDS)
+
+
 def written_by(file: str) -> str:
     """Return the name of the task that wrote a Parquet file: the file's name without a number that is added to it."""
     return PurePosixPath(file).name.removesuffix(_IDS).rsplit("-", 1)[0]

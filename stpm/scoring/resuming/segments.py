@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
@@ -9,7 +10,7 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, written_by
+from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of, written_by
 from stpm.scoring.row_summary import COLUMNS, RowSummary
 
 _READERS = 16
@@ -31,11 +32,12 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
         max_ranked: number of the most anomalous images to name.
 
     Raises:
-        ConfigError: if there are more rows than images.
-        DataError: if a summary is damaged.
+        ConfigError: if there are more rows than images, or the files have another number of rows than the summaries.
+        DataError: if a summary or a file is damaged.
     """
     checkpoint = output.segment_checkpoint(segment.number)
-    uris = [summary_of(uri) for uri in committed_checkpoints(checkpoint)]
+    committed = committed_checkpoints(checkpoint)
+    uris = [summary_of(uri) for uri in committed]
     with ThreadPoolExecutor(_READERS) as pool:
         summary = RowSummary.total(pool.map(_read, uris), max_ranked)
     if summary.rows > segment.rows:
@@ -44,12 +46,25 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
             "with --fresh"
         )
     if summary.rows == segment.rows:
+        # A power failure may have kept the ids of rows and lost their files.
+        in_files = _count_rows_in_files(output, {task_of(uri) for uri in committed})
+        if in_files != summary.rows:
+            raise ConfigError(
+                f"{in_files} rows in the files of {output.scores}, where {summary.rows} of segment {segment.number} "
+                "were written; run again with --fresh"
+            )
         # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
         storage.sync(output.scores)
         storage.publish(output.segment_summary(segment.number), summary.to_json())
         storage.remove(checkpoint)
         storage.remove(output.segment_remaining(segment.number))
     return summary
+
+
+def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
+    files = [uri for uri in output.files() if written_by(uri) in tasks]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return sum(pool.map(storage.count_rows, files))
 
 
 def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:

@@ -8,6 +8,7 @@ import pytest
 from ray.data.checkpoint.util import build_pending_checkpoint_trie
 
 from stpm import storage
+from stpm.errors import DataError
 from stpm.scoring import triage
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions, PartitionBy
@@ -63,6 +64,11 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
     # The tasks named five images each.
     assert [row["score"] for row in triage.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
+    lost = f"{output.scores}/**/scores_uuid_000000000000-*.parquet"
+    for uri in storage.glob(lost):
+        storage.remove(uri)
+    with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
+        triage.most_anomalous(output, 4)
 
 
 def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:

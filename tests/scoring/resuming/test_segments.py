@@ -36,7 +36,8 @@ def write_task(output: RunOutput, segment: Segment, rows: slice, pending: bool =
     chosen = table.slice(rows.start, rows.stop - rows.start)
     values = {name: chosen[name] if name in chosen.schema.names else None for name in COLUMNS}
     columns = [pa.nulls(chosen.num_rows, OUTPUT.field(n).type) if v is None else v for n, v in values.items()]
-    checkpoint = f"{output.segment_checkpoint(segment.number)}/{rows.start}.parquet"
+    checkpoint = f"{output.segment_checkpoint(segment.number)}/scores_{rows.start}.parquet"
+    storage.publish(f"{output.scores}/scores_{rows.start}-0.parquet", storage.parquet(chosen))
     summary = RowSummary.of_rows(pa.table(dict(zip(COLUMNS, columns, strict=True))), "file", 3)
     storage.publish(summary_of(checkpoint), summary.to_json())
     name = checkpoint.replace(".parquet", ".pending.parquet") if pending else checkpoint
@@ -66,7 +67,8 @@ def test_a_segment_is_committed_once_all_of_its_rows_are_written(output: RunOutp
     assert commit_segment(output, first, 3).rows == 5
     assert committed_segments(output) == {}
     # The next run writes under other names.
-    storage.remove(f"{output.segment_checkpoint(0)}/5.pending.parquet")
+    storage.remove(f"{output.segment_checkpoint(0)}/scores_5.pending.parquet")
+    storage.remove(f"{output.scores}/scores_5-0.parquet")
     write_task(output, first, slice(5, 7))
     write_task(output, first, slice(7, 8))
     summary = commit_segment(output, first, 3)
@@ -93,15 +95,32 @@ def test_rows_that_are_written_twice_are_an_error(output: RunOutput, segments: l
         commit_segment(output, segments[0], 3)
 
 
+def test_rows_that_are_lost_or_left_over_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
+    """A power failure keeps the ids and loses the rows; an attempt that was cut off leaves rows of its own."""
+    write_task(output, segments[0], slice(0, 3))
+    write_task(output, segments[0], slice(3, 8))
+    for content, found in ((None, 5), (8, 13)):
+        file = f"{output.scores}/scores_0-0.parquet"
+        storage.remove(file)
+        if content:
+            storage.publish(file, storage.parquet(pa.table({"image_id": range(content)})))
+        with pytest.raises(ConfigError, match=rf"{found} rows in the files of .*/scores, where 8 .* with --fresh"):
+            commit_segment(output, segments[0], 3)
+    storage.publish(file, b"")
+    with pytest.raises(DataError, match=r"scores_0-0\.parquet is damaged"):
+        commit_segment(output, segments[0], 3)
+    assert committed_segments(output) == {}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", None])
 def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segment], content: bytes | None) -> None:
     write_task(output, segments[0], slice(0, 8))
-    uri = f"{output.segment_checkpoint(0)}/0.json"
+    uri = f"{output.segment_checkpoint(0)}/scores_0.json"
     if content is None:
         storage.remove(uri)
     else:
         storage.publish(uri, content)
-    with pytest.raises(DataError, match=r"000000/0\.json is damaged or missing, .* or --fresh"):
+    with pytest.raises(DataError, match=r"000000/scores_0\.json is damaged or missing, .* or --fresh"):
         commit_segment(output, segments[0], 3)
 
 
