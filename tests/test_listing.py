@@ -7,10 +7,11 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from s3fs import S3FileSystem
 
 from stpm.storage import listing
 
-_KEY = st.lists(st.sampled_from(["a", "b", "a b", "é"]), min_size=1, max_size=6).map("/".join)
+_KEY = st.lists(st.sampled_from(["a", "b", "a b", "é", ""]), min_size=1, max_size=6).map("/".join)
 
 
 class Bucket:
@@ -49,6 +50,9 @@ def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(names:
     assert len(found) == len(keys)
     assert set(found) == {f"bucket/{key}" for key in keys}
     assert found == list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))
+    # Parts of a key may be empty.
+    uris = [listing._uri(S3FileSystem, name, "s3://bucket/images") for name in found]
+    assert uris == [f"s3://{name}" for name in found]
 
 
 def test_a_folder_of_one_page_takes_one_request_and_a_large_one_as_many_as_its_pages() -> None:

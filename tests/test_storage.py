@@ -299,6 +299,23 @@ def test_a_link_has_the_version_of_its_target(tmp_path: Path) -> None:
     assert storage.versions(str(tmp_path / "set")) != before
 
 
+def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_denied(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(self: object, *arguments: object, **more: object) -> None:
+        raise PermissionError("Access Denied")
+
+    storage.publish(f"{memory}/a.png", b"")
+    monkeypatch.setattr(MemoryFileSystem, "info", deny)
+    assert list(storage.stream(memory)) == [f"{memory}/a.png"]
+    denied = f"{memory}/none: cannot be listed: Access Denied; check"
+    with pytest.raises(ConfigError, match=denied):
+        list(storage.stream(f"{memory}/none"))
+    monkeypatch.setattr(MemoryFileSystem, "ls", deny)
+    with pytest.raises(ConfigError, match=denied):
+        list(storage.stream(f"{memory}/none"))
+
+
 @pytest.mark.parametrize(
     "list_uri",
     [
@@ -324,7 +341,7 @@ def test_listings_are_retried_and_raise_an_oserror(
         raise EndpointConnectionError("Could not connect to the endpoint URL")
 
     monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.5)
-    for name in ("exists", "find", "ls", "isfile", "glob"):
+    for name in ("exists", "find", "ls", "info", "isfile", "glob"):
         monkeypatch.setattr(MemoryFileSystem, name, down)
     with pytest.raises(OSError, match="EndpointConnectionError: Could not connect"):
         list_uri("memory://bucket/x")

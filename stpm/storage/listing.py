@@ -78,19 +78,33 @@ def stream(uri: str) -> Iterator[str]:
     nothing if there is no such folder.
 
     Raises:
-        ConfigError: if the bucket does not exist, where the store reports it.
+        ConfigError: if the bucket does not exist, where the store reports it, or the credentials may not list it.
     """
     fs, path = filesystem(uri)
-    if with_retries(uri, lambda: fs.isfile(path)):
+    denied: PermissionError | None = None
+    try:
+        # `fs.isfile` would return false for any failure.
+        is_file = with_retries(uri, lambda: fs.info(path)["type"] == "file")
+    except (FileNotFoundError, NotADirectoryError):
+        is_file = False
+    except PermissionError as error:
+        # Who may list only what is under a prefix is denied to ask for the prefix itself.
+        is_file, denied = False, error
+    if is_file:
         names = iter([path])
     elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
         names = _stream_s3(fs, path, uri)
     else:
         names = _stream_folders(fs, path, uri)
+    is_empty = True
     try:
-        yield from (_uri(fs, name, uri) for name in names)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{uri}: cannot be listed: {error}") from error
+        for name in names:
+            is_empty = False
+            yield _uri(fs, name, uri)
+        if is_empty and denied:
+            raise denied
+    except (FileNotFoundError, PermissionError) as error:
+        raise ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow") from error
 
 
 def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
@@ -192,4 +206,4 @@ def _uri(fs: Any, path: str, under: str) -> str:
     root = str(fs._strip_protocol(under)).rstrip("/")
     if path == root:
         return under
-    return f"{under.rstrip('/')}/{path.removeprefix(root).lstrip('/')}"
+    return f"{under.rstrip('/')}/{path.removeprefix(root).removeprefix('/')}"

@@ -124,10 +124,11 @@ def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: Categ
 def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator[pa.Table]:
     """Yield the rows of a manifest, or of a Parquet file that holds images."""
     folder = uri.rsplit("/", 1)[0]
-    first = 0
+    first, has_rows = 0, False
     for chunk in tables.read(uri):
         if clashing := reserved_columns(chunk.schema.names):
             raise ConfigError(f"{uri}: column {clashing[0]} is one that scoring writes itself; rename it")
+        has_rows = True
         rows = []
         for number, (name, category, label, mask) in enumerate(tables.input_values(chunk), start=first):
             mask_uri = resolve(mask, folder)
@@ -145,7 +146,7 @@ def _table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterato
         first += len(rows)
         yield make_rows(rows, chunk)
     if not first:
-        raise NoImagesError(f"{uri}: this manifest has no rows")
+        raise NoImagesError(f"{uri}: this manifest {'names no images' if has_rows else 'has no rows'}")
 
 
 def resolve(name: str, folder: str) -> str:

@@ -25,6 +25,8 @@ CHUNK_ROWS = 10_000
 
 # Columns of a stored listing of a bucket.
 _LISTING_COLUMNS = ["bucket", "key"]
+# Columns of a listing of a bucket with versions, and their values for the objects that are there.
+_VERSION_COLUMNS = {"is_latest": True, "is_delete_marker": False}
 # Keys of images.
 _IMAGE = rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 
@@ -33,7 +35,7 @@ def read(uri: str) -> Iterator[pa.Table]:
     """Read a table, at most `CHUNK_ROWS` rows at a time. A table without a column `uri` has an image in each row.
 
     A stored listing of a bucket, as S3 Inventory writes, has columns `bucket` and `key` instead of `uri`. Those of its
-    objects that are images are returned, and no other column.
+    objects that are images are returned, and no other column. Older versions and deleted objects are left out.
 
     The images themselves are not read. INPUT_COLUMNS hold text without nulls, or are missing. All values of CSV and
     JSON lines are read as text, unchanged: 007 and 2024-01-01 do not become numbers and times. Other columns of a
@@ -68,7 +70,11 @@ def _with_uris(listing: pa.Table, source: str) -> pa.Table:
     scheme = "s3" if storage.is_local(source) else source.partition("://")[0]
     bucket, key = (listing[name].cast(pa.string()) for name in _LISTING_COLUMNS)
     uris = pc.binary_join_element_wise(f"{scheme}://", bucket, "/", key, "")
-    return pa.table({"uri": uris.filter(pc.match_substring_regex(key, _IMAGE, ignore_case=True))})
+    is_image = pc.match_substring_regex(key, _IMAGE, ignore_case=True)
+    for name, value in _VERSION_COLUMNS.items():
+        if name in listing.schema.names:
+            is_image = pc.and_(is_image, pc.equal(listing[name].cast(pa.bool_()).fill_null(value), value))
+    return pa.table({"uri": uris.filter(is_image)})
 
 
 def _with_text(table: pa.Table) -> pa.Table:
@@ -94,8 +100,9 @@ def _read_parquet(uri: str) -> Iterator[pa.Table]:
         images = "" if "uri" in schema.names else image_column(schema)
         if not images:
             _require_uri(uri, schema.names)
-        if _is_listing(schema.names):
-            for batch in parquet.iter_batches(CHUNK_ROWS, columns=_LISTING_COLUMNS):
+        if not images and _is_listing(schema.names):
+            columns = [name for name in (*_LISTING_COLUMNS, *_VERSION_COLUMNS) if name in schema.names]
+            for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
                 yield _with_uris(pa.Table.from_batches([batch]), uri)
         elif names := [name for name in schema.names if name != images]:
             for batch in parquet.iter_batches(CHUNK_ROWS, columns=names):

@@ -119,5 +119,24 @@ def test_a_stored_listing_of_a_bucket_names_its_images(root: str, kind: str) -> 
     # As any manifest, it may name only what is allowed.
     assert {row["error_kind"] for row in rows(f"{root}/inventory.{kind}")} == {"not_allowed"}
     write_manifest(f"{root}/empty.{kind}", records[2:4])
-    with pytest.raises(DataError, match="this manifest has no rows"):
+    with pytest.raises(DataError, match="this manifest names no images"):
         rows(f"{root}/empty.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_stored_listing_of_versions_names_the_latest_that_are_not_deleted(tmp_path: Path, kind: str) -> None:
+    objects = [("a.png", True, False), ("a.png", False, False), ("gone.png", True, True), ("gone.png", False, False)]
+    columns = ("key", "is_latest", "is_delete_marker")
+    records = [{"bucket": "plant", **dict(zip(columns, each, strict=True))} for each in objects]
+    write_manifest(f"{tmp_path}/inventory.{kind}", records)
+    assert [row["uri"] for row in rows(f"{tmp_path}/inventory.{kind}", allow=["s3://plant"])] == ["s3://plant/a.png"]
+
+
+def test_a_table_of_images_may_have_the_columns_of_a_listing(tmp_path: Path) -> None:
+    table = {"image": [b"x", b"y"], "bucket": ["line 1", "line 2"], "key": ["k1", "a.png"]}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    found = rows(f"{tmp_path}/t.parquet")
+    assert [(row["error_kind"], row["bucket"], row["key"]) for row in found] == [
+        ("", "line 1", "k1"),
+        ("", "line 2", "a.png"),
+    ]
