@@ -72,18 +72,19 @@ def option(default: T, text: str, *, required: bool = False, minimum: float = -m
 
 
 def check_options(options: Any) -> None:
-    """Check in an option dataclass's `__post_init__` that required options are given, and numbers not too small.
+    """Check in an option dataclass's `__post_init__` that required options are given, and numbers in range.
 
     Raises:
-        ConfigError: if a required option is empty, or a number is below its minimum.
+        ConfigError: if a required option is empty, or a number is not finite, or below its minimum.
     """
     required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
     if missing := [f"--{name}" for name in required if not getattr(options, name)]:
         raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
     for field in dataclasses.fields(options):
         value, minimum = getattr(options, field.name), field.metadata["minimum"]
-        # Written so that NaN fails.
-        if minimum > -math.inf and not value >= minimum:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give a finite number")
+        if minimum > -math.inf and value < minimum:
             raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give {minimum} or more")
 
 

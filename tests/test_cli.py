@@ -126,6 +126,8 @@ def test_a_printed_size_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--epochs", "0"], "epochs is 0; give at least 1"),
         (["--workers", "-1"], "workers is -1; give 0 or more"),
         (["--worker-memory-gib", "nan"], "worker-memory-gib is nan; give NUMBER"),
+        (["--model-memory-gib", ".inf"], "model-memory-gib is inf; give a finite number"),
+        (["--image-seconds", "1e10"], "image-seconds is 10000000000.0; give more than 0, and at most 86400, a day"),
         (["--student", "none", "--memory", "0"], "student is 'none'; give --memory too"),
         (["--preset", "paper", "--memory", "9"], "fusion is 'product'; give quantile"),
         (["--memory-levels", "3,2"], "memory-levels is"),

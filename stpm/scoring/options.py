@@ -16,6 +16,7 @@ HeatmapsIn = Literal["files", "parquet"]
 PartitionBy = Literal["none", "category"]
 
 IMAGE_SECONDS = 300.0
+_MAX_IMAGE_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -132,5 +133,7 @@ class ScoreOptions:
     def __post_init__(self) -> None:
         check_false_alarm_rate(self.false_alarm_rate)
         check_options(self)
-        if not self.image_seconds > 0:
-            raise ConfigError(f"image-seconds is {self.image_seconds}; give more than 0")
+        if not 0 < self.image_seconds <= _MAX_IMAGE_SECONDS:
+            raise ConfigError(
+                f"image-seconds is {self.image_seconds}; give more than 0, and at most {_MAX_IMAGE_SECONDS:.0f}, a day"
+            )

@@ -29,6 +29,20 @@ COLUMNS = [*_ERROR_COLUMNS, *PARTS, "image_id", "category", "score", "p_value", 
 _MIN_THRESHOLD = 1e-30
 
 
+# Of the values of a stored summary.
+_TYPES = {
+    "categories": dict,
+    "errors": dict,
+    "error_examples": list,
+    "p_values": dict,
+    "bytes_read": int,
+    "max_ranked": int,
+    "ranked": list,
+}
+# Of the rows of a category.
+_COUNTS = {"rows", "anomalous", "errors"}
+
+
 class RankedImage(NamedTuple):
     """An image with a score.
 
@@ -142,8 +156,14 @@ class RowSummary:
 
     @classmethod
     def from_json(cls, text: bytes) -> RowSummary:
-        """Read what `to_json` wrote. Raise ValueError or TypeError if it is something else."""
+        """Read what `to_json` wrote. Raise ValueError, TypeError or KeyError if it is something else."""
         values = json.loads(text)
+        if type(values) is not dict or {name: type(values[name]) for name in values} != _TYPES:
+            raise TypeError(f"no object with {', '.join(_TYPES)}")
+        if any(type(counts) is not dict for counts in (*values["categories"].values(), *values["p_values"].values())):
+            raise TypeError("no counts by category")
+        if any(set(counts) != _COUNTS for counts in values["categories"].values()):
+            raise TypeError(f"no counts of {', '.join(sorted(_COUNTS))} in each category")
         values["ranked"] = [RankedImage(*each) for each in values["ranked"]]
         # JSON has no numbers as keys.
         values["p_values"] = {

@@ -67,8 +67,8 @@ def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocess
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
         heatmap = read_heatmap(output.folder, row)
         return jpeg_uri(encode_jpeg(Image.fromarray(overlay_png(pixels, heatmap) if heatmap else pixels)))
-    except Exception:
-        log.warning("%s is not shown", row["uri"], exc_info=True)
+    except Exception as error:  # noqa: BLE001
+        log.warning("%s is not shown: %s: %s", row["uri"], type(error).__name__, error)
         return ""
 
 

@@ -100,8 +100,10 @@ def test_sums_of_parts_are_ordered_by_the_difference_to_their_thresholds(tmp_pat
     assert [row["score"] for row in rows] == [pytest.approx(12.2), pytest.approx(9.6), 3.0]
 
 
-def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path) -> None:
+def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_triage(output, 20, PREPROCESSING)
+    assert len(caplog.records) == 18
+    assert all("is not shown: " in each.message and not each.exc_info for each in caplog.records)
     text = (tmp_path / "triage.html").read_text()
     page = Page(text)
     assert EVIL in page.texts

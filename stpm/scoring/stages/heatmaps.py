@@ -116,7 +116,7 @@ class WriteHeatmaps:
         )
         if self._report:
             self._report(BatchReport("encode", RunStatistics(encode_seconds=computed)))
-        return _with_folder_names(result) if self._options.partition_by == "category" else result
+        return with_folder_names(result) if self._options.partition_by == "category" else result
 
     def _pictures(self, row: Mapping[str, Any]) -> Pictures:
         heatmaps = self._options.heatmaps
@@ -164,14 +164,18 @@ def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
     return row["heatmap_png"] or b""
 
 
-def _with_folder_names(rows: pa.Table) -> pa.Table:
+def with_folder_names(rows: pa.Table) -> pa.Table:
     """Replace categories that no folder can be named. No model has such a name, so these rows all have an error."""
     names = [_as_folder(name) for name in rows["category"].to_pylist()]
     return rows.set_column(rows.schema.get_field_index("category"), "category", pa.array(names, pa.string()))
 
 
 def _as_folder(category: str) -> str:
-    """Shorten a category whose percent-encoded name is too long for a folder, or is read as null."""
-    if len(quote(category, safe="")) <= storage.MAX_FOLDER_BYTES and category != storage.HIVE_NULL:
+    """Shorten a category whose percent-encoded name is too long for a folder, or is read as null, or up to a NUL."""
+    if (
+        len(quote(category, safe="")) <= storage.MAX_FOLDER_BYTES
+        and category != storage.HIVE_NULL
+        and "\0" not in category
+    ):
         return category
-    return f"{category[:_FOLDER_PREFIX]}… {storage.digest(category.encode())[:12]}"
+    return f"{category[:_FOLDER_PREFIX].replace(chr(0), '')}… {storage.digest(category.encode())[:12]}"

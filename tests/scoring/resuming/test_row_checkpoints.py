@@ -9,6 +9,7 @@ from ray.data.checkpoint.util import build_pending_checkpoint_trie
 
 from stpm import storage
 from stpm.errors import DataError
+from stpm.names import HIVE_NULL
 from stpm.scoring import triage
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions, PartitionBy
@@ -17,6 +18,7 @@ from stpm.scoring.resuming.row_checkpoints import FileNames, RowFiles
 from stpm.scoring.resuming.segments import commit_segment, scan_rows
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT, table
+from stpm.scoring.stages.heatmaps import with_folder_names
 
 
 @pytest.mark.parametrize("cut_off", [0, 10, 99_999, 100_000, 999_999])
@@ -69,6 +71,17 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         storage.remove(uri)
     with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
         triage.most_anomalous(output, 4)
+
+
+def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(tmp_path: Path) -> None:
+    output = RunOutput.single(str(tmp_path), OutputOptions(partition_by="category"))
+    names = ["", "..", "a/b", "a=b", "%41", "é" * 100, "x" * 300, HIVE_NULL, "a\nb", "\0z", "~"]
+    rows = output_rows(0, len(names))
+    rows = rows.set_column(rows.schema.get_field_index("category"), OUTPUT.field("category"), [names])
+    files = RowFiles(output, output.segment_checkpoint(0), rows_per_file=20, max_ranked=0)
+    files.write([with_folder_names(rows)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=0))
+    (summary,) = tmp_path.rglob("*.json")
+    assert RowSummary.from_json(summary.read_bytes()).categories == scan_rows(output, 0).categories
 
 
 def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:
