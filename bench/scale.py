@@ -45,7 +45,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.segments import commit_segment, committed_segments
+from stpm.scoring.resuming.segments import commit_segment, committed_summaries
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.triage import most_anomalous
@@ -189,7 +189,7 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
         storage.publish(output.segment_summary(segment.number), summary.to_json())
 
     def act() -> None:
-        committed_segments(output)
+        RowSummary.total(committed_summaries(output), _TOP)
         write_remaining(output, begun)
 
     measure(f"resume{fraction * 100:.0f}", images.rows, act)
@@ -203,7 +203,7 @@ def commit(output: RunOutput, images: Manifest) -> None:
     def act() -> None:
         for segment in segments:
             commit_segment(output, segment, _TOP)
-        assert RowSummary.total(committed_segments(output).values(), _TOP).rows == images.rows
+        assert RowSummary.total(committed_summaries(output), _TOP).rows == images.rows
 
     measure("commit", images.rows, act)
 

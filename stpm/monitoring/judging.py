@@ -23,7 +23,7 @@ from stpm.monitoring.runs import NightFolder
 from stpm.scoring.inputs import manifest
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
-from stpm.scoring.resuming.segments import committed_segments
+from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
 
 _READERS = 16
@@ -104,7 +104,7 @@ def _discoveries(
     """Find the discoveries among the images of all runs, without those whose model can no longer be read."""
     if not rate:
         return None
-    segments = [summary for run in runs for summary in committed_segments(run).values()]
+    segments = (summary for run in runs for summary in committed_summaries(run))
     calibration = {
         name: reference.calibration_count for name, reference in references.items() if isinstance(reference, Reference)
     }

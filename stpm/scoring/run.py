@@ -27,7 +27,7 @@ from stpm.scoring.pipeline import score_shards
 from stpm.scoring.progress import ProgressReporter, show_scoring_progress
 from stpm.scoring.resuming.remaining import remaining_segments
 from stpm.scoring.resuming.run_state import RunConfig, RunState
-from stpm.scoring.resuming.segments import commit_segment, committed_segments
+from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunSummary
 from stpm.scoring.triage import write_triage
@@ -79,7 +79,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
 
     Raises:
         ConfigError: if the output holds another run, or the scorers do not fit the cluster.
-        DataError: if the sources cannot be read.
+        DataError: if the sources, or files of the run, cannot be read.
         ModelError: if no image's category has a model, or storage failed while a model was read.
         CutOffError: if storage, a node or Ray failed.
     """
@@ -90,10 +90,13 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     summary = state.summary() if finished else _score_remaining(run, images, records)
     if not summary.unfinished:
         known = summary.discoveries.rate if summary.discoveries else 0.0
+        needs_page = run.triage_images and (run.triage_images != state.triage_images() or run.fdr != known)
+        if needs_page or run.fdr != known:
+            total = total_of_finished(run.output, summary.rows, run.triage_images)
         if run.fdr != known:
-            found = run_discoveries(committed_segments(run.output).values(), records, run.fdr) if run.fdr else None
+            found = run_discoveries(total.p_values, records, run.fdr) if run.fdr else None
             summary = dataclasses.replace(summary, discoveries=found)
-        if run.triage_images and (run.triage_images != state.triage_images() or run.fdr != known):
+        if needs_page:
             preprocessing = {name: record.preprocessing for name, record in records.items()}
             write_triage(run.output, run.triage_images, preprocessing, summary.discoveries)
             state.record_triage(run.triage_images)
@@ -205,16 +208,16 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
         to_score = sum(rows for shards in remaining.values() for _, rows in shards)
         if to_score < images.rows:
             log.info(f"{images.rows - to_score} are scored already, {to_score} remain")
-        summaries = list(committed.values())
+        total = RowSummary.total(committed_summaries(run.output), run.triage_images)
         with show_scoring_progress(to_score, stops=not run.options.accept_errors) as report:
             for segment in segments:
                 if segment.number in remaining:
                     if len(remaining) > 1:
                         log.info(f"segment {segment.number + 1} of {len(segments) + len(committed)}")
                     _score_segment(run, segment.number, remaining[segment.number], records, report)
-                summaries.append(commit_segment(run.output, segment, run.triage_images))
+                written = commit_segment(run.output, segment, run.triage_images)
+                total = RowSummary.total([total, written], run.triage_images)
             statistics, unfinished, _ = report.read()
-    total = RowSummary.total(summaries, run.triage_images)
     missing = images.rows - total.rows
     if missing and not unfinished:
         raise ConfigError(f"{total.rows} rows in {run.output.scores} for {images.rows} images; run again with --fresh")

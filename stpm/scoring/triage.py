@@ -21,7 +21,7 @@ from stpm.pages import jpeg_uri, score_parts, template, with_script_hash
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import written_by
-from stpm.scoring.resuming.segments import committed_segments, scan_rows
+from stpm.scoring.resuming.segments import committed_summaries, scan_rows
 from stpm.scoring.row_summary import PARTS, RankedImage, RowSummary
 from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
@@ -78,9 +78,8 @@ def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
     Raises:
         DataError: if one of them is missing.
     """
-    segments = committed_segments(output)
-    summary = RowSummary.total(segments.values(), max_images)
-    if not segments or summary.max_ranked < max_images:
+    summary = RowSummary.total(committed_summaries(output), max_images)
+    if not summary.rows or summary.max_ranked < max_images:
         # The run was scored for a shorter page.
         summary = scan_rows(output, max_images)
     return _read_images(output, summary.ranked)

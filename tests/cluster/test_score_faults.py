@@ -18,7 +18,7 @@ from PIL import Image
 from stpm import storage
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
-from stpm.scoring.resuming.segments import committed_segments, scan_rows
+from stpm.scoring.resuming.segments import committed_summaries, scan_rows
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunStatistics, RunSummary
 from tests.cluster.conftest import (
@@ -98,9 +98,7 @@ def check_same(root: Path, out: str) -> None:
     names = {uri.removeprefix(f"{out}/").split("/")[0] for uri, _ in storage.files(out)}
     assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "segments", "triage.html"}
     assert summary(out) == summary(str(root / "undisturbed"))
-    assert RowSummary.total(committed_segments(RunOutput.single(out)).values(), 50) == scan_rows(
-        RunOutput.single(out), 50
-    )
+    assert RowSummary.total(committed_summaries(RunOutput.single(out)), 50) == scan_rows(RunOutput.single(out), 50)
 
 
 def summary(out: str) -> RunSummary:

@@ -206,6 +206,9 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     assert "2 discoveries among 2 images at a false discovery rate of 0.2 (p ≤ 0.1): nut 2" in caplog.text
     score()
     assert state().summary().discoveries is None
+    storage.remove(f"{tmp_path}/run/segments/000000.json")
+    with pytest.raises(DataError, match=r"summaries in .*/segments are of 0 rows, and the run has 2"):
+        score(fdr=0.2)
 
 
 def test_a_run_with_other_models_is_refused_or_started_over(

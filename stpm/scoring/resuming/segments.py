@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
@@ -16,11 +16,37 @@ from stpm.scoring.row_summary import COLUMNS, RowSummary
 _READERS = 16
 
 
-def committed_segments(output: RunOutput) -> dict[int, RowSummary]:
-    """Read the summary of each segment that is committed, by its number."""
-    uris = [uri for uri, _ in storage.files(output.segments) if uri.endswith(".json")]
+def committed_segments(output: RunOutput) -> dict[int, str]:
+    """List the URI of the summary of each segment that is committed, by its number."""
+    paths = {uri: PurePosixPath(uri) for uri, _ in storage.files(output.segments)}
+    return {int(path.stem): uri for uri, path in paths.items() if path.suffix == ".json" and path.stem.isdigit()}
+
+
+def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
+    """Read the summaries of all segments that are committed, a few at a time: all of them may not fit the memory.
+
+    Raises:
+        DataError: if a summary is damaged.
+    """
+    uris = list(committed_segments(output).values())
     with ThreadPoolExecutor(_READERS) as pool:
-        return {int(PurePosixPath(uri).stem): each for uri, each in zip(uris, pool.map(_read, uris), strict=True)}
+        for start in range(0, len(uris), _READERS):
+            yield from pool.map(_read, uris[start : start + _READERS])
+
+
+def total_of_finished(output: RunOutput, rows: int, max_ranked: int) -> RowSummary:
+    """Add up the summaries of all segments of a run with this number of rows.
+
+    Raises:
+        DataError: if a summary is damaged, or the summaries are of another number of rows.
+    """
+    total = RowSummary.total(committed_summaries(output), max_ranked)
+    if total.rows != rows:
+        raise DataError(
+            f"the summaries in {output.segments} are of {total.rows} rows, and the run has {rows}: files of it are "
+            "missing; run again with --fresh"
+        )
+    return total
 
 
 def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowSummary:

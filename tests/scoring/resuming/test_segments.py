@@ -13,7 +13,7 @@ from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.segments import commit_segment, committed_segments
+from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import COLUMNS, RowSummary
 from stpm.scoring.schema import OUTPUT
 
@@ -73,11 +73,16 @@ def test_a_segment_is_committed_once_all_of_its_rows_are_written(output: RunOutp
     write_task(output, first, slice(7, 8))
     summary = commit_segment(output, first, 3)
     assert summary.rows == 8
-    assert committed_segments(output) == {0: summary}
+    assert list(committed_summaries(output)) == [summary]
+    storage.publish(f"{output.segments}/notes.json", b"not one of ours")
+    assert list(committed_segments(output)) == [0]
     assert output.segments_with_checkpoints() == set()
     write_task(output, second, slice(0, 2))
     commit_segment(output, second, 3)
-    assert RowSummary.total(committed_segments(output).values(), 3).rows == 10
+    assert total_of_finished(output, rows=10, max_ranked=3).rows == 10
+    storage.remove(output.segment_summary(1))
+    with pytest.raises(DataError, match=r"summaries in .*/segments are of 8 rows, and the run has 10: .* with --fresh"):
+        total_of_finished(output, rows=10, max_ranked=3)
 
 
 def test_a_checkpoint_whose_rename_was_cut_off_counts_once(output: RunOutput, segments: list[Segment]) -> None:
