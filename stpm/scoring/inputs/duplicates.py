@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +18,12 @@ Ids = npt.NDArray[np.int64]
 class DuplicateFinder:
     """Ids with the numbers of their rows, in temporary files: 16 bytes a row on disk, and one bit in memory.
 
-    Use it as a context manager, which removes the files.
+    Use it as a context manager, which removes the files. The files have no names: a killed process leaves none.
     """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="stpm-ids-")))
-        self._paths = [folder / str(part) for part in range(_PARTS)]
-        self._files = [self._stack.enter_context(path.open("wb")) for path in self._paths]
+        self._files = [self._stack.enter_context(tempfile.TemporaryFile()) for _ in range(_PARTS)]  # noqa: SIM115
         self._rows = 0
 
     def __enter__(self) -> DuplicateFinder:
@@ -49,9 +46,9 @@ class DuplicateFinder:
     def find(self) -> Duplicates:
         """Find the rows that have the id of an earlier row. No row can be added any more."""
         bits = np.zeros(-(-self._rows // 8), np.uint8)
-        for file, path in zip(self._files, self._paths, strict=True):
-            file.close()
-            for row in _repeated(np.fromfile(path, np.int64).reshape(-1, 2)):
+        for file in self._files:
+            file.seek(0)
+            for row in _repeated(np.frombuffer(file.read(), np.int64).reshape(-1, 2)):
                 bits[row >> 3] |= 128 >> (row & 7)
         return Duplicates(bits)
 

@@ -61,7 +61,6 @@ class Manifest:
         rows: images in it.
         duplicates: images that were left out.
         categories: names, sorted.
-        digest: SHA-256 of all rows.
         shard_rows: rows of each shard, by its number.
         segment_rows: rows of a segment, at most.
     """
@@ -69,7 +68,6 @@ class Manifest:
     rows: int
     duplicates: int
     categories: tuple[str, ...]
-    digest: str
     shard_rows: tuple[int, ...] = ()
     segment_rows: int = ScoreOptions.segment_rows
 
@@ -162,9 +160,8 @@ def write(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOpti
                 categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))
                 shards.replace(number, shard.filter(pa.array(~is_duplicate)))
         shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
-        digest = shards.digest()
     rows = sum(shard_rows)
-    summary = Manifest(rows, end - rows, tuple(sorted(+categories)), digest, shard_rows, segment_rows)
+    summary = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows)
     storage.publish(storage.join(folder, _SUMMARY), json.dumps(asdict(summary)).encode())
     return summary
 
@@ -179,11 +176,10 @@ def _count_categories(rows: pa.Table) -> dict[str, int]:
 
 
 class _Written(NamedTuple):
-    """A shard that is written: its rows, the number of the user's columns in it, and the SHA-256 of the file."""
+    """A shard that is written: the number of its rows, and of the user's columns in it whose type is known."""
 
     rows: int
     user_columns: int
-    digest: bytes
 
 
 class _Shards:
@@ -211,7 +207,10 @@ class _Shards:
         """Add rows. Raise ConfigError if a column of the user's has another type than before."""
         for name in passthrough_columns(chunk.schema):
             kind = chunk.schema.field(name).type
-            if (known := self._user_types.setdefault(name, kind)) != kind:
+            known = self._user_types.get(name, pa.null())
+            if pa.types.is_null(known):
+                self._user_types[name] = kind
+            elif kind not in (known, pa.null()):
                 raise ConfigError(f"column {name} is {known} in one manifest and {kind} in another; give it one type")
         self._waiting.append(chunk)
         if sum(table.num_rows for table in self._waiting) >= self._length:
@@ -234,15 +233,8 @@ class _Shards:
         return self._written[number].result().rows
 
     def lacks_columns(self, number: int) -> bool:
-        """Return whether a column of the user's was unknown when the shard was written."""
-        return self._written[number].result().user_columns < len(self._user_types)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of all shards."""
-        digest = hashlib.sha256()
-        for written in self._written:
-            digest.update(written.result().digest)
-        return digest.hexdigest()
+        """Return whether a column of the user's was unknown, or its type, when the shard was written."""
+        return self._written[number].result().user_columns < _count_known(self._user_types.values())
 
     def _take(self) -> pa.Table:
         rows = pa.concat_tables([_with_user_columns(table, self._user_types) for table in self._waiting])
@@ -258,19 +250,24 @@ class _Shards:
 
 
 def _write_shard(uri: str, rows: pa.Table) -> _Written:
-    data = storage.parquet(rows)
     if rows.num_rows:
-        storage.publish(uri, data)
+        storage.publish(uri, storage.parquet(rows))
     else:
         storage.remove(uri)
-    return _Written(rows.num_rows, len(passthrough_columns(rows.schema)), hashlib.sha256(data).digest())
+    types = [rows.schema.field(name).type for name in passthrough_columns(rows.schema)]
+    return _Written(rows.num_rows, _count_known(types))
+
+
+def _count_known(types: Iterable[pa.DataType]) -> int:
+    """Count types, without that of a column with nulls alone: other manifests may know the column's type."""
+    return sum(not pa.types.is_null(each) for each in types)
 
 
 def _with_user_columns(rows: pa.Table, user_types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Give rows all of the user's columns, in one order: null where their source has none."""
+    """Give rows all of the user's columns, in one order: null where their source has none, or only nulls."""
     result = rows.select(MANIFEST.names)
     for name, kind in user_types.items():
-        is_there = name in rows.schema.names
+        is_there = name in rows.schema.names and not pa.types.is_null(rows.schema.field(name).type)
         result = result.append_column(name, rows[name] if is_there else pa.nulls(rows.num_rows, kind))
     return result
 
