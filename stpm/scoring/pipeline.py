@@ -17,7 +17,7 @@ from stpm.method.backend import resolve_backend
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
-from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
@@ -31,6 +31,8 @@ from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
 
 # Tasks at a time that read the manifest.
 _READING_TASKS = 2
+# Blocks have `BLOCK_ROWS` images or a few less. A batch of `BLOCK_ROWS` would make Ray give two of them to each task.
+_WHOLE_BLOCK = None
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def score_shards(
         rows = rows.map_batches(
             Decode(preprocessing, options.image_seconds, report=report).__call__,
             batch_format="pyarrow",
-            batch_size=BLOCK_ROWS,
+            batch_size=_WHOLE_BLOCK,
             num_cpus=pool.stage_cpus,
             memory=memory,
         )
@@ -119,7 +121,7 @@ def score_shards(
             fn_constructor_args=(settings, report),
             compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
             batch_format="pyarrow",
-            batch_size=MAX_BATCH if pool.num_gpus else BLOCK_ROWS,
+            batch_size=MAX_BATCH if pool.num_gpus else _WHOLE_BLOCK,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
             runtime_env=KEEP_FREED_MEMORY,
@@ -127,7 +129,7 @@ def score_shards(
         rows = rows.map_batches(
             WriteHeatmaps(output, preprocessing, report).__call__,
             batch_format="pyarrow",
-            batch_size=BLOCK_ROWS,
+            batch_size=_WHOLE_BLOCK,
             num_cpus=pool.stage_cpus,
         )
         try:
