@@ -1,12 +1,25 @@
-"""Checks of a page in a real browser."""
+"""Checks of a page: its tags, and how a real browser shows it."""
 
 from __future__ import annotations
 
 import io
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+
+class Tags(HTMLParser):
+    """The tags of a page, with their attributes, in the order in which they start."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
 
 
 def check_page(browser: Any, uri: str, width: int, scheme: str) -> None:

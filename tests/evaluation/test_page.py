@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from tests.browser import check_page
+from tests.browser import Tags, check_page
 from tests.evaluation.runs import measured, result, scored_run, without_student
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
@@ -54,16 +53,6 @@ def evil_report() -> Report:
         charts = draw_charts(scores, HISTORY, 2, salt=name)
         results.append(CategoryResult(made.model, metrics, charts, {"Largest scores": [tile], "False alarms": []}))
     return Report(f"s3://b/{EVIL}", results, [Failure(EVIL, EVIL)])
-
-
-class Tags(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
 
 
 def test_text_from_data_is_escaped() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from stpm.monitoring.nights import Night
 from stpm.monitoring.page import alarm_trend, page
-from tests.browser import check_page
+from tests.browser import Tags, check_page
 from tests.monitoring.synthetic import make_nights
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
@@ -22,16 +21,6 @@ MANY = [f"product {number:03}" for number in range(500)]
 def evil_page() -> str:
     """Render a page whose every text from data is markup."""
     return page(make_nights([EVIL, "b", "bottle", "d"], 5, act=1, watch=2, text=EVIL), EVIL, CREATED)
-
-
-class Tags(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
 
 
 def test_text_from_data_is_escaped_and_nothing_is_loaded() -> None:
