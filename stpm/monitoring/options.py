@@ -13,6 +13,7 @@ from stpm.errors import ConfigError
 from stpm.method.false_discovery import check_false_discovery_rate
 from stpm.options import WAIT_HELP, Names, check_options, option
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.options import ALLOW_HELP, CATEGORY_FROM_HELP, CATEGORY_HELP
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _UTC = "UTC"
@@ -42,14 +43,9 @@ class NightlyOptions:
     )
     date: str = option("", "the night to score, such as 2026-11-24; none: yesterday")
     timezone: str = option(_UTC, "time zone in which yesterday is meant, such as Europe/Berlin")
-    category: str = option("", "category of every image: the model that scores it")
-    category_from: str = option(
-        "", "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
-    )
-    allow: Names = option(
-        Names(),
-        "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
-    )
+    category: str = option("", CATEGORY_HELP)
+    category_from: str = option("", CATEGORY_FROM_HELP)
+    allow: Names = option(Names(), ALLOW_HELP)
     look_back: int = option(
         3,
         "nights before that one whose images are listed too: those that have no row yet are scored into their night",

@@ -16,6 +16,12 @@ HeatmapsIn = Literal["files", "parquet"]
 PartitionBy = Literal["none", "category"]
 
 IMAGE_SECONDS = 300.0
+
+CATEGORY_HELP = "category of every image: the model that scores it"
+CATEGORY_FROM_HELP = "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
+ALLOW_HELP = (
+    "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder"
+)
 _MAX_IMAGE_SECONDS = 24 * 3600.0
 
 
@@ -39,14 +45,9 @@ class CollectionOptions:
         required=True,
     )
     out: str = option("", "run folder for scores/*.parquet, heatmaps/ and run.json: a folder or a URI", required=True)
-    category: str = option("", "category of every image: the model that scores it")
-    category_from: str = option(
-        "", "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
-    )
-    allow: Names = option(
-        Names(),
-        "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder",
-    )
+    category: str = option("", CATEGORY_HELP)
+    category_from: str = option("", CATEGORY_FROM_HELP)
+    allow: Names = option(Names(), ALLOW_HELP)
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page", minimum=0)
     fdr: float = option(
         0.0,
