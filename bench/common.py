@@ -91,16 +91,19 @@ def job_command(name: str, options: Mapping[str, object]) -> list[str]:
 
 
 class ProcessTree(threading.Thread):
-    """Watch a process and its descendants until the process ends.
+    """Watch a job, and all that this process has started, such as the nodes of a cluster, until the job ends.
 
-    `cpu_seconds` is what all of them have computed. `peak` is the largest sum of their memory, and `peaks` that of each
-    part of a job, in bytes (a shared page is divided among the processes that share it): `driver` is the process
-    itself, `ray` are Ray's own processes.
+    `cpu_seconds` is what all of them have computed meanwhile. `peak` is the largest sum of their memory, and `peaks`
+    that of each part of the job, in bytes (a shared page is divided among the processes that share it): `driver` is the
+    process that was started, `ray` are Ray's own processes.
     """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._root = psutil.Process(pid)
+        self._driver = psutil.Process(pid)
+        # A node may have computed before.
+        others = [process for process in psutil.Process().children(recursive=True) if process != self._driver]
+        self._before = {process: sum(process.cpu_times()[:2]) for process in others}
         self._cpu_seconds: dict[psutil.Process, float] = {}
         self.peak = 0
         self.peaks = dict.fromkeys(("driver", "scorers", "stages", "ray"), 0)
@@ -113,14 +116,14 @@ class ProcessTree(threading.Thread):
         for number in itertools.count():
             sizes = dict.fromkeys(self.peaks, 0)
             try:
-                if self._root.status() == psutil.STATUS_ZOMBIE:
+                if self._driver.status() == psutil.STATUS_ZOMBIE:
                     return
-                family = [self._root, *self._root.children(recursive=True)]
+                family = psutil.Process().children(recursive=True)
             except psutil.NoSuchProcess:
                 return
             for process in family:
                 with contextlib.suppress(psutil.Error):
-                    self._cpu_seconds[process] = sum(process.cpu_times()[:2])
+                    self._cpu_seconds[process] = sum(process.cpu_times()[:2]) - self._before.get(process, 0.0)
                     if number % _SAMPLES_PER_MEMORY == 0:
                         sizes[self._part(process)] += process.memory_full_info().pss
             self.peak = max(self.peak, sum(sizes.values()))
@@ -129,7 +132,7 @@ class ProcessTree(threading.Thread):
 
     def _part(self, process: psutil.Process) -> str:
         """Return the part of the job that a process belongs to, by the title that Ray gives the process."""
-        if process == self._root:
+        if process == self._driver:
             return "driver"
         title = " ".join(process.cmdline()[:2])
         if "MapWorker" in title:

@@ -114,9 +114,9 @@ def read_rows(out: object, *columns: str) -> list[dict[str, Any]]:
     return rows
 
 
-def checkpoints(out: str) -> list[str]:
+def checkpoints(run: RunOutput) -> list[str]:
     """List the files that mark rows of an unfinished run as written."""
-    files = [uri for uri, _ in storage.files(RunOutput.single(out).checkpoint)]
+    files = [uri for uri, _ in storage.files(run.checkpoint)]
     # In a store the folder itself may be an object.
     return [uri for uri in files if uri.endswith(".parquet") and not uri.endswith(".pending.parquet")]
 

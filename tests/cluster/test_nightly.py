@@ -12,7 +12,16 @@ import pytest
 
 from stpm import storage
 from stpm.scoring.output import RunOutput
-from tests.cluster.conftest import fit, kill_tree, make_images, run_job, start_job, wait_for_success, wait_until
+from tests.cluster.conftest import (
+    checkpoints,
+    fit,
+    kill_tree,
+    make_images,
+    run_job,
+    start_job,
+    wait_for_success,
+    wait_until,
+)
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -71,7 +80,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
     assert loser.returncode == 1
     assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
     run = RunOutput.named(f"{out}/date={NIGHT}", "001")
-    wait_until(lambda: bool(run.files()), "no rows were written")
+    wait_until(lambda: bool(checkpoints(run)), "no rows were written")
     kill_tree(winner)
     assert not (out / "nightly.html").exists()
 

@@ -113,7 +113,7 @@ def wait_for_rows(out: str, min_files: int) -> None:
 
     def written() -> int:
         segments = [uri for uri, _ in storage.files(RunOutput.single(out).segments) if uri.endswith(".json")]
-        return len(checkpoints(out)) + SEGMENT_FILES * len(segments)
+        return len(checkpoints(RunOutput.single(out))) + SEGMENT_FILES * len(segments)
 
     wait_until(lambda: written() >= min_files, "no rows were written", seconds=300)
 

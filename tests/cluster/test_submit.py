@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from stpm import storage
+from stpm.scoring.output import RunOutput
 from tests.cluster.conftest import (
     BIN,
     TINY_RECIPE,
@@ -150,7 +151,7 @@ def test_a_stopped_job_is_continued_by_the_next_one(cluster: dict[str, str]) -> 
     options += ["--rows-per-file", "32", "--scoring-batch-size", "1"]
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
-    wait_until(lambda: bool(checkpoints(out)), "no rows were written")
+    wait_until(lambda: bool(checkpoints(RunOutput.single(out))), "no rows were written")
     assert ray_job(cluster, "stop", "night").returncode == 0
     assert "stopped by SIGTERM: what was done is kept" in ray_job(cluster, "logs", "night").stdout
     assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout
