@@ -15,7 +15,7 @@ DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
 MAX_README_LINES = 125
 # Options of other programs.
-OTHER_OPTIONS = {"--working-dir", "--address", "--generate", "--check"}
+OTHER_OPTIONS = {"--working-dir", "--address", "--generate", "--check", "--dist"}
 
 
 def name_of(page: Path) -> str:
@@ -23,9 +23,9 @@ def name_of(page: Path) -> str:
 
 
 def test_ci_runs_the_test_line_as_printed() -> None:
-    lines = re.findall(r"^pip install .*pytest$", README, flags=re.MULTILINE)
-    assert lines == ["pip install -e '.[demo,test]' && python -m pytest"]
-    assert r"grep -m1 -E '^pip install .*pytest$' README.md" in (REPOSITORY / ".ci" / "run").read_text()
+    lines = re.findall(r"^pip install .*pytest.*$", README, flags=re.MULTILINE)
+    assert lines == ["pip install -e '.[demo,test]' && python -m pytest -n 2 --dist loadfile"]
+    assert r"grep -m1 -E '^pip install .*pytest' README.md" in (REPOSITORY / ".ci" / "run").read_text()
 
 
 def test_readme_is_short() -> None:
