@@ -20,8 +20,8 @@ class EvaluateOptions:
 
     run: str = option(
         "",
-        "run folder of the score job (with --raw-maps, and a manifest with columns `label` and `mask`) or of the "
-        "benchmark: a folder or a URI",
+        "run folder of the score job (with --raw-maps, and a table of images with columns `label` and `mask`) or of "
+        "the benchmark: a folder or a URI",
         required=True,
     )
     models: str = option("", "model store of that run, if it has moved since")

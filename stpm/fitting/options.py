@@ -29,8 +29,8 @@ class FitOptions:
     )
     add_normals: str = option(
         "",
-        "manifest (.parquet, .csv, .jsonl or .ndjson) with the columns uri, category and label, such as triage.html "
-        "saves: images labelled good are added to the calibration of their category's current model",
+        "table of images (.parquet, .csv, .jsonl or .ndjson) with the columns uri, category and label, such as "
+        "triage.html saves: images labelled good are added to the calibration of their category's current model",
     )
     refit: bool = option(
         False, "with --add-normals: fit the models of these categories again, with the images among those of --data"
@@ -42,8 +42,8 @@ class FitOptions:
     )
     allow: Names = option(
         Names(),
-        "with --add-normals: prefixes that the URIs of the manifest may have, separated by commas; none: the "
-        "manifest's own bucket or folder",
+        "with --add-normals: prefixes that the URIs in the table may have, separated by commas; none: the table's own "
+        "bucket or folder",
     )
     wait: bool = option(False, WAIT_HELP)
 
@@ -78,10 +78,10 @@ class WorkerOptions:
         "CPU cores per worker, with one thread each; 0: as many as the number of workers leaves to each, at most 8",
         minimum=0,
     )
-    worker_memory_gib: float = option(
+    worker_ram_gib: float = option(
         0.0,
-        "memory per worker, in GiB, for decoded images (beyond it they go to a file), and for the teacher's features "
-        "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's memory, divided by its "
+        "GiB of RAM per worker for decoded images (beyond it they go to a file), and for the teacher's features "
+        "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's RAM, divided by its "
         "workers",
         minimum=0,
     )

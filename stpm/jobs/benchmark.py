@@ -112,6 +112,6 @@ def _score(
     digest = hashlib.sha256(repr([category.test for category in tested]).encode()).hexdigest()
     config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
     run = ScoringRun(partial(labelled_rows, tested), config, store, options, output, backend=backend)
-    summary, _ = run_scoring(run, replace=True)
-    if summary.unfinished:
-        raise CutOffError(f"{summary.unfinished} test images are not scored; run the same command again to go on")
+    result, _ = run_scoring(run, replace=True)
+    if result.unfinished:
+        raise CutOffError(f"{result.unfinished} test images are not scored; run the same command again to go on")

@@ -64,7 +64,7 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
     Returns:
         The exit code: 0 all done, 2 something failed or fell short, 3 nothing could be evaluated.
     """
-    shortfalls = gate.shortfalls(report.summary)
+    shortfalls = gate.shortfalls(report.contents)
     for name, content in {**report.files(), "report.html": page(report, shortfalls).encode()}.items():
         storage.publish(storage.join(out, name), content)
     log.info(f"\n{report.text()}\n")

@@ -135,7 +135,7 @@ class MonitoringOptions:
     )
     webhook: str = option(
         "",
-        "http:// or https:// URL to which the summary of the night is posted as JSON. As it may hold a secret, set it "
+        "http:// or https:// URL to which the night is posted as JSON. As it may hold a secret, set it "
         "in the environment (STPM_WEBHOOK); STPM_WEBHOOK_SECRET there is the key of the signature",
         is_secret=True,
     )

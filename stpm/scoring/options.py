@@ -19,9 +19,7 @@ IMAGE_SECONDS = 300.0
 
 CATEGORY_HELP = "category of every image: the model that scores it"
 CATEGORY_FROM_HELP = "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
-ALLOW_HELP = (
-    "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder"
-)
+ALLOW_HELP = "prefixes that the URIs in a table may have, separated by commas; none: the table's own bucket or folder"
 _MAX_IMAGE_SECONDS = 24 * 3600.0
 
 
@@ -37,7 +35,7 @@ class CollectionOptions:
     images: Names = option(
         Names(),
         "what to score, separated by commas: folders or prefixes (searched at any depth), globs, .tar archives, "
-        "manifests (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns are copied to the output), "
+        "tables (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns are copied to the output), "
         ".parquet files with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard "
         "input. "
         "The name of an existing file or folder is never read as a glob; write [[], [*] and [?] for the characters "
@@ -105,8 +103,10 @@ class ScoreOptions:
         "of memory",
         minimum=0,
     )
-    model_memory_gib: float = option(
-        1.0, "GiB of models and teachers that a scorer keeps loaded, the most recently used ones", minimum=0
+    model_ram_gib: float = option(
+        1.0,
+        "GiB of RAM, or of GPU RAM, for the models and teachers that a scorer keeps loaded: those used last",
+        minimum=0,
     )
     image_seconds: float = option(
         IMAGE_SECONDS,

@@ -41,7 +41,7 @@ def test_a_run_without_models_is_reported(tmp_path: Path, caplog: pytest.LogCapt
 def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
-    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "summary": {}}
+    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "result": {}}
     (Path(output.state_folder) / "run.json").write_text(json.dumps(run))
     assert evaluate(run=output.folder) == 3
     assert "this run is not finished" in caplog.text
