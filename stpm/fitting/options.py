@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError
-from stpm.method.calibration import check_false_alarm_rate
-from stpm.options import WAIT_HELP, Names, check_options, option
+from stpm.options import WAIT_HELP, Names, Options, option
 
 
 @dataclass(frozen=True)
-class FitOptions:
-    """The data set to fit on, and the store of the models.
-
-    Raises:
-        ConfigError: if a required option is missing or a value is out of range.
-    """
+class FitOptions(Options):
+    """The data set to fit on, and the store of the models."""
 
     data: str = option(
         "", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-normals"
@@ -26,6 +21,8 @@ class FitOptions:
         0.01,
         "fraction of good images that scoring may call anomalous, 0 to 1; it changes no model, but fitting warns where "
         "the held-out good images are too few for it, and --add-normals compares thresholds at it",
+        above=0,
+        below=1,
     )
     add_normals: str = option(
         "",
@@ -48,21 +45,16 @@ class FitOptions:
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if not self.add_normals and (given := [n for n in ("refit", "stage", "allow") if getattr(self, n)]):
             raise ConfigError(f"--{given[0]} is given without --add-normals; give both")
         if not self.data and (self.refit or not self.add_normals):
             raise ConfigError("--data is missing; see --help")
-        check_false_alarm_rate(self.false_alarm_rate)
 
 
 @dataclass(frozen=True)
-class WorkerOptions:
-    """The workers that fit.
-
-    Raises:
-        ConfigError: if a value is out of range.
-    """
+class WorkerOptions(Options):
+    """The workers that fit."""
 
     workers: int = option(
         0,
@@ -93,9 +85,5 @@ class WorkerOptions:
     resize_seconds: float = option(
         60.0,
         "seconds between checks for new nodes in the cluster; to use one, all workers restart from their checkpoints",
+        above=0,
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if not self.resize_seconds > 0:
-            raise ConfigError(f"resize-seconds is {self.resize_seconds}; give more than 0")

@@ -109,7 +109,7 @@ def test_options_that_exclude_each_other_are_refused() -> None:
     for option in ("roll_back", "roll_forward"):
         with pytest.raises(ConfigError, match=r"without --categories; name them, or give --categories '\*' for all"):
             ModelsOptions("m", **{option: True})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="keep is -1; give 0 or more"):
+    with pytest.raises(ConfigError, match="keep is -1; give at least 0"):
         ModelsOptions("m", keep=-1)
 
 
