@@ -14,8 +14,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, nothing_done
-from stpm.errors import DataError, ModelError
+from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import held
 from stpm.method.calibration import GoodCounts, few_good_images_warning
 from stpm.models.store import ModelStore
@@ -44,6 +43,7 @@ def run_score(
 
     Raises:
         ConfigError: if the options are invalid, or the run folder holds another run or is in use.
+        DataError, ModelError: if the images or the models cannot be read.
     """
     folder = storage.output_folder(collection.out)
     sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
@@ -78,13 +78,10 @@ def run_score(
 
 
 def _score(run: ScoringRun, collection: CollectionOptions) -> int:
-    try:
-        if collection.dry_run:
-            dry_run(run)
-            return ALL_DONE
-        result, records = run_scoring(run, start_over=collection.fresh)
-    except (ModelError, DataError) as error:
-        return nothing_done(error)
+    if collection.dry_run:
+        dry_run(run)
+        return ALL_DONE
+    result, records = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
         return SOME_FAILED
     _warn_of_few_good_images(records, run.options.false_alarm_rate)

@@ -12,6 +12,7 @@ import pytest
 
 from stpm import storage
 from stpm.data import mvtec
+from stpm.errors import DataError
 from stpm.feedback.new_normals import NewNormals
 from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import fit_categories
@@ -160,7 +161,8 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     assert "Traceback" not in caplog.text
     assert student.fit(add_normals=write(student.root / "marks.csv", rows[1:])) == 3
     assert student.fit(add_normals=write(student.root / "marks.csv", rows[6:7])) == 0
-    assert student.fit(add_normals=str(student.root / "none.csv")) == 3
+    with pytest.raises(DataError, match="there is no such file"):
+        student.fit(add_normals=str(student.root / "none.csv"))
     assert student.store.versions("nut").previous[0].model_id == before.model_id
     assert len(student.store.versions("nut").previous) == 1
 

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.console import NOTHING_DONE
 from stpm.errors import ConfigError, DataError, ModelError, ModelUnreadableError
 from stpm.jobs import score as score_job
 from stpm.jobs.score import run_score, stored_list
@@ -116,7 +115,8 @@ def score_standard_input(root: Path, lines: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     monkeypatch.setattr(score_job, "run_scoring", stop_before_ray)
     options = CollectionOptions(models=str(root / "models"), images=("-",), out=str(root / "run"), category="nut")  # type: ignore[arg-type]
-    run_score(options, OutputOptions(), ScoreOptions(), ClusterOptions())
+    with suppress(DataError):
+        run_score(options, OutputOptions(), ScoreOptions(), ClusterOptions())
     return uris_in(RunOutput.single(str(root / "run")))
 
 
@@ -163,10 +163,10 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
 
     replace_ray(monkeypatch, score_shards)
 
-    def run(exit_code: int = 0, **options: Any) -> dict[str, int]:
+    def run(**options: Any) -> dict[str, int]:
         images = (str(tmp_path / "nut/test/good"),)
         collection = CollectionOptions(str(tmp_path / "models"), images, str(tmp_path / "run"), "nut", **options)  # type: ignore[arg-type]
-        assert run_score(collection, OutputOptions(), ScoreOptions(), ClusterOptions()) == exit_code
+        assert run_score(collection, OutputOptions(), ScoreOptions(), ClusterOptions()) == 0
         files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != ".lease")
         return {path.name: path.stat().st_mtime_ns for path in files}
 
@@ -208,8 +208,8 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     score()
     assert state().result().discoveries is None
     storage.remove(f"{tmp_path}/run/segments/000000.json")
-    score(fdr=0.2, exit_code=NOTHING_DONE)
-    assert "/segments are of 0 rows, and the run has 2: files of it are missing" in caplog.text
+    with pytest.raises(DataError, match="/segments are of 0 rows, and the run has 2: files of it are missing"):
+        score(fdr=0.2)
 
 
 def test_a_run_with_other_models_is_refused_or_started_over(
