@@ -35,7 +35,7 @@ from stpm.scoring.resuming.run_state import RunState
 ROOT = Path(__file__).resolve().parents[1]
 CORES = psutil.cpu_count(logical=False) or 1
 # Bytes that decoded images, and features, may take in a benchmark that fits in its own process.
-MEMORY_BUDGET = 4 * 2**30
+RAM_BUDGET = 4 * 2**30
 
 _LEVELS = (1, 2, 3)
 _MAPS_AT_ONCE = 16
@@ -171,8 +171,8 @@ def time_command(command: list[str], until: str = "") -> dict[str, float]:
 
 def images_per_second(out: str) -> float:
     """Return the steady speed of a scoring run, or of all of it where it was too short to be steady."""
-    summary = RunState(out).summary()
-    return summary.statistics.steady_images_per_second or summary.images_per_second
+    result = RunState(out).result()
+    return result.statistics.steady_images_per_second or result.images_per_second
 
 
 # Models and metrics

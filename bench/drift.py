@@ -236,7 +236,6 @@ class Nights:
         limit = threshold_rank(_CALIBRATION, _FALSE_ALARM_RATE) / (_CALIBRATION + 1)
         return CategoryNight(
             date=date,
-            category=self._product.name,
             model_id="model",
             images=_NIGHT,
             errors=0,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from common import MEMORY_BUDGET, make_parser
+from common import RAM_BUDGET, make_parser
 
 from stpm.data import mvtec
 from stpm.feedback.normal_scorer import BATCH_SIZE, NormalScore, NormalScorer
@@ -38,7 +38,7 @@ def fit(store: ModelStore, category: mvtec.Category, recipe: Recipe, train_image
     digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     train = category.train[:train_images]
     task = FitTask(category.name, train, recipe.for_image_count(len(train)), store.uri, digest)
-    result = fit_category(task, WorkerLimits(MEMORY_BUDGET, MEMORY_BUDGET, 1e9), lambda event: None)
+    result = fit_category(task, WorkerLimits(RAM_BUDGET, RAM_BUDGET, 1e9), lambda event: None)
     if result.reason:
         raise SystemExit(result.reason)
 

@@ -119,7 +119,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         cost = time_command([*job_command("benchmark", given), *options.split()])
         (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
         preprocessing = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
-        summary = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).summary()
+        result = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).result()
     return Run(
         label,
         category,
@@ -131,7 +131,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         row["held_out_count"],
         **{metric: row[metric] for metric in METRICS},
         fit_seconds=round(row["fit_seconds"], 1),
-        predict_seconds=round(1 / (summary.statistics.steady_images_per_second or summary.images_per_second), 4),
+        predict_seconds=round(1 / (result.statistics.steady_images_per_second or result.images_per_second), 4),
         process_seconds=cost["seconds"],
         peak_mib=cost["peak_mib"],
     )

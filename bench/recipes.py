@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MEMORY_BUDGET, METRICS, make_parser, matcher_from, read_mask
+from common import METRICS, RAM_BUDGET, make_parser, matcher_from, read_mask
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
@@ -77,8 +77,8 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
     preprocessing = preprocessing_for(recipe, uris)
     matcher = matcher_from(recipe, preprocessing)
     start = time.perf_counter()
-    good = load_images(uris, preprocessing, MEMORY_BUDGET)
-    features = TeacherFeatures(matcher, good, MEMORY_BUDGET)
+    good = load_images(uris, preprocessing, RAM_BUDGET)
+    features = TeacherFeatures(matcher, good, RAM_BUDGET)
     train, held_out = split_images(len(good), recipe)
     memory = build_memory(features, train, recipe)
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)

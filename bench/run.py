@@ -47,7 +47,7 @@ import pyarrow.parquet as pq
 import torch
 from common import (
     CORES,
-    MEMORY_BUDGET,
+    RAM_BUDGET,
     ROOT,
     Measured,
     fit_anomalib,
@@ -239,7 +239,7 @@ def measure_fit(bench: Bench) -> Iterator[Measured]:
 def run_fit(task: FitTask) -> None:
     """Fit in this process, on all cores."""
     torch.set_num_threads(CORES)
-    if reason := fit_category(task, WorkerLimits(MEMORY_BUDGET, 0, math.inf), lambda message: None).reason:
+    if reason := fit_category(task, WorkerLimits(RAM_BUDGET, 0, math.inf), lambda message: None).reason:
         raise RuntimeError(reason)
 
 

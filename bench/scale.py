@@ -148,7 +148,7 @@ def run_stub(output: RunOutput, segments: Sequence[Segment], step: str) -> None:
 
     def score() -> None:
         for segment in segments:
-            checkpoint = output.segment_checkpoint(segment.number)
+            checkpoint = output.segment_checkpoints(segment.number)
             pipeline.score_shards(segment.shards, checkpoint, {}, store, options, output, _TOP, "eager", report)
             commit_segment(output, segment, _TOP)
 
@@ -170,7 +170,7 @@ def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
         for start in range(0, done.num_rows, _ROWS_PER_FILE):
             task = f"scores_{Path(uri).stem}{start:06}"
             written = done.slice(start, _ROWS_PER_FILE)
-            checkpoint = storage.join(output.segment_checkpoint(segment.number), f"{task}.parquet")
+            checkpoint = storage.join(output.segment_checkpoints(segment.number), f"{task}.parquet")
             summary = RowSummary.of_rows(output_rows(written), task, _TOP)
             storage.publish(summary_of(checkpoint), summary.to_json(), durable=False)
             ids = storage.parquet(written.select(["image_id"]))
@@ -217,7 +217,7 @@ def run_step(step: str, rows: int, max_files: int, max_stub_rows: int, folder: P
     else:
         images = manifest.read(output.manifest)
         assert images
-        for leftover in (output.segments, output.checkpoint, output.remaining, output.scores):
+        for leftover in (output.segments, output.checkpoints, output.remaining, output.scores):
             storage.remove(leftover)
         if step in ("plan", "stub"):
             segments = images.segments(output.manifest)

@@ -1,9 +1,9 @@
 """Command lines of the jobs: options from the command line, YAML files and the environment become dataclasses.
 
-An option's value is the one given on the command line (a file named by `--config` stands for the options in it, and the
-last one given wins), else in the environment (`STPM_<NAME>`), else by the preset, else its default.
+An option's value comes from the command line (a file named by `--config` stands for the options in it, and the last one
+given wins), else from the environment (`STPM_<NAME>`), else from the preset, else it is the default.
 
-Heavy packages are imported once the options are known to be right: `Job.run` names a function and is resolved late.
+`Job.run` names a function, which is imported once the options are valid: it imports heavy packages.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import register_type
 
 from stpm import __version__
-from stpm.console import COULD_NOT_RUN, SOME_FAILED, STOPPED, LogFormat, Stopped, start_logging, stop_on_signals
-from stpm.errors import ConfigError, CutOffError, StpmError
+from stpm.console import (
+    COULD_NOT_RUN,
+    NOTHING_DONE,
+    SOME_FAILED,
+    STOPPED,
+    LogFormat,
+    Stopped,
+    start_logging,
+    stop_on_signals,
+)
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, StpmError
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, is_utf8
 from stpm.options import Integers, Names, Size
@@ -53,6 +62,8 @@ _METAVARS = {
     Names: "TEXT,TEXT,...",
     Size: "HEIGHTxWIDTH",
 }
+# Any other error is one of the options, or of what the job needs to run.
+_EXIT_CODES = {CutOffError: SOME_FAILED, DataError: NOTHING_DONE, ModelError: NOTHING_DONE}
 # Options that print something and exit. The first of two parses leaves them out: it finds the preset.
 _PRINTING = ("--print-config", "--help", "-h")
 
@@ -145,7 +156,7 @@ def run_job(job: Job) -> NoReturn:
     Standard input and output accept bytes that are not UTF-8; the output escapes them.
     """
     stop_on_signals()
-    # Errors of the options come before the format that they choose.
+    # Errors in the options are logged before the format that the options choose is known.
     start_logging(job.prog.removesuffix(".py"), "text")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
@@ -157,9 +168,9 @@ def run_job(job: Job) -> NoReturn:
         code = STOPPED + stopped.number
     except StpmError as error:
         log.critical("error: %s", error)
-        code = SOME_FAILED if isinstance(error, CutOffError) else COULD_NOT_RUN
+        code = next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), COULD_NOT_RUN)
     except OSError as error:
-        # Of an error in a task, Ray makes a message that ends with the error's own line.
+        # Ray's message about an error in a task ends with the error's own line.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         log.critical("error: %s", lines[-1])
         code = COULD_NOT_RUN

@@ -20,7 +20,7 @@ ALL_DONE = 0
 COULD_NOT_RUN = 1
 SOME_FAILED = 2
 NOTHING_DONE = 3
-# Plus the signal's number, as shells report a process that a signal ended.
+# The signal's number is added, as shells do for a process that a signal ended.
 STOPPED = 128
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,11 @@ _WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*", re.IGNORECASE
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the job when a signal, of this number, asks it to end."""
+    """Interrupts a job that a signal asks to end.
+
+    Args:
+        number: of the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -62,12 +66,6 @@ def start_logging(job: str, log_format: LogFormat) -> None:
     package = logging.getLogger("stpm")
     package.setLevel(logging.INFO)
     package.handlers = [ConsoleHandler() if log_format == "text" else JsonHandler(job)]
-
-
-def nothing_done(error: Exception) -> int:
-    """Log an error because of which a job could do nothing; return its exit code."""
-    log.critical("error: %s", error)
-    return NOTHING_DONE
 
 
 class ConsoleHandler(logging.Handler):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-# Characters. Some storage answers with whole pages.
+# In characters. Some storage answers with whole pages.
 _MAX_MESSAGE = 1000
 
 

@@ -31,13 +31,13 @@ from stpm.errors import ConfigError, CutOffError
 
 log = logging.getLogger(__name__)
 
-# All in seconds. TIMEOUT is longer than the retries of storage, so that an outage of a minute stops no run.
+# In seconds. TIMEOUT is longer than the retries of storage: an outage of a minute stops no run.
 TIMEOUT = 90.0
 _RENEWAL = 10.0
 _POLL = 2.0
 # A holder that could not renew its lease stops this long before others may take over; its process ends halfway there.
 _MARGIN = 20.0
-# What a killed driver has started on its cluster ends within this time.
+# Time in which everything ends that a killed driver started on its cluster.
 _SHUTDOWN = 5.0
 
 
@@ -56,7 +56,7 @@ class Holder:
         machine: boot id and process namespace, in which `pid` and `start` have a meaning; "" if unknown.
         pid: id of the process.
         start: time when the process started, in ticks since the boot.
-        command: command line of the process, without what web URLs in it may hold of secrets.
+        command: command line of the process, without secrets that web URLs in it may hold.
         since: time when it took the lease, for people.
         renewals: their number so far.
         released: the process has given the lease back.
@@ -164,7 +164,7 @@ class Lease:
             self.sleep(_POLL)
 
     def renew(self) -> None:
-        """Rewrite the lease's file, unless another process has taken over. A failure is left to the next renewal."""
+        """Rewrite the lease's file, unless another process took over. If this fails, the next renewal tries again."""
         if self.problem():
             return
         now = self.clock()
@@ -202,7 +202,7 @@ class Lease:
             return False
         others = [other for other in self._numbers() if other != number]
         if max(others, default=-1) > number:
-            # Since the numbers were listed, other runs have used this one and a higher one, and removed this one.
+            # Other runs used this number, a higher one, and removed this one since the numbers were listed.
             storage.remove(self._uri(number))
             return False
         self._number = number
@@ -213,7 +213,7 @@ class Lease:
     def _latest(self) -> tuple[int, bytes]:
         """Return the highest number and its file's content; -1 and b"" if there is none."""
         while numbers := self._numbers():
-            # A run that takes over may remove the file in between.
+            # A run that takes over may remove the file before it is read.
             with suppress(FileNotFoundError):
                 return max(numbers), storage.read(self._uri(max(numbers)))
         return -1, b""
@@ -257,7 +257,7 @@ def held(folder: str, wait: bool) -> Iterator[None]:
         raise
     finally:
         ended.set()
-        # A renewal that hangs in storage is not waited for: at worst the next run has to watch this lease for a while.
+        # Do not wait for a renewal that hangs in storage: at worst the next run watches this lease for a while.
         threads[0].join(_RENEWAL)
         with suppress(OSError):
             lease.release()

@@ -18,10 +18,10 @@ MAX_FOLDER_BYTES = 200
 
 _MAX_CHARACTERS = 128
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
-# The last range stands for bytes that are not UTF-8.
+# The last range has the surrogates that stand for bytes that are not UTF-8.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
 _BYTE = re.compile(r"[\udc80-\udcff]")
-# Scheme, user with password, host, and the rest. fsspec takes what is before :: for another filesystem.
+# Scheme, user with password, host, and the rest. For fsspec, another filesystem stands before ::.
 _URI = re.compile(r"(?:.*::)?([a-z][a-z0-9+.-]*)://(?:([^/?#]*)@)?([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
@@ -36,10 +36,10 @@ def as_utf8(name: str) -> str:
 
 
 def check_no_secret(uri: str) -> None:
-    """Refuse a URI that may hold a secret, which logs, models and pages would show.
+    """Refuse a URI that may hold a secret: logs, models and pages would show it.
 
-    That is one with a password; a web URL also with a user or a query, such as a signature. The user of abfs:// is a
-    container.
+    These are URIs with a password, and web URLs with a user or a query, such as a signature. The user of abfs:// is no
+    secret but a container.
 
     Raises:
         UriError: if it may hold one. The message shows neither user nor query nor path.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from stpm.errors import ConfigError
 from stpm.names import check_no_secret
@@ -15,6 +16,7 @@ T = TypeVar("T")
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 _AUTO = "auto"
+_HOLDS = {"at least": operator.ge, "more than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
 WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
 
@@ -58,40 +60,63 @@ class Size(str):
         return int(height), int(width)
 
 
-def option(default: T, text: str, *, required: bool = False, minimum: float = -math.inf, is_secret: bool = False) -> T:
-    """Declare a dataclass field as an option.
+def option(
+    default: T,
+    text: str,
+    *,
+    required: bool = False,
+    is_secret: bool = False,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> T:
+    """Declare a field of `Options`.
 
     Args:
         default: value of the option if the user gives none.
         text: help text; it names the unit.
         required: the user has to give a value.
-        minimum: the smallest valid value. `check_options` checks both.
         is_secret: the value may hold a secret: --print-config leaves it out.
+        minimum: the smallest valid number.
+        maximum: the largest valid number.
+        above: valid numbers are larger.
+        below: valid numbers are smaller.
     """
-    metadata = {"help": text, "required": required, "minimum": minimum, "is_secret": is_secret}
+    limits = {"at least": minimum, "more than": above, "at most": maximum, "less than": below}
+    metadata = {
+        "help": text,
+        "required": required,
+        "is_secret": is_secret,
+        "limits": {words: limit for words, limit in limits.items() if limit is not None},
+    }
     field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
-def check_options(options: Any) -> None:
-    """Check an option dataclass in its `__post_init__`.
+@dataclass(frozen=True)
+class Options:
+    """Base class of the option dataclasses, which are checked when they are made.
 
     Raises:
-        ConfigError: if a required option is empty, a number is infinite or below its minimum, or a URI holds a secret.
+        ConfigError: if a required option is empty, a number is infinite or beyond a limit, or a URI holds a secret.
     """
-    required = [field.name for field in dataclasses.fields(options) if field.metadata["required"]]
-    if missing := [f"--{name}" for name in required if not getattr(options, name)]:
-        raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
-    for field in dataclasses.fields(options):
-        value, minimum = getattr(options, field.name), field.metadata["minimum"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give a finite number")
-        if minimum > -math.inf and value < minimum:
-            raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give {minimum} or more")
-        if not field.metadata["is_secret"]:
-            for each in value if isinstance(value, tuple) else (value,):
-                if isinstance(each, str):
-                    check_no_secret(each)
+
+    def __post_init__(self) -> None:
+        fields = dataclasses.fields(self)
+        required = [field.name for field in fields if field.metadata["required"]]
+        if missing := [f"--{name}" for name in required if not getattr(self, name)]:
+            raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
+        for field in fields:
+            value, limits = getattr(self, field.name), field.metadata["limits"]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give a finite number")
+            if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
+                valid = " and ".join(f"{words} {limit}" for words, limit in limits.items())
+                raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give {valid}")
+            if not field.metadata["is_secret"]:
+                for text in value if isinstance(value, tuple) else (value,):
+                    check_no_secret(str(text))
 
 
 WantedBackend = Literal["auto", "eager", "openvino"]
@@ -99,12 +124,8 @@ Backend = Literal["eager", "openvino"]
 
 
 @dataclass(frozen=True)
-class ClusterOptions:
-    """How a job runs: what computes, and how it uses a cluster of several machines.
-
-    Raises:
-        ConfigError: if a value is out of range.
-    """
+class ClusterOptions(Options):
+    """How a job runs: what computes, and how it uses a cluster of several machines."""
 
     mounted: Names = option(
         Names(),
@@ -121,6 +142,3 @@ class ClusterOptions:
         "(pip install 'stpm[openvino]'); auto: openvino where it is installed. On a GPU PyTorch computes",
     )
     plan: bool = option(False, "print what would run on each node of the cluster, and do nothing")
-
-    def __post_init__(self) -> None:
-        check_options(self)

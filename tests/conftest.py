@@ -56,7 +56,7 @@ def make_preprocessing(height: int, width: int = 0, resize: Resize = "stretch") 
     return Preprocessing(height, width or height, resize, *IMAGENET[2:], *IMAGENET[:2])
 
 
-LIMITS = WorkerLimits(memory=2**30, device_memory=2**30, checkpoint_seconds=1e9)
+LIMITS = WorkerLimits(ram=2**30, gpu_ram=2**30, checkpoint_seconds=1e9)
 
 
 @pytest.fixture

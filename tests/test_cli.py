@@ -140,10 +140,10 @@ def test_a_printed_size_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--size", "big"], "'big' is not a size; give HEIGHTxWIDTH"),
         (["--size", "640x8"], "size is '640x8'; give 32 to 4096 pixels each, or auto"),
         (["--epochs", "0"], "epochs is 0; give at least 1"),
-        (["--workers", "-1"], "workers is -1; give 0 or more"),
-        (["--worker-memory-gib", "nan"], "worker-memory-gib is nan; give NUMBER"),
-        (["--model-memory-gib", ".inf"], "model-memory-gib is inf; give a finite number"),
-        (["--image-seconds", "1e10"], "image-seconds is 10000000000.0; give more than 0, and at most 86400, a day"),
+        (["--workers", "-1"], "workers is -1; give at least 0"),
+        (["--worker-ram-gib", "nan"], "worker-ram-gib is nan; give NUMBER"),
+        (["--model-ram-gib", ".inf"], "model-ram-gib is inf; give a finite number"),
+        (["--image-seconds", "1e10"], "image-seconds is 10000000000.0; give more than 0 and at most 86400"),
         (["--student", "none", "--memory", "0"], "student is 'none'; give --memory too"),
         (["--preset", "paper", "--memory", "9"], "fusion is 'product'; give quantile"),
         (["--memory-levels", "3,2"], "memory-levels is"),
@@ -156,7 +156,10 @@ def test_a_printed_size_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
         (["--seeds", "a"], "seeds is 'a'; give INTEGER,INTEGER,...; see --help"),
-        (["--false-alarm-rate", "2"], "false-alarm-rate is 2.0; give a fraction between 0 and 1"),
+        *(
+            (["--false-alarm-rate", rate], f"false-alarm-rate is {float(rate)}; give more than 0 and less than 1")
+            for rate in ("0", "1", "-0.1", "2")
+        ),
         (["--config", "/no/such/file.yaml"], "config"),
     ],
 )

@@ -91,12 +91,6 @@ def test_a_stopped_job_says_so_in_json() -> None:
     assert json.loads(lines[-1])["message"].startswith("stopped by SIGTERM: what was done is kept")
 
 
-def test_an_error_for_which_nothing_is_done_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
-    program = "import logging; from stpm.console import nothing_done, start_logging; start_logging('fit', 'text'); "
-    subprocess.run([sys.executable, "-c", f"{program} raise SystemExit(nothing_done(OSError('no')))"], check=False)
-    assert tuple(capfd.readouterr()) == ("", "error: no\n")
-
-
 @pytest.mark.parametrize("scheme", ["http", "https", "HTTPS", "Http"])
 def test_urls_are_hidden_in_any_case(scheme: str) -> None:
     assert hide_urls(f"--webhook={scheme}://me:secret@host/T0?key=secret") == f"--webhook={scheme}://host/..."

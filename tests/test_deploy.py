@@ -1,4 +1,4 @@
-"""The manifests for Kubernetes, checked without a cluster."""
+"""The files for Kubernetes, checked without a cluster."""
 
 from __future__ import annotations
 

@@ -14,21 +14,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from stpm.cluster.cpus import usable_cpus
 from stpm.console import stop_on_signals
 
-# Fewer are not tested: a scorer and the tasks of the other stages share them.
+# A scorer and the tasks of the other stages share them; fewer are not tested.
 MIN_CPUS = 2
 
 Resources = Mapping[str, float]
 
 # Read by Ray when a connection is made, and by Ray Train when it starts a run.
 _RAY_SETTINGS = {
-    # At its default a fit takes ten seconds longer to end.
+    # With the default, a fit takes ten seconds longer to end.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # A group of workers that does not start, because a node is gone, is started again: sooner than by default.
+    # Start a group of workers again, sooner than by default, if it does not start because a node is gone.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    # Ray's C++ core writes to this process's standard error; at its default it warns about every pool of actors.
+    # Ray's C++ core writes to standard error. With the default it warns about every pool of actors.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    # Of a cluster that this process starts. At its default Ray ends processes that are idle for a second, beyond one
-    # per core, and the next task of that kind imports everything again.
+    # For a cluster that this process starts. By default, beyond one process per core, Ray ends those that are idle for
+    # a second, and the next task of that kind imports everything again.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 
@@ -66,7 +66,7 @@ def connected() -> Iterator[None]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # They advise the author of a pipeline, in the middle of its user's log.
+    # They advise the author of a pipeline, and would do so in the user's log.
     context.issue_detectors_config.detectors = []
     try:
         yield
@@ -78,8 +78,7 @@ def connected() -> Iterator[None]:
 def _discard_stderr() -> Iterator[None]:
     """Discard what this process writes to standard error, by descriptor.
 
-    When it starts, Ray's C++ core writes a line about its log level there, whatever that level is. Errors are raised as
-    exceptions anyway.
+    Ray's C++ core writes a line about its log level when it starts, at any log level. Errors become exceptions anyway.
     """
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -108,5 +107,5 @@ def living_nodes() -> set[str]:
 
 
 def on_driver_node() -> NodeAffinitySchedulingStrategy:
-    """Schedule an actor on the driver's node, which outlives the others. Ray does not always keep a soft affinity."""
+    """Schedule an actor on the driver's node, which outlives the others. Ray may ignore a soft affinity."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

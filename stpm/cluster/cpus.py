@@ -14,23 +14,21 @@ def usable_cpus(root: Path = Path("/")) -> int:
     Args:
         root: folder with /proc and /sys, for tests.
     """
-    limits = (ceil(limit) for limit in _cpu_limits(root))
-    return max(min(len(os.sched_getaffinity(0)), *limits), 1)
+    return max(min([len(os.sched_getaffinity(0)), *map(ceil, _cpu_limits(root))]), 1)
 
 
 def _cpu_limits(root: Path) -> Iterator[float]:
-    """Yield the limit of each control group above this process, in CPUs; at first one that is no limit.
+    """Yield the limit of each control group above this process, in CPUs.
 
     In a container, the process's own group is often the root of the visible tree.
     """
-    yield float(2**31)
     groups = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
-        # Of version 2 there is one line, without controllers; of version 1 one for each set of them.
+        # Version 2 has one line, without controllers. Version 1 has one for each set of controllers.
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -42,7 +40,7 @@ def _cpu_limits(root: Path) -> Iterator[float]:
 
 
 def _cpu_limit(folder: Path) -> float | None:
-    """Read the CPU time per time of one control group, of version 2 or 1; None if it has no limit."""
+    """Read the limit of one control group, version 2 or 1, in CPUs; None if it has none."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()

@@ -90,7 +90,7 @@ def wait_for_node(options: ClusterOptions) -> None:
                 )
             time.sleep(_POLL_SECONDS)
     finally:
-        # From here on, tasks and actors ask for what they need.
+        # Tasks and actors now ask for what they need.
         request_resources(bundles=[])
 
 

@@ -1,6 +1,6 @@
-"""Cheap statistics of one decoded image, by which a change of camera, lamp or lens is noticed.
+"""Cheap statistics of one decoded image, which show a change of camera, lamp or lens.
 
-They are taken from a fixed grid of samples and a few rows and columns, so that their cost hardly grows with the image.
+They come from a fixed grid of samples and a few rows and columns: their cost hardly grows with the image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from PIL import Image
 
 Values = npt.NDArray[np.float32]
 
-# Samples per side, and samples per side of a cell of the thumbnail: enough to average out a sensor's noise.
+# Samples per side, and per side of a cell of the thumbnail: enough to average out a sensor's noise.
 _SAMPLES = 256
 _CELL = 4
 # Rows, and columns, in which sharpness is measured; and the pixels between which the coarse difference is taken.
@@ -58,7 +58,7 @@ def compute_statistics(image: Image.Image) -> ImageStatistics:
     sampled = image.resize((_SAMPLES, _SAMPLES), Image.Resampling.NEAREST).reduce(_CELL)
     pixels = np.asarray(sampled, np.float32)
     luma = pixels @ _LUMA
-    # The mean of each channel, as a product, which is ten times as fast. Black images have a colour and a contrast too.
+    # The mean of each channel, by a product, which is ten times as fast. Adding 1 gives black images a colour too.
     red, green, blue = (_EQUAL_WEIGHTS @ pixels.reshape(-1, 3) + 1).tolist()
     brightness = float(luma.mean())
     x, y = _content_centre(luma)
@@ -78,7 +78,7 @@ def _content_centre(luma: Values) -> tuple[float, float]:
 
 
 def _sharpness(image: Image.Image) -> float:
-    # Whole rows and columns at the image's own resolution, which is lost between them. Most sensors resolve green best.
+    # Take whole rows and columns, which keep the image's resolution. Most sensors resolve green best.
     rows = image.resize((image.width, min(_LINES, image.height)), Image.Resampling.NEAREST).getchannel("G")
     columns = image.resize((min(_LINES, image.width), image.height), Image.Resampling.NEAREST).getchannel("G")
     fine = coarse = 0.0

@@ -47,7 +47,7 @@ TRANSIENT_ERRORS = (
     "forward_failed",
 )
 ERROR_KINDS = (*FINAL_ERRORS, *TRANSIENT_ERRORS)
-# Where many images in a row have these errors, something else is broken: unmounted storage looks like missing files.
+# If many images in a row have these errors, something else is broken: unmounted storage looks like missing files.
 EXTERNAL_ERRORS = frozenset((*TRANSIENT_ERRORS, "missing"))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Formats are read from a file's contents, not its name. Pillow knows more, and starts other programs for some of them.
@@ -63,8 +63,14 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image at model size, padding included: (H, W, 3) uint8 RGB; and width, height, bytes and statistics of the
-    file's own pixels.
+    """A decoded image.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB at model size, padding included.
+        width: of the file's own image, in pixels.
+        height: of the file's own image, in pixels.
+        bytes: size of the file.
+        statistics: of the file's own pixels.
     """
 
     pixels: Pixels
@@ -89,7 +95,7 @@ def _decoding_errors() -> Iterator[None]:
 
 @_decoding_errors()
 def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
-    """Decode an image, cut out what the model sees, and resize it to the model's input, with antialiasing.
+    """Decode an image, cut out the part that the model sees, and resize it to the model's input, with antialiasing.
 
     Raises:
         ImageError: if it cannot be decoded; no bytes cause any other exception.
@@ -111,7 +117,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
 
 @_decoding_errors()
 def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
-    """Decode what the model sees of an image in the image's own proportions, to show it: (H, W, 3) uint8 RGB.
+    """Decode the part of an image that the model sees, in the image's own proportions: (H, W, 3) uint8 RGB.
 
     Args:
         data: the image file.
@@ -151,7 +157,7 @@ def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
-    """Cut out what the model sees of a mask, and resize it to the image's anomaly map by nearest neighbour."""
+    """Cut out the part of a mask that the model sees, and resize it to the anomaly map by nearest neighbour."""
     image = Image.fromarray(mask.astype(np.uint8))
     height, width = preprocessing.content_shape(*image.size)
     box = preprocessing.source_box(*image.size)
@@ -159,7 +165,7 @@ def resize_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> np
 
 
 def crop_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
-    """Cut out what the model sees of a mask, at the mask's own resolution."""
+    """Cut out the part of a mask that the model sees, at the mask's own resolution."""
     left, top, right, bottom = map(round, preprocessing.source_box(mask.shape[1], mask.shape[0]))
     return mask[top : max(bottom, top + 1), left : max(right, left + 1)]
 
@@ -172,8 +178,8 @@ def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) ->
 def _open_header(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
-    # Process-wide: Pillow's own limit would warn of images that are allowed here. The header is checked below, before
-    # anything is allocated.
+    # This is process-wide: Pillow's own limit would warn of images that are allowed here. The size in the header is
+    # checked below, before anything is allocated.
     Image.MAX_IMAGE_PIXELS = None
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -206,7 +212,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255, which turns almost all of a 16-bit image white.
+        # Pillow's own conversion clips at 255, and almost all of the image would be white.
         return Image.fromarray((np.asarray(image) // np.uint16(257)).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(

@@ -20,9 +20,13 @@ GOOD = "good"
 
 @dataclass(frozen=True)
 class TestImage:
-    """One test image. `label` is "good" or a defect type; `mask` is a URI, or "" if there is none.
+    """One test image.
 
-    `versions` are the versions of the image and of its mask, from `stpm.storage.versions`.
+    Args:
+        uri: of the image.
+        label: "good" or a defect type.
+        mask: a URI, or "" if there is none.
+        versions: of the image and of its mask, from `stpm.storage.versions`.
     """
 
     __test__ = False

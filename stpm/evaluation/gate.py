@@ -26,11 +26,11 @@ class Requirement:
 
     def shortfall(self, report: Mapping[str, Any]) -> str:
         """Describe how the content of a report.json falls short, or return ""."""
-        summary = report[_MEAN] if self.category == _MEAN else report["categories"].get(self.category)
+        values = report[_MEAN] if self.category == _MEAN else report["categories"].get(self.category)
         name = f"{self.category}.{self.metric}"
-        if summary is None:
+        if values is None:
             return f"{name}: the category is not in the report; {self.value:.4f} was required"
-        value = summary[self.metric]
+        value = values[self.metric]
         if value is None:
             return f"{name} is undefined; {self.value:.4f} was required"
         lower = self.metric in LOWER_IS_BETTER
@@ -70,17 +70,17 @@ def read_gate(options: ReportOptions) -> Gate:
         return Gate(tuple(requirements), {})
     try:
         report = json.loads(storage.read(storage.absolute(options.baseline)))
-        summaries = {**report["categories"], _MEAN: report[_MEAN]}
+        groups = {**report["categories"], _MEAN: report[_MEAN]}
         protocol: dict[str, Any] = report["protocol"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"baseline {options.baseline} cannot be read: {error!r}; give the report.json of an earlier run"
         ) from error
     requirements += [
-        Requirement(category, metric, summary[metric], options.tolerance)
-        for category, summary in summaries.items()
+        Requirement(category, metric, values[metric], options.tolerance)
+        for category, values in groups.items()
         for metric in METRICS
-        if summary.get(metric) is not None
+        if values.get(metric) is not None
     ]
     return Gate(tuple(requirements), protocol)
 

@@ -5,39 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stpm.options import Names, check_options, option
+from stpm.options import Names, Options, option
 
 MasksAt = Literal["model", "original"]
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """The run to evaluate, and where the report goes.
-
-    Raises:
-        ConfigError: if no run is given.
-    """
+class EvaluateOptions(Options):
+    """The run to evaluate, and where the report goes."""
 
     run: str = option(
         "",
-        "run folder of the score job (with --raw-maps, and a manifest with columns `label` and `mask`) or of the "
-        "benchmark: a folder or a URI",
+        "run folder of the score job (with --raw-maps, and a table of images with columns `label` and `mask`) or of "
+        "the benchmark: a folder or a URI",
         required=True,
     )
     models: str = option("", "model store of that run, if it has moved since")
     out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class ReportOptions:
-    """How a report measures, and the values that it must reach.
-
-    Raises:
-        ConfigError: if the tolerance is below 0.
-    """
+class ReportOptions(Options):
+    """How a report measures, and the values that it must reach."""
 
     masks_at: MasksAt = option(
         "model",
@@ -51,6 +40,3 @@ class ReportOptions:
     )
     baseline: str = option("", "report.json of an earlier run, whose values must be reached")
     tolerance: float = option(0.01, "how far a value may fall short of the baseline's", minimum=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)

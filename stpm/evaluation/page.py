@@ -23,7 +23,7 @@ def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
     """
     first_seed = {name: results[0] for name, results in report.by_category().items()}
     text = template("evaluation/report.html").render(
-        report=report.summary,
+        report=report.contents,
         metrics=METRICS,
         # Matplotlib escapes the text in its SVG.
         charts={name: {title: Markup(svg) for title, svg in each.charts.items()} for name, each in first_seed.items()},  # noqa: S704

@@ -113,13 +113,13 @@ class Report:
         return groups
 
     @cached_property
-    def summary(self) -> dict[str, Any]:
+    def contents(self) -> dict[str, Any]:
         """The content of report.json.
 
         `categories.<name>` and `mean` hold means over seeds. Beside a metric, `_std` is its standard deviation over
         seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval.
         """
-        categories = {name: _category_summary(results) for name, results in self.by_category().items()}
+        categories = {name: _category_values(results) for name, results in self.by_category().items()}
         mean = {key: _mean([each[key] for each in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
         std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
         return {
@@ -145,11 +145,11 @@ class Report:
                 "val. loss": "" if values["validation_loss"] is None else f"{values['validation_loss']:.4f}",
                 "seeds": ",".join(values["seeds"]),
             }
-            for name, values in self.summary["categories"].items()
+            for name, values in self.contents["categories"].items()
         ]
         if not lines:
             return ""
-        mean = self.summary["mean"]
+        mean = self.contents["mean"]
         lines.append({"category": "mean", **_table_metrics(mean), "fit s": f"{mean['fit_seconds']:.1f}"})
         align = ("left", *("right",) * (len(lines[0]) - 1))
         text: str = tabulate(lines, "keys", tablefmt, disable_numparse=True, colalign=align)
@@ -158,7 +158,7 @@ class Report:
     def text(self) -> str:
         """Make the text that is printed: the table, undefined metrics, failures."""
         undefined: dict[tuple[str, str], list[str]] = {}
-        for name, values in self.summary["categories"].items():
+        for name, values in self.contents["categories"].items():
             for metric, reason in values["undefined"].items():
                 undefined.setdefault((name, reason), []).append(metric)
         notes = [f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()]
@@ -167,7 +167,7 @@ class Report:
 
     def markdown(self) -> str:
         """Make report.md: the table, what its values mean, failures."""
-        protocol = self.summary["protocol"]
+        protocol = self.contents["protocol"]
         notes = [
             f"Seeds {', '.join(map(str, self.seeds)) or 'none'}; "
             f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
@@ -182,7 +182,7 @@ class Report:
         rows = [result.row() for result in results]
         defect_rows = [row for result in results for row in result.defect_rows()]
         return {
-            "report.json": json.dumps(self.summary, indent=2, ensure_ascii=False, allow_nan=False).encode(),
+            "report.json": json.dumps(self.contents, indent=2, ensure_ascii=False, allow_nan=False).encode(),
             "report.parquet": storage.parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
             "defects.parquet": storage.parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
             "report.md": self.markdown().encode(),
@@ -213,7 +213,7 @@ class Report:
         }
 
 
-def _category_summary(results: Sequence[CategoryResult]) -> dict[str, Any]:
+def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
     rows = [result.row() for result in results]
     metrics = [result.metrics for result in results]
     return {

@@ -1,4 +1,4 @@
-"""Read the marks of a person: a manifest with the columns uri, category and label."""
+"""Read the marks of a person: a table of images with the columns uri, category and label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stpm.scoring.inputs.sources import allowed_prefixes, check_allowed, resolve
 
 @dataclass(frozen=True)
 class Marks:
-    """The images of a manifest.
+    """The images of a table.
 
     Args:
         good: URIs of the images that are marked as good, by category.
@@ -28,20 +28,20 @@ class Marks:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def read_marks(manifest: str, allow: Sequence[str] = (), categories: Sequence[str] = ()) -> Marks:
-    """Read a manifest of marked images, each once.
+def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] = ()) -> Marks:
+    """Read a table of marked images, each once.
 
     Args:
-        manifest: URI of a `.parquet`, `.csv`, `.jsonl` or `.ndjson` file.
+        table: URI of a `.parquet`, `.csv`, `.jsonl` or `.ndjson` file.
         allow: prefixes of the URIs that it may name; none: its own bucket or folder, as for scoring.
         categories: to read; none: all.
 
     Raises:
-        DataError: if the manifest cannot be read, or has no column `uri`.
+        DataError: if the table cannot be read, or has no column `uri`.
     """
-    uri = storage.absolute(manifest)
+    uri = storage.absolute(table)
     if not uri.lower().endswith(tables.SUFFIXES):
-        raise DataError(f"{manifest}: a manifest is a file of {', '.join(tables.SUFFIXES)}; name one")
+        raise DataError(f"{table}: a table is a file of {', '.join(tables.SUFFIXES)}; name one")
     allowed, folder = allowed_prefixes(uri, allow), uri.rsplit("/", 1)[0]
     labels: dict[tuple[str, str], set[str]] = {}
     unusable: dict[str, str] = {}
@@ -49,13 +49,13 @@ def read_marks(manifest: str, allow: Sequence[str] = (), categories: Sequence[st
     marks = Marks()
     for chunk in tables.read(uri):
         if "uri" not in chunk.schema.names:
-            raise DataError(f"{manifest}: no column `uri`; its columns are {', '.join(chunk.schema.names)}")
+            raise DataError(f"{table}: no column `uri`; its columns are {', '.join(chunk.schema.names)}")
         for name, category, label, _ in tables.input_values(chunk):
             row += 1
             if categories and category not in categories:
                 continue
             image, problem = _resolve(name, folder, allowed)
-            image = image or f"{manifest}, row {row}"
+            image = image or f"{table}, row {row}"
             if problem:
                 unusable[image] = problem
             labels.setdefault((image, category), set()).add(label)

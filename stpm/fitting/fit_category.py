@@ -25,7 +25,7 @@ from stpm.method.backbones import Backbone
 from stpm.method.backend import resolve_backend
 from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.memory_bank import MemoryBank
-from stpm.models.record import FitSummary, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version, Versions
 from stpm.pages.loss_chart import loss_png
@@ -37,23 +37,23 @@ Reporter = Callable[[Epoch | str], None]
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """Bytes of its node's memory and of its GPU's memory that a worker may use, and seconds between checkpoints."""
+    """Bytes of RAM and of GPU RAM that a worker may use, and seconds between checkpoints."""
 
-    memory: int
-    device_memory: int
+    ram: int
+    gpu_ram: int
     checkpoint_seconds: float
 
     def feature_budget(self, images: TrainingImages, device: torch.device) -> int:
         """Return the bytes that the teacher's features may take beside the decoded images."""
-        return self.device_memory if device.type != "cpu" else self._memory_beside(images)
+        return self.gpu_ram if device.type != "cpu" else self._ram_beside(images)
 
     def distance_budget(self, features: TeacherFeatures) -> int:
         """Return the bytes that distance maps may take beside the decoded images and the teacher's features."""
-        cached_in_memory = features.cached and features.matcher.device.type == "cpu"
-        return self._memory_beside(features.images) - (features.nbytes if cached_in_memory else 0)
+        cached_in_ram = features.cached and features.matcher.device.type == "cpu"
+        return self._ram_beside(features.images) - (features.nbytes if cached_in_ram else 0)
 
-    def _memory_beside(self, images: TrainingImages) -> int:
-        return self.memory if images.on_disk else self.memory - images.pixels.nbytes
+    def _ram_beside(self, images: TrainingImages) -> int:
+        return self.ram if images.on_disk else self.ram - images.pixels.nbytes
 
 
 def existing_model(task: FitTask) -> ModelRecord | None:
@@ -134,7 +134,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         calibration = dataclasses.replace(calibration, scores=scores)
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
-    summary = FitSummary(
+    fit = FitRecord(
         seconds=time.perf_counter() - start,
         epochs=len(trained.history),
         kept_epoch=kept.number if kept else 0,
@@ -154,7 +154,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
             teacher_digest=task.teacher_digest,
             heatmap_scale=calibration.scale,
             distance_scales=distance_scales,
-            fit=summary,
+            fit=fit,
             added_normals=tuple(dataclasses.replace(each, fitted=True) for each in task.added),
         ),
         task.data_fingerprint,
@@ -179,7 +179,7 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
     teacher = _load_teacher(task.store, task.recipe.teacher, task.recipe.levels, task.teacher_digest)
     uris = [uri for uri, _ in task.train]
     preprocessing = preprocessing_for(task.recipe, uris)
-    images = load_images(uris, preprocessing, limits.memory)
+    images = load_images(uris, preprocessing, limits.ram)
     seconds = time.perf_counter() - start
     matcher = Matcher(
         teacher, preprocessing, device, precision, resolve_backend(task.backend, on_gpu=device.type != "cpu")

@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError
-from stpm.method.calibration import check_false_alarm_rate
-from stpm.options import WAIT_HELP, Names, check_options, option
+from stpm.options import WAIT_HELP, Names, Options, option
 
 
 @dataclass(frozen=True)
-class FitOptions:
-    """The data set to fit on, and the store of the models.
-
-    Raises:
-        ConfigError: if a required option is missing or a value is out of range.
-    """
+class FitOptions(Options):
+    """The data set to fit on, and the store of the models."""
 
     data: str = option(
         "", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-normals"
@@ -26,11 +21,13 @@ class FitOptions:
         0.01,
         "fraction of good images that scoring may call anomalous, 0 to 1; it changes no model, but fitting warns where "
         "the held-out good images are too few for it, and --add-normals compares thresholds at it",
+        above=0,
+        below=1,
     )
     add_normals: str = option(
         "",
-        "manifest (.parquet, .csv, .jsonl or .ndjson) with the columns uri, category and label, such as triage.html "
-        "saves: images labelled good are added to the calibration of their category's current model",
+        "table of images (.parquet, .csv, .jsonl or .ndjson) with the columns uri, category and label, such as "
+        "triage.html saves: images labelled good are added to the calibration of their category's current model",
     )
     refit: bool = option(
         False, "with --add-normals: fit the models of these categories again, with the images among those of --data"
@@ -42,27 +39,22 @@ class FitOptions:
     )
     allow: Names = option(
         Names(),
-        "with --add-normals: prefixes that the URIs of the manifest may have, separated by commas; none: the "
-        "manifest's own bucket or folder",
+        "with --add-normals: prefixes that the URIs in the table may have, separated by commas; none: the table's own "
+        "bucket or folder",
     )
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if not self.add_normals and (given := [n for n in ("refit", "stage", "allow") if getattr(self, n)]):
             raise ConfigError(f"--{given[0]} is given without --add-normals; give both")
         if not self.data and (self.refit or not self.add_normals):
             raise ConfigError("--data is missing; see --help")
-        check_false_alarm_rate(self.false_alarm_rate)
 
 
 @dataclass(frozen=True)
-class WorkerOptions:
-    """The workers that fit.
-
-    Raises:
-        ConfigError: if a value is out of range.
-    """
+class WorkerOptions(Options):
+    """The workers that fit."""
 
     workers: int = option(
         0,
@@ -78,10 +70,10 @@ class WorkerOptions:
         "CPU cores per worker, with one thread each; 0: as many as the number of workers leaves to each, at most 8",
         minimum=0,
     )
-    worker_memory_gib: float = option(
+    worker_ram_gib: float = option(
         0.0,
-        "memory per worker, in GiB, for decoded images (beyond it they go to a file), and for the teacher's features "
-        "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's memory, divided by its "
+        "GiB of RAM per worker for decoded images (beyond it they go to a file), and for the teacher's features "
+        "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's RAM, divided by its "
         "workers",
         minimum=0,
     )
@@ -93,9 +85,5 @@ class WorkerOptions:
     resize_seconds: float = option(
         60.0,
         "seconds between checks for new nodes in the cluster; to use one, all workers restart from their checkpoints",
+        above=0,
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if not self.resize_seconds > 0:
-            raise ConfigError(f"resize-seconds is {self.resize_seconds}; give more than 0")

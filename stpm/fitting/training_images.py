@@ -139,6 +139,6 @@ def _allocate_in_file(shape: tuple[int, ...]) -> Pixels:
         except OSError as error:
             raise DataError(
                 f"no room for {size / 2**30:.2f} GiB of decoded images in {tempfile.gettempdir()} "
-                f"({error.strerror}); free some, set TMPDIR to a larger disk, or raise --worker-memory-gib"
+                f"({error.strerror}); free some, set TMPDIR to a larger disk, or raise --worker-ram-gib"
             ) from error
         return np.memmap(file, np.uint8, "r+", shape=shape)

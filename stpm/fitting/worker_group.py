@@ -30,8 +30,8 @@ _NODE_CHECK_SECONDS = 5.0
 # Worker group restarts: a task that kills its worker does so twice, and a few more may have other causes.
 _RESTARTS_PER_TASK = 2
 _EXTRA_RESTARTS = 3
-# Fraction of a node's memory, and of a GPU's free memory, that all its workers may use together.
-_MEMORY_FRACTION = 0.5
+# Fraction of a node's RAM, and of a GPU's free RAM, that all its workers may use together.
+_RAM_FRACTION = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _run_worker(config: dict[str, Any]) -> None:
     queue, options = config["queue"], config["options"]
     assigned = ray.get_runtime_context().get_assigned_resources()
     torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
-    limits = WorkerLimits(*_memory_limits(options, assigned), options.checkpoint_seconds)
+    limits = WorkerLimits(*_ram_limits(options, assigned), options.checkpoint_seconds)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
     size, node = ray.train.get_context().get_world_size(), ray.get_runtime_context().get_node_id()
     while (task := ray.get(queue.take.remote(group, size, node))) is not None:
@@ -142,14 +142,14 @@ def _run_worker(config: dict[str, Any]) -> None:
         ray.get(queue.finish.remote(result))
 
 
-def _memory_limits(options: WorkerOptions, assigned: dict[str, float]) -> tuple[int, int]:
-    """Return the bytes of its node's memory and of its GPU's memory that this worker may use."""
+def _ram_limits(options: WorkerOptions, assigned: dict[str, float]) -> tuple[int, int]:
+    """Return the bytes of RAM and of GPU RAM that this worker may use."""
     context = ray.get_runtime_context()
     node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     fraction = assigned.get("CPU", 1) / max(node["Resources"].get("CPU", 1), 1)
-    memory = options.worker_memory_gib * 2**30 or node["Resources"]["memory"] * _MEMORY_FRACTION * fraction
+    ram = options.worker_ram_gib * 2**30 or node["Resources"]["memory"] * _RAM_FRACTION * fraction
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    return int(memory), int(free * _MEMORY_FRACTION * min(assigned.get("GPU", 0), 1))
+    return int(ram), int(free * _RAM_FRACTION * min(assigned.get("GPU", 0), 1))
 
 
 def _remove_stuck_placement_groups() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -10,10 +9,10 @@ from functools import partial
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, nothing_done
+from stpm.console import ALL_DONE
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
-from stpm.errors import CutOffError, DataError
+from stpm.errors import CutOffError
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
@@ -67,10 +66,7 @@ def run_benchmark(
         with held(out, options.wait):
             if not options.data:
                 demo.make(data)
-            try:
-                categories, unreadable = read_categories(data, options.categories)
-            except DataError as error:
-                return nothing_done(error)
+            categories, unreadable = read_categories(data, options.categories)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:
@@ -109,9 +105,9 @@ def _score(
     if not any(category.test for category in tested):
         output.clear()
         return
-    digest = hashlib.sha256(repr([category.test for category in tested]).encode()).hexdigest()
+    digest = storage.digest(repr([category.test for category in tested]).encode())
     config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
     run = ScoringRun(partial(labelled_rows, tested), config, store, options, output, backend=backend)
-    summary, _ = run_scoring(run, replace=True)
-    if summary.unfinished:
-        raise CutOffError(f"{summary.unfinished} test images are not scored; run the same command again to go on")
+    result, _ = run_scoring(run, replace=True)
+    if result.unfinished:
+        raise CutOffError(f"{result.unfinished} test images are not scored; run the same command again to go on")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from stpm.errors import ConfigError
-from stpm.options import WAIT_HELP, Integers, Names, Size, check_options, option
+from stpm.options import WAIT_HELP, Integers, Names, Options, Size, option
 
 # Defaults of the recipe for the demo set, whose images are crops of 128 x 128 pixels.
 _DEMO_DEFAULTS = {"teacher": "demo", "size": Size("128")}
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class BenchmarkOptions(Options):
     """The data set to benchmark, and the run folder.
 
     Raises:
@@ -31,7 +31,7 @@ class BenchmarkOptions:
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds is {','.join(map(str, self.seeds))!r}; give each seed once, such as 0,1,2")
         if not self.out:

@@ -9,8 +9,8 @@ import ray
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.console import SOME_FAILED, exit_code, nothing_done
-from stpm.errors import DataError, ModelError
+from stpm.console import SOME_FAILED, exit_code
+from stpm.errors import DataError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import measure_category
 from stpm.evaluation.charts import draw_charts
@@ -64,7 +64,7 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
     Returns:
         The exit code: 0 all done, 2 something failed or fell short, 3 nothing could be evaluated.
     """
-    shortfalls = gate.shortfalls(report.summary)
+    shortfalls = gate.shortfalls(report.contents)
     for name, content in {**report.files(), "report.html": page(report, shortfalls).encode()}.items():
         storage.publish(storage.join(out, name), content)
     log.info(f"\n{report.text()}\n")
@@ -80,18 +80,16 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions) -> int:
 
     Raises:
         ConfigError: if a requirement or the baseline cannot be read.
+        DataError, ModelError: if the run or one of its models cannot be read.
     """
     gate = read_gate(reporting)
     run = storage.absolute(options.run)
     out = storage.output_folder(options.out or run)
     results: list[CategoryResult] = []
-    try:
-        runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
-        with connected():
-            for output, store, records in runs:
-                results += evaluate_categories(output, records, store, reporting.masks_at)
-    except (DataError, ModelError) as error:
-        return nothing_done(error)
+    runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
+    with connected():
+        for output, store, records in runs:
+            results += evaluate_categories(output, records, store, reporting.masks_at)
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")

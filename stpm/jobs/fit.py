@@ -8,8 +8,7 @@ from functools import partial
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, exit_code, nothing_done
-from stpm.errors import DataError
+from stpm.console import ALL_DONE, exit_code
 from stpm.feedback.add_normals import AddOptions, add_normals
 from stpm.feedback.marks import read_marks
 from stpm.feedback.refit import Refit
@@ -28,15 +27,13 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
 
     Raises:
         ConfigError: if the options cannot be run.
+        DataError: if the data set or the table of images cannot be read.
     """
     if options.add_normals:
         return _add_normals(options, recipe, workers, cluster)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
-        try:
-            categories, failures = read_categories(storage.absolute(options.data), options.categories)
-        except DataError as error:
-            return nothing_done(error)
+        categories, failures = read_categories(storage.absolute(options.data), options.categories)
         if cluster.plan:
             log_plan({"fits": partial(describe_workers, workers, len(categories))})
             return ALL_DONE
@@ -57,11 +54,8 @@ def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cl
     data = storage.absolute(options.data)
     refit = Refit(data, recipe, workers, cluster.backend, options.wait) if options.refit else None
     add = AddOptions(options.false_alarm_rate, cluster.backend, options.stage, options.wait)
-    try:
-        with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
-            marks = read_marks(options.add_normals, options.allow, options.categories)
-            good, failed = add_normals(store, marks, add, refit)
-    except DataError as error:
-        return nothing_done(error)
+    with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
+        marks = read_marks(options.add_normals, options.allow, options.categories)
+        good, failed = add_normals(store, marks, add, refit)
     log.info(f"{good} of {good + failed} images that are marked as good belong to models in {options.models}")
     return exit_code(good, failed)

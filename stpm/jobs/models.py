@@ -6,7 +6,7 @@ import logging
 from contextlib import nullcontext
 
 from stpm import storage
-from stpm.console import exit_code, nothing_done
+from stpm.console import exit_code
 from stpm.errors import DataError, ModelError
 from stpm.lease import held
 from stpm.models.options import ModelsOptions
@@ -21,15 +21,13 @@ def run_models(options: ModelsOptions) -> int:
 
     Raises:
         ConfigError: if another run holds the store.
+        DataError: if there is no store.
     """
     store = ModelStore(options.models)
     changes = options.roll_back or options.roll_forward or options.keep > 0
     if not storage.exists(store.uri):
-        return nothing_done(DataError(f"{store.uri}: no such folder"))
-    try:
-        categories = list(options.categories) if options.names_categories else store.categories()
-    except DataError as error:
-        return nothing_done(error)
+        raise DataError(f"{store.uri}: no such folder")
+    categories = list(options.categories) if options.names_categories else store.categories()
     failed = set()
     with held(storage.output_folder(options.models), options.wait) if changes else nullcontext():
         for category in categories:

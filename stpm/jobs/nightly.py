@@ -13,11 +13,11 @@ from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.errors import ConfigError, WebhookError
 from stpm.lease import held
 from stpm.monitoring.housekeeping import remove_nights_before
-from stpm.monitoring.job import NightlyJob, score_nights, summarize_nights
+from stpm.monitoring.job import NightlyJob, score_nights, update_records
+from stpm.monitoring.nightly_json import JSON_FILE, PAGE_FILE, headline, nightly_json, webhook_message
 from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.monitoring.page import page
-from stpm.monitoring.summary import PAGE, SUMMARY, headline, nightly_json, webhook_message
 from stpm.monitoring.webhook import post
 from stpm.options import ClusterOptions
 from stpm.scoring.options import OutputOptions, ScoreOptions
@@ -58,7 +58,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     # The night itself first: late files of others have time.
     dates = [date - datetime.timedelta(days=days) for days in range(job.options.look_back + 1)]
     problems = score_nights(job, dates)
-    nights = summarize_nights(job, sorted(dates), problems)
+    nights = update_records(job, sorted(dates), problems)
     night = nights[date]
     log.info(headline(night))
     failed = any(nights[each].problem or nights[each].unfinished for each in dates if each in nights)
@@ -74,9 +74,9 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
             )
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     shown = [nights[each] for each in sorted(nights)][-job.monitoring.nights :]
-    storage.publish(storage.join(job.out, SUMMARY), nightly_json(shown, job.out, created))
-    storage.publish(storage.join(job.out, PAGE), page(shown, job.out, created).encode())
-    log.info(f"the page is {storage.join(job.out, PAGE)}, and {SUMMARY} beside it has the same for machines")
+    storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
+    storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created).encode())
+    log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
     failed |= not _tell(job.monitoring.webhook, webhook_message(night, job.out, created))
     if not night.scored:
         return NOTHING_DONE

@@ -14,8 +14,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, nothing_done
-from stpm.errors import DataError, ModelError
+from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import held
 from stpm.method.calibration import GoodCounts, few_good_images_warning
 from stpm.models.store import ModelStore
@@ -29,7 +28,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import describe_plan
 from stpm.scoring.resuming.run_state import RunConfig
 from stpm.scoring.run import Records, ScoringRun, run_scoring
-from stpm.scoring.run_statistics import RunSummary
+from stpm.scoring.run_statistics import RunResult
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +43,7 @@ def run_score(
 
     Raises:
         ConfigError: if the options are invalid, or the run folder holds another run or is in use.
+        DataError, ModelError: if the images or the models cannot be read.
     """
     folder = storage.output_folder(collection.out)
     sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
@@ -78,20 +78,17 @@ def run_score(
 
 
 def _score(run: ScoringRun, collection: CollectionOptions) -> int:
-    try:
-        if collection.dry_run:
-            dry_run(run)
-            return ALL_DONE
-        summary, records = run_scoring(run, start_over=collection.fresh)
-    except (ModelError, DataError) as error:
-        return nothing_done(error)
-    if summary.unfinished:
+    if collection.dry_run:
+        dry_run(run)
+        return ALL_DONE
+    result, records = run_scoring(run, start_over=collection.fresh)
+    if result.unfinished:
         return SOME_FAILED
     _warn_of_few_good_images(records, run.options.false_alarm_rate)
-    _log_summary(summary, run.output)
-    if summary.rows and summary.error_count == summary.rows:
+    _log_result(result, run.output)
+    if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
-    return SOME_FAILED if summary.error_count > collection.max_error_rate * summary.rows else ALL_DONE
+    return SOME_FAILED if result.error_count > collection.max_error_rate * result.rows else ALL_DONE
 
 
 @contextmanager
@@ -121,15 +118,15 @@ def _warn_of_few_good_images(records: Records, false_alarm_rate: float) -> None:
         log.info(warning)
 
 
-def _log_summary(summary: RunSummary, output: RunOutput) -> None:
-    for example in summary.error_examples:
+def _log_result(result: RunResult, output: RunOutput) -> None:
+    for example in result.error_examples:
         log.info(example)
-    kinds = ", ".join(f"{number} {kind}" for kind, number in summary.errors.items())
+    kinds = ", ".join(f"{number} {kind}" for kind, number in result.errors.items())
     log.info(
-        f"{summary.rows} rows in {output.scores}: {summary.anomalous} anomalous, {summary.error_count} with an error"
+        f"{result.rows} rows in {output.scores}: {result.anomalous} anomalous, {result.error_count} with an error"
         f"{f' ({kinds})' if kinds else ''}"
     )
-    if found := summary.discoveries:
+    if found := result.discoveries:
         log.info(found.describe())
         if warning := found.warning():
             log.info(warning)

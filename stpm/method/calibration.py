@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stpm.errors import ConfigError, join_first
+from stpm.errors import join_first
 
 Floats = npt.NDArray[np.floating]
 
@@ -129,12 +129,6 @@ def threshold_rank(count: int, false_alarm_rate: float) -> int:
     """
     # The small term keeps a product that should be whole from being rounded down.
     return min(max(int(false_alarm_rate * (count + 1) + 1e-9), 1), count)
-
-
-def check_false_alarm_rate(false_alarm_rate: float) -> None:
-    """Raise ConfigError if the rate is not between 0 and 1."""
-    if not 0 < false_alarm_rate < 1:
-        raise ConfigError(f"false-alarm-rate is {false_alarm_rate}; give a fraction between 0 and 1")
 
 
 def min_calibration_images(false_alarm_rate: float) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stpm.errors import ConfigError, join_first
+from stpm.errors import join_first
 
 # p-values are stored as float32, so that they may lie above the quotient that they stand for by this factor.
 _ROUNDING = 1 + 1e-6
@@ -69,12 +69,6 @@ class Discoveries:
             f"warning: too few good images calibrate {few} for a false discovery rate of {self.rate:g} over "
             f"{self.images} images: none of their images can be a discovery unless {self.needed} or more calibrate them"
         )
-
-
-def check_false_discovery_rate(rate: float) -> None:
-    """Raise ConfigError if the rate is not 0, which stands for none, nor between 0 and 1."""
-    if not 0 <= rate < 1:
-        raise ConfigError(f"fdr is {rate}; give a fraction between 0 and 1, or 0 for none")
 
 
 def benjamini_hochberg(counts: Histogram, rate: float) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from stpm.errors import ConfigError, DataError
 from stpm.method.preprocessing import MAX_SIDE, Resize
-from stpm.options import Integers, Size, check_options, option
+from stpm.options import Integers, Options, Size, option
 
 Preset = Literal["default", "paper", "notebook"]
 Precision = Literal["float32", "bfloat16"]
@@ -18,7 +18,7 @@ FusionMethod = Literal["product", "sum", "quantile"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     """How to fit one model. The defaults are preset `paper` (Wang et al., section 4).
 
     Raises:
@@ -35,7 +35,7 @@ class Recipe:
         "height x width of the networks' input in pixels, such as 640x256; one number: a square; `auto`: the training "
         "images' median proportions and number of pixels, at least 65536 and at most --pixels, in multiples of 32",
     )
-    pixels: int = option(163_840, "largest number of input pixels when size is auto")
+    pixels: int = option(163_840, "largest number of input pixels when size is auto", minimum=1024, maximum=MAX_SIDE**2)
     resize: Resize = option(
         "stretch",
         "`stretch`: scale the whole image to the input; `crop`: take the largest central part with the input's "
@@ -48,20 +48,27 @@ class Recipe:
         "ImageNet's, bilinear; `none`: pixels from 0 to 1, bilinear",
     )
     optimiser: Literal["sgd", "adam"] = option("sgd", "optimiser")
-    learning_rate: float = option(0.4, "highest learning rate")
+    learning_rate: float = option(0.4, "highest learning rate", above=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate over time; `cosine` ends at 0")
-    warmup_epochs: int = option(0, "epochs in which the learning rate rises linearly to its highest")
-    momentum: float = option(0.9, "momentum of sgd")
-    weight_decay: float = option(1e-4, "weight decay")
-    batch_size: int = option(32, "training images per step")
-    epochs: int = option(100, "runs through the training images")
-    min_steps: int = option(0, "smallest number of steps of a fit: a category with few images gets more epochs")
-    early_stopping: int = option(0, "end after this many epochs without a lower validation loss; 0: never")
+    warmup_epochs: int = option(0, "epochs in which the learning rate rises linearly to its highest", minimum=0)
+    momentum: float = option(0.9, "momentum of sgd", minimum=0, below=1)
+    weight_decay: float = option(1e-4, "weight decay", minimum=0)
+    batch_size: int = option(32, "training images per step", minimum=1)
+    epochs: int = option(100, "runs through the training images", minimum=1)
+    min_steps: int = option(
+        0, "smallest number of steps of a fit: a category with few images gets more epochs", minimum=0
+    )
+    early_stopping: int = option(0, "end after this many epochs without a lower validation loss; 0: never", minimum=0)
     loss_factor: float = option(
-        32.0, "multiply a batch's mean loss by this before its gradient; 32 makes it the sum over a batch of 32"
+        32.0,
+        "multiply a batch's mean loss by this before its gradient; 32 makes it the sum over a batch of 32",
+        above=0,
     )
     held_out_fraction: float = option(
-        0.2, "fraction of the defect-free images to hold out for validation and calibration"
+        0.2,
+        "fraction of the defect-free images to hold out for validation and calibration",
+        above=0,
+        below=1,
     )
     keep: Literal["best", "last"] = option(
         "best", "epoch to keep: the one with the lowest validation loss, or the last"
@@ -76,6 +83,8 @@ class Recipe:
         0,
         "vectors of normal teacher features in each memory bank, two banks for each of --memory-levels; the distance "
         "to the nearest vector counts as anomaly; 0: no memory, the student alone",
+        minimum=0,
+        maximum=1_000_000,
     )
     memory_levels: Integers = option(Integers((2, 3)), "pyramid levels with memory banks, some of --levels")
     fusion: FusionMethod = option(
@@ -83,24 +92,31 @@ class Recipe:
         "how to combine distance maps. `product` or `sum`: of the student's levels; `quantile`: the mean of the "
         "student's levels and the memory banks, each scaled by its quantiles on held-out images",
     )
-    smoothing: float = option(0.0, "std of the Gaussian that smooths the anomaly map, in input pixels; 0: none")
+    smoothing: float = option(
+        0.0, "std of the Gaussian that smooths the anomaly map, in input pixels; 0: none", minimum=0, maximum=100
+    )
     top_fraction: float = option(
-        0.0, "score an image by the mean of this fraction of its pixels, the highest ones; 0: by the highest pixel"
+        0.0,
+        "score an image by the mean of this fraction of its pixels, the highest ones; 0: by the highest pixel",
+        minimum=0,
+        below=1,
     )
     calibration_folds: int = option(
         0,
         "calibrate on every good image: fit this many more models, at least two, each without one fold of the images, "
         "and score that fold with it; 0: calibrate on the held-out images alone",
+        minimum=0,
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "precision of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"
     )
-    seed: int = option(0, "seed of the split, the student's initialisation and the order of the images")
+    seed: int = option(
+        0, "seed of the split, the student's initialisation and the order of the images", minimum=0, maximum=2**31 - 1
+    )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         levels, memory_levels, sides = list(self.levels), list(self.memory_levels), self.size.sides
-        # Comparisons are written so that NaN fails them.
         for name, holds, valid in (
             ("teacher", bool(self.teacher), "ARCHITECTURE.TAG, such as resnet18.tv_in1k"),
             (
@@ -113,18 +129,7 @@ class Recipe:
                 sides is None or all(32 <= side <= MAX_SIDE for side in sides),
                 f"32 to {MAX_SIDE} pixels each, or auto",
             ),
-            ("pixels", 1024 <= self.pixels <= MAX_SIDE**2, f"1024 to {MAX_SIDE**2}"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
-            ("loss_factor", 0 < self.loss_factor < math.inf, "a number above 0"),
-            ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"0 or more, fewer than the {self.epochs} epochs"),
-            ("min_steps", self.min_steps >= 0, "0 or more"),
-            ("early_stopping", self.early_stopping >= 0, "0 or more"),
-            ("held_out_fraction", 0 < self.held_out_fraction < 1, "a fraction above 0 and below 1"),
-            ("memory", 0 <= self.memory <= 1_000_000, "0 to 1000000"),
+            ("warmup_epochs", self.warmup_epochs < self.epochs, f"fewer than the {self.epochs} epochs"),
             ("student", self.student != "none" or self.memory > 0, "--memory too, such as 2000: a model needs a part"),
             (
                 "memory_levels",
@@ -136,10 +141,7 @@ class Recipe:
                 not self.memory or self.fusion == "quantile",
                 "quantile: distances of a student and of a memory have different scales; or give --memory 0",
             ),
-            ("smoothing", 0 <= self.smoothing <= 100, "0 to 100 pixels"),
-            ("top_fraction", 0 <= self.top_fraction < 1, "0 to below 1"),
-            ("calibration_folds", self.calibration_folds == 0 or self.calibration_folds >= 2, "2 or more, or 0"),
-            ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
+            ("calibration_folds", self.calibration_folds != 1, "2 or more, or 0"),
         ):
             if not holds:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; give {valid}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError
-from stpm.method.calibration import check_false_alarm_rate
-from stpm.options import WAIT_HELP, Names, check_options, option
+from stpm.options import WAIT_HELP, Names, Options, option
 
 # No category can have this name.
 _ALL = "*"
 
 
 @dataclass(frozen=True)
-class ModelsOptions:
+class ModelsOptions(Options):
     """A model store, and what to change in it.
 
     Raises:
@@ -36,12 +35,11 @@ class ModelsOptions:
         "0: remove none",
         minimum=0,
     )
-    false_alarm_rate: float = option(0.01, "rate whose thresholds are listed, 0 to 1")
+    false_alarm_rate: float = option(0.01, "rate whose thresholds are listed, 0 to 1", above=0, below=1)
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
-        check_options(self)
-        check_false_alarm_rate(self.false_alarm_rate)
+        super().__post_init__()
         if self.roll_back and self.roll_forward:
             raise ConfigError("--roll-back and --roll-forward are both given; give one")
         if (self.roll_back or self.roll_forward) and not self.categories:

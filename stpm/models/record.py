@@ -40,7 +40,7 @@ def now() -> str:
 
 
 @dataclass(frozen=True)
-class FitSummary:
+class FitRecord:
     """The outcome of one fit: wall seconds, decoding included, and the losses, in [0, 2], of the kept epoch.
 
     Without a student there are no epochs, and the losses are None.
@@ -89,7 +89,7 @@ class ModelRecord:
     teacher_digest: str
     heatmap_scale: HeatmapScale
     distance_scales: tuple[DistanceScale, ...]
-    fit: FitSummary
+    fit: FitRecord
     added_normals: tuple[AddedNormal, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)

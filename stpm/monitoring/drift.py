@@ -68,7 +68,6 @@ class CategoryNight:
 
     Args:
         date: of the night.
-        category: its name.
         model_id: of the model that scored the images, "" if none did.
         images: number of rows, errors included.
         errors: number of rows with an error.
@@ -79,7 +78,6 @@ class CategoryNight:
     """
 
     date: datetime.date
-    category: str
     model_id: str
     images: int
     errors: int

@@ -14,7 +14,7 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError
 from stpm.models.store import ModelStore
-from stpm.monitoring.judging import summarize_night
+from stpm.monitoring.judging import judge_night
 from stpm.monitoring.nights import Night, has_record, read_night, write_night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.monitoring.runs import NightFolder, rows_of_sources, score_new_images
@@ -81,8 +81,8 @@ class NightlyJob:
                 triage_images=self.monitoring.top,
                 backend=self.cluster.backend,
             )
-            summary, _ = run_scoring(run)
-            return summary.unfinished
+            result, _ = run_scoring(run)
+            return result.unfinished
 
         def listing() -> Iterator[pa.Table]:
             return rows_of_sources(image_rows([source], rule, self.options.allow) for source in sources)
@@ -100,7 +100,7 @@ class NightlyJob:
             write_night(folder, Night(folder.date.isoformat(), self.sources(folder.date)))
         folder.remove_runs()
 
-    def summarize(self, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
+    def update_record(self, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
         """Return the night's record, made anew if rows were added since it was written or it was not judged."""
         night = read_night(folder)
         names = tuple(run.name for run in folder.runs())
@@ -108,7 +108,7 @@ class NightlyJob:
             return replace(night, problem=problem)
         night = Night(folder.date.isoformat(), self.sources(folder.date), problem=problem)
         store = ModelStore(self.options.models)
-        return summarize_night(folder, night, earlier, store, self.monitoring, self.scoring.false_alarm_rate)
+        return judge_night(folder, night, earlier, store, self.monitoring, self.scoring.false_alarm_rate)
 
 
 def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:
@@ -139,7 +139,7 @@ def _describe(error: Exception) -> str:
     return storage.as_utf8(str(error))
 
 
-def summarize_nights(
+def update_records(
     job: NightlyJob, dates: Sequence[datetime.date], problems: Mapping[datetime.date, str]
 ) -> dict[datetime.date, Night]:
     """Bring the records of these nights, oldest first, up to date; return all records that matter, by date."""
@@ -153,7 +153,7 @@ def summarize_nights(
             continue
         earlier = [nights[each] for each in sorted(nights) if each < date][-count:]
         try:
-            nights[date] = night = job.summarize(folder, earlier, problems.get(date, ""))
+            nights[date] = night = job.update_record(folder, earlier, problems.get(date, ""))
             # A day without anything to tell is no night: it may have been mistyped.
             if folder in folders or night.categories or night.problem:
                 write_night(folder, night)

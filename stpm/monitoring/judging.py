@@ -1,4 +1,4 @@
-"""Summarize a night from its rows, and judge each of its categories against its model and earlier nights."""
+"""Count the rows of a night, and judge each of its categories against its model and earlier nights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.monitoring.change import Change
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
-from stpm.monitoring.nights import CategorySummary, Night
+from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.rows import CategoryRows, read_rows, top_images
 from stpm.monitoring.runs import NightFolder
@@ -30,7 +30,7 @@ from stpm.scoring.row_summary import RowSummary
 _READERS = 16
 
 
-def summarize_night(
+def judge_night(
     folder: NightFolder,
     night: Night,
     earlier: Sequence[Night],
@@ -77,10 +77,10 @@ def summarize_night(
         references = dict.fromkeys(names, "")
     tests = max(len(names), 1) * options.nights
 
-    def summarize(name: str) -> CategorySummary:
+    def make_record(name: str) -> CategoryRecord:
         counted, reference = rows[name], references[name]
         p_values, statistics = counted.sample()
-        summary = CategorySummary(
+        record = CategoryRecord(
             models[name],
             counted.images,
             counted.alarms,
@@ -91,26 +91,24 @@ def summarize_night(
             {} if isinstance(reference, str) else _medians(reference.statistics),
         )
         if night.problem or unfinished:
-            return summary
+            return record
         if isinstance(reference, str) and counted.images:
-            return replace(summary, verdict=Verdict("act", (Change("model", "act", 0.0, 1.0, reference),)))
+            return replace(record, verdict=Verdict("act", (Change("model", "act", 0.0, 1.0, reference),)))
         # A night that was not judged may lack images for another reason.
         before = [
-            _as_input(each.day, name, counts)
-            for each in earlier
-            if (counts := each.categories.get(name)) and counts.verdict
+            _as_input(each.day, counts) for each in earlier if (counts := each.categories.get(name)) and counts.verdict
         ]
-        this = replace(_as_input(folder.date, name, summary), p_values=p_values, statistics=statistics)
+        this = replace(_as_input(folder.date, record), p_values=p_values, statistics=statistics)
         good = None if isinstance(reference, str) else reference
         verdict = judge([*before, this], good, tests=tests, false_verdict_rate=options.false_verdict_rate)
-        return replace(summary, verdict=verdict)
+        return replace(record, verdict=verdict)
 
     return replace(
         night,
         runs=tuple(run.name for run in runs),
         pages=tuple(run.name for run in runs if storage.exists(run.triage)),
         unfinished=unfinished,
-        categories={name: summarize(name) for name in names},
+        categories={name: make_record(name) for name in names},
         error_examples=found.error_examples,
         top=top_images(runs, _preprocessing(store)),
         discoveries=_discoveries(runs, references, options.fdr),
@@ -168,10 +166,10 @@ def _medians(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.median(each)) for name, each in values.items() if len(each)}
 
 
-def _as_input(date: datetime.date, category: str, summary: CategorySummary) -> CategoryNight:
+def _as_input(date: datetime.date, record: CategoryRecord) -> CategoryNight:
     """Make an input of `drift.judge` from counts alone."""
-    counts = (summary.images, summary.error_count, summary.alarms)
-    return CategoryNight(date, category, summary.model_id, *counts, summary.false_alarm_rate, np.empty(0), {})
+    counts = (record.images, record.error_count, record.alarms)
+    return CategoryNight(date, record.model_id, *counts, record.false_alarm_rate, np.empty(0), {})
 
 
 def _preprocessing(store: ModelStore) -> Callable[[str, str], Preprocessing]:

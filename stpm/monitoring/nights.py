@@ -17,7 +17,7 @@ _FILE = "night.json"
 
 
 @dataclass(frozen=True)
-class CategorySummary:
+class CategoryRecord:
     """One category's night.
 
     Args:
@@ -98,7 +98,7 @@ class Night:
     runs: tuple[str, ...] = ()
     unfinished: int = 0
     problem: str = ""
-    categories: dict[str, CategorySummary] = field(default_factory=dict)
+    categories: dict[str, CategoryRecord] = field(default_factory=dict)
     error_examples: tuple[ErrorExample, ...] = ()
     top: tuple[TopImage, ...] = ()
     discoveries: Discoveries | None = None

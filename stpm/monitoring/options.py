@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from stpm.errors import ConfigError
-from stpm.method.false_discovery import check_false_discovery_rate
-from stpm.options import WAIT_HELP, Names, check_options, option
+from stpm.options import WAIT_HELP, Names, Options, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.options import ALLOW_HELP, CATEGORY_FROM_HELP, CATEGORY_HELP
 
@@ -22,12 +21,8 @@ _ANY_DAY = datetime.date(2026, 11, 25)
 
 
 @dataclass(frozen=True)
-class NightlyOptions:
-    """The night to score, its images, the models, and the folder of all nights.
-
-    Raises:
-        ConfigError: if a required option is missing, or a value is out of range.
-    """
+class NightlyOptions(Options):
+    """The night to score, its images, the models, and the folder of all nights."""
 
     models: str = option("", "model store: a folder or a URI", required=True)
     images: Names = option(
@@ -57,11 +52,14 @@ class NightlyOptions:
     fresh: bool = option(False, "remove the rows of the night, and score its images again with the current models")
     wait: bool = option(False, WAIT_HELP)
     max_error_rate: float = option(
-        0.01, "fraction of the night's images, 0 to 1, that may be errors before the exit code is 2"
+        0.01,
+        "fraction of the night's images, 0 to 1, that may be errors before the exit code is 2",
+        minimum=0,
+        maximum=1,
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         days = [_ANY_DAY - datetime.timedelta(days=days) for days in range(max(self.look_back, 1) + 1)]
         for source in self.images:
             if len({_put_date(source, day) for day in days}) < len(days):
@@ -75,8 +73,6 @@ class NightlyOptions:
                 f"keep-days is {self.keep_days}; give 0, or more than --look-back {self.look_back}: a removed night "
                 "would be scored again"
             )
-        if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a fraction between 0 and 1")
         if self.date and not parse_date(self.date):
             raise ConfigError(f"date is {self.date!r}; give it as 2026-11-24")
         _ = self._zone
@@ -114,7 +110,7 @@ class NightlyOptions:
 
 
 @dataclass(frozen=True)
-class MonitoringOptions:
+class MonitoringOptions(Options):
     """What the page of the nights tells, and to whom.
 
     Raises:
@@ -127,24 +123,25 @@ class MonitoringOptions:
         0.0,
         "false discovery rate, 0 to 1: of the images that a night calls discoveries, at most this fraction is good on "
         "average, over all its categories (Benjamini-Hochberg); 0: no discoveries",
+        minimum=0,
+        below=1,
     )
     false_verdict_rate: float = option(
         0.05,
         "probability, 0 to 1, that of all categories in --nights nights any is called watch or act though nothing has "
         "changed",
+        above=0,
+        below=1,
     )
     webhook: str = option(
         "",
-        "http:// or https:// URL to which the summary of the night is posted as JSON. As it may hold a secret, set it "
+        "http:// or https:// URL to which the night is posted as JSON. As it may hold a secret, set it "
         "in the environment (STPM_WEBHOOK); STPM_WEBHOOK_SECRET there is the key of the signature",
         is_secret=True,
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
-        check_false_discovery_rate(self.fdr)
-        if not 0 < self.false_verdict_rate < 1:
-            raise ConfigError(f"false-verdict-rate is {self.false_verdict_rate}; give a fraction between 0 and 1")
+        super().__post_init__()
         if self.webhook and not _is_http(self.webhook):
             raise ConfigError("webhook is not an http:// or https:// URL; its value is not shown here")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from stpm.monitoring.change import percent
-from stpm.monitoring.nights import CategorySummary, Night
+from stpm.monitoring.nightly_json import ordered_categories
+from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.significance import Rate
-from stpm.monitoring.summary import ordered_categories
 from stpm.pages import template, with_script_hash
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
@@ -58,7 +58,7 @@ class Card(NamedTuple):
     """A category with its trends."""
 
     name: str
-    summary: CategorySummary
+    record: CategoryRecord
     trends: list[Trend]
 
 
@@ -109,13 +109,13 @@ def alarm_trend(nights: Sequence[Night], category: str) -> Trend:
 
 
 def _statistic_trend(nights: Sequence[Night], category: str, name: str, expected: float) -> Trend:
-    def median(each: CategorySummary) -> float | None:
+    def median(each: CategoryRecord) -> float | None:
         return each.medians.get(name)
 
     return _trend(nights, category, _LABELS[name], median, _short, expected)
 
 
-def _alarm_rate(each: CategorySummary) -> float | None:
+def _alarm_rate(each: CategoryRecord) -> float | None:
     return each.alarms / each.scored if each.scored else None
 
 
@@ -123,7 +123,7 @@ def _trend(
     nights: Sequence[Night],
     category: str,
     what: str,
-    value: Callable[[CategorySummary], float | None],
+    value: Callable[[CategoryRecord], float | None],
     show: Callable[[float], str],
     expected: float | None,
     low: float | None = None,

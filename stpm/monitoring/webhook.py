@@ -1,4 +1,4 @@
-"""Post a summary to a webhook, signed as GitHub signs its own: HMAC-SHA256 of the body, in a header.
+"""Post a message to a webhook, signed as GitHub signs its own: HMAC-SHA256 of the body, in a header.
 
 The URL may be a secret, and the key is one: no message and no log shows more of them than the host.
 """
@@ -72,7 +72,7 @@ def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, 
         retry(act)
     except (OSError, http.client.HTTPException, ValueError) as error:
         # Without the chain: some of these errors hold the URL, and a traceback would show it.
-        raise WebhookError(f"the webhook at {hide_urls(url)} did not take the summary: {_reason(error)}") from None
+        raise WebhookError(f"the webhook at {hide_urls(url)} did not take the message: {_reason(error)}") from None
 
 
 def _request(url: str, body: bytes, key: str) -> urllib.request.Request:

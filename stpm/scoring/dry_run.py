@@ -17,7 +17,7 @@ from stpm.console import duration
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.manifest import Manifest
 from stpm.scoring.run import ScoringRun, run_scoring
-from stpm.scoring.run_statistics import RunSummary
+from stpm.scoring.run_statistics import RunResult
 
 log = logging.getLogger(__name__)
 
@@ -52,19 +52,19 @@ def dry_run(run: ScoringRun) -> None:
             triage_images=0,
             fdr=0.0,
         )
-        summary, _ = run_scoring(sample, start_over=True)
+        result, _ = run_scoring(sample, start_over=True)
         written = storage.files(sample.output.scores) + storage.files(sample.output.heatmaps)
-        log.info(describe_estimate(images.rows, summary, [size for uri, size in written if uri.endswith(_WRITTEN)]))
+        log.info(describe_estimate(images.rows, result, [size for uri, size in written if uri.endswith(_WRITTEN)]))
     finally:
         storage.remove(folder)
 
 
-def describe_estimate(images: int, sample: RunSummary, file_sizes: Sequence[int]) -> str:
+def describe_estimate(images: int, sample: RunResult, file_sizes: Sequence[int]) -> str:
     """Estimate what a run takes from what a sample of it took, in one line.
 
     Args:
         images: of the whole run.
-        sample: summary of the sample.
+        sample: the result of scoring the sample.
         file_sizes: of the files that the sample wrote, bytes.
     """
     speed = sample.statistics.steady_images_per_second or sample.images_per_second

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stpm.errors import ConfigError
-from stpm.method.calibration import check_false_alarm_rate
-from stpm.method.false_discovery import check_false_discovery_rate
-from stpm.options import WAIT_HELP, Names, check_options, option
+from stpm.options import WAIT_HELP, Names, Options, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 
 Heatmaps = Literal["all", "anomalous", "none"]
@@ -19,25 +16,19 @@ IMAGE_SECONDS = 300.0
 
 CATEGORY_HELP = "category of every image: the model that scores it"
 CATEGORY_FROM_HELP = "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
-ALLOW_HELP = (
-    "prefixes that the URIs of a manifest may have, separated by commas; none: the manifest's own bucket or folder"
-)
-_MAX_IMAGE_SECONDS = 24 * 3600.0
+ALLOW_HELP = "prefixes that the URIs in a table may have, separated by commas; none: the table's own bucket or folder"
+_DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
-class CollectionOptions:
-    """The images to score, the models that score them, and the run folder.
-
-    Raises:
-        ConfigError: if a required option is missing, or a value is out of range.
-    """
+class CollectionOptions(Options):
+    """The images to score, the models that score them, and the run folder."""
 
     models: str = option("", "model store: a folder or a URI", required=True)
     images: Names = option(
         Names(),
         "what to score, separated by commas: folders or prefixes (searched at any depth), globs, .tar archives, "
-        "manifests (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns are copied to the output), "
+        "tables (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns are copied to the output), "
         ".parquet files with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard "
         "input. "
         "The name of an existing file or folder is never read as a glob; write [[], [*] and [?] for the characters "
@@ -54,24 +45,25 @@ class CollectionOptions:
         "false discovery rate, 0 to 1: of the images that the run calls discoveries, at most this fraction is good on "
         "average, over all its images and categories (Benjamini-Hochberg); the verdict of each image stays that of the "
         "false-alarm rate; 0: no discoveries",
+        minimum=0,
+        below=1,
     )
     dry_run: bool = option(
         False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
     )
     fresh: bool = option(False, "remove what earlier runs wrote to the run folder, and start over")
     wait: bool = option(False, WAIT_HELP)
-    max_error_rate: float = option(0.01, "fraction of images, 0 to 1, that may be errors before the exit code is 2")
+    max_error_rate: float = option(
+        0.01, "fraction of images, 0 to 1, that may be errors before the exit code is 2", minimum=0, maximum=1
+    )
 
     def __post_init__(self) -> None:
-        check_options(self)
-        if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"max-error-rate is {self.max_error_rate}; give a fraction between 0 and 1")
-        check_false_discovery_rate(self.fdr)
+        super().__post_init__()
         CategoryRule(self.category, self.category_from)
 
 
 @dataclass(frozen=True)
-class OutputOptions:
+class OutputOptions(Options):
     """What a run writes for each image besides its score."""
 
     heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
@@ -88,16 +80,14 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
-    """How images are scored.
-
-    Raises:
-        ConfigError: if a value is out of range.
-    """
+class ScoreOptions(Options):
+    """How images are scored."""
 
     false_alarm_rate: float = option(
         0.01,
         "fraction of good images that may be called anomalous, 0 to 1; sets the threshold from held-out good images",
+        above=0,
+        below=1,
     )
     scoring_batch_size: int = option(
         0,
@@ -105,13 +95,17 @@ class ScoreOptions:
         "of memory",
         minimum=0,
     )
-    model_memory_gib: float = option(
-        1.0, "GiB of models and teachers that a scorer keeps loaded, the most recently used ones", minimum=0
+    model_ram_gib: float = option(
+        1.0,
+        "GiB of RAM, or of GPU RAM, for the models and teachers that a scorer keeps loaded: those used last",
+        minimum=0,
     )
     image_seconds: float = option(
         IMAGE_SECONDS,
         "seconds that fetching and decoding one image may take; an image that is not fetched by then is tried again by "
         "the next run, one that is not decoded by then becomes a row with an error",
+        above=0,
+        maximum=_DAY,
     )
     accept_errors: bool = option(
         False,
@@ -130,11 +124,3 @@ class ScoreOptions:
         "the run starts",
         minimum=1,
     )
-
-    def __post_init__(self) -> None:
-        check_false_alarm_rate(self.false_alarm_rate)
-        check_options(self)
-        if not 0 < self.image_seconds <= _MAX_IMAGE_SECONDS:
-            raise ConfigError(
-                f"image-seconds is {self.image_seconds}; give more than 0, and at most {_MAX_IMAGE_SECONDS:.0f}, a day"
-            )

@@ -28,7 +28,7 @@ class RunOutput:
     Args:
         folder: URI of the run folder.
         name: of the run, unique in the folder.
-        state_folder: URI of the folder for run.json, the manifest and the checkpoint.
+        state_folder: URI of the folder for run.json, the manifest and the checkpoints.
         options: what is written besides the rows.
     """
 
@@ -99,9 +99,9 @@ class RunOutput:
         return storage.join(self.state_folder, "segments")
 
     @property
-    def checkpoint(self) -> str:
+    def checkpoints(self) -> str:
         """The folder of the ids and summaries of written rows, by segment; removed when the run is finished."""
-        return storage.join(self.state_folder, "checkpoint")
+        return storage.join(self.state_folder, "checkpoints")
 
     @property
     def remaining(self) -> str:
@@ -112,9 +112,9 @@ class RunOutput:
         """The summary of a segment of which all rows are written."""
         return storage.join(self.segments, f"{number:06}.json")
 
-    def segment_checkpoint(self, number: int) -> str:
+    def segment_checkpoints(self, number: int) -> str:
         """The folder of the ids and summaries of a segment's written rows."""
-        return storage.join(self.checkpoint, f"{number:06}")
+        return storage.join(self.checkpoints, f"{number:06}")
 
     def segment_remaining(self, number: int) -> str:
         """The folder of the shards of a segment that a resumed run has yet to score."""
@@ -122,10 +122,10 @@ class RunOutput:
 
     def segments_with_checkpoints(self) -> set[int]:
         """Return the numbers of the segments of which rows are written."""
-        if not storage.exists(self.checkpoint):
+        if not storage.exists(self.checkpoints):
             return set()
         # In a store the folder itself may be an object, and so be among its children.
-        return {int(name) for name in storage.children(self.checkpoint) if name.isdigit()}
+        return {int(name) for name in storage.children(self.checkpoints) if name.isdigit()}
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""
@@ -154,7 +154,7 @@ class RunOutput:
 
     def existing(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""
-        names = (self.manifest, self.segments, self.checkpoint, self.remaining, self.triage, self.heatmaps)
+        names = (self.manifest, self.segments, self.checkpoints, self.remaining, self.triage, self.heatmaps)
         return [*self.files(), *(uri for uri in names if storage.exists(uri))]
 
     def clear(self) -> None:
@@ -165,14 +165,14 @@ class RunOutput:
         RunState(self.state_folder).clear()
         for uri in (*self.files(), self.heatmaps, self.manifest, self.segments, self.triage):
             storage.remove(uri)
-        self.clear_checkpoint()
+        self.clear_checkpoints()
 
     def remove(self) -> None:
         """Remove all that runs wrote here, with the mark that a run wrote it."""
         self.clear()
         RunState(self.state_folder).forget()
 
-    def clear_checkpoint(self) -> None:
+    def clear_checkpoints(self) -> None:
         """Remove what only an unfinished run needs."""
-        storage.remove(self.checkpoint)
+        storage.remove(self.checkpoints)
         storage.remove(self.remaining)

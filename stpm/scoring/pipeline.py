@@ -22,7 +22,7 @@ from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
-from stpm.scoring.resuming.row_checkpoints import RowFiles, checkpoint_config
+from stpm.scoring.resuming.row_checkpoints import RowWriter, checkpoint_config
 from stpm.scoring.scorer_pool import ScorerPool
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
@@ -53,7 +53,7 @@ def _scorers(number: int) -> str:
 
 def score_shards(
     shards: Sequence[Shard],
-    checkpoint: str,
+    checkpoints: str,
     records: Mapping[str, ModelRecord],
     store: ModelStore,
     options: ScoreOptions,
@@ -68,7 +68,7 @@ def score_shards(
 
     Args:
         shards: Parquet files of schema MANIFEST, with passthrough columns.
-        checkpoint: URI of the folder for the ids and the summaries of written rows.
+        checkpoints: URI of the folder for the ids and the summaries of written rows.
         records: the model of each category; rows of other categories become rows with an error.
         store: the models.
         options: how to score.
@@ -85,7 +85,7 @@ def score_shards(
     blocks = ManifestBlocks(shards)
     preprocessing = {name: record.preprocessing for name, record in records.items()}
     pool = ScorerPool.for_nodes(options.scorers, working_nodes(), len(blocks), grows=is_shared())
-    memory = pool.memory_for(TASK_BYTES)
+    task_ram = pool.ram_for(TASK_BYTES)
     settings = ScorerSettings(
         store=store.uri,
         model_ids={name: record.model_id for name, record in records.items()},
@@ -93,14 +93,14 @@ def score_shards(
         raw_maps=output.options.raw_maps,
         overlays=output.options.overlay,
         batch_size=options.scoring_batch_size,
-        model_memory=int(options.model_memory_gib * 2**30),
+        model_ram=int(options.model_ram_gib * 2**30),
         accept_errors=options.accept_errors,
         backend=resolve_backend(backend, on_gpu=pool.num_gpus > 0),
     )
     log.info(f"{_scorers(pool.size)} on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
-    context.checkpoint_config = checkpoint_config(checkpoint)
+    context.checkpoint_config = checkpoint_config(checkpoints)
     with DataContext.current(context):
         rows = ray.data.read_datasource(
             blocks,
@@ -114,7 +114,7 @@ def score_shards(
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
             num_cpus=pool.stage_cpus,
-            memory=memory,
+            memory=task_ram,
         )
         rows = rows.map_batches(
             ScorerActor,
@@ -134,7 +134,7 @@ def score_shards(
         )
         try:
             rows.write_datasink(
-                RowFiles(output, checkpoint, options.rows_per_file, max_ranked),
+                RowWriter(output, checkpoints, options.rows_per_file, max_ranked),
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         except (RayError, SystemException) as error:

@@ -22,9 +22,10 @@ T = TypeVar("T")
 # Images with an error that a summary names.
 _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
-PARTS = ["student_score", "memory_score"]
+SCORE_PARTS = ["student_score", "memory_score"]
 # Columns that a summary is made from.
-COLUMNS = [*_ERROR_COLUMNS, *PARTS, "image_id", "category", "score", "p_value", "threshold", "is_anomalous", "bytes"]
+_VALUES = ["score", *SCORE_PARTS, "p_value", "threshold", "is_anomalous"]
+COLUMNS = [*_ERROR_COLUMNS, *_VALUES, "image_id", "category", "bytes"]
 # Thresholds are at least this in the division by them.
 _MIN_THRESHOLD = 1e-30
 
@@ -49,12 +50,12 @@ class RankedImage(NamedTuple):
     Args:
         excess: how far its score is above its threshold, comparable over models.
         image_id: breaks ties.
-        file: beginning of the name of the Parquet file that has its row.
+        task: name of the task that wrote its row.
     """
 
     excess: float
     image_id: int
-    file: str
+    task: str
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ class RowSummary:
         return sum(counts[name] for counts in self.categories.values())
 
     @classmethod
-    def of_rows(cls, rows: pa.Table, file: str, max_ranked: int) -> RowSummary:
+    def of_rows(cls, rows: pa.Table, task: str, max_ranked: int) -> RowSummary:
         """Summarize rows of schema OUTPUT, of which COLUMNS are read.
 
         Args:
             rows: to summarize.
-            file: beginning of the name of their Parquet file.
+            task: name of the task that wrote them.
             max_ranked: number of the most anomalous images to name.
         """
         sums = [([], "count_all"), ("is_anomalous", "sum"), ("bytes", "sum")]
@@ -119,7 +120,7 @@ class RowSummary:
             _count_p_values(rows),
             bytes_read,
             max_ranked,
-            _rank(rows, file, max_ranked),
+            _rank(rows, task, max_ranked),
         )
 
     @classmethod
@@ -190,11 +191,11 @@ def _count_p_values(rows: pa.Table) -> dict[str, dict[float, int]]:
     return _by_name(counts)
 
 
-def _rank(rows: pa.Table, file: str, max_ranked: int) -> list[RankedImage]:
+def _rank(rows: pa.Table, task: str, max_ranked: int) -> list[RankedImage]:
     """Select the rows whose scores exceed their model's threshold the most."""
-    scored = rows.select(["image_id", "score", "threshold", *PARTS]).filter(pc.field("score").is_valid())
+    scored = rows.select(["image_id", "score", "threshold", *SCORE_PARTS]).filter(pc.field("score").is_valid())
     images = zip(excess(scored).tolist(), scored["image_id"].to_pylist(), strict=True)
-    return [RankedImage(*image, file) for image in heapq.nlargest(max_ranked, images)]
+    return [RankedImage(*image, task) for image in heapq.nlargest(max_ranked, images)]
 
 
 def excess(scored: pa.Table) -> npt.NDArray[np.float64]:
@@ -203,7 +204,7 @@ def excess(scored: pa.Table) -> npt.NDArray[np.float64]:
     A sum of parts has the same scale in all models: take the difference. Otherwise divide it by the threshold.
     """
     scores, thresholds = (scored[name].cast(pa.float64()).to_numpy() for name in ("score", "threshold"))
-    is_sum = np.any([scored[name].is_valid().to_numpy() for name in PARTS], axis=0)
+    is_sum = np.any([scored[name].is_valid().to_numpy() for name in SCORE_PARTS], axis=0)
     scales = np.where(is_sum, 1.0, np.maximum(np.abs(thresholds), _MIN_THRESHOLD))
     above: npt.NDArray[np.float64] = (scores - thresholds) / scales
     return above

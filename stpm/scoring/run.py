@@ -29,7 +29,7 @@ from stpm.scoring.resuming.remaining import remaining_segments
 from stpm.scoring.resuming.run_state import RunConfig, RunState
 from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run_statistics import RunSummary
+from stpm.scoring.run_statistics import RunResult
 from stpm.scoring.triage import write_triage
 
 # Records that are read at the same time.
@@ -66,7 +66,7 @@ class ScoringRun:
     fdr: float = 0.0
 
 
-def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunSummary, Records]:
+def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunResult, Records]:
     """Score all images that have no row yet, on Ray.
 
     Args:
@@ -75,7 +75,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         replace: start over if the output holds a run with another configuration or other models, instead of refusing.
 
     Returns:
-        The summary of the run, which is finished unless images are unfinished; and the models.
+        The result of the run, which is finished unless images are unfinished; and the models.
 
     Raises:
         ConfigError: if the output holds another run, or the scorers do not fit the cluster.
@@ -87,25 +87,25 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     finished = state.is_finished()
     if finished:
         log.info(f"all of them are scored already, see {state.uri}")
-    summary = state.summary() if finished else _score_remaining(run, images, records)
-    if not summary.unfinished:
-        known = summary.discoveries.rate if summary.discoveries else 0.0
+    result = state.result() if finished else _score_remaining(run, images, records)
+    if not result.unfinished:
+        known = result.discoveries.rate if result.discoveries else 0.0
         needs_page = run.triage_images and (run.triage_images != state.triage_images() or run.fdr != known)
         if needs_page or run.fdr != known:
-            total = total_of_finished(run.output, summary.rows, run.triage_images)
+            total = total_of_finished(run.output, result.rows, run.triage_images)
         if run.fdr != known:
             found = run_discoveries(total.p_values, records, run.fdr) if run.fdr else None
-            summary = dataclasses.replace(summary, discoveries=found)
+            result = dataclasses.replace(result, discoveries=found)
         if needs_page:
             preprocessing = {name: record.preprocessing for name, record in records.items()}
-            write_triage(run.output, run.triage_images, preprocessing, summary.discoveries)
+            write_triage(run.output, run.triage_images, preprocessing, result.discoveries)
             state.record_triage(run.triage_images)
         if not finished:
-            state.finish(summary)
+            state.finish(result)
         elif run.fdr != known:
-            state.update_summary(summary)
-        run.output.clear_checkpoint()
-    return summary, records
+            state.update_result(result)
+        run.output.clear_checkpoints()
+    return result, records
 
 
 def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tuple[RunState, Manifest, Records]:
@@ -198,8 +198,8 @@ def _model_ids(records: Records) -> dict[str, str]:
     return {category: record.model_id for category, record in records.items()}
 
 
-def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> RunSummary:
-    """Score the images without a row, segment by segment, and summarize all rows."""
+def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> RunResult:
+    """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
     with connected():
         committed = committed_segments(run.output)
@@ -229,7 +229,7 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
             "to try them again, or with --accept-errors to write such errors as rows"
         )
     seconds = round(time.perf_counter() - start, 3)
-    return RunSummary(
+    return RunResult(
         rows=total.rows,
         anomalous=total.anomalous,
         errors=total.errors,
@@ -248,7 +248,7 @@ def _score_segment(
     try:
         score_shards(
             shards,
-            run.output.segment_checkpoint(number),
+            run.output.segment_checkpoints(number),
             records,
             run.store,
             run.options,

@@ -49,7 +49,7 @@ class UnfinishedImage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunResult:
     """The rows of a run, and the time since it was last started, in which it may have scored only a part of them.
 
     Args:

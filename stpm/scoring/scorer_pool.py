@@ -28,7 +28,7 @@ class ScorerPool:
 
     The pool starts with `size` actors, and has at most `max_size` after nodes have been added; `num_cpus` and
     `num_gpus` are per actor. `stage_cpus` is per task that fetches, decodes or writes; `reserved_fraction` of the
-    cluster is reserved for the stages, in equal parts; `node_memory` is that of the smallest node, in bytes.
+    cluster is reserved for the stages, in equal parts; `node_ram` is that of the smallest node, in bytes.
     """
 
     size: int
@@ -37,11 +37,11 @@ class ScorerPool:
     num_gpus: float
     stage_cpus: float
     reserved_fraction: float
-    node_memory: float = math.inf
+    node_ram: float = math.inf
 
-    def memory_for(self, task_bytes: int) -> int:
+    def ram_for(self, task_bytes: int) -> int:
         """Return the bytes to request from Ray for a task: few enough that some tasks fit the smallest node."""
-        return int(min(task_bytes, self.node_memory / _MIN_TASKS))
+        return int(min(task_bytes, self.node_ram / _MIN_TASKS))
 
     @classmethod
     def for_nodes(cls, scorers: int, nodes: Sequence[Resources], blocks: int, *, grows: bool) -> ScorerPool:
@@ -71,7 +71,7 @@ class ScorerPool:
             num_gpus=1.0 if gpus else 0.0,
             stage_cpus=stage_cpus,
             reserved_fraction=_reserved_fraction(sum(node["CPU"] for node in nodes), size * num_cpus),
-            node_memory=min(node.get("memory", math.inf) for node in nodes),
+            node_ram=min(node.get("memory", math.inf) for node in nodes),
         )
 
 

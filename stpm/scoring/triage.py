@@ -20,13 +20,13 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, score_parts, template, with_script_hash
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.row_checkpoints import written_by
+from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.resuming.segments import committed_summaries, scan_rows
-from stpm.scoring.row_summary import PARTS, RankedImage, RowSummary
+from stpm.scoring.row_summary import SCORE_PARTS, RankedImage, RowSummary
 from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
-_VALUES = ["score", *PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
+_VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
 _COLUMNS = ["image_id", "uri", "category", "model_id", *_VALUES, *_HEATMAP]
 # Pixels of a picture's shorter and longer side, at most.
 _MAX_SHORT_SIDE, _MAX_LONG_SIDE = 256, 1024
@@ -89,10 +89,10 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     """Read the rows of images. Pictures of other images are read only if they are in the same row group."""
     wanted: defaultdict[str, list[int]] = defaultdict(list)
     for image in images:
-        wanted[image.file].append(image.image_id)
+        wanted[image.task].append(image.image_id)
     rows: dict[int, dict[str, Any]] = {}
     for uri in output.files():
-        if ids := wanted.get(written_by(uri)):
+        if ids := wanted.get(task_of(uri)):
             rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
     if missing := sum(image.image_id not in rows for image in images):
         raise DataError(

@@ -17,9 +17,9 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import filesystem, is_local
 
 _THREADS = 16
-# Levels of folders at which a prefix is divided, at most.
+# Times that a prefix is divided.
 _PREFIX_LEVELS = 4
-# Entries of a listing that change with a file's bytes. A checksum is first: uploading the same bytes again keeps it.
+# Values of a listing that change with a file's bytes. The checksum is first: it stays if the same bytes are written.
 _VERSION_KEYS = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 
 
@@ -46,9 +46,9 @@ def files(uri: str) -> list[tuple[str, int]]:
 def versions(uri: str) -> list[tuple[str, str]]:
     """Return (URI, version) of every file under a folder, at any depth, sorted; none if it does not exist.
 
-    The version changes when the file's bytes do; on a disk, and in some object stores, also when the same bytes are
-    written again: it is the size with the checksum or tag in an object store, and with the time of modification on a
-    disk. It costs no request beside the listing.
+    The version is the size, with the checksum or tag in an object store, or with the time of modification on a disk.
+    It changes when the bytes change; on a disk, and in some stores, also when the same bytes are written again. The
+    listing has it: no more requests are made.
     """
     return [(name, _version(info)) for name, info in _entries(uri)]
 
@@ -65,7 +65,7 @@ def _entries(uri: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _version(info: dict[str, Any]) -> str:
     if info.get("islink"):
-        # The listing has the time of the link, not of the file that it points to.
+        # The listing has the time of the link: take that of the file.
         info = info | {"mtime": Path(info["name"]).stat().st_mtime}
     values = (info[key] for key in _VERSION_KEYS if info.get(key))
     return f"{int(info['size'] or 0)} {next(values, '')}"
@@ -74,7 +74,7 @@ def _version(info: dict[str, Any]) -> str:
 def stream(uri: str) -> Iterator[str]:
     """Yield the URI of every file under a folder or prefix at any depth, or of the one file that the URI names.
 
-    Lists folders, or prefixes of S3, in parallel, and holds a page of each; the order is the same each time. Yields
+    List folders, or prefixes of S3, in parallel, and hold a page of each. The order is the same each time. Yield
     nothing if there is no such folder.
 
     Raises:
@@ -88,7 +88,7 @@ def stream(uri: str) -> Iterator[str]:
     except (FileNotFoundError, NotADirectoryError):
         is_file = False
     except PermissionError as error:
-        # Who may list only what is under a prefix is denied to ask for the prefix itself.
+        # Credentials that may list what is under a prefix may still not ask for the prefix itself.
         is_file, denied = False, error
     if is_file:
         names = iter([path])
@@ -108,9 +108,10 @@ def stream(uri: str) -> Iterator[str]:
 
 
 def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
-    """Yield the keys under a prefix: a listing is a chain of requests, so several parts of it are listed in parallel.
+    """Yield the keys under a prefix.
 
-    The order is that of their pages in turn, which does not depend on time.
+    A listing is a chain of requests, so divide the prefix and list its parts in parallel. Take a page of each part in
+    turn: the order does not depend on time.
     """
     bucket, _, key = path.partition("/")
 
@@ -138,7 +139,7 @@ def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
 def _divide_prefix(
     prefix: str, list_page: Callable[..., dict[str, Any]], pool: ThreadPoolExecutor
 ) -> tuple[list[str], list[str]]:
-    """Divide a prefix into as many as are listed in parallel, at slashes; return them and the keys in none of them."""
+    """Divide a prefix at slashes into enough parts to list in parallel. Return the keys in no part, and the parts."""
     keys: list[str] = []
     prefixes = [prefix]
     for _ in range(_PREFIX_LEVELS):
@@ -147,7 +148,7 @@ def _divide_prefix(
         divided = []
         for whole, page in zip(prefixes, pool.map(lambda each: list_page(each, Delimiter="/"), prefixes), strict=True):
             if page["IsTruncated"]:
-                # It has too many parts, and a listing of each would take more requests than one of all.
+                # The parts are so many that to list each of them takes more requests than to list the whole.
                 divided.append(whole)
             else:
                 keys += _keys(page)
@@ -200,7 +201,7 @@ def _is_file(fs: Any, entry: dict[str, Any]) -> bool:
 
 
 def _uri(fs: Any, path: str, under: str) -> str:
-    """Make the URI of a path, with the scheme and account of the URI that it was found under."""
+    """Make the URI of a path. Take scheme and account from the URI under which the path was found."""
     if isinstance(fs, LocalFileSystem):
         return path
     root = str(fs._strip_protocol(under)).rstrip("/")

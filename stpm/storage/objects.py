@@ -21,9 +21,9 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import absolute, filesystem, is_local
 
 _UNFINISHED = ".part"
-# Of the names of unfinished files, so that no other hidden file is taken for one.
+# In the names of unfinished files, so that no other hidden file is taken for one.
 _HEX = 32 * "[0-9a-f]"
-# Bytes to fetch of an object before asking for its size, which is one more request.
+# Bytes of an object to fetch before its size is asked for, which is one more request.
 _FIRST_BYTES = 32 * 2**20
 
 T = TypeVar("T")
@@ -103,12 +103,12 @@ def check_size(path: str, size: int, limit: int) -> None:
 def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
     """Write an object so that no reader ever sees a part of it.
 
-    Object stores are atomic per object; on a local disk a temporary file is written, and renamed.
+    Object stores are atomic per object. On a local disk, write a temporary file and rename it.
 
     Args:
         uri: of the object.
         data: its bytes.
-        durable: wait until a local disk would keep it through a power cut.
+        durable: wait until a local disk keeps it through a power cut.
 
     Raises:
         ConfigError: if its bucket does not exist.
@@ -119,13 +119,13 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Opened as any new file, so that it has the permissions that the umask leaves.
+    # Open it as any new file: it gets the permissions that the umask leaves.
     temporary = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
     try:
         with temporary.open("xb") as file:
             file.write(data)
             if durable:
-                # Otherwise a disk may keep the new name and lose the bytes, which leaves an empty file.
+                # Without this, a power cut may keep the new name and lose the bytes: the file is then empty.
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(target)
@@ -152,12 +152,12 @@ def _sync_folder(folder: Path) -> None:
 def create(uri: str, data: bytes) -> bool:
     """Write an object if it does not exist; return False, and change nothing, if it does.
 
-    Of several callers at once one succeeds, on local disks and where the store has a conditional put (S3, Google and
-    Azure have). On a local disk a reader may find the object before its bytes.
+    If several callers try at once, one succeeds: on local disks, and in stores with a conditional put (S3, Google and
+    Azure). On a local disk a reader may find the object before its bytes.
 
     Args:
         uri: of the object.
-        data: bytes that no other caller writes: if a put was done and its answer lost, they show that it was this one.
+        data: bytes that no other caller writes. They show whose put succeeded if its answer was lost.
 
     Raises:
         ConfigError: if its bucket does not exist.

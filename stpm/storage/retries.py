@@ -1,4 +1,4 @@
-"""Retries: remote storage answers 500, 503 or nothing at times, and trying again later is all that helps."""
+"""Retry requests to remote storage, which at times answers 500, 503 or nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import tenacity
 
 from stpm.storage.uris import is_local
 
-# Seconds. A store that does not answer for longer is taken to be down.
+# Seconds after which a store that does not answer is taken to be down.
 MAX_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 10.0
 
-# Packages whose exceptions are not an OSError where a connection breaks.
+# Packages that raise exceptions of their own, no OSError, when a connection breaks.
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 
@@ -54,7 +54,7 @@ def _is_temporary(error: BaseException) -> bool:
 
 
 def _is_missing(error: BaseException) -> bool:
-    # The second is what Azure's client raises where the container is missing.
+    # Azure's client raises the second if the container is missing.
     return isinstance(error, FileNotFoundError) or type(error).__name__ == "ResourceNotFoundError"
 
 

@@ -21,16 +21,15 @@ from stpm.names import check_no_secret
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL = ("file", "local")
-# A URI of these chooses another filesystem to read from.
+# Schemes whose URIs choose another filesystem to read from.
 _WRAPPERS = ("generic", "reference")
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the filesystem of a URI, and the URI's path on it.
 
-    Credentials, endpoint and region are found as the cloud's own tools find them (for S3 that includes
-    `AWS_ENDPOINT_URL`). A name that fsspec would read as a chain of filesystems, such as `zip::file.zip`, is a plain
-    name.
+    Credentials, endpoint and region are those that the cloud's own tools find (for S3 also `AWS_ENDPOINT_URL`). A name
+    that fsspec reads as a chain of filesystems, such as `zip::file.zip`, is a plain name here.
 
     Raises:
         UriError: if the URI holds a NUL, or its scheme is unknown or is not a storage.
@@ -84,7 +83,7 @@ def absolute(uri: str) -> str:
     """
     check_no_secret(uri)
     if is_local(uri):
-        # This expands `~` too, and keeps it where no user has that name.
+        # This also expands `~`, unless no user has that name.
         return str(Path(LocalFileSystem._strip_protocol(uri)).absolute())
     return uri.rstrip("/")
 

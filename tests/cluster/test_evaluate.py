@@ -40,9 +40,9 @@ def check_partitions() -> None:
     assert "no model for category '../../a'" in found[0][2]
     frame = pd.read_parquet("run/scores")
     assert (frame.category == "nut").sum() == 8
-    summary = json.loads(Path("run/run.json").read_text())["summary"]
-    assert summary["rows"] == 13
-    assert {name: category["rows"] for name, category in summary["categories"].items()} == {
+    result = json.loads(Path("run/run.json").read_text())["result"]
+    assert result["rows"] == 13
+    assert {name: category["rows"] for name, category in result["categories"].items()} == {
         **{"../../a": 1, "007": 1, NULL_NAME: 1, "a b": 1, "nut": 8, LONG: 1}
     }
 

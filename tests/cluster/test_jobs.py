@@ -73,9 +73,9 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     assert all((working_folder / "run" / row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 8
     run = json.loads((working_folder / "run/run.json").read_text())
-    assert run["summary"]["rows"] == 8
-    assert 0 < run["summary"]["statistics"]["forward_seconds"] < 2 * run["summary"]["seconds"]
-    assert run["summary"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
+    assert run["result"]["rows"] == 8
+    assert 0 < run["result"]["statistics"]["forward_seconds"] < 2 * run["result"]["seconds"]
+    assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
     assert {path.name for path in (working_folder / "run").iterdir()} == {
         ".lease",

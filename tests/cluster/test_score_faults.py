@@ -21,7 +21,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import committed_summaries, scan_rows
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run_statistics import RunStatistics, RunSummary
+from stpm.scoring.run_statistics import RunResult, RunStatistics
 from tests.cluster.conftest import (
     DECODER,
     KILLS,
@@ -104,9 +104,9 @@ def check_same(root: Path, out: str) -> None:
     assert RowSummary.total(committed_summaries(RunOutput.single(out)), 50) == scan_rows(RunOutput.single(out), 50)
 
 
-def summary(out: str) -> RunSummary:
+def summary(out: str) -> RunResult:
     """Return what run.json says of the rows."""
-    return replace(RunState(out).summary(), seconds=0.0, statistics=RunStatistics())
+    return replace(RunState(out).result(), seconds=0.0, statistics=RunStatistics())
 
 
 def wait_for_rows(out: str, min_files: int) -> None:

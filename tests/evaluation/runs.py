@@ -15,7 +15,7 @@ from stpm.evaluation.category_metrics import METRICS, CategoryMetrics, Metric, m
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.method.calibration import HeatmapScale
 from stpm.method.preprocessing import Preprocessing
-from stpm.models.record import FitSummary, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
@@ -90,7 +90,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         teacher_digest="t",
         heatmap_scale=HeatmapScale(0.1, 1.0),
         distance_scales=(),
-        fit=FitSummary(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
+        fit=FitRecord(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
         files={"student.safetensors": f"{seed}" * 64},
         versions={},
         created="now",

@@ -14,7 +14,7 @@ from tests.evaluation.runs import REPORT, result, without_student
 
 
 def test_the_report_averages_over_seeds_and_then_over_categories() -> None:
-    report = json.loads(json.dumps(REPORT.summary, allow_nan=False))
+    report = json.loads(json.dumps(REPORT.contents, allow_nan=False))
     a, b = report["categories"]["a"], report["categories"]["b"]
     assert (a["image_auroc"], a["pixel_auroc"], a["fit_seconds"]) == (0.5, pytest.approx(0.8), 2.5)
     assert a["image_auroc_std"] == pytest.approx(np.std([0.25, 0.75], ddof=1))
@@ -48,35 +48,35 @@ def test_the_text_names_undefined_metrics_and_failures() -> None:
 def test_an_empty_report_is_written() -> None:
     empty = Report("data", [], [Failure("c", "gone")])
     assert empty.text() == "c: failed: gone"
-    assert empty.summary["mean"]["image_auroc"] is None
+    assert empty.contents["mean"]["image_auroc"] is None
     assert pq.read_table(io.BytesIO(empty.files()["report.parquet"])).num_rows == 0
 
 
 def test_the_report_has_intervals_and_defect_types() -> None:
-    a = REPORT.summary["categories"]["a"]
+    a = REPORT.contents["categories"]["a"]
     assert a["image_auroc_interval"] == pytest.approx([0.4, 0.6])
     assert a["seeds"]["1"]["image_auroc_interval"] == pytest.approx([0.65, 0.85])
     assert (a["defects"]["dent"]["image_auroc"], a["defects"]["dent"]["defect_count"]) == (0.5, 5)
-    assert REPORT.summary["recipe"]["size"] == "64x64"
+    assert REPORT.contents["recipe"]["size"] == "64x64"
 
 
 def test_the_protocol_has_the_inputs_values_in_common() -> None:
-    protocol = REPORT.summary["protocol"]
+    protocol = REPORT.contents["protocol"]
     assert (protocol["input_size"], protocol["resize"]) == ("64x64", "stretch, bilinear with antialiasing")
     assert protocol["normalisation"] == "mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225"
     assert "(64x64)" in protocol["mask_resolution"]
     long = result("long", 0, 0.5, None)
     long = dataclasses.replace(long, model=dataclasses.replace(long.model, preprocessing=make_preprocessing(96, 32)))
     both = Report("data", [result("a", 0, 0.5, None), long], [])
-    assert both.summary["protocol"]["input_size"] == "varies"
-    assert [both.summary["categories"][name]["input_size"] for name in ("a", "long")] == ["64x64", "96x32"]
+    assert both.contents["protocol"]["input_size"] == "varies"
+    assert [both.contents["categories"][name]["input_size"] for name in ("a", "long")] == ["64x64", "96x32"]
     assert pq.read_table(io.BytesIO(both.files()["report.parquet"]))["input_size"].to_pylist() == ["64x64", "96x32"]
     assert "input varies, stretch, bilinear" in both.markdown()
 
 
 def test_a_model_without_a_student_is_reported_without_losses() -> None:
     report = Report("data", [without_student(result("a", seed, 0.5, None)) for seed in (0, 1)], [])
-    values = json.loads(json.dumps(report.summary, allow_nan=False))
+    values = json.loads(json.dumps(report.contents, allow_nan=False))
     a = values["categories"]["a"]
     assert (a["train_loss"], a["validation_loss"]) == (None, None)
     assert (values["recipe"]["student"], values["recipe"]["memory"]) == ("none", 50)
@@ -99,7 +99,7 @@ def test_the_protocol_describes_the_image_score(fractions: list[float], words: s
         made = result(f"c{i}", 0, 0.5, None)
         recipe = dataclasses.replace(made.model.recipe, top_fraction=fraction)
         results.append(dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe)))
-    assert Report("data", results, []).summary["protocol"]["image_score"] == words
+    assert Report("data", results, []).contents["protocol"]["image_score"] == words
 
 
 def test_defect_types_are_a_table_of_their_own() -> None:
@@ -125,6 +125,6 @@ def test_the_markdown_table_escapes_names() -> None:
 def test_the_mean_over_categories_has_its_std_over_seeds() -> None:
     values = {("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.6, ("b", 1): 1.0}
     found = Report("data", [result(name, seed, value, None) for (name, seed), value in values.items()], [])
-    assert found.summary["mean"]["image_auroc_std"] == pytest.approx(np.std([0.4, 0.7], ddof=1))
-    assert found.summary["mean"]["pixel_auroc_std"] is None
-    assert REPORT.summary["mean"]["image_auroc_std"] is None
+    assert found.contents["mean"]["image_auroc_std"] == pytest.approx(np.std([0.4, 0.7], ddof=1))
+    assert found.contents["mean"]["pixel_auroc_std"] is None
+    assert REPORT.contents["mean"]["image_auroc_std"] is None

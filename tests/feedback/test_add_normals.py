@@ -12,6 +12,7 @@ import pytest
 
 from stpm import storage
 from stpm.data import mvtec
+from stpm.errors import DataError
 from stpm.feedback.new_normals import NewNormals
 from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import fit_categories
@@ -50,8 +51,8 @@ class Plant:
         return [f"{self.root}/nights/nut/test/good/{number:03}.png" for number in numbers]
 
     def add(self, uris: Sequence[str], **options: Any) -> int:
-        manifest = write(self.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
-        return self.fit(add_normals=manifest, **options)
+        table = write(self.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
+        return self.fit(add_normals=table, **options)
 
     def scores(self, uris: Sequence[str]) -> np.ndarray:
         """Score images with the current model, by the stages of scoring."""
@@ -149,9 +150,9 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
         (student.good(4)[0], "nut", "defect"),
         ("/etc/hostname", "nut", "good"),
     ]
-    manifest = write(student.root / "marks.csv", rows)
+    table = write(student.root / "marks.csv", rows)
     before = student.store.record("nut")
-    assert student.fit(add_normals=manifest) == 2
+    assert student.fit(add_normals=table) == 2
     assert len(student.store.record("nut").added_normals) == 1
     assert "1 of 7 images that are marked as good belong to models" in caplog.text
     assert "only images with label 'good' are added: 1 with label 'defect'" in caplog.text
@@ -160,7 +161,8 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     assert "Traceback" not in caplog.text
     assert student.fit(add_normals=write(student.root / "marks.csv", rows[1:])) == 3
     assert student.fit(add_normals=write(student.root / "marks.csv", rows[6:7])) == 0
-    assert student.fit(add_normals=str(student.root / "none.csv")) == 3
+    with pytest.raises(DataError, match="there is no such file"):
+        student.fit(add_normals=str(student.root / "none.csv"))
     assert student.store.versions("nut").previous[0].model_id == before.model_id
     assert len(student.store.versions("nut").previous) == 1
 
@@ -236,8 +238,8 @@ def test_an_added_image_that_is_among_the_training_images_is_not_there_twice(stu
 def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
     before = student.store.record("nut")
     make_category(f"{student.root}/other", "bolt")
-    manifest = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in student.good(0)])
-    options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=manifest, refit=True)
+    table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in student.good(0)])
+    options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=table, refit=True)
     assert run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="eager")) == 3
     assert "its category has no images in --data" in caplog.text
     assert student.store.record("nut") == before

@@ -46,7 +46,7 @@ def test_only_images_with_the_label_good_are_good(tmp_path: Path, kind: str) -> 
     assert read_marks(str(tmp_path / f"marks{kind}"), categories=["bolt"]).good == {"bolt": [f"{tmp_path}/sub/e.png"]}
 
 
-def test_a_manifest_names_only_what_scoring_would_allow(tmp_path: Path) -> None:
+def test_a_table_names_only_what_scoring_would_allow(tmp_path: Path) -> None:
     (tmp_path / "marks").mkdir()
     outside = [(f"{tmp_path}/x.png", "nut", "good"), ("../x.png", "nut", "good"), ("s3://b/x.png", "nut", "good")]
     uri = write(tmp_path / "marks" / "m.jsonl", [*outside, ("in.png", "nut", "good"), ("", "nut", "good")])
@@ -90,14 +90,14 @@ def test_an_image_with_two_labels_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("marks.txt", b"a.png", r"a manifest is a file of \.parquet, "),
+        ("marks.txt", b"a.png", r"a table is a file of \.parquet, "),
         ("marks.jsonl", b"{", "this manifest cannot be read"),
         ("marks.csv", b"name,label\na.png,good\n", "no column `uri`"),
         ("marks.parquet", b"", "this manifest cannot be read"),
         ("nowhere.jsonl", None, "this manifest cannot be read"),
     ],
 )
-def test_a_manifest_that_cannot_be_read_is_one_error(
+def test_a_table_that_cannot_be_read_is_one_error(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -106,7 +106,7 @@ def test_a_manifest_that_cannot_be_read_is_one_error(
         read_marks(str(tmp_path / name))
 
 
-def test_a_parquet_file_of_images_is_no_manifest_of_marks(tmp_path: Path) -> None:
+def test_a_parquet_file_of_images_is_no_table_of_marks(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"x"], "label": ["good"]}), tmp_path / "images.parquet")
     with pytest.raises(DataError, match="no column `uri`; its columns are label"):
         read_marks(str(tmp_path / "images.parquet"))

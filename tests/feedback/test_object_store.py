@@ -1,4 +1,4 @@
-"""Feedback where images, manifest and models are in an object store."""
+"""Feedback where images, table and models are in an object store."""
 
 from __future__ import annotations
 

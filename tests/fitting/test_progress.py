@@ -7,7 +7,7 @@ import pytest
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import Epoch, FitResult, FitTask
 from stpm.method.calibration import HeatmapScale
-from stpm.models.record import FitSummary, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord
 from tests.conftest import TINY, make_preprocessing
 
 TASK = FitTask("nut", tuple((str(i), 1) for i in range(10)), dataclasses.replace(TINY, epochs=100), "s", "d")
@@ -82,7 +82,7 @@ def test_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_model_without_student_has_no_epochs(caplog: pytest.LogCaptureFixture) -> None:
-    fit = FitSummary(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
+    fit = FitRecord(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
     record = ModelRecord("nut", TINY, make_preprocessing(64), "float32", "", HeatmapScale(0, 1), (), fit, {}, {}, "")
     FitProgress([TASK], None)(FitResult(TASK, record))
     assert caplog.messages[0] == "nut (seed 0)  fitted in 3.2 s, memory only"

@@ -26,7 +26,7 @@ def test_full_disk_is_reported(tmp_path: Path, tiny: Recipe) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(DataError, match=r"no room for .* GiB of decoded images in .*--worker-memory-gib"):
+        with pytest.raises(DataError, match=r"no room for .* GiB of decoded images in .*--worker-ram-gib"):
             load_images(uris, preprocessing_for(tiny, uris), budget=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

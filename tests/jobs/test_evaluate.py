@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stpm.data.mvtec import Category
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, DataError, ModelError
 from stpm.evaluation.gate import Gate, Requirement
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import Report
@@ -24,30 +24,30 @@ def evaluate(**options: str) -> int:
     return run_evaluate(EvaluateOptions(**options), ReportOptions())
 
 
-def test_a_missing_run_folder_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert evaluate(run=str(tmp_path / "nowhere")) == 3
-    assert "nowhere: no scores here" in caplog.text
+def test_a_missing_run_folder_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no scores here"):
+        evaluate(run=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="--run is missing"):
         EvaluateOptions()
 
 
-def test_a_run_without_models_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_models_is_reported(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
-    assert evaluate(run=output.folder) == 3
-    assert "no record of a scored run" in caplog.text
+    with pytest.raises(DataError, match="no record of a scored run"):
+        evaluate(run=output.folder)
 
 
-def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
-    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "summary": {}}
+    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "result": {}}
     (Path(output.state_folder) / "run.json").write_text(json.dumps(run))
-    assert evaluate(run=output.folder) == 3
-    assert "this run is not finished" in caplog.text
+    with pytest.raises(DataError, match="this run is not finished"):
+        evaluate(run=output.folder)
     (Path(output.state_folder) / "_SUCCESS").touch()
-    assert evaluate(run=output.folder) == 3
-    assert "models: no model nut-before for category 'nut'" in caplog.text
+    with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
+        evaluate(run=output.folder)
 
 
 def test_an_unreadable_baseline_is_reported_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

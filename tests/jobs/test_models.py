@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError
+from stpm.errors import ConfigError, DataError
 from stpm.jobs.models import run_models
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
@@ -66,7 +66,8 @@ def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_bac
     assert run(models, "bolt", roll_back=True) == 3
     assert run(models, "../nut", "screw") == 3
     for options in ((), ("nut",)):
-        assert run(ModelStore(f"{models.uri}/nowhere"), *options, keep=1) == 3
+        with pytest.raises(DataError, match="nowhere: no such folder"):
+            run(ModelStore(f"{models.uri}/nowhere"), *options, keep=1)
     assert not storage.exists(f"{models.uri}/nowhere")
 
 
@@ -109,7 +110,7 @@ def test_options_that_exclude_each_other_are_refused() -> None:
     for option in ("roll_back", "roll_forward"):
         with pytest.raises(ConfigError, match=r"without --categories; name them, or give --categories '\*' for all"):
             ModelsOptions("m", **{option: True})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="keep is -1; give 0 or more"):
+    with pytest.raises(ConfigError, match="keep is -1; give at least 0"):
         ModelsOptions("m", keep=-1)
 
 

@@ -84,7 +84,7 @@ def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
     assert found.describe() in storage.read(f"{job.out}/nightly.html").decode()
     # Those of one run alone would be others.
     folder = NightFolder.of(job.out, DATE)
-    assert not any(RunState(run.state_folder).summary().discoveries for run in folder.runs())
+    assert not any(RunState(run.state_folder).result().discoveries for run in folder.runs())
     assert job() == 0
     assert record(job).discoveries is None
 
@@ -94,7 +94,7 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     assert job() == 0
     before = job.rows(), record(job)
     monkeypatch.setattr(job_module, "connected", lambda: pytest.fail("Ray was started"))
-    monkeypatch.setattr(job_module, "summarize_night", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(job_module, "judge_night", lambda *_: pytest.fail("rows were read"))
     assert job() == 0
     assert (job.rows(), record(job)) == before
     assert job.starts == 1
@@ -277,10 +277,10 @@ def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypat
             raise OSError("503 Slow Down \udcff")
         return plain(folder, *others)
 
-    plain = job_module.summarize_night
+    plain = job_module.judge_night
     job.dump(BEFORE, "a")
     job.dump(DATE, "b")
-    monkeypatch.setattr(job_module, "summarize_night", summarize)
+    monkeypatch.setattr(job_module, "judge_night", summarize)
     assert job(DATE) == 2
     assert record(job).images == 1
     # A name that is not UTF-8 fits on the page.
@@ -372,7 +372,7 @@ def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(
     job.dump(DATE, "a")
     assert job(webhook="http://me:pass-word@127.0.0.1:9/T0ken?key=key-9") == 2
     assert record(job).images == 1
-    assert "the webhook at http://127.0.0.1:9/... did not take the summary: Connection refused" in caplog.text
+    assert "the webhook at http://127.0.0.1:9/... did not take the message: Connection refused" in caplog.text
     texts = [caplog.text, *capsys.readouterr(), *(path.read_text() for path in Path(job.out).rglob("*.json"))]
     texts.append(storage.read(f"{job.out}/nightly.html").decode())
     assert not any(secret in text for text in texts for secret in ("pass-word", "T0ken", "key-9", "the-key"))

@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stpm.errors import ConfigError
 from stpm.method.calibration import (
     Calibration,
     DistanceScale,
     GoodCounts,
     HeatmapScale,
     HeatmapScaleBuilder,
-    check_false_alarm_rate,
     few_good_images_warning,
     fit_distance_scale,
     leave_one_out_scales,
@@ -83,12 +81,6 @@ def test_few_good_images_warning_names_categories_and_remedies() -> None:
     assert "part-4 calibrates on 42 of its 209 good images, which supports a rate of 0.023 or more; and 995" in many
     assert "Raise --false-alarm-rate, or give at least 99 good images and fit with --calibration-folds 5" in many
     assert len(many) < 750
-
-
-@pytest.mark.parametrize("rate", [0.0, 1.0, -1.0, float("nan")])
-def test_check_false_alarm_rate_refuses_rates_outside_0_to_1(rate: float) -> None:
-    with pytest.raises(ConfigError, match="false-alarm-rate"):
-        check_false_alarm_rate(rate)
 
 
 def build_scale(maps: Sequence[np.ndarray]) -> HeatmapScale:

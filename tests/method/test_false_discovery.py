@@ -3,14 +3,12 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
-from stpm.errors import ConfigError
 from stpm.method.calibration import Calibration, HeatmapScale
-from stpm.method.false_discovery import benjamini_hochberg, check_false_discovery_rate, find_discoveries
+from stpm.method.false_discovery import benjamini_hochberg, find_discoveries
 
 RATES = st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.5])
 # Categories of a run: the number of calibration images n, and of each image how many of them score as high or higher.
@@ -89,9 +87,3 @@ def test_the_rate_holds_over_nights_that_share_a_calibration() -> None:
     # The expectation is at most rate · 80/100; three standard errors of the mean.
     assert np.mean(fractions) < 0.16 + 3 * np.std(fractions) / np.sqrt(1000)
     assert np.mean(fractions) > 0.1
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
-def test_a_rate_out_of_range_is_refused(rate: float) -> None:
-    with pytest.raises(ConfigError, match=r"fdr is .*; give a fraction between 0 and 1, or 0 for none"):
-        check_false_discovery_rate(rate)

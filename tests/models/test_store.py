@@ -17,12 +17,12 @@ from stpm.method.backbones import StateDict, build_student, load_teacher_weights
 from stpm.method.calibration import Calibration, DistanceScale, HeatmapScale
 from stpm.method.memory_bank import KINDS, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
-from stpm.models.record import FitSummary, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore
 from tests.conftest import MODELS, make_preprocessing
 from tests.datasets import fitted_categories
 
-SUMMARY = FitSummary(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
+FIT = FitRecord(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
 CALIBRATION = Calibration(np.array([0.2, 0.4, 0.7], np.float32), HeatmapScale(0.25, 0.75))
 IMAGE_STATISTICS = pa.table({name: np.arange(8, dtype=np.float32) + i for i, name in enumerate(COMPARED)})
 
@@ -69,7 +69,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
     teacher = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     preprocessing, scale = make_preprocessing(64, 48, "fit"), CALIBRATION.scale
     return store.save(
-        ModelRecord(category, recipe, preprocessing, "float32", teacher, scale, make_scales(recipe), SUMMARY),
+        ModelRecord(category, recipe, preprocessing, "float32", teacher, scale, make_scales(recipe), FIT),
         "fingerprint",
         student=make_student(recipe, seed),
         memory=make_banks(recipe, seed),

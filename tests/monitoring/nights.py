@@ -47,7 +47,6 @@ class Line:
         p_values = (1 + count - np.searchsorted(self.calibration, scores)) / (count + 1)
         values: dict[str, Any] = {
             "date": datetime.date(2026, 11, 1) + datetime.timedelta(number),
-            "category": "nut",
             "model_id": "nut-1",
             "images": images,
             "errors": 0,

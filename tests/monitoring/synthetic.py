@@ -10,13 +10,13 @@ from PIL import Image
 
 from stpm.monitoring.change import Change, Level
 from stpm.monitoring.drift import Verdict
-from stpm.monitoring.nights import CategorySummary, ErrorExample, Night, TopImage
+from stpm.monitoring.nights import CategoryRecord, ErrorExample, Night, TopImage
 from stpm.pages import jpeg_uri
 
 LAST = datetime.date(2026, 11, 24)
 
 
-def make_summary(rng: np.random.Generator, level: Level | None, reason: str) -> CategorySummary:
+def make_record(rng: np.random.Generator, level: Level | None, reason: str) -> CategoryRecord:
     """Make a night of a category with 2,000 images."""
     alarms = int(rng.binomial(2000, 0.01 if level == "fine" else 0.04))
     verdict = Verdict("fine", ()) if level else None
@@ -25,7 +25,7 @@ def make_summary(rng: np.random.Generator, level: Level | None, reason: str) -> 
             level, (Change("brightness", level, 1e-9, 2.0, reason), Change("alarms", level, 1e-4, 1.0, reason))
         )
     brightness = 120 + float(rng.normal(0, 1)) + (12 if level == "act" else 0)
-    return CategorySummary(
+    return CategoryRecord(
         "nut-0123456789ab",
         2000,
         alarms,
@@ -75,7 +75,7 @@ def make_nights(
                 ("001", "002") if number == count - 2 else ("001",),
                 3 if is_last else 0,
                 text if number in (3, count - 1) else "",
-                {name: make_summary(rng, level, text) for name, level in zip(categories, levels, strict=True)},
+                {name: make_record(rng, level, text) for name, level in zip(categories, levels, strict=True)},
                 examples,
                 top if is_last else (),
                 pages=("001",),

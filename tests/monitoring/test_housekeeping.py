@@ -12,7 +12,7 @@ from stpm.monitoring.nights import Night, write_night
 from stpm.monitoring.runs import NightFolder
 from stpm.scoring.inputs import manifest
 from stpm.scoring.resuming.run_state import RunConfig, RunState
-from stpm.scoring.run_statistics import RunSummary
+from stpm.scoring.run_statistics import RunResult
 
 KEPT, OLD = datetime.date(2026, 11, 24), datetime.date(2026, 11, 1)
 
@@ -26,9 +26,9 @@ def make_night(out: str, date: datetime.date, runs: int = 2) -> NightFolder:
         state = RunState(output.state_folder)
         state.start(RunConfig(("s3://dump",), 0.01))
         manifest.write([], output.manifest)
-        for name in ("scores/{}_0.parquet", "heatmaps/{}/nut/0.png", "runs/{}/triage.html", "runs/{}/checkpoint/0"):
+        for name in ("scores/{}_0.parquet", "heatmaps/{}/nut/0.png", "runs/{}/triage.html", "runs/{}/checkpoints/0"):
             storage.publish(f"{folder.uri}/{name.format(output.name)}", b"x", durable=False)
-        state.finish(RunSummary())
+        state.finish(RunResult())
     return folder
 
 

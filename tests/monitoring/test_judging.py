@@ -13,7 +13,7 @@ import pytest
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.models.store import ModelStore
-from stpm.monitoring.judging import summarize_night
+from stpm.monitoring.judging import judge_night
 from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.runs import NightFolder
@@ -35,7 +35,7 @@ class Nights:
         self.nights: list[Night] = []
 
     def add(self, count: int, category: str = "nut", model_id: str = "", problem: str = "", **changed: float) -> Night:
-        """Write and summarize the next night; `changed` is added to the values of some columns."""
+        """Write and judge the next night; `changed` is added to the values of some columns."""
         date = DATE + datetime.timedelta(days=len(self.nights))
         folder = NightFolder.of(str(self.root / "nights"), date)
         uris = [{"image_id": i, "uri": f"s3://dump/{date}/{i}.png", "category": category} for i in range(count)]
@@ -57,7 +57,7 @@ class Nights:
             storage.publish(f"{run.scores}/{run.name}_0.parquet", storage.parquet(table), durable=False)
             manifest.write([], run.manifest)
         night = Night(date.isoformat(), ("s3://dump",), problem=problem)
-        made = summarize_night(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)
+        made = judge_night(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)
         self.nights.append(made)
         return made
 
@@ -76,10 +76,10 @@ def test_equal_nights_are_fine_and_a_change_is_named(nights: Nights) -> None:
     for _ in range(4):
         night = nights.add(300)
         assert reasons(night) == ("fine", [])
-    summary = night.categories["nut"]
-    assert summary.model_id == nights.model_id
-    assert summary.training_medians["brightness"] == COMPARED.index("brightness") + 3.5
-    assert abs(summary.medians["brightness"] - summary.training_medians["brightness"]) <= 1.5
+    record = night.categories["nut"]
+    assert record.model_id == nights.model_id
+    assert record.training_medians["brightness"] == COMPARED.index("brightness") + 3.5
+    assert abs(record.medians["brightness"] - record.training_medians["brightness"]) <= 1.5
     level, names = reasons(nights.add(300, brightness=30.0))
     assert (level, names[0]) == ("act", "brightness")
 

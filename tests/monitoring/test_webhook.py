@@ -88,7 +88,7 @@ def test_a_server_that_refuses_is_named_without_secrets(
     with pytest.raises(WebhookError) as caught:
         post(server.url, BODY, "k", pause=0.01)
     assert str(caught.value) == (
-        f"the webhook at http://127.0.0.1:{server.server_port}/... did not take the summary: it answered {reason}"
+        f"the webhook at http://127.0.0.1:{server.server_port}/... did not take the message: it answered {reason}"
     )
     assert len(server.received) == tries
 

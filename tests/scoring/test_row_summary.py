@@ -78,7 +78,7 @@ def test_summaries_of_parts_add_up_to_what_a_scan_counts(
     assert [(image.excess, image.image_id) for image in total.ranked] == expected
     for image in total.ranked:
         (part,) = (part for part in parts if image in part.ranked)
-        assert image.file == f"task {parts.index(part)}"
+        assert image.task == f"task {parts.index(part)}"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.console import NOTHING_DONE
 from stpm.errors import ConfigError, DataError, ModelError, ModelUnreadableError
 from stpm.jobs import score as score_job
 from stpm.jobs.score import run_score, stored_list
@@ -34,7 +33,7 @@ from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.resuming.run_state import RunConfig, RunState
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import ScoringRun, resume_or_start, run_scoring
-from stpm.scoring.run_statistics import RunStatistics, RunSummary, UnfinishedImage
+from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from stpm.scoring.schema import OUTPUT, table
 from tests.datasets import make_category
 from tests.models.test_store import save
@@ -59,7 +58,7 @@ def finish(run: ScoringRun) -> None:
     state, _, _ = resume_or_start(run, start_over=False, replace=False)
     for name in ("scores/scores_0.parquet", "scores/scores_1.parquet", "heatmaps/scores/nut/0.png", "triage.html"):
         storage.publish(f"{run.output.folder}/{name}", b"x")
-    state.finish(RunSummary(2))
+    state.finish(RunResult(2))
 
 
 def uris_in(output: RunOutput) -> list[str]:
@@ -116,7 +115,8 @@ def score_standard_input(root: Path, lines: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     monkeypatch.setattr(score_job, "run_scoring", stop_before_ray)
     options = CollectionOptions(models=str(root / "models"), images=("-",), out=str(root / "run"), category="nut")  # type: ignore[arg-type]
-    run_score(options, OutputOptions(), ScoreOptions(), ClusterOptions())
+    with suppress(DataError):
+        run_score(options, OutputOptions(), ScoreOptions(), ClusterOptions())
     return uris_in(RunOutput.single(str(root / "run")))
 
 
@@ -137,7 +137,7 @@ def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
     values |= {"p_value": [0.1] * count, "bytes": [1] * count} | columns
     rows = table(values, OUTPUT)
     storage.publish(f"{output.scores}/scores_0-0.parquet", storage.parquet(rows))
-    checkpoint = f"{output.segment_checkpoint(0)}/scores_0.parquet"
+    checkpoint = f"{output.segment_checkpoints(0)}/scores_0.parquet"
     storage.publish(summary_of(checkpoint), RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json())
     storage.publish(checkpoint, storage.parquet(rows.select(["image_id"])))
 
@@ -163,10 +163,10 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
 
     replace_ray(monkeypatch, score_shards)
 
-    def run(exit_code: int = 0, **options: Any) -> dict[str, int]:
+    def run(**options: Any) -> dict[str, int]:
         images = (str(tmp_path / "nut/test/good"),)
         collection = CollectionOptions(str(tmp_path / "models"), images, str(tmp_path / "run"), "nut", **options)  # type: ignore[arg-type]
-        assert run_score(collection, OutputOptions(), ScoreOptions(), ClusterOptions()) == exit_code
+        assert run_score(collection, OutputOptions(), ScoreOptions(), ClusterOptions()) == 0
         files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != ".lease")
         return {path.name: path.stat().st_mtime_ns for path in files}
 
@@ -198,18 +198,18 @@ def test_discoveries_follow_the_rate_without_scoring_again(
 ) -> None:
     state = partial(RunState, str(tmp_path / "run"))
     first = score(fdr=0.05)
-    assert state().summary().discoveries == Discoveries(0.05, 2, 0.0, {}, 39, {"nut": 5})
+    assert state().result().discoveries == Discoveries(0.05, 2, 0.0, {}, 39, {"nut": 5})
     assert "too few good images calibrate nut (5) for a false discovery rate of 0.05 over 2 images" in caplog.text
     assert score(fdr=0.05) == first
     other = score(fdr=0.2)
     assert {name for name in first if other[name] != first[name]} == {"triage.html", "run.json"}
-    assert state().summary().discoveries == Discoveries(0.2, 2, float(np.float32(0.1)), {"nut": 2}, 9, {"nut": 5})
+    assert state().result().discoveries == Discoveries(0.2, 2, float(np.float32(0.1)), {"nut": 2}, 9, {"nut": 5})
     assert "2 discoveries among 2 images at a false discovery rate of 0.2 (p ≤ 0.1): nut 2" in caplog.text
     score()
-    assert state().summary().discoveries is None
+    assert state().result().discoveries is None
     storage.remove(f"{tmp_path}/run/segments/000000.json")
-    score(fdr=0.2, exit_code=NOTHING_DONE)
-    assert "/segments are of 0 rows, and the run has 2: files of it are missing" in caplog.text
+    with pytest.raises(DataError, match="/segments are of 0 rows, and the run has 2: files of it are missing"):
+        score(fdr=0.2)
 
 
 def test_a_run_with_other_models_is_refused_or_started_over(
@@ -284,7 +284,7 @@ def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("no_models")
 def test_files_that_no_run_wrote_are_never_removed(tmp_path: Path) -> None:
     run = make_run(tmp_path, "/a.png")
-    for name in ("checkpoint/epoch5.pt", "manifest/list.csv", "triage.html"):
+    for name in ("checkpoints/epoch5.pt", "manifest/list.csv", "triage.html"):
         storage.publish(f"{run.output.folder}/{name}", b"precious")
         for start_over in (False, True):
             with pytest.raises(ConfigError, match=r"exists, but no .*run.json shows that a run wrote it"):

@@ -40,7 +40,7 @@ def test_beside_a_gpu_scorer_two_tasks_share_a_core() -> None:
 def test_tasks_request_their_memory_up_to_a_fraction_of_the_smallest_node() -> None:
     nodes = [{"CPU": 8.0, "memory": 32e9}, {"CPU": 8.0, "memory": 8e9}]
     pool = ScorerPool.for_nodes(0, nodes, blocks=100, grows=False)
-    assert (pool.memory_for(10**9), pool.memory_for(10**10)) == (1e9, 2e9)
+    assert (pool.ram_for(10**9), pool.ram_for(10**10)) == (1e9, 2e9)
 
 
 KINDS = [*((n, 0) for n in (1, 2, 3, 4, 8, 16, 64)), (1, 1), (2, 1), (4, 1), (8, 1), (4, 4), (6, 4), (7, 5), (32, 4)]

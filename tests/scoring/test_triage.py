@@ -160,7 +160,7 @@ ABSURD = [
 ]
 
 
-def test_marks_are_saved_as_a_manifest_that_feedback_reads(browser: Any, tmp_path: Path) -> None:
+def test_marks_are_saved_as_a_table_that_feedback_reads(browser: Any, tmp_path: Path) -> None:
     count = len(ABSURD)
     columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
     uris = [f"{tmp_path}/{name}" for name in ABSURD]

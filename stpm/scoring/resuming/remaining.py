@@ -49,7 +49,7 @@ def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
     """Write the rows of a segment that are in no checkpoint as shards, and list these."""
     folder = output.segment_remaining(segment.number)
     storage.remove(folder)
-    committed = committed_checkpoints(output.segment_checkpoint(segment.number))
+    committed = committed_checkpoints(output.segment_checkpoints(segment.number))
     if not committed:
         return segment.shards
     with ThreadPoolExecutor(_READERS) as pool:

@@ -1,13 +1,14 @@
-"""Ray Data's row checkpoint: the id of each written row is recorded, so that a killed run can be resumed.
+"""Ray Data's row checkpoints: files with the ids of the written rows, so that a killed run can be resumed.
 
-A task that writes rows first writes their ids under a pending name, then the rows, then their summary, and commits all
-of them by renaming the file of ids. Of a task that was cut off, the next run removes what is there.
+A task that writes rows makes one checkpoint. It writes their ids to a file with a pending name, then the rows, then
+their summary, and commits all of them by renaming the file of ids. The next run removes what a killed task left.
 
-The configuration is sent to every task, which imports this module to read it: no torch here.
+Every task imports this module to read its configuration: no torch here.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -28,7 +29,9 @@ _IDS = ".parquet"
 _SUMMARY = ".json"
 # The name under which Ray gives a write task the id of its execution.
 _WRITE_UUID = "write_uuid"
-# Rows of a row group, at most: to show an image's heatmap, one row group is read.
+# Ray adds it to the task's name in the name of a file of rows.
+_FILE_NUMBER = re.compile(r"-\d+$")
+# Maximum rows of a row group: to show an image's heatmap, one row group is read.
 _ROW_GROUP_ROWS = 512
 
 
@@ -47,8 +50,8 @@ def checkpoint_config(folder: str) -> CheckpointConfig:
 def committed_checkpoints(folder: str) -> list[str]:
     """List the checkpoints whose rows are written.
 
-    Ray commits a checkpoint by renaming it. A store without renames copies and then removes: if that was cut off, both
-    names exist, and the rows do too.
+    Ray commits a checkpoint by renaming it. A store without renames copies the file and removes the original. If this
+    was cut off, both names exist and the rows are written: remove the pending one.
     """
     uris = [uri for uri, _ in storage.files(folder) if uri.endswith(_IDS)]
     pending = {uri for uri in uris if uri.endswith(_PENDING)}
@@ -64,21 +67,16 @@ def summary_of(checkpoint: str) -> str:
     return checkpoint.removesuffix(_IDS) + _SUMMARY
 
 
-def task_of(checkpoint: str) -> str:
-    """Return the name of the task whose rows a checkpoint commits."""
-    return PurePosixPath(checkpoint).name.removesuffix(_IDS)
-
-
-def written_by(file: str) -> str:
-    """Return the name of the task that wrote a Parquet file: the file's name without a number that is added to it."""
-    return PurePosixPath(file).name.removesuffix(_IDS).rsplit("-", 1)[0]
+def task_of(uri: str) -> str:
+    """Return the name of the task that wrote a checkpoint, or a file of rows, to whose name Ray adds a number."""
+    return _FILE_NUMBER.sub("", PurePosixPath(uri).name.removesuffix(_IDS))
 
 
 class FileNames(FilenameProvider):  # type: ignore[misc]
-    """Names of the Parquet files, none of which is a prefix of another.
+    """Names tasks so that no name is a prefix of another: in twelve digits.
 
-    After a write task was cut off, Ray removes all files whose names begin with the task's. Ray's own names have six
-    digits, so the name of task 100000 would be a prefix of that of task 1000000.
+    Ray removes the files whose names begin with that of a killed task. In Ray's own names, of six digits, that of task
+    100000 is a prefix of that of task 1000000.
 
     Args:
         name: of the run.
@@ -92,17 +90,17 @@ class FileNames(FilenameProvider):  # type: ignore[misc]
         return f"{self.dataset_uuid}_{write_uuid}_{task_index:012}.{self.file_format}"
 
 
-class RowFiles(ParquetDatasink):  # type: ignore[misc]
-    """The Parquet files of a run, and beside their checkpoints a summary of the rows of each task.
+class RowWriter(ParquetDatasink):  # type: ignore[misc]
+    """Writes the rows of each task as Parquet files, and a summary of them beside the task's checkpoint.
 
     Args:
         output: of the run.
-        checkpoint: URI of the folder of the checkpoints.
-        rows_per_file: rows of a file, at least.
+        checkpoints: URI of the folder of the checkpoints.
+        rows_per_file: minimum rows of a file.
         max_ranked: number of the most anomalous images that a summary names.
     """
 
-    def __init__(self, output: RunOutput, checkpoint: str, rows_per_file: int, max_ranked: int) -> None:
+    def __init__(self, output: RunOutput, checkpoints: str, rows_per_file: int, max_ranked: int) -> None:
         filesystem, path = storage.arrow_filesystem(output.scores)
         super().__init__(
             path,
@@ -113,25 +111,24 @@ class RowFiles(ParquetDatasink):  # type: ignore[misc]
             min_rows_per_file=min(rows_per_file, BLOCK_ROWS if output.options.raw_maps else sys.maxsize),
             arrow_parquet_args={"row_group_size": _ROW_GROUP_ROWS},
         )
-        self._checkpoint = checkpoint
+        self._checkpoints = checkpoints
         self._max_ranked = max_ranked
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
-        """Write the rows of a task, and then their summary. The checkpoint is pending until both are written."""
+        """Write the rows of a task, then their summary. Ray commits the checkpoint after that."""
         tables = [block for block in blocks if block.num_rows]
         name = self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx)
-        checkpoint = storage.join(self._checkpoint, name)
-        # A task whose node was lost after its commit runs again. Its rows are complete: do not open their file again.
+        checkpoint = storage.join(self._checkpoints, name)
+        # Ray repeats a task whose node was lost after the commit: keep the rows, which are complete.
         if not tables or storage.exists(checkpoint):
             return
         super().write(tables, ctx)
-        task = name.removesuffix(_IDS)
-        summaries = (RowSummary.of_rows(table, task, self._max_ranked) for table in tables)
+        summaries = (RowSummary.of_rows(table, task_of(name), self._max_ranked) for table in tables)
         storage.publish(summary_of(checkpoint), RowSummary.total(summaries, self._max_ranked).to_json())
 
 
 class PendingCheckpointCleaner(CheckpointManager):  # type: ignore[misc]
-    """Removes what unfinished write tasks left, as Ray does, but filters no rows: the input has only remaining ones."""
+    """Removes what killed tasks left, as Ray does, and filters no rows: the input has only those that remain."""
 
     def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> tuple[None, int]:
         """Clean up, and return no ids."""

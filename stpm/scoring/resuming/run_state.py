@@ -14,7 +14,7 @@ from stpm.errors import ConfigError, DataError
 from stpm.method.false_discovery import Discoveries
 from stpm.models.record import library_versions
 from stpm.scoring.options import OutputOptions
-from stpm.scoring.run_statistics import RunStatistics, RunSummary
+from stpm.scoring.run_statistics import RunResult, RunStatistics
 
 _RUN = "run.json"
 _SUCCESS = "_SUCCESS"
@@ -32,7 +32,7 @@ class RunConfig:
         output: what is written for each image.
         category: of every image, or "".
         category_from: pattern of the images' paths, or "".
-        allow: prefixes that a manifest's URIs may have.
+        allow: prefixes that the URIs in a table may have.
         manifest: digest of the images, if they do not come from sources.
         standard_input: number of lines and digest, if a list of images was read there.
     """
@@ -103,23 +103,23 @@ class RunState:
 
     def is_finished(self) -> bool:
         """Return whether all rows are written."""
-        return "summary" in self._values and storage.exists(self._success_uri)
+        return "result" in self._values and storage.exists(self._success_uri)
 
-    def summary(self) -> RunSummary:
-        """Return the summary of a finished run.
+    def result(self) -> RunResult:
+        """Return the result of a finished run.
 
         Raises:
             DataError: if the run is not finished.
         """
-        if "summary" not in self._values:
+        if "result" not in self._values:
             raise DataError(f"{self.uri}: no record of a finished run; run the score job first")
-        values = self._values["summary"]
+        values = self._values["result"]
         found = values.get("discoveries")
         parts = {
             "statistics": RunStatistics(**values["statistics"]),
             "discoveries": Discoveries(**found) if found else None,
         }
-        return RunSummary(**values | parts)
+        return RunResult(**values | parts)
 
     def triage_images(self) -> int:
         """Return the number of images that triage.html was made for; 0 if it was not made."""
@@ -139,13 +139,13 @@ class RunState:
         """Record that triage.html was made for a number of images."""
         self._write(self._values | {"triage_images": images})
 
-    def update_summary(self, summary: RunSummary) -> None:
-        """Record another summary of the finished run."""
-        self._write(self._values | {"summary": asdict(summary)})
+    def update_result(self, result: RunResult) -> None:
+        """Record another result of the finished run."""
+        self._write(self._values | {"result": asdict(result)})
 
-    def finish(self, summary: RunSummary) -> None:
-        """Record the summary of the finished run, and write `_SUCCESS` last."""
-        self._write(self._values | {"summary": asdict(summary), "ended": _now()})
+    def finish(self, result: RunResult) -> None:
+        """Record the result of the finished run, and write `_SUCCESS` last."""
+        self._write(self._values | {"result": asdict(result), "ended": _now()})
         # Other processes wrote the rows and heatmaps: they must not be lost if `_SUCCESS` survives a power failure.
         storage.sync(self.uri)
         storage.publish(self._success_uri, b"")

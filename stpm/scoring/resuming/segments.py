@@ -10,7 +10,7 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of, written_by
+from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of
 from stpm.scoring.row_summary import COLUMNS, RowSummary
 
 _READERS = 16
@@ -61,7 +61,7 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
         ConfigError: if there are more rows than images, or the files have another number of rows than the summaries.
         DataError: if a summary or a file is damaged.
     """
-    checkpoint = output.segment_checkpoint(segment.number)
+    checkpoint = output.segment_checkpoints(segment.number)
     committed = committed_checkpoints(checkpoint)
     uris = [summary_of(uri) for uri in committed]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -88,7 +88,7 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
 
 
 def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
-    files = [uri for uri in output.files() if written_by(uri) in tasks]
+    files = [uri for uri in output.files() if task_of(uri) in tasks]
     with ThreadPoolExecutor(_READERS) as pool:
         return sum(pool.map(storage.count_rows, files))
 
@@ -98,7 +98,7 @@ def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
     dataset = output.dataset()
     return RowSummary.total(
         (
-            RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), written_by(file.path), max_ranked)
+            RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
             for file in dataset.get_fragments()
         ),
         max_ranked,

@@ -84,7 +84,7 @@ class Scorer:
         self._settings = settings
         self._report = report
         self._models = models or ModelCache(
-            ModelStore(settings.store), device, settings.model_memory, settings.model_ids, settings.backend
+            ModelStore(settings.store), device, settings.model_ram, settings.model_ids, settings.backend
         )
         self._dropped_errors = frozenset() if settings.accept_errors else frozenset(TRANSIENT_ERRORS)
         self._batch_size = BatchSize(settings.batch_size, grows=device.type != "cpu")

@@ -17,7 +17,7 @@ class ScorerSettings:
     """How a scorer works.
 
     `store` is the URI of the model store, and `model_ids` has the model of each category. A `batch_size` of 0 is found
-    on the device. `model_memory` limits the models that stay loaded, in bytes. `raw_maps` keeps the anomaly maps,
+    on the device. `model_ram` limits the models that stay loaded, in bytes. `raw_maps` keeps the anomaly maps,
     `overlays` the pixels, `accept_errors` the rows with a transient error. `backend` computes the features.
     """
 
@@ -27,7 +27,7 @@ class ScorerSettings:
     raw_maps: bool = False
     overlays: bool = False
     batch_size: int = 0
-    model_memory: int = 2**30
+    model_ram: int = 2**30
     accept_errors: bool = False
     backend: Backend = "eager"
 

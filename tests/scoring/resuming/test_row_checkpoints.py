@@ -14,7 +14,7 @@ from stpm.scoring import triage
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.row_checkpoints import FileNames, RowFiles
+from stpm.scoring.resuming.row_checkpoints import FileNames, RowWriter
 from stpm.scoring.resuming.segments import commit_segment, scan_rows
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT, table
@@ -47,12 +47,12 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = RunOutput.single(str(tmp_path), OutputOptions(partition_by=partition_by))
-    files = RowFiles(output, output.segment_checkpoint(0), rows_per_file=20, max_ranked=5)
+    files = RowWriter(output, output.segment_checkpoints(0), rows_per_file=20, max_ranked=5)
     for task, bounds in enumerate([(0, 30), (30, 31), (31, 100)]):
         context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task)
         rows = output_rows(*bounds)
         files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
-        name = f"{output.segment_checkpoint(0)}/scores_uuid_{task:012}.parquet"
+        name = f"{output.segment_checkpoints(0)}/scores_uuid_{task:012}.parquet"
         storage.publish(name, storage.parquet(rows.select(["image_id"])))
     scanned = scan_rows(output, max_ranked=5)
     assert commit_segment(output, Segment(0, (("shard", 100),)), max_ranked=5) == scanned
@@ -78,7 +78,7 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
     names = ["", "..", "a/b", "a=b", "%41", "é" * 100, "x" * 300, HIVE_NULL, "a\nb", "\0z", "~"]
     rows = output_rows(0, len(names))
     rows = rows.set_column(rows.schema.get_field_index("category"), OUTPUT.field("category"), [names])
-    files = RowFiles(output, output.segment_checkpoint(0), rows_per_file=20, max_ranked=0)
+    files = RowWriter(output, output.segment_checkpoints(0), rows_per_file=20, max_ranked=0)
     files.write([with_folder_names(rows)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=0))
     (summary,) = tmp_path.rglob("*.json")
     assert RowSummary.from_json(summary.read_bytes()).categories == scan_rows(output, 0).categories
@@ -86,12 +86,12 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
 
 def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:
     output = RunOutput.single(str(tmp_path))
-    files = RowFiles(output, output.segment_checkpoint(0), rows_per_file=1, max_ranked=5)
+    files = RowWriter(output, output.segment_checkpoints(0), rows_per_file=1, max_ranked=5)
     context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=7)
     files.write([output_rows(0, 9)], context)
     # Until the commit it writes the same files.
     files.write([output_rows(0, 10)], context)
-    storage.publish(f"{output.segment_checkpoint(0)}/scores_uuid_000000000007.parquet", b"ids")
+    storage.publish(f"{output.segment_checkpoints(0)}/scores_uuid_000000000007.parquet", b"ids")
     files.write([output_rows(0, 4)], context)
     assert output.dataset().count_rows() == 10
     (summary,) = tmp_path.rglob("*.json")

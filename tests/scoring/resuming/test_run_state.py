@@ -9,7 +9,7 @@ import pytest
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.resuming.run_state import RunConfig, RunState
-from stpm.scoring.run_statistics import RunStatistics, RunSummary
+from stpm.scoring.run_statistics import RunResult, RunStatistics
 
 CONFIG = RunConfig(("s3://a", "s3://b"), 0.01, category="nut")
 MODELS = {"nut": "nut-1", "bolt": "bolt-1"}
@@ -51,12 +51,12 @@ def test_a_run_is_bound_to_its_models(state: RunState, tmp_path: Path) -> None:
     assert RunState(str(tmp_path)).models() == ("elsewhere", MODELS)
 
 
-def test_a_finished_run_has_a_summary_and_a_success_file(state: RunState, tmp_path: Path) -> None:
+def test_a_finished_run_has_a_result_and_a_success_file(state: RunState, tmp_path: Path) -> None:
     state.start(CONFIG)
     assert not state.is_finished()
     with pytest.raises(DataError, match="no record of a finished run"):
-        state.summary()
-    summary = RunSummary(
+        state.result()
+    result = RunResult(
         rows=10,
         anomalous=2,
         errors={"empty": 1},
@@ -66,21 +66,21 @@ def test_a_finished_run_has_a_summary_and_a_success_file(state: RunState, tmp_pa
         seconds=2.0,
         statistics=RunStatistics(images=5, steady_images_per_second=9.0),
     )
-    state.finish(summary)
+    state.finish(result)
     assert (tmp_path / "_SUCCESS").exists()
     read = RunState(str(tmp_path))
     assert read.is_finished()
-    assert read.summary() == summary
-    assert (summary.error_count, summary.images_per_second) == (1, 2.5)
+    assert read.result() == result
+    assert (result.error_count, result.images_per_second) == (1, 2.5)
     run = json.loads((tmp_path / "run.json").read_text())
-    assert run["summary"]["bytes_read"] == 12345
+    assert run["result"]["bytes_read"] == 12345
     assert run["config"]["category"] == "nut"
     assert run["started"] <= run["ended"]
 
 
 def test_a_cleared_run_cannot_be_resumed_but_leaves_a_mark(state: RunState, tmp_path: Path) -> None:
     state.start(CONFIG)
-    state.finish(RunSummary())
+    state.finish(RunResult())
     state.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     for known in (state, RunState(str(tmp_path))):

@@ -36,7 +36,7 @@ def write_task(output: RunOutput, segment: Segment, rows: slice, pending: bool =
     chosen = table.slice(rows.start, rows.stop - rows.start)
     values = {name: chosen[name] if name in chosen.schema.names else None for name in COLUMNS}
     columns = [pa.nulls(chosen.num_rows, OUTPUT.field(n).type) if v is None else v for n, v in values.items()]
-    checkpoint = f"{output.segment_checkpoint(segment.number)}/scores_{rows.start}.parquet"
+    checkpoint = f"{output.segment_checkpoints(segment.number)}/scores_{rows.start}.parquet"
     storage.publish(f"{output.scores}/scores_{rows.start}-0.parquet", storage.parquet(chosen))
     summary = RowSummary.of_rows(pa.table(dict(zip(COLUMNS, columns, strict=True))), "file", 3)
     storage.publish(summary_of(checkpoint), summary.to_json())
@@ -67,7 +67,7 @@ def test_a_segment_is_committed_once_all_of_its_rows_are_written(output: RunOutp
     assert commit_segment(output, first, 3).rows == 5
     assert committed_segments(output) == {}
     # The next run writes under other names.
-    storage.remove(f"{output.segment_checkpoint(0)}/scores_5.pending.parquet")
+    storage.remove(f"{output.segment_checkpoints(0)}/scores_5.pending.parquet")
     storage.remove(f"{output.scores}/scores_5-0.parquet")
     write_task(output, first, slice(5, 7))
     write_task(output, first, slice(7, 8))
@@ -120,7 +120,7 @@ def test_rows_that_are_lost_or_left_over_are_an_error(output: RunOutput, segment
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", None])
 def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segment], content: bytes | None) -> None:
     write_task(output, segments[0], slice(0, 8))
-    uri = f"{output.segment_checkpoint(0)}/scores_0.json"
+    uri = f"{output.segment_checkpoints(0)}/scores_0.json"
     if content is None:
         storage.remove(uri)
     else:
@@ -130,6 +130,6 @@ def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segm
 
 
 def test_an_error_names_a_damaged_checkpoint(output: RunOutput, segments: list[Segment]) -> None:
-    storage.publish(f"{output.segment_checkpoint(0)}/0.parquet", b"x")
+    storage.publish(f"{output.segment_checkpoints(0)}/0.parquet", b"x")
     with pytest.raises(DataError, match=r"000000/0\.parquet is damaged"):
         write_remaining(output, segments[0])

@@ -11,11 +11,11 @@ from typing import Any
 from stpm import storage
 from stpm.errors import join_first
 from stpm.method.false_discovery import Discoveries
-from stpm.monitoring.nights import CategorySummary, Night
+from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.runs import NightFolder
 from stpm.monitoring.significance import Rate
 
-PAGE, SUMMARY = "nightly.html", "nightly.json"
+PAGE_FILE, JSON_FILE = "nightly.html", "nightly.json"
 _FORMAT = 1
 # Categories that a message of the webhook has at most.
 _MAX_CATEGORIES = 100
@@ -42,7 +42,7 @@ def webhook_message(night: Night, out: str, created: str) -> bytes:
         "format": _FORMAT,
         "text": _chat_text(headline(night)),
         "created": created,
-        "page": storage.join(out, PAGE),
+        "page": storage.join(out, PAGE_FILE),
     }
     return json.dumps(message | values, ensure_ascii=False).encode()
 
@@ -73,11 +73,11 @@ def _chat_text(text: str) -> str:
     return html.escape("".join(each if each.isprintable() else " " for each in text), quote=False)
 
 
-def ordered_categories(night: Night) -> list[tuple[str, CategorySummary]]:
+def ordered_categories(night: Night) -> list[tuple[str, CategoryRecord]]:
     """List the categories of a night: those to act on first, then those to watch, large changes before small ones."""
     order = {"act": 0, "watch": 1, "fine": 3}
 
-    def key(item: tuple[str, CategorySummary]) -> tuple[int, float, str]:
+    def key(item: tuple[str, CategoryRecord]) -> tuple[int, float, str]:
         name, each = item
         if not each.verdict:
             return 2, 0.0, name
@@ -107,7 +107,7 @@ def _discoveries(found: Discoveries) -> dict[str, Any]:
     return {"rate": found.rate, "cut_off": found.cut_off, "count": found.count, "categories": found.categories}
 
 
-def _category(each: CategorySummary) -> dict[str, Any]:
+def _category(each: CategoryRecord) -> dict[str, Any]:
     return {
         "level": each.verdict.level if each.verdict else None,
         "changes": [asdict(change) for change in each.verdict.changes] if each.verdict else [],
