@@ -31,7 +31,7 @@ from stpm.scoring.row_summary import RowSummary
 
 _KILLS = 3
 _CATEGORY = "grass"
-_FIT = {"categories": _CATEGORY, "teacher": "demo", "size": 64, "epochs": 1, "memory": 0}
+_FIT = {"categories": _CATEGORY, "teacher": "demo", "size": 64, "epochs": 2, "memory": 0}
 _SIDE = 64
 _FILES_PER_FOLDER = 1000
 _BROKEN = 50
@@ -57,7 +57,7 @@ def make_images(folder: Path, data: str, count: int) -> None:
 
 def count_committed(output: RunOutput) -> int:
     """Count the rows of an unfinished run that no later run scores again."""
-    begun = [output.segment_checkpoint(number) for number in output.segments_with_checkpoints()]
+    begun = [output.segment_checkpoints(number) for number in output.segments_with_checkpoints()]
     rows = sum(storage.count_rows(uri) for folder in begun for uri in committed_checkpoints(folder))
     return rows + sum(summary.rows for summary in committed_summaries(output))
 
