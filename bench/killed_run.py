@@ -31,7 +31,7 @@ from stpm.scoring.row_summary import RowSummary
 
 _KILLS = 3
 _CATEGORY = "grass"
-_FIT = {"categories": _CATEGORY, "teacher": "demo", "size": 64, "epochs": 2, "memory": 0}
+_FIT = {"categories": _CATEGORY, "teacher": "test_resnet", "teacher-weights": "random", "size": 64, "epochs": 2}
 _SIDE = 64
 _FILES_PER_FOLDER = 1000
 _BROKEN = 50
@@ -88,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         demo.make(f"{root}/data")
-        run_job("fit", {"data": f"{root}/data", "models": f"{root}/models", **_FIT})
+        run_job("fit", {"data": f"{root}/data", "models": f"{root}/models", "preset": "paper", **_FIT})
         make_images(root / "images", f"{root}/data", parsed.images)
         options = {"models": f"{root}/models", "images": f"{root}/images", "category": _CATEGORY, "top": _TOP}
         options |= {"segment-rows": parsed.segment_rows, "max-error-rate": 1}
