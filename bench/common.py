@@ -90,6 +90,24 @@ def job_command(name: str, options: Mapping[str, object]) -> list[str]:
     return [sys.executable, f"jobs/{name}.py", *options_from(options)]
 
 
+def run_job(name: str, options: Mapping[str, object]) -> None:
+    """Run a job to its end. Exits if it fails."""
+    ran = subprocess.run(job_command(name, options), cwd=ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        sys.exit(f"{name} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
+
+
+def kill_after(name: str, options: Mapping[str, object], seconds: float) -> None:
+    """Start a job, and kill it and all its processes after some seconds, as when a machine fails."""
+    with subprocess.Popen(
+        job_command(name, options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as job:
+        time.sleep(seconds)
+        for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 class ProcessTree(threading.Thread):
     """Watch a job, and all that this process has started, such as the nodes of a cluster, until the job ends.
 

@@ -2,15 +2,18 @@
 
     python bench/scale.py --rows 10000,100000,1000000
 
-Each step runs in a process of its own, on a local disk; its figures are seconds and the growth of the driver's memory,
-in MiB, both also per million rows. Images are not scored: a stub stage takes the place of decoding and scoring, and
-writes rows with random scores. What earlier steps left is made up where the stub would take minutes.
+Each step runs in a process of its own, on a local disk. Its figures are seconds, seconds of CPU (of the driver alone,
+so that other work on the machine hardly changes them), and the growth of the driver's memory in MiB, each also for a
+million of the rows that the step handles; and the driver's largest memory. Images are not scored: a stub stage takes
+the place of decoding and scoring, and writes rows with random scores. What earlier steps left is made up where the stub
+would take minutes.
 
-- list: a folder of empty files, of which there are at most `--files`; its prefixes hold a thousand files each.
+- list: a folder of empty files, into manifest rows; at most `--files` of them. Its prefixes hold a thousand files each.
 - manifest: from a Parquet table of URIs, of which a hundredth are duplicates.
 - plan: from the start of Ray Data until the first block reaches the stub stage, for the first segment.
 - stub: all rows through Ray Data, with the stub stage; only up to `--stub-rows`.
-- resume10, resume90: which rows remain, with 10 % and 90 % done.
+- resume10, resume90: which rows remain, with 10 % and 90 % done. Only those of the segment that was begun are read; a
+  run does this in a task, and here the driver does.
 - commit: the end of all segments, and of the run: adds up what the tasks reported, and ranks the images.
 """
 
@@ -29,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from common import make_parser, options_from
 from ray.exceptions import RayTaskError
 
@@ -52,6 +56,8 @@ from stpm.scoring.triage import most_anomalous
 
 _FILES_PER_PREFIX = 1000
 _DUPLICATES = 100
+# The driver's memory must not be that of making the names.
+_NAMES_AT_ONCE = 100_000
 _ROWS_PER_FILE = ScoreOptions.rows_per_file
 _TOP = 50
 _STEPS = ("list", "manifest", "plan", "stub", "resume10", "resume90", "commit")
@@ -103,24 +109,17 @@ class Identity:
         return batch
 
 
-def driver_memory() -> float:
-    """Return the largest size of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure(step: str, rows: int, act: Callable[[], object]) -> None:
-    """Print what a step takes."""
-    memory, start = driver_memory(), time.perf_counter()
+def measure(step: str, rows: int, act: Callable[[], object], handled: int = 0) -> None:
+    """Print what a step takes, for a run with a number of rows of which it handles some, or all."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     act()
-    seconds, grown = time.perf_counter() - start, driver_memory() - memory
-    per_million = {
-        "seconds_per_million": round(seconds / rows * 1e6, 2),
-        "mib_per_million": round(grown / rows * 1e6, 1),
-    }
-    print(
-        json.dumps({"step": step, "rows": rows, "seconds": round(seconds, 2), "mib": round(grown, 1)} | per_million),
-        flush=True,
-    )
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    costs = {"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": (after.ru_maxrss - before.ru_maxrss) / 1024}
+    millions = (handled or rows) / 1e6
+    values = {"step": step, "rows": rows, "handled": handled or rows} | {name: round(costs[name], 2) for name in costs}
+    values |= {f"{name}_per_million": round(cost / millions, 2) for name, cost in costs.items()}
+    print(json.dumps(values | {"driver_mib": round(after.ru_maxrss / 1024)}), flush=True)
 
 
 def list_files(folder: Path, rows: int) -> None:
@@ -129,17 +128,21 @@ def list_files(folder: Path, rows: int) -> None:
         if number % _FILES_PER_PREFIX == 0:
             file.parent.mkdir(parents=True)
         file.touch()
-    measure("list", rows, lambda: sum(1 for _ in storage.stream(str(folder / "images"))))
+    source = str(folder / "images")
+    measure("list", rows, lambda: sum(chunk.num_rows for chunk in image_rows([source], CategoryRule("nut"))))
 
 
 def write_manifest(output: RunOutput, rows: int) -> None:
-    names = [image_name(number % (rows - rows // _DUPLICATES)) for number in range(rows)]
-    source = storage.join(output.folder, "images.parquet")
-    storage.publish(source, storage.parquet(pa.table({"uri": names})))
+    source, distinct = storage.join(output.folder, "images.parquet"), rows - rows // _DUPLICATES
+    Path(output.folder).mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(source, pa.schema([("uri", pa.string())])) as writer:
+        for start in range(0, rows, _NAMES_AT_ONCE):
+            numbers = range(start, min(rows, start + _NAMES_AT_ONCE))
+            writer.write_table(pa.table({"uri": [image_name(number % distinct) for number in numbers]}))
     measure("manifest", rows, lambda: manifest.write(image_rows([source], CategoryRule("nut")), output.manifest))
 
 
-def run_stub(output: RunOutput, segments: Sequence[Segment], step: str) -> None:
+def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], step: str) -> None:
     """Score segments with the stub stage, to their end or to the first block."""
     stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "WriteHeatmaps": Identity}
     for name, stub in stubs.items():
@@ -158,24 +161,25 @@ def run_stub(output: RunOutput, segments: Sequence[Segment], step: str) -> None:
 
     rows = sum(segment.rows for segment in segments)
     with connected(), show_scoring_progress(rows, stops=False) as report:
-        measure(step, rows, score if step == "stub" else to_first_block)
+        measure(step, images.rows, score if step == "stub" else to_first_block, rows)
     if step == "stub":
         measure("triage", rows, lambda: most_anomalous(output, _TOP))
 
 
 def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
-    """Leave what tasks report of a fraction of a segment's rows."""
+    """Leave what tasks write and report of a fraction of a segment's rows."""
+    task = 0
     for uri, rows in segment.shards:
         done = storage.read_table(uri).slice(0, round(rows * fraction))
         for start in range(0, done.num_rows, _ROWS_PER_FILE):
-            task = f"scores_{Path(uri).stem}{start:06}"
-            written = done.slice(start, _ROWS_PER_FILE)
-            checkpoint = storage.join(output.segment_checkpoints(segment.number), f"{task}.parquet")
-            summary = RowSummary.of_rows(output_rows(written), task, _TOP)
+            name = f"{output.name}_{segment.number:06}_{task:012}"
+            written = output_rows(done.slice(start, _ROWS_PER_FILE))
+            checkpoint = storage.join(output.segment_checkpoints(segment.number), f"{name}.parquet")
+            summary = RowSummary.of_rows(written, name, _TOP)
             storage.publish(summary_of(checkpoint), summary.to_json(), durable=False)
-            ids = storage.parquet(written.select(["image_id"]))
-            storage.publish(storage.join(output.scores, f"{task}-0.parquet"), ids, durable=False)
-            storage.publish(checkpoint, ids, durable=False)
+            storage.publish(storage.join(output.scores, f"{name}-0.parquet"), storage.parquet(written), durable=False)
+            storage.publish(checkpoint, storage.parquet(written.select(["image_id"])), durable=False)
+            task += 1
 
 
 def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
@@ -192,7 +196,7 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
         RowSummary.total(committed_summaries(output), _TOP)
         write_remaining(output, begun)
 
-    measure(f"resume{fraction * 100:.0f}", images.rows, act)
+    measure(f"resume{fraction * 100:.0f}", images.rows, act, begun.rows)
 
 
 def commit(output: RunOutput, images: Manifest) -> None:
@@ -222,7 +226,7 @@ def run_step(step: str, rows: int, max_files: int, max_stub_rows: int, folder: P
         if step in ("plan", "stub"):
             segments = images.segments(output.manifest)
             if step == "plan" or images.rows <= max_stub_rows:
-                run_stub(output, segments[:1] if step == "plan" else segments, step)
+                run_stub(output, images, segments[:1] if step == "plan" else segments, step)
         elif step == "commit":
             commit(output, images)
         else:

@@ -19,17 +19,14 @@ import json
 import logging
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import requests
-from common import ROOT, job_command, make_parser
+from common import kill_after, make_parser, run_job
 from drift import blur, brighten, move, open_image
 from moto.server import ThreadedMotoServer
 from PIL import Image
@@ -90,25 +87,6 @@ def upload(files: Mapping[str, bytes]) -> None:
         storage.publish(uri, data)
 
 
-def run(name: str, options: Mapping[str, object]) -> None:
-    """Run a job to its end. Exits if it fails."""
-    ran = subprocess.run(job_command(name, options), cwd=ROOT, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        sys.exit(f"{name} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
-
-
-def kill_at_random(name: str, options: Mapping[str, object]) -> float:
-    """Start a job, and kill it and all its processes after 1 to 15 seconds; return after how many."""
-    seconds = random.uniform(1, 15)  # noqa: S311  no secret
-    with subprocess.Popen(
-        job_command(name, options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as job:
-        time.sleep(seconds)
-        for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
-            process.kill()
-    return seconds
-
-
 def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
     """Run the job for each night."""
     options = {"models": _MODELS, "images": f"{_DUMP}/{{date}}", "category-from": "{category}/{name}", "out": _OUT}
@@ -127,9 +105,11 @@ def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
             late = {uri: files.pop(uri) for uri in uris[:_LATE]}
             half = dict(list(files.items())[::2])
             upload(half)
-            print(f"{date}: killed after {kill_at_random('nightly', options | {'date': date}):.1f} s", flush=True)
+            seconds = random.uniform(1, 15)  # noqa: S311  no secret
+            kill_after("nightly", options | {"date": date}, seconds)
+            print(f"{date}: killed after {seconds:.1f} s", flush=True)
         upload(files)
-        run("nightly", options | {"date": date})
+        run_job("nightly", options | {"date": date})
 
 
 def table(nights: Sequence[Mapping[str, Any]], products: Sequence[Product]) -> str:
@@ -151,7 +131,7 @@ def compare_with_one_run() -> str:
     """Score all images in one run, and compare its rows with the nights'."""
     out = "s3://plant/undisturbed"
     options = {"models": _MODELS, "images": _DUMP, "category-from": "{category}/{name}", "out": out, "top": 0}
-    run("score", options)
+    run_job("score", options)
     names = ["uri", "score", "is_anomalous", "error_kind", "model_id"]
     expected = {row["uri"]: row for row in RunOutput.single(out).dataset().to_table(columns=names).to_pylist()}
     folders = [f"{_OUT}/date={_FIRST + datetime.timedelta(days=night)}" for night in range(_NIGHTS)]
@@ -190,7 +170,7 @@ def main() -> None:
     for product in products:
         for number, image in enumerate(product.training):
             storage.publish(f"{_DATA}/{product.name}/train/good/{number:04}.jpg", encode_jpeg(image))
-    run("fit", {"data": _DATA, "models": _MODELS, **_FIT})
+    run_job("fit", {"data": _DATA, "models": _MODELS, **_FIT})
     print(f"fitted {', '.join(names)} in {time.perf_counter() - start:.0f} s", flush=True)
     start = time.perf_counter()
     simulate(products, options.images, options.disturb)

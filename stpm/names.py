@@ -27,12 +27,12 @@ _URI = re.compile(r"(?:.*::)?([a-z][a-z0-9+.-]*)://(?:([^/?#]*)@)?([^/?#]*)(.*)"
 
 def is_utf8(name: str) -> bool:
     """Return whether a name holds no lone surrogate."""
-    return not re.search(r"[\ud800-\udfff]", name)
+    return name.isascii() or not re.search(r"[\ud800-\udfff]", name)
 
 
 def as_utf8(name: str) -> str:
     """Write each byte that is not UTF-8 as %XX; every other character stays."""
-    return _BYTE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
+    return name if name.isascii() else _BYTE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
 
 
 def check_no_secret(uri: str) -> None:

@@ -37,6 +37,14 @@ def test_files_lists_uris_at_any_depth_that_can_be_read(root: str) -> None:
     assert storage.files(storage.join(root, "nothing")) == []
 
 
+def test_files_starting_lists_files_right_under_a_folder_by_the_beginning_of_their_names(root: str) -> None:
+    for name in ("b_1/2.txt", "a.txt", "b_2", "b_10", "c/b_3"):
+        storage.publish(storage.join(root, name), b"x")
+    assert storage.files_starting(f"{root}/", "b_1") == [f"{root}/b_10"]
+    assert storage.files_starting(root, "b_2") == [f"{root}/b_2"]
+    assert storage.files_starting(storage.join(root, "nothing"), "b") == []
+
+
 def test_children_lists_folders_sorted_without_hidden_ones(root: str) -> None:
     for name in ("z/1", "a/1", ".hidden/1", "file"):
         storage.publish(storage.join(root, name), b"x")
@@ -212,6 +220,7 @@ def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> N
         storage.publish(f"{root_uri}/{name}", name.encode())
     expected = [f"{root_uri}/2.png", f"{root_uri}/x/1.png"]
     assert [uri for uri, _ in storage.files(root_uri)] == expected
+    assert storage.files_starting(root_uri, "2") == expected[:1]
     assert sorted(storage.stream(root_uri)) == expected
     assert storage.glob(f"{root_uri}/**/*.png") == expected
     assert list(storage.stream(expected[0])) == expected[:1]

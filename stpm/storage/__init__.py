@@ -1,7 +1,7 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
 from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, as_utf8, is_utf8, safe_name
-from stpm.storage.listing import children, files, glob, stream, versions
+from stpm.storage.listing import children, files, files_starting, glob, stream, versions
 from stpm.storage.objects import (
     check_size,
     create,
@@ -31,6 +31,7 @@ __all__ = [
     "digest",
     "exists",
     "files",
+    "files_starting",
     "filesystem",
     "glob",
     "is_local",

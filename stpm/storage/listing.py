@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -43,6 +44,24 @@ def files(uri: str) -> list[tuple[str, int]]:
     return [(name, int(info["size"] or 0)) for name, info in _entries(uri)]
 
 
+def files_starting(uri: str, start: str) -> list[str]:
+    """Return the URIs of the files right under a folder whose names begin with `start`, sorted.
+
+    An object store lists no others; a disk reads the names of all, and nothing else of them.
+    """
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        # Stores that cannot list by a prefix ignore it.
+        found = [name.removeprefix(f"{uri.rstrip('/')}/") for name, _ in _entries(uri, prefix=start)]
+        names = [name for name in found if name.startswith(start) and "/" not in name]
+    elif Path(path).is_dir():
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in entries if entry.name.startswith(start) and entry.is_file()]
+    else:
+        names = []
+    return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
+
+
 def versions(uri: str) -> list[tuple[str, str]]:
     """Return (URI, version) of every file under a folder, at any depth, sorted; none if it does not exist.
 
@@ -53,10 +72,10 @@ def versions(uri: str) -> list[tuple[str, str]]:
     return [(name, _version(info)) for name, info in _entries(uri)]
 
 
-def _entries(uri: str) -> list[tuple[str, dict[str, Any]]]:
+def _entries(uri: str, **arguments: str) -> list[tuple[str, dict[str, Any]]]:
     fs, path = filesystem(uri)
     try:
-        found = with_retries(uri, lambda: fs.find(path, detail=True))
+        found = with_retries(uri, lambda: fs.find(path, detail=True, **arguments))
     except FileNotFoundError:
         # Some stores raise it where the bucket does not exist.
         return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import numpy as np
@@ -48,8 +47,8 @@ class DuplicateFinder:
         bits = np.zeros(-(-self._rows // 8), np.uint8)
         for file in self._files:
             file.seek(0)
-            for row in _repeated(np.frombuffer(file.read(), np.int64).reshape(-1, 2)):
-                bits[row >> 3] |= 128 >> (row & 7)
+            rows = _repeated(np.frombuffer(file.read(), np.int64).reshape(-1, 2))
+            np.bitwise_or.at(bits, rows >> 3, (128 >> (rows & 7)).astype(np.uint8))
         return Duplicates(bits)
 
 
@@ -70,7 +69,8 @@ class Duplicates:
         return flags[start - 8 * first : stop - 8 * first].astype(bool)
 
 
-def _repeated(entries: Ids) -> Iterator[int]:
-    """Yield the rows, given as (id, row) in ascending order of the rows, whose id an earlier one has."""
+def _repeated(entries: Ids) -> Ids:
+    """Return the rows, given as (id, row) in ascending order of the rows, whose id an earlier one has."""
     ordered = entries[np.argsort(entries[:, 0], kind="stable")]
-    yield from ordered[1:][ordered[1:, 0] == ordered[:-1, 0], 1].tolist()
+    repeated: Ids = ordered[1:][ordered[1:, 0] == ordered[:-1, 0], 1]
+    return repeated

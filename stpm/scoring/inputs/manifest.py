@@ -10,7 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stpm import storage
 from stpm.data.mvtec import Category
@@ -18,7 +21,7 @@ from stpm.errors import ConfigError, DataError, ImageError
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.options import ScoreOptions
-from stpm.scoring.schema import MANIFEST, passthrough_columns, table, with_passthrough
+from stpm.scoring.schema import MANIFEST, passthrough_columns, table
 
 _SUMMARY = "manifest.json"
 # Images of one decoding task.
@@ -27,6 +30,8 @@ BLOCK_ROWS = 64
 SHARD_ROWS = 128 * BLOCK_ROWS
 # Shards that are being written at the same time.
 _WRITERS = 8
+
+_NO_CATEGORY = ImageError("no_model", "the image has no category; see --category and --category-from")
 
 # URI of a Parquet file, and the number of its rows.
 Shard = tuple[str, int]
@@ -90,15 +95,20 @@ class Manifest:
 
 def image_id(uri: str) -> int:
     """Hash a URI to a signed 64-bit integer, which identifies the image in everything that is written."""
-    return int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=8).digest(), "big", signed=True)
+    return int(_image_ids([uri])[0])
 
 
-def make_rows(rows: Sequence[ManifestRow], user_table: pa.Table | None = None) -> pa.Table:
-    """Make a table of schema MANIFEST, with the user's own columns of the table that the rows were read from."""
+def _image_ids(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    digests = b"".join([hashlib.blake2b(uri.encode(), digest_size=8).digest() for uri in uris])
+    return np.frombuffer(digests, ">i8").astype(np.int64)
+
+
+def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
+    """Make a table of schema MANIFEST."""
     uris = [storage.as_utf8(row.image.uri) for row in rows]
     errors = [row.error or _error(row) for row in rows]
     columns = {
-        "image_id": [image_id(uri) for uri in uris],
+        "image_id": _image_ids(uris),
         "uri": uris,
         "category": [storage.as_utf8(row.category) for row in rows],
         "label": [storage.as_utf8(row.label) for row in rows],
@@ -108,16 +118,37 @@ def make_rows(rows: Sequence[ManifestRow], user_table: pa.Table | None = None) -
         "archive_start": [row.image.start for row in rows],
         "archive_length": [row.image.length for row in rows],
     }
-    made = table(columns, MANIFEST)
-    return made if user_table is None else with_passthrough(made, user_table)
+    return table(columns, MANIFEST)
+
+
+def make_good_rows(
+    uris: pa.ChunkedArray,
+    categories: pa.ChunkedArray,
+    labels: pa.ChunkedArray,
+    masks: pa.ChunkedArray,
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+) -> pa.Table:
+    """Make a table of schema MANIFEST from its columns: of images without an error, unless they have no category."""
+    has_category = pc.not_equal(categories, "")
+    columns = {
+        "image_id": _image_ids(uris.to_pylist()),
+        "uri": uris,
+        "category": categories,
+        "label": labels,
+        "mask": masks,
+        "error_kind": pc.if_else(has_category, "", _NO_CATEGORY.kind),
+        "error_message": pc.if_else(has_category, "", str(_NO_CATEGORY)),
+        "archive_start": starts,
+        "archive_length": lengths,
+    }
+    return table(columns, MANIFEST)
 
 
 def _error(row: ManifestRow) -> ImageError | None:
     if not storage.is_utf8(row.image.uri):
         return ImageError("bad_name", "the name is not UTF-8, bytes outside it are written %XX here; rename the file")
-    if not row.category:
-        return ImageError("no_model", "the image has no category; see --category and --category-from")
-    return None
+    return None if row.category else _NO_CATEGORY
 
 
 def labelled_rows(categories: Sequence[Category]) -> Iterator[pa.Table]:

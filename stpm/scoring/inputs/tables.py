@@ -53,11 +53,15 @@ def read(uri: str) -> Iterator[pa.Table]:
         raise DataError(f"{uri}: this manifest cannot be read: {error}") from error
 
 
+def input_columns(table: pa.Table) -> list[pa.ChunkedArray]:
+    """Return the INPUT_COLUMNS, with "" in each row for a column that is missing."""
+    missing = pa.chunked_array([pa.repeat("", table.num_rows)])
+    return [table[name] if name in table.schema.names else missing for name in INPUT_COLUMNS]
+
+
 def input_values(table: pa.Table) -> Iterator[tuple[str, ...]]:
     """Return the values of INPUT_COLUMNS for each row, "" for a column that is missing."""
-    missing = [""] * table.num_rows
-    columns = [table[name].to_pylist() if name in table.schema.names else missing for name in INPUT_COLUMNS]
-    return zip(*columns, strict=True)
+    return zip(*(column.to_pylist() for column in input_columns(table)), strict=True)
 
 
 def _is_listing(names: Collection[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import PurePosixPath
 
 from stpm import storage
@@ -88,8 +89,15 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
 
 
 def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
-    files = [uri for uri in output.files() if task_of(uri) in tasks]
+    """Count the rows that tasks wrote, without listing those of other segments."""
+    # Ray names the tasks of one execution alike, but for a number at the end.
+    starts = sorted({task.removesuffix(task.rsplit("_", 1)[-1]) for task in tasks})
+    folders = [output.scores]
+    if output.options.partition_by == "category" and storage.exists(output.scores):
+        folders = [storage.join(output.scores, name) for name in storage.children(output.scores)]
     with ThreadPoolExecutor(_READERS) as pool:
+        listed = pool.map(lambda where: storage.files_starting(*where), product(folders, starts))
+        files = [uri for uris in listed for uri in uris if task_of(uri) in tasks]
         return sum(pool.map(storage.count_rows, files))
 
 

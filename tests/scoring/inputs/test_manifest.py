@@ -18,11 +18,11 @@ from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.inputs.manifest import ManifestRow, image_id, make_rows
-from stpm.scoring.schema import MANIFEST
+from stpm.scoring.schema import MANIFEST, with_passthrough
 
 
 def chunk(uris: list[str], category: str = "nut", **own: list[object]) -> pa.Table:
-    return make_rows([ManifestRow(ImageRef(uri), category) for uri in uris], pa.table(own))
+    return with_passthrough(make_rows([ManifestRow(ImageRef(uri), category) for uri in uris]), pa.table(own))
 
 
 @pytest.fixture

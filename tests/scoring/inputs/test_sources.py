@@ -11,7 +11,8 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError, UriError
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.sources import allowed_prefixes, check_allowed, image_rows
+from stpm.scoring.inputs.manifest_uris import allowed_prefixes, check_allowed
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.schema import MANIFEST
 from tests.scoring.inputs.helpers import NUT, rows, write_manifest
 

@@ -30,14 +30,16 @@ def segments(output: RunOutput) -> list[Segment]:
     return manifest.write([rows], output.manifest, segment_rows=8).segments(output.manifest)
 
 
-def write_task(output: RunOutput, segment: Segment, rows: slice, pending: bool = False) -> None:
+def write_task(
+    output: RunOutput, segment: Segment, rows: slice, pending: bool = False, execution: str = "scores"
+) -> None:
     """Leave what a task leaves that writes some rows of a segment, or is cut off before it commits them."""
     table = pa.concat_tables([storage.read_table(uri) for uri, _ in segment.shards])
     chosen = table.slice(rows.start, rows.stop - rows.start)
     values = {name: chosen[name] if name in chosen.schema.names else None for name in COLUMNS}
     columns = [pa.nulls(chosen.num_rows, OUTPUT.field(n).type) if v is None else v for n, v in values.items()]
-    checkpoint = f"{output.segment_checkpoints(segment.number)}/scores_{rows.start}.parquet"
-    storage.publish(f"{output.scores}/scores_{rows.start}-0.parquet", storage.parquet(chosen))
+    checkpoint = f"{output.segment_checkpoints(segment.number)}/{execution}_{rows.start}.parquet"
+    storage.publish(f"{output.scores}/{execution}_{rows.start}-0.parquet", storage.parquet(chosen))
     summary = RowSummary.of_rows(pa.table(dict(zip(COLUMNS, columns, strict=True))), "file", 3)
     storage.publish(summary_of(checkpoint), summary.to_json())
     name = checkpoint.replace(".parquet", ".pending.parquet") if pending else checkpoint
@@ -83,6 +85,27 @@ def test_a_segment_is_committed_once_all_of_its_rows_are_written(output: RunOutp
     storage.remove(output.segment_summary(1))
     with pytest.raises(DataError, match=r"summaries in .*/segments are of 8 rows, and the run has 10: .* with --fresh"):
         total_of_finished(output, rows=10, max_ranked=3)
+
+
+def test_a_commit_lists_the_files_of_its_own_segment_alone(
+    output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files at each commit would make the end of a run quadratic."""
+    listed: list[str] = []
+
+    def files_starting(*arguments: str) -> list[str]:
+        found = list_files(*arguments)
+        listed.extend(found)
+        return found
+
+    list_files = storage.files_starting
+    monkeypatch.setattr(storage, "files_starting", files_starting)
+    monkeypatch.setattr(RunOutput, "files", lambda _: pytest.fail("all files were listed"))
+    write_task(output, segments[0], slice(0, 5), execution="scores_b_1")
+    write_task(output, segments[0], slice(5, 8), execution="scores_b_2")
+    write_task(output, segments[1], slice(0, 2), execution="scores_b_11")
+    commit_segment(output, segments[0], 3)
+    assert listed == [f"{output.scores}/scores_b_1_0-0.parquet", f"{output.scores}/scores_b_2_5-0.parquet"]
 
 
 def test_a_checkpoint_whose_rename_was_cut_off_counts_once(output: RunOutput, segments: list[Segment]) -> None:

@@ -1,0 +1,113 @@
+"""One large run that is killed three times at random, compared with one that nothing disturbed.
+
+    python bench/killed_run.py [--images 200000] [--segment-rows 50000] [--seed 0]
+
+Fits a tiny student to the demo data, cuts small images out of it, every fiftieth of them broken, and scores them twice,
+from and to a local folder: an S3 server on the same machine would take most of the time. In the second run the driver
+and all processes below it are killed at three random moments, and the same command is run again. Prints how many images
+had a committed row at each kill, and compares all rows, the names of the heatmap files, and the summaries. Needs the
+extras `demo` and `test`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from common import kill_after, make_parser, run_job
+from PIL import Image
+
+from stpm import storage
+from stpm.data import demo, mvtec
+from stpm.data.encode import encode_jpeg
+from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
+from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.resuming.segments import committed_summaries, scan_rows
+from stpm.scoring.row_summary import RowSummary
+
+_KILLS = 3
+_CATEGORY = "grass"
+_FIT = {"categories": _CATEGORY, "teacher": "test_resnet", "teacher-weights": "random", "size": 64, "epochs": 2}
+_SIDE = 64
+_FILES_PER_FOLDER = 1000
+_BROKEN = 50
+_TOP = 50
+_SAME = ["uri", "category", "is_anomalous", "error_kind", "model_id", "heatmap", "width", "height", "bytes"]
+# Images are scored in other batches, which changes the last bits.
+_TOLERANCE = 1e-4
+
+
+def make_images(folder: Path, data: str, count: int) -> None:
+    """Cut images out of those of the demo data."""
+    rng = np.random.default_rng(0)
+    category = mvtec.read_category(data, _CATEGORY)
+    uris = [*(uri for uri, _ in category.train), *(image.uri for image in category.test)]
+    wholes = [Image.open(uri).convert("RGB") for uri in uris]
+    for number in range(count):
+        x, y = rng.integers(0, demo.CROP - _SIDE + 1, 2)
+        file = encode_jpeg(wholes[number % len(wholes)].crop((x, y, x + _SIDE, y + _SIDE)))
+        path = folder / f"{number // _FILES_PER_FOLDER:04}" / f"{number:07}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file[:40] if number % _BROKEN == 0 else file)
+
+
+def count_committed(output: RunOutput) -> int:
+    """Count the rows of an unfinished run that no later run scores again."""
+    begun = [output.segment_checkpoints(number) for number in output.segments_with_checkpoints()]
+    rows = sum(storage.count_rows(uri) for folder in begun for uri in committed_checkpoints(folder))
+    return rows + sum(summary.rows for summary in committed_summaries(output))
+
+
+def read_rows(output: RunOutput) -> pa.Table:
+    return output.dataset().to_table(columns=[*_SAME, "image_id", "score"]).sort_by("image_id")
+
+
+def compare(output: RunOutput, undisturbed: RunOutput, images: int) -> None:
+    """Check that two runs have the same rows, heatmap files and summaries."""
+    found, expected = read_rows(output), read_rows(undisturbed)
+    assert len(set(expected["image_id"].to_pylist())) == expected.num_rows == images
+    assert found.drop_columns("score").equals(expected.drop_columns("score"))
+    np.testing.assert_allclose(found["score"].to_numpy(), expected["score"].to_numpy(), rtol=_TOLERANCE)
+    for run in (output, undisturbed):
+        written = {uri.removeprefix(f"{run.folder}/") for uri, _ in storage.files(run.heatmaps)}
+        assert written == set(expected["heatmap"].to_pylist()) - {""}
+        assert RowSummary.total(committed_summaries(run), _TOP) == scan_rows(run, _TOP)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--images", type=int, default=200_000, help="images to score (default: 200000)")
+    parser.add_argument("--segment-rows", type=int, default=50_000, help="images of a segment (default: 50000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parsed = parser.parse_args()
+    rng = np.random.default_rng(parsed.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        demo.make(f"{root}/data")
+        run_job("fit", {"data": f"{root}/data", "models": f"{root}/models", "preset": "paper", **_FIT})
+        make_images(root / "images", f"{root}/data", parsed.images)
+        options = {"models": f"{root}/models", "images": f"{root}/images", "category": _CATEGORY, "top": _TOP}
+        options |= {"segment-rows": parsed.segment_rows, "max-error-rate": 1}
+        undisturbed, output = (RunOutput.single(f"{root}/{name}") for name in ("undisturbed", "killed"))
+        start = time.perf_counter()
+        run_job("score", options | {"out": undisturbed.folder})
+        seconds = time.perf_counter() - start
+        print(f"{parsed.images} images, undisturbed: {seconds:.0f} s", flush=True)
+        for _ in range(_KILLS):
+            # All attempts together take less than the run, so that none of them ends it.
+            kill_after("score", options | {"out": output.folder}, after := rng.uniform(0.3, 0.9) * seconds / _KILLS)
+            assert not RunState(output.state_folder).is_finished(), "it was done too soon: give more --images"
+            print(f"killed after {after:.0f} s: {count_committed(output)} rows are committed", flush=True)
+        start = time.perf_counter()
+        run_job("score", options | {"out": output.folder})
+        print(f"finished in {time.perf_counter() - start:.0f} s more", flush=True)
+        compare(output, undisturbed, parsed.images)
+        print(f"all {parsed.images} rows, their heatmaps and summaries are those of the undisturbed run")
+
+
+if __name__ == "__main__":
+    main()

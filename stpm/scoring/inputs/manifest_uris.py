@@ -1,0 +1,87 @@
+"""The URIs that a user's manifest names: made absolute, and only under allowed prefixes, since it is foreign data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stpm import storage
+from stpm.errors import ImageError
+from stpm.names import check_no_secret
+
+# Neither empty, nor `.` or `..`.
+_SEGMENT = r"(?:[^/.]|\.[^/.]|\.\.[^/])[^/]*"
+# Of such URIs `resolve` changes nothing, and they hold no secret: a user of theirs has no password.
+_PLAIN = rf"\A(?:(?:s3a?|gs|gcs|abfss?|az|memory)://[^/?#:]+)?(?:/{_SEGMENT})+\z"
+
+
+def allowed_prefixes(manifest: str, prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Return the given prefixes, or if there are none, the manifest's own folder, or its bucket in object storage.
+
+    A manifest may name only URIs under these prefixes, so that a job does not read other files.
+    """
+    if prefixes:
+        return tuple(storage.absolute(prefix) for prefix in prefixes)
+    if storage.is_local(manifest):
+        return (str(Path(storage.absolute(manifest)).parent),)
+    scheme, _, path = manifest.partition("://")
+    return (f"{scheme}://{path.split('/', 1)[0]}",)
+
+
+def check_allowed(uris: Iterable[str], prefixes: Sequence[str]) -> ImageError | None:
+    """Return an error if one of the URIs is not under one of the prefixes. Empty URIs are ignored."""
+    if all(_is_allowed(uri, prefixes) for uri in uris if uri):
+        return None
+    return ImageError("not_allowed", f"the manifest may name only what is under {', '.join(prefixes)}; see --allow")
+
+
+def _is_allowed(uri: str, prefixes: Sequence[str]) -> bool:
+    if "::" in uri or ".." in uri.split("/"):
+        return False
+    return any(uri == prefix or uri.startswith(_as_folder(prefix)) for prefix in prefixes)
+
+
+def _as_folder(prefix: str) -> str:
+    return f"{prefix.rstrip('/')}/"
+
+
+def resolve(name: str, folder: str) -> str:
+    """Return the absolute URI of a name in a manifest; relative names are relative to the manifest's folder.
+
+    Raises:
+        UriError: if the URI may hold a secret.
+    """
+    if "://" in name or name.startswith("/"):
+        uri = storage.absolute(name) if storage.is_local(name) else name
+    else:
+        uri = f"{folder}/{PurePosixPath(name)}" if name else ""
+    check_no_secret(uri)
+    return uri
+
+
+def resolve_plain(
+    names: pa.ChunkedArray, folder: str, prefixes: Sequence[str]
+) -> tuple[pa.ChunkedArray, npt.NDArray[np.bool_]]:
+    """Resolve all names at once that are plain paths and allowed, as `resolve` and `check_allowed` do one by one.
+
+    Args:
+        names: string, without nulls.
+        folder: URI of the manifest's folder, in UTF-8.
+        prefixes: that are allowed.
+
+    Returns:
+        The URI of each name, string; and whether it holds: of a name for which it does not, `resolve` gives the URI.
+    """
+    is_empty = pc.equal(names, "")
+    stays = pc.or_(is_empty, pc.or_(pc.match_substring(names, "://"), pc.starts_with(names, "/")))
+    uris = pc.if_else(stays, names, pc.binary_join_element_wise(folder, names, "/"))
+    folders = [_as_folder(prefix) for prefix in prefixes if storage.is_utf8(prefix)]
+    holds = pc.match_substring_regex(uris, _PLAIN).to_numpy()
+    holds &= np.any([pc.starts_with(uris, each).to_numpy() for each in folders], axis=0)
+    holds &= ~pc.match_substring(uris, "::").to_numpy()
+    return uris, holds | is_empty.to_numpy()

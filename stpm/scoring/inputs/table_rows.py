@@ -1,0 +1,108 @@
+"""Make manifest rows of a user's tables: manifests, stored listings, and Parquet files that hold the images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stpm import storage
+from stpm.errors import ConfigError, ImageError, NoImagesError, UriError
+from stpm.scoring.inputs import tables
+from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import ManifestRow, make_good_rows, make_rows
+from stpm.scoring.inputs.manifest_uris import check_allowed, resolve, resolve_plain
+from stpm.scoring.schema import reserved_columns, with_passthrough
+
+Numbers = npt.NDArray[np.int64]
+
+
+def table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the manifest rows of a table, a chunk at a time.
+
+    Args:
+        uri: of the table.
+        rule: chooses the category of rows that name none.
+        allowed: prefixes of the URIs that the table may name.
+
+    Raises:
+        NoImagesError: if it has no rows, or names no images.
+        DataError: if it cannot be read.
+        ConfigError: if it has a column that scoring writes itself.
+    """
+    first, has_rows = 0, False
+    for chunk in tables.read(uri):
+        if clashing := reserved_columns(chunk.schema.names):
+            raise ConfigError(f"{uri}: column {clashing[0]} is one that scoring writes itself; rename it")
+        has_rows = True
+        numbers = np.arange(first, first + chunk.num_rows)
+        make = rows_at_once if storage.is_utf8(uri) else rows_one_by_one
+        yield with_passthrough(make(chunk, numbers, uri, rule, allowed), chunk)
+        first += chunk.num_rows
+    if not first:
+        raise NoImagesError(f"{uri}: this manifest {'names no images' if has_rows else 'has no rows'}")
+
+
+def rows_at_once(chunk: pa.Table, numbers: Numbers, uri: str, rule: CategoryRule, allowed: Sequence[str]) -> pa.Table:
+    """Make the same rows as `rows_one_by_one`, in a tenth of the time: only those with odd URIs are made one by one.
+
+    Args:
+        chunk: rows of a table.
+        numbers: of these rows in the table.
+        uri: of the table, in UTF-8.
+        rule: chooses the category of rows that name none.
+        allowed: prefixes of the URIs that the table may name.
+    """
+    folder = uri.rsplit("/", 1)[0]
+    names, categories, labels, masks = tables.input_columns(chunk)
+    mask_uris, is_plain = resolve_plain(masks, folder, allowed)
+    if "uri" in chunk.schema.names:
+        uris, is_resolved = resolve_plain(names, folder, allowed)
+        is_plain &= is_resolved & pc.not_equal(names, "").to_numpy()
+        starts, lengths = np.zeros_like(numbers), np.full_like(numbers, -1)
+    else:
+        uris = pc.binary_join_element_wise(uri, pa.chunked_array([pa.array(numbers).cast(pa.string())]), "#")
+        starts, lengths = numbers, np.ones_like(numbers)
+    if rule.pattern:
+        images = map(ImageRef, uris.to_pylist(), starts.tolist(), lengths.tolist())
+        given = zip(categories.to_pylist(), images, strict=True)
+        chosen = [category or rule.category(image.path) for category, image in given]
+        categories = pa.chunked_array([chosen], pa.string())
+    else:
+        categories = pc.if_else(pc.equal(categories, ""), storage.as_utf8(rule.fixed), categories)
+    rows = make_good_rows(uris, categories, labels, mask_uris, starts, lengths)
+    odd = np.flatnonzero(~is_plain)
+    if not len(odd):
+        return rows
+    order = np.arange(len(numbers))
+    order[odd] = len(numbers) + np.arange(len(odd))
+    return pa.concat_tables([rows, rows_one_by_one(chunk.take(odd), numbers[odd], uri, rule, allowed)]).take(order)
+
+
+def rows_one_by_one(
+    chunk: pa.Table, numbers: Numbers, uri: str, rule: CategoryRule, allowed: Sequence[str]
+) -> pa.Table:
+    """Make the rows of any part of any table. The arguments are those of `rows_at_once`."""
+    folder = uri.rsplit("/", 1)[0]
+    rows = []
+    for number, (name, category, label, mask) in zip(numbers.tolist(), tables.input_values(chunk), strict=True):
+        mask_uri = ""
+        try:
+            mask_uri = resolve(mask, folder)
+            if "uri" not in chunk.schema.names:
+                image = ImageRef.parquet_row(uri, number)
+                error = check_allowed([mask_uri], allowed)
+            elif name:
+                image = ImageRef(resolve(name, folder))
+                error = check_allowed([image.uri, mask_uri], allowed)
+            else:
+                image = ImageRef(f"{uri}#{number}")
+                error = ImageError("missing", "this row of the manifest has no uri")
+        except UriError as problem:
+            image, error = ImageRef(f"{uri}#{number}"), ImageError("not_allowed", str(problem))
+        rows.append(ManifestRow(image, category or rule.category(image.path), label, mask_uri, error))
+    return make_rows(rows)
