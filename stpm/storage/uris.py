@@ -79,12 +79,15 @@ def absolute(uri: str) -> str:
     """Make a local path absolute, so that other processes find it; any other URI only loses trailing slashes.
 
     Raises:
-        UriError: if the URI may hold a secret.
+        UriError: if the URI may hold a secret, or names a user with a NUL in it.
     """
     check_no_secret(uri)
     if is_local(uri):
-        # This also expands `~`, unless no user has that name.
-        return str(Path(LocalFileSystem._strip_protocol(uri)).absolute())
+        try:
+            # This also expands `~`, unless no user has that name.
+            return str(Path(LocalFileSystem._strip_protocol(uri)).absolute())
+        except ValueError as error:
+            raise UriError(f"{uri!r}: {error}; correct it") from error
     return uri.rstrip("/")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stpm.scoring.inputs import table_rows
@@ -57,6 +57,8 @@ RULES = [NUT, CategoryRule(), CategoryRule(pattern="{category}/{name}"), Categor
     st.sampled_from(["/plant/m.csv", "s3://plant/m.parquet", "/p.tar#/x.parquet"]),
     st.booleans(),
 )
+@example([{"uri": "~\0", "mask": "", "category": "", "label": ""}], NUT, "/plant/m.csv", False)
+@example([{"uri": "~\0://", "mask": "", "category": "", "label": ""}], NUT, "/plant/m.csv", False)
 @settings(max_examples=300, deadline=None)
 def test_rows_are_the_same_at_once_and_one_by_one(
     records: list[dict[str, str]], rule: CategoryRule, uri: str, holds_images: bool
