@@ -45,6 +45,13 @@ def test_files_starting_lists_files_right_under_a_folder_by_the_beginning_of_the
     assert storage.files_starting(storage.join(root, "nothing"), "b") == []
 
 
+def test_files_starting_needs_no_prefix_argument(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = MemoryFileSystem.ls
+    monkeypatch.setattr(MemoryFileSystem, "ls", lambda self, path, detail=True: original(self, path, detail))
+    storage.publish(f"{memory}/b_1", b"x")
+    assert storage.files_starting(memory, "b") == [f"{memory}/b_1"]
+
+
 def test_children_lists_folders_sorted_without_hidden_ones(root: str) -> None:
     for name in ("z/1", "a/1", ".hidden/1", "file"):
         storage.publish(storage.join(root, name), b"x")

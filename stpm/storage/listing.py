@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from stpm.errors import ConfigError, DataError
@@ -51,8 +52,9 @@ def files_starting(uri: str, start: str) -> list[str]:
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        # Stores that cannot list by a prefix ignore it.
-        found = [name.removeprefix(f"{uri.rstrip('/')}/") for name, _ in _entries(uri, prefix=start)]
+        # The clouds' filesystems can list by a prefix; others have no such argument, or ignore it.
+        arguments = {"prefix": start} if isinstance(fs, AsyncFileSystem) else {}
+        found = [name.removeprefix(f"{uri.rstrip('/')}/") for name, _ in _entries(uri, **arguments)]
         names = [name for name in found if name.startswith(start) and "/" not in name]
     elif Path(path).is_dir():
         with os.scandir(path) as entries:

@@ -29,7 +29,7 @@ def read_table(uri: str) -> pa.Table:
     try:
         # `pq.read_table` takes seven times as long for a small file.
         return pq.ParquetFile(pa.BufferReader(data)).read()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{uri} is damaged: {error}") from error
 
 
@@ -42,5 +42,5 @@ def count_rows(uri: str) -> int:
     filesystem, path = arrow_filesystem(uri)
     try:
         return int(with_retries(uri, lambda: pq.read_metadata(path, filesystem=filesystem).num_rows))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{uri} is damaged: {error}") from error

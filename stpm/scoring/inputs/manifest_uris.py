@@ -17,7 +17,7 @@ from stpm.names import check_no_secret
 # Neither empty, nor `.` or `..`.
 _SEGMENT = r"(?:[^/.]|\.[^/.]|\.\.[^/])[^/]*"
 # Of such URIs `resolve` changes nothing, and they hold no secret: a user of theirs has no password.
-_PLAIN = rf"\A(?:(?:s3a?|gs|gcs|abfss?|az|memory)://[^/?#:]+)?(?:/{_SEGMENT})+\z"
+_PLAIN = rf"\A(?:(?:s3a?|gs|gcs|abfss?|az|memory)://[^/?#:.][^/?#:]*)?(?:/{_SEGMENT})+\z"
 
 
 def allowed_prefixes(manifest: str, prefixes: Sequence[str]) -> tuple[str, ...]:

@@ -80,7 +80,9 @@ def rows_at_once(chunk: pa.Table, numbers: Numbers, uri: str, rule: CategoryRule
         return rows
     order = np.arange(len(numbers))
     order[odd] = len(numbers) + np.arange(len(odd))
-    return pa.concat_tables([rows, rows_one_by_one(chunk.take(odd), numbers[odd], uri, rule, allowed)]).take(order)
+    # Of a user's own columns some cannot be taken from, and all may be wide.
+    own = chunk.select([name for name in chunk.schema.names if name in tables.INPUT_COLUMNS])
+    return pa.concat_tables([rows, rows_one_by_one(own.take(odd), numbers[odd], uri, rule, allowed)]).take(order)
 
 
 def rows_one_by_one(

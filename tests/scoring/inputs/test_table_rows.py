@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -17,10 +18,29 @@ from tests.scoring.inputs.helpers import NUT, rows, write_manifest
 
 # Parts of names of which each means something to `resolve`, `check_allowed` or `check_no_secret`.
 PARTS = ["/", "//", ".", "..", "...", ":", "::", "://", "@", "?", "#", "%41", "~", "\n", "\\", "\0", " ", "é", "a"]
-PARTS += ["s3://plant", "s3://plant/", "s3://", "S3://plant/a", "abfs://box@me.example/", "https://host/", "B.png"]
+PARTS += [
+    "s3://plant",
+    "s3://plant/",
+    "s3://",
+    "s3://..",
+    "S3://plant/a",
+    "abfs://box@me.example/",
+    "https://host/",
+    "B.png",
+]
 PARTS += ["/plant", "me:secret@", "plant", "x.tar#", "memory://", "zip::", "http:/", "file:///plant/"]
 NAMES = st.lists(st.sampled_from(PARTS), max_size=6).map("".join) | st.text(max_size=5)
-FOLDERS = ["", "/plant", "/plant/a::b", "/plant/.x/..", "s3://plant", "s3://plant/", "s3://me:secret@plant/a", "s3:/"]
+FOLDERS = [
+    "",
+    "/plant",
+    "/plant/a::b",
+    "/plant/.x/..",
+    "memory:/",
+    "s3://plant",
+    "s3://plant/",
+    "s3://me:secret@plant/a",
+    "s3:/",
+]
 FOLDERS += ["https://host/a", "memory://a", "abfs://box@me.example/a"]
 PREFIXES = ["/plant", "/", "s3://plant", "s3://plant/a/", "s3://", "https://host", "abfs://box@me.example", "/plant/a"]
 PREFIXES += [os.fsdecode(b"/caf\xe9")]
@@ -87,6 +107,12 @@ def test_only_odd_rows_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.M
     errors = {number: row["error_kind"] for number, row in enumerate(found) if row["error_kind"]}
     assert errors == {10: "not_allowed", 20: "missing"}
     assert found[30]["uri"] == f"{tmp_path}/dir/x.png"
+
+
+def test_a_users_column_of_any_type_is_kept_beside_odd_rows(tmp_path: Path) -> None:
+    notes = pa.array(["x", "y"], pa.string_view())
+    pq.write_table(pa.table({"uri": ["a.png", "./b.png"], "note": notes}), tmp_path / "list.parquet")
+    assert [row["note"] for row in rows(f"{tmp_path}/list.parquet")] == ["x", "y"]
 
 
 def test_a_table_in_a_folder_that_is_not_utf8_names_images(tmp_path: Path) -> None:
