@@ -16,7 +16,7 @@ from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import ManifestRow, make_good_rows, make_rows
 from stpm.scoring.inputs.manifest_uris import check_allowed, resolve, resolve_plain
-from stpm.scoring.schema import reserved_columns, with_passthrough
+from stpm.scoring.schema import INPUT_COLUMNS, reserved_columns, with_passthrough
 
 Numbers = npt.NDArray[np.int64]
 
@@ -81,7 +81,7 @@ def rows_at_once(chunk: pa.Table, numbers: Numbers, uri: str, rule: CategoryRule
     order = np.arange(len(numbers))
     order[odd] = len(numbers) + np.arange(len(odd))
     # Of a user's own columns some cannot be taken from, and all may be wide.
-    own = chunk.select([name for name in chunk.schema.names if name in tables.INPUT_COLUMNS])
+    own = chunk.select([name for name in chunk.schema.names if name in INPUT_COLUMNS])
     return pa.concat_tables([rows, rows_one_by_one(own.take(odd), numbers[odd], uri, rule, allowed)]).take(order)
 
 
