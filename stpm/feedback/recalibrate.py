@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
+from stpm.console import timestamp
 from stpm.data.image_statistics import COMPARED
 from stpm.feedback.new_normals import NewNormals
 from stpm.method.calibration import HeatmapScale
-from stpm.models.record import ModelRecord, library_versions, now
+from stpm.models.record import ModelRecord, library_versions
 from stpm.models.store import ModelStore
 
 
@@ -31,7 +32,7 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
         fit=dataclasses.replace(record.fit, calibration_count=len(calibration)),
         added_normals=(*record.added_normals, *new.images),
         versions=library_versions(),
-        created=now(),
+        created=timestamp(),
     )
     return store.save_recalibrated(record, changed, calibration, _add_statistics(store.image_statistics(record), new))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -32,9 +31,6 @@ from stpm.options import WantedBackend
 
 log = logging.getLogger(__name__)
 
-_LISTING_THREADS = 16
-_READER_THREADS = 8
-
 
 def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Category], dict[str, str]]:
     """List the images of each category; return the usable categories, and the reason by name for the others.
@@ -54,8 +50,7 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(_LISTING_THREADS) as threads:
-        found = dict(zip(names, threads.map(read, names), strict=True))
+    found = dict(zip(names, storage.in_parallel(read, names), strict=True))
     failures = {name: str(result) for name, result in found.items() if isinstance(result, DataError)}
     for name, reason in failures.items():
         log.info(f"{name}: failed: {reason}", extra={"category": name})
@@ -110,11 +105,10 @@ def fit_categories(
             digest = ModelStore(store).put_teacher(weights)
             seeded = dataclasses.replace(recipe, seed=seed)
             makers += [_TaskMaker(each, seeded, ModelStore(store), digest, backend) for each in categories]
-        with ThreadPoolExecutor(_READER_THREADS) as threads:
-            if new_normals is None:
-                planned = list(threads.map(_plan, makers))
-            else:
-                planned = list(threads.map(lambda maker: _plan_refit(maker, new_normals[maker.category.name]), makers))
+        if new_normals is None:
+            planned = storage.in_parallel(_plan, makers)
+        else:
+            planned = storage.in_parallel(lambda maker: _plan_refit(maker, new_normals[maker.category.name]), makers)
         for task, _, message in planned:
             if message:
                 log.info(f"{task.key}: {message}", extra={"category": task.category})

@@ -6,7 +6,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,7 @@ from stpm.method.backbones import resolve_data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
 from stpm.method.recipe import Recipe
 
-_READER_THREADS = 8
+_READERS = 8
 _MAX_HEADERS_READ = 32
 
 
@@ -119,8 +118,7 @@ def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> list[st
         except (ImageError, DataError, OSError) as error:
             problems.append(f"{uris[index]}: {error}")
 
-    with ThreadPoolExecutor(_READER_THREADS) as threads:
-        list(threads.map(read, range(len(uris))))
+    storage.in_parallel(read, range(len(uris)), _READERS)
     return problems
 
 
