@@ -19,8 +19,7 @@ class Marks:
     Args:
         good: URIs of the images that are marked as good, by category.
         other: number of images by another label, such as `defect`.
-        refused: URIs that cannot be used, or rows without one, with the reason. Only images that are marked as good
-            are among them.
+        refused: images that are marked as good and cannot be used, by URI or row, with the reason.
     """
 
     good: dict[str, list[str]] = field(default_factory=dict)

@@ -101,8 +101,8 @@ def run_worker_group(
 def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[[], int]) -> None:
     """Train, and train again while it fails after the loss of a node.
 
-    Ray Train counts the loss of a node as a failure of the workers, and gives up after `max_failures`. Yet any number of
-    spot nodes may be lost.
+    Ray Train counts the loss of a node as a failure of the workers, and gives up after `max_failures`. But any number
+    of spot nodes may be lost.
 
     Args:
         train: continues where its last call ended.

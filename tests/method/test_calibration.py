@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from stpm.method.calibration import (
     Calibration,
     DistanceScale,
-    GoodCounts,
     HeatmapScale,
     HeatmapScaleBuilder,
     few_good_images_warning,
@@ -69,15 +68,15 @@ def test_min_calibration_images_is_smallest_sufficient_number(rate: float) -> No
 
 
 def test_few_good_images_warning_names_categories_and_remedies() -> None:
-    screw = GoodCounts(500, 400)
-    assert few_good_images_warning({"nut": GoodCounts(120, 99), "screw": screw}, 0.01) == ""
-    warning = few_good_images_warning({"nut": GoodCounts(122, 98), "screw": screw}, 0.01)
+    screw = (500, 400)
+    assert few_good_images_warning({"nut": (120, 99), "screw": screw}, 0.01) == ""
+    warning = few_good_images_warning({"nut": (122, 98), "screw": screw}, 0.01)
     assert warning.startswith(
         "warning: false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on 98 of its 122 good "
         "images, which supports a rate of 0.010 or more."
     )
     assert "screw" not in warning
-    many = few_good_images_warning({f"part-{i}": GoodCounts(209, 42) for i in range(1000)}, 0.01)
+    many = few_good_images_warning({f"part-{i}": (209, 42) for i in range(1000)}, 0.01)
     assert "part-4 calibrates on 42 of its 209 good images, which supports a rate of 0.023 or more; and 995" in many
     assert "Raise --false-alarm-rate, or give at least 99 good images and fit with --calibration-folds 5" in many
     assert len(many) < 750
