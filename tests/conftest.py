@@ -86,6 +86,21 @@ def memory() -> Iterator[str]:
     fs.store.clear()
 
 
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    """Return the URI of an empty folder, on a local disk or in an in-memory filesystem."""
+    return str(tmp_path) if request.param == "local" else memory
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -16,11 +16,6 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError, TooLongError, UriError
 
 
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    return str(tmp_path) if request.param == "local" else memory
-
-
 def test_a_published_object_reads_back_and_is_replaced(root: str) -> None:
     uri = storage.join(root, "a", "b.bin")
     assert not storage.exists(uri)

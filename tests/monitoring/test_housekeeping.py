@@ -36,9 +36,9 @@ def names(out: str) -> set[str]:
     return {uri.removeprefix(f"{out}/") for uri, _ in storage.files(out)}
 
 
-@pytest.fixture(params=["local", "memory"])
-def out(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    return str(tmp_path / "out") if request.param == "local" else f"{memory}/out"
+@pytest.fixture
+def out(root: str) -> str:
+    return f"{root}/out"
 
 
 def test_an_old_night_is_removed_to_the_last_file(out: str) -> None:
