@@ -9,7 +9,7 @@ from stpm import storage
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, UriError
 from stpm.scoring.inputs import tables
-from stpm.scoring.inputs.manifest_uris import allowed_prefixes, check_allowed, resolve
+from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed, resolve
 
 
 @dataclass(frozen=True)
