@@ -119,6 +119,7 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
         (["--size", "640x8"], "size is '640x8'; give 32 to 4096 pixels each, or auto"),
         (["--epochs", "0"], "epochs is 0; give at least 1"),
         (["--workers", "-1"], "workers is -1; give at least 0"),
+        (["--tolerance", "-1"], "tolerance is -1.0; give at least 0"),
         (["--worker-ram-gib", "nan"], "worker-ram-gib is nan; give NUMBER"),
         (["--model-ram-gib", ".inf"], "model-ram-gib is inf; give a finite number"),
         (["--image-seconds", "1e10"], "image-seconds is 10000000000.0; give more than 0 and at most 86400"),

@@ -176,11 +176,6 @@ def test_greedy_coreset_chooses_no_index_twice(channels: int) -> None:
     assert {k % 4 for k in chosen[:4]} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("size", [7, 8, 1000])
-def test_greedy_coreset_returns_all_if_fewer_than_size(size: int) -> None:
-    assert greedy_coreset(normal(7, 40), size, 0).tolist() == list(range(7))
-
-
 @pytest.mark.parametrize(("queries", "vectors", "channels"), [(2500, 300, 20), (1024, 1, 3), (1025, 7, 100), (1, 5, 1)])
 def test_nearest_distance_matches_brute_force(queries: int, vectors: int, channels: int) -> None:
     q, v = normal(queries, channels), normal(vectors, channels, seed=1)

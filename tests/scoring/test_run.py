@@ -34,6 +34,7 @@ from stpm.scoring.resuming.run_state import RunConfig, RunState
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import ScoringRun, resume_or_start, run_scoring
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
+from tests.conftest import fail_to_read
 from tests.datasets import make_category, make_output
 from tests.models.test_store import save
 
@@ -265,14 +266,7 @@ def test_a_run_without_all_rows_is_unfinished(
 def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it were treated as missing, its rows would be errors, and never be scored again."""
     run = make_run(tmp_path, "/a.png")
-    original = storage.read
-
-    def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-        if uri.endswith("nut/current.json"):
-            raise PermissionError("403 Forbidden")
-        return original(uri, start, end)
-
-    monkeypatch.setattr(storage, "read", read)
+    fail_to_read(monkeypatch, PermissionError("403 Forbidden"), ["nut/current.json"])
     with pytest.raises(ModelUnreadableError, match=r"nut/current.json: cannot be read: 403 Forbidden"):
         run_scoring(run)
     assert not run.output.files()

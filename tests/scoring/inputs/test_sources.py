@@ -102,9 +102,7 @@ def test_a_table_cannot_name_files_outside_the_allowed_prefixes(tmp_path: Path) 
 
 
 def test_a_table_cannot_name_masks_outside_the_allowed_prefixes(tmp_path: Path) -> None:
-    write_table(
-        f"{tmp_path}/list.jsonl", [{"uri": "a.png", "mask": "m.png"}, {"uri": "b.png", "mask": "/etc/passwd"}]
-    )
+    write_table(f"{tmp_path}/list.jsonl", [{"uri": "a.png", "mask": "m.png"}, {"uri": "b.png", "mask": "/etc/passwd"}])
     good, bad = rows(f"{tmp_path}/list.jsonl")
     assert (good["mask"], good["error_kind"]) == (f"{tmp_path}/m.png", "")
     assert bad["error_kind"] == "not_allowed"

@@ -24,7 +24,7 @@ def test_passthrough_columns_are_kept(root: str, kind: str) -> None:
     first, second = rows(f"{root}/list.{kind}")
     line = 3 if kind == "parquet" else "3"
     assert (first["uri"], first["category"], first["line"]) == (f"{root}/images/b.png", "bolt", line)
-    # The rule gives the category if the manifest does not.
+    # The rule gives the category if the table does not.
     assert (second["uri"], second["category"], second["label"]) == (f"{root}/images/a.JPG", "nut", "scratch")
     assert all(row["error_kind"] == "" for row in (first, second))
 
@@ -116,7 +116,7 @@ def test_a_stored_listing_of_a_bucket_names_its_images(root: str, kind: str) -> 
     found = rows(f"{root}/inventory.{kind}", allow=[f"{scheme}://plant"])
     assert [row["uri"] for row in found] == images
     assert all(row["error_kind"] == "" and "size" not in row for row in found)
-    # As any manifest, it may name only what is allowed.
+    # As any table, it may name only what is allowed.
     assert {row["error_kind"] for row in rows(f"{root}/inventory.{kind}")} == {"not_allowed"}
     write_table(f"{root}/empty.{kind}", records[2:4])
     with pytest.raises(DataError, match="this table names no images"):
