@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -109,11 +110,14 @@ def kill_after(name: str, options: Mapping[str, object], seconds: float) -> None
 
 
 class ProcessTree(threading.Thread):
-    """Watch a job, and all that this process has started, such as the nodes of a cluster, until the job ends.
+    """Watch a job, and all processes that this one has started, such as the nodes of a cluster, until the job ends.
 
-    `cpu_seconds` is what all of them have computed meanwhile. `peak` is the largest sum of their memory, and `peaks`
-    that of each part of the job, in bytes (a shared page is divided among the processes that share it): `driver` is the
-    process that was started, `ray` are Ray's own processes.
+    A shared page counts in equal parts for the processes that share it.
+
+    Attributes:
+        cpu_seconds: of all of them meanwhile.
+        peak: largest sum of their memory, bytes.
+        peaks: the same of each part of the job. `driver` is the process that was started, `ray` are Ray's own.
     """
 
     def __init__(self, pid: int) -> None:
@@ -162,8 +166,8 @@ class ProcessTree(threading.Thread):
 def time_command(command: list[str], until: str = "") -> dict[str, float]:
     """Run a command; return its wall `seconds`, and the `cpu_seconds` and `peak_mib` of its process tree.
 
-    The peaks of a job's parts are `driver_mib` and so on. All are taken when the command prints the line `until`, or at
-    its end if that is empty. Exits if the command fails.
+    The peaks of a job's parts are `driver_mib` and so on. Take all of them when the command prints the line `until`, or
+    at its end if that is empty. Exit if the command fails.
     """
     start = time.perf_counter()
     cost: dict[str, float] = {}
@@ -187,8 +191,21 @@ def time_command(command: list[str], until: str = "") -> dict[str, float]:
     return cost or measure()
 
 
+def append_line(path: Path, values: Mapping[str, object]) -> None:
+    """Append a JSON line to a file, and print it."""
+    line = json.dumps(values)
+    with path.open("a") as file:
+        print(line, file=file)
+    print(line, flush=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; none if it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def images_per_second(out: str) -> float:
-    """Return the steady speed of a scoring run, or of all of it where it was too short to be steady."""
+    """Return the steady speed of a scoring run, or that of all of it if it was too short."""
     result = RunState(out).result()
     return result.statistics.steady_images_per_second or result.images_per_second
 
@@ -225,7 +242,7 @@ def map_metrics(
 ) -> MapMetrics:
     """Return the metrics of test images from their scores and anomaly maps.
 
-    Masks are brought to the maps' size by nearest neighbour, as our evaluation does.
+    Bring masks to the maps' size by nearest neighbour, as our evaluation does.
     """
     image_auroc = float(roc_auc_score([test.label != mvtec.GOOD for test in tests], scores))
     if not any(test.mask for test in tests):

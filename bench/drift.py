@@ -8,11 +8,10 @@ night has 1,000 images, of which 3 % are defective, and follows five clean night
 that share one calibration of 200 images. Defects are the category's test images: with a model store their p-values are
 those of its model, and otherwise 80 % of them count as found.
 
-Any false verdict among the 150 of five categories and 30 nights has a probability of 5 %. A fault counts as named if
-the first reason of the verdict names it; in brackets how often the verdict is to act. Then the good test images,
-taken at another time than the training images, are judged as one night. With a model store, the last table has the
-share of them that are alarms of the model at a requested rate of 1 % while the camera has the fault: whether a fault
-matters.
+The probability of a false verdict among the 150 of five categories and 30 nights is 5 %. A fault counts as named if the
+first reason of the verdict names it; in brackets how often the verdict is to act. Then the good test images, taken at
+another time than the training images, are judged as one night. With a model store, the last table shows whether a fault
+matters: the share of alarms among them, at a requested rate of 1 %, while the camera has the fault.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from common import CORES, make_parser, matcher_from
+from common import CORES, make_parser
 from PIL import Image, ImageFilter
 from tabulate import tabulate
 
@@ -37,6 +36,7 @@ from stpm import storage
 from stpm.data import images, mvtec
 from stpm.data.encode import encode_png
 from stpm.data.image_statistics import COMPARED, compute_statistics
+from stpm.feedback.normal_scorer import NormalScore, NormalScorer
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
@@ -82,7 +82,7 @@ def blur(image: Image.Image, share: float) -> Image.Image:
 
 
 def move(image: Image.Image, right: float, down: float) -> Image.Image:
-    """Move what the camera sees by shares of the sides; what comes into view is a reflection of what is beside it."""
+    """Move the image by shares of its sides, and fill the border with its reflection."""
     x, y = round(right * image.width), round(down * image.height)
     before, after = (max(y, 0), max(-y, 0)), (max(x, 0), max(-x, 0))
     padded = np.pad(np.asarray(image), (before, after, (0, 0)), mode="reflect")
@@ -105,11 +105,15 @@ def camera_faults() -> list[Fault]:
 
 
 class Product(NamedTuple):
-    """A category in numbers; a row of statistics is an image.
+    """A category in numbers. Statistics have a row per image.
 
-    `clean` and `test` hold statistics of training images and of good test images, and `faulty` those of the former by
-    fault and variant; `defects` are p-values, and `alarms` the share of alarms among good test images without a fault
-    and with each, empty without a model.
+    Args:
+        name: of the category.
+        clean: statistics of training images.
+        test: statistics of good test images.
+        faulty: statistics of the training images by fault and variant.
+        defects: p-values of defective images.
+        alarms: share of alarms among good test images, without a fault and with each; empty without a model.
     """
 
     name: str
@@ -136,15 +140,8 @@ def measure(data: str, name: str, store: str) -> Product:
     p_values = make_p_values(ModelStore(store), name)
     defects = p_values([open_image(test.uri) for test in category.test if test.label != mvtec.GOOD])
     variants = [(keep,), *(fault.variants for fault in faults)]
-    alarms = [
-        float(
-            (
-                p_values([each[i % len(each)](image) for i, image in enumerate(good[:_MAX_SCORED])])
-                <= _FALSE_ALARM_RATE
-            ).mean()
-        )
-        for each in variants
-    ]
+    spoilt = ([each[i % len(each)](image) for i, image in enumerate(good[:_MAX_SCORED])] for each in variants)
+    alarms = [float((p_values(files) <= _FALSE_ALARM_RATE).mean()) for files in spoilt]
     return Product(name, clean, test, faulty, defects, alarms)
 
 
@@ -160,22 +157,11 @@ def statistics_of(files: Sequence[Image.Image], transform: Transform) -> FloatAr
 
 def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Image]], FloatArray]:
     """Return a function that scores images with a category's model, in this process."""
-    model = store.load(name)
-    record = model.record
-    matcher = matcher_from(record.recipe, record.preprocessing)
-    parts = matcher.compile(model.to(matcher.device).parts)
+    scorer, calibration = NormalScorer(store, name, "", "eager"), store.load(name).calibration
 
-    def score(image: Image.Image) -> float:
-        decoded = images.decode(encode_png(image, 1), record.preprocessing)
-        inputs = matcher.inputs(torch.from_numpy(decoded.pixels[None].copy()))
-        content = record.preprocessing.content_boxes([image.size])
-        distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, content)
-        (anomaly_map,) = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
-        return anomaly_map.score(record.recipe.top_fraction).total
-
-    @torch.inference_mode()
     def p_values(files: Sequence[Image.Image]) -> FloatArray:
-        return model.calibration.p_values(np.array([score(each) for each in files], np.float32))
+        scores = scorer(encode_png(image, 1) for image in files)
+        return calibration.p_values(np.array([s.score for s in scores if isinstance(s, NormalScore)], np.float32))
 
     return p_values
 
@@ -185,7 +171,7 @@ class Nights:
 
     def __init__(self, product: Product) -> None:
         self._product = product
-        # The same nights whatever other categories are measured.
+        # The nights do not depend on the other categories.
         self._rng = np.random.default_rng(zlib.crc32(product.name.encode()))
 
     def clean(self) -> tuple[list[CategoryNight], Reference]:
@@ -251,7 +237,7 @@ def by_name(rows: FloatArray) -> dict[str, FloatArray]:
 
 
 class Count(NamedTuple):
-    """Verdicts whose first reason has one of some names; and those that are to act."""
+    """The number of verdicts whose first reason has one of some names, and of those that are to act."""
 
     named: int
     act: int

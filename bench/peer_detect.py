@@ -13,15 +13,14 @@ the other side from anomalib's maps and scores before any normalisation.
 and Ray's start; `process_seconds` includes them. `peak_mib` is the largest sum over the process tree, a shared page
 divided among the processes that share it. Run nothing else on the machine while times are taken.
 
-Appends a JSON line per side, category and seed to --out as soon as it is there, and does not repeat what the file
-holds already. Prints a Markdown table of means over seeds at the end.
+Appends a JSON line per side, category and seed to --out, and does not repeat lines that the file holds. At the end,
+prints a Markdown table of means over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -31,7 +30,18 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from common import CORES, METRICS, fit_anomalib, job_command, make_parser, map_metrics, time_command
+from common import (
+    CORES,
+    METRICS,
+    append_line,
+    fit_anomalib,
+    images_per_second,
+    job_command,
+    make_parser,
+    map_metrics,
+    read_lines,
+    time_command,
+)
 from tabulate import tabulate
 
 from stpm import storage
@@ -42,13 +52,12 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.run_state import RunState
 
 _METHODS = ("stfpm", "patchcore", "padim", "reverse_distillation")
 _PEER = "anomalib "
 _COSTS = ("fit_seconds", "predict_seconds", "process_seconds", "peak_mib")
-# PatchCore's selection takes and returns a block of its whole memory at each of thousands of steps. Where the block
-# stays with the process that is twice as fast: anomalib is to be at its best.
+# PatchCore's selection takes and returns a block of its whole memory at each of thousands of steps. It is twice as fast
+# if the process keeps the block.
 _KEEP_MEMORY = ["env", "MALLOC_MMAP_MAX_=0", f"MALLOC_TRIM_THRESHOLD_={2**32}", f"MALLOC_TOP_PAD_={2**30}"]
 
 
@@ -89,8 +98,7 @@ class Runs:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._known = [Run(**json.loads(line)) for line in lines]
+        self._known = [Run(**values) for values in read_lines(path)]
 
     def once(self, side: str, category: str, seed: int, settings: str, make: Callable[[], Run]) -> Run:
         """Return the run that the file holds, or make one and append it."""
@@ -103,10 +111,7 @@ class Runs:
                     )
                 return run
         made = make()
-        line = json.dumps(dataclasses.asdict(made))
-        with self._path.open("a") as file:
-            file.write(f"{line}\n")
-        print(line, flush=True)
+        append_line(self._path, dataclasses.asdict(made))
         self._known.append(made)
         return made
 
@@ -119,7 +124,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         cost = time_command([*job_command("benchmark", given), *options.split()])
         (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
         preprocessing = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
-        result = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).result()
+        speed = images_per_second(RunOutput.named(out, f"seed-{seed}").state_folder)
     return Run(
         label,
         category,
@@ -131,7 +136,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         row["held_out_count"],
         **{metric: row[metric] for metric in METRICS},
         fit_seconds=round(row["fit_seconds"], 1),
-        predict_seconds=round(1 / (result.statistics.steady_images_per_second or result.images_per_second), 4),
+        predict_seconds=round(1 / speed, 4),
         process_seconds=cost["seconds"],
         peak_mib=cost["peak_mib"],
     )

@@ -2,8 +2,8 @@
 
     python bench/pixel_metrics.py
 
-Maps of 256 × 256 are made and counted 16 at a time, each number of maps in a process of its own, whose peak memory is
-read from the system. On the smallest number scikit-learn's exact AUROC and average precision are timed and compared.
+Makes maps of 256 × 256 and counts 16 at a time, each number of maps in a process of its own, whose peak memory the
+system reports. Times scikit-learn's exact AUROC and average precision on the smallest number, and compares them.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def exact_metrics(count: int) -> dict[str, float]:
 
 
 def main() -> None:
+    # Without `common`, whose imports would count as memory.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", default="100,1000,10000", help="numbers of maps, separated by commas")
     numbers = list(map(int, parser.parse_args().maps.split(",")))

@@ -4,11 +4,11 @@
         --variants '' 'memory=0' 'student=none' 'top_fraction=0'
 
 Each choice is a change to preset `default`, fitted once per category and seed, in one process and without Ray. A
-variant changes how the parts of that fit are fused, or drops parts: it needs no fit of its own. One JSON line per fit
-is appended to FILE, and a fit that the file holds is not repeated: seconds, validation loss, and for each variant image
-AUROC, pixel AUROC and AUPRO. `drawn` defects are faint scratches and displaced patches painted on held-out good images
-at their own resolution, and need no label. `real` are the test images. Then prints two tables: the means over seeds,
-and for each category the metrics of the choice that is best on all others.
+variant changes how the parts of that fit are fused, or drops parts: it needs no fit of its own. Appends a JSON line per
+fit to FILE, and does not repeat fits that the file holds: seconds, validation loss, and for each variant image AUROC,
+pixel AUROC and AUPRO. `drawn` defects are faint scratches and displaced patches painted on held-out good images at
+their own resolution, and need no label. `real` are the test images. Then prints two tables: the means over seeds, and
+for each category the metrics of the choice that is best on all others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import METRICS, RAM_BUDGET, make_parser, matcher_from, read_mask
+from common import METRICS, RAM_BUDGET, append_line, make_parser, matcher_from, read_lines, read_mask
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
@@ -245,7 +245,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     out, kinds = Path(arguments.out), arguments.kinds.split(",")
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    lines = read_lines(out)
     done = {(line["choice"], line["category"], line["seed"]) for line in lines}
     base = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, teacher_weights=arguments.teacher_weights)
     names = mvtec.find_categories(arguments.data, [name for name in arguments.categories.split(",") if name])
@@ -261,9 +261,7 @@ def main() -> None:
                 )
                 result = run(category, recipe, arguments.variants, kinds)
                 lines.append({"choice": choice, "category": name, "seed": seed} | result)
-                with out.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
-                print(json.dumps(lines[-1]), flush=True)
+                append_line(out, lines[-1])
     for kind in kinds:
         print("\n" + tables(lines, kind))
 

@@ -86,7 +86,7 @@ from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 T = TypeVar("T")
 
-# Recipes of the models that score: as slow as any other, but fitted soon.
+# Recipes of the models that score: as slow as any other model, but soon fitted.
 _SCORED_MODELS = {
     "student": dataclasses.replace(PRESETS["paper"], teacher=DEMO_TEACHER, epochs=1),
     "default": dataclasses.replace(
@@ -105,7 +105,7 @@ _PEER_PREPROCESSING = Preprocessing(256, 256, "stretch", IMAGENET.interpolation,
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, and an empty folder for everything that is written."""
+    """What to measure, and an empty folder for everything that is written."""
 
     folder: Path
     arguments: argparse.Namespace

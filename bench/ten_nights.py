@@ -45,12 +45,12 @@ _DEFECTS = 0.03
 _DISTURBED = 3
 _LATE = 3
 _DATA, _DUMP, _OUT, _MODELS = (f"s3://plant/{name}" for name in ("data", "dump", "nights", "models"))
-# A memory alone: the nights are measured here, not the models.
+# A memory without a student is enough: this measures the nights, not the models.
 _FIT = {"teacher": "demo", "size": 128, "student": "none"}
 
 
 class Product:
-    """A category's images: of good ones, those that its model does not see."""
+    """A category's images: those that its model is fitted on, other good ones, and defects."""
 
     def __init__(self, data: str, name: str, number: int) -> None:
         category = mvtec.read_category(data, name)
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--disturb", action="store_true", help="late files, and kills")
     parser.add_argument("--out", default="", help="local folder for the page")
     options = parser.parse_args()
-    # A line for each request.
+    # The server logs a line for each request.
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

@@ -125,6 +125,11 @@ def hide_urls(text: str) -> str:
     return _WEB_URL.sub(r"\1\2/...", text)
 
 
+def timestamp() -> str:
+    """Return the time in UTC, to the second, in the format of ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def duration(seconds: float) -> str:
     """Format seconds in the unit that suits them: 70 s, 5 min, 2.5 h."""
     if seconds < 100:

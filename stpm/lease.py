@@ -22,11 +22,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 from stpm import storage
-from stpm.console import SOME_FAILED, duration, hide_urls
+from stpm.console import SOME_FAILED, duration, hide_urls, timestamp
 from stpm.errors import ConfigError, CutOffError
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class Holder:
             pid=os.getpid(),
             start=_process_start(os.getpid()),
             command=shlex.join(map(hide_urls, sys.argv)),
-            since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            since=timestamp(),
         )
 
     @classmethod

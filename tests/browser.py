@@ -11,25 +11,35 @@ from PIL import Image
 
 
 class Tags(HTMLParser):
-    """The tags of a page, with their attributes, in the order in which they start."""
+    """The tags of a page, with their attributes, in the order in which they start; and its pieces of text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
 
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
 
-def check_page(browser: Any, uri: str, width: int, scheme: str) -> None:
-    """Check that a page runs no code from data, requests nothing, fits the width, and is readable."""
-    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+
+def open_tab(browser: Any, **options: Any) -> tuple[Any, list[str]]:
+    """Open a tab, and collect what scripts in it say."""
+    tab = browser.new_page(**options)
     messages: list[str] = []
-    requests: list[str] = []
     tab.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
     tab.on("console", lambda message: messages.append(message.text))
     tab.on("pageerror", lambda error: messages.append(str(error)))
+    return tab, messages
+
+
+def check_page(browser: Any, uri: str, width: int, scheme: str) -> None:
+    """Check that a page runs no code from data, requests nothing, fits the width, and is readable."""
+    tab, messages = open_tab(browser, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    requests: list[str] = []
     tab.on("request", lambda request: requests.append(request.url))
     tab.goto(uri)
     assert messages == []

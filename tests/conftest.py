@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from stpm import storage
 from stpm.fitting import fit_categories as fitting
 from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.task import FitResult, FitTask
@@ -84,6 +85,33 @@ def memory() -> Iterator[str]:
     fs.store.clear()
     yield "memory://root"
     fs.store.clear()
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    """Return the URI of an empty folder, on a local disk or in an in-memory filesystem."""
+    return str(tmp_path) if request.param == "local" else memory
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fail_to_read(patch: pytest.MonkeyPatch, error: OSError, names: Collection[str]) -> None:
+    """Let storage fail to read each object whose URI holds one of the names."""
+    original = storage.read
+
+    def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+        if any(name in uri for name in names):
+            raise error
+        return original(uri, start, end)
+
+    patch.setattr(storage, "read", read)
 
 
 @pytest.fixture

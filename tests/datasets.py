@@ -1,13 +1,17 @@
-"""Write small data sets in the MVTec AD layout to any filesystem."""
+"""Write small data sets in the MVTec AD layout, and rows as scoring writes them, to any filesystem."""
 
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
+from stpm.scoring.output import RunOutput
+from stpm.scoring.schema import OUTPUT, table
 
 
 def encode_image(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -57,3 +61,14 @@ def make_category(
 def fitted_categories(store: str) -> list[str]:
     """List the categories that have a model in a store, sorted."""
     return [name for name in storage.children(store) if storage.exists(storage.join(store, name, "current.json"))]
+
+
+def make_output(count: int, **columns: Any) -> pa.Table:
+    """Make rows of schema OUTPUT; columns that are not given hold null, or "" where null is not allowed."""
+    values: dict[str, Any] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
+    return table(values | {"image_id": range(count)} | columns, OUTPUT)
+
+
+def write_rows(output: RunOutput, rows: pa.Table, number: int = 0) -> None:
+    """Write rows to a file of a run."""
+    storage.publish(f"{output.scores}/{output.name}_{number}.parquet", storage.parquet(rows), durable=False)

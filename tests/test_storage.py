@@ -16,11 +16,6 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError, TooLongError, UriError
 
 
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    return str(tmp_path) if request.param == "local" else memory
-
-
 def test_a_published_object_reads_back_and_is_replaced(root: str) -> None:
     uri = storage.join(root, "a", "b.bin")
     assert not storage.exists(uri)
@@ -122,11 +117,6 @@ def test_remove_removes_a_folder_and_ignores_a_missing_one(root: str) -> None:
     assert not storage.exists(storage.join(root, "d", "x"))
 
 
-def test_the_error_for_an_unknown_scheme_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="s3://"):
-        storage.filesystem("nonsense://bucket/key")
-
-
 def test_a_name_with_two_colons_is_not_a_chain_of_filesystems(tmp_path: Path, memory: str) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     for root in (str(tmp_path), memory):
@@ -143,8 +133,8 @@ def test_a_name_with_two_colons_is_not_a_chain_of_filesystems(tmp_path: Path, me
 @pytest.mark.parametrize(
     "uri", ["a\0b.png", "s3://bucket/a\0b.png", "nosuch://a.png", "zip://a.png", "simplecache://a"]
 )
-def test_an_invalid_uri_is_an_error(uri: str) -> None:
-    with pytest.raises(UriError):
+def test_the_error_for_an_invalid_uri_says_what_to_do(uri: str) -> None:
+    with pytest.raises(UriError, match=r"which no name can have; correct it|use a local path, s3://, gs:// or abfs://"):
         storage.filesystem(uri)
 
 

@@ -27,7 +27,7 @@ from stpm.scoring.output import RunOutput
 # The columns that `ground_truth` reads.
 GROUND_TRUTH_COLUMNS = ("uri", "label", "mask", "width", "height")
 _COLUMNS = (*GROUND_TRUTH_COLUMNS, "score", "threshold", "is_anomalous", "error_kind", "error_message")
-# A map at original size may have a hundred times as many pixels.
+# Images at a time. A map at original size may have a hundred times as many pixels.
 _BATCH_SIZE = {"model": 16, "original": 1}
 
 
@@ -49,10 +49,16 @@ class ScoredCategory:
 class LabelledScores:
     """The scored images of one category that have a label.
 
-    `labels` (N,) are "good" or a defect type. `scores` (N,) are larger for what is more anomalous, `verdicts` (N,) true
-    above the model's `threshold`, which is NaN without images. `pixels` has pixel counts by label; without any,
-    `no_pixels` says why. `error_count` images have a label and could not be scored, `unlabelled_count` have none;
-    `problems` says what went wrong, one line each.
+    Args:
+        labels: (N,), "good" or a defect type.
+        scores: (N,), larger is more anomalous.
+        verdicts: (N,), true above the threshold.
+        threshold: of the model; NaN without images.
+        pixels: pixel counts by label.
+        no_pixels: why there are no pixel counts, or "".
+        error_count: number of images with a label that could not be scored.
+        unlabelled_count: number of images without a label.
+        problems: one line each.
     """
 
     labels: npt.NDArray[np.str_]

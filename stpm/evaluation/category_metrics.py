@@ -13,7 +13,7 @@ from stpm.errors import UndefinedMetricError
 from stpm.evaluation.category import LabelledScores
 from stpm.evaluation.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
 
-# Title of each metric, in the order of the report's table: what papers compare first.
+# Title of each metric, in the order of the report's table: first those that papers compare.
 METRICS = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
@@ -33,9 +33,13 @@ AUPRO_LIMITS = {"pixel_aupro": 0.3, "pixel_aupro_05": 0.05}
 
 @dataclass(frozen=True)
 class Metric:
-    """A value in [0, 1]; or None, and `undefined` says why.
+    """A metric.
 
-    `interval` is the 95 % confidence interval of an image metric, `max_error` the largest error of a pixel metric.
+    Args:
+        value: in [0, 1]; None if it is undefined.
+        interval: 95 % confidence interval of an image metric.
+        max_error: largest error of a pixel metric.
+        undefined: why there is no value, or "".
     """
 
     value: float | None = None
@@ -48,9 +52,17 @@ class Metric:
 class CategoryMetrics:
     """Metrics of a category's labelled images, or of one defect type against all good images.
 
-    `metrics` has each of METRICS. Recall and false-alarm rate are the verdicts' at the calibrated threshold; F1-max
-    takes the best threshold, chosen with the labels. `error_count` images have a label and could not be scored,
-    `unlabelled_count` have none; `problems` says what went wrong, one line each. `defects` is by defect type.
+    Recall and false-alarm rate are those of the verdicts, at the calibrated threshold. F1-max takes the best threshold,
+    chosen by the labels.
+
+    Args:
+        metrics: each of METRICS.
+        good_count: number of good images.
+        defect_count: number of defective images.
+        error_count: number of images with a label that could not be scored.
+        unlabelled_count: number of images without a label.
+        problems: one line each.
+        defects: metrics of each defect type.
     """
 
     metrics: Mapping[str, Metric]
@@ -101,7 +113,7 @@ def _measure(scores: LabelledScores) -> CategoryMetrics:
 
 
 def _rank_metrics(is_defect: Flags, scores: Scores) -> dict[str, Metric]:
-    """Measure what depends on the order of the scores alone, by scikit-learn."""
+    """Compute the metrics that depend only on the order of the scores, by scikit-learn."""
     try:
         intervals = bootstrap_intervals(is_defect, scores)
     except UndefinedMetricError as error:

@@ -24,7 +24,7 @@ from stpm.evaluation.intervals import Scores, require_both_classes
 from stpm.evaluation.pixels import Curve
 from stpm.pages.loss_chart import draw_losses
 
-# Replaced by the page's own colour: no series has it.
+# The page's own colour replaces it. No series has it.
 _INK = "#010203"
 _STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
@@ -56,7 +56,7 @@ def draw_charts(
         scores: of the category's labelled images.
         history: loss per epoch, by column; empty if there is no student.
         kept_epoch: number of the epoch that was kept.
-        salt: keeps the ids in these charts apart from those of other charts on the same page.
+        salt: makes the ids in these charts differ from those of other charts on the same page.
     """
     charts: dict[str, Callable[[Axes], None]] = {}
     if curves := roc_curves(scores):
@@ -86,7 +86,7 @@ def histogram_bins(scores: Scores, threshold: float) -> tuple[npt.NDArray[np.flo
     logarithmic = low > 0 and high / low > _LOG_SCALE_FROM
     # A single value gets a range of 1.
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high + (high == low), _BINS + 1)
-    # Rounding must not leave out the smallest or the largest score.
+    # Include the smallest and the largest score in spite of rounding.
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     return edges, logarithmic
 
@@ -107,7 +107,7 @@ def _draw_histogram(axes: Axes, scores: LabelledScores) -> None:
     axes.set(xlabel="score", ylabel="images")
     if logarithmic:
         axes.set_xscale("log")
-        # Powers of ten need mathematics in labels, which is off.
+        # Powers of ten need mathematical text, which is off.
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a gallery: `picture` is a JPEG of it beside its heatmap, `parts` lists the parts of its score."""
+    """One image of a gallery, with a JPEG of it beside its heatmap, and the parts of its score as text."""
 
     uri: str
     label: str
@@ -50,7 +50,7 @@ class Tile:
 def defect_sheet(category: ScoredCategory) -> bytes | None:
     """Draw four defects with their heatmaps as a PNG, or return None if no defect has a heatmap.
 
-    Defect types take turns, in the order of their images' names; scores play no part in the choice.
+    Take defect types in turn, and images by name: scores play no part in the choice.
     """
     by_type: dict[str, list[Row]] = {}
     for row in category.rows(_COLUMNS).to_pylist():
@@ -94,7 +94,7 @@ def _is_defect(row: Row) -> bool:
 
 
 def _pairs(category: ScoredCategory, rows: Sequence[Row], size: int) -> Iterator[tuple[Row, Image.Image]]:
-    """Yield rows with their pictures. An image that can no longer be read is left out of the galleries."""
+    """Yield rows with their pictures. Leave out images that can no longer be read."""
     for row in rows:
         try:
             pair = _pair(category, row, size)
@@ -105,9 +105,9 @@ def _pairs(category: ScoredCategory, rows: Sequence[Row], size: int) -> Iterator
 
 
 def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
-    """Draw an image with its mask's outline, and right of it the same image under its heatmap, if there is one.
+    """Draw an image with its mask's outline, and to its right the image under its heatmap, if there is one.
 
-    Each is in the middle of a square, in its own proportions.
+    Each is in the middle of a square, in the image's proportions.
     """
     pair = Image.new("RGB", (2 * size + _GAP, size), "white")
     pixels = images.decode_picture(read_uri(row["uri"]), category.preprocessing, size, size)
@@ -126,7 +126,7 @@ def _outline(row: Row, preprocessing: Preprocessing, width: int, height: int) ->
     try:
         mask = images.crop_mask(ground_truth(row), preprocessing)
     except DataError:
-        # It is among the category's problems already.
+        # The category's problems already name it.
         return np.zeros((height, width), bool)
     resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
     inside = np.asarray(resized) > 0

@@ -1,4 +1,4 @@
-"""The gate: values that a report must reach, so that a nightly benchmark can be a check."""
+"""The gate: values that a report must reach, such as that of a nightly benchmark."""
 
 from __future__ import annotations
 

@@ -12,21 +12,20 @@ Flags = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float32]
 Interval = tuple[float, float]
 
-# Metrics of images that depend on the order of the scores alone.
+# Metrics of images that depend only on the order of the scores.
 RANK_METRICS = ("auroc", "average_precision", "f1_max")
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
-# Limit on resamples times distinct scores that are in memory at once.
+# Maximum of resamples times distinct scores in memory at once.
 _CHUNK = 2**20
 
 
 def bootstrap_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> dict[str, Interval]:
     """Compute percentile bootstrap intervals (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
 
-    Good and defective images are resampled apart, so that their numbers stay. Where every defect scores above every
-    good image, so it does in every resample, and the interval has no width.
-
-    Resampling counts by score takes 0.1 s for 120 images, where scipy.stats.bootstrap with scikit-learn takes 30 s.
+    Resample good and defective images apart, so that their numbers stay. If every defect scores above every good image,
+    the interval has no width. To resample counts by score takes 0.1 s for 120 images; scipy.stats.bootstrap with
+    scikit-learn takes 30 s.
 
     Args:
         is_defect: (N,), true for a defect.
@@ -53,7 +52,7 @@ def bootstrap_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> dict
 
 
 def wilson_interval(flags: Flags) -> Interval:
-    """Compute the interval of a fraction of at least one image (Wilson 1927); it has a width even at 0 and 1."""
+    """Compute the interval of a fraction of one or more images (Wilson 1927). It has a width even at 0 and 1."""
     interval = binomtest(int(flags.sum()), flags.size).proportion_ci(CONFIDENCE, "wilson")
     return float(interval.low), float(interval.high)
 

@@ -1,9 +1,9 @@
 """Pixel-level metrics from a mergeable state, whose size does not grow with the number of images.
 
-A float32 score, read as an integer in the same order, is a key; the state counts pixels by key. While the distinct
-keys are few, it is exact. When they pass a limit, keys lose their last bit, as often as it takes: neighbouring scores
-then tie. The number of bits lost depends on the set of scores alone, so that states may be merged in any order and
-grouping. Each metric comes with a bound on what ties may have changed, computed from the counts themselves.
+The state counts pixels by key: a float32 score, read as an integer of the same order. It is exact while the distinct
+keys are few. When they exceed a limit, drop the last bit of all keys, and repeat until they do not: neighbouring scores
+then tie. The number of lost bits depends only on the set of scores, so that states may be merged in any order and
+grouping. Each metric has a bound on what ties may have changed, computed from the counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from stpm.errors import UndefinedMetricError
 
-# Bounds errors near 2e-5 on real maps, at a few megabytes.
+# Errors on real maps are near 2e-5, and the state takes a few megabytes.
 MAX_KEYS = 2**17
 
 Map = npt.NDArray[np.float32]
@@ -39,9 +39,14 @@ class Bounded(NamedTuple):
 class PixelCounts:
     """Numbers of good and of defective pixels by score.
 
-    `keys` (K,) uint32 ascending: order-preserving bits of the score, without the last `lost_bits`. `good`, `defect`
-    (K,) int64: pixels. `overlap` (K,) float64: the sum over defect regions of the fraction of each region's pixels.
-    `regions`: their number.
+    Args:
+        keys: (K,) uint32, ascending: order-preserving bits of the score, without the last `lost_bits`.
+        good: (K,) int64, number of good pixels.
+        defect: (K,) int64, number of defective pixels.
+        overlap: (K,) float64, sum over defect regions of the fraction of each region's pixels.
+        regions: number of defect regions.
+        lost_bits: number of bits that the keys have lost.
+        max_keys: maximum number of keys.
     """
 
     keys: npt.NDArray[np.uint32]
@@ -82,9 +87,9 @@ class PixelCounts:
         fp, tp = np.cumsum(good), np.cumsum(defect)
         recall = defect / tp[-1]
         value = (recall * tp / (tp + fp)).sum()
-        # Within a key the defects may all come first, as one tie: each has the precision of the last one. Or they come
-        # after all good ones, one by one: precision is concave in their number, so that its mean is at least the mean
-        # of the first and the last.
+        # Within a key, the defects may all come first, as one tie: each has the precision of the last one. Or they come
+        # after all good ones, one by one: precision is concave in their number, so its mean is at least the mean of the
+        # first and the last.
         highest = (recall * tp / np.maximum(tp + fp - good, 1)).sum()
         first = tp - defect + 1
         lowest = (recall * (first / (first + fp) + tp / (tp + fp)) / 2).sum()
@@ -109,7 +114,7 @@ class PixelCounts:
             limit: largest false positive rate, in (0, 1].
         """
         x, y, cut = self._pro(limit)
-        # The bin that the limit cuts may have its whole rise before it.
+        # The whole rise of the bin that the limit cuts may be before the limit.
         rises = np.diff(y)
         rises[-1] = max(rises[-1], self._rise_at(cut))
         return self._with_error(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
@@ -133,7 +138,7 @@ class PixelCounts:
         return np.append(x[:inside], limit), np.append(y[:inside], at_limit), inside
 
     def _with_error(self, value: float, error: float) -> Bounded:
-        """Return a metric with its error, which is 0 while no bit is lost: then all ties are real."""
+        """Return a metric with its error, which is 0 if no bit is lost: all ties are then real."""
         return Bounded(float(value), float(error) if self.lost_bits else 0.0)
 
     def _rise_at(self, inside: int) -> float:

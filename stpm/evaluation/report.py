@@ -6,7 +6,6 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 from tabulate import tabulate
 
 from stpm import storage
+from stpm.console import timestamp
 from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
@@ -123,7 +123,7 @@ class Report:
         mean = {key: _mean([each[key] for each in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
         std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
         return {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": timestamp(),
             "data": self.data,
             "recipe": _in_common(asdict(result.model.recipe) for result in self.results),
             "protocol": self._protocol(),

@@ -1,4 +1,4 @@
-"""Add images that a person marked as good to models: by calibrating them again, or by fitting them again.
+"""Add images that a person marked as good to models: calibrate the models again, or fit them again.
 
 Each new model is staged first, and becomes current once its change is in the log.
 """
@@ -6,7 +6,6 @@ Each new model is staged first, and becomes current once its change is in the lo
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,46 +16,33 @@ from stpm.feedback.marks import Marks
 from stpm.feedback.new_normals import NewNormals, collect
 from stpm.feedback.recalibrate import recalibrate
 from stpm.feedback.refit import Refit
+from stpm.fitting.options import FitOptions
 from stpm.lease import held
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
 from stpm.options import WantedBackend
 
-# Added images that the log names.
+# Maximum number of added images that the log names.
 _NAMED = 3
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AddOptions:
-    """How images are added.
-
-    Args:
-        false_alarm_rate: whose thresholds and alarms are compared.
-        backend: what computes features on a CPU.
-        stage: leave the current models, and put the new ones after them.
-        wait: if another run holds the store, wait for its end instead of raising an error.
-    """
-
-    false_alarm_rate: float
-    backend: WantedBackend
-    stage: bool
-    wait: bool
-
-
-def add_normals(store: ModelStore, marks: Marks, options: AddOptions, refit: Refit | None = None) -> tuple[int, int]:
+def add_normals(
+    store: ModelStore, marks: Marks, options: FitOptions, backend: WantedBackend, refit: Refit | None = None
+) -> tuple[int, int]:
     """Add marked images to the models of their categories.
 
     Args:
         store: with the models.
         marks: the images.
-        options: how to.
-        refit: fit models on the images too; None: calibrate the current models on them.
+        options: the false-alarm rate of the alarms that are compared, whether to stage, and whether to wait.
+        backend: what computes features on a CPU.
+        refit: fits models on the images too; None: calibrate the current models on them.
 
     Returns:
-        The number of images that are marked as good and that the models now have; and of the others.
+        The number of images marked as good that the models now have, and the number of the others.
 
     Raises:
         ConfigError: if another run holds the store.
@@ -67,7 +53,7 @@ def add_normals(store: ModelStore, marks: Marks, options: AddOptions, refit: Ref
     with held(store.uri, options.wait):
         for category, uris in marks.good.items():
             try:
-                new = collect(store, category, uris, options.backend)
+                new = collect(store, category, uris, backend)
                 refused |= new.refused
                 if refit is None:
                     _add_to_calibration(store, new, options)
@@ -86,7 +72,7 @@ def add_normals(store: ModelStore, marks: Marks, options: AddOptions, refit: Ref
     return sum(len(new.images) + new.known for new in found.values()), len(refused)
 
 
-def _add_to_calibration(store: ModelStore, new: NewNormals, options: AddOptions) -> None:
+def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions) -> None:
     if not new.images:
         _log(new.record.category, "none of the images is new to its model")
         return
@@ -97,7 +83,7 @@ def _add_to_calibration(store: ModelStore, new: NewNormals, options: AddOptions)
 
 
 def _add_to_training(
-    store: ModelStore, found: dict[str, NewNormals], options: AddOptions, refit: Refit
+    store: ModelStore, found: dict[str, NewNormals], options: FitOptions, refit: Refit
 ) -> dict[str, str]:
     """Fit models on new images; return the reason of each category that could not be fitted."""
     results = refit.fit(store, {category: new.images for category, new in found.items()})
@@ -126,21 +112,21 @@ def _log_change(
     new: NewNormals,
     record: ModelRecord,
     scores: npt.NDArray[np.float32],
-    options: AddOptions,
+    options: FitOptions,
     what: str,
 ) -> None:
     """Compare the current model with a new one, which gives new images these scores."""
     before = Alarms.count(store.calibration(new.record), new.values, options.false_alarm_rate)
     after = Alarms.count(store.calibration(record), scores, options.false_alarm_rate)
     _log(record.category, f"{what}: {describe_change(before, after, len(scores))}")
-    # One defect that is marked as good by mistake would hide all others like it.
+    # A defect that is marked as good by mistake hides all others like it.
     highest = sorted(zip(new.scores, new.images, strict=True), key=lambda pair: -pair[0].score)[:_NAMED]
     if over := [f"{image.uri} ({score.score:.4g})" for score, image in highest if score.score > before.threshold]:
         _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
 
 
-def _make_current(store: ModelStore, new: NewNormals, version: Version, options: AddOptions) -> None:
-    """Make a staged model current, unless it is to stay staged, or another one than before is current now."""
+def _make_current(store: ModelStore, new: NewNormals, version: Version, options: FitOptions) -> None:
+    """Make a staged model current, unless the options say to stage it, or another model has become current."""
     category = new.record.category
     versions = store.versions(category)
     is_changed = versions.current.model_id != new.record.model_id

@@ -13,13 +13,13 @@ from stpm.method.calibration import Calibration, HeatmapScale
 
 @dataclass(frozen=True)
 class Alarms:
-    """How a model judges good images at a false-alarm rate: its threshold, and how many images score above it.
+    """The threshold of a model at a false-alarm rate, and how many good images score above it.
 
     Args:
         threshold: score above which an image is called anomalous.
         held_out: number of calibration images that no person added.
         held_out_alarms: how many of them score above the threshold.
-        added_alarms: how many of the images that are added now score above it.
+        added_alarms: how many of the new images score above it.
     """
 
     threshold: float

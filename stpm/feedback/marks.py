@@ -9,7 +9,7 @@ from stpm import storage
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, UriError
 from stpm.scoring.inputs import tables
-from stpm.scoring.inputs.manifest_uris import allowed_prefixes, check_allowed, resolve
+from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed, resolve
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class Marks:
     Args:
         good: URIs of the images that are marked as good, by category.
         other: number of images by another label, such as `defect`.
-        refused: URIs that cannot be used, or rows without one, with the reason. Only images that are marked as good
-            are among them.
+        refused: images that are marked as good and cannot be used, by URI or row, with the reason.
     """
 
     good: dict[str, list[str]] = field(default_factory=dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,6 @@ from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 from stpm.scoring.inputs import archives
 
-_READERS = 8
-
 
 @dataclass(frozen=True)
 class NewNormals:
@@ -28,7 +25,7 @@ class NewNormals:
         record: of the category's current model.
         images: those that are new to the model, each once.
         scores: their scores by the model.
-        known: number of images that were added before, or are there twice.
+        known: number of images that were added before, or are here twice.
         refused: URIs of images that cannot be used, with the reason.
     """
 
@@ -55,27 +52,23 @@ def collect(store: ModelStore, category: str, uris: Sequence[str], backend: Want
     found: dict[str, tuple[AddedNormal, NormalScore]] = {}
     before = {each.digest for each in scorer.record.added_normals}
     refused: dict[str, str] = {}
-    known = 0
-    with ThreadPoolExecutor(_READERS) as threads:
-        for start in range(0, len(uris), BATCH_SIZE):
-            files: dict[str, bytes] = {}
-            batch = uris[start : start + BATCH_SIZE]
-            for uri, data in zip(batch, threads.map(_fetch, batch), strict=True):
-                if isinstance(data, ImageError):
-                    refused[uri] = str(data)
-                elif (digest := storage.digest(data)) in before or digest in found:
-                    known += 1
-                else:
-                    files[uri] = data
-            for (uri, data), score in zip(files.items(), scorer(list(files.values())), strict=True):
-                if isinstance(score, ImageError):
-                    refused[uri] = str(score)
-                elif (digest := store.put_normal(category, data)) in found:
-                    known += 1
-                else:
-                    found[digest] = AddedNormal(digest, uri, fitted=False), score
-    pairs = list(found.values())
-    return NewNormals(scorer.record, [image for image, _ in pairs], [score for _, score in pairs], known, refused)
+    for start in range(0, len(uris), BATCH_SIZE):
+        files: dict[str, tuple[str, bytes]] = {}
+        batch = uris[start : start + BATCH_SIZE]
+        for uri, data in zip(batch, storage.in_parallel(_fetch, batch), strict=True):
+            if isinstance(data, ImageError):
+                refused[uri] = str(data)
+            elif (digest := storage.digest(data)) not in before and digest not in found:
+                files.setdefault(digest, (uri, data))
+        scores = scorer(data for _, data in files.values())
+        for (digest, (uri, data)), score in zip(files.items(), scores, strict=True):
+            if isinstance(score, ImageError):
+                refused[uri] = str(score)
+            else:
+                store.put_normal(category, data)
+                found[digest] = AddedNormal(digest, uri, fitted=False), score
+    images, values = [image for image, _ in found.values()], [score for _, score in found.values()]
+    return NewNormals(scorer.record, images, values, len(uris) - len(refused) - len(found), refused)
 
 
 def _fetch(uri: str) -> bytes | ImageError:

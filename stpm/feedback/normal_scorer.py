@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 
-# Results do not depend on it.
+# Images per forward pass. Scores do not depend on it.
 BATCH_SIZE = 16
 
 
@@ -57,28 +58,31 @@ class NormalScorer:
         """The model's record."""
         return self._model.record
 
+    def __call__(self, files: Iterable[bytes]) -> Iterator[NormalScore | ImageError]:
+        """Score image files; yield the error of an image that cannot be decoded."""
+        files = iter(files)
+        while batch := list(islice(files, BATCH_SIZE)):
+            outcomes = [_decode(data, self.record) for data in batch]
+            scores = self._score([each for each in outcomes if isinstance(each, images.Decoded)])
+            yield from (each if isinstance(each, ImageError) else next(scores) for each in outcomes)
+
     @torch.inference_mode()
-    def __call__(self, files: Sequence[bytes]) -> list[NormalScore | ImageError]:
-        """Score up to `BATCH_SIZE` image files; an image that cannot be decoded has its error instead."""
-        record, matcher = self.record, self._matcher
-        outcomes = [_decode(data, record) for data in files]
-        decoded = [each for each in outcomes if isinstance(each, images.Decoded)]
+    def _score(self, decoded: Sequence[images.Decoded]) -> Iterator[NormalScore]:
         if not decoded:
-            return [each for each in outcomes if isinstance(each, ImageError)]
+            return iter(())
+        record, matcher = self.record, self._matcher
         inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
         content = record.preprocessing.content_boxes((each.width, each.height) for each in decoded)
         distances = matcher.distances(self._model.parts, matcher.teacher_features(inputs), inputs, content)
-        maps = iter(matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales))
-        scores: list[NormalScore | ImageError] = []
-        for outcome in outcomes:
-            if isinstance(outcome, ImageError):
-                scores.append(outcome)
-            else:
-                anomaly_map = next(maps)
-                score = anomaly_map.score(record.recipe.top_fraction).total
-                statistics = outcome.width, outcome.height, *outcome.statistics
-                scores.append(NormalScore(score, float(anomaly_map.total.max()), statistics))
-        return scores
+        maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
+        return (
+            NormalScore(
+                anomaly_map.score(record.recipe.top_fraction).total,
+                float(anomaly_map.total.max()),
+                (image.width, image.height, *image.statistics),
+            )
+            for image, anomaly_map in zip(decoded, maps, strict=True)
+        )
 
 
 def _decode(data: bytes, record: ModelRecord) -> images.Decoded | ImageError:

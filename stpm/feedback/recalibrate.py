@@ -7,18 +7,19 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
+from stpm.console import timestamp
 from stpm.data.image_statistics import COMPARED
 from stpm.feedback.new_normals import NewNormals
 from stpm.method.calibration import HeatmapScale
-from stpm.models.record import ModelRecord, library_versions, now
+from stpm.models.record import ModelRecord, library_versions
 from stpm.models.store import ModelStore
 
 
 def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
     """Add the scores of new normals to the calibration of their category's current model; stage it as a new model.
 
-    The scales of the model's parts stay, so that all scores stay what they are. So does the lower end of the heatmap
-    scale; its middle becomes the largest pixel of all images that calibrate.
+    Keep the scales of the model's parts, so that no score changes, and the lower end of the heatmap scale. Its middle
+    becomes the largest pixel of all images that calibrate.
 
     Raises:
         ModelError: if a file of the current model is missing or damaged.
@@ -31,7 +32,7 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
         fit=dataclasses.replace(record.fit, calibration_count=len(calibration)),
         added_normals=(*record.added_normals, *new.images),
         versions=library_versions(),
-        created=now(),
+        created=timestamp(),
     )
     return store.save_recalibrated(record, changed, calibration, _add_statistics(store.image_statistics(record), new))
 

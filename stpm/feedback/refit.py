@@ -11,7 +11,7 @@ import numpy.typing as npt
 from stpm import storage
 from stpm.data import mvtec
 from stpm.feedback.new_normals import NewNormals
-from stpm.feedback.normal_scorer import BATCH_SIZE, NormalScore, NormalScorer
+from stpm.feedback.normal_scorer import NormalScore, NormalScorer
 from stpm.fitting.fit_categories import fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import FitResult
@@ -40,7 +40,7 @@ class Refit:
     wait: bool
 
     def fit(self, store: ModelStore, new: Mapping[str, Sequence[AddedNormal]]) -> dict[str, FitResult]:
-        """Fit and stage the models of these categories; the categories that the data set has not are left out.
+        """Fit and stage the models of those categories that are in the data set.
 
         Raises:
             ConfigError: as `fit_categories` does.
@@ -58,9 +58,5 @@ class Refit:
         """Score new images with a new model, (n,)."""
         category = new.record.category
         scorer = NormalScorer(store, category, model_id, self.backend)
-        uris = [store.normal_uri(category, each.digest) for each in new.images]
-        scores: list[float] = []
-        for start in range(0, len(uris), BATCH_SIZE):
-            files = [storage.read(uri) for uri in uris[start : start + BATCH_SIZE]]
-            scores += [score.score for score in scorer(files) if isinstance(score, NormalScore)]
-        return np.array(scores, np.float32)
+        files = (storage.read(store.normal_uri(category, each.digest)) for each in new.images)
+        return np.array([each.score for each in scorer(files) if isinstance(each, NormalScore)], np.float32)

@@ -13,9 +13,9 @@ from stpm.models.store import ModelStore
 def with_added_normals(
     category: Category, store: ModelStore, added: Sequence[AddedNormal]
 ) -> tuple[tuple[str, str], ...]:
-    """Return URI and version of a category's training images, and of the added ones whose bytes are not among them.
+    """Return URI and version of a category's training images, and of the added ones that are no copies of them.
 
-    An image that is there twice could be trained on and held out.
+    If an image were there twice, one copy could be trained on and the other held out.
     """
     uris = {store.normal_uri(category.name, each.digest): each.digest for each in added}
     if not uris:
@@ -28,6 +28,6 @@ def with_added_normals(
             try:
                 present.add(storage.digest(storage.read(uri)))
             except OSError:
-                # The fit names the images that cannot be read.
+                # The fit reports the images that cannot be read.
                 continue
     return (*category.train, *((uri, digest) for uri, digest in uris.items() if digest not in present))

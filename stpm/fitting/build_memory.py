@@ -13,7 +13,7 @@ from stpm.method.forward import spatial_shape
 from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, window_size
 from stpm.method.recipe import Recipe
 
-# Descriptors that a bank's coreset is chosen from. With more, this would take longer than a small student's training.
+# Descriptors to choose a bank's coreset from. With more, this takes longer than a small student's training.
 _MAX_CANDIDATES = 65_536
 
 

@@ -61,8 +61,8 @@ def cross_validate_scores(
 ) -> npt.NDArray[np.float32]:
     """Score every image by a model fitted without it (k-fold cross-validation); return N scores, ascending.
 
-    The students of all folds train for all epochs and keep the last: choosing an epoch on the fold that is scored
-    would bias its scores. Each of them has checkpoints of its own; for the budget see `HeldOutDistances`.
+    Train the students of all folds for all epochs, and keep the last: to choose an epoch on the fold that is scored
+    would bias its scores. Each student has checkpoints of its own. For the budget see `HeldOutDistances`.
     """
     image_count = len(features.images)
     fold_count = recipe.fold_count(image_count)
@@ -83,9 +83,11 @@ def cross_validate_scores(
 class HeldOutDistances:
     """Distance maps of held-out images, and the anomaly maps that follow from them.
 
-    An anomaly map needs distance scales from the other held-out images. So all distance maps are computed first, and
-    cached up to a budget of bytes; those beyond it are computed a second time, to the same bits. `samples` holds some
-    of the distances of each map and image.
+    An anomaly map needs distance scales from the other held-out images, so compute all distance maps first. Cache them
+    up to a budget of bytes, and compute those beyond it a second time, to the same bits.
+
+    Attributes:
+        samples: for each distance map, some of the distances of each image.
     """
 
     def __init__(self, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int) -> None:
@@ -107,7 +109,7 @@ class HeldOutDistances:
         self.samples = [[image for batch in batches for image in batch] for batches in zip(*batch_samples, strict=True)]
 
     def anomaly_maps(self) -> Iterator[AnomalyMap]:
-        """Yield the anomaly map of each image, on distance scales that the other held-out images give."""
+        """Yield the anomaly map of each image, on distance scales from the other held-out images."""
         matcher = self._features.matcher
         scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
         if self._recipe.fusion == "quantile":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
 from stpm.fitting.added_normals import with_added_normals
-from stpm.fitting.fit_category import existing_model, waiting_model
+from stpm.fitting.fit_category import existing_model
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
@@ -24,16 +23,13 @@ from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import held
 from stpm.method.backbones import load_teacher_weights
-from stpm.method.calibration import GoodCounts, few_good_images_warning
+from stpm.method.calibration import few_good_images_warning
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedNormal, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 
 log = logging.getLogger(__name__)
-
-_LISTING_THREADS = 16
-_READER_THREADS = 8
 
 
 def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Category], dict[str, str]]:
@@ -54,8 +50,7 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(_LISTING_THREADS) as threads:
-        found = dict(zip(names, threads.map(read, names), strict=True))
+    found = dict(zip(names, storage.in_parallel(read, names), strict=True))
     failures = {name: str(result) for name, result in found.items() if isinstance(result, DataError)}
     for name, reason in failures.items():
         log.info(f"{name}: failed: {reason}", extra={"category": name})
@@ -64,7 +59,7 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
 
 def warn_about_few_good_images(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
     """Warn about categories with too few good images to calibrate for a false-alarm rate."""
-    counts = {each.name: GoodCounts(len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
+    counts = {each.name: (len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
     if warning := few_good_images_warning(counts, false_alarm_rate):
         log.info(warning)
 
@@ -78,10 +73,10 @@ def fit_categories(
     wait: bool,
     new_normals: Mapping[str, Sequence[AddedNormal]] | None = None,
 ) -> list[FitResult]:
-    """Fit one model per category and seed. Undamaged models that the stores already hold are reused.
+    """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
-    Each store is locked by a lease meanwhile. Images that were added to a category's current model are among the
-    training images of the next one.
+    Hold a lease on each store meanwhile. Images that were added to a category's current model are among the training
+    images of the next one.
 
     Args:
         categories: to fit.
@@ -90,8 +85,8 @@ def fit_categories(
         workers: options of the workers.
         backend: what computes features on a CPU.
         wait: if another run holds a store, wait for its end instead of raising an error.
-        new_normals: fit on these images too, by category, and on all that were added before; and stage the models,
-            instead of making them current.
+        new_normals: by category. Fit on them too, and on all images that were added before; stage the models instead of
+            making them current.
 
     Returns:
         One result per category and seed.
@@ -101,7 +96,7 @@ def fit_categories(
             run holds a store.
     """
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    # Raise the error of an unknown normalisation once, and not in each category.
+    # Raise the error of an unknown normalisation once, instead of in each category.
     choose_normalisation(recipe)
     with ExitStack() as leases:
         makers: list[_TaskMaker] = []
@@ -110,11 +105,10 @@ def fit_categories(
             digest = ModelStore(store).put_teacher(weights)
             seeded = dataclasses.replace(recipe, seed=seed)
             makers += [_TaskMaker(each, seeded, ModelStore(store), digest, backend) for each in categories]
-        with ThreadPoolExecutor(_READER_THREADS) as threads:
-            if new_normals is None:
-                planned = list(threads.map(_plan, makers))
-            else:
-                planned = list(threads.map(lambda maker: _plan_refit(maker, new_normals[maker.category.name]), makers))
+        if new_normals is None:
+            planned = storage.in_parallel(_plan, makers)
+        else:
+            planned = storage.in_parallel(lambda maker: _plan_refit(maker, new_normals[maker.category.name]), makers)
         for task, _, message in planned:
             if message:
                 log.info(f"{task.key}: {message}", extra={"category": task.category})
@@ -131,7 +125,7 @@ def fit_categories(
 
 @dataclass(frozen=True)
 class _TaskMaker:
-    """All of a task but the images that were added."""
+    """Makes a task, given the images that were added."""
 
     category: mvtec.Category
     recipe: Recipe
@@ -143,7 +137,7 @@ class _TaskMaker:
         """Return the images that were added to the category's current model.
 
         Raises:
-            ModelUnreadableError: if storage failed while its record was read.
+            ModelUnreadableError: if storage failed while the record was read.
         """
         name = self.category.name
         try:
@@ -158,7 +152,7 @@ class _TaskMaker:
             return ()
 
     def describe_replaced(self) -> str:
-        """Say which models are no versions any more once the category is fitted."""
+        """Describe the models that are no longer versions after the fit."""
         try:
             return self.store.versions(self.category.name).describe_replaced()
         except ModelError:
@@ -176,17 +170,17 @@ _Plan = tuple[FitTask, FitResult | None, str]
 
 
 def _plan(maker: _TaskMaker) -> _Plan:
-    """Plan a fit. A model that images were added to by calibration alone is reused, or else fitted on them too."""
+    """Plan a fit. Reuse the model if images were added by calibration alone; otherwise fit on them too."""
     try:
         added = maker.added()
     except ModelUnreadableError as error:
-        # To fit without them would lose them.
+        # A fit without the added images would lose them.
         task = maker.task(())
         return task, FitResult(task, reason=str(error)), f"failed: {error}"
     task = maker.task([each for each in added if each.fitted])
     if planned := _reuse(task):
         return planned
-    if model := _waiting(task):
+    if model := _existing_model(task, waiting=True):
         current = maker.store.record(task.category)
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
@@ -201,30 +195,27 @@ def _plan_refit(maker: _TaskMaker, new: Sequence[AddedNormal]) -> _Plan:
     task = maker.task([*maker.added(), *new], stage=True)
     if planned := _reuse(task):
         return planned
-    if model := _waiting(task):
+    if model := _existing_model(task, waiting=True):
         return task, FitResult(task, model), f"model {model.model_id} of these images is there already"
     return task, None, ""
 
 
-def _waiting(task: FitTask) -> ModelRecord | None:
-    """Return an undamaged model of the task that was staged or rolled back."""
-    try:
-        return waiting_model(task)
-    except ModelError as error:
-        log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
-        return None
-
-
 def _reuse(task: FitTask) -> _Plan | None:
-    """Plan a task that cannot run, or whose model is there already; None if it is to be fitted."""
+    """Plan a task that cannot run, or whose model is there already; return None if it is to be fitted."""
     try:
         task.recipe.check_image_count(len(task.train))
-        model = existing_model(task)
     except DataError as error:
         return task, FitResult(task, reason=str(error)), f"failed: {error}"
+    if model := _existing_model(task):
+        message = f"model {model.model_id} is there already, with this recipe and these images"
+        return task, FitResult(task, model), message
+    return None
+
+
+def _existing_model(task: FitTask, *, waiting: bool = False) -> ModelRecord | None:
+    """Return the model of a task as `existing_model` does, unless it is damaged."""
+    try:
+        return existing_model(task, waiting=waiting)
     except ModelError as error:
         log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
         return None
-    if model is None:
-        return None
-    return task, FitResult(task, model), f"model {model.model_id} is there already, with this recipe and these images"

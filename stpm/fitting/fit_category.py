@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,7 +27,6 @@ from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.memory_bank import MemoryBank
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore
-from stpm.models.versions import Version, Versions
 from stpm.pages.loss_chart import loss_png
 
 log = logging.getLogger(__name__)
@@ -56,28 +55,23 @@ class WorkerLimits:
         return self.ram if images.on_disk else self.ram - images.pixels.nbytes
 
 
-def existing_model(task: FitTask) -> ModelRecord | None:
-    """Return the category's current model in the store if the task would make the same, else None.
+def existing_model(task: FitTask, *, waiting: bool = False) -> ModelRecord | None:
+    """Return the model in the store that the task would make again, if there is one.
+
+    Args:
+        task: to run.
+        waiting: look among the models that were staged or rolled back, instead of at the current one.
 
     Raises:
-        ModelError: if it would, and a file of the model is missing or damaged.
+        ModelError: if a file of this model is missing or damaged.
     """
-    return _find_model(task, lambda versions: [versions.current])
-
-
-def waiting_model(task: FitTask) -> ModelRecord | None:
-    """Return a model that was staged or rolled back if the task would make the same, else None. Raises likewise."""
-    return _find_model(task, lambda versions: versions.next)
-
-
-def _find_model(task: FitTask, choose: Callable[[Versions], Sequence[Version]]) -> ModelRecord | None:
     store = ModelStore(task.store)
     wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
     try:
-        versions = choose(store.versions(task.category))
+        versions = store.versions(task.category)
     except ModelError:
         return None
-    for version in versions:
+    for version in versions.next if waiting else (versions.current,):
         try:
             record = store.record(task.category, version.model_id)
         except ModelError:
@@ -89,7 +83,7 @@ def _find_model(task: FitTask, choose: Callable[[Versions], Sequence[Version]]) 
 
 
 def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:
-    """Fit, calibrate and publish one model. Errors become failed results, so that the worker can go on.
+    """Fit, calibrate and publish one model. Return errors as failed results, so that the worker can go on.
 
     Args:
         task: to run.
@@ -101,7 +95,7 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
     except StpmError as error:
         reason = str(error)
     except torch.cuda.OutOfMemoryError as error:
-        # A smaller batch would be another recipe, so none is tried.
+        # Do not try a smaller batch: it would be another recipe.
         reason = (
             f"{str(error).split('. ', maxsplit=1)[0]}: the device's memory does not hold batches of "
             f"{task.recipe.batch_size} at this size; lower --batch-size or --pixels (or --size), or give each worker "
@@ -110,7 +104,7 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
     except Exception as error:
         log.exception("%s failed", task.key)
         reason = f"{type(error).__name__}: {error}"
-    # Here, outside of the except blocks, no traceback keeps the tensors of the failed fit alive.
+    # Outside of the except blocks, no traceback keeps the tensors of the failed fit alive.
     torch.cuda.empty_cache()
     return FitResult(task, reason=reason)
 
@@ -172,7 +166,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
 
 
 def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> TeacherFeatures:
-    """Decode the training images, and compute the teacher's features of them if they fit into memory."""
+    """Decode the training images, and compute the teacher's features if they fit into RAM."""
     start = time.perf_counter()
     device = pick_device()
     precision = resolve_precision(task.recipe.precision, device)

@@ -1,7 +1,7 @@
 """The state of an unfinished fit in the model store, so that a crash costs only the work since the last checkpoint.
 
-A checkpoint is one safetensors object, published whole and removed once the model is in the store. It holds the
-fingerprint of its task: a checkpoint of another recipe, teacher or set of images is ignored.
+A checkpoint is one safetensors object, published whole, and removed once the model is in the store. It holds the
+fingerprint of its task: a task ignores checkpoints of another recipe, teacher or set of images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StoredCheckpoints:
         uri: of the object.
         fingerprint: of everything that the student depends on.
         interval: minimum seconds between two checkpoints.
-        save_end: save the end of the training too, for tasks that train several students.
+        save_end: also save the end of the training, for tasks that train several students.
     """
 
     def __init__(self, uri: str, fingerprint: str, interval: float, *, save_end: bool) -> None:
@@ -45,7 +45,7 @@ class StoredCheckpoints:
             tensors = dict(deserialise(storage.read(self._uri), self._uri))
             header = json.loads(bytes(tensors.pop(_HEADER).tolist()))
         except (FileNotFoundError, ModelError, KeyError, ValueError):
-            # Missing or damaged: training starts from the beginning, to the same bits.
+            # Training starts from the beginning, and gives the same bits.
             return None
         if header["fingerprint"] != self._fingerprint:
             return None

@@ -18,7 +18,7 @@ _BAR_WIDTH = 20
 
 @dataclass
 class _TaskProgress:
-    """One task: its epochs, how many of them are logged, the time of the last line, and whether it has ended."""
+    """A task, with its epochs so far."""
 
     task: FitTask
     epochs: list[Epoch] = field(default_factory=list)
@@ -38,8 +38,8 @@ class FitProgress:
 
     Args:
         tasks: all tasks of the run.
-        show: shows the progress bar on a terminal; None: there is none, epochs of one task that end within five
-            seconds share a line, and the bar is logged after each task.
+        show: shows the progress bar on a terminal. None: log the bar after each task, and as one line the epochs of a
+            task that end within five seconds.
         clock: returns seconds; tests replace it.
     """
 
@@ -73,7 +73,7 @@ class FitProgress:
             log.info(self._bar())
 
     def _log_epochs(self, progress: _TaskProgress) -> None:
-        """Log the epochs of a task that are not logged yet, as one line."""
+        """Log the new epochs of a task as one line."""
         epochs = progress.epochs[progress.logged_count :]
         if not epochs:
             return

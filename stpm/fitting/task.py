@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
+from stpm import storage
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedNormal, ModelRecord
 from stpm.options import WantedBackend
@@ -13,11 +13,17 @@ from stpm.options import WantedBackend
 
 @dataclass(frozen=True)
 class FitTask:
-    """A model to fit: the category's training images, the recipe, and the store that the model goes to.
+    """A model to fit.
 
-    `train` holds URIs with versions, as `stpm.storage.versions` gives them, also of the images `added` that a person
-    marked as good. `recipe` is the one that `Recipe.for_image_count` returns. With `stage` the model does not become
-    the category's current one.
+    Args:
+        category: its name.
+        train: URI and version (see `stpm.storage.versions`) of each training image, added ones included.
+        recipe: as `Recipe.for_image_count` returns it.
+        store: URI of the store that the model goes to.
+        teacher_digest: of the teacher's weights in that store.
+        backend: what computes features on a CPU.
+        added: the images that a person marked as good.
+        stage: do not make the model the category's current one.
     """
 
     category: str
@@ -36,25 +42,25 @@ class FitTask:
 
     @property
     def cost(self) -> int:
-        """A rough measure of the task's duration: images shown over all epochs."""
+        """An estimate of the task's duration: images shown over all epochs."""
         return len(self.train) * (self.recipe.epochs if self.recipe.student != "none" else 1)
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """SHA-256 of the listing: changes when a training image is added, removed, renamed or rewritten."""
+        """SHA-256 of the listing. It changes when a training image is added, removed, renamed or rewritten."""
         lines = (f"{uri.rsplit('/', 1)[-1]}\t{version}\n" for uri, version in self.train)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return storage.digest("".join(lines).encode())
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that the model depends on, except the device and the backend."""
         values = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
-        return hashlib.sha256("\n".join(values).encode()).hexdigest()
+        return storage.digest("\n".join(values).encode())
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """The result of a task: the model's record; or None if the task failed, and `reason` says why."""
+    """The result of a task: the model's record, or None if the task failed, with the reason."""
 
     task: FitTask
     record: ModelRecord | None = None

@@ -1,11 +1,10 @@
-"""The queue that workers take their tasks from, longest first. It does not import Ray.
+"""The queue from which workers take tasks, longest first. It does not import Ray.
 
-When a worker process dies, Ray Train restarts the whole worker group and does not report which worker it was. So every
-task that was running is quarantined: it runs again while no other task runs. If its worker dies again then, the task
-has failed.
+When a worker process dies, Ray Train restarts the whole worker group, and does not report which worker died. The queue
+quarantines every task that was running: it runs each alone. If its worker dies again, the task has failed.
 
 A restart counts as a death only if the group has as many workers as before and all its nodes are still alive.
-Otherwise the group was resized or a node was lost, such as a spot instance, and its tasks go back to the queue.
+Otherwise the group was resized or a node was lost, such as a spot instance: its tasks go back to the queue.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ WAIT: Literal["wait"] = "wait"
 
 
 class TaskQueue:
-    """Tasks that wait, are quarantined or run, and the events of all of them. It lives in one actor.
+    """The tasks that wait, are quarantined or run, and the events of all tasks. It lives in one actor.
 
     Args:
         tasks: all tasks of the run.
@@ -31,7 +30,7 @@ class TaskQueue:
         self._waiting = sorted(tasks, key=lambda task: task.cost)
         self._quarantined: list[FitTask] = []
         self._running: dict[str, FitTask] = {}
-        # By task key: for each death of the task's worker group, the group's nodes.
+        # For each task key, the nodes of the worker group at each of its deaths.
         self._deaths: dict[str, list[set[str]]] = {}
         self._group = ""
         self._group_size = 0
@@ -85,7 +84,7 @@ class TaskQueue:
     def _quarantine_running(self, living: set[str]) -> None:
         ran_alone = len(self._running) == 1
         for key, task in self._running.items():
-            # The loss of a node may be noticed only after its workers are gone: check earlier deaths again.
+            # Ray may notice the loss of a node after that of its workers: check earlier deaths again.
             deaths = [nodes for nodes in self._deaths.get(key, ()) if nodes <= living] + [self._group_nodes]
             self._deaths[key] = deaths
             if len(deaths) > 1 and ran_alone:

@@ -1,4 +1,4 @@
-"""The teacher's features of a category's images: computed once and cached where they fit, else recomputed."""
+"""The teacher's features of a category's images: computed once and cached if they fit, else recomputed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stpm.method.forward import Matcher, spatial_shape
 
 Indices = npt.NDArray[np.int64]
 
-# Without gradients and batch statistics, results do not depend on the batch size.
+# Results do not depend on it, without gradients and batch statistics.
 EVALUATION_BATCH_SIZE = 16
 _MAX_HALF = torch.finfo(torch.float16).max
 
@@ -60,7 +60,7 @@ class TeacherFeatures:
         return self.matcher.inputs(self._pixels[torch.from_numpy(indices)])
 
     def content_masks(self, indices: Indices) -> list[Tensor | None]:
-        """Return which positions of the features lie on no padding, as `Matcher.content_masks` does."""
+        """Mask the positions of the features that are on no padding, as `Matcher.content_masks` does."""
         return self.matcher.content_masks(self.images.content[indices], self.shapes)
 
     def _compute(self, indices: Indices) -> list[Tensor]:

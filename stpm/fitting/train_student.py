@@ -29,8 +29,11 @@ class DivergedError(StpmError):
 class FitState:
     """Everything that training continues from. Random numbers follow from the seed and the epoch's number.
 
-    `optimiser` holds the optimiser's tensors by parameter and name; `best` is the student of the epoch with the lowest
-    validation loss, empty if the recipe keeps the last.
+    Args:
+        student: its weights.
+        optimiser: its tensors, by parameter and name.
+        best: weights of the epoch with the lowest validation loss; empty if the recipe keeps the last.
+        history: the epochs so far.
     """
 
     student: StateDict
@@ -54,9 +57,12 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A student's weights on the CPU, all epochs of its training, and the epoch whose weights were kept.
+    """A trained student; empty if the recipe has no student.
 
-    It is empty if the recipe has no student.
+    Args:
+        student: its weights, on the CPU.
+        history: all epochs of its training.
+        kept_epoch: the epoch of the weights.
     """
 
     student: StateDict | None = None
@@ -97,8 +103,8 @@ def train_student(
 ) -> TrainedStudent:
     """Train one student.
 
-    The same recipe, images, kind of device and number of threads give the same bits, also if the training was
-    interrupted and continued from a checkpoint. The validation loss is measured on the held-out images.
+    The same recipe, images, kind of device and number of threads give the same bits, even after a checkpoint. The
+    validation loss is that of the held-out images.
 
     Raises:
         DivergedError: if a loss is not finite.
@@ -174,7 +180,7 @@ def _train_epoch(
     recipe: Recipe,
     number: int,
 ) -> float:
-    """Train on all images once, in an order that follows from the seed and the epoch's number; return the mean loss."""
+    """Train on all images once, in an order by the seed and the epoch's number; return the mean loss."""
     student.train()
     order = train[np.random.default_rng((recipe.seed, number)).permutation(len(train))]
     batches = split_batches(order, recipe.batch_size)

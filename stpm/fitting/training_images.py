@@ -6,7 +6,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,7 @@ from stpm.method.backbones import resolve_data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
 from stpm.method.recipe import Recipe
 
-_READER_THREADS = 8
+_READERS = 8
 _MAX_HEADERS_READ = 32
 
 
@@ -45,7 +44,7 @@ class TrainingImages:
 
     @property
     def statistics_table(self) -> pa.Table:
-        """Return the statistics with a name for each column."""
+        """The statistics, with a name for each column."""
         return pa.table(dict(zip(COMPARED, self.statistics.T, strict=True)))
 
     @property
@@ -65,7 +64,7 @@ def choose_normalisation(recipe: Recipe) -> DataConfig:
 
 
 def preprocessing_for(recipe: Recipe, uris: Sequence[str]) -> Preprocessing:
-    """Return a recipe's preprocessing of these training images; for the size `auto`, read the headers of some.
+    """Return a recipe's preprocessing of these training images. For the size `auto`, read the headers of some.
 
     Raises:
         ConfigError: if the recipe takes the teacher's normalisation, and timm does not know the teacher.
@@ -90,8 +89,7 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
     """Decode images: into memory if their pixels fit a budget of bytes, else into a file.
 
     Raises:
-        DataError: naming files that cannot be read. No model is fitted on the rest: the user would not notice that
-            images are missing.
+        DataError: if files cannot be read. To fit on the others would hide that images are missing.
     """
     shape = (len(uris), preprocessing.height, preprocessing.width, 3)
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
@@ -110,7 +108,7 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
 
 
 def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> list[str]:
-    """Read files in parallel and call `use` with the index and the bytes of each; return what went wrong."""
+    """Read files in parallel, and call `use` with the index and the bytes of each. Return the problems."""
     problems: list[str] = []
 
     def read(index: int) -> None:
@@ -119,8 +117,7 @@ def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> list[st
         except (ImageError, DataError, OSError) as error:
             problems.append(f"{uris[index]}: {error}")
 
-    with ThreadPoolExecutor(_READER_THREADS) as threads:
-        list(threads.map(read, range(len(uris))))
+    storage.in_parallel(read, range(len(uris)), _READERS)
     return problems
 
 
@@ -131,10 +128,10 @@ def _unreadable(problems: list[str], tried: int) -> DataError:
 
 def _allocate_in_file(shape: tuple[int, ...]) -> Pixels:
     size = math.prod(shape)
-    # The file has no name, so the system removes it when the process ends, however it ends.
+    # The file has no name: the system removes it when the process ends, even if it is killed.
     with tempfile.TemporaryFile() as file:
         try:
-            # Reserve the space now: writing to a sparse file on a full disk would kill the process (SIGBUS).
+            # Reserve the space now: to write to a sparse file on a full disk kills the process (SIGBUS).
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise DataError(

@@ -27,7 +27,7 @@ from stpm.fitting.worker_resources import WorkerResources, scaling_config
 
 _POLL_SECONDS = 0.3
 _NODE_CHECK_SECONDS = 5.0
-# Worker group restarts: a task that kills its worker does so twice, and a few more may have other causes.
+# Restarts of the worker group: a task may kill its worker twice, and a few restarts may have other causes.
 _RESTARTS_PER_TASK = 2
 _EXTRA_RESTARTS = 3
 # Fraction of a node's RAM, and of a GPU's free RAM, that all its workers may use together.
@@ -49,7 +49,7 @@ def run_worker_group(
         tasks: at least one.
         options: of the workers.
         resources: of each worker.
-        scratch: URI that every node can reach, for Ray Train's own files; removed afterwards.
+        scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
         on_event: called with each event, on one thread that is not the caller's.
 
     Returns:
@@ -67,8 +67,8 @@ def run_worker_group(
         TorchTrainer(
             _run_worker,
             train_loop_config={"queue": queue, "options": options},
-            # Ray Train always connects the workers, though these never communicate, and its default on GPUs, NCCL,
-            # fails where two workers share a GPU.
+            # Ray Train connects the workers, though they never communicate. Its default for GPUs, NCCL, fails if two
+            # workers share a GPU.
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=scaling,
             run_config=RunConfig(
@@ -99,17 +99,17 @@ def run_worker_group(
 
 
 def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[[], int]) -> None:
-    """Train, and train again as long as it fails after the loss of a node.
+    """Train, and train again while it fails after the loss of a node.
 
-    Ray Train counts the loss of a node as a failure of the workers and gives up after `max_failures`, but any number of
-    spot nodes may be lost.
+    Ray Train counts the loss of a node as a failure of the workers, and gives up after `max_failures`. But any number
+    of spot nodes may be lost.
 
     Args:
         train: continues where its last call ended.
         count_lost_nodes: returns the number of nodes lost so far.
 
     Raises:
-        TrainingFailedError: if `train` does, and no node was lost meanwhile.
+        TrainingFailedError: if `train` raises it, and no node was lost meanwhile.
     """
     while True:
         lost_before = count_lost_nodes()
@@ -125,7 +125,7 @@ def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[
 
 def _run_worker(config: dict[str, Any]) -> None:
     """Take tasks from the queue until all have ended."""
-    # Ray Train's controller unpickles this function too, and would spend seconds on imports that it never uses.
+    # Ray Train's controller unpickles this function too: it would spend seconds on imports that it never uses.
     from stpm.fitting.fit_category import WorkerLimits, fit_category
 
     queue, options = config["queue"], config["options"]
@@ -155,8 +155,8 @@ def _ram_limits(options: WorkerOptions, assigned: dict[str, float]) -> tuple[int
 def _remove_stuck_placement_groups() -> None:
     """Remove this job's placement groups that wait for a lost node.
 
-    If a worker group loses a node while it starts, Ray Train abandons it without removing its placement group. That
-    keeps the resources of the other nodes, and no new group can start. A group that was running is restarted anyway.
+    If a worker group loses a node while it starts, Ray Train abandons it and does not remove its placement group. This
+    keeps the resources of the other nodes, and no new group can start. Ray Train restarts a group that was running.
     """
     job = ray.get_runtime_context().get_job_id()
     for group_id, group in placement_group_table().items():
@@ -166,7 +166,7 @@ def _remove_stuck_placement_groups() -> None:
 
 
 class _Monitor:
-    """A thread that passes on the queue's events and watches for lost nodes, while Ray Train blocks the main thread."""
+    """Passes on the queue's events and watches for lost nodes, in a thread, while Ray Train blocks the main thread."""
 
     def __init__(self, queue: Any, on_event: Callable[[Event], None]) -> None:
         self._queue = queue

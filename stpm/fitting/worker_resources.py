@@ -17,7 +17,7 @@ _MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """CPU cores, each with one thread, and GPUs that one worker takes. Workers without GPUs compute on CPUs."""
+    """The CPU cores, each with one thread, and the GPUs of one worker. Workers without GPUs compute on CPUs."""
 
     cpus: int
     gpus: float = 0.0
@@ -26,17 +26,20 @@ class WorkerResources:
         """Count the workers that fit on these nodes. A worker is never split over two of them."""
         counts = [int(node.get("CPU", 0) // self.cpus) for node in nodes]
         if self.gpus:
-            # Ten tenths of a GPU are one GPU, also where their floating-point quotient is a little below 10.
+            # Ten tenths of a GPU are one GPU, even if the floating-point quotient is a little below 10.
             by_gpu = [int(node.get("GPU", 0) / self.gpus + 1e-9) for node in nodes]
             counts = list(map(min, counts, by_gpu))
         return sum(counts)
 
 
 def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], task_count: int) -> WorkerResources:
-    """Choose the CPUs per worker where the options leave it open: as many as possible without having fewer workers.
+    """Choose the CPUs per worker, if the options do not: as many as possible without having fewer workers.
 
-    `task_count` includes tasks that an earlier run has finished: the number of threads affects the last bits of a
-    student, and must not change when a run is resumed.
+    Args:
+        options: of the workers.
+        nodes: the resources of each node that can work.
+        task_count: number of tasks, those that an earlier run has finished included. The number of threads affects the
+            last bits of a student: it must not change when a run is resumed.
     """
     gpus = options.gpus_per_worker if any(node.get("GPU", 0) > 0 for node in nodes) else 0.0
     if options.cpus_per_worker:
@@ -52,7 +55,7 @@ def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], 
 def scaling_config(
     options: WorkerOptions, resources: WorkerResources, nodes: Sequence[Resources], task_count: int, *, elastic: bool
 ) -> ScalingConfig:
-    """Choose the number of workers for these nodes and tasks; if elastic, it changes with the number of nodes.
+    """Choose the number of workers for these nodes and tasks. If elastic, it changes with the number of nodes.
 
     Raises:
         ConfigError: if no worker fits, or without `elastic` fewer than `options.workers`.

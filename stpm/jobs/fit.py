@@ -9,7 +9,7 @@ from functools import partial
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, exit_code
-from stpm.feedback.add_normals import AddOptions, add_normals
+from stpm.feedback.add_normals import add_normals
 from stpm.feedback.marks import read_marks
 from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import fit_categories, read_categories, warn_about_few_good_images
@@ -53,9 +53,8 @@ def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cl
     store = ModelStore(storage.output_folder(options.models))
     data = storage.absolute(options.data)
     refit = Refit(data, recipe, workers, cluster.backend, options.wait) if options.refit else None
-    add = AddOptions(options.false_alarm_rate, cluster.backend, options.stage, options.wait)
     with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
         marks = read_marks(options.add_normals, options.allow, options.categories)
-        good, failed = add_normals(store, marks, add, refit)
+        good, failed = add_normals(store, marks, options, cluster.backend, refit)
     log.info(f"{good} of {good + failed} images that are marked as good belong to models in {options.models}")
     return exit_code(good, failed)

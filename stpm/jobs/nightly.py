@@ -9,7 +9,7 @@ from functools import partial
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
+from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, timestamp
 from stpm.errors import ConfigError, WebhookError
 from stpm.lease import held
 from stpm.monitoring.housekeeping import remove_nights_before
@@ -72,7 +72,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
                 f"warning: {nights[each].unfinished} images of {each} have no row, and --look-back does not reach it; "
                 f"start with --date {each}"
             )
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    created = timestamp()
     shown = [nights[each] for each in sorted(nights)][-job.monitoring.nights :]
     storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
     storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created).encode())

@@ -16,7 +16,7 @@ from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import held
-from stpm.method.calibration import GoodCounts, few_good_images_warning
+from stpm.method.calibration import few_good_images_warning
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
@@ -113,7 +113,7 @@ def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
 
 
 def _warn_of_few_good_images(records: Records, false_alarm_rate: float) -> None:
-    counts = {name: GoodCounts(each.good_count, each.fit.calibration_count) for name, each in records.items()}
+    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in records.items()}
     if warning := few_good_images_warning(counts, false_alarm_rate):
         log.info(warning)
 

@@ -25,7 +25,7 @@ StateDict = Mapping[str, Tensor]
 DEMO_TEACHER = "demo"
 DEMO_ARCHITECTURE = "tf_efficientnet_lite0"
 RANDOM_WEIGHTS = "random"
-# Characters that an error message quotes of torch's list of mismatched weights.
+# Maximum characters of torch's list of mismatched weights in an error message.
 _MAX_MISMATCH = 500
 
 
@@ -101,14 +101,14 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
 
 
 def build_student(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:
-    """Build a teacher's architecture with weights that depend on the seed alone; torch's global generator is untouched.
+    """Build a teacher's architecture with weights that depend only on the seed. Leave torch's global generator alone.
 
     Args:
         teacher: a teacher's name, or an architecture of timm.
         levels: pyramid levels, as timm's `out_indices`.
         seed: seed of the initialisation.
-        zero_init_residual: keep timm's choice to start residual branches at zero, where the architecture makes it;
-            otherwise start those branches at one, as the paper's authors do.
+        zero_init_residual: start residual branches at zero where timm does; otherwise start them at one, as the paper's
+            authors do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -143,7 +143,7 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
     elif teacher == DEMO_TEACHER:
         state, origin = _packaged_weights(), "the package's teacher"
     else:
-        # timm's has the stages after the last level too.
+        # timm's weights include stages after the last level: leave them out.
         return {key: value for key, value in _download(teacher, levels).items() if key in keys}
     if state.keys() != keys:
         return _cut_to_backbone(architecture, levels, state, keys, origin)

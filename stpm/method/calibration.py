@@ -62,15 +62,15 @@ class DistanceScale:
 
 def fit_distance_scale(values: Sequence[Floats]) -> DistanceScale:
     """Return the scale of a distance map, given its values on each held-out image, one image or more."""
-    # Not interpolated: the same images twice have the same quantiles, and equal images score the same.
+    # Do not interpolate: the same images twice have the same quantiles, and equal images score the same.
     low, high = np.quantile(np.concatenate(values), _DISTANCE_QUANTILES, method="inverted_cdf")
     return DistanceScale(float(low), float(high))
 
 
 def leave_one_out_scales(values: Sequence[Floats]) -> list[DistanceScale]:
-    """Return for each of two or more held-out images the scale that `fit_distance_scale` gives for all others.
+    """Return, for each of two or more held-out images, the scale that `fit_distance_scale` gives for the others.
 
-    An image that contributed to its own scale would look better than any later image.
+    An image that contributes to its own scale looks better than any later image.
     """
     pooled = np.concatenate(values)
     order = np.argsort(pooled, kind="stable")
@@ -114,9 +114,8 @@ class Calibration:
     def threshold(self, false_alarm_rate: float) -> float:
         """Return the smallest calibration score above which every score has p ≤ the rate.
 
-        Of good images that are exchangeable with the calibration images, on average at most this fraction scores
-        higher. n images support no rate below 1/(n+1); for a lower one the largest calibration score is returned, whose
-        rate is 1/(n+1).
+        On average, at most this fraction of good images that are exchangeable with the calibration images scores
+        higher. n images support no rate below 1/(n+1): for a lower one, return the largest calibration score.
         """
         return float(self.scores[-threshold_rank(len(self.scores), false_alarm_rate)])
 
@@ -140,27 +139,19 @@ def min_calibration_images(false_alarm_rate: float) -> int:
     return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
 
 
-@dataclass(frozen=True)
-class GoodCounts:
-    """The number of a category's good images, and of those that calibrate its model."""
-
-    good: int
-    calibration: int
-
-
-def few_good_images_warning(counts: Mapping[str, GoodCounts], false_alarm_rate: float) -> str:
+def few_good_images_warning(counts: Mapping[str, tuple[int, int]], false_alarm_rate: float) -> str:
     """Write a warning that names the models with too few calibration images for a rate; "" if there are none.
 
     Args:
-        counts: image counts by category.
+        counts: number of good images, and of those that calibrate the model, by category.
         false_alarm_rate: in (0, 1).
     """
     needed = min_calibration_images(false_alarm_rate)
     few = [
-        f"{name} calibrates on {n.calibration} of its {n.good} good images, which supports a rate of "
-        f"{1 / (n.calibration + 1):.3f} or more"
-        for name, n in counts.items()
-        if n.calibration < needed
+        f"{name} calibrates on {count} of its {good} good images, which supports a rate of "
+        f"{1 / (count + 1):.3f} or more"
+        for name, (good, count) in counts.items()
+        if count < needed
     ]
     if not few:
         return ""

@@ -17,10 +17,10 @@ import numpy as np
 
 from stpm.errors import join_first
 
-# p-values are stored as float32, so that they may lie above the quotient that they stand for by this factor.
+# p-values are stored as float32: they may exceed the exact quotient by this factor.
 _ROUNDING = 1 + 1e-6
 
-# The number of images with each p-value: as many entries as the calibration has images, however many are tested.
+# The number of images with each p-value. It has no more entries than the calibration has images, and one more.
 Histogram = Mapping[float, int]
 
 
@@ -29,13 +29,13 @@ class Discoveries:
     """The images that a false discovery rate allows to call defects: those with p ≤ `cut_off`.
 
     Args:
-        rate: expected fraction of good images among the discoveries, at most; in (0, 1).
+        rate: largest expected fraction of good images among the discoveries, in (0, 1).
         images: number of images tested together.
         cut_off: largest p-value of a discovery; 0 if there are none.
         categories: number of discoveries by category, without those that have none.
-        needed: calibration images with which this run's images that score above all of them could be discoveries.
-        unsupported: calibration images by category, where they are fewer than that, and so few that no image of the
-            category can be a discovery, whatever its score.
+        needed: number of calibration images with which images that score above all of them can be discoveries.
+        unsupported: number of calibration images of each category that has fewer, and so few that none of its images
+            can be a discovery, whatever its score.
     """
 
     rate: float

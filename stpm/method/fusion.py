@@ -26,25 +26,25 @@ from stpm.method.recipe import FusionMethod
 Float32Array = npt.NDArray[np.float32]
 
 _EPS = 1e-12
-# Numbers of distances that are sampled: enough for quantiles.
-_MIN_SAMPLES, _MAX_SAMPLES, _MAX_SAMPLES_IN_ALL = 16, 1024, 256 * 1024
+# Sampled distances of an image, minimum and maximum, and of all images: enough for quantiles.
+_MIN_SAMPLES, _MAX_SAMPLES, _MAX_TOTAL_SAMPLES = 16, 1024, 256 * 1024
 
 
-def sample_distances(distances: Tensor, valid: Tensor | None = None, images_in_all: int = 0) -> list[Float32Array]:
+def sample_distances(distances: Tensor, valid: Tensor | None = None, total_images: int = 0) -> list[Float32Array]:
     """Sample the distances on each image, evenly spaced over the positions that count.
 
     Args:
         distances: (B, Hₗ, Wₗ).
         valid: (B, Hₗ, Wₗ) bool, true at the positions that count; None counts all.
-        images_in_all: number of images that calibrate the model, if it is larger than B.
+        total_images: number of images that calibrate the model, if it is larger than B.
 
     Returns:
-        One array per image, of up to 1,024 distances; of fewer, but at least 16, where there are more than 256 images.
+        One array per image, of at most 1,024 distances; with more than 256 images, of fewer, but at least 16.
     """
     images = list(distances.flatten(1).cpu().numpy())
     if valid is not None:
         images = [image[keep] for image, keep in zip(images, valid.flatten(1).cpu().numpy(), strict=True)]
-    max_samples = min(_MAX_SAMPLES, _MAX_SAMPLES_IN_ALL // max(images_in_all, len(images), 1))
+    max_samples = min(_MAX_SAMPLES, _MAX_TOTAL_SAMPLES // max(total_images, len(images), 1))
     max_samples = max(max_samples, _MIN_SAMPLES)
     return [image[np.linspace(0, len(image) - 1, min(len(image), max_samples)).astype(int)] for image in images]
 
@@ -55,8 +55,8 @@ def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = No
     Args:
         distances: maps of one level or bank.
         size: height and width of the input, pixels.
-        valid: (B, Hₗ, Wₗ) bool, true at the positions that count; None counts all. Between a position that counts and
-            others, the result has the value of the former; far from any position that counts it has no meaning.
+        valid: (B, Hₗ, Wₗ) bool, true at the positions that count; None counts all. The result between a position that
+            counts and others has the value of the former. Far from all positions that count, it has no meaning.
     """
     if valid is None:
         return _resize(distances, size)

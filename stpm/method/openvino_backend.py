@@ -23,9 +23,9 @@ _TOLERANCES: Mapping[Precision, float] = {"float32": 1e-3, "bfloat16": 0.2}
 class OpenVinoBackbone:
     """A compiled backbone for images of one size.
 
-    Calling it takes (B, 3, H, W) float32 on the CPU, fastest if channels last in memory, and returns one
-    (B, Cₗ, Hₗ, Wₗ) float32 tensor per pyramid level, channels last in memory, finest first. Images are computed one by
-    one: a batch is no faster on a CPU, and a fixed shape is compiled once.
+    A call takes (B, 3, H, W) float32 on the CPU, fastest if channels last in memory, and returns one (B, Cₗ, Hₗ, Wₗ)
+    float32 tensor per pyramid level, channels last in memory, finest first. It computes one image after the other: a
+    batch is no faster on a CPU, and one shape is compiled once.
 
     Args:
         backbone: in eval mode, on the CPU.
@@ -44,7 +44,7 @@ class OpenVinoBackbone:
             self._shapes = [(channels, rows, columns) for _, rows, columns, channels in shapes]
             difference = self._difference(backbone, height, width)
         except Exception as error:
-            # OpenVINO has no exception of its own for an operation that it does not know.
+            # OpenVINO raises no exception of its own for an unknown operation.
             raise ModelError(f"OpenVINO cannot compile {backbone.architecture}: {error}") from error
         self.nbytes = backbone.nbytes
         if not difference < _TOLERANCES[precision]:
@@ -68,7 +68,7 @@ class OpenVinoBackbone:
         with torch.no_grad():
             pairs = zip(self(image), backbone(image), strict=True)
         ratios = [(ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6) for ours, theirs in pairs]
-        # Python's max would lose a NaN.
+        # Python's `max` loses a NaN.
         return float(torch.stack(ratios).max())
 
 
@@ -79,7 +79,7 @@ def _compile(backbone: Backbone, height: int, width: int, precision: Precision) 
         "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
-        # Each process would pin its threads to the same first cores.
+        # With it, each process pins its threads to the same first cores.
         "ENABLE_CPU_PINNING": False,
     }
     return openvino.Core().compile_model(graph, "CPU", settings)
@@ -123,8 +123,8 @@ def _convert(backbone: Backbone, height: int, width: int) -> Any:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings(), torch.no_grad():
-        # A trace holds for the one size that it was made with, which is the only one wanted. PyTorch would rather have
-        # its own `export`, which takes several times as long.
+        # The warnings say that a trace holds for one size, which is the only one here, and recommend `torch.export`,
+        # which takes several times as long.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.simplefilter("ignore", DeprecationWarning)
         inputs = torch.zeros(1, 3, height, width)

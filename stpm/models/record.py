@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from stpm import __version__
+from stpm import __version__, storage
+from stpm.console import timestamp
 from stpm.errors import ConfigError, ModelError
 from stpm.method.calibration import DistanceScale, HeatmapScale
 from stpm.method.preprocessing import Preprocessing
@@ -34,16 +33,20 @@ def library_versions() -> dict[str, str]:
     return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def now() -> str:
-    """Return the time, UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True)
 class FitRecord:
-    """The outcome of one fit: wall seconds, decoding included, and the losses, in [0, 2], of the kept epoch.
+    """The outcome of one fit.
 
-    Without a student there are no epochs, and the losses are None.
+    Args:
+        seconds: wall time, decoding included.
+        epochs: number of epochs; 0 without a student.
+        kept_epoch: number of the epoch that was kept.
+        train_loss: of the kept epoch, in [0, 2]; None without a student.
+        validation_loss: of the kept epoch, in [0, 2]; None without a student.
+        train_count: number of images to fit on.
+        held_out_count: number of images that were held out.
+        calibration_count: number of images that calibrate the model.
+        device: that computed.
     """
 
     seconds: float
@@ -64,9 +67,12 @@ class FitRecord:
 
 @dataclass(frozen=True)
 class AddedNormal:
-    """An image that a person marked as good: digest and original URI; and whether the model is fitted on it.
+    """An image that a person marked as good.
 
-    If it is not, it calibrates the model.
+    Args:
+        digest: SHA-256 of the file.
+        uri: where it was.
+        fitted: the model is fitted on it; otherwise it calibrates the model.
     """
 
     digest: str
@@ -78,8 +84,20 @@ class AddedNormal:
 class ModelRecord:
     """The contents of model.json: everything that scoring needs besides the weights. Digests are SHA-256.
 
-    `recipe` is the user's with this model's seed and the epochs that `min_steps` asks for; its size may be `auto`:
-    `preprocessing` has the size chosen for the category. `added_normals` lists all images that were marked as good.
+    Args:
+        category: its name.
+        recipe: the user's, with this model's seed and the epochs that `min_steps` asks for. Its size may be `auto`.
+        preprocessing: with the size that was chosen for the category.
+        precision: of convolutions.
+        teacher_digest: of the teacher's weights.
+        heatmap_scale: of the heatmaps.
+        distance_scales: one for each distance map; empty if the fusion needs none.
+        fit: the outcome of the fit.
+        added_normals: all images that were marked as good.
+        files: digest of each file of the model, by name.
+        versions: of the libraries that made it.
+        created: time.
+        format: of model.json.
     """
 
     category: str
@@ -93,7 +111,7 @@ class ModelRecord:
     added_normals: tuple[AddedNormal, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
-    created: str = field(default_factory=now)
+    created: str = field(default_factory=timestamp)
     format: Literal[5] = 5
 
     @property
@@ -106,8 +124,7 @@ class ModelRecord:
         """Return the category, with a digest of everything that affects scores, p-values, verdicts or heatmaps."""
         files = [self.files.get(name) for name in (STUDENT, MEMORY, CALIBRATION)]
         values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.distance_scales, files)
-        digest = hashlib.sha256(repr((values, self.heatmap_scale)).encode()).hexdigest()
-        return f"{self.category}-{digest[:12]}"
+        return f"{self.category}-{storage.digest(repr((values, self.heatmap_scale)).encode())[:12]}"
 
 
 def to_json(value: Any) -> bytes:

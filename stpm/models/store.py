@@ -16,8 +16,8 @@
 <store>/.lease/                                      see stpm/lease.py
 <store>/.train/                                      Ray Train's files during a fit
 
-A model never changes, and a new model never removes an older one: a run can keep to the model that it began with, and
-the current model can be rolled back to an earlier one.
+A model never changes, and a new model never removes an older one: a run keeps to the model that it began with, and the
+current model can be rolled back.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class ModelStore:
     ) -> ModelRecord:
         """Publish a model, make it its category's current one, and return its stored record.
 
-        If the store has this very model already, its files stay as they are, unless they are damaged.
+        Keep the files of the same model if the store has it, undamaged.
 
         Args:
             record: the model's record, to which this adds the files' digests.
@@ -176,7 +176,7 @@ class ModelStore:
             self.verify(stored)
             record = stored
         except ModelError:
-            # The id is a digest of the files, so that this repairs a damaged model. model.json comes last.
+            # The id is a digest of the files: this also repairs a damaged model. model.json comes last.
             for name, data in (contents | {_RECORD: to_json(record)}).items():
                 storage.publish(self._uri(record, name), data)
         version = Version(record.model_id, data_fingerprint)
@@ -186,13 +186,13 @@ class ModelStore:
         except ModelUnreadableError:
             raise
         except ModelError:
-            # There is no current.json, or a damaged one, whose models are listed still.
+            # There is no current.json, or a damaged one.
             versions = Versions(version)
         self.set_versions(record.category, versions)
         return record
 
     def versions(self, category: str) -> Versions:
-        """Read which model a category has, which ones it had before, and which ones are to come.
+        """Read the current model of a category, those before it, and those after it.
 
         Raises:
             NoModelError: if it has none.
@@ -205,11 +205,11 @@ class ModelStore:
             raise NoModelError(f"{self.uri}: no model for category {category!r}") from error
 
     def set_versions(self, category: str, versions: Versions) -> None:
-        """Write which model a category has."""
+        """Write the current model of a category, those before it, and those after it."""
         storage.publish(self._current_uri(category), to_json(versions))
 
     def current(self, category: str) -> Version:
-        """Read which model a category has. Raises as `versions` does."""
+        """Read the current model of a category. Raise as `versions` does."""
         return self.versions(category).current
 
     def categories(self) -> list[str]:
@@ -228,17 +228,17 @@ class ModelStore:
             return False
 
     def model_ids(self, category: str) -> list[str]:
-        """List all models of a category, also those that are no longer versions, sorted."""
+        """List all models of a category, sorted, even those that are no longer versions."""
         names = [uri.split("/")[-2:] for uri, _ in storage.files(self.folder(category))]
         return sorted(folder for folder, name in names if name == _RECORD)
 
     def model_folders(self, category: str) -> list[str]:
-        """List the folders of all models of a category, also those without a record: a process was killed there."""
+        """List the folders of all models of a category, even those without a record, which a kill leaves."""
         folders = {uri.split("/")[-2] for uri, _ in storage.files(self.folder(category))}
         return sorted(folder for folder in folders if folder.startswith(f"{category}-"))
 
     def remove(self, category: str, model_id: str) -> None:
-        """Remove the files of a model. Its record goes first: without it the folder is not a model."""
+        """Remove the files of a model, the record first: without it the folder is not a model."""
         folder = storage.join(self.folder(category), model_id)
         storage.remove(storage.join(folder, _RECORD))
         storage.remove(folder)

@@ -1,4 +1,4 @@
-"""The models that were, are or may become the current one of a category, in the order in which that happens."""
+"""The versions of a category: its current model, those before it, and those that may come after it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Versions:
     next: tuple[Version, ...] = ()
 
     def publish(self, version: Version) -> Versions:
-        """Make a new model the current one. Those that stood after the current one are no longer versions."""
+        """Make a new model the current one. Models after the current one are no longer versions."""
         if version.model_id == self.current.model_id:
             return Versions(version, self.previous, self.next)
         return Versions(version, (*self.previous, self.current))
 
     def describe_replaced(self, model_id: str = "") -> str:
-        """Say which models are no versions any more once a new one, of this id, is published; "" if none is."""
+        """Describe the models that are no longer versions once a new one, with this id, is published; "" if none."""
         kept = {model_id, self.current.model_id, *(version.model_id for version in self.previous)}
         lost = [version.model_id for version in self.next if version.model_id not in kept]
         if not lost:

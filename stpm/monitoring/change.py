@@ -14,7 +14,7 @@ class Change:
 
     Args:
         name: a statistic's name, or `images`, `repeated`, `errors`, `alarms` or `scores`.
-        level: how much attention its size calls for.
+        level: by its size.
         p_value: probability that chance makes as large a change; 0 for a plain fact.
         size: how large it is, 1 where it begins to call for action.
         text: for people, in plain words with numbers.
@@ -28,7 +28,7 @@ class Change:
 
 
 class Limits(NamedTuple):
-    """The sizes from which a change is one to watch, and one that calls for action."""
+    """The smallest sizes of a change to watch, and of one that calls for action."""
 
     watch: float
     act: float
@@ -39,7 +39,7 @@ class Limits(NamedTuple):
 
 
 def percent(share: float) -> str:
-    """Write a share with two significant digits at least.
+    """Write a share with at least two significant digits.
 
     >>> percent(0.0317), percent(0.314)
     ('3.2 %', '31 %')

@@ -1,7 +1,7 @@
 """Judge a night of one category against the good images of its model, and against earlier nights.
 
-A change is reported if chance does not explain it, and if it is large enough to matter: of 100,000 images, any
-difference is significant. docs/drift.md names the tests and limits.
+Report a change if chance does not explain it, and if it is large enough to matter: with 100,000 images, any difference
+is significant. docs/drift.md names the tests and limits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from stpm.monitoring.significance import Rate, compare_rates, compare_scores, ex
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-# By how much the p-value of a change is multiplied (Bonferroni): errors, alarms, scores and images share the
-# false-verdict rate equally, so that the many tests of images leave those of alarms their power.
+# Factors of the p-values (Bonferroni). Errors, alarms, scores and images share the false-verdict rate equally, so that
+# the many tests of images do not weaken the tests of alarms.
 _BONFERRONI = {"errors": 4, "alarms": 4 * 2, "scores": 4} | dict.fromkeys(COMPARED, 4 * image_drift.TESTS)
 
-# Distance between the distributions of the night's scores and the calibration's. Some defects change it by their share.
+# Distance between the distributions of the night's scores and the calibration's; defects change it by their share.
 _SCORES = Limits(0.25, 0.5)
-# Alarms beyond the requested rate, as a share of the images. So many defects are taken for granted.
+# Alarms beyond the requested rate, as a share of the images: fewer defects are normal.
 _ALARMS = Limits(0.05, 0.15)
 # Alarms beyond those of earlier nights.
 _MORE_ALARMS = Limits(0.02, 0.05)
@@ -37,7 +37,7 @@ _ERRORS = Limits(0.01, 0.1)
 # Images that are missing, as a share of the earlier night with the fewest.
 _MISSING = Limits(0.5, 0.9)
 _MIN_NIGHTS = 3
-# An earlier night that chance explains worse had a fault, and says nothing about usual nights.
+# An earlier night with a smaller p-value had a fault: it is no usual night.
 _FAULT_P_VALUE = 1e-4
 
 
@@ -48,7 +48,7 @@ class Reference:
     Args:
         calibration_count: number of calibration images.
         statistics: one value for each good image, by name: `stpm.data.image_statistics.COMPARED`.
-        added: places of those calibration images that a person added, ascending; 1 is the highest score.
+        added: ranks of the calibration images that a person added, ascending; 1 is the highest score.
     """
 
     calibration_count: int
@@ -56,7 +56,7 @@ class Reference:
     added: FloatArray = field(default_factory=lambda: np.empty(0))
 
     def held_out_p_values(self, p_values: FloatArray) -> FloatArray:
-        """Return the p-values that a calibration without the added images gives: those are no random sample."""
+        """Return the p-values by a calibration without the added images, which are no random sample."""
         at_least = np.rint(p_values * (self.calibration_count + 1)) - 1
         at_least -= np.searchsorted(self.added, at_least, side="right")
         return (at_least + 1) / (self.calibration_count - len(self.added) + 1)
@@ -106,7 +106,7 @@ class CategoryNight:
 class Verdict:
     """The verdict on a night. Causes come before their consequences, and large changes before small ones.
 
-    The p-values of its changes are those of any of the verdicts that are given together.
+    The p-values of its changes are corrected for all verdicts that are given together.
     """
 
     level: Level
@@ -126,8 +126,8 @@ def judge(
     Args:
         nights: of one category, oldest first, one or more; the last one is judged.
         reference: of the model that scored the last night; None if there is none.
-        tests: number of verdicts that are given together (categories × nights): the rate holds for all of them.
-        false_verdict_rate: probability, in (0, 1), that any of those verdicts is not `fine` though nothing changed.
+        tests: number of verdicts that are given together (categories × nights).
+        false_verdict_rate: probability, in (0, 1), that any of these verdicts is not `fine` though nothing changed.
     """
     *earlier, night = nights
     found: list[Change] = []
@@ -138,7 +138,7 @@ def judge(
     level: Level = "fine"
     if found:
         level = "act" if any(change.level == "act" for change in found) else "watch"
-    # Of two changes of one name, the larger is enough.
+    # Keep the larger of two changes with one name.
     by_name = {change.name: change for change in sorted(found, key=lambda change: change.size)}
     return Verdict(level, tuple(sorted(by_name.values(), key=_order)))
 
@@ -158,7 +158,7 @@ def _changes(night: CategoryNight, earlier: Sequence[CategoryNight], reference: 
     repeated = list(image_drift.repeated_picture(night.scored, len(night.p_values), commonest))
     yield from repeated
     if any(change.level == "act" for change in repeated):
-        # What else changed follows from that.
+        # The other changes follow from that.
         return
     statistics = {name: values[distinct] for name, values in night.statistics.items()}
     yield from image_drift.compare_statistics(statistics, reference.statistics)
@@ -178,7 +178,7 @@ def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Ite
             text += f"; {last.images:,} on {last.date}" if since else f"; {last.images:,} the night before"
         if pauses:
             text += f", and none on {pauses} other nights of the last {len(earlier)}"
-        # A product that is no longer made calls for no action every night.
+        # A product that is no longer made needs no action every night.
         is_new = len(since) < _MIN_NIGHTS
         yield Change("images", "act" if last and is_new and not pauses else "watch", 0.0, 1.0, text)
         return
@@ -197,7 +197,7 @@ def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[
     if not rate or not rate.events:
         return
     usual = _usual([each.error_rate for each in earlier], _ERRORS.watch)
-    # Where there are no earlier nights, one error in a hundred images needs no explanation.
+    # Without earlier nights, one error in a hundred images is normal.
     share = pool(usual).value if usual else 0.0
     text = f"{percent(rate.value)} of the images are errors ({rate.events:,} of {rate.total:,})"
     if usual:
@@ -208,7 +208,7 @@ def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[
 
 
 def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_count: int) -> Iterator[Change]:
-    """Compare alarms with earlier nights of the same model, and with what its calibration lets expect."""
+    """Compare alarms with earlier nights of the same model, and with the rate that its calibration promises."""
     rate = night.alarm_rate
     if not rate or not calibration_count:
         return

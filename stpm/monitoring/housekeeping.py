@@ -1,4 +1,4 @@
-"""Remove nights that are older than they have to be kept: what runs of the job wrote there, and nothing else."""
+"""Remove old nights: what runs of the job wrote there, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import logging
 
 from stpm import storage
 from stpm.errors import DataError
-from stpm.monitoring.nights import read_night, remove_record
+from stpm.monitoring.nights import read_night
 from stpm.monitoring.runs import NightFolder
 
 log = logging.getLogger(__name__)
 
 
 def remove_nights_before(out: str, date: datetime.date) -> None:
-    """Remove the nights before a date: a folder is one if its record, night.json, has the date of its name.
+    """Remove the nights before a date. A folder is a night if its record, night.json, has the date of its name.
 
-    Times of files and of this machine do not matter. The record goes last, so that the next start goes on after a kill.
+    Times of files and of this machine do not matter. Remove the record last: after a kill, the next start goes on.
 
     Args:
         out: URI of the folder of all nights.
@@ -33,7 +33,7 @@ def remove_nights_before(out: str, date: datetime.date) -> None:
         if not night:
             continue
         folder.remove_runs()
-        remove_record(folder)
+        storage.remove(folder.record)
         storage.sweep(folder.uri)
         storage.remove_empty_folders(folder.uri)
         kept = storage.files(folder.uri)

@@ -1,4 +1,4 @@
-"""Do a night's images look like those that the model was fitted on? Statistics of images, compared one by one."""
+"""Compare the statistics of a night's images with those of the images that the model was fitted on."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from stpm.monitoring.significance import compare_samples, exceedances
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-# Of each statistic: all images, those above every good image, and those below.
+# For each statistic, a test of all images, of those above every good image, and of those below.
 TESTS = 3 * len(COMPARED)
 
-# A median that moved by less than this many standard deviations of the good images is ordinary, whatever its unit;
-# by less than `act`, it calls for no action.
+# How far the median moved, in standard deviations of the good images.
 _DEVIATIONS = Limits(1.0, 2.0)
-# Share of a night's images, beyond all good ones, when the night as a whole has not changed.
+# Share of a night's images that are beyond all good ones, if the median did not move.
 _PART_OF_NIGHT = Limits(0.1, 0.3)
 # Share of a night's images that are one picture.
 _REPEATED = Limits(0.1, 0.5)
 _MIN_REPEATED = 3
-# A larger change is not said as a number: of training images that are almost black, it has no meaning.
+# A larger change is not written as a number: it has no meaning if training images are almost black.
 _MOST = 10.0
 
 
 class _Statistic(NamedTuple):
-    """How a change of a statistic is measured and said.
+    """How a change of a statistic is measured and described.
 
     Args:
-        limits: as a share of the good images' median, or in the statistic's own unit.
-        is_relative: which of the two.
+        limits: of the change.
+        is_relative: the change is a share of the good images' median, instead of in the statistic's own unit.
         subject: beginning of a sentence about the images.
         more: comparative for a rise.
         less: comparative for a fall.
@@ -53,7 +52,7 @@ class _Statistic(NamedTuple):
         return max(abs(float(np.median(good))), 1e-9) if self.is_relative else 1.0
 
     def describe(self, change: float) -> str:
-        """Describe a change, in units, without what it is compared with."""
+        """Describe a change, given in units: the beginning of a sentence."""
         size = percent(abs(change)) if abs(change) <= _MOST else f"more than {percent(_MOST)}"
         return f"{self.subject} {size} {self.more if change > 0 else self.less}"
 
@@ -95,7 +94,7 @@ _LEVELS: tuple[Level, ...] = ("fine", "watch", "act")
 def distinct_rows(statistics: Mapping[str, FloatArray]) -> tuple[npt.NDArray[np.intp], int]:
     """Return the index of one image of each picture, ascending, and how many images show the commonest picture.
 
-    Two pictures never have all statistics equal to the last bit; two copies of one picture always have.
+    All statistics are equal to the last bit for two copies of one picture, and never for two pictures.
     """
     rows = np.stack([statistics[name] for name in COMPARED], axis=1)
     if not len(rows):
@@ -126,7 +125,7 @@ def repeated_picture(images: int, sampled: int, commonest: int) -> Iterator[Chan
 
 
 def compare_statistics(night: Mapping[str, FloatArray], good: Mapping[str, FloatArray]) -> Iterator[Change]:
-    """Compare a night's images with good images, each statistic by name; the p-values are of one test each.
+    """Compare a night's images with good images, a statistic at a time; each p-value is that of one test.
 
     Args:
         night: one value for each distinct image, at least one.
@@ -168,5 +167,5 @@ def _part_of_night(name: str, statistic: _Statistic, night: FloatArray, good: Fl
 
 
 def _deviation(values: FloatArray) -> float:
-    """Estimate the standard deviation by the median absolute deviation, as of a normal distribution."""
+    """Estimate the standard deviation of a normal distribution by the median absolute deviation."""
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))

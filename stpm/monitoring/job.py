@@ -1,4 +1,4 @@
-"""Score several nights, the latest first, and bring their records up to date, so that no night stops another."""
+"""Score several nights, the latest first, and bring their records up to date. No night stops another."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError
 from stpm.models.store import ModelStore
 from stpm.monitoring.judging import judge_night
-from stpm.monitoring.nights import Night, has_record, read_night, write_night
+from stpm.monitoring.nights import Night, read_night, write_night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
-from stpm.monitoring.runs import NightFolder, rows_of_sources, score_new_images
+from stpm.monitoring.runs import NightFolder, score_new_images
 from stpm.options import ClusterOptions
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
@@ -68,7 +68,7 @@ class NightlyJob:
 
         def score_run(output: RunOutput, rows: Iterable[pa.Table]) -> int:
             if not read_night(folder):
-                # The mark that what is written here is this job's.
+                # It marks what is written here as this job's.
                 write_night(folder, Night(folder.date.isoformat(), sources))
             ray.enter_context(connected())
             log.info(f"{folder.date}, run {output.name}: scoring into {folder.uri}")
@@ -85,18 +85,23 @@ class NightlyJob:
             return result.unfinished
 
         def listing() -> Iterator[pa.Table]:
-            return rows_of_sources(image_rows([source], rule, self.options.allow) for source in sources)
+            for source in sources:
+                try:
+                    yield from image_rows([source], rule, self.options.allow)
+                except NoImagesError as error:
+                    # The other sources may have some.
+                    log.info(str(error))
 
         if fresh:
-            # Of a dump that is not mounted, there would be nothing to score again.
-            if folder.has_runs() and not next(listing(), None):
+            # A dump that is not mounted has nothing to score again.
+            if folder.outputs() and not next(listing(), None):
                 raise DataError(f"there are no images in {', '.join(sources)}: --fresh left the rows as they are")
             self.start_over(folder)
         return score_new_images(folder, listing, score_run)
 
     def start_over(self, folder: NightFolder) -> None:
         """Remove the night's rows; its record, which may be damaged, then no longer counts them."""
-        if has_record(folder):
+        if storage.exists(folder.record):
             write_night(folder, Night(folder.date.isoformat(), self.sources(folder.date)))
         folder.remove_runs()
 
@@ -112,7 +117,7 @@ class NightlyJob:
 
 
 def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:
-    """Score what is new in each night; return the problems by date. One night's problem stops no other."""
+    """Score what is new in each night, and return the problems by date."""
     known = {folder.date for folder in NightFolder.find_all(job.out)}
     problems = {}
     with ExitStack() as ray:
@@ -121,7 +126,7 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
             try:
                 job.score(NightFolder.of(job.out, date), ray, fresh=job.options.fresh and is_tonight)
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
-                problem = _describe(error)
+                problem = storage.as_utf8(str(error))
                 if "--fresh" in problem and not is_tonight:
                     problem += f"; for this night, start with --date {date} --fresh"
                 problems[date] = problem
@@ -132,11 +137,6 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                     problems |= dict.fromkeys(skipped, f"not looked at, because {date} was cut off: {problem}")
                     break
     return problems
-
-
-def _describe(error: Exception) -> str:
-    """Return the text of an error, which may name a file whose name is not UTF-8, as UTF-8 can hold it."""
-    return storage.as_utf8(str(error))
 
 
 def update_records(
@@ -154,12 +154,12 @@ def update_records(
         earlier = [nights[each] for each in sorted(nights) if each < date][-count:]
         try:
             nights[date] = night = job.update_record(folder, earlier, problems.get(date, ""))
-            # A day without anything to tell is no night: it may have been mistyped.
+            # A day without images is no night: its date may be mistyped.
             if folder in folders or night.categories or night.problem:
                 write_night(folder, night)
         except (ConfigError, DataError, OSError) as error:
-            # Storage failed, or its record, or a file of its runs, is damaged: the record is not written over.
-            nights[date] = Night(date.isoformat(), job.sources(date), problem=_describe(error))
+            # Storage failed, or the record or a file of the runs is damaged: keep the record.
+            nights[date] = Night(date.isoformat(), job.sources(date), problem=storage.as_utf8(str(error)))
             log.info(f"{date}: {nights[date].problem}")
     return nights
 
@@ -171,5 +171,5 @@ def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
             if night := read_night(folder):
                 nights[folder.date] = night
         except (DataError, OSError) as error:
-            log.info(f"warning: {_describe(error)}; the page leaves this night out")
+            log.info(f"warning: {storage.as_utf8(str(error))}; the page leaves this night out")
     return nights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -27,8 +26,6 @@ from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
 
-_READERS = 16
-
 
 def judge_night(
     folder: NightFolder,
@@ -40,37 +37,35 @@ def judge_night(
 ) -> Night:
     """Count a night's rows, judge its categories, and draw its most anomalous images.
 
-    A night with a problem, or with images that have no row yet, is counted and not judged: the images that are missing
-    would look like a change.
+    A night with a problem, or with images that have no row yet, is not judged: missing images look like a change.
 
     Args:
         folder: of the night.
-        night: its record, of which counts and verdicts are made anew.
+        night: its record, without counts and verdicts.
         earlier: the nights before it, oldest first.
         store: the models.
         options: the number of nights, and the rates of false verdicts and discoveries.
-        false_alarm_rate: of a night without runs. Otherwise it is the one that its first run requested.
+        false_alarm_rate: of a night without runs; otherwise its first run requested one.
 
     Returns:
-        The record; its problem says so if storage failed while a model was read.
+        The record. It has a problem if storage failed while a model was read.
 
     Raises:
         ConfigError, DataError: if files of a run are damaged.
     """
     runs = folder.runs()
-    found = read_rows(runs)
+    by_category, error_examples = read_rows(runs)
     rates = [rate for run in runs if (rate := RunState(run.state_folder).false_alarm_rate()) is not None]
     false_alarm_rate = next(iter(rates), false_alarm_rate)
     listed = sum(each.rows for run in runs if (each := manifest.read(run.manifest)))
-    unfinished = max(listed - sum(each.images for each in found.categories.values()), 0)
+    unfinished = max(listed - sum(each.images for each in by_category.values()), 0)
     known = ({} if night.problem or unfinished else _latest_models(earlier)) | _bound_models(runs)
-    names = sorted({*found.categories, *known})
-    rows = {name: found.categories.get(name) or CategoryRows() for name in names}
+    names = sorted({*by_category, *known})
+    rows = {name: by_category.get(name) or CategoryRows() for name in names}
     models = {name: next(iter(rows[name].models.most_common(1)), (known.get(name, ""), 0))[0] for name in names}
-    references: dict[str, Reference | str] = {}
     try:
-        with ThreadPoolExecutor(_READERS) as pool:
-            references |= zip(names, pool.map(lambda name: _reference(store, name, models[name]), names), strict=True)
+        found_references = storage.in_parallel(lambda name: _reference(store, name, models[name]), names)
+        references = dict(zip(names, found_references, strict=True))
     except ModelUnreadableError as error:
         # The next start judges the night.
         night = replace(night, problem=night.problem or storage.as_utf8(str(error)))
@@ -94,7 +89,7 @@ def judge_night(
             return record
         if isinstance(reference, str) and counted.images:
             return replace(record, verdict=Verdict("act", (Change("model", "act", 0.0, 1.0, reference),)))
-        # A night that was not judged may lack images for another reason.
+        # Images may be missing from a night that was not judged.
         before = [
             _as_input(each.day, counts) for each in earlier if (counts := each.categories.get(name)) and counts.verdict
         ]
@@ -109,7 +104,7 @@ def judge_night(
         pages=tuple(run.name for run in runs if storage.exists(run.triage)),
         unfinished=unfinished,
         categories={name: make_record(name) for name in names},
-        error_examples=found.error_examples,
+        error_examples=error_examples,
         top=top_images(runs, _preprocessing(store)),
         discoveries=_discoveries(runs, references, options.fdr),
     )

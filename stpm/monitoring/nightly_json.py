@@ -10,14 +10,13 @@ from typing import Any
 
 from stpm import storage
 from stpm.errors import join_first
-from stpm.method.false_discovery import Discoveries
 from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.runs import NightFolder
-from stpm.monitoring.significance import Rate
 
 PAGE_FILE, JSON_FILE = "nightly.html", "nightly.json"
 _FORMAT = 1
-# Categories that a message of the webhook has at most.
+_DISCOVERIES = ("rate", "cut_off", "count", "categories")
+# Maximum number of categories in a message of the webhook.
 _MAX_CATEGORIES = 100
 
 
@@ -69,7 +68,7 @@ def headline(night: Night) -> str:
 
 
 def _chat_text(text: str) -> str:
-    """Escape what chats take for markup, and names of categories may hold: `<!channel>` would call everybody."""
+    """Escape markup of chats, which names of categories may hold: `<!channel>` would call everybody."""
     return html.escape("".join(each if each.isprintable() else " " for each in text), quote=False)
 
 
@@ -87,6 +86,7 @@ def ordered_categories(night: Night) -> list[tuple[str, CategoryRecord]]:
 
 
 def _night(night: Night, out: str) -> dict[str, Any]:
+    found = night.discoveries
     return {
         "date": night.date,
         "folder": NightFolder.of(out, night.day).uri,
@@ -98,24 +98,21 @@ def _night(night: Night, out: str) -> dict[str, Any]:
         "problem": night.problem,
         "levels": night.levels,
         "categories": {name: _category(each) for name, each in ordered_categories(night)},
-        "discoveries": _discoveries(night.discoveries) if night.discoveries else None,
+        "discoveries": {name: getattr(found, name) for name in _DISCOVERIES} if found else None,
         "error_examples": [asdict(example) for example in night.error_examples],
     }
 
 
-def _discoveries(found: Discoveries) -> dict[str, Any]:
-    return {"rate": found.rate, "cut_off": found.cut_off, "count": found.count, "categories": found.categories}
-
-
 def _category(each: CategoryRecord) -> dict[str, Any]:
+    rate = each.alarm_rate
     return {
         "level": each.verdict.level if each.verdict else None,
         "changes": [asdict(change) for change in each.verdict.changes] if each.verdict else [],
         "model_id": each.model_id,
         "images": each.images,
         "alarms": each.alarms,
-        "alarm_rate": each.alarms / each.scored if each.scored else None,
-        "alarm_rate_interval": list(Rate(each.alarms, each.scored).interval()) if each.scored else None,
+        "alarm_rate": rate.value if rate else None,
+        "alarm_rate_interval": list(rate.interval()) if rate else None,
         "false_alarm_rate": each.false_alarm_rate,
         "median_p_value": each.median_p_value,
         "errors": each.errors,

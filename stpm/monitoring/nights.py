@@ -1,4 +1,4 @@
-"""What is known of each night: counted once from its rows, judged, and kept in the night's folder as night.json."""
+"""The record of each night, night.json in its folder: counts of its rows, made once, and verdicts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from stpm.method.false_discovery import Discoveries
 from stpm.models.record import from_json, to_json
 from stpm.monitoring.drift import Verdict
 from stpm.monitoring.runs import NightFolder
-
-_FILE = "night.json"
+from stpm.monitoring.significance import Rate
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,11 @@ class CategoryRecord:
         """Count the rows with a score."""
         return self.images - self.error_count
 
+    @property
+    def alarm_rate(self) -> Rate | None:
+        """Return the alarms among the rows with a score; None if there are none."""
+        return Rate(self.alarms, self.scored) if self.scored else None
+
 
 @dataclass(frozen=True)
 class ErrorExample:
@@ -83,14 +87,14 @@ class Night:
     Args:
         date: such as 2026-11-24, as in the folder's name.
         sources: of the images.
-        runs: their names, by which it is noticed that more images were scored since.
+        runs: names of the runs. If there are others, the record is made anew.
         unfinished: images that a run lists and that have no row.
         problem: why the night is not all done, "" if it is.
         categories: by name.
         error_examples: a few of each kind.
         top: the most anomalous images first.
-        discoveries: among all images of the night, if they were looked for.
-        pages: names of the runs that have a triage.html: an unfinished one has none yet.
+        discoveries: among all images of the night; None if the job does not look for them.
+        pages: names of the runs that have a triage.html: an unfinished run has none.
     """
 
     date: str
@@ -157,7 +161,7 @@ def read_night(folder: NightFolder) -> Night | None:
     Raises:
         DataError: if night.json is damaged, of another version, or of another date.
     """
-    uri = storage.join(folder.uri, _FILE)
+    uri = folder.record
     try:
         night = from_json(Night, storage.read(uri), uri)
     except FileNotFoundError:
@@ -172,16 +176,6 @@ def read_night(folder: NightFolder) -> Night | None:
     return night
 
 
-def has_record(folder: NightFolder) -> bool:
-    """Return whether a night has a record, be it a damaged one."""
-    return storage.exists(storage.join(folder.uri, _FILE))
-
-
 def write_night(folder: NightFolder, night: Night) -> None:
     """Write a night's record."""
-    storage.publish(storage.join(folder.uri, _FILE), to_json(night))
-
-
-def remove_record(folder: NightFolder) -> None:
-    """Remove a night's record."""
-    storage.remove(storage.join(folder.uri, _FILE))
+    storage.publish(folder.record, to_json(night))

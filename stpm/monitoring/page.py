@@ -1,4 +1,4 @@
-"""nightly.html: the nights as one page that needs no network. What is to be looked at is on top."""
+"""nightly.html: the nights as one page that needs no network. Categories to look at are on top."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import NamedTuple
 from stpm.monitoring.change import percent
 from stpm.monitoring.nightly_json import ordered_categories
 from stpm.monitoring.nights import CategoryRecord, Night
-from stpm.monitoring.significance import Rate
 from stpm.pages import template, with_script_hash
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
-# Categories to act on or to watch that have a card; the others of them are in the table alone.
+# Maximum number of categories to act on or to watch that have a card; the table has all.
 _MAX_CARDS = 60
-# In a trend of rates the requested rate is at most this high up: no larger noise looks like a change.
+# A trend of rates reaches at least this many times the requested rate, so that noise does not look like a change.
 _RATE_RANGE = 3.0
 _LABELS = {
     "brightness": "brightness",
@@ -81,7 +80,6 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
         cards=[Card(name, each, card_trends(nights, name)) for name, each in flagged[:_MAX_CARDS]],
         more_flagged=max(len(flagged) - _MAX_CARDS, 0),
         rows=[Card(name, each, [alarm_trend(nights, name)]) for name, each in ordered],
-        rate=Rate,
         percent=percent,
         width=_WIDTH,
         height=_HEIGHT,
@@ -98,25 +96,30 @@ def card_trends(nights: Sequence[Night], category: str) -> list[Trend]:
         alarm_trend(nights, category),
         _trend(nights, category, "images", lambda each: float(each.images), lambda value: f"{value:g}", None, 0.0),
         _trend(nights, category, "median p-value", lambda each: each.median_p_value, _short, 0.5, 0.0, 1.0),
-        *(_statistic_trend(nights, category, name, latest.training_medians[name]) for name in names[:2]),
+        *(
+            _trend(nights, category, _LABELS[name], _median(name), _short, latest.training_medians[name])
+            for name in names[:2]
+        ),
     ]
 
 
 def alarm_trend(nights: Sequence[Night], category: str) -> Trend:
     """Draw a category's alarm rate, with the requested rate as the expected one."""
     rate = nights[-1].categories[category].false_alarm_rate
-    return _trend(nights, category, "alarm rate", _alarm_rate, percent, rate, 0.0, min(_RATE_RANGE * rate, 1.0))
+    return _trend(
+        nights,
+        category,
+        "alarm rate",
+        lambda each: each.alarm_rate.value if each.alarm_rate else None,
+        percent,
+        rate,
+        0.0,
+        min(_RATE_RANGE * rate, 1.0),
+    )
 
 
-def _statistic_trend(nights: Sequence[Night], category: str, name: str, expected: float) -> Trend:
-    def median(each: CategoryRecord) -> float | None:
-        return each.medians.get(name)
-
-    return _trend(nights, category, _LABELS[name], median, _short, expected)
-
-
-def _alarm_rate(each: CategoryRecord) -> float | None:
-    return each.alarms / each.scored if each.scored else None
+def _median(name: str) -> Callable[[CategoryRecord], float | None]:
+    return lambda each: each.medians.get(name)
 
 
 def _trend(

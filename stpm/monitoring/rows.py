@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +17,14 @@ from stpm.errors import DataError, ModelError
 from stpm.method.preprocessing import Preprocessing
 from stpm.monitoring.nights import ErrorExample, TopImage
 from stpm.scoring.output import RunOutput
-from stpm.scoring.triage import most_anomalous, picture
+from stpm.scoring.triage import THREADS, most_anomalous, picture
+from stpm.storage import in_parallel
 
-# Images of a category whose p-values and statistics are looked at. More would show no change that matters.
+# Images of a category whose p-values and statistics are compared: enough for any change that matters.
 SAMPLE = 5000
 _TOP = 12
 _EXAMPLES_OF_A_KIND = 3
-_READERS = 8
-# Rows at a time. A file of rows may have a few hundred, of as many categories.
+# Rows that are read at a time. A file may have a few hundred rows, of as many categories.
 _BATCH = 100_000
 _COLUMNS = ["image_id", "uri", "category", "model_id", "is_anomalous", "error_kind", "error_message", "p_value"]
 
@@ -34,8 +32,8 @@ _COLUMNS = ["image_id", "uri", "category", "model_id", "is_anomalous", "error_ki
 class CategoryRows:
     """Counts of one category's rows, and a sample of them. Rows are added a batch at a time, in any order.
 
-    The sample is the rows with the smallest image ids. An id is a hash, so that this is a random sample, and the same
-    one however a run was cut off.
+    The sample is the rows with the smallest image ids. An id is a hash: the sample is random, and the same after a run
+    was cut off.
     """
 
     def __init__(self) -> None:
@@ -68,16 +66,11 @@ class CategoryRows:
         self._ids, self._values = self._ids[order], self._values[order]
 
 
-@dataclass(frozen=True)
-class NightRows:
-    """What one pass over a night's rows yields."""
-
-    categories: Mapping[str, CategoryRows]
-    error_examples: tuple[ErrorExample, ...]
-
-
-def read_rows(runs: Iterable[RunOutput]) -> NightRows:
+def read_rows(runs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tuple[ErrorExample, ...]]:
     """Count and sample the rows of a night, a batch at a time.
+
+    Returns:
+        The counts and samples by category, and a few examples of each kind of error.
 
     Raises:
         DataError: if a file of rows is damaged.
@@ -92,7 +85,7 @@ def read_rows(runs: Iterable[RunOutput]) -> NightRows:
             start += counted["counts"]
         _add_examples(examples, rows)
     by_kind = [examples[kind] for kind in sorted(examples)]
-    return NightRows(categories, tuple(example for found in by_kind for example in found))
+    return categories, tuple(example for found in by_kind for example in found)
 
 
 def _batches(runs: Iterable[RunOutput]) -> Iterator[pa.Table]:
@@ -135,5 +128,4 @@ def top_images(runs: Sequence[RunOutput], preprocessing: Callable[[str, str], Pr
         values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
         return TopImage(**values, picture=drawn)
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return tuple(pool.map(lambda item: image(*item[2:]), best))
+    return tuple(in_parallel(lambda item: image(*item[2:]), best, THREADS))

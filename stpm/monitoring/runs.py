@@ -1,7 +1,7 @@
 """The scoring runs of a night: the first one scores what is there, each later one the files that came late.
 
-A run's manifest is fixed before it starts, and a finished run never changes. So each start of the job that finds new
-images adds a run to the night's folder:
+A run's manifest is fixed before it starts, and a finished run never changes. If a start of the job finds new images, it
+adds a run to the night's folder:
 
 <out>/date=2026-11-24/scores/<number>_*.parquet     the rows of all runs
 <out>/date=2026-11-24/heatmaps/<number>/
@@ -12,9 +12,7 @@ images adds a run to the night's folder:
 from __future__ import annotations
 
 import datetime
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import NamedTuple
 
@@ -23,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
-from stpm.errors import NoImagesError
 from stpm.monitoring.options import parse_date
 from stpm.scoring.inputs import manifest
 from stpm.scoring.output import RunOutput
@@ -31,9 +28,6 @@ from stpm.scoring.resuming.remaining import contains
 from stpm.scoring.resuming.run_state import RunState
 
 _PREFIX = "date="
-_READERS = 16
-
-log = logging.getLogger(__name__)
 
 
 class NightFolder(NamedTuple):
@@ -41,6 +35,11 @@ class NightFolder(NamedTuple):
 
     date: datetime.date
     uri: str
+
+    @property
+    def record(self) -> str:
+        """The record of the night: stpm/monitoring/nights.py."""
+        return storage.join(self.uri, "night.json")
 
     @classmethod
     def of(cls, out: str, date: datetime.date) -> NightFolder:
@@ -56,28 +55,19 @@ class NightFolder(NamedTuple):
 
     def runs(self) -> list[RunOutput]:
         """List the runs whose list of images is fixed, oldest first."""
-        return [output for output in self._outputs() if manifest.read(output.manifest)]
-
-    def has_runs(self) -> bool:
-        """Return whether there is anything that a run wrote."""
-        return bool(self._outputs())
+        return [output for output in self.outputs() if manifest.read(output.manifest)]
 
     def run(self, number: int) -> RunOutput:
         """Return the output of a run."""
         return RunOutput.named(self.uri, f"{number:03}")
 
-    def finish_removal(self) -> None:
-        """Remove what is left of runs whose removal was cut off."""
-        for output in self._outputs():
-            if RunState(output.state_folder).is_cleared():
-                output.remove()
-
     def remove_runs(self) -> None:
         """Remove all that runs wrote, the latest first: after a kill, what is left is a night with fewer runs."""
-        for output in reversed(self._outputs()):
+        for output in reversed(self.outputs()):
             output.remove()
 
-    def _outputs(self) -> list[RunOutput]:
+    def outputs(self) -> list[RunOutput]:
+        """List the outputs to which a run wrote anything, oldest first."""
         outputs = [output for output in RunOutput.all_named(self.uri) if output.name.isdecimal()]
         outputs = [output for output in outputs if RunState(output.state_folder).exists()]
         return sorted(outputs, key=lambda output: int(output.name))
@@ -93,13 +83,16 @@ def score_new_images(
     Args:
         folder: of the night.
         listing: lists the night's images, as tables of schema MANIFEST.
-        score: runs scoring to an output, with rows for a manifest that does not exist yet; returns the number of images
-            that are still without a row.
+        score: scores to an output, given the rows for a manifest that does not exist yet. It returns the number of
+            images that are still without a row.
 
     Returns:
         The number of images without a row. Nothing is scored if all images have one.
     """
-    folder.finish_removal()
+    for output in folder.outputs():
+        if RunState(output.state_folder).is_cleared():
+            # Its removal was cut off.
+            output.remove()
     runs = folder.runs()
     unfinished = 0
     for run in runs:
@@ -130,15 +123,5 @@ def _listed_ids(runs: Iterable[RunOutput]) -> npt.NDArray[np.int64]:
     """Read the ids of all images that runs list."""
     manifests = ((run.manifest, images) for run in runs if (images := manifest.read(run.manifest)))
     shards = [uri for folder, images in manifests for each in images.segments(folder) for uri, _ in each.shards]
-    with ThreadPoolExecutor(_READERS) as pool:
-        ids = pool.map(lambda uri: storage.read_table(uri)["image_id"].to_numpy(), shards)
-        return np.concatenate([np.empty(0, np.int64), *ids])
-
-
-def rows_of_sources(listings: Iterable[Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """Yield the rows of each source that has images; one without images hides no other's."""
-    for listing in listings:
-        try:
-            yield from listing
-        except NoImagesError as error:
-            log.info(str(error))
+    ids = storage.in_parallel(lambda uri: storage.read_table(uri)["image_id"].to_numpy(), shards)
+    return np.concatenate([np.empty(0, np.int64), *ids])

@@ -1,7 +1,7 @@
-"""P-values of the differences between one night and what it is compared with.
+"""P-values of the differences between a night and good images, or earlier nights.
 
-Both sides of each comparison are samples, so that few calibration images are not taken for an exact distribution: all
-conformal p-values of a night share one calibration, and 10,000 of them are not uniform, but exchangeable with it.
+Each test compares two samples: a few calibration images are no exact distribution. The conformal p-values of a night
+share one calibration, so 10,000 of them are not uniform; their images are exchangeable with the calibration's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Alarms or errors, `events` of them, among `total` images, at least one."""
+    """The number of alarms or errors among the images, of which there is at least one."""
 
     events: int
     total: int
@@ -48,7 +48,7 @@ class Rate(NamedTuple):
 
 def compare_samples(first: FloatArray, second: FloatArray) -> Difference:
     """Test whether two samples, of at least one value each, come from one distribution (Kolmogorov and Smirnov)."""
-    # Of two large samples the exact p-value takes seconds; of a small one, only it is right.
+    # The exact p-value takes seconds for two large samples; for a small one, no other is right.
     method = "exact" if len(first) * len(second) <= _MAX_EXACT else "asymp"
     found = stats.ks_2samp(first, second, method=method)
     return Difference(float(found.statistic), min(float(found.pvalue), 1.0))
@@ -57,8 +57,8 @@ def compare_samples(first: FloatArray, second: FloatArray) -> Difference:
 def compare_scores(p_values: FloatArray, calibration_count: int) -> Difference:
     """Test whether scores come from the distribution of the calibration's, given their conformal p-values.
 
-    A p-value is (1 + number of calibration scores that are as high or higher) / (n + 1): the place of the score among
-    the n calibration scores, and places are all that the test needs.
+    A p-value is (1 + number of calibration scores that are as high or higher) / (n + 1). It gives the rank of the score
+    among the n calibration scores, and the test needs only ranks.
     """
     at_least = np.rint(np.asarray(p_values, np.float64) * (calibration_count + 1)) - 1
     # Calibration scores at 1 to n in descending order, and the night's between them.
@@ -76,7 +76,7 @@ def exceedances(count: int, total: int, reference: int, rank: int = 1) -> float:
     """
     if not count:
         return 1.0
-    # So many exceed it if the highest count + rank − 1 of all values hold fewer than `rank` of the reference.
+    # `count` values exceed it if fewer than `rank` of the highest count + rank − 1 values are of the reference.
     return float(stats.hypergeom.cdf(rank - 1, reference + total, reference, count + rank - 1))
 
 
@@ -88,7 +88,7 @@ def pool(rates: Sequence[Rate]) -> Rate:
 def compare_rates(rate: Rate, usual: Sequence[Rate]) -> float:
     """Return the one-sided p-value that a rate is above those of earlier nights, one or more (Fisher's exact test).
 
-    Nights differ more than images drawn at random would. All counts are divided by the dispersion of the earlier nights
+    Nights differ more than random samples of images. Divide all counts by the dispersion of the earlier nights
     (Pearson's chi-squared per degree of freedom, at least 1), as in a quasi-binomial model.
     """
     dispersion = _dispersion(usual)

@@ -1,6 +1,6 @@
 """Post a message to a webhook, signed as GitHub signs its own: HMAC-SHA256 of the body, in a header.
 
-The URL may be a secret, and the key is one: no message and no log shows more of them than the host.
+The URL may hold a secret, and the key is one: messages and logs show only the host.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIGNATURE = "X-Stpm-Signature-256"
 _TIMEOUT_SECONDS = 10.0
 _ATTEMPTS = 4
 _MAX_PAUSE_SECONDS = 10.0
-# Too many requests, and errors of a server or proxy that may pass.
+# Answers after which another attempt may succeed.
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -40,7 +40,7 @@ def sign(body: bytes, key: bytes) -> str:
 
 
 def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, pause: float = 1.0) -> None:
-    """Post JSON to a URL, several times if that fails in a way that may pass.
+    """Post JSON to a URL; try again after a failure that may pass.
 
     Args:
         url: http:// or https://, perhaps with user and password.
@@ -71,7 +71,7 @@ def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, 
     try:
         retry(act)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        # Without the chain: some of these errors hold the URL, and a traceback would show it.
+        # Drop the cause: it may hold the URL, and a traceback would show it.
         raise WebhookError(f"the webhook at {hide_urls(url)} did not take the message: {_reason(error)}") from None
 
 
@@ -95,7 +95,7 @@ def _is_temporary(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """Describe an error by what cannot hold the URL."""
+    """Describe an error without its text, which may hold the URL."""
     if isinstance(error, HTTPError):
         return f"it answered {error.code}"
     cause = error.reason if isinstance(error, URLError) else error

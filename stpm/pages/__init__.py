@@ -17,7 +17,7 @@ _TEMPLATES = jinja2.Environment(
 
 
 def template(name: str) -> jinja2.Template:
-    """Return a template by its path in the package. It extends `pages/page.html`, whose policy lets nothing load."""
+    """Return a template by its path in the package. It extends `pages/page.html`, whose policy blocks all loading."""
     return _TEMPLATES.get_template(name)
 
 
@@ -29,7 +29,7 @@ def with_script_hash(page: str) -> str:
 
 
 def score_parts(row: Mapping[str, Any]) -> str:
-    """Write what student and memory add to an image's score; "" where the score is not their sum."""
+    """Write what student and memory add to an image's score; "" if the score is not their sum."""
     parts = {name: row[f"{name}_score"] for name in ("student", "memory")}
     return " + ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
 

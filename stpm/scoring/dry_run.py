@@ -22,7 +22,6 @@ from stpm.scoring.run_statistics import RunResult
 log = logging.getLogger(__name__)
 
 SAMPLE_SIZE = 200
-_FOLDER = "dry-run-{}"
 _WRITTEN = (".parquet", ".png")
 
 
@@ -37,8 +36,8 @@ def dry_run(run: ScoringRun) -> None:
         DataError: if the sources cannot be read.
         ModelError: if no image of the sample has a model.
     """
-    # The folder has a name of its own: a dry run takes no lease, and others may run at the same time.
-    folder = storage.join(run.output.folder, _FOLDER.format(uuid.uuid4().hex[:8]))
+    # A dry run takes no lease, so each has a folder of its own.
+    folder = storage.join(run.output.folder, f"dry-run-{uuid.uuid4().hex[:8]}")
     listed = storage.join(folder, "listed")
     try:
         start = time.perf_counter()
@@ -60,7 +59,7 @@ def dry_run(run: ScoringRun) -> None:
 
 
 def describe_estimate(images: int, sample: RunResult, file_sizes: Sequence[int]) -> str:
-    """Estimate what a run takes from what a sample of it took, in one line.
+    """Estimate from a sample what a run takes; return one line.
 
     Args:
         images: of the whole run.

@@ -39,12 +39,12 @@ class RunOutput:
 
     @classmethod
     def single(cls, folder: str, options: OutputOptions | None = None) -> RunOutput:
-        """The output of the only run of a folder."""
+        """Return the output of the only run of a folder."""
         return cls(folder, "scores", folder, options or OutputOptions())
 
     @classmethod
     def named(cls, folder: str, name: str, options: OutputOptions | None = None) -> RunOutput:
-        """The output of one of several runs in a folder; without options one to be evaluated, which keeps raw maps."""
+        """Return the output of one of several runs in a folder. Without options, it keeps raw maps, for evaluation."""
         return cls(folder, name, storage.join(folder, _RUNS, name), options or OutputOptions(raw_maps=True))
 
     @classmethod
@@ -95,7 +95,7 @@ class RunOutput:
 
     @property
     def segments(self) -> str:
-        """The folder of the summaries of segments of which all rows are written."""
+        """The folder of the summaries of committed segments."""
         return storage.join(self.state_folder, "segments")
 
     @property
@@ -109,7 +109,7 @@ class RunOutput:
         return storage.join(self.state_folder, "remaining")
 
     def segment_summary(self, number: int) -> str:
-        """The summary of a segment of which all rows are written."""
+        """The summary of a committed segment."""
         return storage.join(self.segments, f"{number:06}.json")
 
     def segment_checkpoints(self, number: int) -> str:
@@ -121,10 +121,10 @@ class RunOutput:
         return storage.join(self.remaining, f"{number:06}")
 
     def segments_with_checkpoints(self) -> set[int]:
-        """Return the numbers of the segments of which rows are written."""
+        """Return the numbers of the segments that have checkpoints."""
         if not storage.exists(self.checkpoints):
             return set()
-        # In a store the folder itself may be an object, and so be among its children.
+        # In a store, the folder itself may be an object among its children.
         return {int(name) for name in storage.children(self.checkpoints) if name.isdigit()}
 
     def files(self) -> list[str]:
@@ -160,7 +160,7 @@ class RunOutput:
     def clear(self) -> None:
         """Remove all that earlier runs wrote here.
 
-        The run state is cleared first: after a kill at any moment, the next run finds nothing to resume.
+        Clear the run state first: the next run finds nothing to resume after a kill at any moment.
         """
         RunState(self.state_folder).clear()
         for uri in (*self.files(), self.heatmaps, self.manifest, self.segments, self.triage):
@@ -168,11 +168,11 @@ class RunOutput:
         self.clear_checkpoints()
 
     def remove(self) -> None:
-        """Remove all that runs wrote here, with the mark that a run wrote it."""
+        """Remove all that runs wrote here, and then the mark that a run wrote it."""
         self.clear()
         RunState(self.state_folder).forget()
 
     def clear_checkpoints(self) -> None:
-        """Remove what only an unfinished run needs."""
+        """Remove the checkpoints, and the shards of remaining rows."""
         storage.remove(self.checkpoints)
         storage.remove(self.remaining)

@@ -29,9 +29,9 @@ from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
 
-# Tasks at a time that read the manifest.
+# Tasks that read the manifest at the same time.
 _READING_TASKS = 2
-# Blocks have `BLOCK_ROWS` images or a few less. A batch of `BLOCK_ROWS` would make Ray give two of them to each task.
+# Blocks have `BLOCK_ROWS` images or a few less: with batches of `BLOCK_ROWS`, Ray would give each task two of them.
 _WHOLE_BLOCK = None
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def score_shards(
 ) -> None:
     """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
 
-    An image that failed because of storage, a model or a device gets no row, unless such errors are accepted.
+    An image that failed because of storage, a model or a device gets no row, unless the options accept such errors.
 
     Args:
         shards: Parquet files of schema MANIFEST, with passthrough columns.
@@ -105,7 +105,7 @@ def score_shards(
         rows = ray.data.read_datasource(
             blocks,
             override_num_blocks=blocks.parallelism,
-            # These tasks must not keep the other stages from getting their CPUs.
+            # The other stages need the CPUs.
             num_cpus=0,
             concurrency=min(_READING_TASKS, blocks.task_count),
         )

@@ -36,7 +36,7 @@ class BatchReport(NamedTuple):
         stage: that processed the batch.
         statistics: of the batch.
         attempted: images that the stage tried to process.
-        external_errors: errors of those that failed for a reason that may be outside the image.
+        external_errors: errors that may have a cause outside the image.
         unfinished: images that are left to the next run.
     """
 
@@ -111,9 +111,9 @@ class ProgressActor:
         return replace(self._statistics, steady_images_per_second=steady), self._unfinished, self._stop_reason
 
     def _steady_speed(self) -> float:
-        """Images per second without the first quarter, during which processes start and models load; 0 if unknown.
+        """Return the images per second without the first quarter, when processes start and models load; 0 if unknown.
 
-        It is measured until the last report of any stage, not only of the scorers.
+        Measure until the last report of any stage, not only of the scorers.
         """
         images = self._statistics.images
         time_then, images_then = next((mark for mark in self._marks if mark[1] >= images / 4), (self._last_report, 0))

@@ -1,6 +1,6 @@
 """The Prometheus metrics of scoring. Ray exports them from each node, and `deploy/grafana.json` draws them.
 
-There their names have the prefix `ray_` and the suffix `_total`. They count work: images scored twice count twice.
+Ray adds the prefix `ray_` and the suffix `_total` to their names. An image that is scored twice counts twice.
 """
 
 from __future__ import annotations

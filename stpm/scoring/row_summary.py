@@ -19,18 +19,18 @@ import pyarrow.compute as pc
 
 T = TypeVar("T")
 
-# Images with an error that a summary names.
+# Maximum number of images with an error that a summary names.
 _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
 SCORE_PARTS = ["student_score", "memory_score"]
-# Columns that a summary is made from.
 _VALUES = ["score", *SCORE_PARTS, "p_value", "threshold", "is_anomalous"]
+# Columns that a summary is made from.
 COLUMNS = [*_ERROR_COLUMNS, *_VALUES, "image_id", "category", "bytes"]
 # Thresholds are at least this in the division by them.
 _MIN_THRESHOLD = 1e-30
 
 
-# Of the values of a stored summary.
+# Types of the values of a stored summary.
 _TYPES = {
     "categories": dict,
     "errors": dict,
@@ -40,7 +40,7 @@ _TYPES = {
     "max_ranked": int,
     "ranked": list,
 }
-# Of the rows of a category.
+# Names of the counts of a category.
 _COUNTS = {"rows", "anomalous", "errors"}
 
 
@@ -69,7 +69,7 @@ class RowSummary:
         p_values: number of images by category and p-value. A category has at most as many p-values as images calibrate
             it, and one more.
         bytes_read: size of all image files.
-        max_ranked: number of images in `ranked`, at most.
+        max_ranked: maximum number of images in `ranked`.
         ranked: the most anomalous images, in that order.
     """
 
@@ -125,7 +125,7 @@ class RowSummary:
 
     @classmethod
     def total(cls, summaries: Iterable[RowSummary], max_ranked: int) -> RowSummary:
-        """Add up summaries of different rows. It names as many of the most anomalous images as each of them does."""
+        """Add up summaries of different rows; rank at most `max_ranked` images, and no more than each of them does."""
         categories: dict[str, Counter[str]] = {}
         errors: Counter[str] = Counter()
         examples: list[str] = []
@@ -201,7 +201,8 @@ def _rank(rows: pa.Table, task: str, max_ranked: int) -> list[RankedImage]:
 def excess(scored: pa.Table) -> npt.NDArray[np.float64]:
     """Compute how far scores are above their thresholds, comparable over models.
 
-    A sum of parts has the same scale in all models: take the difference. Otherwise divide it by the threshold.
+    Take the difference where the score is a sum of parts, which has the same scale in all models. Otherwise divide the
+    difference by the threshold.
     """
     scores, thresholds = (scored[name].cast(pa.float64()).to_numpy() for name in ("score", "threshold"))
     is_sum = np.any([scored[name].is_valid().to_numpy() for name in SCORE_PARTS], axis=0)

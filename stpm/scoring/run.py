@@ -1,4 +1,4 @@
-"""One run of scoring: the manifest is written first, each row once, whatever is killed, and `_SUCCESS` last."""
+"""One run of scoring: write the manifest first, then each row once, and `_SUCCESS` last, whatever is killed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
+from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoModelError, join_first
+from stpm.method.false_discovery import find_discoveries
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
-from stpm.scoring.discoveries import run_discoveries
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.manifest import Manifest, Shard
 from stpm.scoring.options import ScoreOptions
@@ -32,9 +32,6 @@ from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunResult
 from stpm.scoring.triage import write_triage
 
-# Records that are read at the same time.
-_READERS = 16
-
 # By category.
 Records = dict[str, ModelRecord]
 
@@ -46,14 +43,14 @@ class ScoringRun:
     """What to score, with which models, and where to write.
 
     Args:
-        rows: makes the manifest's rows; not called if an earlier run wrote the manifest.
-        config: what decides the rows that come out.
+        rows: makes the manifest's rows. It is not called if an earlier run wrote the manifest.
+        config: all that decides the rows, except the models.
         store: the models.
         options: how to score.
         output: where to write.
         triage_images: images on the page of the most anomalous ones; 0: no page.
         backend: what computes features on a CPU.
-        fdr: false discovery rate of the run's discoveries; 0: none are looked for.
+        fdr: false discovery rate; 0: look for no discoveries.
     """
 
     rows: Callable[[], Iterable[pa.Table]]
@@ -89,12 +86,13 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         log.info(f"all of them are scored already, see {state.uri}")
     result = state.result() if finished else _score_remaining(run, images, records)
     if not result.unfinished:
-        known = result.discoveries.rate if result.discoveries else 0.0
-        needs_page = run.triage_images and (run.triage_images != state.triage_images() or run.fdr != known)
-        if needs_page or run.fdr != known:
+        has_other_rate = run.fdr != (result.discoveries.rate if result.discoveries else 0.0)
+        needs_page = run.triage_images and (run.triage_images != state.triage_images() or has_other_rate)
+        if needs_page or has_other_rate:
             total = total_of_finished(run.output, result.rows, run.triage_images)
-        if run.fdr != known:
-            found = run_discoveries(total.p_values, records, run.fdr) if run.fdr else None
+        if has_other_rate:
+            calibration = {name: record.fit.calibration_count for name, record in records.items()}
+            found = find_discoveries(total.p_values, calibration, run.fdr) if run.fdr else None
             result = dataclasses.replace(result, discoveries=found)
         if needs_page:
             preprocessing = {name: record.preprocessing for name, record in records.items()}
@@ -102,7 +100,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
             state.record_triage(run.triage_images)
         if not finished:
             state.finish(result)
-        elif run.fdr != known:
+        elif has_other_rate:
             state.update_result(result)
         run.output.clear_checkpoints()
     return result, records
@@ -127,7 +125,7 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
     """Read the manifest and the models of the run that the output holds; None if a new run is to be started."""
     differences = state.config_differences(run.config)
     if not differences:
-        # An unfinished run goes on with its models, though newer ones may be current by now.
+        # An unfinished run goes on with its models, even if newer ones are current.
         model_ids = None if replace or state.is_finished() else state.model_ids()
         images, records = _read_inputs(run, model_ids)
         differences = state.model_differences(_model_ids(records))
@@ -162,7 +160,7 @@ def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) ->
 
 
 def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None) -> Records:
-    """Read the records of the models of these categories, without those that have none.
+    """Read the records of the models of those categories that have one.
 
     Args:
         store: to read from.
@@ -175,7 +173,7 @@ def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mappi
         try:
             return store.record(category, (model_ids or {}).get(category, ""))
         except (NoModelError, DataError) as error:
-            # Errors of damaged or unreadable models are not caught: a row without a model is never scored again.
+            # Do not catch the errors of damaged or unreadable models: a row without a model is never scored again.
             if model_ids:
                 raise ModelError(
                     f"{error}; this run began with it: restore it, or give --fresh to start over with current models"
@@ -183,8 +181,7 @@ def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mappi
             return str(error)
 
     names = [name for name in categories if name and (model_ids is None or name in model_ids)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = dict(zip(names, pool.map(read, names), strict=True))
+    found = dict(zip(names, storage.in_parallel(read, names), strict=True))
     records = {name: each for name, each in found.items() if not isinstance(each, str)}
     problems = [each for each in found.values() if isinstance(each, str)]
     if not records:

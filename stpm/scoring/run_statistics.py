@@ -10,9 +10,9 @@ from stpm.method.false_discovery import Discoveries
 
 @dataclass(frozen=True)
 class RunStatistics:
-    """The images that a run has scored since it was last started, and the time that its stages computed. They add up.
+    """The images that a run has scored since its last start, and the time that its stages computed.
 
-    An image that is scored twice, because a task was killed, counts twice.
+    Statistics add up. An image that is scored twice, because a task was killed, counts twice.
 
     Args:
         images: number of images that scorers have finished.
@@ -50,7 +50,7 @@ class UnfinishedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """The rows of a run, and the time since it was last started, in which it may have scored only a part of them.
+    """The rows of a run, and the time since its last start, in which it may have scored a part of them.
 
     Args:
         rows: number of rows that are written.

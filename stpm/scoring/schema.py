@@ -103,7 +103,7 @@ OUTPUT = pa.schema(
 )
 
 
-# Columns of a user's table that scoring reads. All of them hold text.
+# Columns of a user's table that scoring reads. All hold text.
 INPUT_COLUMNS = ("uri", "category", "label", "mask")
 _RESERVED = frozenset(name for schema in (MANIFEST, SCORED, OUTPUT) for name in schema.names)
 
@@ -114,10 +114,7 @@ def passthrough_columns(schema: pa.Schema) -> list[str]:
 
 
 def reserved_columns(names: Sequence[str]) -> list[str]:
-    """Return the names that a user's table may not have because scoring writes such a column itself.
-
-    Case is ignored, as most programs that read tables ignore it.
-    """
+    """Return the names, in any case, that a user's table may not have: scoring writes such columns itself."""
     return [name for name in names if name.lower() in _RESERVED and name not in INPUT_COLUMNS]
 
 

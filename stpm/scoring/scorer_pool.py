@@ -16,7 +16,7 @@ _MAX_FRACTION_OF_REST = 1 / 4
 # Fraction of a cluster that is reserved for the stages (decode, score, write) in equal parts: Ray Data's default.
 _RESERVED_FRACTION = 0.5
 _STAGES = 3
-# Tasks that must fit the memory of any node.
+# Tasks that must fit the RAM of any node.
 _MIN_TASKS = 4
 # Ray counts CPUs in ten-thousandths.
 _UNITS_PER_CPU = 10_000
@@ -24,11 +24,16 @@ _UNITS_PER_CPU = 10_000
 
 @dataclass(frozen=True)
 class ScorerPool:
-    """The actors that score, and what each stage takes of its node.
+    """The actors that score, and the resources of each stage.
 
-    The pool starts with `size` actors, and has at most `max_size` after nodes have been added; `num_cpus` and
-    `num_gpus` are per actor. `stage_cpus` is per task that fetches, decodes or writes; `reserved_fraction` of the
-    cluster is reserved for the stages, in equal parts; `node_ram` is that of the smallest node, in bytes.
+    Args:
+        size: number of actors at the start.
+        max_size: maximum number of actors after nodes have been added.
+        num_cpus: per actor.
+        num_gpus: per actor.
+        stage_cpus: per task that fetches, decodes or writes.
+        reserved_fraction: of the cluster, reserved for the stages in equal parts.
+        node_ram: of the smallest node, in bytes.
     """
 
     size: int
@@ -40,7 +45,7 @@ class ScorerPool:
     node_ram: float = math.inf
 
     def ram_for(self, task_bytes: int) -> int:
-        """Return the bytes to request from Ray for a task: few enough that some tasks fit the smallest node."""
+        """Return the bytes to request from Ray for a task: no more than fit the smallest node several times."""
         return int(min(task_bytes, self.node_ram / _MIN_TASKS))
 
     @classmethod
@@ -76,7 +81,7 @@ class ScorerPool:
 
 
 def _cpus_beside_gpus(nodes: Sequence[Resources]) -> tuple[float, float]:
-    """Return the CPUs per scorer and per other task, such that a node with a scorer on each GPU also fits others."""
+    """Return the CPUs per scorer and per other task. Other tasks fit a node beside a scorer on each of its GPUs."""
     with_gpus = [node for node in nodes if node.get("GPU", 0) > 0]
     scorer = _round_down(min(1.0, *(node["CPU"] / (node["GPU"] + 1) for node in with_gpus)))
     rest = min(node["CPU"] - node["GPU"] * scorer for node in with_gpus)
@@ -84,9 +89,9 @@ def _cpus_beside_gpus(nodes: Sequence[Resources]) -> tuple[float, float]:
 
 
 def _cpus_on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
-    """Return the CPUs per scorer and per other task, such that each core has a scorer and two tasks.
+    """Return the CPUs per scorer and per other task: one scorer and two tasks share each core.
 
-    A scorer computes in one thread: one per core is faster than fewer with more threads. The kernel shares the core.
+    A scorer computes in one thread: one scorer per core is faster than fewer with more threads.
     """
     cores = max(int(node["CPU"]) for node in nodes)
     # Just over cores / (cores + 1): a node fits exactly one scorer per core.
@@ -98,9 +103,8 @@ def _cpus_on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
 def _reserved_fraction(cpus: float, scorer_cpus: float) -> float:
     """Return the fraction of a cluster's CPUs to reserve for the stages, given the CPUs of all scorers.
 
-    Ray reserves for the stages in their order (decode, score, write), and nothing for a stage for which too little is
-    left. If that were the last one, it would write nothing before all images are decoded, and scored images would fill
-    the memory.
+    Ray reserves CPUs for the stages in their order (decode, score, write), and none for a stage if too few are left. If
+    the last stage has none, it writes nothing before all images are decoded, and scored images fill the memory.
     """
     # While the manifest is read there is one more stage, which itself takes no CPUs.
     for stages in (_STAGES, _STAGES + 1):

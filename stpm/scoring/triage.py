@@ -1,11 +1,10 @@
-"""triage.html: the most anomalous images of a run on one static page, for the person who decides what to inspect."""
+"""triage.html: the most anomalous images of a run on one static page, for the person who inspects them."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -28,9 +27,10 @@ from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
 _COLUMNS = ["image_id", "uri", "category", "model_id", *_VALUES, *_HEATMAP]
-# Pixels of a picture's shorter and longer side, at most.
+# Maximum pixels of a picture's shorter and longer side.
 _MAX_SHORT_SIDE, _MAX_LONG_SIDE = 256, 1024
-_READERS = 8
+# Pictures that are drawn at the same time.
+THREADS = 8
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,11 @@ def write_triage(
         output: of a run that has scored all images.
         max_images: images on the page.
         preprocessing: of each category's model.
-        discoveries: of the run, if it looked for them: they are marked.
+        discoveries: to mark; None if the run does not look for them.
     """
     rows = most_anomalous(output, max_images)
     cut_off = discoveries.cut_off if discoveries else 0.0
-    with ThreadPoolExecutor(_READERS) as pool:
-        pictures = list(pool.map(lambda row: picture(output, row, preprocessing[row["category"]]), rows))
+    pictures = storage.in_parallel(lambda row: picture(output, row, preprocessing[row["category"]]), rows, THREADS)
     shown = [
         row | {"picture": drawn, "parts": score_parts(row), "is_discovery": row["p_value"] <= cut_off}
         for row, drawn in zip(rows, pictures, strict=True)
@@ -86,7 +85,7 @@ def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
 
 
 def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[str, Any]]:
-    """Read the rows of images. Pictures of other images are read only if they are in the same row group."""
+    """Read the rows of images, a row group at a time: pictures of other images are read only from the same groups."""
     wanted: defaultdict[str, list[int]] = defaultdict(list)
     for image in images:
         wanted[image.task].append(image.image_id)

@@ -15,6 +15,7 @@ from stpm.storage.objects import (
     sweep,
     sync,
 )
+from stpm.storage.parallel import in_parallel
 from stpm.storage.tables import count_rows, parquet, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
@@ -34,6 +35,7 @@ __all__ = [
     "files_starting",
     "filesystem",
     "glob",
+    "in_parallel",
     "is_local",
     "is_utf8",
     "join",

@@ -11,11 +11,6 @@ from stpm.errors import DataError
 from tests.datasets import make_category
 
 
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    return str(tmp_path) if request.param == "local" else memory
-
-
 def test_read_category_lists_images_masks_and_versions(root: str) -> None:
     make_category(root, "nut", train=3, good=2, defects=2)
     category = mvtec.read_category(root, "nut")

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.data.mvtec import read_category
@@ -18,10 +17,9 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
-from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
 from tests.conftest import MODELS, TINY, make_preprocessing
-from tests.datasets import make_category
+from tests.datasets import make_category, make_output, write_rows
 
 SIZE = 64
 PREPROCESSING = make_preprocessing(SIZE)
@@ -48,8 +46,8 @@ def scored_run(
     (manifest,) = labelled_rows([read_category(str(root / "data"), "nut")])
     output = RunOutput.named(str(root / "run"), "seed-0")
     shape = preprocessing.content_shape(40, 48)
-    columns: dict[str, list[object]] = {f.name: [None] * manifest.num_rows for f in OUTPUT}
-    columns |= {name: manifest[name].to_pylist() for name in manifest.schema.names}
+    columns = make_output(manifest.num_rows).to_pydict()
+    columns |= {name: manifest[name].to_pylist() for name in manifest.schema.names if name in columns}
     for i, label in enumerate(columns["label"]):
         anomaly_map = rng.random(shape, np.float32)
         anomaly_map[14:34, 14:34] += 0.3 if label != "good" else 0.0
@@ -68,12 +66,9 @@ def scored_run(
         columns["error_kind"][i] = "damaged" if failed else ""
         columns["error_message"][i] = "cut off" if failed else ""
         columns["heatmap"][i] = "" if failed else heatmap
-        columns["overlay"][i] = columns["model_id"][i] = ""
-    path = Path(output.scores) / "seed-0_0.parquet"
-    path.parent.mkdir()
-    pq.write_table(table(columns, OUTPUT), path)
-    # Another run in the same folder, whose rows must not be read.
-    pq.write_table(table(columns, OUTPUT), path.with_name("seed-1_0.parquet"))
+    # The other run in the same folder must not be read.
+    for run in (output, RunOutput.named(output.folder, "seed-1")):
+        write_rows(run, make_output(manifest.num_rows, **columns))
     return ScoredCategory(output, "nut", preprocessing)
 
 

@@ -74,8 +74,3 @@ def test_an_invalid_baseline_is_an_error(tmp_path: Path, content: str | None) ->
         path.write_text(content)
     with pytest.raises(ConfigError, match="baseline"):
         read_gate(ReportOptions(baseline=str(path)))
-
-
-def test_a_tolerance_below_zero_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tolerance is -1"):
-        ReportOptions(tolerance=-1)

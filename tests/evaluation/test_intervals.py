@@ -49,7 +49,7 @@ def test_the_interval_holds_the_true_auroc_at_its_confidence() -> None:
     for _ in range(100):
         low, high = bootstrap_intervals(is_defect, (rng.normal(size=120) + is_defect).astype(np.float32))["auroc"]
         held += low <= 0.7602 <= high
-    # Of 100 at 95 %, fewer than 87 is a chance of one in a thousand.
+    # At 95 %, fewer than 87 of 100 have a chance of one in a thousand.
     assert held >= 87
 
 

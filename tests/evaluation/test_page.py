@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stpm.data.encode import encode_jpeg
 from stpm.evaluation.category import LabelledScores, read_scores
 from stpm.evaluation.category_metrics import Metric
 from stpm.evaluation.charts import draw_charts
@@ -28,9 +28,8 @@ HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 
 @cache
 def evil_report() -> Report:
     """Render a page whose every text from data is markup, also where `safe_name` would refuse it."""
-    sink = io.BytesIO()
-    Image.new("RGB", (328, 160)).save(sink, "JPEG")
-    tile = Tile(f"s3://b/{EVIL}/{EVIL}.png", EVIL, 0.5, EVIL, is_anomalous=True, picture=sink.getvalue())
+    picture = encode_jpeg(Image.new("RGB", (328, 160)))
+    tile = Tile(f"s3://b/{EVIL}/{EVIL}.png", EVIL, 0.5, EVIL, is_anomalous=True, picture=picture)
     scores = LabelledScores(
         labels=np.array(["good", "good", EVIL]),
         scores=np.array([0.1, 0.2, 0.9], np.float32),

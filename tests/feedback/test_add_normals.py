@@ -24,7 +24,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
-from tests.conftest import MODELS
+from tests.conftest import MODELS, fail_to_read
 from tests.datasets import make_category
 from tests.feedback.test_marks import write
 from tests.scoring.stages.helpers import nut_rows, score
@@ -284,15 +284,8 @@ def test_storage_that_fails_does_not_lose_feedback(
     student.add(student.good(0))
     before = student.store.record("nut")
     storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
-    read = storage.read
-
-    def fail(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-        if uri.endswith("model.json"):
-            raise PermissionError("403 Forbidden")
-        return read(uri, start, end)
-
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "read", fail)
+        fail_to_read(patch, PermissionError("403 Forbidden"), ["model.json"])
         assert student.fit() == 3
     assert "nut (seed 0): failed: " in caplog.text
     assert fitted_keys == []

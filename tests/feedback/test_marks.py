@@ -91,10 +91,10 @@ def test_an_image_with_two_labels_is_refused(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("marks.txt", b"a.png", r"a table is a file of \.parquet, "),
-        ("marks.jsonl", b"{", "this manifest cannot be read"),
+        ("marks.jsonl", b"{", "this table cannot be read"),
         ("marks.csv", b"name,label\na.png,good\n", "no column `uri`"),
-        ("marks.parquet", b"", "this manifest cannot be read"),
-        ("nowhere.jsonl", None, "this manifest cannot be read"),
+        ("marks.parquet", b"", "this table cannot be read"),
+        ("nowhere.jsonl", None, "this table cannot be read"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_error(

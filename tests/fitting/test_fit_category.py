@@ -30,21 +30,11 @@ from tests.datasets import encode_image, make_category
 EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
 
 
-def task_in(root: str, recipe: Recipe, store: str = "models", **changes: Any) -> FitTask:
+def task_in(root: str | Path, recipe: Recipe, store: str = "models", **changes: Any) -> FitTask:
     make_category(f"{root}/data", "nut", **changes)
     uri = f"{root}/{store}"
     digest = ModelStore(uri).put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     return FitTask("nut", mvtec.read_category(f"{root}/data", "nut").train, recipe, uri, digest)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> str:
-    return str(tmp_path)
-
-
-@pytest.fixture(params=["local", "memory"])
-def any_root(request: pytest.FixtureRequest, root: str, memory: str) -> str:
-    return root if request.param == "local" else memory
 
 
 def model_folder(task: FitTask) -> str:
@@ -68,9 +58,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kind", ["student", "student and memory"])
-def test_interrupted_task_continues_to_the_same_bits(any_root: str, kind: str) -> None:
+def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=4)
-    undisturbed, task = task_in(any_root, recipe, "one"), task_in(any_root, recipe, "two")
+    undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
     fit_category(undisturbed, LIMITS, lambda message: None)
 
     def die(message: Epoch | str) -> None:
@@ -91,13 +81,13 @@ def test_interrupted_task_continues_to_the_same_bits(any_root: str, kind: str) -
 
 @pytest.mark.parametrize("damage", ["half", "other recipe"])
 def test_damaged_or_foreign_checkpoint_is_ignored(
-    any_root: str, tiny: Recipe, damage: str, monkeypatch: pytest.MonkeyPatch
+    root: str, tiny: Recipe, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(message: Epoch | str) -> None:
         if isinstance(message, Epoch) and message.number == 2:
             raise Killed
 
-    task = task_in(any_root, dataclasses.replace(tiny, epochs=3))
+    task = task_in(root, dataclasses.replace(tiny, epochs=3))
     with pytest.raises(Killed):
         fit_category(task, EVERY_EPOCH, die)
     checkpoint = ModelStore(task.store).checkpoint_uri("nut")
@@ -111,8 +101,8 @@ def test_damaged_or_foreign_checkpoint_is_ignored(
     assert [epoch.number for epoch in reported if isinstance(epoch, Epoch)] == [1, 2, 3]
 
 
-def test_model_is_reused_only_for_its_recipe_teacher_and_images(root: str, any_model: Recipe) -> None:
-    task = task_in(root, any_model)
+def test_model_is_reused_only_for_its_recipe_teacher_and_images(tmp_path: Path, any_model: Recipe) -> None:
+    task = task_in(tmp_path, any_model)
     fit_category(task, LIMITS, lambda message: None)
     assert existing_model(task)
     assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, epochs=9))) is None
@@ -121,15 +111,15 @@ def test_model_is_reused_only_for_its_recipe_teacher_and_images(root: str, any_m
     assert existing_model(dataclasses.replace(task, train=task.train[1:])) is None
 
 
-def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(any_root: str, any_model: Recipe) -> None:
-    task = task_in(any_root, any_model)
+def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, any_model: Recipe) -> None:
+    task = task_in(root, any_model)
     fit_category(task, LIMITS, lambda message: None)
     uri = task.train[3][0]
     data = storage.read(uri)
     storage.publish(uri, data[:-1] + b"x")
 
     def now() -> FitTask:
-        category = mvtec.read_category(f"{any_root}/data", "nut")
+        category = mvtec.read_category(f"{root}/data", "nut")
         return FitTask(category.name, category.train, task.recipe, task.store, task.teacher_digest)
 
     assert existing_model(now()) is None
@@ -140,8 +130,8 @@ def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(any_root: st
     assert fit_category(now(), LIMITS, lambda message: None).record == before == existing_model(now())
 
 
-def test_damaged_model_is_not_reused(any_root: str) -> None:
-    task = task_in(any_root, MODELS["student and memory"])
+def test_damaged_model_is_not_reused(root: str) -> None:
+    task = task_in(root, MODELS["student and memory"])
     record = fit_category(task, LIMITS, lambda message: None).record
     assert record
     for file in record.files:
@@ -159,17 +149,17 @@ def test_damaged_model_is_not_reused(any_root: str) -> None:
     assert existing_model(task) == ModelStore(task.store).load("nut").record
 
 
-def test_damaged_teacher_is_written_again(any_root: str, tiny: Recipe) -> None:
-    task = task_in(any_root, tiny)
+def test_damaged_teacher_is_written_again(root: str, tiny: Recipe) -> None:
+    task = task_in(root, tiny)
     uri = f"{task.store}/teachers/{task.teacher_digest}.safetensors"
     whole = storage.read(uri)
     storage.publish(uri, whole[:100])
-    task_in(any_root, tiny)
+    task_in(root, tiny)
     assert storage.read(uri) == whole
 
 
 def test_gpu_out_of_memory_fails_without_halving_the_batch(
-    root: str, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
 
@@ -177,15 +167,15 @@ def test_gpu_out_of_memory_fails_without_halving_the_batch(
         steps.append(len(chosen))
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    task = task_in(root, tiny)
+    task = task_in(tmp_path, tiny)
     monkeypatch.setattr(training, "_loss", full)
     reason = fit_category(task, LIMITS, lambda message: None).reason
     assert re.match(r"CUDA out of memory: .* batches of 4 at this size; lower --batch-size or --pixels", reason)
     assert steps == [4]
 
 
-def test_distance_budget_is_what_images_and_features_leave(root: str, tiny: Recipe, make_matcher: Any) -> None:
-    uris = [uri for uri, _ in task_in(root, tiny).train]
+def test_distance_budget_is_what_images_and_features_leave(tmp_path: Path, tiny: Recipe, make_matcher: Any) -> None:
+    uris = [uri for uri, _ in task_in(tmp_path, tiny).train]
     images = load_images(uris, preprocessing_for(tiny, uris), 2**30)
     for budget, cached in ((2**30, 1), (0, 0)):
         features = TeacherFeatures(make_matcher(tiny), images, budget)
@@ -193,8 +183,8 @@ def test_distance_budget_is_what_images_and_features_leave(root: str, tiny: Reci
         assert limits.distance_budget(features) == 2**30 - images.pixels.nbytes - cached * features.nbytes
 
 
-def test_folds_calibrate_on_every_image(root: str, any_model: Recipe) -> None:
-    task = task_in(root, dataclasses.replace(any_model, calibration_folds=2))
+def test_folds_calibrate_on_every_image(tmp_path: Path, any_model: Recipe) -> None:
+    task = task_in(tmp_path, dataclasses.replace(any_model, calibration_folds=2))
     record = fit_category(task, LIMITS, lambda message: None).record
     assert record
     assert record.fit.calibration_count == 8
@@ -202,8 +192,8 @@ def test_folds_calibrate_on_every_image(root: str, any_model: Recipe) -> None:
     assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
-def test_stored_model_matches_its_recipe(root: str, any_model: Recipe) -> None:
-    task, reported = task_in(root, any_model), []
+def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> None:
+    task, reported = task_in(tmp_path, any_model), []
     result = fit_category(task, LIMITS, reported.append)
     record = result.record
     assert record
@@ -216,15 +206,16 @@ def test_stored_model_matches_its_recipe(root: str, any_model: Recipe) -> None:
     else:
         assert (fit.epochs, len(epochs)) == (2, 2)
         assert fit.validation_loss == epochs[fit.kept_epoch - 1].validation_loss
+        assert storage.read(f"{model_folder(task)}/loss.png").startswith(b"\x89PNG")
     banks = 4 if any_model.memory else 0
     assert len(model.parts.memory) == banks
     assert len(record.distance_scales) == banks + (3 if model.parts.student else 0)
     assert any("memory of 200 vectors in 4 banks" in each for each in reported if isinstance(each, str)) == bool(banks)
 
 
-def test_second_fit_stores_the_same_bits(root: str, any_model: Recipe) -> None:
+def test_second_fit_stores_the_same_bits(tmp_path: Path, any_model: Recipe) -> None:
     recipe = dataclasses.replace(any_model, calibration_folds=2)
-    tasks = [task_in(root, recipe, store) for store in ("one", "two")]
+    tasks = [task_in(tmp_path, recipe, store) for store in ("one", "two")]
     records = [fit_category(task, LIMITS, lambda message: None).record for task in tasks]
     assert contents(tasks[0]) == contents(tasks[1])
     assert records[0]
@@ -237,10 +228,10 @@ def test_second_fit_stores_the_same_bits(root: str, any_model: Recipe) -> None:
 @pytest.mark.parametrize("kind", ["student", "student and memory"])
 @pytest.mark.parametrize("dies_in_fold", [1, 2])
 def test_interrupted_calibration_continues_with_the_same_fold(
-    root: str, kind: str, dies_in_fold: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, dies_in_fold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=3, calibration_folds=2)
-    undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
+    undisturbed, task = task_in(tmp_path, recipe, "one"), task_in(tmp_path, recipe, "two")
     fit_category(undisturbed, LIMITS, lambda message: None)
     trained: list[int] = []
     original = training._train_epoch
@@ -263,8 +254,8 @@ def test_interrupted_calibration_continues_with_the_same_fold(
     assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
-def test_images_over_the_budget_go_to_a_file(root: str, tiny: Recipe) -> None:
-    task = task_in(root, tiny)
+def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> None:
+    task = task_in(tmp_path, tiny)
     uris = [uri for uri, _ in task.train]
     in_memory, on_disk = (load_images(uris, preprocessing_for(tiny, uris), budget) for budget in (2**30, 0))
     assert on_disk.on_disk
@@ -277,15 +268,9 @@ def test_images_over_the_budget_go_to_a_file(root: str, tiny: Recipe) -> None:
     assert "in a file; teacher's features recomputed" in reported[0]
 
 
-def test_loss_curve_is_stored_as_png(root: str, tiny: Recipe) -> None:
-    task = task_in(root, tiny)
-    fit_category(task, LIMITS, lambda message: None)
-    assert storage.read(f"{model_folder(task)}/loss.png").startswith(b"\x89PNG")
-
-
-def test_auto_size_follows_the_images(root: str, tiny: Recipe) -> None:
+def test_auto_size_follows_the_images(tmp_path: Path, tiny: Recipe) -> None:
     recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=96 * 64, resize="fit")
-    task = task_in(root, recipe, shape=(150, 100))
+    task = task_in(tmp_path, recipe, shape=(150, 100))
     record = fit_category(task, LIMITS, lambda message: None).record
     assert record
     assert record.preprocessing == Preprocessing(96, 64, "fit", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -294,9 +279,9 @@ def test_auto_size_follows_the_images(root: str, tiny: Recipe) -> None:
     assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(recipe, pixels=10_000))) is None
 
 
-def test_images_of_mixed_proportions_are_fitted(root: str, any_model: Recipe) -> None:
+def test_images_of_mixed_proportions_are_fitted(tmp_path: Path, any_model: Recipe) -> None:
     recipe = dataclasses.replace(any_model, resize="fit", held_out_fraction=0.4)
-    task = task_in(root, recipe)
+    task = task_in(tmp_path, recipe)
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)
         storage.publish(task.train[i][0], encode_image(pixels))

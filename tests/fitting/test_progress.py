@@ -8,17 +8,10 @@ from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import Epoch, FitResult, FitTask
 from stpm.method.calibration import HeatmapScale
 from stpm.models.record import FitRecord, ModelRecord
-from tests.conftest import TINY, make_preprocessing
+from tests.conftest import TINY, Clock, make_preprocessing
 
 TASK = FitTask("nut", tuple((str(i), 1) for i in range(10)), dataclasses.replace(TINY, epochs=100), "s", "d")
 OTHER = dataclasses.replace(TASK, category="screw")
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> list[str]:

@@ -50,7 +50,7 @@ def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
         evaluate(run=output.folder)
 
 
-def test_an_unreadable_baseline_is_reported_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_baseline_is_reported_first() -> None:
     with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
         run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"))
 

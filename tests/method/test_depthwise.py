@@ -20,7 +20,7 @@ def test_gradients_of_a_depthwise_convolution_are_those_of_float32() -> None:
         output = convolution(images)
     assert output.dtype == torch.bfloat16
     output.float().square().sum().backward()
-    # The output alone is rounded.
+    # Only the output is rounded.
     torch.testing.assert_close(convolution.weight.grad, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 

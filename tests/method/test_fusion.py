@@ -113,12 +113,6 @@ def test_score_is_mean_of_highest_pixels_and_sum_of_parts(height: int, width: in
     assert score.student + score.memory == pytest.approx(score.total, abs=1e-5)
 
 
-def test_score_with_fraction_0_is_maximum() -> None:
-    each = np.random.default_rng(0).random((30, 40), np.float32)
-    assert AnomalyMap(each).score(0.0).total == each.max()
-    assert AnomalyMap(each).score(0.01).total == pytest.approx(np.sort(each.ravel())[-12:].mean(), rel=1e-6)
-
-
 def test_sample_distances_are_evenly_spaced_over_valid_positions() -> None:
     distances = torch.arange(2 * 50 * 40.0).reshape(2, 50, 40)
     for image, values in zip(distances, sample_distances(distances), strict=True):

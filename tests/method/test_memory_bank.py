@@ -85,16 +85,6 @@ def test_describe_averages_half_precision_in_float32() -> None:
     torch.testing.assert_close(describe(features, "features", 3), describe(features.float(), "features", 3))
 
 
-@pytest.mark.parametrize(
-    ("shape", "coarsest", "expected"),
-    [((16, 16), (16, 16), 1), ((32, 32), (16, 16), 3), ((64, 64), (16, 16), 5), ((48, 16), (16, 8), 3)],
-)
-def test_window_size_spans_a_position_of_the_coarsest_level(
-    shape: tuple[int, int], coarsest: tuple[int, int], expected: int
-) -> None:
-    assert window_size(shape, coarsest) == expected
-
-
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8), st.integers(1, 8))
 def test_window_size_is_smallest_odd_number(rows: int, columns: int, across: int, down: int) -> None:
     window = window_size((rows * down, columns * across), (rows, columns))
@@ -112,17 +102,6 @@ def test_fit_whitening_gives_unit_covariance_up_to_ridge() -> None:
     expected = variances / (variances + 0.01 * variances.mean())
     np.testing.assert_allclose(np.cov(found.T, bias=True), np.diag(expected), atol=1e-3)
     assert expected.max() > 0.98
-
-
-def test_fit_whitening_gives_mahalanobis_distances() -> None:
-    descriptors = normal(5000, 4) @ normal(4, 4, seed=1)
-    mean, whitening = fit_whitening(descriptors)
-    one, other = descriptors[:50].numpy(), descriptors[50:100].numpy()
-    covariance = np.cov(descriptors.double().numpy().T, bias=True)
-    ridge = 0.01 * np.trace(covariance) / 4
-    expected = cdist(one, other, "mahalanobis", VI=np.linalg.inv(covariance + ridge * np.eye(4)))
-    found = cdist((one - mean.numpy()) @ whitening.numpy(), (other - mean.numpy()) @ whitening.numpy())
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 def as_features(descriptors: Tensor) -> Tensor:
@@ -195,11 +174,6 @@ def test_greedy_coreset_chooses_no_index_twice(channels: int) -> None:
     chosen = greedy_coreset(points, 99, 0).tolist()
     assert len(set(chosen)) == len(chosen) == 99
     assert {k % 4 for k in chosen[:4]} == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("size", [7, 8, 1000])
-def test_greedy_coreset_returns_all_if_fewer_than_size(size: int) -> None:
-    assert greedy_coreset(normal(7, 40), size, 0).tolist() == list(range(7))
 
 
 @pytest.mark.parametrize(("queries", "vectors", "channels"), [(2500, 300, 20), (1024, 1, 3), (1025, 7, 100), (1, 5, 1)])

@@ -80,9 +80,9 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
     )
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> ModelStore:
-    return ModelStore(str(tmp_path) if request.param == "local" else memory)
+@pytest.fixture
+def store(root: str) -> ModelStore:
+    return ModelStore(root)
 
 
 def test_load_uses_no_network(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,9 +31,8 @@ from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
-from stpm.scoring.schema import OUTPUT, table
 from tests.conftest import TINY
-from tests.datasets import encode_image
+from tests.datasets import encode_image, make_output
 from tests.models.test_store import save
 
 DATE = datetime.date(2026, 11, 24)
@@ -41,20 +40,19 @@ DATE = datetime.date(2026, 11, 24)
 
 def output_rows(rows: list[dict[str, Any]], model_id: str = "nut-1") -> pa.Table:
     """Make a table of the output's schema: a hash of its path scores an image; one named `bad` has an error."""
-    values: dict[str, list[Any]] = {field.name: [] for field in OUTPUT}
-    for row in rows:
+    values = make_output(len(rows)).to_pydict()
+    for i, row in enumerate(rows):
         path = Path(row["uri"])
         # The path of the test's folder would make other scores in each run of the tests.
         fraction = int(storage.digest("/".join(path.parts[-3:]).encode())[:8], 16) / 2**32
         bad = path.stem == "bad"
         scored = dict.fromkeys(("score", "memory_score", *COMPARED[2:]), 0.5 + fraction)
         scored |= {"threshold": 1.4, "p_value": 1 - fraction, "is_anomalous": fraction > 0.9, "width": 40, "height": 48}
-        made = {field.name: None if field.nullable else "" for field in OUTPUT}
-        made |= {name: row[name] for name in ("image_id", "uri", "category")}
+        made = {name: row[name] for name in ("image_id", "uri", "category")}
         made |= {"error_kind": "damaged", "error_message": "cut off"} if bad else scored | {"model_id": model_id}
         for name, value in made.items():
-            values[name].append(value)
-    return table(values, OUTPUT)
+            values[name][i] = value
+    return make_output(len(rows), **values)
 
 
 class Nightly:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import io
 
 import numpy as np
 from PIL import Image
 
+from stpm.data.encode import encode_jpeg
 from stpm.monitoring.change import Change, Level
 from stpm.monitoring.drift import Verdict
 from stpm.monitoring.nights import CategoryRecord, ErrorExample, Night, TopImage
@@ -43,8 +43,7 @@ def make_nights(
 ) -> list[Night]:
     """Make nights on the last of which the first categories are to act on, and the next ones to watch."""
     rng = np.random.default_rng(0)
-    sink = io.BytesIO()
-    Image.fromarray(rng.integers(60, 200, (64, 96, 3), np.uint8)).resize((384, 256)).save(sink, "JPEG")
+    jpeg = encode_jpeg(Image.fromarray(rng.integers(60, 200, (64, 96, 3), np.uint8)).resize((384, 256)))
     top = tuple(
         TopImage(
             f"s3://dump/2026-11-24/{text}/{i}.png",
@@ -55,7 +54,7 @@ def make_nights(
             True,
             picture,
         )
-        for i, picture in enumerate([jpeg_uri(sink.getvalue())] * 11 + [""])
+        for i, picture in enumerate([jpeg_uri(jpeg)] * 11 + [""])
     )
     examples = tuple(
         ErrorExample(kind, categories[-1], f"s3://dump/{text}/{kind}.png", text) for kind in ("damaged", "empty")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from stpm.monitoring.runs import NightFolder
 from stpm.scoring.inputs import manifest
 from stpm.scoring.resuming.run_state import RunConfig, RunState
 from stpm.scoring.run_statistics import RunResult
+from tests.monitoring.nightly_runs import cut_off_after
 
 KEPT, OLD = datetime.date(2026, 11, 24), datetime.date(2026, 11, 1)
 
@@ -36,9 +38,9 @@ def names(out: str) -> set[str]:
     return {uri.removeprefix(f"{out}/") for uri, _ in storage.files(out)}
 
 
-@pytest.fixture(params=["local", "memory"])
-def out(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    return str(tmp_path / "out") if request.param == "local" else f"{memory}/out"
+@pytest.fixture
+def out(root: str) -> str:
+    return f"{root}/out"
 
 
 def test_an_old_night_is_removed_to_the_last_file(out: str) -> None:
@@ -66,7 +68,7 @@ def test_what_no_run_wrote_stays(out: str) -> None:
         "dump/2026-01-01/0.png",
     }
     if storage.is_local(out):
-        # Of another writer.
+        # Another writer's unfinished file.
         mine.add(f"date={OLD}/.mine.part")
     for name in mine:
         storage.publish(f"{out}/{name}", b"mine", durable=False)
@@ -82,23 +84,11 @@ def test_a_removal_that_was_cut_off_goes_on(out: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.fsync", lambda handle: None)
     monkeypatch.setattr("os.sync", lambda: None)
     steps = 0
-    remove = storage.remove
     while True:
         make_night(out, OLD)
-        left = [steps]
-
-        def cut_off(uri: str, left: list[int] = left) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            remove(uri)
-
-        monkeypatch.setattr(storage, "remove", cut_off)
-        try:
+        with cut_off_after(steps, monkeypatch), suppress(KeyboardInterrupt):
             remove_nights_before(out, KEPT)
             break
-        except KeyboardInterrupt:
-            monkeypatch.setattr(storage, "remove", remove)
         remove_nights_before(out, KEPT)
         assert names(out) == set()
         steps += 1

@@ -49,9 +49,9 @@ def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, mo
     monkeypatch.setattr(rows_module, "_BATCH", batch)
     monkeypatch.setattr(rows_module, "SAMPLE", 20)
     first, second = make_rows(200, 0), make_rows(30, 1)
-    found = read_rows([write(tmp_path, "001", first, 13), write(tmp_path, "002", second, 30)])
-    assert sorted(found.categories) == ["c0", "c1", "c2"]
-    for name, counted in found.categories.items():
+    categories, found = read_rows([write(tmp_path, "001", first, 13), write(tmp_path, "002", second, 30)])
+    assert sorted(categories) == ["c0", "c1", "c2"]
+    for name, counted in categories.items():
         own = [row for row in first + second if row["category"] == name]
         scored = sorted((row for row in own if not row["error_kind"]), key=lambda row: int(row["image_id"]))
         assert (counted.images, counted.alarms) == (len(own), sum(row["is_anomalous"] for row in scored))
@@ -62,9 +62,9 @@ def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, mo
         assert list(statistics) == list(COMPARED)
         for each, values in statistics.items():
             np.testing.assert_array_equal(values, np.array([row[each] for row in scored[:20]], np.float32))
-    examples = Counter(example.kind for example in found.error_examples)
+    examples = Counter(example.kind for example in found)
     assert examples == dict.fromkeys(KINDS, 3)
-    assert [example.kind for example in found.error_examples] == sorted(examples.elements())
+    assert [example.kind for example in found] == sorted(examples.elements())
 
 
 def test_the_sample_does_not_depend_on_the_order_of_the_rows(
@@ -73,13 +73,13 @@ def test_the_sample_does_not_depend_on_the_order_of_the_rows(
     monkeypatch.setattr(rows_module, "SAMPLE", 20)
     rows = make_rows(300, 0)
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
-    one = read_rows([write(tmp_path / "one", "001", rows, 300)])
-    other = read_rows(
+    one, _ = read_rows([write(tmp_path / "one", "001", rows, 300)])
+    other, _ = read_rows(
         [write(tmp_path / "other", "001", shuffled[:100], 9), write(tmp_path / "other", "002", shuffled[100:], 50)]
     )
-    for name, counted in one.categories.items():
-        np.testing.assert_array_equal(counted.sample()[0], other.categories[name].sample()[0])
+    for name, counted in one.items():
+        np.testing.assert_array_equal(counted.sample()[0], other[name].sample()[0])
 
 
 def test_a_night_without_rows_has_no_category(tmp_path: Path) -> None:
-    assert read_rows([RunOutput.named(str(tmp_path), "001")]).categories == {}
+    assert read_rows([RunOutput.named(str(tmp_path), "001")]) == ({}, ())

@@ -4,13 +4,7 @@ import pytest
 
 from stpm.scoring.progress import BatchReport, CircuitBreaker, ProgressActor, ProgressDisplay
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.conftest import Clock
 
 
 def shown_lines(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str]:

@@ -34,8 +34,8 @@ from stpm.scoring.resuming.run_state import RunConfig, RunState
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import ScoringRun, resume_or_start, run_scoring
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
-from stpm.scoring.schema import OUTPUT, table
-from tests.datasets import make_category
+from tests.conftest import fail_to_read
+from tests.datasets import make_category, make_output
 from tests.models.test_store import save
 
 
@@ -131,11 +131,9 @@ def test_another_list_on_standard_input_is_another_run(tmp_path: Path, monkeypat
 
 def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
     """Write rows with a score as a task does, in one file; the values of some columns may be given."""
-    values: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
-    values |= {"uri": uris_in(output)[:count], "category": ["nut"] * count, "score": [float(i) for i in range(count)]}
-    values |= {"threshold": [1.0] * count, "image_id": list(range(count)), "is_anomalous": [True] * count}
-    values |= {"p_value": [0.1] * count, "bytes": [1] * count} | columns
-    rows = table(values, OUTPUT)
+    same = {"category": ["nut"], "threshold": [1.0], "is_anomalous": [True], "p_value": [0.1], "bytes": [1]}
+    values = {name: each * count for name, each in same.items()} | {"score": range(count)}
+    rows = make_output(count, uri=uris_in(output)[:count], **values | columns)
     storage.publish(f"{output.scores}/scores_0-0.parquet", storage.parquet(rows))
     checkpoint = f"{output.segment_checkpoints(0)}/scores_0.parquet"
     storage.publish(summary_of(checkpoint), RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json())
@@ -268,14 +266,7 @@ def test_a_run_without_all_rows_is_unfinished(
 def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it were treated as missing, its rows would be errors, and never be scored again."""
     run = make_run(tmp_path, "/a.png")
-    original = storage.read
-
-    def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-        if uri.endswith("nut/current.json"):
-            raise PermissionError("403 Forbidden")
-        return original(uri, start, end)
-
-    monkeypatch.setattr(storage, "read", read)
+    fail_to_read(monkeypatch, PermissionError("403 Forbidden"), ["nut/current.json"])
     with pytest.raises(ModelUnreadableError, match=r"nut/current.json: cannot be read: 403 Forbidden"):
         run_scoring(run)
     assert not run.output.files()

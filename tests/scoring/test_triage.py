@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import base64
 import io
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,12 +13,11 @@ from stpm import storage
 from stpm.feedback.marks import read_marks
 from stpm.method.false_discovery import Discoveries
 from stpm.scoring.output import RunOutput
-from stpm.scoring.schema import OUTPUT, table
 from stpm.scoring.stages.heatmaps import palette_png
 from stpm.scoring.triage import most_anomalous, write_triage
-from tests.browser import check_page
+from tests.browser import Tags, check_page, open_tab
 from tests.conftest import make_preprocessing
-from tests.datasets import encode_image
+from tests.datasets import encode_image, make_output, write_rows
 
 PREPROCESSING = dict.fromkeys(("nut", "a b#c"), make_preprocessing(64))
 EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
@@ -30,10 +27,9 @@ EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 def output(tmp_path: Path) -> RunOutput:
     """A hundred rows of two models with different thresholds, one of them with an error, one with an evil name."""
     output = RunOutput.single(str(tmp_path))
-    columns: dict[str, list[Any]] = {field.name: [None] * 100 for field in OUTPUT}
+    columns = make_output(100).to_pydict()
     for i in range(100):
         category = ("nut", "a b#c")[i % 2]
-        columns["image_id"][i] = i
         columns["uri"][i] = EVIL if i == 99 else f"/nowhere/{i}.png"
         columns["category"][i] = category
         columns["threshold"][i] = 1.0 if category == "nut" else 100.0
@@ -49,28 +45,10 @@ def output(tmp_path: Path) -> RunOutput:
             path.write_bytes(encode_image(np.full((20, 40, 3), 90, np.uint8)))
             columns["uri"][i] = str(path)
             storage.publish(str(tmp_path / columns["heatmap"][i]), palette_png(np.zeros((64, 64), np.uint8)))
-        for name in ("label", "mask", "overlay", "model_id", "error_kind", "error_message"):
-            columns[name][i] = ""
-    rows = table(columns, OUTPUT)
-    (tmp_path / "scores").mkdir()
-    pq.write_table(rows.slice(0, 60), tmp_path / "scores" / "scores_0.parquet")
-    pq.write_table(rows.slice(60), tmp_path / "scores" / "scores_1.parquet")
+    rows = make_output(100, **columns)
+    write_rows(output, rows.slice(0, 60))
+    write_rows(output, rows.slice(60), 1)
     return output
-
-
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.images: list[dict[str, str | None]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "img":
-            self.images.append(dict(attrs))
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunOutput) -> None:
@@ -82,21 +60,17 @@ def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunO
 @pytest.mark.parametrize("threshold", [2.0, 0.0, -0.5])
 def test_larger_scores_come_first_for_any_sign_of_the_threshold(tmp_path: Path, threshold: float) -> None:
     scores = [-3.0, 7.0, -0.75, 0.0, 2.5, -0.25]
-    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 6 for field in OUTPUT}
-    columns |= {"image_id": list(range(6)), "score": scores, "threshold": [threshold] * 6}
-    (tmp_path / "scores").mkdir()
-    pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
-    rows = most_anomalous(RunOutput.single(str(tmp_path)), 4)
+    output = RunOutput.single(str(tmp_path))
+    write_rows(output, make_output(6, score=scores, threshold=[threshold] * 6))
+    rows = most_anomalous(output, 4)
     assert [row["score"] for row in rows] == [7.0, 2.5, 0.0, -0.25]
 
 
 def test_sums_of_parts_are_ordered_by_the_difference_to_their_thresholds(tmp_path: Path) -> None:
     scores, thresholds = [9.6, 12.2, 3.0], [0.1, 1.5, -2.0]
-    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * 3 for field in OUTPUT}
-    columns |= {"image_id": list(range(3)), "score": scores, "memory_score": scores, "threshold": thresholds}
-    (tmp_path / "scores").mkdir()
-    pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
-    rows = most_anomalous(RunOutput.single(str(tmp_path)), 3)
+    output = RunOutput.single(str(tmp_path))
+    write_rows(output, make_output(3, score=scores, memory_score=scores, threshold=thresholds))
+    rows = most_anomalous(output, 3)
     assert [row["score"] for row in rows] == [pytest.approx(12.2), pytest.approx(9.6), 3.0]
 
 
@@ -105,12 +79,13 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path, ca
     assert len(caplog.records) == 18
     assert all("is not shown: " in each.message and not each.exc_info for each in caplog.records)
     text = (tmp_path / "triage.html").read_text()
-    page = Page(text)
+    page = Tags(text)
     assert EVIL in page.texts
-    assert all(set(image) == {"src", "alt"} for image in page.images)
-    assert len(page.images) == 2
+    pictures = [attributes for tag, attributes in page.found if tag == "img"]
+    assert all(set(picture) == {"src", "alt"} for picture in pictures)
+    assert len(pictures) == 2
     assert sum("the image can no longer be read" in piece for piece in page.texts) == 18
-    kind, data = str(page.images[0]["src"]).split(",")
+    kind, data = str(pictures[0]["src"]).split(",")
     assert kind == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         assert image.size == (512, 256)
@@ -124,13 +99,12 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path, ca
 
 
 def test_discoveries_are_marked(output: RunOutput, tmp_path: Path) -> None:
-    file = tmp_path / "scores" / "scores_1.parquet"
-    rows = pq.read_table(file).to_pylist()
-    rows[-2]["p_value"] = 0.001
-    pq.write_table(table({name: [row[name] for row in rows] for name in OUTPUT.names}, OUTPUT), file)
+    columns = storage.read_table(f"{output.scores}/scores_1.parquet").to_pydict()
+    columns["p_value"][-2] = 0.001
+    write_rows(output, make_output(40, **columns), 1)
     cut_off = float(np.float32(0.001))
     write_triage(output, 5, PREPROCESSING, Discoveries(0.1, 99, cut_off, {"nut": 1, "a b#c": 1}, 900, {"nut": 42}))
-    texts = Page((tmp_path / "triage.html").read_text()).texts
+    texts = Tags((tmp_path / "triage.html").read_text()).texts
     assert sum(", a discovery" in text for text in texts) == 1
     assert any("2 discoveries among 99 images at a false discovery rate of 0.1 (p ≤ 0.001)" in text for text in texts)
     assert any("too few good images calibrate nut (42)" in text for text in texts)
@@ -162,18 +136,13 @@ ABSURD = [
 
 def test_marks_are_saved_as_a_table_that_feedback_reads(browser: Any, tmp_path: Path) -> None:
     count = len(ABSURD)
-    columns: dict[str, list[Any]] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
     uris = [f"{tmp_path}/{name}" for name in ABSURD]
-    columns |= {"image_id": list(range(count)), "uri": uris, "category": ["a b#c"] * count, "threshold": [1.0] * count}
-    columns |= {"score": [9.0 - i for i in range(count)], "p_value": [0.1] * count, "is_anomalous": [True] * count}
-    (tmp_path / "scores").mkdir()
-    pq.write_table(table(columns, OUTPUT), tmp_path / "scores" / "scores_0.parquet")
-    write_triage(RunOutput.single(str(tmp_path)), count, PREPROCESSING)
-    tab = browser.new_page()
-    messages: list[str] = []
-    tab.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
-    tab.on("console", lambda message: messages.append(message.text))
-    tab.on("pageerror", lambda error: messages.append(str(error)))
+    same = {"category": ["a b#c"], "threshold": [1.0], "p_value": [0.1], "is_anomalous": [True]}
+    repeated = {name: values * count for name, values in same.items()}
+    output = RunOutput.single(str(tmp_path))
+    write_rows(output, make_output(count, uri=uris, score=[9.0 - i for i in range(count)], **repeated))
+    write_triage(output, count, PREPROCESSING)
+    tab, messages = open_tab(browser)
     tab.goto((tmp_path / "triage.html").as_uri())
     save = tab.get_by_role("button", name="Save marks")
     assert save.is_disabled()

@@ -1,4 +1,4 @@
-"""How the category of an image is chosen if its manifest does not name one."""
+"""How the category of an image is chosen if its table does not name one."""
 
 from __future__ import annotations
 

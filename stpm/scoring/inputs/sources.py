@@ -1,4 +1,4 @@
-"""Turn sources of images (folders, globs, archives, manifests, lists) into manifest rows, a chunk at a time."""
+"""Turn sources of images (folders, globs, archives, tables, lists) into manifest rows, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.archives import TAR, ImageRef, tar_images
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import ManifestRow, make_rows
-from stpm.scoring.inputs.manifest_uris import allowed_prefixes
 from stpm.scoring.inputs.table_rows import table_rows
+from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.scoring.inputs.tables import CHUNK_ROWS
 
 STANDARD_INPUT = "-"
@@ -31,17 +31,17 @@ def image_rows(
     """Yield the manifest rows of several sources, at most `CHUNK_ROWS` at a time. Duplicates are still among them.
 
     Args:
-        sources: folders, prefixes, globs, tar archives, manifests (Parquet, CSV, JSON lines), Parquet files that hold
+        sources: folders, prefixes, globs, tar archives, tables (Parquet, CSV, JSON lines), Parquet files that hold
             the images themselves, or `-` for a list of URIs. A glob may match any of these. A source is taken
             literally if it exists by that name, or if each of its `*`, `?` and `[` is escaped as `[*]`, `[?]`, `[[]`.
-        rule: chooses the category of images whose manifest does not name one.
-        allow: prefixes of the URIs that a manifest may name; none: see `allowed_prefixes`.
+        rule: chooses the category of images whose table does not name one.
+        allow: prefixes of the URIs that a table may name; none: see `allowed_prefixes`.
         lines: the list of URIs, one per line.
 
     Raises:
         NoImagesError: if a source has no image.
-        DataError: if a manifest or an archive cannot be read.
-        ConfigError: if a manifest has a column that scoring writes itself, or a bucket does not exist.
+        DataError: if a table or an archive cannot be read.
+        ConfigError: if a table has a column that scoring writes itself, or a bucket does not exist.
     """
     for source in sources:
         is_empty = True

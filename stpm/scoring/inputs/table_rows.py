@@ -1,4 +1,4 @@
-"""Make manifest rows of a user's tables: manifests, stored listings, and Parquet files that hold the images."""
+"""Make manifest rows of a user's tables: of URIs, stored listings, and Parquet files that hold the images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import ManifestRow, make_good_rows, make_rows
-from stpm.scoring.inputs.manifest_uris import check_allowed, resolve, resolve_plain
+from stpm.scoring.inputs.table_uris import check_allowed, resolve, resolve_plain
 from stpm.scoring.schema import INPUT_COLUMNS, reserved_columns, with_passthrough
 
 Numbers = npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ def table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator
         yield with_passthrough(make(chunk, numbers, uri, rule, allowed), chunk)
         first += chunk.num_rows
     if not first:
-        raise NoImagesError(f"{uri}: this manifest {'names no images' if has_rows else 'has no rows'}")
+        raise NoImagesError(f"{uri}: this table {'names no images' if has_rows else 'has no rows'}")
 
 
 def rows_at_once(chunk: pa.Table, numbers: Numbers, uri: str, rule: CategoryRule, allowed: Sequence[str]) -> pa.Table:
@@ -103,7 +103,7 @@ def rows_one_by_one(
                 error = check_allowed([image.uri, mask_uri], allowed)
             else:
                 image = ImageRef(f"{uri}#{number}")
-                error = ImageError("missing", "this row of the manifest has no uri")
+                error = ImageError("missing", "this row of the table has no uri")
         except UriError as problem:
             image, error = ImageRef(f"{uri}#{number}"), ImageError("not_allowed", str(problem))
         rows.append(ManifestRow(image, category or rule.category(image.path), label, mask_uri, error))

@@ -48,9 +48,9 @@ def read(uri: str) -> Iterator[pa.Table]:
     try:
         yield from map(_with_text, _read_parquet(uri) if uri.lower().endswith(PARQUET) else _read_text(uri))
     except FileNotFoundError as error:
-        raise NoImagesError(f"{uri}: this manifest cannot be read: there is no such file") from error
+        raise NoImagesError(f"{uri}: this table cannot be read: there is no such file") from error
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{uri}: this manifest cannot be read: {error}") from error
+        raise DataError(f"{uri}: this table cannot be read: {error}") from error
 
 
 def input_columns(table: pa.Table) -> list[pa.ChunkedArray]:

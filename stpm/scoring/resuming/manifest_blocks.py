@@ -1,7 +1,7 @@
 """The manifest as a data source of Ray Data: a task for each shard's worth of rows, which splits them into blocks.
 
-Ray's own Parquet reader uses tasks of a whole CPU. Scorers hold nearly all CPUs, and such tasks would never start. A
-task for each block would cost the driver a millisecond and 3 KB each, before the first of them starts.
+Ray's own Parquet reader uses tasks of a whole CPU, which would never start: scorers hold nearly all CPUs. With a task
+for each block, the driver would need a millisecond and 3 KB for each before the first one starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ray.data.block import BlockMetadata
 from stpm import storage
 from stpm.scoring.inputs.manifest import BLOCK_ROWS, SHARD_ROWS, Shard
 
-# Bytes of a row, roughly. Without an estimate Ray assumes that each task returns its largest block, and runs few tasks.
+# Estimate of a row's bytes. Without it Ray assumes that each task returns its largest block, and runs few tasks.
 _ROW_BYTES = 200
 
 
@@ -83,9 +83,9 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
 
 
 def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[ShardRows]]:
-    """Divide the rows of all shards, in their order, into as few parts as have at most `max_rows` rows.
+    """Divide the rows of all shards, in order, into the fewest parts of at most `max_rows` rows.
 
-    Their lengths differ by one row at most: Ray splits all of them into the same number of blocks.
+    The lengths of the parts differ by at most one row: Ray splits each into the same number of blocks.
     """
     total = sum(rows for _, rows in shards)
     parts = -(-total // max_rows)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
 from stpm import storage
+from stpm.console import timestamp
 from stpm.errors import ConfigError, DataError
 from stpm.method.false_discovery import Discoveries
 from stpm.models.record import library_versions
@@ -47,7 +47,7 @@ class RunConfig:
     standard_input: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values as JSON gives them back: flat, and with lists for tuples."""
+        """Return the values as they are read back from JSON: flat, with lists instead of tuples."""
         values = asdict(self)
         output = values.pop("output")
         flat: dict[str, Any] = json.loads(json.dumps(values | output))
@@ -69,7 +69,7 @@ class RunState:
         self._success_uri = storage.join(folder, _SUCCESS)
 
     def exists(self) -> bool:
-        """Return whether there is a run.json, be it of a run whose files are being removed."""
+        """Return whether there is a run.json, even of a run whose files are being removed."""
         return storage.exists(self.uri)
 
     def config_differences(self, config: RunConfig) -> list[str]:
@@ -127,7 +127,7 @@ class RunState:
 
     def start(self, config: RunConfig) -> None:
         """Record the start of a run."""
-        self._write({"config": config.to_json(), "started": _now(), "versions": library_versions()})
+        self._write({"config": config.to_json(), "started": timestamp(), "versions": library_versions()})
 
     def bind_models(self, models: Mapping[str, str], store: str) -> None:
         """Record the model id of each category, and the URI of their store, which may change between runs."""
@@ -145,26 +145,26 @@ class RunState:
 
     def finish(self, result: RunResult) -> None:
         """Record the result of the finished run, and write `_SUCCESS` last."""
-        self._write(self._values | {"result": asdict(result), "ended": _now()})
+        self._write(self._values | {"result": asdict(result), "ended": timestamp()})
         # Other processes wrote the rows and heatmaps: they must not be lost if `_SUCCESS` survives a power failure.
         storage.sync(self.uri)
         storage.publish(self._success_uri, b"")
 
     def clear(self) -> None:
-        """Forget the run, but keep a mark that the remaining files were written by a run and may be removed.
+        """Forget the run, but keep a mark that a run wrote the remaining files: they may be removed.
 
-        run.json goes first: without it nothing else can be resumed. `_SUCCESS` goes next, before any row.
+        Replace run.json first: without it nothing can be resumed. Remove `_SUCCESS` next, before any row.
         """
         if self.exists():
             self._write(_CLEARED)
         storage.remove(self._success_uri)
 
     def is_cleared(self) -> bool:
-        """Return whether removing the run's files was begun, and cut off."""
+        """Return whether the removal of the run's files was cut off."""
         return self._values == _CLEARED
 
     def forget(self) -> None:
-        """Remove run.json, once nothing is left that it could be needed for."""
+        """Remove run.json, after all other files of the run."""
         storage.remove(self.uri)
 
     @cached_property
@@ -190,7 +190,3 @@ class RunState:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

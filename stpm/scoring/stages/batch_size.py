@@ -14,7 +14,7 @@ class BatchSize:
 
     Args:
         fixed: the number; 0: start at `FIRST_BATCH`.
-        grows: double the number while that is faster. It never is on a CPU.
+        grows: double the number while that is faster, as it may be on a GPU.
     """
 
     def __init__(self, fixed: int, grows: bool) -> None:

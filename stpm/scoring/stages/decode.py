@@ -27,11 +27,11 @@ from stpm.scoring.stages.outcomes import error_columns, external_errors
 from stpm.scoring.stages.time_limit import run_within
 
 _FETCHERS = 8
-# Files up to this size are fetched side by side; a larger one is fetched when it is its turn to be decoded.
+# Files up to this size are fetched side by side. A larger one is fetched when it is its turn to be decoded.
 _SMALL_FILE_BYTES = 16 * 2**20
-# An image that has waited this long for its turn is decoded beside the one before it, which may hang.
+# After this time, an image no longer waits for its turn: the one before it may hang.
 _TURN_SECONDS = 60.0
-# Memory that a task takes at most: its small files, and the largest file and image.
+# Maximum memory of a task: its small files, and the largest file and image.
 TASK_BYTES = _FETCHERS * _SMALL_FILE_BYTES + MAX_BYTES + DECODING_BYTES
 
 
@@ -114,7 +114,7 @@ class _ImageTask:
 
     def late_error(self, limit: float) -> ImageError:
         """Return the error of an image that took longer than the limit, in seconds."""
-        # If fetching took most of the time, the image itself may be quick to decode: the next run tries it again.
+        # The next run tries an image again if fetching took most of the time.
         if time.monotonic() - self.decoding_since > limit / 2:
             return ImageError("too_slow", f"not decoded within {limit:g} s; see --image-seconds")
         return ImageError("timeout", f"not fetched and decoded within {limit:g} s; see --image-seconds")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -25,9 +24,9 @@ from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 
 _WRITERS = 8
-# Too large to copy: they are drawn from Arrow's memory, or passed on.
+# Columns that are too large to copy: they are drawn from Arrow's memory, or passed on.
 _BINARY = ("heatmap_levels", "pixels", "anomaly_map")
-# Characters that are kept of a name that is too long: they may take 12 bytes each.
+# Characters that stay of a name that is too long: each may take 12 bytes.
 _FOLDER_PREFIX = 12
 # See `encode_png`.
 _COMPRESSION = 1
@@ -82,10 +81,10 @@ class Pictures(NamedTuple):
 
 
 class WriteHeatmaps:
-    """Turn SCORED rows into OUTPUT rows, and draw a palette PNG of each scored image: a file, or bytes in its row.
+    """Turn SCORED rows into OUTPUT rows. Draw a palette PNG of each scored image, as a file or as bytes in its row.
 
     Args:
-        output: of the run; its options say which images get which pictures, and where those are written.
+        output: of the run. Its options choose the pictures, and where they are written.
         preprocessing: of each category's model.
         report: called with the CPU time of each batch.
     """
@@ -104,8 +103,7 @@ class WriteHeatmaps:
         for name in ("heatmap_levels", "pixels"):
             for row, value in zip(rows, batch[name], strict=True):
                 row[name] = value.as_buffer()
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            pictures = list(pool.map(self._pictures, rows))
+        pictures = storage.in_parallel(self._pictures, rows, _WRITERS)
         columns: dict[str, Any] = {name: batch[name] for name in OUTPUT.names if name in batch.schema.names}
         columns |= {name: [getattr(each, name) for each in pictures] for name in Pictures._fields}
         result = with_passthrough(table(columns, OUTPUT), batch)
@@ -127,7 +125,7 @@ class WriteHeatmaps:
         if self._options.heatmaps_in == "parquet":
             return Pictures(heatmap_png=heatmap, overlay_png=overlaid)
         name = f"{row['image_id'] & (2**64 - 1):016x}"
-        # A folder for each of the 256 beginnings of a name: in one of millions of files, a disk and its tools are slow.
+        # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
         category = storage.safe_name(row["category"], "category")
         stem = f"{self._output.heatmap_path}/{category}/{name[:2]}/{name}"
         return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.png", overlaid))
@@ -152,7 +150,7 @@ class WriteHeatmaps:
         """Write a picture, if there is one, and return its path."""
         if png is None:
             return ""
-        # Syncing each file would take longer than drawing it: the run syncs them all at its end.
+        # The run syncs all files at its end: to sync one takes longer than to draw it.
         storage.publish(storage.join(self._output.folder, path), png, durable=False)
         return path
 
@@ -165,13 +163,13 @@ def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
 
 
 def with_folder_names(rows: pa.Table) -> pa.Table:
-    """Replace categories that no folder can be named. No model has such a name, so these rows all have an error."""
+    """Replace categories that cannot be names of folders. No model has such a name: these rows all have an error."""
     names = [_as_folder(name) for name in rows["category"].to_pylist()]
     return rows.set_column(rows.schema.get_field_index("category"), "category", pa.array(names, pa.string()))
 
 
 def _as_folder(category: str) -> str:
-    """Shorten a category whose percent-encoded name is too long for a folder, or is read as null, or up to a NUL."""
+    """Replace a category that is too long for a folder when percent-encoded, has a NUL, or means null in Hive."""
     if (
         len(quote(category, safe="")) <= storage.MAX_FOLDER_BYTES
         and category != storage.HIVE_NULL

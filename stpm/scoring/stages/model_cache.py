@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,16 +20,6 @@ from stpm.options import Backend
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
 
-_MatcherKey = tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class _LoadedModel:
-    """A model with its matcher, which is in memory as long as a model that uses it."""
-
-    model: Model
-    matcher: Matcher
-
 
 class ModelCache:
     """Matchers and models of a store, by category.
@@ -37,8 +27,7 @@ class ModelCache:
     Args:
         store: the store to load from.
         device: the device to load onto.
-        max_bytes: weights of models and of their teachers to keep, those of the most recently used models; at least
-            one model is kept.
+        max_bytes: maximum bytes of models and teachers. The most recently used models stay, at least one.
         model_ids: the model of each category.
         backend: what computes features.
     """
@@ -57,8 +46,9 @@ class ModelCache:
         self._model_ids = model_ids
         self._backend = backend
         self._records: dict[str, ModelRecord] = {}
-        self._matchers: WeakValueDictionary[_MatcherKey, Matcher] = WeakValueDictionary()
-        self._models: OrderedDict[str, _LoadedModel] = OrderedDict()
+        self._matchers: WeakValueDictionary[tuple[object, ...], Matcher] = WeakValueDictionary()
+        # Each model with its matcher, which stays in memory as long as a model that uses it.
+        self._models: OrderedDict[str, tuple[Model, Matcher]] = OrderedDict()
         self._failures: dict[str, tuple[str, str, float]] = {}
 
     def matcher(self, category: str) -> Matcher:
@@ -69,7 +59,8 @@ class ModelCache:
         """
         with self._loading(category):
             record = self._record(category)
-            recipe, key = record.recipe, _matcher_key(record)
+            recipe = record.recipe
+            key = record.teacher_digest, recipe.levels, record.preprocessing, record.precision
             matcher = self._matchers.get(key)
             if not matcher:
                 teacher = self._store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
@@ -88,16 +79,15 @@ class ModelCache:
                 matcher = self.matcher(category)
                 model = self._store.load(category, self._record(category).model_id).to(self._device)
                 model = replace(model, parts=matcher.compile(model.parts))
-                self._models[category] = _LoadedModel(model, matcher)
+                self._models[category] = model, matcher
                 while len(self._models) > 1 and self._nbytes() > self._max_bytes:
                     self._models.popitem(last=False)
             self._models.move_to_end(category)
-            return self._models[category].model
+            return self._models[category][0]
 
     def _nbytes(self) -> int:
-        matchers = {loaded.matcher for loaded in self._models.values()}
-        parts = (loaded.model.parts for loaded in self._models.values())
-        return sum(part.nbytes for part in parts) + sum(matcher.teacher.nbytes for matcher in matchers)
+        matchers = {matcher for _, matcher in self._models.values()}
+        return sum(model.parts.nbytes for model, _ in self._models.values()) + sum(m.teacher.nbytes for m in matchers)
 
     def _record(self, category: str) -> ModelRecord:
         if category not in self._records:
@@ -116,8 +106,3 @@ class ModelCache:
             kind = "model_unreadable" if isinstance(error, ModelUnreadableError) else "model_damaged"
             self._failures[category] = kind, str(error), time.monotonic()
             raise ImageError(kind, str(error)) from error
-
-
-def _matcher_key(record: ModelRecord) -> _MatcherKey:
-    """Return what models that share a matcher have in common: the teacher and its input."""
-    return record.teacher_digest, record.recipe.levels, record.preprocessing, record.precision

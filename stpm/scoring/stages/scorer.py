@@ -68,8 +68,8 @@ Outcome = ImageScore | ImageError
 class Scorer:
     """Turn DECODED rows into SCORED rows. The teacher runs once per forward pass, each model on its own rows.
 
-    If a model cannot be loaded, its rows become errors, and no others. Rows with a transient error are dropped: the
-    next run scores images that have no row.
+    The rows of a model that cannot be loaded become errors. Drop the rows with a transient error: the next run scores
+    the images that have no row.
 
     Args:
         settings: see `ScorerSettings`.
@@ -88,7 +88,7 @@ class Scorer:
         )
         self._dropped_errors = frozenset() if settings.accept_errors else frozenset(TRANSIENT_ERRORS)
         self._batch_size = BatchSize(settings.batch_size, grows=device.type != "cpu")
-        # On a CPU other processes run meanwhile; a GPU is occupied all the time.
+        # Other processes share a CPU: count this one's time. A GPU is occupied all the time.
         self._clock = time.process_time if device.type == "cpu" else time.perf_counter
         self._idle_since = 0.0
 
@@ -129,7 +129,7 @@ class Scorer:
         outcomes: dict[int, Outcome] = {
             i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
         }
-        # Sorted by category, the images of one model are a slice of a batch, not a copy.
+        # Sort by category: the images of one model are then a slice of a batch, not a copy.
         rows = sorted((i for i in range(len(images)) if i not in outcomes), key=lambda i: images[i].category)
         by_matcher: defaultdict[Matcher, list[int]] = defaultdict(list)
         for category, group in groupby(rows, key=lambda i: images[i].category):

@@ -16,9 +16,16 @@ from stpm.scoring.progress import ProgressReporter
 class ScorerSettings:
     """How a scorer works.
 
-    `store` is the URI of the model store, and `model_ids` has the model of each category. A `batch_size` of 0 is found
-    on the device. `model_ram` limits the models that stay loaded, in bytes. `raw_maps` keeps the anomaly maps,
-    `overlays` the pixels, `accept_errors` the rows with a transient error. `backend` computes the features.
+    Args:
+        store: URI of the model store.
+        model_ids: the model of each category.
+        false_alarm_rate: for the thresholds.
+        raw_maps: keep the anomaly maps.
+        overlays: keep the pixels, for the overlays.
+        batch_size: images per forward pass; 0: chosen by measuring on the device.
+        model_ram: maximum bytes of the models that stay loaded.
+        accept_errors: keep the rows with a transient error.
+        backend: what computes the features.
     """
 
     store: str

@@ -20,13 +20,13 @@ def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], l
         seconds: limit of one task, from its own start.
         workers: tasks that run at the same time.
         tasks: functions without arguments.
-        late: make the result of a task that exceeds the limit, given its index. Its thread cannot be stopped: it is
-            left behind, and the next task starts.
+        late: makes the result of a task that exceeds the limit, given its index. The task's thread cannot be stopped:
+            it stays behind, and the next task starts.
     """
     results: dict[int, T] = {}
     finished: SimpleQueue[tuple[int, Future[T]]] = SimpleQueue()
     waiting = deque(range(len(tasks)))
-    # In the order in which the tasks were started: the first deadline is the next one.
+    # In the order of the starts of the tasks: the first deadline is the next one.
     deadlines: dict[int, float] = {}
 
     def run(index: int) -> None:
@@ -40,7 +40,7 @@ def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], l
     while waiting or deadlines:
         while waiting and len(deadlines) < workers:
             deadlines[waiting[0]] = time.monotonic() + seconds
-            # A daemon: the process must be able to end while a task hangs, which an executor's threads prevent.
+            # Unlike an executor's threads, a daemon lets the process end while a task hangs.
             Thread(target=run, args=[waiting.popleft()], name="fetch", daemon=True).start()
         oldest, deadline = next(iter(deadlines.items()))
         try:

@@ -28,7 +28,7 @@ def read_row(row: Mapping[str, Any]) -> bytes:
     return archives.read(ImageRef(row["uri"], row["archive_start"], row["archive_length"]))
 
 
-def write_manifest(uri: str, records: Sequence[Mapping[str, object]]) -> None:
+def write_table(uri: str, records: Sequence[Mapping[str, object]]) -> None:
     kind = uri.rsplit(".", 1)[1]
     if kind == "parquet":
         data = storage.parquet(pa.Table.from_pylist(records))

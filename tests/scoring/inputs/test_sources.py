@@ -11,10 +11,10 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError, UriError
 from stpm.scoring.inputs import archives
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest_uris import allowed_prefixes, check_allowed
 from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed
 from stpm.scoring.schema import MANIFEST
-from tests.scoring.inputs.helpers import NUT, rows, write_manifest
+from tests.scoring.inputs.helpers import NUT, rows, write_table
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_an_error_names_a_source_without_images(root: str, source: str) -> None:
         rows(f"{root}/{source}")
 
 
-def test_a_manifest_cannot_name_files_outside_the_allowed_prefixes(tmp_path: Path) -> None:
+def test_a_table_cannot_name_files_outside_the_allowed_prefixes(tmp_path: Path) -> None:
     listed = ["a.png", "/etc/passwd", "../up.png", "s3://other/x.png", "file:///etc/passwd", "simplecache::a.png"]
     (tmp_path / "in").mkdir()
     with (tmp_path / "in" / "list.csv").open("w") as file:
@@ -101,10 +101,8 @@ def test_a_manifest_cannot_name_files_outside_the_allowed_prefixes(tmp_path: Pat
     assert [row["error_kind"] for row in allowed] == ["", *["not_allowed"] * 2, "", *["not_allowed"] * 2]
 
 
-def test_a_manifest_cannot_name_masks_outside_the_allowed_prefixes(tmp_path: Path) -> None:
-    write_manifest(
-        f"{tmp_path}/list.jsonl", [{"uri": "a.png", "mask": "m.png"}, {"uri": "b.png", "mask": "/etc/passwd"}]
-    )
+def test_a_table_cannot_name_masks_outside_the_allowed_prefixes(tmp_path: Path) -> None:
+    write_table(f"{tmp_path}/list.jsonl", [{"uri": "a.png", "mask": "m.png"}, {"uri": "b.png", "mask": "/etc/passwd"}])
     good, bad = rows(f"{tmp_path}/list.jsonl")
     assert (good["mask"], good["error_kind"]) == (f"{tmp_path}/m.png", "")
     assert bad["error_kind"] == "not_allowed"
@@ -113,7 +111,7 @@ def test_a_manifest_cannot_name_masks_outside_the_allowed_prefixes(tmp_path: Pat
 def test_a_uri_with_a_secret_is_neither_read_nor_kept(tmp_path: Path) -> None:
     secrets = ["https://me:SECRET@host/a.png", "https://host/a.png?sig=SECRET"]
     records = [{"uri": secrets[0], "mask": ""}, {"uri": "a.png", "mask": secrets[1]}, {"uri": "b.png", "mask": ""}]
-    write_manifest(f"{tmp_path}/list.jsonl", records)
+    write_table(f"{tmp_path}/list.jsonl", records)
     found = rows(f"{tmp_path}/list.jsonl", allow=["https://host", str(tmp_path)])
     assert [row["error_kind"] for row in found] == ["not_allowed", "not_allowed", ""]
     assert "SECRET" not in str(found)
@@ -122,7 +120,7 @@ def test_a_uri_with_a_secret_is_neither_read_nor_kept(tmp_path: Path) -> None:
             rows(*sources, lines=lines)
 
 
-def test_a_manifest_may_by_default_name_its_own_bucket_or_folder() -> None:
+def test_a_table_may_by_default_name_its_own_bucket_or_folder() -> None:
     assert allowed_prefixes("s3://plant/lists/a.csv", []) == ("s3://plant",)
     assert allowed_prefixes("/data/lists/a.csv", []) == ("/data/lists",)
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from stpm.scoring.inputs import table_rows
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest_uris import allowed_prefixes, check_allowed, resolve, resolve_plain
 from stpm.scoring.inputs.table_rows import rows_at_once, rows_one_by_one
-from tests.scoring.inputs.helpers import NUT, rows, write_manifest
+from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed, resolve, resolve_plain
+from tests.scoring.inputs.helpers import NUT, rows, write_table
 
 # Parts of names of which each means something to `resolve`, `check_allowed` or `check_no_secret`.
 PARTS = ["/", "//", ".", "..", "...", ":", "::", "://", "@", "?", "#", "%41", "~", "\n", "\\", "\0", " ", "é", "a"]
@@ -100,7 +100,7 @@ def test_only_odd_rows_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(table_rows, "rows_one_by_one", count)
     uris = [f"dir/{number}.png" for number in range(1000)]
     uris[10], uris[20], uris[30] = "../up.png", "", "dir//x.png"
-    write_manifest(f"{tmp_path}/list.csv", [{"uri": uri, "line": number} for number, uri in enumerate(uris)])
+    write_table(f"{tmp_path}/list.csv", [{"uri": uri, "line": number} for number, uri in enumerate(uris)])
     found = rows(f"{tmp_path}/list.csv")
     assert counts == [3]
     assert [row["line"] for row in found] == [str(number) for number in range(1000)]
@@ -118,6 +118,6 @@ def test_a_users_column_of_any_type_is_kept_beside_odd_rows(tmp_path: Path) -> N
 def test_a_table_in_a_folder_that_is_not_utf8_names_images(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
-    write_manifest(f"{folder}/list.csv", [{"uri": "a.png", "line": 1}])
+    write_table(f"{folder}/list.csv", [{"uri": "a.png", "line": 1}])
     (row,) = rows(f"{folder}/list.csv")
     assert (row["uri"], row["error_kind"], row["line"]) == (f"{tmp_path}/caf%E9/a.png", "bad_name", "1")

@@ -11,7 +11,7 @@ import pytest
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
-from tests.scoring.inputs.helpers import NUT, rows, write_manifest
+from tests.scoring.inputs.helpers import NUT, rows, write_table
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
@@ -20,11 +20,11 @@ def test_passthrough_columns_are_kept(root: str, kind: str) -> None:
         {"uri": "images/b.png", "category": "bolt", "line": 3, "label": "good"},
         {"uri": f"{root}/images/a.JPG", "category": "", "line": 4, "label": "scratch"},
     ]
-    write_manifest(f"{root}/list.{kind}", records)
+    write_table(f"{root}/list.{kind}", records)
     first, second = rows(f"{root}/list.{kind}")
     line = 3 if kind == "parquet" else "3"
     assert (first["uri"], first["category"], first["line"]) == (f"{root}/images/b.png", "bolt", line)
-    # The rule gives the category if the manifest does not.
+    # The rule gives the category if the table does not.
     assert (second["uri"], second["category"], second["label"]) == (f"{root}/images/a.JPG", "nut", "scratch")
     assert all(row["error_kind"] == "" for row in (first, second))
 
@@ -35,7 +35,7 @@ def test_values_of_text_files_stay_text(tmp_path: Path, kind: str) -> None:
     # A reader that guesses types from the first rows would not see text in this column.
     records = [{"uri": f"{i}.png", "category": "007", **own, "note": ""} for i in range(30_000)]
     records[-1]["note"] = "a 7"
-    write_manifest(f"{tmp_path}/list.{kind}", records)
+    write_table(f"{tmp_path}/list.{kind}", records)
     found = rows(f"{tmp_path}/list.{kind}", rule=CategoryRule())
     assert len(found) == 30_000
     assert {name: found[0][name] for name in ("category", *own)} == {"category": "007", **own}
@@ -58,38 +58,38 @@ def test_json_values_become_their_own_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["image_id", "error_kind", "error_message", "archive_start", "Score", "URI", "Label"])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_an_error_names_a_reserved_column(tmp_path: Path, name: str, kind: str) -> None:
-    write_manifest(f"{tmp_path}/a.{kind}", [{"uri": "a.png", name: 1}])
+    write_table(f"{tmp_path}/a.{kind}", [{"uri": "a.png", name: 1}])
     with pytest.raises(ConfigError, match=f"column {name} is one that scoring writes itself"):
         rows(f"{tmp_path}/a.{kind}")
 
 
 def test_an_error_names_a_table_that_cannot_be_read(tmp_path: Path) -> None:
-    write_manifest(f"{tmp_path}/a.csv", [{"path": "a.png"}])
+    write_table(f"{tmp_path}/a.csv", [{"path": "a.png"}])
     with pytest.raises(DataError, match="no column `uri`, nor images in a column image or bytes; its columns are path"):
         rows(f"{tmp_path}/a.csv")
-    write_manifest(f"{tmp_path}/b.csv", [{"uri": "a.png", "score": 1}])
+    write_table(f"{tmp_path}/b.csv", [{"uri": "a.png", "score": 1}])
     with pytest.raises(ConfigError, match="column score is one that scoring writes itself"):
         rows(f"{tmp_path}/b.csv")
     broken = {"twice.csv": "uri,a,a\nx.png,1,2", "short.csv": "uri,a\nx.png", "latin.csv": "uri\ncaf\xe9.png"}
     broken |= {"a.jsonl": "[1]", "b.jsonl": '{"uri": "a.png"}\n{"uri": ', "c.jsonl": "[" * 100_000}
     for name, text in broken.items():
         (tmp_path / name).write_bytes(text.encode("latin-1"))
-        with pytest.raises(DataError, match=f"{name}: this manifest cannot be read: "):
+        with pytest.raises(DataError, match=f"{name}: this table cannot be read: "):
             rows(f"{tmp_path}/{name}")
     pq.write_table(pa.table({"uri": ["a.png"], "label": [{"a": 1}]}), tmp_path / "s.parquet")
-    with pytest.raises(DataError, match=r"s\.parquet: this manifest cannot be read: .*cast"):
+    with pytest.raises(DataError, match=r"s\.parquet: this table cannot be read: .*cast"):
         rows(f"{tmp_path}/s.parquet")
     foreign = pa.array([b"caf\xe9"]).view(pa.string())
     pq.write_table(pa.table({"uri": ["a.png"], "note": foreign}), tmp_path / "u.parquet")
-    with pytest.raises(DataError, match=r"u\.parquet: this manifest cannot be read: .*UTF8"):
+    with pytest.raises(DataError, match=r"u\.parquet: this table cannot be read: .*UTF8"):
         rows(f"{tmp_path}/u.parquet")
     pq.write_table(pa.table({"uri": pa.array([], pa.string())}), tmp_path / "e.parquet")
-    with pytest.raises(DataError, match=r"e\.parquet: this manifest has no rows"):
+    with pytest.raises(DataError, match=r"e\.parquet: this table has no rows"):
         rows(f"{tmp_path}/e.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(DataError, match=r"c\.parquet: this manifest cannot be read"):
+    with pytest.raises(DataError, match=r"c\.parquet: this table cannot be read"):
         rows(f"{tmp_path}/c.parquet")
-    with pytest.raises(DataError, match=r"d\.parquet: this manifest cannot be read"):
+    with pytest.raises(DataError, match=r"d\.parquet: this table cannot be read"):
         rows(f"{tmp_path}/d.parquet")
 
 
@@ -110,16 +110,16 @@ def test_an_error_names_the_columns_of_a_table_without_images(tmp_path: Path) ->
 def test_a_stored_listing_of_a_bucket_names_its_images(root: str, kind: str) -> None:
     keys = ["a.png", "dir/b c.JPG", "dir/", "notes.txt", "é.png"]
     records = [{"bucket": "plant", "key": key, "size": number} for number, key in enumerate(keys)]
-    write_manifest(f"{root}/inventory.{kind}", records)
+    write_table(f"{root}/inventory.{kind}", records)
     scheme = "memory" if root.startswith("memory") else "s3"
     images = [f"{scheme}://plant/{key}" for key in ("a.png", "dir/b c.JPG", "é.png")]
     found = rows(f"{root}/inventory.{kind}", allow=[f"{scheme}://plant"])
     assert [row["uri"] for row in found] == images
     assert all(row["error_kind"] == "" and "size" not in row for row in found)
-    # As any manifest, it may name only what is allowed.
+    # As any table, it may name only what is allowed.
     assert {row["error_kind"] for row in rows(f"{root}/inventory.{kind}")} == {"not_allowed"}
-    write_manifest(f"{root}/empty.{kind}", records[2:4])
-    with pytest.raises(DataError, match="this manifest names no images"):
+    write_table(f"{root}/empty.{kind}", records[2:4])
+    with pytest.raises(DataError, match="this table names no images"):
         rows(f"{root}/empty.{kind}")
 
 
@@ -128,7 +128,7 @@ def test_a_stored_listing_of_versions_names_the_latest_that_are_not_deleted(tmp_
     objects = [("a.png", True, False), ("a.png", False, False), ("gone.png", True, True), ("gone.png", False, False)]
     columns = ("key", "is_latest", "is_delete_marker")
     records = [{"bucket": "plant", **dict(zip(columns, each, strict=True))} for each in objects]
-    write_manifest(f"{tmp_path}/inventory.{kind}", records)
+    write_table(f"{tmp_path}/inventory.{kind}", records)
     assert [row["uri"] for row in rows(f"{tmp_path}/inventory.{kind}", allow=["s3://plant"])] == ["s3://plant/a.png"]
 
 

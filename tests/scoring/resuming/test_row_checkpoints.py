@@ -17,8 +17,9 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import FileNames, RowWriter
 from stpm.scoring.resuming.segments import commit_segment, scan_rows
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.schema import OUTPUT, table
+from stpm.scoring.schema import OUTPUT
 from stpm.scoring.stages.heatmaps import with_folder_names
+from tests.datasets import make_output
 
 
 @pytest.mark.parametrize("cut_off", [0, 10, 99_999, 100_000, 999_999])
@@ -34,12 +35,17 @@ def test_no_file_name_of_a_write_task_is_a_prefix_of_another_tasks(cut_off: int)
 
 def output_rows(start: int, stop: int) -> pa.Table:
     numbers = range(start, stop)
-    values = {field.name: [None if field.nullable else ""] * len(numbers) for field in OUTPUT}
-    values |= {"image_id": list(numbers), "uri": [f"{i}.png" for i in numbers], "bytes": [1] * len(numbers)}
-    values |= {"category": [("nut", "a b", "c/d")[i % 3] for i in numbers], "threshold": [10.0] * len(numbers)}
-    values |= {"score": [float(i * 37 % 100) for i in numbers], "is_anomalous": [i * 37 % 100 > 10 for i in numbers]}
-    values |= {"heatmap_png": [b"%d" % i for i in numbers]}
-    return table(values, OUTPUT)
+    return make_output(
+        len(numbers),
+        image_id=numbers,
+        uri=[f"{i}.png" for i in numbers],
+        bytes=[1] * len(numbers),
+        category=[("nut", "a b", "c/d")[i % 3] for i in numbers],
+        threshold=[10.0] * len(numbers),
+        score=[i * 37 % 100 for i in numbers],
+        is_anomalous=[i * 37 % 100 > 10 for i in numbers],
+        heatmap_png=[b"%d" % i for i in numbers],
+    )
 
 
 @pytest.mark.parametrize("partition_by", ["none", "category"])

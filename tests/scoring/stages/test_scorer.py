@@ -19,7 +19,7 @@ from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages.model_cache import ModelCache
 from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.scorer_actor import ScorerSettings
-from tests.conftest import MODELS
+from tests.conftest import MODELS, fail_to_read
 from tests.scoring.stages.helpers import (
     CATEGORIES,
     KINDS,
@@ -101,15 +101,8 @@ def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> 
 
 def test_a_model_that_could_not_be_read_is_tried_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = decode(manifest(run))
-    original = storage.read
     down = {"student", "model.json", "teachers"}
-
-    def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-        if any(name in uri for name in down):
-            raise OSError("503 Slow Down")
-        return original(uri, start, end)
-
-    monkeypatch.setattr(storage, "read", read)
+    fail_to_read(monkeypatch, OSError("503 Slow Down"), down)
     monkeypatch.setattr("stpm.scoring.stages.model_cache._RETRY_SECONDS", 0.0)
     stage = scorer(run, accept_errors=True)
     for name, kinds in (

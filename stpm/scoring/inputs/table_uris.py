@@ -1,4 +1,4 @@
-"""The URIs that a user's manifest names: made absolute, and only under allowed prefixes, since it is foreign data."""
+"""The URIs that a user's table names: made absolute, and only under allowed prefixes, since it is foreign data."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _SEGMENT = r"(?:[^/.]|\.[^/.]|\.\.[^/])[^/]*"
 _PLAIN = rf"\A(?:(?:s3a?|gs|gcs|abfss?|az|memory)://[^/?#:.][^/?#:]*)?(?:/{_SEGMENT})+\z"
 
 
-def allowed_prefixes(manifest: str, prefixes: Sequence[str]) -> tuple[str, ...]:
-    """Return the given prefixes, or if there are none, the manifest's own folder, or its bucket in object storage.
+def allowed_prefixes(table: str, prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Return the given prefixes, or if there are none, the table's own folder, or its bucket in object storage.
 
-    A manifest may name only URIs under these prefixes, so that a job does not read other files.
+    A table may name only URIs under these prefixes, so that a job does not read other files.
     """
     if prefixes:
         return tuple(storage.absolute(prefix) for prefix in prefixes)
-    if storage.is_local(manifest):
-        return (str(Path(storage.absolute(manifest)).parent),)
-    scheme, _, path = manifest.partition("://")
+    if storage.is_local(table):
+        return (str(Path(storage.absolute(table)).parent),)
+    scheme, _, path = table.partition("://")
     return (f"{scheme}://{path.split('/', 1)[0]}",)
 
 
@@ -37,7 +37,7 @@ def check_allowed(uris: Iterable[str], prefixes: Sequence[str]) -> ImageError | 
     """Return an error if one of the URIs is not under one of the prefixes. Empty URIs are ignored."""
     if all(_is_allowed(uri, prefixes) for uri in uris if uri):
         return None
-    return ImageError("not_allowed", f"the manifest may name only what is under {', '.join(prefixes)}; see --allow")
+    return ImageError("not_allowed", f"the table may name only what is under {', '.join(prefixes)}; see --allow")
 
 
 def _is_allowed(uri: str, prefixes: Sequence[str]) -> bool:
@@ -51,7 +51,7 @@ def _as_folder(prefix: str) -> str:
 
 
 def resolve(name: str, folder: str) -> str:
-    """Return the absolute URI of a name in a manifest; relative names are relative to the manifest's folder.
+    """Return the absolute URI of a name in a table; relative names are relative to the table's folder.
 
     Raises:
         UriError: if the URI may hold a secret.
@@ -71,7 +71,7 @@ def resolve_plain(
 
     Args:
         names: string, without nulls.
-        folder: URI of the manifest's folder, in UTF-8.
+        folder: URI of the table's folder, in UTF-8.
         prefixes: that are allowed.
 
     Returns:
