@@ -46,7 +46,7 @@ def make_images(folder: Path, data: str, count: int) -> None:
     rng = np.random.default_rng(0)
     category = mvtec.read_category(data, _CATEGORY)
     uris = [*(uri for uri, _ in category.train), *(image.uri for image in category.test)]
-    wholes = [Image.open(uri).convert("RGB") for uri in uris]
+    wholes = [Image.open(uri, formats=["PNG"]).convert("RGB") for uri in uris]
     for number in range(count):
         x, y = rng.integers(0, demo.CROP - _SIDE + 1, 2)
         file = encode_jpeg(wholes[number % len(wholes)].crop((x, y, x + _SIDE, y + _SIDE)))
