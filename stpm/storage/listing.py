@@ -114,7 +114,7 @@ def stream(uri: str) -> Iterator[str]:
     if is_file:
         names = iter([path])
     elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
-        names = _stream_s3(fs, path, uri)
+        names = _stream_s3(_without_times(fs), path, uri)
     else:
         names = _stream_folders(fs, path, uri)
     is_empty = True
@@ -126,6 +126,16 @@ def stream(uri: str) -> Iterator[str]:
             raise denied
     except (FileNotFoundError, PermissionError) as error:
         raise ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow") from error
+
+
+def _without_times(fs: Any) -> Any:
+    """Copy an S3 filesystem; the copy does not parse times, which takes more than half of the time of a listing."""
+    # Only where s3fs is installed.
+    from aiobotocore.session import AioSession
+
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+    return type(fs)(*fs.storage_args, **fs.storage_options, session=session, skip_instance_cache=True)
 
 
 def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
