@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from common import kill_after, make_parser, run_job
-from PIL import Image
+from drift import open_image
 
 from stpm import storage
 from stpm.data import demo, mvtec
@@ -48,7 +48,7 @@ def make_images(folder: Path, data: str, count: int) -> None:
     rng = np.random.default_rng(0)
     category = mvtec.read_category(data, _CATEGORY)
     uris = [*(uri for uri, _ in category.train), *(image.uri for image in category.test)]
-    wholes = [Image.open(uri).convert("RGB") for uri in uris]
+    wholes = [open_image(uri) for uri in uris]
     for number in range(count):
         x, y = rng.integers(0, demo.CROP - _SIDE + 1, 2)
         file = encode_jpeg(wholes[number % len(wholes)].crop((x, y, x + _SIDE, y + _SIDE)))

@@ -197,6 +197,8 @@ def _keys(page: dict[str, Any]) -> list[str]:
 def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
     def list_folder(folder: str) -> tuple[list[str], list[str]]:
         try:
+            if isinstance(fs, LocalFileSystem):
+                return _list_local(folder)
             entries = with_retries(uri, lambda: fs.ls(folder, detail=True))
         except FileNotFoundError:
             return [], []
@@ -209,6 +211,14 @@ def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
             folders, names = pending.popleft().result()
             pending.extend(pool.submit(list_folder, folder) for folder in folders)
             yield from names
+
+
+def _list_local(folder: str) -> tuple[list[str], list[str]]:
+    """List the paths of folders and files in a folder. `LocalFileSystem.ls` would ask for the size of each file too."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.path)
+    folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return folders, [entry.path for entry in entries if entry.is_file()]
 
 
 def glob(uri: str) -> list[str]:
