@@ -206,10 +206,14 @@ def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
         return folders, sorted(e["name"] for e in entries if _is_file(fs, e))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        pending = deque([pool.submit(list_folder, path.rstrip("/"))])
-        while pending:
-            folders, names = pending.popleft().result()
-            pending.extend(pool.submit(list_folder, folder) for folder in folders)
+        waiting = deque([path.rstrip("/")])
+        listed: deque[Future[tuple[list[str], list[str]]]] = deque()
+        while waiting or listed:
+            # Names that are listed long before they are needed take memory.
+            while waiting and len(listed) < _THREADS:
+                listed.append(pool.submit(list_folder, waiting.popleft()))
+            folders, names = listed.popleft().result()
+            waiting.extend(folders)
             yield from names
 
 
