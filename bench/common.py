@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,11 +98,15 @@ def run_job(name: str, options: Mapping[str, object]) -> None:
         sys.exit(f"{name} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
 
 
-def kill_after(name: str, options: Mapping[str, object], seconds: float) -> None:
-    """Start a job, and kill it and all its processes after some seconds, as when a machine fails."""
+def kill_after(
+    name: str, options: Mapping[str, object], seconds: float, once: Callable[[], bool] = lambda: True
+) -> None:
+    """Start a job, and kill it and all its processes some seconds after something is so, as when a machine fails."""
     with subprocess.Popen(
         job_command(name, options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as job:
+        while job.poll() is None and not once():
+            time.sleep(1)
         time.sleep(seconds)
         for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -4,21 +4,23 @@
 
 Fits a tiny student to the demo data, cuts small images out of it, every fiftieth of them broken, and scores them twice,
 from and to a local folder: an S3 server on the same machine would take most of the time. In the second run the driver
-and all processes below it are killed at three random moments, and the same command is run again. Prints how many images
-had a committed row at each kill, and compares all rows, the names of the heatmap files, and the summaries. Needs the
-extras `demo` and `test`.
+and all processes below it are killed three times, each after a random number of rows and up to two seconds more, and
+the same command is run again. Compares all rows, the names of the heatmap files, and the summaries. Needs the extras
+`demo` and `test`.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from common import kill_after, make_parser, run_job
-from PIL import Image
+from drift import open_image
 
 from stpm import storage
 from stpm.data import demo, mvtec
@@ -46,7 +48,7 @@ def make_images(folder: Path, data: str, count: int) -> None:
     rng = np.random.default_rng(0)
     category = mvtec.read_category(data, _CATEGORY)
     uris = [*(uri for uri, _ in category.train), *(image.uri for image in category.test)]
-    wholes = [Image.open(uri, formats=["PNG"]).convert("RGB") for uri in uris]
+    wholes = [open_image(uri) for uri in uris]
     for number in range(count):
         x, y = rng.integers(0, demo.CROP - _SIDE + 1, 2)
         file = encode_jpeg(wholes[number % len(wholes)].crop((x, y, x + _SIDE, y + _SIDE)))
@@ -60,6 +62,14 @@ def count_committed(output: RunOutput) -> int:
     begun = [output.segment_checkpoints(number) for number in output.segments_with_checkpoints()]
     rows = sum(storage.count_rows(uri) for folder in begun for uri in committed_checkpoints(folder))
     return rows + sum(summary.rows for summary in committed_summaries(output))
+
+
+def has_rows(output: RunOutput, rows: int) -> bool:
+    """Return whether a run that goes on has committed this number of rows."""
+    with suppress(FileNotFoundError):
+        return count_committed(output) >= rows
+    # A segment was committed meanwhile.
+    return False
 
 
 def read_rows(output: RunOutput) -> pa.Table:
@@ -97,11 +107,11 @@ def main() -> None:
         run_job("score", options | {"out": undisturbed.folder})
         seconds = time.perf_counter() - start
         print(f"{parsed.images} images, undisturbed: {seconds:.0f} s", flush=True)
-        for _ in range(_KILLS):
-            # All attempts together take less than the run, so that none of them ends it.
-            kill_after("score", options | {"out": output.folder}, after := rng.uniform(0.3, 0.9) * seconds / _KILLS)
+        for share in sorted(rng.uniform(0, 0.9, _KILLS)):
+            rows, after = share * parsed.images, rng.uniform(0, 2)
+            kill_after("score", options | {"out": output.folder}, after, once=partial(has_rows, output, rows))
             assert not RunState(output.state_folder).is_finished(), "it was done too soon: give more --images"
-            print(f"killed after {after:.0f} s: {count_committed(output)} rows are committed", flush=True)
+            print(f"killed {after:.1f} s after {rows:.0f} rows: {count_committed(output)} are committed", flush=True)
         start = time.perf_counter()
         run_job("score", options | {"out": output.folder})
         print(f"finished in {time.perf_counter() - start:.0f} s more", flush=True)

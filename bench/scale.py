@@ -9,6 +9,8 @@ the place of decoding and scoring, and writes rows with random scores. What earl
 would take minutes.
 
 - list: a folder of empty files, into manifest rows; at most `--files` of them. Its prefixes hold a thousand files each.
+- list-s3: at most 100,000 objects on an S3 server of this machine, which is slow: only the driver's seconds of CPU say
+  something.
 - manifest: from a Parquet table of URIs, of which a hundredth are duplicates.
 - plan: from the start of Ray Data until the first block reaches the stub stage, for the first segment.
 - stub: all rows through Ray Data, with the stub stage; only up to `--stub-rows`.
@@ -20,6 +22,9 @@ would take minutes.
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -28,12 +33,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import make_parser, options_from
+from moto.s3.models import s3_backends
+from moto.server import ThreadedMotoServer
 from ray.exceptions import RayTaskError
 
 from stpm import storage
@@ -59,8 +67,11 @@ _DUPLICATES = 100
 # The driver's memory must not be that of making the names.
 _NAMES_AT_ONCE = 100_000
 _ROWS_PER_FILE = ScoreOptions.rows_per_file
+# The S3 server's own.
+_ACCOUNT = "123456789012"
+_MAX_KEYS = 100_000
 _TOP = 50
-_STEPS = ("list", "manifest", "plan", "stub", "resume10", "resume90", "commit")
+_STEPS = ("list", "list-s3", "manifest", "plan", "stub", "resume10", "resume90", "commit")
 
 
 def image_name(number: int) -> str:
@@ -128,8 +139,37 @@ def list_files(folder: Path, rows: int) -> None:
         if number % _FILES_PER_PREFIX == 0:
             file.parent.mkdir(parents=True)
         file.touch()
-    source = str(folder / "images")
-    measure("list", rows, lambda: sum(chunk.num_rows for chunk in image_rows([source], CategoryRule("nut"))))
+    measure("list", rows, lambda: count_rows(str(folder / "images")))
+
+
+def count_rows(source: str) -> int:
+    return sum(chunk.num_rows for chunk in image_rows([source], CategoryRule("nut")))
+
+
+def serve_s3(keys: int, port: Connection) -> None:
+    """Serve a bucket with this number of images, until the other end of the connection is closed."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    backend = s3_backends[_ACCOUNT]["aws"]
+    backend.create_bucket("plant", "us-east-1")
+    for number in range(keys):
+        backend.put_object("plant", f"images/{image_name(number)}", b"")
+    port.send(server.get_host_and_port()[1])
+    with suppress(EOFError):
+        port.recv()
+
+
+def list_s3(keys: int) -> None:
+    here, there = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=serve_s3, args=(keys, there), daemon=True)
+    server.start()
+    there.close()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    os.environ |= dict.fromkeys(names, "any") | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{here.recv()}"}
+    count_rows("s3://plant/images/000000")
+    measure("list-s3", keys, lambda: count_rows("s3://plant/images"))
+    here.close()
 
 
 def write_manifest(output: RunOutput, rows: int) -> None:
@@ -216,6 +256,8 @@ def run_step(step: str, rows: int, max_files: int, max_stub_rows: int, folder: P
     output = RunOutput.single(str(folder))
     if step == "list":
         list_files(folder, min(rows, max_files))
+    elif step == "list-s3":
+        list_s3(min(rows, _MAX_KEYS))
     elif step == "manifest":
         write_manifest(output, rows)
     else:

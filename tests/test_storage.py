@@ -294,6 +294,23 @@ def test_stream_yields_before_the_listing_is_complete(tmp_path: Path) -> None:
     assert list(storage.stream(str(tmp_path / "nothing"))) == []
 
 
+def test_stream_lists_few_folders_before_their_names_are_needed(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(100):
+        storage.publish(f"{memory}/{i:03}/x.png", b"")
+    listed = []
+    original = MemoryFileSystem.ls
+
+    def ls(self: MemoryFileSystem, path: str, detail: bool = True) -> Any:
+        listed.append(path)
+        return original(self, path, detail)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", ls)
+    found = storage.stream(memory)
+    assert [next(found), next(found)] == [f"{memory}/000/x.png", f"{memory}/001/x.png"]
+    assert len(listed) < 25
+    assert list(found) == [f"{memory}/{i:03}/x.png" for i in range(2, 100)]
+
+
 def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_bytes(b"a")
