@@ -45,6 +45,8 @@ TINY_RECIPE = [
 ]
 
 BIN = Path(sys.executable).parent
+# Seconds after which a job hangs: the longest takes two minutes, on a machine that does nothing else.
+HANGS = 1200
 # Titles that Ray gives to its processes.
 SCORER, DECODER, FIT_WORKER = "MapWorker(MapBatches(ScorerActor))", "MapBatches(Decode", "TrainWorker"
 # How often the tests that kill processes at random moments are repeated.
@@ -70,7 +72,7 @@ def start_job(name: str, *options: str, **extra: str) -> subprocess.Popen[str]:
 def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
     process = start_job(name, *options, **extra)
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=HANGS)
     except subprocess.TimeoutExpired:
         # Otherwise it would go on beside the next tests.
         process.kill()
@@ -81,7 +83,7 @@ def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProce
 
 def wait_for_success(process: subprocess.Popen[str]) -> str:
     """Wait for the end of a job, check that it succeeded, and return its standard output."""
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=HANGS)
     print(out, err, sep="\n")
     assert process.returncode == 0
     return out
@@ -121,7 +123,7 @@ def checkpoints(run: RunOutput) -> list[str]:
     return [uri for uri in files if uri.endswith(".parquet") and not uri.endswith(".pending.parquet")]
 
 
-def wait_until(condition: Callable[[], bool], failure: str, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], failure: str, seconds: float = 300) -> None:
     """Wait until a condition is true; fail with this message if it takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.conftest import (
     FIT_WORKER,
+    HANGS,
     KILLS,
     TINY_RECIPE,
     children,
@@ -99,7 +100,7 @@ def test_a_category_that_crashes_its_worker_twice_fails(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     print(process.stdout, process.stderr)

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from stpm import storage
-from tests.cluster.conftest import fit, read_rows, run_job, start_job, wait_until
+from tests.cluster.conftest import HANGS, fit, read_rows, run_job, start_job, wait_until
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -137,7 +137,7 @@ def test_refused_writes_for_half_a_minute_lose_no_row(proxy: dict[str, str], opt
     process = start_job("score", *options, "--out", out, **proxy)
     wait_until(lambda: bool(storage.files(f"{out}/heatmaps")), "no heatmap was written")
     FlakyProxy.refuses_until = time.monotonic() + REFUSING_SECONDS
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=HANGS)
     print(stdout, stderr)
     assert FlakyProxy.counts["503"] > 5, FlakyProxy.counts
     if process.returncode:

@@ -116,13 +116,13 @@ def wait_for_rows(out: str, min_files: int) -> None:
         segments = [uri for uri, _ in storage.files(RunOutput.single(out).segments) if uri.endswith(".json")]
         return len(checkpoints(RunOutput.single(out))) + SEGMENT_FILES * len(segments)
 
-    wait_until(lambda: written() >= min_files, "no rows were written", seconds=300)
+    wait_until(lambda: written() >= min_files, "no rows were written")
 
 
 def kill_one(driver: int, title: str) -> None:
     """Kill a process of the job, by its title, at a random one of its first 20 sightings."""
     sightings = random.randint(1, 20)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         found = children(driver, title)
         if len(found) >= sightings:

@@ -18,6 +18,7 @@ from stpm import storage
 from stpm.scoring.output import RunOutput
 from tests.cluster.conftest import (
     BIN,
+    HANGS,
     TINY_RECIPE,
     checkpoints,
     environment,
@@ -82,7 +83,7 @@ def ray_job(client: dict[str, str], *arguments: str) -> subprocess.CompletedProc
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     print(process.stdout, process.stderr, sep="\n")
