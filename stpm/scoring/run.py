@@ -198,6 +198,7 @@ def _model_ids(records: Records) -> dict[str, str]:
 def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
+    has_heatmaps = storage.exists(run.output.heatmaps)
     with connected():
         committed = committed_segments(run.output)
         segments = [each for each in images.segments(run.output.manifest) if each.number not in committed]
@@ -215,6 +216,9 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
                 written = commit_segment(run.output, segment, run.triage_images)
                 total = RowSummary.total([total, written], run.triage_images)
             statistics, unfinished, _ = report.read()
+    if has_heatmaps:
+        # Processes that were killed leave unfinished files.
+        storage.sweep(run.output.heatmaps)
     missing = images.rows - total.rows
     if missing and not unfinished:
         raise ConfigError(f"{total.rows} rows in {run.output.scores} for {images.rows} images; run again with --fresh")

@@ -100,6 +100,8 @@ def check_same(root: Path, out: str) -> None:
         assert np.abs(pictures[0] - pictures[1]).max() <= 1
     names = {uri.removeprefix(f"{out}/").split("/")[0] for uri, _ in storage.files(out)}
     assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "segments", "triage.html"}
+    heatmaps = {uri.removeprefix(f"{out}/") for uri, _ in storage.files(f"{out}/heatmaps")}
+    assert heatmaps == {row["heatmap"] for row in expected.values()} - {""}
     assert summary(out) == summary(str(root / "undisturbed"))
     assert RowSummary.total(committed_summaries(RunOutput.single(out)), 50) == scan_rows(RunOutput.single(out), 50)
 

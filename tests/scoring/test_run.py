@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -250,6 +251,21 @@ def test_a_run_of_another_configuration_may_be_replaced(tmp_path: Path) -> None:
     assert not state.is_finished()
     assert uris_in(other.output) == ["/b.png"]
     assert not other.output.files()
+
+
+def test_unfinished_heatmaps_of_killed_processes_are_removed(
+    score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(run_module, "score_shards", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            score()
+    heatmaps = tmp_path / "run" / "heatmaps" / "scores" / "nut"
+    heatmaps.mkdir(parents=True)
+    for name in (f".{32 * 'a'}.part", "b.png"):
+        (heatmaps / name).touch()
+    score()
+    assert [path.name for path in heatmaps.iterdir()] == ["b.png"]
 
 
 def test_a_run_without_all_rows_is_unfinished(
