@@ -91,7 +91,7 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
 def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
     """Count the rows that tasks wrote, without listing those of other segments."""
     # Ray names the tasks of one execution alike, but for a number at the end.
-    starts = sorted({task.removesuffix(task.rsplit("_", 1)[-1]) for task in tasks})
+    starts = sorted({f"{task.rpartition('_')[0]}_" for task in tasks})
     folders = [output.scores]
     if output.options.partition_by == "category" and storage.exists(output.scores):
         folders = [storage.join(output.scores, name) for name in storage.children(output.scores)]
