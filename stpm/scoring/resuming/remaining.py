@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,6 @@ from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
 
-_READERS = 16
 # CPUs of the task: few enough to start beside another run that holds nearly all CPUs.
 _CPUS = 0.1
 
@@ -52,10 +50,9 @@ def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
     committed = committed_checkpoints(output.segment_checkpoints(segment.number))
     if not committed:
         return segment.shards
-    with ThreadPoolExecutor(_READERS) as pool:
-        written = np.sort(np.concatenate(list(pool.map(_read_ids, committed))))
-        copies = pool.map(lambda shard: _write_unwritten(shard, written, folder), segment.shards)
-        return tuple(copy for copy in copies if copy[1])
+    written = np.sort(np.concatenate(storage.in_parallel(_read_ids, committed)))
+    copies = storage.in_parallel(lambda shard: _write_unwritten(shard, written, folder), segment.shards)
+    return tuple(copy for copy in copies if copy[1])
 
 
 def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:

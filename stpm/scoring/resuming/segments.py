@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import PurePosixPath
 
@@ -14,7 +13,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of
 from stpm.scoring.row_summary import COLUMNS, RowSummary
 
-_READERS = 16
+_SUMMARIES_AT_ONCE = 16
 
 
 def committed_segments(output: RunOutput) -> dict[int, str]:
@@ -30,9 +29,8 @@ def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
         DataError: if a summary is damaged.
     """
     uris = list(committed_segments(output).values())
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(uris), _READERS):
-            yield from pool.map(_read, uris[start : start + _READERS])
+    for start in range(0, len(uris), _SUMMARIES_AT_ONCE):
+        yield from storage.in_parallel(_read, uris[start : start + _SUMMARIES_AT_ONCE])
 
 
 def total_of_finished(output: RunOutput, rows: int, max_ranked: int) -> RowSummary:
@@ -62,11 +60,9 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
         ConfigError: if there are more rows than images, or the files have another number of rows than the summaries.
         DataError: if a summary or a file is damaged.
     """
-    checkpoint = output.segment_checkpoints(segment.number)
-    committed = committed_checkpoints(checkpoint)
-    uris = [summary_of(uri) for uri in committed]
-    with ThreadPoolExecutor(_READERS) as pool:
-        summary = RowSummary.total(pool.map(_read, uris), max_ranked)
+    checkpoints = output.segment_checkpoints(segment.number)
+    committed = committed_checkpoints(checkpoints)
+    summary = RowSummary.total(storage.in_parallel(_read, map(summary_of, committed)), max_ranked)
     if summary.rows > segment.rows:
         raise ConfigError(
             f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}; run again "
@@ -83,7 +79,7 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
         # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
         storage.sync(output.scores)
         storage.publish(output.segment_summary(segment.number), summary.to_json())
-        storage.remove(checkpoint)
+        storage.remove(checkpoints)
         storage.remove(output.segment_remaining(segment.number))
     return summary
 
@@ -95,10 +91,10 @@ def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
     folders = [output.scores]
     if output.options.partition_by == "category" and storage.exists(output.scores):
         folders = [storage.join(output.scores, name) for name in storage.children(output.scores)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        listed = pool.map(lambda where: storage.files_starting(*where), product(folders, starts))
-        files = [uri for uris in listed for uri in uris if task_of(uri) in tasks]
-        return sum(pool.map(storage.count_rows, files))
+    listed = storage.in_parallel(lambda where: storage.files_starting(*where), product(folders, starts))
+    return sum(
+        storage.in_parallel(storage.count_rows, (uri for uris in listed for uri in uris if task_of(uri) in tasks))
+    )
 
 
 def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
