@@ -20,7 +20,7 @@ def encode_png(image: Image.Image, compress_level: int = 6) -> bytes:
 
 
 def encode_jpeg(image: Image.Image) -> bytes:
-    """Encode an RGB image as JPEG."""
+    """Encode an RGB image as JPEG, with the full resolution of its colours."""
     sink = io.BytesIO()
-    image.save(sink, "JPEG")
+    image.save(sink, "JPEG", quality=90, subsampling=0)
     return sink.getvalue()

@@ -71,7 +71,7 @@ class OutputOptions(Options):
         "files", "a PNG file for each heatmap, or its bytes in a column of the Parquet files, for millions of images"
     )
     overlay: bool = option(
-        False, "write beside each heatmap the image with the heatmap drawn over it, in the image's own proportions"
+        False, "write beside each heatmap a JPEG of the image with the heatmap drawn over it, in its own proportions"
     )
     raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
     partition_by: PartitionBy = option(

@@ -94,10 +94,12 @@ OUTPUT = pa.schema(
         *_SIZE,
         *_STATISTICS,
         _field("heatmap", pa.string(), 'palette PNG at model size, relative to the run folder, "" if none'),
-        _field("overlay", pa.string(), 'image under its heatmap, in its own proportions, path as above, "" if none'),
+        _field(
+            "overlay", pa.string(), 'JPEG of the image under its heatmap, own proportions, path as above, "" if none'
+        ),
         *_ERROR,
         _optional("heatmap_png", pa.large_binary(), "the heatmap PNG, if asked for"),
-        _optional("overlay_png", pa.large_binary(), "the overlay PNG, if asked for"),
+        _optional("overlay_jpeg", pa.large_binary(), "the overlay JPEG, if asked for"),
         _RAW_MAP,
     ]
 )

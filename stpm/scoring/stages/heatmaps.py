@@ -1,4 +1,7 @@
-"""Third stage: draw heatmaps as PNG, on the model's fixed scale; no image is rescaled to its own range."""
+"""Third stage: draw heatmaps as PNG, on the model's fixed scale; no image is rescaled to its own range.
+
+Overlays are for people's eyes alone, and JPEG: a tenth of the bytes and of the time of a PNG.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
-from stpm.data.encode import encode_png
+from stpm.data.encode import encode_jpeg, encode_png
 from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
@@ -61,7 +64,9 @@ def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    return ((pixels + _PALETTE[levels].astype(np.uint16) + 1) // 2).astype(np.uint8)
+    colours = _PALETTE.take(levels, axis=0)
+    # The mean, rounded up, of bytes: several times as fast as a sum of wider integers.
+    return (pixels | colours) - ((pixels ^ colours) >> 1)
 
 
 def overlay_png(pixels: Pixels, png: bytes) -> Pixels:
@@ -77,7 +82,7 @@ class Pictures(NamedTuple):
     heatmap: str = ""
     overlay: str = ""
     heatmap_png: bytes | None = None
-    overlay_png: bytes | None = None
+    overlay_jpeg: bytes | None = None
 
 
 class WriteHeatmaps:
@@ -123,12 +128,12 @@ class WriteHeatmaps:
             return Pictures()
         heatmap, overlaid = self._draw(row)
         if self._options.heatmaps_in == "parquet":
-            return Pictures(heatmap_png=heatmap, overlay_png=overlaid)
+            return Pictures(heatmap_png=heatmap, overlay_jpeg=overlaid)
         name = f"{row['image_id'] & (2**64 - 1):016x}"
         # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
         category = storage.safe_name(row["category"], "category")
         stem = f"{self._output.heatmap_path}/{category}/{name[:2]}/{name}"
-        return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.png", overlaid))
+        return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.jpg", overlaid))
 
     def _draw(self, row: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
         """Draw the heatmap of a row, and the overlay if there is to be one."""
@@ -144,14 +149,14 @@ class WriteHeatmaps:
         blended = Image.fromarray(overlay(pixels[top:bottom, left:right], levels))
         longest = _MAX_OVERLAY_STRETCH * max(preprocessing.height, preprocessing.width)
         resized = blended.resize(preprocessing.picture_size(*size, min(content), longest))
-        return heatmap, encode_png(resized, _COMPRESSION)
+        return heatmap, encode_jpeg(resized)
 
-    def _write(self, path: str, png: bytes | None) -> str:
+    def _write(self, path: str, picture: bytes | None) -> str:
         """Write a picture, if there is one, and return its path."""
-        if png is None:
+        if picture is None:
             return ""
         # The run syncs all files at its end: to sync one takes longer than to draw it.
-        storage.publish(storage.join(self._output.folder, path), png, durable=False)
+        storage.publish(storage.join(self._output.folder, path), picture, durable=False)
         return path
 
 
