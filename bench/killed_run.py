@@ -1,21 +1,21 @@
 """One large run that is killed three times at random, compared with one that nothing disturbed.
 
-    python bench/killed_run.py [--images 200000] [--segment-rows 50000] [--seed 0]
+    python bench/killed_run.py [--images 200000] [--segment-rows 50000] [--seed 0] [--folder s3://BUCKET/FOLDER]
 
-Fits a tiny student to the demo data, cuts small images out of it, every fiftieth of them broken, and scores them twice,
-from and to a local folder: an S3 server on the same machine would take most of the time. In the second run the driver
-and all processes below it are killed three times, each after a random number of rows and up to two seconds more, and
-the same command is run again. Compares all rows, the names of the heatmap files, and the summaries. Needs the extras
-`demo` and `test`.
+Fits a tiny student to the demo data, cuts small images out of it, every fiftieth of them broken, and scores them twice.
+In the second run the driver and all processes below it are killed three times, each after a random number of rows and
+up to two seconds more, and the same command is run again. Compares all rows, the names of the heatmap files, and the
+summaries. Needs the extras `demo` and `test`; with `--folder s3://…` the extra `s3`, and credentials and endpoint as
+the jobs take them from the environment.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -43,18 +43,21 @@ _SAME = ["uri", "category", "is_anomalous", "error_kind", "model_id", "heatmap",
 _TOLERANCE = 1e-4
 
 
-def make_images(folder: Path, data: str, count: int) -> None:
-    """Cut images out of those of the demo data."""
+def make_images(folder: str, data: str, count: int) -> None:
+    """Cut images out of those of the demo data, and write them to a folder or URI."""
     rng = np.random.default_rng(0)
     category = mvtec.read_category(data, _CATEGORY)
     uris = [*(uri for uri, _ in category.train), *(image.uri for image in category.test)]
     wholes = [open_image(uri) for uri in uris]
-    for number in range(count):
-        x, y = rng.integers(0, demo.CROP - _SIDE + 1, 2)
+    corners = rng.integers(0, demo.CROP - _SIDE + 1, (count, 2))
+
+    def write(number: int) -> None:
+        x, y = corners[number]
         file = encode_jpeg(wholes[number % len(wholes)].crop((x, y, x + _SIDE, y + _SIDE)))
-        path = folder / f"{number // _FILES_PER_FOLDER:04}" / f"{number:07}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file[:40] if number % _BROKEN == 0 else file)
+        uri = f"{folder}/{number // _FILES_PER_FOLDER:04}/{number:07}.jpg"
+        storage.publish(uri, file[:40] if number % _BROKEN == 0 else file, durable=False)
+
+    storage.in_parallel(write, range(count))
 
 
 def count_committed(output: RunOutput) -> int:
@@ -94,13 +97,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200_000, help="images to score (default: 200000)")
     parser.add_argument("--segment-rows", type=int, default=50_000, help="images of a segment (default: 50000)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--folder", help="empty folder or URI for the images and the runs (default: a temporary one)")
     parsed = parser.parse_args()
     rng = np.random.default_rng(parsed.seed)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+        root = storage.absolute(parsed.folder or folder)
+        if storage.files(root):
+            sys.exit(f"{root} is not empty: give another --folder")
         demo.make(f"{root}/data")
         run_job("fit", {"data": f"{root}/data", "models": f"{root}/models", "preset": "paper", **_FIT})
-        make_images(root / "images", f"{root}/data", parsed.images)
+        make_images(f"{root}/images", f"{root}/data", parsed.images)
         options = {"models": f"{root}/models", "images": f"{root}/images", "category": _CATEGORY, "top": _TOP}
         options |= {"segment-rows": parsed.segment_rows, "max-error-rate": 1}
         undisturbed, output = (RunOutput.single(f"{root}/{name}") for name in ("undisturbed", "killed"))
