@@ -5,8 +5,8 @@
 Each step runs in a process of its own, on a local disk. Its figures are seconds, seconds of CPU (of the driver alone,
 so that other work on the machine hardly changes them), and the growth of the driver's memory in MiB, each also for a
 million of the rows that the step handles; and the driver's largest memory. Images are not scored: a stub stage takes
-the place of decoding and scoring, and writes rows with random scores. What earlier steps left is made up where the stub
-would take minutes.
+the place of decoding and scoring, and writes rows with random scores. Where the stub would take minutes, the files of
+earlier steps are generated.
 
 - list: a folder of empty files, into manifest rows; at most `--files` of them. Its prefixes hold a thousand files each.
 - list-s3: at most 100,000 objects on an S3 server of this machine, which is slow: only the driver's seconds of CPU say

@@ -32,9 +32,9 @@ _RAY_SETTINGS = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 
-# Where Ray asks for the state of actors. A cluster that this process starts has no dashboard, which would answer, and
-# another cluster's would not know its actors. Ray Train's cleaner of placement groups (ray-project/ray#58515) waits for
-# an answer, and a fit ends 12 s later for it, unless the connection is refused at once, as it is at this address.
+# Ray Train's cleaner of placement groups asks the dashboard for the state of actors (ray-project/ray#58515). A cluster
+# that this process starts has no dashboard, and another cluster's would not know its actors. Unless the connection is
+# refused at once, as it is at this address, the cleaner waits, and a fit ends 12 s later.
 _STATE_API = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 
 # Runtime environment of processes that compute on a CPU. By default the C library returns every large tensor to the

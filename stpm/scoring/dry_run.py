@@ -22,7 +22,6 @@ from stpm.scoring.run_statistics import RunResult
 log = logging.getLogger(__name__)
 
 SAMPLE_SIZE = 200
-_WRITTEN = (".parquet", ".png")
 
 
 def dry_run(run: ScoringRun) -> None:
@@ -53,7 +52,7 @@ def dry_run(run: ScoringRun) -> None:
         )
         result, _ = run_scoring(sample, start_over=True)
         written = storage.files(sample.output.scores) + storage.files(sample.output.heatmaps)
-        log.info(describe_estimate(images.rows, result, [size for uri, size in written if uri.endswith(_WRITTEN)]))
+        log.info(describe_estimate(images.rows, result, [size for _, size in written]))
     finally:
         storage.remove(folder)
 
