@@ -242,7 +242,7 @@ class _Shards:
             if pa.types.is_null(known):
                 self._user_types[name] = kind
             elif kind not in (known, pa.null()):
-                raise ConfigError(f"column {name} is {known} in one manifest and {kind} in another; give it one type")
+                raise ConfigError(f"column {name} is {known} in one table and {kind} in another; give it one type")
         self._waiting.append(chunk)
         if sum(table.num_rows for table in self._waiting) >= self._length:
             rows = self._take()
@@ -290,7 +290,7 @@ def _write_shard(uri: str, rows: pa.Table) -> _Written:
 
 
 def _count_known(types: Iterable[pa.DataType]) -> int:
-    """Count types, without that of a column with nulls alone: other manifests may know the column's type."""
+    """Count types, without that of a column with nulls alone: other tables may know the column's type."""
     return sum(not pa.types.is_null(each) for each in types)
 
 

@@ -79,7 +79,7 @@ def test_passthrough_columns_are_kept_and_must_agree(folder: str, segment_rows: 
     # A column of nulls alone has no type of its own.
     assert all(shard.schema.types[-2:] == [pa.int64(), pa.string()] for shard in shards)
     assert [(row["line"], row["shift"]) for row in rows_in(folder)] == [(None, None), (7, None), (None, "x")]
-    with pytest.raises(ConfigError, match="column line is int64 in one manifest and string in another"):
+    with pytest.raises(ConfigError, match="column line is int64 in one table and string in another"):
         manifest.write([chunk(["a"], line=[7]), chunk(["b"], line=["7"])], folder)
 
 
