@@ -11,10 +11,10 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import arrow_filesystem
 
 
-def parquet(table: pa.Table, row_group: int | None = None) -> bytes:
-    """Encode a table as a Parquet file, in row groups of `row_group` rows."""
+def parquet(table: pa.Table) -> bytes:
+    """Encode a table as a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=row_group)
+    pq.write_table(table, sink)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
