@@ -37,11 +37,6 @@ class ImageRef(NamedTuple):
     start: int = 0
     length: int = -1
 
-    @classmethod
-    def parquet_row(cls, archive: str, row: int) -> ImageRef:
-        """Make the reference of the image in a row of a Parquet file."""
-        return cls(f"{archive}#{row}", row, 1)
-
     @property
     def path(self) -> str:
         """The path that a category pattern is matched with: a tar member's own path, else that of the file."""

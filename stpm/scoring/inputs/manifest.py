@@ -189,7 +189,7 @@ def write(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOpti
             if is_duplicate.any() or shards.lacks_columns(number):
                 shard = storage.read_table(_shard_uri(folder, number))
                 categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))
-                shards.replace(number, shard.filter(pa.array(~is_duplicate)))
+                shards.write(number, shard.filter(pa.array(~is_duplicate)))
         shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
     rows = sum(shard_rows)
     summary = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows)
@@ -248,17 +248,21 @@ class _Shards:
             rows = self._take()
             end = rows.num_rows - rows.num_rows % self._length
             for start in range(0, end, self._length):
-                self._write(len(self), rows.slice(start, self._length))
+                self.write(len(self), rows.slice(start, self._length))
             self._waiting = [rows.slice(end)]
 
     def end(self) -> None:
         """Write the rows that are left."""
         if any(table.num_rows for table in self._waiting):
-            self._write(len(self), self._take())
+            self.write(len(self), self._take())
 
-    def replace(self, number: int, rows: pa.Table) -> None:
-        """Replace a shard; without rows, remove it."""
-        self._write(number, rows)
+    def write(self, number: int, rows: pa.Table) -> None:
+        """Write the next shard, or replace an earlier one; without rows, remove it."""
+        rows = _with_user_columns(rows, self._user_types)
+        future = self._pool.submit(_write_shard, _shard_uri(self._folder, number), rows)
+        self._written[number : number + 1] = [future]
+        # Rows that wait for a writer take memory.
+        self._written[max(number - 2 * _WRITERS, 0)].result()
 
     def rows(self, number: int) -> int:
         return self._written[number].result().rows
@@ -271,13 +275,6 @@ class _Shards:
         rows = pa.concat_tables([_with_user_columns(table, self._user_types) for table in self._waiting])
         self._waiting = []
         return rows
-
-    def _write(self, number: int, rows: pa.Table) -> None:
-        rows = _with_user_columns(rows, self._user_types)
-        future = self._pool.submit(_write_shard, _shard_uri(self._folder, number), rows)
-        self._written[number : number + 1] = [future]
-        # Rows that wait for a writer take memory.
-        self._written[max(number - 2 * _WRITERS, 0)].result()
 
 
 def _write_shard(uri: str, rows: pa.Table) -> _Written:

@@ -96,7 +96,7 @@ def rows_one_by_one(
         try:
             mask_uri = resolve(mask, folder)
             if "uri" not in chunk.schema.names:
-                image = ImageRef.parquet_row(uri, number)
+                image = ImageRef(f"{uri}#{number}", number, 1)
                 error = check_allowed([mask_uri], allowed)
             elif name:
                 image = ImageRef(resolve(name, folder))
