@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ModelError
 from stpm.method.preprocessing import Preprocessing
 from stpm.monitoring.nights import ErrorExample, TopImage
 from stpm.scoring.output import RunOutput
 from stpm.scoring.triage import THREADS, most_anomalous, picture
-from stpm.storage import in_parallel
 
 # Images of a category whose p-values and statistics are compared: enough for any change that matters.
 SAMPLE = 5000
@@ -128,4 +128,4 @@ def top_images(runs: Sequence[RunOutput], preprocessing: Callable[[str, str], Pr
         values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
         return TopImage(**values, picture=drawn)
 
-    return tuple(in_parallel(lambda item: image(*item[2:]), best, THREADS))
+    return tuple(storage.in_parallel(lambda item: image(*item[2:]), best, THREADS))
