@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from stpm import storage
 from stpm.data.images import SUFFIXES
 from stpm.errors import DataError
+from stpm.names import is_utf8, safe_name
 
 GOOD = "good"
 
@@ -68,7 +69,7 @@ def read_category(root: str, name: str) -> Category:
         DataError: if the category's name is not allowed in a path, there is no training image, or a training image's
             name is not UTF-8.
     """
-    storage.safe_name(name, "category")
+    safe_name(name, "category")
     folder = storage.join(root, name)
     versions = {uri: version for uri, version in storage.versions(folder) if uri.lower().endswith(SUFFIXES)}
     train, test, masks = [], [], {}
@@ -81,7 +82,7 @@ def read_category(root: str, name: str) -> Category:
                 test.append((uri, label))
             case ("ground_truth", label, file):
                 masks[label, PurePosixPath(file).stem.removesuffix("_mask")] = uri
-    if invalid := [uri for uri, _ in train if not storage.is_utf8(uri)]:
+    if invalid := [uri for uri, _ in train if not is_utf8(uri)]:
         raise DataError(f"{invalid[0]!r}: the name of this training image is not UTF-8; rename it")
     if not train:
         raise DataError(f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)})")

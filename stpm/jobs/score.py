@@ -18,6 +18,7 @@ from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import held
 from stpm.method.calibration import few_good_images_warning
 from stpm.models.store import ModelStore
+from stpm.names import as_utf8
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -102,7 +103,7 @@ def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
         count = total = 0
         for line in filter(None, map(str.strip, lines)):
             count += 1
-            total += image_id(storage.as_utf8(storage.absolute(line)))
+            total += image_id(as_utf8(storage.absolute(line)))
             print(line, file=file)
         yield file, f"{count} lines, digest {total % 2**64:016x}" if count else ""
 

@@ -38,6 +38,7 @@ from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelErro
 from stpm.method.calibration import Calibration
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, from_json, to_json
 from stpm.models.versions import Version, Versions
+from stpm.names import safe_name
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class ModelStore:
     def _publish(
         self, record: ModelRecord, contents: dict[str, bytes], data_fingerprint: str, *, stage: bool
     ) -> ModelRecord:
-        storage.safe_name(record.category, "category")
+        safe_name(record.category, "category")
         digests = {name: storage.digest(data) for name, data in contents.items()}
         record = dataclasses.replace(record, files=digests)
         try:
@@ -320,7 +321,7 @@ class ModelStore:
 
     def folder(self, category: str) -> str:
         """Return the folder of a category."""
-        return storage.join(self.uri, storage.safe_name(category, "category"))
+        return storage.join(self.uri, safe_name(category, "category"))
 
     def checkpoint_uri(self, category: str, number: int = 0) -> str:
         """Return the URI of the checkpoint of a running fit; a task with several fits numbers them."""

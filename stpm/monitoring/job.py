@@ -18,6 +18,7 @@ from stpm.monitoring.judging import judge_night
 from stpm.monitoring.nights import Night, read_night, write_night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.monitoring.runs import NightFolder, score_new_images
+from stpm.names import as_utf8
 from stpm.options import ClusterOptions
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
@@ -126,7 +127,7 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
             try:
                 job.score(NightFolder.of(job.out, date), ray, fresh=job.options.fresh and is_tonight)
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
-                problem = storage.as_utf8(str(error))
+                problem = as_utf8(str(error))
                 if "--fresh" in problem and not is_tonight:
                     problem += f"; for this night, start with --date {date} --fresh"
                 problems[date] = problem
@@ -159,7 +160,7 @@ def update_records(
                 write_night(folder, night)
         except (ConfigError, DataError, OSError) as error:
             # Storage failed, or the record or a file of the runs is damaged: keep the record.
-            nights[date] = Night(date.isoformat(), job.sources(date), problem=storage.as_utf8(str(error)))
+            nights[date] = Night(date.isoformat(), job.sources(date), problem=as_utf8(str(error)))
             log.info(f"{date}: {nights[date].problem}")
     return nights
 
@@ -171,5 +172,5 @@ def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
             if night := read_night(folder):
                 nights[folder.date] = night
         except (DataError, OSError) as error:
-            log.info(f"warning: {storage.as_utf8(str(error))}; the page leaves this night out")
+            log.info(f"warning: {as_utf8(str(error))}; the page leaves this night out")
     return nights

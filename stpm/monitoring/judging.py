@@ -20,6 +20,7 @@ from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.rows import CategoryRows, read_rows, top_images
 from stpm.monitoring.runs import NightFolder
+from stpm.names import as_utf8
 from stpm.scoring.inputs import manifest
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
@@ -68,7 +69,7 @@ def judge_night(
         references = dict(zip(names, found_references, strict=True))
     except ModelUnreadableError as error:
         # The next start judges the night.
-        night = replace(night, problem=night.problem or storage.as_utf8(str(error)))
+        night = replace(night, problem=night.problem or as_utf8(str(error)))
         references = dict.fromkeys(names, "")
     tests = max(len(names), 1) * options.nights
 

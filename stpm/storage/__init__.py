@@ -1,6 +1,5 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, as_utf8, is_utf8, safe_name
 from stpm.storage.listing import children, files, files_starting, glob, stream, versions
 from stpm.storage.objects import (
     check_size,
@@ -20,11 +19,8 @@ from stpm.storage.tables import count_rows, parquet, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
-    "HIVE_NULL",
-    "MAX_FOLDER_BYTES",
     "absolute",
     "arrow_filesystem",
-    "as_utf8",
     "check_size",
     "children",
     "count_rows",
@@ -37,7 +33,6 @@ __all__ = [
     "glob",
     "in_parallel",
     "is_local",
-    "is_utf8",
     "join",
     "output_folder",
     "parquet",
@@ -47,7 +42,6 @@ __all__ = [
     "read_table",
     "remove",
     "remove_empty_folders",
-    "safe_name",
     "stream",
     "sweep",
     "sync",

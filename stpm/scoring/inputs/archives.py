@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from stpm import storage
 from stpm.data.images import MAX_BYTES, SUFFIXES
 from stpm.errors import DataError, ImageError, TooLongError, UriError
+from stpm.names import as_utf8
 from stpm.scoring.inputs.shared_reads import SharedReads
 
 TAR, PARQUET = ".tar", ".parquet"
@@ -76,7 +77,7 @@ def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
                 name = posixpath.normpath(member.name)
                 link_target = files.get(posixpath.normpath(member.linkname))
                 files.pop(name, None)
-                member_uri = f"{uri}#{storage.as_utf8(member.name)}"
+                member_uri = f"{uri}#{as_utf8(member.name)}"
                 if member.isfile():
                     files[name] = ImageRef(member_uri, member.offset_data, member.size)
                 elif member.islnk() and link_target:

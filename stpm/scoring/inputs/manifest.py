@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import ConfigError, DataError, ImageError
+from stpm.names import as_utf8, is_utf8
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.options import ScoreOptions
@@ -105,14 +106,14 @@ def _image_ids(uris: Sequence[str]) -> npt.NDArray[np.int64]:
 
 def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
     """Make a table of schema MANIFEST."""
-    uris = [storage.as_utf8(row.image.uri) for row in rows]
+    uris = [as_utf8(row.image.uri) for row in rows]
     errors = [row.error or _error(row) for row in rows]
     columns = {
         "image_id": _image_ids(uris),
         "uri": uris,
-        "category": [storage.as_utf8(row.category) for row in rows],
-        "label": [storage.as_utf8(row.label) for row in rows],
-        "mask": [storage.as_utf8(row.mask) for row in rows],
+        "category": [as_utf8(row.category) for row in rows],
+        "label": [as_utf8(row.label) for row in rows],
+        "mask": [as_utf8(row.mask) for row in rows],
         "error_kind": [error.kind if error else "" for error in errors],
         "error_message": [str(error) if error else "" for error in errors],
         "archive_start": [row.image.start for row in rows],
@@ -146,7 +147,7 @@ def make_good_rows(
 
 
 def _error(row: ManifestRow) -> ImageError | None:
-    if not storage.is_utf8(row.image.uri):
+    if not is_utf8(row.image.uri):
         return ImageError("bad_name", "the name is not UTF-8, bytes outside it are written %XX here; rename the file")
     return None if row.category else _NO_CATEGORY
 

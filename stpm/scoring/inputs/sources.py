@@ -12,6 +12,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.data.images import SUFFIXES
 from stpm.errors import ImageError, NoImagesError
+from stpm.names import as_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.archives import TAR, ImageRef, tar_images
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -88,7 +89,7 @@ def _images_in(file: str) -> Iterator[tuple[ImageRef, ImageError | None]]:
 def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: CategoryRule) -> Iterator[pa.Table]:
     def row(image: ImageRef, error: ImageError | None) -> ManifestRow:
         # A pattern matches paths of images, and an archive with an error is none.
-        category = rule.fixed if error else rule.category(storage.as_utf8(image.path))
+        category = rule.fixed if error else rule.category(as_utf8(image.path))
         return ManifestRow(image, category, error=error)
 
     while chunk := list(islice(images, CHUNK_ROWS)):

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stpm import storage
 from stpm.errors import ConfigError, ImageError, NoImagesError, UriError
+from stpm.names import as_utf8, is_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -40,7 +40,7 @@ def table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator
             raise ConfigError(f"{uri}: column {clashing[0]} is one that scoring writes itself; rename it")
         has_rows = True
         numbers = np.arange(first, first + chunk.num_rows)
-        make = rows_at_once if storage.is_utf8(uri) else rows_one_by_one
+        make = rows_at_once if is_utf8(uri) else rows_one_by_one
         yield with_passthrough(make(chunk, numbers, uri, rule, allowed), chunk)
         first += chunk.num_rows
     if not first:
@@ -73,7 +73,7 @@ def rows_at_once(chunk: pa.Table, numbers: Numbers, uri: str, rule: CategoryRule
         chosen = [category or rule.category(image.path) for category, image in given]
         categories = pa.chunked_array([chosen], pa.string())
     else:
-        categories = pc.if_else(pc.equal(categories, ""), storage.as_utf8(rule.fixed), categories)
+        categories = pc.if_else(pc.equal(categories, ""), as_utf8(rule.fixed), categories)
     rows = make_good_rows(uris, categories, labels, mask_uris, starts, lengths)
     odd = np.flatnonzero(~is_plain)
     if not len(odd):

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from stpm import storage
 from stpm.errors import ImageError
-from stpm.names import check_no_secret
+from stpm.names import check_no_secret, is_utf8
 
 # Neither empty, nor `.` or `..`.
 _SEGMENT = r"(?:[^/.]|\.[^/.]|\.\.[^/])[^/]*"
@@ -80,7 +80,7 @@ def resolve_plain(
     is_empty = pc.equal(names, "")
     stays = pc.or_(is_empty, pc.or_(pc.match_substring(names, "://"), pc.starts_with(names, "/")))
     uris = pc.if_else(stays, names, pc.binary_join_element_wise(folder, names, "/"))
-    folders = [_as_folder(prefix) for prefix in prefixes if storage.is_utf8(prefix)]
+    folders = [_as_folder(prefix) for prefix in prefixes if is_utf8(prefix)]
     holds = pc.match_substring_regex(uris, _PLAIN).to_numpy()
     holds &= np.any([pc.starts_with(uris, each).to_numpy() for each in folders], axis=0)
     holds &= ~pc.match_substring(uris, "::").to_numpy()

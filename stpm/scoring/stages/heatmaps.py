@@ -20,6 +20,7 @@ from stpm import storage
 from stpm.data.encode import encode_jpeg, encode_png
 from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
+from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, safe_name
 from stpm.scoring import prometheus
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import BatchReport, ProgressReporter
@@ -131,7 +132,7 @@ class WriteHeatmaps:
             return Pictures(heatmap_png=heatmap, overlay_jpeg=overlaid)
         name = f"{row['image_id'] & (2**64 - 1):016x}"
         # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
-        category = storage.safe_name(row["category"], "category")
+        category = safe_name(row["category"], "category")
         stem = f"{self._output.heatmap_path}/{category}/{name[:2]}/{name}"
         return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.jpg", overlaid))
 
@@ -175,10 +176,6 @@ def with_folder_names(rows: pa.Table) -> pa.Table:
 
 def _as_folder(category: str) -> str:
     """Replace a category that is too long for a folder when percent-encoded, has a NUL, or means null in Hive."""
-    if (
-        len(quote(category, safe="")) <= storage.MAX_FOLDER_BYTES
-        and category != storage.HIVE_NULL
-        and "\0" not in category
-    ):
+    if len(quote(category, safe="")) <= MAX_FOLDER_BYTES and category != HIVE_NULL and "\0" not in category:
         return category
     return f"{category[:_FOLDER_PREFIX].replace(chr(0), '')}… {storage.digest(category.encode())[:12]}"
