@@ -163,9 +163,8 @@ class RunOutput:
         Clear the run state first: the next run finds nothing to resume after a kill at any moment.
         """
         RunState(self.state_folder).clear()
-        for uri in (*self.files(), self.heatmaps, self.manifest, self.segments, self.triage):
+        for uri in self.existing():
             storage.remove(uri)
-        self.clear_checkpoints()
 
     def remove(self) -> None:
         """Remove all that runs wrote here, and then the mark that a run wrote it."""
