@@ -27,7 +27,7 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, WantedBackend
 from stpm.scoring.inputs.manifest import labelled_rows
-from stpm.scoring.options import ScoreOptions
+from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import describe_plan
 from stpm.scoring.resuming.run_state import RunConfig
@@ -77,7 +77,8 @@ def run_benchmark(
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
                     for seed, store in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
-                            output = RunOutput.named(out, f"seed-{seed}")
+                            # Metrics of pixels are computed from the maps.
+                            output = RunOutput.named(out, f"seed-{seed}", OutputOptions(raw_maps=True))
                             _score(data, categories, records, ModelStore(store), scoring, output, cluster.backend)
                             results += evaluate_categories(output, records, ModelStore(store), reporting.masks_at)
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)

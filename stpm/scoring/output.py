@@ -44,8 +44,8 @@ class RunOutput:
 
     @classmethod
     def named(cls, folder: str, name: str, options: OutputOptions | None = None) -> RunOutput:
-        """Return the output of one of several runs in a folder. Without options, it keeps raw maps, for evaluation."""
-        return cls(folder, name, storage.join(folder, _RUNS, name), options or OutputOptions(raw_maps=True))
+        """Return the output of one of several runs in a folder."""
+        return cls(folder, name, storage.join(folder, _RUNS, name), options or OutputOptions())
 
     @classmethod
     def all_named(cls, folder: str) -> list[RunOutput]:
