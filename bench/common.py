@@ -210,8 +210,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def images_per_second(out: str) -> float:
     """Return the steady speed of a scoring run, or that of all of it if it was too short."""
-    result = RunState(out).result()
-    return result.statistics.steady_images_per_second or result.images_per_second
+    return RunState(out).result().steady_images_per_second
 
 
 # Models and metrics

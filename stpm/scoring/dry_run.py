@@ -65,7 +65,7 @@ def describe_estimate(images: int, sample: RunResult, file_sizes: Sequence[int])
         sample: the result of scoring the sample.
         file_sizes: of the files that the sample wrote, bytes.
     """
-    speed = sample.statistics.steady_images_per_second or sample.images_per_second
+    speed = sample.steady_images_per_second
     start_seconds = max(sample.seconds - sample.rows / speed, 0.0)
     scale = images / sample.rows
     return (

@@ -82,6 +82,7 @@ class RunResult:
         return sum(self.errors.values())
 
     @property
-    def images_per_second(self) -> float:
-        """Images per second since the last start."""
-        return self.statistics.images / self.seconds if self.seconds else 0.0
+    def steady_images_per_second(self) -> float:
+        """Images per second without the start of the run, or those of all of it if it was too short to tell."""
+        whole = self.statistics.images / self.seconds if self.seconds else 0.0
+        return self.statistics.steady_images_per_second or whole

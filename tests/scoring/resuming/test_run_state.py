@@ -71,7 +71,8 @@ def test_a_finished_run_has_a_result_and_a_success_file(state: RunState, tmp_pat
     read = RunState(str(tmp_path))
     assert read.is_finished()
     assert read.result() == result
-    assert (result.error_count, result.images_per_second) == (1, 2.5)
+    assert (result.error_count, result.steady_images_per_second) == (1, 9.0)
+    assert RunResult(seconds=2.0, statistics=RunStatistics(images=5)).steady_images_per_second == 2.5
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["result"]["bytes_read"] == 12345
     assert run["config"]["category"] == "nut"
