@@ -42,6 +42,10 @@ class ModelUnreadableError(ModelError):
     """Storage failed while a model was read: the model may exist, and be intact."""
 
 
+class DivergedError(StpmError):
+    """The loss is NaN or infinite."""
+
+
 class UndefinedMetricError(StpmError):
     """A metric is undefined for these labels or scores."""
 

@@ -12,17 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stpm.errors import StpmError
+from stpm.errors import DivergedError
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
 from stpm.method.backbones import Backbone, StateDict, build_student
 from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import Recipe
-
-
-class DivergedError(StpmError):
-    """The loss is NaN or infinite."""
 
 
 @dataclass(frozen=True)

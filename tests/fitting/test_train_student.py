@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stpm.errors import DivergedError
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import DivergedError, FitState, learning_rate, split_images, train_student
+from stpm.fitting.train_student import FitState, learning_rate, split_images, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.backbones import load_backbone
 from stpm.method.matching import matching_loss
