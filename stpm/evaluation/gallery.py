@@ -21,7 +21,7 @@ from stpm.evaluation.category import GROUND_TRUTH_COLUMNS, ScoredCategory, groun
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
 from stpm.scoring.inputs.archives import read_uri
-from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
+from stpm.scoring.stages.heatmaps import overlay_heatmap, read_heatmap
 
 _COUNT = 4
 # Pixels: sides of an image in the sheet and in a gallery, space between images, height of a caption.
@@ -114,7 +114,7 @@ def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
     height, width = pixels.shape[:2]
     left, top = (size - width) // 2, (size - height) // 2
     if heatmap := read_heatmap(category.output.folder, row):
-        pair.paste(Image.fromarray(overlay_png(pixels, heatmap)), (size + _GAP + left, top))
+        pair.paste(Image.fromarray(overlay_heatmap(pixels, heatmap)), (size + _GAP + left, top))
     outlined = pixels.copy()
     outlined[_outline(row, category.preprocessing, width, height)] = _OUTLINE
     pair.paste(Image.fromarray(outlined), (left, top))

@@ -22,7 +22,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.resuming.segments import committed_summaries, scan_rows
 from stpm.scoring.row_summary import SCORE_PARTS, RankedImage, RowSummary
-from stpm.scoring.stages.heatmaps import overlay_png, read_heatmap
+from stpm.scoring.stages.heatmaps import overlay_heatmap, read_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
@@ -65,7 +65,7 @@ def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocess
     try:
         pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
         heatmap = read_heatmap(output.folder, row)
-        return jpeg_uri(encode_jpeg(Image.fromarray(overlay_png(pixels, heatmap) if heatmap else pixels)))
+        return jpeg_uri(encode_jpeg(Image.fromarray(overlay_heatmap(pixels, heatmap) if heatmap else pixels)))
     except Exception as error:  # noqa: BLE001
         log.warning("%s is not shown: %s: %s", row["uri"], type(error).__name__, error)
         return ""

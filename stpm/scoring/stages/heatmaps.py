@@ -70,9 +70,9 @@ def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
     return (pixels | colours) - ((pixels ^ colours) >> 1)
 
 
-def overlay_png(pixels: Pixels, png: bytes) -> Pixels:
+def overlay_heatmap(pixels: Pixels, heatmap_png: bytes) -> Pixels:
     """Draw a heatmap made by `palette_png` over an image of any size, (H, W, 3) uint8 RGB."""
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+    with Image.open(io.BytesIO(heatmap_png), formats=["PNG"]) as image:
         levels = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
     return overlay(pixels, np.asarray(levels))
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import SCORED
-from stpm.scoring.stages.heatmaps import jet_palette, overlay, overlay_png, palette_png, read_heatmap
+from stpm.scoring.stages.heatmaps import jet_palette, overlay, overlay_heatmap, palette_png, read_heatmap
 from tests.scoring.stages.helpers import manifest, score, write_heatmaps
 
 
@@ -31,10 +31,10 @@ def test_overlay_is_half_image_and_half_heatmap(rng: np.random.Generator) -> Non
     np.testing.assert_allclose(overlay(pixels, levels), expected, atol=0.5)
 
 
-def test_overlay_png_scales_the_heatmap_to_the_image(rng: np.random.Generator) -> None:
+def test_overlay_heatmap_scales_the_heatmap_to_the_image(rng: np.random.Generator) -> None:
     pixels = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
     png = palette_png(np.full((4, 4), 200, np.uint8))
-    np.testing.assert_array_equal(overlay_png(pixels, png), overlay(pixels, np.full((8, 12), 200, np.uint8)))
+    np.testing.assert_array_equal(overlay_heatmap(pixels, png), overlay(pixels, np.full((8, 12), 200, np.uint8)))
 
 
 def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
