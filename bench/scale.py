@@ -200,7 +200,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
             score()
 
     rows = sum(segment.rows for segment in segments)
-    with connected(), show_scoring_progress(rows, stops=False) as report:
+    with connected(), show_scoring_progress(rows, stop_on_failures=False) as report:
         measure(step, images.rows, score if step == "stub" else to_first_block, rows)
     if step == "stub":
         measure("triage", rows, lambda: most_anomalous(output, _TOP))

@@ -76,13 +76,13 @@ class ProgressActor:
 
     Args:
         clock: returns seconds; injected by tests.
-        stops: decide to stop the run when most images fail. Each stage has a circuit breaker of its own, because the
-            first stages run ahead of the last.
+        stop_on_failures: decide to stop the run when most images fail. Each stage has a circuit breaker of its own,
+            because the first stages run ahead of the last.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, stops: bool = True) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, stop_on_failures: bool = True) -> None:
         self._clock = clock
-        self._stops = stops
+        self._stop_on_failures = stop_on_failures
         self._statistics = RunStatistics()
         self._unfinished: list[UnfinishedImage] = []
         self._breakers: defaultdict[Stage, CircuitBreaker] = defaultdict(CircuitBreaker)
@@ -95,7 +95,7 @@ class ProgressActor:
         """Add the report of one batch; return the reason to stop the run, or ""."""
         self._statistics += report.statistics
         self._unfinished += report.unfinished[: _MAX_UNFINISHED - len(self._unfinished)]
-        if report.attempted and self._stops:
+        if report.attempted and self._stop_on_failures:
             breaker = self._breakers[report.stage]
             breaker.add(report.attempted, report.external_errors)
             if breaker.is_open and not self._stop_reason:
@@ -178,14 +178,16 @@ class ProgressDisplay:
 
 
 @contextmanager
-def show_scoring_progress(total: int, *, stops: bool) -> Iterator[ProgressReporter]:
+def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[ProgressReporter]:
     """Start a progress actor, and show the progress while the block runs. Needs a connection to Ray.
 
     Args:
         total: images to score.
-        stops: stop the run when most images fail, see `ProgressActor`.
+        stop_on_failures: stop the run when most images fail, see `ProgressActor`.
     """
-    actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(ProgressActor).remote(stops=stops)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(ProgressActor).remote(
+        stop_on_failures=stop_on_failures
+    )
     reporter = ProgressReporter(actor)
     display = ProgressDisplay(total, show_progress if is_terminal() else None)
     ended = threading.Event()

@@ -207,7 +207,7 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
         if to_score < images.rows:
             log.info(f"{images.rows - to_score} are scored already, {to_score} remain")
         total = RowSummary.total(committed_summaries(run.output), run.triage_images)
-        with show_scoring_progress(to_score, stops=not run.options.accept_errors) as report:
+        with show_scoring_progress(to_score, stop_on_failures=not run.options.accept_errors) as report:
             for segment in segments:
                 if segment.number in remaining:
                     if len(remaining) > 1:

@@ -41,7 +41,7 @@ def test_progress_actor_adds_up_statistics() -> None:
 
 
 def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:
-    actor, patient = ProgressActor(), ProgressActor(stops=False)
+    actor, patient = ProgressActor(), ProgressActor(stop_on_failures=False)
     unfinished = [UnfinishedImage(f"{i}.png", "unreadable", "expired") for i in range(64)]
     reasons = []
     for _ in range(4):

@@ -147,7 +147,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., Non
     report = SimpleNamespace(read=lambda: (RunStatistics(images=2), images, ""))
     monkeypatch.setattr(run_module, "connected", nullcontext)
     monkeypatch.setattr(run_module, "remaining_segments", lambda output, segments: segments)
-    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stops: nullcontext(report))
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(report))
     monkeypatch.setattr(run_module, "score_shards", score_shards)
 
 
