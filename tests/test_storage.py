@@ -231,11 +231,11 @@ def test_a_damaged_table_is_named(root: str) -> None:
         storage.read_table(uri)
 
 
-def test_sweep_removes_the_unfinished_files_of_killed_writers(tmp_path: Path) -> None:
+def test_unfinished_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
     storage.publish(str(tmp_path / "kept"), b"x")
     (tmp_path / f".{uuid.uuid4().hex}.part").write_bytes(b"half")
-    storage.sweep(str(tmp_path))
-    storage.sweep(str(tmp_path / "nothing"))
+    storage.remove_unfinished(str(tmp_path))
+    storage.remove_unfinished(str(tmp_path / "nothing"))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 

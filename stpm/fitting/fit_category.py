@@ -112,7 +112,7 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
 def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> ModelRecord:
     start = time.perf_counter()
     recipe, store = task.recipe, ModelStore(task.store)
-    storage.sweep(store.folder(task.category))
+    storage.remove_unfinished(store.folder(task.category))
     features = _load_features(task, limits, report)
     matcher = features.matcher
     train, held_out = split_images(len(features.images), recipe)

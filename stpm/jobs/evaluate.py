@@ -104,7 +104,7 @@ def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[Model
         ModelError: if one of the models no longer exists.
     """
     state = RunState(output.state_folder)
-    uri, model_ids = state.models()
+    uri, model_ids = state.store_and_model_ids()
     if not state.is_finished():
         raise DataError(f"{output.folder}: this run is not finished; run the score job again")
     store = ModelStore(models or uri)

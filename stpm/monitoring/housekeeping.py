@@ -34,7 +34,7 @@ def remove_nights_before(out: str, date: datetime.date) -> None:
             continue
         folder.remove_runs()
         storage.remove(folder.record)
-        storage.sweep(folder.uri)
+        storage.remove_unfinished(folder.uri)
         storage.remove_empty_folders(folder.uri)
         kept = storage.files(folder.uri)
         log.info(f"removed the night {night.date}{f', but not {len(kept)} files that no run wrote' if kept else ''}")

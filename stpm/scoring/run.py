@@ -218,7 +218,7 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
             statistics, unfinished, _ = report.read()
     if has_heatmaps:
         # Processes that were killed leave unfinished files.
-        storage.sweep(run.output.heatmaps)
+        storage.remove_unfinished(run.output.heatmaps)
     missing = images.rows - total.rows
     if missing and not unfinished:
         raise ConfigError(f"{total.rows} rows in {run.output.scores} for {images.rows} images; run again with --fresh")

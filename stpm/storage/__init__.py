@@ -11,7 +11,7 @@ from stpm.storage.objects import (
     read_at_most,
     remove,
     remove_empty_folders,
-    sweep,
+    remove_unfinished,
     sync,
 )
 from stpm.storage.parallel import in_parallel
@@ -42,8 +42,8 @@ __all__ = [
     "read_table",
     "remove",
     "remove_empty_folders",
+    "remove_unfinished",
     "stream",
-    "sweep",
     "sync",
     "versions",
 ]

@@ -199,7 +199,7 @@ def sync(uri: str) -> None:
         os.sync()
 
 
-def sweep(uri: str) -> None:
+def remove_unfinished(uri: str) -> None:
     """Remove the unfinished files of killed writers under a local folder; nobody may be writing there."""
     if is_local(uri):
         for unfinished in Path(absolute(uri)).rglob(f".{_HEX}{_UNFINISHED}"):

@@ -215,14 +215,14 @@ def test_a_run_with_other_models_is_refused_or_started_over(
     score: Callable[..., dict[str, int]], tmp_path: Path, tiny: Recipe
 ) -> None:
     before = score()
-    bound = RunState(str(tmp_path / "run")).models()
+    bound = RunState(str(tmp_path / "run")).store_and_model_ids()
     save(ModelStore(str(tmp_path / "models")), dataclasses.replace(tiny, seed=7))
     with pytest.raises(ConfigError, match=r"holds the rows of another run: nut was 'nut-.*' and is 'nut-"):
         score()
-    assert RunState(str(tmp_path / "run")).models() == bound
+    assert RunState(str(tmp_path / "run")).store_and_model_ids() == bound
     after = score(fresh=True)
     assert all(after[name] != before[name] for name in before)
-    assert RunState(str(tmp_path / "run")).models() != bound
+    assert RunState(str(tmp_path / "run")).store_and_model_ids() != bound
 
 
 def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe) -> None:

@@ -91,7 +91,7 @@ class RunState:
         """Return the model id of each category that has one; None if no models are bound yet."""
         return self._values.get("models")
 
-    def models(self) -> tuple[str, dict[str, str]]:
+    def store_and_model_ids(self) -> tuple[str, dict[str, str]]:
         """Return the URI of the model store, and the model id of each category.
 
         Raises:

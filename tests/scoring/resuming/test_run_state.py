@@ -48,7 +48,7 @@ def test_a_run_is_bound_to_its_models(state: RunState, tmp_path: Path) -> None:
         "bolt was 'bolt-1' and is None",
     ]
     state.bind_models(MODELS, "elsewhere")
-    assert RunState(str(tmp_path)).models() == ("elsewhere", MODELS)
+    assert RunState(str(tmp_path)).store_and_model_ids() == ("elsewhere", MODELS)
 
 
 def test_a_finished_run_has_a_result_and_a_success_file(state: RunState, tmp_path: Path) -> None:
