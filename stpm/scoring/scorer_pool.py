@@ -11,7 +11,7 @@ from stpm.errors import ConfigError
 
 # Tasks that fetch, decode or write, per CPU core: each waits half of its time for storage or for a scorer.
 _TASKS_PER_CORE = 2
-# Maximum fraction of the CPUs beside scorers for one such task: tasks of each other stage must fit.
+# A task takes at most this fraction of the CPUs that scorers leave free, so that tasks of the other stages fit too.
 _MAX_FRACTION_OF_REST = 1 / 4
 # Fraction of a cluster that is reserved for the stages (decode, score, write) in equal parts: Ray Data's default.
 _RESERVED_FRACTION = 0.5

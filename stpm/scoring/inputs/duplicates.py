@@ -1,4 +1,4 @@
-"""Finds the rows whose id an earlier row has, in memory that hardly grows with their number."""
+"""Find rows that repeat the id of an earlier row, in memory that hardly grows with their number."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Duplicates:
 
 
 def _repeated(entries: Ids) -> Ids:
-    """Return the rows, given as (id, row) in ascending order of the rows, whose id an earlier one has."""
+    """Return the rows whose id an earlier row has, given (id, row) pairs in ascending order of the rows."""
     ordered = entries[np.argsort(entries[:, 0], kind="stable")]
     repeated: Ids = ordered[1:][ordered[1:, 0] == ordered[:-1, 0], 1]
     return repeated

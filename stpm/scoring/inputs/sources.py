@@ -88,7 +88,7 @@ def _images_in(file: str) -> Iterator[tuple[ImageRef, ImageError | None]]:
 
 def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: CategoryRule) -> Iterator[pa.Table]:
     def row(image: ImageRef, error: ImageError | None) -> ManifestRow:
-        # A pattern matches paths of images, and an archive with an error is none.
+        # A pattern describes image paths, and a damaged archive is not an image.
         category = rule.fixed if error else rule.category(as_utf8(image.path))
         return ManifestRow(image, category, error=error)
 

@@ -16,7 +16,7 @@ from stpm.names import check_no_secret, is_utf8
 
 # Neither empty, nor `.` or `..`.
 _SEGMENT = r"(?:[^/.]|\.[^/.]|\.\.[^/])[^/]*"
-# Of such URIs `resolve` changes nothing, and they hold no secret: a user of theirs has no password.
+# `resolve` leaves such URIs as they are. They hold no secret: the pattern allows no password.
 _PLAIN = rf"\A(?:(?:s3a?|gs|gcs|abfss?|az|memory)://[^/?#:.][^/?#:]*)?(?:/{_SEGMENT})+\z"
 
 
@@ -75,13 +75,13 @@ def resolve_plain(
         prefixes: that are allowed.
 
     Returns:
-        The URI of each name, string; and whether it holds: of a name for which it does not, `resolve` gives the URI.
+        The URI of each name, string; and whether that URI is valid. Where it is not, call `resolve`.
     """
     is_empty = pc.equal(names, "")
     stays = pc.or_(is_empty, pc.or_(pc.match_substring(names, "://"), pc.starts_with(names, "/")))
     uris = pc.if_else(stays, names, pc.binary_join_element_wise(folder, names, "/"))
     folders = [_as_folder(prefix) for prefix in prefixes if is_utf8(prefix)]
-    holds = pc.match_substring_regex(uris, _PLAIN).to_numpy()
-    holds &= np.any([pc.starts_with(uris, each).to_numpy() for each in folders], axis=0)
-    holds &= ~pc.match_substring(uris, "::").to_numpy()
-    return uris, holds | is_empty.to_numpy()
+    is_valid = pc.match_substring_regex(uris, _PLAIN).to_numpy()
+    is_valid &= np.any([pc.starts_with(uris, each).to_numpy() for each in folders], axis=0)
+    is_valid &= ~pc.match_substring(uris, "::").to_numpy()
+    return uris, is_valid | is_empty.to_numpy()
