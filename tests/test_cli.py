@@ -197,7 +197,7 @@ SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
         (["evaluate", "--run", "d", "--out", "file/run"], "file is a file"),
         (
             ["score", "--models", "m", "--images", "i", "--out", "o", "--category-from", "{category}/{2}"],
-            "{2} is no name",
+            "{2} is not a name",
         ),
         ([*SCORE, os.fsdecode(b"\xff"), "--out", "o"], "%FF: a name that is not UTF-8"),
         ([*SCORE, "nonsense://i", "--out", "nonsense://o"], "use a local path, s3://"),

@@ -33,7 +33,7 @@ class CategoryRule:
         names = _FIELD.findall(self.pattern)
         if invalid := [name for name in names if not name.isidentifier()]:
             raise ConfigError(
-                f"category-from is {self.pattern!r}; {{{invalid[0]}}} is no name: begin it with a letter, {_EXAMPLE}"
+                f"category-from is {self.pattern!r}; {{{invalid[0]}}} is not a name: begin it with a letter, {_EXAMPLE}"
             )
         if self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
             raise ConfigError(

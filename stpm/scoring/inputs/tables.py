@@ -154,7 +154,7 @@ def _read_json_lines(file: TextIO) -> Iterator[dict[str, str | None]]:
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
         if type(values) is not dict:
-            raise ValueError(f'line {number} is no object such as {{"uri": "a.png"}}')
+            raise ValueError(f'line {number} is not an object such as {{"uri": "a.png"}}')
         yield {name: _as_text(name, value, line) for name, value in values.items()}
 
 

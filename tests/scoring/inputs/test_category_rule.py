@@ -27,7 +27,7 @@ def test_a_pattern_matches_the_end_of_the_path(pattern: str, uri: str, category:
         ("{name}", "exactly once, and every other name at most once"),
         ("{category}/{category}", "exactly once, and every other name at most once"),
         ("{category}/{a}/{a}", "exactly once, and every other name at most once"),
-        ("{category}/{2}", r"\{2\} is no name"),
+        ("{category}/{2}", r"\{2\} is not a name"),
     ],
 )
 def test_a_pattern_must_name_the_category_once(pattern: str, why: str) -> None:
