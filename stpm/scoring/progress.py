@@ -48,7 +48,7 @@ class BatchReport(NamedTuple):
 
 
 class CircuitBreaker:
-    """Opens once more than half of the latest images failed for a reason outside the image, and stays open.
+    """Open, and stay open, once more than half of the latest images failed for a reason outside the image.
 
     Args:
         window: number of images to decide on.
@@ -148,7 +148,7 @@ class ProgressReporter:
 
 
 class ProgressDisplay:
-    """Shows the progress of a run: at the bottom of a terminal, or as a line every five seconds in a log.
+    """Show the progress of a run: at the bottom of a terminal, or as a line every five seconds in a log.
 
     Args:
         total: images to score.

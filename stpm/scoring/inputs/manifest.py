@@ -215,7 +215,7 @@ class _Written(NamedTuple):
 
 
 class _Shards:
-    """Cuts tables into shards of equal length, and writes several of them at the same time.
+    """Cut tables into shards of equal length, and write several of them at the same time.
 
     Args:
         folder: URI to write to.

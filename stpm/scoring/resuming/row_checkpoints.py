@@ -73,7 +73,7 @@ def task_of(uri: str) -> str:
 
 
 class FileNames(FilenameProvider):  # type: ignore[misc]
-    """Names tasks so that no name is a prefix of another: in twelve digits.
+    """Name tasks so that no name is a prefix of another: in twelve digits.
 
     Ray removes the files whose names begin with that of a killed task. In Ray's own names, of six digits, that of task
     100000 is a prefix of that of task 1000000.
@@ -91,7 +91,7 @@ class FileNames(FilenameProvider):  # type: ignore[misc]
 
 
 class RowWriter(ParquetDatasink):  # type: ignore[misc]
-    """Writes the rows of each task as Parquet files, and a summary of them beside the task's checkpoint.
+    """Write the rows of each task as Parquet files, and a summary of them beside the task's checkpoint.
 
     Args:
         output: of the run.
@@ -128,7 +128,7 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
 
 
 class PendingCheckpointCleaner(CheckpointManager):  # type: ignore[misc]
-    """Removes what killed tasks left, as Ray does, and filters no rows: the input has only those that remain."""
+    """Remove what killed tasks left, as Ray does, and filter no rows: the input has only those that remain."""
 
     def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> tuple[None, int]:
         """Clean up, and return no ids."""
