@@ -57,6 +57,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
+from stpm.scoring.resuming.run_state import RunConfig
 from stpm.scoring.resuming.segments import commit_segment, committed_summaries
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT
@@ -187,12 +188,19 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
     stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "WriteHeatmaps": Identity}
     for name, stub in stubs.items():
         setattr(pipeline, name, stub)
-    store, options = ModelStore(output.folder), ScoreOptions()
+    run = pipeline.ScoringRun(
+        rows=lambda: (),
+        config=RunConfig((), ScoreOptions.false_alarm_rate),
+        store=ModelStore(output.folder),
+        options=ScoreOptions(),
+        output=output,
+        triage_images=_TOP,
+        backend="eager",
+    )
 
     def score() -> None:
         for segment in segments:
-            checkpoint = output.segment_checkpoints(segment.number)
-            pipeline.score_shards(segment.shards, checkpoint, {}, store, options, output, _TOP, "eager", report)
+            pipeline.score_shards(run, segment.shards, output.segment_checkpoints(segment.number), {}, report)
             commit_segment(output, segment, _TOP)
 
     def to_first_block() -> None:

@@ -29,9 +29,9 @@ from stpm.options import ClusterOptions, WantedBackend
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import describe_plan
+from stpm.scoring.pipeline import ScoringRun, describe_plan
 from stpm.scoring.resuming.run_state import RunConfig
-from stpm.scoring.run import ScoringRun, run_scoring
+from stpm.scoring.run import run_scoring
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from stpm.scoring.inputs.manifest import image_id
 from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import describe_plan
+from stpm.scoring.pipeline import ScoringRun, describe_plan
 from stpm.scoring.resuming.run_state import RunConfig
-from stpm.scoring.run import Records, ScoringRun, run_scoring
+from stpm.scoring.run import Records, run_scoring
 from stpm.scoring.run_statistics import RunResult
 
 log = logging.getLogger(__name__)

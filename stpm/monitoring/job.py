@@ -24,8 +24,9 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.resuming.run_state import RunConfig
-from stpm.scoring.run import ScoringRun, run_scoring
+from stpm.scoring.run import run_scoring
 
 log = logging.getLogger(__name__)
 

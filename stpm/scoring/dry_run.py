@@ -16,7 +16,8 @@ from stpm import storage
 from stpm.console import duration
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.manifest import Manifest
-from stpm.scoring.run import ScoringRun, run_scoring
+from stpm.scoring.pipeline import ScoringRun
+from stpm.scoring.run import run_scoring
 from stpm.scoring.run_statistics import RunResult
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import SystemException
@@ -23,6 +25,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
 from stpm.scoring.resuming.row_checkpoints import RowWriter, checkpoint_config
+from stpm.scoring.resuming.run_state import RunConfig
 from stpm.scoring.scorer_pool import ScorerPool
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
@@ -35,6 +38,31 @@ _READING_TASKS = 2
 _WHOLE_BLOCK = None
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoringRun:
+    """What to score, with which models, and where to write.
+
+    Args:
+        rows: makes the manifest's rows. It is not called if an earlier run wrote the manifest.
+        config: all that decides the rows, except the models.
+        store: the models.
+        options: how to score.
+        output: where to write.
+        triage_images: images on the page of the most anomalous ones; 0: no page.
+        backend: what computes features on a CPU.
+        fdr: false discovery rate; 0: look for no discoveries.
+    """
+
+    rows: Callable[[], Iterable[pa.Table]]
+    config: RunConfig
+    store: ModelStore
+    options: ScoreOptions
+    output: RunOutput
+    triage_images: int = 0
+    backend: WantedBackend = "auto"
+    fdr: float = 0.0
 
 
 def describe_plan(options: ScoreOptions, node: Resources) -> str:
@@ -52,14 +80,10 @@ def _scorers(number: int) -> str:
 
 
 def score_shards(
+    run: ScoringRun,
     shards: Sequence[Shard],
     checkpoints: str,
     records: Mapping[str, ModelRecord],
-    store: ModelStore,
-    options: ScoreOptions,
-    output: RunOutput,
-    max_ranked: int,
-    backend: WantedBackend,
     report: ProgressReporter,
 ) -> None:
     """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
@@ -67,14 +91,10 @@ def score_shards(
     An image that failed because of storage, a model or a device gets no row, unless the options accept such errors.
 
     Args:
+        run: how to score, and where to write.
         shards: Parquet files of schema MANIFEST, with passthrough columns.
         checkpoints: URI of the folder for the ids and the summaries of written rows.
         records: the model of each category; rows of other categories become rows with an error.
-        store: the models.
-        options: how to score.
-        output: where to write.
-        max_ranked: number of the most anomalous images that summaries name.
-        backend: what computes features on a CPU.
         report: gets the statistics and the images without a row.
 
     Raises:
@@ -82,12 +102,13 @@ def score_shards(
         CutOffError: if too many images failed because of storage, a model or a device.
         RayError: if a node or Ray failed.
     """
+    options, output = run.options, run.output
     blocks = ManifestBlocks(shards)
     preprocessing = {name: record.preprocessing for name, record in records.items()}
     pool = ScorerPool.for_nodes(options.scorers, working_nodes(), len(blocks), grows=is_shared())
     task_ram = pool.ram_for(TASK_BYTES)
     settings = ScorerSettings(
-        store=store.uri,
+        store=run.store.uri,
         model_ids={name: record.model_id for name, record in records.items()},
         false_alarm_rate=options.false_alarm_rate,
         raw_maps=output.options.raw_maps,
@@ -95,7 +116,7 @@ def score_shards(
         batch_size=options.scoring_batch_size,
         model_ram=int(options.model_ram_gib * 2**30),
         accept_errors=options.accept_errors,
-        backend=resolve_backend(backend, on_gpu=pool.num_gpus > 0),
+        backend=resolve_backend(run.backend, on_gpu=pool.num_gpus > 0),
     )
     log.info(f"{_scorers(pool.size)} on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()
@@ -134,7 +155,7 @@ def score_shards(
         )
         try:
             rows.write_datasink(
-                RowWriter(output, checkpoints, options.rows_per_file, max_ranked),
+                RowWriter(output, checkpoints, options.rows_per_file, run.triage_images),
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         except (RayError, SystemException) as error:

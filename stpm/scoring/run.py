@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
-import pyarrow as pa
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
@@ -18,15 +16,12 @@ from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoModel
 from stpm.method.false_discovery import find_discoveries
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import WantedBackend
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.manifest import Manifest, Shard
-from stpm.scoring.options import ScoreOptions
-from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import score_shards
+from stpm.scoring.pipeline import ScoringRun, score_shards
 from stpm.scoring.progress import ProgressReporter, show_scoring_progress
 from stpm.scoring.resuming.remaining import remaining_segments
-from stpm.scoring.resuming.run_state import RunConfig, RunState
+from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunResult
@@ -36,31 +31,6 @@ from stpm.scoring.triage import write_triage
 Records = dict[str, ModelRecord]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ScoringRun:
-    """What to score, with which models, and where to write.
-
-    Args:
-        rows: makes the manifest's rows. It is not called if an earlier run wrote the manifest.
-        config: all that decides the rows, except the models.
-        store: the models.
-        options: how to score.
-        output: where to write.
-        triage_images: images on the page of the most anomalous ones; 0: no page.
-        backend: what computes features on a CPU.
-        fdr: false discovery rate; 0: look for no discoveries.
-    """
-
-    rows: Callable[[], Iterable[pa.Table]]
-    config: RunConfig
-    store: ModelStore
-    options: ScoreOptions
-    output: RunOutput
-    triage_images: int = 0
-    backend: WantedBackend = "auto"
-    fdr: float = 0.0
 
 
 def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunResult, Records]:
@@ -247,17 +217,7 @@ def _score_segment(
     run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, report: ProgressReporter
 ) -> None:
     try:
-        score_shards(
-            shards,
-            run.output.segment_checkpoints(number),
-            records,
-            run.store,
-            run.options,
-            run.output,
-            run.triage_images,
-            run.backend,
-            report,
-        )
+        score_shards(run, shards, run.output.segment_checkpoints(number), records, report)
     except (RayError, SystemException, ExecutionTimeoutError) as error:
         log.exception("the pipeline failed")
         raise CutOffError(

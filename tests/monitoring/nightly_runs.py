@@ -27,6 +27,7 @@ from stpm.scoring import run as run_module
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.row_summary import RowSummary
@@ -94,9 +95,8 @@ class Nightly:
             NightlyOptions(**values | options), monitoring, OutputOptions(), scoring, ClusterOptions()
         )
 
-    def score(self, shards: Any, checkpoints: str, records: Any, *others: Any) -> None:
+    def score(self, run: ScoringRun, shards: Any, checkpoints: str, records: Any, report: Any) -> None:
         """Stand for `score_shards`: write the rows, and a checkpoint after each file."""
-        _, _, output, max_ranked, _, report = others
         self.starts += 1
         for uri, _ in shards:
             rows = storage.read_table(uri).to_pylist()
@@ -106,11 +106,11 @@ class Nightly:
                 report.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
                 if chunk:
                     made = output_rows(chunk, records["nut"].model_id)
-                    task = f"{output.name}_{abs(chunk[0]['image_id'])}"
+                    task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
                     # Ray commits a file and its checkpoint together, or removes the file.
-                    storage.publish(f"{output.scores}/{task}-0.parquet", storage.parquet(made), durable=False)
+                    storage.publish(f"{run.output.scores}/{task}-0.parquet", storage.parquet(made), durable=False)
                     ids = f"{checkpoints}/{task}.parquet"
-                    summary = RowSummary.of_rows(made, task, max_ranked)
+                    summary = RowSummary.of_rows(made, task, run.triage_images)
                     _plain_publish(summary_of(ids), summary.to_json(), durable=False)
                     _plain_publish(ids, storage.parquet(made.select(["image_id"])), durable=False)
 

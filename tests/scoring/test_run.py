@@ -30,10 +30,11 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.resuming.run_state import RunConfig, RunState
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run import ScoringRun, resume_or_start, run_scoring
+from stpm.scoring.run import resume_or_start, run_scoring
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from tests.conftest import fail_to_read
 from tests.datasets import make_category, make_output
@@ -157,8 +158,8 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
     save(ModelStore(str(tmp_path / "models")), tiny)
     make_category(str(tmp_path), "nut", good=2)
 
-    def score_shards(*arguments: Any) -> None:
-        publish_rows(arguments[5], 2)
+    def score_shards(run: ScoringRun, *_: Any) -> None:
+        publish_rows(run.output, 2)
 
     replace_ray(monkeypatch, score_shards)
 
@@ -271,7 +272,7 @@ def test_unfinished_heatmaps_of_killed_processes_are_removed(
 def test_a_run_without_all_rows_is_unfinished(
     score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    replace_ray(monkeypatch, lambda *arguments: publish_rows(arguments[5], 1), "/b.png")
+    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1), "/b.png")
     with pytest.raises(AssertionError, match="2 == 0"):
         score()
     assert "/b.png: unreadable: expired" in caplog.text
