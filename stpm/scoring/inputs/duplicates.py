@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -42,31 +43,24 @@ class DuplicateFinder:
         for file, part in zip(self._files, np.split(entries[order], ends[:-1]), strict=True):
             file.write(part.tobytes())
 
-    def find(self) -> Duplicates:
-        """Find the rows that have the id of an earlier row. No row can be added any more."""
+    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return whether each of the rows from `start` to before `stop` has the id of an earlier row.
+
+        After the first call no row can be added any more.
+        """
+        first = start // 8
+        flags = np.unpackbits(self._bits[first : -(-stop // 8)])
+        return flags[start - 8 * first : stop - 8 * first].astype(bool)
+
+    @cached_property
+    def _bits(self) -> npt.NDArray[np.uint8]:
+        """One bit for each row, packed as `numpy.packbits` does."""
         bits = np.zeros(-(-self._rows // 8), np.uint8)
         for file in self._files:
             file.seek(0)
             rows = _repeated(np.frombuffer(file.read(), np.int64).reshape(-1, 2))
             np.bitwise_or.at(bits, rows >> 3, (128 >> (rows & 7)).astype(np.uint8))
-        return Duplicates(bits)
-
-
-class Duplicates:
-    """The rows that have the id of an earlier row.
-
-    Args:
-        bits: one for each row, packed as `numpy.packbits` does.
-    """
-
-    def __init__(self, bits: npt.NDArray[np.uint8]) -> None:
-        self._bits = bits
-
-    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Return whether each of the rows from `start` to before `stop` is a duplicate."""
-        first = start // 8
-        flags = np.unpackbits(self._bits[first : -(-stop // 8)])
-        return flags[start - 8 * first : stop - 8 * first].astype(bool)
+        return bits
 
 
 def _repeated(entries: Ids) -> Ids:

@@ -182,11 +182,10 @@ def write(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOpti
             categories.update(_count_categories(chunk))
             shards.add(chunk)
         shards.end()
-        duplicates = ids.find()
         end = 0
         for number in range(len(shards)):
             start, end = end, end + shards.rows(number)
-            is_duplicate = duplicates.mask(start, end)
+            is_duplicate = ids.mask(start, end)
             if is_duplicate.any() or shards.lacks_columns(number):
                 shard = storage.read_table(_shard_uri(folder, number))
                 categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))

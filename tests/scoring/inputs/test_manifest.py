@@ -101,10 +101,9 @@ def test_each_id_is_found_but_its_first_row(chunks: list[list[int]]) -> None:
     with DuplicateFinder() as finder:
         for ids in chunks:
             finder.add(np.array(ids, np.int64))
-        duplicates = finder.find()
-    expected = [i in rows[:number] for number, i in enumerate(rows)]
-    for start in (0, 3, len(rows) // 2):
-        assert duplicates.mask(start, len(rows)).tolist() == expected[start:]
+        expected = [i in rows[:number] for number, i in enumerate(rows)]
+        for start in (0, 3, len(rows) // 2):
+            assert finder.mask(start, len(rows)).tolist() == expected[start:]
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(1, 12))
