@@ -43,7 +43,6 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from common import (
     CORES,
@@ -171,8 +170,9 @@ def measure_score(bench: Bench) -> Iterator[Measured]:
 def loop_speed(bench: Bench, models: Path, images: Path, processes: int) -> tuple[float, float]:
     """Run the bare loop in several processes; return its images per second, and their CPU seconds."""
     out = bench.new_folder()
-    manifest.write(image_rows([str(images)], CategoryRule(bench.category.name)), str(out / "manifest"))
-    rows = pa.concat_tables(pq.read_table(uri) for uri in manifest.shards(str(out / "manifest")))
+    folder = str(out / "manifest")
+    listed = manifest.write(image_rows([str(images)], CategoryRule(bench.category.name)), folder)
+    rows = pa.concat_tables(storage.read_table(uri) for segment in listed.segments(folder) for uri, _ in segment.shards)
     length = -(-rows.num_rows // processes)
     tasks = [
         (str(models), rows.slice(i * length, length), str(out), bench.category.name, bench.backend)

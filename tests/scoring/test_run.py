@@ -25,7 +25,6 @@ from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring import run as run_module
-from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
@@ -39,6 +38,7 @@ from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImag
 from tests.conftest import fail_to_read
 from tests.datasets import make_category, make_output
 from tests.models.test_store import save
+from tests.scoring.inputs.test_manifest import read_shards
 
 
 def make_run(root: Path, *uris: str) -> ScoringRun:
@@ -64,7 +64,7 @@ def finish(run: ScoringRun) -> None:
 
 
 def uris_in(output: RunOutput) -> list[str]:
-    return [uri for shard in manifest.shards(output.manifest) for uri in storage.read_table(shard)["uri"].to_pylist()]
+    return [uri for shard in read_shards(output.manifest) for uri in shard["uri"].to_pylist()]
 
 
 @pytest.mark.usefixtures("no_models")

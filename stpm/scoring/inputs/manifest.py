@@ -317,8 +317,3 @@ def read(folder: str) -> Manifest | None:
         raise DataError(
             f"{uri} is damaged, and with it the list of this run's images ({error}); give another --out, or --fresh"
         ) from error
-
-
-def shards(folder: str) -> list[str]:
-    """Return the URIs of a manifest's shards."""
-    return [uri for uri, _ in storage.files(folder) if uri.endswith(".parquet")]
