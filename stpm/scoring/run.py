@@ -50,11 +50,11 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         ModelError: if no image's category has a model, or storage failed while a model was read.
         CutOffError: if storage, a node or Ray failed.
     """
-    state, images, records = resume_or_start(run, start_over=start_over, replace=replace)
+    state, listed, records = resume_or_start(run, start_over=start_over, replace=replace)
     finished = state.is_finished()
     if finished:
         log.info(f"all of them are scored already, see {state.uri}")
-    result = state.result() if finished else _score_remaining(run, images, records)
+    result = state.result() if finished else _score_remaining(run, listed, records)
     if not result.unfinished:
         has_other_rate = run.fdr != (result.discoveries.rate if result.discoveries else 0.0)
         needs_page = run.triage_images and (run.triage_images != state.triage_images() or has_other_rate)
@@ -86,9 +86,9 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
     """
     state = RunState(run.output.state_folder)
     found = None if start_over else _resume(run, state, replace=replace)
-    images, records = found or _start(run, state)
+    listed, records = found or _start(run, state)
     state.bind_models(_model_ids(records), run.store.uri)
-    return state, images, records
+    return state, listed, records
 
 
 def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifest, Records] | None:
@@ -97,12 +97,12 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
     if not differences:
         # An unfinished run goes on with its models, even if newer ones are current.
         model_ids = None if replace or state.is_finished() else state.model_ids()
-        images, records = _read_inputs(run, model_ids)
+        listed, records = _read_inputs(run, model_ids)
         differences = state.model_differences(_model_ids(records))
         if not differences:
             if model_ids:
                 log.info("the models are those that this run began with; --fresh starts over with the current ones")
-            return images, records
+            return listed, records
     # A run without rows may be replaced.
     if not replace and run.output.files():
         raise ConfigError(
@@ -122,11 +122,11 @@ def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, Records]:
 
 
 def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, Records]:
-    images = manifest.read(run.output.manifest) or manifest.write(
+    listed = manifest.read(run.output.manifest) or manifest.write(
         run.rows(), run.output.manifest, run.options.segment_rows
     )
-    log.info(images.describe())
-    return images, _read_records(run.store, images.categories, model_ids)
+    log.info(listed.describe())
+    return listed, _read_records(run.store, listed.categories, model_ids)
 
 
 def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None) -> Records:
@@ -165,17 +165,17 @@ def _model_ids(records: Records) -> dict[str, str]:
     return {category: record.model_id for category, record in records.items()}
 
 
-def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> RunResult:
+def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
     has_heatmaps = storage.exists(run.output.heatmaps)
     with connected():
         committed = committed_segments(run.output)
-        segments = [each for each in images.segments(run.output.manifest) if each.number not in committed]
+        segments = [each for each in listed.segments(run.output.manifest) if each.number not in committed]
         remaining = {each.number: each.shards for each in remaining_segments(run.output, segments)}
         to_score = sum(rows for shards in remaining.values() for _, rows in shards)
-        if to_score < images.rows:
-            log.info(f"{images.rows - to_score} are scored already, {to_score} remain")
+        if to_score < listed.rows:
+            log.info(f"{listed.rows - to_score} are scored already, {to_score} remain")
         total = RowSummary.total(committed_summaries(run.output), run.triage_images)
         with show_scoring_progress(to_score, stop_on_failures=not run.options.accept_errors) as report:
             for segment in segments:
@@ -189,9 +189,9 @@ def _score_remaining(run: ScoringRun, images: Manifest, records: Records) -> Run
     if has_heatmaps:
         # Processes that were killed leave unfinished files.
         storage.remove_unfinished(run.output.heatmaps)
-    missing = images.rows - total.rows
+    missing = listed.rows - total.rows
     if missing and not unfinished:
-        raise ConfigError(f"{total.rows} rows in {run.output.scores} for {images.rows} images; run again with --fresh")
+        raise ConfigError(f"{total.rows} rows in {run.output.scores} for {listed.rows} images; run again with --fresh")
     if missing:
         for image in unfinished:
             log.info(str(image))
