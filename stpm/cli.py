@@ -110,9 +110,14 @@ class Job:
         for word in argv:
             if not is_utf8(word):
                 raise ConfigError(f"{as_utf8(word)}: a name that is not UTF-8; rename it, or name its folder")
-        values = self.parser({}).parse_args([word for word in argv if not word.startswith(_PRINTING)])
-        defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
-        values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
+        try:
+            values = self.parser({}).parse_args([word for word in argv if not word.startswith(_PRINTING)])
+            if "preset" in values and not values.preset:
+                raise ConfigError("preset is null; give a value, or leave it out")
+            defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
+            values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
+        except OverflowError as error:
+            raise ConfigError(f"a number is too large: {error}; see --help") from error
         return [*(_make(kind, values) for kind in self.groups.values()), values.log]
 
     def parser(self, defaults: Mapping[str, Any]) -> ArgumentParser:

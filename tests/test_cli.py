@@ -311,10 +311,16 @@ def test_a_list_option_without_a_value_is_an_error() -> None:
         job("benchmark").parse(["--require"])
 
 
-@pytest.mark.parametrize("name", ["memory", "size", "student"])
+@pytest.mark.parametrize("name", ["memory", "size", "student", "preset"])
 def test_a_null_in_the_file_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "run.yaml").write_text(f"{name}: null\n")
     with pytest.raises(ConfigError, match=f"{name} is null; give a value"):
+        parse_recipe("--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_number_that_no_float_can_hold_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"learning_rate: {'9' * 400}\n")
+    with pytest.raises(ConfigError, match="too large"):
         parse_recipe("--config", str(tmp_path / "run.yaml"))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from s3fs import S3FileSystem
@@ -61,3 +65,34 @@ def test_a_folder_of_one_page_takes_one_request_and_a_large_one_as_many_as_its_p
         fs = SimpleNamespace(call_s3=bucket.call_s3)
         assert len(list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))) == count
         assert bucket.requests == requests
+
+
+def make_bad_links(folder: Path) -> None:
+    """Make links that lead to no file: in a circle, through a file, to nothing, and to a name that is too long."""
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "through.png").symlink_to("good.png/x")
+    (folder / "nowhere.png").symlink_to("missing.png")
+    (folder / "long.png").symlink_to("x" * 300)
+
+
+def test_links_that_lead_to_no_file_spoil_no_listing(tmp_path: Path) -> None:
+    good = tmp_path / "good.png"
+    good.write_bytes(b"x")
+    make_bad_links(tmp_path)
+    assert list(listing.stream(str(tmp_path))) == listing.files_starting(str(tmp_path), "") == [str(good)]
+    # A fit reports the bad ones when it reads them.
+    assert len(dict(listing.versions(str(tmp_path)))) == 5
+
+
+def test_a_pipe_is_listed_as_no_file_and_the_root_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    assert list(listing.stream(str(tmp_path / "pipe.png"))) == []
+    asked = []
+    monkeypatch.setattr(listing, "_list_local", lambda folder: asked.append(folder) or ([], ["/a.png"]))
+    assert list(listing.stream("/")) == ["/a.png"]
+    assert asked == ["/"]
+
+
+def test_a_listing_of_s3_keeps_the_options_of_the_session() -> None:
+    fs = fsspec.filesystem("s3", profile="one", skip_instance_cache=True)
+    assert listing._without_times(fs).session.get_config_variable("profile") == "one"

@@ -28,6 +28,8 @@ def run_models(options: ModelsOptions) -> int:
     if not storage.exists(store.uri):
         raise DataError(f"{store.uri}: no such folder")
     categories = list(options.categories) if options.names_categories else store.categories()
+    if not categories:
+        raise DataError(f"{store.uri}: no category has a model there")
     failed = set()
     with held(storage.output_folder(options.models), options.wait) if changes else nullcontext():
         for category in categories:

@@ -18,6 +18,8 @@ _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _UTC = "UTC"
 # The day before it is in the same year, month and week.
 _ANY_DAY = datetime.date(2026, 11, 25)
+# A century: Python's dates have a first year.
+_MAX_NIGHTS = 36_500
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,12 @@ class NightlyOptions(Options):
         3,
         "nights before that one whose images are listed too: those that have no row yet are scored into their night",
         minimum=0,
+        maximum=_MAX_NIGHTS,
     )
     keep_days: int = option(
-        0, "days before the night after which an older night is removed, with all that this job wrote there; 0: never"
+        0,
+        "days before the night after which an older night is removed, with all that this job wrote there; 0: never",
+        maximum=_MAX_NIGHTS,
     )
     fresh: bool = option(False, "remove the rows of the night, and score its images again with the current models")
     wait: bool = option(False, WAIT_HELP)

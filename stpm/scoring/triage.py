@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as ds
 from PIL import Image
 
@@ -75,7 +76,7 @@ def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
     """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`.
 
     Raises:
-        DataError: if one of them is missing.
+        DataError: if one of them is missing, or cannot be read.
     """
     summary = RowSummary.total(committed_summaries(output), max_images)
     if not summary.rows or summary.max_ranked < max_images:
@@ -92,7 +93,10 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     rows: dict[int, dict[str, Any]] = {}
     for uri in output.files():
         if ids := wanted.get(task_of(uri)):
-            rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
+            try:
+                rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"{uri}: its rows cannot be read: {error}; run again with --fresh") from error
     if missing := sum(image.image_id not in rows for image in images):
         raise DataError(
             f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing; run "

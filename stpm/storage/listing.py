@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -58,7 +59,7 @@ def files_starting(uri: str, start: str) -> list[str]:
         names = [name for name in found if name.startswith(start) and "/" not in name]
     elif Path(path).is_dir():
         with os.scandir(path) as entries:
-            names = [entry.name for entry in entries if entry.name.startswith(start) and entry.is_file()]
+            names = [entry.name for entry in entries if entry.name.startswith(start) and _is_local_file(entry)]
     else:
         names = []
     return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
@@ -86,8 +87,9 @@ def _entries(uri: str, **arguments: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _version(info: dict[str, Any]) -> str:
     if info.get("islink"):
-        # The listing has the time of the link: take that of the file.
-        info = info | {"mtime": Path(info["name"]).stat().st_mtime}
+        # The listing has the time of the link: take that of the file. A link to nothing is reported when it is read.
+        with suppress(OSError):
+            info = info | {"mtime": Path(info["name"]).stat().st_mtime}
     values = (info[key] for key in _VERSION_KEYS if info.get(key))
     return f"{int(info['size'] or 0)} {next(values, '')}"
 
@@ -133,7 +135,7 @@ def _without_times(fs: Any) -> Any:
     # Only where s3fs is installed.
     from aiobotocore.session import AioSession
 
-    session = AioSession()
+    session = AioSession(**fs.kwargs)
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
     return type(fs)(*fs.storage_args, **fs.storage_options, session=session, skip_instance_cache=True)
 
@@ -200,13 +202,13 @@ def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
             if isinstance(fs, LocalFileSystem):
                 return _list_local(folder)
             entries = with_retries(uri, lambda: fs.ls(folder, detail=True))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return [], []
         folders = sorted(e["name"] for e in entries if e["type"] == "directory" and e["name"].rstrip("/") != folder)
         return folders, sorted(e["name"] for e in entries if _is_file(fs, e))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        waiting = deque([path.rstrip("/")])
+        waiting = deque([path.rstrip("/") or path])
         listed: deque[Future[tuple[list[str], list[str]]]] = deque()
         while waiting or listed:
             # Names that are listed long before they are needed take memory.
@@ -222,7 +224,16 @@ def _list_local(folder: str) -> tuple[list[str], list[str]]:
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.path)
     folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return folders, [entry.path for entry in entries if entry.is_file()]
+    return folders, [entry.path for entry in entries if _is_local_file(entry)]
+
+
+def _is_local_file(entry: os.DirEntry[str]) -> bool:
+    """Return true for a file and a link to one."""
+    try:
+        return entry.is_file()
+    except OSError:
+        # A link in a circle, through a file, or into a folder that may not be entered.
+        return False
 
 
 def glob(uri: str) -> list[str]:

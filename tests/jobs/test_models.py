@@ -104,6 +104,13 @@ def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[st
     assert models.load("bolt").record.model_id == ids[3]
 
 
+def test_a_folder_without_models_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    for uri in (tmp_path, tmp_path / "file"):
+        with pytest.raises(DataError, match="no category has a model there"):
+            run(ModelStore(str(uri)))
+
+
 def test_options_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="--roll-back and --roll-forward are both given; give one"):
         ModelsOptions("m", roll_back=True, roll_forward=True)

@@ -65,6 +65,8 @@ def test_a_date_that_is_yet_to_come_in_the_time_zone_is_refused() -> None:
         ({"timezone": "Mars/Olympus"}, "timezone is 'Mars/Olympus', which this machine does not know"),
         ({"timezone": "../UTC"}, "timezone is '../UTC'"),
         ({"look_back": -1}, "look-back is -1"),
+        ({"look_back": 1_000_000}, "look-back is 1000000; give at least 0 and at most 36500"),
+        ({"keep_days": 1_000_000}, "keep-days is 1000000; give at most 36500"),
         ({"keep_days": 3}, "keep-days is 3; give 0, or more than --look-back 3"),
         ({"max_error_rate": 2.0}, "max-error-rate is 2.0"),
         ({"category": "nut", "category_from": "{category}/{name}"}, "both given"),

@@ -109,17 +109,20 @@ class RunState:
         """Return the result of a finished run.
 
         Raises:
-            DataError: if the run is not finished.
+            DataError: if the run is not finished, or its record is damaged.
         """
         if "result" not in self._values:
             raise DataError(f"{self.uri}: no record of a finished run; run the score job first")
-        values = self._values["result"]
-        found = values.get("discoveries")
-        parts = {
-            "statistics": RunStatistics(**values["statistics"]),
-            "discoveries": Discoveries(**found) if found else None,
-        }
-        return RunResult(**values | parts)
+        try:
+            values = self._values["result"]
+            found = values.get("discoveries")
+            parts = {
+                "statistics": RunStatistics(**values["statistics"]),
+                "discoveries": Discoveries(**found) if found else None,
+            }
+            return RunResult(**values | parts)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{self.uri}: its result is damaged ({error}); run again with --fresh") from error
 
     def triage_images(self) -> int:
         """Return the number of images that triage.html was made for; 0 if it was not made."""

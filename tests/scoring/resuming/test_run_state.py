@@ -98,3 +98,12 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
     # It does not keep --fresh from replacing it.
     state.clear()
     assert RunState(str(tmp_path)).config_differences(CONFIG)
+
+
+@pytest.mark.parametrize("result", ["null", "{}", '{"statistics": {"image": 1}}', '{"statistics": {}, "row": 1}'])
+def test_a_damaged_result_is_reported(state: RunState, tmp_path: Path, result: str) -> None:
+    state.start(CONFIG)
+    content = json.loads((tmp_path / "run.json").read_text()) | {"result": json.loads(result)}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"run\.json: its result is damaged .*; run again with --fresh"):
+        RunState(str(tmp_path)).result()
