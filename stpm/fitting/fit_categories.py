@@ -22,7 +22,6 @@ from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import held
 from stpm.method.backbones import load_teacher_weights
-from stpm.method.calibration import few_good_images_warning
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedNormal, ModelRecord
 from stpm.models.store import ModelStore
@@ -56,11 +55,9 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
     return [result for result in found.values() if isinstance(result, mvtec.Category)], failures
 
 
-def warn_about_few_good_images(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
-    """Warn about categories with too few good images to calibrate for a false-alarm rate."""
-    counts = {each.name: (len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
-    if warning := few_good_images_warning(counts, false_alarm_rate):
-        log.info(warning)
+def count_good_images(categories: Sequence[mvtec.Category], recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Count the good images of each category, and those that will calibrate its model."""
+    return {each.name: (len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
 
 
 def fit_categories(

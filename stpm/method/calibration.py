@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy.typing as npt
 from stpm.errors import join_first
 
 Floats = npt.NDArray[np.floating]
+
+log = logging.getLogger(__name__)
 
 # A heatmap begins at this quantile of held-out images' pixels, and ends at this multiple of the range from there to the
 # largest of them.
@@ -139,8 +142,8 @@ def min_calibration_images(false_alarm_rate: float) -> int:
     return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
 
 
-def few_good_images_warning(counts: Mapping[str, tuple[int, int]], false_alarm_rate: float) -> str:
-    """Write a warning that names the models with too few calibration images for a rate; "" if there are none.
+def warn_about_few_good_images(counts: Mapping[str, tuple[int, int]], false_alarm_rate: float) -> None:
+    """Log a warning that names the models with too few calibration images for a rate, if there are any.
 
     Args:
         counts: number of good images, and of those that calibrate the model, by category.
@@ -153,14 +156,13 @@ def few_good_images_warning(counts: Mapping[str, tuple[int, int]], false_alarm_r
         for name, (good, count) in counts.items()
         if count < needed
     ]
-    if not few:
-        return ""
-    return (
-        f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
-        f"{join_first(few)}. Raise --false-alarm-rate, or give at least {needed} good images and fit with "
-        "--calibration-folds 5, so that all of them calibrate. Until then their threshold is the largest score of a "
-        "good image"
-    )
+    if few:
+        log.info(
+            f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
+            f"{join_first(few)}. Raise --false-alarm-rate, or give at least {needed} good images and fit with "
+            "--calibration-folds 5, so that all of them calibrate. Until then their threshold is the largest score of "
+            "a good image"
+        )
 
 
 class HeatmapScaleBuilder:
