@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from common import CORES, make_parser
 from PIL import Image, ImageFilter
@@ -40,8 +39,8 @@ from stpm.feedback.normal_scorer import NormalScore, NormalScorer
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
+from stpm.monitoring.significance import FloatArray
 
-FloatArray = npt.NDArray[np.floating[Any]]
 Transform = Callable[[Image.Image], Image.Image]
 Rng = np.random.Generator
 

@@ -10,18 +10,14 @@ import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from stpm.data.image_statistics import COMPARED
 from stpm.method.calibration import threshold_rank
 from stpm.monitoring import image_drift
 from stpm.monitoring.change import Change, Level, Limits, percent
-from stpm.monitoring.significance import Rate, compare_rates, compare_scores, exceedances, pool
-
-FloatArray = npt.NDArray[np.floating[Any]]
+from stpm.monitoring.significance import FloatArray, Rate, compare_rates, compare_scores, exceedances, pool
 
 # Factors of the p-values (Bonferroni). Errors, alarms, scores and images share the false-verdict rate equally, so that
 # the many tests of images do not weaken the tests of alarms.
