@@ -61,7 +61,7 @@ def add_normals(
             except (DataError, ModelError) as error:
                 refused |= dict.fromkeys(uris, str(error))
     if refit is not None and found:
-        for category, reason in _add_to_training(store, found, options, refit).items():
+        for category, reason in _add_to_training(store, found, options, backend, refit).items():
             refused |= {each.uri: reason for each in found.pop(category).images}
     if marks.other:
         counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
@@ -83,10 +83,10 @@ def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions)
 
 
 def _add_to_training(
-    store: ModelStore, found: dict[str, NewNormals], options: FitOptions, refit: Refit
+    store: ModelStore, found: dict[str, NewNormals], options: FitOptions, backend: WantedBackend, refit: Refit
 ) -> dict[str, str]:
     """Fit models on new images; return the reason of each category that could not be fitted."""
-    results = refit.fit(store, {category: new.images for category, new in found.items()})
+    results = refit.fit(store, {category: new.images for category, new in found.items()}, backend, options.wait)
     failures = dict.fromkeys(found.keys() - results.keys(), "its category has no images in --data")
     with held(store.uri, options.wait):
         for category, result in results.items():
@@ -97,7 +97,7 @@ def _add_to_training(
             else:
                 new, record = found[category], result.record
                 try:
-                    scores = refit.scores(store, new, record.model_id)
+                    scores = refit.scores(store, new, record.model_id, backend)
                     what = f"fitted again on {record.fit.train_count} images, others held out"
                     _log_change(store, new, record, scores, options, what)
                 except (DataError, ModelError, OSError) as error:

@@ -52,8 +52,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
 def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
     """Add marked images to the models of their categories; return the exit code, by the images marked as good."""
     store = ModelStore(storage.output_folder(options.models))
-    data = storage.absolute(options.data)
-    refit = Refit(data, recipe, workers, cluster.backend, options.wait) if options.refit else None
+    refit = Refit(storage.absolute(options.data), recipe, workers) if options.refit else None
     with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
         marks = read_marks(options.add_normals, options.allow, options.categories)
         good, failed = add_normals(store, marks, options, cluster.backend, refit)

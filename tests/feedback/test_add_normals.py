@@ -328,10 +328,10 @@ def test_a_refitted_model_that_cannot_score_fails_alone(
     before = {name: student.store.record(name) for name in ("bolt", "nut")}
     scores = Refit.scores
 
-    def fail_for_bolt(self: Refit, store: ModelStore, new: NewNormals, model_id: str) -> Any:
+    def fail_for_bolt(self: Refit, store: ModelStore, new: NewNormals, *arguments: Any) -> Any:
         if new.record.category == "bolt":
             raise PermissionError("403 Forbidden")
-        return scores(self, store, new, model_id)
+        return scores(self, store, new, *arguments)
 
     monkeypatch.setattr(Refit, "scores", fail_for_bolt)
     marks = [(f"{student.root}/nights/{name}/test/good/000.png", name, "good") for name in before]
