@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stpm.errors import DataError, ModelError, join_first
-from stpm.feedback.change import Alarms, describe_change
+from stpm.feedback.alarms import Alarms, describe_change
 from stpm.feedback.marks import Marks
 from stpm.feedback.new_normals import NewNormals, collect
 from stpm.feedback.recalibrate import recalibrate

@@ -1,4 +1,4 @@
-"""What a new model changes for good images."""
+"""The alarms of good images, by a category's current model and by a new one."""
 
 from __future__ import annotations
 
