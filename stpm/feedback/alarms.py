@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stpm.method.calibration import Calibration, HeatmapScale
+from stpm.method.calibration import threshold
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Alarms:
     @classmethod
     def count(cls, calibration: pa.Table, added: npt.NDArray[np.float32], false_alarm_rate: float) -> Alarms:
         """Count the alarms of a calibration, and of the scores of added images by the same model, (n,)."""
-        scores = calibration["score"].to_numpy().astype(np.float32)
+        scores = calibration["score"].to_numpy()
         held_out = scores[~calibration["is_added"].to_numpy()]
-        threshold = Calibration(scores, HeatmapScale(0.0, 1.0)).threshold(false_alarm_rate)
-        return cls(threshold, len(held_out), int((held_out > threshold).sum()), int((added > threshold).sum()))
+        limit = threshold(scores, false_alarm_rate)
+        return cls(limit, len(held_out), int((held_out > limit).sum()), int((added > limit).sum()))
 
 
 def describe_change(before: Alarms, after: Alarms, added: int) -> str:

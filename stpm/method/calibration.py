@@ -115,12 +115,17 @@ class Calibration:
         return ((1 + at_least) / (n + 1)).astype(np.float32)
 
     def threshold(self, false_alarm_rate: float) -> float:
-        """Return the smallest calibration score above which every score has p ≤ the rate.
+        """Return the threshold of the model, see `threshold`."""
+        return threshold(self.scores, false_alarm_rate)
 
-        On average, at most this fraction of good images that are exchangeable with the calibration images scores
-        higher. n images support no rate below 1/(n+1): for a lower one, return the largest calibration score.
-        """
-        return float(self.scores[-threshold_rank(len(self.scores), false_alarm_rate)])
+
+def threshold(scores: npt.NDArray[np.float32], false_alarm_rate: float) -> float:
+    """Return the smallest of n calibration scores, (n,) ascending, above which every score has p ≤ the rate.
+
+    On average, at most this fraction of good images that are exchangeable with the calibration images scores higher. n
+    images support no rate below 1/(n+1): for a lower one, return the largest calibration score.
+    """
+    return float(scores[-threshold_rank(len(scores), false_alarm_rate)])
 
 
 def threshold_rank(count: int, false_alarm_rate: float) -> int:
