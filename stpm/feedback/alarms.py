@@ -39,7 +39,7 @@ class Alarms:
 def describe_change(before: Alarms, after: Alarms, added: int) -> str:
     """Write the alarms of the current model and of a new one, over `added` new images, as a line."""
     return (
-        f"threshold {before.threshold:.4g} before, {after.threshold:.4g} after; held-out normals above it "
+        f"threshold {before.threshold:.4g} before, {after.threshold:.4g} after; held-out good images above it "
         f"{before.held_out_alarms} of {before.held_out} before, {after.held_out_alarms} of {after.held_out} after; "
-        f"added normals above it {before.added_alarms} of {added} before, {after.added_alarms} of {added} after"
+        f"added good images above it {before.added_alarms} of {added} before, {after.added_alarms} of {added} after"
     )

@@ -108,8 +108,10 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     ]
     (was, was_out, was_added), (now, now_out, now_added) = counts
     n, text = len(old.scores), caplog.text
-    assert f"threshold {was:.4g} before, {now:.4g} after; held-out normals above it {was_out} of {n} before, " in text
-    assert f"{now_out} of {n} after; added normals above it {was_added} of 3 before, {now_added} of 3 after" in text
+    assert (
+        f"threshold {was:.4g} before, {now:.4g} after; held-out good images above it {was_out} of {n} before, " in text
+    )
+    assert f"{now_out} of {n} after; added good images above it {was_added} of 3 before, {now_added} of 3 after" in text
     assert f"nut: {record.model_id} is current, it was {before.model_id}" in caplog.text
     assert fitted_keys == []
 
