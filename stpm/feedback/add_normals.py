@@ -116,8 +116,8 @@ def _log_change(
     what: str,
 ) -> None:
     """Compare the current model with a new one, which gives new images these scores."""
-    before = Alarms.count(store.calibration(new.record), new.values, options.false_alarm_rate)
-    after = Alarms.count(store.calibration(record), scores, options.false_alarm_rate)
+    before = Alarms.count(store.calibration_scores(new.record), new.values, options.false_alarm_rate)
+    after = Alarms.count(store.calibration_scores(record), scores, options.false_alarm_rate)
     _log(record.category, f"{what}: {describe_change(before, after, len(scores))}")
     # A defect that is marked as good by mistake hides all others like it.
     highest = sorted(zip(new.scores, new.images, strict=True), key=lambda pair: -pair[0].score)[:_NAMED]

@@ -25,7 +25,7 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
         ModelError: if a file of the current model is missing or damaged.
     """
     record, scale = new.record, new.record.heatmap_scale
-    calibration = _add_scores(store.calibration(record), new)
+    calibration = _add_scores(store.calibration_scores(record), new)
     changed = dataclasses.replace(
         record,
         heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(score.peak for score in new.scores)])),

@@ -38,7 +38,7 @@ def _lines(store: ModelStore, category: str, false_alarm_rate: float) -> list[li
     for model_id in store.model_ids(category):
         try:
             record = store.record(category, model_id)
-            scores = store.calibration(record)["score"].to_numpy()
+            scores = store.calibration_scores(record)["score"].to_numpy()
         except ModelError as error:
             lines.append([model_id, versions.position(model_id), str(error)])
             continue

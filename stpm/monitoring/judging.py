@@ -149,7 +149,7 @@ def _reference(store: ModelStore, category: str, model_id: str) -> Reference | s
     try:
         record = store.record(category, model_id)
         table = store.image_statistics(record)
-        is_added = store.calibration(record)["is_added"].to_numpy()
+        is_added = store.calibration_scores(record)["is_added"].to_numpy()
     except ModelUnreadableError:
         raise
     except ModelError as error:

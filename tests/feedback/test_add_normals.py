@@ -99,7 +99,8 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     assert new.scale.good_max >= old.scale.good_max
     np.testing.assert_allclose(plant.scores(uris), expected, rtol=1e-6)
     assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, False) for uri in uris]
-    held_out = plant.store.calibration(record).filter(~plant.store.calibration(record)["is_added"].to_numpy())
+    scores = plant.store.calibration_scores(record)
+    held_out = scores.filter(~scores["is_added"].to_numpy())
     np.testing.assert_array_equal(held_out["score"].to_numpy(), old.scores)
     assert plant.store.load("nut", before.model_id).record == before
     # The report compares the two models by numbers that anyone can count.
@@ -218,7 +219,7 @@ def test_refit_trains_on_all_added_images(
     assert record.fit.good_count == first.fit.good_count + 3
     assert [each.fitted for each in record.added_normals] == [True] * 3
     assert record.fit.calibration_count == record.fit.held_out_count == student.recipe.held_out_count(13)
-    assert not student.store.calibration(record)["is_added"].to_numpy().any()
+    assert not student.store.calibration_scores(record)["is_added"].to_numpy().any()
     assert f"nut: fitted again on {record.fit.train_count} images, others held out: threshold" in caplog.text
     assert "of 2 after" in caplog.text
     assert student.store.versions("nut").previous[0].model_id == first.model_id
