@@ -77,7 +77,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
     storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created).encode())
     log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
-    failed |= not _tell(job.monitoring.webhook, webhook_message(night, job.out, created))
+    failed |= not _post_webhook(job.monitoring.webhook, webhook_message(night, job.out, created))
     if not night.scored:
         return NOTHING_DONE
     return SOME_FAILED if failed else ALL_DONE
@@ -96,7 +96,7 @@ def _remove_old_nights(job: NightlyJob, date: datetime.date, nights: dict[dateti
     return True
 
 
-def _tell(webhook: str, message: bytes) -> bool:
+def _post_webhook(webhook: str, message: bytes) -> bool:
     """Post the message, if there is a webhook; return whether it was taken."""
     if not webhook:
         return True

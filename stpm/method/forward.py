@@ -99,7 +99,7 @@ class Distances:
         """Count the bytes of all maps."""
         return sum(d.nbytes for d in self.maps)
 
-    def images(self, chosen: slice) -> Distances:
+    def select(self, chosen: slice) -> Distances:
         """Select some of the images."""
         return Distances(tuple(d[chosen] for d in self.student), tuple(d[chosen] for d in self.memory))
 
