@@ -55,8 +55,8 @@ def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = No
     Args:
         distances: maps of one level or bank.
         size: height and width of the input, pixels.
-        valid: (B, Hₗ, Wₗ) bool, true at the positions that count; None counts all. The result between a position that
-            counts and others has the value of the former. Far from all positions that count, it has no meaning.
+        valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid. Next to an
+            invalid position the result has the value of the valid one; far from every valid position it is meaningless.
     """
     if valid is None:
         return _resize(distances, size)
