@@ -173,7 +173,7 @@ class Matcher:
             return self.features(self.teacher, inputs)
 
     def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
-        """Mark the positions of each level that lie on the images and not on padding.
+        """Mark the valid positions of each level, those not on padding.
 
         Args:
             content: (B, 4) int32 content boxes of the images.
