@@ -30,10 +30,10 @@ _MIN_SPREAD = 0.05
 class HeatmapScale:
     """The fixed range of a model's heatmaps, in units of the anomaly map, low < good_max.
 
-    `low` is the 99th percentile of held-out images' pixels, `good_max` the largest pixel of all images that calibrate.
-    Grey level 0 is `low` and below. The middle of the scale is `good_max` for every model, so that everything above it
-    was never seen on a good image that calibrates. Levels rise linearly up to `good_max`, then with the logarithm; five
-    times as far above `low` as `good_max`, and beyond, is level 255.
+    `low` is the 99th percentile of held-out images' pixels, `good_max` the largest pixel of these images and of those
+    that were added to the calibration. Grey level 0 is `low` and below. Level 128 is `good_max` for every model: none
+    of these images has a larger pixel. Levels rise linearly up to `good_max`, then with the logarithm; five times as
+    far above `low` as `good_max`, and beyond, is level 255.
 
     >>> HeatmapScale(low=1.0, good_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
     array([  0,   0,  64, 128, 255, 255], dtype=uint8)
