@@ -33,7 +33,7 @@ _ERRORS = Limits(0.01, 0.1)
 # Images that are missing, as a share of the earlier night with the fewest.
 _MISSING = Limits(0.5, 0.9)
 _MIN_NIGHTS = 3
-# An earlier night with a smaller p-value had a fault: it is no usual night.
+# An earlier night with a smaller p-value had a fault, and is left out of what is usual.
 _FAULT_P_VALUE = 1e-4
 
 

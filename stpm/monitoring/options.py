@@ -16,7 +16,7 @@ from stpm.scoring.options import ALLOW_HELP, CATEGORY_FROM_HELP, CATEGORY_HELP
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _UTC = "UTC"
-# The day before it is in the same year, month and week.
+# It has the same year, month and week as the day before, so a pattern of these alone is refused.
 _ANY_DAY = datetime.date(2026, 11, 25)
 
 

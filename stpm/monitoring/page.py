@@ -141,8 +141,8 @@ def _trend(
         value: the number of a night; None for none.
         show: formats it.
         expected: the number on good nights; None if there is none.
-        low: the lower end of the scale, or below it; None: that of the values.
-        high: the upper end of the scale, or above it; None: that of the values.
+        low: a value that the scale reaches down to; None: the smallest shown.
+        high: a value that the scale reaches up to; None: the largest shown.
     """
     found = [(night, each, value(each)) for night in nights if (each := night.categories.get(category))]
     values = [number for _, _, number in found if number is not None]
