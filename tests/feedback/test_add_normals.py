@@ -352,4 +352,4 @@ def test_a_model_that_is_no_version_any_more_is_named(student: Plant, caplog: py
         caplog.clear()
         assert make() == 0
         assert not student.store.versions("nut").position(staged)
-        assert f"takes the place of what was rolled back or staged: {staged}; --roll-forward does not" in caplog.text
+        assert f"replaces those that were rolled back or staged ({staged}): --roll-forward no longer" in caplog.text
