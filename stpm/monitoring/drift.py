@@ -52,7 +52,7 @@ class Reference:
     added: FloatArray = field(default_factory=lambda: np.empty(0))
 
     def held_out_p_values(self, p_values: FloatArray) -> FloatArray:
-        """Return the p-values by a calibration without the added images, which are no random sample."""
+        """Return the p-values by a calibration without the added images, which are not a random sample."""
         at_least = np.rint(p_values * (self.calibration_count + 1)) - 1
         at_least -= np.searchsorted(self.added, at_least, side="right")
         return (at_least + 1) / (self.calibration_count - len(self.added) + 1)
