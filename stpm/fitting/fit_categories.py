@@ -121,7 +121,7 @@ def fit_categories(
 
 @dataclass(frozen=True)
 class _TaskMaker:
-    """Makes a task, given the images that were added."""
+    """Make a task, given the images that were added."""
 
     category: mvtec.Category
     recipe: Recipe
