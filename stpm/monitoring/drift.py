@@ -59,43 +59,57 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class CategoryNight:
-    """One category's rows of one night.
+class Counts:
+    """Counts of one category's rows of one night.
 
     Args:
-        date: of the night.
-        model_id: of the model that scored the images, "" if none did.
-        images: number of rows, errors included.
-        errors: number of rows with an error.
-        alarms: number of anomalous images.
-        false_alarm_rate: that the run requested.
-        p_values: of images without an error, or of a random sample of them.
-        statistics: of the same images in the same order, by name as in `Reference`.
+        model_id: of the model that scored most of the images; "" if none did.
+        images: number of rows.
+        alarms: how many of them are anomalous.
+        errors: how many of them have no score, by error kind.
+        false_alarm_rate: that was requested.
     """
 
-    date: datetime.date
     model_id: str
     images: int
-    errors: int
     alarms: int
+    errors: dict[str, int]
     false_alarm_rate: float
-    p_values: FloatArray
-    statistics: Mapping[str, FloatArray]
+
+    @property
+    def error_count(self) -> int:
+        """Count the rows without a score."""
+        return sum(self.errors.values())
 
     @property
     def scored(self) -> int:
-        """Count the images without an error."""
-        return self.images - self.errors
+        """Count the rows with a score."""
+        return self.images - self.error_count
 
     @property
     def alarm_rate(self) -> Rate | None:
-        """Return alarms of scored images, None if there are none."""
+        """Return the alarms among the rows with a score; None if there are none."""
         return Rate(self.alarms, self.scored) if self.scored else None
 
     @property
     def error_rate(self) -> Rate | None:
-        """Return errors of all images, None if there are none."""
-        return Rate(self.errors, self.images) if self.images else None
+        """Return the errors among all rows; None if there are none."""
+        return Rate(self.error_count, self.images) if self.images else None
+
+
+@dataclass(frozen=True)
+class CategoryNight(Counts):
+    """What one category's night is judged by.
+
+    Args:
+        date: of the night.
+        p_values: of rows with a score, or of a random sample of them.
+        statistics: of the same images in the same order, by name as in `Reference`.
+    """
+
+    date: datetime.date
+    p_values: FloatArray
+    statistics: Mapping[str, FloatArray]
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,8 @@ def _medians(values: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 def _as_category_night(date: datetime.date, record: CategoryRecord) -> CategoryNight:
     """Make an input of `drift.judge` from counts alone."""
-    counts = (record.images, record.error_count, record.alarms)
-    return CategoryNight(date, record.model_id, *counts, record.false_alarm_rate, np.empty(0), {})
+    counts = (record.model_id, record.images, record.alarms, record.errors, record.false_alarm_rate)
+    return CategoryNight(*counts, date, np.empty(0), {})
 
 
 def _preprocessing(store: ModelStore) -> Callable[[str, str], Preprocessing]:
