@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from common import CORES, make_parser
 from PIL import Image, ImageFilter
@@ -40,8 +39,8 @@ from stpm.feedback.normal_scorer import NormalScore, NormalScorer
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
+from stpm.monitoring.significance import FloatArray
 
-FloatArray = npt.NDArray[np.floating[Any]]
 Transform = Callable[[Image.Image], Image.Image]
 Rng = np.random.Generator
 
@@ -196,7 +195,7 @@ class Nights:
     def empty(self) -> tuple[list[CategoryNight], Reference]:
         (*earlier, night), reference = self.clean()
         nothing = {name: np.empty(0, np.float32) for name in COMPARED}
-        empty = replace(night, images=0, errors=0, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
+        empty = replace(night, images=0, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
         return [*earlier, empty], reference
 
     def repeated(self) -> tuple[list[CategoryNight], Reference]:
@@ -224,7 +223,7 @@ class Nights:
             date=date,
             model_id="model",
             images=_NIGHT,
-            errors=0,
+            errors={},
             alarms=int((p_values <= limit + 1e-6).sum()),
             false_alarm_rate=_FALSE_ALARM_RATE,
             p_values=p_values[: len(self._half)],

@@ -141,7 +141,7 @@ def measure(
     counts = PixelCounts.empty()
     for start in range(0, len(compared.truth), _BATCH):
         part = slice(start, start + _BATCH)
-        maps = matcher.anomaly_maps(distances.images(part), compared.content[part], varied, scales)
+        maps = matcher.anomaly_maps(distances.select(part), compared.content[part], varied, scales)
         scores += [each.score(varied.top_fraction).total for each in maps]
         counts += count_pixels([each.total for each in maps], compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]

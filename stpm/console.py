@@ -32,7 +32,7 @@ _WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*", re.IGNORECASE
 
 
 class Stopped(KeyboardInterrupt):
-    """Interrupts a job that a signal asks to end.
+    """Interrupt a job that a signal asks to end.
 
     Args:
         number: of the signal.

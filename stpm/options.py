@@ -1,4 +1,4 @@
-"""How options are declared, the types of their values, and the options of every job that runs on a cluster."""
+"""How options are declared, the types of their values, and the cluster's options."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Gate:
         """Describe how the content of a report.json falls short, one line each."""
         protocol = report["protocol"]
         differences = [
-            f"the baseline's {name} is {value!r} and this report's {protocol.get(name)!r}: they do not compare"
+            f"the baseline's {name} is {value!r} and this report's {protocol.get(name)!r}: they cannot be compared"
             for name, value in self.protocol.items()
             # Versions of libraries do not change what a value means.
             if name != "versions" and value != protocol.get(name)

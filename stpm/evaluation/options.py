@@ -1,4 +1,4 @@
-"""Options of evaluation. Light: the command line needs them before anything that is heavy to import."""
+"""Options of evaluation. They import nothing heavy: the command line reads them first."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from stpm.evaluation.category_metrics import METRICS
 from stpm.evaluation.report import Report
-from stpm.pages import jpeg_uri, template, with_script_hash
+from stpm.pages import jpeg_uri, render
 
 
 def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
@@ -22,7 +22,8 @@ def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
         shortfalls: of the gate, one line each.
     """
     first_seed = {name: results[0] for name, results in report.by_category().items()}
-    text = template("evaluation/report.html").render(
+    return render(
+        "evaluation/report.html",
         report=report.contents,
         metrics=METRICS,
         # Matplotlib escapes the text in its SVG.
@@ -34,7 +35,6 @@ def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
         spread=_spread,
         jpeg_uri=jpeg_uri,
     )
-    return with_script_hash(text)
 
 
 def _number(value: float | None) -> str:

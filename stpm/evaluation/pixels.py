@@ -65,7 +65,7 @@ class PixelCounts:
     def __add__(self, other: PixelCounts) -> PixelCounts:
         """Add up the counts of two sets of images."""
         lost = max(self.lost_bits, other.lost_bits)
-        one, two = self._without(lost), other._without(lost)
+        one, two = self._with_lost_bits(lost), other._with_lost_bits(lost)
         return _grouped(
             np.concatenate([one.keys, two.keys]),
             np.concatenate([one.good, two.good]),
@@ -155,10 +155,10 @@ class PixelCounts:
     def _within_max_keys(self) -> PixelCounts:
         counts = self
         while len(counts.keys) > self.max_keys:
-            counts = counts._without(counts.lost_bits + 1)
+            counts = counts._with_lost_bits(counts.lost_bits + 1)
         return counts
 
-    def _without(self, lost_bits: int) -> PixelCounts:
+    def _with_lost_bits(self, lost_bits: int) -> PixelCounts:
         if lost_bits == self.lost_bits:
             return self
         keys = self.keys >> np.uint32(lost_bits - self.lost_bits)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stpm.errors import DataError, ModelError, join_first
-from stpm.feedback.change import Alarms, describe_change
+from stpm.feedback.alarms import Alarms, describe_change
 from stpm.feedback.marks import Marks
 from stpm.feedback.new_normals import NewNormals, collect
 from stpm.feedback.recalibrate import recalibrate
@@ -61,7 +61,7 @@ def add_normals(
             except (DataError, ModelError) as error:
                 refused |= dict.fromkeys(uris, str(error))
     if refit is not None and found:
-        for category, reason in _add_to_training(store, found, options, refit).items():
+        for category, reason in _add_to_training(store, found, options, backend, refit).items():
             refused |= {each.uri: reason for each in found.pop(category).images}
     if marks.other:
         counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
@@ -83,10 +83,10 @@ def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions)
 
 
 def _add_to_training(
-    store: ModelStore, found: dict[str, NewNormals], options: FitOptions, refit: Refit
+    store: ModelStore, found: dict[str, NewNormals], options: FitOptions, backend: WantedBackend, refit: Refit
 ) -> dict[str, str]:
     """Fit models on new images; return the reason of each category that could not be fitted."""
-    results = refit.fit(store, {category: new.images for category, new in found.items()})
+    results = refit.fit(store, {category: new.images for category, new in found.items()}, backend, options.wait)
     failures = dict.fromkeys(found.keys() - results.keys(), "its category has no images in --data")
     with held(store.uri, options.wait):
         for category, result in results.items():
@@ -97,7 +97,7 @@ def _add_to_training(
             else:
                 new, record = found[category], result.record
                 try:
-                    scores = refit.scores(store, new, record.model_id)
+                    scores = refit.scores(store, new, record.model_id, backend)
                     what = f"fitted again on {record.fit.train_count} images, others held out"
                     _log_change(store, new, record, scores, options, what)
                 except (DataError, ModelError, OSError) as error:
@@ -116,8 +116,8 @@ def _log_change(
     what: str,
 ) -> None:
     """Compare the current model with a new one, which gives new images these scores."""
-    before = Alarms.count(store.calibration(new.record), new.values, options.false_alarm_rate)
-    after = Alarms.count(store.calibration(record), scores, options.false_alarm_rate)
+    before = Alarms.count(store.calibration_scores(new.record), new.values, options.false_alarm_rate)
+    after = Alarms.count(store.calibration_scores(record), scores, options.false_alarm_rate)
     _log(record.category, f"{what}: {describe_change(before, after, len(scores))}")
     # A defect that is marked as good by mistake hides all others like it.
     highest = sorted(zip(new.scores, new.images, strict=True), key=lambda pair: -pair[0].score)[:_NAMED]

@@ -18,14 +18,14 @@ from stpm.models.store import ModelStore
 def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
     """Add the scores of new normals to the calibration of their category's current model; stage it as a new model.
 
-    Keep the scales of the model's parts, so that no score changes, and the lower end of the heatmap scale. Its middle
-    becomes the largest pixel of all images that calibrate.
+    Keep the scales of the model's parts, so that no score changes, and the lower end of the heatmap scale. Its
+    `good_max` rises to the largest pixel of the new images.
 
     Raises:
         ModelError: if a file of the current model is missing or damaged.
     """
     record, scale = new.record, new.record.heatmap_scale
-    calibration = _add_scores(store.calibration(record), new)
+    calibration = _add_scores(store.calibration_scores(record), new)
     changed = dataclasses.replace(
         record,
         heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(score.peak for score in new.scores)])),

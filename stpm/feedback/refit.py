@@ -29,18 +29,16 @@ class Refit:
         data: URI of the data set in the MVTec AD layout.
         recipe: of the models.
         workers: that fit.
-        backend: what computes features on a CPU.
-        wait: if another run holds the store, wait for its end instead of raising an error.
     """
 
     data: str
     recipe: Recipe
     workers: WorkerOptions
-    backend: WantedBackend
-    wait: bool
 
-    def fit(self, store: ModelStore, new: Mapping[str, Sequence[AddedNormal]]) -> dict[str, FitResult]:
-        """Fit and stage the models of those categories that are in the data set.
+    def fit(
+        self, store: ModelStore, new: Mapping[str, Sequence[AddedNormal]], backend: WantedBackend, wait: bool
+    ) -> dict[str, FitResult]:
+        """Fit and stage the models of those categories that are in the data set; for `wait` see `fit_categories`.
 
         Raises:
             ConfigError: as `fit_categories` does.
@@ -51,12 +49,14 @@ class Refit:
         if not categories:
             return {}
         stores = {self.recipe.seed: store.uri}
-        results = fit_categories(categories, self.recipe, stores, self.workers, self.backend, self.wait, new)
+        results = fit_categories(categories, self.recipe, stores, self.workers, backend, wait, new)
         return {result.task.category: result for result in results}
 
-    def scores(self, store: ModelStore, new: NewNormals, model_id: str) -> npt.NDArray[np.float32]:
+    def scores(
+        self, store: ModelStore, new: NewNormals, model_id: str, backend: WantedBackend
+    ) -> npt.NDArray[np.float32]:
         """Score new images with a new model, (n,)."""
         category = new.record.category
-        scorer = NormalScorer(store, category, model_id, self.backend)
+        scorer = NormalScorer(store, category, model_id, backend)
         files = (storage.read(store.normal_uri(category, each.digest)) for each in new.images)
         return np.array([each.score for each in scorer(files) if isinstance(each, NormalScore)], np.float32)

@@ -119,7 +119,7 @@ class HeldOutDistances:
             distances = self._cache[number].to(matcher.device) if cached else self._compute(batch)
             content = self._features.images.content[batch]
             for one in (slice(i, i + 1) for i in range(len(batch))):
-                yield from matcher.anomaly_maps(distances.images(one), content[one], self._recipe, next(scales))
+                yield from matcher.anomaly_maps(distances.select(one), content[one], self._recipe, next(scales))
 
     def _compute(self, batch: Indices) -> Distances:
         matcher = self._features.matcher

@@ -14,7 +14,6 @@ from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
 from stpm.fitting.added_normals import with_added_normals
-from stpm.fitting.fit_category import existing_model
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
@@ -23,7 +22,6 @@ from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import held
 from stpm.method.backbones import load_teacher_weights
-from stpm.method.calibration import few_good_images_warning
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedNormal, ModelRecord
 from stpm.models.store import ModelStore
@@ -57,11 +55,9 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
     return [result for result in found.values() if isinstance(result, mvtec.Category)], failures
 
 
-def warn_about_few_good_images(categories: Sequence[mvtec.Category], recipe: Recipe, false_alarm_rate: float) -> None:
-    """Warn about categories with too few good images to calibrate for a false-alarm rate."""
-    counts = {each.name: (len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
-    if warning := few_good_images_warning(counts, false_alarm_rate):
-        log.info(warning)
+def count_good_images(categories: Sequence[mvtec.Category], recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Count the good images of each category, and those that will calibrate its model."""
+    return {each.name: (len(each.train), recipe.calibration_count(len(each.train))) for each in categories}
 
 
 def fit_categories(
@@ -125,7 +121,7 @@ def fit_categories(
 
 @dataclass(frozen=True)
 class _TaskMaker:
-    """Makes a task, given the images that were added."""
+    """Make a task, given the images that were added."""
 
     category: mvtec.Category
     recipe: Recipe
@@ -180,7 +176,7 @@ def _plan(maker: _TaskMaker) -> _Plan:
     task = maker.task([each for each in added if each.fitted])
     if planned := _reuse(task):
         return planned
-    if model := _existing_model(task, waiting=True):
+    if model := existing_model(task, waiting=True):
         current = maker.store.record(task.category)
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
@@ -195,7 +191,7 @@ def _plan_refit(maker: _TaskMaker, new: Sequence[AddedNormal]) -> _Plan:
     task = maker.task([*maker.added(), *new], stage=True)
     if planned := _reuse(task):
         return planned
-    if model := _existing_model(task, waiting=True):
+    if model := existing_model(task, waiting=True):
         return task, FitResult(task, model), f"model {model.model_id} of these images is there already"
     return task, None, ""
 
@@ -206,16 +202,36 @@ def _reuse(task: FitTask) -> _Plan | None:
         task.recipe.check_image_count(len(task.train))
     except DataError as error:
         return task, FitResult(task, reason=str(error)), f"failed: {error}"
-    if model := _existing_model(task):
+    if model := existing_model(task):
         message = f"model {model.model_id} is there already, with this recipe and these images"
         return task, FitResult(task, model), message
     return None
 
 
-def _existing_model(task: FitTask, *, waiting: bool = False) -> ModelRecord | None:
-    """Return the model of a task as `existing_model` does, unless it is damaged."""
+def existing_model(task: FitTask, *, waiting: bool = False) -> ModelRecord | None:
+    """Return the model in the store that the task would make again, if there is one, and it is not damaged.
+
+    Args:
+        task: to plan.
+        waiting: look among the models that were staged or rolled back, instead of at the current one.
+    """
+    store = ModelStore(task.store)
+    wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
     try:
-        return existing_model(task, waiting=waiting)
-    except ModelError as error:
-        log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
+        versions = store.versions(task.category)
+    except ModelError:
         return None
+    for version in versions.next if waiting else (versions.current,):
+        try:
+            record = store.record(task.category, version.model_id)
+        except ModelError:
+            continue
+        if wanted != (record.recipe, record.teacher_digest, version.data_fingerprint):
+            continue
+        try:
+            store.verify(record)
+        except ModelError as error:
+            log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
+            return None
+        return record
+    return None

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from stpm import storage
-from stpm.errors import ModelError, StpmError
+from stpm.errors import StpmError
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import calibrate_model, cross_validate_scores, make_parts
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
@@ -53,33 +53,6 @@ class WorkerLimits:
 
     def _ram_beside(self, images: TrainingImages) -> int:
         return self.ram if images.on_disk else self.ram - images.pixels.nbytes
-
-
-def existing_model(task: FitTask, *, waiting: bool = False) -> ModelRecord | None:
-    """Return the model in the store that the task would make again, if there is one.
-
-    Args:
-        task: to run.
-        waiting: look among the models that were staged or rolled back, instead of at the current one.
-
-    Raises:
-        ModelError: if a file of this model is missing or damaged.
-    """
-    store = ModelStore(task.store)
-    wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
-    try:
-        versions = store.versions(task.category)
-    except ModelError:
-        return None
-    for version in versions.next if waiting else (versions.current,):
-        try:
-            record = store.record(task.category, version.model_id)
-        except ModelError:
-            continue
-        if wanted == (record.recipe, record.teacher_digest, version.data_fingerprint):
-            store.verify(record)
-            return record
-    return None
 
 
 def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:

@@ -1,4 +1,4 @@
-"""Options of fitting. The command line imports them before anything that is slow to import."""
+"""Options of fitting. They import nothing heavy: the command line reads them first."""
 
 from __future__ import annotations
 

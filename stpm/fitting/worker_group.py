@@ -166,7 +166,7 @@ def _remove_stuck_placement_groups() -> None:
 
 
 class _Monitor:
-    """Passes on the queue's events and watches for lost nodes, in a thread, while Ray Train blocks the main thread."""
+    """Pass on the queue's events and watch for lost nodes, in a thread, while Ray Train blocks the main thread."""
 
     def __init__(self, queue: Any, on_event: Callable[[Event], None]) -> None:
         self._queue = queue

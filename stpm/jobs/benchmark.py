@@ -16,12 +16,13 @@ from stpm.errors import CutOffError
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.fitting.fit_categories import fit_categories, read_categories, warn_about_few_good_images
+from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
 from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.jobs.evaluate import evaluate_categories, publish_report
 from stpm.lease import held
+from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
@@ -72,7 +73,7 @@ def run_benchmark(
             if categories:
                 stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
                 with connected():
-                    warn_about_few_good_images(categories, recipe, scoring.false_alarm_rate)
+                    warn_about_few_good_images(count_good_images(categories, recipe), scoring.false_alarm_rate)
                     fits = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
                     for seed, store in stores.items():

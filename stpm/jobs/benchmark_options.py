@@ -1,4 +1,4 @@
-"""Options of the benchmark job. They import nothing heavy: the command line reads them before anything else."""
+"""Options of the benchmark job. They import nothing heavy: the command line reads them first."""
 
 from __future__ import annotations
 

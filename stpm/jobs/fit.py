@@ -12,9 +12,10 @@ from stpm.console import ALL_DONE, exit_code
 from stpm.feedback.add_normals import add_normals
 from stpm.feedback.marks import read_marks
 from stpm.feedback.refit import Refit
-from stpm.fitting.fit_categories import fit_categories, read_categories, warn_about_few_good_images
+from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
+from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
@@ -37,7 +38,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         if cluster.plan:
             log_plan({"fits": partial(describe_workers, workers, len(categories))})
             return ALL_DONE
-        warn_about_few_good_images(categories, recipe, options.false_alarm_rate)
+        warn_about_few_good_images(count_good_images(categories, recipe), options.false_alarm_rate)
         results = []
         if categories:
             stores = {recipe.seed: store}
@@ -51,8 +52,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
 def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
     """Add marked images to the models of their categories; return the exit code, by the images marked as good."""
     store = ModelStore(storage.output_folder(options.models))
-    data = storage.absolute(options.data)
-    refit = Refit(data, recipe, workers, cluster.backend, options.wait) if options.refit else None
+    refit = Refit(storage.absolute(options.data), recipe, workers) if options.refit else None
     with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
         marks = read_marks(options.add_normals, options.allow, options.categories)
         good, failed = add_normals(store, marks, options, cluster.backend, refit)

@@ -55,7 +55,7 @@ def run_nightly(
 
 
 def _run(job: NightlyJob, date: datetime.date) -> int:
-    # The night itself first: late files of others have time.
+    # The night itself first: late files of earlier nights can wait.
     dates = [date - datetime.timedelta(days=days) for days in range(job.options.look_back + 1)]
     problems = score_nights(job, dates)
     nights = update_records(job, sorted(dates), problems)
@@ -64,7 +64,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     failed = any(nights[each].problem or nights[each].unfinished for each in dates if each in nights)
     failed |= night.error_count > job.options.max_error_rate * night.images
     if job.options.keep_days and night.scored:
-        # A night without images may be one that was mistyped.
+        # Remove nothing after a night without images: --date may be mistyped.
         failed |= not _remove_old_nights(job, date, nights)
     for each in sorted(nights):
         if each < min(dates) and nights[each].unfinished:
@@ -77,7 +77,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
     storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created).encode())
     log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
-    failed |= not _tell(job.monitoring.webhook, webhook_message(night, job.out, created))
+    failed |= not _post_webhook(job.monitoring.webhook, webhook_message(night, job.out, created))
     if not night.scored:
         return NOTHING_DONE
     return SOME_FAILED if failed else ALL_DONE
@@ -96,7 +96,7 @@ def _remove_old_nights(job: NightlyJob, date: datetime.date, nights: dict[dateti
     return True
 
 
-def _tell(webhook: str, message: bytes) -> bool:
+def _post_webhook(webhook: str, message: bytes) -> bool:
     """Post the message, if there is a webhook; return whether it was taken."""
     if not webhook:
         return True

@@ -16,7 +16,7 @@ from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import held
-from stpm.method.calibration import few_good_images_warning
+from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.names import as_utf8
 from stpm.options import ClusterOptions
@@ -28,7 +28,7 @@ from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun, describe_plan
 from stpm.scoring.resuming.run_state import RunConfig
-from stpm.scoring.run import Records, run_scoring
+from stpm.scoring.run import run_scoring
 from stpm.scoring.run_statistics import RunResult
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     result, records = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
         return SOME_FAILED
-    _warn_of_few_good_images(records, run.options.false_alarm_rate)
+    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in records.items()}
+    warn_about_few_good_images(counts, run.options.false_alarm_rate)
     _log_result(result, run.output)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
@@ -111,12 +112,6 @@ def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
 def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
     lines.seek(0)
     return image_rows(config.images, CategoryRule(config.category, config.category_from), config.allow, lines)
-
-
-def _warn_of_few_good_images(records: Records, false_alarm_rate: float) -> None:
-    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in records.items()}
-    if warning := few_good_images_warning(counts, false_alarm_rate):
-        log.info(warning)
 
 
 def _log_result(result: RunResult, output: RunOutput) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy.typing as npt
 from stpm.errors import join_first
 
 Floats = npt.NDArray[np.floating]
+
+log = logging.getLogger(__name__)
 
 # A heatmap begins at this quantile of held-out images' pixels, and ends at this multiple of the range from there to the
 # largest of them.
@@ -27,10 +30,10 @@ _MIN_SPREAD = 0.05
 class HeatmapScale:
     """The fixed range of a model's heatmaps, in units of the anomaly map, low < good_max.
 
-    `low` is the 99th percentile of held-out images' pixels, `good_max` the largest pixel of all images that calibrate.
-    Grey level 0 is `low` and below. The middle of the scale is `good_max` for every model, so that everything above it
-    was never seen on a good image that calibrates. Levels rise linearly up to `good_max`, then with the logarithm; five
-    times as far above `low` as `good_max`, and beyond, is level 255.
+    `low` is the 99th percentile of held-out images' pixels, `good_max` the largest pixel of these images and of those
+    that were added to the calibration. Grey level 0 is `low` and below. Level 128 is `good_max` for every model: none
+    of these images has a larger pixel. Levels rise linearly up to `good_max`, then with the logarithm; five times as
+    far above `low` as `good_max`, and beyond, is level 255.
 
     >>> HeatmapScale(low=1.0, good_max=2.0).apply(np.array([0.5, 1.0, 1.5, 2.0, 6.0, 9.0]))
     array([  0,   0,  64, 128, 255, 255], dtype=uint8)
@@ -112,12 +115,17 @@ class Calibration:
         return ((1 + at_least) / (n + 1)).astype(np.float32)
 
     def threshold(self, false_alarm_rate: float) -> float:
-        """Return the smallest calibration score above which every score has p ≤ the rate.
+        """Return the threshold of the model, see `threshold`."""
+        return threshold(self.scores, false_alarm_rate)
 
-        On average, at most this fraction of good images that are exchangeable with the calibration images scores
-        higher. n images support no rate below 1/(n+1): for a lower one, return the largest calibration score.
-        """
-        return float(self.scores[-threshold_rank(len(self.scores), false_alarm_rate)])
+
+def threshold(scores: npt.NDArray[np.float32], false_alarm_rate: float) -> float:
+    """Return the smallest of n calibration scores, (n,) ascending, above which every score has p ≤ the rate.
+
+    On average, at most this fraction of good images that are exchangeable with the calibration images scores higher. n
+    images support no rate below 1/(n+1): for a lower one, return the largest calibration score.
+    """
+    return float(scores[-threshold_rank(len(scores), false_alarm_rate)])
 
 
 def threshold_rank(count: int, false_alarm_rate: float) -> int:
@@ -139,8 +147,8 @@ def min_calibration_images(false_alarm_rate: float) -> int:
     return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
 
 
-def few_good_images_warning(counts: Mapping[str, tuple[int, int]], false_alarm_rate: float) -> str:
-    """Write a warning that names the models with too few calibration images for a rate; "" if there are none.
+def warn_about_few_good_images(counts: Mapping[str, tuple[int, int]], false_alarm_rate: float) -> None:
+    """Log a warning that names the models with too few calibration images for a rate, if there are any.
 
     Args:
         counts: number of good images, and of those that calibrate the model, by category.
@@ -153,14 +161,13 @@ def few_good_images_warning(counts: Mapping[str, tuple[int, int]], false_alarm_r
         for name, (good, count) in counts.items()
         if count < needed
     ]
-    if not few:
-        return ""
-    return (
-        f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
-        f"{join_first(few)}. Raise --false-alarm-rate, or give at least {needed} good images and fit with "
-        "--calibration-folds 5, so that all of them calibrate. Until then their threshold is the largest score of a "
-        "good image"
-    )
+    if few:
+        log.info(
+            f"warning: false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
+            f"{join_first(few)}. Raise --false-alarm-rate, or give at least {needed} good images and fit with "
+            "--calibration-folds 5, so that all of them calibrate. Until then their threshold is the largest score of "
+            "a good image"
+        )
 
 
 class HeatmapScaleBuilder:

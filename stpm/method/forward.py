@@ -99,7 +99,7 @@ class Distances:
         """Count the bytes of all maps."""
         return sum(d.nbytes for d in self.maps)
 
-    def images(self, chosen: slice) -> Distances:
+    def select(self, chosen: slice) -> Distances:
         """Select some of the images."""
         return Distances(tuple(d[chosen] for d in self.student), tuple(d[chosen] for d in self.memory))
 
@@ -173,7 +173,7 @@ class Matcher:
             return self.features(self.teacher, inputs)
 
     def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
-        """Mark the positions of each level that lie on the images and not on padding.
+        """Mark the valid positions of each level, those not on padding.
 
         Args:
             content: (B, 4) int32 content boxes of the images.

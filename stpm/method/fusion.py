@@ -31,11 +31,11 @@ _MIN_SAMPLES, _MAX_SAMPLES, _MAX_TOTAL_SAMPLES = 16, 1024, 256 * 1024
 
 
 def sample_distances(distances: Tensor, valid: Tensor | None = None, total_images: int = 0) -> list[Float32Array]:
-    """Sample the distances on each image, evenly spaced over the positions that count.
+    """Sample the distances on each image, evenly spaced over the valid positions.
 
     Args:
         distances: (B, Hₗ, Wₗ).
-        valid: (B, Hₗ, Wₗ) bool, true at the positions that count; None counts all.
+        valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid.
         total_images: number of images that calibrate the model, if it is larger than B.
 
     Returns:
@@ -55,8 +55,8 @@ def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = No
     Args:
         distances: maps of one level or bank.
         size: height and width of the input, pixels.
-        valid: (B, Hₗ, Wₗ) bool, true at the positions that count; None counts all. The result between a position that
-            counts and others has the value of the former. Far from all positions that count, it has no meaning.
+        valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid. Next to an
+            invalid position the result has the value of the valid one; far from every valid position it is meaningless.
     """
     if valid is None:
         return _resize(distances, size)
@@ -124,7 +124,8 @@ def fuse(
         scales: scales of the student's levels, then of the banks; `product` and `sum` need none.
         method: how to combine.
         size: height and width of the input, pixels.
-        valid: a (B, Hₗ, Wₗ) bool mask for each map, student's first, true at the positions that count; None counts all.
+        valid: a (B, Hₗ, Wₗ) bool mask for each map, student's first, true at valid positions, those not on padding;
+            None: all are valid.
     """
     maps = [*student, *memory]
     if method == "product":

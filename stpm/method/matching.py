@@ -55,8 +55,8 @@ def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], valid: S
     Args:
         teacher: features, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
         student: features of the same shapes.
-        valid: one (B, Hₗ, Wₗ) bool mask per level, true at the positions that count, at least one in each image; None
-            counts all. Each image has the same weight, however many of its positions count.
+        valid: one (B, Hₗ, Wₗ) bool mask per level, true at valid positions, those not on padding; None: all are valid.
+            Each image has at least one, and the same weight, however many it has.
     """
     distances = [distance_map(t, s) for t, s in zip(teacher, student, strict=True)]
     return torch.stack([_mean(d, v) for d, v in zip(distances, valid, strict=True)]).mean()

@@ -66,7 +66,7 @@ class MemoryBank:
 
         Args:
             features: features of the bank's level.
-            valid: (B, H, W) bool, true at positions on the image; None: all are.
+            valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
         """
         described = describe(features, self.kind, self.window, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
@@ -85,8 +85,8 @@ def describe(features: Tensor, kind: Kind, window: int, valid: Tensor | None = N
     Args:
         features: (B, C, H, W), any float type.
         kind: `directions` scales each averaged vector to length 1.
-        window: side of the window, odd; at a border, only positions on the image are averaged.
-        valid: (B, H, W) bool, true at positions on the image; None: all are.
+        window: side of the window, odd; at a border, only valid positions are averaged.
+        valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
 
     Returns:
         (B, H, W, C) float32.

@@ -1,4 +1,7 @@
-"""Options of the job that lists and exchanges models. They import nothing heavy: the command line reads them first."""
+"""Options of the job that lists models, rolls back and forward, and removes old ones.
+
+They import nothing heavy: the command line reads them first.
+"""
 
 from __future__ import annotations
 

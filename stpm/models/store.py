@@ -156,7 +156,7 @@ class ModelStore:
         Args:
             current: record of the current model, whose other files are copied.
             record: the new model's record, in which this replaces the files' digests.
-            calibration: as `calibration` returns it.
+            calibration: as `calibration_scores` returns it.
             image_statistics: as `image_statistics` returns them.
 
         Raises:
@@ -260,7 +260,7 @@ class ModelStore:
         """Return the folder of a category's images that were marked as good."""
         return storage.join(self.folder(category), _NORMALS)
 
-    def calibration(self, record: ModelRecord) -> pa.Table:
+    def calibration_scores(self, record: ModelRecord) -> pa.Table:
         """Read the scores that calibrate a model, ascending, in the columns `score` and `is_added`."""
         return self._table(record, CALIBRATION)
 
@@ -303,7 +303,7 @@ class ModelStore:
         from stpm.method.forward import Parts
 
         record = self.record(category, model_id)
-        scores = self.calibration(record).column("score").to_numpy().astype(np.float32)
+        scores = self.calibration_scores(record).column("score").to_numpy().astype(np.float32)
         student = None
         if STUDENT in record.files:
             state, uri = self._tensors(record, STUDENT), self._uri(record, STUDENT)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from tabulate import tabulate
 
 from stpm.errors import ModelError
-from stpm.method.calibration import Calibration
+from stpm.method.calibration import threshold
 from stpm.models.store import ModelStore
 
 _HEAD = ["model", "", "created", "good images", "added", "calibrate", "validation loss", "threshold"]
@@ -39,12 +38,13 @@ def _lines(store: ModelStore, category: str, false_alarm_rate: float) -> list[li
     for model_id in store.model_ids(category):
         try:
             record = store.record(category, model_id)
-            scores = store.calibration(record)["score"].to_numpy().astype(np.float32)
+            scores = store.calibration_scores(record)["score"].to_numpy()
         except ModelError as error:
             lines.append([model_id, versions.position(model_id), str(error)])
             continue
-        fit, threshold = record.fit, Calibration(scores, record.heatmap_scale).threshold(false_alarm_rate)
+        fit = record.fit
         loss = "" if fit.validation_loss is None else f"{fit.validation_loss:.4f}"
         counts = [str(record.good_count), str(len(record.added_normals) or ""), str(fit.calibration_count)]
-        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, f"{threshold:.4g}"])
+        limit = f"{threshold(scores, false_alarm_rate):.4g}"
+        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, limit])
     return sorted(lines, key=lambda line: line[2])

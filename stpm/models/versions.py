@@ -42,8 +42,8 @@ class Versions:
         if not lost:
             return ""
         return (
-            f"the new model takes the place of what was rolled back or staged: {', '.join(lost)}; --roll-forward does "
-            "not return there, and jobs/models.py --keep removes it"
+            f"the new model replaces those that were rolled back or staged ({', '.join(lost)}): --roll-forward no "
+            "longer reaches them, and jobs/models.py --keep removes them"
         )
 
     def stage(self, version: Version) -> Versions:

@@ -10,18 +10,14 @@ import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from stpm.data.image_statistics import COMPARED
 from stpm.method.calibration import threshold_rank
 from stpm.monitoring import image_drift
 from stpm.monitoring.change import Change, Level, Limits, percent
-from stpm.monitoring.significance import Rate, compare_rates, compare_scores, exceedances, pool
-
-FloatArray = npt.NDArray[np.floating[Any]]
+from stpm.monitoring.significance import FloatArray, Rate, compare_rates, compare_scores, exceedances, pool
 
 # Factors of the p-values (Bonferroni). Errors, alarms, scores and images share the false-verdict rate equally, so that
 # the many tests of images do not weaken the tests of alarms.
@@ -37,7 +33,7 @@ _ERRORS = Limits(0.01, 0.1)
 # Images that are missing, as a share of the earlier night with the fewest.
 _MISSING = Limits(0.5, 0.9)
 _MIN_NIGHTS = 3
-# An earlier night with a smaller p-value had a fault: it is no usual night.
+# An earlier night with a smaller p-value had a fault, and is left out of what is usual.
 _FAULT_P_VALUE = 1e-4
 
 
@@ -56,50 +52,64 @@ class Reference:
     added: FloatArray = field(default_factory=lambda: np.empty(0))
 
     def held_out_p_values(self, p_values: FloatArray) -> FloatArray:
-        """Return the p-values by a calibration without the added images, which are no random sample."""
+        """Return the p-values by a calibration without the added images, which are not a random sample."""
         at_least = np.rint(p_values * (self.calibration_count + 1)) - 1
         at_least -= np.searchsorted(self.added, at_least, side="right")
         return (at_least + 1) / (self.calibration_count - len(self.added) + 1)
 
 
 @dataclass(frozen=True)
-class CategoryNight:
-    """One category's rows of one night.
+class Counts:
+    """Counts of one category's rows of one night.
 
     Args:
-        date: of the night.
-        model_id: of the model that scored the images, "" if none did.
-        images: number of rows, errors included.
-        errors: number of rows with an error.
-        alarms: number of anomalous images.
-        false_alarm_rate: that the run requested.
-        p_values: of images without an error, or of a random sample of them.
-        statistics: of the same images in the same order, by name as in `Reference`.
+        model_id: of the model that scored most of the images; "" if none did.
+        images: number of rows.
+        alarms: how many of them are anomalous.
+        errors: how many of them have no score, by error kind.
+        false_alarm_rate: that was requested.
     """
 
-    date: datetime.date
     model_id: str
     images: int
-    errors: int
     alarms: int
+    errors: dict[str, int]
     false_alarm_rate: float
-    p_values: FloatArray
-    statistics: Mapping[str, FloatArray]
+
+    @property
+    def error_count(self) -> int:
+        """Count the rows without a score."""
+        return sum(self.errors.values())
 
     @property
     def scored(self) -> int:
-        """Count the images without an error."""
-        return self.images - self.errors
+        """Count the rows with a score."""
+        return self.images - self.error_count
 
     @property
     def alarm_rate(self) -> Rate | None:
-        """Return alarms of scored images, None if there are none."""
+        """Return the alarms among the rows with a score; None if there are none."""
         return Rate(self.alarms, self.scored) if self.scored else None
 
     @property
     def error_rate(self) -> Rate | None:
-        """Return errors of all images, None if there are none."""
-        return Rate(self.errors, self.images) if self.images else None
+        """Return the errors among all rows; None if there are none."""
+        return Rate(self.error_count, self.images) if self.images else None
+
+
+@dataclass(frozen=True)
+class CategoryNight(Counts):
+    """What one category's night is judged by.
+
+    Args:
+        date: of the night.
+        p_values: of rows with a score, or of a random sample of them.
+        statistics: of the same images in the same order, by name as in `Reference`.
+    """
+
+    date: datetime.date
+    p_values: FloatArray
+    statistics: Mapping[str, FloatArray]
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from stpm.data.image_statistics import COMPARED
 from stpm.monitoring.change import Change, Level, Limits, percent
-from stpm.monitoring.significance import compare_samples, exceedances
-
-FloatArray = npt.NDArray[np.floating[Any]]
+from stpm.monitoring.significance import FloatArray, compare_samples, exceedances
 
 # For each statistic, a test of all images, of those above every good image, and of those below.
 TESTS = 3 * len(COMPARED)

@@ -70,7 +70,7 @@ class NightlyJob:
 
         def score_run(output: RunOutput, rows: Iterable[pa.Table]) -> int:
             if not read_night(folder):
-                # It marks what is written here as this job's.
+                # The record shows that this job wrote the folder; --keep-days removes no other.
                 write_night(folder, Night(folder.date.isoformat(), sources))
             ray.enter_context(connected())
             log.info(f"{folder.date}, run {output.name}: scoring into {folder.uri}")
@@ -95,7 +95,7 @@ class NightlyJob:
                     log.info(str(error))
 
         if fresh:
-            # A dump that is not mounted has nothing to score again.
+            # If the dump is not mounted, removing the rows would lose them.
             if folder.outputs() and not next(listing(), None):
                 raise DataError(f"there are no images in {', '.join(sources)}: --fresh left the rows as they are")
             self.start_over(folder)
@@ -156,7 +156,7 @@ def update_records(
         earlier = [nights[each] for each in sorted(nights) if each < date][-count:]
         try:
             nights[date] = night = job.update_record(folder, earlier, problems.get(date, ""))
-            # A day without images is no night: its date may be mistyped.
+            # Write no record for a day without images: --date may be mistyped.
             if folder in folders or night.categories or night.problem:
                 write_night(folder, night)
         except (ConfigError, DataError, OSError) as error:

@@ -92,9 +92,11 @@ def judge_night(
             return replace(record, verdict=Verdict("act", (Change("model", "act", 0.0, 1.0, reference),)))
         # Images may be missing from a night that was not judged.
         before = [
-            _as_input(each.day, counts) for each in earlier if (counts := each.categories.get(name)) and counts.verdict
+            _as_category_night(each.day, counts)
+            for each in earlier
+            if (counts := each.categories.get(name)) and counts.verdict
         ]
-        this = replace(_as_input(folder.date, record), p_values=p_values, statistics=statistics)
+        this = replace(_as_category_night(folder.date, record), p_values=p_values, statistics=statistics)
         good = None if isinstance(reference, str) else reference
         verdict = judge([*before, this], good, tests=tests, false_verdict_rate=options.false_verdict_rate)
         return replace(record, verdict=verdict)
@@ -149,7 +151,7 @@ def _reference(store: ModelStore, category: str, model_id: str) -> Reference | s
     try:
         record = store.record(category, model_id)
         table = store.image_statistics(record)
-        is_added = store.calibration(record)["is_added"].to_numpy()
+        is_added = store.calibration_scores(record)["is_added"].to_numpy()
     except ModelUnreadableError:
         raise
     except ModelError as error:
@@ -162,10 +164,10 @@ def _medians(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.median(each)) for name, each in values.items() if len(each)}
 
 
-def _as_input(date: datetime.date, record: CategoryRecord) -> CategoryNight:
+def _as_category_night(date: datetime.date, record: CategoryRecord) -> CategoryNight:
     """Make an input of `drift.judge` from counts alone."""
-    counts = (record.images, record.error_count, record.alarms)
-    return CategoryNight(date, record.model_id, *counts, record.false_alarm_rate, np.empty(0), {})
+    counts = (record.model_id, record.images, record.alarms, record.errors, record.false_alarm_rate)
+    return CategoryNight(*counts, date, np.empty(0), {})
 
 
 def _preprocessing(store: ModelStore) -> Callable[[str, str], Preprocessing]:

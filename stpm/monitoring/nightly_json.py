@@ -48,20 +48,15 @@ def webhook_message(night: Night, out: str, created: str) -> bytes:
 
 def headline(night: Night) -> str:
     """Describe a night in one line."""
-    levels = night.levels
-    named = [
-        [name for name, each in night.categories.items() if each.verdict and each.verdict.level == level]
+    flagged = {
+        level: [name for name, each in night.categories.items() if each.verdict and each.verdict.level == level]
         for level in ("act", "watch")
-    ]
+    }
     parts = [
         f"{night.images} images, {night.alarms} alarms, {night.error_count} errors",
         *([f"{night.unfinished} images without a row"] if night.unfinished else []),
-        *(
-            f"{level}: {join_first(names, separator=', ')}"
-            for level, names in zip(("act", "watch"), named, strict=True)
-            if names
-        ),
-        f"{levels['fine']} categories fine",
+        *(f"{level}: {join_first(names, separator=', ')}" for level, names in flagged.items() if names),
+        f"{night.levels['fine']} categories fine",
         *([night.problem] if night.problem else []),
     ]
     return f"{night.date}: {'; '.join(parts)}"

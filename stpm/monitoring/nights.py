@@ -10,51 +10,25 @@ from stpm import storage
 from stpm.errors import DataError, ModelError
 from stpm.method.false_discovery import Discoveries
 from stpm.models.record import from_json, to_json
-from stpm.monitoring.drift import Verdict
+from stpm.monitoring.drift import Counts, Verdict
 from stpm.monitoring.runs import NightFolder
-from stpm.monitoring.significance import Rate
 
 
 @dataclass(frozen=True)
-class CategoryRecord:
+class CategoryRecord(Counts):
     """One category's night.
 
     Args:
-        model_id: of the model that scored most of its images; "" if none did.
-        images: number of rows.
-        alarms: how many of them are anomalous.
-        errors: how many of them have no score, by error kind.
-        false_alarm_rate: that was requested.
         median_p_value: about 0.5 on a night of good images; None without scores.
         medians: of image statistics, by name; empty without scores.
         training_medians: the same of the training images; empty if unknown.
         verdict: None until it is given.
     """
 
-    model_id: str
-    images: int
-    alarms: int
-    errors: dict[str, int]
-    false_alarm_rate: float
     median_p_value: float | None = None
     medians: dict[str, float] = field(default_factory=dict)
     training_medians: dict[str, float] = field(default_factory=dict)
     verdict: Verdict | None = None
-
-    @property
-    def error_count(self) -> int:
-        """Count the rows without a score."""
-        return sum(self.errors.values())
-
-    @property
-    def scored(self) -> int:
-        """Count the rows with a score."""
-        return self.images - self.error_count
-
-    @property
-    def alarm_rate(self) -> Rate | None:
-        """Return the alarms among the rows with a score; None if there are none."""
-        return Rate(self.alarms, self.scored) if self.scored else None
 
 
 @dataclass(frozen=True)

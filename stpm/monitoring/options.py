@@ -1,4 +1,4 @@
-"""Options of the nightly job. They import nothing heavy: the command line reads them before anything else."""
+"""Options of the nightly job. They import nothing heavy: the command line reads them first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stpm.scoring.options import ALLOW_HELP, CATEGORY_FROM_HELP, CATEGORY_HELP
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 _UTC = "UTC"
-# The day before it is in the same year, month and week.
+# It has the same year, month and week as the day before, so a pattern of these alone is refused.
 _ANY_DAY = datetime.date(2026, 11, 25)
 # A century: Python's dates have a first year.
 _MAX_NIGHTS = 36_500

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from stpm.monitoring.change import percent
 from stpm.monitoring.nightly_json import ordered_categories
 from stpm.monitoring.nights import CategoryRecord, Night
-from stpm.pages import template, with_script_hash
+from stpm.pages import render
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
 # Maximum number of categories to act on or to watch that have a card; the table has all.
@@ -72,7 +72,8 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
     latest = nights[-1]
     ordered = ordered_categories(latest)
     flagged = [(name, each) for name, each in ordered if each.verdict and each.verdict.level != "fine"]
-    text = template("monitoring/nightly.html").render(
+    return render(
+        "monitoring/nightly.html",
         nights=nights,
         latest=latest,
         out=out,
@@ -84,7 +85,6 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
         width=_WIDTH,
         height=_HEIGHT,
     )
-    return with_script_hash(text)
 
 
 def card_trends(nights: Sequence[Night], category: str) -> list[Trend]:
@@ -141,8 +141,8 @@ def _trend(
         value: the number of a night; None for none.
         show: formats it.
         expected: the number on good nights; None if there is none.
-        low: the lower end of the scale, or below it; None: that of the values.
-        high: the upper end of the scale, or above it; None: that of the values.
+        low: a value that the scale reaches down to; None: the smallest shown.
+        high: a value that the scale reaches up to; None: the largest shown.
     """
     found = [(night, each, value(each)) for night in nights if (each := night.categories.get(category))]
     values = [number for _, _, number in found if number is not None]

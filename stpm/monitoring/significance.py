@@ -1,7 +1,7 @@
 """P-values of the differences between a night and good images, or earlier nights.
 
-Each test compares two samples: a few calibration images are no exact distribution. The conformal p-values of a night
-share one calibration, so 10,000 of them are not uniform; their images are exchangeable with the calibration's.
+Each test compares two samples: a few calibration images do not give an exact distribution. The conformal p-values of a
+night share one calibration, so 10,000 of them are not uniform; their images are exchangeable with the calibration's.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def template(name: str) -> jinja2.Template:
-    """Return a template by its path in the package. It extends `pages/page.html`, whose policy blocks all loading."""
-    return _TEMPLATES.get_template(name)
+def render(template: str, /, **values: Any) -> str:
+    """Render a page from a template, given by its path in the package.
 
-
-def with_script_hash(page: str) -> str:
-    """Replace SCRIPT-HASH in a page's policy by the hash of its last script, so that no other one runs."""
+    The template extends `pages/page.html`, whose policy blocks all loading. In the policy, replace SCRIPT-HASH by the
+    hash of the page's last script, so that no other one runs.
+    """
+    page = _TEMPLATES.get_template(template).render(values)
     script = _SCRIPT.findall(page)[-1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return page.replace("SCRIPT-HASH", f"sha256-{digest}", 1)

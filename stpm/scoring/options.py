@@ -1,4 +1,4 @@
-"""Options of scoring. They import nothing heavy: the command line reads them before anything else is imported."""
+"""Options of scoring. They import nothing heavy: the command line reads them first."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from stpm.data.encode import encode_jpeg
 from stpm.errors import DataError
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
-from stpm.pages import jpeg_uri, score_parts, template, with_script_hash
+from stpm.pages import jpeg_uri, render, score_parts
 from stpm.scoring.inputs.archives import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import task_of
@@ -57,8 +57,8 @@ def write_triage(
         row | {"picture": drawn, "parts": score_parts(row), "is_discovery": row["p_value"] <= cut_off}
         for row, drawn in zip(rows, pictures, strict=True)
     ]
-    page = template("scoring/triage.html").render(rows=shown, folder=output.folder, discoveries=discoveries)
-    storage.publish(output.triage, with_script_hash(page).encode())
+    page = render("scoring/triage.html", rows=shown, folder=output.folder, discoveries=discoveries)
+    storage.publish(output.triage, page.encode())
 
 
 def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:

@@ -63,7 +63,7 @@ def test_a_baseline_of_another_protocol_is_a_shortfall(tmp_path: Path) -> None:
     path.write_text(json.dumps(report("original size")))
     (line,) = read_gate(ReportOptions(baseline=str(path))).shortfalls(report())
     assert line == (
-        "the baseline's mask_resolution is 'original size' and this report's 'model size': they do not compare"
+        "the baseline's mask_resolution is 'original size' and this report's 'model size': they cannot be compared"
     )
 
 

@@ -99,7 +99,8 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     assert new.scale.good_max >= old.scale.good_max
     np.testing.assert_allclose(plant.scores(uris), expected, rtol=1e-6)
     assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, False) for uri in uris]
-    held_out = plant.store.calibration(record).filter(~plant.store.calibration(record)["is_added"].to_numpy())
+    scores = plant.store.calibration_scores(record)
+    held_out = scores.filter(~scores["is_added"].to_numpy())
     np.testing.assert_array_equal(held_out["score"].to_numpy(), old.scores)
     assert plant.store.load("nut", before.model_id).record == before
     # The report compares the two models by numbers that anyone can count.
@@ -108,8 +109,10 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     ]
     (was, was_out, was_added), (now, now_out, now_added) = counts
     n, text = len(old.scores), caplog.text
-    assert f"threshold {was:.4g} before, {now:.4g} after; held-out normals above it {was_out} of {n} before, " in text
-    assert f"{now_out} of {n} after; added normals above it {was_added} of 3 before, {now_added} of 3 after" in text
+    assert (
+        f"threshold {was:.4g} before, {now:.4g} after; held-out good images above it {was_out} of {n} before, " in text
+    )
+    assert f"{now_out} of {n} after; added good images above it {was_added} of 3 before, {now_added} of 3 after" in text
     assert f"nut: {record.model_id} is current, it was {before.model_id}" in caplog.text
     assert fitted_keys == []
 
@@ -216,7 +219,7 @@ def test_refit_trains_on_all_added_images(
     assert record.fit.good_count == first.fit.good_count + 3
     assert [each.fitted for each in record.added_normals] == [True] * 3
     assert record.fit.calibration_count == record.fit.held_out_count == student.recipe.held_out_count(13)
-    assert not student.store.calibration(record)["is_added"].to_numpy().any()
+    assert not student.store.calibration_scores(record)["is_added"].to_numpy().any()
     assert f"nut: fitted again on {record.fit.train_count} images, others held out: threshold" in caplog.text
     assert "of 2 after" in caplog.text
     assert student.store.versions("nut").previous[0].model_id == first.model_id
@@ -328,10 +331,10 @@ def test_a_refitted_model_that_cannot_score_fails_alone(
     before = {name: student.store.record(name) for name in ("bolt", "nut")}
     scores = Refit.scores
 
-    def fail_for_bolt(self: Refit, store: ModelStore, new: NewNormals, model_id: str) -> Any:
+    def fail_for_bolt(self: Refit, store: ModelStore, new: NewNormals, *arguments: Any) -> Any:
         if new.record.category == "bolt":
             raise PermissionError("403 Forbidden")
-        return scores(self, store, new, model_id)
+        return scores(self, store, new, *arguments)
 
     monkeypatch.setattr(Refit, "scores", fail_for_bolt)
     marks = [(f"{student.root}/nights/{name}/test/good/000.png", name, "good") for name in before]
@@ -349,4 +352,4 @@ def test_a_model_that_is_no_version_any_more_is_named(student: Plant, caplog: py
         caplog.clear()
         assert make() == 0
         assert not student.store.versions("nut").position(staged)
-        assert f"takes the place of what was rolled back or staged: {staged}; --roll-forward does not" in caplog.text
+        assert f"replaces those that were rolled back or staged ({staged}): --roll-forward no longer" in caplog.text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stpm.data import mvtec
-from stpm.fitting.fit_categories import fit_categories, warn_about_few_good_images
+from stpm.fitting.fit_categories import count_good_images, fit_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.method.recipe import Recipe
 from tests.conftest import MODELS
@@ -53,13 +53,7 @@ def test_damaged_model_is_reported_and_fitted_again(
     assert len(fitted_keys) == 3
 
 
-def test_few_good_images_for_a_rate_are_warned_about(
-    tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_good_images_are_counted_with_those_that_calibrate(tmp_path: Path, tiny: Recipe) -> None:
     data = categories(tmp_path, nut=8)
-    warn_about_few_good_images(data, tiny, 0.01)
-    warn_about_few_good_images(data, dataclasses.replace(tiny, calibration_folds=2), 0.1)
-    assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333" in caplog.messages[0]
-    assert "nut calibrates on 8 of its 8 good images, which supports a rate of 0.111" in caplog.messages[1]
-    warn_about_few_good_images(data, dataclasses.replace(tiny, calibration_folds=2), 0.2)
-    assert len(caplog.messages) == 2
+    assert count_good_images(data, tiny) == {"nut": (8, 2)}
+    assert count_good_images(data, dataclasses.replace(tiny, calibration_folds=2)) == {"nut": (8, 8)}

@@ -13,10 +13,10 @@ from stpm.method.calibration import (
     DistanceScale,
     HeatmapScale,
     HeatmapScaleBuilder,
-    few_good_images_warning,
     fit_distance_scale,
     leave_one_out_scales,
     min_calibration_images,
+    warn_about_few_good_images,
 )
 
 SCORES = st.lists(st.floats(0, 8, width=32), min_size=1, max_size=60)
@@ -57,16 +57,18 @@ def test_min_calibration_images_is_smallest_sufficient_number(rate: float) -> No
     assert n == 0 or 1 / n > rate * (1 - 1e-6)
 
 
-def test_few_good_images_warning_names_categories_and_remedies() -> None:
+def test_warning_about_few_good_images_names_categories_and_remedies(caplog: pytest.LogCaptureFixture) -> None:
     screw = (500, 400)
-    assert few_good_images_warning({"nut": (120, 99), "screw": screw}, 0.01) == ""
-    warning = few_good_images_warning({"nut": (122, 98), "screw": screw}, 0.01)
+    warn_about_few_good_images({"nut": (120, 99), "screw": screw}, 0.01)
+    assert not caplog.messages
+    warn_about_few_good_images({"nut": (122, 98), "screw": screw}, 0.01)
+    warn_about_few_good_images({f"part-{i}": (209, 42) for i in range(1000)}, 0.01)
+    warning, many = caplog.messages
     assert warning.startswith(
         "warning: false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on 98 of its 122 good "
         "images, which supports a rate of 0.010 or more."
     )
     assert "screw" not in warning
-    many = few_good_images_warning({f"part-{i}": (209, 42) for i in range(1000)}, 0.01)
     assert "part-4 calibrates on 42 of its 209 good images, which supports a rate of 0.023 or more; and 995" in many
     assert "Raise --false-alarm-rate, or give at least 99 good images and fit with --calibration-folds 5" in many
     assert len(many) < 750

@@ -49,7 +49,7 @@ class Line:
             "date": datetime.date(2026, 11, 1) + datetime.timedelta(number),
             "model_id": "nut-1",
             "images": images,
-            "errors": 0,
+            "errors": {},
             "alarms": int((scores > self.calibration[-threshold_rank(count, RATE)]).sum()),
             "false_alarm_rate": RATE,
             "p_values": p_values.astype(np.float32),

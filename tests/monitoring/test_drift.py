@@ -73,8 +73,11 @@ def test_alarms_of_another_model_are_not_compared(line: Line) -> None:
 @pytest.mark.parametrize("fault", [0, 4])
 def test_a_night_with_a_fault_does_not_raise_what_is_usual(line: Line, fault: int) -> None:
     nights = line.nights(6, images=1000, defects=0.02)
-    nights[fault] = replace(line.night(fault, images=1000, defects=0.6), errors=300)
-    found = verdict([*nights, replace(line.night(6, images=1000, defects=0.09), errors=80)], line.reference)
+    nights[fault] = replace(line.night(fault, images=1000, defects=0.6), errors={"damaged": 300})
+    found = verdict(
+        [*nights, replace(line.night(6, images=1000, defects=0.09), errors={"damaged": 70, "empty": 10})],
+        line.reference,
+    )
     assert [change.name for change in found.changes][:2] == ["errors", "alarms"]
     assert "usually 0.0 %" in found.reasons[0]
     assert "on 5 nights before" in found.reasons[1]
@@ -203,11 +206,11 @@ def test_a_repeated_image_is_named_and_its_consequences_are_not(line: Line) -> N
 
 def test_errors_are_named(line: Line) -> None:
     night = line.night(5)
-    assert verdict([replace(night, errors=2)], line.reference).level == "fine"
-    found = verdict([*line.nights(5), replace(night, errors=60)], line.reference)
+    assert verdict([replace(night, errors={"damaged": 2})], line.reference).level == "fine"
+    found = verdict([*line.nights(5), replace(night, errors={"damaged": 60})], line.reference)
     assert (found.level, found.reasons) == ("act", ("20 % of the images are errors (60 of 300), usually 0.0 %",))
     nothing = dict.fromkeys(COMPARED, np.empty(0, np.float32))
-    all_errors = replace(night, errors=300, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
+    all_errors = replace(night, errors={"damaged": 300}, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
     assert verdict([all_errors], None).reasons == ("100 % of the images are errors (300 of 300)",)
 
 
