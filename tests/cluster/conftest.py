@@ -177,6 +177,8 @@ def s3() -> Iterator[dict[str, str]]:
         requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10).raise_for_status()
         storage.filesystem("s3://bucket")[0].mkdir("bucket")
         yield settings
+    # The next test that opens s3:// would wait for this server.
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     server.stop()
 
 

@@ -38,7 +38,7 @@ class Nights:
         """Write and judge the next night; `changed` is added to the values of some columns."""
         date = DATE + datetime.timedelta(days=len(self.nights))
         folder = NightFolder.of(str(self.root / "nights"), date)
-        uris = [{"image_id": i, "uri": f"s3://dump/{date}/{i}.png", "category": category} for i in range(count)]
+        uris = [{"image_id": i, "uri": f"/no/dump/{date}/{i}.png", "category": category} for i in range(count)]
         rows = output_rows(uris, self.model_id if model_id == "" else "").to_pylist()
         for row in rows:
             # As in tests/models/test_store.py: column i has the values i to i + 7.
@@ -51,12 +51,12 @@ class Nights:
         if count:
             run = folder.run(1)
             state = RunState(run.state_folder)
-            state.start(RunConfig(("s3://dump",), 0.25))
+            state.start(RunConfig(("/no/dump",), 0.25))
             state.bind_models({} if model_id else {category: self.model_id}, self.store.uri)
             table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
             storage.publish(f"{run.scores}/{run.name}_0.parquet", storage.parquet(table), durable=False)
             manifest.write([], run.manifest)
-        night = Night(date.isoformat(), ("s3://dump",), problem=problem)
+        night = Night(date.isoformat(), ("/no/dump",), problem=problem)
         made = judge_night(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)
         self.nights.append(made)
         return made
