@@ -11,6 +11,7 @@ import ray
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stpm.cluster.cpus import usable_cpus
 from stpm.console import stop_on_signals
 
 # A scorer and the tasks of the other stages share them; fewer are not tested.
@@ -61,11 +62,8 @@ def connected() -> Iterator[None]:
         if is_shared():
             ray.init(**quiet)
         else:
-            # It respects the affinity of this process and the limits of its container.
-            from joblib import cpu_count
-
             os.environ.update(_STATE_API)
-            ray.init(address="local", num_cpus=max(cpu_count(), MIN_CPUS), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=max(usable_cpus(), MIN_CPUS), include_dashboard=False, **quiet)
     # Ray has replaced the handler.
     stop_on_signals()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
