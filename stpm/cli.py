@@ -112,9 +112,10 @@ class Job:
                 raise ConfigError(f"{as_utf8(word)}: a name that is not UTF-8; rename it, or name its folder")
         try:
             values = self.parser({}).parse_args([word for word in argv if not word.startswith(_PRINTING)])
-            if "preset" in values and not values.preset:
-                raise ConfigError("preset is null; give a value, or leave it out")
-            defaults = dataclasses.asdict(PRESETS[values.preset]) if "preset" in values else {}
+            defaults: dict[str, Any] = {}
+            if "preset" in values:
+                _check_not_null("preset", values.preset)
+                defaults = dataclasses.asdict(PRESETS[values.preset])
             values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
         except OverflowError as error:
             raise ConfigError(f"a number is too large: {error}; see --help") from error
@@ -208,9 +209,13 @@ def _make(kind: type, values: Namespace) -> Any:
     names = {field.name for field in dataclasses.fields(kind)}
     chosen = {name: value for name, value in vars(values).items() if name in names}
     for name, value in chosen.items():
-        if value is None:
-            raise ConfigError(f"{name.replace('_', '-')} is null; give a value, or leave it out")
+        _check_not_null(name, value)
     return kind(**chosen)
+
+
+def _check_not_null(name: str, value: Any) -> None:
+    if value is None:
+        raise ConfigError(f"{name.replace('_', '-')} is null; give a value, or leave it out")
 
 
 class _Parser(ArgumentParser):
