@@ -41,7 +41,8 @@ class ScoredCategory:
 
     def rows(self, columns: Sequence[str] = _COLUMNS) -> pa.Table:
         """Read the category's rows, sorted by URI."""
-        rows = self.output.dataset().to_table(columns=list(columns), filter=ds.field("category") == self.name)
+        with self.output.name_damaged_file():
+            rows = self.output.dataset().to_table(columns=list(columns), filter=ds.field("category") == self.name)
         return rows.sort_by("uri")
 
 
@@ -148,20 +149,21 @@ def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
             f"{len(unmasked)} of {len(defects)} defects have no mask, {unmasked[0]} among them; add or remove masks"
         )
     chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
-    batches = category.output.dataset().to_batches(
-        ["uri", "anomaly_map"], filter=chosen, batch_size=_BATCH_SIZE[masks_at]
-    )
     counts: dict[str, PixelCounts] = {}
-    for batch in batches:
-        by_label: dict[str, list[tuple[Map, Mask]]] = {}
-        for uri, data in zip(*batch.to_pydict().values(), strict=True):
-            if data is None:
-                raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
-            row = by_uri[uri]
-            by_label.setdefault(row["label"], []).append(_map_and_mask(data, row, category.preprocessing, masks_at))
-        for label, pairs in by_label.items():
-            maps, masks = zip(*pairs, strict=True)
-            counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
+    with category.output.name_damaged_file():
+        batches = category.output.dataset().to_batches(
+            ["uri", "anomaly_map"], filter=chosen, batch_size=_BATCH_SIZE[masks_at]
+        )
+        for batch in batches:
+            by_label: dict[str, list[tuple[Map, Mask]]] = {}
+            for uri, data in zip(*batch.to_pydict().values(), strict=True):
+                if data is None:
+                    raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
+                row = by_uri[uri]
+                by_label.setdefault(row["label"], []).append(_map_and_mask(data, row, category.preprocessing, masks_at))
+            for label, pairs in by_label.items():
+                maps, masks = zip(*pairs, strict=True)
+                counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
     return counts
 
 

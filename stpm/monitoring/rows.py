@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
-from stpm.errors import DataError, ModelError
+from stpm.errors import ModelError
 from stpm.method.preprocessing import Preprocessing
 from stpm.monitoring.nights import ErrorExample, TopImage
 from stpm.scoring.output import RunOutput
@@ -91,14 +91,12 @@ def read_rows(runs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tu
 def _batches(runs: Iterable[RunOutput]) -> Iterator[pa.Table]:
     pending: list[pa.RecordBatch] = []
     for run in runs:
-        try:
+        with run.name_damaged_file():
             for batch in run.dataset().to_batches([*_COLUMNS, *COMPARED]):
                 pending.append(batch)
                 if sum(each.num_rows for each in pending) >= _BATCH:
                     yield pa.Table.from_batches(pending)
                     pending = []
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{run.scores}: a file of rows is damaged: {error}") from error
     if pending:
         yield pa.Table.from_batches(pending)
 

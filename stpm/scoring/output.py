@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -136,11 +137,11 @@ class RunOutput:
         """Open the rows that the run wrote, or those in some of its files.
 
         Raises:
-            DataError: if the first file is damaged.
+            DataError: if the first file is damaged. Read the rows within `name_damaged_file`, for the others.
         """
         filesystem, folder = storage.arrow_filesystem(self.scores)
         names = [uri.removeprefix(f"{self.scores}/") for uri in (self.files() if files is None else files)]
-        try:
+        with self.name_damaged_file():
             return ds.dataset(
                 [f"{folder}/{name}" for name in names],
                 schema=None if names else OUTPUT,
@@ -149,8 +150,23 @@ class RunOutput:
                 partitioning=_HIVE if any("/" in name for name in names) else None,
                 partition_base_dir=folder,
             )
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{self.scores}: a file of rows is damaged: {error}") from error
+
+    @contextmanager
+    def name_damaged_file(self) -> Iterator[None]:
+        """Replace an error of pyarrow, which seldom names the file, by one that does.
+
+        Raises:
+            DataError: if a file of rows is damaged.
+        """
+        try:
+            yield
+        except (pa.ArrowException, OSError):
+            for uri in self.files():
+                try:
+                    storage.read_table(uri)
+                except DataError as error:
+                    raise DataError(f"{error}; restore the file, or score again with --fresh") from error
+            raise
 
     def existing(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.dataset as ds
 from PIL import Image
 
@@ -93,10 +92,8 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     rows: dict[int, dict[str, Any]] = {}
     for uri in output.files():
         if ids := wanted.get(task_of(uri)):
-            try:
+            with output.name_damaged_file():
                 rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"{uri}: its rows cannot be read: {error}; run again with --fresh") from error
     if missing := sum(image.image_id not in rows for image in images):
         raise DataError(
             f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing; run "

@@ -30,7 +30,7 @@ def read_table(uri: str) -> pa.Table:
         # `pq.read_table` takes seven times as long for a small file.
         return pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{uri} is damaged: {error}") from error
+        raise _damaged(uri, error) from error
 
 
 def count_rows(uri: str) -> int:
@@ -43,4 +43,9 @@ def count_rows(uri: str) -> int:
     try:
         return int(with_retries(uri, lambda: pq.read_metadata(path, filesystem=filesystem).num_rows))
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{uri} is damaged: {error}") from error
+        raise _damaged(uri, error) from error
+
+
+def _damaged(uri: str, error: Exception) -> DataError:
+    # A message of pyarrow may have several lines.
+    return DataError(f"{uri} is damaged: {' '.join(str(error).split())}")

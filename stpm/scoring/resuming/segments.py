@@ -100,13 +100,14 @@ def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
 def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
     """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time."""
     dataset = output.dataset()
-    return RowSummary.total(
-        (
-            RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
-            for file in dataset.get_fragments()
-        ),
-        max_ranked,
-    )
+    with output.name_damaged_file():
+        return RowSummary.total(
+            (
+                RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
+                for file in dataset.get_fragments()
+            ),
+            max_ranked,
+        )
 
 
 def _read(uri: str) -> RowSummary:
