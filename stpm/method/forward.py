@@ -219,7 +219,9 @@ class Matcher:
         """
         valid = self.content_masks(content, [spatial_shape(d) for d in distances.maps])
         size = self.preprocessing.height, self.preprocessing.width
-        total, *parts = fuse(distances.student, distances.memory, scales, recipe.fusion, size, valid)
+        total, *parts = fuse(
+            distances.student, distances.memory, scales, recipe.fusion, recipe.student_weight, size, valid
+        )
         arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
         results = []
         for i, (each, (left, top, right, bottom)) in enumerate(zip(total.cpu().numpy(), content.tolist(), strict=True)):

@@ -1,8 +1,9 @@
 """Combine the distance maps of a model into one anomaly map and one score, as pure functions.
 
 There is one map for each level of the student and for each memory bank. They are combined by the product of the
-student's levels (Wang et al., equation 4), or by the mean of all maps, each scaled by quantiles of its values on
-held-out images (EfficientAD: Batzner et al., WACV 2024, arXiv 2303.14535, section 3.4).
+student's levels (Wang et al., equation 4), or by a weighted mean of the student and the memory, each of them the mean
+of its maps, which are scaled by quantiles of their values on held-out images (EfficientAD: Batzner et al., WACV 2024,
+arXiv 2303.14535, section 3.4).
 
 Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) at input size, all float32.
 """
@@ -113,6 +114,7 @@ def fuse(
     memory: Sequence[Tensor],
     scales: Sequence[DistanceScale],
     method: FusionMethod,
+    student_weight: float,
     size: tuple[int, int],
     valid: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -123,6 +125,7 @@ def fuse(
         memory: distance maps of the memory banks; `product` and `sum` take none.
         scales: scales of the student's levels, then of the banks; `product` and `sum` need none.
         method: how to combine.
+        student_weight: weight of the student in (0, 1) where both are combined by `quantile`; the memory has the rest.
         size: height and width of the input, pixels.
         valid: a (B, Hₗ, Wₗ) bool mask for each map, student's first, true at valid positions, those not on padding;
             None: all are valid.
@@ -132,12 +135,19 @@ def fuse(
         levels = [upsample(d, size, v) for d, v in zip(maps, valid, strict=True)]
         return torch.stack(levels).prod(dim=0), None, None
     if method == "quantile":
-        maps = [(d - s.low) / (s.spread * len(maps)) for d, s in zip(maps, scales, strict=True)]
+        weights = _map_weights(len(student), len(memory), student_weight)
+        maps = [(d - s.low) * (w / s.spread) for d, s, w in zip(maps, scales, weights, strict=True)]
     n = len(student)
     student_map = _add(maps[:n], valid[:n], size) if student else None
     memory_map = _add(maps[n:], valid[n:], size) if memory else None
     total = torch.stack([each for each in (student_map, memory_map) if each is not None]).sum(dim=0)
     return total, student_map, memory_map
+
+
+def _map_weights(levels: int, banks: int, student_weight: float) -> list[float]:
+    """Return the weight of each map, the student's levels first; without the other, student or memory has all of 1."""
+    student, memory = (student_weight, 1 - student_weight) if levels and banks else (1.0, 1.0)
+    return [student / max(levels, 1)] * levels + [memory / max(banks, 1)] * banks
 
 
 def _add(maps: Sequence[Tensor], valid: Sequence[Tensor | None], size: tuple[int, int]) -> Tensor:

@@ -90,7 +90,11 @@ class Recipe(Options):
     fusion: FusionMethod = option(
         "product",
         "how to combine distance maps. `product` or `sum`: of the student's levels; `quantile`: the mean of the "
-        "student's levels and the memory banks, each scaled by its quantiles on held-out images",
+        "student's levels and that of the memory banks, each scaled by its quantiles on held-out images, averaged by "
+        "--student-weight",
+    )
+    student_weight: float = option(
+        0.25, "weight of the student where fusion is `quantile`; the memory has the rest of 1", above=0, below=1
     )
     smoothing: float = option(
         0.0, "std of the Gaussian that smooths the anomaly map, in input pixels; 0: none", minimum=0, maximum=100

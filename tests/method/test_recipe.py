@@ -58,6 +58,8 @@ def test_presets_match_their_sources() -> None:
         ("top_fraction", -0.1),
         ("top_fraction", 1.0),
         ("top_fraction", float("nan")),
+        ("student_weight", 0.0),
+        ("student_weight", 1.0),
         ("memory", -1),
         ("memory", 1_000_001),
         ("teacher", ""),
