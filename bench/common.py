@@ -31,6 +31,7 @@ from stpm.method import backbones
 from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.options import Backend
 from stpm.scoring.resuming.run_state import RunState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,12 +217,12 @@ def images_per_second(out: str) -> float:
 # Models and metrics
 
 
-def matcher_from(recipe: Recipe, preprocessing: Preprocessing) -> Matcher:
-    """Return the recipe's teacher on this process's device, computed by PyTorch."""
+def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "eager") -> Matcher:
+    """Return the recipe's teacher on this process's device."""
     device = pick_device()
     weights = backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     teacher = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
-    return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device))
+    return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device), backend)
 
 
 def read_mask(uri: str) -> Mask | None:
