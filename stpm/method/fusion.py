@@ -145,9 +145,10 @@ def fuse(
 
 
 def _map_weights(levels: int, banks: int, student_weight: float) -> list[float]:
-    """Return the weight of each map, the student's levels first; without the other, student or memory has all of 1."""
-    student, memory = (student_weight, 1 - student_weight) if levels and banks else (1.0, 1.0)
-    return [student / max(levels, 1)] * levels + [memory / max(banks, 1)] * banks
+    """Return the weight of each map, the student's levels first; they add up to 1, also without a student or memory."""
+    if not (levels and banks):
+        return [1 / (levels + banks)] * (levels + banks)
+    return [student_weight / levels] * levels + [(1 - student_weight) / banks] * banks
 
 
 def _add(maps: Sequence[Tensor], valid: Sequence[Tensor | None], size: tuple[int, int]) -> Tensor:
