@@ -42,7 +42,7 @@ from stpm.options import Integers, Names, Size
 log = logging.getLogger(__name__)
 
 _PRESET_HELP = (
-    "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine, batch 8, 5 epochs) and a memory of "
+    "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine, batch 2, 5 epochs) and a memory of "
     "normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
     "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
     "The defaults shown are those of the preset chosen (default: default)"
