@@ -19,6 +19,7 @@ from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from tests.browser import Tags, check_page
+from tests.conftest import MODELS
 from tests.evaluation.runs import measured, result, scored_run, without_student
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
@@ -80,6 +81,13 @@ def test_ids_in_charts_are_unique() -> None:
 
 def test_an_empty_report_is_rendered() -> None:
     assert "1 failed" in page(Report("data", [], [Failure("c", "gone")]))
+
+
+def test_the_weight_of_the_student_is_shown_where_there_is_a_memory_too() -> None:
+    made = result("nut", 0, 0.5, 0.5)
+    for name, recipe in MODELS.items():
+        found = dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe))
+        assert ("<dt>student weight</dt>" in page(Report("data", [found]))) == (name == "student and memory")
 
 
 def test_a_scored_run_is_rendered(tmp_path: Path) -> None:
