@@ -13,6 +13,7 @@ for each category the metrics of the choice that is best on all others.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
@@ -71,8 +72,19 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
-def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
-    """Fit one model, and measure each variant of it on the category's test images and on drawn defects."""
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A fitted model: its parts, what computed them, the files of its held-out images, and the seconds of the fit."""
+
+    parts: Parts
+    matcher: Matcher
+    held_out: list[bytes]
+    seconds: float
+    validation_loss: float | None
+
+
+def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
+    """Fit one model by PyTorch, in this process."""
     uris = [uri for uri, _ in category.train]
     preprocessing = preprocessing_for(recipe, uris)
     matcher = matcher_from(recipe, preprocessing)
@@ -84,22 +96,34 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
     parts = make_parts(trained.student, memory, recipe, matcher.device)
-    tests = [(storage.read(image.uri), read_mask(image.mask)) for image in category.test]
     held = [storage.read(uris[i]) for i in held_out]
+    kept = trained.kept_epoch
+    return Fitted(parts, matcher, held, seconds, None if kept is None else kept.validation_loss)
+
+
+def compare_real(parts: Parts, matcher: Matcher, category: mvtec.Category) -> ComparedImages:
+    """Compare a category's test images with a model."""
+    tests = [(storage.read(image.uri), read_mask(image.mask)) for image in category.test]
+    is_defect = np.array([image.label != mvtec.GOOD for image in category.test])
+    return dataclasses.replace(compare(parts, matcher, tests), is_defect=is_defect)
+
+
+def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
+    """Fit one model, and measure each variant of it on the category's test images and on drawn defects."""
+    fitted = fit(category, recipe)
+    parts, matcher, held = fitted.parts, fitted.matcher, fitted.held_out
     normal = compare(parts, matcher, [(data, None) for data in held])
     measured = {}
     if "real" in kinds:
-        real = compare(parts, matcher, tests)
-        is_defect = np.array([image.label != mvtec.GOOD for image in category.test])
-        measured["real"] = dataclasses.replace(real, is_defect=is_defect), normal
+        measured["real"] = compare_real(parts, matcher, category), normal
     if "drawn" in kinds:
         # One half sets the scales, defects are drawn on the other: no image sets its own scale.
         half = compare(parts, matcher, [(data, None) for data in held[::2]])
         measured["drawn"] = compare(parts, matcher, draw_defects(held[1::2])), half
     return {
-        "size": preprocessing.size,
-        "seconds": round(seconds, 1),
-        "validation_loss": trained.kept_epoch and round(trained.kept_epoch.validation_loss, 5),
+        "size": matcher.preprocessing.size,
+        "seconds": round(fitted.seconds, 1),
+        "validation_loss": fitted.validation_loss and round(fitted.validation_loss, 5),
         "variants": {
             variant: {kind: measure(*compared, matcher, recipe, variant) for kind, compared in measured.items()}
             for variant in variants
@@ -227,14 +251,20 @@ def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
     return f"{text}\n\n{tabulate(rows, headers, tablefmt='pipe', disable_numparse=True)}"
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
+def make_fit_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options of benchmarks that fit by `fit`."""
+    parser = make_parser(description)
     parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
     parser.add_argument("--categories", default="", help="separated by commas (default: all)")
     parser.add_argument("--teacher", default="demo")
     parser.add_argument("--teacher-weights", default="", help="file of weights, as for the fit job")
-    parser.add_argument("--seeds", default="0", help="seeds, separated by commas (default: 0)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    return parser
+
+
+def main() -> None:
+    parser = make_fit_parser(__doc__)
+    parser.add_argument("--seeds", default="0", help="seeds, separated by commas (default: 0)")
     parser.add_argument("--kinds", default="real,drawn", help="defects to measure (default: real,drawn)")
     parser.add_argument("--train-images", type=int, help="fit on the first N images alone", metavar="N")
     parser.add_argument("--variants", nargs="*", default=[""], help="name=value pairs on top of each choice")

@@ -150,20 +150,16 @@ def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
         )
     chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
     counts: dict[str, PixelCounts] = {}
-    with category.output.name_damaged_file():
-        batches = category.output.dataset().to_batches(
-            ["uri", "anomaly_map"], filter=chosen, batch_size=_BATCH_SIZE[masks_at]
-        )
-        for batch in batches:
-            by_label: dict[str, list[tuple[Map, Mask]]] = {}
-            for uri, data in zip(*batch.to_pydict().values(), strict=True):
-                if data is None:
-                    raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
-                row = by_uri[uri]
-                by_label.setdefault(row["label"], []).append(_map_and_mask(data, row, category.preprocessing, masks_at))
-            for label, pairs in by_label.items():
-                maps, masks = zip(*pairs, strict=True)
-                counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
+    for batch in category.output.batches(["uri", "anomaly_map"], chosen, _BATCH_SIZE[masks_at]):
+        by_label: dict[str, list[tuple[Map, Mask]]] = {}
+        for uri, data in zip(*batch.to_pydict().values(), strict=True):
+            if data is None:
+                raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
+            row = by_uri[uri]
+            by_label.setdefault(row["label"], []).append(_map_and_mask(data, row, category.preprocessing, masks_at))
+        for label, pairs in by_label.items():
+            maps, masks = zip(*pairs, strict=True)
+            counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
     return counts
 
 

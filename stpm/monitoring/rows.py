@@ -91,12 +91,11 @@ def read_rows(runs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tu
 def _batches(runs: Iterable[RunOutput]) -> Iterator[pa.Table]:
     pending: list[pa.RecordBatch] = []
     for run in runs:
-        with run.name_damaged_file():
-            for batch in run.dataset().to_batches([*_COLUMNS, *COMPARED]):
-                pending.append(batch)
-                if sum(each.num_rows for each in pending) >= _BATCH:
-                    yield pa.Table.from_batches(pending)
-                    pending = []
+        for batch in run.batches([*_COLUMNS, *COMPARED]):
+            pending.append(batch)
+            if sum(each.num_rows for each in pending) >= _BATCH:
+                yield pa.Table.from_batches(pending)
+                pending = []
     if pending:
         yield pa.Table.from_batches(pending)
 

@@ -141,7 +141,7 @@ class RunOutput:
         """
         filesystem, folder = storage.arrow_filesystem(self.scores)
         names = [uri.removeprefix(f"{self.scores}/") for uri in (self.files() if files is None else files)]
-        with self.name_damaged_file():
+        with self.name_damaged_file(files):
             return ds.dataset(
                 [f"{folder}/{name}" for name in names],
                 schema=None if names else OUTPUT,
@@ -151,9 +151,27 @@ class RunOutput:
                 partition_base_dir=folder,
             )
 
+    def batches(
+        self, columns: Sequence[str], chosen: ds.Expression | None = None, batch_size: int = 131_072
+    ) -> Iterator[pa.RecordBatch]:
+        """Read columns of the rows that the run wrote, a batch at a time.
+
+        Args:
+            columns: to read.
+            chosen: condition for rows; None: all.
+            batch_size: rows of a batch, at most.
+
+        Raises:
+            DataError: if a file is damaged.
+        """
+        with self.name_damaged_file():
+            yield from self.dataset().to_batches(list(columns), filter=chosen, batch_size=batch_size)
+
     @contextmanager
-    def name_damaged_file(self) -> Iterator[None]:
+    def name_damaged_file(self, files: Sequence[str] | None = None) -> Iterator[None]:
         """Replace an error of pyarrow, which seldom names the file, by one that does.
+
+        After an error, read the files one by one: name those that were read, if they are not all.
 
         Raises:
             DataError: if a file of rows is damaged.
@@ -161,7 +179,7 @@ class RunOutput:
         try:
             yield
         except (pa.ArrowException, OSError):
-            for uri in self.files():
+            for uri in self.files() if files is None else files:
                 try:
                     storage.read_table(uri)
                 except DataError as error:

@@ -92,7 +92,7 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     rows: dict[int, dict[str, Any]] = {}
     for uri in output.files():
         if ids := wanted.get(task_of(uri)):
-            with output.name_damaged_file():
+            with output.name_damaged_file([uri]):
                 rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
     if missing := sum(image.image_id not in rows for image in images):
         raise DataError(
