@@ -178,12 +178,17 @@ class RunOutput:
         """
         try:
             yield
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError) as failure:
             for uri in self.files() if files is None else files:
                 try:
                     storage.read_table(uri)
                 except DataError as error:
                     raise DataError(f"{error}; restore the file, or score again with --fresh") from error
+            if isinstance(failure, pa.ArrowException):
+                reason = " ".join(str(failure).split())
+                raise DataError(
+                    f"{self.scores}: a file of rows is damaged: {reason}; score again with --fresh"
+                ) from failure
             raise
 
     def existing(self) -> list[str]:

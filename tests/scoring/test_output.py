@@ -44,3 +44,10 @@ def test_an_error_names_the_damaged_file_of_several(
         DataError, match=rf"^{re.escape(damaged)} is damaged: .*; restore the file, or score again with"
     ):
         read(output)
+
+
+def test_rows_of_another_schema_are_reported(tmp_path: Path) -> None:
+    output = RunOutput.single(str(tmp_path))
+    write_rows(output, make_output(3).drop_columns(["score", "error_kind", "p_value"]))
+    with pytest.raises(DataError, match=r"scores: a file of rows is damaged: .*; score again with --fresh"):
+        read_rows([output])
