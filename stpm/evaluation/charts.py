@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from sklearn.metrics import roc_curve
 
 from stpm.data.mvtec import GOOD
@@ -22,7 +22,6 @@ from stpm.evaluation.category import LabelledScores
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.intervals import Scores, require_both_classes
 from stpm.evaluation.pixels import Curve
-from stpm.pages.loss_chart import draw_losses
 
 # The page's own colour replaces it. No series has it.
 _INK = "#010203"
@@ -64,7 +63,7 @@ def draw_charts(
     if len(scores.scores):
         charts["Scores of test images"] = lambda axes: _draw_histogram(axes, scores)
     if history:
-        charts["Loss"] = lambda axes: draw_losses(axes, history, kept_epoch)
+        charts["Loss"] = lambda axes: _draw_losses(axes, history, kept_epoch)
     return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items()}
 
 
@@ -121,3 +120,22 @@ def _svg(draw: Callable[[Axes], None], salt: str) -> str:
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
     svg = _METADATA.sub("", _BEFORE_SVG.sub("", sink.getvalue()))
     return svg.replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
+
+
+def _draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch: int) -> None:
+    """Draw training and validation loss over epochs, and mark the kept epoch.
+
+    Args:
+        axes: empty axes.
+        history: columns `number`, `train_loss` and `validation_loss`, one entry per epoch.
+        kept_epoch: number of the epoch whose weights were kept.
+    """
+    # A single epoch makes no line.
+    marker = "." if len(history["number"]) == 1 else None
+    for name in ("train_loss", "validation_loss"):
+        axes.plot(history["number"], history[name], label=name.replace("_", " "), marker=marker)
+    axes.axvline(kept_epoch, color=mpl.rcParams["text.color"], linestyle="--", linewidth=1, label="kept")
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()

@@ -25,9 +25,11 @@ from stpm.method.backbones import Backbone
 from stpm.method.backend import resolve_backend
 from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.memory_bank import MemoryBank
+from stpm.method.preprocessing import Preprocessing
+from stpm.method.recipe import Precision
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore
-from stpm.pages.loss_chart import loss_png
+from stpm.options import Backend
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +132,6 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         calibration_scores=calibration.scores,
         image_statistics=features.images.statistics_table,
         history=history,
-        picture=loss_png(history.to_pydict(), kept.number, task.category) if kept else b"",
         stage=task.stage,
     )
     for each in checkpoints:
@@ -143,14 +144,13 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
     start = time.perf_counter()
     device = pick_device()
     precision = resolve_precision(task.recipe.precision, device)
-    teacher = _load_teacher(task.store, task.recipe.teacher, task.recipe.levels, task.teacher_digest)
+    backend = resolve_backend(task.backend, on_gpu=device.type != "cpu")
     uris = [uri for uri, _ in task.train]
     preprocessing = preprocessing_for(task.recipe, uris)
     images = load_images(uris, preprocessing, limits.ram)
     seconds = time.perf_counter() - start
-    matcher = Matcher(
-        teacher, preprocessing, device, precision, resolve_backend(task.backend, on_gpu=device.type != "cpu")
-    )
+    teacher = _load_teacher(task.store, task.recipe.teacher, task.recipe.levels, task.teacher_digest)
+    matcher = _make_matcher(teacher, preprocessing, device, precision, backend)
     features = TeacherFeatures(matcher, images, limits.feature_budget(images, device))
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
@@ -164,6 +164,14 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
 def _load_teacher(store: str, teacher: str, levels: tuple[int, ...], digest: str) -> Backbone:
     """Load a teacher once for all tasks of a worker."""
     return ModelStore(store).load_teacher(teacher, levels, digest)
+
+
+@lru_cache(maxsize=1)
+def _make_matcher(
+    teacher: Backbone, preprocessing: Preprocessing, device: torch.device, precision: Precision, backend: Backend
+) -> Matcher:
+    """Compile the teacher once for tasks in a row whose input is the same."""
+    return Matcher(teacher, preprocessing, device, precision, backend)
 
 
 def _make_checkpoints(task: FitTask, matcher: Matcher, interval: float) -> list[StoredCheckpoints]:

@@ -10,7 +10,6 @@
                                                      `is_added`: of an image that was marked as good
 <store>/<category>/<model id>/image_statistics.parquet  a row per good image: stpm.data.image_statistics.COMPARED
 <store>/<category>/<model id>/history.parquet        one row per epoch, if there is a student
-<store>/<category>/<model id>/loss.png               the loss curve, if there is a student
 <store>/<category>/<model id>/model.json             written last; a folder without it is not a model
 <store>/<category>/checkpoint-<n>.safetensors        of an unfinished fit
 <store>/.lease/                                      see stpm/lease.py
@@ -53,7 +52,6 @@ _TEACHERS = "teachers"
 _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
-_PICTURE = "loss.png"
 _NORMALS = "normals"
 
 
@@ -117,7 +115,6 @@ class ModelStore:
         calibration_scores: npt.NDArray[np.float32],
         image_statistics: pa.Table,
         history: pa.Table,
-        picture: bytes,
         stage: bool = False,
     ) -> ModelRecord:
         """Publish a model, make it its category's current one, and return its stored record.
@@ -132,7 +129,6 @@ class ModelStore:
             calibration_scores: (n,) ascending.
             image_statistics: of all good images that the model was fitted on or calibrated with, a row each.
             history: losses per epoch, stored with a student.
-            picture: PNG of the losses, stored with a student.
             stage: leave the current model, if there is one, and put this one after it.
         """
         from stpm.method.backbones import serialise
@@ -143,7 +139,7 @@ class ModelStore:
             IMAGE_STATISTICS: storage.parquet(image_statistics),
         }
         if student is not None:
-            contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history), _PICTURE: picture}
+            contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history)}
         if memory:
             contents[MEMORY] = serialise(_tensors_by_name(memory))
         return self._publish(record, contents, data_fingerprint, stage=stage)

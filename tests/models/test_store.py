@@ -75,7 +75,6 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         memory=make_banks(recipe, seed),
         calibration_scores=CALIBRATION.scores,
         image_statistics=IMAGE_STATISTICS,
-        picture=b"png",
         history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
     )
 
@@ -146,7 +145,7 @@ def test_parts_nbytes_counts_all_tensors(tmp_path: Path, any_model: Recipe) -> N
 
 
 COMMON_FILES = {"current.json", "model.json", "calibration.parquet", "image_statistics.parquet"}
-STUDENT_FILES = {"student.safetensors", "history.parquet", "loss.png"}
+STUDENT_FILES = {"student.safetensors", "history.parquet"}
 MEMORY_FILES = {"memory.safetensors"}
 FILES = {
     "student": COMMON_FILES | STUDENT_FILES,
