@@ -19,7 +19,7 @@ from stpm.data import mvtec
 from stpm.method.recipe import PRESETS, Recipe
 from stpm.options import Backend
 
-_BACKENDS: tuple[Backend, ...] = ("eager", "openvino")
+_BACKENDS: tuple[Backend, ...] = ("pytorch", "openvino")
 
 
 def run(category: mvtec.Category, recipe: Recipe) -> list[str]:

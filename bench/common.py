@@ -217,7 +217,7 @@ def images_per_second(out: str) -> float:
 # Models and metrics
 
 
-def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "eager") -> Matcher:
+def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Matcher:
     """Return the recipe's teacher on this process's device."""
     device = pick_device()
     weights = backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)

@@ -35,7 +35,7 @@ from stpm import storage
 from stpm.data import images, mvtec
 from stpm.data.encode import encode_png
 from stpm.data.image_statistics import COMPARED, compute_statistics
-from stpm.feedback.normal_scorer import NormalScore, NormalScorer
+from stpm.feedback.local_scorer import LocalScore, LocalScorer
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
@@ -156,11 +156,11 @@ def statistics_of(files: Sequence[Image.Image], transform: Transform) -> FloatAr
 
 def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Image]], FloatArray]:
     """Return a function that scores images with a category's model, in this process."""
-    scorer, calibration = NormalScorer(store, name, "", "eager"), store.load(name).calibration
+    scorer, calibration = LocalScorer(store, name, "", "pytorch"), store.load(name).calibration
 
     def p_values(files: Sequence[Image.Image]) -> FloatArray:
         scores = scorer(encode_png(image, 1) for image in files)
-        return calibration.p_values(np.array([s.score for s in scores if isinstance(s, NormalScore)], np.float32))
+        return calibration.p_values(np.array([s.score for s in scores if isinstance(s, LocalScore)], np.float32))
 
     return p_values
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from common import RAM_BUDGET, make_parser
 
 from stpm.data import mvtec
-from stpm.feedback.normal_scorer import NormalScore, NormalScorer
+from stpm.feedback.local_scorer import LocalScore, LocalScorer
 from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.task import FitTask
@@ -45,8 +45,8 @@ def fit(store: ModelStore, category: mvtec.Category, recipe: Recipe, train_image
 
 def score(store: ModelStore, name: str, images: list[mvtec.TestImage]) -> np.ndarray:
     """Score images with the current model."""
-    scores = NormalScorer(store, name, "", "auto")(Path(image.uri).read_bytes() for image in images)
-    return np.array([each.score for each in scores if isinstance(each, NormalScore)], np.float32)
+    scores = LocalScorer(store, name, "", "auto")(Path(image.uri).read_bytes() for image in images)
+    return np.array([each.score for each in scores if isinstance(each, LocalScore)], np.float32)
 
 
 def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, rate: float) -> None:

@@ -57,7 +57,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.run_state import RunConfig
+from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.resuming.segments import commit_segment, committed_summaries
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT
@@ -190,12 +190,12 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
         setattr(pipeline, name, stub)
     run = pipeline.ScoringRun(
         rows=lambda: (),
-        config=RunConfig((), ScoreOptions.false_alarm_rate),
+        config=ScoringConfig((), ScoreOptions.false_alarm_rate),
         store=ModelStore(output.folder),
         options=ScoreOptions(),
         output=output,
         triage_images=_TOP,
-        backend="eager",
+        backend="pytorch",
     )
 
     def score() -> None:
@@ -225,8 +225,10 @@ def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
             checkpoint = storage.join(output.segment_checkpoints(segment.number), f"{name}.parquet")
             summary = RowSummary.of_rows(written, name, _TOP)
             storage.publish(summary_of(checkpoint), summary.to_json(), durable=False)
-            storage.publish(storage.join(output.scores, f"{name}-0.parquet"), storage.parquet(written), durable=False)
-            storage.publish(checkpoint, storage.parquet(written.select(["image_id"])), durable=False)
+            storage.publish(
+                storage.join(output.scores, f"{name}-0.parquet"), storage.encode_parquet(written), durable=False
+            )
+            storage.publish(checkpoint, storage.encode_parquet(written.select(["image_id"])), durable=False)
             task += 1
 
 

@@ -109,11 +109,11 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def exit_code(good: int, failed: int) -> int:
+def exit_code(done: int, failed: int) -> int:
     """Choose the exit code of a job, from the number of things that it did and that failed."""
     if not failed:
         return ALL_DONE
-    return SOME_FAILED if good else NOTHING_DONE
+    return SOME_FAILED if done else NOTHING_DONE
 
 
 def hide_urls(text: str) -> str:

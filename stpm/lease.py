@@ -226,7 +226,7 @@ class Lease:
 
 
 @contextmanager
-def held(folder: str, wait: bool) -> Iterator[None]:
+def hold_lease(folder: str, wait: bool) -> Iterator[None]:
     """Hold the lease on a folder during the block.
 
     If the lease is lost, the block is interrupted as by SIGTERM; the process is ended if the block goes on.

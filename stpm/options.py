@@ -119,8 +119,8 @@ class Options:
                     check_no_secret(str(text))
 
 
-WantedBackend = Literal["auto", "eager", "openvino"]
-Backend = Literal["eager", "openvino"]
+WantedBackend = Literal["auto", "pytorch", "openvino"]
+Backend = Literal["pytorch", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ClusterOptions(Options):
     node_minutes: float = option(15.0, "minutes to wait for that first node", minimum=0)
     backend: WantedBackend = option(
         "auto",
-        "what computes features on a CPU: eager, which is PyTorch, or openvino, faster than PyTorch there "
-        "(pip install 'stpm[openvino]'); auto: openvino where it is installed. On a GPU PyTorch computes",
+        "what computes features on a CPU: pytorch, or openvino, which is faster there (pip install 'stpm[openvino]'); "
+        "auto: openvino where it is installed. On a GPU PyTorch computes them",
     )
     plan: bool = option(False, "print what would run on each node of the cluster, and do nothing")

@@ -60,7 +60,7 @@ def make_category(
 
 def fitted_categories(store: str) -> list[str]:
     """List the categories that have a model in a store, sorted."""
-    return [name for name in storage.children(store) if storage.exists(storage.join(store, name, "current.json"))]
+    return [name for name in storage.subfolders(store) if storage.exists(storage.join(store, name, "current.json"))]
 
 
 def make_output(count: int, **columns: Any) -> pa.Table:
@@ -71,4 +71,4 @@ def make_output(count: int, **columns: Any) -> pa.Table:
 
 def write_rows(output: RunOutput, rows: pa.Table, number: int = 0) -> None:
     """Write rows to a file of a run."""
-    storage.publish(f"{output.scores}/{output.name}_{number}.parquet", storage.parquet(rows), durable=False)
+    storage.publish(f"{output.scores}/{output.name}_{number}.parquet", storage.encode_parquet(rows), durable=False)

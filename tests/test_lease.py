@@ -15,7 +15,7 @@ import pytest
 
 from stpm import lease, storage
 from stpm.errors import ConfigError
-from stpm.lease import TIMEOUT, Holder, Lease, held
+from stpm.lease import TIMEOUT, Holder, Lease, hold_lease
 from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
 from tests.datasets import make_category
 from tests.test_cli import job
@@ -175,15 +175,15 @@ def test_a_dead_process_of_this_machine_is_recognised_at_once(tmp_path: Path, cl
 def test_held_takes_and_releases_the_lease(tmp_path: Path) -> None:
     folder = str(tmp_path)
     twice = pytest.raises(ConfigError, match=f"is held by process {os.getpid()} on ")
-    with held(folder, False), twice, held(folder, False):
+    with hold_lease(folder, False), twice, hold_lease(folder, False):
         pytest.fail("held twice")
-    with pytest.raises(KeyError), held(folder, False):
+    with pytest.raises(KeyError), hold_lease(folder, False):
         raise KeyError
-    with held(folder, False):
+    with hold_lease(folder, False):
         (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match=r"file/run: cannot be written to: "),
-        held(f"{folder}/file/run", False),
+        hold_lease(f"{folder}/file/run", False),
     ):
         pytest.fail("no folder")
 
@@ -200,7 +200,7 @@ def job(argv):
     folder, ignores_stop, loss = argv
     if loss == "not renewed":
         del storage.publish
-    with lease.held(folder, False):
+    with lease.hold_lease(folder, False):
         while True:
             try:
                 open(f"{folder}/written", "a").write("x")
@@ -246,7 +246,7 @@ def test_each_job_takes_the_lease_on_its_output_folder(tmp_path: Path, name: str
         "benchmark": ["--data", data, "--out", out],
         "fit": ["--data", data, "--models", out, "--teacher", "test_resnet", "--teacher-weights", "random"],
     }
-    with held(out, False), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
+    with hold_lease(out, False), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
         job(name)(options[name])
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
 

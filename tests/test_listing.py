@@ -79,17 +79,17 @@ def test_links_that_lead_to_no_file_spoil_no_listing(tmp_path: Path) -> None:
     good = tmp_path / "good.png"
     good.write_bytes(b"x")
     make_bad_links(tmp_path)
-    assert list(listing.stream(str(tmp_path))) == listing.files_starting(str(tmp_path), "") == [str(good)]
+    assert list(listing.iter_files(str(tmp_path))) == listing.files_starting(str(tmp_path), "") == [str(good)]
     # A fit reports the bad ones when it reads them.
-    assert len(dict(listing.versions(str(tmp_path)))) == 5
+    assert len(dict(listing.file_versions(str(tmp_path)))) == 5
 
 
 def test_a_pipe_is_listed_as_no_file_and_the_root_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    assert list(listing.stream(str(tmp_path / "pipe.png"))) == []
+    assert list(listing.iter_files(str(tmp_path / "pipe.png"))) == []
     asked = []
     monkeypatch.setattr(listing, "_list_local", lambda folder: asked.append(folder) or ([], ["/a.png"]))
-    assert list(listing.stream("/")) == ["/a.png"]
+    assert list(listing.iter_files("/")) == ["/a.png"]
     assert asked == ["/"]
 
 

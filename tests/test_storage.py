@@ -50,9 +50,9 @@ def test_files_starting_needs_no_prefix_argument(memory: str, monkeypatch: pytes
 def test_children_lists_folders_sorted_without_hidden_ones(root: str) -> None:
     for name in ("z/1", "a/1", ".hidden/1", "file"):
         storage.publish(storage.join(root, name), b"x")
-    assert storage.children(root) == ["a", "z"]
+    assert storage.subfolders(root) == ["a", "z"]
     with pytest.raises(DataError, match=r"nothing: no such folder"):
-        storage.children(storage.join(root, "nothing"))
+        storage.subfolders(storage.join(root, "nothing"))
 
 
 def test_a_failed_publish_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -91,11 +91,11 @@ def test_publish_syncs_the_bytes_before_the_name_and_then_the_folder(
 def test_a_file_that_is_written_again_has_another_version(root: str) -> None:
     for name in ("a", "b/c"):
         storage.publish(f"{root}/{name}", b"123")
-    before = storage.versions(root)
-    assert before == storage.versions(root)
+    before = storage.file_versions(root)
+    assert before == storage.file_versions(root)
     assert [uri for uri, _ in before] == [uri for uri, _ in storage.files(root)]
     storage.publish(f"{root}/b/c", b"321")
-    after = storage.versions(root)
+    after = storage.file_versions(root)
     assert after[0] == before[0]
     assert after[1] != before[1]
 
@@ -125,7 +125,7 @@ def test_a_name_with_two_colons_is_not_a_chain_of_filesystems(tmp_path: Path, me
             storage.read(uri)
         storage.publish(uri, b"its own")
         assert storage.read(uri) == b"its own"
-    assert list(storage.stream(str(tmp_path))) == [f"{tmp_path}/secret", f"{tmp_path}/secret::z.png"]
+    assert list(storage.iter_files(str(tmp_path))) == [f"{tmp_path}/secret", f"{tmp_path}/secret::z.png"]
     assert storage.is_local("a::b.png")
     assert storage.absolute(f"{tmp_path}/memory::b.png") == f"{tmp_path}/memory::b.png"
 
@@ -218,9 +218,9 @@ def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> N
     expected = [f"{root_uri}/2.png", f"{root_uri}/x/1.png"]
     assert [uri for uri, _ in storage.files(root_uri)] == expected
     assert storage.files_starting(root_uri, "2") == expected[:1]
-    assert sorted(storage.stream(root_uri)) == expected
+    assert sorted(storage.iter_files(root_uri)) == expected
     assert storage.glob(f"{root_uri}/**/*.png") == expected
-    assert list(storage.stream(expected[0])) == expected[:1]
+    assert list(storage.iter_files(expected[0])) == expected[:1]
     assert [storage.read(uri) for uri in expected] == [b"2.png", b"x/1.png"]
 
 
@@ -288,10 +288,10 @@ def test_retries_end_and_a_clients_own_error_becomes_an_oserror(
 def test_stream_yields_before_the_listing_is_complete(tmp_path: Path) -> None:
     for i in range(5):
         storage.publish(f"{tmp_path}/deep/{i}/x.png", b"")
-    found = storage.stream(str(tmp_path))
+    found = storage.iter_files(str(tmp_path))
     assert next(found) == f"{tmp_path}/deep/0/x.png"
     assert len(list(found)) == 4
-    assert list(storage.stream(str(tmp_path / "nothing"))) == []
+    assert list(storage.iter_files(str(tmp_path / "nothing"))) == []
 
 
 def test_stream_lists_few_folders_before_their_names_are_needed(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ def test_stream_lists_few_folders_before_their_names_are_needed(memory: str, mon
         return original(self, path, detail)
 
     monkeypatch.setattr(MemoryFileSystem, "ls", ls)
-    found = storage.stream(memory)
+    found = storage.iter_files(memory)
     assert [next(found), next(found)] == [f"{memory}/000/x.png", f"{memory}/001/x.png"]
     assert len(listed) < 25
     assert list(found) == [f"{memory}/{i:03}/x.png" for i in range(2, 100)]
@@ -318,7 +318,7 @@ def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_pat
     (tmp_path / "links" / "b.png").symlink_to(tmp_path / "real" / "a.png")
     (tmp_path / "links" / "back").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "links" / "lost.png").symlink_to(tmp_path / "nowhere")
-    assert list(storage.stream(str(tmp_path / "links"))) == [str(tmp_path / "links" / "b.png")]
+    assert list(storage.iter_files(str(tmp_path / "links"))) == [str(tmp_path / "links" / "b.png")]
     assert storage.glob(f"{tmp_path}/links/*.png") == [str(tmp_path / "links" / "b.png")]
 
 
@@ -326,9 +326,9 @@ def test_a_link_has_the_version_of_its_target(tmp_path: Path) -> None:
     (tmp_path / "original").write_bytes(b"123")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").symlink_to(tmp_path / "original")
-    before = storage.versions(str(tmp_path / "set"))
+    before = storage.file_versions(str(tmp_path / "set"))
     os.utime(tmp_path / "original", (1, 1))
-    assert storage.versions(str(tmp_path / "set")) != before
+    assert storage.file_versions(str(tmp_path / "set")) != before
 
 
 def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_denied(
@@ -339,13 +339,13 @@ def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_
 
     storage.publish(f"{memory}/a.png", b"")
     monkeypatch.setattr(MemoryFileSystem, "info", deny)
-    assert list(storage.stream(memory)) == [f"{memory}/a.png"]
+    assert list(storage.iter_files(memory)) == [f"{memory}/a.png"]
     denied = f"{memory}/none: cannot be listed: Access Denied; check"
     with pytest.raises(ConfigError, match=denied):
-        list(storage.stream(f"{memory}/none"))
+        list(storage.iter_files(f"{memory}/none"))
     monkeypatch.setattr(MemoryFileSystem, "ls", deny)
     with pytest.raises(ConfigError, match=denied):
-        list(storage.stream(f"{memory}/none"))
+        list(storage.iter_files(f"{memory}/none"))
 
 
 @pytest.mark.parametrize(
@@ -353,10 +353,10 @@ def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_
     [
         storage.exists,
         storage.files,
-        storage.versions,
-        storage.children,
+        storage.file_versions,
+        storage.subfolders,
         storage.remove,
-        lambda uri: list(storage.stream(uri)),
+        lambda uri: list(storage.iter_files(uri)),
         lambda uri: storage.glob(f"{uri}/*"),
     ],
 )

@@ -33,14 +33,14 @@ FINAL_ERRORS = (
     "not_an_image",
     "damaged",
     "too_large",
-    "too_slow",
+    "decode_timeout",
     "unsupported",
     "unforeseen",
     "no_model",
 )
 TRANSIENT_ERRORS = (
     "unreadable",
-    "timeout",
+    "fetch_timeout",
     "out_of_memory",
     "model_unreadable",
     "model_damaged",

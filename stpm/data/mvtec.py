@@ -27,7 +27,7 @@ class TestImage:
         uri: of the image.
         label: "good" or a defect type.
         mask: a URI, or "" if there is none.
-        versions: of the image and of its mask, from `stpm.storage.versions`.
+        versions: of the image and of its mask, from `stpm.storage.file_versions`.
     """
 
     __test__ = False
@@ -53,7 +53,7 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
     Raises:
         DataError: if the data set is missing or empty, or does not have a wanted category.
     """
-    names = storage.children(root)
+    names = storage.subfolders(root)
     if not names:
         raise DataError(f"{root}: no category folders; expected <category>/train/good/ in the MVTec AD layout")
     unknown = sorted(set(wanted) - set(names))
@@ -71,7 +71,7 @@ def read_category(root: str, name: str) -> Category:
     """
     safe_name(name, "category")
     folder = storage.join(root, name)
-    versions = {uri: version for uri, version in storage.versions(folder) if uri.lower().endswith(SUFFIXES)}
+    versions = {uri: version for uri, version in storage.file_versions(folder) if uri.lower().endswith(SUFFIXES)}
     train, test, masks = [], [], {}
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     for uri, version in versions.items():

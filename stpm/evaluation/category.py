@@ -21,7 +21,7 @@ from stpm.evaluation.intervals import Flags, Scores
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.method.preprocessing import Preprocessing
-from stpm.scoring.inputs.archives import read_uri
+from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
 
 # The columns that `ground_truth` reads.

@@ -20,7 +20,7 @@ from stpm.errors import DataError
 from stpm.evaluation.category import GROUND_TRUTH_COLUMNS, ScoredCategory, ground_truth
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
-from stpm.scoring.inputs.archives import read_uri
+from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.stages.heatmaps import overlay_heatmap, read_heatmap
 
 _COUNT = 4

@@ -18,7 +18,7 @@ from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetr
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
 from stpm.evaluation.options import MasksAt
-from stpm.models.record import ModelRecord, library_versions
+from stpm.models.record import ModelRecord, installed_versions
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
 _COUNTS = ("train_count", "held_out_count", "good_count", "defect_count", "error_count")
@@ -183,8 +183,8 @@ class Report:
         defect_rows = [row for result in results for row in result.defect_rows()]
         return {
             "report.json": json.dumps(self.contents, indent=2, ensure_ascii=False, allow_nan=False).encode(),
-            "report.parquet": storage.parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
-            "defects.parquet": storage.parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
+            "report.parquet": storage.encode_parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
+            "defects.parquet": storage.encode_parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
             "report.md": self.markdown().encode(),
         }
 
@@ -209,7 +209,7 @@ class Report:
             "pixel_metrics": "from counts by score; pixel_error bounds the difference to the exact metrics",
             "intervals": f"{CONFIDENCE:.0%}, over test sets of this size: bootstrap within good and defective images; "
             "of fractions, Wilson's",
-            "versions": library_versions(),
+            "versions": installed_versions(),
         }
 
 

@@ -17,7 +17,7 @@ from stpm.feedback.new_normals import NewNormals, collect
 from stpm.feedback.recalibrate import recalibrate
 from stpm.feedback.refit import Refit
 from stpm.fitting.options import FitOptions
-from stpm.lease import held
+from stpm.lease import hold_lease
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
@@ -50,7 +50,7 @@ def add_normals(
     """
     refused = dict(marks.refused)
     found: dict[str, NewNormals] = {}
-    with held(store.uri, options.wait):
+    with hold_lease(store.uri, options.wait):
         for category, uris in marks.good.items():
             try:
                 new = collect(store, category, uris, backend)
@@ -88,7 +88,7 @@ def _add_to_training(
     """Fit models on new images; return the reason of each category that could not be fitted."""
     results = refit.fit(store, {category: new.images for category, new in found.items()}, backend, options.wait)
     failures = dict.fromkeys(found.keys() - results.keys(), "its category has no images in --data")
-    with held(store.uri, options.wait):
+    with hold_lease(store.uri, options.wait):
         for category, result in results.items():
             if result.record is None:
                 failures[category] = f"its category was not fitted: {result.reason}"

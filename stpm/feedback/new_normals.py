@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from stpm import storage
 from stpm.errors import ImageError
-from stpm.feedback.normal_scorer import BATCH_SIZE, NormalScore, NormalScorer
+from stpm.feedback.local_scorer import BATCH_SIZE, LocalScore, LocalScorer
 from stpm.models.record import AddedNormal, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
-from stpm.scoring.inputs import archives
+from stpm.scoring.inputs import image_files
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class NewNormals:
 
     record: ModelRecord
     images: list[AddedNormal]
-    scores: list[NormalScore]
+    scores: list[LocalScore]
     known: int
     refused: dict[str, str]
 
@@ -48,8 +48,8 @@ def collect(store: ModelStore, category: str, uris: Sequence[str], backend: Want
         DataError: if the category's name is not allowed in a path.
         ModelError: if the category has no model, or it cannot be loaded.
     """
-    scorer = NormalScorer(store, category, "", backend)
-    found: dict[str, tuple[AddedNormal, NormalScore]] = {}
+    scorer = LocalScorer(store, category, "", backend)
+    found: dict[str, tuple[AddedNormal, LocalScore]] = {}
     before = {each.digest for each in scorer.record.added_normals}
     refused: dict[str, str] = {}
     for start in range(0, len(uris), BATCH_SIZE):
@@ -73,6 +73,6 @@ def collect(store: ModelStore, category: str, uris: Sequence[str], backend: Want
 
 def _fetch(uri: str) -> bytes | ImageError:
     try:
-        return archives.read_uri(uri)
+        return image_files.read_uri(uri)
     except ImageError as error:
         return error

@@ -11,7 +11,7 @@ from stpm.console import timestamp
 from stpm.data.image_statistics import COMPARED
 from stpm.feedback.new_normals import NewNormals
 from stpm.method.calibration import HeatmapScale
-from stpm.models.record import ModelRecord, library_versions
+from stpm.models.record import ModelRecord, installed_versions
 from stpm.models.store import ModelStore
 
 
@@ -31,7 +31,7 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
         heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(score.peak for score in new.scores)])),
         fit=dataclasses.replace(record.fit, calibration_count=len(calibration)),
         added_normals=(*record.added_normals, *new.images),
-        versions=library_versions(),
+        library_versions=installed_versions(),
         created=timestamp(),
     )
     return store.save_recalibrated(record, changed, calibration, _add_statistics(store.image_statistics(record), new))

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from stpm import storage
 from stpm.data import mvtec
+from stpm.feedback.local_scorer import LocalScore, LocalScorer
 from stpm.feedback.new_normals import NewNormals
-from stpm.feedback.normal_scorer import NormalScore, NormalScorer
 from stpm.fitting.fit_categories import fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import FitResult
@@ -57,6 +57,6 @@ class Refit:
     ) -> npt.NDArray[np.float32]:
         """Score new images with a new model, (n,)."""
         category = new.record.category
-        scorer = NormalScorer(store, category, model_id, backend)
+        scorer = LocalScorer(store, category, model_id, backend)
         files = (storage.read(store.normal_uri(category, each.digest)) for each in new.images)
-        return np.array([each.score for each in scorer(files) if isinstance(each, NormalScore)], np.float32)
+        return np.array([each.score for each in scorer(files) if isinstance(each, LocalScore)], np.float32)

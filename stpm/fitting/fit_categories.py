@@ -20,7 +20,7 @@ from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import choose_normalisation
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
-from stpm.lease import held
+from stpm.lease import hold_lease
 from stpm.method.backbones import load_teacher_weights
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedNormal, ModelRecord
@@ -97,7 +97,7 @@ def fit_categories(
     with ExitStack() as leases:
         makers: list[_TaskMaker] = []
         for seed, store in stores.items():
-            leases.enter_context(held(store, wait))
+            leases.enter_context(hold_lease(store, wait))
             digest = ModelStore(store).put_teacher(weights)
             seeded = dataclasses.replace(recipe, seed=seed)
             makers += [_TaskMaker(each, seeded, ModelStore(store), digest, backend) for each in categories]

@@ -17,7 +17,7 @@ class FitTask:
 
     Args:
         category: its name.
-        train: URI and version (see `stpm.storage.versions`) of each training image, added ones included.
+        train: URI and version (see `stpm.storage.file_versions`) of each training image, added ones included.
         recipe: as `Recipe.for_image_count` returns it.
         store: URI of the store that the model goes to.
         teacher_digest: of the teacher's weights in that store.

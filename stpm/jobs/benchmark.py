@@ -21,7 +21,7 @@ from stpm.fitting.options import WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
 from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.jobs.evaluate import evaluate_categories, publish_report
-from stpm.lease import held
+from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
@@ -31,7 +31,7 @@ from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun, describe_plan
-from stpm.scoring.resuming.run_state import RunConfig
+from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.run import run_scoring
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run_benchmark(
                 {"fits": partial(describe_workers, workers, tasks), "then scores": partial(describe_plan, scoring)}
             )
             return ALL_DONE
-        with held(out, options.wait):
+        with hold_lease(out, options.wait):
             if not options.data:
                 demo.make(data)
             categories, unreadable = read_categories(data, options.categories)
@@ -108,7 +108,7 @@ def _score(
         output.clear()
         return
     digest = storage.digest(repr([category.test for category in tested]).encode())
-    config = RunConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
+    config = ScoringConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
     run = ScoringRun(partial(labelled_rows, tested), config, store, options, output, backend=backend)
     result, _ = run_scoring(run, replace=True)
     if result.unfinished:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from stpm import storage
 from stpm.console import exit_code
 from stpm.errors import DataError, ModelError
-from stpm.lease import held
+from stpm.lease import hold_lease
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.models.table import models_table
@@ -31,7 +31,7 @@ def run_models(options: ModelsOptions) -> int:
     if not categories:
         raise DataError(f"{store.uri}: no category has a model there")
     failed = set()
-    with held(storage.output_folder(options.models), options.wait) if changes else nullcontext():
+    with hold_lease(storage.output_folder(options.models), options.wait) if changes else nullcontext():
         for category in categories:
             try:
                 _change(store, category, options)

@@ -11,7 +11,7 @@ from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, timestamp
 from stpm.errors import ConfigError, WebhookError
-from stpm.lease import held
+from stpm.lease import hold_lease
 from stpm.monitoring.housekeeping import remove_nights_before
 from stpm.monitoring.job import NightlyJob, score_nights, update_records
 from stpm.monitoring.nightly_json import JSON_FILE, PAGE_FILE, headline, nightly_json, webhook_message
@@ -50,7 +50,7 @@ def run_nightly(
         if cluster.plan:
             log_plan({"scores": partial(describe_plan, scoring)})
             return ALL_DONE
-        with held(job.out, options.wait):
+        with hold_lease(job.out, options.wait):
             return _run(job, date)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
-from stpm.lease import held
+from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.names import as_utf8
@@ -27,7 +27,7 @@ from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun, describe_plan
-from stpm.scoring.resuming.run_state import RunConfig
+from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_statistics import RunResult
 
@@ -54,9 +54,9 @@ def run_score(
             log_plan({"scores": partial(describe_plan, scoring)})
             return ALL_DONE
         # A dry run writes to a folder of its own.
-        lease = nullcontext() if collection.dry_run else held(folder, collection.wait)
+        lease = nullcontext() if collection.dry_run else hold_lease(folder, collection.wait)
         with lease, stored_list(sys.stdin if STANDARD_INPUT in sources else ()) as (lines, digest):
-            config = RunConfig(
+            config = ScoringConfig(
                 images=sources,
                 false_alarm_rate=scoring.false_alarm_rate,
                 output=output,
@@ -109,7 +109,7 @@ def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
         yield file, f"{count} lines, digest {total % 2**64:016x}" if count else ""
 
 
-def _manifest_rows(config: RunConfig, lines: IO[str]) -> Iterator[pa.Table]:
+def _manifest_rows(config: ScoringConfig, lines: IO[str]) -> Iterator[pa.Table]:
     lines.seek(0)
     return image_rows(config.images, CategoryRule(config.category, config.category_from), config.allow, lines)
 

@@ -14,10 +14,10 @@ def resolve_backend(wanted: WantedBackend, *, on_gpu: bool) -> Backend:
     Raises:
         ConfigError: if OpenVINO is wanted on a CPU and is not installed.
     """
-    if on_gpu or wanted == "eager":
-        return "eager"
+    if on_gpu or wanted == "pytorch":
+        return "pytorch"
     if find_spec("openvino"):
         return "openvino"
     if wanted == "openvino":
         raise ConfigError("backend is openvino, which is not installed here; pip install 'stpm[openvino]'")
-    return "eager"
+    return "pytorch"

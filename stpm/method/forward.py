@@ -125,17 +125,17 @@ class Matcher:
         preprocessing: Preprocessing,
         device: torch.device,
         precision: Precision,
-        backend: Backend = "eager",
+        backend: Backend = "pytorch",
     ) -> None:
         self.preprocessing = preprocessing
         self.device = device
         self.precision = precision
         self.backend: Backend = backend
-        eager = to_device(teacher, device).eval().requires_grad_(False)
-        self.teacher = self._compile(eager)
-        if self.teacher is eager:
+        frozen = to_device(teacher, device).eval().requires_grad_(False)
+        self.teacher = self._compile(frozen)
+        if self.teacher is frozen:
             # If OpenVINO cannot compile the teacher, PyTorch computes the student too.
-            self.backend = "eager"
+            self.backend = "pytorch"
         mean = torch.tensor(preprocessing.mean, device=device)
         std = torch.tensor(preprocessing.std, device=device)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1)

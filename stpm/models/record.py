@@ -27,7 +27,7 @@ CALIBRATION = "calibration.parquet"
 IMAGE_STATISTICS = "image_statistics.parquet"
 
 
-def library_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that affect models and scores, by name."""
     names = ("torch", "timm", "ray", "numpy", "pillow")
     return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
@@ -95,7 +95,7 @@ class ModelRecord:
         fit: the outcome of the fit.
         added_normals: all images that were marked as good.
         files: digest of each file of the model, by name.
-        versions: of the libraries that made it.
+        library_versions: of Python and of the libraries that made the model.
         created: time.
         format: of model.json.
     """
@@ -110,7 +110,7 @@ class ModelRecord:
     fit: FitRecord
     added_normals: tuple[AddedNormal, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=library_versions)
+    library_versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=timestamp)
     format: Literal[5] = 5
 

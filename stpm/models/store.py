@@ -135,11 +135,11 @@ class ModelStore:
 
         is_added = np.zeros(len(calibration_scores), bool)
         contents = {
-            CALIBRATION: storage.parquet(pa.table({"score": calibration_scores, "is_added": is_added})),
-            IMAGE_STATISTICS: storage.parquet(image_statistics),
+            CALIBRATION: storage.encode_parquet(pa.table({"score": calibration_scores, "is_added": is_added})),
+            IMAGE_STATISTICS: storage.encode_parquet(image_statistics),
         }
         if student is not None:
-            contents |= {STUDENT: serialise(student), _HISTORY: storage.parquet(history)}
+            contents |= {STUDENT: serialise(student), _HISTORY: storage.encode_parquet(history)}
         if memory:
             contents[MEMORY] = serialise(_tensors_by_name(memory))
         return self._publish(record, contents, data_fingerprint, stage=stage)
@@ -159,7 +159,8 @@ class ModelStore:
             ModelError: if a file of the current model is missing or damaged.
         """
         files = {name: self._read_verified(self._uri(current, name), digest) for name, digest in current.files.items()}
-        files |= {CALIBRATION: storage.parquet(calibration), IMAGE_STATISTICS: storage.parquet(image_statistics)}
+        files[CALIBRATION] = storage.encode_parquet(calibration)
+        files[IMAGE_STATISTICS] = storage.encode_parquet(image_statistics)
         return self._publish(record, files, self.current(record.category).data_fingerprint, stage=True)
 
     def _publish(
@@ -215,7 +216,7 @@ class ModelStore:
         Raises:
             DataError: if there is no such store.
         """
-        return [name for name in storage.children(self.uri) if self._has_models(name)]
+        return [name for name in storage.subfolders(self.uri) if self._has_models(name)]
 
     def _has_models(self, folder: str) -> bool:
         try:

@@ -25,7 +25,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun
-from stpm.scoring.resuming.run_state import RunConfig
+from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.run import run_scoring
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class NightlyJob:
         """
         sources = self.sources(folder.date)
         rule = CategoryRule(self.options.category, self.options.category_from)
-        config = RunConfig(
+        config = ScoringConfig(
             images=sources,
             false_alarm_rate=self.scoring.false_alarm_rate,
             output=self.output,

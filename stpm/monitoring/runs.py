@@ -49,7 +49,7 @@ class NightFolder(NamedTuple):
     @classmethod
     def find_all(cls, out: str) -> list[NightFolder]:
         """List the folders that are named as nights, oldest first; other files and folders are ignored."""
-        names = storage.children(out) if storage.exists(out) else []
+        names = storage.subfolders(out) if storage.exists(out) else []
         dates = (parse_date(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
         return [cls.of(out, date) for date in dates if date]
 

@@ -52,7 +52,7 @@ class RunOutput:
     def all_named(cls, folder: str) -> list[RunOutput]:
         """List the outputs of all named runs in a folder, by name."""
         parent = storage.join(folder, _RUNS)
-        names = storage.children(parent) if storage.exists(parent) else []
+        names = storage.subfolders(parent) if storage.exists(parent) else []
         return [cls.named(folder, name) for name in names]
 
     @classmethod
@@ -126,7 +126,7 @@ class RunOutput:
         if not storage.exists(self.checkpoints):
             return set()
         # In a store, the folder itself may be an object among its children.
-        return {int(name) for name in storage.children(self.checkpoints) if name.isdigit()}
+        return {int(name) for name in storage.subfolders(self.checkpoints) if name.isdigit()}
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""

@@ -25,7 +25,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
 from stpm.scoring.resuming.row_checkpoints import RowWriter, checkpoint_config
-from stpm.scoring.resuming.run_state import RunConfig
+from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.scorer_pool import ScorerPool
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
@@ -56,7 +56,7 @@ class ScoringRun:
     """
 
     rows: Callable[[], Iterable[pa.Table]]
-    config: RunConfig
+    config: ScoringConfig
     store: ModelStore
     options: ScoreOptions
     output: RunOutput

@@ -12,7 +12,7 @@ from typing import Literal
 
 from ray.util import metrics
 
-Stage = Literal["decode", "forward", "encode"]
+Stage = Literal["decode", "score", "draw"]
 
 IMAGES = "stpm_images"
 ANOMALIES = "stpm_anomalies"

@@ -19,8 +19,8 @@ class RunStatistics:
         errors: how many of them have no score.
         anomalous: how many of them are anomalous.
         decode_seconds: CPU seconds for fetching and decoding.
-        forward_seconds: seconds of the scorers' devices: of a CPU core, or of a GPU.
-        encode_seconds: CPU seconds for drawing heatmaps.
+        score_seconds: seconds of the scorers' devices: of a CPU core, or of a GPU.
+        draw_seconds: CPU seconds for drawing heatmaps.
         steady_images_per_second: measured by the progress actor, without the first quarter of the images; 0 if unknown.
     """
 
@@ -28,8 +28,8 @@ class RunStatistics:
     errors: int = 0
     anomalous: int = 0
     decode_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    encode_seconds: float = 0.0
+    score_seconds: float = 0.0
+    draw_seconds: float = 0.0
     steady_images_per_second: float = 0.0
 
     def __add__(self, other: RunStatistics) -> RunStatistics:

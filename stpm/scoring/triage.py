@@ -17,7 +17,7 @@ from stpm.errors import DataError
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, render, score_parts
-from stpm.scoring.inputs.archives import read_uri
+from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.resuming.segments import committed_summaries, scan_rows

@@ -1,6 +1,6 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.storage.listing import children, files, files_starting, glob, stream, versions
+from stpm.storage.listing import file_versions, files, files_starting, glob, iter_files, subfolders
 from stpm.storage.objects import (
     check_size,
     create,
@@ -15,27 +15,28 @@ from stpm.storage.objects import (
     sync,
 )
 from stpm.storage.parallel import in_parallel
-from stpm.storage.tables import count_rows, parquet, read_table
+from stpm.storage.tables import count_rows, encode_parquet, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
     "absolute",
     "arrow_filesystem",
     "check_size",
-    "children",
     "count_rows",
     "create",
     "digest",
+    "encode_parquet",
     "exists",
+    "file_versions",
     "files",
     "files_starting",
     "filesystem",
     "glob",
     "in_parallel",
     "is_local",
+    "iter_files",
     "join",
     "output_folder",
-    "parquet",
     "publish",
     "read",
     "read_at_most",
@@ -43,7 +44,6 @@ __all__ = [
     "remove",
     "remove_empty_folders",
     "remove_unfinished",
-    "stream",
+    "subfolders",
     "sync",
-    "versions",
 ]

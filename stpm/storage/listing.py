@@ -26,7 +26,7 @@ _PREFIX_LEVELS = 4
 _VERSION_KEYS = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 
 
-def children(uri: str) -> list[str]:
+def subfolders(uri: str) -> list[str]:
     """Return the names of the folders right under a folder, sorted, without hidden ones.
 
     Raises:
@@ -65,7 +65,7 @@ def files_starting(uri: str, start: str) -> list[str]:
     return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
 
 
-def versions(uri: str) -> list[tuple[str, str]]:
+def file_versions(uri: str) -> list[tuple[str, str]]:
     """Return (URI, version) of every file under a folder, at any depth, sorted; none if it does not exist.
 
     The version is the size, with the checksum or tag in an object store, or with the time of modification on a disk.
@@ -94,7 +94,7 @@ def _version(info: dict[str, Any]) -> str:
     return f"{int(info['size'] or 0)} {next(values, '')}"
 
 
-def stream(uri: str) -> Iterator[str]:
+def iter_files(uri: str) -> Iterator[str]:
     """Yield the URI of every file under a folder or prefix at any depth, or of the one file that the URI names.
 
     List folders, or prefixes of S3, in parallel, and hold a page of each. The order is the same each time. Yield

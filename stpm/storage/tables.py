@@ -11,7 +11,7 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import arrow_filesystem
 
 
-def parquet(table: pa.Table) -> bytes:
+def encode_parquet(table: pa.Table) -> bytes:
     """Encode a table as a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

@@ -82,7 +82,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 8
     run = json.loads((working_folder / "run/run.json").read_text())
     assert run["result"]["rows"] == 8
-    assert 0 < run["result"]["statistics"]["forward_seconds"] < 2 * run["result"]["seconds"]
+    assert 0 < run["result"]["statistics"]["score_seconds"] < 2 * run["result"]["seconds"]
     assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
     assert {path.name for path in (working_folder / "run").iterdir()} == {

@@ -27,12 +27,12 @@ def test_a_fit_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
     assert (storage.files(f"{models}/nut"), storage.read(f"{models}/nut/current.json")) == first
     # An image written again has the same version with the same bytes, and another with other bytes of the same length.
     uri = f"{data}/nut/train/good/000.png"
-    before = storage.versions(f"{data}/nut")
+    before = storage.file_versions(f"{data}/nut")
     storage.publish(uri, storage.read(uri))
-    assert storage.versions(f"{data}/nut") == before
+    assert storage.file_versions(f"{data}/nut") == before
     storage.publish(uri, storage.read(uri)[:-1] + b"x")
-    assert [one for one, other in zip(storage.versions(f"{data}/nut"), before, strict=True) if one != other] == [
-        (uri, dict(storage.versions(f"{data}/nut"))[uri])
+    assert [one for one, other in zip(storage.file_versions(f"{data}/nut"), before, strict=True) if one != other] == [
+        (uri, dict(storage.file_versions(f"{data}/nut"))[uri])
     ]
     assert not [uri for uri, _ in storage.files(models) if "checkpoint" in uri or ".train" in uri]
 

@@ -15,7 +15,7 @@ def test_read_category_lists_images_masks_and_versions(root: str) -> None:
     make_category(root, "nut", train=3, good=2, defects=2)
     category = mvtec.read_category(root, "nut")
     assert [uri.rsplit("/", 1)[-1] for uri, _ in category.train] == ["000.png", "001.png", "002.png"]
-    assert [*category.train] == storage.versions(f"{root}/nut/train")
+    assert [*category.train] == storage.file_versions(f"{root}/nut/train")
     # An image or mask that was written anew has another version.
     for uri in (category.test[0].uri, category.test[-1].mask):
         storage.publish(uri, storage.read(uri))

@@ -45,7 +45,7 @@ class Plant:
 
     def fit(self, **options: Any) -> int:
         found = FitOptions(data=str(self.root / "data"), models=self.store.uri, false_alarm_rate=RATE, **options)
-        return run_fit(found, self.recipe, WorkerOptions(), ClusterOptions(backend="eager"))
+        return run_fit(found, self.recipe, WorkerOptions(), ClusterOptions(backend="pytorch"))
 
     def good(self, *numbers: int) -> list[str]:
         return [f"{self.root}/nights/nut/test/good/{number:03}.png" for number in numbers]
@@ -243,7 +243,7 @@ def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplo
     make_category(f"{student.root}/other", "bolt")
     table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in student.good(0)])
     options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=table, refit=True)
-    assert run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="eager")) == 3
+    assert run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="pytorch")) == 3
     assert "its category has no images in --data" in caplog.text
     assert student.store.record("nut") == before
 
@@ -277,7 +277,7 @@ def test_feedback_of_one_category_changes_no_other(student: Plant) -> None:
     assert student.store.versions("bolt") == before
     category = mvtec.read_category(f"{student.root}/data", "bolt")
     stores = {0: student.store.uri}
-    (result,) = fit_categories([category], student.recipe, stores, WorkerOptions(), "eager", False)
+    (result,) = fit_categories([category], student.recipe, stores, WorkerOptions(), "pytorch", False)
     assert result.record == student.store.record("bolt")
 
 

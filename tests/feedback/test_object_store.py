@@ -16,7 +16,7 @@ from tests.datasets import make_category
 def test_feedback_and_roll_back_in_an_object_store(memory: str, tiny: Recipe, fitted_keys: list[str]) -> None:
     data, models = f"{memory}/data", f"{memory}/models"
     make_category(data, "nut", good=2)
-    cluster = ClusterOptions(backend="eager")
+    cluster = ClusterOptions(backend="pytorch")
     assert run_fit(FitOptions(data, models), tiny, WorkerOptions(), cluster) == 0
     store = ModelStore(models)
     before = store.record("nut")

@@ -11,11 +11,11 @@ from stpm.options import Backend, WantedBackend
     ("wanted", "installed", "on_gpu", "backend"),
     [
         ("auto", True, False, "openvino"),
-        ("auto", False, False, "eager"),
-        ("auto", True, True, "eager"),
-        ("eager", True, False, "eager"),
+        ("auto", False, False, "pytorch"),
+        ("auto", True, True, "pytorch"),
+        ("pytorch", True, False, "pytorch"),
         ("openvino", True, False, "openvino"),
-        ("openvino", False, True, "eager"),
+        ("openvino", False, True, "pytorch"),
     ],
 )
 def test_backend_follows_the_device_and_what_is_installed(

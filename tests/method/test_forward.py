@@ -37,7 +37,7 @@ def test_backends_agree_on_anomaly_maps() -> None:
     pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
     content = make_preprocessing(64).content_boxes([(64, 64)] * 3)
     maps = []
-    for each in (matcher("eager"), matcher("openvino")):
+    for each in (matcher("pytorch"), matcher("openvino")):
         inputs = each.inputs(pixels)
         parts = each.compile(Parts(student))
         distances = each.distances(parts, each.teacher_features(inputs), inputs, content)
@@ -57,5 +57,5 @@ def test_pytorch_computes_what_openvino_cannot(
     fallback = matcher("openvino")
     assert isinstance(fallback.teacher, Backbone)
     # What the record of a fit and the fingerprint of its checkpoints say.
-    assert fallback.backend == "eager"
+    assert fallback.backend == "pytorch"
     assert "unknown operation; PyTorch computes it instead" in caplog.text

@@ -108,11 +108,13 @@ class Nightly:
                     made = output_rows(chunk, records["nut"].model_id)
                     task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
                     # Ray commits a file and its checkpoint together, or removes the file.
-                    storage.publish(f"{run.output.scores}/{task}-0.parquet", storage.parquet(made), durable=False)
+                    storage.publish(
+                        f"{run.output.scores}/{task}-0.parquet", storage.encode_parquet(made), durable=False
+                    )
                     ids = f"{checkpoints}/{task}.parquet"
                     summary = RowSummary.of_rows(made, task, run.triage_images)
                     _plain_publish(summary_of(ids), summary.to_json(), durable=False)
-                    _plain_publish(ids, storage.parquet(made.select(["image_id"])), durable=False)
+                    _plain_publish(ids, storage.encode_parquet(made.select(["image_id"])), durable=False)
 
     def rows(self, date: datetime.date = DATE) -> list[dict[str, Any]]:
         """Return the rows of a night, by URI."""

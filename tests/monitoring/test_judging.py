@@ -18,7 +18,7 @@ from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.runs import NightFolder
 from stpm.scoring.inputs import manifest
-from stpm.scoring.resuming.run_state import RunConfig, RunState
+from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from tests.conftest import TINY
 from tests.models import test_store
 from tests.monitoring.nightly_runs import DATE, output_rows
@@ -51,10 +51,10 @@ class Nights:
         if count:
             run = folder.run(1)
             state = RunState(run.state_folder)
-            state.start(RunConfig(("/no/dump",), 0.25))
+            state.start(ScoringConfig(("/no/dump",), 0.25))
             state.bind_models({} if model_id else {category: self.model_id}, self.store.uri)
             table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
-            storage.publish(f"{run.scores}/{run.name}_0.parquet", storage.parquet(table), durable=False)
+            storage.publish(f"{run.scores}/{run.name}_0.parquet", storage.encode_parquet(table), durable=False)
             manifest.write([], run.manifest)
         night = Night(date.isoformat(), ("/no/dump",), problem=problem)
         made = judge_night(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)

@@ -40,7 +40,7 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int) -> Run
     schema = output_rows([]).schema
     for start in range(0, len(rows), size):
         chunk = output_rows([]).from_pylist(rows[start : start + size], schema=schema)
-        storage.publish(f"{folder}/scores/{name}_{start:04}.parquet", storage.parquet(chunk), durable=False)
+        storage.publish(f"{folder}/scores/{name}_{start:04}.parquet", storage.encode_parquet(chunk), durable=False)
     return RunOutput.named(str(folder), name)
 
 

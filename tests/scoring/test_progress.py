@@ -34,10 +34,10 @@ def test_progress_names_the_speed_once_it_is_known(caplog: pytest.LogCaptureFixt
 
 def test_progress_actor_adds_up_statistics() -> None:
     actor = ProgressActor(Clock())
-    actor.add(BatchReport("forward", RunStatistics(16, 1, 2, forward_seconds=1.5)))
-    actor.add(BatchReport("forward", RunStatistics(4, 0, 1, forward_seconds=0.5)))
+    actor.add(BatchReport("score", RunStatistics(16, 1, 2, score_seconds=1.5)))
+    actor.add(BatchReport("score", RunStatistics(4, 0, 1, score_seconds=0.5)))
     actor.add(BatchReport("decode", RunStatistics(decode_seconds=3.0)))
-    assert actor.read()[0] == RunStatistics(20, 1, 3, decode_seconds=3.0, forward_seconds=2.0)
+    assert actor.read()[0] == RunStatistics(20, 1, 3, decode_seconds=3.0, score_seconds=2.0)
 
 
 def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:
@@ -46,7 +46,7 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
     reasons = []
     for _ in range(4):
         # Successes of the scorers, which are behind, do not hide that decoding fails.
-        assert actor.add(BatchReport("forward", RunStatistics(64), attempted=64)) == ""
+        assert actor.add(BatchReport("score", RunStatistics(64), attempted=64)) == ""
         failed = BatchReport("decode", RunStatistics(), 64, ["unreadable: expired"] * 64, unfinished)
         reasons.append(actor.add(failed))
         assert patient.add(failed) == ""
@@ -83,11 +83,11 @@ def test_steady_speed_excludes_the_first_quarter() -> None:
     assert actor.read()[0].steady_images_per_second == 0
     for second, images in enumerate([0, 10, 10, 10, 50, 100, 100, 100]):
         clock.now = float(second)
-        actor.add(BatchReport("forward", RunStatistics(images)))
+        actor.add(BatchReport("score", RunStatistics(images)))
     assert actor.read()[0].images == 380
     assert actor.read()[0].steady_images_per_second == (380 - 180) / 2
     clock.now = 9.0
-    actor.add(BatchReport("encode", RunStatistics(encode_seconds=1)))
+    actor.add(BatchReport("draw", RunStatistics(draw_seconds=1)))
     assert actor.read()[0].steady_images_per_second == (380 - 180) / 4
 
 
@@ -95,8 +95,8 @@ def test_steady_speed_is_unknown_within_the_first_second() -> None:
     clock = Clock()
     actor = ProgressActor(clock)
     for clock.now in (1000.0, 1000.1, 1000.2):
-        actor.add(BatchReport("forward", RunStatistics(100)))
+        actor.add(BatchReport("score", RunStatistics(100)))
     assert actor.read()[0].steady_images_per_second == pytest.approx(200 / 0.2, rel=1e-3)
     for clock.now in (1000.3, 1000.4):
-        actor.add(BatchReport("forward", RunStatistics(1000)))
+        actor.add(BatchReport("score", RunStatistics(1000)))
     assert actor.read()[0].steady_images_per_second == 0

@@ -31,7 +31,7 @@ from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.run_state import RunConfig, RunState
+from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import resume_or_start, run_scoring
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
@@ -46,7 +46,7 @@ def make_run(root: Path, *uris: str) -> ScoringRun:
         return image_rows(["-"], CategoryRule("nut"), (), uris)
 
     store, output = ModelStore(str(root / "models")), RunOutput.single(str(root / "run"))
-    return ScoringRun(rows, RunConfig(uris, 0.01), store, ScoreOptions(), output)
+    return ScoringRun(rows, ScoringConfig(uris, 0.01), store, ScoreOptions(), output)
 
 
 @pytest.fixture
@@ -136,10 +136,10 @@ def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
     same = {"category": ["nut"], "threshold": [1.0], "is_anomalous": [True], "p_value": [0.1], "bytes": [1]}
     values = {name: each * count for name, each in same.items()} | {"score": range(count)}
     rows = make_output(count, uri=uris_in(output)[:count], **values | columns)
-    storage.publish(f"{output.scores}/scores_0-0.parquet", storage.parquet(rows))
+    storage.publish(f"{output.scores}/scores_0-0.parquet", storage.encode_parquet(rows))
     checkpoint = f"{output.segment_checkpoints(0)}/scores_0.parquet"
     storage.publish(summary_of(checkpoint), RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json())
-    storage.publish(checkpoint, storage.parquet(rows.select(["image_id"])))
+    storage.publish(checkpoint, storage.encode_parquet(rows.select(["image_id"])))
 
 
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:

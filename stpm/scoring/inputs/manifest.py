@@ -19,8 +19,8 @@ from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.names import as_utf8, is_utf8
-from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.duplicates import DuplicateFinder
+from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.schema import MANIFEST, passthrough_columns, table
 
@@ -122,7 +122,7 @@ def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
     return table(columns, MANIFEST)
 
 
-def make_good_rows(
+def make_rows_from_columns(
     uris: pa.ChunkedArray,
     categories: pa.ChunkedArray,
     labels: pa.ChunkedArray,
@@ -130,7 +130,7 @@ def make_good_rows(
     starts: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
 ) -> pa.Table:
-    """Make a table of schema MANIFEST from its columns: of images without an error, unless they have no category."""
+    """Make a table of schema MANIFEST from its columns. Only a row without a category gets an error."""
     has_category = pc.not_equal(categories, "")
     columns = {
         "image_id": _image_ids(uris.to_pylist()),
@@ -279,7 +279,7 @@ class _Shards:
 
 def _write_shard(uri: str, rows: pa.Table) -> _Written:
     if rows.num_rows:
-        storage.publish(uri, storage.parquet(rows))
+        storage.publish(uri, storage.encode_parquet(rows))
     else:
         storage.remove(uri)
     types = [rows.schema.field(name).type for name in passthrough_columns(rows.schema)]

@@ -14,8 +14,8 @@ from stpm.data.images import SUFFIXES
 from stpm.errors import ImageError, NoImagesError
 from stpm.names import as_utf8
 from stpm.scoring.inputs import tables
-from stpm.scoring.inputs.archives import TAR, ImageRef, tar_images
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.image_files import TAR, ImageRef, tar_images
 from stpm.scoring.inputs.manifest import ManifestRow, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
@@ -64,7 +64,7 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
         for table in [name] if name else storage.glob(uri):
             yield from table_rows(table, rule, allowed_prefixes(table, allow))
         return
-    files = storage.stream(name) if name else storage.glob(uri)
+    files = storage.iter_files(name) if name else storage.glob(uri)
     yield from _file_rows((image for file in files for image in _images_in(file)), rule)
 
 

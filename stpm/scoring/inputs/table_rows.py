@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from stpm.errors import ConfigError, ImageError, NoImagesError, UriError
 from stpm.names import as_utf8, is_utf8
 from stpm.scoring.inputs import tables
-from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import ManifestRow, make_good_rows, make_rows
+from stpm.scoring.inputs.image_files import ImageRef
+from stpm.scoring.inputs.manifest import ManifestRow, make_rows, make_rows_from_columns
 from stpm.scoring.inputs.table_uris import check_allowed, resolve, resolve_plain
 from stpm.scoring.schema import INPUT_COLUMNS, reserved_columns, with_passthrough
 
@@ -74,7 +74,7 @@ def rows_at_once(chunk: pa.Table, numbers: Numbers, uri: str, rule: CategoryRule
         categories = pa.chunked_array([chosen], pa.string())
     else:
         categories = pc.if_else(pc.equal(categories, ""), as_utf8(rule.fixed), categories)
-    rows = make_good_rows(uris, categories, labels, mask_uris, starts, lengths)
+    rows = make_rows_from_columns(uris, categories, labels, mask_uris, starts, lengths)
     odd = np.flatnonzero(~is_plain)
     if not len(odd):
         return rows

@@ -62,7 +62,7 @@ def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:
     rows = table.filter(pa.array(~contains(written, table["image_id"].to_numpy())))
     copy = storage.join(folder, uri.rsplit("/", 1)[-1])
     if rows.num_rows:
-        storage.publish(copy, storage.parquet(rows))
+        storage.publish(copy, storage.encode_parquet(rows))
     return copy, rows.num_rows
 
 

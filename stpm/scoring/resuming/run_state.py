@@ -12,7 +12,7 @@ from stpm import storage
 from stpm.console import timestamp
 from stpm.errors import ConfigError, DataError
 from stpm.method.false_discovery import Discoveries
-from stpm.models.record import library_versions
+from stpm.models.record import installed_versions
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_statistics import RunResult, RunStatistics
 
@@ -23,7 +23,7 @@ _CLEARED: dict[str, Any] = {"cleared": True}
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class ScoringConfig:
     """All that decides a run's rows, except the models.
 
     Args:
@@ -72,7 +72,7 @@ class RunState:
         """Return whether there is a run.json, even of a run whose files are being removed."""
         return storage.exists(self.uri)
 
-    def config_differences(self, config: RunConfig) -> list[str]:
+    def config_differences(self, config: ScoringConfig) -> list[str]:
         """List how the run differs from a configuration; one line if there is no run to resume."""
         if "config" not in self._values:
             return [f"{self.uri} is missing"]
@@ -128,9 +128,9 @@ class RunState:
         """Return the number of images that triage.html was made for; 0 if it was not made."""
         return int(self._values.get("triage_images", 0))
 
-    def start(self, config: RunConfig) -> None:
+    def start(self, config: ScoringConfig) -> None:
         """Record the start of a run."""
-        self._write({"config": config.to_json(), "started": timestamp(), "versions": library_versions()})
+        self._write({"config": config.to_json(), "started": timestamp(), "versions": installed_versions()})
 
     def bind_models(self, models: Mapping[str, str], store: str) -> None:
         """Record the model id of each category, and the URI of their store, which may change between runs."""

@@ -90,7 +90,7 @@ def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
     starts = sorted({f"{task.rpartition('_')[0]}_" for task in tasks})
     folders = [output.scores]
     if output.options.partition_by == "category" and storage.exists(output.scores):
-        folders = [storage.join(output.scores, name) for name in storage.children(output.scores)]
+        folders = [storage.join(output.scores, name) for name in storage.subfolders(output.scores)]
     listed = storage.in_parallel(lambda where: storage.files_starting(*where), product(folders, starts))
     return sum(
         storage.in_parallel(storage.count_rows, (uri for uris in listed for uri in uris if task_of(uri) in tasks))

@@ -17,8 +17,8 @@ from stpm.data.images import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
-from stpm.scoring.inputs import archives
-from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs import image_files
+from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
@@ -103,7 +103,7 @@ class _ImageTask:
             data = _read_small(image)
             is_ours = self.turn.acquire(timeout=_TURN_SECONDS)
             try:
-                data = archives.read(image) if data is None else data
+                data = image_files.read(image) if data is None else data
                 self.decoding_since = time.monotonic()
                 return images.decode(data, self.preprocessing)
             finally:
@@ -116,14 +116,14 @@ class _ImageTask:
         """Return the error of an image that took longer than the limit, in seconds."""
         # The next run tries an image again if fetching took most of the time.
         if time.monotonic() - self.decoding_since > limit / 2:
-            return ImageError("too_slow", f"not decoded within {limit:g} s; see --image-seconds")
-        return ImageError("timeout", f"not fetched and decoded within {limit:g} s; see --image-seconds")
+            return ImageError("decode_timeout", f"not decoded within {limit:g} s; see --image-seconds")
+        return ImageError("fetch_timeout", f"not fetched and decoded within {limit:g} s; see --image-seconds")
 
 
 def _read_small(image: ImageRef) -> bytes | None:
     """Read an image, or return None if its file is large."""
     try:
-        return archives.read(image, _SMALL_FILE_BYTES)
+        return image_files.read(image, _SMALL_FILE_BYTES)
     except ImageError as error:
         if error.kind != "too_large":
             raise

@@ -114,12 +114,12 @@ class WriteHeatmaps:
         columns |= {name: [getattr(each, name) for each in pictures] for name in Pictures._fields}
         result = with_passthrough(table(columns, OUTPUT), batch)
         computed = time.process_time() - began
-        prometheus.count_stage_seconds("encode", computed)
+        prometheus.count_stage_seconds("draw", computed)
         prometheus.count_images(
             (row["category"] if row["model_id"] else "", row["error_kind"], bool(row["is_anomalous"])) for row in rows
         )
         if self._report:
-            self._report(BatchReport("encode", RunStatistics(encode_seconds=computed)))
+            self._report(BatchReport("draw", RunStatistics(draw_seconds=computed)))
         return with_folder_names(result) if self._options.partition_by == "category" else result
 
     def _pictures(self, row: Mapping[str, Any]) -> Pictures:

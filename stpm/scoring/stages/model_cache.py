@@ -38,7 +38,7 @@ class ModelCache:
         device: torch.device,
         max_bytes: int,
         model_ids: Mapping[str, str],
-        backend: Backend = "eager",
+        backend: Backend = "pytorch",
     ) -> None:
         self._store = store
         self._device = device

@@ -101,7 +101,7 @@ class Scorer:
         outcomes = self._score(images)
         result = _scored_table(batch, outcomes, self._settings.overlays)
         seconds = self._clock() - start
-        prometheus.count_stage_seconds("forward", seconds)
+        prometheus.count_stage_seconds("score", seconds)
         unfinished = {
             i: outcome
             for i, outcome in enumerate(outcomes)
@@ -114,8 +114,8 @@ class Scorer:
             tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
             self._report(
                 BatchReport(
-                    "forward",
-                    RunStatistics(len(images), len(images) - len(scores), anomalous, forward_seconds=seconds),
+                    "score",
+                    RunStatistics(len(images), len(images) - len(scores), anomalous, score_seconds=seconds),
                     len(tried),
                     external_errors(tried),
                     [UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()],

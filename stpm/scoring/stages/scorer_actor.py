@@ -36,7 +36,7 @@ class ScorerSettings:
     batch_size: int = 0
     model_ram: int = 2**30
     accept_errors: bool = False
-    backend: Backend = "eager"
+    backend: Backend = "pytorch"
 
 
 class ScorerActor:

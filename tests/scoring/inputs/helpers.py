@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from stpm import storage
-from stpm.scoring.inputs import archives
-from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs import image_files
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.sources import image_rows
 
 NUT = CategoryRule("nut")
@@ -25,13 +25,13 @@ def rows(*sources: str, rule: CategoryRule = NUT, **options: Any) -> list[dict[s
 
 def read_row(row: Mapping[str, Any]) -> bytes:
     """Read the image of a manifest row."""
-    return archives.read(ImageRef(row["uri"], row["archive_start"], row["archive_length"]))
+    return image_files.read(ImageRef(row["uri"], row["archive_start"], row["archive_length"]))
 
 
 def write_table(uri: str, records: Sequence[Mapping[str, object]]) -> None:
     kind = uri.rsplit(".", 1)[1]
     if kind == "parquet":
-        data = storage.parquet(pa.Table.from_pylist(records))
+        data = storage.encode_parquet(pa.Table.from_pylist(records))
     elif kind == "csv":
         names = list(records[0])
         data = "\n".join([",".join(names), *(",".join(str(r[n]) for n in names) for r in records)]).encode()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.archives import ImageRef
 from stpm.scoring.inputs.duplicates import DuplicateFinder
+from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest import ManifestRow, image_id, make_rows
 from stpm.scoring.schema import MANIFEST, with_passthrough
 

@@ -9,7 +9,7 @@ import pytest
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError, UriError
-from stpm.scoring.inputs import archives
+from stpm.scoring.inputs import image_files
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed
@@ -74,7 +74,7 @@ def test_a_name_that_is_not_utf8_is_a_row_with_an_error(tmp_path: Path) -> None:
     # A tar member is read by its position, so its name does not matter.
     assert (member["uri"], member["category"]) == (f"{tmp_path}/nut/s.tar#nut/caf%E9.png", "nut")
     assert member["error_kind"] == ""
-    assert archives.read_uri(member["uri"]) == b"x"
+    assert image_files.read_uri(member["uri"]) == b"x"
 
 
 def test_several_sources_are_joined_in_order(root: str) -> None:

@@ -59,7 +59,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         rows = output_rows(*bounds)
         files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
         name = f"{output.segment_checkpoints(0)}/scores_uuid_{task:012}.parquet"
-        storage.publish(name, storage.parquet(rows.select(["image_id"])))
+        storage.publish(name, storage.encode_parquet(rows.select(["image_id"])))
     scanned = scan_rows(output, max_ranked=5)
     assert commit_segment(output, Segment(0, (("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100

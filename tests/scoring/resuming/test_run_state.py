@@ -8,10 +8,10 @@ import pytest
 
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.options import OutputOptions
-from stpm.scoring.resuming.run_state import RunConfig, RunState
+from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics
 
-CONFIG = RunConfig(("s3://a", "s3://b"), 0.01, category="nut")
+CONFIG = ScoringConfig(("s3://a", "s3://b"), 0.01, category="nut")
 MODELS = {"nut": "nut-1", "bolt": "bolt-1"}
 
 

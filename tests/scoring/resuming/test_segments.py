@@ -8,7 +8,7 @@ import pytest
 from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import write_remaining
@@ -39,11 +39,11 @@ def write_task(
     values = {name: chosen[name] if name in chosen.schema.names else None for name in COLUMNS}
     columns = [pa.nulls(chosen.num_rows, OUTPUT.field(n).type) if v is None else v for n, v in values.items()]
     checkpoint = f"{output.segment_checkpoints(segment.number)}/{execution}_{rows.start}.parquet"
-    storage.publish(f"{output.scores}/{execution}_{rows.start}-0.parquet", storage.parquet(chosen))
+    storage.publish(f"{output.scores}/{execution}_{rows.start}-0.parquet", storage.encode_parquet(chosen))
     summary = RowSummary.of_rows(pa.table(dict(zip(COLUMNS, columns, strict=True))), "file", 3)
     storage.publish(summary_of(checkpoint), summary.to_json())
     name = checkpoint.replace(".parquet", ".pending.parquet") if pending else checkpoint
-    storage.publish(name, storage.parquet(chosen.select(["image_id"])))
+    storage.publish(name, storage.encode_parquet(chosen.select(["image_id"])))
 
 
 def remaining_uris(output: RunOutput, segment: Segment) -> list[str]:
@@ -131,7 +131,7 @@ def test_rows_that_are_lost_or_left_over_are_an_error(output: RunOutput, segment
         file = f"{output.scores}/scores_0-0.parquet"
         storage.remove(file)
         if content:
-            storage.publish(file, storage.parquet(pa.table({"image_id": range(content)})))
+            storage.publish(file, storage.encode_parquet(pa.table({"image_id": range(content)})))
         with pytest.raises(ConfigError, match=rf"{found} rows in the files of .*/scores, where 8 .* with --fresh"):
             commit_segment(output, segments[0], 3)
     storage.publish(file, b"")

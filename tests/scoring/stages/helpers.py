@@ -17,7 +17,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs.archives import ImageRef
+from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest import ManifestRow, labelled_rows, make_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput

@@ -11,7 +11,7 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs import archives
+from stpm.scoring.inputs import image_files
 from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages.decode import Decode
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, nut_rows
@@ -20,20 +20,22 @@ from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, nut_ro
 def test_a_parquet_file_that_hangs_delays_no_other(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = Path(manifest(run)["uri"][0].as_py()).read_bytes()
     for name in ("hangs", "works"):
-        storage.publish(f"{tmp_path}/{name}.parquet", storage.parquet(pa.table({"image": pa.array([good, good])})))
+        storage.publish(
+            f"{tmp_path}/{name}.parquet", storage.encode_parquet(pa.table({"image": pa.array([good, good])}))
+        )
     release = threading.Event()
-    original = archives.pq.ParquetFile
+    original = image_files.pq.ParquetFile
 
     def open_parquet(file: Any, **options: Any) -> Any:
         if "hangs.parquet" in str(file):
             release.wait(60)
         return original(file, **options)
 
-    monkeypatch.setattr(archives.pq, "ParquetFile", open_parquet)
+    monkeypatch.setattr(image_files.pq, "ParquetFile", open_parquet)
     uris = [f"{tmp_path}/{name}.parquet#{row}" for row in range(2) for name in ("hangs", "works")]
     out = Decode(PREPROCESSING, seconds=1.0)(nut_rows(uris, [(0, 1), (0, 1), (1, 1), (1, 1)]))
     release.set()
-    assert out["error_kind"].to_pylist() == ["timeout", "", "timeout", ""]
+    assert out["error_kind"].to_pylist() == ["fetch_timeout", "", "fetch_timeout", ""]
 
 
 def test_a_row_with_an_error_in_its_manifest_is_not_read(run: Path) -> None:

@@ -143,8 +143,8 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
     # Each stage counts only its own failures.
     assert reports == [
         ("decode", 0, 0, 5, 2, []),
-        ("forward", 5, 2, 3, 0, [("expired://a.png", "unreadable")]),
-        ("forward", 5, 2, 3, 0, []),
+        ("score", 5, 2, 3, 0, [("expired://a.png", "unreadable")]),
+        ("score", 5, 2, 3, 0, []),
     ]
 
 

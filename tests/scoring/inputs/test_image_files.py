@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stpm.errors import ImageError
-from stpm.scoring.inputs import archives
+from stpm.scoring.inputs import image_files
 from stpm.scoring.inputs.category_rule import CategoryRule
 from tests.scoring.inputs.helpers import read_row, rows
 
@@ -61,9 +61,9 @@ def test_a_parquet_file_may_hold_images(tmp_path: Path, nested: bool) -> None:
     assert len(found) == 28
     for row, data in zip(found, files, strict=False):
         assert read_row(row) == data
-        assert archives.read_uri(row["uri"]) == data
+        assert image_files.read_uri(row["uri"]) == data
     with pytest.raises(ImageError, match="has 25 rows, row 25 is wanted"):
-        archives.read_uri(f"{tmp_path}/part-0.parquet#25")
+        image_files.read_uri(f"{tmp_path}/part-0.parquet#25")
 
 
 @pytest.mark.parametrize("name", ["image", "bytes"])
@@ -89,6 +89,6 @@ def test_the_last_tar_member_of_a_name_counts(tmp_path: Path) -> None:
 
 def test_a_tar_member_is_found_by_its_uri(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", [("a/1.png", b"one"), ("a/2.png", b"two")])
-    assert archives.read_uri(f"{tmp_path}/s.tar#a/2.png") == b"two"
+    assert image_files.read_uri(f"{tmp_path}/s.tar#a/2.png") == b"two"
     with pytest.raises(ImageError, match="no such image in the archive"):
-        archives.read_uri(f"{tmp_path}/s.tar#a/3.png")
+        image_files.read_uri(f"{tmp_path}/s.tar#a/3.png")

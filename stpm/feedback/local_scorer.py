@@ -22,7 +22,7 @@ from stpm.options import WantedBackend
 BATCH_SIZE = 16
 
 
-class NormalScore(NamedTuple):
+class LocalScore(NamedTuple):
     """An image's score, the largest value of its anomaly map, and its statistics in the order of COMPARED."""
 
     score: float
@@ -30,7 +30,7 @@ class NormalScore(NamedTuple):
     statistics: tuple[float, ...]
 
 
-class NormalScorer:
+class LocalScorer:
     """A category's model, loaded to score image files.
 
     Args:
@@ -58,7 +58,7 @@ class NormalScorer:
         """The model's record."""
         return self._model.record
 
-    def __call__(self, files: Iterable[bytes]) -> Iterator[NormalScore | ImageError]:
+    def __call__(self, files: Iterable[bytes]) -> Iterator[LocalScore | ImageError]:
         """Score image files; yield the error of an image that cannot be decoded."""
         files = iter(files)
         while batch := list(islice(files, BATCH_SIZE)):
@@ -67,7 +67,7 @@ class NormalScorer:
             yield from (each if isinstance(each, ImageError) else next(scores) for each in outcomes)
 
     @torch.inference_mode()
-    def _score(self, decoded: Sequence[images.Decoded]) -> Iterator[NormalScore]:
+    def _score(self, decoded: Sequence[images.Decoded]) -> Iterator[LocalScore]:
         if not decoded:
             return iter(())
         record, matcher = self.record, self._matcher
@@ -76,7 +76,7 @@ class NormalScorer:
         distances = matcher.distances(self._model.parts, matcher.teacher_features(inputs), inputs, content)
         maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
         return (
-            NormalScore(
+            LocalScore(
                 anomaly_map.score(record.recipe.top_fraction).total,
                 float(anomaly_map.total.max()),
                 (image.width, image.height, *image.statistics),
