@@ -37,7 +37,7 @@ from stpm.console import (
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError, StpmError
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, is_utf8
-from stpm.options import Integers, Names, Size
+from stpm.options import Integers, Names, Size, flag
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _PRESET_HELP = (
     "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
     "The defaults shown are those of the preset chosen (default: default)"
 )
-_LOG_HELP = "as text, or each line as a JSON object with time, run, job, category and message (default: text)"
+_LOG_HELP = "as text, or each line as a JSON object with time, level, run, job, category and message (default: text)"
 _EPILOG = (
     "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20);\n"
     "the command line and the file of --config (of two, the later one) win over the environment, and that over the\n"
@@ -128,7 +128,7 @@ class Job:
             defaults: by field name, instead of the dataclasses' own.
         """
         fields = [field for kind in self.groups.values() for field in dataclasses.fields(kind)]
-        required = "".join(f" --{field.name} ..." for field in fields if field.metadata["required"])
+        required = "".join(f" {flag(field.name)} ..." for field in fields if field.metadata["required"])
         parser = _Parser(
             prog=self.prog,
             usage=f"python jobs/{self.prog}{required} [options]",
@@ -173,18 +173,18 @@ def run_job(job: Job) -> NoReturn:
         log.info(f"stopped by {stopped}: what was done is kept; run the same command again to go on")
         code = STOPPED + stopped.number
     except StpmError as error:
-        log.critical("error: %s", error)
+        log.critical("%s", error)
         code = next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), COULD_NOT_RUN)
     except OSError as error:
         # Ray's message about an error in a task ends with the error's own line.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        log.critical("error: %s", lines[-1])
+        log.critical("%s", lines[-1])
         code = COULD_NOT_RUN
     sys.exit(code)
 
 
 def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any, default: Any) -> None:
-    name = f"--{field.name.replace('_', '-')}"
+    name = flag(field.name)
     note = "required" if field.metadata["required"] else _default_text(default)
     text = f"{field.metadata['help']}{f' ({note})' if note else ''}".replace("%", "%%")
     metavar = _METAVARS.get(kind) or f"{{{','.join(get_args(kind))}}}"
@@ -215,7 +215,7 @@ def _make(kind: type, values: Namespace) -> Any:
 
 def _check_not_null(name: str, value: Any) -> None:
     if value is None:
-        raise ConfigError(f"{name.replace('_', '-')} is null; give a value, or leave it out")
+        raise ConfigError(f"{flag(name)} is null; give a value, or leave it out")
 
 
 class _Parser(ArgumentParser):
@@ -229,10 +229,10 @@ class _Parser(ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
             text = self._unknown(unknown[1] or unknown[2].replace("_", "-"))
         elif invalid := re.match(r"argument --(\S+): invalid \S+ value: (.*)", text):
-            text = self._invalid(invalid[1], invalid[2])
+            text = self._invalid(f"--{invalid[1]}", invalid[2])
         elif invalid := re.match(r'Parser key "(\w+)": (?:Not of type \w+: )?(.*)', text):
             reason, _, value = invalid[2].partition(" Got value: ")
-            name = invalid[1].replace("_", "-")
+            name = flag(invalid[1])
             text = self._invalid(name, value) if value else f"{name}: {reason}"
         raise ConfigError(f"{text}; see --help") from ex
 
@@ -250,7 +250,7 @@ class _Parser(ArgumentParser):
         return f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
 
     def _invalid(self, name: str, value: str) -> str:
-        return f"{name} is {value}; give {self._option_string_actions[f'--{name}'].metavar}"
+        return f"{name} is {value}; give {self._option_string_actions[name].metavar}"
 
 
 class _Extend(argparse.Action):

@@ -60,16 +60,20 @@ def start_logging(job: str, log_format: LogFormat) -> None:
 
     Args:
         job: name of the job, a field of JSON lines.
-        log_format: `json` writes an object per line, with time, run, job, message, and the category that the message
-            is about (`extra={"category": name}`).
+        log_format: `json` writes an object per line, with time, level, run, job, message, and the category that the
+            message is about (`extra={"category": name}`).
     """
     package = logging.getLogger("stpm")
     package.setLevel(logging.INFO)
     package.handlers = [ConsoleHandler() if log_format == "text" else JsonHandler(job)]
 
 
+# The user's words for levels. A critical message is an error that ends the job.
+_LEVELS = {logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
+
+
 class ConsoleHandler(logging.Handler):
-    """Print each message; on a terminal it overwrites the progress line.
+    """Print each message, warnings and errors with that word before them; on a terminal overwrite the progress line.
 
     Tracebacks go to standard error, and so does a critical message: an error that ends the job.
     """
@@ -81,7 +85,8 @@ class ConsoleHandler(logging.Handler):
 
     def print_message(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.CRITICAL else sys.stdout
-        print(f"{_REWRITE if stream.isatty() else ''}{record.getMessage()}", file=stream, flush=True)
+        prefix = "" if record.levelno == logging.INFO else f"{_LEVELS[record.levelno]}: "
+        print(f"{_REWRITE if stream.isatty() else ''}{prefix}{record.getMessage()}", file=stream, flush=True)
 
 
 class JsonHandler(ConsoleHandler):
@@ -95,7 +100,7 @@ class JsonHandler(ConsoleHandler):
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         category = {"category": record.category} if hasattr(record, "category") else {}
         for line in filter(None, record.getMessage().splitlines()):
-            fields = {"time": time, **self._names, **category, "message": line}
+            fields = {"time": time, "level": _LEVELS[record.levelno], **self._names, **category, "message": line}
             print(json.dumps(fields), flush=True)
 
 

@@ -94,6 +94,15 @@ def option(
     return field
 
 
+def flag(name: str) -> str:
+    """Return the command line's name of a field.
+
+    >>> flag("false_alarm_rate")
+    '--false-alarm-rate'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Options:
     """Base class of the option dataclasses, which are checked when they are made.
@@ -105,15 +114,15 @@ class Options:
     def __post_init__(self) -> None:
         fields = dataclasses.fields(self)
         required = [field.name for field in fields if field.metadata["required"]]
-        if missing := [f"--{name}" for name in required if not getattr(self, name)]:
+        if missing := [flag(name) for name in required if not getattr(self, name)]:
             raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
         for field in fields:
             value, limits = getattr(self, field.name), field.metadata["limits"]
             if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give a finite number")
+                raise ConfigError(f"{flag(field.name)} is {value}; give a finite number")
             if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
                 valid = " and ".join(f"{words} {limit}" for words, limit in limits.items())
-                raise ConfigError(f"{field.name.replace('_', '-')} is {value}; give {valid}")
+                raise ConfigError(f"{flag(field.name)} is {value}; give {valid}")
             if not field.metadata["is_secret"]:
                 for text in value if isinstance(value, tuple) else (value,):
                     check_no_secret(str(text))
@@ -141,4 +150,4 @@ class ClusterOptions(Options):
         "what computes features on a CPU: pytorch, or openvino, which is faster there (pip install 'stpm[openvino]'); "
         "auto: openvino where it is installed. On a GPU PyTorch computes them",
     )
-    plan: bool = option(False, "print what would run on each node of the cluster, and do nothing")
+    plan: bool = option(False, "print what would run on each node of the cluster, and start nothing")

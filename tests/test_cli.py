@@ -264,12 +264,12 @@ def test_an_error_of_the_disk_is_a_line_or_a_json_object(
         run_job(Job("full.py", None, {}, f"{__name__}:fill_the_disk", ""))
     assert exit_.value.code == 1
     out, err = capsys.readouterr()
-    message = "error: [Errno 28] No space left on device: '/data/x'"
+    message = "[Errno 28] No space left on device: '/data/x'"
     if log_format == "text":
-        assert err == f"{message}\n"
+        assert err == f"error: {message}\n"
     else:
         line = json.loads(out.splitlines()[-1])
-        assert (err, line["job"], line["message"]) == ("", "full", message)
+        assert (err, line["job"], line["level"], line["message"]) == ("", "full", "error", message)
 
 
 def test_the_preset_default_is_the_default() -> None:

@@ -21,7 +21,7 @@ log = logging.getLogger("stpm.x")
 log.info("one")
 if is_terminal():
     show_progress("half way")
-log.info("two")
+log.warning("two")
 """
 
 
@@ -32,26 +32,30 @@ def test_on_a_terminal_a_message_overwrites_the_progress_line() -> None:
     rewrite = "\r\x1b[K"
     shown = os.read(ours, 10_000).decode().replace("\r\n", "\n")
     os.close(ours)
-    assert shown == f"{rewrite}one\n{rewrite}half way{rewrite}two\n"
+    assert shown == f"{rewrite}one\n{rewrite}half way{rewrite}warning: two\n"
 
 
 def test_a_log_file_has_no_control_characters() -> None:
-    assert subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, check=True).stdout == b"one\ntwo\n"
+    assert (
+        subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, check=True).stdout
+        == b"one\nwarning: two\n"
+    )
 
 
-@pytest.mark.parametrize(("good", "failed", "code"), [(3, 0, 0), (0, 0, 0), (2, 1, 2), (0, 1, 3)])
-def test_exit_codes(good: int, failed: int, code: int) -> None:
-    assert exit_code(good, failed) == code
+@pytest.mark.parametrize(("done", "failed", "code"), [(3, 0, 0), (0, 0, 0), (2, 1, 2), (0, 1, 3)])
+def test_exit_codes(done: int, failed: int, code: int) -> None:
+    assert exit_code(done, failed) == code
 
 
-def test_a_json_line_has_time_run_job_and_category(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_line_has_time_level_run_job_and_category(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.Logger("x")
     log.addHandler(JsonHandler("fit"))
     log.info("two\n\nlines")
-    log.info("fitted", extra={"category": "nut"})
+    log.warning("fitted", extra={"category": "nut"})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["message"] for line in lines] == ["two", "lines", "fitted"]
     assert [line.get("category") for line in lines] == [None, None, "nut"]
+    assert [line["level"] for line in lines] == ["info", "info", "warning"]
     assert {(line["job"], line["run"]) for line in lines} == {("fit", lines[0]["run"])}
     assert datetime.fromisoformat(lines[0]["time"]).tzinfo
 

@@ -74,7 +74,7 @@ def read_gate(options: ReportOptions) -> Gate:
         protocol: dict[str, Any] = report["protocol"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
-            f"baseline {options.baseline} cannot be read: {error!r}; give the report.json of an earlier run"
+            f"--baseline {options.baseline} cannot be read: {error!r}; give the report.json of an earlier run"
         ) from error
     requirements += [
         Requirement(category, metric, values[metric], options.tolerance)
@@ -98,7 +98,7 @@ def parse_requirement(text: str) -> Requirement:
     except ValueError:
         value = -1.0
     if not category or not 0 <= value <= 1:
-        raise ConfigError(f"require is {text!r}; write it as mean.image_auroc=0.95, with a value from 0 to 1")
+        raise ConfigError(f"--require is {text!r}; write it as mean.image_auroc=0.95, with a value from 0 to 1")
     if metric not in METRICS:
-        raise ConfigError(f"require names {metric!r}; there are {', '.join(METRICS)}")
+        raise ConfigError(f"--require names {metric!r}; there are {', '.join(METRICS)}")
     return Requirement(category, metric, value)

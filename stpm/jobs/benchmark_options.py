@@ -33,9 +33,9 @@ class BenchmarkOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds is {','.join(map(str, self.seeds))!r}; give each seed once, such as 0,1,2")
+            raise ConfigError(f"--seeds is {','.join(map(str, self.seeds))!r}; give each seed once, such as 0,1,2")
         if not self.out:
-            raise ConfigError("out is empty; give a folder or a URI")
+            raise ConfigError("--out is empty; give a folder or a URI")
 
 
 def demo_defaults(values: Any) -> dict[str, Any]:

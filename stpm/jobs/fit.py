@@ -9,6 +9,7 @@ from functools import partial
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, exit_code
+from stpm.errors import ConfigError
 from stpm.feedback.add_normals import add_normals
 from stpm.feedback.marks import read_marks
 from stpm.feedback.refit import Refit
@@ -31,6 +32,8 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         DataError: if the data set or the table of images cannot be read.
     """
     if options.add_normals:
+        if cluster.plan:
+            raise ConfigError("--plan is given with --add-normals, which it cannot describe; leave one of them out")
         return _add_normals(options, recipe, workers, cluster)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
@@ -44,9 +47,9 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
             stores = {recipe.seed: store}
             results = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
     failed = len(failures) + sum(result.record is None for result in results)
-    good = len(results) + len(failures) - failed
-    log.info(f"{good} of {good + failed} categories have a model in {options.models}")
-    return exit_code(good, failed)
+    done = len(results) + len(failures) - failed
+    log.info(f"{done} of {done + failed} categories have a model in {options.models}")
+    return exit_code(done, failed)
 
 
 def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
@@ -55,6 +58,6 @@ def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cl
     refit = Refit(storage.absolute(options.data), recipe, workers) if options.refit else None
     with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
         marks = read_marks(options.add_normals, options.allow, options.categories)
-        good, failed = add_normals(store, marks, options, cluster.backend, refit)
-    log.info(f"{good} of {good + failed} images that are marked as good belong to models in {options.models}")
-    return exit_code(good, failed)
+        done, failed = add_normals(store, marks, options, cluster.backend, refit)
+    log.info(f"{done} of {done + failed} images that are marked as good belong to models in {options.models}")
+    return exit_code(done, failed)

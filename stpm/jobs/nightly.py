@@ -68,8 +68,8 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
         failed |= not _remove_old_nights(job, date, nights)
     for each in sorted(nights):
         if each < min(dates) and nights[each].unfinished:
-            log.info(
-                f"warning: {nights[each].unfinished} images of {each} have no row, and --look-back does not reach it; "
+            log.warning(
+                f"{nights[each].unfinished} images of {each} have no row, and --look-back does not reach it; "
                 f"start with --date {each}"
             )
     created = timestamp()
@@ -89,7 +89,7 @@ def _remove_old_nights(job: NightlyJob, date: datetime.date, nights: dict[dateti
     try:
         remove_nights_before(job.out, first)
     except (ConfigError, OSError) as error:
-        log.info(f"warning: old nights are not all removed: {error}")
+        log.warning(f"old nights are not all removed: {error}")
         return False
     for each in [each for each in nights if each < first]:
         del nights[each]
@@ -102,10 +102,10 @@ def _post_webhook(webhook: str, message: bytes) -> bool:
         return True
     key = os.environ.get(_SECRET, "")
     if not key:
-        log.info(f"warning: the webhook's message is not signed: {_SECRET} is not set")
+        log.warning(f"the webhook's message is not signed: {_SECRET} is not set")
     try:
         post(webhook, message, key)
     except WebhookError as error:
-        log.info(f"warning: {error}; start the job again to post it again")
+        log.warning(f"{error}; start the job again to post it again")
         return False
     return True

@@ -125,4 +125,4 @@ def _log_result(result: RunResult, output: RunOutput) -> None:
     if found := result.discoveries:
         log.info(found.describe())
         if warning := found.warning():
-            log.info(warning)
+            log.warning(warning)

@@ -19,5 +19,5 @@ def resolve_backend(wanted: WantedBackend, *, on_gpu: bool) -> Backend:
     if find_spec("openvino"):
         return "openvino"
     if wanted == "openvino":
-        raise ConfigError("backend is openvino, which is not installed here; pip install 'stpm[openvino]'")
+        raise ConfigError("--backend is openvino, which is not installed here; pip install 'stpm[openvino]'")
     return "pytorch"

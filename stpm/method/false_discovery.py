@@ -66,7 +66,7 @@ class Discoveries:
             return ""
         few = join_first([f"{name} ({count})" for name, count in self.unsupported.items()], separator=", ")
         return (
-            f"warning: too few good images calibrate {few} for a false discovery rate of {self.rate:g} over "
+            f"too few good images calibrate {few} for a false discovery rate of {self.rate:g} over "
             f"{self.images} images: none of their images can be a discovery unless {self.needed} or more calibrate them"
         )
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from stpm.errors import ConfigError, DataError
 from stpm.method.preprocessing import MAX_SIDE, Resize
-from stpm.options import Integers, Options, Size, option
+from stpm.options import Integers, Options, Size, flag, option
 
 Preset = Literal["default", "paper", "notebook"]
 Precision = Literal["float32", "bfloat16"]
@@ -148,7 +148,7 @@ class Recipe(Options):
             ("calibration_folds", self.calibration_folds != 1, "2 or more, or 0"),
         ):
             if not holds:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; give {valid}")
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; give {valid}")
 
     def held_out_count(self, images: int) -> int:
         """Return how many of a category's good images are held out: the fraction, and at least what fusion needs."""

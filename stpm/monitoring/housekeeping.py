@@ -28,7 +28,7 @@ def remove_nights_before(out: str, date: datetime.date) -> None:
         try:
             night = read_night(folder)
         except DataError as error:
-            log.info(f"warning: {folder.uri} is not removed: {error}")
+            log.warning(f"{folder.uri} is not removed: {error}")
             continue
         if not night:
             continue

@@ -173,5 +173,5 @@ def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
             if night := read_night(folder):
                 nights[folder.date] = night
         except (DataError, OSError) as error:
-            log.info(f"warning: {as_utf8(str(error))}; the page leaves this night out")
+            log.warning(f"{as_utf8(str(error))}; the page leaves this night out")
     return nights

@@ -45,13 +45,14 @@ class NightlyOptions(Options):
     allow: Names = option(Names(), ALLOW_HELP)
     look_back: int = option(
         3,
-        "nights before that one whose images are listed too: those that have no row yet are scored into their night",
+        "also score late images of this many nights before it, each into the folder of its own night",
         minimum=0,
         maximum=_MAX_NIGHTS,
     )
     keep_days: int = option(
         0,
-        "days before the night after which an older night is removed, with all that this job wrote there; 0: never",
+        "remove nights more than this many days older than the night scored, with all that this job wrote there; "
+        "0: keep all",
         maximum=_MAX_NIGHTS,
     )
     fresh: bool = option(False, "remove the rows of the night, and score its images again with the current models")
@@ -69,17 +70,17 @@ class NightlyOptions(Options):
         for source in self.images:
             if len({_put_date(source, day) for day in days}) < len(days):
                 raise ConfigError(
-                    f"images is {source!r}, the same on different days; put {{date}} or {{date:%Y/%m/%d}} in it, each "
-                    "night has images of its own"
+                    f"--images is {source!r}, the same on different days; put {{date}} or {{date:%Y/%m/%d}} in it: "
+                    "each night has images of its own"
                 )
         CategoryRule(self.category, self.category_from)
         if self.keep_days and self.keep_days <= self.look_back:
             raise ConfigError(
-                f"keep-days is {self.keep_days}; give 0, or more than --look-back {self.look_back}: a removed night "
+                f"--keep-days is {self.keep_days}; give 0, or more than --look-back {self.look_back}: a removed night "
                 "would be scored again"
             )
         if self.date and not parse_date(self.date):
-            raise ConfigError(f"date is {self.date!r}; give it as 2026-11-24")
+            raise ConfigError(f"--date is {self.date!r}; give it as 2026-11-24")
         _ = self._zone
 
     def night(self, now: datetime.datetime) -> datetime.date:
@@ -94,7 +95,9 @@ class NightlyOptions(Options):
         today = now.astimezone(self._zone).date()
         date = parse_date(self.date) or today - datetime.timedelta(days=1)
         if date > today:
-            raise ConfigError(f"date is {self.date}, and today is {today} ({self.timezone}); give a day that has begun")
+            raise ConfigError(
+                f"--date is {self.date}, and today is {today} ({self.timezone}); give a day that has begun"
+            )
         return date
 
     def sources(self, date: datetime.date) -> tuple[str, ...]:
@@ -110,7 +113,7 @@ class NightlyOptions(Options):
             return ZoneInfo(self.timezone)
         except (ZoneInfoNotFoundError, ValueError, OSError) as error:
             raise ConfigError(
-                f"timezone is {self.timezone!r}, which this machine does not know; give a name such as Europe/Berlin"
+                f"--timezone is {self.timezone!r}, which this machine does not know; give a name such as Europe/Berlin"
             ) from error
 
 
@@ -148,7 +151,7 @@ class MonitoringOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.webhook and not _is_http(self.webhook):
-            raise ConfigError("webhook is not an http:// or https:// URL; its value is not shown here")
+            raise ConfigError("--webhook is not an http:// or https:// URL; its value is not shown here")
 
 
 def parse_date(text: str) -> datetime.date | None:

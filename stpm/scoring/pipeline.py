@@ -159,8 +159,7 @@ def score_shards(
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         except (RayError, SystemException) as error:
-            _, _, stop_reason = report.read()
-            if stop_reason:
+            if stop_reason := report.read().stop_reason:
                 raise CutOffError(
                     f"scoring was stopped: {stop_reason}; what was done is kept. Repair what failed and run the same "
                     "command again, or give --accept-errors to write such errors as rows"

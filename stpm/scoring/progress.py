@@ -23,10 +23,25 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 _LOG_SECONDS = 5.0
-# Number of unfinished images that the actor keeps to show.
+# Number of unfinished images, and of warnings, that the actor keeps to show.
 _MAX_UNFINISHED = 10
+_MAX_WARNINGS = 10
 
-Snapshot = tuple[RunStatistics, list[UnfinishedImage], str]
+
+class Snapshot(NamedTuple):
+    """The state of a run.
+
+    Args:
+        statistics: sum of all reports.
+        unfinished: the first images that are left to the next run.
+        stop_reason: why the run should stop, or "".
+        warnings: the first different warnings of the scorers, in the order in which they came.
+    """
+
+    statistics: RunStatistics
+    unfinished: list[UnfinishedImage]
+    stop_reason: str
+    warnings: list[str]
 
 
 class BatchReport(NamedTuple):
@@ -87,6 +102,7 @@ class ProgressActor:
         self._unfinished: list[UnfinishedImage] = []
         self._breakers: defaultdict[Stage, CircuitBreaker] = defaultdict(CircuitBreaker)
         self._stop_reason = ""
+        self._warnings: list[str] = []
         # (time, images finished by then), at most one a second.
         self._marks: list[tuple[float, int]] = []
         self._last_report = 0.0
@@ -105,10 +121,15 @@ class ProgressActor:
             self._marks.append((self._last_report, self._statistics.images))
         return self._stop_reason
 
+    def warn(self, message: str) -> None:
+        """Keep a warning of a stage, unless it is known."""
+        if message not in self._warnings and len(self._warnings) < _MAX_WARNINGS:
+            self._warnings.append(message)
+
     def read(self) -> Snapshot:
-        """Return the sum of all reports, the first unfinished images, and the reason to stop the run, or ""."""
-        steady = round(self._steady_speed(), 3)
-        return replace(self._statistics, steady_images_per_second=steady), self._unfinished, self._stop_reason
+        """Return the state of the run."""
+        statistics = replace(self._statistics, steady_images_per_second=round(self._steady_speed(), 3))
+        return Snapshot(statistics, self._unfinished, self._stop_reason, self._warnings)
 
     def _steady_speed(self) -> float:
         """Return the images per second without the first quarter, when processes start and models load; 0 if unknown.
@@ -141,10 +162,30 @@ class ProgressReporter:
         if report.external_errors and (reason := ray.get(reply)):
             raise CutOffError(reason)
 
+    def warn(self, message: str) -> None:
+        """Report a warning, which the driver logs once. Return without waiting."""
+        self._actor.warn.remote(message)
+
     def read(self) -> Snapshot:
         """See `ProgressActor.read`."""
         snapshot: Snapshot = ray.get(self._actor.read.remote())
         return snapshot
+
+
+class WarningRelay(logging.Handler):
+    """Report the warnings of a process that has no console, such as a scorer's. Errors have tracebacks, and stay there.
+
+    Args:
+        report: of the run.
+    """
+
+    def __init__(self, report: ProgressReporter) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            self._report.warn(record.getMessage())
 
 
 class ProgressDisplay:
@@ -163,9 +204,14 @@ class ProgressDisplay:
         self._show = show
         self._clock = clock
         self._last_logged = clock()
+        self._warning_count = 0
 
-    def update(self, statistics: RunStatistics) -> None:
-        """Show the latest statistics."""
+    def update(self, snapshot: Snapshot) -> None:
+        """Show the latest statistics, and log the warnings that are new."""
+        for message in snapshot.warnings[self._warning_count :]:
+            log.warning(message)
+        self._warning_count = len(snapshot.warnings)
+        statistics = snapshot.statistics
         images, speed = min(statistics.images, self._total), statistics.steady_images_per_second
         line = f"{images}/{self._total} images, {statistics.errors} errors, {statistics.anomalous} anomalous"
         if speed:
@@ -194,13 +240,17 @@ def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[Pro
 
     def poll() -> None:
         while not ended.wait(_POLL_SECONDS):
-            display.update(reporter.read()[0])
+            display.update(reporter.read())
 
     thread = threading.Thread(target=poll, name="score-progress", daemon=True)
     thread.start()
     try:
-        yield reporter
+        try:
+            yield reporter
+        finally:
+            ended.set()
+            thread.join()
+        # It may have warnings of the last second.
+        display.update(reporter.read())
     finally:
-        ended.set()
-        thread.join()
         ray.kill(actor)

@@ -157,7 +157,7 @@ def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mappi
     if not records:
         raise ModelError(join_first(problems) or "no image has a category; see --category and --category-from")
     if problems:
-        log.info(f"warning: {len(problems)} categories have no model: {join_first(problems)}")
+        log.warning(f"{len(problems)} categories have no model: {join_first(problems)}")
     return records
 
 
@@ -185,7 +185,7 @@ def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> Run
                     _score_segment(run, segment.number, remaining[segment.number], records, report)
                 written = commit_segment(run.output, segment, run.triage_images)
                 total = RowSummary.total([total, written], run.triage_images)
-            statistics, unfinished, _ = report.read()
+            statistics, unfinished, *_ = report.read()
     if has_heatmaps:
         # Processes that were killed leave unfinished files.
         storage.remove_unfinished(run.output.heatmaps)

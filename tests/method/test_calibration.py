@@ -65,7 +65,7 @@ def test_warning_about_few_good_images_names_categories_and_remedies(caplog: pyt
     warn_about_few_good_images({f"part-{i}": (209, 42) for i in range(1000)}, 0.01)
     warning, many = caplog.messages
     assert warning.startswith(
-        "warning: false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on 98 of its 122 good "
+        "--false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on 98 of its 122 good "
         "images, which supports a rate of 0.010 or more."
     )
     assert "screw" not in warning

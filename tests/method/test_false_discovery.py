@@ -68,7 +68,7 @@ def test_too_small_calibrations_are_named_on_one_line() -> None:
     # 10 of 1,000 images score above all calibration images: p of at most .05 · 10 / 1,000 = 1/2,000.
     assert (found.needed, found.unsupported) == (1999, {"small": 10})
     assert found.warning() == (
-        "warning: too few good images calibrate small (10) for a false discovery rate of 0.05 over 1000 images: none "
+        "too few good images calibrate small (10) for a false discovery rate of 0.05 over 1000 images: none "
         "of their images can be a discovery unless 1999 or more calibrate them"
     )
     assert find_discoveries({"small": {float(np.float32(1 / 11)): 10}}, {"small": 10}, 0.1).warning() == ""

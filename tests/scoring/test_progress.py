@@ -1,8 +1,18 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from stpm.scoring.progress import BatchReport, CircuitBreaker, ProgressActor, ProgressDisplay
+from stpm.scoring.progress import (
+    BatchReport,
+    CircuitBreaker,
+    ProgressActor,
+    ProgressDisplay,
+    ProgressReporter,
+    Snapshot,
+    WarningRelay,
+)
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from tests.conftest import Clock
 
@@ -15,7 +25,8 @@ def shown_lines(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str
     for second in range(1, 21):
         clock.now = second
         speed = 50.0 if second > 10 else 0.0
-        display.update(RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed))
+        statistics = RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed)
+        display.update(Snapshot(statistics, [], "", []))
     return shown if terminal else caplog.messages
 
 
@@ -37,7 +48,7 @@ def test_progress_actor_adds_up_statistics() -> None:
     actor.add(BatchReport("score", RunStatistics(16, 1, 2, score_seconds=1.5)))
     actor.add(BatchReport("score", RunStatistics(4, 0, 1, score_seconds=0.5)))
     actor.add(BatchReport("decode", RunStatistics(decode_seconds=3.0)))
-    assert actor.read()[0] == RunStatistics(20, 1, 3, decode_seconds=3.0, score_seconds=2.0)
+    assert actor.read().statistics == RunStatistics(20, 1, 3, decode_seconds=3.0, score_seconds=2.0)
 
 
 def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:
@@ -51,7 +62,35 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
         reasons.append(actor.add(failed))
         assert patient.add(failed) == ""
     assert reasons == ["", "", "", "256 of the latest 256 images failed, the last one as unreadable: expired"]
-    assert actor.read()[1:] == (unfinished[:10], reasons[-1])
+    assert actor.read().unfinished == unfinished[:10]
+    assert actor.read().stop_reason == reasons[-1]
+
+
+class LocalReporter(ProgressReporter):
+    """A reporter to an actor in this process."""
+
+    def warn(self, message: str) -> None:
+        self._actor.warn(message)
+
+
+def test_the_driver_logs_each_warning_of_the_scorers_once(caplog: pytest.LogCaptureFixture) -> None:
+    actor = ProgressActor()
+    workers = [logging.Logger(f"worker {number}") for number in range(2)]
+    for worker in workers:
+        worker.addHandler(WarningRelay(LocalReporter(actor)))
+        worker.info("fine")
+        worker.warning("%s; PyTorch computes it instead", "OpenVINO cannot")
+        worker.error("a traceback stays in the worker's log")
+    display = ProgressDisplay(1000, None, Clock())
+    for _ in range(2):
+        display.update(actor.read())
+    workers[0].warning("again")
+    display.update(actor.read())
+    assert caplog.messages == ["OpenVINO cannot; PyTorch computes it instead", "again"]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    for number in range(100):
+        actor.warn(f"warning {number}")
+    assert len(actor.read().warnings) == 10
 
 
 @pytest.mark.parametrize(("fraction", "opens"), [(0.4, False), (0.6, True)])
@@ -80,15 +119,15 @@ def test_circuit_breaker_that_opens_on_a_good_batch_names_the_last_error() -> No
 def test_steady_speed_excludes_the_first_quarter() -> None:
     clock = Clock()
     actor = ProgressActor(clock)
-    assert actor.read()[0].steady_images_per_second == 0
+    assert actor.read().statistics.steady_images_per_second == 0
     for second, images in enumerate([0, 10, 10, 10, 50, 100, 100, 100]):
         clock.now = float(second)
         actor.add(BatchReport("score", RunStatistics(images)))
-    assert actor.read()[0].images == 380
-    assert actor.read()[0].steady_images_per_second == (380 - 180) / 2
+    assert actor.read().statistics.images == 380
+    assert actor.read().statistics.steady_images_per_second == (380 - 180) / 2
     clock.now = 9.0
     actor.add(BatchReport("draw", RunStatistics(draw_seconds=1)))
-    assert actor.read()[0].steady_images_per_second == (380 - 180) / 4
+    assert actor.read().statistics.steady_images_per_second == (380 - 180) / 4
 
 
 def test_steady_speed_is_unknown_within_the_first_second() -> None:
@@ -96,7 +135,7 @@ def test_steady_speed_is_unknown_within_the_first_second() -> None:
     actor = ProgressActor(clock)
     for clock.now in (1000.0, 1000.1, 1000.2):
         actor.add(BatchReport("score", RunStatistics(100)))
-    assert actor.read()[0].steady_images_per_second == pytest.approx(200 / 0.2, rel=1e-3)
+    assert actor.read().statistics.steady_images_per_second == pytest.approx(200 / 0.2, rel=1e-3)
     for clock.now in (1000.3, 1000.4):
         actor.add(BatchReport("score", RunStatistics(1000)))
-    assert actor.read()[0].steady_images_per_second == 0
+    assert actor.read().statistics.steady_images_per_second == 0

@@ -33,12 +33,13 @@ class CategoryRule:
         names = _FIELD.findall(self.pattern)
         if invalid := [name for name in names if not name.isidentifier()]:
             raise ConfigError(
-                f"category-from is {self.pattern!r}; {{{invalid[0]}}} is not a name: begin it with a letter, {_EXAMPLE}"
+                f"--category-from is {self.pattern!r}; {{{invalid[0]}}} is not a name: begin it with a letter, "
+                f"{_EXAMPLE}"
             )
         if self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
             raise ConfigError(
-                f"category-from is {self.pattern!r}; use {{category}} exactly once, and every other name at most once, "
-                f"{_EXAMPLE}"
+                f"--category-from is {self.pattern!r}; use {{category}} exactly once, and every other name at most "
+                f"once, {_EXAMPLE}"
             )
 
     def category(self, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import ray
 
 from stpm.options import Backend
-from stpm.scoring.progress import ProgressReporter
+from stpm.scoring.progress import ProgressReporter, WarningRelay
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class ScorerActor:
 
         from stpm.scoring.stages.scorer import Scorer
 
+        if report:
+            logging.getLogger("stpm").addHandler(WarningRelay(report))
         torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
         self._scorer = Scorer(settings, report)
 
