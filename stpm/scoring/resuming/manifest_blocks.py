@@ -21,7 +21,7 @@ from stpm.scoring.inputs.manifest import BLOCK_ROWS, SHARD_ROWS, Shard
 _ROW_BYTES = 200
 
 
-class ShardRows(NamedTuple):
+class ShardSlice(NamedTuple):
     """The rows of a shard from `start` to before `stop`."""
 
     uri: str
@@ -53,7 +53,7 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
     @property
     def parallelism(self) -> int:
         """The number to request from Ray, which then splits the rows of each task into blocks."""
-        longest = max((_count_rows(parts) for parts in self._tasks), default=0)
+        longest = max((_count_rows(slices) for slices in self._tasks), default=0)
         return self.task_count * -(-longest // BLOCK_ROWS)
 
     def get_name(self) -> str:
@@ -69,28 +69,28 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
         """Return the tasks."""
         return [
             ReadTask(
-                partial(_read, parts),
+                partial(_read, slices),
                 BlockMetadata(
-                    num_rows=_count_rows(parts),
-                    size_bytes=_count_rows(parts) * _ROW_BYTES,
+                    num_rows=_count_rows(slices),
+                    size_bytes=_count_rows(slices) * _ROW_BYTES,
                     exec_stats=None,
                     input_files=None,
                 ),
                 per_task_row_limit=per_task_row_limit,
             )
-            for parts in self._tasks
+            for slices in self._tasks
         ]
 
 
-def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[ShardRows]]:
-    """Divide the rows of all shards, in order, into the fewest parts of at most `max_rows` rows.
+def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[ShardSlice]]:
+    """Divide the rows of all shards, in order, into the fewest tasks of at most `max_rows` rows.
 
-    The lengths of the parts differ by at most one row: Ray splits each into the same number of blocks.
+    The lengths of the tasks differ by at most one row: Ray splits each into the same number of blocks.
     """
     total = sum(rows for _, rows in shards)
-    parts = -(-total // max_rows)
-    ends = [total * number // parts for number in range(1, parts + 1)]
-    divided: list[list[ShardRows]] = [[]] if ends else []
+    count = -(-total // max_rows)
+    ends = [total * number // count for number in range(1, count + 1)]
+    divided: list[list[ShardSlice]] = [[]] if ends else []
     position = 0
     for uri, rows in shards:
         start = 0
@@ -98,15 +98,15 @@ def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[ShardRows
             if position == ends[len(divided) - 1]:
                 divided.append([])
             stop = min(rows, start + ends[len(divided) - 1] - position)
-            divided[-1].append(ShardRows(uri, start, stop))
+            divided[-1].append(ShardSlice(uri, start, stop))
             position += stop - start
             start = stop
     return divided
 
 
-def _count_rows(parts: Sequence[ShardRows]) -> int:
-    return sum(stop - start for _, start, stop in parts)
+def _count_rows(slices: Sequence[ShardSlice]) -> int:
+    return sum(stop - start for _, start, stop in slices)
 
 
-def _read(parts: Sequence[ShardRows]) -> Iterator[pa.Table]:
-    yield pa.concat_tables([storage.read_table(uri).slice(start, stop - start) for uri, start, stop in parts])
+def _read(slices: Sequence[ShardSlice]) -> Iterator[pa.Table]:
+    yield pa.concat_tables([storage.read_table(uri).slice(start, stop - start) for uri, start, stop in slices])
