@@ -163,7 +163,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     made = Nightly(tmp_path)
     monkeypatch.setattr(run_module, "connected", nullcontext)
     monkeypatch.setattr(job_module, "connected", nullcontext)
-    monkeypatch.setattr(nightly, "held", lambda folder, wait: nullcontext())
+    monkeypatch.setattr(nightly, "hold_lease", lambda folder, wait: nullcontext())
     monkeypatch.setattr(run_module, "remaining_segments", remaining_segments)
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(Report()))
     monkeypatch.setattr(run_module, "score_shards", made.score)
