@@ -73,39 +73,34 @@ class NightFolder(NamedTuple):
         return sorted(outputs, key=lambda output: int(output.name))
 
 
-def score_new_images(
-    folder: NightFolder,
-    listing: Callable[[], Iterator[pa.Table]],
-    score: Callable[[RunOutput, Iterable[pa.Table]], int],
-) -> int:
-    """Finish the night's unfinished runs, and start one for images that no run of the night has.
+def runs_to_score(
+    folder: NightFolder, list_images: Callable[[], Iterator[pa.Table]]
+) -> Iterator[tuple[RunOutput, Iterator[pa.Table]]]:
+    """Yield the night's unfinished runs, and then a new one for images that no run of the night has, if there are any.
+
+    Score each run before taking the next one: scoring fixes a run's list of images, and the new run has those on none.
 
     Args:
         folder: of the night.
-        listing: lists the night's images, as tables of schema MANIFEST.
-        score: scores to an output, given the rows for a manifest that does not exist yet. It returns the number of
-            images that are still without a row.
+        list_images: lists the night's images, as tables of schema MANIFEST.
 
-    Returns:
-        The number of images without a row. Nothing is scored if all images have one.
+    Yields:
+        Where the run writes, and the rows for its manifest, should it have none yet.
     """
     for output in folder.outputs():
         if RunState(output.state_folder).is_cleared():
             # Its removal was cut off.
             output.remove()
-    runs = folder.runs()
-    unfinished = 0
-    for run in runs:
-        if not RunState(run.state_folder).is_finished():
+    outputs = folder.runs()
+    for output in outputs:
+        if not RunState(output.state_folder).is_finished():
             # A run without rows starts over if its options were changed.
-            others = [other for other in runs if other != run]
-            unfinished += score(run, new_rows(listing(), others))
-    runs = folder.runs()
-    rows = new_rows(listing(), runs)
+            yield output, new_rows(list_images(), [other for other in outputs if other != output])
+    outputs = folder.runs()
+    rows = new_rows(list_images(), outputs)
     if first := next(rows, None):
-        number = max((int(run.name) for run in runs), default=0) + 1
-        unfinished += score(folder.run(number), chain([first], rows))
-    return unfinished
+        number = max((int(output.name) for output in outputs), default=0) + 1
+        yield folder.run(number), chain([first], rows)
 
 
 def new_rows(chunks: Iterable[pa.Table], runs: Sequence[RunOutput]) -> Iterator[pa.Table]:

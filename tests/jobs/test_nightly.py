@@ -21,7 +21,7 @@ from stpm import storage
 from stpm.errors import ConfigError, CutOffError, ModelUnreadableError
 from stpm.jobs import nightly
 from stpm.models.store import ModelStore
-from stpm.monitoring import job as job_module
+from stpm.monitoring import score_nights
 from stpm.monitoring.drift import Verdict
 from stpm.monitoring.nights import Night, read_night
 from stpm.monitoring.runs import NightFolder
@@ -93,8 +93,8 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     job.dump(DATE, "a", "b")
     assert job() == 0
     before = job.rows(), record(job)
-    monkeypatch.setattr(job_module, "connected", lambda: pytest.fail("Ray was started"))
-    monkeypatch.setattr(job_module, "judge_night", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(score_nights, "connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(score_nights, "judge_night", lambda *_: pytest.fail("rows were read"))
     assert job() == 0
     assert (job.rows(), record(job)) == before
     assert job.starts == 1
@@ -202,7 +202,7 @@ def test_fresh_keeps_the_rows_where_there_is_nothing_to_score(
         def rows(*_: object) -> Iterator[pa.Table]:
             raise OSError("503 Slow Down")
 
-        monkeypatch.setattr(job_module, "image_rows", rows)
+        monkeypatch.setattr(score_nights, "image_rows", rows)
     assert job(fresh=True) == 2
     assert job.rows() == before
     assert ("503 Slow Down" if storage_fails else "--fresh left the rows as they are") in record(job).problem
@@ -277,10 +277,10 @@ def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypat
             raise OSError("503 Slow Down \udcff")
         return plain(folder, *others)
 
-    plain = job_module.judge_night
+    plain = score_nights.judge_night
     job.dump(BEFORE, "a")
     job.dump(DATE, "b")
-    monkeypatch.setattr(job_module, "judge_night", summarize)
+    monkeypatch.setattr(score_nights, "judge_night", summarize)
     assert job(DATE) == 2
     assert record(job).images == 1
     # A name that is not UTF-8 fits on the page.

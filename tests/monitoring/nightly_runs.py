@@ -16,8 +16,7 @@ from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.jobs import nightly
 from stpm.models.store import ModelStore
-from stpm.monitoring import job as job_module
-from stpm.monitoring import judging
+from stpm.monitoring import judging, score_nights
 from stpm.monitoring.change import Change
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
@@ -162,7 +161,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     save(ModelStore(str(tmp_path / "models")), TINY)
     made = Nightly(tmp_path)
     monkeypatch.setattr(run_module, "connected", nullcontext)
-    monkeypatch.setattr(job_module, "connected", nullcontext)
+    monkeypatch.setattr(score_nights, "connected", nullcontext)
     monkeypatch.setattr(nightly, "hold_lease", lambda folder, wait: nullcontext())
     monkeypatch.setattr(run_module, "remaining_segments", remaining_segments)
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(Report()))

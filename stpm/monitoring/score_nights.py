@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 
@@ -17,7 +18,7 @@ from stpm.models.store import ModelStore
 from stpm.monitoring.judging import judge_night
 from stpm.monitoring.nights import Night, read_night, write_night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
-from stpm.monitoring.runs import NightFolder, score_new_images
+from stpm.monitoring.runs import NightFolder, runs_to_score
 from stpm.names import as_utf8
 from stpm.options import ClusterOptions
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -46,60 +47,26 @@ class NightlyJob:
         """Return the absolute URIs of a night's images."""
         return tuple(map(storage.absolute, self.options.sources(date)))
 
-    def score(self, folder: NightFolder, ray: ExitStack, *, fresh: bool = False) -> int:
-        """Score the night's images that have no row; return how many are left without one.
+    def score(self, folder: NightFolder, connection: ExitStack, *, fresh: bool = False) -> None:
+        """Score the night's images that have no row.
 
         Args:
             folder: of the night.
-            ray: receives the connection to Ray, which is made once there is an image to score.
+            connection: receives the connection to Ray, which is made once there is an image to score.
             fresh: start over.
 
         Raises:
             DataError: if there is no image to start over with: the rows stay.
         """
-        sources = self.sources(folder.date)
-        rule = CategoryRule(self.options.category, self.options.category_from)
-        config = ScoringConfig(
-            images=sources,
-            false_alarm_rate=self.scoring.false_alarm_rate,
-            output=self.output,
-            category=self.options.category,
-            category_from=self.options.category_from,
-            allow=tuple(self.options.allow),
-        )
-
-        def score_run(output: RunOutput, rows: Iterable[pa.Table]) -> int:
-            if not read_night(folder):
-                # The record shows that this job wrote the folder; --keep-days removes no other.
-                write_night(folder, Night(folder.date.isoformat(), sources))
-            ray.enter_context(connected())
-            log.info(f"{folder.date}, run {output.name}: scoring into {folder.uri}")
-            run = ScoringRun(
-                rows=lambda: rows,
-                config=config,
-                store=ModelStore(self.options.models),
-                options=self.scoring,
-                output=replace(output, options=self.output),
-                triage_images=self.monitoring.top,
-                backend=self.cluster.backend,
-            )
-            result, _ = run_scoring(run)
-            return result.unfinished
-
-        def listing() -> Iterator[pa.Table]:
-            for source in sources:
-                try:
-                    yield from image_rows([source], rule, self.options.allow)
-                except NoImagesError as error:
-                    # The other sources may have some.
-                    log.info(str(error))
-
+        list_images = partial(self._list_images, folder.date)
         if fresh:
             # If the dump is not mounted, removing the rows would lose them.
-            if folder.outputs() and not next(listing(), None):
-                raise DataError(f"there are no images in {', '.join(sources)}: --fresh left the rows as they are")
+            if folder.outputs() and not next(list_images(), None):
+                sources = ", ".join(self.sources(folder.date))
+                raise DataError(f"there are no images in {sources}: --fresh left the rows as they are")
             self.start_over(folder)
-        return score_new_images(folder, listing, score_run)
+        for output, rows in runs_to_score(folder, list_images):
+            self._score_run(folder, output, rows, connection)
 
     def start_over(self, folder: NightFolder) -> None:
         """Remove the night's rows; its record, which may be damaged, then no longer counts them."""
@@ -117,16 +84,55 @@ class NightlyJob:
         store = ModelStore(self.options.models)
         return judge_night(folder, night, earlier, store, self.monitoring, self.scoring.false_alarm_rate)
 
+    def _list_images(self, date: datetime.date) -> Iterator[pa.Table]:
+        """Yield tables of schema MANIFEST that list a night's images; a source may have none."""
+        rule = CategoryRule(self.options.category, self.options.category_from)
+        for source in self.sources(date):
+            try:
+                yield from image_rows([source], rule, self.options.allow)
+            except NoImagesError as error:
+                # The other sources may have some.
+                log.info(str(error))
+
+    def _score_run(
+        self, folder: NightFolder, output: RunOutput, rows: Iterable[pa.Table], connection: ExitStack
+    ) -> None:
+        """Score one run; `rows` become its manifest, if it has none yet."""
+        sources = self.sources(folder.date)
+        if not read_night(folder):
+            # The record shows that this job wrote the folder; --keep-days removes no other.
+            write_night(folder, Night(folder.date.isoformat(), sources))
+        connection.enter_context(connected())
+        log.info(f"{folder.date}, run {output.name}: scoring into {folder.uri}")
+        config = ScoringConfig(
+            images=sources,
+            false_alarm_rate=self.scoring.false_alarm_rate,
+            output=self.output,
+            category=self.options.category,
+            category_from=self.options.category_from,
+            allow=tuple(self.options.allow),
+        )
+        run = ScoringRun(
+            rows=lambda: rows,
+            config=config,
+            store=ModelStore(self.options.models),
+            options=self.scoring,
+            output=replace(output, options=self.output),
+            triage_images=self.monitoring.top,
+            backend=self.cluster.backend,
+        )
+        run_scoring(run)
+
 
 def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:
     """Score what is new in each night, and return the problems by date."""
     known = {folder.date for folder in NightFolder.find_all(job.out)}
     problems = {}
-    with ExitStack() as ray:
+    with ExitStack() as connection:
         for date in dates:
             is_tonight = date == dates[0]
             try:
-                job.score(NightFolder.of(job.out, date), ray, fresh=job.options.fresh and is_tonight)
+                job.score(NightFolder.of(job.out, date), connection, fresh=job.options.fresh and is_tonight)
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
                 problem = as_utf8(str(error))
                 if "--fresh" in problem and not is_tonight:
