@@ -54,13 +54,13 @@ def judge_night(
     Raises:
         ConfigError, DataError: if files of a run are damaged.
     """
-    runs = folder.runs()
-    by_category, error_examples = read_rows(runs)
-    rates = [rate for run in runs if (rate := RunState(run.state_folder).false_alarm_rate()) is not None]
+    outputs = folder.outputs_with_manifest()
+    by_category, error_examples = read_rows(outputs)
+    rates = [rate for output in outputs if (rate := RunState(output.state_folder).false_alarm_rate()) is not None]
     false_alarm_rate = next(iter(rates), false_alarm_rate)
-    listed = sum(each.rows for run in runs if (each := manifest.read(run.manifest)))
+    listed = sum(each.rows for output in outputs if (each := manifest.read(output.manifest)))
     unfinished = max(listed - sum(each.images for each in by_category.values()), 0)
-    known = ({} if night.problem or unfinished else _latest_models(earlier)) | _bound_models(runs)
+    known = ({} if night.problem or unfinished else _latest_models(earlier)) | _bound_models(outputs)
     names = sorted({*by_category, *known})
     rows = {name: by_category.get(name) or CategoryRows() for name in names}
     models = {name: next(iter(rows[name].models.most_common(1)), (known.get(name, ""), 0))[0] for name in names}
@@ -103,23 +103,23 @@ def judge_night(
 
     return replace(
         night,
-        runs=tuple(run.name for run in runs),
-        pages=tuple(run.name for run in runs if storage.exists(run.triage)),
+        runs=tuple(output.name for output in outputs),
+        pages=tuple(output.name for output in outputs if storage.exists(output.triage)),
         unfinished=unfinished,
         categories={name: make_record(name) for name in names},
         error_examples=error_examples,
-        top=top_images(runs, _preprocessing(store)),
-        discoveries=_discoveries(runs, references, options.fdr),
+        top=top_images(outputs, _preprocessing(store)),
+        discoveries=_discoveries(outputs, references, options.fdr),
     )
 
 
 def _discoveries(
-    runs: Iterable[RunOutput], references: Mapping[str, Reference | str], rate: float
+    outputs: Iterable[RunOutput], references: Mapping[str, Reference | str], rate: float
 ) -> Discoveries | None:
     """Find the discoveries among the images of all runs, without those whose model can no longer be read."""
     if not rate:
         return None
-    segments = (summary for run in runs for summary in committed_summaries(run))
+    segments = (summary for output in outputs for summary in committed_summaries(output))
     calibration = {
         name: reference.calibration_count for name, reference in references.items() if isinstance(reference, Reference)
     }
@@ -127,11 +127,11 @@ def _discoveries(
     return find_discoveries({name: counts[name] for name in counts if name in calibration}, calibration, rate)
 
 
-def _bound_models(runs: Iterable[RunOutput]) -> dict[str, str]:
+def _bound_models(outputs: Iterable[RunOutput]) -> dict[str, str]:
     """Return the id of each category's model in the latest run that has one."""
     bound: dict[str, str] = {}
-    for run in runs:
-        bound |= RunState(run.state_folder).model_ids() or {}
+    for output in outputs:
+        bound |= RunState(output.state_folder).model_ids() or {}
     return bound
 
 

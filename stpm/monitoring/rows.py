@@ -66,7 +66,7 @@ class CategoryRows:
         self._ids, self._values = self._ids[order], self._values[order]
 
 
-def read_rows(runs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tuple[ErrorExample, ...]]:
+def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tuple[ErrorExample, ...]]:
     """Count and sample the rows of a night, a batch at a time.
 
     Returns:
@@ -77,7 +77,7 @@ def read_rows(runs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tu
     """
     categories: defaultdict[str, CategoryRows] = defaultdict(CategoryRows)
     examples: defaultdict[str, list[ErrorExample]] = defaultdict(list)
-    for rows in _batches(runs):
+    for rows in _batches(outputs):
         ordered = rows.sort_by("category")
         start = 0
         for counted in pc.value_counts(ordered["category"]).to_pylist():
@@ -88,12 +88,12 @@ def read_rows(runs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tu
     return categories, tuple(example for found in by_kind for example in found)
 
 
-def _batches(runs: Iterable[RunOutput]) -> Iterator[pa.Table]:
+def _batches(outputs: Iterable[RunOutput]) -> Iterator[pa.Table]:
     pending: list[pa.RecordBatch] = []
-    for run in runs:
-        for batch in run.batches([*_COLUMNS, *COMPARED]):
+    for output in outputs:
+        for batch in output.batches([*_COLUMNS, *COMPARED]):
             pending.append(batch)
-            if sum(each.num_rows for each in pending) >= _BATCH:
+            if sum(waiting.num_rows for waiting in pending) >= _BATCH:
                 yield pa.Table.from_batches(pending)
                 pending = []
     if pending:
@@ -108,20 +108,22 @@ def _add_examples(examples: defaultdict[str, list[ErrorExample]], rows: pa.Table
                 examples[kind].append(ErrorExample(kind, row["category"], row["uri"], row["error_message"]))
 
 
-def top_images(runs: Sequence[RunOutput], preprocessing: Callable[[str, str], Preprocessing]) -> tuple[TopImage, ...]:
+def top_images(
+    outputs: Sequence[RunOutput], preprocessing: Callable[[str, str], Preprocessing]
+) -> tuple[TopImage, ...]:
     """Select the most anomalous images of a night, and draw each with its heatmap.
 
     Args:
-        runs: of the night.
+        outputs: of the night's runs.
         preprocessing: of a category's model, given the category and the model's id.
     """
-    found = [(row["excess"], row["uri"], run, row) for run in runs for row in most_anomalous(run, _TOP)]
+    found = [(row["excess"], row["uri"], output, row) for output in outputs for row in most_anomalous(output, _TOP)]
     best = sorted(found, key=lambda item: item[:2], reverse=True)[:_TOP]
 
-    def image(run: RunOutput, row: dict[str, Any]) -> TopImage:
+    def image(output: RunOutput, row: dict[str, Any]) -> TopImage:
         drawn = ""
         with suppress(ModelError):
-            drawn = picture(run, row, preprocessing(row["category"], row["model_id"]))
+            drawn = picture(output, row, preprocessing(row["category"], row["model_id"]))
         values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
         return TopImage(**values, picture=drawn)
 

@@ -53,11 +53,11 @@ class NightFolder(NamedTuple):
         dates = (parse_date(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
         return [cls.of(out, date) for date in dates if date]
 
-    def runs(self) -> list[RunOutput]:
-        """List the runs whose list of images is fixed, oldest first."""
+    def outputs_with_manifest(self) -> list[RunOutput]:
+        """List the outputs of the runs whose list of images is fixed, oldest first."""
         return [output for output in self.outputs() if manifest.read(output.manifest)]
 
-    def run(self, number: int) -> RunOutput:
+    def output(self, number: int) -> RunOutput:
         """Return the output of a run."""
         return RunOutput.named(self.uri, f"{number:03}")
 
@@ -91,21 +91,21 @@ def runs_to_score(
         if RunState(output.state_folder).is_cleared():
             # Its removal was cut off.
             output.remove()
-    outputs = folder.runs()
+    outputs = folder.outputs_with_manifest()
     for output in outputs:
         if not RunState(output.state_folder).is_finished():
             # A run without rows starts over if its options were changed.
             yield output, new_rows(list_images(), [other for other in outputs if other != output])
-    outputs = folder.runs()
+    outputs = folder.outputs_with_manifest()
     rows = new_rows(list_images(), outputs)
     if first := next(rows, None):
         number = max((int(output.name) for output in outputs), default=0) + 1
-        yield folder.run(number), chain([first], rows)
+        yield folder.output(number), chain([first], rows)
 
 
-def new_rows(chunks: Iterable[pa.Table], runs: Sequence[RunOutput]) -> Iterator[pa.Table]:
-    """Yield the rows of images that are in no manifest of these runs."""
-    listed = np.sort(_listed_ids(runs))
+def new_rows(chunks: Iterable[pa.Table], outputs: Sequence[RunOutput]) -> Iterator[pa.Table]:
+    """Yield the rows of images that are in no manifest of these outputs."""
+    listed = np.sort(_listed_ids(outputs))
     for chunk in chunks:
         new = chunk
         if len(listed):
@@ -114,9 +114,10 @@ def new_rows(chunks: Iterable[pa.Table], runs: Sequence[RunOutput]) -> Iterator[
             yield new
 
 
-def _listed_ids(runs: Iterable[RunOutput]) -> npt.NDArray[np.int64]:
-    """Read the ids of all images that runs list."""
-    manifests = ((run.manifest, images) for run in runs if (images := manifest.read(run.manifest)))
-    shards = [uri for folder, images in manifests for each in images.segments(folder) for uri, _ in each.shards]
+def _listed_ids(outputs: Iterable[RunOutput]) -> npt.NDArray[np.int64]:
+    """Read the ids of all images that the outputs' manifests list."""
+    folders = [output.manifest for output in outputs]
+    segments = [segment for uri in folders if (images := manifest.read(uri)) for segment in images.segments(uri)]
+    shards = [uri for segment in segments for uri, _ in segment.shards]
     ids = storage.in_parallel(lambda uri: storage.read_table(uri)["image_id"].to_numpy(), shards)
     return np.concatenate([np.empty(0, np.int64), *ids])

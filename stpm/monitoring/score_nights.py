@@ -77,7 +77,7 @@ class NightlyJob:
     def update_record(self, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
         """Return the night's record, made anew if rows were added since it was written or it was not judged."""
         night = read_night(folder)
-        names = tuple(run.name for run in folder.runs())
+        names = tuple(output.name for output in folder.outputs_with_manifest())
         if night and night.is_judged and night.runs == names and night.fdr == self.monitoring.fdr:
             return replace(night, problem=problem)
         night = Night(folder.date.isoformat(), self.sources(folder.date), problem=problem)

@@ -84,7 +84,7 @@ def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
     assert found.describe() in storage.read(f"{job.out}/nightly.html").decode()
     # Those of one run alone would be others.
     folder = NightFolder.of(job.out, DATE)
-    assert not any(RunState(run.state_folder).result().discoveries for run in folder.runs())
+    assert not any(RunState(output.state_folder).result().discoveries for output in folder.outputs_with_manifest())
     assert job() == 0
     assert record(job).discoveries is None
 
@@ -357,8 +357,9 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
         assert count() == steps
         assert job(DATE, max_error_rate=1.0) == 0
         assert result() == expected, steps
-        runs = [run for date in (BEFORE, DATE) for run in NightFolder.of(job.out, date).runs()]
-        assert all(RunState(run.state_folder).is_finished() for run in runs)
+        folders = [NightFolder.of(job.out, date) for date in (BEFORE, DATE)]
+        outputs = [output for folder in folders for output in folder.outputs_with_manifest()]
+        assert all(RunState(output.state_folder).is_finished() for output in outputs)
         # Every other step, for the sake of time.
         steps += 2
     assert steps > min(last, 20)

@@ -24,7 +24,7 @@ def make_night(out: str, date: datetime.date, runs: int = 2) -> NightFolder:
     folder = NightFolder.of(out, date)
     write_night(folder, Night(date.isoformat(), ("s3://dump",)))
     for number in range(1, runs + 1):
-        output = folder.run(number)
+        output = folder.output(number)
         state = RunState(output.state_folder)
         state.start(ScoringConfig(("s3://dump",), 0.01))
         manifest.write([], output.manifest)

@@ -49,13 +49,13 @@ class Nights:
             if model_id:
                 row.update(dict.fromkeys(("score", "p_value", "is_anomalous", *COMPARED)), error_kind="no_model")
         if count:
-            run = folder.run(1)
-            state = RunState(run.state_folder)
+            output = folder.output(1)
+            state = RunState(output.state_folder)
             state.start(ScoringConfig(("/no/dump",), 0.25))
             state.bind_models({} if model_id else {category: self.model_id}, self.store.uri)
             table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
-            storage.publish(f"{run.scores}/{run.name}_0.parquet", storage.encode_parquet(table), durable=False)
-            manifest.write([], run.manifest)
+            storage.publish(f"{output.scores}/{output.name}_0.parquet", storage.encode_parquet(table), durable=False)
+            manifest.write([], output.manifest)
         night = Night(date.isoformat(), ("/no/dump",), problem=problem)
         made = judge_night(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)
         self.nights.append(made)
