@@ -20,6 +20,7 @@ from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.rows import CategoryRows, read_rows, top_images
 from stpm.monitoring.runs import NightFolder
+from stpm.monitoring.significance import FloatArray
 from stpm.names import as_utf8
 from stpm.scoring.inputs import manifest
 from stpm.scoring.output import RunOutput
@@ -56,61 +57,104 @@ def judge_night(
     """
     outputs = folder.outputs_with_manifest()
     by_category, error_examples = read_rows(outputs)
-    rates = [rate for output in outputs if (rate := RunState(output.state_folder).false_alarm_rate()) is not None]
-    false_alarm_rate = next(iter(rates), false_alarm_rate)
-    listed = sum(each.rows for output in outputs if (each := manifest.read(output.manifest)))
-    unfinished = max(listed - sum(each.images for each in by_category.values()), 0)
-    known = ({} if night.problem or unfinished else _latest_models(earlier)) | _bound_models(outputs)
-    names = sorted({*by_category, *known})
-    rows = {name: by_category.get(name) or CategoryRows() for name in names}
-    models = {name: next(iter(rows[name].models.most_common(1)), (known.get(name, ""), 0))[0] for name in names}
-    try:
-        found_references = storage.in_parallel(lambda name: _reference(store, name, models[name]), names)
-        references = dict(zip(names, found_references, strict=True))
-    except ModelUnreadableError as error:
-        # The next start judges the night.
-        night = replace(night, problem=night.problem or as_utf8(str(error)))
-        references = dict.fromkeys(names, "")
-    tests = max(len(names), 1) * options.nights
-
-    def make_record(name: str) -> CategoryRecord:
-        counted, reference = rows[name], references[name]
-        p_values, statistics = counted.sample()
-        record = CategoryRecord(
-            models[name],
-            counted.images,
-            counted.alarms,
-            dict(counted.errors.most_common()),
-            false_alarm_rate,
-            float(np.median(p_values)) if len(p_values) else None,
-            _medians(statistics),
-            {} if isinstance(reference, str) else _medians(reference.statistics),
-        )
-        if night.problem or unfinished:
-            return record
-        if isinstance(reference, str) and counted.images:
-            return replace(record, verdict=Verdict("act", (Change("model", "act", 0.0, 1.0, reference),)))
-        # Images may be missing from a night that was not judged.
-        before = [
-            _as_category_night(each.day, counts)
-            for each in earlier
-            if (counts := each.categories.get(name)) and counts.verdict
-        ]
-        this = replace(_as_category_night(folder.date, record), p_values=p_values, statistics=statistics)
-        good = None if isinstance(reference, str) else reference
-        verdict = judge([*before, this], good, tests=tests, false_verdict_rate=options.false_verdict_rate)
-        return replace(record, verdict=verdict)
-
+    false_alarm_rate = _requested_rate(outputs, false_alarm_rate)
+    unfinished = _count_unfinished(outputs, by_category.values())
+    # If the night is judged, then also a category that has no images tonight, by its model of an earlier night.
+    models = _choose_models(by_category, outputs, () if night.problem or unfinished else earlier)
+    references, problem = _load_references(store, models)
+    night = replace(night, unfinished=unfinished, problem=night.problem or problem)
+    tests = len(models) * options.nights
+    categories = {}
+    for name, model_id in models.items():
+        rows = by_category.get(name) or CategoryRows()
+        record = _count_category(rows, model_id, references[name], false_alarm_rate)
+        if not night.problem and not unfinished:
+            nights = [*_judged_nights(earlier, name), _as_category_night(folder.date, record, *rows.sample())]
+            verdict = _judge_category(nights, references[name], tests, options.false_verdict_rate)
+            record = replace(record, verdict=verdict)
+        categories[name] = record
     return replace(
         night,
         runs=tuple(output.name for output in outputs),
         pages=tuple(output.name for output in outputs if storage.exists(output.triage)),
-        unfinished=unfinished,
-        categories={name: make_record(name) for name in names},
+        categories=categories,
         error_examples=error_examples,
         top=top_images(outputs, _preprocessing(store)),
         discoveries=_discoveries(outputs, references, options.fdr),
     )
+
+
+def _requested_rate(outputs: Iterable[RunOutput], default: float) -> float:
+    """Return the false-alarm rate that the first run requested."""
+    rates = [RunState(output.state_folder).false_alarm_rate() for output in outputs]
+    return next((rate for rate in rates if rate is not None), default)
+
+
+def _count_unfinished(outputs: Iterable[RunOutput], categories: Iterable[CategoryRows]) -> int:
+    """Count the images that the manifests list and that have no row."""
+    listed = sum(images.rows for output in outputs if (images := manifest.read(output.manifest)))
+    return max(listed - sum(rows.images for rows in categories), 0)
+
+
+def _choose_models(
+    by_category: Mapping[str, CategoryRows], outputs: Iterable[RunOutput], earlier: Iterable[Night]
+) -> dict[str, str]:
+    """Return the id of each category's model, by name in order; "" if it has none.
+
+    It is the model that scored most of the category's rows; without any, that of the latest run or night that has one.
+    """
+    scored = {name: rows.models.most_common(1)[0][0] for name, rows in by_category.items() if rows.models}
+    models = dict.fromkeys(by_category, "") | _latest_models(earlier) | _bound_models(outputs) | scored
+    return dict(sorted(models.items()))
+
+
+def _load_references(store: ModelStore, models: Mapping[str, str]) -> tuple[dict[str, Reference | str], str]:
+    """Read the good images of each category's model, or why there are none.
+
+    Returns:
+        Both by category, and the problem if storage failed: then no category has good images, and the next start judges
+        the night.
+    """
+    try:
+        found = storage.in_parallel(lambda name: _reference(store, name, models[name]), list(models))
+    except ModelUnreadableError as error:
+        return dict.fromkeys(models, ""), as_utf8(str(error))
+    return dict(zip(models, found, strict=True)), ""
+
+
+def _count_category(
+    rows: CategoryRows, model_id: str, reference: Reference | str, false_alarm_rate: float
+) -> CategoryRecord:
+    """Make the record of a category's rows, without a verdict."""
+    p_values, statistics = rows.sample()
+    return CategoryRecord(
+        model_id=model_id,
+        images=rows.images,
+        alarms=rows.alarms,
+        errors=dict(rows.errors.most_common()),
+        false_alarm_rate=false_alarm_rate,
+        median_p_value=float(np.median(p_values)) if len(p_values) else None,
+        medians=_medians(statistics),
+        training_medians={} if isinstance(reference, str) else _medians(reference.statistics),
+    )
+
+
+def _judged_nights(earlier: Iterable[Night], category: str) -> list[CategoryNight]:
+    """Return the earlier nights of a category that were judged: from the others, images may be missing."""
+    found = [(night.day, night.categories.get(category)) for night in earlier]
+    # The counts are enough: images are compared with the model's alone.
+    return [_as_category_night(date, record, np.empty(0), {}) for date, record in found if record and record.verdict]
+
+
+def _judge_category(
+    nights: Sequence[CategoryNight], reference: Reference | str, tests: int, false_verdict_rate: float
+) -> Verdict:
+    """Judge the last of a category's nights by `drift.judge`; images whose model cannot be read are a reason to act."""
+    if isinstance(reference, str):
+        if nights[-1].images:
+            return Verdict("act", (Change("model", "act", p_value=0.0, size=1.0, text=reference),))
+        return judge(nights, None, tests=tests, false_verdict_rate=false_verdict_rate)
+    return judge(nights, reference, tests=tests, false_verdict_rate=false_verdict_rate)
 
 
 def _discoveries(
@@ -137,7 +181,8 @@ def _bound_models(outputs: Iterable[RunOutput]) -> dict[str, str]:
 
 def _latest_models(earlier: Iterable[Night]) -> dict[str, str]:
     """Return the latest model of each category that had scores on one of the earlier nights."""
-    return {name: each.model_id for night in earlier for name, each in night.categories.items() if each.scored}
+    records = (item for night in earlier for item in night.categories.items())
+    return {name: record.model_id for name, record in records if record.scored}
 
 
 def _reference(store: ModelStore, category: str, model_id: str) -> Reference | str:
@@ -161,13 +206,23 @@ def _reference(store: ModelStore, category: str, model_id: str) -> Reference | s
 
 
 def _medians(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return {name: float(np.median(each)) for name, each in values.items() if len(each)}
+    return {name: float(np.median(numbers)) for name, numbers in values.items() if len(numbers)}
 
 
-def _as_category_night(date: datetime.date, record: CategoryRecord) -> CategoryNight:
-    """Make an input of `drift.judge` from counts alone."""
-    counts = (record.model_id, record.images, record.alarms, record.errors, record.false_alarm_rate)
-    return CategoryNight(*counts, date, np.empty(0), {})
+def _as_category_night(
+    date: datetime.date, record: CategoryRecord, p_values: FloatArray, statistics: Mapping[str, FloatArray]
+) -> CategoryNight:
+    """Make an input of `drift.judge` from counts and a sample of the images."""
+    return CategoryNight(
+        model_id=record.model_id,
+        images=record.images,
+        alarms=record.alarms,
+        errors=record.errors,
+        false_alarm_rate=record.false_alarm_rate,
+        date=date,
+        p_values=p_values,
+        statistics=statistics,
+    )
 
 
 def _preprocessing(store: ModelStore) -> Callable[[str, str], Preprocessing]:
