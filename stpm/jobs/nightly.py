@@ -61,19 +61,19 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     nights = update_records(job, sorted(dates), problems)
     night = nights[date]
     log.info(headline(night))
-    failed = any(nights[each].problem or nights[each].unfinished for each in dates if each in nights)
+    failed = any(nights[day].problem or nights[day].unfinished for day in dates if day in nights)
     failed |= night.error_count > job.options.max_error_rate * night.images
     if job.options.keep_days and night.scored:
         # Remove nothing after a night without images: --date may be mistyped.
         failed |= not _remove_old_nights(job, date, nights)
-    for each in sorted(nights):
-        if each < min(dates) and nights[each].unfinished:
+    for day in sorted(nights):
+        if day < min(dates) and nights[day].unfinished:
             log.warning(
-                f"{nights[each].unfinished} images of {each} have no row, and --look-back does not reach it; "
-                f"start with --date {each}"
+                f"{nights[day].unfinished} images of {day} have no row, and --look-back does not reach it; "
+                f"start with --date {day}"
             )
     created = timestamp()
-    shown = [nights[each] for each in sorted(nights)][-job.monitoring.nights :]
+    shown = [nights[day] for day in sorted(nights)][-job.monitoring.nights :]
     storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
     storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created).encode())
     log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
@@ -91,8 +91,8 @@ def _remove_old_nights(job: NightlyJob, date: datetime.date, nights: dict[dateti
     except (ConfigError, OSError) as error:
         log.warning(f"old nights are not all removed: {error}")
         return False
-    for each in [each for each in nights if each < first]:
-        del nights[each]
+    for day in [day for day in nights if day < first]:
+        del nights[day]
     return True
 
 

@@ -178,10 +178,10 @@ def _changes(night: CategoryNight, earlier: Sequence[CategoryNight], reference: 
 
 
 def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:
-    counts = [each.images for each in earlier]
+    counts = [past.images for past in earlier]
     if not night.images:
-        last = max((each for each in earlier if each.images), key=lambda each: each.date, default=None)
-        since = [each for each in earlier if last and each.date > last.date]
+        last = max((past for past in earlier if past.images), key=lambda past: past.date, default=None)
+        since = [past for past in earlier if last and past.date > last.date]
         pauses = counts.count(0) - len(since)
         text = "no images tonight"
         if last:
@@ -206,7 +206,7 @@ def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[
     rate = night.error_rate
     if not rate or not rate.events:
         return
-    usual = _usual([each.error_rate for each in earlier], _ERRORS.watch)
+    usual = _usual([past.error_rate for past in earlier], _ERRORS.watch)
     # Without earlier nights, one error in a hundred images is normal.
     share = pool(usual).value if usual else 0.0
     text = f"{percent(rate.value)} of the images are errors ({rate.events:,} of {rate.total:,})"
@@ -227,8 +227,9 @@ def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_
         f"{percent(rate.value)} of the images ({rate.events:,} of {rate.total:,}, 95 % interval {percent(low)} to "
         f"{percent(high)})"
     )
-    same = [e for e in earlier if (e.model_id, e.false_alarm_rate) == (night.model_id, night.false_alarm_rate)]
-    if usual := _usual([each.alarm_rate for each in same], _MORE_ALARMS.watch):
+    wanted = (night.model_id, night.false_alarm_rate)
+    same = [past for past in earlier if (past.model_id, past.false_alarm_rate) == wanted]
+    if usual := _usual([past.alarm_rate for past in same], _MORE_ALARMS.watch):
         share = pool(usual).value
         excess = rate.value - share
         text = f"more alarms than usual: {found}, {percent(share)} on {len(usual)} nights before"

@@ -35,7 +35,9 @@ def nightly_json(nights: Sequence[Night], out: str, created: str) -> bytes:
 def webhook_message(night: Night, out: str, created: str) -> bytes:
     """Write the message of the webhook: the night, with the categories to look at. Chats show its `text`."""
     values = _night(night, out)
-    flagged = {name: each for name, each in values["categories"].items() if each["level"] in ("act", "watch")}
+    flagged = {
+        name: category for name, category in values["categories"].items() if category["level"] in ("act", "watch")
+    }
     values["categories"] = dict(list(flagged.items())[:_MAX_CATEGORIES])
     message = {
         "format": _FORMAT,
@@ -49,7 +51,7 @@ def webhook_message(night: Night, out: str, created: str) -> bytes:
 def headline(night: Night) -> str:
     """Describe a night in one line."""
     flagged = {
-        level: [name for name, each in night.categories.items() if each.verdict and each.verdict.level == level]
+        level: [name for name, record in night.categories.items() if record.verdict and record.verdict.level == level]
         for level in ("act", "watch")
     }
     parts = [
@@ -64,7 +66,7 @@ def headline(night: Night) -> str:
 
 def _chat_text(text: str) -> str:
     """Escape markup of chats, which names of categories may hold: `<!channel>` would call everybody."""
-    return html.escape("".join(each if each.isprintable() else " " for each in text), quote=False)
+    return html.escape("".join(character if character.isprintable() else " " for character in text), quote=False)
 
 
 def ordered_categories(night: Night) -> list[tuple[str, CategoryRecord]]:
@@ -72,10 +74,10 @@ def ordered_categories(night: Night) -> list[tuple[str, CategoryRecord]]:
     order = {"act": 0, "watch": 1, "fine": 3}
 
     def key(item: tuple[str, CategoryRecord]) -> tuple[int, float, str]:
-        name, each = item
-        if not each.verdict:
+        name, record = item
+        if not record.verdict:
             return 2, 0.0, name
-        return order[each.verdict.level], -max((change.size for change in each.verdict.changes), default=0.0), name
+        return order[record.verdict.level], -max((change.size for change in record.verdict.changes), default=0.0), name
 
     return sorted(night.categories.items(), key=key)
 
@@ -92,23 +94,23 @@ def _night(night: Night, out: str) -> dict[str, Any]:
         "unfinished": night.unfinished,
         "problem": night.problem,
         "levels": night.levels,
-        "categories": {name: _category(each) for name, each in ordered_categories(night)},
+        "categories": {name: _category(record) for name, record in ordered_categories(night)},
         "discoveries": {name: getattr(found, name) for name in _DISCOVERIES} if found else None,
         "error_examples": [asdict(example) for example in night.error_examples],
     }
 
 
-def _category(each: CategoryRecord) -> dict[str, Any]:
-    rate = each.alarm_rate
+def _category(record: CategoryRecord) -> dict[str, Any]:
+    rate = record.alarm_rate
     return {
-        "level": each.verdict.level if each.verdict else None,
-        "changes": [asdict(change) for change in each.verdict.changes] if each.verdict else [],
-        "model_id": each.model_id,
-        "images": each.images,
-        "alarms": each.alarms,
+        "level": record.verdict.level if record.verdict else None,
+        "changes": [asdict(change) for change in record.verdict.changes] if record.verdict else [],
+        "model_id": record.model_id,
+        "images": record.images,
+        "alarms": record.alarms,
         "alarm_rate": rate.value if rate else None,
         "alarm_rate_interval": list(rate.interval()) if rate else None,
-        "false_alarm_rate": each.false_alarm_rate,
-        "median_p_value": each.median_p_value,
-        "errors": each.errors,
+        "false_alarm_rate": record.false_alarm_rate,
+        "median_p_value": record.median_p_value,
+        "errors": record.errors,
     }

@@ -95,7 +95,7 @@ class Night:
     @property
     def images(self) -> int:
         """Count the rows."""
-        return sum(each.images for each in self.categories.values())
+        return sum(record.images for record in self.categories.values())
 
     @property
     def scored(self) -> int:
@@ -105,17 +105,17 @@ class Night:
     @property
     def is_judged(self) -> bool:
         """Return whether all images of its runs have a row, and every category a verdict."""
-        return bool(self.runs) and not self.unfinished and all(each.verdict for each in self.categories.values())
+        return bool(self.runs) and not self.unfinished and all(record.verdict for record in self.categories.values())
 
     @property
     def alarms(self) -> int:
         """Count the anomalous images."""
-        return sum(each.alarms for each in self.categories.values())
+        return sum(record.alarms for record in self.categories.values())
 
     @property
     def errors(self) -> dict[str, int]:
         """Count the rows without a score by error kind, the most frequent first."""
-        return dict(sum((Counter(each.errors) for each in self.categories.values()), Counter[str]()).most_common())
+        return dict(sum((Counter(record.errors) for record in self.categories.values()), Counter[str]()).most_common())
 
     @property
     def error_count(self) -> int:
@@ -125,7 +125,7 @@ class Night:
     @property
     def levels(self) -> dict[str, int]:
         """Count the categories by level."""
-        found = Counter(each.verdict.level for each in self.categories.values() if each.verdict)
+        found = Counter(record.verdict.level for record in self.categories.values() if record.verdict)
         return {level: found[level] for level in ("act", "watch", "fine")}
 
 

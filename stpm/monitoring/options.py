@@ -102,7 +102,7 @@ class NightlyOptions(Options):
 
     def sources(self, date: datetime.date) -> tuple[str, ...]:
         """Return the sources of a night's images."""
-        return tuple(_put_date(each, date) for each in self.images)
+        return tuple(_put_date(source, date) for source in self.images)
 
     @cached_property
     def _zone(self) -> datetime.tzinfo:

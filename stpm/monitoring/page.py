@@ -71,16 +71,16 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
     """
     latest = nights[-1]
     ordered = ordered_categories(latest)
-    flagged = [(name, each) for name, each in ordered if each.verdict and each.verdict.level != "fine"]
+    flagged = [(name, record) for name, record in ordered if record.verdict and record.verdict.level != "fine"]
     return render(
         "monitoring/nightly.html",
         nights=nights,
         latest=latest,
         out=out,
         created=created,
-        cards=[Card(name, each, card_trends(nights, name)) for name, each in flagged[:_MAX_CARDS]],
+        cards=[Card(name, record, card_trends(nights, name)) for name, record in flagged[:_MAX_CARDS]],
         more_flagged=max(len(flagged) - _MAX_CARDS, 0),
-        rows=[Card(name, each, [alarm_trend(nights, name)]) for name, each in ordered],
+        rows=[Card(name, record, [alarm_trend(nights, name)]) for name, record in ordered],
         percent=percent,
         width=_WIDTH,
         height=_HEIGHT,
@@ -94,8 +94,8 @@ def card_trends(nights: Sequence[Night], category: str) -> list[Trend]:
     names = [change.name for change in changes if change.name in _LABELS and change.name in latest.training_medians]
     return [
         alarm_trend(nights, category),
-        _trend(nights, category, "images", lambda each: float(each.images), lambda value: f"{value:g}", None, 0.0),
-        _trend(nights, category, "median p-value", lambda each: each.median_p_value, _short, 0.5, 0.0, 1.0),
+        _trend(nights, category, "images", lambda record: float(record.images), lambda value: f"{value:g}", None, 0.0),
+        _trend(nights, category, "median p-value", lambda record: record.median_p_value, _short, 0.5, 0.0, 1.0),
         *(
             _trend(nights, category, _LABELS[name], _median(name), _short, latest.training_medians[name])
             for name in names[:2]
@@ -110,7 +110,7 @@ def alarm_trend(nights: Sequence[Night], category: str) -> Trend:
         nights,
         category,
         "alarm rate",
-        lambda each: each.alarm_rate.value if each.alarm_rate else None,
+        lambda record: record.alarm_rate.value if record.alarm_rate else None,
         percent,
         rate,
         0.0,
@@ -119,7 +119,7 @@ def alarm_trend(nights: Sequence[Night], category: str) -> Trend:
 
 
 def _median(name: str) -> Callable[[CategoryRecord], float | None]:
-    return lambda each: each.medians.get(name)
+    return lambda record: record.medians.get(name)
 
 
 def _trend(
@@ -144,7 +144,7 @@ def _trend(
         low: a value that the scale reaches down to; None: the smallest shown.
         high: a value that the scale reaches up to; None: the largest shown.
     """
-    found = [(night, each, value(each)) for night in nights if (each := night.categories.get(category))]
+    found = [(night, record, value(record)) for night in nights if (record := night.categories.get(category))]
     values = [number for _, _, number in found if number is not None]
     ends = [end for end in (*values, expected, low, high) if end is not None] or [0.0]
     bottom, top = min(ends), max(ends)
@@ -160,17 +160,17 @@ def _trend(
 
     lines: list[list[str]] = [[]]
     dots = []
-    for night, each, number in found:
+    for night, record, number in found:
         if number is None:
             lines.append([])
             continue
         lines[-1].append(f"{x(night)},{y(number)}")
-        level = each.verdict.level if each.verdict else "none"
+        level = record.verdict.level if record.verdict else "none"
         if level != "fine" or night is nights[-1]:
             dots.append(Dot(x(night), y(number), level, f"{night.date}: {show(number)}"))
     last = found[-1][2] if found else None
     label = f"{what} {'unknown' if last is None else show(last)}"
-    return Trend(label, [" ".join(each) for each in lines], dots, None if expected is None else y(expected))
+    return Trend(label, [" ".join(points) for points in lines], dots, None if expected is None else y(expected))
 
 
 def _short(value: float) -> str:

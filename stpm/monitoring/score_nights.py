@@ -141,7 +141,7 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                 log.info(f"{date}: {problem}")
                 if isinstance(error, CutOffError):
                     # Storage or Ray failed, and would fail again.
-                    skipped = [each for each in dates if each < date and each in known]
+                    skipped = [day for day in dates if day < date and day in known]
                     problems |= dict.fromkeys(skipped, f"not looked at, because {date} was cut off: {problem}")
                     break
     return problems
@@ -159,7 +159,7 @@ def update_records(
         folder = NightFolder.of(job.out, date)
         if folder not in folders and date != dates[-1] and date not in problems:
             continue
-        earlier = [nights[each] for each in sorted(nights) if each < date][-count:]
+        earlier = [nights[day] for day in sorted(nights) if day < date][-count:]
         try:
             nights[date] = night = job.update_record(folder, earlier, problems.get(date, ""))
             # Write no record for a day without images: --date may be mistyped.

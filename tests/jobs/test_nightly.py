@@ -55,7 +55,7 @@ def test_a_night_is_scored_into_its_folder_and_reported(job: Nightly) -> None:
         Path(row["uri"]).stem for row in sorted(job.rows(), key=lambda row: -(row["score"] or 0))[:3]
     ]
     values = json.loads(storage.read(f"{job.out}/nightly.json"))
-    assert [(each["date"], each["images"]) for each in values["nights"]] == [("2026-11-24", 4)]
+    assert [(shown["date"], shown["images"]) for shown in values["nights"]] == [("2026-11-24", 4)]
     assert b"Night of 2026-11-24" in storage.read(f"{job.out}/nightly.html")
     # No folder is made for nights that have nothing.
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
@@ -320,7 +320,7 @@ def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
     assert job(DATE, keep_days=7) == 0
     assert [uri for uri, _ in storage.files(f"{job.out}/date={old}")] == [mine]
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
-    assert [each["date"] for each in nights] == ["2026-11-24", "2026-11-25"]
+    assert [night["date"] for night in nights] == ["2026-11-24", "2026-11-25"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])

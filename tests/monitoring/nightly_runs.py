@@ -140,9 +140,10 @@ def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[S
     """Stand for the function of this name, without Ray."""
     started = output.segments_with_checkpoints()
     left = [
-        each._replace(shards=write_remaining(output, each)) if each.number in started else each for each in segments
+        segment._replace(shards=write_remaining(output, segment)) if segment.number in started else segment
+        for segment in segments
     ]
-    return [each for each in left if each.shards]
+    return [segment for segment in left if segment.shards]
 
 
 class Report:

@@ -66,7 +66,7 @@ def test_more_defects_than_on_earlier_nights_are_named(line: Line) -> None:
 
 
 def test_alarms_of_another_model_are_not_compared(line: Line) -> None:
-    nights = [replace(each, model_id="nut-0") for each in line.nights(5, images=1000)]
+    nights = [replace(night, model_id="nut-0") for night in line.nights(5, images=1000)]
     assert verdict([*nights, line.night(5, images=1000, defects=0.04)], line.reference).level == "fine"
 
 

@@ -55,7 +55,7 @@ def test_the_webhooks_message_names_what_is_to_be_looked_at() -> None:
     assert message["page"] == "s3://plant/nights/nightly.html"
     assert message["text"] == headline(night)
     assert message["levels"] == {"act": 20, "watch": 100, "fine": 180}
-    assert [each["level"] for each in message["categories"].values()] == ["act"] * 20 + ["watch"] * 80
+    assert [category["level"] for category in message["categories"].values()] == ["act"] * 20 + ["watch"] * 80
     assert "act: c000, c001, c002, c003, c004, and 15 more; watch: c020" in message["text"]
 
 

@@ -60,8 +60,8 @@ def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, mo
         p_values, statistics = counted.sample()
         np.testing.assert_array_equal(p_values, np.array([row["p_value"] for row in scored[:20]], np.float32))
         assert list(statistics) == list(COMPARED)
-        for each, values in statistics.items():
-            np.testing.assert_array_equal(values, np.array([row[each] for row in scored[:20]], np.float32))
+        for column, values in statistics.items():
+            np.testing.assert_array_equal(values, np.array([row[column] for row in scored[:20]], np.float32))
     examples = Counter(example.kind for example in found)
     assert examples == dict.fromkeys(KINDS, 3)
     assert [example.kind for example in found] == sorted(examples.elements())
