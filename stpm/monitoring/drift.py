@@ -58,7 +58,7 @@ class Reference:
         return (at_least + 1) / (self.calibration_count - len(self.added) + 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     """Counts of one category's rows of one night.
 
@@ -97,7 +97,7 @@ class Counts:
         return Rate(self.error_count, self.images) if self.images else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CategoryNight(Counts):
     """What one category's night is judged by.
 
@@ -190,7 +190,8 @@ def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Ite
             text += f", and none on {pauses} other nights of the last {len(earlier)}"
         # A product that is no longer made needs no action every night.
         is_new = len(since) < _MIN_NIGHTS
-        yield Change("images", "act" if last and is_new and not pauses else "watch", 0.0, 1.0, text)
+        level: Level = "act" if last and is_new and not pauses else "watch"
+        yield Change("images", level, p_value=0.0, size=1.0, text=text)
         return
     present = [count for count in counts if count]
     if len(present) >= _MIN_NIGHTS:
@@ -199,7 +200,7 @@ def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Ite
             text = (
                 f"only {night.images:,} images; never fewer than {min(present):,} on the {len(present)} nights before"
             )
-            yield Change("images", level, 0.0, missing / _MISSING.act, text)
+            yield Change("images", level, p_value=0.0, size=missing / _MISSING.act, text=text)
 
 
 def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:
@@ -214,7 +215,7 @@ def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[
         text += f", usually {percent(share)}"
     excess = rate.value - share
     p_value = compare_rates(rate, usual or [Rate(1, 100)])
-    yield Change("errors", _ERRORS.level(excess), p_value, excess / _ERRORS.act, text)
+    yield Change("errors", _ERRORS.level(excess), p_value=p_value, size=excess / _ERRORS.act, text=text)
 
 
 def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_count: int) -> Iterator[Change]:
@@ -233,13 +234,15 @@ def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_
         share = pool(usual).value
         excess = rate.value - share
         text = f"more alarms than usual: {found}, {percent(share)} on {len(usual)} nights before"
-        yield Change("alarms", _MORE_ALARMS.level(excess), compare_rates(rate, usual), excess / _MORE_ALARMS.act, text)
+        p_value = compare_rates(rate, usual)
+        level = _MORE_ALARMS.level(excess)
+        yield Change("alarms", level, p_value=p_value, size=excess / _MORE_ALARMS.act, text=text)
     rank = threshold_rank(calibration_count, night.false_alarm_rate)
     excess = rate.value - rank / (calibration_count + 1)
     defects = min(math.ceil(_ALARMS.watch * rate.total), rate.events)
     p_value = exceedances(rate.events - defects, rate.total - defects, calibration_count, rank)
     text = f"more alarms than the requested {percent(night.false_alarm_rate)}: {found}"
-    yield Change("alarms", _ALARMS.level(excess), p_value, excess / _ALARMS.act, text)
+    yield Change("alarms", _ALARMS.level(excess), p_value=p_value, size=excess / _ALARMS.act, text=text)
 
 
 def _usual(rates: Sequence[Rate | None], margin: float) -> list[Rate]:
@@ -260,4 +263,5 @@ def _scores(p_values: FloatArray, calibration_count: int) -> Change:
     else:
         text = f"scores are lower than the calibration's: half of the images score below {percent(middle)} of it"
         cause = "do the images still show what they should?"
-    return Change("scores", _SCORES.level(distance), p_value, distance / _SCORES.act, f"{text}; {cause}")
+    level, size = _SCORES.level(distance), distance / _SCORES.act
+    return Change("scores", level, p_value=p_value, size=size, text=f"{text}; {cause}")

@@ -31,19 +31,19 @@ class _Statistic(NamedTuple):
 
     Args:
         limits: of the change.
-        is_relative: the change is a share of the good images' median, instead of in the statistic's own unit.
         subject: beginning of a sentence about the images.
         more: comparative for a rise.
         less: comparative for a fall.
         cause: question about what to look at.
+        is_relative: the change is a share of the good images' median, instead of in the statistic's own unit.
     """
 
     limits: Limits
-    is_relative: bool
     subject: str
     more: str
     less: str
     cause: str
+    is_relative: bool = True
 
     def unit(self, good: FloatArray) -> float:
         """Return what a change is divided by."""
@@ -68,22 +68,22 @@ _WHITE_BALANCE = "has the lamp or the white balance changed?"
 _MOVED = "was the camera moved?"
 
 _STATISTICS = {
-    "width": _Statistic(_SIZE, True, _IMAGES, "wider", "narrower", _RESOLUTION),
-    "height": _Statistic(_SIZE, True, _IMAGES, "taller", "less tall", _RESOLUTION),
-    "brightness": _Statistic(_BRIGHTNESS, True, _IMAGES, "brighter", "darker", _LAMP),
+    "width": _Statistic(_SIZE, _IMAGES, "wider", "narrower", _RESOLUTION),
+    "height": _Statistic(_SIZE, _IMAGES, "taller", "less tall", _RESOLUTION),
+    "brightness": _Statistic(_BRIGHTNESS, _IMAGES, "brighter", "darker", _LAMP),
     "contrast": _Statistic(
-        _CONTRAST, True, "their contrast is", "higher", "lower", "has the light changed, or is the lens dirty?"
+        _CONTRAST, "their contrast is", "higher", "lower", "has the light changed, or is the lens dirty?"
     ),
     "sharpness": _Statistic(
-        _SHARPNESS, True, "their sharpness is", "higher", "lower", "has the focus changed, or is the lens dirty?"
+        _SHARPNESS, "their sharpness is", "higher", "lower", "has the focus changed, or is the lens dirty?"
     ),
-    "red_to_green": _Statistic(_COLOUR, True, _IMAGES, "redder", "less red", _WHITE_BALANCE),
-    "blue_to_green": _Statistic(_COLOUR, True, _IMAGES, "bluer", "less blue", _WHITE_BALANCE),
+    "red_to_green": _Statistic(_COLOUR, _IMAGES, "redder", "less red", _WHITE_BALANCE),
+    "blue_to_green": _Statistic(_COLOUR, _IMAGES, "bluer", "less blue", _WHITE_BALANCE),
     "position_x": _Statistic(
-        _POSITION, False, _CONTENT, "of the width further right", "of the width further left", _MOVED
+        _POSITION, _CONTENT, "of the width further right", "of the width further left", _MOVED, is_relative=False
     ),
     "position_y": _Statistic(
-        _POSITION, False, _CONTENT, "of the height further down", "of the height further up", _MOVED
+        _POSITION, _CONTENT, "of the height further down", "of the height further up", _MOVED, is_relative=False
     ),
 }
 _LEVELS: tuple[Level, ...] = ("fine", "watch", "act")
@@ -113,13 +113,8 @@ def repeated_picture(images: int, sampled: int, commonest: int) -> Iterator[Chan
     level = _REPEATED.level(share)
     if commonest >= _MIN_REPEATED and level != "fine":
         count = "all" if commonest == sampled else f"{round(share * images):,} of"
-        yield Change(
-            "repeated",
-            level,
-            0.0,
-            share / _REPEATED.act,
-            f"{count} {images:,} images are the same picture: does the camera deliver new ones?",
-        )
+        text = f"{count} {images:,} images are the same picture: does the camera deliver new ones?"
+        yield Change("repeated", level, p_value=0.0, size=share / _REPEATED.act, text=text)
 
 
 def compare_statistics(night: Mapping[str, FloatArray], good: Mapping[str, FloatArray]) -> Iterator[Change]:
@@ -142,7 +137,7 @@ def _whole_night(name: str, statistic: _Statistic, night: FloatArray, good: Floa
     if (level := min(levels, key=_LEVELS.index)) != "fine":
         p_value = compare_samples(night, good).p_value
         text = f"{statistic.describe(change)} than in training: {statistic.cause}"
-        yield Change(name, level, p_value, abs(change) / statistic.limits.act, text)
+        yield Change(name, level, p_value=p_value, size=abs(change) / statistic.limits.act, text=text)
 
 
 def _part_of_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Iterator[Change]:
@@ -154,14 +149,12 @@ def _part_of_night(name: str, statistic: _Statistic, night: FloatArray, good: Fl
             continue
         change = float(np.median(beyond) - np.median(good)) / statistic.unit(good)
         if abs(change) >= statistic.limits.act:
-            yield Change(
-                name,
-                level,
-                exceedances(len(beyond), len(night), len(good)),
-                share / _PART_OF_NIGHT.act,
+            p_value = exceedances(len(beyond), len(night), len(good))
+            text = (
                 f"{percent(share)} of the images are unlike every training image: {statistic.describe(change)}; "
-                f"{statistic.cause}",
+                f"{statistic.cause}"
             )
+            yield Change(name, level, p_value=p_value, size=share / _PART_OF_NIGHT.act, text=text)
 
 
 def _deviation(values: FloatArray) -> float:

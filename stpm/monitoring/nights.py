@@ -14,7 +14,7 @@ from stpm.monitoring.drift import Counts, Verdict
 from stpm.monitoring.runs import NightFolder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CategoryRecord(Counts):
     """One category's night.
 
@@ -31,7 +31,7 @@ class CategoryRecord(Counts):
     verdict: Verdict | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ErrorExample:
     """An image that has no score."""
 
@@ -41,7 +41,7 @@ class ErrorExample:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TopImage:
     """One of the most anomalous images; `picture` is a data URI, "" if the image or its model can no longer be read."""
 

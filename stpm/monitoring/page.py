@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from stpm.monitoring.change import percent
@@ -92,12 +93,20 @@ def card_trends(nights: Sequence[Night], category: str) -> list[Trend]:
     latest = nights[-1].categories[category]
     changes = latest.verdict.changes if latest.verdict else ()
     names = [change.name for change in changes if change.name in _LABELS and change.name in latest.training_medians]
+    trend = partial(_trend, nights, category)
     return [
         alarm_trend(nights, category),
-        _trend(nights, category, "images", lambda record: float(record.images), lambda value: f"{value:g}", None, 0.0),
-        _trend(nights, category, "median p-value", lambda record: record.median_p_value, _short, 0.5, 0.0, 1.0),
+        trend(what="images", value=lambda record: float(record.images), show=lambda number: f"{number:g}", low=0.0),
+        trend(
+            what="median p-value",
+            value=lambda record: record.median_p_value,
+            show=_short,
+            expected=0.5,
+            low=0.0,
+            high=1.0,
+        ),
         *(
-            _trend(nights, category, _LABELS[name], _median(name), _short, latest.training_medians[name])
+            trend(what=_LABELS[name], value=_median(name), show=_short, expected=latest.training_medians[name])
             for name in names[:2]
         ),
     ]
@@ -109,12 +118,12 @@ def alarm_trend(nights: Sequence[Night], category: str) -> Trend:
     return _trend(
         nights,
         category,
-        "alarm rate",
-        lambda record: record.alarm_rate.value if record.alarm_rate else None,
-        percent,
-        rate,
-        0.0,
-        min(_RATE_RANGE * rate, 1.0),
+        what="alarm rate",
+        value=lambda record: record.alarm_rate.value if record.alarm_rate else None,
+        show=percent,
+        expected=rate,
+        low=0.0,
+        high=min(_RATE_RANGE * rate, 1.0),
     )
 
 
@@ -125,10 +134,11 @@ def _median(name: str) -> Callable[[CategoryRecord], float | None]:
 def _trend(
     nights: Sequence[Night],
     category: str,
+    *,
     what: str,
     value: Callable[[CategoryRecord], float | None],
     show: Callable[[float], str],
-    expected: float | None,
+    expected: float | None = None,
     low: float | None = None,
     high: float | None = None,
 ) -> Trend:
@@ -170,7 +180,12 @@ def _trend(
             dots.append(Dot(x(night), y(number), level, f"{night.date}: {show(number)}"))
     last = found[-1][2] if found else None
     label = f"{what} {'unknown' if last is None else show(last)}"
-    return Trend(label, [" ".join(points) for points in lines], dots, None if expected is None else y(expected))
+    return Trend(
+        label=label,
+        lines=[" ".join(points) for points in lines],
+        dots=dots,
+        expected=None if expected is None else y(expected),
+    )
 
 
 def _short(value: float) -> str:

@@ -105,7 +105,10 @@ def _add_examples(examples: defaultdict[str, list[ErrorExample]], rows: pa.Table
     for kind in pc.unique(failed["error_kind"]).to_pylist():
         if (wanted := _EXAMPLES_OF_A_KIND - len(examples[kind])) > 0:
             for row in failed.filter(pc.equal(failed["error_kind"], kind)).slice(0, wanted).to_pylist():
-                examples[kind].append(ErrorExample(kind, row["category"], row["uri"], row["error_message"]))
+                example = ErrorExample(
+                    kind=kind, category=row["category"], uri=row["uri"], message=row["error_message"]
+                )
+                examples[kind].append(example)
 
 
 def top_images(

@@ -32,7 +32,7 @@ from stpm.scoring.run import run_scoring
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NightlyJob:
     """The options of the job, and how they apply to each night."""
 

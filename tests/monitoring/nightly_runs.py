@@ -133,7 +133,8 @@ def judge(nights: list[CategoryNight], reference: Reference, *, tests: int, fals
     """Stand for `drift.judge`: a night without images where others had some is a reason to act."""
     if nights[-1].images or not any(night.images for night in nights):
         return Verdict("fine", ())
-    return Verdict("act", (Change("images", "act", 0.0, 1.0, f"no images; {len(nights) - 1} nights before had some"),))
+    text = f"no images; {len(nights) - 1} nights before had some"
+    return Verdict("act", (Change("images", "act", p_value=0.0, size=1.0, text=text),))
 
 
 def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[Segment]:

@@ -21,20 +21,22 @@ def make_record(rng: np.random.Generator, level: Level | None, reason: str) -> C
     alarms = int(rng.binomial(2000, 0.01 if level == "fine" else 0.04))
     verdict = Verdict("fine", ()) if level else None
     if level and level != "fine":
-        verdict = Verdict(
-            level, (Change("brightness", level, 1e-9, 2.0, reason), Change("alarms", level, 1e-4, 1.0, reason))
+        changes = (
+            Change("brightness", level, p_value=1e-9, size=2.0, text=reason),
+            Change("alarms", level, p_value=1e-4, size=1.0, text=reason),
         )
+        verdict = Verdict(level, changes)
     brightness = 120 + float(rng.normal(0, 1)) + (12 if level == "act" else 0)
     return CategoryRecord(
-        "nut-0123456789ab",
-        2000,
-        alarms,
-        {"damaged": 2, "empty": 1} if level == "watch" else {},
-        0.01,
-        float(rng.uniform(0.45, 0.55)) if level == "fine" else 0.3,
-        {"brightness": brightness},
-        {"brightness": 120.0},
-        verdict,
+        model_id="nut-0123456789ab",
+        images=2000,
+        alarms=alarms,
+        errors={"damaged": 2, "empty": 1} if level == "watch" else {},
+        false_alarm_rate=0.01,
+        median_p_value=float(rng.uniform(0.45, 0.55)) if level == "fine" else 0.3,
+        medians={"brightness": brightness},
+        training_medians={"brightness": 120.0},
+        verdict=verdict,
     )
 
 
@@ -46,18 +48,19 @@ def make_nights(
     jpeg = encode_jpeg(Image.fromarray(rng.integers(60, 200, (64, 96, 3), np.uint8)).resize((384, 256)))
     top = tuple(
         TopImage(
-            f"s3://dump/2026-11-24/{text}/{i}.png",
-            categories[i % len(categories)],
-            5.0 - i / 10,
-            1.0,
-            0.002,
-            True,
-            picture,
+            uri=f"s3://dump/2026-11-24/{text}/{i}.png",
+            category=categories[i % len(categories)],
+            score=5.0 - i / 10,
+            threshold=1.0,
+            p_value=0.002,
+            is_anomalous=True,
+            picture=picture,
         )
         for i, picture in enumerate([jpeg_uri(jpeg)] * 11 + [""])
     )
     examples = tuple(
-        ErrorExample(kind, categories[-1], f"s3://dump/{text}/{kind}.png", text) for kind in ("damaged", "empty")
+        ErrorExample(kind=kind, category=categories[-1], uri=f"s3://dump/{text}/{kind}.png", message=text)
+        for kind in ("damaged", "empty")
     )
     nights = []
     for number in range(count):
@@ -69,14 +72,16 @@ def make_nights(
         ]
         nights.append(
             Night(
-                date.isoformat(),
-                (f"s3://dump/{date}",),
-                ("001", "002") if number == count - 2 else ("001",),
-                3 if is_last else 0,
-                text if number in (3, count - 1) else "",
-                {name: make_record(rng, level, text) for name, level in zip(categories, levels, strict=True)},
-                examples,
-                top if is_last else (),
+                date=date.isoformat(),
+                sources=(f"s3://dump/{date}",),
+                runs=("001", "002") if number == count - 2 else ("001",),
+                unfinished=3 if is_last else 0,
+                problem=text if number in (3, count - 1) else "",
+                categories={
+                    name: make_record(rng, level, text) for name, level in zip(categories, levels, strict=True)
+                },
+                error_examples=examples,
+                top=top if is_last else (),
                 pages=("001",),
             )
         )
