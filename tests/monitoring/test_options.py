@@ -81,7 +81,7 @@ def test_invalid_options_are_named(options: dict[str, Any], message: str) -> Non
 def test_an_invalid_webhook_is_not_shown(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         MonitoringOptions(webhook=url)
-    assert str(caught.value) == "webhook is not an http:// or https:// URL; its value is not shown here"
+    assert str(caught.value) == "--webhook is not an http:// or https:// URL; its value is not shown here"
 
 
 @pytest.mark.parametrize(
