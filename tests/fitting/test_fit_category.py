@@ -14,8 +14,8 @@ import torch
 from stpm import storage
 from stpm.data import mvtec
 from stpm.fitting import train_student as training
-from stpm.fitting.fit_categories import existing_model
 from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.planning import existing_model
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for

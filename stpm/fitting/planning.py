@@ -1,0 +1,172 @@
+"""Plan fits: reuse the models that a store holds already, and make tasks of the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from stpm import storage
+from stpm.data.mvtec import Category
+from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError, StpmError
+from stpm.fitting.added_normals import with_added_normals
+from stpm.fitting.task import FitResult, FitTask
+from stpm.method.recipe import Recipe
+from stpm.models.record import AddedNormal, ModelRecord
+from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
+
+log = logging.getLogger(__name__)
+
+
+class Plan(NamedTuple):
+    """What is to be done for one category and seed.
+
+    Args:
+        task: the fit.
+        result: the task's result if it needs no worker; None if it is to be fitted.
+        message: a line for the log, or "".
+    """
+
+    task: FitTask
+    result: FitResult | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class TaskMaker:
+    """Make the tasks of one category and seed, given the images that were added.
+
+    Args:
+        category: the category, with its own training images.
+        recipe: the user's recipe, with the seed.
+        store: the store that the model goes to.
+        teacher_digest: digest of the teacher's weights in that store.
+        backend: what computes features on a CPU.
+    """
+
+    category: Category
+    recipe: Recipe
+    store: ModelStore
+    teacher_digest: str
+    backend: WantedBackend
+
+    def added(self) -> tuple[AddedNormal, ...]:
+        """Return the images that were added to the category's current model.
+
+        Raises:
+            ModelUnreadableError: if storage failed while the record was read.
+        """
+        name = self.category.name
+        try:
+            return self.store.record(name).added_normals
+        except NoModelError:
+            return ()
+        except ModelUnreadableError:
+            raise
+        except ModelError as error:
+            if storage.files(self.store.normals_folder(name)):
+                log.info(f"{name}: fitted without the images that were added: {error}", extra={"category": name})
+            return ()
+
+    def describe_replaced(self) -> str:
+        """Describe the models that are no longer versions after the fit."""
+        try:
+            return self.store.versions(self.category.name).describe_replaced()
+        except ModelError:
+            return ""
+
+    def task(self, added: Sequence[AddedNormal], *, stage: bool = False) -> FitTask:
+        """Make the task of a fit on the category's own images and on added ones; `stage` is that of `FitTask`."""
+        train = with_added_normals(self.category, self.store, added)
+        return FitTask(
+            category=self.category.name,
+            train=train,
+            recipe=self.recipe.for_image_count(len(train)),
+            store=self.store.uri,
+            teacher_digest=self.teacher_digest,
+            backend=self.backend,
+            added=tuple(added),
+            stage=stage,
+        )
+
+
+def plan_fit(maker: TaskMaker) -> Plan:
+    """Plan a fit. Reuse the model if images were added by calibration alone; otherwise fit on them too."""
+    try:
+        added = maker.added()
+    except ModelUnreadableError as error:
+        # A fit without the added images would lose them.
+        return _fail(maker.task(()), error)
+    task = maker.task([image for image in added if image.fitted])
+    if plan := _plan_without_fit(task):
+        return plan
+    if model := existing_model(task, among="next"):
+        current = maker.store.record(task.category)
+        message = (
+            f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
+            f"{current.model_id} stays current; jobs/models.py --categories {task.category} --roll-forward changes that"
+        )
+        return Plan(task, FitResult(task, current), message)
+    return Plan(maker.task(added), message=maker.describe_replaced())
+
+
+def plan_refit(maker: TaskMaker, new: Sequence[AddedNormal]) -> Plan:
+    """Plan a fit on all images that were added, before and now; its model is staged.
+
+    Raises:
+        ModelUnreadableError: if storage failed while the current model's record was read.
+    """
+    task = maker.task([*maker.added(), *new], stage=True)
+    if plan := _plan_without_fit(task):
+        return plan
+    if model := existing_model(task, among="next"):
+        return Plan(task, FitResult(task, model), f"model {model.model_id} of these images is there already")
+    return Plan(task)
+
+
+def _plan_without_fit(task: FitTask) -> Plan | None:
+    """Plan a task that has too few images, or whose model is the current one; return None if it is neither."""
+    try:
+        task.recipe.check_image_count(len(task.train))
+    except DataError as error:
+        return _fail(task, error)
+    if model := existing_model(task):
+        message = f"model {model.model_id} is there already, with this recipe and these images"
+        return Plan(task, FitResult(task, model), message)
+    return None
+
+
+def _fail(task: FitTask, error: StpmError) -> Plan:
+    return Plan(task, FitResult(task, reason=str(error)), f"failed: {error}")
+
+
+def existing_model(task: FitTask, among: Literal["current", "next"] = "current") -> ModelRecord | None:
+    """Return the model in the store that the task would make again, if there is one, and it is not damaged.
+
+    Args:
+        task: the task whose recipe, teacher and images the model must have.
+        among: where to look, by the fields of `Versions`: at the category's `current` model, or among those that were
+            staged or rolled back (`next`).
+    """
+    store = ModelStore(task.store)
+    wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
+    try:
+        versions = store.versions(task.category)
+    except ModelError:
+        return None
+    for version in (versions.current,) if among == "current" else versions.next:
+        try:
+            record = store.record(task.category, version.model_id)
+        except ModelError:
+            continue
+        if wanted != (record.recipe, record.teacher_digest, version.data_fingerprint):
+            continue
+        try:
+            store.verify(record)
+        except ModelError as error:
+            log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
+            return None
+        return record
+    return None
