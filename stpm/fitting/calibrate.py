@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from stpm.method.calibration import (
     leave_one_out_scales,
 )
 from stpm.method.forward import Distances, Parts, spatial_shape
-from stpm.method.fusion import AnomalyMap, sample_distances
+from stpm.method.fusion import AnomalyMap, Float32Array, sample_distances
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 
@@ -44,8 +45,16 @@ def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: 
 def calibrate_model(
     parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
 ) -> CalibrationResult:
-    """Measure scores, heatmap scale and distance scales on held-out images; for the budget see `HeldOutDistances`."""
-    distances = HeldOutDistances(parts, features, held_out, recipe, budget)
+    """Measure scores, heatmap scale and distance scales on held-out images.
+
+    Args:
+        parts: the model's parts, on the matcher's device.
+        features: the images, and the matcher.
+        held_out: indices of the held-out images, one or more; two or more if the recipe fuses by quantiles.
+        recipe: the model's recipe.
+        budget: bytes of RAM for cached distance maps; those beyond it are computed twice, to the same bits.
+    """
+    distances = HeldOutDistances.compute(parts, features, held_out, recipe, budget)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
     scale_builder = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
     scores = []
@@ -62,7 +71,13 @@ def cross_validate_scores(
     """Score every image by a model fitted without it (k-fold cross-validation); return N scores, ascending.
 
     Train the students of all folds for all epochs, and keep the last: to choose an epoch on the fold that is scored
-    would bias its scores. Each student has checkpoints of its own. For the budget see `HeldOutDistances`.
+    would bias its scores.
+
+    Args:
+        features: the images, and the matcher.
+        recipe: the model's recipe, with two `calibration_folds` or more.
+        checkpoints: one for the student of each fold, and maybe more; None: save none.
+        budget: bytes of RAM for cached distance maps, as in `calibrate_model`.
     """
     image_count = len(features.images)
     fold_count = recipe.fold_count(image_count)
@@ -75,54 +90,90 @@ def cross_validate_scores(
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, fold_checkpoints).student
         parts = make_parts(student, memory, recipe, features.matcher.device)
-        maps = HeldOutDistances(parts, features, fold, recipe, budget).anomaly_maps()
+        maps = HeldOutDistances.compute(parts, features, fold, recipe, budget).anomaly_maps()
         scores += [anomaly_map.score(recipe.top_fraction).total for anomaly_map in maps]
     return np.sort(np.array(scores, np.float32))
 
 
+@dataclass(frozen=True)
 class HeldOutDistances:
     """Distance maps of held-out images, and the anomaly maps that follow from them.
 
-    An anomaly map needs distance scales from the other held-out images, so compute all distance maps first. Cache them
-    up to a budget of bytes, and compute those beyond it a second time, to the same bits.
+    An anomaly map needs distance scales from the other held-out images, so compute all distance maps first.
 
-    Attributes:
-        samples: for each distance map, some of the distances of each image.
+    Args:
+        parts: the model's parts, compiled for the features' matcher.
+        features: the images, and the matcher.
+        recipe: its fusion and smoothing are used.
+        batches: indices of the held-out images, batch by batch.
+        cached: distances of the first batches, on the CPU; those of the others are computed again, to the same bits.
+        samples: for each distance map, in the order of `Distances.maps`, some of the distances of each held-out image,
+            as `sample_distances` returns them.
     """
 
-    def __init__(self, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int) -> None:
-        self._parts = features.matcher.compile(parts)
-        self._features = features
-        self._recipe = recipe
-        self._batches = split_batches(held_out, EVALUATION_BATCH_SIZE)
-        self._cache: list[Distances] = []
-        batch_samples: list[list[list[npt.NDArray[np.float32]]]] = []
-        for batch in self._batches:
-            distances = self._compute(batch)
+    parts: Parts
+    features: TeacherFeatures
+    recipe: Recipe
+    batches: list[Indices]
+    cached: list[Distances]
+    samples: list[list[Float32Array]]
+
+    @classmethod
+    def compute(
+        cls, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
+    ) -> HeldOutDistances:
+        """Compute the distances of all held-out images, to sample them all and to cache some.
+
+        Args:
+            parts: the model's parts, on the matcher's device.
+            features: the images, and the matcher.
+            held_out: indices of the held-out images.
+            recipe: its fusion and smoothing are used for anomaly maps.
+            budget: bytes of RAM for cached distance maps; those beyond it are computed twice.
+        """
+        parts = features.matcher.compile(parts)
+        batches = split_batches(held_out, EVALUATION_BATCH_SIZE)
+        cached: list[Distances] = []
+        samples: list[list[Float32Array]] = []
+        for batch in batches:
+            distances = _compute_distances(parts, features, batch)
             budget -= distances.nbytes
             if budget >= 0:
-                self._cache.append(distances.to(torch.device("cpu")))
-            shapes = [spatial_shape(each) for each in distances.maps]
-            masks = features.matcher.content_masks(features.images.content[batch], shapes)
-            pairs = zip(distances.maps, masks, strict=True)
-            batch_samples.append([sample_distances(each, mask, len(held_out)) for each, mask in pairs])
-        self.samples = [[image for batch in batches for image in batch] for batches in zip(*batch_samples, strict=True)]
+                cached.append(distances.to(torch.device("cpu")))
+            samples = samples or [[] for _ in distances.maps]
+            batch_samples = _sample_maps(distances, features, batch, len(held_out))
+            for map_samples, image_samples in zip(samples, batch_samples, strict=True):
+                map_samples.extend(image_samples)
+        return cls(parts, features, recipe, batches, cached, samples)
 
     def anomaly_maps(self) -> Iterator[AnomalyMap]:
         """Yield the anomaly map of each image, on distance scales from the other held-out images."""
-        matcher = self._features.matcher
+        matcher = self.features.matcher
         scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
-        if self._recipe.fusion == "quantile":
+        if self.recipe.fusion == "quantile":
             scales = zip(*map(leave_one_out_scales, self.samples), strict=True)
-        for number, batch in enumerate(self._batches):
-            cached = number < len(self._cache)
-            distances = self._cache[number].to(matcher.device) if cached else self._compute(batch)
-            content = self._features.images.content[batch]
+        for number, batch in enumerate(self.batches):
+            if number < len(self.cached):
+                distances = self.cached[number].to(matcher.device)
+            else:
+                distances = _compute_distances(self.parts, self.features, batch)
+            content = self.features.images.content[batch]
             for one in (slice(i, i + 1) for i in range(len(batch))):
-                yield from matcher.anomaly_maps(distances.select(one), content[one], self._recipe, next(scales))
+                yield from matcher.anomaly_maps(distances.select(one), content[one], self.recipe, next(scales))
 
-    def _compute(self, batch: Indices) -> Distances:
-        matcher = self._features.matcher
-        inputs = self._features.inputs(batch)
-        teacher = matcher.teacher_features(inputs)
-        return matcher.distances(self._parts, teacher, inputs, self._features.images.content[batch])
+
+def _compute_distances(parts: Parts, features: TeacherFeatures, batch: Indices) -> Distances:
+    """Compute the distances of a batch. Run the teacher, too: cached features are rounded, and scoring's are not."""
+    inputs = features.inputs(batch)
+    teacher = features.matcher.teacher_features(inputs)
+    return features.matcher.distances(parts, teacher, inputs, features.images.content[batch])
+
+
+def _sample_maps(
+    distances: Distances, features: TeacherFeatures, batch: Indices, held_out_count: int
+) -> list[list[Float32Array]]:
+    """Sample each distance map of a batch, one array per image."""
+    shapes = [spatial_shape(distance_map) for distance_map in distances.maps]
+    masks = features.matcher.content_masks(features.images.content[batch], shapes)
+    pairs = zip(distances.maps, masks, strict=True)
+    return [sample_distances(distance_map, mask, held_out_count) for distance_map, mask in pairs]

@@ -57,7 +57,7 @@ def test_distances_over_the_budget_are_recomputed_to_the_same_bits(
     held_out = np.arange(9)
     parts = fit_parts(features, np.arange(9), held_out, any_model)
     monkeypatch.setattr(calibrate, "EVALUATION_BATCH_SIZE", 2)
-    a_batch = calibrate.HeldOutDistances(parts, features, held_out[:2], any_model, BUDGET)._cache[0].nbytes
+    a_batch = calibrate.HeldOutDistances.compute(parts, features, held_out[:2], any_model, BUDGET).cached[0].nbytes
     computed: list[int] = []
     original = Matcher.distances
 
