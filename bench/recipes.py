@@ -138,7 +138,7 @@ def compare(parts: Parts, matcher: Matcher, files: Sequence[tuple[bytes, Mask | 
         decoded = [images.decode(data, matcher.preprocessing) for data, _ in files[start : start + _BATCH]]
         content = matcher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
         inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
-        results.append(matcher.distances(parts, matcher.teacher_features(inputs), inputs, content))
+        results.append(matcher.distances(parts, inputs, content))
         boxes.append(content)
     for (_, mask), (left, top, right, bottom) in zip(files, np.concatenate(boxes).tolist(), strict=True):
         empty = np.zeros((bottom - top, right - left), bool)

@@ -73,7 +73,7 @@ class LocalScorer:
         record, matcher = self.record, self._matcher
         inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
         content = record.preprocessing.content_boxes((each.width, each.height) for each in decoded)
-        distances = matcher.distances(self._model.parts, matcher.teacher_features(inputs), inputs, content)
+        distances = matcher.distances(self._model.parts, inputs, content)
         maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
         return (
             LocalScore(

@@ -164,9 +164,7 @@ class HeldOutDistances:
 
 def _compute_distances(parts: Parts, features: TeacherFeatures, batch: Indices) -> Distances:
     """Compute the distances of a batch. Run the teacher, too: cached features are rounded, and scoring's are not."""
-    inputs = features.inputs(batch)
-    teacher = features.matcher.teacher_features(inputs)
-    return features.matcher.distances(parts, teacher, inputs, features.images.content[batch])
+    return features.matcher.distances(parts, features.inputs(batch), features.images.content[batch])
 
 
 def _sample_maps(

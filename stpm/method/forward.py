@@ -189,15 +189,16 @@ class Matcher:
         return [content_mask(boxes, (height, width), shape) for shape in shapes]
 
     @torch.no_grad()
-    def distances(self, parts: Parts, teacher: Sequence[Tensor], inputs: Tensor, content: Boxes) -> Distances:
+    def distances(self, parts: Parts, inputs: Tensor, content: Boxes, teacher: Sequence[Tensor] = ()) -> Distances:
         """Measure how far the teacher's features are from each part of a model.
 
         Args:
             parts: a model's parts, on the matcher's device.
-            teacher: the teacher's features of the images, one (B, Cₗ, Hₗ, Wₗ) tensor per level.
-            inputs: (B, 3, H, W) network inputs of the same images.
+            inputs: (B, 3, H, W) float32, network inputs of the images.
             content: (B, 4) int32 content boxes of the same images.
+            teacher: their features by the teacher, one (B, Cₗ, Hₗ, Wₗ) tensor per level; empty: compute them.
         """
+        teacher = teacher or self.teacher_features(inputs)
         student: tuple[Tensor, ...] = ()
         if parts.student:
             features = self.features(parts.student, inputs)

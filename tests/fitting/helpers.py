@@ -58,7 +58,7 @@ def anomaly_maps(
     """Compute the maps of all images, as scoring does."""
     inputs = matcher.inputs(torch.from_numpy(images.pixels))
     with torch.inference_mode():
-        distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content)
+        distances = matcher.distances(parts, inputs, images.content)
         return matcher.anomaly_maps(distances, images.content, recipe, scales)
 
 

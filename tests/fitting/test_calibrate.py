@@ -86,7 +86,7 @@ def test_distance_scales_are_quantiles_on_held_out_images(
     held_out = np.array([1, 4, 8])
     parts = fit_parts(features, np.array([0, 2, 3, 5, 6, 7]), held_out, any_model)
     inputs = matcher.inputs(torch.from_numpy(images.pixels[held_out]))
-    distances = matcher.distances(parts, matcher.teacher_features(inputs), inputs, images.content[held_out])
+    distances = matcher.distances(parts, inputs, images.content[held_out])
     scales = calibrate_model(parts, features, held_out, any_model, BUDGET).distance_scales
     for scale, part in zip(scales, distances.maps, strict=True):
         # Maps of this size are not sampled: all positions count.

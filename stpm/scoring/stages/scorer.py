@@ -185,7 +185,7 @@ class Scorer:
             except ImageError as error:
                 outcomes += [error] * len(members)
                 continue
-            distances = matcher.distances(model.parts, [t[part] for t in teacher], inputs[part], content[part])
+            distances = matcher.distances(model.parts, inputs[part], content[part], [t[part] for t in teacher])
             record = model.record
             maps = matcher.anomaly_maps(distances, content[part], record.recipe, record.distance_scales)
             outcomes += _image_scores(maps, members, model, self._settings)
