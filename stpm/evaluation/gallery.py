@@ -20,8 +20,8 @@ from stpm.errors import DataError
 from stpm.evaluation.category import GROUND_TRUTH_COLUMNS, ScoredCategory, ground_truth
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
+from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
 from stpm.scoring.inputs.image_files import read_uri
-from stpm.scoring.stages.heatmaps import overlay_heatmap, read_heatmap
 
 _COUNT = 4
 # Pixels: sides of an image in the sheet and in a gallery, space between images, height of a caption.

@@ -17,12 +17,12 @@ from stpm.errors import DataError
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, render, score_parts
+from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
 from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.resuming.segments import committed_summaries, scan_rows
 from stpm.scoring.row_summary import SCORE_PARTS, RankedImage, RowSummary
-from stpm.scoring.stages.heatmaps import overlay_heatmap, read_heatmap
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]

@@ -12,8 +12,8 @@ from PIL import Image
 from stpm import storage
 from stpm.feedback.marks import read_marks
 from stpm.method.false_discovery import Discoveries
+from stpm.scoring.heatmap_pictures import palette_png
 from stpm.scoring.output import RunOutput
-from stpm.scoring.stages.heatmaps import palette_png
 from stpm.scoring.triage import most_anomalous, write_triage
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import make_preprocessing

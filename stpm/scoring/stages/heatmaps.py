@@ -5,23 +5,21 @@ Overlays are for people's eyes alone, and JPEG: a tenth of the bytes and of the 
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
-from stpm.data.encode import encode_jpeg, encode_png
-from stpm.data.images import Pixels
+from stpm.data.encode import encode_jpeg
 from stpm.method.preprocessing import Preprocessing
 from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, safe_name
 from stpm.scoring import prometheus
+from stpm.scoring.heatmap_pictures import overlay, palette_png
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
@@ -32,49 +30,8 @@ _WRITERS = 8
 _BINARY = ("heatmap_levels", "pixels", "anomaly_map")
 # Characters that stay of a name that is too long: each may take 12 bytes.
 _FOLDER_PREFIX = 12
-# See `encode_png`.
-_COMPRESSION = 1
 # An overlay's longer side is at most this many times the longer side of the model's input.
 _MAX_OVERLAY_STRETCH = 4
-
-
-def jet_palette() -> npt.NDArray[np.uint8]:
-    """Make the colour map "jet", (256, 3) uint8 RGB: piecewise linear from blue over green to red."""
-    x = np.linspace(0.0, 1.0, 256)
-    rgb = np.stack([1.5 - np.abs(4 * x - centre) for centre in (3.0, 2.0, 1.0)], axis=1)
-    return np.round(np.clip(rgb, 0.0, 1.0) * 255).astype(np.uint8)
-
-
-_PALETTE = jet_palette()
-
-
-def palette_png(levels: Pixels) -> bytes:
-    """Encode (H, W) uint8 grey levels as a palette PNG, in which the index of a pixel is its grey level."""
-    image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
-    image.putpalette(_PALETTE.tobytes())
-    return encode_png(image, _COMPRESSION)
-
-
-def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
-    """Draw a heatmap over an image at half opacity.
-
-    Args:
-        pixels: (H, W, 3) uint8 RGB.
-        levels: (H, W) uint8 grey levels.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
-    colours = _PALETTE.take(levels, axis=0)
-    # The mean, rounded up, of bytes: several times as fast as a sum of wider integers.
-    return (pixels | colours) - ((pixels ^ colours) >> 1)
-
-
-def overlay_heatmap(pixels: Pixels, heatmap_png: bytes) -> Pixels:
-    """Draw a heatmap made by `palette_png` over an image of any size, (H, W, 3) uint8 RGB."""
-    with Image.open(io.BytesIO(heatmap_png), formats=["PNG"]) as image:
-        levels = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
-    return overlay(pixels, np.asarray(levels))
 
 
 class Pictures(NamedTuple):
@@ -159,13 +116,6 @@ class WriteHeatmaps:
         # The run syncs all files at its end: to sync one takes longer than to draw it.
         storage.publish(storage.join(self._output.folder, path), picture, durable=False)
         return path
-
-
-def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
-    """Read the palette PNG of a row of OUTPUT, from its file or from the row; empty if there is none. Raise OSError."""
-    if row["heatmap"]:
-        return storage.read(storage.join(out, row["heatmap"]))
-    return row["heatmap_png"] or b""
 
 
 def with_folder_names(rows: pa.Table) -> pa.Table:

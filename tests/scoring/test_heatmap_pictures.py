@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from stpm.scoring.heatmap_pictures import jet_palette, overlay, overlay_heatmap, palette_png
+
+
+def test_palette_runs_from_blue_over_green_to_red() -> None:
+    palette = jet_palette().astype(int)
+    assert palette[0].tolist() == [0, 0, 128]
+    assert palette[255].tolist() == [128, 0, 0]
+    assert palette[127, 1] == 255
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    with Image.open(io.BytesIO(palette_png(levels))) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), jet_palette()[levels])
+
+
+def test_overlay_is_half_image_and_half_heatmap(rng: np.random.Generator) -> None:
+    pixels, levels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), rng.integers(0, 256, (4, 4), dtype=np.uint8)
+    expected = (pixels.astype(float) + jet_palette()[levels]) / 2
+    np.testing.assert_allclose(overlay(pixels, levels), expected, atol=0.5)
+
+
+def test_overlay_heatmap_scales_the_heatmap_to_the_image(rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    png = palette_png(np.full((4, 4), 200, np.uint8))
+    np.testing.assert_array_equal(overlay_heatmap(pixels, png), overlay(pixels, np.full((8, 12), 200, np.uint8)))
