@@ -67,8 +67,13 @@ def collect(store: ModelStore, category: str, uris: Sequence[str], backend: Want
             else:
                 store.put_normal(category, data)
                 found[digest] = AddedNormal(digest, uri, fitted=False), score
-    images, values = [image for image, _ in found.values()], [score for _, score in found.values()]
-    return NewNormals(scorer.record, images, values, len(uris) - len(refused) - len(found), refused)
+    return NewNormals(
+        record=scorer.record,
+        images=[image for image, _ in found.values()],
+        scores=[score for _, score in found.values()],
+        known=len(uris) - len(refused) - len(found),
+        refused=refused,
+    )
 
 
 def _fetch(uri: str) -> bytes | ImageError:

@@ -131,7 +131,8 @@ def _run_worker(config: dict[str, Any]) -> None:
     queue, options = config["queue"], config["options"]
     assigned = ray.get_runtime_context().get_assigned_resources()
     torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
-    limits = WorkerLimits(*_ram_limits(options, assigned), options.checkpoint_seconds)
+    ram, gpu_ram = _ram_limits(options, assigned)
+    limits = WorkerLimits(ram=ram, gpu_ram=gpu_ram, checkpoint_seconds=options.checkpoint_seconds)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
     size, node = ray.train.get_context().get_world_size(), ray.get_runtime_context().get_node_id()
     while (task := ray.get(queue.take.remote(group, size, node))) is not None:

@@ -102,4 +102,11 @@ def find_discoveries(counts: Mapping[str, Histogram], calibration: Mapping[str, 
     needed = max(math.ceil(images / (rate * max(extreme, 1)) - 1 - 1e-6), 0)
     found = {name: sum(n for p, n in histogram.items() if p <= cut_off) for name, histogram in counts.items()}
     few = {name: calibration[name] for name in counts if smallest[name] > cut_off and calibration[name] < needed}
-    return Discoveries(rate, images, cut_off, {name: n for name, n in sorted(found.items()) if n}, needed, few)
+    return Discoveries(
+        rate=rate,
+        images=images,
+        cut_off=cut_off,
+        categories={name: count for name, count in sorted(found.items()) if count},
+        needed=needed,
+        unsupported=few,
+    )

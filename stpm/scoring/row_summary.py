@@ -114,13 +114,13 @@ class RowSummary:
             bytes_read += group["bytes_sum"] or 0
         failures = rows.select(_ERROR_COLUMNS).filter(pc.field("error_kind") != "").to_pylist()
         return cls(
-            _by_name({name: dict(counts) for name, counts in categories.items()}),
-            _by_name(dict(+errors)),
-            _first_examples(": ".join(row[name] for name in _ERROR_COLUMNS) for row in failures),
-            _count_p_values(rows),
-            bytes_read,
-            max_ranked,
-            _rank(rows, task, max_ranked),
+            categories=_by_name({name: dict(counts) for name, counts in categories.items()}),
+            errors=_by_name(dict(+errors)),
+            error_examples=_first_examples(": ".join(row[name] for name in _ERROR_COLUMNS) for row in failures),
+            p_values=_count_p_values(rows),
+            bytes_read=bytes_read,
+            max_ranked=max_ranked,
+            ranked=_rank(rows, task, max_ranked),
         )
 
     @classmethod
@@ -143,13 +143,13 @@ class RowSummary:
             max_ranked = min(max_ranked, each.max_ranked)
             ranked = heapq.nlargest(max_ranked, [*ranked, *each.ranked])
         return cls(
-            _by_name({name: dict(counts) for name, counts in categories.items()}),
-            _by_name(dict(errors)),
-            examples,
-            _by_name({name: dict(sorted(counts.items())) for name, counts in p_values.items()}),
-            bytes_read,
-            max_ranked,
-            ranked,
+            categories=_by_name({name: dict(counts) for name, counts in categories.items()}),
+            errors=_by_name(dict(errors)),
+            error_examples=examples,
+            p_values=_by_name({name: dict(sorted(counts.items())) for name, counts in p_values.items()}),
+            bytes_read=bytes_read,
+            max_ranked=max_ranked,
+            ranked=ranked,
         )
 
     def to_json(self) -> bytes:

@@ -68,8 +68,14 @@ class Decode:
         if self._report:
             # Images that the manifest refused were not tried.
             tried = [outcome for row, outcome in zip(rows, outcomes, strict=True) if not row["error_kind"]]
-            statistics = RunStatistics(decode_seconds=computed)
-            self._report(BatchReport("decode", statistics, len(tried), external_errors(tried)))
+            self._report(
+                BatchReport(
+                    "decode",
+                    RunStatistics(decode_seconds=computed),
+                    attempted=len(tried),
+                    external_errors=external_errors(tried),
+                )
+            )
         decoded = [outcome if isinstance(outcome, Decoded) else None for outcome in outcomes]
         columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names} | error_columns(outcomes)
         columns["pixels"] = [image.pixels.data.cast("B") if image else b"" for image in decoded]

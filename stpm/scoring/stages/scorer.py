@@ -110,15 +110,22 @@ class Scorer:
         prometheus.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
         if self._report:
             scores = [outcome for outcome in outcomes if isinstance(outcome, ImageScore)]
-            anomalous = sum(bool(score.is_anomalous) for score in scores)
+            statistics = RunStatistics(
+                images=len(images),
+                errors=len(images) - len(scores),
+                anomalous=sum(bool(score.is_anomalous) for score in scores),
+                score_seconds=seconds,
+            )
             tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
             self._report(
                 BatchReport(
                     "score",
-                    RunStatistics(len(images), len(images) - len(scores), anomalous, score_seconds=seconds),
-                    len(tried),
-                    external_errors(tried),
-                    [UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()],
+                    statistics,
+                    attempted=len(tried),
+                    external_errors=external_errors(tried),
+                    unfinished=[
+                        UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()
+                    ],
                 )
             )
         self._idle_since = time.perf_counter()
