@@ -35,8 +35,8 @@ def add_normals(
     """Add marked images to the models of their categories.
 
     Args:
-        store: with the models.
-        marks: the images.
+        store: the store of the models.
+        marks: the images, and how a person marked them.
         options: the false-alarm rate of the alarms that are compared, whether to stage, and whether to wait.
         backend: what computes features on a CPU.
         refit: fits models on the images too; None: calibrate the current models on them.

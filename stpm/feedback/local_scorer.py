@@ -34,9 +34,9 @@ class LocalScorer:
     """A category's model, loaded to score image files.
 
     Args:
-        store: to load from.
-        category: of the model.
-        model_id: of the model; "": the current one.
+        store: the store that has the model.
+        category: name of the model's category.
+        model_id: id of one of the category's models; "": the current one.
         backend: what computes features on a CPU.
 
     Raises:

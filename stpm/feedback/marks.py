@@ -33,7 +33,7 @@ def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] 
     Args:
         table: URI of a `.parquet`, `.csv`, `.jsonl` or `.ndjson` file.
         allow: prefixes of the URIs that it may name; none: its own bucket or folder, as for scoring.
-        categories: to read; none: all.
+        categories: names of the categories to read; none: all.
 
     Raises:
         DataError: if the table cannot be read, or has no column `uri`.

@@ -22,9 +22,9 @@ class NewNormals:
     """Images that are marked as good.
 
     Args:
-        record: of the category's current model.
-        images: those that are new to the model, each once.
-        scores: their scores by the model.
+        record: record of the category's current model.
+        images: the images that are new to that model, each once.
+        scores: score of each of `images` by that model.
         known: number of images that were added before, or are here twice.
         refused: URIs of images that cannot be used, with the reason.
     """

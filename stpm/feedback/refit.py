@@ -27,8 +27,8 @@ class Refit:
 
     Args:
         data: URI of the data set in the MVTec AD layout.
-        recipe: of the models.
-        workers: that fit.
+        recipe: recipe of the models, with their seed.
+        workers: number and resources of the workers.
     """
 
     data: str

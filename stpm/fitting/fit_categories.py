@@ -34,7 +34,7 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
 
     Args:
         root: URI of the data set.
-        wanted: names of categories; empty: all.
+        wanted: names of the categories to read; empty: all.
 
     Raises:
         DataError: if the data set is missing or empty, or a wanted category does not exist.
@@ -75,14 +75,14 @@ def fit_categories(
     images of the next one.
 
     Args:
-        categories: to fit.
-        recipe: of all models, without the seed.
-        stores: URI of the model store for each seed.
-        workers: options of the workers.
+        categories: the categories to fit, with their training images.
+        recipe: recipe of all models; its seed is not used.
+        stores: URI of the model store, by seed.
+        workers: number and resources of the workers.
         backend: what computes features on a CPU.
         wait: if another run holds a store, wait for its end instead of raising an error.
-        new_normals: by category. Fit on them too, and on all images that were added before; stage the models instead of
-            making them current.
+        new_normals: newly added images, by category. Fit on them too, and on all images that were added before; stage
+            the models instead of making them current.
 
     Returns:
         One result per category and seed.

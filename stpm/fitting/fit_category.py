@@ -61,8 +61,8 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
     """Fit, calibrate and publish one model. Return errors as failed results, so that the worker can go on.
 
     Args:
-        task: to run.
-        limits: of this worker.
+        task: the model to fit.
+        limits: what this worker may use.
         report: called with each finished epoch, and with messages for the log.
     """
     try:

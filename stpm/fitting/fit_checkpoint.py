@@ -26,8 +26,8 @@ class StoredCheckpoints:
     """Checkpoints at a URI.
 
     Args:
-        uri: of the object.
-        fingerprint: of everything that the student depends on.
+        uri: URI of the checkpoint's object.
+        fingerprint: digest of everything that the student depends on; a checkpoint with another one is ignored.
         interval: minimum seconds between two checkpoints.
         save_end: also save the end of the training, for tasks that train several students.
     """

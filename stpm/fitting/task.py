@@ -16,13 +16,13 @@ class FitTask:
     """A model to fit.
 
     Args:
-        category: its name.
+        category: name of the model's category.
         train: URI and version (see `stpm.storage.file_versions`) of each training image, added ones included.
-        recipe: as `Recipe.for_image_count` returns it.
+        recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
         store: URI of the store that the model goes to.
-        teacher_digest: of the teacher's weights in that store.
+        teacher_digest: digest of the teacher's weights in that store.
         backend: what computes features on a CPU.
-        added: the images that a person marked as good.
+        added: the images that a person marked as good; `train` names their copies in the store.
         stage: do not make the model the category's current one.
     """
 

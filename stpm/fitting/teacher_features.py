@@ -28,9 +28,9 @@ class TeacherFeatures:
     Cached features are rounded to half precision, and clamped to its range.
 
     Args:
-        matcher: with the teacher.
-        images: decoded.
-        budget: bytes that cached features may take.
+        matcher: the matcher that holds the teacher.
+        images: the category's decoded images.
+        budget: bytes that cached features may take, in RAM or on the GPU; if they need more, none are cached.
     """
 
     def __init__(self, matcher: Matcher, images: TrainingImages, budget: int) -> None:

@@ -26,8 +26,8 @@ class FitState:
     """Everything that training continues from. Random numbers follow from the seed and the epoch's number.
 
     Args:
-        student: its weights.
-        optimiser: its tensors, by parameter and name.
+        student: the student's weights.
+        optimiser: the optimiser's tensors, by the index of their parameter and their name.
         best: weights of the epoch with the lowest validation loss; empty if the recipe keeps the last.
         history: the epochs so far.
     """
@@ -56,9 +56,9 @@ class TrainedStudent:
     """A trained student; empty if the recipe has no student.
 
     Args:
-        student: its weights, on the CPU.
-        history: all epochs of its training.
-        kept_epoch: the epoch of the weights.
+        student: the student's weights, on the CPU.
+        history: all epochs of the training.
+        kept_epoch: the epoch that the weights are from.
     """
 
     student: StateDict | None = None

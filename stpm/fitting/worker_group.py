@@ -46,9 +46,9 @@ def run_worker_group(
     """Run all tasks on the connected cluster.
 
     Args:
-        tasks: at least one.
-        options: of the workers.
-        resources: of each worker.
+        tasks: the models to fit, at least one.
+        options: number of the workers, their RAM, and the time between checkpoints.
+        resources: the CPU cores and GPUs that one worker takes.
         scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
         on_event: called with each event, on one thread that is not the caller's.
 

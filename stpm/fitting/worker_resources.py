@@ -36,7 +36,7 @@ def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], 
     """Choose the CPUs per worker, if the options do not: as many as possible without having fewer workers.
 
     Args:
-        options: of the workers.
+        options: the user's choice of the number of workers, and of their CPUs and GPUs.
         nodes: the resources of each node that can work.
         task_count: number of tasks, those that an earlier run has finished included. The number of threads affects the
             last bits of a student: it must not change when a run is resumed.

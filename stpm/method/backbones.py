@@ -157,7 +157,7 @@ def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origi
     Args:
         teacher: a teacher's name, or an architecture of timm.
         levels: pyramid levels, as timm's `out_indices`.
-        state: weights.
+        state: weights of the backbone, by name.
         origin: where the weights come from, for errors.
 
     Raises:

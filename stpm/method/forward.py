@@ -114,8 +114,8 @@ class Matcher:
     Args:
         teacher: backbone to freeze; it is put in eval mode.
         preprocessing: the input's size and normalisation.
-        device: device to compute on.
-        precision: precision of convolutions; distances are always float32.
+        device: what to compute on.
+        precision: number format of convolutions; distances are always float32.
         backend: what computes features where no gradient is needed.
     """
 

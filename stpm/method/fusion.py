@@ -124,7 +124,7 @@ def fuse(
         student: distance maps of the student's levels; empty without a student.
         memory: distance maps of the memory banks; `product` and `sum` take none.
         scales: scales of the student's levels, then of the banks; `product` and `sum` need none.
-        method: how to combine.
+        method: the recipe's fusion.
         student_weight: weight of the student in (0, 1) where both are combined by `quantile`; the memory has the rest.
         size: height and width of the input, pixels.
         valid: a (B, Hₗ, Wₗ) bool mask for each map, student's first, true at valid positions, those not on padding;

@@ -28,10 +28,10 @@ class OpenVinoBackbone:
     batch is no faster on a CPU, and one shape is compiled once.
 
     Args:
-        backbone: in eval mode, on the CPU.
-        height: of the images, pixels.
-        width: of the images, pixels.
-        precision: of convolutions.
+        backbone: the backbone to compile, in eval mode, on the CPU.
+        height: height of the images, pixels.
+        width: width of the images, pixels.
+        precision: number format of convolutions.
 
     Raises:
         ModelError: if OpenVINO cannot compile it, or computes other features than PyTorch.

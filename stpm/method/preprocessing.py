@@ -142,7 +142,7 @@ def choose_size(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int
     at least 65,536 and at most the budget. Height and width are multiples of 32, from 32 to 4096.
 
     Args:
-        sizes: one size or more.
+        sizes: width and height of each image, one image or more.
         budget: largest number of input pixels, at least 1024.
     """
     aspect = exp(statistics.median(log(width / height) for width, height in sizes))

@@ -40,13 +40,13 @@ class FitRecord:
     Args:
         seconds: wall time, decoding included.
         epochs: number of epochs; 0 without a student.
-        kept_epoch: number of the epoch that was kept.
-        train_loss: of the kept epoch, in [0, 2]; None without a student.
-        validation_loss: of the kept epoch, in [0, 2]; None without a student.
+        kept_epoch: number of the epoch whose weights were kept, from 1; 0 without a student.
+        train_loss: mean loss of the training images in the kept epoch, in [0, 2]; None without a student.
+        validation_loss: mean loss of the held-out images in the kept epoch, in [0, 2]; None without a student.
         train_count: number of images to fit on.
         held_out_count: number of images that were held out.
         calibration_count: number of images that calibrate the model.
-        device: that computed.
+        device: name of the GPU, or `cpu` and the backend, that fitted the model.
     """
 
     seconds: float
@@ -71,7 +71,7 @@ class AddedNormal:
 
     Args:
         digest: SHA-256 of the file.
-        uri: where it was.
+        uri: URI of the file when it was marked; the store has a copy.
         fitted: the model is fitted on it; otherwise it calibrates the model.
     """
 
@@ -85,19 +85,20 @@ class ModelRecord:
     """The contents of model.json: everything that scoring needs besides the weights. Digests are SHA-256.
 
     Args:
-        category: its name.
-        recipe: the user's, with this model's seed and the epochs that `min_steps` asks for. Its size may be `auto`.
-        preprocessing: with the size that was chosen for the category.
-        precision: of convolutions.
-        teacher_digest: of the teacher's weights.
-        heatmap_scale: of the heatmaps.
-        distance_scales: one for each distance map; empty if the fusion needs none.
+        category: name of the model's category.
+        recipe: the user's recipe, with this model's seed and the epochs that `min_steps` asks for; its size may be
+            `auto`.
+        preprocessing: how an image becomes an input, at the size that was chosen for the category.
+        precision: number format of convolutions.
+        teacher_digest: digest of the teacher's weights.
+        heatmap_scale: values of the anomaly map that become grey levels 0 and 128 of heatmaps.
+        distance_scales: scale of each distance map, in the order of `Distances.maps`; empty if the fusion needs none.
         fit: the outcome of the fit.
         added_normals: all images that were marked as good.
         files: digest of each file of the model, by name.
-        library_versions: of Python and of the libraries that made the model.
-        created: time.
-        format: of model.json.
+        library_versions: versions of Python and of the libraries that made the model, by name.
+        created: when the record was made, ISO 8601, UTC.
+        format: version of the format of model.json.
     """
 
     category: str

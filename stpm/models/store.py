@@ -93,8 +93,8 @@ class ModelStore:
 
         Args:
             teacher: the teacher's name in the recipe.
-            levels: its pyramid levels.
-            digest: digest of its weights.
+            levels: pyramid levels, as timm's `out_indices`.
+            digest: digest of the teacher's weights.
 
         Raises:
             ModelError: if it is missing, damaged or of another architecture.
@@ -126,8 +126,9 @@ class ModelStore:
             data_fingerprint: digest of the images that the model was fitted on.
             student: weights of the student, if there is one.
             memory: memory banks, if there are any.
-            calibration_scores: (n,) ascending.
-            image_statistics: of all good images that the model was fitted on or calibrated with, a row each.
+            calibration_scores: (n,) float32, scores of the calibration images, ascending.
+            image_statistics: a row for each good image that the model was fitted on or calibrated with, in the columns
+                of `stpm.data.image_statistics.COMPARED`.
             history: losses per epoch, stored with a student.
             stage: leave the current model, if there is one, and put this one after it.
         """
@@ -152,8 +153,8 @@ class ModelStore:
         Args:
             current: record of the current model, whose other files are copied.
             record: the new model's record, in which this replaces the files' digests.
-            calibration: as `calibration_scores` returns it.
-            image_statistics: as `image_statistics` returns them.
+            calibration: the new calibration, in the columns that `calibration_scores` returns.
+            image_statistics: a row for each good image, in the columns that `image_statistics` returns.
 
         Raises:
             ModelError: if a file of the current model is missing or damaged.

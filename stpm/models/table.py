@@ -17,9 +17,9 @@ def models_table(store: ModelStore, categories: Sequence[str], false_alarm_rate:
     """Write a line for each model, by category and time, with its place among the versions and its fit.
 
     Args:
-        store: to list.
-        categories: names.
-        false_alarm_rate: whose threshold is listed.
+        store: the store whose models are listed.
+        categories: names of the categories to list.
+        false_alarm_rate: rate in (0, 1) that the listed threshold is for.
 
     Raises:
         ModelError: if a category has no model.
