@@ -37,7 +37,7 @@ class MemoryBank:
     """Whitened descriptors of normal images at one pyramid level.
 
     Args:
-        level: index of the level among those of the teacher, 0 the finest.
+        level_index: index of the level among the recipe's `levels`, 0 the finest.
         kind: kind of descriptor.
         window: side of the square of positions that a descriptor averages, odd.
         mean: (C,) float32, mean of normal descriptors.
@@ -45,7 +45,7 @@ class MemoryBank:
         vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
     """
 
-    level: int
+    level_index: int
     kind: Kind
     window: int
     mean: Tensor
@@ -59,7 +59,7 @@ class MemoryBank:
 
     def to(self, device: torch.device) -> MemoryBank:
         """Move all tensors to a device."""
-        return MemoryBank(self.level, self.kind, self.window, *(t.to(device) for t in self.tensors.values()))
+        return MemoryBank(self.level_index, self.kind, self.window, *(t.to(device) for t in self.tensors.values()))
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         """Compute the distance of each position to the nearest vector: (B, C, H, W) to (B, H, W) float32.
@@ -103,21 +103,21 @@ def describe(features: Tensor, kind: Kind, window: int, valid: Tensor | None = N
     return features.permute(0, 2, 3, 1).contiguous()
 
 
-def fit_bank(descriptors: Tensor, level: int, kind: Kind, window: int, size: int, seed: int) -> MemoryBank:
+def fit_bank(descriptors: Tensor, level_index: int, kind: Kind, window: int, size: int, seed: int) -> MemoryBank:
     """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
 
     Args:
         descriptors: (N, C) float32, not whitened, N at least 1.
-        level: level of the descriptors.
+        level_index: index of the descriptors' level among the recipe's `levels`, 0 the finest.
         kind: kind of the descriptors.
-        window: window of the descriptors.
-        size: vectors to keep; all, if there are fewer.
+        window: side of the square of positions that each descriptor averages, odd.
+        size: number of vectors to keep; all, if there are fewer.
         seed: seed of the coreset's projection.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
     chosen = greedy_coreset(whitened, size, seed)
-    return MemoryBank(level, kind, window, mean, whitening, whitened[chosen].half().float())
+    return MemoryBank(level_index, kind, window, mean, whitening, whitened[chosen].half().float())
 
 
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:

@@ -369,9 +369,9 @@ def _read(uri: str) -> bytes:
 
 
 def _tensors_by_name(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
-    """Name each tensor <level>.<kind>.<window>.<name>. Half precision represents the vectors exactly."""
+    """Name each tensor <level index>.<kind>.<window>.<name>. Half precision represents the vectors exactly."""
     return {
-        f"{bank.level}.{bank.kind}.{bank.window}.{name}": tensor.half() if name == "vectors" else tensor
+        f"{bank.level_index}.{bank.kind}.{bank.window}.{name}": tensor.half() if name == "vectors" else tensor
         for bank in memory
         for name, tensor in bank.tensors.items()
     }
@@ -381,9 +381,9 @@ def _banks(tensors: StateDict) -> tuple[MemoryBank, ...]:
     """Undo `_tensors_by_name`: return the banks by level and kind, in the order in which they were fitted."""
     from stpm.method.memory_bank import KINDS, MemoryBank
 
-    by_bank: dict[tuple[int, Kind, int], dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        level, kind, window, name = key.split(".")
-        by_bank.setdefault((int(level), cast("Kind", kind), int(window)), {})[name] = tensor.float()
-    banks = (MemoryBank(*key, each["mean"], each["whitening"], each["vectors"]) for key, each in by_bank.items())
-    return tuple(sorted(banks, key=lambda bank: (bank.level, KINDS.index(bank.kind))))
+    by_key: dict[tuple[int, Kind, int], dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        level_index, kind, window, name = path.split(".")
+        by_key.setdefault((int(level_index), cast("Kind", kind), int(window)), {})[name] = tensor.float()
+    banks = (MemoryBank(*key, bank["mean"], bank["whitening"], bank["vectors"]) for key, bank in by_key.items())
+    return tuple(sorted(banks, key=lambda bank: (bank.level_index, KINDS.index(bank.kind))))

@@ -17,7 +17,7 @@ from tests.fitting.helpers import BUDGET, MatcherOf, unpadded
 
 def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) -> bool:
     return len(first) == len(second) and all(
-        (a.level, a.kind, a.window) == (b.level, b.kind, b.window)
+        (a.level_index, a.kind, a.window) == (b.level_index, b.kind, b.window)
         and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "whitening", "vectors"))
         for a, b in zip(first, second, strict=True)
     )
@@ -33,7 +33,7 @@ def test_same_images_give_the_same_memory(images: TrainingImages, make_matcher: 
         )
         for seed in (0, 0, 1)
     )
-    assert [(bank.level, bank.kind) for bank in first] == [
+    assert [(bank.level_index, bank.kind) for bank in first] == [
         (1, "features"),
         (1, "directions"),
         (2, "features"),
@@ -55,7 +55,7 @@ def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, 
     levels, masks = features[1](np.arange(6, 9)), [None] * 3
     for one, other in zip(cached, recomputed, strict=True):
         torch.testing.assert_close(one.mean, other.mean, rtol=2e-3, atol=1e-4)
-        distances = [bank.distance_map(levels[bank.level], masks[bank.level]) for bank in (one, other)]
+        distances = [bank.distance_map(levels[bank.level_index], masks[bank.level_index]) for bank in (one, other)]
         torch.testing.assert_close(*distances, rtol=2e-2, atol=1e-2)
 
 
@@ -69,10 +69,10 @@ def test_memory_holds_only_training_images(images: TrainingImages, make_matcher:
     for bank, with_it in zip(
         build_memory(features, train, recipe), build_memory(features, np.append(train, 2), recipe), strict=True
     ):
-        assert with_it.distance_map(odd[bank.level]).max() < 0.05
-        known = bank.distance_map(features(train)[bank.level])
+        assert with_it.distance_map(odd[bank.level_index]).max() < 0.05
+        known = bank.distance_map(features(train)[bank.level_index])
         assert known.max() < 0.05
-        assert bank.distance_map(odd[bank.level]).min() > 20 * known.max()
+        assert bank.distance_map(odd[bank.level_index]).min() > 20 * known.max()
 
 
 def test_memory_holds_no_padding(images: TrainingImages, make_matcher: MatcherOf) -> None:

@@ -127,12 +127,12 @@ def test_load_restores_memory_bit_for_bit(store: ModelStore, any_model: Recipe) 
     expected, found = make_banks(any_model), store.load("nut").parts.memory
     assert len(found) == len(expected) == (4 if any_model.memory else 0)
     for one, other in zip(found, expected, strict=True):
-        assert (one.level, one.kind, one.window) == (other.level, other.kind, other.window)
+        assert (one.level_index, one.kind, one.window) == (other.level_index, other.kind, other.window)
         for name in ("mean", "whitening", "vectors"):
             loaded, made = getattr(one, name), getattr(other, name)
             assert loaded.dtype == torch.float32
             assert torch.equal(loaded, made)
-        features = torch.randn(3, 60 + one.level, 9, 7)
+        features = torch.randn(3, 60 + one.level_index, 9, 7)
         assert torch.equal(one.distance_map(features), other.distance_map(features))
 
 
