@@ -56,7 +56,7 @@ class Gate:
             # Versions of libraries do not change what a value means.
             if name != "versions" and value != protocol.get(name)
         ]
-        return differences + [line for each in self.requirements if (line := each.shortfall(report))]
+        return differences + [line for requirement in self.requirements if (line := requirement.shortfall(report))]
 
 
 def read_gate(options: ReportOptions) -> Gate:

@@ -27,8 +27,8 @@ def page(report: Report, shortfalls: Sequence[str] = ()) -> str:
         report=report.contents,
         metrics=METRICS,
         # Matplotlib escapes the text in its SVG.
-        charts={name: {title: Markup(svg) for title, svg in each.charts.items()} for name, each in first_seed.items()},  # noqa: S704
-        galleries={name: each.galleries for name, each in first_seed.items()},
+        charts={name: {title: Markup(svg) for title, svg in one.charts.items()} for name, one in first_seed.items()},  # noqa: S704
+        galleries={name: one.galleries for name, one in first_seed.items()},
         seeds=report.seeds,
         shortfalls=shortfalls,
         number=_number,

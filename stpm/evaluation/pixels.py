@@ -179,9 +179,9 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
     >>> counts.auroc()
     Bounded(value=0.75, error=0.0)
     """
-    for each, mask in zip(maps, masks, strict=True):
-        if each.shape != mask.shape:
-            raise ValueError(f"map {each.shape} and mask {mask.shape} differ in shape")
+    for anomaly_map, mask in zip(maps, masks, strict=True):
+        if anomaly_map.shape != mask.shape:
+            raise ValueError(f"map {anomaly_map.shape} and mask {mask.shape} differ in shape")
     scores = _joined(maps, np.float32)
     if not np.isfinite(scores).all():
         raise UndefinedMetricError("a score is not finite")

@@ -97,7 +97,7 @@ class Report:
     @property
     def failures(self) -> list[Failure]:
         """All failures: of categories, and of single images and masks."""
-        problems = [Failure(each.model.category, line) for each in self.results for line in each.metrics.problems]
+        problems = [Failure(result.model.category, line) for result in self.results for line in result.metrics.problems]
         return [*self.category_failures, *problems]
 
     @property
@@ -108,7 +108,7 @@ class Report:
     def by_category(self) -> dict[str, list[CategoryResult]]:
         """Group the results by category, and sort categories and seeds."""
         groups: dict[str, list[CategoryResult]] = {}
-        for result in sorted(self.results, key=lambda each: (each.model.category, each.model.recipe.seed)):
+        for result in sorted(self.results, key=lambda result: (result.model.category, result.model.recipe.seed)):
             groups.setdefault(result.model.category, []).append(result)
         return groups
 
@@ -120,7 +120,7 @@ class Report:
         seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval.
         """
         categories = {name: _category_values(results) for name, results in self.by_category().items()}
-        mean = {key: _mean([each[key] for each in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
+        mean = {key: _mean([values[key] for values in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
         std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
         return {
             "created": timestamp(),
@@ -221,19 +221,19 @@ def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
         **{key: _mean([row[key] for row in rows]) for key in _FIT_METRICS},
         **{key: rows[0][key] for key in (*_COUNTS, "input_size")},
         "defects": {
-            name: _over_seeds([each.defects[name] for each in metrics if name in each.defects])
+            name: _over_seeds([of_seed.defects[name] for of_seed in metrics if name in of_seed.defects])
             for name in metrics[0].defects
         },
         "seeds": {
-            str(row["seed"]): {key: value for key, value in row.items() if key not in _COUNTS} | _intervals([each])
-            for row, each in zip(rows, metrics, strict=True)
+            str(row["seed"]): {key: value for key, value in row.items() if key not in _COUNTS} | _intervals([of_seed])
+            for row, of_seed in zip(rows, metrics, strict=True)
         },
     }
 
 
 def _over_seeds(seeds: Sequence[CategoryMetrics]) -> dict[str, Any]:
     """Compute means and standard deviations over seeds; counts and reasons are those of the first seed."""
-    values = {name: [each.values[name] for each in seeds] for name in METRICS}
+    values = {name: [seed.values[name] for seed in seeds] for name in METRICS}
     return {
         **{name: _mean(by_seed) for name, by_seed in values.items()},
         **{f"{name}_std": _std(by_seed) for name, by_seed in values.items()},
@@ -246,7 +246,7 @@ def _over_seeds(seeds: Sequence[CategoryMetrics]) -> dict[str, Any]:
 
 def _intervals(seeds: Sequence[CategoryMetrics]) -> dict[str, list[float]]:
     """Compute the ends of each metric's interval, as means over seeds."""
-    intervals = {name: [i for each in seeds if (i := each.metrics[name].interval)] for name in METRICS}
+    intervals = {name: [i for seed in seeds if (i := seed.metrics[name].interval)] for name in METRICS}
     return {
         f"{name}_interval": [statistics.fmean(ends) for ends in zip(*by_seed, strict=True)]
         for name, by_seed in intervals.items()
@@ -269,8 +269,8 @@ def _model_protocol(model: ModelRecord) -> dict[str, str]:
 def _in_common(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Merge dicts, with "varies" for values that differ; the seed, which always differs, is left out."""
     merged: dict[str, Any] = {}
-    for each in dicts:
-        for name, value in each.items():
+    for values in dicts:
+        for name, value in values.items():
             merged[name] = value if merged.setdefault(name, value) == value else "varies"
     merged.pop("seed", None)
     return merged

@@ -62,7 +62,7 @@ def add_normals(
                 refused |= dict.fromkeys(uris, str(error))
     if refit is not None and found:
         for category, reason in _add_to_training(store, found, options, backend, refit).items():
-            refused |= {each.uri: reason for each in found.pop(category).images}
+            refused |= {image.uri: reason for image in found.pop(category).images}
     if marks.other:
         counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
         log.info(f"left out, since only images with label 'good' are added: {counts}")

@@ -63,16 +63,16 @@ class LocalScorer:
         files = iter(files)
         while batch := list(islice(files, BATCH_SIZE)):
             outcomes = [_decode(data, self.record) for data in batch]
-            scores = self._score([each for each in outcomes if isinstance(each, images.Decoded)])
-            yield from (each if isinstance(each, ImageError) else next(scores) for each in outcomes)
+            scores = self._score([outcome for outcome in outcomes if isinstance(outcome, images.Decoded)])
+            yield from (outcome if isinstance(outcome, ImageError) else next(scores) for outcome in outcomes)
 
     @torch.inference_mode()
     def _score(self, decoded: Sequence[images.Decoded]) -> Iterator[LocalScore]:
         if not decoded:
             return iter(())
         record, matcher = self.record, self._matcher
-        inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
-        content = record.preprocessing.content_boxes((each.width, each.height) for each in decoded)
+        inputs = matcher.inputs(torch.from_numpy(np.stack([image.pixels for image in decoded])))
+        content = record.preprocessing.content_boxes((image.width, image.height) for image in decoded)
         distances = matcher.distances(self._model.parts, inputs, content)
         maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
         return (

@@ -50,7 +50,7 @@ def collect(store: ModelStore, category: str, uris: Sequence[str], backend: Want
     """
     scorer = LocalScorer(store, category, "", backend)
     found: dict[str, tuple[AddedNormal, LocalScore]] = {}
-    before = {each.digest for each in scorer.record.added_normals}
+    before = {image.digest for image in scorer.record.added_normals}
     refused: dict[str, str] = {}
     for start in range(0, len(uris), BATCH_SIZE):
         files: dict[str, tuple[str, bytes]] = {}

@@ -58,5 +58,5 @@ class Refit:
         """Score new images with a new model, (n,)."""
         category = new.record.category
         scorer = LocalScorer(store, category, model_id, backend)
-        files = (storage.read(store.normal_uri(category, each.digest)) for each in new.images)
-        return np.array([each.score for each in scorer(files) if isinstance(each, LocalScore)], np.float32)
+        files = (storage.read(store.normal_uri(category, image.digest)) for image in new.images)
+        return np.array([outcome.score for outcome in scorer(files) if isinstance(outcome, LocalScore)], np.float32)

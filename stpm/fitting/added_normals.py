@@ -17,7 +17,7 @@ def with_added_normals(
 
     If an image were there twice, one copy could be trained on and the other held out.
     """
-    uris = {store.normal_uri(category.name, each.digest): each.digest for each in added}
+    uris = {store.normal_uri(category.name, image.digest): image.digest for image in added}
     if not uris:
         return category.train
     sizes = {size for uri, size in storage.files(store.normals_folder(category.name)) if uri in uris}

@@ -124,7 +124,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
             heatmap_scale=calibration.scale,
             distance_scales=distance_scales,
             fit=fit,
-            added_normals=tuple(dataclasses.replace(each, fitted=True) for each in task.added),
+            added_normals=tuple(dataclasses.replace(image, fitted=True) for image in task.added),
         ),
         task.data_fingerprint,
         student=trained.student,
@@ -134,8 +134,8 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         history=history,
         stage=task.stage,
     )
-    for each in checkpoints:
-        each.clear()
+    for stored in checkpoints:
+        stored.clear()
     return record
 
 

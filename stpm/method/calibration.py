@@ -80,7 +80,7 @@ def leave_one_out_scales(values: Sequence[Floats]) -> list[DistanceScale]:
     ordered = pooled[order]
     ranks_in_order = np.empty(len(pooled), np.int64)
     ranks_in_order[order] = np.arange(len(pooled))
-    ends = np.cumsum([len(each) for each in values])
+    ends = np.cumsum([len(distances) for distances in values])
     scales = []
     for own in np.split(ranks_in_order, ends[:-1]):
         # Number of values of other images before each of this image's values.

@@ -225,10 +225,11 @@ class Matcher:
         )
         arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
         results = []
-        for i, (each, (left, top, right, bottom)) in enumerate(zip(total.cpu().numpy(), content.tolist(), strict=True)):
+        boxes = content.tolist()
+        for i, (whole, (left, top, right, bottom)) in enumerate(zip(total.cpu().numpy(), boxes, strict=True)):
             box = slice(top, bottom), slice(left, right)
             student, memory = (None if maps is None else maps[i][box] for maps in arrays)
-            anomaly_map = AnomalyMap(np.ascontiguousarray(each[box]), student, memory)
+            anomaly_map = AnomalyMap(np.ascontiguousarray(whole[box]), student, memory)
             results.append(anomaly_map.smoothed(recipe.smoothing))
         return results
 

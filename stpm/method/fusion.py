@@ -93,7 +93,7 @@ class AnomalyMap:
         if not sigma:
             return self
         gaussian = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
-        student, memory = (None if each is None else gaussian(each) for each in (self.student, self.memory))
+        student, memory = (None if part is None else gaussian(part) for part in (self.student, self.memory))
         return AnomalyMap(gaussian(self.total), student, memory)
 
     def score(self, top_fraction: float) -> Score:
@@ -105,7 +105,7 @@ class AnomalyMap:
         total = self.total.ravel()
         count = max(round(top_fraction * total.size), 1)
         top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count)[-count:]
-        student, memory = (None if each is None else _mean(each, top) for each in (self.student, self.memory))
+        student, memory = (None if part is None else _mean(part, top) for part in (self.student, self.memory))
         return Score(_mean(self.total, top), student, memory)
 
 
@@ -140,7 +140,7 @@ def fuse(
     n = len(student)
     student_map = _add(maps[:n], valid[:n], size) if student else None
     memory_map = _add(maps[n:], valid[n:], size) if memory else None
-    total = torch.stack([each for each in (student_map, memory_map) if each is not None]).sum(dim=0)
+    total = torch.stack([part for part in (student_map, memory_map) if part is not None]).sum(dim=0)
     return total, student_map, memory_map
 
 

@@ -48,8 +48,8 @@ class Versions:
 
     def stage(self, version: Version) -> Versions:
         """Put a new model right after the current one."""
-        others = [each for each in self.next if each.model_id != version.model_id]
-        return Versions(self.current, self.previous, (version, *others))
+        waiting = [other for other in self.next if other.model_id != version.model_id]
+        return Versions(self.current, self.previous, (version, *waiting))
 
     def roll_back(self) -> Versions:
         """Make the previous model current.

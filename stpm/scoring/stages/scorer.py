@@ -204,7 +204,7 @@ def _image_scores(
 ) -> list[ImageScore]:
     """Score the anomaly maps of images of one category."""
     record, calibration = model.record, model.calibration
-    found = [each.score(record.recipe.top_fraction) for each in maps]
+    found = [anomaly_map.score(record.recipe.top_fraction) for anomaly_map in maps]
     scores = np.array([score.total for score in found], np.float32)
     p_values = calibration.p_values(scores)
     threshold = np.float32(calibration.threshold(settings.false_alarm_rate))
