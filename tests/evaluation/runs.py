@@ -87,7 +87,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         distance_scales=(),
         fit=FitRecord(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
         files={"student.safetensors": f"{seed}" * 64},
-        versions={},
+        library_versions={},
         created="now",
     )
     metrics = dict.fromkeys(METRICS, Metric(undefined="not measured"))

@@ -214,7 +214,7 @@ def test_model_id_depends_on_everything_that_affects_scores(store: ModelStore, t
     ]
     assert len({each.model_id for each in (record, *others)}) == 6
     assert store.record("nut").model_id == record.model_id
-    assert dataclasses.replace(record, created="later", versions={}).model_id == record.model_id
+    assert dataclasses.replace(record, created="later", library_versions={}).model_id == record.model_id
 
 
 def test_load_refuses_missing_or_empty_records(store: ModelStore, tiny: Recipe) -> None:
