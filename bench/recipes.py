@@ -47,6 +47,7 @@ from stpm.method.fusion import sample_distances
 from stpm.method.memory_bank import KINDS
 from stpm.method.preprocessing import Boxes
 from stpm.method.recipe import PRESETS, Recipe
+from stpm.options import Integers
 
 _BATCH = 16
 _DRAWN_PER_IMAGE = 4
@@ -112,6 +113,9 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
     """Fit one model, and measure each variant of it on the category's test images and on drawn defects."""
     fitted = fit(category, recipe)
     parts, matcher, held = fitted.parts, fitted.matcher, fitted.held_out
+    # Variants may drop levels that the fit has chosen.
+    chosen = sorted({recipe.levels[bank.level_index] for bank in parts.memory})
+    recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
     normal = compare(parts, matcher, [(data, None) for data in held])
     measured = {}
     if "real" in kinds:

@@ -24,7 +24,7 @@ from stpm.method.backbones import load_backbone, load_teacher_weights
 from stpm.method.forward import Matcher
 from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
-from stpm.options import Size
+from stpm.options import Integers, Size
 
 # Tests check what jobs log.
 logging.getLogger("stpm").setLevel(logging.INFO)
@@ -45,10 +45,11 @@ TINY = Recipe(
 
 
 # A recipe for each kind of model, by its parts.
+MEMORY = dataclasses.replace(TINY, memory=50, memory_levels=Integers((2, 3)), fusion="quantile")
 MODELS = {
     "student": TINY,
-    "student and memory": dataclasses.replace(TINY, memory=50, fusion="quantile", top_fraction=0.01, smoothing=1.0),
-    "memory": dataclasses.replace(TINY, student="none", memory=50, fusion="quantile"),
+    "student and memory": dataclasses.replace(MEMORY, top_fraction=0.01, smoothing=1.0),
+    "memory": dataclasses.replace(MEMORY, student="none"),
 }
 
 

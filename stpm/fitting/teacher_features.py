@@ -39,6 +39,7 @@ class TeacherFeatures:
         self._pixels = torch.from_numpy(images.pixels)
         first = self._compute(np.arange(1))
         self.shapes = [spatial_shape(level) for level in first]
+        self.channels = [level.shape[1] for level in first]
         self.nbytes = sum(level.numel() for level in first) * 2 * len(images)
         self.cached = self.nbytes <= budget
         self._features: list[Tensor] = []

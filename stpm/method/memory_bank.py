@@ -10,7 +10,7 @@ Convention: features are (B, C, H, W), descriptors (B, H, W, C), distance maps (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,6 +28,8 @@ _RIDGE = 0.01
 # Smallest ridge, as a fraction of the mean's mean square: above the rounding errors of features that are all the same.
 _MIN_RIDGE = 1e-6
 _EPS = 1e-12
+# Pixels between the positions of a bank, at least.
+_MIN_STRIDE = 8
 # Queries per matrix product: its result, some MiB, stays in a core's cache.
 _QUERIES_PER_BLOCK = 1024
 
@@ -39,7 +41,8 @@ class MemoryBank:
     Args:
         level_index: index of the level among the recipe's `levels`, 0 the finest.
         kind: kind of descriptor.
-        window: side of the square of positions that a descriptor averages, odd.
+        pool: side of the squares of positions that are averaged into one position; 1: none.
+        window: side of the square of those positions that a descriptor averages, odd.
         mean: (C,) float32, mean of normal descriptors.
         whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
         vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
@@ -47,6 +50,7 @@ class MemoryBank:
 
     level_index: int
     kind: Kind
+    pool: int
     window: int
     mean: Tensor
     whitening: Tensor
@@ -59,18 +63,36 @@ class MemoryBank:
 
     def to(self, device: torch.device) -> MemoryBank:
         """Move all tensors to a device."""
-        return MemoryBank(self.level_index, self.kind, self.window, *(t.to(device) for t in self.tensors.values()))
+        mean, whitening, vectors = (tensor.to(device) for tensor in self.tensors.values())
+        return replace(self, mean=mean, whitening=whitening, vectors=vectors)
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Compute the distance of each position to the nearest vector: (B, C, H, W) to (B, H, W) float32.
+        """Compute the distance of each position to the nearest vector: (B, C, H, W) to (B, ⌈H/pool⌉, ⌈W/pool⌉) float32.
 
         Args:
             features: features of the bank's level.
             valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
         """
-        described = describe(features, self.kind, self.window, valid)
+        described = describe(features, self.kind, self.pool, self.window, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
+
+
+def pool_size(shape: tuple[int, int], size: tuple[int, int]) -> int:
+    """Return the side of the squares of positions to average into one: a bank has a position per 8 x 8 pixels at most.
+
+    Between finer positions the window's average hardly changes, and the search would take four times as long.
+
+    Args:
+        shape: height and width of the level.
+        size: height and width of the input, pixels.
+    """
+    return max(_MIN_STRIDE // max(round(size[0] / shape[0]), round(size[1] / shape[1])), 1)
+
+
+def pooled_shape(shape: tuple[int, int], pool: int) -> tuple[int, int]:
+    """Return height and width of a level after squares of positions are averaged."""
+    return math.ceil(shape[0] / pool), math.ceil(shape[1] / pool)
 
 
 def window_size(shape: tuple[int, int], coarsest: tuple[int, int]) -> int:
@@ -79,45 +101,49 @@ def window_size(shape: tuple[int, int], coarsest: tuple[int, int]) -> int:
     return ratio + 1 - ratio % 2
 
 
-def describe(features: Tensor, kind: Kind, window: int, valid: Tensor | None = None) -> Tensor:
-    """Compute the descriptors of all positions, before whitening: averages over a window.
+def describe(features: Tensor, kind: Kind, pool: int, window: int, valid: Tensor | None = None) -> Tensor:
+    """Compute the descriptors of all positions, before whitening: averages over a window of pooled positions.
 
     Args:
         features: (B, C, H, W), any float type.
         kind: `directions` scales each averaged vector to length 1.
+        pool: side of the squares of positions that are averaged into one.
         window: side of the window, odd; at a border, only valid positions are averaged.
         valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
 
     Returns:
-        (B, H, W, C) float32.
+        (B, ⌈H/pool⌉, ⌈W/pool⌉, C) float32.
     """
     features = features.float()
-    if window > 1:
-        if valid is None:
-            features = _average(features, window)
-        else:
-            weight = valid[:, None].float()
-            features = _average(features * weight, window) / _average(weight, window).clamp_min(1 / window**2)
+    if valid is None:
+        features = _average(features, pool, window)
+    elif pool > 1 or window > 1:
+        weight = valid[:, None].float()
+        share = _average(weight, pool, window).clamp_min(1 / (pool * window) ** 2)
+        features = _average(features * weight, pool, window) / share
     if kind == "directions":
         features = normalize(features, dim=1)
     return features.permute(0, 2, 3, 1).contiguous()
 
 
-def fit_bank(descriptors: Tensor, level_index: int, kind: Kind, window: int, size: int, seed: int) -> MemoryBank:
+def fit_bank(
+    descriptors: Tensor, level_index: int, kind: Kind, pool: int, window: int, size: int, seed: int
+) -> MemoryBank:
     """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
 
     Args:
         descriptors: (N, C) float32, not whitened, N at least 1.
         level_index: index of the descriptors' level among the recipe's `levels`, 0 the finest.
         kind: kind of the descriptors.
-        window: side of the square of positions that each descriptor averages, odd.
+        pool: side of the squares of positions that are averaged into one.
+        window: side of the square of those positions that each descriptor averages, odd.
         size: number of vectors to keep; all, if there are fewer.
         seed: seed of the coreset's projection.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
     chosen = greedy_coreset(whitened, size, seed)
-    return MemoryBank(level_index, kind, window, mean, whitening, whitened[chosen].half().float())
+    return MemoryBank(level_index, kind, pool, window, mean, whitening, whitened[chosen].half().float())
 
 
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,5 +209,9 @@ def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
     return torch.cat(nearest).clamp_min(0.0).sqrt()
 
 
-def _average(maps: Tensor, window: int) -> Tensor:
-    return avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
+def _average(maps: Tensor, pool: int, window: int) -> Tensor:
+    if pool > 1:
+        maps = avg_pool2d(maps, pool, ceil_mode=True, count_include_pad=False)
+    if window > 1:
+        maps = avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
+    return maps

@@ -86,7 +86,9 @@ class Recipe(Options):
         minimum=0,
         maximum=1_000_000,
     )
-    memory_levels: Integers = option(Integers((2, 3)), "pyramid levels with memory banks, some of --levels")
+    memory_levels: Integers = option(
+        Integers(), "pyramid levels with memory banks, some of --levels; none: those with at least 32 channels"
+    )
     fusion: FusionMethod = option(
         "product",
         "how to combine distance maps. `product` or `sum`: of the student's levels; `quantile`: the mean of the "
@@ -137,7 +139,7 @@ class Recipe(Options):
             ("student", self.student != "none" or self.memory > 0, "--memory too, such as 2000: a model needs a part"),
             (
                 "memory_levels",
-                not self.memory or (bool(memory_levels) and memory_levels == sorted({*memory_levels} & {*levels})),
+                not self.memory or memory_levels == sorted({*memory_levels} & {*levels}),
                 f"some of the levels {','.join(map(str, levels))}, increasing",
             ),
             (

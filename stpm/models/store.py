@@ -369,21 +369,22 @@ def _read(uri: str) -> bytes:
 
 
 def _tensors_by_name(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
-    """Name each tensor <level index>.<kind>.<window>.<name>. Half precision represents the vectors exactly."""
-    return {
-        f"{bank.level_index}.{bank.kind}.{bank.window}.{name}": tensor.half() if name == "vectors" else tensor
-        for bank in memory
-        for name, tensor in bank.tensors.items()
-    }
+    """Name each tensor <level index>.<kind>.<pool>.<window>.<name>. Half precision represents the vectors exactly."""
+    tensors = {}
+    for bank in memory:
+        for name, tensor in bank.tensors.items():
+            path = f"{bank.level_index}.{bank.kind}.{bank.pool}.{bank.window}.{name}"
+            tensors[path] = tensor.half() if name == "vectors" else tensor
+    return tensors
 
 
 def _banks(tensors: StateDict) -> tuple[MemoryBank, ...]:
     """Undo `_tensors_by_name`: return the banks by level and kind, in the order in which they were fitted."""
     from stpm.method.memory_bank import KINDS, MemoryBank
 
-    by_key: dict[tuple[int, Kind, int], dict[str, Tensor]] = {}
+    by_key: dict[tuple[int, Kind, int, int], dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
-        level_index, kind, window, name = path.split(".")
-        by_key.setdefault((int(level_index), cast("Kind", kind), int(window)), {})[name] = tensor.float()
+        level_index, kind, pool, window, name = path.split(".")
+        by_key.setdefault((int(level_index), cast("Kind", kind), int(pool), int(window)), {})[name] = tensor.float()
     banks = (MemoryBank(*key, bank["mean"], bank["whitening"], bank["vectors"]) for key, bank in by_key.items())
     return tuple(sorted(banks, key=lambda bank: (bank.level_index, KINDS.index(bank.kind))))

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from stpm.fitting.build_memory import build_memory
+from stpm.fitting.build_memory import build_memory, choose_levels
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import split_images
 from stpm.fitting.training_images import TrainingImages
+from stpm.method.forward import Parts
 from stpm.method.memory_bank import MemoryBank
+from stpm.options import Integers
 from tests.conftest import MODELS
 from tests.fitting.helpers import BUDGET, MatcherOf, unpadded
 
 
 def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) -> bool:
     return len(first) == len(second) and all(
-        (a.level_index, a.kind, a.window) == (b.level_index, b.kind, b.window)
+        (a.level_index, a.kind, a.pool, a.window) == (b.level_index, b.kind, b.pool, b.window)
         and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "whitening", "vectors"))
         for a, b in zip(first, second, strict=True)
     )
@@ -95,3 +97,35 @@ def test_memory_candidates_are_spread_evenly_over_images(
     sizes = [len(bank.vectors) for bank in build_memory(features, np.arange(9), recipe)]
     # The levels have 8 × 8 and 4 × 4 positions: 20 of each image, or all.
     assert sizes == [180, 180, 144, 144]
+
+
+@pytest.mark.parametrize(
+    ("levels", "channels", "indices"),
+    [
+        ((), [64, 128, 256], [0, 1, 2]),
+        ((), [24, 40, 112], [1, 2]),
+        ((), [8, 16, 24], [2]),
+        ((1, 3), [24, 40, 112], [0, 2]),
+    ],
+)
+def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
+    levels: tuple[int, ...], channels: list[int], indices: list[int]
+) -> None:
+    recipe = dataclasses.replace(MODELS["memory"], memory_levels=Integers(levels))
+    assert choose_levels(recipe, channels) == indices
+
+
+def test_the_finest_level_is_pooled_to_a_position_per_eight_pixels(
+    images: TrainingImages, make_matcher: MatcherOf
+) -> None:
+    recipe = dataclasses.replace(MODELS["memory"], memory_levels=Integers((1, 2)), memory=100_000)
+    features = TeacherFeatures(make_matcher(recipe), images, BUDGET)
+    assert features.shapes[:2] == [(16, 16), (8, 8)]
+    banks = build_memory(features, np.arange(9), recipe)
+    assert [(bank.level_index, bank.pool, bank.window) for bank in banks] == [(0, 2, 1)] * 2 + [(1, 1, 1)] * 2
+    maps = features.matcher.distances(
+        Parts(None, banks), features.inputs(np.arange(9)), images.content[:9], features(np.arange(9))
+    ).memory
+    assert [tuple(distances.shape) for distances in maps] == [(9, 8, 8)] * 4
+    # The banks hold every descriptor.
+    assert max(float(distances.max()) for distances in maps) < 0.05

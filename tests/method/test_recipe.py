@@ -25,7 +25,7 @@ def test_presets_match_their_sources() -> None:
     for preset in (paper, notebook):
         assert (preset.student, preset.memory, preset.fusion) == ("stpm", 0, "product")
         assert (preset.smoothing, preset.top_fraction) == (0.0, 0.0)
-    assert (default.student, default.memory, default.memory_levels) == ("stpm", 2000, (2, 3))
+    assert (default.student, default.memory, default.memory_levels) == ("stpm", 2000, ())
     assert (default.fusion, default.smoothing, default.top_fraction) == ("quantile", 0.0, 0.005)
     assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
     assert (paper.resize, notebook.resize) == ("stretch", "stretch")
@@ -76,8 +76,10 @@ def test_recipe_refuses_values_out_of_range(field: str, value: Any) -> None:
         ({"student": "none"}, "student is 'none'; give --memory too"),
         ({"memory": 9}, "fusion is 'product'; give quantile: .* or give --memory 0"),
         ({"memory": 9, "fusion": "sum"}, "fusion is 'sum'; give quantile"),
-        ({"memory": 9, "fusion": "quantile", "memory_levels": Integers()}, "memory-levels is .*; give some of"),
-        ({"memory": 9, "fusion": "quantile", "levels": Integers((1, 2))}, "memory-levels is .* of the levels 1,2"),
+        (
+            {"memory": 9, "fusion": "quantile", "memory_levels": Integers((2, 4))},
+            "memory-levels is .* of the levels 1,2,3",
+        ),
         ({"memory": 9, "fusion": "quantile", "memory_levels": Integers((3, 2))}, "memory-levels is .* increasing"),
         ({"memory": 9, "fusion": "quantile", "memory_levels": Integers((2, 2))}, "memory-levels is .* increasing"),
     ],

@@ -33,7 +33,9 @@ def make_banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
         return ()
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        fit_bank(torch.randn(90, 60 + level, generator=generator), level, kind, 5 - 2 * level, recipe.memory, seed)
+        fit_bank(
+            torch.randn(90, 60 + level, generator=generator), level, kind, 3 - level, 5 - 2 * level, recipe.memory, seed
+        )
         for level in (1, 2)
         for kind in KINDS
     )
@@ -127,7 +129,12 @@ def test_load_restores_memory_bit_for_bit(store: ModelStore, any_model: Recipe) 
     expected, found = make_banks(any_model), store.load("nut").parts.memory
     assert len(found) == len(expected) == (4 if any_model.memory else 0)
     for one, other in zip(found, expected, strict=True):
-        assert (one.level_index, one.kind, one.window) == (other.level_index, other.kind, other.window)
+        assert (one.level_index, one.kind, one.pool, one.window) == (
+            other.level_index,
+            other.kind,
+            other.pool,
+            other.window,
+        )
         for name in ("mean", "whitening", "vectors"):
             loaded, made = getattr(one, name), getattr(other, name)
             assert loaded.dtype == torch.float32
