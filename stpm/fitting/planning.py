@@ -113,12 +113,12 @@ def plan_fit(maker: TaskMaker) -> Plan:
 
 
 def plan_refit(maker: TaskMaker, new: Sequence[AddedNormal]) -> Plan:
-    """Plan a fit on all images that were added, before and now; its model is staged.
-
-    Raises:
-        ModelUnreadableError: if storage failed while the current model's record was read.
-    """
-    task = maker.task([*maker.added(), *new], stage=True)
+    """Plan a fit on all images that were added, before and now; its model is staged."""
+    try:
+        added = maker.added()
+    except ModelUnreadableError as error:
+        return _fail(maker.task(new, stage=True), error)
+    task = maker.task([*added, *new], stage=True)
     if plan := _plan_without_fit(task):
         return plan
     if model := existing_model(task, among="next"):

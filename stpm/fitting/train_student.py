@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stpm.errors import DivergedError
+from stpm.errors import ConfigError, DivergedError
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
 from stpm.method.backbones import Backbone, StateDict, build_student
@@ -103,10 +103,12 @@ def train_student(
     validation loss is that of the held-out images.
 
     Raises:
+        ConfigError: if a level has a single position.
         DivergedError: if a loss is not finite.
     """
     if recipe.student == "none":
         return TrainedStudent()
+    _check_positions(features, recipe)
     student = to_device(
         build_student(recipe.teacher, recipe.levels, recipe.seed, recipe.zero_init_residual),
         features.matcher.device,
@@ -138,6 +140,16 @@ def train_student(
     if recipe.keep == "last":
         return TrainedStudent(_copy_weights(student), tuple(history), history[-1])
     return TrainedStudent({k: v.cpu() for k, v in best.items()}, tuple(history), _best_epoch(history))
+
+
+def _check_positions(features: TeacherFeatures, recipe: Recipe) -> None:
+    """Raise ConfigError if a level has a single position: BatchNorm has no variance if a batch has one image."""
+    for level, shape in zip(recipe.levels, features.shapes, strict=True):
+        if shape == (1, 1):
+            raise ConfigError(
+                f"level {level} of {recipe.teacher} has a single position at an input of "
+                f"{features.matcher.preprocessing.size}; give a larger --size, or leave it out of --levels"
+            )
 
 
 def _best_epoch(history: Sequence[Epoch]) -> Epoch:

@@ -8,15 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stpm.errors import DivergedError
+from stpm.errors import ConfigError, DivergedError
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import FitState, learning_rate, split_images, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.backbones import load_backbone
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import PRESETS, Recipe
+from stpm.options import Integers, Size
 from tests.conftest import MODELS
-from tests.fitting.helpers import BUDGET, MatcherOf, same_tensors, train_on
+from tests.fitting.helpers import BUDGET, MatcherOf, same_tensors, train_on, unpadded
 
 PAPER = PRESETS["paper"]
 
@@ -160,6 +161,15 @@ def test_gradient_does_not_depend_on_the_batch_size(
         loss.backward()
         gradients.append(next(student.parameters()).grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+def test_a_level_with_a_single_position_is_refused(
+    images: TrainingImages, tiny: Recipe, make_matcher: MatcherOf
+) -> None:
+    small = unpadded(images.pixels[:, ::2, ::2])
+    recipe = dataclasses.replace(tiny, size=Size("32"), levels=Integers((1, 2, 3, 4)))
+    with pytest.raises(ConfigError, match="level 4 of test_resnet has a single position at an input of 32x32; give"):
+        train_on(small, recipe, make_matcher)
 
 
 def test_nan_loss_is_reported(images: TrainingImages, tiny: Recipe, make_matcher: MatcherOf) -> None:
