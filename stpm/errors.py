@@ -2,6 +2,32 @@
 
 from collections.abc import Sequence
 
+# The kinds of an `ImageError`. An image itself causes final ones. Storage, a model or a device causes the others: the
+# next run tries the image again.
+FINAL_ERRORS = (
+    "not_allowed",
+    "bad_name",
+    "missing",
+    "empty",
+    "not_an_image",
+    "damaged",
+    "too_large",
+    "decode_timeout",
+    "unsupported",
+    "unforeseen",
+    "no_model",
+)
+RETRIED_ERRORS = (
+    "unreadable",
+    "fetch_timeout",
+    "out_of_memory",
+    "model_unreadable",
+    "model_damaged",
+    "forward_failed",
+)
+# If many images in a row have these errors, something else is broken: unmounted storage looks like missing files.
+EXTERNAL_ERRORS = frozenset((*RETRIED_ERRORS, "missing"))
+
 # In characters. Some storage answers with whole pages.
 _MAX_MESSAGE = 1000
 
@@ -62,7 +88,7 @@ class ImageError(StpmError):
     """An image cannot be scored.
 
     Args:
-        kind: one of `stpm.data.images.ERROR_KINDS`.
+        kind: one of FINAL_ERRORS or RETRIED_ERRORS.
         message: the reason. Characters that UTF-8 cannot hold are escaped, and a long message is cut.
     """
 

@@ -3,9 +3,6 @@
 Conventions: EXIF orientation is not applied, since masks and peak coordinates refer to the pixels as stored. 16-bit
 grey is divided by 257, independent of the image's own range, so that images of one camera are comparable. An alpha
 channel is dropped. The first frame of an animation or a multi-page file is decoded.
-
-Error kinds that an image itself causes are final. Those that storage, a model or a device causes are transient: a later
-run may score the image.
 """
 
 from __future__ import annotations
@@ -25,30 +22,6 @@ from stpm.method.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
-FINAL_ERRORS = (
-    "not_allowed",
-    "bad_name",
-    "missing",
-    "empty",
-    "not_an_image",
-    "damaged",
-    "too_large",
-    "decode_timeout",
-    "unsupported",
-    "unforeseen",
-    "no_model",
-)
-TRANSIENT_ERRORS = (
-    "unreadable",
-    "fetch_timeout",
-    "out_of_memory",
-    "model_unreadable",
-    "model_damaged",
-    "forward_failed",
-)
-ERROR_KINDS = (*FINAL_ERRORS, *TRANSIENT_ERRORS)
-# If many images in a row have these errors, something else is broken: unmounted storage looks like missing files.
-EXTERNAL_ERRORS = frozenset((*TRANSIENT_ERRORS, "missing"))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Formats are read from a file's contents, not its name. Pillow knows more, and starts other programs for some of them.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")

@@ -88,7 +88,10 @@ class TaskQueue:
             deaths = [nodes for nodes in self._deaths.get(key, ()) if nodes <= living] + [self._group_nodes]
             self._deaths[key] = deaths
             if len(deaths) > 1 and ran_alone:
-                reason = f"its worker process died {len(deaths)} times (out of memory?); it is not tried again"
+                reason = (
+                    f"its worker process died {len(deaths)} times (out of memory?); run again with a lower "
+                    "--batch-size, --pixels or --workers"
+                )
                 self._events.append(FitResult(task, reason=reason))
             else:
                 self._quarantined.append(task)

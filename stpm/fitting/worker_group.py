@@ -92,7 +92,11 @@ def run_worker_group(
         ray.kill(queue)
         storage.remove(scratch)
     ended = {result.task.key for result in results}
-    missing = [FitResult(task, reason=failure or "it never ran") for task in tasks if task.key not in ended]
+    missing = [
+        FitResult(task, reason=failure or "not started, because the workers ended; run the same command again")
+        for task in tasks
+        if task.key not in ended
+    ]
     for result in missing:
         on_event(result)
     return results + missing

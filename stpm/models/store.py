@@ -201,7 +201,7 @@ class ModelStore:
         try:
             return from_json(Versions, _read(uri), uri)
         except FileNotFoundError as error:
-            raise NoModelError(f"{self.uri}: no model for category {category!r}") from error
+            raise NoModelError(f"{self.uri}: no model for category {category!r}; jobs/models.py lists them") from error
 
     def set_versions(self, category: str, versions: Versions) -> None:
         """Write the current model of a category, those before it, and those after it."""
@@ -353,7 +353,7 @@ class ModelStore:
         try:
             data = _read(uri)
         except FileNotFoundError as error:
-            raise ModelError(f"{uri}: cannot be read: {error}") from error
+            raise ModelError(f"{uri}: no such file; fit the model again") from error
         if storage.digest(data) != digest:
             raise ModelError(f"{uri}: its SHA-256 is {storage.digest(data)}, {digest} expected; fit the model again")
         return data

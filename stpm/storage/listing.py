@@ -36,7 +36,7 @@ def subfolders(uri: str) -> list[str]:
     try:
         entries = with_retries(uri, lambda: fs.ls(path, detail=True))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{uri}: no such folder") from error
+        raise DataError(f"{uri}: no such folder; check its name, and that its disk is mounted") from error
     names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"]
     return sorted(name for name in names if not name.startswith("."))
 

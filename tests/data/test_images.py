@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stpm.data import images
-from stpm.data.images import ERROR_KINDS, crop_mask, decode, decode_mask, decode_picture, read_size, resize_mask
-from stpm.errors import ImageError
+from stpm.data.images import crop_mask, decode, decode_mask, decode_picture, read_size, resize_mask
+from stpm.errors import FINAL_ERRORS, ImageError
 from stpm.method.preprocessing import Resize
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image
@@ -50,7 +50,7 @@ def test_decode_raises_only_image_errors(data: st.DataObject) -> None:
         with patch.object(images, "MAX_PIXELS", 1_000_000):
             assert decode(bytes(original[:cut]), make_preprocessing(32)).pixels.shape == (32, 32, 3)
     except ImageError as error:
-        assert error.kind in ERROR_KINDS
+        assert error.kind in FINAL_ERRORS
 
 
 def test_decode_mask_keeps_size_and_resize_mask_uses_nearest_neighbour() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stpm.data.images import EXTERNAL_ERRORS
-from stpm.errors import ImageError
+from stpm.errors import EXTERNAL_ERRORS, ImageError
 
 
 def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stpm.data.images import TRANSIENT_ERRORS
-from stpm.errors import ImageError
+from stpm.errors import RETRIED_ERRORS, ImageError
 from stpm.method.forward import Matcher, pick_device
 from stpm.method.fusion import AnomalyMap
 from stpm.models.store import Model, ModelStore
@@ -68,8 +67,8 @@ Outcome = ImageScore | ImageError
 class Scorer:
     """Turn DECODED rows into SCORED rows. The teacher runs once per forward pass, each model on its own rows.
 
-    The rows of a model that cannot be loaded become errors. Drop the rows with a transient error: the next run scores
-    the images that have no row.
+    The rows of a model that cannot be loaded become errors. Drop the rows with an error of RETRIED_ERRORS: the next run
+    scores the images that have no row.
 
     Args:
         settings: see `ScorerSettings`.
@@ -86,7 +85,7 @@ class Scorer:
         self._models = models or ModelCache(
             ModelStore(settings.store), device, settings.model_ram, settings.model_ids, settings.backend
         )
-        self._dropped_errors = frozenset() if settings.accept_errors else frozenset(TRANSIENT_ERRORS)
+        self._dropped_errors = frozenset() if settings.accept_errors else frozenset(RETRIED_ERRORS)
         self._batch_size = BatchSize(settings.batch_size, grows=device.type != "cpu")
         # Other processes share a CPU: count this one's time. A GPU is occupied all the time.
         self._clock = time.process_time if device.type == "cpu" else time.perf_counter

@@ -25,7 +25,7 @@ class ScorerSettings:
         overlays: keep the pixels, for the overlays.
         batch_size: images per forward pass; 0: chosen by measuring on the device.
         model_ram: maximum bytes of the models that stay loaded.
-        accept_errors: keep the rows with a transient error.
+        accept_errors: keep the rows with an error of RETRIED_ERRORS.
         backend: what computes the features.
     """
 
