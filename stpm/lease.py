@@ -9,7 +9,6 @@ that could not rewrite its file for nearly as long stops, before any other run m
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shlex
@@ -27,6 +26,7 @@ from pathlib import Path
 from stpm import storage
 from stpm.console import SOME_FAILED, duration, hide_urls, timestamp
 from stpm.errors import ConfigError, CutOffError
+from stpm.records import from_json, to_json
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +88,13 @@ class Holder:
     def parse(cls, data: bytes) -> Holder:
         """Parse a lease's file. Return an unknown holder if it is not valid: a file just created may be empty."""
         try:
-            return cls(**json.loads(data))
-        except (ValueError, TypeError):
+            return from_json(cls, data)
+        except ValueError:
             return cls()
 
     def encode(self) -> bytes:
         """Encode as the content of a lease's file."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode()
+        return to_json(self, indent=None)
 
     def is_alive(self) -> bool | None:
         """Return whether the process runs; None if it is not one of this machine's."""

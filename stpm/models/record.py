@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from stpm import __version__, storage
 from stpm.console import timestamp
-from stpm.errors import ConfigError, ModelError
 from stpm.method.calibration import DistanceScale, HeatmapScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
-from stpm.options import Integers, Size
-
-T = TypeVar("T")
 
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
@@ -126,44 +119,3 @@ class ModelRecord:
         files = [self.files.get(name) for name in (STUDENT, MEMORY, CALIBRATION)]
         values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.distance_scales, files)
         return f"{self.category}-{storage.digest(repr((values, self.heatmap_scale)).encode())[:12]}"
-
-
-def to_json(value: Any) -> bytes:
-    """Write a dataclass as JSON."""
-    return json.dumps(dataclasses.asdict(value), indent=2).encode()
-
-
-def from_json(kind: type[T], data: bytes, uri: str) -> T:
-    """Read a dataclass from JSON.
-
-    Raises:
-        ModelError: if the bytes are not JSON, or a field is missing, unknown or of another type.
-    """
-    try:
-        value: T = _convert(kind, json.loads(data), kind.__name__)
-    except (AttributeError, ConfigError, TypeError, ValueError) as error:
-        raise ModelError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
-    return value
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    """Convert a JSON value to a field's type, or raise ValueError with the field's name."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    kinds = (kind, *arguments)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
-        if differ := value.keys() ^ hints.keys():
-            raise ValueError(f"{name} has missing or unknown fields: {', '.join(sorted(differ))}")
-        return kind(**{key: _convert(hints[key], item, f"{name}.{key}") for key, item in value.items()})  # type: ignore[operator]
-    if origin is UnionType and isinstance(value, dict):
-        # One dataclass, or None.
-        return _convert(arguments[0], value, name)
-    if kind in (Size, Integers):
-        return kind(value)
-    if origin is tuple:
-        return tuple(_convert(arguments[0], item, name) for item in value)
-    if origin is dict:
-        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if value in arguments or type(value) in kinds or (float in kinds and type(value) is int):
-        return value
-    raise ValueError(f"{name} is {value!r}, not of type {getattr(kind, '__name__', kind)}")

@@ -25,7 +25,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,10 @@ import pyarrow.parquet as pq
 from stpm import storage
 from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration
-from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, from_json, to_json
+from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord
 from stpm.models.versions import Version, Versions
 from stpm.names import safe_name
+from stpm.records import from_json, to_json
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from stpm.method.backbones import Backbone, StateDict
     from stpm.method.forward import Parts
     from stpm.method.memory_bank import Kind, MemoryBank
+
+T = TypeVar("T")
 
 _TEACHERS = "teachers"
 _CURRENT = "current.json"
@@ -199,7 +202,7 @@ class ModelStore:
         """
         uri = self._current_uri(category)
         try:
-            return from_json(Versions, _read(uri), uri)
+            return _read_record(Versions, uri)
         except FileNotFoundError as error:
             raise NoModelError(f"{self.uri}: no model for category {category!r}; jobs/models.py lists them") from error
 
@@ -275,7 +278,7 @@ class ModelStore:
         model_id = model_id or self.current(category).model_id
         uri = storage.join(self.folder(category), model_id, _RECORD)
         try:
-            record = from_json(ModelRecord, _read(uri), uri)
+            record = _read_record(ModelRecord, uri)
         except FileNotFoundError as error:
             raise ModelError(f"{self.uri}: no model {model_id} for category {category!r}") from error
         if record.model_id != model_id:
@@ -366,6 +369,13 @@ def _read(uri: str) -> bytes:
         raise
     except OSError as error:
         raise ModelUnreadableError(f"{uri}: cannot be read: {error}") from error
+
+
+def _read_record(kind: type[T], uri: str) -> T:
+    try:
+        return from_json(kind, _read(uri))
+    except ValueError as error:
+        raise ModelError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
 
 
 def _tensors_by_name(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from stpm import storage
-from stpm.errors import DataError, ModelError
+from stpm.errors import DataError
 from stpm.method.false_discovery import Discoveries
-from stpm.models.record import from_json, to_json
 from stpm.monitoring.drift import Counts, Verdict
 from stpm.monitoring.runs import NightFolder
+from stpm.records import from_json, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +137,12 @@ def read_night(folder: NightFolder) -> Night | None:
     """
     uri = folder.record
     try:
-        night = from_json(Night, storage.read(uri), uri)
+        night = from_json(Night, storage.read(uri))
     except FileNotFoundError:
         return None
-    except ModelError as error:
+    except ValueError as error:
         raise DataError(
-            f"{uri} is not a record of a night: {error.__cause__}; remove it, or start with --date {folder.date} "
+            f"{uri} is not a record of a night: {error}; remove it, or start with --date {folder.date} "
             "--fresh, which replaces it and scores the night again"
         ) from error
     if night.date != folder.date.isoformat():

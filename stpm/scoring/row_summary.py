@@ -6,16 +6,17 @@ Each task summarizes the rows that it writes. Summaries add up, so that a run of
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from stpm import records
 
 T = TypeVar("T")
 
@@ -29,17 +30,6 @@ COLUMNS = [*_ERROR_COLUMNS, *_VALUES, "image_id", "category", "bytes"]
 # Thresholds are at least this in the division by them.
 _MIN_THRESHOLD = 1e-30
 
-
-# Types of the values of a stored summary.
-_TYPES = {
-    "categories": dict,
-    "errors": dict,
-    "error_examples": list,
-    "p_values": dict,
-    "bytes_read": int,
-    "max_ranked": int,
-    "ranked": list,
-}
 # Names of the counts of a category.
 _COUNTS = {"rows", "anomalous", "errors"}
 
@@ -153,25 +143,15 @@ class RowSummary:
         )
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return records.to_json(self, indent=None)
 
     @classmethod
     def from_json(cls, text: bytes) -> RowSummary:
-        """Read what `to_json` wrote. Raise ValueError, TypeError or KeyError if it is something else."""
-        values = json.loads(text)
-        if type(values) is not dict or {name: type(values[name]) for name in values} != _TYPES:
-            raise TypeError(f"no object with {', '.join(_TYPES)}")
-        if any(type(counts) is not dict for counts in (*values["categories"].values(), *values["p_values"].values())):
-            raise TypeError("no counts by category")
-        if any(set(counts) != _COUNTS for counts in values["categories"].values()):
-            raise TypeError(f"no counts of {', '.join(sorted(_COUNTS))} in each category")
-        values["ranked"] = [RankedImage(*each) for each in values["ranked"]]
-        # JSON has no numbers as keys.
-        values["p_values"] = {
-            name: {float(p_value): count for p_value, count in counts.items()}
-            for name, counts in values["p_values"].items()
-        }
-        return cls(**values)
+        """Read what `to_json` wrote. Raise ValueError if it is something else."""
+        summary = records.from_json(cls, text)
+        if any(set(counts) != _COUNTS for counts in summary.categories.values()):
+            raise ValueError(f"no counts of {', '.join(sorted(_COUNTS))} in each category")
+        return summary
 
 
 def _by_name(values: dict[str, T]) -> dict[str, T]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from stpm import storage
-from stpm.models.record import to_json
 from stpm.monitoring.housekeeping import remove_nights_before
 from stpm.monitoring.nights import Night, write_night
 from stpm.monitoring.runs import NightFolder
+from stpm.records import to_json
 from stpm.scoring.inputs import manifest
 from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.names import as_utf8, is_utf8
+from stpm.records import from_json, to_json
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.options import ScoreOptions
@@ -193,7 +193,7 @@ def write(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOpti
         shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
     rows = sum(shard_rows)
     summary = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows)
-    storage.publish(storage.join(folder, _SUMMARY), json.dumps(asdict(summary)).encode())
+    storage.publish(storage.join(folder, _SUMMARY), to_json(summary, indent=None))
     return summary
 
 
@@ -308,12 +308,10 @@ def read(folder: str) -> Manifest | None:
     """
     uri = storage.join(folder, _SUMMARY)
     try:
-        values = json.loads(storage.read(uri))
-        lists = {name: tuple(values[name]) for name in ("categories", "shard_rows")}
-        return Manifest(**values | lists)
+        return from_json(Manifest, storage.read(uri))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise DataError(
             f"{uri} is damaged, and with it the list of this run's images ({error}); give another --out, or --fresh"
         ) from error

@@ -113,7 +113,7 @@ def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
 def _read(uri: str) -> RowSummary:
     try:
         return RowSummary.from_json(storage.read(uri))
-    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise DataError(
             f"{uri} is damaged or missing, and with it the counts of written rows ({error}); give another --out, or "
             "--fresh"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,9 +67,24 @@ def test_an_unfinished_manifest_does_not_count(folder: str) -> None:
     assert [row["uri"] for row in rows_in(folder)] == ["new"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
-def test_an_error_names_a_damaged_manifest(folder: str, content: bytes) -> None:
-    manifest.write([chunk(["a"])], folder)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        ("categories", "nut"),
+        ("categories", [1]),
+        ("shard_rows", ["1"]),
+        ("rows", None),
+    ],
+)
+def test_an_error_names_a_damaged_manifest(folder: str, content: bytes | tuple[str, object]) -> None:
+    written = manifest.write([chunk(["a"])], folder)
+    if isinstance(content, tuple):
+        content = json.dumps(dataclasses.asdict(written) | dict([content])).encode()
     storage.publish(f"{folder}/manifest.json", content)
     with pytest.raises(DataError, match=r"manifest/manifest\.json is damaged, .* or --fresh"):
         manifest.read(folder)

@@ -1,0 +1,104 @@
+"""Dataclasses as JSON files: written, and read back only if every field is there with a value of its type."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from reprlib import repr as shorten
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from stpm.errors import ConfigError, join_first
+from stpm.options import Integers, Size
+
+T = TypeVar("T")
+
+
+def to_json(value: Any, *, indent: int | None = 2) -> bytes:
+    """Write a dataclass as JSON; without indentation in one line, which is several times as fast."""
+    return json.dumps(dataclasses.asdict(value), indent=indent).encode()
+
+
+def from_json(kind: type[T], data: bytes) -> T:
+    """Read a dataclass from JSON.
+
+    Raises:
+        ValueError: in one line, if the bytes are not JSON, or a field is missing, unknown or of another type.
+    """
+    try:
+        values = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    value: T = convert(kind, values, kind.__name__)
+    return value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def convert(kind: Any, value: Any, name: str) -> Any:
+    """Convert a value of JSON.
+
+    Args:
+        kind: a dataclass, or the type of a field of one. A NamedTuple is a list in JSON, and a number as a key is text.
+        value: to convert.
+        name: of the value, for the error.
+
+    Raises:
+        ValueError: in one line, if the value is of another type.
+    """
+    try:
+        return _convert(kind, value, name)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    # First the common case: a summary has a hundred thousand numbers.
+    if type(value) is kind or kind is Any:
+        return value
+    if isinstance(value, dict):
+        return _convert_object(kind, value, name)
+    if isinstance(value, list):
+        return _convert_list(kind, value, name)
+    if kind is Size and isinstance(value, str):
+        return Size(value)
+    choices = get_args(kind) if get_origin(kind) in (UnionType, Literal) else (kind,)
+    if value in choices or type(value) in choices or (float in choices and type(value) is int):
+        return value
+    raise _another_type(kind, value, name)
+
+
+def _convert_object(kind: Any, value: dict[str, Any], name: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        # One type, or None.
+        return _convert(arguments[0], value, name)
+    if origin is dict:
+        of_key, of = arguments
+        return {of_key(key): _convert(of, item, f"{name}.{key}") for key, item in value.items()}
+    is_record: bool = dataclasses.is_dataclass(kind)
+    if not is_record:
+        raise _another_type(kind, value, name)
+    hints = _hints(kind)
+    if differ := value.keys() ^ hints.keys():
+        raise ValueError(f"{name} has missing or unknown fields: {join_first(sorted(differ), separator=', ')}")
+    return kind(**{key: _convert(hints[key], item, f"{name}.{key}") for key, item in value.items()})
+
+
+def _convert_list(kind: Any, value: list[Any], name: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Integers:
+        return Integers(_convert(int, item, name) for item in value)
+    if origin in (list, tuple):
+        return origin(_convert(arguments[0], item, name) for item in value)
+    if len(value) == len(getattr(kind, "_fields", ())) > 0:
+        return kind(*(_convert(of, item, name) for of, item in zip(_hints(kind).values(), value, strict=True)))
+    raise _another_type(kind, value, name)
+
+
+def _another_type(kind: Any, value: Any, name: str) -> ValueError:
+    return ValueError(f"{name} is {shorten(value)}, not of type {getattr(kind, '__name__', kind)}")

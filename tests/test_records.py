@@ -1,0 +1,113 @@
+"""What a JSON file with a damaged, missing or foreign value is read as: the same values, or an error in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stpm.lease import Holder
+from stpm.method.false_discovery import Discoveries
+from stpm.models.versions import Version, Versions
+from stpm.monitoring.nights import CategoryRecord, Night
+from stpm.records import convert, from_json, to_json
+from stpm.scoring.inputs.manifest import Manifest
+from stpm.scoring.row_summary import RankedImage, RowSummary
+from stpm.scoring.run_statistics import RunResult
+from tests.evaluation.runs import result
+
+COUNTS = {"nut": {"rows": 2, "anomalous": 1, "errors": 1}}
+DISCOVERIES = Discoveries(0.1, 2, 0.05, {"nut": 1})
+RECORDS = [
+    Manifest(2, 0, ("nut",), (2,)),
+    RowSummary(COUNTS, {"empty": 1}, ["a.png: empty"], {"nut": {0.25: 1}}, 9, 3, [RankedImage(0.5, -7, "task")]),
+    RunResult(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS, discoveries=DISCOVERIES),
+    Versions(Version("nut-1", "f"), (Version("nut-0", "e"),)),
+    Night("2026-11-24", ("dump",), categories={"nut": CategoryRecord("nut-1", 2, 1, {}, 0.01)}, discoveries=None),
+    Holder("a", "host", "machine", 7, "1", "jobs/score.py"),
+    result("nut", 0, None, None).model,
+]
+KINDS = {type(record).__name__: record for record in RECORDS}
+
+_LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+_JSON = st.recursive(_LEAF, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the keys that lead to each value in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_record_is_read_as_it_was_written(kind: str, indent: int | None) -> None:
+    record = KINDS[kind]
+    assert from_json(type(record), to_json(record, indent=indent)) == record
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_any_value_in_any_place_is_read_or_an_error_in_one_line(kind: str, data: st.DataObject) -> None:
+    record = KINDS[kind]
+    values = json.loads(to_json(record))
+    path = data.draw(st.sampled_from(list(places(values))))
+    changed = json.dumps(replaced(values, path, data.draw(_JSON))).encode()
+    try:
+        read = from_json(type(record), changed)
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        # It has the types that the fields name: it can be written and read again.
+        assert from_json(type(record), to_json(read)) == read
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"5", b"null", b"\xff", b"[" * 100_000])
+def test_other_bytes_are_an_error_in_one_line(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^.+$"):
+        from_json(Manifest, content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (tuple[str, ...], "nut"),
+        (tuple[int, ...], 5),
+        (list[str], ["a", 1]),
+        (dict[str, int], [["nut", 1]]),
+        (dict[float, int], {"x": 1}),
+        (RankedImage, [0.5, 1]),
+        (RankedImage, []),
+        (RankedImage, [0.5, "1", "task"]),
+        (Discoveries | None, 5),
+        (int, True),
+        (int, 5.0),
+        (float, "0.5"),
+        (str, None),
+    ],
+)
+def test_a_value_of_another_type_is_refused(kind: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^.+$"):
+        convert(kind, value, "field")
+
+
+def test_a_long_value_is_cut_in_the_error() -> None:
+    values = dataclasses.asdict(KINDS["Manifest"]) | {"rows": ["x" * 1000] * 1000}
+    with pytest.raises(ValueError, match=r"^Manifest\.rows is \['x{3,}\.\.\.x+', .*, not of type int$") as raised:
+        from_json(Manifest, json.dumps(values).encode())
+    assert len(str(raised.value)) < 300
