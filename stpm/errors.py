@@ -1,6 +1,7 @@
 """The errors that a user can meet. Each message says what is wrong, with which value, where, and what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 # The kinds of an `ImageError`. An image itself causes final ones. Storage, a model or a device causes the others: the
 # next run tries the image again.
@@ -40,12 +41,20 @@ class ConfigError(StpmError):
     """An option, or a combination of options, is not valid."""
 
 
+class OtherRunError(ConfigError):
+    """A folder holds another run than the one asked for, or a file that is no run's. `with_remedy` says what to do."""
+
+
 class UriError(ConfigError):
     """A URI has an unknown scheme, or a character that no name can hold."""
 
 
 class DataError(StpmError):
     """A data set, a folder or a mask does not have the required layout."""
+
+
+class RunDamagedError(DataError):
+    """Files of a run are missing or damaged; the run must start over. `with_remedy` says how."""
 
 
 class NoImagesError(DataError):
@@ -98,6 +107,24 @@ class ImageError(StpmError):
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
         return ImageError, (self.kind, str(self))
+
+
+@contextmanager
+def with_remedy(remedy: str) -> Iterator[None]:
+    """Add to the errors of a run that must start over what to do: only the job that shows them knows.
+
+    Args:
+        remedy: how this job starts a run over.
+
+    Raises:
+        RunDamagedError, OtherRunError: with the remedy.
+    """
+    try:
+        yield
+    except RunDamagedError as error:
+        raise RunDamagedError(f"{error}; restore the files, or {remedy}") from error
+    except OtherRunError as error:
+        raise OtherRunError(f"{error}; {remedy}") from error
 
 
 def join_first(items: Sequence[str], limit: int = 5, separator: str = "; ") -> str:

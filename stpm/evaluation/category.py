@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 
 from stpm.data import images
 from stpm.data.mvtec import GOOD
-from stpm.errors import DataError, ImageError, UndefinedMetricError
+from stpm.errors import DataError, ImageError, RunDamagedError, UndefinedMetricError
 from stpm.evaluation.intervals import Flags, Scores
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
@@ -111,6 +111,9 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
         category: to read.
         masks_at: where pixels are compared. `model`: masks are brought to model size by nearest neighbour, as the
             paper's authors do. `original`: maps are brought linearly to the size of the cropped image.
+
+    Raises:
+        RunDamagedError: if a file of rows is damaged.
     """
     every = category.rows()
     rows = every.filter(pc.not_equal(every["label"], ""))
@@ -121,6 +124,8 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     no_pixels = ""
     try:
         pixels = _pixel_counts(category, scored, masks_at)
+    except RunDamagedError:
+        raise
     except (UndefinedMetricError, DataError) as error:
         no_pixels = str(error)
         problems += [no_pixels] if isinstance(error, DataError) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from stpm import storage
@@ -12,7 +12,7 @@ from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
-from stpm.errors import CutOffError
+from stpm.errors import CutOffError, RunDamagedError, with_remedy
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
@@ -76,15 +76,38 @@ def run_benchmark(
                     warn_about_few_good_images(count_good_images(categories, recipe), scoring.false_alarm_rate)
                     fits = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
-                    for seed, store in stores.items():
+                    for seed, uri in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
                             # Metrics of pixels are computed from the maps.
                             output = RunOutput.named(out, f"seed-{seed}", OutputOptions(raw_maps=True))
-                            _score(data, categories, records, ModelStore(store), scoring, output, cluster.backend)
-                            results += evaluate_categories(output, records, ModelStore(store), reporting.masks_at)
+                            store = ModelStore(uri)
+                            score = partial(_score, data, categories, records, store, scoring, output, cluster.backend)
+                            evaluate = partial(evaluate_categories, output, records, store, reporting.masks_at)
+                            results += _score_and_evaluate(output, score, evaluate)
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
             log.info(f"models, scores and heatmaps are in {out}")
             return code
+
+
+def _score_and_evaluate(
+    output: RunOutput, score: Callable[[], None], evaluate: Callable[[], list[CategoryResult]]
+) -> list[CategoryResult]:
+    """Score and evaluate a run. If its files are damaged, start it over, once: its rows can always be made again.
+
+    Raises:
+        OtherRunError: if a file in its place is no run's.
+        RunDamagedError: if files of the new run are damaged, too.
+    """
+    files = f"{output.state_folder}, {output.heatmaps} and {output.scores}/{output.name}_*"
+    with with_remedy(f"remove {files}, or give another --out"):
+        try:
+            score()
+            return evaluate()
+        except RunDamagedError as error:
+            log.info(f"warning: {error}; {output.name} is scored again")
+            output.clear()
+            score()
+            return evaluate()
 
 
 def _score(

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import ray
+from ray.exceptions import RayTaskError
 
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.console import SOME_FAILED, exit_code
-from stpm.errors import DataError
+from stpm.errors import DataError, with_remedy
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import measure_category
 from stpm.evaluation.charts import draw_charts
@@ -30,12 +31,19 @@ log = logging.getLogger(__name__)
 def evaluate_categories(
     output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, masks_at: MasksAt
 ) -> list[CategoryResult]:
-    """Evaluate categories of a run, each in a Ray task. Needs a connection to Ray."""
+    """Evaluate categories of a run, each in a Ray task. Needs a connection to Ray.
+
+    Raises:
+        RunDamagedError: if a file of rows is damaged.
+    """
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
-    results: list[CategoryResult] = ray.get(
-        [remote.remote(output, record, history[record.category], masks_at) for record in records]
-    )
+    tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
+    try:
+        results: list[CategoryResult] = ray.get(tasks)
+    except RayTaskError as error:
+        # The text of Ray's own error is a traceback.
+        raise error.cause from error
     return results
 
 
@@ -86,10 +94,11 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions) -> int:
     run = storage.absolute(options.run)
     out = storage.output_folder(options.out or run)
     results: list[CategoryResult] = []
-    runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
-    with connected():
-        for output, store, records in runs:
-            results += evaluate_categories(output, records, store, reporting.masks_at)
+    with with_remedy("score its images again: run the benchmark again, or the score job with --fresh"):
+        runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
+        with connected():
+            for output, store, records in runs:
+                results += evaluate_categories(output, records, store, reporting.masks_at)
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")

@@ -15,6 +15,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
+from stpm.errors import with_remedy
 from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
@@ -82,7 +83,8 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     if collection.dry_run:
         dry_run(run)
         return ALL_DONE
-    result, records = run_scoring(run, start_over=collection.fresh)
+    with with_remedy("give another --out, or --fresh to start over"):
+        result, records = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
         return SOME_FAILED
     counts = {name: (each.good_count, each.fit.calibration_count) for name, each in records.items()}

@@ -119,5 +119,5 @@ def _listed_ids(outputs: Iterable[RunOutput]) -> npt.NDArray[np.int64]:
     folders = [output.manifest for output in outputs]
     segments = [segment for uri in folders if (images := manifest.read(uri)) for segment in images.segments(uri)]
     shards = [uri for segment in segments for uri, _ in segment.shards]
-    ids = storage.in_parallel(lambda uri: storage.read_table(uri)["image_id"].to_numpy(), shards)
+    ids = storage.in_parallel(lambda uri: manifest.read_shard(uri)["image_id"].to_numpy(), shards)
     return np.concatenate([np.empty(0, np.int64), *ids])

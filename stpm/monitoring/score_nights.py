@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, with_remedy
 from stpm.models.store import ModelStore
 from stpm.monitoring.judging import judge_night
 from stpm.monitoring.nights import Night, read_night, write_night
@@ -130,13 +130,12 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
     problems = {}
     with ExitStack() as connection:
         for date in dates:
-            is_tonight = date == dates[0]
             try:
-                job.score(NightFolder.of(job.out, date), connection, fresh=job.options.fresh and is_tonight)
+                with with_remedy(f"start with --date {date} --fresh"):
+                    fresh = job.options.fresh and date == dates[0]
+                    job.score(NightFolder.of(job.out, date), connection, fresh=fresh)
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
                 problem = as_utf8(str(error))
-                if "--fresh" in problem and not is_tonight:
-                    problem += f"; for this night, start with --date {date} --fresh"
                 problems[date] = problem
                 log.info(f"{date}: {problem}")
                 if isinstance(error, CutOffError):
@@ -161,7 +160,8 @@ def update_records(
             continue
         earlier = [nights[day] for day in sorted(nights) if day < date][-count:]
         try:
-            nights[date] = night = job.update_record(folder, earlier, problems.get(date, ""))
+            with with_remedy(f"start with --date {date} --fresh"):
+                nights[date] = night = job.update_record(folder, earlier, problems.get(date, ""))
             # Write no record for a day without images: --date may be mistyped.
             if folder in folders or night.categories or night.problem:
                 write_night(folder, night)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from stpm import storage
-from stpm.errors import DataError
+from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.schema import OUTPUT
@@ -137,7 +137,7 @@ class RunOutput:
         """Open the rows that the run wrote, or those in some of its files.
 
         Raises:
-            DataError: if the first file is damaged. Read the rows within `name_damaged_file`, for the others.
+            RunDamagedError: if the first file is damaged. Read the rows within `name_damaged_file`, for the others.
         """
         filesystem, folder = storage.arrow_filesystem(self.scores)
         names = [uri.removeprefix(f"{self.scores}/") for uri in (self.files() if files is None else files)]
@@ -162,7 +162,7 @@ class RunOutput:
             batch_size: rows of a batch, at most.
 
         Raises:
-            DataError: if a file is damaged.
+            RunDamagedError: if a file is damaged.
         """
         with self.name_damaged_file():
             yield from self.dataset().to_batches(list(columns), filter=chosen, batch_size=batch_size)
@@ -174,7 +174,7 @@ class RunOutput:
         After an error, read the files one by one: name those that were read, if they are not all.
 
         Raises:
-            DataError: if a file of rows is damaged.
+            RunDamagedError: if a file of rows is damaged.
         """
         try:
             yield
@@ -183,12 +183,10 @@ class RunOutput:
                 try:
                     storage.read_table(uri)
                 except DataError as error:
-                    raise DataError(f"{error}; restore the file, or score again with --fresh") from error
+                    raise RunDamagedError(str(error)) from error
             if isinstance(failure, pa.ArrowException):
                 reason = " ".join(str(failure).split())
-                raise DataError(
-                    f"{self.scores}: a file of rows is damaged: {reason}; score again with --fresh"
-                ) from failure
+                raise RunDamagedError(f"{self.scores}: a file of rows is damaged: {reason}") from failure
             raise
 
     def existing(self) -> list[str]:

@@ -6,13 +6,24 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoModelError, join_first
+from stpm.errors import (
+    ConfigError,
+    CutOffError,
+    DataError,
+    ModelError,
+    ModelUnreadableError,
+    NoModelError,
+    OtherRunError,
+    RunDamagedError,
+    join_first,
+)
 from stpm.method.false_discovery import find_discoveries
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
@@ -45,8 +56,10 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         The result of the run, which is finished unless images are unfinished; and the models.
 
     Raises:
-        ConfigError: if the output holds another run, or the scorers do not fit the cluster.
-        DataError: if the sources, or files of the run, cannot be read.
+        OtherRunError: if the output holds another run.
+        RunDamagedError: if files of the run are missing or damaged.
+        ConfigError: if the output holds files that no run wrote, or the scorers do not fit the cluster.
+        DataError: if the sources cannot be read.
         ModelError: if no image's category has a model, or storage failed while a model was read.
         CutOffError: if storage, a node or Ray failed.
     """
@@ -80,9 +93,7 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
     """Resume the run that the output holds, or start one: fix its manifest and its models.
 
     Raises:
-        ConfigError: if the output holds another run, or files that no run wrote.
-        DataError: if the sources, or an existing manifest, cannot be read.
-        ModelError: see `run_scoring`.
+        StpmError: see `run_scoring`.
     """
     state = RunState(run.output.state_folder)
     found = None if start_over else _resume(run, state, replace=replace)
@@ -101,14 +112,11 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
         differences = state.model_differences(_model_ids(records))
         if not differences:
             if model_ids:
-                log.info("the models are those that this run began with; --fresh starts over with the current ones")
+                log.info("the models are those that this run began with, not those that became current since")
             return listed, records
     # A run without rows may be replaced.
     if not replace and run.output.files():
-        raise ConfigError(
-            f"{run.output.folder} holds the rows of another run: {join_first(differences)}. Give another --out, or "
-            "--fresh to remove it and start over"
-        )
+        raise OtherRunError(f"{run.output.folder} holds the rows of another run: {join_first(differences)}")
     return None
 
 
@@ -144,11 +152,13 @@ def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mappi
             return store.record(category, (model_ids or {}).get(category, ""))
         except (NoModelError, DataError) as error:
             # Do not catch the errors of damaged or unreadable models: a row without a model is never scored again.
-            if model_ids:
-                raise ModelError(
-                    f"{error}; this run began with it: restore it, or give --fresh to start over with current models"
-                ) from error
             return str(error)
+        except ModelUnreadableError:
+            raise
+        except ModelError as error:
+            if not model_ids:
+                raise
+            raise RunDamagedError(f"{error}; this run began with that model") from error
 
     names = [name for name in categories if name and (model_ids is None or name in model_ids)]
     found = dict(zip(names, storage.in_parallel(read, names), strict=True))
@@ -191,7 +201,7 @@ def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> Run
         storage.remove_unfinished(run.output.heatmaps)
     missing = listed.rows - total.rows
     if missing and not unfinished:
-        raise ConfigError(f"{total.rows} rows in {run.output.scores} for {listed.rows} images; run again with --fresh")
+        raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {listed.rows} images")
     if missing:
         for image in unfinished:
             log.info(str(image))
@@ -213,6 +223,12 @@ def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> Run
     )
 
 
+def _check_shards(shards: Sequence[Shard]) -> None:
+    """Raise RunDamagedError if a shard is damaged: the next run would fail at it again."""
+    with suppress(OSError):
+        storage.in_parallel(lambda shard: manifest.read_shard(shard[0]).num_rows, shards)
+
+
 def _score_segment(
     run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, report: ProgressReporter
 ) -> None:
@@ -220,6 +236,7 @@ def _score_segment(
         score_shards(run, shards, run.output.segment_checkpoints(number), records, report)
     except (RayError, SystemException, ExecutionTimeoutError) as error:
         log.exception("the pipeline failed")
+        _check_shards(shards)
         raise CutOffError(
             f"scoring was cut off: {str(error).strip().splitlines()[-1]}; what was done is kept, run the same command "
             "again to go on"

@@ -13,7 +13,7 @@ from PIL import Image
 from stpm import storage
 from stpm.data import images
 from stpm.data.encode import encode_jpeg
-from stpm.errors import DataError
+from stpm.errors import RunDamagedError
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, render, score_parts
@@ -75,7 +75,7 @@ def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
     """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`.
 
     Raises:
-        DataError: if one of them is missing, or cannot be read.
+        RunDamagedError: if one of them is missing, or cannot be read.
     """
     summary = RowSummary.total(committed_summaries(output), max_images)
     if not summary.rows or summary.max_ranked < max_images:
@@ -95,9 +95,8 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
             with output.name_damaged_file([uri]):
                 rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
     if missing := sum(image.image_id not in rows for image in images):
-        raise DataError(
-            f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing; run "
-            "again with --fresh"
+        raise RunDamagedError(
+            f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing"
         )
     return [rows[image.image_id] | {"excess": image.excess} for image in images]
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from stpm import storage
 from stpm.data.mvtec import Category
-from stpm.errors import ConfigError, DataError, ModelError
+from stpm.errors import ConfigError, DataError, ModelError, OtherRunError, RunDamagedError
 from stpm.evaluation.gate import Gate, Requirement
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
-from stpm.evaluation.report import Report
+from stpm.evaluation.report import CategoryResult, Report
+from stpm.jobs import evaluate as evaluate_job
 from stpm.jobs.benchmark import _score as score_tests
+from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
 from stpm.jobs.evaluate import evaluate_category, publish_report, run_evaluate
 from stpm.models.store import ModelStore
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunState, ScoringConfig
+from stpm.scoring.run_statistics import RunResult
+from tests.datasets import make_output, write_rows
 from tests.evaluation.runs import result, scored_run
 
 
@@ -41,13 +49,74 @@ def test_a_run_without_models_is_reported(tmp_path: Path) -> None:
 def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
-    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models"), "result": {}}
+    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models")}
+    run["result"] = dataclasses.asdict(RunResult())
     (Path(output.state_folder) / "run.json").write_text(json.dumps(run))
     with pytest.raises(DataError, match="this run is not finished"):
         evaluate(run=output.folder)
     (Path(output.state_folder) / "_SUCCESS").touch()
     with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
         evaluate(run=output.folder)
+
+
+@pytest.mark.parametrize("content", ["{", '{"config": {}, "result": {}}'])
+def test_a_damaged_run_is_to_be_scored_again(tmp_path: Path, content: str) -> None:
+    output = scored_run(tmp_path).output
+    storage.publish(f"{output.state_folder}/run.json", content.encode())
+    with pytest.raises((OtherRunError, RunDamagedError), match=r"run\.json is .*; .*score its images again: "):
+        evaluate(run=output.folder)
+
+
+def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = scored_run(tmp_path).output
+    storage.publish(f"{output.scores}/seed-0_1.parquet", b"PAR1")
+    Path(output.state_folder).mkdir(parents=True)
+    monkeypatch.setattr(evaluate_job, "connected", nullcontext)
+    monkeypatch.setattr(evaluate_job, "_read_models", lambda output, _: (None, [output]))
+    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda output, *_: output.dataset())
+    with pytest.raises(RunDamagedError, match=r"^/.*seed-0_1\.parquet is damaged: .*; restore the files, or score .*$"):
+        evaluate(run=output.folder)
+
+
+def test_the_benchmark_starts_a_damaged_run_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = scored_run(tmp_path).output
+    RunState(output.state_folder).start(ScoringConfig((), 0.01))
+    caplog.set_level("INFO")
+    steps: list[str] = []
+
+    def score() -> None:
+        steps.append("score")
+        if not output.files():
+            write_rows(output, make_output(1))
+
+    def evaluate_rows() -> list[CategoryResult]:
+        steps.append("evaluate")
+        output.dataset().to_table()
+        return [result("nut", 0, None, None)]
+
+    (file,) = output.files()
+    storage.publish(file, b"PAR1")
+    assert len(score_and_evaluate(output, score, evaluate_rows)) == 1
+    assert steps == ["score", "evaluate", "score", "evaluate"]
+    assert f"{file} is damaged: " in caplog.text
+    assert "; seed-0 is scored again" in caplog.text
+    # The other run of the folder is kept.
+    assert RunOutput.named(output.folder, "seed-1").files()
+
+
+def test_the_benchmark_replaces_no_file_that_is_not_its_own(tmp_path: Path) -> None:
+    output = scored_run(tmp_path).output
+    state = f"{output.state_folder}/run.json"
+    storage.publish(state, b"mine")
+    with pytest.raises(
+        OtherRunError,
+        match=rf"run\.json is not the record of a run .*; remove {output.state_folder}, .* --out$",
+    ):
+        score_and_evaluate(output, lambda: print(RunState(output.state_folder).is_finished()), list)
+    assert storage.read(state) == b"mine"
+    assert output.files()
 
 
 def test_an_unreadable_baseline_is_reported_first() -> None:

@@ -171,7 +171,7 @@ def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     assert job.names(DATE) == ["b"]
     problem = record(job, BEFORE).problem
     assert "holds the rows of another run: category was '' and is 'nut'" in problem
-    assert problem.endswith("; for this night, start with --date 2026-11-23 --fresh")
+    assert problem.endswith("; start with --date 2026-11-23 --fresh")
     assert record(job, BEFORE).categories["nut"].images == judged.images + 1
     assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
 
@@ -269,6 +269,20 @@ def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> 
     assert record(job).images == 1
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
     assert files[0].removeprefix("/") in nights[0]["problem"]
+    assert nights[0]["problem"].endswith("; restore the files, or start with --date 2026-11-23 --fresh")
+
+
+def test_a_damaged_run_of_the_night_itself_is_started_over_as_its_problem_says(job: Nightly) -> None:
+    job.dump(DATE, "a", "b")
+    assert job() == 0
+    storage.publish(f"{NightFolder.of(job.out, DATE).uri}/runs/001/manifest/manifest.json", b"{}")
+    assert job() == 3
+    text = storage.read(f"{job.out}/nightly.html").decode()
+    assert "manifest.json is damaged" in text
+    assert "start with --date 2026-11-24 --fresh" in text
+    assert "--out" not in text
+    assert job(fresh=True) == 0
+    assert job.names() == ["a", "b"]
 
 
 def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:

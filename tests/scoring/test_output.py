@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stpm import storage
-from stpm.errors import DataError
+from stpm.errors import RunDamagedError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.monitoring.rows import read_rows
 from stpm.scoring.output import RunOutput
@@ -40,14 +40,12 @@ def test_an_error_names_the_damaged_file_of_several(
     pages = b"\xff" * (len(data) - footer - 4)
     changed = {"pages": data[:4] + pages + data[-footer:], "footer": data[:-20], "empty": b""}
     storage.publish(damaged, changed[damage], durable=False)
-    with pytest.raises(
-        DataError, match=rf"^{re.escape(damaged)} is damaged: .*; restore the file, or score again with"
-    ):
+    with pytest.raises(RunDamagedError, match=rf"^{re.escape(damaged)} is damaged: .*$"):
         read(output)
 
 
 def test_rows_of_another_schema_are_reported(tmp_path: Path) -> None:
     output = RunOutput.single(str(tmp_path))
     write_rows(output, make_output(3).drop_columns(["score", "error_kind", "p_value"]))
-    with pytest.raises(DataError, match=r"scores: a file of rows is damaged: .*; score again with --fresh"):
+    with pytest.raises(RunDamagedError, match=r"scores: a file of rows is damaged: .*"):
         read_rows([output])

@@ -15,9 +15,18 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.exceptions import RayError
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError, ModelError, ModelUnreadableError
+from stpm.errors import (
+    ConfigError,
+    CutOffError,
+    DataError,
+    ModelError,
+    ModelUnreadableError,
+    OtherRunError,
+    RunDamagedError,
+)
 from stpm.jobs import score as score_job
 from stpm.jobs.score import run_score, stored_list
 from stpm.method.false_discovery import Discoveries
@@ -26,6 +35,7 @@ from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring import run as run_module
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -208,7 +218,10 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     score()
     assert state().result().discoveries is None
     storage.remove(f"{tmp_path}/run/segments/000000.json")
-    with pytest.raises(DataError, match="/segments are of 0 rows, and the run has 2: files of it are missing"):
+    with pytest.raises(
+        DataError,
+        match=r"/segments are of 0 rows, .*; restore the files, or give another --out, or --fresh to start over$",
+    ):
         score(fdr=0.2)
 
 
@@ -218,7 +231,7 @@ def test_a_run_with_other_models_is_refused_or_started_over(
     before = score()
     bound = RunState(str(tmp_path / "run")).store_and_model_ids()
     save(ModelStore(str(tmp_path / "models")), dataclasses.replace(tiny, seed=7))
-    with pytest.raises(ConfigError, match=r"holds the rows of another run: nut was 'nut-.*' and is 'nut-"):
+    with pytest.raises(OtherRunError, match=r"of another run: nut was 'nut-.*' and is 'nut-.*'; give another --out"):
         score()
     assert RunState(str(tmp_path / "run")).store_and_model_ids() == bound
     after = score(fresh=True)
@@ -236,7 +249,7 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
     assert records["nut"].model_id == first.model_id != second.model_id
     assert state.model_ids() == {"nut": first.model_id}
     storage.remove(f"{run.store.uri}/nut/{first.model_id}")
-    with pytest.raises((ConfigError, ModelError), match=first.model_id):
+    with pytest.raises(RunDamagedError, match=rf"no model {first.model_id} .*; this run began with that model$"):
         resume_or_start(run, start_over=False, replace=False)
     _, _, records = resume_or_start(run, start_over=False, replace=True)
     assert records["nut"].model_id == second.model_id
@@ -278,6 +291,34 @@ def test_a_run_without_all_rows_is_unfinished(
     assert "/b.png: unreadable: expired" in caplog.text
     assert "1 images are unfinished" in caplog.text
     assert not (tmp_path / "run" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (b"PAR1", r"000000\.parquet, which lists images of this run, is damaged .*, or --fresh to start over$"),
+        (None, r"000000\.parquet, which lists images of this run, is damaged or missing .*, or --fresh to start over$"),
+        (OSError("503 Slow Down"), "a task failed; what was done is kept, run the same command again to go on"),
+    ],
+)
+def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_over(
+    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, damage: bytes | OSError | None, message: str
+) -> None:
+    """The same command, which goes on after a cut-off, would fail again."""
+
+    def score_shards(run: ScoringRun, shards: list[Shard], *_: Any) -> None:
+        ((uri, _rows),) = shards
+        if isinstance(damage, OSError):
+            fail_to_read(monkeypatch, damage, [uri])
+        elif damage:
+            storage.publish(uri, damage)
+        else:
+            storage.remove(uri)
+        raise RayError("a task failed")
+
+    replace_ray(monkeypatch, score_shards)
+    with pytest.raises((RunDamagedError, CutOffError), match=message):
+        score()
 
 
 def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from stpm import storage
 from stpm.data.mvtec import Category
-from stpm.errors import ConfigError, DataError, ImageError
+from stpm.errors import ConfigError, DataError, ImageError, RunDamagedError
 from stpm.names import as_utf8, is_utf8
 from stpm.records import from_json, to_json
 from stpm.scoring.inputs.duplicates import DuplicateFinder
@@ -304,7 +304,7 @@ def read(folder: str) -> Manifest | None:
     """Read the summary of a manifest, or return None if none was written to its end.
 
     Raises:
-        DataError: if its `manifest.json` is damaged.
+        RunDamagedError: if its `manifest.json` is damaged.
     """
     uri = storage.join(folder, _SUMMARY)
     try:
@@ -312,6 +312,16 @@ def read(folder: str) -> Manifest | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise DataError(
-            f"{uri} is damaged, and with it the list of this run's images ({error}); give another --out, or --fresh"
-        ) from error
+        raise RunDamagedError(f"{uri} is damaged, and with it the list of this run's images ({error})") from error
+
+
+def read_shard(uri: str) -> pa.Table:
+    """Read the rows of a shard.
+
+    Raises:
+        RunDamagedError: if it is damaged or missing.
+    """
+    try:
+        return storage.read_table(uri)
+    except (DataError, FileNotFoundError) as error:
+        raise RunDamagedError(f"{uri}, which lists images of this run, is damaged or missing ({error})") from error

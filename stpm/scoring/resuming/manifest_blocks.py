@@ -14,8 +14,7 @@ import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from stpm import storage
-from stpm.scoring.inputs.manifest import BLOCK_ROWS, SHARD_ROWS, Shard
+from stpm.scoring.inputs.manifest import BLOCK_ROWS, SHARD_ROWS, Shard, read_shard
 
 # Estimate of a row's bytes. Without it Ray assumes that each task returns its largest block, and runs few tasks.
 _ROW_BYTES = 200
@@ -109,4 +108,4 @@ def _count_rows(slices: Sequence[ShardSlice]) -> int:
 
 
 def _read(slices: Sequence[ShardSlice]) -> Iterator[pa.Table]:
-    yield pa.concat_tables([storage.read_table(uri).slice(start, stop - start) for uri, start, stop in slices])
+    yield pa.concat_tables([read_shard(uri).slice(start, stop - start) for uri, start, stop in slices])

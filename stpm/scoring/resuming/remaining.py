@@ -11,8 +11,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from stpm import storage
-from stpm.errors import DataError
-from stpm.scoring.inputs.manifest import Segment, Shard
+from stpm.errors import DataError, RunDamagedError
+from stpm.scoring.inputs.manifest import Segment, Shard, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
 
@@ -29,7 +29,7 @@ def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[S
     fit the driver's memory.
 
     Raises:
-        DataError: if a checkpoint is damaged.
+        RunDamagedError: if a checkpoint or a shard is damaged.
     """
     remote = ray.remote(num_cpus=_CPUS)(write_remaining)
     started = output.segments_with_checkpoints()
@@ -58,7 +58,7 @@ def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
 def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:
     """Copy a shard without the rows whose ids are in a sorted array; without rows nothing is written."""
     uri, _ = shard
-    table = storage.read_table(uri)
+    table = read_shard(uri)
     rows = table.filter(pa.array(~contains(written, table["image_id"].to_numpy())))
     copy = storage.join(folder, uri.rsplit("/", 1)[-1])
     if rows.num_rows:
@@ -76,5 +76,5 @@ def _read_ids(checkpoint: str) -> Ids:
     try:
         ids: Ids = storage.read_table(checkpoint)["image_id"].to_numpy()
     except DataError as error:
-        raise DataError(f"{error}; the written rows are no longer known: give another --out, or --fresh") from error
+        raise RunDamagedError(f"{error}; the written rows are no longer known") from error
     return ids

@@ -10,14 +10,16 @@ from typing import Any
 
 from stpm import storage
 from stpm.console import timestamp
-from stpm.errors import ConfigError, DataError
-from stpm.method.false_discovery import Discoveries
+from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.models.record import installed_versions
+from stpm.records import convert
 from stpm.scoring.options import OutputOptions
-from stpm.scoring.run_statistics import RunResult, RunStatistics
+from stpm.scoring.run_statistics import RunResult
 
 _RUN = "run.json"
 _SUCCESS = "_SUCCESS"
+# Types of the values that are read back.
+_TYPES = {"config": dict[str, Any], "models": dict[str, str], "store": str, "result": RunResult, "triage_images": int}
 # The content of run.json while the run's files are being removed.
 _CLEARED: dict[str, Any] = {"cleared": True}
 
@@ -61,7 +63,8 @@ class RunState:
         folder: URI of the run's state folder.
 
     Raises:
-        ConfigError: at first use, if run.json was not written by this class.
+        OtherRunError: at first use, if run.json was not written by this class.
+        RunDamagedError: at first use, if a value in it is of another type.
     """
 
     def __init__(self, folder: str) -> None:
@@ -81,6 +84,7 @@ class RunState:
     def false_alarm_rate(self) -> float | None:
         """Return the rate that the run requested; None if there is no run to resume."""
         rate: float | None = self._values.get("config", {}).get("false_alarm_rate")
+        self._check(float | None, rate, "config.false_alarm_rate")
         return rate
 
     def model_differences(self, models: Mapping[str, str]) -> list[str]:
@@ -97,7 +101,7 @@ class RunState:
         Raises:
             DataError: if no models are bound yet.
         """
-        if "models" not in self._values:
+        if not {"models", "store"} <= self._values.keys():
             raise DataError(f"{self.uri}: no record of a scored run; run the score job first")
         return self._values["store"], self._values["models"]
 
@@ -109,24 +113,17 @@ class RunState:
         """Return the result of a finished run.
 
         Raises:
-            DataError: if the run is not finished, or its record is damaged.
+            DataError: if the run is not finished.
         """
         if "result" not in self._values:
             raise DataError(f"{self.uri}: no record of a finished run; run the score job first")
-        try:
-            values = self._values["result"]
-            found = values.get("discoveries")
-            parts = {
-                "statistics": RunStatistics(**values["statistics"]),
-                "discoveries": Discoveries(**found) if found else None,
-            }
-            return RunResult(**values | parts)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise DataError(f"{self.uri}: its result is damaged ({error}); run again with --fresh") from error
+        result: RunResult = self._check(RunResult, self._values["result"], "result")
+        return result
 
     def triage_images(self) -> int:
         """Return the number of images that triage.html was made for; 0 if it was not made."""
-        return int(self._values.get("triage_images", 0))
+        images: int = self._values.get("triage_images", 0)
+        return images
 
     def start(self, config: ScoringConfig) -> None:
         """Record the start of a run."""
@@ -178,12 +175,19 @@ class RunState:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise ConfigError(
-                f"{self.uri} is not the record of a run ({error}); give another --out, or --fresh"
-            ) from error
+            raise OtherRunError(f"{self.uri} is not the record of a run ({error})") from error
         if not isinstance(values, dict) or not ("config" in values or values == _CLEARED):
-            raise ConfigError(f"{self.uri} is not the record of a run; give another --out, or --fresh")
+            raise OtherRunError(f"{self.uri} is not the record of a run")
+        for name in _TYPES.keys() & values.keys():
+            self._check(_TYPES[name], values[name], name)
         return values
+
+    def _check(self, kind: Any, value: Any, name: str) -> Any:
+        """Convert a value of run.json. Raise RunDamagedError if it is of another type."""
+        try:
+            return convert(kind, value, name)
+        except ValueError as error:
+            raise RunDamagedError(f"{self.uri} is damaged: {error}") from error
 
     def _write(self, values: dict[str, Any]) -> None:
         storage.publish(self.uri, json.dumps(values, indent=2, ensure_ascii=False).encode())

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import PurePosixPath
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError
+from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of
@@ -26,7 +26,7 @@ def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
     """Read the summaries of all segments that are committed, a few at a time: all of them may not fit the memory.
 
     Raises:
-        DataError: if a summary is damaged.
+        RunDamagedError: if a summary is damaged.
     """
     uris = list(committed_segments(output).values())
     for start in range(0, len(uris), _SUMMARIES_AT_ONCE):
@@ -37,13 +37,12 @@ def total_of_finished(output: RunOutput, rows: int, max_ranked: int) -> RowSumma
     """Add up the summaries of all segments of a run with this number of rows.
 
     Raises:
-        DataError: if a summary is damaged, or the summaries are of another number of rows.
+        RunDamagedError: if a summary is damaged, or the summaries are of another number of rows.
     """
     total = RowSummary.total(committed_summaries(output), max_ranked)
     if total.rows != rows:
-        raise DataError(
-            f"the summaries in {output.segments} are of {total.rows} rows, and the run has {rows}: files of it are "
-            "missing; run again with --fresh"
+        raise RunDamagedError(
+            f"the summaries in {output.segments} are of {total.rows} rows, and the run has {rows}: some are missing"
         )
     return total
 
@@ -57,24 +56,23 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
         max_ranked: number of the most anomalous images to name.
 
     Raises:
-        ConfigError: if there are more rows than images, or the files have another number of rows than the summaries.
-        DataError: if a summary or a file is damaged.
+        RunDamagedError: if a summary or a file is damaged, there are more rows than images, or the files have another
+            number of rows than the summaries.
     """
     checkpoints = output.segment_checkpoints(segment.number)
     committed = committed_checkpoints(checkpoints)
     summary = RowSummary.total(storage.in_parallel(_read, map(summary_of, committed)), max_ranked)
     if summary.rows > segment.rows:
-        raise ConfigError(
-            f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}; run again "
-            "with --fresh"
+        raise RunDamagedError(
+            f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}"
         )
     if summary.rows == segment.rows:
         # A power failure may have kept the ids of rows and lost their files.
         in_files = _count_rows_in_files(output, {task_of(uri) for uri in committed})
         if in_files != summary.rows:
-            raise ConfigError(
+            raise RunDamagedError(
                 f"{in_files} rows in the files of {output.scores}, where {summary.rows} of segment {segment.number} "
-                "were written; run again with --fresh"
+                "were written"
             )
         # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
         storage.sync(output.scores)
@@ -92,13 +90,22 @@ def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
     if output.options.partition_by == "category" and storage.exists(output.scores):
         folders = [storage.join(output.scores, name) for name in storage.subfolders(output.scores)]
     listed = storage.in_parallel(lambda where: storage.files_starting(*where), product(folders, starts))
-    return sum(
-        storage.in_parallel(storage.count_rows, (uri for uris in listed for uri in uris if task_of(uri) in tasks))
-    )
+    return sum(storage.in_parallel(_count_rows, (uri for uris in listed for uri in uris if task_of(uri) in tasks)))
+
+
+def _count_rows(uri: str) -> int:
+    try:
+        return storage.count_rows(uri)
+    except DataError as error:
+        raise RunDamagedError(str(error)) from error
 
 
 def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
-    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time."""
+    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time.
+
+    Raises:
+        RunDamagedError: if a file is damaged.
+    """
     dataset = output.dataset()
     with output.name_damaged_file():
         return RowSummary.total(
@@ -114,7 +121,6 @@ def _read(uri: str) -> RowSummary:
     try:
         return RowSummary.from_json(storage.read(uri))
     except (ValueError, FileNotFoundError) as error:
-        raise DataError(
-            f"{uri} is damaged or missing, and with it the counts of written rows ({error}); give another --out, or "
-            "--fresh"
+        raise RunDamagedError(
+            f"{uri} is damaged or missing, and with it the counts of written rows ({error})"
         ) from error

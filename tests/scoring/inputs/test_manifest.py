@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError
+from stpm.errors import ConfigError, RunDamagedError
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.inputs.image_files import ImageRef
@@ -86,8 +86,18 @@ def test_an_error_names_a_damaged_manifest(folder: str, content: bytes | tuple[s
     if isinstance(content, tuple):
         content = json.dumps(dataclasses.asdict(written) | dict([content])).encode()
     storage.publish(f"{folder}/manifest.json", content)
-    with pytest.raises(DataError, match=r"manifest/manifest\.json is damaged, .* or --fresh"):
+    with pytest.raises(RunDamagedError, match=r"manifest/manifest\.json is damaged, .*$"):
         manifest.read(folder)
+
+
+@pytest.mark.parametrize("content", [b"PAR1", None])
+def test_an_error_names_a_damaged_shard(folder: str, content: bytes | None) -> None:
+    ((uri, _),) = manifest.write([chunk(["a"])], folder).segments(folder)[0].shards
+    storage.remove(uri)
+    if content:
+        storage.publish(uri, content)
+    with pytest.raises(RunDamagedError, match=r"000000\.parquet, which lists images of this run, is damaged or"):
+        manifest.read_shard(uri)
 
 
 @pytest.mark.parametrize("segment_rows", [1, 9])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stpm.errors import ConfigError, DataError
+from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics
@@ -93,17 +93,50 @@ def test_a_cleared_run_cannot_be_resumed_but_leaves_a_mark(state: RunState, tmp_
 @pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}'])
 def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match="is not the record of a run"):
+    with pytest.raises(OtherRunError, match="is not the record of a run"):
         state.config_differences(CONFIG)
     # It does not keep --fresh from replacing it.
     state.clear()
     assert RunState(str(tmp_path)).config_differences(CONFIG)
 
 
-@pytest.mark.parametrize("result", ["null", "{}", '{"statistics": {"image": 1}}', '{"statistics": {}, "row": 1}'])
-def test_a_damaged_result_is_reported(state: RunState, tmp_path: Path, result: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"result": None},
+        {"result": {}},
+        {"result": {"statistics": {"image": 1}}},
+        {"result": {"statistics": {}, "row": 1}},
+        {"result.rows": "10"},
+        {"result.categories": ["nut"]},
+        {"result.statistics.images": 1.5},
+        {"result.discoveries": 5},
+        {"config": []},
+        {"config.false_alarm_rate": "much"},
+        {"models": ["nut-1"]},
+        {"models.nut": 1},
+        {"store": None},
+        {"triage_images": "many"},
+    ],
+)
+def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, change: dict[str, object]) -> None:
     state.start(CONFIG)
-    content = json.loads((tmp_path / "run.json").read_text()) | {"result": json.loads(result)}
-    (tmp_path / "run.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"run\.json: its result is damaged .*; run again with --fresh"):
-        RunState(str(tmp_path)).result()
+    state.bind_models(MODELS, "store")
+    state.record_triage(50)
+    state.finish(RunResult(10))
+    values = json.loads((tmp_path / "run.json").read_text())
+    ((path, new),) = change.items()
+    *parents, name = path.split(".")
+    inner = values
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = new
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(RunDamagedError, match=rf"run\.json is damaged: {path.split('.')[0]}.*$"):
+        RunState(str(tmp_path)).false_alarm_rate()
+
+
+def test_a_run_without_its_store_has_no_record_of_models(state: RunState, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "models": {}}))
+    with pytest.raises(DataError, match="no record of a scored run"):
+        state.store_and_model_ids()

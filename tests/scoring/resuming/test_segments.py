@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError
+from stpm.errors import RunDamagedError
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows
@@ -83,7 +85,7 @@ def test_a_segment_is_committed_once_all_of_its_rows_are_written(output: RunOutp
     commit_segment(output, second, 3)
     assert total_of_finished(output, rows=10, max_ranked=3).rows == 10
     storage.remove(output.segment_summary(1))
-    with pytest.raises(DataError, match=r"summaries in .*/segments are of 8 rows, and the run has 10: .* with --fresh"):
+    with pytest.raises(RunDamagedError, match=r"summaries in .*/segments are of 8 rows, and the run has 10: some are"):
         total_of_finished(output, rows=10, max_ranked=3)
 
 
@@ -119,7 +121,7 @@ def test_a_checkpoint_whose_rename_was_cut_off_counts_once(output: RunOutput, se
 def test_rows_that_are_written_twice_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
     for rows in (slice(0, 8), slice(7, 8)):
         write_task(output, segments[0], rows)
-    with pytest.raises(ConfigError, match=r"9 rows in .* for 8 images of segment 0; run again with --fresh"):
+    with pytest.raises(RunDamagedError, match=r"9 rows in .* for 8 images of segment 0$"):
         commit_segment(output, segments[0], 3)
 
 
@@ -132,27 +134,31 @@ def test_rows_that_are_lost_or_left_over_are_an_error(output: RunOutput, segment
         storage.remove(file)
         if content:
             storage.publish(file, storage.encode_parquet(pa.table({"image_id": range(content)})))
-        with pytest.raises(ConfigError, match=rf"{found} rows in the files of .*/scores, where 8 .* with --fresh"):
+        with pytest.raises(RunDamagedError, match=rf"{found} rows in the files of .*/scores, where 8 of segment 0 "):
             commit_segment(output, segments[0], 3)
     storage.publish(file, b"")
-    with pytest.raises(DataError, match=r"scores_0-0\.parquet is damaged"):
+    with pytest.raises(RunDamagedError, match=r"scores_0-0\.parquet is damaged"):
         commit_segment(output, segments[0], 3)
     assert committed_segments(output) == {}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", None])
-def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segment], content: bytes | None) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", None, {"nut": {"0.5": "1"}}])
+def test_an_error_names_a_damaged_summary(
+    output: RunOutput, segments: list[Segment], content: bytes | dict[str, object] | None
+) -> None:
     write_task(output, segments[0], slice(0, 8))
     uri = f"{output.segment_checkpoints(0)}/scores_0.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(storage.read(uri)) | {"p_values": content}).encode()
     if content is None:
         storage.remove(uri)
     else:
         storage.publish(uri, content)
-    with pytest.raises(DataError, match=r"000000/scores_0\.json is damaged or missing, .* or --fresh"):
+    with pytest.raises(RunDamagedError, match=r"000000/scores_0\.json is damaged or missing, and with it .*$"):
         commit_segment(output, segments[0], 3)
 
 
 def test_an_error_names_a_damaged_checkpoint(output: RunOutput, segments: list[Segment]) -> None:
     storage.publish(f"{output.segment_checkpoints(0)}/0.parquet", b"x")
-    with pytest.raises(DataError, match=r"000000/0\.parquet is damaged"):
+    with pytest.raises(RunDamagedError, match=r"000000/0\.parquet is damaged"):
         write_remaining(output, segments[0])
