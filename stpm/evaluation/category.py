@@ -42,7 +42,9 @@ class ScoredCategory:
     def rows(self, columns: Sequence[str] = _COLUMNS) -> pa.Table:
         """Read the category's rows, sorted by URI."""
         with self.output.name_damaged_file():
-            rows = self.output.dataset().to_table(columns=list(columns), filter=ds.field("category") == self.name)
+            rows = self.output.dataset(columns).to_table(
+                columns=list(columns), filter=ds.field("category") == self.name
+            )
         return rows.sort_by("uri")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -133,16 +133,22 @@ class RunOutput:
         written = [uri for uri, _ in storage.files(self.scores)]
         return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
 
-    def dataset(self, files: Sequence[str] | None = None) -> ds.Dataset:
+    def dataset(self, columns: Collection[str] = (), files: Sequence[str] | None = None) -> ds.Dataset:
         """Open the rows that the run wrote, or those in some of its files.
 
+        The footer of each file is read here, and not again when rows are read. Read these within `name_damaged_file`.
+
+        Args:
+            columns: that will be read.
+            files: of the run; None: all.
+
         Raises:
-            RunDamagedError: if the first file is damaged. Read the rows within `name_damaged_file`, for the others.
+            RunDamagedError: if the footer of a file is damaged, or it lacks a column or has one of another type.
         """
         filesystem, folder = storage.arrow_filesystem(self.scores)
         names = [uri.removeprefix(f"{self.scores}/") for uri in (self.files() if files is None else files)]
         with self.name_damaged_file(files):
-            return ds.dataset(
+            dataset = ds.dataset(
                 [f"{folder}/{name}" for name in names],
                 schema=None if names else OUTPUT,
                 filesystem=filesystem,
@@ -150,6 +156,13 @@ class RunOutput:
                 partitioning=_HIVE if any("/" in name for name in names) else None,
                 partition_base_dir=folder,
             )
+            # Arrow takes the first file's columns for those of all: it would read missing ones as null.
+            problems = storage.in_parallel(lambda file: _find_problem(file, columns), dataset.get_fragments())
+        for name, problem in zip(dataset.files, problems, strict=True):
+            if problem:
+                uri = storage.join(self.scores, name.removeprefix(f"{folder}/"))
+                raise RunDamagedError(f"{uri} is not a file of rows: it has {problem}")
+        return dataset
 
     def batches(
         self, columns: Sequence[str], chosen: ds.Expression | None = None, batch_size: int = 131_072
@@ -162,10 +175,10 @@ class RunOutput:
             batch_size: rows of a batch, at most.
 
         Raises:
-            RunDamagedError: if a file is damaged.
+            RunDamagedError: if a file is damaged, or has other columns.
         """
         with self.name_damaged_file():
-            yield from self.dataset().to_batches(list(columns), filter=chosen, batch_size=batch_size)
+            yield from self.dataset(columns).to_batches(list(columns), filter=chosen, batch_size=batch_size)
 
     @contextmanager
     def name_damaged_file(self, files: Sequence[str] | None = None) -> Iterator[None]:
@@ -212,3 +225,20 @@ class RunOutput:
         """Remove the checkpoints, and the shards of remaining rows."""
         storage.remove(self.checkpoints)
         storage.remove(self.remaining)
+
+
+def _find_problem(file: ds.ParquetFileFragment, columns: Collection[str]) -> str:
+    """Say which column a file of rows should have and has not, "" if none.
+
+    Args:
+        file: whose footer is read.
+        columns: of OUTPUT that are needed; it needs those without nulls in any case.
+    """
+    schema, in_path = file.physical_schema, ds.get_partition_keys(file.partition_expression)
+    for column in OUTPUT:
+        index = schema.get_field_index(column.name)
+        if index >= 0 and schema.field(index).type != column.type:
+            return f"a column {column.name} of type {schema.field(index).type}, not {column.type}"
+        if index < 0 and column.name not in in_path and (column.name in columns or not column.nullable):
+            return f"no column {column.name}"
+    return ""

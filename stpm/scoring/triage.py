@@ -102,7 +102,7 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
 
 
 def _read_rows(output: RunOutput, uri: str, image_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    dataset = output.dataset([uri])
+    dataset = output.dataset(_COLUMNS, [uri])
     is_wanted = ds.field("image_id").isin(image_ids)
     for file in dataset.get_fragments():
         for row_group in file.split_by_row_group():

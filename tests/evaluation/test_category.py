@@ -10,11 +10,12 @@ from scipy.ndimage import zoom
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from stpm.data import images
+from stpm.errors import RunDamagedError
 from stpm.evaluation.category import MasksAt, ScoredCategory
 from stpm.evaluation.category_metrics import METRICS
 from stpm.method.preprocessing import Resize
 from tests.conftest import make_preprocessing
-from tests.datasets import encode_image
+from tests.datasets import encode_image, write_rows
 from tests.evaluation.runs import PREPROCESSING, SIZE, measured, scored_run
 
 
@@ -163,6 +164,14 @@ def test_images_without_a_label_do_not_count(tmp_path: Path) -> None:
     metrics = measured(scored_run(tmp_path, unlabelled=2))
     assert (metrics.good_count, metrics.unlabelled_count) == (4, 2)
     assert None not in metrics.values.values()
+
+
+def test_a_file_without_a_column_of_maps_is_damaged(tmp_path: Path) -> None:
+    category = scored_run(tmp_path)
+    rows = pq.read_table(Path(category.output.scores) / "seed-0_0.parquet")
+    write_rows(category.output, rows.drop_columns(["anomaly_map"]), 1)
+    with pytest.raises(RunDamagedError, match=r"seed-0_1\.parquet is not a file of rows: it has no column anomaly_map"):
+        measured(category)
 
 
 def test_without_maps_image_metrics_remain(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from stpm import storage
@@ -12,7 +13,9 @@ from stpm.errors import RunDamagedError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.monitoring.rows import read_rows
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.resuming.segments import scan_rows
+from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.triage import most_anomalous
 from tests.conftest import make_preprocessing
 from tests.datasets import make_output, write_rows
@@ -44,8 +47,59 @@ def test_an_error_names_the_damaged_file_of_several(
         read(output)
 
 
-def test_rows_of_another_schema_are_reported(tmp_path: Path) -> None:
+GOOD = make_output(3, category=["nut"] * 3, label=["good"] * 3, score=[*range(3)], threshold=[1.0] * 3)
+
+
+def with_column(name: str, values: list[Any]) -> pa.Table:
+    return GOOD.set_column(GOOD.schema.get_field_index(name), name, pa.array(values))
+
+
+FOREIGN = {
+    "no column image_id": pa.table({"epoch": [1]}),
+    "no column category": GOOD.drop_columns(["category", "error_kind"]),
+    "no column is_anomalous": GOOD.drop_columns(["is_anomalous"]),
+    "a column image_id of type string, not int64": with_column("image_id", ["1", "2", "3"]),
+    "a column category of type int64, not string": with_column("category", [1, 2, 3]),
+    "a column score of type string, not float": with_column("score", ["a", "b", "c"]),
+}
+
+
+def read_ranked(run: RunOutput) -> Any:
+    """Read the most anomalous images as their summaries name them, without a scan."""
+    summaries = [RowSummary.of_rows(GOOD, task_of(uri), 50) for uri in run.files()]
+    storage.publish(run.segment_summary(0), RowSummary.total(summaries, 50).to_json(), durable=False)
+    return most_anomalous(run, 50)
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["first", "last"])
+@pytest.mark.parametrize("problem", FOREIGN)
+@pytest.mark.parametrize(
+    "read",
+    [
+        evaluate,
+        lambda run: read_rows([run]),
+        lambda run: scan_rows(run, 5),
+        lambda run: most_anomalous(run, 50),
+        read_ranked,
+    ],
+    ids=["evaluation", "monitoring", "scan", "triage", "ranked"],
+)
+def test_a_file_of_other_columns_is_named(
+    tmp_path: Path, read: Callable[[RunOutput], Any], problem: str, number: int
+) -> None:
     output = RunOutput.single(str(tmp_path))
-    write_rows(output, make_output(3).drop_columns(["score", "error_kind", "p_value"]))
-    with pytest.raises(RunDamagedError, match=r"scores: a file of rows is damaged: .*"):
-        read_rows([output])
+    for each in range(3):
+        write_rows(output, FOREIGN[problem] if each == number else GOOD, each)
+    file = re.escape(f"{output.scores}/scores_{number}.parquet")
+    with pytest.raises(RunDamagedError, match=f"^{file} is not a file of rows: it has {problem}$"):
+        read(output)
+
+
+def test_a_foreign_file_beside_partitions_is_named(tmp_path: Path) -> None:
+    output = RunOutput.single(str(tmp_path))
+    in_folder = GOOD.drop_columns(["category"])
+    storage.publish(f"{output.scores}/category=007/scores_0.parquet", storage.encode_parquet(in_folder), durable=False)
+    assert output.dataset(["score"]).to_table(columns=["category"])["category"].to_pylist() == ["007"] * 3
+    write_rows(output, in_folder, 1)
+    with pytest.raises(RunDamagedError, match=r"scores/scores_1\.parquet is not a file of rows: it has no column "):
+        scan_rows(output, 5)

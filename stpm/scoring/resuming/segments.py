@@ -104,9 +104,9 @@ def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
     """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time.
 
     Raises:
-        RunDamagedError: if a file is damaged.
+        RunDamagedError: if a file is damaged, or has other columns.
     """
-    dataset = output.dataset()
+    dataset = output.dataset(COLUMNS)
     with output.name_damaged_file():
         return RowSummary.total(
             (
