@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunResult, Records]:
-    """Score all images that have no row yet, on Ray.
+    """Score all images that have no row yet, on Ray. With the last of them, find discoveries and write the page.
 
     Args:
         run: what to do.
@@ -64,29 +64,46 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         CutOffError: if storage, a node or Ray failed.
     """
     state, listed, records = resume_or_start(run, start_over=start_over, replace=replace)
-    finished = state.is_finished()
-    if finished:
-        log.info(f"all of them are scored already, see {state.uri}")
-    result = state.result() if finished else _score_remaining(run, listed, records)
-    if not result.unfinished:
-        has_other_rate = run.fdr != (result.discoveries.rate if result.discoveries else 0.0)
-        needs_page = run.triage_images and (run.triage_images != state.triage_images() or has_other_rate)
-        if needs_page or has_other_rate:
-            total = total_of_finished(run.output, result.rows, run.triage_images)
-        if has_other_rate:
-            calibration = {name: record.fit.calibration_count for name, record in records.items()}
-            found = find_discoveries(total.p_values, calibration, run.fdr) if run.fdr else None
-            result = dataclasses.replace(result, discoveries=found)
-        if needs_page:
-            preprocessing = {name: record.preprocessing for name, record in records.items()}
-            write_triage(run.output, run.triage_images, preprocessing, result.discoveries)
-            state.record_triage(run.triage_images)
-        if not finished:
-            state.finish(result)
-        elif has_other_rate:
-            state.update_result(result)
-        run.output.clear_checkpoints()
+    finished = _read_finished(state)
+    scored = finished or _score_remaining(run, listed, records)
+    if scored.unfinished:
+        return scored, records
+    result = _find_discoveries(run, scored, records)
+    if run.triage_images and (run.triage_images != state.triage_images() or result != scored):
+        _write_page(run, state, result, records)
+    if not finished:
+        state.finish(result)
+    elif result != finished:
+        state.update_result(result)
+    run.output.clear_checkpoints()
     return result, records
+
+
+def _read_finished(state: RunState) -> RunResult | None:
+    """Read the result of a finished run; None if it is not finished."""
+    if not state.is_finished():
+        return None
+    log.info(f"all of them are scored already, see {state.uri}")
+    return state.result()
+
+
+def _find_discoveries(run: ScoringRun, result: RunResult, records: Records) -> RunResult:
+    """Return the result with the discoveries at the run's rate, unless it has them already."""
+    if run.fdr == (result.discoveries.rate if result.discoveries else 0.0):
+        return result
+    total = total_of_finished(run.output, result.rows, run.triage_images)
+    calibration = {name: record.fit.calibration_count for name, record in records.items()}
+    found = find_discoveries(total.p_values, calibration, run.fdr) if run.fdr else None
+    return dataclasses.replace(result, discoveries=found)
+
+
+def _write_page(run: ScoringRun, state: RunState, result: RunResult, records: Records) -> None:
+    """Write the page of the most anomalous images, and record that."""
+    # A page of some of the summaries would lack images.
+    total_of_finished(run.output, result.rows, run.triage_images)
+    preprocessing = {name: record.preprocessing for name, record in records.items()}
+    write_triage(run.output, run.triage_images, preprocessing, result.discoveries)
+    state.record_triage(run.triage_images)
 
 
 def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tuple[RunState, Manifest, Records]:
