@@ -104,7 +104,7 @@ def _score_and_evaluate(
             score()
             return evaluate()
         except RunDamagedError as error:
-            log.info(f"warning: {error}; {output.name} is scored again")
+            log.warning(f"{error}; {output.name} is scored again")
             output.clear()
             score()
             return evaluate()
