@@ -28,7 +28,11 @@ RECORDS = [
     RowSummary(COUNTS, {"empty": 1}, ["a.png: empty"], {"nut": {0.25: 1}}, 9, 3, [RankedImage(0.5, -7, "task")]),
     RunResult(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS, discoveries=DISCOVERIES),
     Versions(Version("nut-1", "f"), (Version("nut-0", "e"),)),
-    Night("2026-11-24", ("dump",), categories={"nut": CategoryRecord("nut-1", 2, 1, {}, 0.01)}, discoveries=None),
+    Night(
+        "2026-11-24",
+        ("dump",),
+        categories={"nut": CategoryRecord(model_id="nut-1", images=2, alarms=1, errors={}, false_alarm_rate=0.01)},
+    ),
     Holder("a", "host", "machine", 7, "1", "jobs/score.py"),
     result("nut", 0, None, None).model,
 ]
