@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
-from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, pool_size, pooled_shape, window_size
+from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, stride_of, strided_shape, window_size
 from stpm.method.recipe import Recipe
 
 # Descriptors to choose a bank's coreset from. With more, this takes longer than a small student's training.
@@ -32,22 +32,23 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     per_image = math.ceil(_MAX_CANDIDATES / len(train))
     preprocessing = features.matcher.preprocessing
     size = preprocessing.height, preprocessing.width
-    pools = {index: pool_size(features.shapes[index], size) for index in level_indices}
-    shapes = {index: pooled_shape(features.shapes[index], pools[index]) for index in level_indices}
-    windows = {index: window_size(shapes[index], shapes[level_indices[-1]]) for index in level_indices}
+    coarsest = features.shapes[level_indices[-1]]
+    windows = {index: window_size(features.shapes[index], coarsest) for index in level_indices}
+    strides = {index: stride_of(features.shapes[index], size) for index in level_indices}
+    shapes = {index: strided_shape(features.shapes[index], strides[index]) for index in level_indices}
     candidates: list[list[Tensor]] = [[] for _ in banks]
     for batch in split_batches(train, EVALUATION_BATCH_SIZE):
         levels, valid = features(batch), features.content_masks(batch)
-        pooled_valid = features.matcher.content_masks(features.images.content[batch], list(shapes.values()))
+        strided_valid = features.matcher.content_masks(features.images.content[batch], list(shapes.values()))
         chosen = {
             index: _choose_candidates(shapes[index], mask, batch, per_image, recipe.seed).to(levels[index].device)
-            for index, mask in zip(level_indices, pooled_valid, strict=True)
+            for index, mask in zip(level_indices, strided_valid, strict=True)
         }
         for (index, kind), found in zip(banks, candidates, strict=True):
-            descriptors = describe(levels[index], kind, pools[index], windows[index], valid[index])
+            descriptors = describe(levels[index], kind, windows[index], strides[index], valid[index])
             found.append(descriptors.flatten(0, 2)[chosen[index]])
     return tuple(
-        fit_bank(torch.cat(found), index, kind, pools[index], windows[index], recipe.memory, recipe.seed)
+        fit_bank(torch.cat(found), index, kind, windows[index], strides[index], recipe.memory, recipe.seed)
         for (index, kind), found in zip(banks, candidates, strict=True)
     )
 

@@ -28,8 +28,8 @@ _RIDGE = 0.01
 # Smallest ridge, as a fraction of the mean's mean square: above the rounding errors of features that are all the same.
 _MIN_RIDGE = 1e-6
 _EPS = 1e-12
-# Pixels between the positions of a bank, at least.
-_MIN_STRIDE = 8
+# Pixels of the input from one descriptor to the next, at least.
+_MIN_PIXELS = 8
 # Queries per matrix product: its result, some MiB, stays in a core's cache.
 _QUERIES_PER_BLOCK = 1024
 
@@ -41,8 +41,8 @@ class MemoryBank:
     Args:
         level_index: index of the level among the recipe's `levels`, 0 the finest.
         kind: kind of descriptor.
-        pool: side of the squares of positions that are averaged into one position; 1: none.
-        window: side of the square of those positions that a descriptor averages, odd.
+        window: side of the square of positions that a descriptor averages, odd.
+        stride: positions from one descriptor to the next, in both directions.
         mean: (C,) float32, mean of normal descriptors.
         whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
         vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
@@ -50,8 +50,8 @@ class MemoryBank:
 
     level_index: int
     kind: Kind
-    pool: int
     window: int
+    stride: int
     mean: Tensor
     whitening: Tensor
     vectors: Tensor
@@ -67,32 +67,33 @@ class MemoryBank:
         return replace(self, mean=mean, whitening=whitening, vectors=vectors)
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Compute the distance of each position to the nearest vector: (B, C, H, W) to (B, ⌈H/pool⌉, ⌈W/pool⌉) float32.
+        """Compute distances to the nearest vector: (B, C, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉) float32.
 
         Args:
             features: features of the bank's level.
             valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
         """
-        described = describe(features, self.kind, self.pool, self.window, valid)
+        described = describe(features, self.kind, self.window, self.stride, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
 
 
-def pool_size(shape: tuple[int, int], size: tuple[int, int]) -> int:
-    """Return the side of the squares of positions to average into one: a bank has a position per 8 x 8 pixels at most.
+def stride_of(shape: tuple[int, int], size: tuple[int, int]) -> int:
+    """Return the stride of a level's bank: there are 8 pixels or more from one descriptor to the next.
 
-    Between finer positions the window's average hardly changes, and the search would take four times as long.
+    From one position of a finer level to the next the window's average hardly changes, and the search would take four
+    times as long.
 
     Args:
         shape: height and width of the level.
         size: height and width of the input, pixels.
     """
-    return max(_MIN_STRIDE // max(round(size[0] / shape[0]), round(size[1] / shape[1])), 1)
+    return max(_MIN_PIXELS // max(round(size[0] / shape[0]), round(size[1] / shape[1])), 1)
 
 
-def pooled_shape(shape: tuple[int, int], pool: int) -> tuple[int, int]:
-    """Return height and width of a level after squares of positions are averaged."""
-    return math.ceil(shape[0] / pool), math.ceil(shape[1] / pool)
+def strided_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return how many descriptors a level has, down and across."""
+    return math.ceil(shape[0] / stride), math.ceil(shape[1] / stride)
 
 
 def window_size(shape: tuple[int, int], coarsest: tuple[int, int]) -> int:
@@ -101,33 +102,33 @@ def window_size(shape: tuple[int, int], coarsest: tuple[int, int]) -> int:
     return ratio + 1 - ratio % 2
 
 
-def describe(features: Tensor, kind: Kind, pool: int, window: int, valid: Tensor | None = None) -> Tensor:
-    """Compute the descriptors of all positions, before whitening: averages over a window of pooled positions.
+def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tensor | None = None) -> Tensor:
+    """Compute the descriptors of every `stride`-th position, before whitening: averages over a window around it.
 
     Args:
         features: (B, C, H, W), any float type.
         kind: `directions` scales each averaged vector to length 1.
-        pool: side of the squares of positions that are averaged into one.
         window: side of the window, odd; at a border, only valid positions are averaged.
+        stride: positions from one descriptor to the next, in both directions.
         valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
 
     Returns:
-        (B, ⌈H/pool⌉, ⌈W/pool⌉, C) float32.
+        (B, ⌈H/stride⌉, ⌈W/stride⌉, C) float32.
     """
     features = features.float()
     if valid is None:
-        features = _average(features, pool, window)
-    elif pool > 1 or window > 1:
+        features = _average(features, window, stride)
+    else:
         weight = valid[:, None].float()
-        share = _average(weight, pool, window).clamp_min(1 / (pool * window) ** 2)
-        features = _average(features * weight, pool, window) / share
+        share = _average(weight, window, stride).clamp_min(1 / window**2)
+        features = _average(features * weight, window, stride) / share
     if kind == "directions":
         features = normalize(features, dim=1)
     return features.permute(0, 2, 3, 1).contiguous()
 
 
 def fit_bank(
-    descriptors: Tensor, level_index: int, kind: Kind, pool: int, window: int, size: int, seed: int
+    descriptors: Tensor, level_index: int, kind: Kind, window: int, stride: int, size: int, seed: int
 ) -> MemoryBank:
     """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
 
@@ -135,15 +136,15 @@ def fit_bank(
         descriptors: (N, C) float32, not whitened, N at least 1.
         level_index: index of the descriptors' level among the recipe's `levels`, 0 the finest.
         kind: kind of the descriptors.
-        pool: side of the squares of positions that are averaged into one.
-        window: side of the square of those positions that each descriptor averages, odd.
+        window: side of the square of positions that each descriptor averages, odd.
+        stride: positions from one descriptor to the next.
         size: number of vectors to keep; all, if there are fewer.
         seed: seed of the coreset's projection.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
     chosen = greedy_coreset(whitened, size, seed)
-    return MemoryBank(level_index, kind, pool, window, mean, whitening, whitened[chosen].half().float())
+    return MemoryBank(level_index, kind, window, stride, mean, whitening, whitened[chosen].half().float())
 
 
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,9 +210,7 @@ def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
     return torch.cat(nearest).clamp_min(0.0).sqrt()
 
 
-def _average(maps: Tensor, pool: int, window: int) -> Tensor:
-    if pool > 1:
-        maps = avg_pool2d(maps, pool, ceil_mode=True, count_include_pad=False)
-    if window > 1:
-        maps = avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
-    return maps
+def _average(maps: Tensor, window: int, stride: int) -> Tensor:
+    if window == stride == 1:
+        return maps
+    return avg_pool2d(maps, window, stride, padding=window // 2, count_include_pad=False)

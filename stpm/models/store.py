@@ -379,11 +379,11 @@ def _read_record(kind: type[T], uri: str) -> T:
 
 
 def _tensors_by_name(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
-    """Name each tensor <level index>.<kind>.<pool>.<window>.<name>. Half precision represents the vectors exactly."""
+    """Name each tensor <level index>.<kind>.<window>.<stride>.<name>. Half precision represents the vectors exactly."""
     tensors = {}
     for bank in memory:
         for name, tensor in bank.tensors.items():
-            path = f"{bank.level_index}.{bank.kind}.{bank.pool}.{bank.window}.{name}"
+            path = f"{bank.level_index}.{bank.kind}.{bank.window}.{bank.stride}.{name}"
             tensors[path] = tensor.half() if name == "vectors" else tensor
     return tensors
 
@@ -394,7 +394,7 @@ def _banks(tensors: StateDict) -> tuple[MemoryBank, ...]:
 
     by_key: dict[tuple[int, Kind, int, int], dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
-        level_index, kind, pool, window, name = path.split(".")
-        by_key.setdefault((int(level_index), cast("Kind", kind), int(pool), int(window)), {})[name] = tensor.float()
+        level_index, kind, window, stride, name = path.split(".")
+        by_key.setdefault((int(level_index), cast("Kind", kind), int(window), int(stride)), {})[name] = tensor.float()
     banks = (MemoryBank(*key, bank["mean"], bank["whitening"], bank["vectors"]) for key, bank in by_key.items())
     return tuple(sorted(banks, key=lambda bank: (bank.level_index, KINDS.index(bank.kind))))

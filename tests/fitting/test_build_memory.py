@@ -19,7 +19,7 @@ from tests.fitting.helpers import BUDGET, MatcherOf, unpadded
 
 def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) -> bool:
     return len(first) == len(second) and all(
-        (a.level_index, a.kind, a.pool, a.window) == (b.level_index, b.kind, b.pool, b.window)
+        (a.level_index, a.kind, a.window, a.stride) == (b.level_index, b.kind, b.window, b.stride)
         and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "whitening", "vectors"))
         for a, b in zip(first, second, strict=True)
     )
@@ -115,14 +115,12 @@ def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
     assert choose_levels(recipe, channels) == indices
 
 
-def test_the_finest_level_is_pooled_to_a_position_per_eight_pixels(
-    images: TrainingImages, make_matcher: MatcherOf
-) -> None:
+def test_the_finest_level_has_a_descriptor_every_eight_pixels(images: TrainingImages, make_matcher: MatcherOf) -> None:
     recipe = dataclasses.replace(MODELS["memory"], memory_levels=Integers((1, 2)), memory=100_000)
     features = TeacherFeatures(make_matcher(recipe), images, BUDGET)
     assert features.shapes[:2] == [(16, 16), (8, 8)]
     banks = build_memory(features, np.arange(9), recipe)
-    assert [(bank.level_index, bank.pool, bank.window) for bank in banks] == [(0, 2, 1)] * 2 + [(1, 1, 1)] * 2
+    assert [(bank.level_index, bank.window, bank.stride) for bank in banks] == [(0, 3, 2)] * 2 + [(1, 1, 1)] * 2
     maps = features.matcher.distances(
         Parts(None, banks), features.inputs(np.arange(9)), images.content[:9], features(np.arange(9))
     ).memory

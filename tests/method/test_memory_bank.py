@@ -21,8 +21,8 @@ from stpm.method.memory_bank import (
     fit_whitening,
     greedy_coreset,
     nearest_distance,
-    pool_size,
-    pooled_shape,
+    stride_of,
+    strided_shape,
     window_size,
 )
 
@@ -38,20 +38,19 @@ def correlated(count: int, channels: int, seed: int = 0) -> Tensor:
 
 
 def reference_description(
-    features: np.ndarray, kind: Kind, pool: int, window: int, valid: np.ndarray
+    features: np.ndarray, kind: Kind, window: int, stride: int, valid: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Average the valid positions of the window by loops, and mark the descriptors that have one."""
     images, channels, height, width = features.shape
     half = window // 2
-    rows, columns = -(-height // pool), -(-width // pool)
-    found = np.zeros((images, rows, columns, channels))
-    described = np.zeros((images, rows, columns), bool)
-    for i, y, x in np.ndindex(images, rows, columns):
-        # The squares overlap nowhere, and where all have one size each position counts alike.
+    rows, columns = range(0, height, stride), range(0, width, stride)
+    found = np.zeros((images, len(rows), len(columns), channels))
+    described = np.zeros((images, len(rows), len(columns)), bool)
+    for i, y, x in np.ndindex(described.shape):
         window_of_image = [
             features[i, :, v, u]
-            for v in range(max(y - half, 0) * pool, min((y + half + 1) * pool, height))
-            for u in range(max(x - half, 0) * pool, min((x + half + 1) * pool, width))
+            for v in range(max(rows[y] - half, 0), min(rows[y] + half + 1, height))
+            for u in range(max(columns[x] - half, 0), min(columns[x] + half + 1, width))
             if valid[i, v, u]
         ]
         described[i, y, x] = bool(window_of_image)
@@ -65,18 +64,18 @@ def reference_description(
 @pytest.mark.parametrize("window", [1, 3, 5])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("pool", "shape"), [(1, (7, 6)), (1, (2, 9)), (1, (1, 1)), (2, (8, 6)), (4, (8, 12)), (2, (2, 2))]
+    ("stride", "shape"), [(1, (7, 6)), (1, (2, 9)), (1, (1, 1)), (2, (8, 6)), (4, (7, 13)), (2, (1, 1))]
 )
 def test_describe_averages_valid_positions_of_window(
-    kind: Kind, window: int, masked: bool, pool: int, shape: tuple[int, int]
+    kind: Kind, window: int, masked: bool, stride: int, shape: tuple[int, int]
 ) -> None:
     features = normal(2, 5, *shape)
     valid = torch.ones(2, *shape, dtype=torch.bool)
     if masked:
         valid[0, :, : shape[1] // 2] = False
         valid[1, shape[0] // 2 + 1 :] = False
-    expected, described = reference_description(features.double().numpy(), kind, pool, window, valid.numpy())
-    found = describe(features, kind, pool, window, valid if masked else None)
+    expected, described = reference_description(features.double().numpy(), kind, window, stride, valid.numpy())
+    found = describe(features, kind, window, stride, valid if masked else None)
     assert found.dtype == torch.float32
     assert torch.isfinite(found).all()
     np.testing.assert_allclose(found.numpy()[described], expected[described], atol=1e-5)
@@ -87,26 +86,26 @@ def test_describe_ignores_invalid_positions(kind: Kind) -> None:
     features, valid = normal(1, 4, 6, 6), torch.zeros(1, 6, 6, dtype=torch.bool)
     valid[:, 2:5, 1:4] = True
     other = torch.where(valid[:, None], features, 1e4)
-    torch.testing.assert_close(describe(features, kind, 1, 3, valid)[valid], describe(other, kind, 1, 3, valid)[valid])
+    torch.testing.assert_close(describe(features, kind, 3, 1, valid)[valid], describe(other, kind, 3, 1, valid)[valid])
 
 
 def test_describe_averages_half_precision_in_float32() -> None:
     features = normal(2, 4, 6, 6).half()
-    torch.testing.assert_close(describe(features, "features", 1, 3), describe(features.float(), "features", 1, 3))
+    torch.testing.assert_close(describe(features, "features", 3, 1), describe(features.float(), "features", 3, 1))
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 5))
-def test_pooled_shape_is_that_of_the_descriptors(rows: int, columns: int, pool: int) -> None:
-    described = describe(torch.ones(1, 2, rows, columns), "features", pool, 1)
-    assert described.shape[1:3] == pooled_shape((rows, columns), pool)
+def test_strided_shape_is_that_of_the_descriptors(rows: int, columns: int, stride: int) -> None:
+    described = describe(torch.ones(1, 2, rows, columns), "features", 3, stride)
+    assert described.shape[1:3] == strided_shape((rows, columns), stride)
     torch.testing.assert_close(described, torch.ones_like(described))
 
 
-@pytest.mark.parametrize(("stride", "pool"), [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1), (32, 1)])
+@pytest.mark.parametrize(("pixels", "stride"), [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1), (32, 1)])
 @given(rows=st.integers(32, 1000), columns=st.integers(32, 1000))
-def test_a_bank_has_at_most_a_position_per_eight_pixels(stride: int, pool: int, rows: int, columns: int) -> None:
-    shape = -(-rows // stride), -(-columns // stride)
-    assert pool_size(shape, (rows, columns)) == pool
+def test_descriptors_are_eight_pixels_apart_or_more(pixels: int, stride: int, rows: int, columns: int) -> None:
+    shape = -(-rows // pixels), -(-columns // pixels)
+    assert stride_of(shape, (rows, columns)) == stride
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8), st.integers(1, 8))
@@ -150,7 +149,7 @@ def test_fit_bank_gives_finite_distances_for_constant_channels(kind: Kind, value
 def test_fit_bank_gives_zero_distance_for_constant_features() -> None:
     features = torch.full((3, 8, 5, 5), 0.3)
     for kind in KINDS:
-        bank = fit_bank(describe(features, kind, 1, 3).flatten(0, 2), 0, kind, 1, 3, 20, 0)
+        bank = fit_bank(describe(features, kind, 3, 1).flatten(0, 2), 0, kind, 3, 1, 20, 0)
         assert bank.distance_map(features).max() < 1e-2
 
 
@@ -222,7 +221,7 @@ def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
 
 
 def make_bank(features: Tensor, kind: Kind, window: int, size: int = 10**6) -> MemoryBank:
-    return fit_bank(describe(features, kind, 1, window).flatten(0, 2), 0, kind, 1, window, size, 0)
+    return fit_bank(describe(features, kind, window, 1).flatten(0, 2), 0, kind, window, 1, size, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,7 +250,7 @@ def test_distance_map_matches_reference_at_each_position() -> None:
     valid[:, :, 4:] = False
     found = bank.distance_map(features, valid)
     assert (found.shape, found.dtype) == ((2, 5, 7), torch.float32)
-    described, _ = reference_description(features.double().numpy(), "features", 1, 3, valid.numpy())
+    described, _ = reference_description(features.double().numpy(), "features", 3, 1, valid.numpy())
     whitened = (described - bank.mean.numpy()) @ bank.whitening.double().numpy()
     expected = cdist(whitened[valid], bank.vectors.double().numpy()).min(axis=1)
     np.testing.assert_allclose(found[valid].numpy(), expected, rtol=1e-3)
