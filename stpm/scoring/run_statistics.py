@@ -18,6 +18,7 @@ class RunStatistics:
         images: number of images that scorers have finished.
         errors: how many of them have no score.
         anomalous: how many of them are anomalous.
+        openvino_images: how many of them OpenVINO computed; PyTorch computed the others.
         decode_seconds: CPU seconds for fetching and decoding.
         score_seconds: seconds of the scorers' devices: of a CPU core, or of a GPU.
         draw_seconds: CPU seconds for drawing heatmaps.
@@ -27,6 +28,7 @@ class RunStatistics:
     images: int = 0
     errors: int = 0
     anomalous: int = 0
+    openvino_images: int = 0
     decode_seconds: float = 0.0
     score_seconds: float = 0.0
     draw_seconds: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     run = json.loads((working_folder / "run/run.json").read_text())
     assert run["result"]["rows"] == 8
     assert 0 < run["result"]["statistics"]["score_seconds"] < 2 * run["result"]["seconds"]
+    assert run["result"]["statistics"]["openvino_images"] == (8 if find_spec("openvino") else 0)
     assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
     assert {path.name for path in (working_folder / "run").iterdir()} == {

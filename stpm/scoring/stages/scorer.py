@@ -97,7 +97,7 @@ class Scorer:
         start = self._clock()
         columns = [batch[name].to_pylist() for name in DecodedImage._fields[:-1]]
         images = list(map(DecodedImage, *columns, batch["pixels"]))
-        outcomes = self._score(images)
+        outcomes, openvino_images = self._score(images)
         result = _scored_table(batch, outcomes, self._settings.overlays)
         seconds = self._clock() - start
         prometheus.count_stage_seconds("score", seconds)
@@ -113,6 +113,7 @@ class Scorer:
                 images=len(images),
                 errors=len(images) - len(scores),
                 anomalous=sum(bool(score.is_anomalous) for score in scores),
+                openvino_images=openvino_images,
                 score_seconds=seconds,
             )
             tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
@@ -130,8 +131,8 @@ class Scorer:
         self._idle_since = time.perf_counter()
         return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result
 
-    def _score(self, images: Sequence[DecodedImage]) -> list[Outcome]:
-        """Score the images that have no error yet, those with one matcher together."""
+    def _score(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], int]:
+        """Score the images that have no error yet, those with one matcher together; count those by OpenVINO."""
         outcomes: dict[int, Outcome] = {
             i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
         }
@@ -146,7 +147,8 @@ class Scorer:
                 outcomes |= dict.fromkeys(members, error)
         for matcher, members in by_matcher.items():
             outcomes |= zip(members, self._score_shared(matcher, [images[i] for i in members]), strict=True)
-        return [outcomes[i] for i in range(len(images))]
+        openvino_images = sum(len(members) for matcher, members in by_matcher.items() if matcher.backend == "openvino")
+        return [outcomes[i] for i in range(len(images))], openvino_images
 
     def _score_shared(self, matcher: Matcher, images: Sequence[DecodedImage]) -> list[Outcome]:
         """Score images whose models share a matcher, batch by batch."""

@@ -21,7 +21,7 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.method.preprocessing import Resize
 from stpm.method.recipe import Recipe
-from stpm.options import Size
+from stpm.options import Backend, Size
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
@@ -146,6 +146,14 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
         ("score", 5, 2, 3, 0, [("expired://a.png", "unreadable")]),
         ("score", 5, 2, 3, 0, []),
     ]
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "openvino"])
+def test_the_report_of_a_batch_says_what_computed_it(run: Path, backend: Backend) -> None:
+    reports: list[BatchReport] = []
+    decoded = Decode(PREPROCESSING)(nut_rows([*manifest(run)["uri"].to_pylist()[:3], "/gone.png"]))
+    scorer(run, cast(Any, reports.append), backend=backend)(decoded)
+    assert [report.statistics.openvino_images for report in reports] == [3 if backend == "openvino" else 0]
 
 
 @pytest.mark.parametrize("filesystem", ["local", "memory"])
