@@ -33,8 +33,8 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     preprocessing = features.matcher.preprocessing
     size = preprocessing.height, preprocessing.width
     coarsest = features.shapes[level_indices[-1]]
-    windows = {index: window_size(features.shapes[index], coarsest) for index in level_indices}
     strides = {index: stride_of(features.shapes[index], size) for index in level_indices}
+    windows = {index: window_size(features.shapes[index], coarsest, strides[index]) for index in level_indices}
     shapes = {index: strided_shape(features.shapes[index], strides[index]) for index in level_indices}
     candidates: list[list[Tensor]] = [[] for _ in banks]
     for batch in split_batches(train, EVALUATION_BATCH_SIZE):

@@ -41,8 +41,8 @@ class MemoryBank:
     Args:
         level_index: index of the level among the recipe's `levels`, 0 the finest.
         kind: kind of descriptor.
-        window: side of the square of positions that a descriptor averages, odd.
-        stride: positions from one descriptor to the next, in both directions.
+        window: side of the square of positions that a descriptor averages.
+        stride: positions from one descriptor to the next, in both directions; as odd or even as the window.
         mean: (C,) float32, mean of normal descriptors.
         whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
         vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
@@ -96,20 +96,24 @@ def strided_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
     return math.ceil(shape[0] / stride), math.ceil(shape[1] / stride)
 
 
-def window_size(shape: tuple[int, int], coarsest: tuple[int, int]) -> int:
-    """Return the smallest odd number of positions of a level that spans one position of the coarsest level."""
-    ratio = max(round(shape[0] / coarsest[0]), round(shape[1] / coarsest[1]), 1)
-    return ratio + 1 - ratio % 2
+def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) -> int:
+    """Return the smallest window that spans one position of the coarsest level, and is as odd or even as the stride.
+
+    So its middle is that of the square of positions that the descriptor stands for. At least it spans this square and
+    `stride - 1` positions on each side, by which squares are displaced where they do not divide the level.
+    """
+    least = max(round(shape[0] / coarsest[0]), round(shape[1] / coarsest[1]), 3 * stride - 2)
+    return least + (least - stride) % 2
 
 
 def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tensor | None = None) -> Tensor:
-    """Compute the descriptors of every `stride`-th position, before whitening: averages over a window around it.
+    """Compute descriptors before whitening: for each square of `stride` positions, the average over a window around it.
 
     Args:
         features: (B, C, H, W), any float type.
         kind: `directions` scales each averaged vector to length 1.
-        window: side of the window, odd; at a border, only valid positions are averaged.
-        stride: positions from one descriptor to the next, in both directions.
+        window: side of the window; at a border, only valid positions are averaged.
+        stride: side of the squares, as odd or even as the window.
         valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
 
     Returns:
@@ -136,7 +140,7 @@ def fit_bank(
         descriptors: (N, C) float32, not whitened, N at least 1.
         level_index: index of the descriptors' level among the recipe's `levels`, 0 the finest.
         kind: kind of the descriptors.
-        window: side of the square of positions that each descriptor averages, odd.
+        window: side of the square of positions that each descriptor averages.
         stride: positions from one descriptor to the next.
         size: number of vectors to keep; all, if there are fewer.
         seed: seed of the coreset's projection.
@@ -213,4 +217,5 @@ def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
 def _average(maps: Tensor, window: int, stride: int) -> Tensor:
     if window == stride == 1:
         return maps
-    return avg_pool2d(maps, window, stride, padding=window // 2, count_include_pad=False)
+    padding = (window - stride) // 2
+    return avg_pool2d(maps, window, stride, padding, ceil_mode=True, count_include_pad=False)

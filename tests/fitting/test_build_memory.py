@@ -120,7 +120,7 @@ def test_the_finest_level_has_a_descriptor_every_eight_pixels(images: TrainingIm
     features = TeacherFeatures(make_matcher(recipe), images, BUDGET)
     assert features.shapes[:2] == [(16, 16), (8, 8)]
     banks = build_memory(features, np.arange(9), recipe)
-    assert [(bank.level_index, bank.window, bank.stride) for bank in banks] == [(0, 3, 2)] * 2 + [(1, 1, 1)] * 2
+    assert [(bank.level_index, bank.window, bank.stride) for bank in banks] == [(0, 4, 2)] * 2 + [(1, 1, 1)] * 2
     maps = features.matcher.distances(
         Parts(None, banks), features.inputs(np.arange(9)), images.content[:9], features(np.arange(9))
     ).memory

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
+from stpm.method.matching import content_mask
 from stpm.method.memory_bank import (
     KINDS,
     Kind,
@@ -42,15 +43,15 @@ def reference_description(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Average the valid positions of the window by loops, and mark the descriptors that have one."""
     images, channels, height, width = features.shape
-    half = window // 2
+    margin = (window - stride) // 2
     rows, columns = range(0, height, stride), range(0, width, stride)
     found = np.zeros((images, len(rows), len(columns), channels))
     described = np.zeros((images, len(rows), len(columns)), bool)
     for i, y, x in np.ndindex(described.shape):
         window_of_image = [
             features[i, :, v, u]
-            for v in range(max(rows[y] - half, 0), min(rows[y] + half + 1, height))
-            for u in range(max(columns[x] - half, 0), min(columns[x] + half + 1, width))
+            for v in range(max(rows[y] - margin, 0), min(rows[y] - margin + window, height))
+            for u in range(max(columns[x] - margin, 0), min(columns[x] - margin + window, width))
             if valid[i, v, u]
         ]
         described[i, y, x] = bool(window_of_image)
@@ -61,19 +62,20 @@ def reference_description(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [1, 3, 5])
+@pytest.mark.parametrize("margin", [0, 1, 2])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("stride", "shape"), [(1, (7, 6)), (1, (2, 9)), (1, (1, 1)), (2, (8, 6)), (4, (7, 13)), (2, (1, 1))]
 )
 def test_describe_averages_valid_positions_of_window(
-    kind: Kind, window: int, masked: bool, stride: int, shape: tuple[int, int]
+    kind: Kind, margin: int, masked: bool, stride: int, shape: tuple[int, int]
 ) -> None:
     features = normal(2, 5, *shape)
     valid = torch.ones(2, *shape, dtype=torch.bool)
     if masked:
         valid[0, :, : shape[1] // 2] = False
         valid[1, shape[0] // 2 + 1 :] = False
+    window = stride + 2 * margin
     expected, described = reference_description(features.double().numpy(), kind, window, stride, valid.numpy())
     found = describe(features, kind, window, stride, valid if masked else None)
     assert found.dtype == torch.float32
@@ -96,7 +98,7 @@ def test_describe_averages_half_precision_in_float32() -> None:
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 5))
 def test_strided_shape_is_that_of_the_descriptors(rows: int, columns: int, stride: int) -> None:
-    described = describe(torch.ones(1, 2, rows, columns), "features", 3, stride)
+    described = describe(torch.ones(1, 2, rows, columns), "features", stride + 2, stride)
     assert described.shape[1:3] == strided_shape((rows, columns), stride)
     torch.testing.assert_close(described, torch.ones_like(described))
 
@@ -108,11 +110,59 @@ def test_descriptors_are_eight_pixels_apart_or_more(pixels: int, stride: int, ro
     assert stride_of(shape, (rows, columns)) == stride
 
 
-@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8), st.integers(1, 8))
-def test_window_size_is_smallest_odd_number(rows: int, columns: int, across: int, down: int) -> None:
-    window = window_size((rows * down, columns * across), (rows, columns))
-    assert window % 2 == 1
-    assert max(across, down) <= window <= max(across, down) + 1
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8), st.integers(1, 8), st.sampled_from([1, 2, 4, 8]))
+def test_window_size_is_the_smallest_of_the_strides_parity(
+    rows: int, columns: int, across: int, down: int, stride: int
+) -> None:
+    window = window_size((rows * down, columns * across), (rows, columns), stride)
+    assert (window - stride) % 2 == 0
+    least = max(across, down, 3 * stride - 2)
+    assert least <= window <= least + 1
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 4, 8])
+@settings(max_examples=300)
+@given(
+    size=st.tuples(st.integers(32, 300), st.integers(32, 300)),
+    corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    part=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    is_alone=st.booleans(),
+)
+def test_every_valid_descriptor_averages_a_valid_position(
+    pixels: int, size: tuple[int, int], corner: tuple[float, float], part: tuple[float, float], is_alone: bool
+) -> None:
+    """No part of an image is represented by its padding, whatever the content box, and no part is left out."""
+    (top, bottom), (left, right) = (
+        (start := min(int(side * begin), side - 1), min(max(start + round(side * share), start + 1), side))
+        for side, begin, share in zip(size, corner, part, strict=True)
+    )
+    box = torch.tensor([[left, top, right, bottom]])
+    shape = -(-size[0] // pixels), -(-size[1] // pixels)
+    coarsest = shape if is_alone else (-(-size[0] // 16), -(-size[1] // 16))
+    stride = stride_of(shape, size)
+    window = window_size(shape, coarsest, stride)
+    fine, strided = content_mask(box, size, shape), content_mask(box, size, strided_shape(shape, stride))
+    # Valid positions hold 1, padding 0: an average of padding alone is 0.
+    described = describe(fine[:, None].float(), "features", window, stride, fine)[..., 0]
+    torch.testing.assert_close(described[strided], torch.ones_like(described[strided]))
+    # Each position is in a window.
+    alone = describe(torch.ones(1, 1, *shape), "features", window, stride)
+    assert window >= stride
+    assert alone.shape[1:3] == strided_shape(shape, stride)
+
+
+@pytest.mark.parametrize(("pixels", "ratio"), [(4, 4), (2, 8), (1, 16), (8, 2), (4, 1)])
+def test_a_descriptor_is_centred_on_what_it_stands_for(pixels: int, ratio: int) -> None:
+    """The window's average of a coordinate, brought to input size, is that coordinate: maps are not shifted."""
+    size = 128
+    shape = size // pixels, size // pixels
+    stride = stride_of(shape, (size, size))
+    window = window_size(shape, (shape[0] // ratio, shape[1] // ratio), stride)
+    centres = (torch.arange(shape[1]) + 0.5) * pixels
+    described = describe(centres.expand(1, 1, *shape).contiguous(), "features", window, stride)[0, :, :, 0]
+    cells = (torch.arange(described.shape[1]) + 0.5) * size / described.shape[1]
+    inner = slice(window, -window) if len(cells) > 2 * window else slice(len(cells) // 2, len(cells) // 2 + 1)
+    torch.testing.assert_close(described[:, inner], cells[inner].expand_as(described[:, inner]))
 
 
 def test_fit_whitening_gives_unit_covariance_up_to_ridge() -> None:
