@@ -27,6 +27,8 @@ from stpm.scoring.output import RunOutput
 # The columns that `ground_truth` reads.
 GROUND_TRUTH_COLUMNS = ("uri", "label", "mask", "width", "height")
 _COLUMNS = (*GROUND_TRUTH_COLUMNS, "score", "threshold", "is_anomalous", "error_kind", "error_message")
+# They have a value in each row without an error.
+_VALUES = ("score", "threshold", "is_anomalous", "width", "height")
 # Images at a time. A map at original size may have a hundred times as many pixels.
 _BATCH_SIZE = {"model": 16, "original": 1}
 
@@ -115,12 +117,13 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
             paper's authors do. `original`: maps are brought linearly to the size of the cropped image.
 
     Raises:
-        RunDamagedError: if a file of rows is damaged.
+        RunDamagedError: if a file of rows is damaged, or a row without an error lacks a value or has a wrong map.
     """
     every = category.rows()
     rows = every.filter(pc.not_equal(every["label"], ""))
     is_scored = pc.equal(rows["error_kind"], "")
     scored, failed = rows.filter(is_scored), rows.filter(pc.invert(is_scored))
+    _check_values(category, scored)
     problems = [f"{r['uri']}: {r['error_kind']}: {r['error_message']}" for r in failed.to_pylist()]
     pixels: dict[str, PixelCounts] = {}
     no_pixels = ""
@@ -144,6 +147,14 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     )
 
 
+def _check_values(category: ScoredCategory, scored: pa.Table) -> None:
+    """Raise RunDamagedError if a row without an error lacks a value."""
+    for name in _VALUES:
+        if scored[name].null_count:
+            uri = scored.filter(pc.is_null(scored[name]))["uri"][0]
+            raise RunDamagedError(f"{category.output.scores}: the row of {uri} has neither an error nor a {name}")
+
+
 def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt) -> dict[str, PixelCounts]:
     """Count pixels by label, with a few maps in memory at a time."""
     by_uri: dict[str, dict[str, Any]] = {row["uri"]: row for row in scored.to_pylist()}
@@ -163,18 +174,27 @@ def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
             if data is None:
                 raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
             row = by_uri[uri]
-            by_label.setdefault(row["label"], []).append(_map_and_mask(data, row, category.preprocessing, masks_at))
+            by_label.setdefault(row["label"], []).append(_map_and_mask(category, data, row, masks_at))
         for label, pairs in by_label.items():
             maps, masks = zip(*pairs, strict=True)
             counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
     return counts
 
 
-def _map_and_mask(
-    data: bytes, row: Mapping[str, Any], preprocessing: Preprocessing, masks_at: MasksAt
-) -> tuple[Map, Mask]:
-    """Bring an image's map, float32 as bytes, and its mask to one size."""
-    anomaly_map = np.frombuffer(data, np.float32).reshape(preprocessing.content_shape(row["width"], row["height"]))
+def _map_and_mask(category: ScoredCategory, data: bytes, row: Mapping[str, Any], masks_at: MasksAt) -> tuple[Map, Mask]:
+    """Bring an image's map, float32 as bytes, and its mask to one size.
+
+    Raises:
+        RunDamagedError: if the map is of another size than the image gives.
+    """
+    preprocessing = category.preprocessing
+    try:
+        shape = preprocessing.content_shape(row["width"], row["height"])
+        anomaly_map = np.frombuffer(data, np.float32).reshape(shape)
+    except (ValueError, ArithmeticError) as error:
+        raise RunDamagedError(
+            f"{category.output.scores}: the anomaly map of {row['uri']} is not of its image's size ({error})"
+        ) from error
     mask = ground_truth(row)
     if masks_at == "model":
         return anomaly_map, images.resize_mask(mask, preprocessing)

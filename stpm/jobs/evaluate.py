@@ -34,8 +34,9 @@ def evaluate_categories(
     """Evaluate categories of a run, each in a Ray task. Needs a connection to Ray.
 
     Raises:
-        RunDamagedError: if a file of rows is damaged.
+        RunDamagedError: if a file of rows is damaged, missing or doubled.
     """
+    output.check_row_count()
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
     tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
@@ -59,9 +60,10 @@ def evaluate_category(
         masks_at: the size at which masks and anomaly maps are compared.
     """
     category = ScoredCategory(output, record.category, record.preprocessing)
+    # First: it finds rows that the pictures cannot be drawn from.
+    scores = read_scores(category, masks_at)
     if sheet := defect_sheet(category):
         storage.publish(storage.join(output.folder, "gallery", output.name, f"{category.name}.png"), sheet)
-    scores = read_scores(category, masks_at)
     charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
     return CategoryResult(record, measure_category(scores), charts, galleries(category))
 

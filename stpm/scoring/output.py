@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from stpm import storage
-from stpm.errors import DataError, RunDamagedError
+from stpm.errors import ConfigError, DataError, RunDamagedError
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.schema import OUTPUT
@@ -180,6 +180,21 @@ class RunOutput:
         with self.name_damaged_file():
             yield from self.dataset(columns).to_batches(list(columns), filter=chosen, batch_size=batch_size)
 
+    def check_row_count(self) -> None:
+        """Compare the number of rows in the files with that of the run, if it is finished. Reads footers alone.
+
+        Raises:
+            RunDamagedError: if rows are missing or doubled, or a file is damaged.
+        """
+        state = RunState(self.state_folder)
+        if not state.is_finished():
+            return
+        rows = state.result().rows
+        with self.name_damaged_file():
+            found = self.dataset().count_rows()
+        if found != rows:
+            raise RunDamagedError(f"{found} rows in {self.scores}/{self.name}_*, where the run wrote {rows}")
+
     @contextmanager
     def name_damaged_file(self, files: Sequence[str] | None = None) -> Iterator[None]:
         """Replace an error of pyarrow, which seldom names the file, by one that does.
@@ -211,9 +226,16 @@ class RunOutput:
         """Remove all that earlier runs wrote here.
 
         Clear the run state first: the next run finds nothing to resume after a kill at any moment.
+
+        Raises:
+            ConfigError: if there are files, and no run.json shows that a run wrote them.
         """
-        RunState(self.state_folder).clear()
-        for uri in self.existing():
+        state = RunState(self.state_folder)
+        existing = self.existing()
+        if existing and not state.exists():
+            raise ConfigError(f"{existing[0]} exists, but no {state.uri} shows that a run wrote it; name another --out")
+        state.clear()
+        for uri in existing:
             storage.remove(uri)
 
     def remove(self) -> None:

@@ -14,7 +14,6 @@ from ray.exceptions import RayError
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import (
-    ConfigError,
     CutOffError,
     DataError,
     ModelError,
@@ -139,8 +138,6 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
 
 def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, Records]:
     """Remove what earlier runs wrote, and write the manifest."""
-    if not state.exists() and (existing := run.output.existing()):
-        raise ConfigError(f"{existing[0]} exists, but no {state.uri} shows that a run wrote it; name another --out")
     run.output.clear()
     state.start(run.config)
     return _read_inputs(run)

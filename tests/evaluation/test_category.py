@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -178,3 +179,26 @@ def test_without_maps_image_metrics_remain(tmp_path: Path) -> None:
     metrics = measured(scored_run(tmp_path, maps=False))
     assert metrics.values["image_auroc"] is not None
     assert metrics.undefined["pixel_aupro"] == "no anomaly maps; score with --raw-maps"
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "problem"),
+    [
+        ("anomaly_map", [b"\0" * 100], "the anomaly map of .* is not of its image's size"),
+        ("anomaly_map", [b"\0" * 101], "the anomaly map of .* is not of its image's size"),
+        *(
+            (name, [None], f"the row of .* has neither an error nor a {name}")
+            for name in ("width", "score", "threshold")
+        ),
+    ],
+)
+def test_a_wrong_value_of_a_scored_row_names_the_folder(
+    tmp_path: Path, column: str, values: list[object], problem: str
+) -> None:
+    category = scored_run(tmp_path)
+    rows = pq.read_table(Path(category.output.scores) / "seed-0_0.parquet")
+    index = rows.schema.get_field_index(column)
+    changed = pa.array([*rows[column].to_pylist()[:-1], *values], rows.schema.field(column).type)
+    write_rows(category.output, rows.set_column(index, rows.schema.field(column), changed))
+    with pytest.raises(RunDamagedError, match=rf"^{category.output.scores}: {problem}"):
+        measured(category)

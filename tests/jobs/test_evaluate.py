@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from stpm import storage
@@ -18,7 +19,7 @@ from stpm.evaluation.report import CategoryResult, Report
 from stpm.jobs import evaluate as evaluate_job
 from stpm.jobs.benchmark import _score as score_tests
 from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
-from stpm.jobs.evaluate import evaluate_category, publish_report, run_evaluate
+from stpm.jobs.evaluate import evaluate_categories, evaluate_category, publish_report, run_evaluate
 from stpm.models.store import ModelStore
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -149,3 +150,31 @@ def test_a_category_is_evaluated_published_and_checked_against_the_gate(
     gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
     assert publish_report(report, out, gate) == 2
     assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)
+
+
+@pytest.mark.parametrize("copies", [0, 0.5, 2])
+def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Path, copies: float) -> None:
+    output = scored_run(tmp_path).output
+    state = RunState(output.state_folder)
+    state.start(ScoringConfig((), 0.01))
+    (file,) = output.files()
+    rows = pq.read_table(file)
+    state.finish(RunResult(rows=rows.num_rows))
+    output.check_row_count()
+    if copies == 0:
+        Path(file).unlink()
+    elif copies == 2:
+        write_rows(output, rows, 1)
+    else:
+        write_rows(output, rows.slice(0, rows.num_rows // 2))
+    with pytest.raises(RunDamagedError, match=rf"^{int(copies * rows.num_rows)} rows in .*seed-0_\*, where the run wr"):
+        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
+
+
+def test_a_run_without_test_images_removes_no_file_that_no_run_wrote(tmp_path: Path) -> None:
+    output = scored_run(tmp_path).output
+    model = result("nut", 0, None, None).model
+    store = ModelStore(str(tmp_path / "models"))
+    with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another --out"):
+        score_tests("data", [Category("nut", (), ())], [model], store, ScoreOptions(), output, "auto")
+    assert output.files()
