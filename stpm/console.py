@@ -12,7 +12,7 @@ import traceback
 import uuid
 from datetime import datetime, timezone
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TextIO
 
 LogFormat = Literal["text", "json"]
 
@@ -68,8 +68,17 @@ def start_logging(job: str, log_format: LogFormat) -> None:
     package.handlers = [ConsoleHandler() if log_format == "text" else JsonHandler(job)]
 
 
-# The user's words for levels. A critical message is an error that ends the job.
-_LEVELS = {logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
+def _word(level: int) -> str:
+    """Return the user's word for a level. A critical message is an error that ends the job."""
+    if level >= logging.ERROR:
+        return "error"
+    return "warning" if level >= logging.WARNING else "info"
+
+
+def _printable(text: str, stream: TextIO) -> str:
+    """Escape characters that the stream cannot write, such as a lone surrogate."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class ConsoleHandler(logging.Handler):
@@ -85,8 +94,9 @@ class ConsoleHandler(logging.Handler):
 
     def print_message(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.CRITICAL else sys.stdout
-        prefix = "" if record.levelno == logging.INFO else f"{_LEVELS[record.levelno]}: "
-        print(f"{_REWRITE if stream.isatty() else ''}{prefix}{record.getMessage()}", file=stream, flush=True)
+        word = _word(record.levelno)
+        line = f"{'' if word == 'info' else f'{word}: '}{record.getMessage()}"
+        print(f"{_REWRITE if stream.isatty() else ''}{_printable(line, stream)}", file=stream, flush=True)
 
 
 class JsonHandler(ConsoleHandler):
@@ -100,7 +110,7 @@ class JsonHandler(ConsoleHandler):
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         category = {"category": record.category} if hasattr(record, "category") else {}
         for line in filter(None, record.getMessage().splitlines()):
-            fields = {"time": time, "level": _LEVELS[record.levelno], **self._names, **category, "message": line}
+            fields = {"time": time, "level": _word(record.levelno), **self._names, **category, "message": line}
             print(json.dumps(fields), flush=True)
 
 

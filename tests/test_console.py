@@ -11,7 +11,7 @@ from datetime import datetime
 import pytest
 
 from stpm import __version__
-from stpm.console import JsonHandler, exit_code, hide_urls
+from stpm.console import ConsoleHandler, JsonHandler, exit_code, hide_urls
 
 _PROGRAM = """
 import logging
@@ -58,6 +58,18 @@ def test_a_json_line_has_time_level_run_job_and_category(capsys: pytest.CaptureF
     assert [line["level"] for line in lines] == ["info", "info", "warning"]
     assert {(line["job"], line["run"]) for line in lines} == {("fit", lines[0]["run"])}
     assert datetime.fromisoformat(lines[0]["time"]).tzinfo
+
+
+def test_any_level_and_any_character_can_be_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    for handler in (ConsoleHandler(), JsonHandler("fit")):
+        log = logging.Logger("x")
+        log.addHandler(handler)
+        log.log(25, "a\ud800b")
+        log.log(35, "odd")
+        log.debug("small")
+    *text, first, second, third = capsys.readouterr().out.splitlines()
+    assert text == ["a\\ud800b", "warning: odd", "small"]
+    assert [json.loads(line)["level"] for line in (first, second, third)] == ["info", "warning", "info"]
 
 
 _STOPPED = """

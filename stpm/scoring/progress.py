@@ -36,12 +36,14 @@ class Snapshot(NamedTuple):
         unfinished: the first images that are left to the next run.
         stop_reason: why the run should stop, or "".
         warnings: the first different warnings of the scorers, in the order in which they came.
+        more_warnings: the number of others that came after them, equal ones included.
     """
 
     statistics: RunStatistics
     unfinished: list[UnfinishedImage]
     stop_reason: str
     warnings: list[str]
+    more_warnings: int = 0
 
 
 class BatchReport(NamedTuple):
@@ -103,6 +105,7 @@ class ProgressActor:
         self._breakers: defaultdict[Stage, CircuitBreaker] = defaultdict(CircuitBreaker)
         self._stop_reason = ""
         self._warnings: list[str] = []
+        self._more_warnings = 0
         # (time, images finished by then), at most one a second.
         self._marks: list[tuple[float, int]] = []
         self._last_report = 0.0
@@ -122,14 +125,18 @@ class ProgressActor:
         return self._stop_reason
 
     def warn(self, message: str) -> None:
-        """Keep a warning of a stage, unless it is known."""
-        if message not in self._warnings and len(self._warnings) < _MAX_WARNINGS:
+        """Keep a warning of a stage, unless it is known; of those after the first ten keep the number."""
+        if message in self._warnings:
+            return
+        if len(self._warnings) < _MAX_WARNINGS:
             self._warnings.append(message)
+        else:
+            self._more_warnings += 1
 
     def read(self) -> Snapshot:
         """Return the state of the run."""
         statistics = replace(self._statistics, steady_images_per_second=round(self._steady_speed(), 3))
-        return Snapshot(statistics, self._unfinished, self._stop_reason, self._warnings)
+        return Snapshot(statistics, self._unfinished, self._stop_reason, self._warnings, self._more_warnings)
 
     def _steady_speed(self) -> float:
         """Return the images per second without the first quarter, when processes start and models load; 0 if unknown.
@@ -184,8 +191,12 @@ class WarningRelay(logging.Handler):
         self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.WARNING:
+        if record.levelno != logging.WARNING:
+            return
+        try:
             self._report.warn(record.getMessage())
+        except Exception:  # noqa: BLE001  a message must never end the scoring that it is about
+            self.handleError(record)
 
 
 class ProgressDisplay:
@@ -222,6 +233,12 @@ class ProgressDisplay:
             self._last_logged = self._clock()
             log.info(line)
 
+    def end(self, snapshot: Snapshot) -> None:
+        """Show the last statistics, and how many warnings were not shown."""
+        self.update(snapshot)
+        if snapshot.more_warnings:
+            log.warning(f"and {snapshot.more_warnings} more warnings")
+
 
 @contextmanager
 def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[ProgressReporter]:
@@ -251,6 +268,6 @@ def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[Pro
             ended.set()
             thread.join()
         # It may have warnings of the last second.
-        display.update(reporter.read())
+        display.end(reporter.read())
     finally:
         ray.kill(actor)

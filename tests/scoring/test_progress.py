@@ -91,6 +91,15 @@ def test_the_driver_logs_each_warning_of_the_scorers_once(caplog: pytest.LogCapt
     for number in range(100):
         actor.warn(f"warning {number}")
     assert len(actor.read().warnings) == 10
+    display.end(actor.read())
+    assert caplog.messages[-2:] == ["warning 7", "and 92 more warnings"]
+
+
+def test_a_warning_that_cannot_be_sent_raises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.Logger("worker")
+    log.addHandler(WarningRelay(LocalReporter(ProgressActor())))
+    log.warning("%d images", "many")
+    assert "Logging error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("fraction", "opens"), [(0.4, False), (0.6, True)])
