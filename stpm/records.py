@@ -26,12 +26,20 @@ def from_json(kind: type[T], data: bytes) -> T:
     Raises:
         ValueError: in one line, if the bytes are not JSON, or a field is missing, unknown or of another type.
     """
+    value: T = convert(kind, parse_json(data), kind.__name__)
+    return value
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: if the bytes are not JSON, or nested too deeply.
+    """
     try:
-        values = json.loads(data)
+        return json.loads(data)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    value: T = convert(kind, values, kind.__name__)
-    return value
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from stpm import storage
 from stpm.errors import ConfigError
 from stpm.evaluation.category_metrics import LOWER_IS_BETTER, METRICS
 from stpm.evaluation.options import ReportOptions
+from stpm.records import parse_json
 
 _MEAN = "mean"
 
@@ -69,7 +69,7 @@ def read_gate(options: ReportOptions) -> Gate:
     if not options.baseline:
         return Gate(tuple(requirements), {})
     try:
-        report = json.loads(storage.read(storage.absolute(options.baseline)))
+        report = parse_json(storage.read(storage.absolute(options.baseline)))
         groups = {**report["categories"], _MEAN: report[_MEAN]}
         protocol: dict[str, Any] = report["protocol"]
     except (OSError, ValueError, LookupError, TypeError) as error:

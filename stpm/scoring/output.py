@@ -126,7 +126,7 @@ class RunOutput:
         if not storage.exists(self.checkpoints):
             return set()
         # In a store, the folder itself may be an object among its children.
-        return {int(name) for name in storage.subfolders(self.checkpoints) if name.isdigit()}
+        return {int(name) for name in storage.subfolders(self.checkpoints) if name.isdecimal()}
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""

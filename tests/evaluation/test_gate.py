@@ -67,7 +67,7 @@ def test_a_baseline_of_another_protocol_is_a_shortfall(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [None, "no json", "[]", "{}"])
+@pytest.mark.parametrize("content", [None, "no json", "[]", "{}", "[" * 200_000])
 def test_an_invalid_baseline_is_an_error(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "report.json"
     if content is not None:

@@ -12,7 +12,7 @@ from stpm import storage
 from stpm.console import timestamp
 from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.models.record import installed_versions
-from stpm.records import convert
+from stpm.records import convert, parse_json
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_statistics import RunResult
 
@@ -171,13 +171,17 @@ class RunState:
     def _values(self) -> dict[str, Any]:
         """The content of run.json; empty if there is none."""
         try:
-            values = json.loads(storage.read(self.uri))
+            values = parse_json(storage.read(self.uri))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, IsADirectoryError) as error:
             raise OtherRunError(f"{self.uri} is not the record of a run ({error})") from error
         if not isinstance(values, dict) or not ("config" in values or values == _CLEARED):
             raise OtherRunError(f"{self.uri} is not the record of a run")
+        try:
+            _encode(values)
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise RunDamagedError(f"{self.uri} is damaged: no run writes such values ({error})") from error
         for name in _TYPES.keys() & values.keys():
             self._check(_TYPES[name], values[name], name)
         return values
@@ -190,8 +194,12 @@ class RunState:
             raise RunDamagedError(f"{self.uri} is damaged: {error}") from error
 
     def _write(self, values: dict[str, Any]) -> None:
-        storage.publish(self.uri, json.dumps(values, indent=2, ensure_ascii=False).encode())
+        storage.publish(self.uri, _encode(values))
         self._values = values
+
+
+def _encode(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=2, ensure_ascii=False).encode()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

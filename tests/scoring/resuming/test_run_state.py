@@ -90,7 +90,7 @@ def test_a_cleared_run_cannot_be_resumed_but_leaves_a_mark(state: RunState, tmp_
         assert known.config_differences(CONFIG)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}', "[" * 200_000])
 def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(OtherRunError, match="is not the record of a run"):
@@ -117,6 +117,7 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
         {"models.nut": 1},
         {"store": None},
         {"triage_images": "many"},
+        {"more": "\ud800"},
     ],
 )
 def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, change: dict[str, object]) -> None:
@@ -132,7 +133,7 @@ def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, ch
         inner = inner[parent]
     inner[name] = new
     (tmp_path / "run.json").write_text(json.dumps(values))
-    with pytest.raises(RunDamagedError, match=rf"run\.json is damaged: {path.split('.')[0]}.*$"):
+    with pytest.raises(RunDamagedError, match=rf"run\.json is damaged: ({path.split('.')[0]}|no run).*$"):
         RunState(str(tmp_path)).false_alarm_rate()
 
 
@@ -140,3 +141,9 @@ def test_a_run_without_its_store_has_no_record_of_models(state: RunState, tmp_pa
     (tmp_path / "run.json").write_text(json.dumps({"config": {}, "models": {}}))
     with pytest.raises(DataError, match="no record of a scored run"):
         state.store_and_model_ids()
+
+
+def test_a_folder_in_the_place_of_run_json_is_refused(state: RunState, tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(OtherRunError, match=r"run\.json is not the record of a run .*$"):
+        state.config_differences(CONFIG)
