@@ -272,6 +272,26 @@ def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> 
     assert nights[0]["problem"].endswith("; restore the files, or start with --date 2026-11-23 --fresh")
 
 
+@pytest.mark.parametrize("file", ["run.json", "manifest/000000.parquet", "manifest/manifest.json"])
+def test_a_wrong_file_of_an_earlier_night_is_its_problem_alone(job: Nightly, file: str) -> None:
+    job.dump(BEFORE, "a", "b")
+    assert job(BEFORE) == 0
+    job.dump(BEFORE, "late")
+    job.dump(DATE, "c")
+    uri = f"{NightFolder.of(job.out, BEFORE).uri}/runs/001/{file}"
+    contents = {
+        "run.json": b"[" * 200_000,
+        "manifest/000000.parquet": storage.encode_parquet(pa.table({"x": [1]})),
+        "manifest/manifest.json": storage.read(uri).replace(b'["nut"]', b"[]"),
+    }
+    storage.publish(uri, contents[file], durable=False)
+    assert job(DATE) == 2
+    assert record(job).images == 1
+    nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
+    assert uri.removeprefix("/") in nights[0]["problem"]
+    assert nights[0]["problem"].endswith("--date 2026-11-23 --fresh")
+
+
 def test_a_damaged_run_of_the_night_itself_is_started_over_as_its_problem_says(job: Nightly) -> None:
     job.dump(DATE, "a", "b")
     assert job() == 0

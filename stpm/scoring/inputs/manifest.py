@@ -304,15 +304,38 @@ def read(folder: str) -> Manifest | None:
     """Read the summary of a manifest, or return None if none was written to its end.
 
     Raises:
-        RunDamagedError: if its `manifest.json` is damaged.
+        RunDamagedError: if its `manifest.json` is damaged, or contradicts itself.
     """
     uri = storage.join(folder, _SUMMARY)
     try:
-        return from_json(Manifest, storage.read(uri))
+        found = from_json(Manifest, storage.read(uri))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise RunDamagedError(f"{uri} is damaged, and with it the list of this run's images ({error})") from error
+    if found.rows != sum(found.shard_rows) or min(found.shard_rows, default=0) < 0:
+        raise RunDamagedError(f"{uri} is damaged, it has {found.rows} rows and others in its shards")
+    if bool(found.rows) != bool(found.categories):
+        raise RunDamagedError(f"{uri} is damaged, it has {found.rows} rows and {len(found.categories)} categories")
+    return found
+
+
+def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet file that has these columns, and may have others.
+
+    Raises:
+        DataError: if it is damaged, or a column is missing, of another type, or null in a row.
+    """
+    rows = storage.read_table(uri)
+    for column in schema:
+        index = rows.schema.get_field_index(column.name)
+        if index < 0:
+            raise DataError(f"{uri} has no column {column.name}")
+        if rows.schema.field(index).type != column.type:
+            raise DataError(f"{uri} has a column {column.name} of type {rows.schema.field(index).type}")
+        if rows[index].null_count:
+            raise DataError(f"{uri} has a row without {column.name}")
+    return rows
 
 
 def read_shard(uri: str) -> pa.Table:
@@ -322,6 +345,6 @@ def read_shard(uri: str) -> pa.Table:
         RunDamagedError: if it is damaged or missing.
     """
     try:
-        return storage.read_table(uri)
+        return read_columns(uri, MANIFEST)
     except (DataError, FileNotFoundError) as error:
         raise RunDamagedError(f"{uri}, which lists images of this run, is damaged or missing ({error})") from error

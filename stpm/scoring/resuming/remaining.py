@@ -12,12 +12,16 @@ from ray.exceptions import RayTaskError
 
 from stpm import storage
 from stpm.errors import DataError, RunDamagedError
-from stpm.scoring.inputs.manifest import Segment, Shard, read_shard
+from stpm.scoring.inputs.manifest import Segment, Shard, read_columns, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
+from stpm.scoring.schema import MANIFEST
 
 # CPUs of the task: few enough to start beside another run that holds nearly all CPUs.
 _CPUS = 0.1
+
+# Of a checkpoint.
+_IDS = pa.schema([MANIFEST.field("image_id")])
 
 Ids = npt.NDArray[np.int64]
 
@@ -67,14 +71,16 @@ def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:
 
 
 def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
-    """Return whether each id is in a sorted array of at least one id."""
+    """Return whether each id is in a sorted array."""
+    if not len(ordered):
+        return np.zeros(len(ids), bool)
     found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)] == ids
     return found
 
 
 def _read_ids(checkpoint: str) -> Ids:
     try:
-        ids: Ids = storage.read_table(checkpoint)["image_id"].to_numpy()
+        ids: Ids = read_columns(checkpoint, _IDS)["image_id"].to_numpy()
     except DataError as error:
         raise RunDamagedError(f"{error}; the written rows are no longer known") from error
     return ids

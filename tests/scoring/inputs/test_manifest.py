@@ -157,3 +157,12 @@ def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], seg
     assert written.rows == len(distinct)
     shards = [uri for segment in written.segments("memory://list") for uri, _ in segment.shards]
     assert [uri for uri, _ in storage.files("memory://list")] == [*shards, "memory://list/manifest.json"]
+
+
+@pytest.mark.parametrize("change", [{"categories": []}, {"rows": 3}, {"shard_rows": [-5, 7]}, {"rows": 10**30}])
+def test_a_summary_that_contradicts_itself_is_damaged(folder: str, change: dict[str, object]) -> None:
+    manifest.write([chunk(["a", "b"])], folder)
+    uri = f"{folder}/manifest.json"
+    storage.publish(uri, json.dumps(json.loads(storage.read(uri)) | change).encode())
+    with pytest.raises(RunDamagedError, match=r"manifest\.json is damaged, .*$"):
+        manifest.read(folder)

@@ -162,3 +162,38 @@ def test_an_error_names_a_damaged_checkpoint(output: RunOutput, segments: list[S
     storage.publish(f"{output.segment_checkpoints(0)}/0.parquet", b"x")
     with pytest.raises(RunDamagedError, match=r"000000/0\.parquet is damaged"):
         write_remaining(output, segments[0])
+
+
+OTHER_COLUMNS = [
+    (pa.table({"x": [1]}), "has no column image_id"),
+    (pa.table({"image_id": ["1"]}), "has a column image_id of type string"),
+    (pa.table({"image_id": pa.array([None], pa.int64())}), "has a row without image_id"),
+]
+
+
+@pytest.mark.parametrize(("rows", "problem"), OTHER_COLUMNS)
+def test_an_error_names_a_checkpoint_or_a_shard_of_other_columns(
+    output: RunOutput, segments: list[Segment], rows: pa.Table, problem: str
+) -> None:
+    checkpoint = f"{output.segment_checkpoints(0)}/0.parquet"
+    storage.publish(checkpoint, storage.encode_parquet(rows))
+    with pytest.raises(RunDamagedError, match=rf"000000/0\.parquet {problem}; the written rows are no longer known$"):
+        write_remaining(output, segments[0])
+    write_task(output, segments[0], slice(0, 3))
+    storage.remove(checkpoint)
+    storage.publish(segments[0].shards[0][0], storage.encode_parquet(rows))
+    with pytest.raises(RunDamagedError, match=rf"000000\.parquet, which lists images .* {problem}\)$"):
+        write_remaining(output, segments[0])
+
+
+def test_a_checkpoint_without_ids_counts_no_row(output: RunOutput, segments: list[Segment]) -> None:
+    empty = pa.table({"image_id": pa.array([], pa.int64())})
+    storage.publish(f"{output.segment_checkpoints(1)}/0.parquet", storage.encode_parquet(empty))
+    assert remaining_uris(output, segments[1]) == ["8.png", "9.png"]
+
+
+def test_other_digits_name_no_segment(output: RunOutput) -> None:
+    storage.publish(f"{output.segments}/\N{SUPERSCRIPT TWO}.json", b"{}")
+    storage.publish(f"{output.checkpoints}/\N{SUPERSCRIPT TWO}/0.parquet", b"")
+    assert committed_segments(output) == {}
+    assert output.segments_with_checkpoints() == set()
