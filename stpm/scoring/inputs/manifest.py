@@ -314,7 +314,7 @@ def read(folder: str) -> Manifest | None:
     except ValueError as error:
         raise RunDamagedError(f"{uri} is damaged, and with it the list of this run's images ({error})") from error
     if found.rows != sum(found.shard_rows) or min(found.shard_rows, default=0) < 0:
-        raise RunDamagedError(f"{uri} is damaged, it has {found.rows} rows and others in its shards")
+        raise RunDamagedError(f"{uri} is damaged, its shards do not add up to its {found.rows} rows")
     if bool(found.rows) != bool(found.categories):
         raise RunDamagedError(f"{uri} is damaged, it has {found.rows} rows and {len(found.categories)} categories")
     return found
