@@ -142,7 +142,7 @@ def test_damaged_model_is_not_reused(root: str, caplog: pytest.LogCaptureFixture
         assert f"{file}: its SHA-256" in caplog.messages[-1]
         storage.remove(uri)
         assert existing_model(task) is None
-        assert f"{file}: cannot be read" in caplog.messages[-1]
+        assert f"{file}: no such file" in caplog.messages[-1]
         storage.publish(uri, data)
     storage.remove(uri)
     assert fit_category(task, LIMITS, lambda message: None).record
