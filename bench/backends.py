@@ -30,7 +30,7 @@ def run(category: mvtec.Category, recipe: Recipe) -> list[str]:
         matcher = matcher_from(recipe, fitted.matcher.preprocessing, backend)
         parts = matcher.compile(fitted.parts)
         normal = compare(parts, matcher, [(data, None) for data in fitted.held_out])
-        values = measure(compare_real(parts, matcher, category), normal, matcher, recipe, "")
+        values = measure(compare_real(parts, matcher, category), normal, matcher, fitted.recipe, "")
         found.append(" / ".join("–" if value is None else f"{value:.4f}" for value in values))
     return found
 

@@ -75,8 +75,12 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A fitted model: its parts, what computed them, the files of its held-out images, and the seconds of the fit."""
+    """A fitted model: its parts, what computed them, the files of its held-out images, and the seconds of the fit.
 
+    Its recipe names the memory levels that the fit has chosen.
+    """
+
+    recipe: Recipe
     parts: Parts
     matcher: Matcher
     held_out: list[bytes]
@@ -99,7 +103,9 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     parts = make_parts(trained.student, memory, recipe, matcher.device)
     held = [storage.read(uris[i]) for i in held_out]
     kept = trained.kept_epoch
-    return Fitted(parts, matcher, held, seconds, None if kept is None else kept.validation_loss)
+    chosen = sorted({recipe.levels[bank.level_index] for bank in memory})
+    recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
+    return Fitted(recipe, parts, matcher, held, seconds, None if kept is None else kept.validation_loss)
 
 
 def compare_real(parts: Parts, matcher: Matcher, category: mvtec.Category) -> ComparedImages:
@@ -113,9 +119,7 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
     """Fit one model, and measure each variant of it on the category's test images and on drawn defects."""
     fitted = fit(category, recipe)
     parts, matcher, held = fitted.parts, fitted.matcher, fitted.held_out
-    # Variants may drop levels that the fit has chosen.
-    chosen = sorted({recipe.levels[bank.level_index] for bank in parts.memory})
-    recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
+    recipe = fitted.recipe
     normal = compare(parts, matcher, [(data, None) for data in held])
     measured = {}
     if "real" in kinds:
