@@ -107,9 +107,7 @@ def new_rows(chunks: Iterable[pa.Table], outputs: Sequence[RunOutput]) -> Iterat
     """Yield the rows of images that are in no manifest of these outputs."""
     listed = np.sort(_listed_ids(outputs))
     for chunk in chunks:
-        new = chunk
-        if len(listed):
-            new = chunk.filter(pa.array(~contains(listed, chunk["image_id"].to_numpy())))
+        new = chunk.filter(pa.array(~contains(listed, chunk["image_id"].to_numpy())))
         if new.num_rows:
             yield new
 
