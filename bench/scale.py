@@ -52,7 +52,7 @@ from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Manifest, Segment
 from stpm.scoring.inputs.sources import image_rows
-from stpm.scoring.options import ScoreOptions
+from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.resuming.remaining import write_remaining
@@ -201,7 +201,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
     def score() -> None:
         for segment in segments:
             pipeline.score_shards(run, segment.shards, output.segment_checkpoints(segment.number), {}, report)
-            commit_segment(output, segment, _TOP)
+            commit_segment(output, OutputOptions(), segment, _TOP)
 
     def to_first_block() -> None:
         with suppress(RayTaskError):
@@ -256,7 +256,7 @@ def commit(output: RunOutput, images: Manifest) -> None:
 
     def act() -> None:
         for segment in segments:
-            commit_segment(output, segment, _TOP)
+            commit_segment(output, OutputOptions(), segment, _TOP)
         assert RowSummary.total(committed_summaries(output), _TOP).rows == images.rows
 
     measure("commit", images.rows, act)

@@ -78,8 +78,7 @@ def run_benchmark(
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
                     for seed, uri in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
-                            # Metrics of pixels are computed from the maps.
-                            output = RunOutput.named(out, f"seed-{seed}", OutputOptions(raw_maps=True))
+                            output = RunOutput.named(out, f"seed-{seed}")
                             store = ModelStore(uri)
                             score = partial(_score, data, categories, records, store, scoring, output, cluster.backend)
                             evaluate = partial(evaluate_categories, output, records, store, reporting.masks_at)
@@ -131,7 +130,8 @@ def _score(
         output.clear()
         return
     digest = storage.digest(repr([category.test for category in tested]).encode())
-    config = ScoringConfig((data,), options.false_alarm_rate, output.options, manifest=digest)
+    # Metrics of pixels are computed from the maps.
+    config = ScoringConfig((data,), options.false_alarm_rate, OutputOptions(raw_maps=True), manifest=digest)
     run = ScoringRun(partial(labelled_rows, tested), config, store, options, output, backend=backend)
     result, _ = run_scoring(run, replace=True)
     if result.unfinished:

@@ -71,7 +71,7 @@ def run_score(
                 config=config,
                 store=ModelStore(collection.models),
                 options=scoring,
-                output=RunOutput.single(folder, output),
+                output=RunOutput.single(folder),
                 triage_images=collection.top,
                 backend=cluster.backend,
                 fdr=collection.fdr,
@@ -88,7 +88,7 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     if result.unfinished:
         return SOME_FAILED
     counts = {name: (each.good_count, each.fit.calibration_count) for name, each in records.items()}
-    warn_about_few_good_images(counts, run.options.false_alarm_rate)
+    warn_about_few_good_images(counts, run.config.false_alarm_rate)
     _log_result(result, run.output)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE

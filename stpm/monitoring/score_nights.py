@@ -117,7 +117,7 @@ class NightlyJob:
             config=config,
             store=ModelStore(self.options.models),
             options=self.scoring,
-            output=replace(output, options=self.output),
+            output=output,
             triage_images=self.monitoring.top,
             backend=self.cluster.backend,
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError, RunDamagedError
-from stpm.scoring.options import OutputOptions
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.schema import OUTPUT
 
@@ -30,23 +29,21 @@ class RunOutput:
         folder: URI of the run folder.
         name: of the run, unique in the folder.
         state_folder: URI of the folder for run.json, the manifest and the checkpoints.
-        options: what is written besides the rows.
     """
 
     folder: str
     name: str
     state_folder: str
-    options: OutputOptions = field(default_factory=OutputOptions)
 
     @classmethod
-    def single(cls, folder: str, options: OutputOptions | None = None) -> RunOutput:
+    def single(cls, folder: str) -> RunOutput:
         """Return the output of the only run of a folder."""
-        return cls(folder, "scores", folder, options or OutputOptions())
+        return cls(folder, "scores", folder)
 
     @classmethod
-    def named(cls, folder: str, name: str, options: OutputOptions | None = None) -> RunOutput:
+    def named(cls, folder: str, name: str) -> RunOutput:
         """Return the output of one of several runs in a folder."""
-        return cls(folder, name, storage.join(folder, _RUNS, name), options or OutputOptions())
+        return cls(folder, name, storage.join(folder, _RUNS, name))
 
     @classmethod
     def all_named(cls, folder: str) -> list[RunOutput]:

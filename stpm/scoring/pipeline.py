@@ -102,7 +102,7 @@ def score_shards(
         CutOffError: if too many images failed because of storage, a model or a device.
         RayError: if a node or Ray failed.
     """
-    options, output = run.options, run.output
+    options, config, output = run.options, run.config, run.output
     blocks = ManifestBlocks(shards)
     preprocessing = {name: record.preprocessing for name, record in records.items()}
     pool = ScorerPool.for_nodes(options.scorers, working_nodes(), len(blocks), grows=is_shared())
@@ -110,9 +110,9 @@ def score_shards(
     settings = ScorerSettings(
         store=run.store.uri,
         model_ids={name: record.model_id for name, record in records.items()},
-        false_alarm_rate=options.false_alarm_rate,
-        raw_maps=output.options.raw_maps,
-        overlays=output.options.overlay,
+        false_alarm_rate=config.false_alarm_rate,
+        raw_maps=config.output.raw_maps,
+        overlays=config.output.overlay,
         batch_size=options.scoring_batch_size,
         model_ram=int(options.model_ram_gib * 2**30),
         accept_errors=options.accept_errors,
@@ -148,14 +148,14 @@ def score_shards(
             runtime_env=KEEP_FREED_MEMORY,
         )
         rows = rows.map_batches(
-            WriteHeatmaps(output, preprocessing, report).__call__,
+            WriteHeatmaps(output, config.output, preprocessing, report).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
             num_cpus=pool.stage_cpus,
         )
         try:
             rows.write_datasink(
-                RowWriter(output, checkpoints, options.rows_per_file, run.triage_images),
+                RowWriter(output, config.output, checkpoints, options.rows_per_file, run.triage_images),
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         except (RayError, SystemException) as error:

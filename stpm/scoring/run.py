@@ -207,7 +207,7 @@ def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> Run
                     if len(remaining) > 1:
                         log.info(f"segment {segment.number + 1} of {len(segments) + len(committed)}")
                     _score_segment(run, segment.number, remaining[segment.number], records, report)
-                written = commit_segment(run.output, segment, run.triage_images)
+                written = commit_segment(run.output, run.config.output, segment, run.triage_images)
                 total = RowSummary.total([total, written], run.triage_images)
             statistics, unfinished, *_ = report.read()
     if has_heatmaps:

@@ -21,6 +21,7 @@ from ray.data.datasource import FilenameProvider
 
 from stpm import storage
 from stpm.scoring.inputs.manifest import BLOCK_ROWS
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.row_summary import RowSummary
 
@@ -95,20 +96,23 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
 
     Args:
         output: of the run.
+        options: whether files are divided by category, and hold raw maps.
         checkpoints: URI of the folder of the checkpoints.
         rows_per_file: minimum rows of a file.
         max_ranked: number of the most anomalous images that a summary names.
     """
 
-    def __init__(self, output: RunOutput, checkpoints: str, rows_per_file: int, max_ranked: int) -> None:
+    def __init__(
+        self, output: RunOutput, options: OutputOptions, checkpoints: str, rows_per_file: int, max_ranked: int
+    ) -> None:
         filesystem, path = storage.arrow_filesystem(output.scores)
         super().__init__(
             path,
             filesystem=filesystem,
-            partition_cols=["category"] if output.options.partition_by == "category" else None,
+            partition_cols=["category"] if options.partition_by == "category" else None,
             filename_provider=FileNames(output.name),
             # Rows with raw maps are large.
-            min_rows_per_file=min(rows_per_file, BLOCK_ROWS if output.options.raw_maps else sys.maxsize),
+            min_rows_per_file=min(rows_per_file, BLOCK_ROWS if options.raw_maps else sys.maxsize),
             arrow_parquet_args={"row_group_size": _ROW_GROUP_ROWS},
         )
         self._checkpoints = checkpoints

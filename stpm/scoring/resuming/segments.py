@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from stpm import storage
 from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.inputs.manifest import Segment
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of
 from stpm.scoring.row_summary import COLUMNS, RowSummary
@@ -47,11 +48,12 @@ def total_of_finished(output: RunOutput, rows: int, max_ranked: int) -> RowSumma
     return total
 
 
-def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowSummary:
+def commit_segment(output: RunOutput, options: OutputOptions, segment: Segment, max_ranked: int) -> RowSummary:
     """Add up the summaries of all tasks that wrote rows of a segment, and commit it if all of its rows are written.
 
     Args:
         output: of the run.
+        options: whether its files are divided by category.
         segment: as in the manifest.
         max_ranked: number of the most anomalous images to name.
 
@@ -68,7 +70,7 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
         )
     if summary.rows == segment.rows:
         # A power failure may have kept the ids of rows and lost their files.
-        in_files = _count_rows_in_files(output, {task_of(uri) for uri in committed})
+        in_files = _count_rows_in_files(output, options, {task_of(uri) for uri in committed})
         if in_files != summary.rows:
             raise RunDamagedError(
                 f"{in_files} rows in the files of {output.scores}, where {summary.rows} of segment {segment.number} "
@@ -82,12 +84,12 @@ def commit_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowS
     return summary
 
 
-def _count_rows_in_files(output: RunOutput, tasks: Collection[str]) -> int:
+def _count_rows_in_files(output: RunOutput, options: OutputOptions, tasks: Collection[str]) -> int:
     """Count the rows that tasks wrote, without listing those of other segments."""
     # Ray names the tasks of one execution alike, but for a number at the end.
     starts = sorted({f"{task.rpartition('_')[0]}_" for task in tasks})
     folders = [output.scores]
-    if output.options.partition_by == "category" and storage.exists(output.scores):
+    if options.partition_by == "category" and storage.exists(output.scores):
         folders = [storage.join(output.scores, name) for name in storage.subfolders(output.scores)]
     listed = storage.in_parallel(lambda where: storage.files_starting(*where), product(folders, starts))
     return sum(storage.in_parallel(_count_rows, (uri for uris in listed for uri in uris if task_of(uri) in tasks)))

@@ -20,6 +20,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, safe_name
 from stpm.scoring import prometheus
 from stpm.scoring.heatmap_pictures import overlay, palette_png
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
@@ -47,16 +48,21 @@ class WriteHeatmaps:
     """Turn SCORED rows into OUTPUT rows. Draw a palette PNG of each scored image, as a file or as bytes in its row.
 
     Args:
-        output: of the run. Its options choose the pictures, and where they are written.
+        output: of the run.
+        options: which pictures are written, and where.
         preprocessing: of each category's model.
         report: called with the CPU time of each batch.
     """
 
     def __init__(
-        self, output: RunOutput, preprocessing: Mapping[str, Preprocessing], report: ProgressReporter | None = None
+        self,
+        output: RunOutput,
+        options: OutputOptions,
+        preprocessing: Mapping[str, Preprocessing],
+        report: ProgressReporter | None = None,
     ) -> None:
         self._output = output
-        self._options = output.options
+        self._options = options
         self._preprocessing = dict(preprocessing)
         self._report = report
 

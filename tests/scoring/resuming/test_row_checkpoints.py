@@ -52,8 +52,8 @@ def output_rows(start: int, stop: int) -> pa.Table:
 def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = RunOutput.single(str(tmp_path), OutputOptions(partition_by=partition_by))
-    files = RowWriter(output, output.segment_checkpoints(0), rows_per_file=20, max_ranked=5)
+    output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
+    files = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=20, max_ranked=5)
     for task, bounds in enumerate([(0, 30), (30, 31), (31, 100)]):
         context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task)
         rows = output_rows(*bounds)
@@ -61,7 +61,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         name = f"{output.segment_checkpoints(0)}/scores_uuid_{task:012}.parquet"
         storage.publish(name, storage.encode_parquet(rows.select(["image_id"])))
     scanned = scan_rows(output, max_ranked=5)
-    assert commit_segment(output, Segment(0, (("shard", 100),)), max_ranked=5) == scanned
+    assert commit_segment(output, options, Segment(0, (("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100
     with monkeypatch.context() as patch:
         patch.setattr(triage, "scan_rows", lambda *_: pytest.fail("all rows were read"))
@@ -80,11 +80,11 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
 
 
 def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(tmp_path: Path) -> None:
-    output = RunOutput.single(str(tmp_path), OutputOptions(partition_by="category"))
+    output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by="category")
     names = ["", "..", "a/b", "a=b", "%41", "é" * 100, "x" * 300, HIVE_NULL, "a\nb", "\0z", "~"]
     rows = output_rows(0, len(names))
     rows = rows.set_column(rows.schema.get_field_index("category"), OUTPUT.field("category"), [names])
-    files = RowWriter(output, output.segment_checkpoints(0), rows_per_file=20, max_ranked=0)
+    files = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=20, max_ranked=0)
     files.write([with_folder_names(rows)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=0))
     (summary,) = tmp_path.rglob("*.json")
     assert RowSummary.from_json(summary.read_bytes()).categories == scan_rows(output, 0).categories
@@ -92,7 +92,7 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
 
 def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:
     output = RunOutput.single(str(tmp_path))
-    files = RowWriter(output, output.segment_checkpoints(0), rows_per_file=1, max_ranked=5)
+    files = RowWriter(output, OutputOptions(), output.segment_checkpoints(0), rows_per_file=1, max_ranked=5)
     context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=7)
     files.write([output_rows(0, 9)], context)
     # Until the commit it writes the same files.

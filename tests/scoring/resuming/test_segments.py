@@ -12,6 +12,7 @@ from stpm.errors import RunDamagedError
 from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
@@ -68,21 +69,21 @@ def test_a_segment_is_committed_once_all_of_its_rows_are_written(output: RunOutp
     first, second = segments
     write_task(output, first, slice(0, 5))
     write_task(output, first, slice(5, 8), pending=True)
-    assert commit_segment(output, first, 3).rows == 5
+    assert commit_segment(output, OutputOptions(), first, 3).rows == 5
     assert committed_segments(output) == {}
     # The next run writes under other names.
     storage.remove(f"{output.segment_checkpoints(0)}/scores_5.pending.parquet")
     storage.remove(f"{output.scores}/scores_5-0.parquet")
     write_task(output, first, slice(5, 7))
     write_task(output, first, slice(7, 8))
-    summary = commit_segment(output, first, 3)
+    summary = commit_segment(output, OutputOptions(), first, 3)
     assert summary.rows == 8
     assert list(committed_summaries(output)) == [summary]
     storage.publish(f"{output.segments}/notes.json", b"not one of ours")
     assert list(committed_segments(output)) == [0]
     assert output.segments_with_checkpoints() == set()
     write_task(output, second, slice(0, 2))
-    commit_segment(output, second, 3)
+    commit_segment(output, OutputOptions(), second, 3)
     assert total_of_finished(output, rows=10, max_ranked=3).rows == 10
     storage.remove(output.segment_summary(1))
     with pytest.raises(RunDamagedError, match=r"summaries in .*/segments are of 8 rows, and the run has 10: some are"):
@@ -106,7 +107,7 @@ def test_a_commit_lists_the_files_of_its_own_segment_alone(
     write_task(output, segments[0], slice(0, 5), execution="scores_b_1")
     write_task(output, segments[0], slice(5, 8), execution="scores_b_2")
     write_task(output, segments[1], slice(0, 2), execution="scores_b_11")
-    commit_segment(output, segments[0], 3)
+    commit_segment(output, OutputOptions(), segments[0], 3)
     assert listed == [f"{output.scores}/scores_b_1_0-0.parquet", f"{output.scores}/scores_b_2_5-0.parquet"]
 
 
@@ -115,14 +116,14 @@ def test_a_checkpoint_whose_rename_was_cut_off_counts_once(output: RunOutput, se
     write_task(output, segments[0], slice(0, 8), pending=True)
     write_task(output, segments[0], slice(0, 8))
     assert remaining_uris(output, segments[0]) == []
-    assert commit_segment(output, segments[0], 3).rows == 8
+    assert commit_segment(output, OutputOptions(), segments[0], 3).rows == 8
 
 
 def test_rows_that_are_written_twice_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
     for rows in (slice(0, 8), slice(7, 8)):
         write_task(output, segments[0], rows)
     with pytest.raises(RunDamagedError, match=r"9 rows in .* for 8 images of segment 0$"):
-        commit_segment(output, segments[0], 3)
+        commit_segment(output, OutputOptions(), segments[0], 3)
 
 
 def test_rows_that_are_lost_or_left_over_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
@@ -135,10 +136,10 @@ def test_rows_that_are_lost_or_left_over_are_an_error(output: RunOutput, segment
         if content:
             storage.publish(file, storage.encode_parquet(pa.table({"image_id": range(content)})))
         with pytest.raises(RunDamagedError, match=rf"{found} rows in the files of .*/scores, where 8 of segment 0 "):
-            commit_segment(output, segments[0], 3)
+            commit_segment(output, OutputOptions(), segments[0], 3)
     storage.publish(file, b"")
     with pytest.raises(RunDamagedError, match=r"scores_0-0\.parquet is damaged"):
-        commit_segment(output, segments[0], 3)
+        commit_segment(output, OutputOptions(), segments[0], 3)
     assert committed_segments(output) == {}
 
 
@@ -155,7 +156,7 @@ def test_an_error_names_a_damaged_summary(
     else:
         storage.publish(uri, content)
     with pytest.raises(RunDamagedError, match=r"000000/scores_0\.json is damaged or missing, and with it .*$"):
-        commit_segment(output, segments[0], 3)
+        commit_segment(output, OutputOptions(), segments[0], 3)
 
 
 def test_an_error_names_a_damaged_checkpoint(output: RunOutput, segments: list[Segment]) -> None:

@@ -94,4 +94,4 @@ def write_heatmaps(
     preprocessing: Mapping[str, Preprocessing] = PREPROCESSING,
 ) -> pa.Table:
     options = OutputOptions(heatmaps, heatmaps_in, overlays)
-    return WriteHeatmaps(RunOutput.single(str(out), options), preprocessing)(rows)
+    return WriteHeatmaps(RunOutput.single(str(out)), options, preprocessing)(rows)
