@@ -34,7 +34,7 @@ from stpm.console import (
     start_logging,
     stop_on_signals,
 )
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, StpmError
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, StpmError, last_line
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, is_utf8
 from stpm.options import Integers, Names, Size, flag
@@ -176,9 +176,7 @@ def run_job(job: Job) -> NoReturn:
         log.critical("%s", error)
         code = next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), COULD_NOT_RUN)
     except OSError as error:
-        # Ray's message about an error in a task ends with the error's own line.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        log.critical("%s", lines[-1])
+        log.critical("%s", last_line(error))
         code = COULD_NOT_RUN
     sys.exit(code)
 

@@ -127,6 +127,18 @@ def with_remedy(remedy: str) -> Iterator[None]:
         raise OtherRunError(f"{error}; {remedy}") from error
 
 
+def last_line(error: Exception) -> str:
+    """Return the last line of an error's message, or its type if it has no message.
+
+    Ray's message about an error in a task is a traceback, which ends with the error's own line.
+
+    >>> last_line(ValueError("Traceback\\n  line 1\\nOSError: no such file\\n"))
+    'OSError: no such file'
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1]
+
+
 def join_first(items: Sequence[str], limit: int = 5, separator: str = "; ") -> str:
     """Join the first items, and add the number of the others.
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
 from stpm.cluster.connection import KEEP_FREED_MEMORY, Resources, is_shared, working_nodes
@@ -158,7 +157,7 @@ def score_shards(
                 RowWriter(output, config.output, checkpoints, options.rows_per_file, run.triage_images),
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
-        except (RayError, SystemException) as error:
+        except RayError as error:
             if stop_reason := report.read().stop_reason:
                 raise CutOffError(
                     f"scoring was stopped: {stop_reason}; what was done is kept. Repair what failed and run the same "

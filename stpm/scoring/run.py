@@ -7,14 +7,11 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-
-from ray.data.exceptions import ExecutionTimeoutError, SystemException
-from ray.exceptions import RayError
+from typing import NamedTuple
 
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import (
-    CutOffError,
     DataError,
     ModelError,
     ModelUnreadableError,
@@ -27,14 +24,15 @@ from stpm.method.false_discovery import find_discoveries
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.manifest import Manifest, Shard
+from stpm.scoring.inputs.manifest import Manifest, Segment, Shard
 from stpm.scoring.pipeline import ScoringRun, score_shards
-from stpm.scoring.progress import ProgressReporter, show_scoring_progress
+from stpm.scoring.progress import ProgressReporter, Snapshot, show_scoring_progress
+from stpm.scoring.ray_failures import cut_off_by_ray, is_ray_failure
 from stpm.scoring.resuming.remaining import remaining_segments
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run_statistics import RunResult
+from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from stpm.scoring.triage import write_triage
 
 # By category.
@@ -189,52 +187,82 @@ def _model_ids(records: Records) -> dict[str, str]:
     return {category: record.model_id for category, record in records.items()}
 
 
+class _Remaining(NamedTuple):
+    """What is left of a run.
+
+    Args:
+        segments: those that are not committed, as in the manifest.
+        shards: of the rows to score, by the number of their segment. A segment without any has only to be committed.
+        committed: number of the other segments.
+    """
+
+    segments: list[Segment]
+    shards: dict[int, tuple[Shard, ...]]
+    committed: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows to score."""
+        return sum(rows for shards in self.shards.values() for _, rows in shards)
+
+
 def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
     has_heatmaps = storage.exists(run.output.heatmaps)
-    with connected():
-        committed = committed_segments(run.output)
-        segments = [each for each in listed.segments(run.output.manifest) if each.number not in committed]
-        remaining = {each.number: each.shards for each in remaining_segments(run.output, segments)}
-        to_score = sum(rows for shards in remaining.values() for _, rows in shards)
-        if to_score < listed.rows:
-            log.info(f"{listed.rows - to_score} are scored already, {to_score} remain")
-        total = RowSummary.total(committed_summaries(run.output), run.triage_images)
-        with show_scoring_progress(to_score, stop_on_failures=not run.options.accept_errors) as report:
-            for segment in segments:
-                if segment.number in remaining:
-                    if len(remaining) > 1:
-                        log.info(f"segment {segment.number + 1} of {len(segments) + len(committed)}")
-                    _score_segment(run, segment.number, remaining[segment.number], records, report)
-                written = commit_segment(run.output, run.config.output, segment, run.triage_images)
-                total = RowSummary.total([total, written], run.triage_images)
-            statistics, unfinished, *_ = report.read()
+    with connected(), cut_off_by_ray():
+        remaining = _plan_remaining(run, listed)
+        total, progress = _score_segments(run, remaining, records)
     if has_heatmaps:
         # Processes that were killed leave unfinished files.
         storage.remove_unfinished(run.output.heatmaps)
     missing = listed.rows - total.rows
-    if missing and not unfinished:
+    if missing and not progress.unfinished:
         raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {listed.rows} images")
     if missing:
-        for image in unfinished:
-            log.info(str(image))
-        log.info(
-            f"{missing} images are unfinished, because storage, a model or a device failed: run the same command again "
-            "to try them again, or with --accept-errors to write such errors as rows"
-        )
-    seconds = round(time.perf_counter() - start, 3)
-    return RunResult(
-        rows=total.rows,
-        anomalous=total.anomalous,
-        errors=total.errors,
-        error_examples=total.error_examples,
-        categories=total.categories,
-        bytes_read=total.bytes_read,
-        unfinished=missing,
-        seconds=seconds,
-        statistics=statistics,
-    )
+        _log_unfinished(missing, progress.unfinished)
+    return _result(total, missing, time.perf_counter() - start, progress.statistics)
+
+
+def _plan_remaining(run: ScoringRun, listed: Manifest) -> _Remaining:
+    """Find the rows that are not written yet. Needs a connection to Ray."""
+    committed = committed_segments(run.output)
+    segments = [each for each in listed.segments(run.output.manifest) if each.number not in committed]
+    shards = {each.number: each.shards for each in remaining_segments(run.output, segments)}
+    remaining = _Remaining(segments, shards, len(committed))
+    if remaining.rows < listed.rows:
+        log.info(f"{listed.rows - remaining.rows} are scored already, {remaining.rows} remain")
+    return remaining
+
+
+def _score_segments(run: ScoringRun, remaining: _Remaining, records: Records) -> tuple[RowSummary, Snapshot]:
+    """Score the remaining rows, and commit their segments. Needs a connection to Ray.
+
+    Returns:
+        The sum of the summaries of all segments, and the progress at the end.
+    """
+    segments, shards, committed = remaining
+    total = RowSummary.total(committed_summaries(run.output), run.triage_images)
+    with show_scoring_progress(remaining.rows, stop_on_failures=not run.options.accept_errors) as report:
+        for segment in segments:
+            if to_score := shards.get(segment.number):
+                if len(shards) > 1:
+                    log.info(f"segment {segment.number + 1} of {len(segments) + committed}")
+                _score_segment(run, segment.number, to_score, records, report)
+            written = commit_segment(run.output, run.config.output, segment, run.triage_images)
+            total = RowSummary.total([total, written], run.triage_images)
+        return total, report.read()
+
+
+def _score_segment(
+    run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, report: ProgressReporter
+) -> None:
+    try:
+        score_shards(run, shards, run.output.segment_checkpoints(number), records, report)
+    except Exception as error:
+        if is_ray_failure(error):
+            _check_shards(shards)
+        raise
 
 
 def _check_shards(shards: Sequence[Shard]) -> None:
@@ -243,15 +271,24 @@ def _check_shards(shards: Sequence[Shard]) -> None:
         storage.in_parallel(lambda shard: manifest.read_shard(shard[0]).num_rows, shards)
 
 
-def _score_segment(
-    run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, report: ProgressReporter
-) -> None:
-    try:
-        score_shards(run, shards, run.output.segment_checkpoints(number), records, report)
-    except (RayError, SystemException, ExecutionTimeoutError) as error:
-        log.exception("the pipeline failed")
-        _check_shards(shards)
-        raise CutOffError(
-            f"scoring was cut off: {str(error).strip().splitlines()[-1]}; what was done is kept, run the same command "
-            "again to go on"
-        ) from error
+def _log_unfinished(count: int, examples: Iterable[UnfinishedImage]) -> None:
+    for image in examples:
+        log.info(str(image))
+    log.info(
+        f"{count} images are unfinished, because storage, a model or a device failed: run the same command again "
+        "to try them again, or with --accept-errors to write such errors as rows"
+    )
+
+
+def _result(total: RowSummary, unfinished: int, seconds: float, statistics: RunStatistics) -> RunResult:
+    return RunResult(
+        rows=total.rows,
+        anomalous=total.anomalous,
+        errors=total.errors,
+        error_examples=total.error_examples,
+        categories=total.categories,
+        bytes_read=total.bytes_read,
+        unfinished=unfinished,
+        seconds=round(seconds, 3),
+        statistics=statistics,
+    )

@@ -27,6 +27,7 @@ from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun
+from stpm.scoring.progress import Snapshot
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.row_summary import RowSummary
@@ -153,8 +154,8 @@ class Report:
     def __init__(self) -> None:
         self.unfinished: list[UnfinishedImage] = []
 
-    def read(self) -> tuple[RunStatistics, list[UnfinishedImage], str]:
-        return RunStatistics(), self.unfinished, ""
+    def read(self) -> Snapshot:
+        return Snapshot(RunStatistics(), self.unfinished, "", [])
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pytest
-from ray.exceptions import RayError
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
+from ray.exceptions import NodeDiedError, RayError
 
 from stpm import storage
 from stpm.errors import (
@@ -40,6 +41,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun
+from stpm.scoring.progress import Snapshot
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.row_summary import RowSummary
@@ -155,7 +157,7 @@ def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:
     """Let another function score, which leaves these images unfinished."""
     images = [UnfinishedImage(uri, "unreadable", "expired") for uri in unfinished]
-    report = SimpleNamespace(read=lambda: (RunStatistics(images=2), images, ""))
+    report = SimpleNamespace(read=lambda: Snapshot(RunStatistics(images=2), images, "", []))
     monkeypatch.setattr(run_module, "connected", nullcontext)
     monkeypatch.setattr(run_module, "remaining_segments", lambda output, segments: segments)
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(report))
@@ -318,6 +320,37 @@ def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_
 
     replace_ray(monkeypatch, score_shards)
     with pytest.raises((RunDamagedError, CutOffError), match=message):
+        score()
+
+
+def internal_error() -> Exception:
+    """Make an error of Ray Data's own code, as `ray.data.exceptions.omit_traceback_stdout` raises it."""
+    error = AssertionError("a queue is not empty")
+    error.__cause__ = SystemException()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (NodeDiedError("its node died"), "its node died"),
+        (RayError(), "RayError"),
+        (ExecutionTimeoutError("no progress"), "no progress"),
+        (internal_error(), "a queue is not empty"),
+    ],
+)
+@pytest.mark.parametrize("step", ["remaining_segments", "score_shards"])
+def test_a_failure_of_ray_cuts_the_run_off(
+    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str, failure: Exception, reason: str
+) -> None:
+    monkeypatch.setattr(run_module, step, Mock(side_effect=failure))
+    with pytest.raises(CutOffError, match=f"^scoring was cut off: {reason}; what was done is kept, run the same "):
+        score()
+
+
+def test_an_error_of_our_own_is_no_cut_off(score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=AssertionError("a bug")))
+    with pytest.raises(AssertionError, match="a bug"):
         score()
 
 

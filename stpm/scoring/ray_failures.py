@@ -1,0 +1,37 @@
+"""The failures of Ray, which cut a run off: a lost node, a killed process, a bug in Ray itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
+from ray.exceptions import RayError
+
+from stpm.errors import CutOffError, last_line
+
+log = logging.getLogger(__name__)
+
+
+def is_ray_failure(error: Exception) -> bool:
+    """Return whether Ray raised this error, or Ray Data, which marks an error of its own code by its cause."""
+    return isinstance(error, RayError | ExecutionTimeoutError) or isinstance(error.__cause__, SystemException)
+
+
+@contextmanager
+def cut_off_by_ray() -> Iterator[None]:
+    """Log a failure of Ray in the block with its traceback, and raise it as one line.
+
+    Raises:
+        CutOffError: if Ray failed. Other errors stay as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_ray_failure(error):
+            raise
+        log.exception("the pipeline failed")
+        raise CutOffError(
+            f"scoring was cut off: {last_line(error)}; what was done is kept, run the same command again to go on"
+        ) from error
