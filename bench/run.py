@@ -73,8 +73,9 @@ from stpm.method.preprocessing import IMAGENET, Preprocessing
 from stpm.method.recipe import PRESETS, Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Size, WantedBackend
-from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import write_manifest
+from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
@@ -171,8 +172,10 @@ def loop_speed(bench: Bench, models: Path, images: Path, processes: int) -> tupl
     """Run the bare loop in several processes; return its images per second, and their CPU seconds."""
     out = bench.new_folder()
     folder = str(out / "manifest")
-    listed = manifest.write(image_rows([str(images)], CategoryRule(bench.category.name)), folder)
-    rows = pa.concat_tables(storage.read_table(uri) for segment in listed.segments(folder) for uri, _ in segment.shards)
+    manifest = write_manifest(image_rows([str(images)], CategoryRule(bench.category.name)), folder)
+    rows = pa.concat_tables(
+        storage.read_table(uri) for segment in manifest.segments(folder) for uri, _ in segment.shards
+    )
     length = -(-rows.num_rows // processes)
     tasks = [
         (str(models), rows.slice(i * length, length), str(out), bench.category.name, bench.backend)
@@ -248,7 +251,7 @@ def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:
     record = ModelStore(str(models)).record(bench.category.name)
     preprocessing, name = record.preprocessing, bench.category.name
     settings = ScorerSettings(str(models), {name: record.model_id}, 0.01, raw_maps=True, backend=bench.backend)
-    rows = Scorer(settings)(Decode({name: preprocessing})(pa.concat_tables(manifest.labelled_rows([bench.category]))))
+    rows = Scorer(settings)(Decode({name: preprocessing})(pa.concat_tables(labelled_rows([bench.category]))))
     scored = rows.to_pylist()
     shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in scored]
     maps = [np.frombuffer(row["anomaly_map"], np.float32).reshape(s) for row, s in zip(scored, shapes, strict=True)]

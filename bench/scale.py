@@ -48,9 +48,8 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.models.store import ModelStore
 from stpm.scoring import pipeline
-from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import Manifest, Segment
+from stpm.scoring.inputs.manifest import Manifest, Segment, read_manifest, write_manifest
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -173,14 +172,14 @@ def list_s3(keys: int) -> None:
     here.close()
 
 
-def write_manifest(output: RunOutput, rows: int) -> None:
+def measure_manifest(output: RunOutput, rows: int) -> None:
     source, distinct = storage.join(output.folder, "images.parquet"), rows - rows // _DUPLICATES
     Path(output.folder).mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(source, pa.schema([("uri", pa.string())])) as writer:
         for start in range(0, rows, _NAMES_AT_ONCE):
             numbers = range(start, min(rows, start + _NAMES_AT_ONCE))
             writer.write_table(pa.table({"uri": [image_name(number % distinct) for number in numbers]}))
-    measure("manifest", rows, lambda: manifest.write(image_rows([source], CategoryRule("nut")), output.manifest))
+    measure("manifest", rows, lambda: write_manifest(image_rows([source], CategoryRule("nut")), output.manifest))
 
 
 def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], step: str) -> None:
@@ -238,7 +237,7 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
     done = int(len(segments) * fraction)
     begun = segments[done]
     make_up_rows(output, begun, len(segments) * fraction - done)
-    summary = RowSummary.of_rows(output_rows(storage.read_table(begun.shards[0][0])), "scores", _TOP)
+    summary = RowSummary.of_rows(output_rows(storage.read_table(begun.shards[0].uri)), "scores", _TOP)
     for segment in segments[:done]:
         storage.publish(output.segment_summary(segment.number), summary.to_json())
 
@@ -269,9 +268,9 @@ def run_step(step: str, rows: int, max_files: int, max_stub_rows: int, folder: P
     elif step == "list-s3":
         list_s3(min(rows, _MAX_KEYS))
     elif step == "manifest":
-        write_manifest(output, rows)
+        measure_manifest(output, rows)
     else:
-        images = manifest.read(output.manifest)
+        images = read_manifest(output.manifest)
         assert images
         for leftover in (output.segments, output.checkpoints, output.remaining, output.scores):
             storage.remove(leftover)

@@ -23,7 +23,7 @@ from stpm.names import as_utf8
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import image_id
+from stpm.scoring.inputs.manifest_rows import image_id
 from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput

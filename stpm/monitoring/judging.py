@@ -22,7 +22,7 @@ from stpm.monitoring.rows import CategoryRows, read_rows, top_images
 from stpm.monitoring.runs import NightFolder
 from stpm.monitoring.significance import FloatArray
 from stpm.names import as_utf8
-from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.manifest import read_manifest
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import committed_summaries
@@ -92,7 +92,7 @@ def _requested_rate(outputs: Iterable[RunOutput], default: float) -> float:
 
 def _count_unfinished(outputs: Iterable[RunOutput], categories: Iterable[CategoryRows]) -> int:
     """Count the images that the manifests list and that have no row."""
-    listed = sum(images.rows for output in outputs if (images := manifest.read(output.manifest)))
+    listed = sum(manifest.rows for output in outputs if (manifest := read_manifest(output.manifest)))
     return max(listed - sum(rows.images for rows in categories), 0)
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.monitoring.options import parse_date
-from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.manifest import read_manifest, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import contains
 from stpm.scoring.resuming.run_state import RunState
@@ -55,7 +55,7 @@ class NightFolder(NamedTuple):
 
     def outputs_with_manifest(self) -> list[RunOutput]:
         """List the outputs of the runs whose list of images is fixed, oldest first."""
-        return [output for output in self.outputs() if manifest.read(output.manifest)]
+        return [output for output in self.outputs() if read_manifest(output.manifest)]
 
     def output(self, number: int) -> RunOutput:
         """Return the output of a run."""
@@ -115,7 +115,7 @@ def new_rows(chunks: Iterable[pa.Table], outputs: Sequence[RunOutput]) -> Iterat
 def _listed_ids(outputs: Iterable[RunOutput]) -> npt.NDArray[np.int64]:
     """Read the ids of all images that the outputs' manifests list."""
     folders = [output.manifest for output in outputs]
-    segments = [segment for uri in folders if (images := manifest.read(uri)) for segment in images.segments(uri)]
-    shards = [uri for segment in segments for uri, _ in segment.shards]
-    ids = storage.in_parallel(lambda uri: manifest.read_shard(uri)["image_id"].to_numpy(), shards)
+    segments = [segment for uri in folders if (manifest := read_manifest(uri)) for segment in manifest.segments(uri)]
+    shards = [shard.uri for segment in segments for shard in segment.shards]
+    ids = storage.in_parallel(lambda uri: read_shard(uri)["image_id"].to_numpy(), shards)
     return np.concatenate([np.empty(0, np.int64), *ids])

@@ -14,8 +14,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.console import duration
-from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.manifest import Manifest
+from stpm.scoring.inputs.manifest import Manifest, write_manifest
 from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_statistics import RunResult
@@ -38,14 +37,14 @@ def dry_run(run: ScoringRun) -> None:
     """
     # A dry run takes no lease, so each has a folder of its own.
     folder = storage.join(run.output.folder, f"dry-run-{uuid.uuid4().hex[:8]}")
-    manifest_folder = storage.join(folder, "listed")
+    manifest_folder = storage.join(folder, "all-images")
     try:
         start = time.perf_counter()
-        listed = manifest.write(run.rows(), manifest_folder)
-        log.info(f"{listed.describe()}, listed in {duration(time.perf_counter() - start)}; now scoring a sample")
+        manifest = write_manifest(run.rows(), manifest_folder)
+        log.info(f"{manifest.describe()}, listed in {duration(time.perf_counter() - start)}; now scoring a sample")
         sample = dataclasses.replace(
             run,
-            rows=partial(sample_evenly, listed, manifest_folder, SAMPLE_SIZE),
+            rows=partial(sample_evenly, manifest, manifest_folder, SAMPLE_SIZE),
             options=dataclasses.replace(run.options, accept_errors=True),
             output=dataclasses.replace(run.output, folder=folder, state_folder=folder),
             triage_images=0,
@@ -53,7 +52,7 @@ def dry_run(run: ScoringRun) -> None:
         )
         result, _ = run_scoring(sample, start_over=True)
         written = storage.files(sample.output.scores) + storage.files(sample.output.heatmaps)
-        log.info(describe_estimate(listed.rows, result, [size for _, size in written]))
+        log.info(describe_estimate(manifest.rows, result, [size for _, size in written]))
     finally:
         storage.remove(folder)
 
@@ -77,11 +76,11 @@ def describe_estimate(images: int, sample: RunResult, file_sizes: Sequence[int])
     )
 
 
-def sample_evenly(listed: Manifest, folder: str, size: int) -> Iterator[pa.Table]:
+def sample_evenly(manifest: Manifest, folder: str, size: int) -> Iterator[pa.Table]:
     """Select rows of the manifest in a folder, spread evenly over it; all if there are fewer than `size`."""
-    chosen = np.unique(np.linspace(0, listed.rows - 1, min(size, listed.rows)).round().astype(np.int64))
+    chosen = np.unique(np.linspace(0, manifest.rows - 1, min(size, manifest.rows)).round().astype(np.int64))
     first = 0
-    for segment in listed.segments(folder):
+    for segment in manifest.segments(folder):
         for uri, rows in segment.shards:
             inside = chosen[(chosen >= first) & (chosen < first + rows)] - first
             first += rows

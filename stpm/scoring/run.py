@@ -23,8 +23,7 @@ from stpm.errors import (
 from stpm.method.false_discovery import find_discoveries
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.manifest import Manifest, Segment, Shard
+from stpm.scoring.inputs.manifest import Manifest, Segment, Shard, read_manifest, read_shard, write_manifest
 from stpm.scoring.pipeline import ScoringRun, score_shards
 from stpm.scoring.progress import ProgressReporter, Snapshot, show_scoring_progress
 from stpm.scoring.ray_failures import cut_off_by_ray, is_ray_failure
@@ -60,9 +59,9 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         ModelError: if no image's category has a model, or storage failed while a model was read.
         CutOffError: if storage, a node or Ray failed.
     """
-    state, listed, records = resume_or_start(run, start_over=start_over, replace=replace)
+    state, manifest, records = resume_or_start(run, start_over=start_over, replace=replace)
     finished = _read_finished(state)
-    scored = finished or _score_remaining(run, listed, records)
+    scored = finished or _score_remaining(run, manifest, records)
     if scored.unfinished:
         return scored, records
     result = _find_discoveries(run, scored, records)
@@ -111,9 +110,9 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
     """
     state = RunState(run.output.state_folder)
     found = None if start_over else _resume(run, state, replace=replace)
-    listed, records = found or _start(run, state)
+    manifest, records = found or _start(run, state)
     state.bind_models(_model_ids(records), run.store.uri)
-    return state, listed, records
+    return state, manifest, records
 
 
 def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifest, Records] | None:
@@ -122,12 +121,12 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
     if not differences:
         # An unfinished run goes on with its models, even if newer ones are current.
         model_ids = None if replace or state.is_finished() else state.model_ids()
-        listed, records = _read_inputs(run, model_ids)
+        manifest, records = _read_inputs(run, model_ids)
         differences = state.model_differences(_model_ids(records))
         if not differences:
             if model_ids:
                 log.info("the models are those that this run began with, not those that became current since")
-            return listed, records
+            return manifest, records
     # A run without rows may be replaced.
     if not replace and run.output.files():
         raise OtherRunError(f"{run.output.folder} holds the rows of another run: {join_first(differences)}")
@@ -142,11 +141,10 @@ def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, Records]:
 
 
 def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, Records]:
-    listed = manifest.read(run.output.manifest) or manifest.write(
-        run.rows(), run.output.manifest, run.options.segment_rows
-    )
-    log.info(listed.describe())
-    return listed, _read_records(run.store, listed.categories, model_ids)
+    folder = run.output.manifest
+    manifest = read_manifest(folder) or write_manifest(run.rows(), folder, run.options.segment_rows)
+    log.info(manifest.describe())
+    return manifest, _read_records(run.store, manifest.categories, model_ids)
 
 
 def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None) -> Records:
@@ -203,35 +201,35 @@ class _Remaining(NamedTuple):
     @property
     def rows(self) -> int:
         """The number of rows to score."""
-        return sum(rows for shards in self.shards.values() for _, rows in shards)
+        return sum(shard.rows for shards in self.shards.values() for shard in shards)
 
 
-def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> RunResult:
+def _score_remaining(run: ScoringRun, manifest: Manifest, records: Records) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
     has_heatmaps = storage.exists(run.output.heatmaps)
     with connected(), cut_off_by_ray():
-        remaining = _plan_remaining(run, listed)
+        remaining = _plan_remaining(run, manifest)
         total, progress = _score_segments(run, remaining, records)
     if has_heatmaps:
         # Processes that were killed leave unfinished files.
         storage.remove_unfinished(run.output.heatmaps)
-    missing = listed.rows - total.rows
+    missing = manifest.rows - total.rows
     if missing and not progress.unfinished:
-        raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {listed.rows} images")
+        raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {manifest.rows} images")
     if missing:
         _log_unfinished(missing, progress.unfinished)
     return _result(total, missing, time.perf_counter() - start, progress.statistics)
 
 
-def _plan_remaining(run: ScoringRun, listed: Manifest) -> _Remaining:
+def _plan_remaining(run: ScoringRun, manifest: Manifest) -> _Remaining:
     """Find the rows that are not written yet. Needs a connection to Ray."""
     committed = committed_segments(run.output)
-    segments = [each for each in listed.segments(run.output.manifest) if each.number not in committed]
+    segments = [each for each in manifest.segments(run.output.manifest) if each.number not in committed]
     shards = {each.number: each.shards for each in remaining_segments(run.output, segments)}
     remaining = _Remaining(segments, shards, len(committed))
-    if remaining.rows < listed.rows:
-        log.info(f"{listed.rows - remaining.rows} are scored already, {remaining.rows} remain")
+    if remaining.rows < manifest.rows:
+        log.info(f"{manifest.rows - remaining.rows} are scored already, {remaining.rows} remain")
     return remaining
 
 
@@ -268,7 +266,7 @@ def _score_segment(
 def _check_shards(shards: Sequence[Shard]) -> None:
     """Raise RunDamagedError if a shard is damaged: the next run would fail at it again."""
     with suppress(OSError):
-        storage.in_parallel(lambda shard: manifest.read_shard(shard[0]).num_rows, shards)
+        storage.in_parallel(lambda shard: read_shard(shard.uri).num_rows, shards)
 
 
 def _log_unfinished(count: int, examples: Iterable[UnfinishedImage]) -> None:

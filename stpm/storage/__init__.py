@@ -15,7 +15,7 @@ from stpm.storage.objects import (
     sync,
 )
 from stpm.storage.parallel import in_parallel
-from stpm.storage.tables import count_rows, encode_parquet, read_table
+from stpm.storage.tables import count_rows, encode_parquet, read_columns, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "publish",
     "read",
     "read_at_most",
+    "read_columns",
     "read_table",
     "remove",
     "remove_empty_folders",

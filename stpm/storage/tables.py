@@ -33,6 +33,24 @@ def read_table(uri: str) -> pa.Table:
         raise _damaged(uri, error) from error
 
 
+def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet file that has these columns, and may have others.
+
+    Raises:
+        DataError: if it is damaged, or a column is missing, of another type, or null in a row.
+    """
+    rows = read_table(uri)
+    for column in schema:
+        index = rows.schema.get_field_index(column.name)
+        if index < 0:
+            raise DataError(f"{uri} has no column {column.name}")
+        if rows.schema.field(index).type != column.type:
+            raise DataError(f"{uri} has a column {column.name} of type {rows.schema.field(index).type}")
+        if rows[index].null_count:
+            raise DataError(f"{uri} has a row without {column.name}")
+    return rows
+
+
 def count_rows(uri: str) -> int:
     """Read the number of rows of a Parquet file from its footer.
 

@@ -16,7 +16,7 @@ from stpm.method.calibration import HeatmapScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.scoring.heatmap_pictures import palette_png
-from stpm.scoring.inputs.manifest import labelled_rows
+from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.output import RunOutput
 from tests.conftest import MODELS, TINY, make_preprocessing
 from tests.datasets import make_category, make_output, write_rows

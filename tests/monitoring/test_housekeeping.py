@@ -11,7 +11,7 @@ from stpm.monitoring.housekeeping import remove_nights_before
 from stpm.monitoring.nights import Night, write_night
 from stpm.monitoring.runs import NightFolder
 from stpm.records import to_json
-from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from tests.monitoring.nightly_runs import cut_off_after
@@ -27,7 +27,7 @@ def make_night(out: str, date: datetime.date, runs: int = 2) -> NightFolder:
         output = folder.output(number)
         state = RunState(output.state_folder)
         state.start(ScoringConfig(("s3://dump",), 0.01))
-        manifest.write([], output.manifest)
+        write_manifest([], output.manifest)
         for name in ("scores/{}_0.parquet", "heatmaps/{}/nut/0.png", "runs/{}/triage.html", "runs/{}/checkpoints/0"):
             storage.publish(f"{folder.uri}/{name.format(output.name)}", b"x", durable=False)
         state.finish(RunResult())

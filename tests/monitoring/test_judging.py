@@ -17,7 +17,7 @@ from stpm.monitoring.judging import judge_night
 from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.runs import NightFolder
-from stpm.scoring.inputs import manifest
+from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from tests.conftest import TINY
 from tests.models import test_store
@@ -55,7 +55,7 @@ class Nights:
             state.bind_models({} if model_id else {category: self.model_id}, self.store.uri)
             table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
             storage.publish(f"{output.scores}/{output.name}_0.parquet", storage.encode_parquet(table), durable=False)
-            manifest.write([], output.manifest)
+            write_manifest([], output.manifest)
         night = Night(date.isoformat(), ("/no/dump",), problem=problem)
         made = judge_night(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)
         self.nights.append(made)

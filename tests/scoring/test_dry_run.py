@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from stpm.scoring.dry_run import describe_estimate, sample_evenly
-from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.run_statistics import RunResult, RunStatistics
 
@@ -17,7 +17,7 @@ def test_a_sample_is_spread_evenly_over_all_shards(tmp_path: Path, size: int, ex
     lists = [[f"{tmp_path}/{i:03}.png" for i in range(n, n + 8)] for n in (0, 8, 16)]
     chunks = [next(image_rows(["-"], CategoryRule("nut"), (), lines)) for lines in lists]
     folder = str(tmp_path / "manifest")
-    images = manifest.write(chunks, folder, segment_rows=10)
+    images = write_manifest(chunks, folder, segment_rows=10)
     assert images.rows == 24
     sample = pa.concat_tables(sample_evenly(images, folder, size))
     assert [int(Path(uri).stem) for uri in sample["uri"].to_pylist()] == expected

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stpm import storage
-from stpm.data.mvtec import Category
-from stpm.errors import ConfigError, DataError, ImageError, RunDamagedError
-from stpm.names import as_utf8, is_utf8
+from stpm.errors import ConfigError, DataError, RunDamagedError
 from stpm.records import from_json, to_json
 from stpm.scoring.inputs.duplicates import DuplicateFinder
-from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.options import ScoreOptions
-from stpm.scoring.schema import MANIFEST, passthrough_columns, table
+from stpm.scoring.schema import MANIFEST, passthrough_columns
 
 _SUMMARY = "manifest.json"
 # Images of one decoding task.
@@ -32,20 +25,12 @@ SHARD_ROWS = 128 * BLOCK_ROWS
 # Shards that are being written at the same time.
 _WRITERS = 8
 
-_NO_CATEGORY = ImageError("no_model", "the image has no category; see --category and --category-from")
 
-# URI of a Parquet file, and the number of its rows.
-Shard = tuple[str, int]
+class Shard(NamedTuple):
+    """A Parquet file of the manifest, and the number of its rows."""
 
-
-class ManifestRow(NamedTuple):
-    """One image to score: `label` and `mask` are "" if unknown, `error` says why it cannot be scored."""
-
-    image: ImageRef
-    category: str
-    label: str = ""
-    mask: str = ""
-    error: ImageError | None = None
+    uri: str
+    rows: int
 
 
 class Segment(NamedTuple):
@@ -56,7 +41,7 @@ class Segment(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return sum(rows for _, rows in self.shards)
+        return sum(shard.rows for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -89,78 +74,12 @@ class Manifest:
                 segments.append([])
                 rows_left = self.segment_rows
             if rows:
-                segments[-1].append((_shard_uri(folder, number), rows))
+                segments[-1].append(Shard(_shard_uri(folder, number), rows))
                 rows_left -= rows
         return [Segment(number, tuple(shards)) for number, shards in enumerate(segments)]
 
 
-def image_id(uri: str) -> int:
-    """Hash a URI to a signed 64-bit integer, which identifies the image in everything that is written."""
-    return int(_image_ids([uri])[0])
-
-
-def _image_ids(uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    digests = b"".join([hashlib.blake2b(uri.encode(), digest_size=8).digest() for uri in uris])
-    return np.frombuffer(digests, ">i8").astype(np.int64)
-
-
-def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
-    """Make a table of schema MANIFEST."""
-    uris = [as_utf8(row.image.uri) for row in rows]
-    errors = [row.error or _error(row) for row in rows]
-    columns = {
-        "image_id": _image_ids(uris),
-        "uri": uris,
-        "category": [as_utf8(row.category) for row in rows],
-        "label": [as_utf8(row.label) for row in rows],
-        "mask": [as_utf8(row.mask) for row in rows],
-        "error_kind": [error.kind if error else "" for error in errors],
-        "error_message": [str(error) if error else "" for error in errors],
-        "archive_start": [row.image.start for row in rows],
-        "archive_length": [row.image.length for row in rows],
-    }
-    return table(columns, MANIFEST)
-
-
-def make_rows_from_columns(
-    uris: pa.ChunkedArray,
-    categories: pa.ChunkedArray,
-    labels: pa.ChunkedArray,
-    masks: pa.ChunkedArray,
-    starts: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int64],
-) -> pa.Table:
-    """Make a table of schema MANIFEST from its columns. Only a row without a category gets an error."""
-    has_category = pc.not_equal(categories, "")
-    columns = {
-        "image_id": _image_ids(uris.to_pylist()),
-        "uri": uris,
-        "category": categories,
-        "label": labels,
-        "mask": masks,
-        "error_kind": pc.if_else(has_category, "", _NO_CATEGORY.kind),
-        "error_message": pc.if_else(has_category, "", str(_NO_CATEGORY)),
-        "archive_start": starts,
-        "archive_length": lengths,
-    }
-    return table(columns, MANIFEST)
-
-
-def _error(row: ManifestRow) -> ImageError | None:
-    if not is_utf8(row.image.uri):
-        return ImageError("bad_name", "the name is not UTF-8, bytes outside it are written %XX here; rename the file")
-    return None if row.category else _NO_CATEGORY
-
-
-def labelled_rows(categories: Sequence[Category]) -> Iterator[pa.Table]:
-    """Yield a table of manifest rows for the labelled test images of each category."""
-    for category in categories:
-        yield make_rows(
-            [ManifestRow(ImageRef(image.uri), category.name, image.label, image.mask) for image in category.test]
-        )
-
-
-def write(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOptions.segment_rows) -> Manifest:
+def write_manifest(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOptions.segment_rows) -> Manifest:
     """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`: without it nothing counts.
 
     Shards that an unfinished attempt left are removed first. Of several rows with one id the first is kept.
@@ -192,9 +111,9 @@ def write(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOpti
                 shards.write(number, shard.filter(pa.array(~is_duplicate)))
         shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
     rows = sum(shard_rows)
-    summary = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows)
-    storage.publish(storage.join(folder, _SUMMARY), to_json(summary, indent=None))
-    return summary
+    manifest = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows)
+    storage.publish(storage.join(folder, _SUMMARY), to_json(manifest, indent=None))
+    return manifest
 
 
 def _shard_uri(folder: str, number: int) -> str:
@@ -300,7 +219,7 @@ def _with_user_columns(rows: pa.Table, user_types: Mapping[str, pa.DataType]) ->
     return result
 
 
-def read(folder: str) -> Manifest | None:
+def read_manifest(folder: str) -> Manifest | None:
     """Read the summary of a manifest, or return None if none was written to its end.
 
     Raises:
@@ -308,34 +227,18 @@ def read(folder: str) -> Manifest | None:
     """
     uri = storage.join(folder, _SUMMARY)
     try:
-        found = from_json(Manifest, storage.read(uri))
+        manifest = from_json(Manifest, storage.read(uri))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise RunDamagedError(f"{uri} is damaged, and with it the list of this run's images ({error})") from error
-    if found.rows != sum(found.shard_rows) or min(found.shard_rows, default=0) < 0:
-        raise RunDamagedError(f"{uri} is damaged, its shards do not add up to its {found.rows} rows")
-    if bool(found.rows) != bool(found.categories):
-        raise RunDamagedError(f"{uri} is damaged, it has {found.rows} rows and {len(found.categories)} categories")
-    return found
-
-
-def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
-    """Read a Parquet file that has these columns, and may have others.
-
-    Raises:
-        DataError: if it is damaged, or a column is missing, of another type, or null in a row.
-    """
-    rows = storage.read_table(uri)
-    for column in schema:
-        index = rows.schema.get_field_index(column.name)
-        if index < 0:
-            raise DataError(f"{uri} has no column {column.name}")
-        if rows.schema.field(index).type != column.type:
-            raise DataError(f"{uri} has a column {column.name} of type {rows.schema.field(index).type}")
-        if rows[index].null_count:
-            raise DataError(f"{uri} has a row without {column.name}")
-    return rows
+    if manifest.rows != sum(manifest.shard_rows) or min(manifest.shard_rows, default=0) < 0:
+        raise RunDamagedError(f"{uri} is damaged, its shards do not add up to its {manifest.rows} rows")
+    if bool(manifest.rows) != bool(manifest.categories):
+        raise RunDamagedError(
+            f"{uri} is damaged, it has {manifest.rows} rows and {len(manifest.categories)} categories"
+        )
+    return manifest
 
 
 def read_shard(uri: str) -> pa.Table:
@@ -345,6 +248,6 @@ def read_shard(uri: str) -> pa.Table:
         RunDamagedError: if it is damaged or missing.
     """
     try:
-        return read_columns(uri, MANIFEST)
+        return storage.read_columns(uri, MANIFEST)
     except (DataError, FileNotFoundError) as error:
         raise RunDamagedError(f"{uri}, which lists images of this run, is damaged or missing ({error})") from error

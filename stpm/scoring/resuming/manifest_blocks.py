@@ -37,7 +37,7 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__()
-        self._blocks = -(-sum(rows for _, rows in shards) // BLOCK_ROWS)
+        self._blocks = -(-sum(shard.rows for shard in shards) // BLOCK_ROWS)
         self._tasks = divide_evenly(shards, SHARD_ROWS)
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[ShardSlic
 
     The lengths of the tasks differ by at most one row: Ray splits each into the same number of blocks.
     """
-    total = sum(rows for _, rows in shards)
+    total = sum(shard.rows for shard in shards)
     count = -(-total // max_rows)
     ends = [total * number // count for number in range(1, count + 1)]
     divided: list[list[ShardSlice]] = [[]] if ends else []

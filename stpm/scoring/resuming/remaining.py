@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from stpm import storage
 from stpm.errors import DataError, RunDamagedError
-from stpm.scoring.inputs.manifest import Segment, Shard, read_columns, read_shard
+from stpm.scoring.inputs.manifest import Segment, Shard, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
 from stpm.scoring.schema import MANIFEST
@@ -56,18 +56,17 @@ def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
         return segment.shards
     written = np.sort(np.concatenate(storage.in_parallel(_read_ids, committed)))
     copies = storage.in_parallel(lambda shard: _write_unwritten(shard, written, folder), segment.shards)
-    return tuple(copy for copy in copies if copy[1])
+    return tuple(copy for copy in copies if copy.rows)
 
 
 def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:
     """Copy a shard without the rows whose ids are in a sorted array; without rows nothing is written."""
-    uri, _ = shard
-    table = read_shard(uri)
+    table = read_shard(shard.uri)
     rows = table.filter(pa.array(~contains(written, table["image_id"].to_numpy())))
-    copy = storage.join(folder, uri.rsplit("/", 1)[-1])
+    copy = storage.join(folder, shard.uri.rsplit("/", 1)[-1])
     if rows.num_rows:
         storage.publish(copy, storage.encode_parquet(rows))
-    return copy, rows.num_rows
+    return Shard(copy, rows.num_rows)
 
 
 def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
@@ -80,7 +79,7 @@ def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
 
 def _read_ids(checkpoint: str) -> Ids:
     try:
-        ids: Ids = read_columns(checkpoint, _IDS)["image_id"].to_numpy()
+        ids: Ids = storage.read_columns(checkpoint, _IDS)["image_id"].to_numpy()
     except DataError as error:
         raise RunDamagedError(f"{error}; the written rows are no longer known") from error
     return ids

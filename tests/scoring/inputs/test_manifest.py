@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -15,10 +12,9 @@ from hypothesis import strategies as st
 
 from stpm import storage
 from stpm.errors import ConfigError, RunDamagedError
-from stpm.scoring.inputs import manifest
-from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.inputs.image_files import ImageRef
-from stpm.scoring.inputs.manifest import ManifestRow, image_id, make_rows
+from stpm.scoring.inputs.manifest import read_manifest, read_shard, write_manifest
+from stpm.scoring.inputs.manifest_rows import ManifestRow, image_id, make_rows
 from stpm.scoring.schema import MANIFEST, with_passthrough
 
 
@@ -31,13 +27,6 @@ def folder(root: str) -> str:
     return f"{root}/manifest"
 
 
-def test_image_ids_are_stable_64_bit_and_distinct() -> None:
-    assert image_id("s3://bucket/a.png") == -520363251256440237
-    ids = {image_id(f"file-{i}") for i in range(10_000)}
-    assert len(ids) == 10_000
-    assert all(-(2**63) <= i < 2**63 for i in ids)
-
-
 def read_shards(folder: str) -> list[pa.Table]:
     """Read all shards in the folder of a manifest."""
     return [storage.read_table(uri) for uri, _ in storage.files(folder) if uri.endswith(".parquet")]
@@ -48,9 +37,9 @@ def rows_in(folder: str) -> list[dict[str, object]]:
 
 
 def test_duplicates_are_left_out_and_counted_within_and_across_chunks(folder: str) -> None:
-    written = manifest.write([chunk(["a", "b", "a"]), chunk(["b", "c"], "bolt"), chunk(["a"])], folder)
+    written = write_manifest([chunk(["a", "b", "a"]), chunk(["b", "c"], "bolt"), chunk(["a"])], folder)
     assert (written.rows, written.duplicates, written.categories) == (3, 3, ("bolt", "nut"))
-    assert manifest.read(folder) == written
+    assert read_manifest(folder) == written
     assert [row["uri"] for row in rows_in(folder)] == ["a", "b", "c"]
     assert all(row["image_id"] == image_id(str(row["uri"])) for row in rows_in(folder))
 
@@ -61,9 +50,9 @@ def test_an_unfinished_manifest_does_not_count(folder: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        manifest.write(cut_off(), folder)
-    assert manifest.read(folder) is None
-    manifest.write([chunk(["new"])], folder)
+        write_manifest(cut_off(), folder)
+    assert read_manifest(folder) is None
+    write_manifest([chunk(["new"])], folder)
     assert [row["uri"] for row in rows_in(folder)] == ["new"]
 
 
@@ -82,66 +71,47 @@ def test_an_unfinished_manifest_does_not_count(folder: str) -> None:
     ],
 )
 def test_an_error_names_a_damaged_manifest(folder: str, content: bytes | tuple[str, object]) -> None:
-    written = manifest.write([chunk(["a"])], folder)
+    written = write_manifest([chunk(["a"])], folder)
     if isinstance(content, tuple):
         content = json.dumps(dataclasses.asdict(written) | dict([content])).encode()
     storage.publish(f"{folder}/manifest.json", content)
     with pytest.raises(RunDamagedError, match=r"manifest/manifest\.json is damaged, .*$"):
-        manifest.read(folder)
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize("content", [b"PAR1", None])
 def test_an_error_names_a_damaged_shard(folder: str, content: bytes | None) -> None:
-    ((uri, _),) = manifest.write([chunk(["a"])], folder).segments(folder)[0].shards
+    ((uri, _),) = write_manifest([chunk(["a"])], folder).segments(folder)[0].shards
     storage.remove(uri)
     if content:
         storage.publish(uri, content)
     with pytest.raises(RunDamagedError, match=r"000000\.parquet, which lists images of this run, is damaged or"):
-        manifest.read_shard(uri)
+        read_shard(uri)
 
 
 @pytest.mark.parametrize("segment_rows", [1, 9])
 def test_passthrough_columns_are_kept_and_must_agree(folder: str, segment_rows: int) -> None:
     chunks = [chunk(["a"]), chunk(["b"], line=[7], shift=[None]), chunk(["c"], line=[None], shift=["x"])]
-    manifest.write(chunks, folder, segment_rows=segment_rows)
+    write_manifest(chunks, folder, segment_rows=segment_rows)
     shards = read_shards(folder)
     assert all(shard.schema.names == [*MANIFEST.names, "line", "shift"] for shard in shards)
     # A column of nulls alone has no type of its own.
     assert all(shard.schema.types[-2:] == [pa.int64(), pa.string()] for shard in shards)
     assert [(row["line"], row["shift"]) for row in rows_in(folder)] == [(None, None), (7, None), (None, "x")]
     with pytest.raises(ConfigError, match="column line is int64 in one table and string in another"):
-        manifest.write([chunk(["a"], line=[7]), chunk(["b"], line=["7"])], folder)
+        write_manifest([chunk(["a"], line=[7]), chunk(["b"], line=["7"])], folder)
 
 
 def test_a_manifest_may_be_empty(folder: str) -> None:
-    assert manifest.write([], folder).rows == 0
+    assert write_manifest([], folder).rows == 0
     assert read_shards(folder) == []
-
-
-def test_a_killed_process_leaves_no_ids_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with DuplicateFinder() as finder:
-        finder.add(np.arange(10_000))
-        assert list(tmp_path.iterdir()) == []
-
-
-@given(st.lists(st.lists(st.integers(-50, 50), max_size=30), max_size=12))
-@settings(deadline=None)
-def test_each_id_is_found_but_its_first_row(chunks: list[list[int]]) -> None:
-    rows = [i for ids in chunks for i in ids]
-    with DuplicateFinder() as finder:
-        for ids in chunks:
-            finder.add(np.array(ids, np.int64))
-        expected = [i in rows[:number] for number, i in enumerate(rows)]
-        for start in (0, 3, len(rows) // 2):
-            assert finder.mask(start, len(rows)).tolist() == expected[start:]
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(1, 12))
 @settings(deadline=None)
 def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], segment_rows: int) -> None:
     fsspec.filesystem("memory").store.clear()
-    written = manifest.write(
+    written = write_manifest(
         [chunk([f"{i}.png" for i in ids]) for ids in chunks if ids], "memory://list", segment_rows=segment_rows
     )
     found = []
@@ -161,8 +131,8 @@ def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], seg
 
 @pytest.mark.parametrize("change", [{"categories": []}, {"rows": 3}, {"shard_rows": [-5, 7]}, {"rows": 10**30}])
 def test_a_summary_that_contradicts_itself_is_damaged(folder: str, change: dict[str, object]) -> None:
-    manifest.write([chunk(["a", "b"])], folder)
+    write_manifest([chunk(["a", "b"])], folder)
     uri = f"{folder}/manifest.json"
     storage.publish(uri, json.dumps(json.loads(storage.read(uri)) | change).encode())
     with pytest.raises(RunDamagedError, match=r"manifest\.json is damaged, .*$"):
-        manifest.read(folder)
+        read_manifest(folder)

@@ -11,7 +11,7 @@ from stpm import storage
 from stpm.errors import DataError
 from stpm.names import HIVE_NULL
 from stpm.scoring import triage
-from stpm.scoring.inputs.manifest import Segment
+from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import FileNames, RowWriter
@@ -61,7 +61,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         name = f"{output.segment_checkpoints(0)}/scores_uuid_{task:012}.parquet"
         storage.publish(name, storage.encode_parquet(rows.select(["image_id"])))
     scanned = scan_rows(output, max_ranked=5)
-    assert commit_segment(output, options, Segment(0, (("shard", 100),)), max_ranked=5) == scanned
+    assert commit_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100
     with monkeypatch.context() as patch:
         patch.setattr(triage, "scan_rows", lambda *_: pytest.fail("all rows were read"))

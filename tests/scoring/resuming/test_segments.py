@@ -9,9 +9,9 @@ import pytest
 
 from stpm import storage
 from stpm.errors import RunDamagedError
-from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.image_files import ImageRef
-from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows
+from stpm.scoring.inputs.manifest import Segment, write_manifest
+from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import write_remaining
@@ -30,7 +30,7 @@ def output(memory: str) -> RunOutput:
 def segments(output: RunOutput) -> list[Segment]:
     """Two segments, of 8 and 2 images."""
     rows = make_rows([ManifestRow(ImageRef(f"{number}.png"), "nut") for number in range(10)])
-    return manifest.write([rows], output.manifest, segment_rows=8).segments(output.manifest)
+    return write_manifest([rows], output.manifest, segment_rows=8).segments(output.manifest)
 
 
 def write_task(
@@ -182,7 +182,7 @@ def test_an_error_names_a_checkpoint_or_a_shard_of_other_columns(
         write_remaining(output, segments[0])
     write_task(output, segments[0], slice(0, 3))
     storage.remove(checkpoint)
-    storage.publish(segments[0].shards[0][0], storage.encode_parquet(rows))
+    storage.publish(segments[0].shards[0].uri, storage.encode_parquet(rows))
     with pytest.raises(RunDamagedError, match=rf"000000\.parquet, which lists images .* {problem}\)$"):
         write_remaining(output, segments[0])
 

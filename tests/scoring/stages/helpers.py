@@ -18,7 +18,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs.image_files import ImageRef
-from stpm.scoring.inputs.manifest import ManifestRow, labelled_rows, make_rows
+from stpm.scoring.inputs.manifest_rows import ManifestRow, labelled_rows, make_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter

@@ -23,7 +23,7 @@ from stpm.method.preprocessing import Resize
 from stpm.method.recipe import Recipe
 from stpm.options import Backend, Size
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import labelled_rows
+from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
