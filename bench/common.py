@@ -32,7 +32,7 @@ from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.options import Backend
-from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.run_state import RunState
 
 ROOT = Path(__file__).resolve().parents[1]
 CORES = psutil.cpu_count(logical=False) or 1

@@ -56,9 +56,9 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.resuming.segments import commit_segment, committed_summaries
 from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.triage import most_anomalous
 

@@ -31,8 +31,8 @@ from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun, describe_plan
-from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.run import run_scoring
+from stpm.scoring.run_state import ScoringConfig
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from stpm.evaluation.report import CategoryResult, Report
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.run_state import RunState
 
 log = logging.getLogger(__name__)
 

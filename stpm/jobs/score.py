@@ -28,8 +28,8 @@ from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun, describe_plan
-from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.run import run_scoring
+from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 
 log = logging.getLogger(__name__)

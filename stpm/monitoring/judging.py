@@ -24,9 +24,9 @@ from stpm.monitoring.significance import FloatArray
 from stpm.names import as_utf8
 from stpm.scoring.inputs.manifest import read_manifest
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_state import RunState
 
 
 def judge_night(

@@ -25,7 +25,7 @@ from stpm.monitoring.options import parse_date
 from stpm.scoring.inputs.manifest import read_manifest, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import contains
-from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.run_state import RunState
 
 _PREFIX = "date="
 

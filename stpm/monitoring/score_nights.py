@@ -26,8 +26,8 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun
-from stpm.scoring.resuming.run_state import ScoringConfig
 from stpm.scoring.run import run_scoring
+from stpm.scoring.run_state import ScoringConfig
 
 log = logging.getLogger(__name__)
 

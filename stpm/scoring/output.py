@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError, RunDamagedError
-from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.run_state import RunState
 from stpm.scoring.schema import OUTPUT
 
 _RUNS = "runs"

@@ -19,17 +19,18 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 from stpm.scoring.inputs.manifest import Shard
+from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
-from stpm.scoring.resuming.manifest_blocks import ManifestBlocks
-from stpm.scoring.resuming.row_checkpoints import RowWriter, checkpoint_config
-from stpm.scoring.resuming.run_state import ScoringConfig
+from stpm.scoring.resuming.row_checkpoints import checkpoint_config
+from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scorer_pool import ScorerPool
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
+from stpm.scoring.stages.write_rows import RowWriter
 
 # Tasks that read the manifest at the same time.
 _READING_TASKS = 2

@@ -28,9 +28,9 @@ from stpm.scoring.pipeline import ScoringRun, score_shards
 from stpm.scoring.progress import ProgressReporter, Snapshot, show_scoring_progress
 from stpm.scoring.ray_failures import cut_off_by_ray, is_ray_failure
 from stpm.scoring.resuming.remaining import remaining_segments
-from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_state import RunState
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from stpm.scoring.triage import write_triage
 

@@ -21,8 +21,8 @@ from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
 from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import task_of
-from stpm.scoring.resuming.segments import committed_summaries, scan_rows
-from stpm.scoring.row_summary import SCORE_PARTS, RankedImage, RowSummary
+from stpm.scoring.resuming.segments import committed_summaries
+from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
@@ -82,6 +82,23 @@ def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
         # The run was scored for a shorter page.
         summary = scan_rows(output, max_images)
     return _read_images(output, summary.ranked)
+
+
+def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
+    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time.
+
+    Raises:
+        RunDamagedError: if a file is damaged, or has other columns.
+    """
+    dataset = output.dataset(COLUMNS)
+    with output.name_damaged_file():
+        return RowSummary.total(
+            (
+                RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
+                for file in dataset.get_fragments()
+            ),
+            max_ranked,
+        )
 
 
 def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from stpm.jobs.evaluate import evaluate_categories, evaluate_category, publish_r
 from stpm.models.store import ModelStore
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.run_state import RunState, ScoringConfig
+from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from tests.datasets import make_output, write_rows
 from tests.evaluation.runs import result, scored_run

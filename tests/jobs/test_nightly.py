@@ -26,7 +26,7 @@ from stpm.monitoring.drift import Verdict
 from stpm.monitoring.nights import Night, read_night
 from stpm.monitoring.runs import NightFolder
 from stpm.scoring import run as run_module
-from stpm.scoring.resuming.run_state import RunState
+from stpm.scoring.run_state import RunState
 from tests.conftest import TINY
 from tests.models.test_store import save
 from tests.monitoring.nightly_runs import DATE, Nightly, cut_off_after, job

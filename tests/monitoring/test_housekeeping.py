@@ -12,7 +12,7 @@ from stpm.monitoring.nights import Night, write_night
 from stpm.monitoring.runs import NightFolder
 from stpm.records import to_json
 from stpm.scoring.inputs.manifest import write_manifest
-from stpm.scoring.resuming.run_state import RunState, ScoringConfig
+from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from tests.monitoring.nightly_runs import cut_off_after
 

@@ -18,7 +18,7 @@ from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.runs import NightFolder
 from stpm.scoring.inputs.manifest import write_manifest
-from stpm.scoring.resuming.run_state import RunState, ScoringConfig
+from stpm.scoring.run_state import RunState, ScoringConfig
 from tests.conftest import TINY
 from tests.models import test_store
 from tests.monitoring.nightly_runs import DATE, output_rows

@@ -43,9 +43,9 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.progress import Snapshot
 from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import resume_or_start, run_scoring
+from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from tests.conftest import fail_to_read
 from tests.datasets import make_category, make_output

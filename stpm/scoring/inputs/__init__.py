@@ -1,1 +1,1 @@
-"""From sources of images (folders, globs, archives, tables, lists) to the manifest of a run."""
+"""From sources of images (folders, globs, archives, tables, lists) to the manifest of a run, and its blocks."""

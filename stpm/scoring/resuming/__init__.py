@@ -1,1 +1,1 @@
-"""Resuming a run that was cut off: its state, its written rows, and the rows that remain."""
+"""Resuming a run that was cut off: the rows that are written, and those that remain."""

@@ -12,7 +12,7 @@ from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of
-from stpm.scoring.row_summary import COLUMNS, RowSummary
+from stpm.scoring.row_summary import RowSummary
 
 _SUMMARIES_AT_ONCE = 16
 
@@ -100,23 +100,6 @@ def _count_rows(uri: str) -> int:
         return storage.count_rows(uri)
     except DataError as error:
         raise RunDamagedError(str(error)) from error
-
-
-def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
-    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time.
-
-    Raises:
-        RunDamagedError: if a file is damaged, or has other columns.
-    """
-    dataset = output.dataset(COLUMNS)
-    with output.name_damaged_file():
-        return RowSummary.total(
-            (
-                RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
-                for file in dataset.get_fragments()
-            ),
-            max_ranked,
-        )
 
 
 def _read(uri: str) -> RowSummary:

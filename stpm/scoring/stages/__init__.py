@@ -1,1 +1,1 @@
-"""The three stages that an image goes through: fetch and decode, score, draw its heatmap."""
+"""The stages that an image goes through: fetch and decode, score, draw its heatmap, write its row."""

@@ -14,11 +14,11 @@ from stpm.scoring import triage
 from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.row_checkpoints import FileNames, RowWriter
-from stpm.scoring.resuming.segments import commit_segment, scan_rows
+from stpm.scoring.resuming.segments import commit_segment
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.stages.heatmaps import with_folder_names
+from stpm.scoring.stages.write_rows import FileNames, RowWriter
 from tests.datasets import make_output
 
 
@@ -60,7 +60,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
         name = f"{output.segment_checkpoints(0)}/scores_uuid_{task:012}.parquet"
         storage.publish(name, storage.encode_parquet(rows.select(["image_id"])))
-    scanned = scan_rows(output, max_ranked=5)
+    scanned = triage.scan_rows(output, max_ranked=5)
     assert commit_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100
     with monkeypatch.context() as patch:
@@ -87,7 +87,7 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
     files = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=20, max_ranked=0)
     files.write([with_folder_names(rows)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=0))
     (summary,) = tmp_path.rglob("*.json")
-    assert RowSummary.from_json(summary.read_bytes()).categories == scan_rows(output, 0).categories
+    assert RowSummary.from_json(summary.read_bytes()).categories == triage.scan_rows(output, 0).categories
 
 
 def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stpm.scoring.resuming.manifest_blocks import divide_evenly
+from stpm.scoring.inputs.manifest_blocks import divide_evenly
 
 
 @given(st.lists(st.integers(0, 40), max_size=10), st.integers(1, 30))

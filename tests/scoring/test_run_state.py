@@ -8,7 +8,7 @@ import pytest
 
 from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.scoring.options import OutputOptions
-from stpm.scoring.resuming.run_state import RunState, ScoringConfig
+from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics
 
 CONFIG = ScoringConfig(("s3://a", "s3://b"), 0.01, category="nut")
