@@ -17,6 +17,7 @@ from common import CORES, Measured, images_per_second, job_command, make_image, 
 
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 
 # A student so small that its own time does not count.
 _TINY = {"preset": "paper", "teacher": "test_resnet", "teacher-weights": "random", "batch-size": 4, "epochs": 1}
@@ -45,7 +46,7 @@ def measure_growth(
             out = root / f"out-{count}"
             options = {"models": models, "images": root / f"images-{count}", "out": out, "mounted": root}
             cost = time_command(job_command("score", options | {"category": "nut0", "top": 0}))
-            rows = RunOutput.single(str(out)).dataset().to_table(columns=["uri", "error_kind"]).to_pydict()
+            rows = open_rows(RunOutput.single(str(out))).to_table(columns=["uri", "error_kind"]).to_pydict()
             details = {
                 "twice": len(rows["uri"]) - len({*rows["uri"]}),
                 "missing": count - len({*rows["uri"]}),

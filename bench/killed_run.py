@@ -26,6 +26,7 @@ from stpm import storage
 from stpm.data import demo, mvtec
 from stpm.data.encode import encode_jpeg
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
@@ -77,7 +78,7 @@ def has_rows(output: RunOutput, rows: int) -> bool:
 
 
 def read_rows(output: RunOutput) -> pa.Table:
-    return output.dataset().to_table(columns=[*_SAME, "image_id", "score"]).sort_by("image_id")
+    return open_rows(output).to_table(columns=[*_SAME, "image_id", "score"]).sort_by("image_id")
 
 
 def compare(output: RunOutput, undisturbed: RunOutput, images: int) -> None:

@@ -36,6 +36,7 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.data.encode import encode_jpeg
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 
 _FIRST = datetime.date(2026, 11, 15)
 _NIGHTS = 10
@@ -133,10 +134,10 @@ def compare_with_one_run() -> str:
     options = {"models": _MODELS, "images": _DUMP, "category-from": "{category}/{name}", "out": out, "top": 0}
     run_job("score", options)
     names = ["uri", "score", "is_anomalous", "error_kind", "model_id"]
-    expected = {row["uri"]: row for row in RunOutput.single(out).dataset().to_table(columns=names).to_pylist()}
+    expected = {row["uri"]: row for row in open_rows(RunOutput.single(out)).to_table(columns=names).to_pylist()}
     folders = [f"{_OUT}/date={_FIRST + datetime.timedelta(days=night)}" for night in range(_NIGHTS)]
     outputs = [output for folder in folders for output in RunOutput.all_named(folder)]
-    found = [row for output in outputs for row in output.dataset().to_table(columns=names).to_pylist()]
+    found = [row for output in outputs for row in open_rows(output).to_table(columns=names).to_pylist()]
     assert sorted(row["uri"] for row in found) == sorted(expected)
     for row in found:
         other = expected[row["uri"]]

@@ -23,6 +23,7 @@ from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import blaming_damaged_file, open_rows, read_batches
 
 # The columns that `ground_truth` reads.
 GROUND_TRUTH_COLUMNS = ("uri", "label", "mask", "width", "height")
@@ -43,8 +44,8 @@ class ScoredCategory:
 
     def rows(self, columns: Sequence[str] = _COLUMNS) -> pa.Table:
         """Read the category's rows, sorted by URI."""
-        with self.output.name_damaged_file():
-            rows = self.output.dataset(columns).to_table(
+        with blaming_damaged_file(self.output):
+            rows = open_rows(self.output, columns).to_table(
                 columns=list(columns), filter=ds.field("category") == self.name
             )
         return rows.sort_by("uri")
@@ -168,7 +169,7 @@ def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
         )
     chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
     counts: dict[str, PixelCounts] = {}
-    for batch in category.output.batches(["uri", "anomaly_map"], chosen, _BATCH_SIZE[masks_at]):
+    for batch in read_batches(category.output, ["uri", "anomaly_map"], chosen, _BATCH_SIZE[masks_at]):
         by_label: dict[str, list[tuple[Map, Mask]]] = {}
         for uri, data in zip(*batch.to_pydict().values(), strict=True):
             if data is None:

@@ -23,6 +23,7 @@ from stpm.evaluation.report import CategoryResult, Report
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import check_row_count
 from stpm.scoring.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def evaluate_categories(
     Raises:
         RunDamagedError: if a file of rows is damaged, missing or doubled.
     """
-    output.check_row_count()
+    check_row_count(output)
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
     tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]

@@ -18,6 +18,7 @@ from stpm.errors import ModelError
 from stpm.method.preprocessing import Preprocessing
 from stpm.monitoring.nights import ErrorExample, TopImage
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import read_batches
 from stpm.scoring.triage import THREADS, most_anomalous, picture
 
 # Images of a category whose p-values and statistics are compared: enough for any change that matters.
@@ -91,7 +92,7 @@ def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows],
 def _batches(outputs: Iterable[RunOutput]) -> Iterator[pa.Table]:
     pending: list[pa.RecordBatch] = []
     for output in outputs:
-        for batch in output.batches([*_COLUMNS, *COMPARED]):
+        for batch in read_batches(output, [*_COLUMNS, *COMPARED]):
             pending.append(batch)
             if sum(waiting.num_rows for waiting in pending) >= _BATCH:
                 yield pa.Table.from_batches(pending)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.dataset as ds
-
 from stpm import storage
-from stpm.errors import ConfigError, DataError, RunDamagedError
+from stpm.errors import ConfigError, DataError
 from stpm.scoring.run_state import RunState
-from stpm.scoring.schema import OUTPUT
 
 _RUNS = "runs"
-# Without this a category named 007 would be read as a number.
-_HIVE = ds.partitioning(pa.schema([("category", pa.string())]), flavor="hive")
 
 
 @dataclass(frozen=True)
@@ -72,14 +64,14 @@ class RunOutput:
         return storage.join(self.folder, "scores")
 
     @property
-    def heatmap_path(self) -> str:
+    def heatmaps_relative(self) -> str:
         """The folder of the heatmaps, relative to the run folder."""
         return f"heatmaps/{self.name}"
 
     @property
     def heatmaps(self) -> str:
         """The folder of the heatmaps."""
-        return storage.join(self.folder, self.heatmap_path)
+        return storage.join(self.folder, self.heatmaps_relative)
 
     @property
     def manifest(self) -> str:
@@ -130,91 +122,7 @@ class RunOutput:
         written = [uri for uri, _ in storage.files(self.scores)]
         return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
 
-    def dataset(self, columns: Collection[str] = (), files: Sequence[str] | None = None) -> ds.Dataset:
-        """Open the rows that the run wrote, or those in some of its files.
-
-        The footer of each file is read here, and not again when rows are read. Read these within `name_damaged_file`.
-
-        Args:
-            columns: that will be read.
-            files: of the run; None: all.
-
-        Raises:
-            RunDamagedError: if the footer of a file is damaged, or it lacks a column or has one of another type.
-        """
-        filesystem, folder = storage.arrow_filesystem(self.scores)
-        names = [uri.removeprefix(f"{self.scores}/") for uri in (self.files() if files is None else files)]
-        with self.name_damaged_file(files):
-            dataset = ds.dataset(
-                [f"{folder}/{name}" for name in names],
-                schema=None if names else OUTPUT,
-                filesystem=filesystem,
-                format="parquet",
-                partitioning=_HIVE if any("/" in name for name in names) else None,
-                partition_base_dir=folder,
-            )
-            # Arrow takes the first file's columns for those of all: it would read missing ones as null.
-            problems = storage.in_parallel(lambda file: _find_problem(file, columns), dataset.get_fragments())
-        for name, problem in zip(dataset.files, problems, strict=True):
-            if problem:
-                uri = storage.join(self.scores, name.removeprefix(f"{folder}/"))
-                raise RunDamagedError(f"{uri} is not a file of rows: it has {problem}")
-        return dataset
-
-    def batches(
-        self, columns: Sequence[str], chosen: ds.Expression | None = None, batch_size: int = 131_072
-    ) -> Iterator[pa.RecordBatch]:
-        """Read columns of the rows that the run wrote, a batch at a time.
-
-        Args:
-            columns: to read.
-            chosen: condition for rows; None: all.
-            batch_size: rows of a batch, at most.
-
-        Raises:
-            RunDamagedError: if a file is damaged, or has other columns.
-        """
-        with self.name_damaged_file():
-            yield from self.dataset(columns).to_batches(list(columns), filter=chosen, batch_size=batch_size)
-
-    def check_row_count(self) -> None:
-        """Compare the number of rows in the files with that of the run, if it is finished. Reads footers alone.
-
-        Raises:
-            RunDamagedError: if rows are missing or doubled, or a file is damaged.
-        """
-        state = RunState(self.state_folder)
-        if not state.is_finished():
-            return
-        rows = state.result().rows
-        with self.name_damaged_file():
-            found = self.dataset().count_rows()
-        if found != rows:
-            raise RunDamagedError(f"{found} rows in {self.scores}/{self.name}_*, where the run wrote {rows}")
-
-    @contextmanager
-    def name_damaged_file(self, files: Sequence[str] | None = None) -> Iterator[None]:
-        """Replace an error of pyarrow, which seldom names the file, by one that does.
-
-        After an error, read the files one by one: name those that were read, if they are not all.
-
-        Raises:
-            RunDamagedError: if a file of rows is damaged.
-        """
-        try:
-            yield
-        except (pa.ArrowException, OSError) as failure:
-            for uri in self.files() if files is None else files:
-                try:
-                    storage.read_table(uri)
-                except DataError as error:
-                    raise RunDamagedError(str(error)) from error
-            if isinstance(failure, pa.ArrowException):
-                reason = " ".join(str(failure).split())
-                raise RunDamagedError(f"{self.scores}: a file of rows is damaged: {reason}") from failure
-            raise
-
-    def existing(self) -> list[str]:
+    def written_uris(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""
         names = (self.manifest, self.segments, self.checkpoints, self.remaining, self.triage, self.heatmaps)
         return [*self.files(), *(uri for uri in names if storage.exists(uri))]
@@ -228,7 +136,7 @@ class RunOutput:
             ConfigError: if there are files, and no run.json shows that a run wrote them.
         """
         state = RunState(self.state_folder)
-        existing = self.existing()
+        existing = self.written_uris()
         if existing and not state.exists():
             raise ConfigError(f"{existing[0]} exists, but no {state.uri} shows that a run wrote it; name another --out")
         state.clear()
@@ -244,20 +152,3 @@ class RunOutput:
         """Remove the checkpoints, and the shards of remaining rows."""
         storage.remove(self.checkpoints)
         storage.remove(self.remaining)
-
-
-def _find_problem(file: ds.ParquetFileFragment, columns: Collection[str]) -> str:
-    """Say which column a file of rows should have and has not, "" if none.
-
-    Args:
-        file: whose footer is read.
-        columns: of OUTPUT that are needed; it needs those without nulls in any case.
-    """
-    schema, in_path = file.physical_schema, ds.get_partition_keys(file.partition_expression)
-    for column in OUTPUT:
-        index = schema.get_field_index(column.name)
-        if index >= 0 and schema.field(index).type != column.type:
-            return f"a column {column.name} of type {schema.field(index).type}, not {column.type}"
-        if index < 0 and column.name not in in_path and (column.name in columns or not column.nullable):
-            return f"no column {column.name}"
-    return ""

@@ -20,6 +20,7 @@ from stpm.pages import jpeg_uri, render, score_parts
 from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
 from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import blaming_damaged_file, open_rows
 from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary
@@ -90,8 +91,8 @@ def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
     Raises:
         RunDamagedError: if a file is damaged, or has other columns.
     """
-    dataset = output.dataset(COLUMNS)
-    with output.name_damaged_file():
+    dataset = open_rows(output, COLUMNS)
+    with blaming_damaged_file(output):
         return RowSummary.total(
             (
                 RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
@@ -109,7 +110,7 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     rows: dict[int, dict[str, Any]] = {}
     for uri in output.files():
         if ids := wanted.get(task_of(uri)):
-            with output.name_damaged_file([uri]):
+            with blaming_damaged_file(output, [uri]):
                 rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
     if missing := sum(image.image_id not in rows for image in images):
         raise RunDamagedError(
@@ -119,7 +120,7 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
 
 
 def _read_rows(output: RunOutput, uri: str, image_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    dataset = output.dataset(_COLUMNS, [uri])
+    dataset = open_rows(output, _COLUMNS, [uri])
     is_wanted = ds.field("image_id").isin(image_ids)
     for file in dataset.get_fragments():
         for row_group in file.split_by_row_group():

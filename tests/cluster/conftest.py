@@ -27,6 +27,7 @@ from stpm.fitting.task import FitTask
 from stpm.method.backbones import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 from tests.conftest import LIMITS, REPOSITORY, TINY
 from tests.datasets import encode_image
 
@@ -111,7 +112,7 @@ def make_images(folder: str, count: int, broken: Sequence[int] = ()) -> None:
 
 def read_rows(out: object, *columns: str) -> list[dict[str, Any]]:
     """Read the rows of a scored collection."""
-    dataset = RunOutput.single(storage.absolute(str(out))).dataset()
+    dataset = open_rows(RunOutput.single(storage.absolute(str(out))))
     rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns) or None).to_pylist()
     return rows
 

@@ -12,6 +12,7 @@ import pytest
 
 from stpm import storage
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 from tests.cluster.conftest import (
     checkpoints,
     fit,
@@ -46,7 +47,7 @@ class Hook(BaseHTTPRequestHandler):
 def rows(out: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of the night by URI; each image has one."""
     outputs = RunOutput.all_named(f"{out}/date={NIGHT}")
-    found = [row for output in outputs for row in output.dataset().to_table().to_pylist()]
+    found = [row for output in outputs for row in open_rows(output).to_table().to_pylist()]
     by_uri = {row["uri"]: row for row in found}
     assert len(by_uri) == len(found)
     return by_uri
@@ -94,7 +95,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
         for name in ("category", "error_kind", "is_anomalous", "width", "bytes", "model_id", "brightness"):
             assert found[uri][name] == row[name], (uri, name)
         assert found[uri]["score"] == (row["score"] and pytest.approx(row["score"], rel=1e-5))
-    assert len(RunOutput.named(f"{out}/date={NIGHT}", "002").dataset().to_table()) == len(late)
+    assert len(open_rows(RunOutput.named(f"{out}/date={NIGHT}", "002")).to_table()) == len(late)
     nights = [json.loads((each / "nightly.json").read_text())["nights"] for each in (tmp_path / "undisturbed", out)]
     assert [night["images"] for (night,) in nights] == [IMAGES, IMAGES]
     assert nights[0][0]["categories"]["nut"]["alarms"] == nights[1][0]["categories"]["nut"]["alarms"]

@@ -9,6 +9,7 @@ import pytest
 from stpm import storage
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 from tests.cluster.conftest import TINY_RECIPE, run_job
 from tests.datasets import make_category
 
@@ -48,7 +49,7 @@ def test_a_benchmark_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
     assert set(report["categories"]) == {"nut", "grey"}
     assert all(values["pixel_auroc"] is not None for values in report["categories"].values())
     assert ModelStore(f"{out}/models/seed-0").load("nut").record.category == "nut"
-    rows = RunOutput.named(out, "seed-0").dataset().to_table().to_pylist()
+    rows = open_rows(RunOutput.named(out, "seed-0")).to_table().to_pylist()
     rows = [row for row in rows if row["category"] == "nut"]
     assert len(rows) == 8
     assert all(row["uri"].startswith(f"{data}/nut/test/") for row in rows)

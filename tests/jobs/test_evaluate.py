@@ -23,6 +23,7 @@ from stpm.jobs.evaluate import evaluate_categories, evaluate_category, publish_r
 from stpm.models.store import ModelStore
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import check_row_count, open_rows
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from tests.datasets import make_output, write_rows
@@ -76,7 +77,7 @@ def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
     Path(output.state_folder).mkdir(parents=True)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
     monkeypatch.setattr(evaluate_job, "_read_models", lambda output, _: (None, [output]))
-    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda output, *_: output.dataset())
+    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda output, *_: open_rows(output))
     with pytest.raises(RunDamagedError, match=r"^/.*seed-0_1\.parquet is damaged: .*; restore the files, or score .*$"):
         evaluate(run=output.folder)
 
@@ -94,7 +95,7 @@ def test_the_benchmark_starts_a_damaged_run_over(tmp_path: Path, caplog: pytest.
 
     def evaluate_rows() -> list[CategoryResult]:
         steps.append("evaluate")
-        output.dataset().to_table()
+        open_rows(output).to_table()
         return [result("nut", 0, None, None)]
 
     (file,) = output.files()
@@ -160,7 +161,7 @@ def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Pat
     (file,) = output.files()
     rows = pq.read_table(file)
     state.finish(RunResult(rows=rows.num_rows))
-    output.check_row_count()
+    check_row_count(output)
     if copies == 0:
         Path(file).unlink()
     elif copies == 2:

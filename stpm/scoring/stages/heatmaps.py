@@ -96,7 +96,7 @@ class WriteHeatmaps:
         name = f"{row['image_id'] & (2**64 - 1):016x}"
         # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
         category = safe_name(row["category"], "category")
-        stem = f"{self._output.heatmap_path}/{category}/{name[:2]}/{name}"
+        stem = f"{self._output.heatmaps_relative}/{category}/{name[:2]}/{name}"
         return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.jpg", overlaid))
 
     def _draw(self, row: Mapping[str, Any]) -> tuple[bytes, bytes | None]:

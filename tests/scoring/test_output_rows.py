@@ -13,6 +13,7 @@ from stpm.errors import RunDamagedError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.monitoring.rows import read_rows
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.triage import most_anomalous, scan_rows
@@ -98,7 +99,7 @@ def test_a_foreign_file_beside_partitions_is_named(tmp_path: Path) -> None:
     output = RunOutput.single(str(tmp_path))
     in_folder = GOOD.drop_columns(["category"])
     storage.publish(f"{output.scores}/category=007/scores_0.parquet", storage.encode_parquet(in_folder), durable=False)
-    assert output.dataset(["score"]).to_table(columns=["category"])["category"].to_pylist() == ["007"] * 3
+    assert open_rows(output, ["score"]).to_table(columns=["category"])["category"].to_pylist() == ["007"] * 3
     write_rows(output, in_folder, 1)
     with pytest.raises(RunDamagedError, match=r"scores/scores_1\.parquet is not a file of rows: it has no column "):
         scan_rows(output, 5)
