@@ -101,7 +101,7 @@ class FirstBlock(Exception):  # noqa: N818
 class StubDecode:
     """Takes the place of `Decode`: makes output rows, or ends the execution at the first block."""
 
-    def __init__(self, stop: bool, *_: object, report: object) -> None:
+    def __init__(self, stop: bool, *_: object, progress: object) -> None:
         self._stop = stop
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -199,7 +199,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
 
     def score() -> None:
         for segment in segments:
-            pipeline.score_shards(run, segment.shards, output.segment_checkpoints(segment.number), {}, report)
+            pipeline.score_shards(run, segment.shards, output.segment_checkpoints(segment.number), {}, progress)
             commit_segment(output, OutputOptions(), segment, _TOP)
 
     def to_first_block() -> None:
@@ -207,7 +207,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
             score()
 
     rows = sum(segment.rows for segment in segments)
-    with connected(), show_scoring_progress(rows, stop_on_failures=False) as report:
+    with connected(), show_scoring_progress(rows, stop_on_failures=False) as progress:
         measure(step, images.rows, score if step == "stub" else to_first_block, rows)
     if step == "stub":
         measure("triage", rows, lambda: most_anomalous(output, _TOP))

@@ -84,7 +84,7 @@ def score_shards(
     shards: Sequence[Shard],
     checkpoints: str,
     records: Mapping[str, ModelRecord],
-    report: ProgressReporter,
+    progress: ProgressReporter,
 ) -> None:
     """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
 
@@ -95,7 +95,7 @@ def score_shards(
         shards: Parquet files of schema MANIFEST, with passthrough columns.
         checkpoints: URI of the folder for the ids and the summaries of written rows.
         records: the model of each category; rows of other categories become rows with an error.
-        report: gets the statistics and the images without a row.
+        progress: gets the statistics and the images without a row.
 
     Raises:
         ConfigError: if the scorers do not fit the cluster.
@@ -131,7 +131,7 @@ def score_shards(
             concurrency=min(_READING_TASKS, blocks.task_count),
         )
         rows = rows.map_batches(
-            Decode(preprocessing, options.image_seconds, report=report).__call__,
+            Decode(preprocessing, options.image_seconds, progress=progress).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
             num_cpus=pool.stage_cpus,
@@ -139,7 +139,7 @@ def score_shards(
         )
         rows = rows.map_batches(
             ScorerActor,
-            fn_constructor_args=(settings, report),
+            fn_constructor_args=(settings, progress),
             compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
             batch_format="pyarrow",
             batch_size=MAX_BATCH if pool.num_gpus else _WHOLE_BLOCK,
@@ -148,7 +148,7 @@ def score_shards(
             runtime_env=KEEP_FREED_MEMORY,
         )
         rows = rows.map_batches(
-            WriteHeatmaps(output, config.output, preprocessing, report).__call__,
+            WriteHeatmaps(output, config.output, preprocessing, progress).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
             num_cpus=pool.stage_cpus,
@@ -159,7 +159,7 @@ def score_shards(
                 ray_remote_args={"num_cpus": pool.stage_cpus},
             )
         except RayError as error:
-            if stop_reason := report.read().stop_reason:
+            if stop_reason := progress.read().stop_reason:
                 raise CutOffError(
                     f"scoring was stopped: {stop_reason}; what was done is kept. Repair what failed and run the same "
                     "command again, or give --accept-errors to write such errors as rows"

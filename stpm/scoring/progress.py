@@ -159,14 +159,14 @@ class ProgressReporter:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def __call__(self, report: BatchReport) -> None:
+    def report(self, batch_report: BatchReport) -> None:
         """Report one batch. Return without waiting, except if images failed.
 
         Raises:
             CutOffError: if so many images failed that the run should stop.
         """
-        reply = self._actor.add.remote(report)
-        if report.external_errors and (reason := ray.get(reply)):
+        reply = self._actor.add.remote(batch_report)
+        if batch_report.external_errors and (reason := ray.get(reply)):
             raise CutOffError(reason)
 
     def warn(self, message: str) -> None:
@@ -183,18 +183,18 @@ class WarningRelay(logging.Handler):
     """Report the warnings of a process that has no console, such as a scorer's. Errors have tracebacks, and stay there.
 
     Args:
-        report: of the run.
+        progress: of the run.
     """
 
-    def __init__(self, report: ProgressReporter) -> None:
+    def __init__(self, progress: ProgressReporter) -> None:
         super().__init__(logging.WARNING)
-        self._report = report
+        self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno != logging.WARNING:
             return
         try:
-            self._report.warn(record.getMessage())
+            self._progress.warn(record.getMessage())
         except Exception:  # noqa: BLE001  a message must never end the scoring that it is about
             self.handleError(record)
 
@@ -251,23 +251,23 @@ def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[Pro
     actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(ProgressActor).remote(
         stop_on_failures=stop_on_failures
     )
-    reporter = ProgressReporter(actor)
+    progress = ProgressReporter(actor)
     display = ProgressDisplay(total, show_progress if is_terminal() else None)
     ended = threading.Event()
 
     def poll() -> None:
         while not ended.wait(_POLL_SECONDS):
-            display.update(reporter.read())
+            display.update(progress.read())
 
     thread = threading.Thread(target=poll, name="score-progress", daemon=True)
     thread.start()
     try:
         try:
-            yield reporter
+            yield progress
         finally:
             ended.set()
             thread.join()
         # It may have warnings of the last second.
-        display.end(reporter.read())
+        display.end(progress.read())
     finally:
         ray.kill(actor)

@@ -210,16 +210,16 @@ def _score_remaining(run: ScoringRun, manifest: Manifest, records: Records) -> R
     has_heatmaps = storage.exists(run.output.heatmaps)
     with connected(), cut_off_by_ray():
         remaining = _plan_remaining(run, manifest)
-        total, progress = _score_segments(run, remaining, records)
+        total, snapshot = _score_segments(run, remaining, records)
     if has_heatmaps:
         # Processes that were killed leave unfinished files.
         storage.remove_unfinished(run.output.heatmaps)
     missing = manifest.rows - total.rows
-    if missing and not progress.unfinished:
+    if missing and not snapshot.unfinished:
         raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {manifest.rows} images")
     if missing:
-        _log_unfinished(missing, progress.unfinished)
-    return _result(total, missing, time.perf_counter() - start, progress.statistics)
+        _log_unfinished(missing, snapshot.unfinished)
+    return _result(total, missing, time.perf_counter() - start, snapshot.statistics)
 
 
 def _plan_remaining(run: ScoringRun, manifest: Manifest) -> _Remaining:
@@ -241,22 +241,22 @@ def _score_segments(run: ScoringRun, remaining: _Remaining, records: Records) ->
     """
     segments, shards, committed = remaining
     total = RowSummary.total(committed_summaries(run.output), run.triage_images)
-    with show_scoring_progress(remaining.rows, stop_on_failures=not run.options.accept_errors) as report:
+    with show_scoring_progress(remaining.rows, stop_on_failures=not run.options.accept_errors) as progress:
         for segment in segments:
             if to_score := shards.get(segment.number):
                 if len(shards) > 1:
                     log.info(f"segment {segment.number + 1} of {len(segments) + committed}")
-                _score_segment(run, segment.number, to_score, records, report)
+                _score_segment(run, segment.number, to_score, records, progress)
             written = commit_segment(run.output, run.config.output, segment, run.triage_images)
             total = RowSummary.total([total, written], run.triage_images)
-        return total, report.read()
+        return total, progress.read()
 
 
 def _score_segment(
-    run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, report: ProgressReporter
+    run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, progress: ProgressReporter
 ) -> None:
     try:
-        score_shards(run, shards, run.output.segment_checkpoints(number), records, report)
+        score_shards(run, shards, run.output.segment_checkpoints(number), records, progress)
     except Exception as error:
         if is_ray_failure(error):
             _check_shards(shards)

@@ -95,7 +95,7 @@ class Nightly:
             NightlyOptions(**values | options), monitoring, OutputOptions(), scoring, ClusterOptions()
         )
 
-    def score(self, run: ScoringRun, shards: Any, checkpoints: str, records: Any, report: Any) -> None:
+    def score(self, run: ScoringRun, shards: Any, checkpoints: str, records: Any, progress: Any) -> None:
         """Stand for `score_shards`: write the rows, and a checkpoint after each file."""
         self.starts += 1
         for uri, _ in shards:
@@ -103,7 +103,7 @@ class Nightly:
             for start in range(0, len(rows), 2):
                 chunk = [row for row in rows[start : start + 2] if row["uri"] not in self.unreadable]
                 failed = [row["uri"] for row in rows[start : start + 2] if row["uri"] in self.unreadable]
-                report.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
+                progress.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
                 if chunk:
                     made = output_rows(chunk, records["nut"].model_id)
                     task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
@@ -148,7 +148,7 @@ def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[S
     return [segment for segment in left if segment.shards]
 
 
-class Report:
+class Progress:
     """Stands for `ProgressReporter`."""
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     monkeypatch.setattr(score_nights, "connected", nullcontext)
     monkeypatch.setattr(nightly, "hold_lease", lambda folder, wait: nullcontext())
     monkeypatch.setattr(run_module, "remaining_segments", remaining_segments)
-    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(Report()))
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(Progress()))
     monkeypatch.setattr(run_module, "score_shards", made.score)
     monkeypatch.setattr(judging, "judge", judge)
     return made

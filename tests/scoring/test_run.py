@@ -157,10 +157,10 @@ def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:
     """Let another function score, which leaves these images unfinished."""
     images = [UnfinishedImage(uri, "unreadable", "expired") for uri in unfinished]
-    report = SimpleNamespace(read=lambda: Snapshot(RunStatistics(images=2), images, "", []))
+    progress = SimpleNamespace(read=lambda: Snapshot(RunStatistics(images=2), images, "", []))
     monkeypatch.setattr(run_module, "connected", nullcontext)
     monkeypatch.setattr(run_module, "remaining_segments", lambda output, segments: segments)
-    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(report))
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(progress))
     monkeypatch.setattr(run_module, "score_shards", score_shards)
 
 

@@ -42,7 +42,7 @@ class Decode:
         preprocessing: by category; a category that is missing has no model.
         seconds: limit for fetching and decoding one image.
         fetchers: images that one task fetches at the same time.
-        report: called with the CPU time and the failures of each batch.
+        progress: gets the CPU time and the failures of each batch.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Decode:
         preprocessing: Mapping[str, Preprocessing],
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
-        report: ProgressReporter | None = None,
+        progress: ProgressReporter | None = None,
     ) -> None:
-        self._report = report
+        self._progress = progress
         self._preprocessing = dict(preprocessing)
         self._seconds = seconds
         self._fetchers = fetchers
@@ -65,10 +65,10 @@ class Decode:
         outcomes = run_within(self._seconds, self._fetchers, tasks, lambda i: tasks[i].late_error(self._seconds))
         computed = time.process_time() - began
         prometheus.count_stage_seconds("decode", computed)
-        if self._report:
+        if self._progress:
             # Images that the manifest refused were not tried.
             tried = [outcome for row, outcome in zip(rows, outcomes, strict=True) if not row["error_kind"]]
-            self._report(
+            self._progress.report(
                 BatchReport(
                     "decode",
                     RunStatistics(decode_seconds=computed),

@@ -51,7 +51,7 @@ class WriteHeatmaps:
         output: of the run.
         options: which pictures are written, and where.
         preprocessing: of each category's model.
-        report: called with the CPU time of each batch.
+        progress: gets the CPU time of each batch.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class WriteHeatmaps:
         output: RunOutput,
         options: OutputOptions,
         preprocessing: Mapping[str, Preprocessing],
-        report: ProgressReporter | None = None,
+        progress: ProgressReporter | None = None,
     ) -> None:
         self._output = output
         self._options = options
         self._preprocessing = dict(preprocessing)
-        self._report = report
+        self._progress = progress
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.process_time()
@@ -81,8 +81,8 @@ class WriteHeatmaps:
         prometheus.count_images(
             (row["category"] if row["model_id"] else "", row["error_kind"], bool(row["is_anomalous"])) for row in rows
         )
-        if self._report:
-            self._report(BatchReport("draw", RunStatistics(draw_seconds=computed)))
+        if self._progress:
+            self._progress.report(BatchReport("draw", RunStatistics(draw_seconds=computed)))
         return with_folder_names(result) if self._options.partition_by == "category" else result
 
     def _pictures(self, row: Mapping[str, Any]) -> Pictures:

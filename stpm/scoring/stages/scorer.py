@@ -72,16 +72,16 @@ class Scorer:
 
     Args:
         settings: see `ScorerSettings`.
-        report: called with the progress after each batch.
+        progress: gets the report of each batch.
         models: loads teachers and models; None: from the settings' store.
     """
 
     def __init__(
-        self, settings: ScorerSettings, report: ProgressReporter | None = None, models: ModelCache | None = None
+        self, settings: ScorerSettings, progress: ProgressReporter | None = None, models: ModelCache | None = None
     ) -> None:
         device = pick_device()
         self._settings = settings
-        self._report = report
+        self._progress = progress
         self._models = models or ModelCache(
             ModelStore(settings.store), device, settings.model_ram, settings.model_ids, settings.backend
         )
@@ -107,7 +107,7 @@ class Scorer:
             if isinstance(outcome, ImageError) and outcome.kind in self._dropped_errors
         }
         prometheus.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
-        if self._report:
+        if self._progress:
             scores = [outcome for outcome in outcomes if isinstance(outcome, ImageScore)]
             statistics = RunStatistics(
                 images=len(images),
@@ -117,7 +117,7 @@ class Scorer:
                 score_seconds=seconds,
             )
             tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
-            self._report(
+            self._progress.report(
                 BatchReport(
                     "score",
                     statistics,

@@ -43,15 +43,15 @@ class ScorerSettings:
 class ScorerActor:
     """A `Scorer` that computes in as many threads as Ray assigned CPUs to this actor, at least one."""
 
-    def __init__(self, settings: ScorerSettings, report: ProgressReporter | None = None) -> None:
+    def __init__(self, settings: ScorerSettings, progress: ProgressReporter | None = None) -> None:
         import torch
 
         from stpm.scoring.stages.scorer import Scorer
 
-        if report:
-            logging.getLogger("stpm").addHandler(WarningRelay(report))
+        if progress:
+            logging.getLogger("stpm").addHandler(WarningRelay(progress))
         torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
-        self._scorer = Scorer(settings, report)
+        self._scorer = Scorer(settings, progress)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self._scorer(batch)

@@ -70,9 +70,9 @@ def current_ids(store: ModelStore) -> dict[str, str]:
     return {name: store.current(name).model_id for name in names}
 
 
-def scorer(root: Path, report: ProgressReporter | None = None, **settings: Any) -> Scorer:
+def scorer(root: Path, progress: ProgressReporter | None = None, **settings: Any) -> Scorer:
     uri = str(root / "models")
-    return Scorer(ScorerSettings(uri, current_ids(ModelStore(uri)), 0.3, **settings), report)
+    return Scorer(ScorerSettings(uri, current_ids(ModelStore(uri)), 0.3, **settings), progress)
 
 
 def decode(rows: pa.Table) -> pa.Table:

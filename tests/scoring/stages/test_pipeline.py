@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import fsspec
@@ -135,10 +136,10 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
         unfinished = [image[:2] for image in batch.unfinished]
         reports.append((stage, statistics.images, statistics.errors, attempted, len(external_errors), unfinished))
 
-    decoded = Decode(PREPROCESSING, report=cast(Any, report))(nut_rows(uris))
+    decoded = Decode(PREPROCESSING, progress=cast(Any, SimpleNamespace(report=report)))(nut_rows(uris))
     assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]
     for accept_errors, expected in ((False, [*good, "/gone.png"]), (True, uris)):
-        out = scorer(run, cast(Any, report), accept_errors=accept_errors)(decoded)
+        out = scorer(run, cast(Any, SimpleNamespace(report=report)), accept_errors=accept_errors)(decoded)
         assert out["uri"].to_pylist() == expected
     # Each stage counts only its own failures.
     assert reports == [
@@ -152,7 +153,7 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
 def test_the_report_of_a_batch_says_what_computed_it(run: Path, backend: Backend) -> None:
     reports: list[BatchReport] = []
     decoded = Decode(PREPROCESSING)(nut_rows([*manifest(run)["uri"].to_pylist()[:3], "/gone.png"]))
-    scorer(run, cast(Any, reports.append), backend=backend)(decoded)
+    scorer(run, cast(Any, SimpleNamespace(report=reports.append)), backend=backend)(decoded)
     assert [report.statistics.openvino_images for report in reports] == [3 if backend == "openvino" else 0]
 
 
