@@ -87,18 +87,18 @@ def _find_discoveries(run: ScoringRun, result: RunResult, records: Records) -> R
     """Return the result with the discoveries at the run's rate, unless it has them already."""
     if run.fdr == (result.discoveries.rate if result.discoveries else 0.0):
         return result
-    total = total_of_finished(run.output, result.rows, run.triage_images)
+    if not run.fdr:
+        return dataclasses.replace(result, discoveries=None)
+    p_values = total_of_finished(run.output, result.rows).p_values
     calibration = {name: record.fit.calibration_count for name, record in records.items()}
-    found = find_discoveries(total.p_values, calibration, run.fdr) if run.fdr else None
-    return dataclasses.replace(result, discoveries=found)
+    return dataclasses.replace(result, discoveries=find_discoveries(p_values, calibration, run.fdr))
 
 
 def _write_page(run: ScoringRun, state: RunState, result: RunResult, records: Records) -> None:
     """Write the page of the most anomalous images, and record that."""
-    # A page of some of the summaries would lack images.
-    total_of_finished(run.output, result.rows, run.triage_images)
+    total = total_of_finished(run.output, result.rows, run.triage_images)
     preprocessing = {name: record.preprocessing for name, record in records.items()}
-    write_triage(run.output, run.triage_images, preprocessing, result.discoveries)
+    write_triage(run.output, total, run.triage_images, preprocessing, result.discoveries)
     state.record_triage(run.triage_images)
 
 
@@ -240,7 +240,7 @@ def _score_segments(run: ScoringRun, remaining: _Remaining, records: Records) ->
         The sum of the summaries of all segments, and the progress at the end.
     """
     segments, shards, committed = remaining
-    total = RowSummary.total(committed_summaries(run.output), run.triage_images)
+    total = RowSummary.total(committed_summaries(run.output), max_ranked=0)
     with show_scoring_progress(remaining.rows, stop_on_failures=not run.options.accept_errors) as progress:
         for segment in segments:
             if to_score := shards.get(segment.number):
@@ -248,7 +248,7 @@ def _score_segments(run: ScoringRun, remaining: _Remaining, records: Records) ->
                     log.info(f"segment {segment.number + 1} of {len(segments) + committed}")
                 _score_segment(run, segment.number, to_score, records, progress)
             written = commit_segment(run.output, run.config.output, segment, run.triage_images)
-            total = RowSummary.total([total, written], run.triage_images)
+            total = RowSummary.total([total, written], max_ranked=0)
         return total, progress.read()
 
 

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 def write_triage(
     output: RunOutput,
+    summary: RowSummary,
     max_images: int,
     preprocessing: Mapping[str, Preprocessing],
     discoveries: Discoveries | None = None,
@@ -46,11 +47,12 @@ def write_triage(
 
     Args:
         output: of a run that has scored all images.
+        summary: of all rows.
         max_images: images on the page.
         preprocessing: of each category's model.
         discoveries: to mark; None if the run does not look for them.
     """
-    rows = most_anomalous(output, max_images)
+    rows = _read_ranked(output, summary, max_images)
     cut_off = discoveries.cut_off if discoveries else 0.0
     pictures = storage.in_parallel(lambda row: picture(output, row, preprocessing[row["category"]]), rows, THREADS)
     shown = [
@@ -73,14 +75,18 @@ def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocess
 
 
 def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Read the rows whose scores exceed their model's threshold the most, in that order, with that `excess`.
+    """Read the most anomalous rows, in order; each gets a key `excess`, see `RankedImage`.
 
     Raises:
         RunDamagedError: if one of them is missing, or cannot be read.
     """
-    summary = RowSummary.total(committed_summaries(output), max_images)
+    return _read_ranked(output, RowSummary.total(committed_summaries(output), max_images), max_images)
+
+
+def _read_ranked(output: RunOutput, summary: RowSummary, max_images: int) -> list[dict[str, Any]]:
+    """Read the rows that a summary ranks first; if it ranks too few, scan all rows."""
     if not summary.rows or summary.max_ranked < max_images:
-        # The run was scored for a shorter page.
+        # No segment is committed yet, or the run was scored for a shorter page.
         summary = scan_rows(output, max_images)
     return _read_images(output, summary.ranked)
 
@@ -103,7 +109,7 @@ def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
 
 
 def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[str, Any]]:
-    """Read the rows of images, a row group at a time: pictures of other images are read only from the same groups."""
+    """Read whole row groups, and only those that hold a wanted image: rows may contain large pictures."""
     wanted: defaultdict[str, list[int]] = defaultdict(list)
     for image in images:
         wanted[image.task].append(image.image_id)

@@ -14,7 +14,7 @@ from stpm.feedback.marks import read_marks
 from stpm.method.false_discovery import Discoveries
 from stpm.scoring.heatmap_pictures import palette_png
 from stpm.scoring.output import RunOutput
-from stpm.scoring.triage import most_anomalous, write_triage
+from stpm.scoring.triage import most_anomalous, scan_rows, write_triage
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, make_output, write_rows
@@ -51,6 +51,10 @@ def output(tmp_path: Path) -> RunOutput:
     return output
 
 
+def write_page(output: RunOutput, max_images: int, discoveries: Discoveries | None = None) -> None:
+    write_triage(output, scan_rows(output, max_images), max_images, PREPROCESSING, discoveries)
+
+
 def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunOutput) -> None:
     rows = most_anomalous(output, 7)
     assert [row["peak_x"] for row in rows] == [99, 98, 97, 96, 95, 94, 93]
@@ -75,7 +79,7 @@ def test_sums_of_parts_are_ordered_by_the_difference_to_their_thresholds(tmp_pat
 
 
 def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_triage(output, 20, PREPROCESSING)
+    write_page(output, 20)
     assert len(caplog.records) == 18
     assert all("is not shown: " in each.message and not each.exc_info for each in caplog.records)
     text = (tmp_path / "triage.html").read_text()
@@ -103,7 +107,7 @@ def test_discoveries_are_marked(output: RunOutput, tmp_path: Path) -> None:
     columns["p_value"][-2] = 0.001
     write_rows(output, make_output(40, **columns), 1)
     cut_off = float(np.float32(0.001))
-    write_triage(output, 5, PREPROCESSING, Discoveries(0.1, 99, cut_off, {"nut": 1, "a b#c": 1}, 900, {"nut": 42}))
+    write_page(output, 5, Discoveries(0.1, 99, cut_off, {"nut": 1, "a b#c": 1}, 900, {"nut": 42}))
     texts = Tags((tmp_path / "triage.html").read_text()).texts
     assert sum(", a discovery" in text for text in texts) == 1
     assert any("2 discoveries among 99 images at a false discovery rate of 0.1 (p ≤ 0.001)" in text for text in texts)
@@ -111,7 +115,7 @@ def test_discoveries_are_marked(output: RunOutput, tmp_path: Path) -> None:
 
 
 def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
-    write_triage(RunOutput.single(str(tmp_path)), 5, PREPROCESSING)
+    write_page(RunOutput.single(str(tmp_path)), 5)
     assert "The 0 most anomalous images" in (tmp_path / "triage.html").read_text()
 
 
@@ -120,7 +124,7 @@ def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
 def test_the_page_runs_no_hostile_script_and_does_not_overflow(
     output: RunOutput, browser: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    write_triage(output, 50, PREPROCESSING)
+    write_page(output, 50)
     check_page(browser, (tmp_path / "triage.html").as_uri(), width, scheme)
 
 
@@ -141,7 +145,7 @@ def test_marks_are_saved_as_a_table_that_feedback_reads(browser: Any, tmp_path: 
     repeated = {name: values * count for name, values in same.items()}
     output = RunOutput.single(str(tmp_path))
     write_rows(output, make_output(count, uri=uris, score=[9.0 - i for i in range(count)], **repeated))
-    write_triage(output, count, PREPROCESSING)
+    write_page(output, count)
     tab, messages = open_tab(browser)
     tab.goto((tmp_path / "triage.html").as_uri())
     save = tab.get_by_role("button", name="Save marks")

@@ -34,8 +34,13 @@ def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
         yield from storage.in_parallel(_read, uris[start : start + _SUMMARIES_AT_ONCE])
 
 
-def total_of_finished(output: RunOutput, rows: int, max_ranked: int) -> RowSummary:
-    """Add up the summaries of all segments of a run with this number of rows.
+def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowSummary:
+    """Add up the summaries of all segments of a run.
+
+    Args:
+        output: of the run.
+        rows: number of the run's rows.
+        max_ranked: number of the most anomalous images to name.
 
     Raises:
         RunDamagedError: if a summary is damaged, or the summaries are of another number of rows.
