@@ -21,7 +21,7 @@ from stpm.monitoring.score_nights import NightlyJob, score_nights, update_record
 from stpm.monitoring.webhook import post
 from stpm.options import ClusterOptions
 from stpm.scoring.options import OutputOptions, ScoreOptions
-from stpm.scoring.pipeline import describe_plan
+from stpm.scoring.scorer_pool import describe_plan
 
 _SECRET = "STPM_WEBHOOK_SECRET"  # noqa: S105  the name of the variable that holds it
 

@@ -27,10 +27,11 @@ from stpm.scoring.inputs.manifest_rows import image_id
 from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import ScoringRun, describe_plan
+from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.run_statistics import RunResult
+from stpm.scoring.scorer_pool import describe_plan
 
 log = logging.getLogger(__name__)
 

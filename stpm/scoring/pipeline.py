@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from stpm.cluster.connection import KEEP_FREED_MEMORY, Resources, is_shared, working_nodes
+from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
 from stpm.errors import CutOffError
 from stpm.method.backend import resolve_backend
 from stpm.models.record import ModelRecord
@@ -25,7 +24,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.resuming.row_checkpoints import checkpoint_config
 from stpm.scoring.run_state import ScoringConfig
-from stpm.scoring.scorer_pool import ScorerPool
+from stpm.scoring.scorer_pool import ScorerPool, count_scorers
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
@@ -63,20 +62,6 @@ class ScoringRun:
     triage_images: int = 0
     backend: WantedBackend = "auto"
     fdr: float = 0.0
-
-
-def describe_plan(options: ScoreOptions, node: Resources) -> str:
-    """Describe how many scorers and tasks would run on a node of the connected cluster."""
-    pool = ScorerPool.for_nodes(options.scorers, working_nodes(), sys.maxsize, grows=is_shared())
-    cpus = node.get("CPU", 0)
-    scorers = min(pool.size, int(node.get("GPU", 0)) if pool.num_gpus else int(cpus))
-    tasks = int(round((cpus - scorers * pool.num_cpus) / pool.stage_cpus, 6))
-    described = f"{_scorers(scorers)} of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; " if scorers else ""
-    return f"{described}{tasks} tasks that fetch, decode and write" if cpus else ""
-
-
-def _scorers(number: int) -> str:
-    return f"{number} scorer{'' if number == 1 else 's'}"
 
 
 def score_shards(
@@ -118,7 +103,7 @@ def score_shards(
         accept_errors=options.accept_errors,
         backend=resolve_backend(run.backend, on_gpu=pool.num_gpus > 0),
     )
-    log.info(f"{_scorers(pool.size)} on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
+    log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(checkpoints)

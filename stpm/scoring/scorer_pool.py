@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stpm.cluster.connection import Resources
+from stpm.cluster.connection import Resources, is_shared, working_nodes
 from stpm.errors import ConfigError
+from stpm.scoring.options import ScoreOptions
 
 # Tasks that fetch, decode or write, per CPU core: each waits half of its time for storage or for a scorer.
 _TASKS_PER_CORE = 2
@@ -78,6 +80,32 @@ class ScorerPool:
             reserved_fraction=_reserved_fraction(sum(node["CPU"] for node in nodes), size * num_cpus),
             node_ram=min(node.get("memory", math.inf) for node in nodes),
         )
+
+
+def describe_plan(options: ScoreOptions, node: Resources) -> str:
+    """Describe how many scorers and tasks would run on a node of the connected cluster; "" if none."""
+    cpus = node.get("CPU", 0)
+    if not cpus:
+        # There may be no other node yet.
+        return ""
+    pool = ScorerPool.for_nodes(options.scorers, working_nodes(), sys.maxsize, grows=is_shared())
+    scorers = min(pool.size, int(node.get("GPU", 0)) if pool.num_gpus else int(cpus))
+    tasks = int(round((cpus - scorers * pool.num_cpus) / pool.stage_cpus, 6))
+    tasks_text = f"{tasks} tasks that fetch, decode and write"
+    if not scorers:
+        return tasks_text
+    # Ray chooses the nodes of a requested number of scorers.
+    limit = "up to " if options.scorers else ""
+    return f"{limit}{count_scorers(scorers)} of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; {tasks_text}"
+
+
+def count_scorers(number: int) -> str:
+    """Write a number of scorers.
+
+    >>> count_scorers(1), count_scorers(2)
+    ('1 scorer', '2 scorers')
+    """
+    return f"{number} scorer{'' if number == 1 else 's'}"
 
 
 def _cpus_beside_gpus(nodes: Sequence[Resources]) -> tuple[float, float]:

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.errors import ConfigError
-from stpm.scoring.scorer_pool import ScorerPool
+from stpm.scoring import scorer_pool
+from stpm.scoring.options import ScoreOptions
+from stpm.scoring.scorer_pool import ScorerPool, describe_plan
 
 
 @given(st.lists(st.integers(1, 96), min_size=1, max_size=6))
@@ -78,3 +80,28 @@ def test_scorers_that_do_not_fit_are_refused() -> None:
         ScorerPool.for_nodes(3, [{"CPU": 2.0}], blocks=9, grows=False)
     with pytest.raises(ConfigError, match="no node with a CPU"):
         ScorerPool.for_nodes(0, [], blocks=9, grows=False)
+
+
+@pytest.mark.parametrize(
+    ("scorers", "nodes", "described"),
+    [
+        # The head of a cluster whose workers were all given back.
+        (0, [{"memory": 8e9}], [""]),
+        (0, [{}, {"CPU": 2.0}], ["", "2 scorers of 0.6667 CPU; 4 tasks that fetch, decode and write"]),
+        (1, [{"CPU": 2.0}] * 3, ["up to 1 scorer of 0.6667 CPU; 8 tasks that fetch, decode and write"] * 3),
+        (
+            0,
+            [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}],
+            [
+                "1 scorer of 1 CPU, 1 GPU; 14 tasks that fetch, decode and write",
+                "32 tasks that fetch, decode and write",
+            ],
+        ),
+    ],
+)
+def test_the_plan_names_what_each_node_would_run(
+    monkeypatch: pytest.MonkeyPatch, scorers: int, nodes: list[dict[str, float]], described: list[str]
+) -> None:
+    monkeypatch.setattr(scorer_pool, "working_nodes", lambda: [node for node in nodes if "CPU" in node])
+    monkeypatch.setattr(scorer_pool, "is_shared", lambda: True)
+    assert [describe_plan(ScoreOptions(scorers=scorers), node) for node in nodes] == described
