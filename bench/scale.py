@@ -60,6 +60,7 @@ from stpm.scoring.resuming.segments import commit_segment, committed_summaries
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.schema import OUTPUT
+from stpm.scoring.scoring_run import ScoringRun
 from stpm.scoring.triage import most_anomalous
 
 _FILES_PER_PREFIX = 1000
@@ -187,7 +188,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
     stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "WriteHeatmaps": Identity}
     for name, stub in stubs.items():
         setattr(pipeline, name, stub)
-    run = pipeline.ScoringRun(
+    run = ScoringRun(
         rows=lambda: (),
         config=ScoringConfig((), ScoreOptions.false_alarm_rate),
         store=ModelStore(output.folder),

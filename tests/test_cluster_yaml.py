@@ -42,8 +42,8 @@ def test_fit_workers_and_scorers_fit_the_gpu_nodes(config: dict[str, Any]) -> No
     resources = choose_worker_resources(WorkerOptions(), each, 100)
     assert scaling_config(WorkerOptions(), resources, each, 100, elastic=False).num_workers == nodes
     pool = ScorerPool.for_nodes(0, each, blocks=100, grows=False)
-    assert (pool.size, pool.num_gpus) == (nodes, 1.0)
-    assert pool.num_cpus + 8 * pool.stage_cpus <= gpu["resources"]["CPU"]
+    assert (pool.size, pool.scorer_gpus) == (nodes, 1.0)
+    assert pool.scorer_cpus + 8 * pool.task_cpus <= gpu["resources"]["CPU"]
 
 
 def test_the_first_node_fits_a_node_type(config: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
     cpu = config["available_node_types"]["cpu"]
     assert "GPU" not in cpu["resources"]
     pool = ScorerPool.for_nodes(0, [config["available_node_types"]["gpu"]["resources"]], blocks=100, grows=False)
-    assert cpu["resources"]["CPU"] >= 8 * pool.stage_cpus
+    assert cpu["resources"]["CPU"] >= 8 * pool.task_cpus
     nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}]
     assert scaling_config(WorkerOptions(), WorkerResources(1, 1.0), nodes, 9, elastic=False).num_workers == 1
 

@@ -30,10 +30,10 @@ from stpm.options import ClusterOptions, WantedBackend
 from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scorer_pool import describe_plan
+from stpm.scoring.scoring_run import ScoringRun
 
 log = logging.getLogger(__name__)
 

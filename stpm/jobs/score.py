@@ -27,11 +27,11 @@ from stpm.scoring.inputs.manifest_rows import image_id
 from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from stpm.scoring.scorer_pool import describe_plan
+from stpm.scoring.scoring_run import ScoringRun
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +85,10 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
         dry_run(run)
         return ALL_DONE
     with with_remedy("give another --out, or --fresh to start over"):
-        result, records = run_scoring(run, start_over=collection.fresh)
+        result, models = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
         return SOME_FAILED
-    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in records.items()}
+    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items()}
     warn_about_few_good_images(counts, run.config.false_alarm_rate)
     _log_result(result, run.output)
     if result.rows and result.error_count == result.rows:

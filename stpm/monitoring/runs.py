@@ -17,7 +17,6 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
@@ -26,6 +25,7 @@ from stpm.scoring.inputs.manifest import read_manifest, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import contains
 from stpm.scoring.run_state import RunState
+from stpm.scoring.schema import Int64Array
 
 _PREFIX = "date="
 
@@ -112,7 +112,7 @@ def new_rows(chunks: Iterable[pa.Table], outputs: Sequence[RunOutput]) -> Iterat
             yield new
 
 
-def _listed_ids(outputs: Iterable[RunOutput]) -> npt.NDArray[np.int64]:
+def _listed_ids(outputs: Iterable[RunOutput]) -> Int64Array:
     """Read the ids of all images that the outputs' manifests list."""
     folders = [output.manifest for output in outputs]
     segments = [segment for uri in folders if (manifest := read_manifest(uri)) for segment in manifest.segments(uri)]

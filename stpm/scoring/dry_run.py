@@ -15,9 +15,9 @@ import pyarrow as pa
 from stpm import storage
 from stpm.console import duration
 from stpm.scoring.inputs.manifest import Manifest, write_manifest
-from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_statistics import RunResult
+from stpm.scoring.scoring_run import ScoringRun
 
 log = logging.getLogger(__name__)
 

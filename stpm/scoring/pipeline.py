@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
@@ -14,17 +12,12 @@ from ray.exceptions import RayError
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
 from stpm.errors import CutOffError
 from stpm.method.backend import resolve_backend
-from stpm.models.record import ModelRecord
-from stpm.models.store import ModelStore
-from stpm.options import WantedBackend
 from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
-from stpm.scoring.options import ScoreOptions
-from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.resuming.row_checkpoints import checkpoint_config
-from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scorer_pool import ScorerPool, count_scorers
+from stpm.scoring.scoring_run import ModelRecords, ScoringRun
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
@@ -39,36 +32,11 @@ _WHOLE_BLOCK = None
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ScoringRun:
-    """What to score, with which models, and where to write.
-
-    Args:
-        rows: makes the manifest's rows. It is not called if an earlier run wrote the manifest.
-        config: all that decides the rows, except the models.
-        store: the models.
-        options: how to score.
-        output: where to write.
-        triage_images: images on the page of the most anomalous ones; 0: no page.
-        backend: what computes features on a CPU.
-        fdr: false discovery rate; 0: look for no discoveries.
-    """
-
-    rows: Callable[[], Iterable[pa.Table]]
-    config: ScoringConfig
-    store: ModelStore
-    options: ScoreOptions
-    output: RunOutput
-    triage_images: int = 0
-    backend: WantedBackend = "auto"
-    fdr: float = 0.0
-
-
 def score_shards(
     run: ScoringRun,
     shards: Sequence[Shard],
     checkpoints: str,
-    records: Mapping[str, ModelRecord],
+    models: ModelRecords,
     progress: ProgressReporter,
 ) -> None:
     """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
@@ -79,7 +47,7 @@ def score_shards(
         run: how to score, and where to write.
         shards: Parquet files of schema MANIFEST, with passthrough columns.
         checkpoints: URI of the folder for the ids and the summaries of written rows.
-        records: the model of each category; rows of other categories become rows with an error.
+        models: by category; rows of other categories become rows with an error.
         progress: gets the statistics and the images without a row.
 
     Raises:
@@ -89,21 +57,21 @@ def score_shards(
     """
     options, config, output = run.options, run.config, run.output
     blocks = ManifestBlocks(shards)
-    preprocessing = {name: record.preprocessing for name, record in records.items()}
+    preprocessing = {name: record.preprocessing for name, record in models.items()}
     pool = ScorerPool.for_nodes(options.scorers, working_nodes(), len(blocks), grows=is_shared())
     task_ram = pool.ram_for(TASK_BYTES)
     settings = ScorerSettings(
         store=run.store.uri,
-        model_ids={name: record.model_id for name, record in records.items()},
+        model_ids={name: record.model_id for name, record in models.items()},
         false_alarm_rate=config.false_alarm_rate,
         raw_maps=config.output.raw_maps,
         overlays=config.output.overlay,
         batch_size=options.scoring_batch_size,
         model_ram=int(options.model_ram_gib * 2**30),
         accept_errors=options.accept_errors,
-        backend=resolve_backend(run.backend, on_gpu=pool.num_gpus > 0),
+        backend=resolve_backend(run.backend, on_gpu=pool.scorer_gpus > 0),
     )
-    log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.num_gpus else 'CPUs'}, {settings.backend}")
+    log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.scorer_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(checkpoints)
@@ -119,7 +87,7 @@ def score_shards(
             Decode(preprocessing, options.image_seconds, progress=progress).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
-            num_cpus=pool.stage_cpus,
+            num_cpus=pool.task_cpus,
             memory=task_ram,
         )
         rows = rows.map_batches(
@@ -127,21 +95,21 @@ def score_shards(
             fn_constructor_args=(settings, progress),
             compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
             batch_format="pyarrow",
-            batch_size=MAX_BATCH if pool.num_gpus else _WHOLE_BLOCK,
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
+            batch_size=MAX_BATCH if pool.scorer_gpus else _WHOLE_BLOCK,
+            num_cpus=pool.scorer_cpus,
+            num_gpus=pool.scorer_gpus,
             runtime_env=KEEP_FREED_MEMORY,
         )
         rows = rows.map_batches(
             WriteHeatmaps(output, config.output, preprocessing, progress).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
-            num_cpus=pool.stage_cpus,
+            num_cpus=pool.task_cpus,
         )
         try:
             rows.write_datasink(
                 RowWriter(output, config.output, checkpoints, options.rows_per_file, run.triage_images),
-                ray_remote_args={"num_cpus": pool.stage_cpus},
+                ray_remote_args={"num_cpus": pool.task_cpus},
             )
         except RayError as error:
             if stop_reason := progress.read().stop_reason:

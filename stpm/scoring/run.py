@@ -24,7 +24,7 @@ from stpm.method.false_discovery import find_discoveries
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs.manifest import Manifest, Segment, Shard, read_manifest, read_shard, write_manifest
-from stpm.scoring.pipeline import ScoringRun, score_shards
+from stpm.scoring.pipeline import score_shards
 from stpm.scoring.progress import ProgressReporter, Snapshot, show_scoring_progress
 from stpm.scoring.ray_failures import cut_off_by_ray, is_ray_failure
 from stpm.scoring.resuming.remaining import remaining_segments
@@ -32,15 +32,13 @@ from stpm.scoring.resuming.segments import commit_segment, committed_segments, c
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_state import RunState
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
+from stpm.scoring.scoring_run import ModelRecords, ScoringRun
 from stpm.scoring.triage import write_triage
-
-# By category.
-Records = dict[str, ModelRecord]
 
 log = logging.getLogger(__name__)
 
 
-def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunResult, Records]:
+def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunResult, ModelRecords]:
     """Score all images that have no row yet, on Ray. With the last of them, find discoveries and write the page.
 
     Args:
@@ -59,20 +57,20 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         ModelError: if no image's category has a model, or storage failed while a model was read.
         CutOffError: if storage, a node or Ray failed.
     """
-    state, manifest, records = resume_or_start(run, start_over=start_over, replace=replace)
+    state, manifest, models = resume_or_start(run, start_over=start_over, replace=replace)
     finished = _read_finished(state)
-    scored = finished or _score_remaining(run, manifest, records)
+    scored = finished or _score_remaining(run, manifest, models)
     if scored.unfinished:
-        return scored, records
-    result = _find_discoveries(run, scored, records)
+        return scored, models
+    result = _find_discoveries(run, scored, models)
     if run.triage_images and (run.triage_images != state.triage_images() or result != scored):
-        _write_page(run, state, result, records)
+        _write_page(run, state, result, models)
     if not finished:
         state.finish(result)
     elif result != finished:
         state.update_result(result)
     run.output.clear_checkpoints()
-    return result, records
+    return result, models
 
 
 def _read_finished(state: RunState) -> RunResult | None:
@@ -83,26 +81,26 @@ def _read_finished(state: RunState) -> RunResult | None:
     return state.result()
 
 
-def _find_discoveries(run: ScoringRun, result: RunResult, records: Records) -> RunResult:
+def _find_discoveries(run: ScoringRun, result: RunResult, models: ModelRecords) -> RunResult:
     """Return the result with the discoveries at the run's rate, unless it has them already."""
     if run.fdr == (result.discoveries.rate if result.discoveries else 0.0):
         return result
     if not run.fdr:
         return dataclasses.replace(result, discoveries=None)
     p_values = total_of_finished(run.output, result.rows).p_values
-    calibration = {name: record.fit.calibration_count for name, record in records.items()}
+    calibration = {name: record.fit.calibration_count for name, record in models.items()}
     return dataclasses.replace(result, discoveries=find_discoveries(p_values, calibration, run.fdr))
 
 
-def _write_page(run: ScoringRun, state: RunState, result: RunResult, records: Records) -> None:
+def _write_page(run: ScoringRun, state: RunState, result: RunResult, models: ModelRecords) -> None:
     """Write the page of the most anomalous images, and record that."""
     total = total_of_finished(run.output, result.rows, run.triage_images)
-    preprocessing = {name: record.preprocessing for name, record in records.items()}
+    preprocessing = {name: record.preprocessing for name, record in models.items()}
     write_triage(run.output, total, run.triage_images, preprocessing, result.discoveries)
     state.record_triage(run.triage_images)
 
 
-def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tuple[RunState, Manifest, Records]:
+def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tuple[RunState, Manifest, ModelRecords]:
     """Resume the run that the output holds, or start one: fix its manifest and its models.
 
     Raises:
@@ -110,44 +108,44 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
     """
     state = RunState(run.output.state_folder)
     found = None if start_over else _resume(run, state, replace=replace)
-    manifest, records = found or _start(run, state)
-    state.bind_models(_model_ids(records), run.store.uri)
-    return state, manifest, records
+    manifest, models = found or _start(run, state)
+    state.bind_models(_model_ids(models), run.store.uri)
+    return state, manifest, models
 
 
-def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifest, Records] | None:
+def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifest, ModelRecords] | None:
     """Read the manifest and the models of the run that the output holds; None if a new run is to be started."""
     differences = state.config_differences(run.config)
     if not differences:
         # An unfinished run goes on with its models, even if newer ones are current.
         model_ids = None if replace or state.is_finished() else state.model_ids()
-        manifest, records = _read_inputs(run, model_ids)
-        differences = state.model_differences(_model_ids(records))
+        manifest, models = _read_inputs(run, model_ids)
+        differences = state.model_differences(_model_ids(models))
         if not differences:
             if model_ids:
                 log.info("the models are those that this run began with, not those that became current since")
-            return manifest, records
+            return manifest, models
     # A run without rows may be replaced.
     if not replace and run.output.files():
         raise OtherRunError(f"{run.output.folder} holds the rows of another run: {join_first(differences)}")
     return None
 
 
-def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, Records]:
+def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, ModelRecords]:
     """Remove what earlier runs wrote, and write the manifest."""
     run.output.clear()
     state.start(run.config)
     return _read_inputs(run)
 
 
-def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, Records]:
+def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, ModelRecords]:
     folder = run.output.manifest
     manifest = read_manifest(folder) or write_manifest(run.rows(), folder, run.options.segment_rows)
     log.info(manifest.describe())
-    return manifest, _read_records(run.store, manifest.categories, model_ids)
+    return manifest, _read_models(run.store, manifest.categories, model_ids)
 
 
-def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None) -> Records:
+def _read_models(store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None) -> ModelRecords:
     """Read the records of the models of those categories that have one.
 
     Args:
@@ -172,17 +170,17 @@ def _read_records(store: ModelStore, categories: Iterable[str], model_ids: Mappi
 
     names = [name for name in categories if name and (model_ids is None or name in model_ids)]
     found = dict(zip(names, storage.in_parallel(read, names), strict=True))
-    records = {name: each for name, each in found.items() if not isinstance(each, str)}
+    models = {name: each for name, each in found.items() if not isinstance(each, str)}
     problems = [each for each in found.values() if isinstance(each, str)]
-    if not records:
+    if not models:
         raise ModelError(join_first(problems) or "no image has a category; see --category and --category-from")
     if problems:
         log.warning(f"{len(problems)} categories have no model: {join_first(problems)}")
-    return records
+    return models
 
 
-def _model_ids(records: Records) -> dict[str, str]:
-    return {category: record.model_id for category, record in records.items()}
+def _model_ids(models: ModelRecords) -> dict[str, str]:
+    return {category: record.model_id for category, record in models.items()}
 
 
 class _Remaining(NamedTuple):
@@ -204,13 +202,13 @@ class _Remaining(NamedTuple):
         return sum(shard.rows for shards in self.shards.values() for shard in shards)
 
 
-def _score_remaining(run: ScoringRun, manifest: Manifest, records: Records) -> RunResult:
+def _score_remaining(run: ScoringRun, manifest: Manifest, models: ModelRecords) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
     has_heatmaps = storage.exists(run.output.heatmaps)
     with connected(), cut_off_by_ray():
         remaining = _plan_remaining(run, manifest)
-        total, snapshot = _score_segments(run, remaining, records)
+        total, snapshot = _score_segments(run, remaining, models)
     if has_heatmaps:
         # Processes that were killed leave unfinished files.
         storage.remove_unfinished(run.output.heatmaps)
@@ -233,7 +231,7 @@ def _plan_remaining(run: ScoringRun, manifest: Manifest) -> _Remaining:
     return remaining
 
 
-def _score_segments(run: ScoringRun, remaining: _Remaining, records: Records) -> tuple[RowSummary, Snapshot]:
+def _score_segments(run: ScoringRun, remaining: _Remaining, models: ModelRecords) -> tuple[RowSummary, Snapshot]:
     """Score the remaining rows, and commit their segments. Needs a connection to Ray.
 
     Returns:
@@ -246,17 +244,17 @@ def _score_segments(run: ScoringRun, remaining: _Remaining, records: Records) ->
             if to_score := shards.get(segment.number):
                 if len(shards) > 1:
                     log.info(f"segment {segment.number + 1} of {len(segments) + committed}")
-                _score_segment(run, segment.number, to_score, records, progress)
+                _score_segment(run, segment.number, to_score, models, progress)
             written = commit_segment(run.output, run.config.output, segment, run.triage_images)
             total = RowSummary.total([total, written], max_ranked=0)
         return total, progress.read()
 
 
 def _score_segment(
-    run: ScoringRun, number: int, shards: Sequence[Shard], records: Records, progress: ProgressReporter
+    run: ScoringRun, number: int, shards: Sequence[Shard], models: ModelRecords, progress: ProgressReporter
 ) -> None:
     try:
-        score_shards(run, shards, run.output.segment_checkpoints(number), records, progress)
+        score_shards(run, shards, run.output.segment_checkpoints(number), models, progress)
     except Exception as error:
         if is_ray_failure(error):
             _check_shards(shards)

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+
+# Ids of images, or numbers of rows.
+Int64Array = npt.NDArray[np.int64]
 
 
 def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:

@@ -31,18 +31,18 @@ class ScorerPool:
     Args:
         size: number of actors at the start.
         max_size: maximum number of actors after nodes have been added.
-        num_cpus: per actor.
-        num_gpus: per actor.
-        stage_cpus: per task that fetches, decodes or writes.
+        scorer_cpus: per scorer.
+        scorer_gpus: per scorer.
+        task_cpus: per task that fetches, decodes or writes.
         reserved_fraction: of the cluster, reserved for the stages in equal parts.
         node_ram: of the smallest node, in bytes.
     """
 
     size: int
     max_size: int
-    num_cpus: float
-    num_gpus: float
-    stage_cpus: float
+    scorer_cpus: float
+    scorer_gpus: float
+    task_cpus: float
     reserved_fraction: float
     node_ram: float = math.inf
 
@@ -70,14 +70,14 @@ class ScorerPool:
         if scorers > fits and not grows:
             raise ConfigError(f"{scorers} scorers do not fit {fits} {'GPUs' if gpus else 'CPU cores'}; lower --scorers")
         size = min(scorers or fits, fits, max(blocks, 1))
-        num_cpus, stage_cpus = _cpus_beside_gpus(nodes) if gpus else _cpus_on_cores(nodes)
+        scorer_cpus, task_cpus = _cpus_beside_gpus(nodes) if gpus else _cpus_on_cores(nodes)
         return cls(
             size=size,
             max_size=max(scorers or blocks, size) if grows else size,
-            num_cpus=num_cpus,
-            num_gpus=1.0 if gpus else 0.0,
-            stage_cpus=stage_cpus,
-            reserved_fraction=_reserved_fraction(sum(node["CPU"] for node in nodes), size * num_cpus),
+            scorer_cpus=scorer_cpus,
+            scorer_gpus=1.0 if gpus else 0.0,
+            task_cpus=task_cpus,
+            reserved_fraction=_reserved_fraction(sum(node["CPU"] for node in nodes), size * scorer_cpus),
             node_ram=min(node.get("memory", math.inf) for node in nodes),
         )
 
@@ -89,14 +89,15 @@ def describe_plan(options: ScoreOptions, node: Resources) -> str:
         # There may be no other node yet.
         return ""
     pool = ScorerPool.for_nodes(options.scorers, working_nodes(), sys.maxsize, grows=is_shared())
-    scorers = min(pool.size, int(node.get("GPU", 0)) if pool.num_gpus else int(cpus))
-    tasks = int(round((cpus - scorers * pool.num_cpus) / pool.stage_cpus, 6))
+    scorers = min(pool.size, int(node.get("GPU", 0)) if pool.scorer_gpus else int(cpus))
+    tasks = int(round((cpus - scorers * pool.scorer_cpus) / pool.task_cpus, 6))
     tasks_text = f"{tasks} tasks that fetch, decode and write"
     if not scorers:
         return tasks_text
     # Ray chooses the nodes of a requested number of scorers.
     limit = "up to " if options.scorers else ""
-    return f"{limit}{count_scorers(scorers)} of {pool.num_cpus:g} CPU{', 1 GPU' if pool.num_gpus else ''}; {tasks_text}"
+    gpu = ", 1 GPU" if pool.scorer_gpus else ""
+    return f"{limit}{count_scorers(scorers)} of {pool.scorer_cpus:g} CPU{gpu}; {tasks_text}"
 
 
 def count_scorers(number: int) -> str:
@@ -128,7 +129,7 @@ def _cpus_on_cores(nodes: Sequence[Resources]) -> tuple[float, float]:
     return scorer, _round_down(min(rest / (cores * _TASKS_PER_CORE), rest * _MAX_FRACTION_OF_REST))
 
 
-def _reserved_fraction(cpus: float, scorer_cpus: float) -> float:
+def _reserved_fraction(cpus: float, cpus_of_scorers: float) -> float:
     """Return the fraction of a cluster's CPUs to reserve for the stages, given the CPUs of all scorers.
 
     Ray reserves CPUs for the stages in their order (decode, score, write), and none for a stage if too few are left. If
@@ -137,8 +138,8 @@ def _reserved_fraction(cpus: float, scorer_cpus: float) -> float:
     # While the manifest is read there is one more stage, which itself takes no CPUs.
     for stages in (_STAGES, _STAGES + 1):
         per_stage = _RESERVED_FRACTION * cpus / stages
-        if cpus - 2 * per_stage < scorer_cpus <= cpus - per_stage:
-            return _round_down(_STAGES * (cpus - scorer_cpus) / (2 * cpus))
+        if cpus - 2 * per_stage < cpus_of_scorers <= cpus - per_stage:
+            return _round_down(_STAGES * (cpus - cpus_of_scorers) / (2 * cpus))
     return _RESERVED_FRACTION
 
 

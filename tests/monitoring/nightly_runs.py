@@ -26,12 +26,12 @@ from stpm.scoring import run as run_module
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.progress import Snapshot
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
+from stpm.scoring.scoring_run import ScoringRun
 from tests.conftest import TINY
 from tests.datasets import encode_image, make_output
 from tests.models.test_store import save
@@ -95,7 +95,7 @@ class Nightly:
             NightlyOptions(**values | options), monitoring, OutputOptions(), scoring, ClusterOptions()
         )
 
-    def score(self, run: ScoringRun, shards: Any, checkpoints: str, records: Any, progress: Any) -> None:
+    def score(self, run: ScoringRun, shards: Any, checkpoints: str, models: Any, progress: Any) -> None:
         """Stand for `score_shards`: write the rows, and a checkpoint after each file."""
         self.starts += 1
         for uri, _ in shards:
@@ -105,7 +105,7 @@ class Nightly:
                 failed = [row["uri"] for row in rows[start : start + 2] if row["uri"] in self.unreadable]
                 progress.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
                 if chunk:
-                    made = output_rows(chunk, records["nut"].model_id)
+                    made = output_rows(chunk, models["nut"].model_id)
                     task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
                     # Ray commits a file and its checkpoint together, or removes the file.
                     storage.publish(

@@ -40,13 +40,13 @@ from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.pipeline import ScoringRun
 from stpm.scoring.progress import Snapshot
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import resume_or_start, run_scoring
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
+from stpm.scoring.scoring_run import ScoringRun
 from tests.conftest import fail_to_read
 from tests.datasets import make_category, make_output
 from tests.models.test_store import save
@@ -64,7 +64,7 @@ def make_run(root: Path, *uris: str) -> ScoringRun:
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs start without reading a model."""
-    monkeypatch.setattr(run_module, "_read_records", lambda *_: {})
+    monkeypatch.setattr(run_module, "_read_models", lambda *_: {})
 
 
 def finish(run: ScoringRun) -> None:
@@ -247,14 +247,14 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
     resume_or_start(run, start_over=False, replace=False)
     storage.publish(f"{run.output.scores}/scores_0.parquet", b"x")
     second = save(run.store, dataclasses.replace(tiny, seed=7))
-    state, _, records = resume_or_start(run, start_over=False, replace=False)
-    assert records["nut"].model_id == first.model_id != second.model_id
+    state, _, models = resume_or_start(run, start_over=False, replace=False)
+    assert models["nut"].model_id == first.model_id != second.model_id
     assert state.model_ids() == {"nut": first.model_id}
     storage.remove(f"{run.store.uri}/nut/{first.model_id}")
     with pytest.raises(RunDamagedError, match=rf"no model {first.model_id} .*; this run began with that model$"):
         resume_or_start(run, start_over=False, replace=False)
-    _, _, records = resume_or_start(run, start_over=False, replace=True)
-    assert records["nut"].model_id == second.model_id
+    _, _, models = resume_or_start(run, start_over=False, replace=True)
+    assert models["nut"].model_id == second.model_id
 
 
 @pytest.mark.usefixtures("no_models")

@@ -13,12 +13,12 @@ from stpm.scoring.scorer_pool import ScorerPool, describe_plan
 @given(st.lists(st.integers(1, 96), min_size=1, max_size=6))
 def test_each_core_has_a_scorer_and_two_tasks_of_the_other_stages(cores: list[int]) -> None:
     pool = ScorerPool.for_nodes(0, [{"CPU": float(n)} for n in cores], blocks=10_000, grows=False)
-    assert (pool.size, pool.max_size, pool.num_gpus) == (sum(cores), sum(cores), 0.0)
+    assert (pool.size, pool.max_size, pool.scorer_gpus) == (sum(cores), sum(cores), 0.0)
     for n in cores:
-        rest = n - n * pool.num_cpus
-        assert rest < pool.num_cpus, "a node has room for more scorers than cores"
-        assert rest / pool.stage_cpus + 1e-6 >= n
-    assert max(n - n * pool.num_cpus for n in cores) + 1e-9 >= 2 * max(cores) * pool.stage_cpus
+        rest = n - n * pool.scorer_cpus
+        assert rest < pool.scorer_cpus, "a node has room for more scorers than cores"
+        assert rest / pool.task_cpus + 1e-6 >= n
+    assert max(n - n * pool.scorer_cpus for n in cores) + 1e-9 >= 2 * max(cores) * pool.task_cpus
 
 
 @given(
@@ -29,14 +29,16 @@ def test_each_core_has_a_scorer_and_two_tasks_of_the_other_stages(cores: list[in
 def test_each_gpu_has_a_scorer_and_the_other_stages_have_room(kinds: list[tuple[int, int]]) -> None:
     nodes = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in kinds]
     pool = ScorerPool.for_nodes(0, nodes, blocks=10_000, grows=False)
-    assert (pool.size, pool.num_gpus) == (sum(gpus for _, gpus in kinds), 1.0)
-    assert 0 < pool.num_cpus <= 1
-    assert all(cpus - gpus * pool.num_cpus >= pool.stage_cpus - 1e-9 for cpus, gpus in kinds if gpus)
+    assert (pool.size, pool.scorer_gpus) == (sum(gpus for _, gpus in kinds), 1.0)
+    assert 0 < pool.scorer_cpus <= 1
+    assert all(cpus - gpus * pool.scorer_cpus >= pool.task_cpus - 1e-9 for cpus, gpus in kinds if gpus)
 
 
 def test_beside_a_gpu_scorer_two_tasks_share_a_core() -> None:
     pool = ScorerPool.for_nodes(0, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}], blocks=100, grows=False)
-    assert pool == ScorerPool(size=1, max_size=1, num_cpus=1.0, num_gpus=1.0, stage_cpus=0.5, reserved_fraction=0.5)
+    assert pool == ScorerPool(
+        size=1, max_size=1, scorer_cpus=1.0, scorer_gpus=1.0, task_cpus=0.5, reserved_fraction=0.5
+    )
 
 
 def test_tasks_request_their_memory_up_to_a_fraction_of_the_smallest_node() -> None:
@@ -59,7 +61,7 @@ def test_the_writing_stage_has_reserved_cpus(cpus: int, gpus: int, count: int, r
     pool = ScorerPool.for_nodes(0, [{"CPU": float(cpus), "GPU": float(gpus)}] * count, blocks=10_000, grows=False)
     unreserved = total = float(cpus * count)
     got = []
-    for wanted in (pool.stage_cpus, pool.size * pool.num_cpus, pool.stage_cpus):
+    for wanted in (pool.task_cpus, pool.size * pool.scorer_cpus, pool.task_cpus):
         reserved = max(wanted, pool.reserved_fraction * total / (3 + reading))
         got.append(reserved if reserved <= unreserved + 1e-9 else 0)
         unreserved -= got[-1]

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from stpm.scoring.schema import Int64Array
+
 # Ids are split by their value into this many files, each of which is looked at alone.
 _PARTS = 64
-
-Ids = npt.NDArray[np.int64]
 
 
 class DuplicateFinder:
@@ -32,7 +32,7 @@ class DuplicateFinder:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def add(self, ids: Ids) -> None:
+    def add(self, ids: Int64Array) -> None:
         """Add the ids of the next rows."""
         entries = np.stack([ids, np.arange(self._rows, self._rows + len(ids))], axis=1)
         self._rows += len(ids)
@@ -63,8 +63,8 @@ class DuplicateFinder:
         return bits
 
 
-def _repeated(entries: Ids) -> Ids:
-    """Return the rows whose id an earlier row has, given (id, row) pairs in ascending order of the rows."""
+def _repeated(entries: Int64Array) -> Int64Array:
+    """Return the numbers of the rows whose id an earlier row has, given (id, row) pairs in ascending order of rows."""
     ordered = entries[np.argsort(entries[:, 0], kind="stable")]
-    repeated: Ids = ordered[1:][ordered[1:, 0] == ordered[:-1, 0], 1]
+    repeated: Int64Array = ordered[1:][ordered[1:, 0] == ordered[:-1, 0], 1]
     return repeated

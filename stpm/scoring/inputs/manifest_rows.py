@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,7 +14,7 @@ from stpm.data.mvtec import Category
 from stpm.errors import ImageError
 from stpm.names import as_utf8, is_utf8
 from stpm.scoring.inputs.image_files import ImageRef
-from stpm.scoring.schema import MANIFEST, table
+from stpm.scoring.schema import MANIFEST, Int64Array, table
 
 _NO_CATEGORY = ImageError("no_model", "the image has no category; see --category and --category-from")
 
@@ -35,7 +34,7 @@ def image_id(uri: str) -> int:
     return int(_image_ids([uri])[0])
 
 
-def _image_ids(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+def _image_ids(uris: Sequence[str]) -> Int64Array:
     digests = b"".join([hashlib.blake2b(uri.encode(), digest_size=8).digest() for uri in uris])
     return np.frombuffer(digests, ">i8").astype(np.int64)
 
@@ -63,8 +62,8 @@ def make_rows_from_columns(
     categories: pa.ChunkedArray,
     labels: pa.ChunkedArray,
     masks: pa.ChunkedArray,
-    starts: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int64],
+    starts: Int64Array,
+    lengths: Int64Array,
 ) -> pa.Table:
     """Make a table of schema MANIFEST from its columns. Only a row without a category gets an error."""
     has_category = pc.not_equal(categories, "")

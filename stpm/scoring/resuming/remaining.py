@@ -15,15 +15,13 @@ from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.inputs.manifest import Segment, Shard, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
-from stpm.scoring.schema import MANIFEST
+from stpm.scoring.schema import MANIFEST, Int64Array
 
 # CPUs of the task: few enough to start beside another run that holds nearly all CPUs.
 _CPUS = 0.1
 
 # Of a checkpoint.
 _IDS = pa.schema([MANIFEST.field("image_id")])
-
-Ids = npt.NDArray[np.int64]
 
 
 def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[Segment]:
@@ -59,7 +57,7 @@ def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
     return tuple(copy for copy in copies if copy.rows)
 
 
-def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:
+def _write_unwritten(shard: Shard, written: Int64Array, folder: str) -> Shard:
     """Copy a shard without the rows whose ids are in a sorted array; without rows nothing is written."""
     table = read_shard(shard.uri)
     rows = table.filter(pa.array(~contains(written, table["image_id"].to_numpy())))
@@ -69,7 +67,7 @@ def _write_unwritten(shard: Shard, written: Ids, folder: str) -> Shard:
     return Shard(copy, rows.num_rows)
 
 
-def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
+def contains(ordered: Int64Array, ids: Int64Array) -> npt.NDArray[np.bool_]:
     """Return whether each id is in a sorted array."""
     if not len(ordered):
         return np.zeros(len(ids), bool)
@@ -77,9 +75,9 @@ def contains(ordered: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _read_ids(checkpoint: str) -> Ids:
+def _read_ids(checkpoint: str) -> Int64Array:
     try:
-        ids: Ids = storage.read_columns(checkpoint, _IDS)["image_id"].to_numpy()
+        ids: Int64Array = storage.read_columns(checkpoint, _IDS)["image_id"].to_numpy()
     except DataError as error:
         raise RunDamagedError(f"{error}; the written rows are no longer known") from error
     return ids

@@ -1,0 +1,43 @@
+"""A scoring run, as the jobs give it: what to score, with which models, and where to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
+from stpm.scoring.options import ScoreOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.run_state import ScoringConfig
+
+# By category.
+ModelRecords = Mapping[str, ModelRecord]
+
+
+@dataclass(frozen=True)
+class ScoringRun:
+    """What to score, with which models, and where to write.
+
+    Args:
+        rows: makes the manifest's rows. It is not called if an earlier run wrote the manifest.
+        config: all that decides the rows, except the models.
+        store: the models.
+        options: how to score.
+        output: where to write.
+        triage_images: images on the page of the most anomalous ones; 0: no page.
+        backend: what computes features on a CPU.
+        fdr: false discovery rate; 0: look for no discoveries.
+    """
+
+    rows: Callable[[], Iterable[pa.Table]]
+    config: ScoringConfig
+    store: ModelStore
+    options: ScoreOptions
+    output: RunOutput
+    triage_images: int = 0
+    backend: WantedBackend = "auto"
+    fdr: float = 0.0
