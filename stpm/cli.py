@@ -34,7 +34,7 @@ from stpm.console import (
     start_logging,
     stop_on_signals,
 )
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, StpmError, last_line
+from stpm.errors import GO_ON, ConfigError, CutOffError, DataError, ModelError, StpmError, last_line
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, is_utf8
 from stpm.options import Integers, Names, Size, flag
@@ -170,7 +170,7 @@ def run_job(job: Job) -> NoReturn:
     try:
         code = job(sys.argv[1:])
     except Stopped as stopped:
-        log.info(f"stopped by {stopped}: what was done is kept; run the same command again to go on")
+        log.info(f"stopped by {stopped}: {GO_ON}")
         code = STOPPED + stopped.number
     except StpmError as error:
         log.critical("%s", error)

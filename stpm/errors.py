@@ -29,6 +29,9 @@ RETRIED_ERRORS = (
 # If many images in a row have these errors, something else is broken: unmounted storage looks like missing files.
 EXTERNAL_ERRORS = frozenset((*RETRIED_ERRORS, "missing"))
 
+# How a message ends about work that the next run continues.
+GO_ON = "what was done is kept; run the same command again to go on"
+
 # In characters. Some storage answers with whole pages.
 _MAX_MESSAGE = 1000
 

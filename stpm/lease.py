@@ -25,7 +25,7 @@ from pathlib import Path
 
 from stpm import storage
 from stpm.console import SOME_FAILED, duration, hide_urls, timestamp
-from stpm.errors import ConfigError, CutOffError
+from stpm.errors import GO_ON, ConfigError, CutOffError
 from stpm.records import from_json, to_json
 
 log = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ def hold_lease(folder: str, wait: bool) -> Iterator[None]:
 
 
 def _cut_off(problem: str) -> CutOffError:
-    return CutOffError(f"{problem}; this run has stopped, what was done is kept. Run the same command again to go on")
+    return CutOffError(f"{problem}; this run has stopped: {GO_ON}")
 
 
 def _renew(lease: Lease, ended: threading.Event) -> None:

@@ -227,7 +227,7 @@ def test_a_process_that_lost_its_lease_stops_writing(tmp_path: Path, loss: str, 
         storage.create(str(second), OTHER_MACHINE.encode())
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 2, stderr
-    assert "Run the same command again to go on" in stderr
+    assert "this run has stopped: what was done is kept; run the same command again to go on" in stderr
     assert (
         "was taken over by process 7 on far" if loss == "taken over" else "was not renewed for 2 s (AttributeError: "
     ) in stderr

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
-from stpm.errors import CutOffError, last_line
+from stpm.errors import GO_ON, CutOffError, last_line
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,4 @@ def cut_off_by_ray() -> Iterator[None]:
         if not is_ray_failure(error):
             raise
         log.exception("the pipeline failed")
-        raise CutOffError(
-            f"scoring was cut off: {last_line(error)}; what was done is kept, run the same command again to go on"
-        ) from error
+        raise CutOffError(f"scoring was cut off: {last_line(error)}; {GO_ON}") from error

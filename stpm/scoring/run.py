@@ -77,7 +77,7 @@ def _read_finished(state: RunState) -> RunResult | None:
     """Read the result of a finished run; None if it is not finished."""
     if not state.is_finished():
         return None
-    log.info(f"all of them are scored already, see {state.uri}")
+    log.info(f"all images of this run are scored already; its result is in {state.uri}")
     return state.result()
 
 
@@ -175,7 +175,7 @@ def _read_models(store: ModelStore, categories: Iterable[str], model_ids: Mappin
     if not models:
         raise ModelError(join_first(problems) or "no image has a category; see --category and --category-from")
     if problems:
-        log.warning(f"{len(problems)} categories have no model: {join_first(problems)}")
+        log.warning(f"no model for {len(problems)} of {len(names)} categories: {join_first(problems)}")
     return models
 
 
@@ -227,7 +227,7 @@ def _plan_remaining(run: ScoringRun, manifest: Manifest) -> _Remaining:
     shards = {each.number: each.shards for each in remaining_segments(run.output, segments)}
     remaining = _Remaining(segments, shards, len(committed))
     if remaining.rows < manifest.rows:
-        log.info(f"{manifest.rows - remaining.rows} are scored already, {remaining.rows} remain")
+        log.info(f"{manifest.rows - remaining.rows} images are scored already, {remaining.rows} remain")
     return remaining
 
 

@@ -143,7 +143,7 @@ def test_refused_writes_for_half_a_minute_lose_no_row(proxy: dict[str, str], opt
     if process.returncode:
         # Retries ended before storage came back: one line reports it, and the same command goes on.
         assert process.returncode == 2
-        assert "what was done is kept, run the same command again" in stderr
+        assert "what was done is kept; run the same command again" in stderr
         assert "Traceback" not in stderr
         assert run_job("score", *options, "--out", out, **proxy).returncode == 0
     check_rows(out)

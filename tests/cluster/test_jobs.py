@@ -108,7 +108,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     before = written()
     again = run_job("score", "--models", "models", *images)
     assert again.returncode == 0
-    assert "all of them are scored already" in again.stdout
+    assert "all images of this run are scored already" in again.stdout
     assert written() == before
     shorter = run_job("score", "--models", "models", *images, "--top", "3", "--fdr", "0.5")
     assert shorter.returncode == 0

@@ -300,7 +300,7 @@ def test_a_run_without_all_rows_is_unfinished(
     [
         (b"PAR1", r"000000\.parquet, which lists images of this run, is damaged .*, or --fresh to start over$"),
         (None, r"000000\.parquet, which lists images of this run, is damaged or missing .*, or --fresh to start over$"),
-        (OSError("503 Slow Down"), "a task failed; what was done is kept, run the same command again to go on"),
+        (OSError("503 Slow Down"), "a task failed; what was done is kept; run the same command again to go on"),
     ],
 )
 def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_over(
@@ -344,7 +344,7 @@ def test_a_failure_of_ray_cuts_the_run_off(
     score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str, failure: Exception, reason: str
 ) -> None:
     monkeypatch.setattr(run_module, step, Mock(side_effect=failure))
-    with pytest.raises(CutOffError, match=f"^scoring was cut off: {reason}; what was done is kept, run the same "):
+    with pytest.raises(CutOffError, match=f"^scoring was cut off: {reason}; what was done is kept; run the same "):
         score()
 
 
