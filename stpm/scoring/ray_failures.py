@@ -31,5 +31,5 @@ def cut_off_by_ray() -> Iterator[None]:
     except Exception as error:
         if not is_ray_failure(error):
             raise
-        log.exception("the pipeline failed")
+        log.exception("Ray failed")
         raise CutOffError(f"scoring was cut off: {last_line(error)}; {GO_ON}") from error
