@@ -102,8 +102,8 @@ class ScoreOptions(Options):
     )
     image_seconds: float = option(
         IMAGE_SECONDS,
-        "seconds that fetching and decoding one image may take. After them, the image becomes a row with an error if "
-        "decoding took more than half of them; otherwise the next run tries it again",
+        "seconds that fetching one image may take, and again decoding it. An image that is not fetched in time is "
+        "tried again by the next run; one that is not decoded in time becomes a row with an error",
         above=0,
         maximum=_DAY,
     )
