@@ -68,7 +68,8 @@ class OutputOptions(Options):
 
     heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
     heatmaps_in: HeatmapsIn = option(
-        "files", "a PNG file for each heatmap, or its bytes in a column of the Parquet files, for millions of images"
+        "files",
+        "files: a PNG per heatmap; parquet: its bytes in a column of the Parquet files, better for millions of images",
     )
     overlay: bool = option(
         False, "write beside each heatmap a JPEG of the image with the heatmap drawn over it, in its own proportions"
@@ -120,7 +121,7 @@ class ScoreOptions(Options):
     )
     segment_rows: int = option(
         2_000_000,
-        "images of a segment, at most: the part of a run that is planned, executed and committed at a time; read when "
-        "the run starts",
+        "images of a segment, at most: the part of a run that is planned, executed and committed at a time; a resumed "
+        "run keeps the value that it began with",
         minimum=1,
     )

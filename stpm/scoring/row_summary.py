@@ -115,7 +115,11 @@ class RowSummary:
 
     @classmethod
     def total(cls, summaries: Iterable[RowSummary], max_ranked: int) -> RowSummary:
-        """Add up summaries of different rows; rank at most `max_ranked` images, and no more than each of them does."""
+        """Add up summaries of different rows.
+
+        The total ranks at most `max_ranked` images, and no more than its shortest summary: beyond that, the order is
+        unknown.
+        """
         categories: dict[str, Counter[str]] = {}
         errors: Counter[str] = Counter()
         examples: list[str] = []
