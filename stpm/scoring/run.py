@@ -192,7 +192,6 @@ def _model_ids(records: Records) -> dict[str, str]:
 def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
-    has_heatmaps = storage.exists(run.output.heatmaps)
     with connected():
         committed = committed_segments(run.output)
         segments = [each for each in listed.segments(run.output.manifest) if each.number not in committed]
@@ -210,9 +209,8 @@ def _score_remaining(run: ScoringRun, listed: Manifest, records: Records) -> Run
                 written = commit_segment(run.output, segment, run.triage_images)
                 total = RowSummary.total([total, written], run.triage_images)
             statistics, unfinished, *_ = report.read()
-    if has_heatmaps:
-        # Processes that were killed leave unfinished files.
-        storage.remove_unfinished(run.output.heatmaps)
+    # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only a local folder is listed.
+    storage.remove_unfinished(run.output.heatmaps)
     missing = listed.rows - total.rows
     if missing and not unfinished:
         raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {listed.rows} images")
