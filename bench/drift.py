@@ -17,7 +17,6 @@ matters: the share of alarms among them, at a requested rate of 1 %, while the c
 from __future__ import annotations
 
 import datetime
-import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,12 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import CORES, make_parser
-from PIL import Image, ImageFilter
+from camera_faults import blur, brighten, move, open_image
+from commands import CORES, make_parser, words
+from PIL import Image
 from tabulate import tabulate
 
-from stpm import storage
-from stpm.data import images, mvtec
+from stpm.data import mvtec
 from stpm.data.encode import encode_png
 from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.feedback.local_scorer import LocalScore, LocalScorer
@@ -71,25 +70,7 @@ def keep(image: Image.Image) -> Image.Image:
     return image
 
 
-def brighten(image: Image.Image, factor: float) -> Image.Image:
-    return image.point([min(round(value * factor), 255) for value in range(256)] * 3)
-
-
-def blur(image: Image.Image, share: float) -> Image.Image:
-    """Blur with a standard deviation that is a share of the shorter side."""
-    return image.filter(ImageFilter.GaussianBlur(share * min(image.size)))
-
-
-def move(image: Image.Image, right: float, down: float) -> Image.Image:
-    """Move the image by shares of its sides, and fill the border with its reflection."""
-    x, y = round(right * image.width), round(down * image.height)
-    before, after = (max(y, 0), max(-y, 0)), (max(x, 0), max(-x, 0))
-    padded = np.pad(np.asarray(image), (before, after, (0, 0)), mode="reflect")
-    top, left = max(-y, 0), max(-x, 0)
-    return Image.fromarray(padded[top : top + image.height, left : left + image.width])
-
-
-def camera_faults() -> list[Fault]:
+def planted_faults() -> list[Fault]:
     faults = []
     for share in (0.03, 0.05, 0.1, 0.2):
         variants = tuple(partial(brighten, factor=1 + sign * share) for sign in (1, -1))
@@ -126,7 +107,7 @@ class Product(NamedTuple):
 def measure(data: str, name: str, store: str) -> Product:
     """Compute the statistics of a category's training images, with and without each fault, and its model's p-values."""
     torch.set_num_threads(1)
-    category, faults = mvtec.read_category(data, name), camera_faults()
+    category, faults = mvtec.read_category(data, name), planted_faults()
     chosen = np.random.default_rng(0).permutation(len(category.train))[:_MAX_IMAGES]
     files = [open_image(category.train[i][0]) for i in chosen]
     clean = statistics_of(files, keep)
@@ -142,10 +123,6 @@ def measure(data: str, name: str, store: str) -> Product:
     spoilt = ([each[i % len(each)](image) for i, image in enumerate(good[:_MAX_SCORED])] for each in variants)
     alarms = [float((p_values(files) <= _FALSE_ALARM_RATE).mean()) for files in spoilt]
     return Product(name, clean, test, faulty, defects, alarms)
-
-
-def open_image(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(storage.read(uri)), formats=images.FORMATS).convert("RGB")
 
 
 def statistics_of(files: Sequence[Image.Image], transform: Transform) -> FloatArray:
@@ -261,7 +238,7 @@ def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[li
         counts = [count_named(partial(make, each), names, number) for each in nights]
         return [kind, size, *(f"{count.named} ({count.act})" for count in counts)]
 
-    for number, fault in enumerate(camera_faults()):
+    for number, fault in enumerate(planted_faults()):
         yield row(fault.kind, fault.size, fault.names, plantings, partial(Nights.camera_fault, number=number))
     for share in (0.02, 0.05, 0.1):
         yield row("more defects", f"+ {share:.0%}", ("alarms",), plantings, partial(Nights.more_defects, share=share))
@@ -274,11 +251,11 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--models", default="")
-    parser.add_argument("--categories", default="")
+    parser.add_argument("--categories", type=words, default="")
     parser.add_argument("--plantings", type=int, default=100)
     parser.add_argument("--clean", type=int, default=1000)
     options = parser.parse_args()
-    names = mvtec.find_categories(options.data, [name for name in options.categories.split(",") if name])
+    names = mvtec.find_categories(options.data, options.categories)
     with ProcessPoolExecutor(CORES) as processes:
         products = list(processes.map(partial(measure, options.data, store=options.models), names))
     print(f"verdicts that name the fault first, of {options.plantings} (to act)")
@@ -288,7 +265,7 @@ def main() -> None:
         print(f"{product.name}, {len(product.test)} good test images: {found.level} {'; '.join(found.reasons)}")
     if options.models:
         print(f"\nalarms of good test images, {_FALSE_ALARM_RATE:.0%} requested")
-        kinds = [("none", ""), *((fault.kind, fault.size) for fault in camera_faults())]
+        kinds = [("none", ""), *((fault.kind, fault.size) for fault in planted_faults())]
         cells = zip(*(product.alarms for product in products), strict=True)
         table = [
             [*kind, *(f"{100 * value:.0f} %" for value in values)] for kind, values in zip(kinds, cells, strict=True)

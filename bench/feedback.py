@@ -10,37 +10,25 @@ does: those that raise an alarm, and after a roll-back all of them. Prints the a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from common import RAM_BUDGET, make_parser
+from commands import make_parser, words
+from local_fit import make_task, run_task
 
 from stpm.data import mvtec
 from stpm.feedback.local_scorer import LocalScore, LocalScorer
-from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.options import FitOptions, WorkerOptions
-from stpm.fitting.task import FitTask
 from stpm.jobs.fit import run_fit
-from stpm.method.backbones import load_teacher_weights
-from stpm.method.recipe import PRESETS, Recipe
+from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
-
-
-def fit(store: ModelStore, category: mvtec.Category, recipe: Recipe, train_images: int) -> None:
-    """Fit a category on its first images."""
-    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
-    train = category.train[:train_images]
-    task = FitTask(category.name, train, recipe.for_image_count(len(train)), store.uri, digest)
-    result = fit_category(task, WorkerLimits(RAM_BUDGET, RAM_BUDGET, 1e9), lambda event: None)
-    if result.reason:
-        raise SystemExit(result.reason)
 
 
 def score(store: ModelStore, name: str, images: list[mvtec.TestImage]) -> np.ndarray:
@@ -82,7 +70,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--categories", required=True)
+    parser.add_argument("--categories", type=words, required=True)
     parser.add_argument("--teacher", default="demo")
     parser.add_argument("--student", default="stpm")
     parser.add_argument("--train-images", type=int, default=15)
@@ -90,13 +78,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("stpm.feedback").setLevel(logging.INFO)
-    recipe = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, student=arguments.student)
+    recipe = replace(PRESETS["default"], teacher=arguments.teacher, student=arguments.student)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         store = ModelStore(str(work / "models"))
-        for name in arguments.categories.split(","):
+        for name in arguments.categories:
             category = mvtec.read_category(arguments.data, name)
-            fit(store, category, recipe, arguments.train_images)
+            run_task(make_task(store, replace(category, train=category.train[: arguments.train_images]), recipe))
             measure(store, arguments.data, category, work, arguments.false_alarm_rate)
 
 

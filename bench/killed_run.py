@@ -19,8 +19,8 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from common import kill_after, make_parser, run_job
-from drift import open_image
+from camera_faults import open_image
+from commands import kill_after, make_parser, run_job
 
 from stpm import storage
 from stpm.data import demo, mvtec

@@ -30,18 +30,10 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from common import (
-    CORES,
-    METRICS,
-    append_line,
-    fit_anomalib,
-    images_per_second,
-    job_command,
-    make_parser,
-    map_metrics,
-    read_lines,
-    time_command,
-)
+from anomalib_peer import fit_anomalib
+from commands import CORES, integers, job_command, make_parser, time_command, words
+from metrics import METRICS, map_metrics
+from results import append_line, read_lines
 from tabulate import tabulate
 
 from stpm import storage
@@ -52,6 +44,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resuming.run_state import RunState
 
 _METHODS = ("stfpm", "patchcore", "padim", "reverse_distillation")
 _PEER = "anomalib "
@@ -124,7 +117,7 @@ def run_ours(label: str, options: str, settings: str, data: str, category: str, 
         cost = time_command([*job_command("benchmark", given), *options.split()])
         (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
         preprocessing = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
-        speed = images_per_second(RunOutput.named(out, f"seed-{seed}").state_folder)
+        speed = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).result().steady_images_per_second
     return Run(
         label,
         category,
@@ -255,11 +248,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="local folder in the MVTec AD layout")
     parser.add_argument("--peer", required=True, help="python of the environment that has anomalib")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines; an existing one is continued")
-    parser.add_argument("--categories", default="bottle", help="separated by commas (default: bottle)")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--categories", type=words, default="bottle", help="separated by commas (default: bottle)")
+    parser.add_argument("--seeds", type=integers, default="0,1,2")
     parser.add_argument("--teacher", default="demo", help="`demo`, or an architecture of timm (default: demo)")
     parser.add_argument("--teacher-weights", default="", help="its weights, a .safetensors file")
-    parser.add_argument("--methods", default=",".join(_METHODS), help="anomalib's models (default: all)")
+    parser.add_argument("--methods", type=words, default=",".join(_METHODS), help="anomalib's models (default: all)")
     parser.add_argument(
         "--ours",
         type=_recipe,
@@ -276,18 +269,18 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=100, help="features that PaDiM draws")
     parser.add_argument("--threads", type=int, default=CORES, help="threads of anomalib")
     arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
+    methods = arguments.methods
     if unknown := set(methods) - set(_METHODS):
         parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(_METHODS)}")
     weights = storage.absolute(arguments.teacher_weights) if arguments.teacher_weights else ""
     teacher = Teacher(arguments.teacher, weights)
     data = storage.absolute(arguments.data)
-    categories = [mvtec.read_category(data, name) for name in arguments.categories.split(",")]
+    categories = [mvtec.read_category(data, name) for name in arguments.categories]
     recipes = arguments.ours or [("default", "--preset default")]
     runs = Runs(arguments.out)
     shown: list[Run] = []
     skipped: dict[str, str] = {}
-    for seed in map(int, arguments.seeds.split(",")):
+    for seed in arguments.seeds:
         for category in categories:
             group: list[Run] = []
             for label, recipe in recipes:
