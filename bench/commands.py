@@ -55,18 +55,25 @@ def run_job(name: str, options: Mapping[str, object]) -> None:
 
 
 def kill_after(
-    name: str, options: Mapping[str, object], seconds: float, once: Callable[[], bool] = lambda: True
-) -> None:
-    """Start a job, and kill it and all its processes some seconds after something is so, as when a machine fails."""
+    name: str, options: Mapping[str, object], seconds: float, condition: Callable[[], bool] = lambda: True
+) -> bool:
+    """Start a job, and kill it and all its processes `seconds` after `condition()` is true, as when a machine fails.
+
+    Returns:
+        False if the job ended before that.
+    """
     with subprocess.Popen(
         job_command(name, options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as job:
-        while job.poll() is None and not once():
+        while job.poll() is None and not condition():
             time.sleep(1)
         time.sleep(seconds)
+        if job.poll() is not None:
+            return False
         for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+    return True
 
 
 class ProcessTree(threading.Thread):

@@ -27,7 +27,6 @@ from stpm.data import demo, mvtec
 from stpm.data.encode import encode_jpeg
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
-from stpm.scoring.resuming.run_state import RunState
 from stpm.scoring.resuming.segments import committed_summaries, scan_rows
 from stpm.scoring.row_summary import RowSummary
 
@@ -116,8 +115,8 @@ def main() -> None:
         print(f"{parsed.images} images, undisturbed: {seconds:.0f} s", flush=True)
         for share in sorted(rng.uniform(0, 0.9, _KILLS)):
             rows, after = share * parsed.images, rng.uniform(0, 2)
-            kill_after("score", options | {"out": output.folder}, after, once=partial(has_rows, output, rows))
-            assert not RunState(output.state_folder).is_finished(), "it was done too soon: give more --images"
+            if not kill_after("score", options | {"out": output.folder}, after, partial(has_rows, output, rows)):
+                sys.exit("the run ended before it was killed: give more --images")
             print(f"killed {after:.1f} s after {rows:.0f} rows: {count_committed(output)} are committed", flush=True)
         start = time.perf_counter()
         run_job("score", options | {"out": output.folder})

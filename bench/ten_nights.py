@@ -114,8 +114,8 @@ def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
             half = dict(list(files.items())[::2])
             upload(half)
             seconds = random.uniform(1, 15)  # noqa: S311  no secret
-            kill_after("nightly", options | {"date": date}, seconds)
-            print(f"{date}: killed after {seconds:.1f} s", flush=True)
+            killed = kill_after("nightly", options | {"date": date}, seconds)
+            print(f"{date}: {'killed after' if killed else 'done within'} {seconds:.1f} s", flush=True)
         upload(files)
         run_job("nightly", options | {"date": date})
 
