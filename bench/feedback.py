@@ -4,8 +4,9 @@
 
 DATA is in the MVTec AD layout. Fits each category on its first images of train/good, so few that its threshold is
 rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `jobs/fit.py --add-normals`
-does: those that raise an alarm, and after a roll-back all of them. Prints the alarms of both nights, and those of night
-6 with each feedback. Everything runs in this process; `--student none` leaves the student out.
+does: those that raise an alarm, and, beginning again with the fitted model, all of them. Prints the alarms of both
+nights, and those of night 6 with each feedback. Everything runs in this process; `--student none` leaves the student
+out.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
 
     report(5, "no feedback")
     report(6, "no feedback")
+    before = store.versions(name)
     for feedback, marked in (("its alarms", nights[5] & good & alarms()), ("all of it", nights[5] & good)):
         marks = work / f"{name}.jsonl"
         lines = [{"uri": category.test[i].uri, "category": name, "label": "good"} for i in np.flatnonzero(marked)]
@@ -64,7 +66,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
         options = FitOptions(models=store.uri, false_alarm_rate=rate, add_normals=str(marks), allow=Names((data,)))
         run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions())
         report(6, f"{len(lines)} good images of night 5 added ({feedback}) in {time.perf_counter() - start:.1f} s")
-        store.set_versions(name, store.versions(name).roll_back())
+        store.set_versions(name, before)
 
 
 def main() -> None:
