@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,13 @@ from stpm.method import backbones
 
 _SCRIPT = str(ROOT / "bench" / "anomalib_side.py")
 _LEVELS = (1, 2, 3)
+
+
+class Teacher(NamedTuple):
+    """The teacher of both sides: its name in our recipe, and a file of weights or ""."""
+
+    teacher: str
+    teacher_weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class AnomalibFit:
 def fit_anomalib(
     python: str,
     folder: Path,
-    teacher: tuple[str, str],
+    teacher: Teacher,
     train: Sequence[str],
     tests: Sequence[mvtec.TestImage],
     options: Mapping[str, object],
@@ -54,7 +62,7 @@ def fit_anomalib(
     Args:
         python: interpreter of that environment.
         folder: empty, for everything that is written.
-        teacher: its name in our recipe, and a file of weights or "".
+        teacher: of the model.
         train: paths of the training images.
         tests: test images.
         options: further options of `anomalib_side.py fit`.
@@ -77,7 +85,7 @@ def fit_anomalib(
         return AnomalibFit(cost, shown, saved["scores"], saved["maps"], *seconds)
 
 
-def predict_speed(python: str, folder: Path, teacher: tuple[str, str], images: Path) -> float:
+def predict_speed(python: str, folder: Path, teacher: Teacher, images: Path) -> float:
     """Return the images per second of anomalib's prediction, pictures written, for a folder of images."""
     values = _teacher_options(teacher, folder) | {"images": images, "out": folder / "anomalib"}
     command = [python, _SCRIPT, "predict", *options_from(values)]
@@ -85,9 +93,8 @@ def predict_speed(python: str, folder: Path, teacher: tuple[str, str], images: P
     return float(ran.stdout.splitlines()[-1])
 
 
-def _teacher_options(teacher: tuple[str, str], folder: Path) -> dict[str, object]:
+def _teacher_options(teacher: Teacher, folder: Path) -> dict[str, object]:
     """Write the teacher's weights to a folder; return the options that name it."""
-    name, weights = teacher
     file = folder / "teacher.safetensors"
-    file.write_bytes(backbones.serialise(backbones.load_teacher_weights(name, weights, _LEVELS)))
-    return {"architecture": backbones.architecture_name(name), "weights": file}
+    file.write_bytes(backbones.serialise(backbones.load_teacher_weights(*teacher, _LEVELS)))
+    return {"architecture": backbones.architecture_name(teacher.teacher), "weights": file}

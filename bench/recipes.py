@@ -5,19 +5,21 @@
 
 Each choice is a change to preset `default`, fitted once per category and seed, in one process and without Ray. A
 variant changes how the parts of that fit are fused, or drops parts: it needs no fit of its own. Appends a JSON line per
-fit to FILE, and does not repeat fits that the file holds: seconds, validation loss, and for each variant image AUROC,
-pixel AUROC and AUPRO. `drawn` defects are faint scratches and displaced patches painted on held-out good images at
-their own resolution, and need no label. `real` are the test images. Then prints two tables: the means over seeds, and
-for each category the metrics of the choice that is best on all others.
+fit to FILE: seconds, validation loss, and for each variant image AUROC, pixel AUROC and AUPRO. `drawn` defects are
+faint scratches and displaced patches painted on held-out good images at their own resolution, and need no label. `real`
+are the test images. A fit that FILE holds with the same options is not repeated. Then prints two tables of the fits of
+this call: the means over seeds, and for each category the metrics of the choice that is best on all others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,18 @@ from commands import integers, words
 from local_fit import change_recipe, compare, compare_real, fit, make_fit_parser, measure
 from metrics import METRICS
 from PIL import Image, ImageDraw, ImageFilter
-from results import append_line, read_lines
+from results import Results
 from tabulate import tabulate
 
+from stpm import storage
 from stpm.data import images, mvtec
 from stpm.data.encode import encode_png
 from stpm.evaluation.pixels import Mask
 from stpm.method.recipe import PRESETS, Recipe
 
+_KINDS = ("real", "drawn")
+# What a variant may change of a recipe: what is used after the fit.
+_VARIED = {"student", "memory", "levels", "memory_levels", "fusion", "student_weight", "smoothing", "top_fraction"}
 _DRAWN_PER_IMAGE = 4
 
 
@@ -99,16 +105,16 @@ def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels
 
 def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
     """Return means over seeds of each choice and variant, and per category the result of the best on the others."""
-    categories = sorted({line["category"] for line in lines})
+    categories = sorted({line["settings"]["category"] for line in lines})
     by_choice: dict[str, dict[str, list[list[float | None]]]] = {}
     for line in lines:
+        choice, category = line["settings"]["choice"], line["settings"]["category"]
         for variant, metrics in line["variants"].items():
-            name = " ".join(filter(None, (line["choice"], variant))) or "default"
-            by_choice.setdefault(name, {}).setdefault(line["category"], []).append(metrics[kind])
-    complete = {name: found for name, found in by_choice.items() if len(found) == len(categories)}
+            name = " ".join(filter(None, (choice, variant))) or "default"
+            by_choice.setdefault(name, {}).setdefault(category, []).append(metrics[kind])
 
     def mean(name: str, category: str, metric: int) -> float | None:
-        values = [value for pair in complete[name][category] if (value := pair[metric]) is not None]
+        values = [value for pair in by_choice[name][category] if (value := pair[metric]) is not None]
         return statistics.fmean(values) if values else None
 
     def average(name: str, metric: int, but: str = "") -> float:
@@ -119,13 +125,13 @@ def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
         return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in range(len(METRICS)))
 
     rows = []
-    for name in complete:
+    for name in by_choice:
         means = " / ".join(f"{average(name, m):.4f}" for m in range(len(METRICS)))
         rows.append([name, *(shown(name, category) for category in categories), means])
     text = tabulate(rows, [kind, *categories, "mean"], tablefmt="pipe", disable_numparse=True)
     if len(categories) == 1:
         return text
-    chosen = {c: max(complete, key=lambda name: average(name, 0, but=c)) for c in categories}
+    chosen = {c: max(by_choice, key=lambda name: average(name, 0, but=c)) for c in categories}
     rows = [[c, chosen[c], shown(chosen[c], c)] for c in categories]
     headers = ["left out", "best on the others", kind]
     return f"{text}\n\n{tabulate(rows, headers, tablefmt='pipe', disable_numparse=True)}"
@@ -134,34 +140,39 @@ def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
 def main() -> None:
     parser = make_fit_parser(__doc__)
     parser.add_argument("--seeds", type=integers, default="0", help="seeds, separated by commas (default: 0)")
-    parser.add_argument("--kinds", type=words, default="real,drawn", help="defects to measure (default: real,drawn)")
+    parser.add_argument(
+        "--kinds", type=words, default=",".join(_KINDS), help="defects to measure (default: real,drawn)"
+    )
     parser.add_argument("--train-images", type=int, help="fit on the first N images alone", metavar="N")
     parser.add_argument("--variants", nargs="*", default=[""], help="name=value pairs on top of each choice")
-    parser.add_argument(
-        "--out", required=True, help="file for a JSON line per fit; fits that it holds are not repeated"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines; an existing one is continued")
     parser.add_argument("choices", nargs="*", default=[""], help="name=value pairs on top of preset default")
     arguments = parser.parse_args()
+    if unknown := set(arguments.kinds) - set(_KINDS):
+        parser.error(f"--kinds: no {', '.join(sorted(unknown))}; there are {', '.join(_KINDS)}")
+    if needs_fit := {pair.split("=")[0] for variant in arguments.variants for pair in variant.split()} - _VARIED:
+        parser.error(f"--variants: {', '.join(sorted(needs_fit))} needs a fit of its own, as one of the choices")
     torch.set_num_threads(arguments.threads)
-    out, kinds = Path(arguments.out), arguments.kinds
-    lines = read_lines(out)
-    done = {(line["choice"], line["category"], line["seed"]) for line in lines}
+    common = {
+        "data": storage.absolute(arguments.data),
+        "teacher": arguments.teacher,
+        "teacher_weights": arguments.teacher_weights,
+        "train_images": arguments.train_images,
+        "threads": arguments.threads,
+        "kinds": sorted(arguments.kinds),
+        "variants": sorted(arguments.variants),
+    }
+    results = Results(arguments.out)
+    lines = []
     base = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, teacher_weights=arguments.teacher_weights)
     names = mvtec.find_categories(arguments.data, arguments.categories)
-    for seed in arguments.seeds:
-        for choice in arguments.choices:
-            for name in names:
-                if (choice, name, seed) in done:
-                    continue
-                category = mvtec.read_category(arguments.data, name)
-                category = dataclasses.replace(category, train=category.train[: arguments.train_images])
-                recipe = dataclasses.replace(change_recipe(base, choice), seed=seed).for_image_count(
-                    len(category.train)
-                )
-                result = run(category, recipe, arguments.variants, kinds)
-                lines.append({"choice": choice, "category": name, "seed": seed} | result)
-                append_line(out, lines[-1])
-    for kind in kinds:
+    for seed, choice, name in itertools.product(arguments.seeds, arguments.choices, names):
+        category = mvtec.read_category(arguments.data, name)
+        category = dataclasses.replace(category, train=category.train[: arguments.train_images])
+        recipe = dataclasses.replace(change_recipe(base, choice), seed=seed).for_image_count(len(category.train))
+        settings = {"choice": choice, "category": name, "seed": seed} | common
+        lines.append(results.once(settings, partial(run, category, recipe, arguments.variants, arguments.kinds)))
+    for kind in arguments.kinds:
         print("\n" + tables(lines, kind))
 
 

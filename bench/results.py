@@ -1,21 +1,33 @@
-"""Files of results, as JSON lines."""
+"""Files of results that a later call of a benchmark continues."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def append_line(path: Path, values: Mapping[str, object]) -> None:
-    """Append a JSON line to a file, and print it."""
-    line = json.dumps(values)
-    with path.open("a") as file:
-        print(line, file=file)
-    print(line, flush=True)
+class Results:
+    """A file of JSON lines: the settings of a measurement, all that it depends on, and its values.
 
+    Settings and values have the types of JSON: lists, not tuples.
+    """
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; none if it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        text = path.read_text() if path.exists() else ""
+        self._lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+
+    def once(self, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the file's line with the same settings; if there is none, measure, append the line and print it."""
+        for line in self._lines:
+            if line["settings"] == settings:
+                return line
+        line = {"settings": settings, **measure()}
+        self._lines.append(line)
+        text = json.dumps(line)
+        with self._path.open("a") as file:
+            print(text, file=file)
+        print(text, flush=True)
+        return line

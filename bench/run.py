@@ -42,7 +42,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import torch
-from anomalib_peer import fit_anomalib, predict_speed
+from anomalib_peer import Teacher, fit_anomalib, predict_speed
 from commands import CORES, job_command, make_parser, time_command
 from growth import measure_growth
 from local_fit import make_task, run_task
@@ -83,7 +83,7 @@ _SCORED_MODELS = {
 _LOOP_BATCH = 16
 _WARM_BATCHES = 3
 _PEER_IMAGES = 500
-_PEER_TEACHER = DEMO_TEACHER, ""
+_PEER_TEACHER = Teacher(DEMO_TEACHER)
 _FIRST_IMAGES = 10
 _SMALL_TRAIN = 24
 _VECTOR_FLAGS = ("avx", "amx", "asimd", "sve")
