@@ -48,7 +48,7 @@ def job_command(name: str, options: Mapping[str, object]) -> list[str]:
 
 
 def run_job(name: str, options: Mapping[str, object]) -> None:
-    """Run a job to its end. Exits if it fails."""
+    """Run a job to its end. Exit if it fails."""
     ran = subprocess.run(job_command(name, options), cwd=ROOT, capture_output=True, text=True, check=False)
     if ran.returncode:
         sys.exit(f"{name} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}")

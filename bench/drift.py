@@ -41,15 +41,18 @@ from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
 from stpm.monitoring.significance import FloatArray
 
 Transform = Callable[[Image.Image], Image.Image]
-Rng = np.random.Generator
 
 _FALSE_ALARM_RATE = 0.01
 _FALSE_VERDICT_RATE = 0.05
+# Good images that calibrate the model, and images of a night.
 _CALIBRATION = 200
 _NIGHT = 1000
 _USUAL_DEFECTS = 0.03
+# The share of defects that a model finds, where none is given.
 _FOUND = 0.8
+# Nights before the one that is judged.
 _EARLIER = 5
+# Training images of which statistics are computed, and good test images that a model scores with each fault.
 _MAX_IMAGES = 140
 _MAX_SCORED = 30
 # Verdicts that are given together, on one page: five categories, 30 nights.
@@ -71,6 +74,7 @@ def keep(image: Image.Image) -> Image.Image:
 
 
 def planted_faults() -> list[Fault]:
+    """Return the camera's faults, each kind in four sizes."""
     faults = []
     for share in (0.03, 0.05, 0.1, 0.2):
         variants = tuple(partial(brighten, factor=1 + sign * share) for sign in (1, -1))
@@ -151,6 +155,7 @@ class Nights:
         self._rng = np.random.default_rng(zlib.crc32(product.name.encode()))
 
     def clean(self) -> tuple[list[CategoryNight], Reference]:
+        """Split the images and draw a calibration anew, for these nights and what the other methods change in them."""
         product, rng = self._product, self._rng
         order = rng.permutation(len(product.clean))
         self._half = order[: len(order) // 2]
@@ -249,11 +254,11 @@ def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[li
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--models", default="")
-    parser.add_argument("--categories", type=words, default="")
-    parser.add_argument("--plantings", type=int, default=100)
-    parser.add_argument("--clean", type=int, default=1000)
+    parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
+    parser.add_argument("--models", default="", help="model store, whose models give the p-values (default: none)")
+    parser.add_argument("--categories", type=words, default="", help="separated by commas (default: all)")
+    parser.add_argument("--plantings", type=int, default=100, help="nights with each fault (default: 100)")
+    parser.add_argument("--clean", type=int, default=1000, help="nights without a fault (default: 1000)")
     options = parser.parse_args()
     names = mvtec.find_categories(options.data, options.categories)
     with ProcessPoolExecutor(CORES) as processes:

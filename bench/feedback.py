@@ -15,6 +15,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 
 
-def score(store: ModelStore, name: str, images: list[mvtec.TestImage]) -> np.ndarray:
-    """Score images with the current model."""
+def score(store: ModelStore, name: str, images: Sequence[mvtec.TestImage]) -> npt.NDArray[np.float32]:
+    """Return the score of each image by the category's current model."""
     scores = LocalScorer(store, name, "", "auto")(Path(image.uri).read_bytes() for image in images)
     return np.array([each.score for each in scores if isinstance(each, LocalScore)], np.float32)
 
@@ -42,7 +43,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
     """Give feedback on night 5, and print the alarms of both nights."""
     name, good = category.name, np.array([image.label == mvtec.GOOD for image in category.test])
     # Scores stay the same when a model is calibrated again.
-    scores = score(store, name, list(category.test))
+    scores = score(store, name, category.test)
     # Every other image of each label.
     ranks = np.where(good, np.cumsum(good), np.cumsum(~good))
     nights = {night: ranks % 2 == night % 2 for night in (5, 6)}
@@ -71,12 +72,12 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--categories", type=words, required=True)
-    parser.add_argument("--teacher", default="demo")
-    parser.add_argument("--student", default="stpm")
-    parser.add_argument("--train-images", type=int, default=15)
-    parser.add_argument("--false-alarm-rate", type=float, default=0.05)
+    parser.add_argument("--data", required=True, help="local data set in the MVTec AD layout")
+    parser.add_argument("--categories", type=words, required=True, help="separated by commas")
+    parser.add_argument("--teacher", default="demo", help="as for the fit job (default: demo)")
+    parser.add_argument("--student", default="stpm", help="as for the fit job (default: stpm)")
+    parser.add_argument("--train-images", type=int, default=15, help="images to fit on, the first ones (default: 15)")
+    parser.add_argument("--false-alarm-rate", type=float, default=0.05, help="of the thresholds (default: 0.05)")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("stpm.feedback").setLevel(logging.INFO)

@@ -105,7 +105,7 @@ class Bench:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def fit(self, recipe: Recipe) -> tuple[Path, float]:
-        """Fit the category (if small, a part of it) in one process, without Ray; return the store, and its seconds."""
+        """Fit the category (if small, a part of it) in one process, without Ray; return store and seconds."""
         folder, train = self.new_folder(), self.category.train[: _SMALL_TRAIN if self.arguments.small else None]
         category = dataclasses.replace(self.category, train=train)
         task = make_task(ModelStore(str(folder)), category, recipe, self.backend)

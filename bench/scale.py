@@ -21,6 +21,7 @@ earlier steps are generated.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import multiprocessing
@@ -300,7 +301,8 @@ def main() -> None:
     parser.add_argument(
         "--stub-rows", type=int, default=1_000_000, help="rows for the stub stage, at most (default: 1000000)"
     )
-    parser.add_argument("--folder", default="", help="of one step in a process of its own, which this program starts")
+    # This program starts itself with --folder, one step and one number of rows, for a process of its own.
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.folder:
         (step,), (rows,) = parsed.steps, parsed.rows

@@ -49,7 +49,9 @@ _FAULTS: dict[int, tuple[str, Callable[[Image.Image], Image.Image] | None]] = {
 }
 # The night of which the camera of the second category takes the same image.
 _REPEATED = 8
+# The share of defects in a night's images.
 _DEFECTS = 0.03
+# With --disturb: the first nights, in which the job is killed, and the files of each that come a night late.
 _DISTURBED = 3
 _LATE = 3
 _DATA, _DUMP, _OUT, _MODELS = (f"s3://plant/{name}" for name in ("data", "dump", "nights", "models"))
@@ -71,7 +73,7 @@ class Product:
         self._defects = [test.uri for test in category.test if test.label != mvtec.GOOD]
 
     def night(self, night: int, count: int) -> Iterator[bytes]:
-        """Yield the files of a night."""
+        """Yield `count` image files of the night with this number, from 0; none if the camera takes none."""
         rng = np.random.default_rng((self.number, night))
         defects = rng.choice(self._defects, max(round(_DEFECTS * count), 1), replace=False)
         uris = [*rng.choice(self._good, count - len(defects), replace=False), *defects]
@@ -96,7 +98,7 @@ def upload(files: Mapping[str, bytes]) -> None:
 
 
 def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
-    """Run the job for each night."""
+    """Upload the images of each night, and run the job for it."""
     options = {"models": _MODELS, "images": f"{_DUMP}/{{date}}", "category-from": "{category}/{name}", "out": _OUT}
     late: dict[str, bytes] = {}
     for night in range(_NIGHTS):
@@ -121,6 +123,7 @@ def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
 
 
 def table(nights: Sequence[Mapping[str, Any]], products: Sequence[Product]) -> str:
+    """Return a row per night and product, from the nights of nightly.json."""
     rows = []
     for number, night in enumerate(nights):
         for product in products:
