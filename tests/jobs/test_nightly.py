@@ -207,6 +207,8 @@ def test_fresh_keeps_the_rows_where_there_is_nothing_to_score(
     assert job.rows() == before
     assert ("503 Slow Down" if storage_fails else "--fresh left the rows as they are") in record(job).problem
     assert record(job).categories["nut"].verdict
+    # It was judged before.
+    assert "None: every category is fine." in storage.read(f"{job.out}/nightly.html").decode()
 
 
 def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly) -> None:
@@ -216,6 +218,11 @@ def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly) -> None:
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
     with pytest.raises(ConfigError, match="date is 2126-11-24, and today is"):
         job(datetime.date(2126, 11, 24))
+
+
+def test_a_first_start_that_finds_no_image_says_so(job: Nightly) -> None:
+    assert job() == 3
+    assert "There are no images to judge." in storage.read(f"{job.out}/nightly.html").decode()
 
 
 def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
