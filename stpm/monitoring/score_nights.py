@@ -1,4 +1,8 @@
-"""Score several nights, the latest first, and bring their records up to date. No night stops another."""
+"""Score several nights, the latest first, and bring their records up to date.
+
+A problem with one night does not stop the others, unless storage, a node or Ray failed while it was scored: then the
+earlier nights wait for the next start.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, with_remedy
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, join_first, with_remedy
 from stpm.models.store import ModelStore
 from stpm.monitoring.judging import judge_night
 from stpm.monitoring.nights import Night, read_night, write_night
@@ -139,9 +143,13 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                 problems[date] = problem
                 log.info(f"{date}: {problem}")
                 if isinstance(error, CutOffError):
-                    # Storage or Ray failed, and would fail again.
-                    skipped = [day for day in dates if day < date and day in known]
-                    problems |= dict.fromkeys(skipped, f"not looked at, because {date} was cut off: {problem}")
+                    # Storage, a node or Ray failed, and would fail again.
+                    skipped = [day for day in dates if day < date]
+                    reason = f"not looked at, because {date} was cut off: {problem}"
+                    problems |= dict.fromkeys((day for day in skipped if day in known), reason)
+                    # A night without a folder gets no record: perhaps it has no images.
+                    if missed := [str(day) for day in skipped if day not in known]:
+                        log.warning(f"{join_first(missed, separator=', ')}: {reason}")
                     break
     return problems
 

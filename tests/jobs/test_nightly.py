@@ -242,7 +242,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
 
 
 def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
-    job: Nightly, monkeypatch: pytest.MonkeyPatch
+    job: Nightly, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut_off(*_: object) -> None:
         raise CutOffError("a node was lost")
@@ -262,6 +262,9 @@ def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
     assert before.problem == "not looked at, because 2026-11-24 was cut off: a node was lost"
     assert (before.unfinished, before.categories["nut"].verdict) == (3, None)
     assert len(NightFolder.find_all(job.out)) == 2
+    # Those that have no folder.
+    missed = "2026-11-22, 2026-11-21: not looked at, because 2026-11-24 was cut off: a node was lost"
+    assert missed in caplog.messages
 
 
 @pytest.mark.parametrize("part", ["scores", "runs/001/manifest"])
