@@ -38,8 +38,8 @@ def run_nightly(
     """Run the nightly job.
 
     Returns:
-        The exit code: 0 all done, 2 something failed and the rest is done, 3 no image of the night has a score.
-        Verdicts do not change it.
+        The exit code: 0 all done, 2 something failed and the rest is done, 3 no image of the night has a score, or its
+        record or files cannot be read. Verdicts do not change it.
 
     Raises:
         ConfigError: if the options are invalid, or the folder is in use.
