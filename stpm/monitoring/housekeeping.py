@@ -7,8 +7,8 @@ import logging
 
 from stpm import storage
 from stpm.errors import DataError
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import read_night
-from stpm.monitoring.runs import NightFolder
 
 log = logging.getLogger(__name__)
 

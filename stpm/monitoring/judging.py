@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 
 from stpm import storage
 from stpm.errors import ModelError, ModelUnreadableError
 from stpm.method.false_discovery import Discoveries, find_discoveries
-from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.monitoring.change import Change
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.options import MonitoringOptions
-from stpm.monitoring.rows import CategoryRows, read_rows, top_images
-from stpm.monitoring.runs import NightFolder
+from stpm.monitoring.rows import CategoryRows, read_rows
 from stpm.monitoring.significance import FloatArray
+from stpm.monitoring.top_images import top_images
 from stpm.names import as_utf8
 from stpm.scoring.inputs import manifest
 from stpm.scoring.output import RunOutput
@@ -79,7 +78,7 @@ def judge_night(
         pages=tuple(output.name for output in outputs if storage.exists(output.triage)),
         categories=categories,
         error_examples=error_examples,
-        top=top_images(outputs, _preprocessing(store)),
+        top=top_images(outputs, store),
         discoveries=_discoveries(outputs, references, options.fdr),
     )
 
@@ -223,7 +222,3 @@ def _as_category_night(
         p_values=p_values,
         statistics=statistics,
     )
-
-
-def _preprocessing(store: ModelStore) -> Callable[[str, str], Preprocessing]:
-    return cache(lambda category, model_id: store.record(category, model_id).preprocessing)

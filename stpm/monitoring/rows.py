@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stpm import storage
 from stpm.data.image_statistics import COMPARED
-from stpm.errors import ModelError
-from stpm.method.preprocessing import Preprocessing
-from stpm.monitoring.nights import ErrorExample, TopImage
+from stpm.monitoring.nights import ErrorExample
 from stpm.scoring.output import RunOutput
-from stpm.scoring.triage import THREADS, most_anomalous, picture
 
 # Images of a category whose p-values and statistics are compared: enough for any change that matters.
 SAMPLE = 5000
-_TOP = 12
 _EXAMPLES_OF_A_KIND = 3
 # Rows that are read at a time. A file may have a few hundred rows, of as many categories.
 _BATCH = 100_000
@@ -109,25 +102,3 @@ def _add_examples(examples: defaultdict[str, list[ErrorExample]], rows: pa.Table
                     kind=kind, category=row["category"], uri=row["uri"], message=row["error_message"]
                 )
                 examples[kind].append(example)
-
-
-def top_images(
-    outputs: Sequence[RunOutput], preprocessing: Callable[[str, str], Preprocessing]
-) -> tuple[TopImage, ...]:
-    """Select the most anomalous images of a night, and draw each with its heatmap.
-
-    Args:
-        outputs: of the night's runs.
-        preprocessing: of a category's model, given the category and the model's id.
-    """
-    found = [(row["excess"], row["uri"], output, row) for output in outputs for row in most_anomalous(output, _TOP)]
-    best = sorted(found, key=lambda item: item[:2], reverse=True)[:_TOP]
-
-    def image(output: RunOutput, row: dict[str, Any]) -> TopImage:
-        drawn = ""
-        with suppress(ModelError):
-            drawn = picture(output, row, preprocessing(row["category"], row["model_id"]))
-        values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
-        return TopImage(**values, picture=drawn)
-
-    return tuple(storage.in_parallel(lambda item: image(*item[2:]), best, THREADS))

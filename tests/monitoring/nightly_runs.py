@@ -19,8 +19,8 @@ from stpm.models.store import ModelStore
 from stpm.monitoring import judging, score_nights
 from stpm.monitoring.change import Change
 from stpm.monitoring.drift import CategoryNight, Reference, Verdict
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
-from stpm.monitoring.runs import NightFolder
 from stpm.options import ClusterOptions, Names
 from stpm.scoring import run as run_module
 from stpm.scoring.inputs.manifest import Segment

@@ -8,8 +8,8 @@ import pytest
 
 from stpm import storage
 from stpm.monitoring.housekeeping import remove_nights_before
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, write_night
-from stpm.monitoring.runs import NightFolder
 from stpm.records import to_json
 from stpm.scoring.inputs import manifest
 from stpm.scoring.resuming.run_state import RunState, ScoringConfig

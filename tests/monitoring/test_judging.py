@@ -14,9 +14,9 @@ from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.models.store import ModelStore
 from stpm.monitoring.judging import judge_night
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions
-from stpm.monitoring.runs import NightFolder
 from stpm.scoring.inputs import manifest
 from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from tests.conftest import TINY
