@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import datetime
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.feedback.local_scorer import LocalScore, LocalScorer
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
-from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
+from stpm.monitoring.drift import Counts, Reference, Sample, Verdict, judge
 from stpm.monitoring.significance import FloatArray
 
 Transform = Callable[[Image.Image], Image.Image]
@@ -146,71 +146,81 @@ def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Imag
     return p_values
 
 
+class Planted(NamedTuple):
+    """A night of one product at random, and what it is judged against."""
+
+    night: Counts
+    sample: Sample
+    earlier: Mapping[datetime.date, Counts]
+    reference: Reference
+
+    def judge(self) -> Verdict:
+        return judge(*self, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
+
+
 class Nights:
-    """Nights of one product at random: some earlier ones without a fault, and the night that is judged."""
+    """Nights of one product at random, each after some earlier ones without a fault."""
 
     def __init__(self, product: Product) -> None:
         self._product = product
         # The nights do not depend on the other categories.
         self._rng = np.random.default_rng(zlib.crc32(product.name.encode()))
 
-    def clean(self) -> tuple[list[CategoryNight], Reference]:
+    def clean(self) -> Planted:
         """Split the images and draw a calibration anew, for these nights and what the other methods change in them."""
         product, rng = self._product, self._rng
         order = rng.permutation(len(product.clean))
         self._half = order[: len(order) // 2]
         reference = Reference(_CALIBRATION, by_name(product.clean[order[len(order) // 2 :]]))
         self._calibration = np.sort(rng.random(_CALIBRATION))
-        dates = [_LAST_DATE - datetime.timedelta(days) for days in range(_EARLIER, -1, -1)]
-        return [self._night(date, _USUAL_DEFECTS) for date in dates], reference
+        dates = [_LAST_DATE - datetime.timedelta(days) for days in range(_EARLIER, 0, -1)]
+        earlier = {date: self._night(_USUAL_DEFECTS)[0] for date in dates}
+        return Planted(*self._night(_USUAL_DEFECTS), earlier, reference)
 
-    def camera_fault(self, number: int) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
+    def camera_fault(self, number: int) -> Planted:
+        clean = self.clean()
         variants = self._product.faulty[number]
         chosen = variants[self._rng.integers(len(variants))]
-        return [*earlier, replace(night, statistics=by_name(chosen[self._half]))], reference
+        return clean._replace(sample=clean.sample._replace(statistics=by_name(chosen[self._half])))
 
-    def more_defects(self, share: float) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
-        return [*earlier, self._night(night.date, _USUAL_DEFECTS + share)], reference
+    def more_defects(self, share: float) -> Planted:
+        clean = self.clean()
+        night, sample = self._night(_USUAL_DEFECTS + share)
+        return clean._replace(night=night, sample=sample)
 
-    def empty(self) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
-        nothing = {name: np.empty(0, np.float32) for name in COMPARED}
-        empty = replace(night, images=0, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
-        return [*earlier, empty], reference
+    def empty(self) -> Planted:
+        clean = self.clean()
+        nothing = Sample(np.empty(0, np.float32), dict.fromkeys(COMPARED, np.empty(0, np.float32)))
+        return clean._replace(night=replace(clean.night, images=0, alarms=0), sample=nothing)
 
-    def repeated(self) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
+    def repeated(self) -> Planted:
+        clean = self.clean()
         chosen = np.full(len(self._half), self._half[0])
-        repeated = replace(night, statistics=by_name(self._product.clean[chosen]))
-        return [*earlier, replace(repeated, p_values=np.full(len(chosen), night.p_values[0]))], reference
+        p_values = np.full(len(chosen), clean.sample.p_values[0])
+        return clean._replace(sample=Sample(p_values, by_name(self._product.clean[chosen])))
 
-    def test(self) -> tuple[list[CategoryNight], Reference]:
+    def test(self) -> Planted:
         """Make one night of the test images, without earlier ones."""
-        (night, *_), _ = self.clean()
-        test, clean = self._product.test, self._product.clean
-        p_values = self._rng.choice(night.p_values, len(test))
-        night = replace(night, statistics=by_name(test), p_values=p_values)
-        return [night], Reference(_CALIBRATION, by_name(clean))
+        clean, product = self.clean(), self._product
+        reference = Reference(_CALIBRATION, by_name(product.clean))
+        p_values = self._rng.choice(clean.sample.p_values, len(product.test))
+        return Planted(clean.night, Sample(p_values, by_name(product.test)), {}, reference)
 
-    def _night(self, date: datetime.date, defects: float) -> CategoryNight:
+    def _night(self, defects: float) -> tuple[Counts, Sample]:
         rng = self._rng
         at_least = _CALIBRATION - np.searchsorted(self._calibration, rng.random(_NIGHT))
         p_values = (1 + at_least) / (_CALIBRATION + 1)
         bad = rng.random(_NIGHT) < defects
         p_values[bad] = rng.choice(self._product.defects, int(bad.sum()))
         limit = threshold_rank(_CALIBRATION, _FALSE_ALARM_RATE) / (_CALIBRATION + 1)
-        return CategoryNight(
-            date=date,
+        counts = Counts(
             model_id="model",
             images=_NIGHT,
             errors={},
             alarms=int((p_values <= limit + 1e-6).sum()),
             false_alarm_rate=_FALSE_ALARM_RATE,
-            p_values=p_values[: len(self._half)],
-            statistics=by_name(self._product.clean[self._half]),
         )
+        return counts, Sample(p_values[: len(self._half)], by_name(self._product.clean[self._half]))
 
 
 def by_name(rows: FloatArray) -> dict[str, FloatArray]:
@@ -224,14 +234,10 @@ class Count(NamedTuple):
     act: int
 
 
-def count_named(make: Callable[[], tuple[list[CategoryNight], Reference]], names: Sequence[str], number: int) -> Count:
-    verdicts = [verdict(*make()) for _ in range(number)]
+def count_named(make: Callable[[], Planted], names: Sequence[str], number: int) -> Count:
+    verdicts = [make().judge() for _ in range(number)]
     named = [each for each in verdicts if each.changes and each.changes[0].name in names]
     return Count(len(named), sum(each.level == "act" for each in named))
-
-
-def verdict(nights: list[CategoryNight], reference: Reference) -> Verdict:
-    return judge(nights, reference, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
 
 
 def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[list[str]]:
@@ -239,7 +245,7 @@ def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[li
     nights = [Nights(product) for product in products]
     anything = (*COMPARED, "images", "repeated", "errors", "alarms", "scores")
 
-    def row(kind: str, size: str, names: Sequence[str], number: int, make: Callable[[Nights], Any]) -> list[str]:
+    def row(kind: str, size: str, names: Sequence[str], number: int, make: Callable[[Nights], Planted]) -> list[str]:
         counts = [count_named(partial(make, each), names, number) for each in nights]
         return [kind, size, *(f"{count.named} ({count.act})" for count in counts)]
 
@@ -266,7 +272,7 @@ def main() -> None:
     print(f"verdicts that name the fault first, of {options.plantings} (to act)")
     print(tabulate(list(rows(products, options.plantings, options.clean)), ["fault", "size", *names], "github"))
     for product in products:
-        found = verdict(*Nights(product).test())
+        found = Nights(product).test().judge()
         print(f"{product.name}, {len(product.test)} good test images: {found.level} {'; '.join(found.reasons)}")
     if options.models:
         print(f"\nalarms of good test images, {_FALSE_ALARM_RATE:.0%} requested")

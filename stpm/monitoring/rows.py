@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from stpm.data.image_statistics import COMPARED
+from stpm.monitoring.drift import Sample
 from stpm.monitoring.nights import ErrorExample
 from stpm.scoring.output import RunOutput
 
@@ -22,8 +22,8 @@ _BATCH = 100_000
 _COLUMNS = ["image_id", "uri", "category", "model_id", "is_anomalous", "error_kind", "error_message", "p_value"]
 
 
-class CategoryRows:
-    """Counts of one category's rows, and a sample of them. Rows are added a batch at a time, in any order.
+class RowCounter:
+    """Counts and samples one category's rows. They are added a batch at a time, in any order.
 
     The sample is the rows with the smallest image ids. An id is a hash: the sample is random, and the same after a run
     was cut off.
@@ -49,17 +49,17 @@ class CategoryRows:
         if len(self._ids) > 2 * SAMPLE:
             self._keep_sample()
 
-    def sample(self) -> tuple[npt.NDArray[np.float32], dict[str, npt.NDArray[np.float32]]]:
-        """Return p-values, and statistics by name, of the sampled images."""
+    def sample(self) -> Sample:
+        """Return the p-values and statistics of the sampled images, float32."""
         self._keep_sample()
-        return self._values[:, 0], dict(zip(COMPARED, self._values[:, 1:].T, strict=True))
+        return Sample(self._values[:, 0], dict(zip(COMPARED, self._values[:, 1:].T, strict=True)))
 
     def _keep_sample(self) -> None:
         order = np.argsort(self._ids, kind="stable")[:SAMPLE]
         self._ids, self._values = self._ids[order], self._values[order]
 
 
-def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tuple[ErrorExample, ...]]:
+def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, RowCounter], tuple[ErrorExample, ...]]:
     """Count and sample the rows of a night, a batch at a time.
 
     Returns:
@@ -68,7 +68,7 @@ def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows],
     Raises:
         DataError: if a file of rows is damaged.
     """
-    categories: defaultdict[str, CategoryRows] = defaultdict(CategoryRows)
+    categories: defaultdict[str, RowCounter] = defaultdict(RowCounter)
     examples: defaultdict[str, list[ErrorExample]] = defaultdict(list)
     for rows in _batches(outputs):
         ordered = rows.sort_by("category")

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from stpm.errors import ConfigError, DataError, with_remedy
 from stpm.models.store import ModelStore
-from stpm.monitoring.judging import judge_night
 from stpm.monitoring.night_folder import NightFolder
+from stpm.monitoring.night_record import make_record
 from stpm.monitoring.nights import Night, read_night, write_night
 from stpm.monitoring.score_nights import NightlyJob
 from stpm.names import as_utf8
@@ -52,7 +52,7 @@ def _update_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night
         return replace(night, problem=problem)
     night = Night(folder.date.isoformat(), job.sources(folder.date), problem=problem)
     store = ModelStore(job.options.models)
-    return judge_night(folder, night, earlier, store, job.monitoring, job.scoring.false_alarm_rate)
+    return make_record(folder, night, earlier, store, job.monitoring, job.scoring.false_alarm_rate)
 
 
 def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:

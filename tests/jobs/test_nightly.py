@@ -94,7 +94,7 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     assert job() == 0
     before = job.rows(), record(job)
     monkeypatch.setattr(score_nights, "connected", lambda: pytest.fail("Ray was started"))
-    monkeypatch.setattr(update_records, "judge_night", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(update_records, "make_record", lambda *_: pytest.fail("rows were read"))
     assert job() == 0
     assert (job.rows(), record(job)) == before
     assert job.starts == 1
@@ -321,10 +321,10 @@ def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypat
             raise OSError("503 Slow Down \udcff")
         return plain(folder, *others)
 
-    plain = update_records.judge_night
+    plain = update_records.make_record
     job.dump(BEFORE, "a")
     job.dump(DATE, "b")
-    monkeypatch.setattr(update_records, "judge_night", summarize)
+    monkeypatch.setattr(update_records, "make_record", summarize)
     assert job(DATE) == 2
     assert record(job).images == 1
     # A name that is not UTF-8 fits on the page.
