@@ -129,20 +129,21 @@ def _make_current(store: ModelStore, new: NewNormals, version: Version, options:
     """Make a staged model current, unless the options say to stage it, or another model has become current."""
     category = new.record.category
     versions = store.versions(category)
-    is_changed = versions.current.model_id != new.record.model_id
-    if options.stage or is_changed:
+    current = versions.current.model_id
+    if options.stage or current != new.record.model_id:
         store.set_versions(category, versions.stage(version))
-        became = f"became current meanwhile instead of {new.record.model_id}, and " if is_changed else ""
-        command = f"jobs/models.py --categories {category} --roll-forward"
-        message = f"stays current, {version.model_id} is staged; {command} makes it current"
-        _log(category, f"{versions.current.model_id} {became}{message}")
+        command = store.roll_command(category, "--roll-forward")
+        if current == new.record.model_id:
+            _log(category, f"{version.model_id} is staged, and {current} stays current. To make it current: {command}")
+        else:
+            became = f"{current} became current during the fit"
+            _log(category, f"{version.model_id} is staged: {became}. To make {version.model_id} current: {command}")
     else:
         if replaced := versions.describe_replaced(version.model_id):
             _log(category, replaced)
         store.set_versions(category, versions.publish(version))
-        command = f"jobs/models.py --categories {category} --roll-back"
-        message = f"is current, it was {versions.current.model_id}; {command} undoes this"
-        _log(category, f"{version.model_id} {message}")
+        command = store.roll_command(category, "--roll-back")
+        _log(category, f"{version.model_id} is now current instead of {current}. To undo this: {command}")
 
 
 def _log(category: str, message: str) -> None:

@@ -104,9 +104,10 @@ def plan_fit(maker: TaskMaker) -> Plan:
         return plan
     if model := existing_model(task, among="next"):
         current = maker.store.record(task.category)
+        command = maker.store.roll_command(task.category, "--roll-forward")
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
-            f"{current.model_id} stays current; jobs/models.py --categories {task.category} --roll-forward changes that"
+            f"{current.model_id} stays current. To roll forward: {command}"
         )
         return Plan(task, FitResult(task, current), message)
     return Plan(maker.task(added), message=maker.describe_replaced())

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -244,6 +245,10 @@ class ModelStore:
         folder = storage.join(self.folder(category), model_id)
         storage.remove(storage.join(folder, _RECORD))
         storage.remove(folder)
+
+    def roll_command(self, category: str, flag: Literal["--roll-back", "--roll-forward"]) -> str:
+        """Write the command line that makes the category's previous or next model current."""
+        return f"python jobs/models.py --models {shlex.quote(self.uri)} --categories {shlex.quote(category)} {flag}"
 
     def put_normal(self, category: str, data: bytes) -> str:
         """Store the file of an image that was marked as good, and return its digest."""

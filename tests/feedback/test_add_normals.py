@@ -113,7 +113,10 @@ def test_added_normals_calibrate_as_scoring_scores_them(
         f"threshold {was:.4g} before, {now:.4g} after; held-out good images above it {was_out} of {n} before, " in text
     )
     assert f"{now_out} of {n} after; added good images above it {was_added} of 3 before, {now_added} of 3 after" in text
-    assert f"nut: {record.model_id} is current, it was {before.model_id}" in caplog.text
+    undo = plant.store.roll_command("nut", "--roll-back")
+    assert (
+        f"nut: {record.model_id} is now current instead of {before.model_id}. To undo this: {undo}" in caplog.messages
+    )
     assert fitted_keys == []
 
 
@@ -178,11 +181,14 @@ def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pyt
     assert f"look again at the added images that scored highest: {defect} (" in caplog.text
 
 
-def test_a_staged_model_becomes_current_by_rolling_forward(student: Plant) -> None:
+def test_a_staged_model_becomes_current_by_rolling_forward(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
     before = student.store.record("nut")
     assert student.add(student.good(0), stage=True) == 0
     assert student.store.record("nut") == before
     staged = student.store.versions("nut").next[0].model_id
+    command = student.store.roll_command("nut", "--roll-forward")
+    stays = f"nut: {staged} is staged, and {before.model_id} stays current. To make it current: {command}"
+    assert stays in caplog.messages
     assert student.add(student.good(0), stage=True) == 0
     assert [each.model_id for each in student.store.versions("nut").next] == [staged]
     # A fit in between reuses the current model.
@@ -261,6 +267,7 @@ def test_a_fit_does_not_bring_back_what_was_rolled_back(
     assert student.fit() == 0
     assert student.store.record("nut") == first
     assert f"model {second.model_id}, of this recipe and these images, was rolled back or staged" in caplog.text
+    assert f"stays current. To roll forward: {student.store.roll_command('nut', '--roll-forward')}" in caplog.text
     assert len(fitted_keys) == 1
     # Other images make another model, which becomes current.
     storage.publish(f"{student.root}/data/nut/train/good/newer.png", storage.read(student.good(4)[0]))
@@ -318,8 +325,8 @@ def test_a_roll_back_during_a_refit_is_not_undone(
     refitted = versions.next[0].model_id
     assert versions.current.model_id == first.model_id
     assert [each.model_id for each in versions.next] == [refitted, second.model_id]
-    text = f"nut: {first.model_id} became current meanwhile instead of {second.model_id}, and stays current, {refitted}"
-    assert text in caplog.text
+    became = f"nut: {refitted} is staged: {first.model_id} became current during the fit. To make {refitted} current: "
+    assert became + student.store.roll_command("nut", "--roll-forward") in caplog.messages
 
 
 def test_a_refitted_model_that_cannot_score_fails_alone(
