@@ -13,7 +13,7 @@ import numpy.typing as npt
 from stpm.errors import DataError, ModelError, join_first
 from stpm.feedback.alarms import Alarms, describe_change
 from stpm.feedback.marks import Marks
-from stpm.feedback.new_normals import NewNormals, collect
+from stpm.feedback.new_normals import NewNormals, score_and_store
 from stpm.feedback.recalibrate import recalibrate
 from stpm.feedback.refit import Refit
 from stpm.fitting.options import FitOptions
@@ -48,28 +48,33 @@ def add_normals(
         ConfigError: if another run holds the store.
         DataError: if the data set to fit on is missing or empty.
     """
-    refused = dict(marks.refused)
     found: dict[str, NewNormals] = {}
+    failures: dict[str, str] = {}
     with hold_lease(store.uri, options.wait):
         for category, uris in marks.good.items():
             try:
-                new = collect(store, category, uris, backend)
-                refused |= new.refused
+                found[category] = score_and_store(store, category, uris, backend)
                 if refit is None:
-                    _add_to_calibration(store, new, options)
-                found[category] = new
+                    _add_to_calibration(store, found[category], options)
             except (DataError, ModelError) as error:
-                refused |= dict.fromkeys(uris, str(error))
+                failures[category] = str(error)
     if refit is not None and found:
-        for category, reason in _add_to_training(store, found, options, backend, refit).items():
-            refused |= {image.uri: reason for image in found.pop(category).images}
+        failures |= _add_to_training(store, found, options, backend, refit)
+    refused = dict(marks.refused)
+    for new in found.values():
+        refused |= new.refused
+    for category, reason in failures.items():
+        # Images that were added before stay in the model.
+        uris = found[category].uris if category in found else marks.good[category]
+        refused |= dict.fromkeys(uris, reason)
     if marks.other:
         counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
         log.info(f"left out, since only images with label 'good' are added: {counts}")
     if refused:
         reasons = join_first([f"{uri}: {reason}" for uri, reason in refused.items()])
         log.info(f"left out, since they cannot be used: {len(refused)}: {reasons}")
-    return sum(len(new.images) + new.known for new in found.values()), len(refused)
+    done = sum(new.known + (0 if category in failures else len(new.uris)) for category, new in found.items())
+    return done, len(refused)
 
 
 def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions) -> None:
@@ -77,7 +82,7 @@ def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions)
         _log(new.record.category, "none of the images is new to its model")
         return
     record = recalibrate(store, new)
-    _log_change(store, new, record, new.values, options, "calibrated again")
+    _log_change(store, new, record, new.scores, options, "calibrated again")
     fingerprint = store.current(record.category).data_fingerprint
     _make_current(store, new, Version(record.model_id, fingerprint), options)
 
@@ -116,12 +121,12 @@ def _log_change(
     what: str,
 ) -> None:
     """Compare the current model with a new one, which gives new images these scores."""
-    before = Alarms.count(store.calibration_scores(new.record), new.values, options.false_alarm_rate)
+    before = Alarms.count(store.calibration_scores(new.record), new.scores, options.false_alarm_rate)
     after = Alarms.count(store.calibration_scores(record), scores, options.false_alarm_rate)
     _log(record.category, f"{what}: {describe_change(before, after, len(scores))}")
     # A defect that is marked as good by mistake hides all others like it.
-    highest = sorted(zip(new.scores, new.images, strict=True), key=lambda pair: -pair[0].score)[:_NAMED]
-    if over := [f"{image.uri} ({score.score:.4g})" for score, image in highest if score.score > before.threshold]:
+    highest = sorted(zip(new.scores.tolist(), new.images, strict=True), key=lambda pair: -pair[0])[:_NAMED]
+    if over := [f"{image.uri} ({score:.4g})" for score, image in highest if score > before.threshold]:
         _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
 
 

@@ -24,54 +24,67 @@ class NewNormals:
     Args:
         record: record of the category's current model.
         images: the images that are new to that model, each once.
-        scores: score of each of `images` by that model.
-        known: number of images that were added before, or are here twice.
-        refused: URIs of images that cannot be used, with the reason.
+        results: what that model gives to each of `images`.
+        uris: URIs of the files with these images; several may be copies of one.
+        known: number of files whose image was added before.
+        refused: URIs of files that cannot be used, with the reason.
     """
 
     record: ModelRecord
     images: list[AddedNormal]
-    scores: list[LocalScore]
+    results: list[LocalScore]
+    uris: list[str]
     known: int
     refused: dict[str, str]
 
     @property
-    def values(self) -> npt.NDArray[np.float32]:
-        """The scores alone, (n,)."""
-        return np.array([score.score for score in self.scores], np.float32)
+    def scores(self) -> npt.NDArray[np.float32]:
+        """The scores of `images`, (n,)."""
+        return np.array([result.score for result in self.results], np.float32)
 
 
-def collect(store: ModelStore, category: str, uris: Sequence[str], backend: WantedBackend) -> NewNormals:
-    """Fetch images, score them with a category's current model, and copy the new ones to the store.
+def score_and_store(store: ModelStore, category: str, uris: Sequence[str], backend: WantedBackend) -> NewNormals:
+    """Fetch images, score those that are new to a category's current model with it, and copy them to the store.
 
     Raises:
         DataError: if the category's name is not allowed in a path.
         ModelError: if the category has no model, or it cannot be loaded.
     """
     scorer = LocalScorer(store, category, "", backend)
-    found: dict[str, tuple[AddedNormal, LocalScore]] = {}
     before = {image.digest for image in scorer.record.added_normals}
+    known = 0
     refused: dict[str, str] = {}
+    # By digest: the URIs of the copies of an image, and what the model makes of it.
+    copies: dict[str, list[str]] = {}
+    results: dict[str, LocalScore | ImageError] = {}
     for start in range(0, len(uris), BATCH_SIZE):
-        files: dict[str, tuple[str, bytes]] = {}
+        files: dict[str, bytes] = {}
         batch = uris[start : start + BATCH_SIZE]
         for uri, data in zip(batch, storage.in_parallel(_fetch, batch), strict=True):
             if isinstance(data, ImageError):
                 refused[uri] = str(data)
-            elif (digest := storage.digest(data)) not in before and digest not in found:
-                files.setdefault(digest, (uri, data))
-        scores = scorer(data for _, data in files.values())
-        for (digest, (uri, data)), score in zip(files.items(), scores, strict=True):
-            if isinstance(score, ImageError):
-                refused[uri] = str(score)
+            elif (digest := storage.digest(data)) in before:
+                known += 1
+            elif digest in copies:
+                copies[digest].append(uri)
             else:
+                copies[digest], files[digest] = [uri], data
+        for (digest, data), result in zip(files.items(), scorer(files.values()), strict=True):
+            results[digest] = result
+            if isinstance(result, LocalScore):
                 store.put_normal(category, data)
-                found[digest] = AddedNormal(digest, uri, fitted=False), score
+    found: dict[str, LocalScore] = {}
+    for digest, result in results.items():
+        if isinstance(result, ImageError):
+            refused |= dict.fromkeys(copies[digest], str(result))
+        else:
+            found[digest] = result
     return NewNormals(
         record=scorer.record,
-        images=[image for image, _ in found.values()],
-        scores=[score for _, score in found.values()],
-        known=len(uris) - len(refused) - len(found),
+        images=[AddedNormal(digest, copies[digest][0], fitted=False) for digest in found],
+        results=list(found.values()),
+        uris=[uri for digest in found for uri in copies[digest]],
+        known=known,
         refused=refused,
     )
 

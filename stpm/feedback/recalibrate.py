@@ -28,7 +28,7 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
     calibration = _add_scores(store.calibration_scores(record), new)
     changed = dataclasses.replace(
         record,
-        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(score.peak for score in new.scores)])),
+        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(result.peak for result in new.results)])),
         fit=dataclasses.replace(record.fit, calibration_count=len(calibration)),
         added_normals=(*record.added_normals, *new.images),
         library_versions=installed_versions(),
@@ -38,11 +38,11 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
 
 
 def _add_scores(calibration: pa.Table, new: NewNormals) -> pa.Table:
-    added = pa.table({"score": new.values, "is_added": np.ones(len(new.scores), bool)}, calibration.schema)
+    added = pa.table({"score": new.scores, "is_added": np.ones(len(new.images), bool)}, calibration.schema)
     return pa.concat_tables([calibration, added]).sort_by("score")
 
 
 def _add_statistics(statistics: pa.Table, new: NewNormals) -> pa.Table:
-    columns = np.array([score.statistics for score in new.scores], np.float32).T
+    columns = np.array([result.statistics for result in new.results], np.float32).T
     added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
     return pa.concat_tables([statistics, added])

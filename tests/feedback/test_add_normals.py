@@ -145,7 +145,8 @@ def test_feedback_is_cumulative_and_the_same_image_counts_once(
 
 
 def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
-    (student.root / "empty.png").write_bytes(b"")
+    for name in ("empty", "damaged", "copy"):
+        (student.root / f"{name}.png").write_bytes(b"" if name == "empty" else b"no image")
     rows = [
         (student.good(0)[0], "nut", "good"),
         (student.good(1)[0], "screw", "good"),
@@ -167,10 +168,24 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     assert "Traceback" not in caplog.text
     assert student.fit(add_normals=write(student.root / "marks.csv", rows[1:])) == 3
     assert student.fit(add_normals=write(student.root / "marks.csv", rows[6:7])) == 0
+    damaged = [(f"{student.root}/{name}.png", "nut", "good") for name in ("damaged", "copy")]
+    assert student.fit(add_normals=write(student.root / "marks.csv", damaged)) == 3
+    assert "0 of 2 images that are marked as good belong to models" in caplog.text
     with pytest.raises(DataError, match="there is no such file"):
         student.fit(add_normals=str(student.root / "none.csv"))
     assert student.store.versions("nut").previous[0].model_id == before.model_id
     assert len(student.store.versions("nut").previous) == 1
+
+
+def test_images_that_were_added_before_stay_where_the_others_cannot_be_added(
+    student: Plant, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert student.add(student.good(0, 1)) == 0
+    before = student.store.record("nut")
+    storage.publish(f"{student.store.uri}/nut/{before.model_id}/image_statistics.parquet", b"")
+    assert student.add(student.good(0, 1, 2)) == 2
+    assert "2 of 3 images that are marked as good belong to models" in caplog.text
+    assert student.store.record("nut") == before
 
 
 def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
@@ -245,12 +260,23 @@ def test_an_added_image_that_is_among_the_training_images_is_not_there_twice(stu
 
 
 def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
-    before = student.store.record("nut")
     make_category(f"{student.root}/other", "bolt")
-    table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in student.good(0)])
-    options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=table, refit=True)
-    assert run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="pytorch")) == 3
+    copied = f"{student.root}/copy.png"
+    storage.publish(copied, storage.read(student.good(3)[0]))
+
+    def refit(uris: Sequence[str]) -> int:
+        table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
+        options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=table, refit=True)
+        return run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="pytorch"))
+
+    assert refit([*student.good(3), copied]) == 3
+    assert "0 of 2 images that are marked as good belong to models" in caplog.text
     assert "its category has no images in --data" in caplog.text
+    # Those that its model has already stay there.
+    assert student.add(student.good(0, 1)) == 0
+    before = student.store.record("nut")
+    assert refit([*student.good(0, 1, 2, 3), copied]) == 2
+    assert "2 of 5 images that are marked as good belong to models" in caplog.text
     assert student.store.record("nut") == before
 
 
