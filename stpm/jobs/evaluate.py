@@ -108,7 +108,12 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions) -> int:
 
 
 def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:
-    """Read the records of the models that scored a run, from this model store, or by default the run's own.
+    """Read the records of the models that scored a run.
+
+    Args:
+        output: the run.
+        models: URI of its model store, or of the folder that has a store for each of several runs, by name; "": where
+            the store was when the run began.
 
     Raises:
         DataError: if the run is not finished.
@@ -118,5 +123,8 @@ def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[Model
     uri, model_ids = state.store_and_model_ids()
     if not state.is_finished():
         raise DataError(f"{output.folder}: this run is not finished; run the score job again")
-    store = ModelStore(models or uri)
+    if models:
+        own = storage.join(models, output.name)
+        uri = own if output.is_named and storage.exists(own) else models
+    store = ModelStore(uri)
     return store, [store.record(category, model_id) for category, model_id in model_ids.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from stpm.jobs import evaluate as evaluate_job
 from stpm.jobs.benchmark import _score as score_tests
 from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
 from stpm.jobs.evaluate import evaluate_categories, evaluate_category, publish_report, run_evaluate
+from stpm.method.recipe import Recipe
+from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -27,10 +30,18 @@ from stpm.scoring.resuming.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from tests.datasets import make_output, write_rows
 from tests.evaluation.runs import result, scored_run
+from tests.models.test_store import save
 
 
 def evaluate(**options: str) -> int:
     return run_evaluate(EvaluateOptions(**options), ReportOptions())
+
+
+def finish_run(output: RunOutput, model_id: str, store: str) -> None:
+    """Write the state of a finished run of the category `nut`."""
+    run = {"config": {}, "models": {"nut": model_id}, "store": store, "result": dataclasses.asdict(RunResult())}
+    storage.publish(f"{output.state_folder}/run.json", json.dumps(run).encode())
+    storage.publish(f"{output.state_folder}/_SUCCESS", b"")
 
 
 def test_a_missing_run_folder_is_reported(tmp_path: Path) -> None:
@@ -49,15 +60,41 @@ def test_a_run_without_models_is_reported(tmp_path: Path) -> None:
 
 def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
-    Path(output.state_folder).mkdir(parents=True)
-    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models")}
-    run["result"] = dataclasses.asdict(RunResult())
-    (Path(output.state_folder) / "run.json").write_text(json.dumps(run))
+    finish_run(output, "nut-before", str(tmp_path / "models"))
+    (Path(output.state_folder) / "_SUCCESS").unlink()
     with pytest.raises(DataError, match="this run is not finished"):
         evaluate(run=output.folder)
     (Path(output.state_folder) / "_SUCCESS").touch()
     with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
         evaluate(run=output.folder)
+
+
+def test_each_run_of_a_benchmark_that_moved_has_its_own_models(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {}
+    for seed in (0, 1):
+        name = f"seed-{seed}"
+        record = save(ModelStore(str(tmp_path / "models" / name)), dataclasses.replace(tiny, seed=seed))
+        finish_run(RunOutput.named(str(tmp_path), name), record.model_id, "/gone")
+        expected[name] = [record]
+    found: dict[str, list[ModelRecord]] = {}
+
+    def keep(output: RunOutput, records: list[ModelRecord], *_: object) -> list[CategoryResult]:
+        found[output.name] = records
+        return []
+
+    monkeypatch.setattr(evaluate_job, "connected", nullcontext)
+    monkeypatch.setattr(evaluate_job, "evaluate_categories", keep)
+    with pytest.raises(ModelError, match="/gone: no model "):
+        evaluate(run=str(tmp_path))
+    assert evaluate(run=str(tmp_path), models=str(tmp_path / "models")) == 0
+    assert found == expected
+    # With one run, its store itself will do.
+    shutil.rmtree(tmp_path / "runs" / "seed-0")
+    found.clear()
+    assert evaluate(run=str(tmp_path), models=str(tmp_path / "models" / "seed-1")) == 0
+    assert found == {"seed-1": expected["seed-1"]}
 
 
 @pytest.mark.parametrize("content", ["{", '{"config": {}, "result": {}}'])
