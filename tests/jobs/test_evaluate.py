@@ -8,19 +8,19 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import ConfigError, DataError, ModelError, OtherRunError, RunDamagedError
-from stpm.evaluation.gate import Gate, Requirement
+from stpm.evaluation.evaluate import evaluate_category, publish_report
+from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import CategoryResult, Report
 from stpm.jobs import evaluate as evaluate_job
 from stpm.jobs.benchmark import _score as score_tests
 from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
-from stpm.jobs.evaluate import evaluate_categories, evaluate_category, publish_report, run_evaluate
+from stpm.jobs.evaluate import run_evaluate
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
@@ -172,40 +172,6 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()
-
-
-def test_a_category_is_evaluated_published_and_checked_against_the_gate(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    category = scored_run(tmp_path / "scored")
-    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
-    assert Path(category.output.folder, "gallery/seed-0/nut.png").is_file()
-    out = str(tmp_path / "report")
-    report = Report("data", [found])
-    assert publish_report(report, out, Gate((), {})) == 0
-    assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
-    gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
-    assert publish_report(report, out, gate) == 2
-    assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)
-
-
-@pytest.mark.parametrize("copies", [0, 0.5, 2])
-def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Path, copies: float) -> None:
-    output = scored_run(tmp_path).output
-    state = RunState(output.state_folder)
-    state.start(ScoringConfig((), 0.01))
-    (file,) = output.files()
-    rows = pq.read_table(file)
-    state.finish(RunResult(rows=rows.num_rows))
-    output.check_row_count()
-    if copies == 0:
-        Path(file).unlink()
-    elif copies == 2:
-        write_rows(output, rows, 1)
-    else:
-        write_rows(output, rows.slice(0, rows.num_rows // 2))
-    with pytest.raises(RunDamagedError, match=rf"^{int(copies * rows.num_rows)} rows in .*seed-0_\*, where the run wr"):
-        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
 
 
 def test_a_run_without_test_images_removes_no_file_that_no_run_wrote(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from stpm.errors import (
     RunDamagedError,
 )
 from stpm.jobs import score as score_job
-from stpm.jobs.score import run_score, stored_list
+from stpm.jobs.score import run_score
 from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
@@ -348,11 +348,3 @@ def test_a_damaged_model_ends_the_run(tmp_path: Path, tiny: Recipe) -> None:
     (tmp_path / "models" / "nut" / record.model_id / "model.json").write_bytes(b"{")
     with pytest.raises(ModelError, match=r"model.json: cannot be read"):
         run_scoring(make_run(tmp_path, "/a.png"))
-
-
-def test_a_list_keeps_odd_names() -> None:
-    lines = ["a.png", "b\udcff.png", "~$draft.png", "~nosuchuser/x.png", "file://~x/a.png"]
-    with stored_list(lines) as (file, digest):
-        file.seek(0)
-        assert file.read().splitlines() == lines
-    assert digest.startswith("5 lines, ")
