@@ -3,7 +3,7 @@
     python bench/feedback.py --data DATA --categories casting,commutator --teacher demo
 
 DATA is in the MVTec AD layout. Fits each category on its first images of train/good, so few that its threshold is
-rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `jobs/fit.py --add-normals`
+rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `jobs/fit.py --add-good`
 does: those that raise an alarm, and, beginning again with the fitted model, all of them. Prints the alarms of both
 nights, and those of night 6 with each feedback. Everything runs in this process; `--student none` leaves the student
 out.
@@ -64,7 +64,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
         lines = [{"uri": category.test[i].uri, "category": name, "label": "good"} for i in np.flatnonzero(marked)]
         marks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         start = time.perf_counter()
-        options = FitOptions(models=store.uri, false_alarm_rate=rate, add_normals=str(marks), allow=Names((data,)))
+        options = FitOptions(models=store.uri, false_alarm_rate=rate, add_good=str(marks), allow=Names((data,)))
         run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions())
         report(6, f"{len(lines)} good images of night 5 added ({feedback}) in {time.perf_counter() - start:.1f} s")
         store.set_versions(name, before)

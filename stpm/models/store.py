@@ -3,7 +3,7 @@
 <store>/teachers/<digest>.safetensors                one for all models with this teacher
 <store>/<category>/current.json                      the ids of the category's current model, of those before it and
                                                      of those after it; written last of all
-<store>/<category>/normals/<digest>                  the file of an image that was marked as good
+<store>/<category>/added/<digest>                    the file of an image that was marked as good
 <store>/<category>/<model id>/student.safetensors    if the recipe has a student
 <store>/<category>/<model id>/memory.safetensors     if the recipe has a memory
 <store>/<category>/<model id>/calibration.parquet    columns `score`: float32, ascending, and
@@ -56,7 +56,7 @@ _TEACHERS = "teachers"
 _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
-_NORMALS = "normals"
+_ADDED = "added"
 
 
 @dataclass(frozen=True)
@@ -250,21 +250,21 @@ class ModelStore:
         """Write the command line that makes the category's previous or next model current."""
         return f"python jobs/models.py --models {shlex.quote(self.uri)} --categories {shlex.quote(category)} {flag}"
 
-    def put_normal(self, category: str, data: bytes) -> str:
+    def put_added(self, category: str, data: bytes) -> str:
         """Store the file of an image that was marked as good, and return its digest."""
         digest = storage.digest(data)
-        uri = self.normal_uri(category, digest)
+        uri = self.added_uri(category, digest)
         if not storage.exists(uri):
             storage.publish(uri, data)
         return digest
 
-    def normal_uri(self, category: str, digest: str) -> str:
+    def added_uri(self, category: str, digest: str) -> str:
         """Return the URI of an image that was marked as good."""
-        return storage.join(self.normals_folder(category), digest)
+        return storage.join(self.added_folder(category), digest)
 
-    def normals_folder(self, category: str) -> str:
+    def added_folder(self, category: str) -> str:
         """Return the folder of a category's images that were marked as good."""
-        return storage.join(self.folder(category), _NORMALS)
+        return storage.join(self.folder(category), _ADDED)
 
     def calibration_scores(self, record: ModelRecord) -> pa.Table:
         """Read the scores that calibrate a model, ascending, in the columns `score` and `is_added`."""

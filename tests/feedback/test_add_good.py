@@ -13,7 +13,7 @@ import pytest
 from stpm import storage
 from stpm.data import mvtec
 from stpm.errors import DataError
-from stpm.feedback.new_normals import NewNormals
+from stpm.feedback.new_images import NewImages
 from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import fit_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
@@ -52,7 +52,7 @@ class Plant:
 
     def add(self, uris: Sequence[str], **options: Any) -> int:
         table = write(self.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
-        return self.fit(add_normals=table, **options)
+        return self.fit(add_good=table, **options)
 
     def scores(self, uris: Sequence[str]) -> np.ndarray:
         """Score images with the current model, by the stages of scoring."""
@@ -76,7 +76,7 @@ def student(tmp_path: Path, fitted_keys: list[str]) -> Plant:
     return plant
 
 
-def test_added_normals_calibrate_as_scoring_scores_them(
+def test_added_images_calibrate_as_scoring_scores_them(
     plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     before, uris = plant.store.record("nut"), plant.good(0, 1, 2)
@@ -98,7 +98,7 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     assert new.scale.low == old.scale.low
     assert new.scale.good_max >= old.scale.good_max
     np.testing.assert_allclose(plant.scores(uris), expected, rtol=1e-6)
-    assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, False) for uri in uris]
+    assert [(each.uri, each.fitted) for each in record.added_images] == [(uri, False) for uri in uris]
     scores = plant.store.calibration_scores(record)
     held_out = scores.filter(~scores["is_added"].to_numpy())
     np.testing.assert_array_equal(held_out["score"].to_numpy(), old.scores)
@@ -131,15 +131,15 @@ def test_feedback_is_cumulative_and_the_same_image_counts_once(
     assert first.fit.calibration_count == held_out + 2
     assert student.add(student.good(1, 2)) == 0
     second = student.store.record("nut")
-    assert [each.uri for each in second.added_normals] == student.good(0, 1, 2)
+    assert [each.uri for each in second.added_images] == student.good(0, 1, 2)
     assert len(student.calibration().scores) == held_out + 3
     caplog.clear()
     assert student.add(student.good(0, 1, 2)) == 0
     assert "nut: none of the images is new to its model" in caplog.text
     assert student.store.record("nut") == second
     # The files are copied: the night's images may be gone by the next fit.
-    for each in second.added_normals:
-        assert storage.digest(storage.read(student.store.normal_uri("nut", each.digest))) == each.digest
+    for each in second.added_images:
+        assert storage.digest(storage.read(student.store.added_uri("nut", each.digest))) == each.digest
     assert run_models(ModelsOptions(student.store.uri, NUT, roll_back=True)) == 0
     assert student.store.record("nut") == first
 
@@ -159,20 +159,20 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     ]
     table = write(student.root / "marks.csv", rows)
     before = student.store.record("nut")
-    assert student.fit(add_normals=table) == 2
-    assert len(student.store.record("nut").added_normals) == 1
+    assert student.fit(add_good=table) == 2
+    assert len(student.store.record("nut").added_images) == 1
     assert "1 of 7 images that are marked as good belong to models" in caplog.text
     assert "only images with label 'good' are added: 1 with label 'defect'" in caplog.text
     for reason in ("no model for category 'screw'", "holds the character '/'", "the file has no bytes", "see --allow"):
         assert reason in caplog.text
     assert "Traceback" not in caplog.text
-    assert student.fit(add_normals=write(student.root / "marks.csv", rows[1:])) == 3
-    assert student.fit(add_normals=write(student.root / "marks.csv", rows[6:7])) == 0
+    assert student.fit(add_good=write(student.root / "marks.csv", rows[1:])) == 3
+    assert student.fit(add_good=write(student.root / "marks.csv", rows[6:7])) == 0
     damaged = [(f"{student.root}/{name}.png", "nut", "good") for name in ("damaged", "copy")]
-    assert student.fit(add_normals=write(student.root / "marks.csv", damaged)) == 3
+    assert student.fit(add_good=write(student.root / "marks.csv", damaged)) == 3
     assert "0 of 2 images that are marked as good belong to models" in caplog.text
     with pytest.raises(DataError, match="there is no such file"):
-        student.fit(add_normals=str(student.root / "none.csv"))
+        student.fit(add_good=str(student.root / "none.csv"))
     assert student.store.versions("nut").previous[0].model_id == before.model_id
     assert len(student.store.versions("nut").previous) == 1
 
@@ -224,7 +224,7 @@ def test_a_fit_keeps_feedback(student: Plant, fitted_keys: list[str]) -> None:
     record = student.store.record("nut")
     assert fitted_keys == ["nut (seed 0)"]
     assert record.fit.good_count == 11 + 2
-    assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, True) for uri in student.good(0, 1)]
+    assert [(each.uri, each.fitted) for each in record.added_images] == [(uri, True) for uri in student.good(0, 1)]
     assert student.fit() == 0
     assert fitted_keys == ["nut (seed 0)"]
 
@@ -238,7 +238,7 @@ def test_refit_trains_on_all_added_images(
     record = student.store.record("nut")
     assert fitted_keys == ["nut (seed 0)"]
     assert record.fit.good_count == first.fit.good_count + 3
-    assert [each.fitted for each in record.added_normals] == [True] * 3
+    assert [each.fitted for each in record.added_images] == [True] * 3
     assert record.fit.calibration_count == record.fit.held_out_count == student.recipe.held_out_count(13)
     assert not student.store.calibration_scores(record)["is_added"].to_numpy().any()
     assert f"nut: fitted again on {record.fit.train_count} images, others held out: threshold" in caplog.text
@@ -256,7 +256,7 @@ def test_an_added_image_that_is_among_the_training_images_is_not_there_twice(stu
     assert student.add([inside, *student.good(0)], refit=True) == 0
     record = student.store.record("nut")
     assert record.fit.good_count == 10 + 1
-    assert len(record.added_normals) == 2
+    assert len(record.added_images) == 2
 
 
 def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
@@ -266,7 +266,7 @@ def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplo
 
     def refit(uris: Sequence[str]) -> int:
         table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
-        options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=table, refit=True)
+        options = FitOptions(f"{student.root}/other", student.store.uri, add_good=table, refit=True)
         return run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="pytorch"))
 
     assert refit([*student.good(3), copied]) == 3
@@ -364,14 +364,14 @@ def test_a_refitted_model_that_cannot_score_fails_alone(
     before = {name: student.store.record(name) for name in ("bolt", "nut")}
     scores = Refit.scores
 
-    def fail_for_bolt(self: Refit, store: ModelStore, new: NewNormals, *arguments: Any) -> Any:
+    def fail_for_bolt(self: Refit, store: ModelStore, new: NewImages, *arguments: Any) -> Any:
         if new.record.category == "bolt":
             raise PermissionError("403 Forbidden")
         return scores(self, store, new, *arguments)
 
     monkeypatch.setattr(Refit, "scores", fail_for_bolt)
     marks = [(f"{student.root}/nights/{name}/test/good/000.png", name, "good") for name in before]
-    assert student.fit(add_normals=write(student.root / "marks.jsonl", marks), refit=True) == 2
+    assert student.fit(add_good=write(student.root / "marks.jsonl", marks), refit=True) == 2
     assert "stays staged, since it cannot score: 403 Forbidden" in caplog.text
     assert student.store.record("bolt") == before["bolt"]
     assert student.store.record("nut").fit.good_count == before["nut"].fit.good_count + 1

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from stpm.errors import DataError, ModelError, join_first
 from stpm.feedback.alarms import Alarms, describe_change
 from stpm.feedback.marks import Marks
-from stpm.feedback.new_normals import NewNormals, score_and_store
+from stpm.feedback.new_images import NewImages, score_and_store
 from stpm.feedback.recalibrate import recalibrate
 from stpm.feedback.refit import Refit
 from stpm.fitting.options import FitOptions
@@ -29,7 +29,7 @@ _NAMED = 3
 log = logging.getLogger(__name__)
 
 
-def add_normals(
+def add_good(
     store: ModelStore, marks: Marks, options: FitOptions, backend: WantedBackend, refit: Refit | None = None
 ) -> tuple[int, int]:
     """Add marked images to the models of their categories.
@@ -48,7 +48,7 @@ def add_normals(
         ConfigError: if another run holds the store.
         DataError: if the data set to fit on is missing or empty.
     """
-    found: dict[str, NewNormals] = {}
+    found: dict[str, NewImages] = {}
     failures: dict[str, str] = {}
     with hold_lease(store.uri, options.wait):
         for category, uris in marks.good.items():
@@ -77,7 +77,7 @@ def add_normals(
     return done, len(refused)
 
 
-def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions) -> None:
+def _add_to_calibration(store: ModelStore, new: NewImages, options: FitOptions) -> None:
     if not new.images:
         _log(new.record.category, "none of the images is new to its model")
         return
@@ -88,7 +88,7 @@ def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions)
 
 
 def _add_to_training(
-    store: ModelStore, found: dict[str, NewNormals], options: FitOptions, backend: WantedBackend, refit: Refit
+    store: ModelStore, found: dict[str, NewImages], options: FitOptions, backend: WantedBackend, refit: Refit
 ) -> dict[str, str]:
     """Fit models on new images; return the reason of each category that could not be fitted."""
     results = refit.fit(store, {category: new.images for category, new in found.items()}, backend, options.wait)
@@ -114,7 +114,7 @@ def _add_to_training(
 
 def _log_change(
     store: ModelStore,
-    new: NewNormals,
+    new: NewImages,
     record: ModelRecord,
     scores: npt.NDArray[np.float32],
     options: FitOptions,
@@ -130,7 +130,7 @@ def _log_change(
         _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
 
 
-def _make_current(store: ModelStore, new: NewNormals, version: Version, options: FitOptions) -> None:
+def _make_current(store: ModelStore, new: NewImages, version: Version, options: FitOptions) -> None:
     """Make a staged model current, unless the options say to stage it, or another model has become current."""
     category = new.record.category
     versions = store.versions(category)

@@ -11,14 +11,14 @@ import numpy.typing as npt
 from stpm import storage
 from stpm.errors import ImageError
 from stpm.feedback.local_scorer import BATCH_SIZE, LocalScore, LocalScorer
-from stpm.models.record import AddedNormal, ModelRecord
+from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 from stpm.scoring.inputs import image_files
 
 
 @dataclass(frozen=True)
-class NewNormals:
+class NewImages:
     """Images that are marked as good.
 
     Args:
@@ -31,7 +31,7 @@ class NewNormals:
     """
 
     record: ModelRecord
-    images: list[AddedNormal]
+    images: list[AddedImage]
     results: list[LocalScore]
     uris: list[str]
     known: int
@@ -43,7 +43,7 @@ class NewNormals:
         return np.array([result.score for result in self.results], np.float32)
 
 
-def score_and_store(store: ModelStore, category: str, uris: Sequence[str], backend: WantedBackend) -> NewNormals:
+def score_and_store(store: ModelStore, category: str, uris: Sequence[str], backend: WantedBackend) -> NewImages:
     """Fetch images, score those that are new to a category's current model with it, and copy them to the store.
 
     Raises:
@@ -51,7 +51,7 @@ def score_and_store(store: ModelStore, category: str, uris: Sequence[str], backe
         ModelError: if the category has no model, or it cannot be loaded.
     """
     scorer = LocalScorer(store, category, "", backend)
-    before = {image.digest for image in scorer.record.added_normals}
+    before = {image.digest for image in scorer.record.added_images}
     known = 0
     refused: dict[str, str] = {}
     # By digest: the URIs of the copies of an image, and what the model makes of it.
@@ -72,16 +72,16 @@ def score_and_store(store: ModelStore, category: str, uris: Sequence[str], backe
         for (digest, data), result in zip(files.items(), scorer(files.values()), strict=True):
             results[digest] = result
             if isinstance(result, LocalScore):
-                store.put_normal(category, data)
+                store.put_added(category, data)
     found: dict[str, LocalScore] = {}
     for digest, result in results.items():
         if isinstance(result, ImageError):
             refused |= dict.fromkeys(copies[digest], str(result))
         else:
             found[digest] = result
-    return NewNormals(
+    return NewImages(
         record=scorer.record,
-        images=[AddedNormal(digest, copies[digest][0], fitted=False) for digest in found],
+        images=[AddedImage(digest, copies[digest][0], fitted=False) for digest in found],
         results=list(found.values()),
         uris=[uri for digest in found for uri in copies[digest]],
         known=known,
