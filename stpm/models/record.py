@@ -115,7 +115,7 @@ class ModelRecord:
 
     @cached_property
     def model_id(self) -> str:
-        """Return the category, with a digest of everything that affects scores, p-values, verdicts or heatmaps."""
+        """Return the category, with a digest of everything that affects scores, p-values, thresholds or heatmaps."""
         files = [self.files.get(name) for name in (STUDENT, MEMORY, CALIBRATION)]
         values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.distance_scales, files)
         return f"{self.category}-{storage.digest(repr((values, self.heatmap_scale)).encode())[:12]}"

@@ -26,7 +26,7 @@ _BONFERRONI = {"errors": 4, "alarms": 4 * 2, "scores": 4} | dict.fromkeys(COMPAR
 
 # Distance between the distributions of the night's scores and the calibration's; defects change it by their share.
 _SCORES = Limits(0.25, 0.5)
-# Alarms beyond the requested rate, as a share of the images: fewer defects are normal.
+# Alarms beyond the requested rate, as a share of the images: some defects are expected.
 _ALARMS = Limits(0.05, 0.15)
 # Alarms beyond those of earlier nights.
 _MORE_ALARMS = Limits(0.02, 0.05)
@@ -216,7 +216,7 @@ def _errors(night: Counts, earlier: Sequence[Counts]) -> Iterator[Change]:
     if not rate or not rate.events:
         return
     usual = _usual([past.error_rate for past in earlier], _ERRORS.watch)
-    # Without earlier nights, one error in a hundred images is normal.
+    # Without earlier nights, one error in a hundred images is expected.
     share = pool(usual).value if usual else 0.0
     text = f"{percent(rate.value)} of the images are errors ({rate.events:,} of {rate.total:,})"
     if usual:

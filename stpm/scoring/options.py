@@ -43,8 +43,8 @@ class CollectionOptions(Options):
     fdr: float = option(
         0.0,
         "false discovery rate, 0 to 1: of the images that the run calls discoveries, at most this fraction is good on "
-        "average, over all its images and categories (Benjamini-Hochberg); the verdict of each image stays that of the "
-        "false-alarm rate; 0: no discoveries",
+        "average, over all its images and categories (Benjamini-Hochberg); `is_anomalous` still follows "
+        "--false-alarm-rate; 0: no discoveries",
         minimum=0,
         below=1,
     )
