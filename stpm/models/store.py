@@ -22,7 +22,6 @@ current model can be rolled back.
 from __future__ import annotations
 
 import dataclasses
-import io
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -345,7 +344,7 @@ class ModelStore:
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
         data = self._read_verified(self._uri(record, name), record.files[name])
-        return pq.read_table(io.BytesIO(data))
+        return pq.read_table(pa.BufferReader(data))
 
     def _uri(self, record: ModelRecord, name: str) -> str:
         return storage.join(self.folder(record.category), record.model_id, name)

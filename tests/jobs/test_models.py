@@ -64,7 +64,8 @@ def test_the_commands_that_messages_name_run_in_a_shell(tmp_path: Path, tiny: Re
     first, second = (save(store, dataclasses.replace(tiny, seed=seed), name).model_id for seed in (0, 1))
     for flag, expected in (("--roll-back", first), ("--roll-forward", second)):
         command = store.roll_command(name, flag).replace("python", sys.executable, 1)  # type: ignore[arg-type]
-        subprocess.run(command, shell=True, check=True, cwd=REPOSITORY, capture_output=True)  # noqa: S602
+        done = subprocess.run(command, check=False, shell=True, cwd=REPOSITORY, capture_output=True, text=True)  # noqa: S602
+        assert done.returncode == 0, done.stderr
         assert store.record(name).model_id == expected
 
 
