@@ -48,7 +48,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
             results = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
     failed = len(failures) + sum(result.record is None for result in results)
     done = len(results) + len(failures) - failed
-    log.info(f"{done} of {done + failed} categories have a model in {options.models}")
+    log.info(f"{done} of {done + failed} categories are fitted; their models are in {options.models}")
     return exit_code(done, failed)
 
 

@@ -324,6 +324,8 @@ def test_storage_that_fails_does_not_lose_feedback(
         fail_to_read(patch, PermissionError("403 Forbidden"), ["model.json"])
         assert student.fit() == 3
     assert "nut (seed 0): failed: " in caplog.text
+    # The store has the earlier model, which this fit did not make.
+    assert "0 of 1 categories are fitted; their models are in " in caplog.text
     assert fitted_keys == []
     assert student.store.record("nut") == before
     # A damaged record cannot say which images were added: the log does.
