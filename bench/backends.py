@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from common import matcher_from
-from recipes import compare, compare_real, fit, make_fit_parser, measure
+from local_fit import compare, compare_real, fit, make_fit_parser, matcher_from, measure
 from tabulate import tabulate
 
 from stpm.data import mvtec
@@ -47,7 +46,7 @@ def main() -> None:
         precision=arguments.precision,
     )
     rows = []
-    for name in mvtec.find_categories(arguments.data, [name for name in arguments.categories.split(",") if name]):
+    for name in mvtec.find_categories(arguments.data, arguments.categories):
         category = mvtec.read_category(arguments.data, name)
         rows.append([name, *run(category, recipe.for_image_count(len(category.train)))])
         print(*rows[-1], flush=True)

@@ -17,40 +17,42 @@ matters: the share of alarms among them, at a requested rate of 1 %, while the c
 from __future__ import annotations
 
 import datetime
-import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import CORES, make_parser
-from PIL import Image, ImageFilter
+from camera_faults import blur, brighten, move, open_image
+from commands import CORES, make_parser, words
+from PIL import Image
 from tabulate import tabulate
 
-from stpm import storage
-from stpm.data import images, mvtec
+from stpm.data import mvtec
 from stpm.data.encode import encode_png
 from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.feedback.local_scorer import LocalScore, LocalScorer
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
-from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
+from stpm.monitoring.drift import Counts, Reference, Sample, Verdict, judge
 from stpm.monitoring.significance import FloatArray
 
 Transform = Callable[[Image.Image], Image.Image]
-Rng = np.random.Generator
 
 _FALSE_ALARM_RATE = 0.01
 _FALSE_VERDICT_RATE = 0.05
+# Good images that calibrate the model, and images of a night.
 _CALIBRATION = 200
 _NIGHT = 1000
 _USUAL_DEFECTS = 0.03
+# The share of defects that a model finds, where none is given.
 _FOUND = 0.8
+# Nights before the one that is judged.
 _EARLIER = 5
+# Training images of which statistics are computed, and good test images that a model scores with each fault.
 _MAX_IMAGES = 140
 _MAX_SCORED = 30
 # Verdicts that are given together, on one page: five categories, 30 nights.
@@ -71,25 +73,8 @@ def keep(image: Image.Image) -> Image.Image:
     return image
 
 
-def brighten(image: Image.Image, factor: float) -> Image.Image:
-    return image.point([min(round(value * factor), 255) for value in range(256)] * 3)
-
-
-def blur(image: Image.Image, share: float) -> Image.Image:
-    """Blur with a standard deviation that is a share of the shorter side."""
-    return image.filter(ImageFilter.GaussianBlur(share * min(image.size)))
-
-
-def move(image: Image.Image, right: float, down: float) -> Image.Image:
-    """Move the image by shares of its sides, and fill the border with its reflection."""
-    x, y = round(right * image.width), round(down * image.height)
-    before, after = (max(y, 0), max(-y, 0)), (max(x, 0), max(-x, 0))
-    padded = np.pad(np.asarray(image), (before, after, (0, 0)), mode="reflect")
-    top, left = max(-y, 0), max(-x, 0)
-    return Image.fromarray(padded[top : top + image.height, left : left + image.width])
-
-
-def camera_faults() -> list[Fault]:
+def planted_faults() -> list[Fault]:
+    """Return the camera's faults, each kind in four sizes."""
     faults = []
     for share in (0.03, 0.05, 0.1, 0.2):
         variants = tuple(partial(brighten, factor=1 + sign * share) for sign in (1, -1))
@@ -126,7 +111,7 @@ class Product(NamedTuple):
 def measure(data: str, name: str, store: str) -> Product:
     """Compute the statistics of a category's training images, with and without each fault, and its model's p-values."""
     torch.set_num_threads(1)
-    category, faults = mvtec.read_category(data, name), camera_faults()
+    category, faults = mvtec.read_category(data, name), planted_faults()
     chosen = np.random.default_rng(0).permutation(len(category.train))[:_MAX_IMAGES]
     files = [open_image(category.train[i][0]) for i in chosen]
     clean = statistics_of(files, keep)
@@ -142,10 +127,6 @@ def measure(data: str, name: str, store: str) -> Product:
     spoilt = ([each[i % len(each)](image) for i, image in enumerate(good[:_MAX_SCORED])] for each in variants)
     alarms = [float((p_values(files) <= _FALSE_ALARM_RATE).mean()) for files in spoilt]
     return Product(name, clean, test, faulty, defects, alarms)
-
-
-def open_image(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(storage.read(uri)), formats=images.FORMATS).convert("RGB")
 
 
 def statistics_of(files: Sequence[Image.Image], transform: Transform) -> FloatArray:
@@ -165,70 +146,81 @@ def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Imag
     return p_values
 
 
+class Planted(NamedTuple):
+    """A night of one product at random, and what it is judged against."""
+
+    night: Counts
+    sample: Sample
+    earlier: Mapping[datetime.date, Counts]
+    reference: Reference
+
+    def judge(self) -> Verdict:
+        return judge(*self, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
+
+
 class Nights:
-    """Nights of one product at random: some earlier ones without a fault, and the night that is judged."""
+    """Nights of one product at random, each after some earlier ones without a fault."""
 
     def __init__(self, product: Product) -> None:
         self._product = product
         # The nights do not depend on the other categories.
         self._rng = np.random.default_rng(zlib.crc32(product.name.encode()))
 
-    def clean(self) -> tuple[list[CategoryNight], Reference]:
+    def clean(self) -> Planted:
+        """Split the images and draw a calibration anew, for these nights and what the other methods change in them."""
         product, rng = self._product, self._rng
         order = rng.permutation(len(product.clean))
         self._half = order[: len(order) // 2]
         reference = Reference(_CALIBRATION, by_name(product.clean[order[len(order) // 2 :]]))
         self._calibration = np.sort(rng.random(_CALIBRATION))
-        dates = [_LAST_DATE - datetime.timedelta(days) for days in range(_EARLIER, -1, -1)]
-        return [self._night(date, _USUAL_DEFECTS) for date in dates], reference
+        dates = [_LAST_DATE - datetime.timedelta(days) for days in range(_EARLIER, 0, -1)]
+        earlier = {date: self._night(_USUAL_DEFECTS)[0] for date in dates}
+        return Planted(*self._night(_USUAL_DEFECTS), earlier, reference)
 
-    def camera_fault(self, number: int) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
+    def camera_fault(self, number: int) -> Planted:
+        clean = self.clean()
         variants = self._product.faulty[number]
         chosen = variants[self._rng.integers(len(variants))]
-        return [*earlier, replace(night, statistics=by_name(chosen[self._half]))], reference
+        return clean._replace(sample=clean.sample._replace(statistics=by_name(chosen[self._half])))
 
-    def more_defects(self, share: float) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
-        return [*earlier, self._night(night.date, _USUAL_DEFECTS + share)], reference
+    def more_defects(self, share: float) -> Planted:
+        clean = self.clean()
+        night, sample = self._night(_USUAL_DEFECTS + share)
+        return clean._replace(night=night, sample=sample)
 
-    def empty(self) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
-        nothing = {name: np.empty(0, np.float32) for name in COMPARED}
-        empty = replace(night, images=0, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
-        return [*earlier, empty], reference
+    def empty(self) -> Planted:
+        clean = self.clean()
+        nothing = Sample(np.empty(0, np.float32), dict.fromkeys(COMPARED, np.empty(0, np.float32)))
+        return clean._replace(night=replace(clean.night, images=0, alarms=0), sample=nothing)
 
-    def repeated(self) -> tuple[list[CategoryNight], Reference]:
-        (*earlier, night), reference = self.clean()
+    def repeated(self) -> Planted:
+        clean = self.clean()
         chosen = np.full(len(self._half), self._half[0])
-        repeated = replace(night, statistics=by_name(self._product.clean[chosen]))
-        return [*earlier, replace(repeated, p_values=np.full(len(chosen), night.p_values[0]))], reference
+        p_values = np.full(len(chosen), clean.sample.p_values[0])
+        return clean._replace(sample=Sample(p_values, by_name(self._product.clean[chosen])))
 
-    def test(self) -> tuple[list[CategoryNight], Reference]:
+    def test(self) -> Planted:
         """Make one night of the test images, without earlier ones."""
-        (night, *_), _ = self.clean()
-        test, clean = self._product.test, self._product.clean
-        p_values = self._rng.choice(night.p_values, len(test))
-        night = replace(night, statistics=by_name(test), p_values=p_values)
-        return [night], Reference(_CALIBRATION, by_name(clean))
+        clean, product = self.clean(), self._product
+        reference = Reference(_CALIBRATION, by_name(product.clean))
+        p_values = self._rng.choice(clean.sample.p_values, len(product.test))
+        return Planted(clean.night, Sample(p_values, by_name(product.test)), {}, reference)
 
-    def _night(self, date: datetime.date, defects: float) -> CategoryNight:
+    def _night(self, defects: float) -> tuple[Counts, Sample]:
         rng = self._rng
         at_least = _CALIBRATION - np.searchsorted(self._calibration, rng.random(_NIGHT))
         p_values = (1 + at_least) / (_CALIBRATION + 1)
         bad = rng.random(_NIGHT) < defects
         p_values[bad] = rng.choice(self._product.defects, int(bad.sum()))
         limit = threshold_rank(_CALIBRATION, _FALSE_ALARM_RATE) / (_CALIBRATION + 1)
-        return CategoryNight(
-            date=date,
+        counts = Counts(
             model_id="model",
             images=_NIGHT,
             errors={},
             alarms=int((p_values <= limit + 1e-6).sum()),
             false_alarm_rate=_FALSE_ALARM_RATE,
-            p_values=p_values[: len(self._half)],
-            statistics=by_name(self._product.clean[self._half]),
         )
+        return counts, Sample(p_values[: len(self._half)], by_name(self._product.clean[self._half]))
 
 
 def by_name(rows: FloatArray) -> dict[str, FloatArray]:
@@ -242,14 +234,10 @@ class Count(NamedTuple):
     act: int
 
 
-def count_named(make: Callable[[], tuple[list[CategoryNight], Reference]], names: Sequence[str], number: int) -> Count:
-    verdicts = [verdict(*make()) for _ in range(number)]
+def count_named(make: Callable[[], Planted], names: Sequence[str], number: int) -> Count:
+    verdicts = [make().judge() for _ in range(number)]
     named = [each for each in verdicts if each.changes and each.changes[0].name in names]
     return Count(len(named), sum(each.level == "act" for each in named))
-
-
-def verdict(nights: list[CategoryNight], reference: Reference) -> Verdict:
-    return judge(nights, reference, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
 
 
 def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[list[str]]:
@@ -257,11 +245,11 @@ def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[li
     nights = [Nights(product) for product in products]
     anything = (*COMPARED, "images", "repeated", "errors", "alarms", "scores")
 
-    def row(kind: str, size: str, names: Sequence[str], number: int, make: Callable[[Nights], Any]) -> list[str]:
+    def row(kind: str, size: str, names: Sequence[str], number: int, make: Callable[[Nights], Planted]) -> list[str]:
         counts = [count_named(partial(make, each), names, number) for each in nights]
         return [kind, size, *(f"{count.named} ({count.act})" for count in counts)]
 
-    for number, fault in enumerate(camera_faults()):
+    for number, fault in enumerate(planted_faults()):
         yield row(fault.kind, fault.size, fault.names, plantings, partial(Nights.camera_fault, number=number))
     for share in (0.02, 0.05, 0.1):
         yield row("more defects", f"+ {share:.0%}", ("alarms",), plantings, partial(Nights.more_defects, share=share))
@@ -272,23 +260,23 @@ def rows(products: Sequence[Product], plantings: int, clean: int) -> Iterator[li
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--models", default="")
-    parser.add_argument("--categories", default="")
-    parser.add_argument("--plantings", type=int, default=100)
-    parser.add_argument("--clean", type=int, default=1000)
+    parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
+    parser.add_argument("--models", default="", help="model store, whose models give the p-values (default: none)")
+    parser.add_argument("--categories", type=words, default="", help="separated by commas (default: all)")
+    parser.add_argument("--plantings", type=int, default=100, help="nights with each fault (default: 100)")
+    parser.add_argument("--clean", type=int, default=1000, help="nights without a fault (default: 1000)")
     options = parser.parse_args()
-    names = mvtec.find_categories(options.data, [name for name in options.categories.split(",") if name])
+    names = mvtec.find_categories(options.data, options.categories)
     with ProcessPoolExecutor(CORES) as processes:
         products = list(processes.map(partial(measure, options.data, store=options.models), names))
     print(f"verdicts that name the fault first, of {options.plantings} (to act)")
     print(tabulate(list(rows(products, options.plantings, options.clean)), ["fault", "size", *names], "github"))
     for product in products:
-        found = verdict(*Nights(product).test())
+        found = Nights(product).test().judge()
         print(f"{product.name}, {len(product.test)} good test images: {found.level} {'; '.join(found.reasons)}")
     if options.models:
         print(f"\nalarms of good test images, {_FALSE_ALARM_RATE:.0%} requested")
-        kinds = [("none", ""), *((fault.kind, fault.size) for fault in camera_faults())]
+        kinds = [("none", ""), *((fault.kind, fault.size) for fault in planted_faults())]
         cells = zip(*(product.alarms for product in products), strict=True)
         table = [
             [*kind, *(f"{100 * value:.0f} %" for value in values)] for kind, values in zip(kinds, cells, strict=True)

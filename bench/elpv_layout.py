@@ -17,7 +17,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import make_parser
+from commands import make_parser
 
 _TEST_EVERY = 5
 

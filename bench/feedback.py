@@ -3,48 +3,38 @@
     python bench/feedback.py --data DATA --categories casting,commutator --teacher demo
 
 DATA is in the MVTec AD layout. Fits each category on its first images of train/good, so few that its threshold is
-rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `jobs/fit.py --add-normals`
-does: those that raise an alarm, and after a roll-back all of them. Prints the alarms of both nights, and those of night
-6 with each feedback. Everything runs in this process; `--student none` leaves the student out.
+rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `jobs/fit.py --add-good`
+does: those that raise an alarm, and, beginning again with the fitted model, all of them. Prints the alarms of both
+nights, and those of night 6 with each feedback. Everything runs in this process; `--student none` leaves the student
+out.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from common import RAM_BUDGET, make_parser
+from commands import make_parser, words
+from local_fit import make_task, run_task
 
 from stpm.data import mvtec
 from stpm.feedback.local_scorer import LocalScore, LocalScorer
-from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.options import FitOptions, WorkerOptions
-from stpm.fitting.task import FitTask
 from stpm.jobs.fit import run_fit
-from stpm.method.backbones import load_teacher_weights
-from stpm.method.recipe import PRESETS, Recipe
+from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 
 
-def fit(store: ModelStore, category: mvtec.Category, recipe: Recipe, train_images: int) -> None:
-    """Fit a category on its first images."""
-    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
-    train = category.train[:train_images]
-    task = FitTask(category.name, train, recipe.for_image_count(len(train)), store.uri, digest)
-    result = fit_category(task, WorkerLimits(RAM_BUDGET, RAM_BUDGET, 1e9), lambda event: None)
-    if result.reason:
-        raise SystemExit(result.reason)
-
-
-def score(store: ModelStore, name: str, images: list[mvtec.TestImage]) -> np.ndarray:
-    """Score images with the current model."""
+def score(store: ModelStore, name: str, images: Sequence[mvtec.TestImage]) -> npt.NDArray[np.float32]:
+    """Return the score of each image by the category's current model."""
     scores = LocalScorer(store, name, "", "auto")(Path(image.uri).read_bytes() for image in images)
     return np.array([each.score for each in scores if isinstance(each, LocalScore)], np.float32)
 
@@ -53,7 +43,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
     """Give feedback on night 5, and print the alarms of both nights."""
     name, good = category.name, np.array([image.label == mvtec.GOOD for image in category.test])
     # Scores stay the same when a model is calibrated again.
-    scores = score(store, name, list(category.test))
+    scores = score(store, name, category.test)
     # Every other image of each label.
     ranks = np.where(good, np.cumsum(good), np.cumsum(~good))
     nights = {night: ranks % 2 == night % 2 for night in (5, 6)}
@@ -68,35 +58,36 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
 
     report(5, "no feedback")
     report(6, "no feedback")
+    before = store.versions(name)
     for feedback, marked in (("its alarms", nights[5] & good & alarms()), ("all of it", nights[5] & good)):
         marks = work / f"{name}.jsonl"
         lines = [{"uri": category.test[i].uri, "category": name, "label": "good"} for i in np.flatnonzero(marked)]
         marks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         start = time.perf_counter()
-        options = FitOptions(models=store.uri, false_alarm_rate=rate, add_normals=str(marks), allow=Names((data,)))
+        options = FitOptions(models=store.uri, false_alarm_rate=rate, add_good=str(marks), allow=Names((data,)))
         run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions())
         report(6, f"{len(lines)} good images of night 5 added ({feedback}) in {time.perf_counter() - start:.1f} s")
-        store.set_versions(name, store.versions(name).roll_back())
+        store.set_versions(name, before)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--categories", required=True)
-    parser.add_argument("--teacher", default="demo")
-    parser.add_argument("--student", default="stpm")
-    parser.add_argument("--train-images", type=int, default=15)
-    parser.add_argument("--false-alarm-rate", type=float, default=0.05)
+    parser.add_argument("--data", required=True, help="local data set in the MVTec AD layout")
+    parser.add_argument("--categories", type=words, required=True, help="separated by commas")
+    parser.add_argument("--teacher", default="demo", help="as for the fit job (default: demo)")
+    parser.add_argument("--student", default="stpm", help="as for the fit job (default: stpm)")
+    parser.add_argument("--train-images", type=int, default=15, help="images to fit on, the first ones (default: 15)")
+    parser.add_argument("--false-alarm-rate", type=float, default=0.05, help="of the thresholds (default: 0.05)")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("stpm.feedback").setLevel(logging.INFO)
-    recipe = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, student=arguments.student)
+    recipe = replace(PRESETS["default"], teacher=arguments.teacher, student=arguments.student)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         store = ModelStore(str(work / "models"))
-        for name in arguments.categories.split(","):
+        for name in arguments.categories:
             category = mvtec.read_category(arguments.data, name)
-            fit(store, category, recipe, arguments.train_images)
+            run_task(make_task(store, replace(category, train=category.train[: arguments.train_images]), recipe))
             measure(store, arguments.data, category, work, arguments.false_alarm_rate)
 
 

@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from common import CORES, Measured, images_per_second, job_command, make_image, time_command
+import numpy as np
+from commands import CORES, job_command, time_command
+from measured import Measured
+from PIL import Image
 
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
+from stpm.scoring.run_state import RunState
 
 # A student so small that its own time does not count.
 _TINY = {"preset": "paper", "teacher": "test_resnet", "teacher-weights": "random", "batch-size": 4, "epochs": 1}
@@ -52,7 +56,7 @@ def measure_growth(
                 "missing": count - len({*rows["uri"]}),
                 "errors": sum(map(bool, rows["error_kind"])),
             }
-            job = 1000 / images_per_second(str(out))
+            job = 1000 / RunState(str(out)).result().steady_images_per_second
             first = first or job
             yield Measured(f"{count} images", "ms/image", job, first, details=cost | details)
         for count in category_counts:
@@ -79,14 +83,14 @@ def write_categories(root: Path, count: int) -> None:
         folder = root / f"nut{number}" / "train" / "good"
         folder.mkdir(parents=True, exist_ok=True)
         for image in range(10):
-            (folder / f"{image}.png").write_bytes(make_image(image, _TINY_SIDE, _TINY_SIDE))
+            (folder / f"{image}.png").write_bytes(make_image(image))
 
 
 def write_archives(folder: Path, count: int) -> None:
     """Write images of several formats to tar archives, one in 500 of them broken."""
     folder.mkdir()
     formats = ("PNG", "JPEG", "TIFF")
-    images = [make_image(i, _TINY_SIDE, _TINY_SIDE, formats[i % len(formats)]) for i in range(_DISTINCT_IMAGES)]
+    images = [make_image(i, formats[i % len(formats)]) for i in range(_DISTINCT_IMAGES)]
     for start in range(0, count, _IMAGES_PER_ARCHIVE):
         with tarfile.open(folder / f"{start:07}.tar", "w") as archive:
             for number in range(start, min(start + _IMAGES_PER_ARCHIVE, count)):
@@ -94,6 +98,14 @@ def write_archives(folder: Path, count: int) -> None:
                 member = tarfile.TarInfo(f"{number:07}.{formats[number % _DISTINCT_IMAGES % len(formats)].lower()}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
+
+
+def make_image(seed: int, file_format: str = "PNG") -> bytes:
+    """Return a tiny image file of grey noise."""
+    pixels = np.random.default_rng(seed).integers(90, 130, (_TINY_SIDE, _TINY_SIDE, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, file_format)
+    return sink.getvalue()
 
 
 @contextmanager

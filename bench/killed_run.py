@@ -19,8 +19,8 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from common import kill_after, make_parser, run_job
-from drift import open_image
+from camera_faults import open_image
+from commands import kill_after, make_parser, run_job
 
 from stpm import storage
 from stpm.data import demo, mvtec
@@ -30,7 +30,6 @@ from stpm.scoring.output_rows import open_rows
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run_state import RunState
 from stpm.scoring.triage import scan_rows
 
 _KILLS = 3
@@ -118,8 +117,8 @@ def main() -> None:
         print(f"{parsed.images} images, undisturbed: {seconds:.0f} s", flush=True)
         for share in sorted(rng.uniform(0, 0.9, _KILLS)):
             rows, after = share * parsed.images, rng.uniform(0, 2)
-            kill_after("score", options | {"out": output.folder}, after, once=partial(has_rows, output, rows))
-            assert not RunState(output.state_folder).is_finished(), "it was done too soon: give more --images"
+            if not kill_after("score", options | {"out": output.folder}, after, partial(has_rows, output, rows)):
+                sys.exit("the run ended before it was killed: give more --images")
             print(f"killed {after:.1f} s after {rows:.0f} rows: {count_committed(output)} are committed", flush=True)
         start = time.perf_counter()
         run_job("score", options | {"out": output.folder})

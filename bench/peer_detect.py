@@ -13,35 +13,29 @@ the other side from anomalib's maps and scores before any normalisation.
 and Ray's start; `process_seconds` includes them. `peak_mib` is the largest sum over the process tree, a shared page
 divided among the processes that share it. Run nothing else on the machine while times are taken.
 
-Appends a JSON line per side, category and seed to --out, and does not repeat lines that the file holds. At the end,
-prints a Markdown table of means over seeds.
+Appends a JSON line per side, category and seed to --out, and does not repeat those that the file holds with the same
+options. At the end, prints a Markdown table of means over the seeds of this call.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
-from common import (
-    CORES,
-    METRICS,
-    append_line,
-    fit_anomalib,
-    images_per_second,
-    job_command,
-    make_parser,
-    map_metrics,
-    read_lines,
-    time_command,
-)
+from anomalib_peer import Teacher, fit_anomalib
+from commands import CORES, integers, job_command, make_parser, time_command, words
+from metrics import METRICS, map_metrics
+from results import Results
 from tabulate import tabulate
 
 from stpm import storage
@@ -52,6 +46,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
+from stpm.scoring.run_state import RunState
 
 _METHODS = ("stfpm", "patchcore", "padim", "reverse_distillation")
 _PEER = "anomalib "
@@ -62,24 +57,9 @@ _KEEP_MEMORY = ["env", "MALLOC_MMAP_MAX_=0", f"MALLOC_TRIM_THRESHOLD_={2**32}", 
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The teacher of both sides: its name in our recipe, and a file of weights or ""."""
-
-    name: str
-    weights: str
-
-    def __str__(self) -> str:
-        return f"{self.name} of {Path(self.weights).name}" if self.weights else self.name
-
-
-@dataclass(frozen=True)
 class Run:
-    """One line of the file: a fit and its test images. Metrics are in [0, 1], or None without masks."""
+    """What one side did with a category and seed. Metrics are in [0, 1], or None without masks."""
 
-    side: str
-    category: str
-    seed: int
-    settings: str
     height: int
     width: int
     train_count: int
@@ -93,60 +73,33 @@ class Run:
     peak_mib: float
 
 
-class Runs:
-    """The file of runs. Each new run is appended to it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known = [Run(**values) for values in read_lines(path)]
-
-    def once(self, side: str, category: str, seed: int, settings: str, make: Callable[[], Run]) -> Run:
-        """Return the run that the file holds, or make one and append it."""
-        for run in self._known:
-            if (run.side, run.category, run.seed) == (side, category, seed):
-                if run.settings != settings:
-                    sys.exit(
-                        f"{self._path}: {side} on {category} ran with {run.settings!r}, not with {settings!r}; "
-                        "give another --out"
-                    )
-                return run
-        made = make()
-        append_line(self._path, dataclasses.asdict(made))
-        self._known.append(made)
-        return made
-
-
-def run_ours(label: str, options: str, settings: str, data: str, category: str, seed: int, teacher: Teacher) -> Run:
+def run_ours(options: str, data: str, category: str, seed: int, teacher: Teacher) -> Run:
     """Fit, score and evaluate by the benchmark job."""
     with tempfile.TemporaryDirectory() as out:
-        given = {"data": data, "categories": category, "seeds": seed, "out": out, "teacher": teacher.name}
-        given |= {"teacher-weights": teacher.weights} if teacher.weights else {}
+        given = {"data": data, "categories": category, "seeds": seed, "out": out, "teacher": teacher.teacher}
+        given |= {"teacher-weights": teacher.teacher_weights} if teacher.teacher_weights else {}
         cost = time_command([*job_command("benchmark", given), *options.split()])
         (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
         preprocessing = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
-        speed = images_per_second(RunOutput.named(out, f"seed-{seed}").state_folder)
+        result = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).result()
     return Run(
-        label,
-        category,
-        seed,
-        settings,
         preprocessing.height,
         preprocessing.width,
         row["train_count"],
         row["held_out_count"],
         **{metric: row[metric] for metric in METRICS},
         fit_seconds=round(row["fit_seconds"], 1),
-        predict_seconds=round(1 / speed, 4),
+        predict_seconds=round(1 / result.steady_images_per_second, 4),
         process_seconds=cost["seconds"],
         peak_mib=cost["peak_mib"],
     )
 
 
 def run_anomalib(
-    arguments: argparse.Namespace, method: str, settings: str, category: mvtec.Category, teacher: Teacher, ours: Run
+    arguments: argparse.Namespace, method: str, category: mvtec.Category, seed: int, teacher: Teacher, ours: Run
 ) -> Run:
     """Fit by anomalib on the images that a run of ours trained on, at its size."""
-    config = resolve_data_config(teacher.name)
+    config = resolve_data_config(teacher.teacher)
     preprocessing = Preprocessing(ours.height, ours.width, "stretch", config.interpolation, config.mean, config.std)
     options = {
         "method": method,
@@ -155,22 +108,19 @@ def run_anomalib(
         "interpolation": config.interpolation,
         "mean": ",".join(map(str, config.mean)),
         "std": ",".join(map(str, config.std)),
-        "seed": ours.seed,
+        "seed": seed,
         "epochs": epochs_for(arguments, method),
         "features": arguments.features,
         "coreset": arguments.coreset,
         "threads": arguments.threads,
     }
-    train = training_images(category, ours)
+    train = training_images(category, seed, ours)
     prefix = _KEEP_MEMORY if method == "patchcore" else ()
     with tempfile.TemporaryDirectory() as folder:
-        weights = teacher.name, teacher.weights
-        fitted = fit_anomalib(arguments.peer, Path(folder), weights, train, category.test, options, prefix=prefix)
+        fitted = fit_anomalib(arguments.peer, Path(folder), teacher, train, category.test, options, prefix=prefix)
     metrics = map_metrics(fitted.tests, fitted.scores.tolist(), list(fitted.maps), preprocessing)
     return dataclasses.replace(
         ours,
-        side=f"{_PEER}{method}",
-        settings=settings,
         **metrics._asdict(),
         fit_seconds=round(fitted.fit_seconds, 1),
         predict_seconds=round(fitted.predict_seconds, 4),
@@ -185,19 +135,24 @@ def epochs_for(arguments: argparse.Namespace, method: str) -> int:
     return epochs
 
 
-def describe_settings(arguments: argparse.Namespace, method: str) -> str:
-    """Name the settings that a method uses."""
-    own = {"patchcore": f"coreset {arguments.coreset:g}", "padim": f"{arguments.features} features"}
-    return own.get(method, f"{epochs_for(arguments, method)} epochs")
+def anomalib_settings(arguments: argparse.Namespace, method: str, ours: Run) -> dict[str, Any]:
+    """Return what a method's run depends on, beside data and teacher."""
+    own = {"patchcore": {"coreset": arguments.coreset}, "padim": {"features": arguments.features}}
+    return {
+        "size": f"{ours.height}x{ours.width}",
+        "train_count": ours.train_count,
+        "threads": arguments.threads,
+        **own.get(method, {"epochs": epochs_for(arguments, method)}),
+    }
 
 
-def training_images(category: mvtec.Category, run: Run) -> list[str]:
+def training_images(category: mvtec.Category, seed: int, ours: Run) -> list[str]:
     """Return the URIs of the images that a run of ours trained on."""
     count = len(category.train)
-    recipe = dataclasses.replace(PRESETS["paper"], seed=run.seed, held_out_fraction=run.held_out_count / count)
+    recipe = dataclasses.replace(PRESETS["paper"], seed=seed, held_out_fraction=ours.held_out_count / count)
     chosen, _ = split_images(count, recipe)
-    if len(chosen) != run.train_count:
-        sys.exit(f"{category.name}: {len(chosen)} of {count} images to train on, and {run.side} had {run.train_count}")
+    if len(chosen) != ours.train_count:
+        sys.exit(f"{category.name}: {len(chosen)} of {count} images to train on, and our side had {ours.train_count}")
     return [category.train[int(number)][0] for number in chosen]
 
 
@@ -205,7 +160,7 @@ def reason_to_skip(method: str, teacher: Teacher, height: int, width: int) -> st
     """Return why a method cannot run, or ""."""
     if method != "reverse_distillation":
         return ""
-    architecture = architecture_name(teacher.name)
+    architecture = architecture_name(teacher.teacher)
     if not architecture.startswith(("resnet", "resnext", "wide_resnet")):
         return f"its decoder mirrors a ResNet, and the teacher is {architecture}"
     if height % 32 or width % 32:
@@ -213,12 +168,12 @@ def reason_to_skip(method: str, teacher: Teacher, height: int, width: int) -> st
     return ""
 
 
-def table(runs: Sequence[Run]) -> str:
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return means over seeds in Markdown, by category and over all categories."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.category, run.side), []).append(run)
-    means = {key: _means(vars(run) for run in some) for key, some in groups.items()}
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["settings"]["category"], line["settings"]["side"]), []).append(line)
+    means = {key: _means(some) for key, some in groups.items()}
     rows = [[*key, len(groups[key]), *values.values()] for key, values in means.items()]
     categories = {category for category, _ in groups}
     for side in dict.fromkeys(side for _, side in groups):
@@ -231,9 +186,8 @@ def table(runs: Sequence[Run]) -> str:
     return str(tabulate(rows, headers, tablefmt="pipe", floatfmt=formats, missingval="–"))
 
 
-def _means(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return the mean of each metric and cost; None where no row has a value."""
-    rows = list(rows)
     found = {name: [v for row in rows if (v := row[name]) is not None] for name in (*METRICS, *_COSTS)}
     return {name: statistics.fmean(values) if values else None for name, values in found.items()}
 
@@ -255,11 +209,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="local folder in the MVTec AD layout")
     parser.add_argument("--peer", required=True, help="python of the environment that has anomalib")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines; an existing one is continued")
-    parser.add_argument("--categories", default="bottle", help="separated by commas (default: bottle)")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--categories", type=words, default="bottle", help="separated by commas (default: bottle)")
+    parser.add_argument("--seeds", type=integers, default="0,1,2")
     parser.add_argument("--teacher", default="demo", help="`demo`, or an architecture of timm (default: demo)")
     parser.add_argument("--teacher-weights", default="", help="its weights, a .safetensors file")
-    parser.add_argument("--methods", default=",".join(_METHODS), help="anomalib's models (default: all)")
+    parser.add_argument("--methods", type=words, default=",".join(_METHODS), help="anomalib's models (default: all)")
     parser.add_argument(
         "--ours",
         type=_recipe,
@@ -276,37 +230,41 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=100, help="features that PaDiM draws")
     parser.add_argument("--threads", type=int, default=CORES, help="threads of anomalib")
     arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
+    methods = arguments.methods
     if unknown := set(methods) - set(_METHODS):
         parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(_METHODS)}")
     weights = storage.absolute(arguments.teacher_weights) if arguments.teacher_weights else ""
     teacher = Teacher(arguments.teacher, weights)
     data = storage.absolute(arguments.data)
-    categories = [mvtec.read_category(data, name) for name in arguments.categories.split(",")]
+    categories = [mvtec.read_category(data, name) for name in arguments.categories]
     recipes = arguments.ours or [("default", "--preset default")]
-    runs = Runs(arguments.out)
-    shown: list[Run] = []
+    results = Results(arguments.out)
+    lines: list[dict[str, Any]] = []
+
+    def once(side: str, category: str, seed: int, own: Mapping[str, Any], fit: Callable[[], Run]) -> Run:
+        settings = {"side": side, "category": category, "seed": seed, "data": data, **teacher._asdict(), **own}
+        line = results.once(settings, lambda: dataclasses.asdict(fit()))
+        lines.append(line)
+        return Run(**{field.name: line[field.name] for field in dataclasses.fields(Run)})
+
     skipped: dict[str, str] = {}
-    for seed in map(int, arguments.seeds.split(",")):
-        for category in categories:
-            group: list[Run] = []
-            for label, recipe in recipes:
-                settings = f"{teacher}, {recipe}"
-                fit = partial(run_ours, label, recipe, settings, data, category.name, seed, teacher)
-                group.append(runs.once(label, category.name, seed, settings, fit))
-            like = group[0]
-            if arguments.peer_size:
-                height, width = arguments.peer_size
-                like = dataclasses.replace(like, height=height, width=width)
-            for method in methods:
-                if reason := reason_to_skip(method, teacher, like.height, like.width):
-                    skipped[f"{method} on {category.name}"] = reason
-                    continue
-                settings = f"{teacher}, {like.height}x{like.width}, {describe_settings(arguments, method)}"
-                fit = partial(run_anomalib, arguments, method, settings, category, teacher, like)
-                group.append(runs.once(f"{_PEER}{method}", category.name, seed, settings, fit))
-            shown += group
-    print(f"\n{table(shown)}")
+    for seed, category in itertools.product(arguments.seeds, categories):
+        ours = []
+        for label, options in recipes:
+            fit = partial(run_ours, options, data, category.name, seed, teacher)
+            ours.append(once(label, category.name, seed, {"options": options}, fit))
+        like = ours[0]
+        if arguments.peer_size:
+            height, width = arguments.peer_size
+            like = dataclasses.replace(like, height=height, width=width)
+        for method in methods:
+            if reason := reason_to_skip(method, teacher, like.height, like.width):
+                skipped[f"{method} on {category.name}"] = reason
+                continue
+            settings = anomalib_settings(arguments, method, like)
+            fit = partial(run_anomalib, arguments, method, category, seed, teacher, like)
+            once(f"{_PEER}{method}", category.name, seed, settings, fit)
+    print(f"\n{table(lines)}")
     for name, reason in skipped.items():
         print(f"\n{_PEER}{name} is skipped: {reason}.")
 

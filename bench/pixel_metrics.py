@@ -8,7 +8,6 @@ system reports. Times scikit-learn's exact AUROC and average precision on the sm
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import resource
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from commands import integers, make_parser
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from stpm.evaluation.pixels import PixelCounts, count_pixels
@@ -66,10 +66,11 @@ def exact_metrics(count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    # Without `common`, whose imports would count as memory.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--maps", default="100,1000,10000", help="numbers of maps, separated by commas")
-    numbers = list(map(int, parser.parse_args().maps.split(",")))
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--maps", type=integers, default="100,1000,10000", help="numbers of maps, separated by commas (default: these)"
+    )
+    numbers = parser.parse_args().maps
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for number in numbers:
             result = pool.apply(count_maps, (number,))

@@ -25,12 +25,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,30 +42,19 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import torch
-from common import (
-    CORES,
-    RAM_BUDGET,
-    ROOT,
-    Measured,
-    fit_anomalib,
-    images_per_second,
-    job_command,
-    make_parser,
-    map_metrics,
-    options_from,
-    time_command,
-    write_teacher,
-)
+from anomalib_peer import Teacher, fit_anomalib, predict_speed
+from commands import CORES, job_command, make_parser, time_command
 from growth import measure_growth
+from local_fit import make_task, run_task
+from measured import Measured
+from metrics import map_metrics
 from tabulate import tabulate
 
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import mvtec
-from stpm.fitting.fit_category import WorkerLimits, fit_category
-from stpm.fitting.task import FitTask
 from stpm.fitting.train_student import split_images
-from stpm.method.backbones import DEMO_ARCHITECTURE, DEMO_TEACHER, load_teacher_weights
+from stpm.method.backbones import DEMO_TEACHER
 from stpm.method.backend import resolve_backend
 from stpm.method.preprocessing import IMAGENET, Preprocessing
 from stpm.method.recipe import PRESETS, Recipe
@@ -79,6 +66,7 @@ from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.run_state import RunState
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.heatmaps import WriteHeatmaps
 from stpm.scoring.stages.scorer import Scorer
@@ -96,6 +84,7 @@ _SCORED_MODELS = {
 _LOOP_BATCH = 16
 _WARM_BATCHES = 3
 _PEER_IMAGES = 500
+_PEER_TEACHER = Teacher(DEMO_TEACHER)
 _FIRST_IMAGES = 10
 _SMALL_TRAIN = 24
 _VECTOR_FLAGS = ("avx", "amx", "asimd", "sve")
@@ -117,13 +106,13 @@ class Bench:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def fit(self, recipe: Recipe) -> tuple[Path, float]:
-        """Fit the category (if small, a part of it) in one process, without Ray; return the store, and its seconds."""
-        store, train = self.new_folder(), self.category.train[: _SMALL_TRAIN if self.arguments.small else None]
-        digest = ModelStore(str(store)).put_teacher(load_teacher_weights(recipe.teacher, "", recipe.levels))
-        task = FitTask(self.category.name, train, recipe.for_image_count(len(train)), str(store), digest, self.backend)
+        """Fit the category (if small, a part of it) in one process, without Ray; return store and seconds."""
+        folder, train = self.new_folder(), self.category.train[: _SMALL_TRAIN if self.arguments.small else None]
+        category = dataclasses.replace(self.category, train=train)
+        task = make_task(ModelStore(str(folder)), category, recipe, self.backend)
         start = time.perf_counter()
-        in_processes(run_fit, [(task,)])
-        return store, time.perf_counter() - start
+        in_processes(run_task, [(task,)])
+        return folder, time.perf_counter() - start
 
     def images(self, count: int) -> Path:
         """Link to the category's test images in turn, under new names, until there are `count`."""
@@ -140,7 +129,7 @@ class Bench:
         out = self.new_folder() / "out"
         options = {"models": models, "images": images, "out": out, "category": self.category.name, "top": 0}
         cost = time_command([*job_command("score", options | {"backend": self.backend}), "--overlay"])
-        return cost, images_per_second(str(out))
+        return cost, RunState(str(out)).result().steady_images_per_second
 
 
 def in_processes(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:
@@ -157,7 +146,9 @@ def in_processes(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -
 def measure_score(bench: Bench) -> Iterator[Measured]:
     """Score the category's images with each kind of model."""
     images = bench.images(bench.arguments.images)
-    peer = predict_by_peer(bench) if bench.arguments.peer else None
+    peer = None
+    if bench.arguments.peer:
+        peer = predict_speed(bench.arguments.peer, bench.new_folder(), _PEER_TEACHER, bench.images(_PEER_IMAGES))
     for name, recipe in list(_SCORED_MODELS.items())[: 1 if bench.arguments.small else None]:
         models, _ = bench.fit(recipe)
         limit, limit_cpu = loop_speed(bench, models, images, CORES)
@@ -207,21 +198,6 @@ def run_loop(models: str, rows: pa.Table, out: str, category: str, backend: Back
     return rows.num_rows / (time.perf_counter() - start), time.process_time()
 
 
-def predict_by_peer(bench: Bench) -> float:
-    """Return images per second of anomalib's prediction."""
-    folder = bench.new_folder()
-    write_teacher(DEMO_TEACHER, "", folder / "teacher.safetensors")
-    options = {
-        "images": bench.images(_PEER_IMAGES),
-        "out": folder / "anomalib",
-        "weights": folder / "teacher.safetensors",
-        "architecture": DEMO_ARCHITECTURE,
-    }
-    command = [bench.arguments.peer, str(ROOT / "bench" / "anomalib_side.py"), "predict", *options_from(options)]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return float(ran.stdout.splitlines()[-1])
-
-
 # fit
 
 
@@ -237,13 +213,6 @@ def measure_fit(bench: Bench) -> Iterator[Measured]:
         _, limit = bench.fit(dataclasses.replace(recipe, teacher=DEMO_TEACHER, seed=bench.seed))
         details = cost | measure_model(bench, models) | {f"peer_{key}": value for key, value in peer.items()}
         yield Measured(preset, "s", cost["seconds"], limit, peer.get("seconds"), details)
-
-
-def run_fit(task: FitTask) -> None:
-    """Fit in this process, on all cores."""
-    torch.set_num_threads(CORES)
-    if reason := fit_category(task, WorkerLimits(RAM_BUDGET, 0, math.inf), lambda message: None).reason:
-        raise RuntimeError(reason)
 
 
 def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:
@@ -264,9 +233,8 @@ def fit_by_peer(bench: Bench) -> dict[str, Any]:
     chosen, _ = split_images(len(train), dataclasses.replace(PRESETS["paper"], seed=bench.seed))
     uris = [train[number][0] for number in chosen.tolist()]
     options = {"seed": bench.seed, "epochs": bench.arguments.epochs, "threads": CORES}
-    teacher = DEMO_TEACHER, ""
     fitted = fit_anomalib(
-        bench.arguments.peer, bench.new_folder(), teacher, uris, bench.category.test, options, until="fitted"
+        bench.arguments.peer, bench.new_folder(), _PEER_TEACHER, uris, bench.category.test, options, until="fitted"
     )
     scores = [each.max() for each in fitted.maps]
     metrics = map_metrics(fitted.tests, scores, list(fitted.maps), _PEER_PREPROCESSING)

@@ -21,6 +21,7 @@ earlier steps are generated.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import multiprocessing
@@ -39,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import make_parser, options_from
+from commands import integers, make_parser, options_from, words
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 from ray.exceptions import RayTaskError
@@ -287,23 +288,30 @@ def run_step(step: str, rows: int, max_files: int, max_stub_rows: int, folder: P
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", default="10000,100000,1000000", help="numbers of rows, separated by commas")
     parser.add_argument(
-        "--steps", default=",".join(_STEPS), help="steps, separated by commas; manifest is needed by later ones"
+        "--rows", type=integers, default="10000,100000,1000000", help="numbers of rows, separated by commas"
+    )
+    parser.add_argument(
+        "--steps",
+        type=words,
+        default=",".join(_STEPS),
+        help="steps, separated by commas; manifest is needed by later ones",
     )
     parser.add_argument("--files", type=int, default=100_000, help="files to list, at most (default: 100000)")
     parser.add_argument(
         "--stub-rows", type=int, default=1_000_000, help="rows for the stub stage, at most (default: 1000000)"
     )
-    parser.add_argument("--folder", default="", help="of one step in a process of its own, which this program starts")
+    # This program starts itself with --folder, one step and one number of rows, for a process of its own.
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.folder:
-        run_step(parsed.steps, int(parsed.rows), parsed.files, parsed.stub_rows, Path(parsed.folder))
+        (step,), (rows,) = parsed.steps, parsed.rows
+        run_step(step, rows, parsed.files, parsed.stub_rows, Path(parsed.folder))
         return
     limits = {"files": parsed.files, "stub-rows": parsed.stub_rows}
-    for rows in parsed.rows.split(","):
+    for rows in parsed.rows:
         with tempfile.TemporaryDirectory() as folder:
-            for step in parsed.steps.split(","):
+            for step in parsed.steps:
                 options = options_from({"rows": rows, "steps": step, "folder": folder} | limits)
                 subprocess.run([sys.executable, __file__, *options], check=True)
 

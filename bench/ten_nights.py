@@ -20,14 +20,15 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import requests
-from common import kill_after, make_parser, run_job
-from drift import blur, brighten, move, open_image
+from camera_faults import blur, brighten, move, open_image
+from commands import kill_after, make_parser, run_job, words
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from tabulate import tabulate
@@ -40,9 +41,18 @@ from stpm.scoring.output_rows import open_rows
 
 _FIRST = datetime.date(2026, 11, 15)
 _NIGHTS = 10
-_FAULTS = {5: "10 % brighter", 6: "out of focus", 7: "moved by 5 %", 8: "no image"}
+# What the camera of the first category does, by night: its name, and the image that it takes; None if it takes none.
+_FAULTS: dict[int, tuple[str, Callable[[Image.Image], Image.Image] | None]] = {
+    5: ("10 % brighter", partial(brighten, factor=1.1)),
+    6: ("out of focus", partial(blur, share=0.01)),
+    7: ("moved by 5 %", partial(move, right=0.05, down=0.0)),
+    8: ("no image", None),
+}
+# The night of which the camera of the second category takes the same image.
 _REPEATED = 8
+# The share of defects in a night's images.
 _DEFECTS = 0.03
+# With --disturb: the first nights, in which the job is killed, and the files of each that come a night late.
 _DISTURBED = 3
 _LATE = 3
 _DATA, _DUMP, _OUT, _MODELS = (f"s3://plant/{name}" for name in ("data", "dump", "nights", "models"))
@@ -64,23 +74,23 @@ class Product:
         self._defects = [test.uri for test in category.test if test.label != mvtec.GOOD]
 
     def night(self, night: int, count: int) -> Iterator[bytes]:
-        """Yield the files of a night."""
+        """Yield `count` image files of the night with this number, from 0; none if the camera takes none."""
         rng = np.random.default_rng((self.number, night))
         defects = rng.choice(self._defects, max(round(_DEFECTS * count), 1), replace=False)
         uris = [*rng.choice(self._good, count - len(defects), replace=False), *defects]
         if self.number == 1 and night == _REPEATED:
             uris = uris[:1] * count
-        fault = _FAULTS.get(night, "") if self.number == 0 else ""
-        for uri in uris[: 0 if fault == "no image" else None]:
-            yield encode_jpeg(spoil(open_image(uri), fault))
+        faulty = self.number == 0 and night in _FAULTS
+        change = _FAULTS[night][1] if faulty else lambda image: image
+        if change is not None:
+            for uri in uris:
+                yield encode_jpeg(change(open_image(uri)))
 
-
-def spoil(image: Image.Image, fault: str) -> Image.Image:
-    if fault == "10 % brighter":
-        return brighten(image, 1.1)
-    if fault == "out of focus":
-        return blur(image, 0.01)
-    return move(image, 0.05, 0.0) if fault == "moved by 5 %" else image
+    def planted(self, night: int) -> str:
+        """Name the fault of a night; "" if there is none."""
+        if self.number == 1 and night == _REPEATED:
+            return "one image repeated"
+        return _FAULTS[night][0] if self.number == 0 and night in _FAULTS else ""
 
 
 def upload(files: Mapping[str, bytes]) -> None:
@@ -89,7 +99,7 @@ def upload(files: Mapping[str, bytes]) -> None:
 
 
 def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
-    """Run the job for each night."""
+    """Upload the images of each night, and run the job for it."""
     options = {"models": _MODELS, "images": f"{_DUMP}/{{date}}", "category-from": "{category}/{name}", "out": _OUT}
     late: dict[str, bytes] = {}
     for night in range(_NIGHTS):
@@ -107,23 +117,23 @@ def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
             half = dict(list(files.items())[::2])
             upload(half)
             seconds = random.uniform(1, 15)  # noqa: S311  no secret
-            kill_after("nightly", options | {"date": date}, seconds)
-            print(f"{date}: killed after {seconds:.1f} s", flush=True)
+            killed = kill_after("nightly", options | {"date": date}, seconds)
+            print(f"{date}: {'killed after' if killed else 'done within'} {seconds:.1f} s", flush=True)
         upload(files)
         run_job("nightly", options | {"date": date})
 
 
 def table(nights: Sequence[Mapping[str, Any]], products: Sequence[Product]) -> str:
+    """Return a row per night and product, from the nights of nightly.json."""
     rows = []
     for number, night in enumerate(nights):
         for product in products:
             found = night["categories"][product.name]
-            planted = _FAULTS.get(number, "") if product.number == 0 else ""
-            if product.number == 1 and number == _REPEATED:
-                planted = "one image repeated"
             reason = found["changes"][0]["text"] if found["changes"] else ""
             counts = [found["images"], found["alarms"]]
-            rows.append([number + 1, night["date"], product.name, *counts, planted, found["level"], reason])
+            rows.append(
+                [number + 1, night["date"], product.name, *counts, product.planted(number), found["level"], reason]
+            )
     headers = ["night", "date", "category", "images", "alarms", "planted", "verdict", "first reason"]
     return tabulate(rows, headers, "github", maxcolwidths=[None] * 7 + [60])
 
@@ -151,7 +161,7 @@ def compare_with_one_run() -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
-    parser.add_argument("--categories", default="", help="two or more, separated by commas (default: all)")
+    parser.add_argument("--categories", type=words, default="", help="two or more, separated by commas (default: all)")
     parser.add_argument("--images", type=int, default=60, help="images of a night and category (default: 60)")
     parser.add_argument("--disturb", action="store_true", help="late files, and kills")
     parser.add_argument("--out", default="", help="local folder for the page")
@@ -165,7 +175,7 @@ def main() -> None:
     os.environ.update(keys, AWS_ENDPOINT_URL=f"http://{host}:{port}")
     requests.put(f"http://{host}:{port}/plant", timeout=10).raise_for_status()
 
-    names = mvtec.find_categories(options.data, [name for name in options.categories.split(",") if name])
+    names = mvtec.find_categories(options.data, options.categories)
     products = [Product(options.data, name, number) for number, name in enumerate(names)]
     start = time.perf_counter()
     for product in products:

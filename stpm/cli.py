@@ -49,9 +49,9 @@ _PRESET_HELP = (
 )
 _LOG_HELP = "as text, or each line as a JSON object with time, level, run, job, category and message (default: text)"
 _EPILOG = (
-    "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20);\n"
-    "the command line and the file of --config (of two, the later one) win over the environment, and that over the\n"
-    "preset and the defaults."
+    "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20).\n"
+    "Precedence, highest first: the command line and --config files (of several, the last one given); the\n"
+    "environment; the preset; the defaults."
 )
 # How the help shows a value of each type; a Literal is shown as its choices.
 _METAVARS = {

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 import uuid
+from collections.abc import Callable
 from datetime import datetime, timezone
 from types import FrameType
 from typing import Literal, NoReturn, TextIO
@@ -44,15 +45,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_on_signals() -> None:
-    """Raise `Stopped` in the main thread on SIGTERM and SIGINT; a second signal ends the process at once."""
+    """Raise `Stopped` in the main thread on SIGTERM and SIGINT; a second signal of either ends the process at once."""
+
+    def handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_DFL)
+        handle(signal.SIG_DFL)
         raise Stopped(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        handle(stop)
 
 
 def start_logging(job: str, log_format: LogFormat) -> None:

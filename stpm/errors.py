@@ -45,7 +45,7 @@ class ConfigError(StpmError):
 
 
 class OtherRunError(ConfigError):
-    """A folder holds another run than the one asked for, or a file that is no run's. `with_remedy` says what to do."""
+    """A folder holds a run other than the one asked for, or a file that no run wrote. `with_remedy` says what to do."""
 
 
 class UriError(ConfigError):

@@ -125,8 +125,8 @@ class Lease:
     sleep: Callable[[float], object] = time.sleep
     _number: int = field(default=-1, init=False)
     _renewed: float = field(default=0.0, init=False)
-    _failure: str = field(default="", init=False)
-    _problem: str = field(default="", init=False)
+    _renewal_error: str = field(default="", init=False)
+    _lost_because: str = field(default="", init=False)
 
     def acquire(self, wait: bool) -> None:
         """Take the lease: at once if it is free or its holder is known to be dead, else once it has timed out.
@@ -164,31 +164,35 @@ class Lease:
 
     def renew(self) -> None:
         """Rewrite the lease's file, unless another process took over. If this fails, the next renewal tries again."""
-        if self.problem():
+        if self.why_lost():
             return
         now = self.clock()
         try:
             number, data = self._latest()
             holder = Holder.parse(data)
             if number != self._number or holder.acquisition != self.holder.acquisition:
-                self._problem = f"{self.folder} was {f'taken over by {holder}' if number >= 0 else 'removed'}"
+                self._lost_because = f"{self.folder} was {f'taken over by {holder}' if number >= 0 else 'removed'}"
                 return
             self._publish(dataclasses.replace(self.holder, renewals=self.holder.renewals + 1))
-        except Exception as error:  # noqa: BLE001  a client's of any kind: if it lasts, `problem` ends the run
-            self._failure = f" ({type(error).__name__}: {error})"
+        except Exception as error:  # noqa: BLE001  a client's of any kind: if it lasts, the lease is lost
+            self._renewal_error = f"{type(error).__name__}: {error}"
         else:
-            self._renewed, self._failure = now, ""
+            self._renewed, self._renewal_error = now, ""
 
-    def problem(self) -> str:
-        """Return why the holder has lost the lease and must not write any more; "" while it has it."""
-        if not self._problem and self.clock() - self._renewed > TIMEOUT - _MARGIN:
-            self._problem = f"{self.folder}: its lease was not renewed for {duration(TIMEOUT - _MARGIN)}{self._failure}"
-        return self._problem
+    def why_lost(self) -> str:
+        """Return why the holder has lost the lease and must not write any more; "" while it has it.
+
+        A lease that was not renewed in time stays lost: another run may have taken over.
+        """
+        if not self._lost_because and self.clock() - self._renewed > TIMEOUT - _MARGIN:
+            error = f" ({self._renewal_error})" if self._renewal_error else ""
+            self._lost_because = f"{self.folder}: its lease was not renewed for {duration(TIMEOUT - _MARGIN)}{error}"
+        return self._lost_because
 
     def release(self) -> None:
         """Free the lease for others. The file stays, so that no number is used twice."""
         self.renew()
-        if not self.problem():
+        if not self.why_lost():
             self._publish(dataclasses.replace(self.holder, released=True))
 
     def _publish(self, holder: Holder) -> None:
@@ -251,8 +255,8 @@ def hold_lease(folder: str, wait: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if problem := lease.problem():
-            raise _cut_off(problem) from error
+        if reason := lease.why_lost():
+            raise _cut_off(reason) from error
         raise
     finally:
         ended.set()
@@ -260,12 +264,12 @@ def hold_lease(folder: str, wait: bool) -> Iterator[None]:
         threads[0].join(_RENEWAL)
         with suppress(OSError):
             lease.release()
-    if problem := lease.problem():
-        raise _cut_off(problem)
+    if reason := lease.why_lost():
+        raise _cut_off(reason)
 
 
-def _cut_off(problem: str) -> CutOffError:
-    return CutOffError(f"{problem}; this run has stopped: {GO_ON}")
+def _cut_off(reason: str) -> CutOffError:
+    return CutOffError(f"{reason}; this run has stopped: {GO_ON}")
 
 
 def _renew(lease: Lease, ended: threading.Event) -> None:
@@ -276,13 +280,13 @@ def _renew(lease: Lease, ended: threading.Event) -> None:
 
 def _watch(lease: Lease, ended: threading.Event) -> None:
     """Interrupt the block once the lease is lost, and end the process if the block goes on."""
-    while not lease.problem():
+    while not lease.why_lost():
         if ended.wait(1.0):
             return
     if callable(signal.getsignal(signal.SIGTERM)):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     if not ended.wait(_MARGIN / 2):
-        print(f"error: {_cut_off(lease.problem())}", file=sys.stderr, flush=True)
+        print(f"error: {_cut_off(lease.why_lost())}", file=sys.stderr, flush=True)
         os._exit(SOME_FAILED)
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -96,6 +97,15 @@ def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: 
         "cleaned up",
     ]
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_a_job_at_once(second: str) -> None:
+    cleaning = f'signal.raise_signal(signal.{second}); print("cleaned up")'
+    program = _STOPPED.replace("{name}", "SIGINT").replace("{options}", "[]").replace('print("cleaned up")', cleaning)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == -signal.Signals[second]
+    assert ("cleaned up" in ran.stdout, ran.stderr) == (False, "")
 
 
 def test_a_stopped_job_says_so_in_json() -> None:

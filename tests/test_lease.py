@@ -79,23 +79,23 @@ def test_a_renewing_holder_is_named_in_the_error(folder: str, clock: Clock) -> N
     with pytest.raises(ConfigError, match=r"is held by process 7 on far, since .*: jobs/score.py\. .* --wait"):
         make_lease(folder, clock).acquire(False)
     assert clock.now < TIMEOUT
-    assert not first.problem()
+    assert not first.why_lost()
 
 
 def test_a_stalled_holder_stops_before_another_takes_over(folder: str, clock: Clock) -> None:
     first, second = make_lease(folder, clock, "a"), make_lease(folder, clock)
     first.acquire(False)
     stopped: list[float] = []
-    clock.meanwhile.append(lambda: stopped.append(clock.now) if first.problem() else None)
+    clock.meanwhile.append(lambda: stopped.append(clock.now) if first.why_lost() else None)
     second.acquire(False)
     assert stopped[0] < TIMEOUT <= clock.now
-    assert "was not renewed for 70 s" in first.problem()
+    assert "was not renewed for 70 s" in first.why_lost()
     before = storage.files(folder), storage.read(f"{folder}/.lease/1.json")
     first.renew()
     first.release()
     assert (storage.files(folder), storage.read(f"{folder}/.lease/1.json")) == before
     second.renew()
-    assert not second.problem()
+    assert not second.why_lost()
 
 
 def test_one_of_two_watchers_gets_a_dead_holders_lease(folder: str, clock: Clock) -> None:
@@ -112,7 +112,7 @@ def test_one_of_two_watchers_gets_a_dead_holders_lease(folder: str, clock: Clock
     clock.meanwhile.append(meanwhile)
     with pytest.raises(ConfigError, match="is held by"):
         make_lease(folder, clock, "c").acquire(False)
-    assert not faster.problem()
+    assert not faster.why_lost()
 
 
 def test_a_holder_that_sees_a_higher_number_or_nothing_stops(folder: str, clock: Clock) -> None:
@@ -120,12 +120,12 @@ def test_a_holder_that_sees_a_higher_number_or_nothing_stops(folder: str, clock:
     first.acquire(False)
     storage.create(f"{folder}/.lease/1.json", dataclasses.replace(OTHER_MACHINE, host="new").encode())
     first.renew()
-    assert "was taken over by process 7 on new" in first.problem()
+    assert "was taken over by process 7 on new" in first.why_lost()
     other = make_lease(f"{folder}/other", clock)
     other.acquire(False)
     storage.remove(f"{folder}/other")
     other.renew()
-    assert "was removed" in other.problem()
+    assert "was removed" in other.why_lost()
 
 
 def test_a_waiting_run_gets_the_released_lease_and_logs_once(
@@ -272,7 +272,7 @@ def test_a_number_that_others_used_and_removed_is_not_a_lease(
     monkeypatch.setattr(storage, "create", paused)
     with pytest.raises(ConfigError, match="is held by"):
         slow.acquire(False)
-    assert not last.problem()
+    assert not last.why_lost()
 
 
 def test_a_lease_does_not_show_what_a_web_url_may_hide(monkeypatch: pytest.MonkeyPatch) -> None:

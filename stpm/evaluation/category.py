@@ -58,7 +58,7 @@ class LabelledScores:
     Args:
         labels: (N,), "good" or a defect type.
         scores: (N,), larger is more anomalous.
-        verdicts: (N,), true above the threshold.
+        is_anomalous: (N,), true above the threshold.
         threshold: of the model; NaN without images.
         pixels: pixel counts by label.
         no_pixels: why there are no pixel counts, or "".
@@ -69,7 +69,7 @@ class LabelledScores:
 
     labels: npt.NDArray[np.str_]
     scores: Scores
-    verdicts: Flags
+    is_anomalous: Flags
     threshold: float
     pixels: Mapping[str, PixelCounts]
     no_pixels: str
@@ -104,7 +104,7 @@ class LabelledScores:
             self,
             labels=self.labels[chosen],
             scores=self.scores[chosen],
-            verdicts=self.verdicts[chosen],
+            is_anomalous=self.is_anomalous[chosen],
             pixels={label: counts for label, counts in self.pixels.items() if label in (GOOD, defect_type)},
         )
 
@@ -138,7 +138,7 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     return LabelledScores(
         labels=np.array(scored["label"].to_pylist(), np.str_),
         scores=scored["score"].to_numpy().astype(np.float32),
-        verdicts=np.array(scored["is_anomalous"].to_pylist(), bool),
+        is_anomalous=np.array(scored["is_anomalous"].to_pylist(), bool),
         threshold=scored["threshold"][0].as_py() if scored.num_rows else np.nan,
         pixels=pixels,
         no_pixels=no_pixels,

@@ -52,7 +52,7 @@ class Metric:
 class CategoryMetrics:
     """Metrics of a category's labelled images, or of one defect type against all good images.
 
-    Recall and false-alarm rate are those of the verdicts, at the calibrated threshold. F1-max takes the best threshold,
+    Recall and false-alarm rate are those at the calibrated threshold. F1-max takes the best threshold,
     chosen by the labels.
 
     Args:
@@ -105,8 +105,8 @@ def _measure(scores: LabelledScores) -> CategoryMetrics:
     metrics = {
         **_rank_metrics(is_defect, scores.scores),
         **_pixel_metrics(scores),
-        "image_recall": _fraction(scores.verdicts[is_defect], "defective ones"),
-        "image_false_alarm_rate": _fraction(scores.verdicts[~is_defect], "good ones"),
+        "image_recall": _fraction(scores.is_anomalous[is_defect], "defective ones"),
+        "image_false_alarm_rate": _fraction(scores.is_anomalous[~is_defect], "good ones"),
     }
     defects = int(is_defect.sum())
     return CategoryMetrics({name: metrics[name] for name in METRICS}, len(is_defect) - defects, defects)

@@ -65,8 +65,8 @@ def defect_sheet(category: ScoredCategory) -> bytes | None:
     for number, (row, pair) in enumerate(cells):
         left, top = _GAP + number % 2 * (width + _GAP), _GAP + number // 2 * (height + _GAP)
         sheet.paste(pair, (left, top))
-        verdict = "anomalous" if row["is_anomalous"] else "missed at this threshold"
-        caption = f"{row['label']}/{row['uri'].rsplit('/', 1)[-1]}   score {row['score']:.3g}   {verdict}"
+        found = "anomalous" if row["is_anomalous"] else "missed at this threshold"
+        caption = f"{row['label']}/{row['uri'].rsplit('/', 1)[-1]}   score {row['score']:.3g}   {found}"
         draw.text((left + 2, top + pair.height + 3), caption, fill="black", font=font)
     return encode_png(sheet) if cells else None
 

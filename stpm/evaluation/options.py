@@ -20,7 +20,7 @@ class EvaluateOptions(Options):
         "the benchmark: a folder or a URI",
         required=True,
     )
-    models: str = option("", "model store of that run, if it has moved since")
+    models: str = option("", "model store of that run, or models/ of the benchmark, if it has moved since")
     out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
 
 

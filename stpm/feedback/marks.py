@@ -18,7 +18,7 @@ class Marks:
 
     Args:
         good: URIs of the images that are marked as good, by category.
-        other: number of images by another label, such as `defect`.
+        other: number of images without the label good, by each of their labels, such as `defect`.
         refused: images that are marked as good and cannot be used, by URI or row, with the reason.
     """
 
@@ -59,15 +59,15 @@ def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] 
                 unusable[image] = problem
             labels.setdefault((image, category), set()).add(label)
     for (image, category), found in labels.items():
-        if found == {GOOD} and image in unusable:
-            marks.refused[image] = unusable[image]
-        elif found == {GOOD}:
-            marks.good.setdefault(category, []).append(image)
+        if GOOD not in found:
+            for label in found:
+                marks.other[label] = marks.other.get(label, 0) + 1
         elif len(found) > 1:
             marks.refused[image] = f"it is marked as {' and as '.join(sorted(map(repr, found)))}"
+        elif image in unusable:
+            marks.refused[image] = unusable[image]
         else:
-            label = found.pop()
-            marks.other[label] = marks.other.get(label, 0) + 1
+            marks.good.setdefault(category, []).append(image)
     return marks
 
 

@@ -9,14 +9,14 @@ import pyarrow as pa
 
 from stpm.console import timestamp
 from stpm.data.image_statistics import COMPARED
-from stpm.feedback.new_normals import NewNormals
+from stpm.feedback.new_images import NewImages
 from stpm.method.calibration import HeatmapScale
 from stpm.models.record import ModelRecord, installed_versions
 from stpm.models.store import ModelStore
 
 
-def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
-    """Add the scores of new normals to the calibration of their category's current model; stage it as a new model.
+def recalibrate(store: ModelStore, new: NewImages) -> ModelRecord:
+    """Add the scores of new images to the calibration of their category's current model; stage it as a new model.
 
     Keep the scales of the model's parts, so that no score changes, and the lower end of the heatmap scale. Its
     `good_max` rises to the largest pixel of the new images.
@@ -28,21 +28,21 @@ def recalibrate(store: ModelStore, new: NewNormals) -> ModelRecord:
     calibration = _add_scores(store.calibration_scores(record), new)
     changed = dataclasses.replace(
         record,
-        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(score.peak for score in new.scores)])),
+        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(result.peak for result in new.results)])),
         fit=dataclasses.replace(record.fit, calibration_count=len(calibration)),
-        added_normals=(*record.added_normals, *new.images),
+        added_images=(*record.added_images, *new.images),
         library_versions=installed_versions(),
         created=timestamp(),
     )
     return store.save_recalibrated(record, changed, calibration, _add_statistics(store.image_statistics(record), new))
 
 
-def _add_scores(calibration: pa.Table, new: NewNormals) -> pa.Table:
-    added = pa.table({"score": new.values, "is_added": np.ones(len(new.scores), bool)}, calibration.schema)
+def _add_scores(calibration: pa.Table, new: NewImages) -> pa.Table:
+    added = pa.table({"score": new.scores, "is_added": np.ones(len(new.images), bool)}, calibration.schema)
     return pa.concat_tables([calibration, added]).sort_by("score")
 
 
-def _add_statistics(statistics: pa.Table, new: NewNormals) -> pa.Table:
-    columns = np.array([score.statistics for score in new.scores], np.float32).T
+def _add_statistics(statistics: pa.Table, new: NewImages) -> pa.Table:
+    columns = np.array([result.statistics for result in new.results], np.float32).T
     added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
     return pa.concat_tables([statistics, added])

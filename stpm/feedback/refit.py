@@ -11,12 +11,12 @@ import numpy.typing as npt
 from stpm import storage
 from stpm.data import mvtec
 from stpm.feedback.local_scorer import LocalScore, LocalScorer
-from stpm.feedback.new_normals import NewNormals
+from stpm.feedback.new_images import NewImages
 from stpm.fitting.fit_categories import fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import FitResult
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedNormal
+from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 
@@ -36,7 +36,7 @@ class Refit:
     workers: WorkerOptions
 
     def fit(
-        self, store: ModelStore, new: Mapping[str, Sequence[AddedNormal]], backend: WantedBackend, wait: bool
+        self, store: ModelStore, new: Mapping[str, Sequence[AddedImage]], backend: WantedBackend, wait: bool
     ) -> dict[str, FitResult]:
         """Fit and stage the models of those categories that are in the data set; for `wait` see `fit_categories`.
 
@@ -53,10 +53,10 @@ class Refit:
         return {result.task.category: result for result in results}
 
     def scores(
-        self, store: ModelStore, new: NewNormals, model_id: str, backend: WantedBackend
+        self, store: ModelStore, new: NewImages, model_id: str, backend: WantedBackend
     ) -> npt.NDArray[np.float32]:
         """Score new images with a new model, (n,)."""
         category = new.record.category
         scorer = LocalScorer(store, category, model_id, backend)
-        files = (storage.read(store.normal_uri(category, image.digest)) for image in new.images)
+        files = (storage.read(store.added_uri(category, image.digest)) for image in new.images)
         return np.array([outcome.score for outcome in scorer(files) if isinstance(outcome, LocalScore)], np.float32)

@@ -22,7 +22,7 @@ from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import hold_lease
 from stpm.method.backbones import load_teacher_weights
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedNormal
+from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 
@@ -67,7 +67,7 @@ def fit_categories(
     workers: WorkerOptions,
     backend: WantedBackend,
     wait: bool,
-    new_normals: Mapping[str, Sequence[AddedNormal]] | None = None,
+    new_images: Mapping[str, Sequence[AddedImage]] | None = None,
 ) -> list[FitResult]:
     """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
@@ -81,7 +81,7 @@ def fit_categories(
         workers: number and resources of the workers.
         backend: what computes features on a CPU.
         wait: if another run holds a store, wait for its end instead of raising an error.
-        new_normals: newly added images, by category. Fit on them too, and on all images that were added before; stage
+        new_images: newly added images, by category. Fit on them too, and on all images that were added before; stage
             the models instead of making them current.
 
     Returns:
@@ -102,10 +102,10 @@ def fit_categories(
             digest = store.put_teacher(weights)
             seeded = dataclasses.replace(recipe, seed=seed)
             makers += [TaskMaker(category, seeded, store, digest, backend) for category in categories]
-        if new_normals is None:
+        if new_images is None:
             plans = storage.in_parallel(plan_fit, makers)
         else:
-            plans = storage.in_parallel(lambda maker: plan_refit(maker, new_normals[maker.category.name]), makers)
+            plans = storage.in_parallel(lambda maker: plan_refit(maker, new_images[maker.category.name]), makers)
         for plan in plans:
             if plan.message:
                 log.info(f"{plan.task.key}: {plan.message}", extra={"category": plan.task.category})

@@ -124,7 +124,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
             heatmap_scale=calibration.scale,
             distance_scales=distance_scales,
             fit=fit,
-            added_normals=tuple(dataclasses.replace(image, fitted=True) for image in task.added),
+            added_images=tuple(dataclasses.replace(image, fitted=True) for image in task.added),
         ),
         task.data_fingerprint,
         student=trained.student,

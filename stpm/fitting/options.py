@@ -13,42 +13,42 @@ class FitOptions(Options):
     """The data set to fit on, and the store of the models."""
 
     data: str = option(
-        "", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-normals"
+        "", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-good"
     )
     models: str = option("", "model store to write to: a folder or a URI", required=True)
     categories: Names = option(Names(), "categories to fit, separated by commas; none: all categories of the data set")
     false_alarm_rate: float = option(
         0.01,
         "fraction of good images that scoring may call anomalous, 0 to 1; it changes no model, but fitting warns where "
-        "the held-out good images are too few for it, and --add-normals compares thresholds at it",
+        "the held-out good images are too few for it, and --add-good compares thresholds at it",
         above=0,
         below=1,
     )
-    add_normals: str = option(
+    add_good: str = option(
         "",
         "table of images (.parquet, .csv, .jsonl or .ndjson) with the columns uri, category and label, such as "
         "triage.html saves: images labelled good are added to the calibration of their category's current model",
     )
     refit: bool = option(
-        False, "with --add-normals: fit the models of these categories again, with the images among those of --data"
+        False, "with --add-good: fit the models of these categories again, with the images among those of --data"
     )
     stage: bool = option(
         False,
-        "with --add-normals: report what changes, and leave the current models; jobs/models.py --roll-forward "
+        "with --add-good: report what changes, and leave the current models; jobs/models.py --roll-forward "
         "makes the new ones current",
     )
     allow: Names = option(
         Names(),
-        "with --add-normals: prefixes that the URIs in the table may have, separated by commas; none: the table's own "
+        "with --add-good: prefixes that the URIs in the table may have, separated by commas; none: the table's own "
         "bucket or folder",
     )
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.add_normals and (given := [n for n in ("refit", "stage", "allow") if getattr(self, n)]):
-            raise ConfigError(f"--{given[0]} is given without --add-normals; give both")
-        if not self.data and (self.refit or not self.add_normals):
+        if not self.add_good and (given := [n for n in ("refit", "stage", "allow") if getattr(self, n)]):
+            raise ConfigError(f"--{given[0]} is given without --add-good; give both")
+        if not self.data and (self.refit or not self.add_good):
             raise ConfigError("--data is missing; see --help")
 
 

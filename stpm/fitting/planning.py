@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError, StpmError
-from stpm.fitting.added_normals import with_added_normals
+from stpm.fitting.added_images import with_added_images
 from stpm.fitting.task import FitResult, FitTask
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedNormal, ModelRecord
+from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 
@@ -52,7 +52,7 @@ class TaskMaker:
     teacher_digest: str
     backend: WantedBackend
 
-    def added(self) -> tuple[AddedNormal, ...]:
+    def added(self) -> tuple[AddedImage, ...]:
         """Return the images that were added to the category's current model.
 
         Raises:
@@ -60,13 +60,13 @@ class TaskMaker:
         """
         name = self.category.name
         try:
-            return self.store.record(name).added_normals
+            return self.store.record(name).added_images
         except NoModelError:
             return ()
         except ModelUnreadableError:
             raise
         except ModelError as error:
-            if storage.files(self.store.normals_folder(name)):
+            if storage.files(self.store.added_folder(name)):
                 log.info(f"{name}: fitted without the images that were added: {error}", extra={"category": name})
             return ()
 
@@ -77,9 +77,9 @@ class TaskMaker:
         except ModelError:
             return ""
 
-    def task(self, added: Sequence[AddedNormal], *, stage: bool = False) -> FitTask:
+    def task(self, added: Sequence[AddedImage], *, stage: bool = False) -> FitTask:
         """Make the task of a fit on the category's own images and on added ones; `stage` is that of `FitTask`."""
-        train = with_added_normals(self.category, self.store, added)
+        train = with_added_images(self.category, self.store, added)
         return FitTask(
             category=self.category.name,
             train=train,
@@ -104,15 +104,16 @@ def plan_fit(maker: TaskMaker) -> Plan:
         return plan
     if model := existing_model(task, among="next"):
         current = maker.store.record(task.category)
+        command = maker.store.roll_command(task.category, "--roll-forward")
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
-            f"{current.model_id} stays current; jobs/models.py --categories {task.category} --roll-forward changes that"
+            f"{current.model_id} stays current. To roll forward: {command}"
         )
         return Plan(task, FitResult(task, current), message)
     return Plan(maker.task(added), message=maker.describe_replaced())
 
 
-def plan_refit(maker: TaskMaker, new: Sequence[AddedNormal]) -> Plan:
+def plan_refit(maker: TaskMaker, new: Sequence[AddedImage]) -> Plan:
     """Plan a fit on all images that were added, before and now; its model is staged."""
     try:
         added = maker.added()

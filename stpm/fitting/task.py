@@ -7,7 +7,7 @@ from functools import cached_property
 
 from stpm import storage
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedNormal, ModelRecord
+from stpm.models.record import AddedImage, ModelRecord
 from stpm.options import WantedBackend
 
 
@@ -32,7 +32,7 @@ class FitTask:
     store: str
     teacher_digest: str
     backend: WantedBackend = "auto"
-    added: tuple[AddedNormal, ...] = ()
+    added: tuple[AddedImage, ...] = ()
     stage: bool = False
 
     @property

@@ -13,14 +13,14 @@ from stpm.console import ALL_DONE
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
 from stpm.errors import CutOffError, RunDamagedError, with_remedy
+from stpm.evaluation.evaluate import evaluate_categories, publish_report
 from stpm.evaluation.gate import read_gate
-from stpm.evaluation.options import ReportOptions
+from stpm.evaluation.options import MasksAt, ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
 from stpm.jobs.benchmark_options import BenchmarkOptions
-from stpm.jobs.evaluate import evaluate_categories, publish_report
 from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
@@ -72,21 +72,59 @@ def run_benchmark(
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:
-                stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
-                with connected():
-                    warn_about_few_good_images(count_good_images(categories, recipe), scoring.false_alarm_rate)
-                    fits = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
-                    failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
-                    for seed, uri in stores.items():
-                        if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
-                            output = RunOutput.named(out, f"seed-{seed}")
-                            store = ModelStore(uri)
-                            score = partial(_score, data, categories, records, store, scoring, output, cluster.backend)
-                            evaluate = partial(evaluate_categories, output, records, store, reporting.masks_at)
-                            results += _score_and_evaluate(output, score, evaluate)
+                results, failed_fits = _fit_score_and_evaluate(
+                    data, categories, out, options, recipe, workers, scoring, reporting.masks_at, cluster.backend
+                )
+                failures += failed_fits
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
             log.info(f"models, scores and heatmaps are in {out}")
             return code
+
+
+def _fit_score_and_evaluate(
+    data: str,
+    categories: Sequence[Category],
+    out: str,
+    options: BenchmarkOptions,
+    recipe: Recipe,
+    workers: WorkerOptions,
+    scoring: ScoreOptions,
+    masks_at: MasksAt,
+    backend: WantedBackend,
+) -> tuple[list[CategoryResult], list[Failure]]:
+    """Fit all categories with each seed; score and evaluate their test images. Return the fits that failed, too."""
+    stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
+    results: list[CategoryResult] = []
+    with connected():
+        warn_about_few_good_images(count_good_images(categories, recipe), scoring.false_alarm_rate)
+        fits = fit_categories(categories, recipe, stores, workers, backend, options.wait)
+        for seed, uri in stores.items():
+            records = [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]
+            if records:
+                output = RunOutput.named(out, f"seed-{seed}")
+                results += _run_seed(data, categories, records, ModelStore(uri), scoring, output, masks_at, backend)
+    return results, [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
+
+
+def _run_seed(
+    data: str,
+    categories: Sequence[Category],
+    records: Sequence[ModelRecord],
+    store: ModelStore,
+    scoring: ScoreOptions,
+    output: RunOutput,
+    masks_at: MasksAt,
+    backend: WantedBackend,
+) -> list[CategoryResult]:
+    """Score and evaluate the test images with the models of one seed; see `_score_and_evaluate`."""
+
+    def score() -> None:
+        _score(data, categories, records, store, scoring, output, backend)
+
+    def evaluate() -> list[CategoryResult]:
+        return evaluate_categories(output, records, store, masks_at)
+
+    return _score_and_evaluate(output, score, evaluate)
 
 
 def _score_and_evaluate(

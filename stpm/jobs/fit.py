@@ -10,7 +10,7 @@ from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.console import ALL_DONE, exit_code
 from stpm.errors import ConfigError
-from stpm.feedback.add_normals import add_normals
+from stpm.feedback.add_good import add_good
 from stpm.feedback.marks import read_marks
 from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
@@ -31,10 +31,10 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         ConfigError: if the options cannot be run.
         DataError: if the data set or the table of images cannot be read.
     """
-    if options.add_normals:
+    if options.add_good:
         if cluster.plan:
-            raise ConfigError("--plan is given with --add-normals, which it cannot describe; leave one of them out")
-        return _add_normals(options, recipe, workers, cluster)
+            raise ConfigError("--plan is given with --add-good, which it cannot describe; leave one of them out")
+        return _add_good(options, recipe, workers, cluster)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
         categories, failures = read_categories(storage.absolute(options.data), options.categories)
@@ -48,16 +48,16 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
             results = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
     failed = len(failures) + sum(result.record is None for result in results)
     done = len(results) + len(failures) - failed
-    log.info(f"{done} of {done + failed} categories have a model in {options.models}")
+    log.info(f"{done} of {done + failed} categories are fitted; their models are in {options.models}")
     return exit_code(done, failed)
 
 
-def _add_normals(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
+def _add_good(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
     """Add marked images to the models of their categories; return the exit code, by the images marked as good."""
     store = ModelStore(storage.output_folder(options.models))
     refit = Refit(storage.absolute(options.data), recipe, workers) if options.refit else None
     with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
-        marks = read_marks(options.add_normals, options.allow, options.categories)
-        done, failed = add_normals(store, marks, options, cluster.backend, refit)
+        marks = read_marks(options.add_good, options.allow, options.categories)
+        done, failed = add_good(store, marks, options, cluster.backend, refit)
     log.info(f"{done} of {done + failed} images that are marked as good belong to models in {options.models}")
     return exit_code(done, failed)

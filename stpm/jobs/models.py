@@ -38,10 +38,10 @@ def run_models(options: ModelsOptions) -> int:
             except (DataError, ModelError) as error:
                 failed.add(category)
                 log.info(f"{category}: failed: {error}", extra={"category": category})
-    good = [category for category in categories if category not in failed]
-    if good:
-        log.info(f"\n{models_table(store, good, options.false_alarm_rate)}\n")
-    return exit_code(len(good), len(failed))
+    done = [category for category in categories if category not in failed]
+    if done:
+        log.info(f"\n{models_table(store, done, options.false_alarm_rate)}\n")
+    return exit_code(len(done), len(failed))
 
 
 def _change(store: ModelStore, category: str, options: ModelsOptions) -> None:
@@ -59,7 +59,8 @@ def _change(store: ModelStore, category: str, options: ModelsOptions) -> None:
             extra={"category": category},
         )
     if options.keep:
-        store.set_versions(category, versions := versions.forget(options.keep))
+        versions = versions.forget(options.keep)
+        store.set_versions(category, versions)
         for model_id in store.model_folders(category):
             if not versions.position(model_id):
                 store.remove(category, model_id)

@@ -13,11 +13,12 @@ from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, timestamp
 from stpm.errors import ConfigError, WebhookError
 from stpm.lease import hold_lease
 from stpm.monitoring.housekeeping import remove_nights_before
-from stpm.monitoring.nightly_json import JSON_FILE, PAGE_FILE, headline, nightly_json, webhook_message
-from stpm.monitoring.nights import Night
+from stpm.monitoring.nightly_json import JSON_FILE, PAGE_FILE, nightly_json, webhook_message
+from stpm.monitoring.nights import Night, headline
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.monitoring.page import page
-from stpm.monitoring.score_nights import NightlyJob, score_nights, update_records
+from stpm.monitoring.score_nights import NightlyJob, score_nights
+from stpm.monitoring.update_records import update_records
 from stpm.monitoring.webhook import post
 from stpm.options import ClusterOptions
 from stpm.scoring.options import OutputOptions, ScoreOptions
@@ -38,8 +39,8 @@ def run_nightly(
     """Run the nightly job.
 
     Returns:
-        The exit code: 0 all done, 2 something failed and the rest is done, 3 no image of the night has a score.
-        Verdicts do not change it.
+        The exit code: 0 all done, 2 something failed and the rest is done, 3 no image of the night has a score, or its
+        record or files cannot be read. Verdicts do not change it.
 
     Raises:
         ConfigError: if the options are invalid, or the folder is in use.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import IO
 
@@ -19,12 +18,11 @@ from stpm.errors import with_remedy
 from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
-from stpm.names import as_utf8
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest_rows import image_id
 from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
+from stpm.scoring.inputs.uri_list import stored_list
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run import run_scoring
@@ -94,22 +92,6 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
     return SOME_FAILED if result.error_count > collection.max_error_rate * result.rows else ALL_DONE
-
-
-@contextmanager
-def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
-    """Store a list of URIs in a temporary file.
-
-    Yields:
-        The file; and the number of lines with a digest that does not depend on their order, or "" without lines.
-    """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape") as file:
-        count = total = 0
-        for line in filter(None, map(str.strip, lines)):
-            count += 1
-            total += image_id(as_utf8(storage.absolute(line)))
-            print(line, file=file)
-        yield file, f"{count} lines, digest {total % 2**64:016x}" if count else ""
 
 
 def _manifest_rows(config: ScoringConfig, lines: IO[str]) -> Iterator[pa.Table]:

@@ -59,7 +59,7 @@ class FitRecord:
 
 
 @dataclass(frozen=True)
-class AddedNormal:
+class AddedImage:
     """An image that a person marked as good.
 
     Args:
@@ -87,7 +87,7 @@ class ModelRecord:
         heatmap_scale: values of the anomaly map that become grey levels 0 and 128 of heatmaps.
         distance_scales: scale of each distance map, in the order of `Distances.maps`; empty if the fusion needs none.
         fit: the outcome of the fit.
-        added_normals: all images that were marked as good.
+        added_images: all images that were marked as good.
         files: digest of each file of the model, by name.
         library_versions: versions of Python and of the libraries that made the model, by name.
         created: when the record was made, ISO 8601, UTC.
@@ -102,20 +102,20 @@ class ModelRecord:
     heatmap_scale: HeatmapScale
     distance_scales: tuple[DistanceScale, ...]
     fit: FitRecord
-    added_normals: tuple[AddedNormal, ...] = ()
+    added_images: tuple[AddedImage, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     library_versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=timestamp)
-    format: Literal[5] = 5
+    format: Literal[6] = 6
 
     @property
     def good_count(self) -> int:
         """Count all good images: those of the fit, and those that only calibrate."""
-        return self.fit.good_count + sum(not image.fitted for image in self.added_normals)
+        return self.fit.good_count + sum(not image.fitted for image in self.added_images)
 
     @cached_property
     def model_id(self) -> str:
-        """Return the category, with a digest of everything that affects scores, p-values, verdicts or heatmaps."""
+        """Return the category, with a digest of everything that affects scores, p-values, thresholds or heatmaps."""
         files = [self.files.get(name) for name in (STUDENT, MEMORY, CALIBRATION)]
         values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.distance_scales, files)
         return f"{self.category}-{storage.digest(repr((values, self.heatmap_scale)).encode())[:12]}"

@@ -3,7 +3,7 @@
 <store>/teachers/<digest>.safetensors                one for all models with this teacher
 <store>/<category>/current.json                      the ids of the category's current model, of those before it and
                                                      of those after it; written last of all
-<store>/<category>/normals/<digest>                  the file of an image that was marked as good
+<store>/<category>/added/<digest>                    the file of an image that was marked as good
 <store>/<category>/<model id>/student.safetensors    if the recipe has a student
 <store>/<category>/<model id>/memory.safetensors     if the recipe has a memory
 <store>/<category>/<model id>/calibration.parquet    columns `score`: float32, ascending, and
@@ -22,10 +22,10 @@ current model can be rolled back.
 from __future__ import annotations
 
 import dataclasses
-import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,7 @@ _TEACHERS = "teachers"
 _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
-_NORMALS = "normals"
+_ADDED = "added"
 
 
 @dataclass(frozen=True)
@@ -245,21 +245,25 @@ class ModelStore:
         storage.remove(storage.join(folder, _RECORD))
         storage.remove(folder)
 
-    def put_normal(self, category: str, data: bytes) -> str:
+    def roll_command(self, category: str, flag: Literal["--roll-back", "--roll-forward"]) -> str:
+        """Write the command line that makes the category's previous or next model current."""
+        return f"python jobs/models.py --models {shlex.quote(self.uri)} --categories {shlex.quote(category)} {flag}"
+
+    def put_added(self, category: str, data: bytes) -> str:
         """Store the file of an image that was marked as good, and return its digest."""
         digest = storage.digest(data)
-        uri = self.normal_uri(category, digest)
+        uri = self.added_uri(category, digest)
         if not storage.exists(uri):
             storage.publish(uri, data)
         return digest
 
-    def normal_uri(self, category: str, digest: str) -> str:
+    def added_uri(self, category: str, digest: str) -> str:
         """Return the URI of an image that was marked as good."""
-        return storage.join(self.normals_folder(category), digest)
+        return storage.join(self.added_folder(category), digest)
 
-    def normals_folder(self, category: str) -> str:
+    def added_folder(self, category: str) -> str:
         """Return the folder of a category's images that were marked as good."""
-        return storage.join(self.folder(category), _NORMALS)
+        return storage.join(self.folder(category), _ADDED)
 
     def calibration_scores(self, record: ModelRecord) -> pa.Table:
         """Read the scores that calibrate a model, ascending, in the columns `score` and `is_added`."""
@@ -340,7 +344,7 @@ class ModelStore:
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
         data = self._read_verified(self._uri(record, name), record.files[name])
-        return pq.read_table(io.BytesIO(data))
+        return pq.read_table(pa.BufferReader(data))
 
     def _uri(self, record: ModelRecord, name: str) -> str:
         return storage.join(self.folder(record.category), record.model_id, name)

@@ -44,7 +44,7 @@ def _lines(store: ModelStore, category: str, false_alarm_rate: float) -> list[li
             continue
         fit = record.fit
         loss = "" if fit.validation_loss is None else f"{fit.validation_loss:.4f}"
-        counts = [str(record.good_count), str(len(record.added_normals) or ""), str(fit.calibration_count)]
+        counts = [str(record.good_count), str(len(record.added_images) or ""), str(fit.calibration_count)]
         limit = f"{threshold(scores, false_alarm_rate):.4g}"
         lines.append([model_id, versions.position(model_id), record.created, *counts, loss, limit])
     return sorted(lines, key=lambda line: line[2])

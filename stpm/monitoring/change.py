@@ -13,7 +13,7 @@ class Change:
     """One thing that changed.
 
     Args:
-        name: a statistic's name, or `images`, `repeated`, `errors`, `alarms` or `scores`.
+        name: a statistic's name, or `images`, `repeated`, `errors`, `alarms`, `scores` or `model`.
         level: by its size.
         p_value: probability that chance makes as large a change; 0 for a plain fact.
         size: how large it is, 1 where it begins to call for action.

@@ -10,6 +10,7 @@ import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,7 @@ _BONFERRONI = {"errors": 4, "alarms": 4 * 2, "scores": 4} | dict.fromkeys(COMPAR
 
 # Distance between the distributions of the night's scores and the calibration's; defects change it by their share.
 _SCORES = Limits(0.25, 0.5)
-# Alarms beyond the requested rate, as a share of the images: fewer defects are normal.
+# Alarms beyond the requested rate, as a share of the images: some defects are expected.
 _ALARMS = Limits(0.05, 0.15)
 # Alarms beyond those of earlier nights.
 _MORE_ALARMS = Limits(0.02, 0.05)
@@ -97,17 +98,14 @@ class Counts:
         return Rate(self.error_count, self.images) if self.images else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CategoryNight(Counts):
-    """What one category's night is judged by.
+class Sample(NamedTuple):
+    """One category's rows with a score of one night, or a random sample of them.
 
     Args:
-        date: of the night.
-        p_values: of rows with a score, or of a random sample of them.
+        p_values: one for each image.
         statistics: of the same images in the same order, by name as in `Reference`.
     """
 
-    date: datetime.date
     p_values: FloatArray
     statistics: Mapping[str, FloatArray]
 
@@ -129,19 +127,26 @@ class Verdict:
 
 
 def judge(
-    nights: Sequence[CategoryNight], reference: Reference | None, *, tests: int, false_verdict_rate: float
+    night: Counts,
+    sample: Sample,
+    earlier: Mapping[datetime.date, Counts],
+    reference: Reference | None,
+    *,
+    tests: int,
+    false_verdict_rate: float,
 ) -> Verdict:
-    """Judge the last of a category's nights.
+    """Judge a night of one category.
 
     Args:
-        nights: of one category, oldest first, one or more; the last one is judged.
-        reference: of the model that scored the last night; None if there is none.
+        night: the counts of all its rows.
+        sample: of its rows with a score.
+        earlier: the counts of the nights before it, by date; images are compared with the model's alone.
+        reference: of the model that scored the night; None if there is none.
         tests: number of verdicts that are given together (categories × nights).
         false_verdict_rate: probability, in (0, 1), that any of these verdicts is not `fine` though nothing changed.
     """
-    *earlier, night = nights
     found: list[Change] = []
-    for change in _changes(night, earlier, reference):
+    for change in _changes(night, sample, earlier, reference):
         adjusted = min(change.p_value * _BONFERRONI.get(change.name, 1) * tests, 1.0)
         if change.level != "fine" and adjusted <= false_verdict_rate:
             found.append(replace(change, p_value=adjusted))
@@ -158,34 +163,37 @@ def _order(change: Change) -> tuple[int, float]:
     return next(i for i, names in enumerate(groups) if change.name in names), -change.size
 
 
-def _changes(night: CategoryNight, earlier: Sequence[CategoryNight], reference: Reference | None) -> Iterator[Change]:
+def _changes(
+    night: Counts, sample: Sample, earlier: Mapping[datetime.date, Counts], reference: Reference | None
+) -> Iterator[Change]:
     """Yield what may have changed, with the p-value of each test alone."""
+    counts = list(earlier.values())
     yield from _fewer_images(night, earlier)
-    yield from _errors(night, earlier)
-    if not reference or not len(night.p_values):
+    yield from _errors(night, counts)
+    if not reference or not len(sample.p_values):
         return
-    distinct, commonest = image_drift.distinct_rows(night.statistics)
-    repeated = list(image_drift.repeated_picture(night.scored, len(night.p_values), commonest))
+    distinct, commonest = image_drift.distinct_rows(sample.statistics)
+    repeated = list(image_drift.repeated_picture(night.scored, len(sample.p_values), commonest))
     yield from repeated
     if any(change.level == "act" for change in repeated):
         # The other changes follow from that.
         return
-    statistics = {name: values[distinct] for name, values in night.statistics.items()}
+    statistics = {name: values[distinct] for name, values in sample.statistics.items()}
     yield from image_drift.compare_statistics(statistics, reference.statistics)
-    yield from _alarms(night, earlier, reference.calibration_count)
+    yield from _alarms(night, counts, reference.calibration_count)
     held_out = reference.calibration_count - len(reference.added)
-    yield _scores(reference.held_out_p_values(night.p_values[distinct]), held_out)
+    yield _scores(reference.held_out_p_values(sample.p_values[distinct]), held_out)
 
 
-def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:
-    counts = [past.images for past in earlier]
+def _fewer_images(night: Counts, earlier: Mapping[datetime.date, Counts]) -> Iterator[Change]:
+    counts = [past.images for past in earlier.values()]
     if not night.images:
-        last = max((past for past in earlier if past.images), key=lambda past: past.date, default=None)
-        since = [past for past in earlier if last and past.date > last.date]
+        last = max((date for date, past in earlier.items() if past.images), default=None)
+        since = [date for date in earlier if last and date > last]
         pauses = counts.count(0) - len(since)
         text = "no images tonight"
         if last:
-            text += f"; {last.images:,} on {last.date}" if since else f"; {last.images:,} the night before"
+            text += f"; {earlier[last].images:,} {f'on {last}' if since else 'the night before'}"
         if pauses:
             text += f", and none on {pauses} other nights of the last {len(earlier)}"
         # A product that is no longer made needs no action every night.
@@ -203,12 +211,12 @@ def _fewer_images(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Ite
             yield Change("images", level, p_value=0.0, size=missing / _MISSING.act, text=text)
 
 
-def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:
+def _errors(night: Counts, earlier: Sequence[Counts]) -> Iterator[Change]:
     rate = night.error_rate
     if not rate or not rate.events:
         return
     usual = _usual([past.error_rate for past in earlier], _ERRORS.watch)
-    # Without earlier nights, one error in a hundred images is normal.
+    # Without earlier nights, one error in a hundred images is expected.
     share = pool(usual).value if usual else 0.0
     text = f"{percent(rate.value)} of the images are errors ({rate.events:,} of {rate.total:,})"
     if usual:
@@ -218,7 +226,7 @@ def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[
     yield Change("errors", _ERRORS.level(excess), p_value=p_value, size=excess / _ERRORS.act, text=text)
 
 
-def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_count: int) -> Iterator[Change]:
+def _alarms(night: Counts, earlier: Sequence[Counts], calibration_count: int) -> Iterator[Change]:
     """Compare alarms with earlier nights of the same model, and with the rate that its calibration promises."""
     rate = night.alarm_rate
     if not rate or not calibration_count:

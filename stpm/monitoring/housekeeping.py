@@ -7,8 +7,8 @@ import logging
 
 from stpm import storage
 from stpm.errors import DataError
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import read_night
-from stpm.monitoring.runs import NightFolder
 
 log = logging.getLogger(__name__)
 
@@ -37,4 +37,5 @@ def remove_nights_before(out: str, date: datetime.date) -> None:
         storage.remove_unfinished(folder.uri)
         storage.remove_empty_folders(folder.uri)
         kept = storage.files(folder.uri)
-        log.info(f"removed the night {night.date}{f', but not {len(kept)} files that no run wrote' if kept else ''}")
+        left = f"; {len(kept)} files that this job did not write remain" if kept else ""
+        log.info(f"removed the night {night.date}{left}")

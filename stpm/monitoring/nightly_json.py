@@ -9,9 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from stpm import storage
-from stpm.errors import join_first
-from stpm.monitoring.nights import CategoryRecord, Night
-from stpm.monitoring.runs import NightFolder
+from stpm.monitoring.night_folder import NightFolder
+from stpm.monitoring.nights import CategoryRecord, Night, headline, ordered_categories
 
 PAGE_FILE, JSON_FILE = "nightly.html", "nightly.json"
 _FORMAT = 1
@@ -48,38 +47,9 @@ def webhook_message(night: Night, out: str, created: str) -> bytes:
     return json.dumps(message | values, ensure_ascii=False).encode()
 
 
-def headline(night: Night) -> str:
-    """Describe a night in one line."""
-    flagged = {
-        level: [name for name, record in night.categories.items() if record.verdict and record.verdict.level == level]
-        for level in ("act", "watch")
-    }
-    parts = [
-        f"{night.images} images, {night.alarms} alarms, {night.error_count} errors",
-        *([f"{night.unfinished} images without a row"] if night.unfinished else []),
-        *(f"{level}: {join_first(names, separator=', ')}" for level, names in flagged.items() if names),
-        f"{night.levels['fine']} categories fine",
-        *([night.problem] if night.problem else []),
-    ]
-    return f"{night.date}: {'; '.join(parts)}"
-
-
 def _chat_text(text: str) -> str:
     """Escape markup of chats, which names of categories may hold: `<!channel>` would call everybody."""
     return html.escape("".join(character if character.isprintable() else " " for character in text), quote=False)
-
-
-def ordered_categories(night: Night) -> list[tuple[str, CategoryRecord]]:
-    """List the categories of a night: those to act on first, then those to watch, large changes before small ones."""
-    order = {"act": 0, "watch": 1, "fine": 3}
-
-    def key(item: tuple[str, CategoryRecord]) -> tuple[int, float, str]:
-        name, record = item
-        if not record.verdict:
-            return 2, 0.0, name
-        return order[record.verdict.level], -max((change.size for change in record.verdict.changes), default=0.0), name
-
-    return sorted(night.categories.items(), key=key)
 
 
 def _night(night: Night, out: str) -> dict[str, Any]:

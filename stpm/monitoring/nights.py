@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from stpm import storage
-from stpm.errors import DataError
+from stpm.errors import DataError, join_first
 from stpm.method.false_discovery import Discoveries
 from stpm.monitoring.drift import Counts, Verdict
-from stpm.monitoring.runs import NightFolder
+from stpm.monitoring.night_folder import NightFolder
 from stpm.records import from_json, to_json
 
 
@@ -127,6 +127,35 @@ class Night:
         """Count the categories by level."""
         found = Counter(record.verdict.level for record in self.categories.values() if record.verdict)
         return {level: found[level] for level in ("act", "watch", "fine")}
+
+
+def headline(night: Night) -> str:
+    """Describe a night in one line."""
+    flagged = {
+        level: [name for name, record in night.categories.items() if record.verdict and record.verdict.level == level]
+        for level in ("act", "watch")
+    }
+    parts = [
+        f"{night.images} images, {night.alarms} alarms, {night.error_count} errors",
+        *([f"{night.unfinished} images without a row"] if night.unfinished else []),
+        *(f"{level}: {join_first(names, separator=', ')}" for level, names in flagged.items() if names),
+        f"{night.levels['fine']} categories fine",
+        *([night.problem] if night.problem else []),
+    ]
+    return f"{night.date}: {'; '.join(parts)}"
+
+
+def ordered_categories(night: Night) -> list[tuple[str, CategoryRecord]]:
+    """List the categories of a night: those to act on first, then those to watch, large changes before small ones."""
+    order = {"act": 0, "watch": 1, "fine": 3}
+
+    def key(item: tuple[str, CategoryRecord]) -> tuple[int, float, str]:
+        name, record = item
+        if not record.verdict:
+            return 2, 0.0, name
+        return order[record.verdict.level], -max((change.size for change in record.verdict.changes), default=0.0), name
+
+    return sorted(night.categories.items(), key=key)
 
 
 def read_night(folder: NightFolder) -> Night | None:

@@ -7,8 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from stpm.monitoring.change import percent
-from stpm.monitoring.nightly_json import ordered_categories
-from stpm.monitoring.nights import CategoryRecord, Night
+from stpm.monitoring.nights import CategoryRecord, Night, ordered_categories
 from stpm.pages import render
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stpm import storage
 from stpm.data.image_statistics import COMPARED
-from stpm.errors import ModelError
-from stpm.method.preprocessing import Preprocessing
-from stpm.monitoring.nights import ErrorExample, TopImage
+from stpm.monitoring.drift import Sample
+from stpm.monitoring.nights import ErrorExample
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import read_batches
-from stpm.scoring.triage import THREADS, most_anomalous, picture
 
 # Images of a category whose p-values and statistics are compared: enough for any change that matters.
 SAMPLE = 5000
-_TOP = 12
 _EXAMPLES_OF_A_KIND = 3
 # Rows that are read at a time. A file may have a few hundred rows, of as many categories.
 _BATCH = 100_000
 _COLUMNS = ["image_id", "uri", "category", "model_id", "is_anomalous", "error_kind", "error_message", "p_value"]
 
 
-class CategoryRows:
-    """Counts of one category's rows, and a sample of them. Rows are added a batch at a time, in any order.
+class RowCounter:
+    """Counts and samples one category's rows. They are added a batch at a time, in any order.
 
     The sample is the rows with the smallest image ids. An id is a hash: the sample is random, and the same after a run
     was cut off.
@@ -57,17 +50,17 @@ class CategoryRows:
         if len(self._ids) > 2 * SAMPLE:
             self._keep_sample()
 
-    def sample(self) -> tuple[npt.NDArray[np.float32], dict[str, npt.NDArray[np.float32]]]:
-        """Return p-values, and statistics by name, of the sampled images."""
+    def sample(self) -> Sample:
+        """Return the p-values and statistics of the sampled images, float32."""
         self._keep_sample()
-        return self._values[:, 0], dict(zip(COMPARED, self._values[:, 1:].T, strict=True))
+        return Sample(self._values[:, 0], dict(zip(COMPARED, self._values[:, 1:].T, strict=True)))
 
     def _keep_sample(self) -> None:
         order = np.argsort(self._ids, kind="stable")[:SAMPLE]
         self._ids, self._values = self._ids[order], self._values[order]
 
 
-def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows], tuple[ErrorExample, ...]]:
+def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, RowCounter], tuple[ErrorExample, ...]]:
     """Count and sample the rows of a night, a batch at a time.
 
     Returns:
@@ -76,7 +69,7 @@ def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, CategoryRows],
     Raises:
         DataError: if a file of rows is damaged.
     """
-    categories: defaultdict[str, CategoryRows] = defaultdict(CategoryRows)
+    categories: defaultdict[str, RowCounter] = defaultdict(RowCounter)
     examples: defaultdict[str, list[ErrorExample]] = defaultdict(list)
     for rows in _batches(outputs):
         ordered = rows.sort_by("category")
@@ -110,25 +103,3 @@ def _add_examples(examples: defaultdict[str, list[ErrorExample]], rows: pa.Table
                     kind=kind, category=row["category"], uri=row["uri"], message=row["error_message"]
                 )
                 examples[kind].append(example)
-
-
-def top_images(
-    outputs: Sequence[RunOutput], preprocessing: Callable[[str, str], Preprocessing]
-) -> tuple[TopImage, ...]:
-    """Select the most anomalous images of a night, and draw each with its heatmap.
-
-    Args:
-        outputs: of the night's runs.
-        preprocessing: of a category's model, given the category and the model's id.
-    """
-    found = [(row["excess"], row["uri"], output, row) for output in outputs for row in most_anomalous(output, _TOP)]
-    best = sorted(found, key=lambda item: item[:2], reverse=True)[:_TOP]
-
-    def image(output: RunOutput, row: dict[str, Any]) -> TopImage:
-        drawn = ""
-        with suppress(ModelError):
-            drawn = picture(output, row, preprocessing(row["category"], row["model_id"]))
-        values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
-        return TopImage(**values, picture=drawn)
-
-    return tuple(storage.in_parallel(lambda item: image(*item[2:]), best, THREADS))

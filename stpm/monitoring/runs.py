@@ -1,76 +1,24 @@
 """The scoring runs of a night: the first one scores what is there, each later one the files that came late.
 
 A run's manifest is fixed before it starts, and a finished run never changes. If a start of the job finds new images, it
-adds a run to the night's folder:
-
-<out>/date=2026-11-24/scores/<number>_*.parquet     the rows of all runs
-<out>/date=2026-11-24/heatmaps/<number>/
-<out>/date=2026-11-24/runs/<number>/                run.json, manifest, triage.html
-<out>/date=2026-11-24/night.json                    see stpm/monitoring/nights.py
+adds a run to the night's folder.
 """
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from stpm import storage
-from stpm.monitoring.options import parse_date
+from stpm.monitoring.night_folder import NightFolder
 from stpm.scoring.inputs.manifest import read_manifest, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import contains
 from stpm.scoring.run_state import RunState
 from stpm.scoring.schema import Int64Array
-
-_PREFIX = "date="
-
-
-class NightFolder(NamedTuple):
-    """The folder of one night."""
-
-    date: datetime.date
-    uri: str
-
-    @property
-    def record(self) -> str:
-        """The record of the night: stpm/monitoring/nights.py."""
-        return storage.join(self.uri, "night.json")
-
-    @classmethod
-    def of(cls, out: str, date: datetime.date) -> NightFolder:
-        """Return a night's folder in the folder of all nights."""
-        return cls(date, storage.join(out, f"{_PREFIX}{date.isoformat()}"))
-
-    @classmethod
-    def find_all(cls, out: str) -> list[NightFolder]:
-        """List the folders that are named as nights, oldest first; other files and folders are ignored."""
-        names = storage.subfolders(out) if storage.exists(out) else []
-        dates = (parse_date(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
-        return [cls.of(out, date) for date in dates if date]
-
-    def outputs_with_manifest(self) -> list[RunOutput]:
-        """List the outputs of the runs whose list of images is fixed, oldest first."""
-        return [output for output in self.outputs() if read_manifest(output.manifest)]
-
-    def output(self, number: int) -> RunOutput:
-        """Return the output of a run."""
-        return RunOutput.named(self.uri, f"{number:03}")
-
-    def remove_runs(self) -> None:
-        """Remove all that runs wrote, the latest first: after a kill, what is left is a night with fewer runs."""
-        for output in reversed(self.outputs()):
-            output.remove()
-
-    def outputs(self) -> list[RunOutput]:
-        """List the outputs to which a run wrote anything, oldest first."""
-        outputs = [output for output in RunOutput.all_named(self.uri) if output.name.isdecimal()]
-        outputs = [output for output in outputs if RunState(output.state_folder).exists()]
-        return sorted(outputs, key=lambda output: int(output.name))
 
 
 def runs_to_score(

@@ -1,24 +1,28 @@
-"""Score several nights, the latest first, and bring their records up to date. No night stops another."""
+"""Score several nights, the latest first.
+
+A problem with one night does not stop the others, unless storage, a node or Ray failed while it was scored: then the
+earlier nights wait for the next start.
+"""
 
 from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, with_remedy
+from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, join_first, with_remedy
 from stpm.models.store import ModelStore
-from stpm.monitoring.judging import judge_night
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night, write_night
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
-from stpm.monitoring.runs import NightFolder, runs_to_score
+from stpm.monitoring.runs import runs_to_score
 from stpm.names import as_utf8
 from stpm.options import ClusterOptions
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -64,25 +68,15 @@ class NightlyJob:
             if folder.outputs() and not next(list_images(), None):
                 sources = ", ".join(self.sources(folder.date))
                 raise DataError(f"there are no images in {sources}: --fresh left the rows as they are")
-            self.start_over(folder)
+            self._start_over(folder)
         for output, rows in runs_to_score(folder, list_images):
             self._score_run(folder, output, rows, connection)
 
-    def start_over(self, folder: NightFolder) -> None:
-        """Remove the night's rows; its record, which may be damaged, then no longer counts them."""
+    def _start_over(self, folder: NightFolder) -> None:
+        """Remove the night's rows. First replace its record, even a damaged one, so that it no longer counts them."""
         if storage.exists(folder.record):
             write_night(folder, Night(folder.date.isoformat(), self.sources(folder.date)))
         folder.remove_runs()
-
-    def update_record(self, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
-        """Return the night's record, made anew if rows were added since it was written or it was not judged."""
-        night = read_night(folder)
-        names = tuple(output.name for output in folder.outputs_with_manifest())
-        if night and night.is_judged and night.runs == names and night.fdr == self.monitoring.fdr:
-            return replace(night, problem=problem)
-        night = Night(folder.date.isoformat(), self.sources(folder.date), problem=problem)
-        store = ModelStore(self.options.models)
-        return judge_night(folder, night, earlier, store, self.monitoring, self.scoring.false_alarm_rate)
 
     def _list_images(self, date: datetime.date) -> Iterator[pa.Table]:
         """Yield tables of schema MANIFEST that list a night's images; a source may have none."""
@@ -139,45 +133,12 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                 problems[date] = problem
                 log.info(f"{date}: {problem}")
                 if isinstance(error, CutOffError):
-                    # Storage or Ray failed, and would fail again.
-                    skipped = [day for day in dates if day < date and day in known]
-                    problems |= dict.fromkeys(skipped, f"not looked at, because {date} was cut off: {problem}")
+                    # Storage, a node or Ray failed, and would fail again.
+                    skipped = [day for day in dates if day < date]
+                    reason = f"not looked at, because {date} was cut off: {problem}"
+                    problems |= dict.fromkeys((day for day in skipped if day in known), reason)
+                    # A night without a folder gets no record: perhaps it has no images.
+                    if missed := [str(day) for day in skipped if day not in known]:
+                        log.warning(f"{join_first(missed, separator=', ')}: {reason}")
                     break
     return problems
-
-
-def update_records(
-    job: NightlyJob, dates: Sequence[datetime.date], problems: Mapping[datetime.date, str]
-) -> dict[datetime.date, Night]:
-    """Bring the records of these nights, oldest first, up to date; return all records that matter, by date."""
-    count = job.monitoring.nights
-    folders = NightFolder.find_all(job.out)
-    before = [folder for folder in folders if folder.date < dates[0]][-count:]
-    nights = _read({*before, *(folder for folder in folders[-count:] if folder.date not in dates)})
-    for date in dates:
-        folder = NightFolder.of(job.out, date)
-        if folder not in folders and date != dates[-1] and date not in problems:
-            continue
-        earlier = [nights[day] for day in sorted(nights) if day < date][-count:]
-        try:
-            with with_remedy(f"start with --date {date} --fresh"):
-                nights[date] = night = job.update_record(folder, earlier, problems.get(date, ""))
-            # Write no record for a day without images: --date may be mistyped.
-            if folder in folders or night.categories or night.problem:
-                write_night(folder, night)
-        except (ConfigError, DataError, OSError) as error:
-            # Storage failed, or the record or a file of the runs is damaged: keep the record.
-            nights[date] = Night(date.isoformat(), job.sources(date), problem=as_utf8(str(error)))
-            log.info(f"{date}: {nights[date].problem}")
-    return nights
-
-
-def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
-    nights = {}
-    for folder in folders:
-        try:
-            if night := read_night(folder):
-                nights[folder.date] = night
-        except (DataError, OSError) as error:
-            log.warning(f"{as_utf8(str(error))}; the page leaves this night out")
-    return nights

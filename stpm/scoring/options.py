@@ -43,8 +43,8 @@ class CollectionOptions(Options):
     fdr: float = option(
         0.0,
         "false discovery rate, 0 to 1: of the images that the run calls discoveries, at most this fraction is good on "
-        "average, over all its images and categories (Benjamini-Hochberg); the verdict of each image stays that of the "
-        "false-alarm rate; 0: no discoveries",
+        "average, over all its images and categories (Benjamini-Hochberg); `is_anomalous` still follows "
+        "--false-alarm-rate; 0: no discoveries",
         minimum=0,
         below=1,
     )
@@ -68,7 +68,8 @@ class OutputOptions(Options):
 
     heatmaps: Heatmaps = option("all", "images that get a heatmap, as palette PNG: all, anomalous or none")
     heatmaps_in: HeatmapsIn = option(
-        "files", "a PNG file for each heatmap, or its bytes in a column of the Parquet files, for millions of images"
+        "files",
+        "files: a PNG per heatmap; parquet: its bytes in a column of the Parquet files, better for millions of images",
     )
     overlay: bool = option(
         False, "write beside each heatmap a JPEG of the image with the heatmap drawn over it, in its own proportions"
@@ -102,8 +103,8 @@ class ScoreOptions(Options):
     )
     image_seconds: float = option(
         IMAGE_SECONDS,
-        "seconds that fetching and decoding one image may take. After them, the image becomes a row with an error if "
-        "decoding took more than half of them; otherwise the next run tries it again",
+        "seconds that fetching one image may take, and again decoding it. An image that is not fetched in time is "
+        "tried again by the next run; one that is not decoded in time becomes a row with an error",
         above=0,
         maximum=_DAY,
     )
@@ -120,7 +121,7 @@ class ScoreOptions(Options):
     )
     segment_rows: int = option(
         2_000_000,
-        "images of a segment, at most: the part of a run that is planned, executed and committed at a time; read when "
-        "the run starts",
+        "images of a segment, at most: the part of a run that is planned, executed and committed at a time; a resumed "
+        "run keeps the value that it began with",
         minimum=1,
     )

@@ -59,6 +59,11 @@ class RunOutput:
         return [output]
 
     @property
+    def is_named(self) -> bool:
+        """Whether it is one of several runs in its folder."""
+        return self.state_folder != self.folder
+
+    @property
     def scores(self) -> str:
         """The folder of the Parquet files."""
         return storage.join(self.folder, "scores")

@@ -180,7 +180,9 @@ class ProgressReporter:
 
 
 class WarningRelay(logging.Handler):
-    """Report the warnings of a process that has no console, such as a scorer's. Errors have tracebacks, and stay there.
+    """Send a scorer's warnings to the driver, which logs them.
+
+    Errors are not sent: their tracebacks are in the scorer's own log.
 
     Args:
         progress: of the run.

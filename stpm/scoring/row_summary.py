@@ -6,7 +6,7 @@ Each task summarizes the rows that it writes. Summaries add up, so that a run of
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stpm import records
+from stpm.scoring.run_statistics import CategoryCounts
 
 T = TypeVar("T")
 
@@ -29,9 +30,6 @@ _VALUES = ["score", *SCORE_PARTS, "p_value", "threshold", "is_anomalous"]
 COLUMNS = [*_ERROR_COLUMNS, *_VALUES, "image_id", "category", "bytes"]
 # Thresholds are at least this in the division by them.
 _MIN_THRESHOLD = 1e-30
-
-# Names of the counts of a category.
-_COUNTS = {"rows", "anomalous", "errors"}
 
 
 class RankedImage(NamedTuple):
@@ -53,7 +51,7 @@ class RowSummary:
     """Counts of rows, and some of them. Summaries of different rows add up, in any order.
 
     Args:
-        categories: rows, anomalous rows and errors by category.
+        categories: counts of rows by category.
         errors: rows without a score, by error kind.
         error_examples: the first of these rows by their URIs, a line each.
         p_values: number of images by category and p-value. A category has at most as many p-values as images calibrate
@@ -63,7 +61,7 @@ class RowSummary:
         ranked: the most anomalous images, in that order.
     """
 
-    categories: dict[str, dict[str, int]] = field(default_factory=dict)
+    categories: dict[str, CategoryCounts] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     error_examples: list[str] = field(default_factory=list)
     p_values: dict[str, dict[float, int]] = field(default_factory=dict)
@@ -73,14 +71,11 @@ class RowSummary:
 
     @property
     def rows(self) -> int:
-        return self._count("rows")
+        return sum(counts.rows for counts in self.categories.values())
 
     @property
     def anomalous(self) -> int:
-        return self._count("anomalous")
-
-    def _count(self, name: str) -> int:
-        return sum(counts[name] for counts in self.categories.values())
+        return sum(counts.anomalous for counts in self.categories.values())
 
     @classmethod
     def of_rows(cls, rows: pa.Table, task: str, max_ranked: int) -> RowSummary:
@@ -92,19 +87,18 @@ class RowSummary:
             max_ranked: number of the most anomalous images to name.
         """
         sums = [([], "count_all"), ("is_anomalous", "sum"), ("bytes", "sum")]
-        categories: dict[str, Counter[str]] = {}
+        categories: defaultdict[str, CategoryCounts] = defaultdict(CategoryCounts)
         errors: Counter[str] = Counter()
         bytes_read = 0
         for group in rows.group_by(["category", "error_kind"]).aggregate(sums).to_pylist():
             count = group["count_all"]
             failed = count if group["error_kind"] else 0
-            counts = categories.setdefault(group["category"], Counter())
-            counts.update(rows=count, anomalous=group["is_anomalous_sum"] or 0, errors=failed)
+            categories[group["category"]] += CategoryCounts(count, group["is_anomalous_sum"] or 0, failed)
             errors[group["error_kind"]] += failed
             bytes_read += group["bytes_sum"] or 0
         failures = rows.select(_ERROR_COLUMNS).filter(pc.field("error_kind") != "").to_pylist()
         return cls(
-            categories=_by_name({name: dict(counts) for name, counts in categories.items()}),
+            categories=_by_name(categories),
             errors=_by_name(dict(+errors)),
             error_examples=_first_examples(": ".join(row[name] for name in _ERROR_COLUMNS) for row in failures),
             p_values=_count_p_values(rows),
@@ -115,8 +109,12 @@ class RowSummary:
 
     @classmethod
     def total(cls, summaries: Iterable[RowSummary], max_ranked: int) -> RowSummary:
-        """Add up summaries of different rows; rank at most `max_ranked` images, and no more than each of them does."""
-        categories: dict[str, Counter[str]] = {}
+        """Add up summaries of different rows.
+
+        The total ranks at most `max_ranked` images, and no more than its shortest summary: beyond that, the order is
+        unknown.
+        """
+        categories: defaultdict[str, CategoryCounts] = defaultdict(CategoryCounts)
         errors: Counter[str] = Counter()
         examples: list[str] = []
         p_values: dict[str, Counter[float]] = {}
@@ -124,7 +122,7 @@ class RowSummary:
         ranked: list[RankedImage] = []
         for each in summaries:
             for name, counts in each.categories.items():
-                categories.setdefault(name, Counter()).update(counts)
+                categories[name] += counts
             errors.update(each.errors)
             for name, counted in each.p_values.items():
                 p_values.setdefault(name, Counter()).update(counted)
@@ -133,7 +131,7 @@ class RowSummary:
             max_ranked = min(max_ranked, each.max_ranked)
             ranked = heapq.nlargest(max_ranked, [*ranked, *each.ranked])
         return cls(
-            categories=_by_name({name: dict(counts) for name, counts in categories.items()}),
+            categories=_by_name(categories),
             errors=_by_name(dict(errors)),
             error_examples=examples,
             p_values=_by_name({name: dict(sorted(counts.items())) for name, counts in p_values.items()}),
@@ -148,10 +146,7 @@ class RowSummary:
     @classmethod
     def from_json(cls, text: bytes) -> RowSummary:
         """Read what `to_json` wrote. Raise ValueError if it is something else."""
-        summary = records.from_json(cls, text)
-        if any(set(counts) != _COUNTS for counts in summary.categories.values()):
-            raise ValueError(f"no counts of {', '.join(sorted(_COUNTS))} in each category")
-        return summary
+        return records.from_json(cls, text)
 
 
 def _by_name(values: dict[str, T]) -> dict[str, T]:

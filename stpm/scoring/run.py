@@ -205,13 +205,11 @@ class _Remaining(NamedTuple):
 def _score_remaining(run: ScoringRun, manifest: Manifest, models: ModelRecords) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
-    has_heatmaps = storage.exists(run.output.heatmaps)
     with connected(), cut_off_by_ray():
         remaining = _plan_remaining(run, manifest)
         total, snapshot = _score_segments(run, remaining, models)
-    if has_heatmaps:
-        # Processes that were killed leave unfinished files.
-        storage.remove_unfinished(run.output.heatmaps)
+    # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only a local folder is listed.
+    storage.remove_unfinished(run.output.heatmaps)
     missing = manifest.rows - total.rows
     if missing and not snapshot.unfinished:
         raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {manifest.rows} images")

@@ -51,6 +51,24 @@ class UnfinishedImage(NamedTuple):
 
 
 @dataclass(frozen=True)
+class CategoryCounts:
+    """Counts of the rows of a category. They add up.
+
+    Args:
+        rows: number of rows.
+        anomalous: how many of them are anomalous.
+        errors: how many of them have no score.
+    """
+
+    rows: int = 0
+    anomalous: int = 0
+    errors: int = 0
+
+    def __add__(self, other: CategoryCounts) -> CategoryCounts:
+        return CategoryCounts(self.rows + other.rows, self.anomalous + other.anomalous, self.errors + other.errors)
+
+
+@dataclass(frozen=True)
 class RunResult:
     """The rows of a run, and the time since its last start, in which it may have scored a part of them.
 
@@ -59,7 +77,7 @@ class RunResult:
         anomalous: how many of them are anomalous.
         errors: how many of them have no score, by error kind.
         error_examples: the first of these rows, a line each.
-        categories: rows, anomalous rows and errors by category.
+        categories: counts of rows by category.
         bytes_read: size of all image files.
         unfinished: number of images without a row, which the next run tries again.
         seconds: wall time since the last start.
@@ -71,7 +89,7 @@ class RunResult:
     anomalous: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     error_examples: list[str] = field(default_factory=list)
-    categories: dict[str, dict[str, int]] = field(default_factory=dict)
+    categories: dict[str, CategoryCounts] = field(default_factory=dict)
     bytes_read: int = 0
     unfinished: int = 0
     seconds: float = 0.0

@@ -41,7 +41,7 @@ def check_fresh(images: list[str]) -> None:
 def check_feedback() -> None:
     """Add a marked image to the models here, and list them."""
     Path("marks.csv").write_text("uri,category,label\ndata/nut/test/good/000.png,nut,good\n")
-    feedback = run_job("fit", "--models", "models", "--add-normals", "marks.csv")
+    feedback = run_job("fit", "--models", "models", "--add-good", "marks.csv")
     assert feedback.returncode == 0
     assert "1 of 1 images that are marked as good belong to models in models" in feedback.stdout
     listed = run_job("models", "--models", "models")

@@ -34,7 +34,7 @@ def evil_report() -> Report:
     scores = LabelledScores(
         labels=np.array(["good", "good", EVIL]),
         scores=np.array([0.1, 0.2, 0.9], np.float32),
-        verdicts=np.array([False, False, True]),
+        is_anomalous=np.array([False, False, True]),
         threshold=0.6,
         pixels={},
         no_pixels=EVIL,

@@ -81,9 +81,12 @@ def test_only_images_to_be_added_are_refused(tmp_path: Path) -> None:
     assert "SECRET" not in str(marks)
 
 
-def test_an_image_with_two_labels_is_refused(tmp_path: Path) -> None:
-    marks = read_marks(write(tmp_path / "m.jsonl", [("a.png", "nut", "good"), ("a.png", "nut", "defect")]))
-    assert marks.good == marks.other == {}
+def test_an_image_that_is_good_and_something_else_is_refused(tmp_path: Path) -> None:
+    labels = ("good", "defect", "scratch", "scratch", "dent")
+    rows = [(name, "nut", label) for name, label in zip("aabbb", labels, strict=True)]
+    marks = read_marks(write(tmp_path / "m.jsonl", [(f"{name}.png", *rest) for name, *rest in rows]))
+    assert marks.good == {}
+    assert marks.other == {"scratch": 1, "dent": 1}
     assert marks.refused == {f"{tmp_path}/a.png": "it is marked as 'defect' and as 'good'"}
 
 

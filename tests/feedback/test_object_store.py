@@ -24,10 +24,10 @@ def test_feedback_and_roll_back_in_an_object_store(memory: str, tiny: Recipe, fi
         f'{{"uri": "{data}/nut/test/good/00{i}.png", "category": "nut", "label": "good"}}\n' for i in (0, 1)
     )
     storage.publish(f"{memory}/marks.jsonl", lines.encode())
-    for options in (FitOptions("", models, add_normals=f"{memory}/marks.jsonl"), FitOptions(data, models)):
+    for options in (FitOptions("", models, add_good=f"{memory}/marks.jsonl"), FitOptions(data, models)):
         assert run_fit(options, tiny, WorkerOptions(), cluster) == 0
-        assert len(store.record("nut").added_normals) == 2
-    refit = FitOptions(data, models, add_normals=f"{memory}/marks.jsonl", refit=True)
+        assert len(store.record("nut").added_images) == 2
+    refit = FitOptions(data, models, add_good=f"{memory}/marks.jsonl", refit=True)
     assert run_fit(refit, tiny, WorkerOptions(), cluster) == 0
     assert store.load("nut").record.fit.good_count == before.fit.good_count + 2
     assert len(fitted_keys) == 2

@@ -12,7 +12,7 @@ from stpm.errors import ModelUnreadableError
 from stpm.fitting.fit_categories import count_good_images, fit_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedNormal, ModelRecord
+from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
 from tests.conftest import MODELS
 from tests.datasets import make_category
@@ -62,13 +62,13 @@ def test_good_images_are_counted_with_those_that_calibrate(tmp_path: Path, tiny:
     assert count_good_images(data, dataclasses.replace(tiny, calibration_folds=2)) == {"nut": (8, 8)}
 
 
-@pytest.mark.parametrize("new_normals", [None, {"nut": [], "bolt": []}])
+@pytest.mark.parametrize("new_images", [None, {"nut": [], "bolt": []}])
 def test_an_unreadable_record_fails_its_category_alone(
     tmp_path: Path,
     fitted_keys: list[str],
     tiny: Recipe,
     monkeypatch: pytest.MonkeyPatch,
-    new_normals: dict[str, list[AddedNormal]] | None,
+    new_images: dict[str, list[AddedImage]] | None,
 ) -> None:
     """A fit without the images that were added to the model would lose them."""
     data, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
@@ -80,7 +80,7 @@ def test_an_unreadable_record_fails_its_category_alone(
         return read(self, category, model_id)
 
     monkeypatch.setattr(ModelStore, "record", record)
-    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False, new_normals)
+    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False, new_images)
     assert fitted_keys == ["bolt (seed 0)"]
     assert {result.task.category: result.reason for result in results} == {
         "nut": "nut/model.json: cannot be read: the token is expired",

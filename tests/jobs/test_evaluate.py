@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import ConfigError, DataError, ModelError, OtherRunError, RunDamagedError
-from stpm.evaluation.gate import Gate, Requirement
+from stpm.evaluation.evaluate import evaluate_category, publish_report
+from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import CategoryResult, Report
 from stpm.jobs import evaluate as evaluate_job
 from stpm.jobs.benchmark import _score as score_tests
 from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
-from stpm.jobs.evaluate import evaluate_categories, evaluate_category, publish_report, run_evaluate
+from stpm.jobs.evaluate import run_evaluate
+from stpm.method.recipe import Recipe
+from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import check_row_count, open_rows
+from stpm.scoring.output_rows import open_rows
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from tests.datasets import make_output, write_rows
 from tests.evaluation.runs import result, scored_run
+from tests.models.test_store import save
 
 
 def evaluate(**options: str) -> int:
     return run_evaluate(EvaluateOptions(**options), ReportOptions())
+
+
+def finish_run(output: RunOutput, model_id: str, store: str) -> None:
+    """Write the state of a finished run of the category `nut`."""
+    run = {"config": {}, "models": {"nut": model_id}, "store": store, "result": dataclasses.asdict(RunResult())}
+    storage.publish(f"{output.state_folder}/run.json", json.dumps(run).encode())
+    storage.publish(f"{output.state_folder}/_SUCCESS", b"")
 
 
 def test_a_missing_run_folder_is_reported(tmp_path: Path) -> None:
@@ -50,15 +61,41 @@ def test_a_run_without_models_is_reported(tmp_path: Path) -> None:
 
 def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
-    Path(output.state_folder).mkdir(parents=True)
-    run = {"config": {}, "models": {"nut": "nut-before"}, "store": str(tmp_path / "models")}
-    run["result"] = dataclasses.asdict(RunResult())
-    (Path(output.state_folder) / "run.json").write_text(json.dumps(run))
+    finish_run(output, "nut-before", str(tmp_path / "models"))
+    (Path(output.state_folder) / "_SUCCESS").unlink()
     with pytest.raises(DataError, match="this run is not finished"):
         evaluate(run=output.folder)
     (Path(output.state_folder) / "_SUCCESS").touch()
     with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
         evaluate(run=output.folder)
+
+
+def test_each_run_of_a_benchmark_that_moved_has_its_own_models(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {}
+    for seed in (0, 1):
+        name = f"seed-{seed}"
+        record = save(ModelStore(str(tmp_path / "models" / name)), dataclasses.replace(tiny, seed=seed))
+        finish_run(RunOutput.named(str(tmp_path), name), record.model_id, "/gone")
+        expected[name] = [record]
+    found: dict[str, list[ModelRecord]] = {}
+
+    def keep(output: RunOutput, records: list[ModelRecord], *_: object) -> list[CategoryResult]:
+        found[output.name] = records
+        return []
+
+    monkeypatch.setattr(evaluate_job, "connected", nullcontext)
+    monkeypatch.setattr(evaluate_job, "evaluate_categories", keep)
+    with pytest.raises(ModelError, match="/gone: no model "):
+        evaluate(run=str(tmp_path))
+    assert evaluate(run=str(tmp_path), models=str(tmp_path / "models")) == 0
+    assert found == expected
+    # With one run, its store itself will do.
+    shutil.rmtree(tmp_path / "runs" / "seed-0")
+    found.clear()
+    assert evaluate(run=str(tmp_path), models=str(tmp_path / "models" / "seed-1")) == 0
+    assert found == {"seed-1": expected["seed-1"]}
 
 
 @pytest.mark.parametrize("content", ["{", '{"config": {}, "result": {}}'])
@@ -136,40 +173,6 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()
-
-
-def test_a_category_is_evaluated_published_and_checked_against_the_gate(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    category = scored_run(tmp_path / "scored")
-    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
-    assert Path(category.output.folder, "gallery/seed-0/nut.png").is_file()
-    out = str(tmp_path / "report")
-    report = Report("data", [found])
-    assert publish_report(report, out, Gate((), {})) == 0
-    assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
-    gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
-    assert publish_report(report, out, gate) == 2
-    assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)
-
-
-@pytest.mark.parametrize("copies", [0, 0.5, 2])
-def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Path, copies: float) -> None:
-    output = scored_run(tmp_path).output
-    state = RunState(output.state_folder)
-    state.start(ScoringConfig((), 0.01))
-    (file,) = output.files()
-    rows = pq.read_table(file)
-    state.finish(RunResult(rows=rows.num_rows))
-    check_row_count(output)
-    if copies == 0:
-        Path(file).unlink()
-    elif copies == 2:
-        write_rows(output, rows, 1)
-    else:
-        write_rows(output, rows.slice(0, rows.num_rows // 2))
-    with pytest.raises(RunDamagedError, match=rf"^{int(copies * rows.num_rows)} rows in .*seed-0_\*, where the run wr"):
-        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
 
 
 def test_a_run_without_test_images_removes_no_file_that_no_run_wrote(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from stpm.jobs.models import run_models
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
+from tests.conftest import REPOSITORY
 from tests.models.test_store import save
 
 
@@ -54,6 +57,16 @@ def test_two_roll_backs_go_two_back_and_forward_returns(store: tuple[ModelStore,
     for expected in (ids[1], ids[2]):
         assert run(models, "nut", roll_forward=True) == 0
         assert models.load("nut").record.model_id == expected
+
+
+def test_the_commands_that_messages_name_run_in_a_shell(tmp_path: Path, tiny: Recipe) -> None:
+    store, name = ModelStore(str(tmp_path / "my models")), "it's a $nut"
+    first, second = (save(store, dataclasses.replace(tiny, seed=seed), name).model_id for seed in (0, 1))
+    for flag, expected in (("--roll-back", first), ("--roll-forward", second)):
+        command = store.roll_command(name, flag).replace("python", sys.executable, 1)  # type: ignore[arg-type]
+        done = subprocess.run(command, check=False, shell=True, cwd=REPOSITORY, capture_output=True, text=True)  # noqa: S602
+        assert done.returncode == 0, done.stderr
+        assert store.record(name).model_id == expected
 
 
 def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_back(

@@ -21,10 +21,10 @@ from stpm import storage
 from stpm.errors import ConfigError, CutOffError, ModelUnreadableError
 from stpm.jobs import nightly
 from stpm.models.store import ModelStore
-from stpm.monitoring import score_nights
+from stpm.monitoring import score_nights, update_records
 from stpm.monitoring.drift import Verdict
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night
-from stpm.monitoring.runs import NightFolder
 from stpm.scoring import run as run_module
 from stpm.scoring.run_state import RunState
 from tests.conftest import TINY
@@ -94,7 +94,7 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     assert job() == 0
     before = job.rows(), record(job)
     monkeypatch.setattr(score_nights, "connected", lambda: pytest.fail("Ray was started"))
-    monkeypatch.setattr(score_nights, "judge_night", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(update_records, "make_record", lambda *_: pytest.fail("rows were read"))
     assert job() == 0
     assert (job.rows(), record(job)) == before
     assert job.starts == 1
@@ -207,6 +207,8 @@ def test_fresh_keeps_the_rows_where_there_is_nothing_to_score(
     assert job.rows() == before
     assert ("503 Slow Down" if storage_fails else "--fresh left the rows as they are") in record(job).problem
     assert record(job).categories["nut"].verdict
+    # It was judged before.
+    assert "None: every category is fine." in storage.read(f"{job.out}/nightly.html").decode()
 
 
 def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly) -> None:
@@ -216,6 +218,11 @@ def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly) -> None:
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
     with pytest.raises(ConfigError, match="date is 2126-11-24, and today is"):
         job(datetime.date(2126, 11, 24))
+
+
+def test_a_first_start_that_finds_no_image_says_so(job: Nightly) -> None:
+    assert job() == 3
+    assert "There are no images to judge." in storage.read(f"{job.out}/nightly.html").decode()
 
 
 def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +242,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
 
 
 def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
-    job: Nightly, monkeypatch: pytest.MonkeyPatch
+    job: Nightly, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut_off(*_: object) -> None:
         raise CutOffError("a node was lost")
@@ -255,6 +262,9 @@ def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
     assert before.problem == "not looked at, because 2026-11-24 was cut off: a node was lost"
     assert (before.unfinished, before.categories["nut"].verdict) == (3, None)
     assert len(NightFolder.find_all(job.out)) == 2
+    # Those that have no folder.
+    missed = "2026-11-22, 2026-11-21: not looked at, because 2026-11-24 was cut off: a node was lost"
+    assert missed in caplog.messages
 
 
 @pytest.mark.parametrize("part", ["scores", "runs/001/manifest"])
@@ -311,10 +321,10 @@ def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypat
             raise OSError("503 Slow Down \udcff")
         return plain(folder, *others)
 
-    plain = score_nights.judge_night
+    plain = update_records.make_record
     job.dump(BEFORE, "a")
     job.dump(DATE, "b")
-    monkeypatch.setattr(score_nights, "judge_night", summarize)
+    monkeypatch.setattr(update_records, "make_record", summarize)
     assert job(DATE) == 2
     assert record(job).images == 1
     # A name that is not UTF-8 fits on the page.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from stpm.jobs import nightly
 from stpm.models.store import ModelStore
 from stpm.monitoring import judging, score_nights
 from stpm.monitoring.change import Change
-from stpm.monitoring.drift import CategoryNight, Reference, Verdict
+from stpm.monitoring.drift import Counts, Reference, Sample, Verdict
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
-from stpm.monitoring.runs import NightFolder
 from stpm.options import ClusterOptions, Names
 from stpm.scoring import run as run_module
 from stpm.scoring.inputs.manifest import Segment
@@ -130,11 +130,19 @@ class Nightly:
 _plain_publish = storage.publish
 
 
-def judge(nights: list[CategoryNight], reference: Reference, *, tests: int, false_verdict_rate: float) -> Verdict:
+def judge(
+    night: Counts,
+    sample: Sample,
+    earlier: Mapping[datetime.date, Counts],
+    reference: Reference | None,
+    *,
+    tests: int,
+    false_verdict_rate: float,
+) -> Verdict:
     """Stand for `drift.judge`: a night without images where others had some is a reason to act."""
-    if nights[-1].images or not any(night.images for night in nights):
+    if night.images or not any(past.images for past in earlier.values()):
         return Verdict("fine", ())
-    text = f"no images; {len(nights) - 1} nights before had some"
+    text = f"no images; {len(earlier)} nights before had some"
     return Verdict("act", (Change("images", "act", p_value=0.0, size=1.0, text=text),))
 
 

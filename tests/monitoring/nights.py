@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from stpm.data.image_statistics import COMPARED
 from stpm.method.calibration import threshold_rank
-from stpm.monitoring.drift import CategoryNight, Reference
+from stpm.monitoring.drift import Counts, Reference, Sample
 
 RATE = 0.01
 # Mean and standard deviation of each statistic of good images.
@@ -31,6 +32,19 @@ def draw_statistics(rng: np.random.Generator, count: int) -> dict[str, np.ndarra
     return {name: rng.normal(*USUAL[name], count).astype(np.float32) for name in COMPARED}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawnNight(Counts):
+    """A night of a category: its date, counts and sample."""
+
+    date: datetime.date
+    p_values: np.ndarray
+    statistics: Mapping[str, np.ndarray]
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.p_values, self.statistics)
+
+
 class Line:
     """A production line: a model with one calibration, and nights that it scored."""
 
@@ -39,7 +53,7 @@ class Line:
         self.calibration = np.sort(rng.random(calibration))
         self.reference = Reference(calibration, draw_statistics(rng, good))
 
-    def night(self, number: int = 0, images: int = 300, defects: float = 0.0, **changed: Any) -> CategoryNight:
+    def night(self, number: int = 0, images: int = 300, defects: float = 0.0, **changed: Any) -> DrawnNight:
         """Make a night of good images, and a share of defects above all of the calibration's."""
         scores = self.rng.random(images)
         scores[self.rng.random(images) < defects] = 2.0
@@ -55,11 +69,11 @@ class Line:
             "p_values": p_values.astype(np.float32),
             "statistics": draw_statistics(self.rng, images),
         }
-        return CategoryNight(**(values | changed))
+        return DrawnNight(**(values | changed))
 
-    def nights(self, number: int, **options: Any) -> list[CategoryNight]:
+    def nights(self, number: int, **options: Any) -> list[DrawnNight]:
         return [self.night(i, **options) for i in range(number)]
 
-    def empty(self, number: int) -> CategoryNight:
+    def empty(self, number: int) -> DrawnNight:
         nothing: Mapping[str, np.ndarray] = dict.fromkeys(COMPARED, np.empty(0, np.float32))
         return self.night(number, images=0, statistics=nothing)

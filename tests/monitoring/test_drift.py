@@ -14,8 +14,8 @@ from scipy import stats
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.method.calibration import Calibration, HeatmapScale
-from stpm.monitoring.drift import CategoryNight, Reference, Verdict, judge
-from tests.monitoring.nights import Line
+from stpm.monitoring.drift import Reference, Verdict, judge
+from tests.monitoring.nights import DrawnNight, Line
 
 
 @pytest.fixture
@@ -23,11 +23,14 @@ def line(rng: np.random.Generator) -> Line:
     return Line(rng)
 
 
-def verdict(nights: list[CategoryNight], reference: Reference | None, tests: int = 20) -> Verdict:
-    return judge(nights, reference, tests=tests, false_verdict_rate=0.05)
+def verdict(nights: list[DrawnNight], reference: Reference | None, tests: int = 20, rate: float = 0.05) -> Verdict:
+    """Judge the last night."""
+    *earlier, night = nights
+    by_date = {past.date: past for past in earlier}
+    return judge(night, night.sample, by_date, reference, tests=tests, false_verdict_rate=rate)
 
 
-def changed(night: CategoryNight, **factors: float) -> CategoryNight:
+def changed(night: DrawnNight, **factors: float) -> DrawnNight:
     """Multiply some of a night's statistics."""
     statistics = {name: values * np.float32(factors.get(name, 1)) for name, values in night.statistics.items()}
     return replace(night, statistics=statistics)
@@ -40,8 +43,7 @@ def test_nights_of_the_calibrations_own_distribution_are_fine_at_the_stated_rate
         line = Line(rng, calibration=int(rng.integers(10, 100)), good=int(rng.integers(20, 200)))
         nights = line.nights(int(rng.integers(1, 6)), images=int(rng.integers(5, 400)))
         for tests, rate in false:
-            verdict = judge(nights, line.reference, tests=tests, false_verdict_rate=rate)
-            false[tests, rate] += verdict.level != "fine"
+            false[tests, rate] += verdict(nights, line.reference, tests, rate).level != "fine"
     assert all(count <= stats.binom.ppf(0.999, 1000, rate / tests) for (tests, rate), count in false.items())
 
 

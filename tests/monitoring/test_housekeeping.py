@@ -8,8 +8,8 @@ import pytest
 
 from stpm import storage
 from stpm.monitoring.housekeeping import remove_nights_before
+from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, write_night
-from stpm.monitoring.runs import NightFolder
 from stpm.records import to_json
 from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.run_state import RunState, ScoringConfig
@@ -53,7 +53,7 @@ def test_an_old_night_is_removed_to_the_last_file(out: str) -> None:
         assert [path.name for path in Path(out).iterdir()] == ["date=2026-11-24"]
 
 
-def test_what_no_run_wrote_stays(out: str) -> None:
+def test_what_no_run_wrote_stays(out: str, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever it is called, and however old the files are."""
     folder = make_night(out, OLD)
     mine = {
@@ -74,8 +74,11 @@ def test_what_no_run_wrote_stays(out: str) -> None:
         storage.publish(f"{out}/{name}", b"mine", durable=False)
     # A folder that was renamed, or copied.
     storage.publish(f"{out}/date=2026-01-03/night.json", to_json(Night("2026-11-01", ())), durable=False)
-    remove_nights_before(out, KEPT)
+    with caplog.at_level("INFO"):
+        remove_nights_before(out, KEPT)
     assert names(out) == mine
+    left = sum(name.startswith(f"date={OLD}/") for name in mine)
+    assert f"removed the night 2026-11-01; {left} files that this job did not write remain" in caplog.messages
     assert storage.read(f"{folder.uri}/notes.txt") == b"mine"
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from stpm.monitoring.nightly_json import headline, nightly_json, webhook_message
-from stpm.monitoring.nights import Night
+from stpm.monitoring.nightly_json import nightly_json, webhook_message
+from stpm.monitoring.nights import Night, headline
 from tests.conftest import REPOSITORY
 from tests.monitoring.synthetic import make_nights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,37 @@ def test_what_is_to_be_looked_at_is_on_top_and_every_category_in_the_table() -> 
 
 
 @pytest.mark.parametrize(
-    ("nights", "shown"),
-    [
-        ([Night("2026-11-24", ("s3://dump",))], "None: every category is fine."),
-        ([Night("2026-11-24", ("s3://dump",), problem="storage is down")], "The night has not been judged."),
-    ],
+    ("problem", "shown"), [("", "There are no images to judge."), ("storage is down", "The night has not been judged.")]
 )
-def test_a_night_without_images_has_a_page(nights: list[Night], shown: str) -> None:
-    text = page(nights, "s3://nights", CREATED)
+def test_a_night_without_images_has_a_page(problem: str, shown: str) -> None:
+    text = page([Night("2026-11-24", ("s3://dump",), problem=problem)], "s3://nights", CREATED)
     assert shown in text
     assert "No image has a score." in text
+
+
+@pytest.mark.parametrize(
+    ("is_judged", "unfinished", "problem", "shown"),
+    [
+        (True, 0, "", "None: every category is fine."),
+        (True, 0, "the dump is not mounted", "None: every category is fine."),
+        (False, 2, "", "The night has not been judged."),
+        (False, 0, "storage is down", "The night has not been judged."),
+    ],
+)
+def test_a_night_without_a_category_to_look_at_tells_whether_it_is_judged(
+    is_judged: bool, unfinished: int, problem: str, shown: str
+) -> None:
+    (night,) = make_nights(["a", "b"], 1, act=0, watch=0)
+    night = replace(night, unfinished=unfinished, problem=problem)
+    if not is_judged:
+        night = replace(night, categories={name: replace(r, verdict=None) for name, r in night.categories.items()})
+    texts = {
+        "None: every category is fine.",
+        "The night has not been judged.",
+        "There are no images to judge.",
+    }
+    text = page([night], "s3://nights", CREATED)
+    assert [each for each in texts if each in text] == [shown]
 
 
 def test_the_links_lead_to_files_of_the_nights() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.scoring.row_summary import COLUMNS, RowSummary
+from stpm.scoring.run_statistics import CategoryCounts
 from stpm.scoring.schema import OUTPUT
 
 _SCORE = st.one_of(st.none(), st.floats(-4, 4, width=16))
@@ -66,11 +67,11 @@ def test_summaries_of_parts_add_up_to_what_a_scan_counts(
     assert total.bytes_read == sum(row["bytes"] for row in scored)
     for category, counts in total.categories.items():
         own = [row for row in rows if row["category"] == category]
-        assert counts == {
-            "rows": len(own),
-            "anomalous": sum(bool(row["is_anomalous"]) for row in own),
-            "errors": sum(bool(row["error_kind"]) for row in own),
-        }
+        assert counts == CategoryCounts(
+            rows=len(own),
+            anomalous=sum(bool(row["is_anomalous"]) for row in own),
+            errors=sum(bool(row["error_kind"]) for row in own),
+        )
     for category in ("nut", "bolt"):
         p_values = Counter(row["p_value"] for row in scored if row["category"] == category)
         assert total.p_values.get(category, {}) == p_values

@@ -29,7 +29,7 @@ from stpm.errors import (
     RunDamagedError,
 )
 from stpm.jobs import score as score_job
-from stpm.jobs.score import run_score, stored_list
+from stpm.jobs.score import run_score
 from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
@@ -272,14 +272,15 @@ def test_a_run_of_another_configuration_may_be_replaced(tmp_path: Path) -> None:
 def test_unfinished_heatmaps_of_killed_processes_are_removed(
     score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as killed:
-        killed.setattr(run_module, "score_shards", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            score()
     heatmaps = tmp_path / "run" / "heatmaps" / "scores" / "nut"
-    heatmaps.mkdir(parents=True)
-    for name in (f".{32 * 'a'}.part", "b.png"):
-        (heatmaps / name).touch()
+
+    def score_shards(run: ScoringRun, *_: Any) -> None:
+        heatmaps.mkdir(parents=True)
+        for name in (f".{32 * 'a'}.part", "b.png"):
+            (heatmaps / name).touch()
+        publish_rows(run.output, 2)
+
+    replace_ray(monkeypatch, score_shards)
     score()
     assert [path.name for path in heatmaps.iterdir()] == ["b.png"]
 
@@ -381,11 +382,3 @@ def test_a_damaged_model_ends_the_run(tmp_path: Path, tiny: Recipe) -> None:
     (tmp_path / "models" / "nut" / record.model_id / "model.json").write_bytes(b"{")
     with pytest.raises(ModelError, match=r"model.json: cannot be read"):
         run_scoring(make_run(tmp_path, "/a.png"))
-
-
-def test_a_list_keeps_odd_names() -> None:
-    lines = ["a.png", "b\udcff.png", "~$draft.png", "~nosuchuser/x.png", "file://~x/a.png"]
-    with stored_list(lines) as (file, digest):
-        file.seek(0)
-        assert file.read().splitlines() == lines
-    assert digest.startswith("5 lines, ")

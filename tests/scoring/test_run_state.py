@@ -9,7 +9,7 @@ import pytest
 from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_state import RunState, ScoringConfig
-from stpm.scoring.run_statistics import RunResult, RunStatistics
+from stpm.scoring.run_statistics import CategoryCounts, RunResult, RunStatistics
 
 CONFIG = ScoringConfig(("s3://a", "s3://b"), 0.01, category="nut")
 MODELS = {"nut": "nut-1", "bolt": "bolt-1"}
@@ -61,7 +61,7 @@ def test_a_finished_run_has_a_result_and_a_success_file(state: RunState, tmp_pat
         anomalous=2,
         errors={"empty": 1},
         error_examples=["a.png: empty: no bytes"],
-        categories={"nut": {"rows": 10, "anomalous": 2, "errors": 1}},
+        categories={"nut": CategoryCounts(rows=10, anomalous=2, errors=1)},
         bytes_read=12345,
         seconds=2.0,
         statistics=RunStatistics(images=5, steady_images_per_second=9.0),

@@ -21,7 +21,7 @@ class CategoryRule:
         pattern: of the last parts of the path, such as `{category}/{date}/{name}`, or "".
 
     Raises:
-        ConfigError: if the pattern names no category, or both are given.
+        ConfigError: if the pattern names no category or has other braces than those of names, or both are given.
     """
 
     fixed: str = ""
@@ -35,6 +35,10 @@ class CategoryRule:
             raise ConfigError(
                 f"--category-from is {self.pattern!r}; {{{invalid[0]}}} is not a name: begin it with a letter, "
                 f"{_EXAMPLE}"
+            )
+        if re.search("[{}]", _FIELD.sub("", self.pattern)):
+            raise ConfigError(
+                f"--category-from is {self.pattern!r}; a name in braces has only letters, digits and _, {_EXAMPLE}"
             )
         if self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
             raise ConfigError(

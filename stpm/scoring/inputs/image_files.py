@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from stpm.names import as_utf8
 from stpm.scoring.inputs.shared_reads import SharedReads
 
 TAR, PARQUET = ".tar", ".parquet"
+# The end of an archive's own URI. Case is ignored by the pattern: "İ" in lower case is two characters, and would shift
+# positions.
+_ARCHIVE = re.compile(r"\.(?:tar#|parquet#(?=\d+\Z))", re.IGNORECASE)
 # Names of a column that holds whole image files: bytes, or a struct of `bytes` and `path`.
 IMAGE_COLUMNS = ("image", "bytes")
 
@@ -49,11 +53,8 @@ class ImageRef(NamedTuple):
 
 def split_uri(uri: str) -> tuple[str, str]:
     """Split a URI into archive and member; ("", "") if it names no archive."""
-    for suffix in (TAR, PARQUET):
-        end = uri.lower().find(f"{suffix}#") + len(suffix)
-        if end >= len(suffix):
-            return uri[:end], uri[end + 1 :]
-    return "", ""
+    match = _ARCHIVE.search(uri)
+    return (uri[: match.end() - 1], uri[match.end() :]) if match else ("", "")
 
 
 def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Condition
 from typing import Any
 
 import pyarrow as pa
@@ -29,8 +30,6 @@ from stpm.scoring.stages.time_limit import run_within
 _FETCHERS = 8
 # Files up to this size are fetched side by side. A larger one is fetched when it is its turn to be decoded.
 _SMALL_FILE_BYTES = 16 * 2**20
-# After this time, an image no longer waits for its turn: the one before it may hang.
-_TURN_SECONDS = 60.0
 # Maximum memory of a task: its small files, and the largest file and image.
 TASK_BYTES = _FETCHERS * _SMALL_FILE_BYTES + MAX_BYTES + DECODING_BYTES
 
@@ -40,7 +39,7 @@ class Decode:
 
     Args:
         preprocessing: by category; a category that is missing has no model.
-        seconds: limit for fetching and decoding one image.
+        seconds: limit for fetching one image, and again for decoding it. Waiting for the others does not count.
         fetchers: images that one task fetches at the same time.
         progress: gets the CPU time and the failures of each batch.
     """
@@ -59,10 +58,10 @@ class Decode:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.process_time()
-        turn = Lock()
+        turn = _Turn()
         rows = batch.select(MANIFEST.names).to_pylist()
-        tasks = [_ImageTask(row, self._preprocessing.get(row["category"]), turn) for row in rows]
-        outcomes = run_within(self._seconds, self._fetchers, tasks, lambda i: tasks[i].late_error(self._seconds))
+        tasks = [_ImageTask(row, self._preprocessing.get(row["category"]), turn, self._seconds) for row in rows]
+        outcomes = run_within(self._fetchers, tasks)
         computed = time.process_time() - began
         prometheus.count_stage_seconds("decode", computed)
         if self._progress:
@@ -86,17 +85,48 @@ class Decode:
         return with_passthrough(table(columns, DECODED), batch)
 
 
-@dataclass
+class _Turn:
+    """Let one image of a batch be decoded at a time."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._holder: object = None
+
+    @contextmanager
+    def taken_by(self, holder: object) -> Iterator[None]:
+        """Wait for the turn, and hold it during the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._holder is None)
+            self._holder = holder
+        try:
+            yield
+        finally:
+            self.give_back(holder)
+
+    def give_back(self, holder: object) -> None:
+        """Give the turn to the next, if this is its holder."""
+        with self._changed:
+            if self._holder is holder:
+                self._holder = None
+                self._changed.notify()
+
+
+@dataclass(eq=False)
 class _ImageTask:
     """Fetch and decode the image of one row of MANIFEST; call it in a thread.
 
-    `preprocessing` is None if the category has no model; `turn` is held while one of a batch's images is decoded.
+    `preprocessing` is None if the category has no model; `turn` is held while one of a batch's images is decoded;
+    `limit` is that of each step, in seconds.
     """
 
     row: Mapping[str, Any]
     preprocessing: Preprocessing | None
-    turn: Lock
-    decoding_since: float = math.inf
+    turn: _Turn
+    limit: float
+    _step: str = "fetch"
+    # When the step began; infinity: it waits.
+    _since: float = math.inf
+    _is_late: bool = False
 
     def __call__(self) -> Decoded | ImageError:
         row = self.row
@@ -106,24 +136,36 @@ class _ImageTask:
             return ImageError("no_model", f"no model for category {row['category']!r}")
         image = ImageRef(row["uri"], row["archive_start"], row["archive_length"])
         try:
+            self._begin("fetch")
             data = _read_small(image)
-            is_ours = self.turn.acquire(timeout=_TURN_SECONDS)
-            try:
-                data = image_files.read(image) if data is None else data
-                self.decoding_since = time.monotonic()
+            self._since = math.inf
+            with self.turn.taken_by(self):
+                if self._is_late:
+                    # Nobody would give back its turn for it.
+                    return self._late_error()
+                if data is None:
+                    self._begin("fetch")
+                    data = image_files.read(image)
+                self._begin("decode")
                 return images.decode(data, self.preprocessing)
-            finally:
-                if is_ours:
-                    self.turn.release()
         except ImageError as error:
             return error
 
-    def late_error(self, limit: float) -> ImageError:
-        """Return the error of an image that took longer than the limit, in seconds."""
-        # The next run tries an image again if fetching took most of the time.
-        if time.monotonic() - self.decoding_since > limit / 2:
-            return ImageError("decode_timeout", f"not decoded within {limit:g} s; see --image-seconds")
-        return ImageError("fetch_timeout", f"not fetched and decoded within {limit:g} s; see --image-seconds")
+    def _begin(self, step: str) -> None:
+        self._step, self._since = step, time.monotonic()
+
+    def seconds_left(self) -> float:
+        return self.limit + min(self._since - time.monotonic(), 0.0)
+
+    def late(self) -> ImageError:
+        self._is_late = True
+        error = self._late_error()
+        self.turn.give_back(self)
+        return error
+
+    def _late_error(self) -> ImageError:
+        # The next run tries an image again that was not fetched.
+        return ImageError(f"{self._step}_timeout", f"took more than {self.limit:g} s; see --image-seconds")
 
 
 def _read_small(image: ImageRef) -> bytes | None:

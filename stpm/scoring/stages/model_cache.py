@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,6 +20,9 @@ from stpm.options import Backend
 
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
+_OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
+
+T = TypeVar("T")
 
 
 class ModelCache:
@@ -51,22 +55,21 @@ class ModelCache:
         self._models: OrderedDict[str, tuple[Model, Matcher]] = OrderedDict()
         self._failures: dict[str, tuple[str, str, float]] = {}
 
+    def matcher_key(self, category: str) -> tuple[object, ...]:
+        """Return what the matcher of a category is made from. Categories of one key share it.
+
+        Raises:
+            ImageError: if the record cannot be loaded.
+        """
+        return self._load(category, self._find_key)
+
     def matcher(self, category: str) -> Matcher:
-        """Return the matcher of a category. Categories share one if they share the teacher and its input.
+        """Return the matcher of a category, see `matcher_key`.
 
         Raises:
             ImageError: if the record or the teacher cannot be loaded.
         """
-        with self._loading(category):
-            record = self._record(category)
-            recipe = record.recipe
-            key = record.teacher_digest, recipe.levels, record.preprocessing, record.precision
-            matcher = self._matchers.get(key)
-            if not matcher:
-                teacher = self._store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
-                matcher = Matcher(teacher, record.preprocessing, self._device, record.precision, self._backend)
-                self._matchers[key] = matcher
-            return matcher
+        return self._load(category, self._load_matcher)
 
     def model(self, category: str) -> Model:
         """Return the model of a category.
@@ -74,16 +77,32 @@ class ModelCache:
         Raises:
             ImageError: if it cannot be loaded.
         """
-        with self._loading(category):
-            if category not in self._models:
-                matcher = self.matcher(category)
-                model = self._store.load(category, self._record(category).model_id).to(self._device)
-                model = replace(model, parts=matcher.compile(model.parts))
-                self._models[category] = model, matcher
-                while len(self._models) > 1 and self._nbytes() > self._max_bytes:
-                    self._models.popitem(last=False)
-            self._models.move_to_end(category)
-            return self._models[category][0]
+        return self._load(category, self._load_model)
+
+    def _find_key(self, category: str) -> tuple[object, ...]:
+        record = self._record(category)
+        return record.teacher_digest, record.recipe.levels, record.preprocessing, record.precision
+
+    def _load_matcher(self, category: str) -> Matcher:
+        key = self._find_key(category)
+        matcher = self._matchers.get(key)
+        if not matcher:
+            record = self._record(category)
+            teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
+            matcher = Matcher(teacher, record.preprocessing, self._device, record.precision, self._backend)
+            self._matchers[key] = matcher
+        return matcher
+
+    def _load_model(self, category: str) -> Model:
+        if category not in self._models:
+            matcher = self._load_matcher(category)
+            model = self._store.load(category, self._record(category).model_id).to(self._device)
+            model = replace(model, parts=matcher.compile(model.parts))
+            self._models[category] = model, matcher
+            while len(self._models) > 1 and self._nbytes() > self._max_bytes:
+                self._models.popitem(last=False)
+        self._models.move_to_end(category)
+        return self._models[category][0]
 
     def _nbytes(self) -> int:
         matchers = {matcher for _, matcher in self._models.values()}
@@ -94,15 +113,27 @@ class ModelCache:
             self._records[category] = self._store.record(category, self._model_ids[category])
         return self._records[category]
 
-    @contextmanager
-    def _loading(self, category: str) -> Iterator[None]:
-        """Raise a ModelError as an ImageError. For a minute, repeat it instead of loading again."""
+    def _load(self, category: str, load: Callable[[str], T]) -> T:
+        """Load something of a category. If the memory does not suffice, drop all models and try once more.
+
+        Raises:
+            ImageError: if it cannot be loaded. For a minute, this is repeated instead of loading again.
+        """
         kind, message, since = self._failures.get(category, ("", "", 0.0))
         if kind and time.monotonic() - since < _RETRY_SECONDS:
             raise ImageError(kind, message)
         try:
-            yield
+            with suppress(*_OUT_OF_MEMORY):
+                return load(category)
+            self._models.clear()
+            torch.cuda.empty_cache()
+            return load(category)
         except ModelError as error:
             kind = "model_unreadable" if isinstance(error, ModelUnreadableError) else "model_damaged"
-            self._failures[category] = kind, str(error), time.monotonic()
-            raise ImageError(kind, str(error)) from error
+            failure = ImageError(kind, str(error))
+        except _OUT_OF_MEMORY as error:
+            failure = ImageError(
+                "out_of_memory", f"no memory for the model of {category}: {type(error).__name__}: {error}"
+            )
+        self._failures[category] = failure.kind, str(failure), time.monotonic()
+        raise failure

@@ -17,6 +17,7 @@ import torch
 from stpm.errors import RETRIED_ERRORS, ImageError
 from stpm.method.forward import Matcher, pick_device
 from stpm.method.fusion import AnomalyMap
+from stpm.method.preprocessing import Boxes
 from stpm.models.store import Model, ModelStore
 from stpm.scoring import prometheus
 from stpm.scoring.progress import BatchReport, ProgressReporter
@@ -132,33 +133,42 @@ class Scorer:
         return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result
 
     def _score(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], int]:
-        """Score the images that have no error yet, those with one matcher together; count those by OpenVINO."""
+        """Score the images that have no error yet, those with one matcher together; count those by OpenVINO.
+
+        Load a matcher when it is the turn of its images: the memory may not hold the teachers of all of them.
+        """
         outcomes: dict[int, Outcome] = {
             i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
         }
         # Sort by category: the images of one model are then a slice of a batch, not a copy.
         rows = sorted((i for i in range(len(images)) if i not in outcomes), key=lambda i: images[i].category)
-        by_matcher: defaultdict[Matcher, list[int]] = defaultdict(list)
+        by_matcher: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for category, group in groupby(rows, key=lambda i: images[i].category):
             members = list(group)
             try:
-                by_matcher[self._models.matcher(category)] += members
+                by_matcher[self._models.matcher_key(category)] += members
             except ImageError as error:
                 outcomes |= dict.fromkeys(members, error)
-        for matcher, members in by_matcher.items():
-            outcomes |= zip(members, self._score_shared(matcher, [images[i] for i in members]), strict=True)
-        openvino_images = sum(len(members) for matcher, members in by_matcher.items() if matcher.backend == "openvino")
+        openvino_images = 0
+        for members in by_matcher.values():
+            found, backend = self._score_shared([images[i] for i in members])
+            outcomes |= zip(members, found, strict=True)
+            openvino_images += len(members) if backend == "openvino" else 0
         return [outcomes[i] for i in range(len(images))], openvino_images
 
-    def _score_shared(self, matcher: Matcher, images: Sequence[DecodedImage]) -> list[Outcome]:
-        """Score images whose models share a matcher, batch by batch."""
+    def _score_shared(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], str]:
+        """Score images whose models share a matcher, batch by batch. Return also what computed the features."""
+        try:
+            matcher = self._models.matcher(images[0].category)
+        except ImageError as error:
+            return [error] * len(images), ""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(images):
             batch = images[len(outcomes) : len(outcomes) + self._batch_size.current]
             began = time.perf_counter()
             outcomes += self._score_batch(matcher, batch)
             self._batch_size.update(len(batch), time.perf_counter() - began)
-        return outcomes
+        return outcomes, matcher.backend
 
     def _score_batch(self, matcher: Matcher, batch: Sequence[DecodedImage]) -> list[Outcome]:
         """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
@@ -188,16 +198,28 @@ class Scorer:
         for category, group in groupby(images, key=lambda image: image.category):
             members = list(group)
             part = slice(len(outcomes), len(outcomes) + len(members))
-            try:
-                model = self._models.model(category)
-            except ImageError as error:
-                outcomes += [error] * len(members)
-                continue
-            distances = matcher.distances(model.parts, inputs[part], content[part], [t[part] for t in teacher])
-            record = model.record
-            maps = matcher.anomaly_maps(distances, content[part], record.recipe, record.distance_scales)
-            outcomes += _image_scores(maps, members, model, self._settings)
+            features = [level[part] for level in teacher]
+            outcomes += self._score_category(matcher, category, members, inputs[part], content[part], features)
         return outcomes
+
+    def _score_category(
+        self,
+        matcher: Matcher,
+        category: str,
+        images: Sequence[DecodedImage],
+        inputs: torch.Tensor,
+        content: Boxes,
+        teacher: Sequence[torch.Tensor],
+    ) -> Sequence[Outcome]:
+        """Score images of one category. The model is held no longer: the next one may need its memory."""
+        try:
+            model = self._models.model(category)
+        except ImageError as error:
+            return [error] * len(images)
+        record = model.record
+        distances = matcher.distances(model.parts, inputs, content, teacher)
+        maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
+        return _image_scores(maps, images, model, self._settings)
 
 
 def _image_scores(

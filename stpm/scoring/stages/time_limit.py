@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], late: Callable[[int], T]) -> list[T]:
+class LimitedTask(Protocol[T_co]):
+    """A task that knows its own time limit: while it waits for another task, its time stands still."""
+
+    def __call__(self) -> T_co:
+        """Do the task, in a thread."""
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the task is late. It is asked again once they have passed."""
+
+    def late(self) -> T_co:
+        """Give up the task: free what other tasks wait for, and return its result."""
+
+
+def run_within(workers: int, tasks: Sequence[LimitedTask[T]]) -> list[T]:
     """Run tasks side by side and return their results in order. What a task raises is raised here.
 
+    The thread of a task that is late cannot be stopped: it stays behind, and the next task starts.
+
     Args:
-        seconds: limit of one task, from its own start.
         workers: tasks that run at the same time.
-        tasks: functions without arguments.
-        late: makes the result of a task that exceeds the limit, given its index. The task's thread cannot be stopped:
-            it stays behind, and the next task starts.
+        tasks: each is called once.
     """
     results: dict[int, T] = {}
     finished: SimpleQueue[tuple[int, Future[T]]] = SimpleQueue()
     waiting = deque(range(len(tasks)))
-    # In the order of the starts of the tasks: the first deadline is the next one.
-    deadlines: dict[int, float] = {}
+    running: set[int] = set()
 
     def run(index: int) -> None:
         future: Future[T] = Future()
@@ -37,18 +48,19 @@ def run_within(seconds: float, workers: int, tasks: Sequence[Callable[[], T]], l
             future.set_exception(error)
         finished.put((index, future))
 
-    while waiting or deadlines:
-        while waiting and len(deadlines) < workers:
-            deadlines[waiting[0]] = time.monotonic() + seconds
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.add(waiting[0])
             # Unlike an executor's threads, a daemon lets the process end while a task hangs.
             Thread(target=run, args=[waiting.popleft()], name="fetch", daemon=True).start()
-        oldest, deadline = next(iter(deadlines.items()))
         try:
-            index, future = finished.get(timeout=max(deadline - time.monotonic(), 0.0))
+            index, future = finished.get(timeout=max(min(tasks[i].seconds_left() for i in running), 0.0))
         except Empty:
-            del deadlines[oldest]
-            results[oldest] = late(oldest)
+            late = {i for i in running if tasks[i].seconds_left() <= 0}
+            running -= late
+            results |= {i: tasks[i].late() for i in late}
             continue
-        if deadlines.pop(index, None) is not None:
+        if index in running:
+            running.remove(index)
             results[index] = future.result()
     return [results[index] for index in range(len(tasks))]

@@ -28,9 +28,12 @@ def test_a_pattern_matches_the_end_of_the_path(pattern: str, uri: str, category:
         ("{category}/{category}", "exactly once, and every other name at most once"),
         ("{category}/{a}/{a}", "exactly once, and every other name at most once"),
         ("{category}/{2}", r"\{2\} is not a name"),
+        ("{category}/{shot-date}/{name}", "only letters, digits and _"),
+        ("{category}/{}/{name}", "only letters, digits and _"),
+        ("{category}}/{name}", "only letters, digits and _"),
     ],
 )
-def test_a_pattern_must_name_the_category_once(pattern: str, why: str) -> None:
+def test_a_pattern_must_be_valid(pattern: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         CategoryRule(pattern=pattern)
 

@@ -75,6 +75,16 @@ def test_a_parquet_file_may_hold_nothing_but_images(tmp_path: Path, name: str) -
     assert [read_row(r) for r in found] == files
 
 
+def test_an_archive_may_have_a_name_that_is_longer_in_lower_case(tmp_path: Path) -> None:
+    folder = tmp_path / "İstanbul.parquet#1"
+    folder.mkdir()
+    write_tar(folder / "İ.Tar", [("a.parquet#1.png", b"x")])
+    pq.write_table(pa.table({"image": [b"y"]}), folder / "İ.parquet")
+    found = rows(str(folder / "İ.Tar")) + rows(str(folder / "İ.parquet"))
+    assert [read_row(row) for row in found] == [b"x", b"y"]
+    assert [image_files.read_uri(row["uri"]) for row in found] == [b"x", b"y"]
+
+
 def test_the_last_tar_member_of_a_name_counts(tmp_path: Path) -> None:
     files = [("a/1.png", b"old"), ("a/2.png", b"two"), ("./a/1.png", b"new!"), ("a/3.png", b"gone")]
     write_tar(tmp_path / "s.tar", files, {"a/4.png": "a/2.png", "a/5.png": "a/none.png"})

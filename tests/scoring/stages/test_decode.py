@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.data import mvtec
+from stpm.data import images, mvtec
 from stpm.data.image_statistics import COMPARED
+from stpm.data.images import Decoded
+from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs import image_files
 from stpm.scoring.schema import MANIFEST
+from stpm.scoring.stages import decode as decode_stage
 from stpm.scoring.stages.decode import Decode
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, nut_rows
 
@@ -36,6 +40,53 @@ def test_a_parquet_file_that_hangs_delays_no_other(run: Path, tmp_path: Path, mo
     out = Decode(PREPROCESSING, seconds=1.0)(nut_rows(uris, [(0, 1), (0, 1), (1, 1), (1, 1)]))
     release.set()
     assert out["error_kind"].to_pylist() == ["fetch_timeout", "", "fetch_timeout", ""]
+
+
+def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = manifest(run).slice(0, 12)
+    hanging = [Path(rows["uri"][i].as_py()).read_bytes() for i in (0, 5)]
+    release = threading.Event()
+    original = images.decode
+
+    def decode_slowly(data: bytes, preprocessing: Preprocessing) -> Decoded:
+        if data in hanging:
+            release.wait(60)
+        return original(data, preprocessing)
+
+    monkeypatch.setattr(images, "decode", decode_slowly)
+    out = Decode(PREPROCESSING, seconds=1.0)(rows)
+    release.set()
+    assert out["error_kind"].to_pylist() == ["decode_timeout" if i in (0, 5) else "" for i in range(12)]
+
+
+def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The eight images take several times the limit of each.
+    turn = threading.Lock()
+    original = images.decode
+
+    def decode_slowly(data: bytes, preprocessing: Preprocessing) -> Decoded:
+        assert turn.acquire(blocking=False), "two images are decoded at the same time"
+        time.sleep(0.2)
+        turn.release()
+        return original(data, preprocessing)
+
+    monkeypatch.setattr(images, "decode", decode_slowly)
+    out = Decode(PREPROCESSING, seconds=1.0)(manifest(run).slice(0, 8))
+    assert out["error_kind"].to_pylist() == [""] * 8
+
+
+def test_a_large_file_is_fetched_when_it_is_its_turn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = manifest(run).slice(0, 3)
+    expected = decode(rows)
+    monkeypatch.setattr(decode_stage, "_SMALL_FILE_BYTES", 10)
+    assert decode(rows).equals(expected)
+    original = image_files.read
+    monkeypatch.setattr(image_files, "read", lambda image, limit=20: original(image, limit))
+    assert decode(rows)["error_kind"].to_pylist() == ["too_large"] * 3
 
 
 def test_a_row_with_an_error_in_its_manifest_is_not_read(run: Path) -> None:

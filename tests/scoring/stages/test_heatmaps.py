@@ -53,8 +53,8 @@ def test_heatmaps_in_parquet_are_the_same_bytes_as_in_files(run: Path, tmp_path:
 @pytest.mark.parametrize(("heatmaps", "expected"), [("all", 8), ("none", 0), ("anomalous", 3)])
 def test_only_the_wanted_images_have_heatmaps(run: Path, tmp_path: Path, heatmaps: Any, expected: int) -> None:
     rows = score(run, manifest(run).slice(0, 8))
-    verdicts = pa.array([i < 3 for i in range(8)])
-    rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), verdicts)
+    is_anomalous = pa.array([i < 3 for i in range(8)])
+    rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), is_anomalous)
     out = write_heatmaps(rows, tmp_path, heatmaps).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert {row["overlay"] for row in out} == {""}

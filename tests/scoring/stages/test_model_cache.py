@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stpm.errors import ImageError
-from stpm.models.store import ModelStore
+from stpm.models.store import Model, ModelStore
 from stpm.scoring.stages.model_cache import ModelCache
 from tests.conftest import MODELS
 from tests.scoring.stages.helpers import CATEGORIES, KINDS, current_ids, fit
@@ -63,6 +63,38 @@ def test_a_matcher_is_built_once_and_dropped_with_the_last_model_that_uses_it(ru
     shared = weakref.ref(models.matcher("grey"))
     models.model("screw")
     assert models.matcher("grey") is shared()
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, MemoryError])
+def test_a_model_that_does_not_fit_beside_the_others_takes_their_place(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    models = make_cache(run, max_bytes=2**30)
+    loaded = weakref.ref(models.model("grey"))
+    original = Model.to
+
+    def to(model: Model, device: torch.device) -> Model:
+        gc.collect()
+        if loaded():
+            raise error("out of memory")
+        return original(model, device)
+
+    monkeypatch.setattr(Model, "to", to)
+    assert models.model("nut").record.category == "nut"
+
+
+def test_a_model_that_does_not_fit_alone_is_an_error_that_is_tried_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to(model: Model, device: torch.device) -> Model:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Model, "to", to)
+    with pytest.raises(
+        ImageError, match=r"^no memory for the model of nut: OutOfMemoryError: out of memory$"
+    ) as caught:
+        make_cache(run).model("nut")
+    assert caught.value.kind == "out_of_memory"
 
 
 def test_a_failed_load_is_not_tried_again_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

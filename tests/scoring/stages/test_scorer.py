@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +93,7 @@ def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
 
 def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> None:
     class Loader:
-        def matcher(self, category: str) -> Matcher:
+        def matcher_key(self, category: str) -> tuple[object, ...]:
             raise ImageError("model_unreadable", f"the loader has no {category}")
 
     settings = ScorerSettings("nowhere", {}, 0.3, accept_errors=True)
@@ -175,6 +177,28 @@ def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monke
     for row, other in zip(out, expected, strict=True):
         assert row["error_kind"] == ""
         assert row["score"] == pytest.approx(other["score"], rel=1e-3)
+
+
+def test_a_teacher_that_does_not_fit_beside_another_is_loaded_after_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))
+    rows = decode(manifest(tmp_path))
+    expected = score(tmp_path, rows)
+    original = Matcher.__init__
+    made: list[weakref.ref[Matcher]] = []
+
+    def make(matcher: Matcher, *arguments: Any) -> None:
+        gc.collect()
+        if any(other() for other in made):
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        original(matcher, *arguments)
+        made.append(weakref.ref(matcher))
+
+    monkeypatch.setattr(Matcher, "__init__", make)
+    assert score(tmp_path, rows).equals(expected)
+    assert len(made) == 2
 
 
 def test_an_image_that_does_not_fit_alone_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 from stpm import storage
 from stpm.data.mvtec import Category
-from stpm.models.record import AddedNormal
+from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
 
 
-def with_added_normals(
-    category: Category, store: ModelStore, added: Sequence[AddedNormal]
+def with_added_images(
+    category: Category, store: ModelStore, added: Sequence[AddedImage]
 ) -> tuple[tuple[str, str], ...]:
     """Return URI and version of a category's training images, and of the added ones that are no copies of them.
 
     If an image were there twice, one copy could be trained on and the other held out.
     """
-    uris = {store.normal_uri(category.name, image.digest): image.digest for image in added}
+    uris = {store.added_uri(category.name, image.digest): image.digest for image in added}
     if not uris:
         return category.train
-    sizes = {size for uri, size in storage.files(store.normals_folder(category.name)) if uri in uris}
+    sizes = {size for uri, size in storage.files(store.added_folder(category.name)) if uri in uris}
     present = set()
     for uri, version in category.train:
         # A version begins with the size.

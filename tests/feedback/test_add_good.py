@@ -13,7 +13,7 @@ import pytest
 from stpm import storage
 from stpm.data import mvtec
 from stpm.errors import DataError
-from stpm.feedback.new_normals import NewNormals
+from stpm.feedback.new_images import NewImages
 from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import fit_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
@@ -52,7 +52,7 @@ class Plant:
 
     def add(self, uris: Sequence[str], **options: Any) -> int:
         table = write(self.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
-        return self.fit(add_normals=table, **options)
+        return self.fit(add_good=table, **options)
 
     def scores(self, uris: Sequence[str]) -> np.ndarray:
         """Score images with the current model, by the stages of scoring."""
@@ -76,7 +76,7 @@ def student(tmp_path: Path, fitted_keys: list[str]) -> Plant:
     return plant
 
 
-def test_added_normals_calibrate_as_scoring_scores_them(
+def test_added_images_calibrate_as_scoring_scores_them(
     plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     before, uris = plant.store.record("nut"), plant.good(0, 1, 2)
@@ -98,7 +98,7 @@ def test_added_normals_calibrate_as_scoring_scores_them(
     assert new.scale.low == old.scale.low
     assert new.scale.good_max >= old.scale.good_max
     np.testing.assert_allclose(plant.scores(uris), expected, rtol=1e-6)
-    assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, False) for uri in uris]
+    assert [(each.uri, each.fitted) for each in record.added_images] == [(uri, False) for uri in uris]
     scores = plant.store.calibration_scores(record)
     held_out = scores.filter(~scores["is_added"].to_numpy())
     np.testing.assert_array_equal(held_out["score"].to_numpy(), old.scores)
@@ -113,7 +113,10 @@ def test_added_normals_calibrate_as_scoring_scores_them(
         f"threshold {was:.4g} before, {now:.4g} after; held-out good images above it {was_out} of {n} before, " in text
     )
     assert f"{now_out} of {n} after; added good images above it {was_added} of 3 before, {now_added} of 3 after" in text
-    assert f"nut: {record.model_id} is current, it was {before.model_id}" in caplog.text
+    undo = plant.store.roll_command("nut", "--roll-back")
+    assert (
+        f"nut: {record.model_id} is now current instead of {before.model_id}. To undo this: {undo}" in caplog.messages
+    )
     assert fitted_keys == []
 
 
@@ -128,21 +131,22 @@ def test_feedback_is_cumulative_and_the_same_image_counts_once(
     assert first.fit.calibration_count == held_out + 2
     assert student.add(student.good(1, 2)) == 0
     second = student.store.record("nut")
-    assert [each.uri for each in second.added_normals] == student.good(0, 1, 2)
+    assert [each.uri for each in second.added_images] == student.good(0, 1, 2)
     assert len(student.calibration().scores) == held_out + 3
     caplog.clear()
     assert student.add(student.good(0, 1, 2)) == 0
     assert "nut: none of the images is new to its model" in caplog.text
     assert student.store.record("nut") == second
     # The files are copied: the night's images may be gone by the next fit.
-    for each in second.added_normals:
-        assert storage.digest(storage.read(student.store.normal_uri("nut", each.digest))) == each.digest
+    for each in second.added_images:
+        assert storage.digest(storage.read(student.store.added_uri("nut", each.digest))) == each.digest
     assert run_models(ModelsOptions(student.store.uri, NUT, roll_back=True)) == 0
     assert student.store.record("nut") == first
 
 
 def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
-    (student.root / "empty.png").write_bytes(b"")
+    for name in ("empty", "damaged", "copy"):
+        (student.root / f"{name}.png").write_bytes(b"" if name == "empty" else b"no image")
     rows = [
         (student.good(0)[0], "nut", "good"),
         (student.good(1)[0], "screw", "good"),
@@ -155,19 +159,33 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     ]
     table = write(student.root / "marks.csv", rows)
     before = student.store.record("nut")
-    assert student.fit(add_normals=table) == 2
-    assert len(student.store.record("nut").added_normals) == 1
+    assert student.fit(add_good=table) == 2
+    assert len(student.store.record("nut").added_images) == 1
     assert "1 of 7 images that are marked as good belong to models" in caplog.text
     assert "only images with label 'good' are added: 1 with label 'defect'" in caplog.text
     for reason in ("no model for category 'screw'", "holds the character '/'", "the file has no bytes", "see --allow"):
         assert reason in caplog.text
     assert "Traceback" not in caplog.text
-    assert student.fit(add_normals=write(student.root / "marks.csv", rows[1:])) == 3
-    assert student.fit(add_normals=write(student.root / "marks.csv", rows[6:7])) == 0
+    assert student.fit(add_good=write(student.root / "marks.csv", rows[1:])) == 3
+    assert student.fit(add_good=write(student.root / "marks.csv", rows[6:7])) == 0
+    damaged = [(f"{student.root}/{name}.png", "nut", "good") for name in ("damaged", "copy")]
+    assert student.fit(add_good=write(student.root / "marks.csv", damaged)) == 3
+    assert "0 of 2 images that are marked as good belong to models" in caplog.text
     with pytest.raises(DataError, match="there is no such file"):
-        student.fit(add_normals=str(student.root / "none.csv"))
+        student.fit(add_good=str(student.root / "none.csv"))
     assert student.store.versions("nut").previous[0].model_id == before.model_id
     assert len(student.store.versions("nut").previous) == 1
+
+
+def test_images_that_were_added_before_stay_where_the_others_cannot_be_added(
+    student: Plant, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert student.add(student.good(0, 1)) == 0
+    before = student.store.record("nut")
+    storage.publish(f"{student.store.uri}/nut/{before.model_id}/image_statistics.parquet", b"")
+    assert student.add(student.good(0, 1, 2)) == 2
+    assert "2 of 3 images that are marked as good belong to models" in caplog.text
+    assert student.store.record("nut") == before
 
 
 def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,11 +196,14 @@ def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pyt
     assert f"look again at the added images that scored highest: {defect} (" in caplog.text
 
 
-def test_a_staged_model_becomes_current_by_rolling_forward(student: Plant) -> None:
+def test_a_staged_model_becomes_current_by_rolling_forward(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
     before = student.store.record("nut")
     assert student.add(student.good(0), stage=True) == 0
     assert student.store.record("nut") == before
     staged = student.store.versions("nut").next[0].model_id
+    command = student.store.roll_command("nut", "--roll-forward")
+    stays = f"nut: {staged} is staged, and {before.model_id} stays current. To make it current: {command}"
+    assert stays in caplog.messages
     assert student.add(student.good(0), stage=True) == 0
     assert [each.model_id for each in student.store.versions("nut").next] == [staged]
     # A fit in between reuses the current model.
@@ -203,7 +224,7 @@ def test_a_fit_keeps_feedback(student: Plant, fitted_keys: list[str]) -> None:
     record = student.store.record("nut")
     assert fitted_keys == ["nut (seed 0)"]
     assert record.fit.good_count == 11 + 2
-    assert [(each.uri, each.fitted) for each in record.added_normals] == [(uri, True) for uri in student.good(0, 1)]
+    assert [(each.uri, each.fitted) for each in record.added_images] == [(uri, True) for uri in student.good(0, 1)]
     assert student.fit() == 0
     assert fitted_keys == ["nut (seed 0)"]
 
@@ -217,7 +238,7 @@ def test_refit_trains_on_all_added_images(
     record = student.store.record("nut")
     assert fitted_keys == ["nut (seed 0)"]
     assert record.fit.good_count == first.fit.good_count + 3
-    assert [each.fitted for each in record.added_normals] == [True] * 3
+    assert [each.fitted for each in record.added_images] == [True] * 3
     assert record.fit.calibration_count == record.fit.held_out_count == student.recipe.held_out_count(13)
     assert not student.store.calibration_scores(record)["is_added"].to_numpy().any()
     assert f"nut: fitted again on {record.fit.train_count} images, others held out: threshold" in caplog.text
@@ -235,16 +256,27 @@ def test_an_added_image_that_is_among_the_training_images_is_not_there_twice(stu
     assert student.add([inside, *student.good(0)], refit=True) == 0
     record = student.store.record("nut")
     assert record.fit.good_count == 10 + 1
-    assert len(record.added_normals) == 2
+    assert len(record.added_images) == 2
 
 
 def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
-    before = student.store.record("nut")
     make_category(f"{student.root}/other", "bolt")
-    table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in student.good(0)])
-    options = FitOptions(f"{student.root}/other", student.store.uri, add_normals=table, refit=True)
-    assert run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="pytorch")) == 3
+    copied = f"{student.root}/copy.png"
+    storage.publish(copied, storage.read(student.good(3)[0]))
+
+    def refit(uris: Sequence[str]) -> int:
+        table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
+        options = FitOptions(f"{student.root}/other", student.store.uri, add_good=table, refit=True)
+        return run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="pytorch"))
+
+    assert refit([*student.good(3), copied]) == 3
+    assert "0 of 2 images that are marked as good belong to models" in caplog.text
     assert "its category has no images in --data" in caplog.text
+    # Those that its model has already stay there.
+    assert student.add(student.good(0, 1)) == 0
+    before = student.store.record("nut")
+    assert refit([*student.good(0, 1, 2, 3), copied]) == 2
+    assert "2 of 5 images that are marked as good belong to models" in caplog.text
     assert student.store.record("nut") == before
 
 
@@ -261,6 +293,7 @@ def test_a_fit_does_not_bring_back_what_was_rolled_back(
     assert student.fit() == 0
     assert student.store.record("nut") == first
     assert f"model {second.model_id}, of this recipe and these images, was rolled back or staged" in caplog.text
+    assert f"stays current. To roll forward: {student.store.roll_command('nut', '--roll-forward')}" in caplog.text
     assert len(fitted_keys) == 1
     # Other images make another model, which becomes current.
     storage.publish(f"{student.root}/data/nut/train/good/newer.png", storage.read(student.good(4)[0]))
@@ -291,6 +324,8 @@ def test_storage_that_fails_does_not_lose_feedback(
         fail_to_read(patch, PermissionError("403 Forbidden"), ["model.json"])
         assert student.fit() == 3
     assert "nut (seed 0): failed: " in caplog.text
+    # The store has the earlier model, which this fit did not make.
+    assert "0 of 1 categories are fitted; their models are in " in caplog.text
     assert fitted_keys == []
     assert student.store.record("nut") == before
     # A damaged record cannot say which images were added: the log does.
@@ -318,8 +353,8 @@ def test_a_roll_back_during_a_refit_is_not_undone(
     refitted = versions.next[0].model_id
     assert versions.current.model_id == first.model_id
     assert [each.model_id for each in versions.next] == [refitted, second.model_id]
-    text = f"nut: {first.model_id} became current meanwhile instead of {second.model_id}, and stays current, {refitted}"
-    assert text in caplog.text
+    became = f"nut: {refitted} is staged: {first.model_id} became current during the fit. To make {refitted} current: "
+    assert became + student.store.roll_command("nut", "--roll-forward") in caplog.messages
 
 
 def test_a_refitted_model_that_cannot_score_fails_alone(
@@ -331,14 +366,14 @@ def test_a_refitted_model_that_cannot_score_fails_alone(
     before = {name: student.store.record(name) for name in ("bolt", "nut")}
     scores = Refit.scores
 
-    def fail_for_bolt(self: Refit, store: ModelStore, new: NewNormals, *arguments: Any) -> Any:
+    def fail_for_bolt(self: Refit, store: ModelStore, new: NewImages, *arguments: Any) -> Any:
         if new.record.category == "bolt":
             raise PermissionError("403 Forbidden")
         return scores(self, store, new, *arguments)
 
     monkeypatch.setattr(Refit, "scores", fail_for_bolt)
     marks = [(f"{student.root}/nights/{name}/test/good/000.png", name, "good") for name in before]
-    assert student.fit(add_normals=write(student.root / "marks.jsonl", marks), refit=True) == 2
+    assert student.fit(add_good=write(student.root / "marks.jsonl", marks), refit=True) == 2
     assert "stays staged, since it cannot score: 403 Forbidden" in caplog.text
     assert student.store.record("bolt") == before["bolt"]
     assert student.store.record("nut").fit.good_count == before["nut"].fit.good_count + 1

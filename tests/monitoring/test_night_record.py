@@ -13,10 +13,10 @@ import pytest
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.models.store import ModelStore
-from stpm.monitoring.judging import judge_night
+from stpm.monitoring.night_folder import NightFolder
+from stpm.monitoring.night_record import make_record
 from stpm.monitoring.nights import Night
 from stpm.monitoring.options import MonitoringOptions
-from stpm.monitoring.runs import NightFolder
 from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.run_state import RunState, ScoringConfig
 from tests.conftest import TINY
@@ -57,7 +57,7 @@ class Nights:
             storage.publish(f"{output.scores}/{output.name}_0.parquet", storage.encode_parquet(table), durable=False)
             write_manifest([], output.manifest)
         night = Night(date.isoformat(), ("/no/dump",), problem=problem)
-        made = judge_night(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)
+        made = make_record(folder, night, self.nights, self.store, MonitoringOptions(), 0.25)
         self.nights.append(made)
         return made
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from stpm.errors import DataError, ModelError, join_first
 from stpm.feedback.alarms import Alarms, describe_change
 from stpm.feedback.marks import Marks
-from stpm.feedback.new_normals import NewNormals, collect
+from stpm.feedback.new_images import NewImages, score_and_store
 from stpm.feedback.recalibrate import recalibrate
 from stpm.feedback.refit import Refit
 from stpm.fitting.options import FitOptions
@@ -29,7 +29,7 @@ _NAMED = 3
 log = logging.getLogger(__name__)
 
 
-def add_normals(
+def add_good(
     store: ModelStore, marks: Marks, options: FitOptions, backend: WantedBackend, refit: Refit | None = None
 ) -> tuple[int, int]:
     """Add marked images to the models of their categories.
@@ -48,42 +48,47 @@ def add_normals(
         ConfigError: if another run holds the store.
         DataError: if the data set to fit on is missing or empty.
     """
-    refused = dict(marks.refused)
-    found: dict[str, NewNormals] = {}
+    found: dict[str, NewImages] = {}
+    failures: dict[str, str] = {}
     with hold_lease(store.uri, options.wait):
         for category, uris in marks.good.items():
             try:
-                new = collect(store, category, uris, backend)
-                refused |= new.refused
+                found[category] = score_and_store(store, category, uris, backend)
                 if refit is None:
-                    _add_to_calibration(store, new, options)
-                found[category] = new
+                    _add_to_calibration(store, found[category], options)
             except (DataError, ModelError) as error:
-                refused |= dict.fromkeys(uris, str(error))
+                failures[category] = str(error)
     if refit is not None and found:
-        for category, reason in _add_to_training(store, found, options, backend, refit).items():
-            refused |= {image.uri: reason for image in found.pop(category).images}
+        failures |= _add_to_training(store, found, options, backend, refit)
+    refused = dict(marks.refused)
+    for new in found.values():
+        refused |= new.refused
+    for category, reason in failures.items():
+        # Images that were added before stay in the model.
+        uris = found[category].uris if category in found else marks.good[category]
+        refused |= dict.fromkeys(uris, reason)
     if marks.other:
         counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
         log.info(f"left out, since only images with label 'good' are added: {counts}")
     if refused:
         reasons = join_first([f"{uri}: {reason}" for uri, reason in refused.items()])
         log.info(f"left out, since they cannot be used: {len(refused)}: {reasons}")
-    return sum(len(new.images) + new.known for new in found.values()), len(refused)
+    done = sum(new.known + (0 if category in failures else len(new.uris)) for category, new in found.items())
+    return done, len(refused)
 
 
-def _add_to_calibration(store: ModelStore, new: NewNormals, options: FitOptions) -> None:
+def _add_to_calibration(store: ModelStore, new: NewImages, options: FitOptions) -> None:
     if not new.images:
         _log(new.record.category, "none of the images is new to its model")
         return
     record = recalibrate(store, new)
-    _log_change(store, new, record, new.values, options, "calibrated again")
+    _log_change(store, new, record, new.scores, options, "calibrated again")
     fingerprint = store.current(record.category).data_fingerprint
     _make_current(store, new, Version(record.model_id, fingerprint), options)
 
 
 def _add_to_training(
-    store: ModelStore, found: dict[str, NewNormals], options: FitOptions, backend: WantedBackend, refit: Refit
+    store: ModelStore, found: dict[str, NewImages], options: FitOptions, backend: WantedBackend, refit: Refit
 ) -> dict[str, str]:
     """Fit models on new images; return the reason of each category that could not be fitted."""
     results = refit.fit(store, {category: new.images for category, new in found.items()}, backend, options.wait)
@@ -109,40 +114,41 @@ def _add_to_training(
 
 def _log_change(
     store: ModelStore,
-    new: NewNormals,
+    new: NewImages,
     record: ModelRecord,
     scores: npt.NDArray[np.float32],
     options: FitOptions,
     what: str,
 ) -> None:
     """Compare the current model with a new one, which gives new images these scores."""
-    before = Alarms.count(store.calibration_scores(new.record), new.values, options.false_alarm_rate)
+    before = Alarms.count(store.calibration_scores(new.record), new.scores, options.false_alarm_rate)
     after = Alarms.count(store.calibration_scores(record), scores, options.false_alarm_rate)
     _log(record.category, f"{what}: {describe_change(before, after, len(scores))}")
     # A defect that is marked as good by mistake hides all others like it.
-    highest = sorted(zip(new.scores, new.images, strict=True), key=lambda pair: -pair[0].score)[:_NAMED]
-    if over := [f"{image.uri} ({score.score:.4g})" for score, image in highest if score.score > before.threshold]:
+    highest = sorted(zip(new.scores.tolist(), new.images, strict=True), key=lambda pair: -pair[0])[:_NAMED]
+    if over := [f"{image.uri} ({score:.4g})" for score, image in highest if score > before.threshold]:
         _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
 
 
-def _make_current(store: ModelStore, new: NewNormals, version: Version, options: FitOptions) -> None:
+def _make_current(store: ModelStore, new: NewImages, version: Version, options: FitOptions) -> None:
     """Make a staged model current, unless the options say to stage it, or another model has become current."""
     category = new.record.category
     versions = store.versions(category)
-    is_changed = versions.current.model_id != new.record.model_id
-    if options.stage or is_changed:
+    current = versions.current.model_id
+    if options.stage or current != new.record.model_id:
         store.set_versions(category, versions.stage(version))
-        became = f"became current meanwhile instead of {new.record.model_id}, and " if is_changed else ""
-        command = f"jobs/models.py --categories {category} --roll-forward"
-        message = f"stays current, {version.model_id} is staged; {command} makes it current"
-        _log(category, f"{versions.current.model_id} {became}{message}")
+        command = store.roll_command(category, "--roll-forward")
+        if current == new.record.model_id:
+            _log(category, f"{version.model_id} is staged, and {current} stays current. To make it current: {command}")
+        else:
+            became = f"{current} became current during the fit"
+            _log(category, f"{version.model_id} is staged: {became}. To make {version.model_id} current: {command}")
     else:
         if replaced := versions.describe_replaced(version.model_id):
             _log(category, replaced)
         store.set_versions(category, versions.publish(version))
-        command = f"jobs/models.py --categories {category} --roll-back"
-        message = f"is current, it was {versions.current.model_id}; {command} undoes this"
-        _log(category, f"{version.model_id} {message}")
+        command = store.roll_command(category, "--roll-back")
+        _log(category, f"{version.model_id} is now current instead of {current}. To undo this: {command}")
 
 
 def _log(category: str, message: str) -> None:

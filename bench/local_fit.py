@@ -1,0 +1,193 @@
+"""Fit in this process, without Ray: as a task that publishes a model, or keeping the parts of it to compare with."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from commands import CORES, make_parser, words
+from metrics import read_mask
+from sklearn.metrics import roc_auc_score
+
+from stpm import storage
+from stpm.data import images, mvtec
+from stpm.evaluation.category_metrics import AUPRO_LIMITS
+from stpm.evaluation.pixels import Mask, PixelCounts, count_pixels
+from stpm.fitting.build_memory import build_memory
+from stpm.fitting.calibrate import make_parts
+from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.task import FitTask
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import split_images, train_student
+from stpm.fitting.training_images import load_images, preprocessing_for
+from stpm.method import backbones
+from stpm.method.calibration import fit_distance_scale
+from stpm.method.forward import Distances, Matcher, Parts, pick_device, resolve_precision
+from stpm.method.fusion import sample_distances
+from stpm.method.memory_bank import KINDS
+from stpm.method.preprocessing import Boxes, Preprocessing
+from stpm.method.recipe import Recipe
+from stpm.models.store import ModelStore
+from stpm.options import Backend, Integers, WantedBackend
+
+_BATCH = 16
+# Bytes that decoded images, and features, may take.
+_RAM_BUDGET = 4 * 2**30
+
+
+def make_fit_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options of benchmarks that fit by `fit`."""
+    parser = make_parser(description)
+    parser.add_argument("--data", required=True, help="data set in the MVTec AD layout")
+    parser.add_argument("--categories", type=words, default="", help="separated by commas (default: all)")
+    parser.add_argument("--teacher", default="demo")
+    parser.add_argument("--teacher-weights", default="", help="file of weights, as for the fit job")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    return parser
+
+
+def make_task(store: ModelStore, category: mvtec.Category, recipe: Recipe, backend: WantedBackend = "auto") -> FitTask:
+    """Put the recipe's teacher into a store, and return the task that fits the category's model there."""
+    digest = store.put_teacher(backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    recipe = recipe.for_image_count(len(category.train))
+    return FitTask(category.name, category.train, recipe, store.uri, digest, backend)
+
+
+def run_task(task: FitTask) -> None:
+    """Fit and publish a model, on all cores.
+
+    Raises:
+        RuntimeError: if the fit fails.
+    """
+    torch.set_num_threads(CORES)
+    limits = WorkerLimits(_RAM_BUDGET, _RAM_BUDGET, checkpoint_seconds=math.inf)
+    if reason := fit_category(task, limits, lambda event: None).reason:
+        raise RuntimeError(reason)
+
+
+def change_recipe(base: Recipe, text: str) -> Recipe:
+    """Return a recipe with `name=value` pairs replaced, values as JSON or plain words."""
+    changes: dict[str, Any] = {}
+    for pair in text.split():
+        name, value = pair.split("=", 1)
+        default = getattr(base, name)
+        changes[name] = type(default)(value if isinstance(default, str) else json.loads(value))
+    return dataclasses.replace(base, **changes)
+
+
+def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Matcher:
+    """Return the recipe's teacher on this process's device."""
+    device = pick_device()
+    weights = backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    teacher = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
+    return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device), backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A fitted model: its parts, what computed them, the files of its held-out images, and the seconds of the fit.
+
+    Its recipe names the memory levels that the fit has chosen.
+    """
+
+    recipe: Recipe
+    parts: Parts
+    matcher: Matcher
+    held_out: list[bytes]
+    seconds: float
+    validation_loss: float | None
+
+
+def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
+    """Fit one model by PyTorch, in this process."""
+    uris = [uri for uri, _ in category.train]
+    preprocessing = preprocessing_for(recipe, uris)
+    matcher = matcher_from(recipe, preprocessing)
+    start = time.perf_counter()
+    good = load_images(uris, preprocessing, _RAM_BUDGET)
+    features = TeacherFeatures(matcher, good, _RAM_BUDGET)
+    train, held_out = split_images(len(good), recipe)
+    memory = build_memory(features, train, recipe)
+    trained = train_student(features, train, held_out, recipe, lambda epoch: None)
+    seconds = time.perf_counter() - start
+    parts = make_parts(trained.student, memory, recipe, matcher.device)
+    held = [storage.read(uris[i]) for i in held_out]
+    kept = trained.kept_epoch
+    chosen = sorted({recipe.levels[bank.level_index] for bank in memory})
+    recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
+    return Fitted(recipe, parts, matcher, held, seconds, None if kept is None else kept.validation_loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedImages:
+    """Distance maps of some images for each part of a model, with their content boxes, labels and ground truth."""
+
+    distances: Distances
+    content: Boxes
+    is_defect: Mask
+    truth: list[Mask]
+
+
+def compare(parts: Parts, matcher: Matcher, files: Sequence[tuple[bytes, Mask | None]]) -> ComparedImages:
+    """Compare image files (each with its mask at its own resolution, or None) with a model, as scoring does."""
+    results, boxes, truth = [], [], []
+    for start in range(0, len(files), _BATCH):
+        decoded = [images.decode(data, matcher.preprocessing) for data, _ in files[start : start + _BATCH]]
+        content = matcher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
+        inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
+        results.append(matcher.distances(parts, inputs, content))
+        boxes.append(content)
+    for (_, mask), (left, top, right, bottom) in zip(files, np.concatenate(boxes).tolist(), strict=True):
+        empty = np.zeros((bottom - top, right - left), bool)
+        truth.append(empty if mask is None else images.resize_mask(mask, matcher.preprocessing))
+    is_defect = np.array([mask.any() for mask in truth])
+    return ComparedImages(concatenate(results), np.concatenate(boxes), is_defect, truth)
+
+
+def concatenate(batches: Sequence[Distances]) -> Distances:
+    """Join batches in their order."""
+    student = zip(*(batch.student for batch in batches), strict=True)
+    memory = zip(*(batch.memory for batch in batches), strict=True)
+    return Distances(tuple(map(torch.cat, student)), tuple(map(torch.cat, memory)))
+
+
+def measure(
+    compared: ComparedImages, normal: ComparedImages, matcher: Matcher, recipe: Recipe, variant: str
+) -> list[float | None]:
+    """Return METRICS of a variant of a fit; `normal` gives the scales of its parts."""
+    varied = change_recipe(recipe, variant)
+    scales = [fit_distance_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
+    distances = kept_parts(compared.distances, recipe, varied)
+    scores = []
+    counts = PixelCounts.empty()
+    for start in range(0, len(compared.truth), _BATCH):
+        part = slice(start, start + _BATCH)
+        maps = matcher.anomaly_maps(distances.select(part), compared.content[part], varied, scales)
+        scores += [each.score(varied.top_fraction).total for each in maps]
+        counts += count_pixels([each.total for each in maps], compared.truth[part])
+    values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
+    if any(mask.any() for mask in compared.truth):
+        values[1:] = counts.auroc().value, counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
+    return [value and round(value, 4) for value in values]
+
+
+def kept_parts(distances: Distances, fitted: Recipe, varied: Recipe) -> Distances:
+    """Return the distances of those levels and banks that a variant keeps of a fit."""
+    student = [d for d, level in zip(distances.student, fitted.levels, strict=False) if level in varied.levels]
+    levels = [level for level in fitted.memory_levels for _ in KINDS]
+    memory = [d for d, level in zip(distances.memory, levels, strict=False) if level in varied.memory_levels]
+    return Distances(tuple(student) if varied.student != "none" else (), tuple(memory) if varied.memory else ())
+
+
+def compare_real(parts: Parts, matcher: Matcher, category: mvtec.Category) -> ComparedImages:
+    """Compare a category's test images with a model."""
+    tests = [(storage.read(image.uri), read_mask(image.mask)) for image in category.test]
+    is_defect = np.array([image.label != mvtec.GOOD for image in category.test])
+    return dataclasses.replace(compare(parts, matcher, tests), is_defect=is_defect)

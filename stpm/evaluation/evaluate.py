@@ -1,0 +1,83 @@
+"""Evaluate the categories of a scored run, each in a Ray task, and publish the report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import ray
+from ray.exceptions import RayTaskError
+
+from stpm import storage
+from stpm.console import ALL_DONE, SOME_FAILED, exit_code
+from stpm.evaluation.category import ScoredCategory, read_scores
+from stpm.evaluation.category_metrics import measure_category
+from stpm.evaluation.charts import draw_charts
+from stpm.evaluation.gallery import defect_sheet, galleries
+from stpm.evaluation.gate import Gate
+from stpm.evaluation.options import MasksAt
+from stpm.evaluation.page import page
+from stpm.evaluation.report import CategoryResult, Report
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import check_row_count
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_categories(
+    output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, masks_at: MasksAt
+) -> list[CategoryResult]:
+    """Evaluate categories of a run, each in a Ray task. Needs a connection to Ray.
+
+    Raises:
+        RunDamagedError: if a file of rows is damaged, missing or doubled.
+    """
+    check_row_count(output)
+    remote = ray.remote(evaluate_category)
+    history = {record.category: store.history(record).to_pydict() for record in records}
+    tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
+    try:
+        results: list[CategoryResult] = ray.get(tasks)
+    except RayTaskError as error:
+        # The text of Ray's own error is a traceback.
+        raise error.cause from error
+    return results
+
+
+def evaluate_category(
+    output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
+) -> CategoryResult:
+    """Measure one category and draw its charts and pictures; write the sheet of defects to the run folder.
+
+    Args:
+        output: the run that scored the category's images.
+        record: of the model that scored them.
+        history: loss per epoch, by column; empty if there is no student.
+        masks_at: the size at which masks and anomaly maps are compared.
+    """
+    category = ScoredCategory(output, record.category, record.preprocessing)
+    # First: it finds rows that the pictures cannot be drawn from.
+    scores = read_scores(category, masks_at)
+    if sheet := defect_sheet(category):
+        storage.publish(storage.join(output.folder, "gallery", output.name, f"{category.name}.png"), sheet)
+    charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
+    return CategoryResult(record, measure_category(scores), charts, galleries(category))
+
+
+def publish_report(report: Report, out: str, gate: Gate) -> int:
+    """Write the report, print it, and check it against the gate.
+
+    Returns:
+        The exit code: 0 all done, 2 something failed or fell short, 3 nothing could be evaluated.
+    """
+    shortfalls = gate.shortfalls(report.contents)
+    for name, content in {**report.files(), "report.html": page(report, shortfalls).encode()}.items():
+        storage.publish(storage.join(out, name), content)
+    log.info(f"\n{report.text()}\n")
+    for line in shortfalls:
+        log.info(f"falls short: {line}")
+    log.info(f"the report is {storage.join(out, 'report.html')}, with .json, .parquet and .md beside it")
+    code = exit_code(len(report.results), len(report.failures))
+    return SOME_FAILED if code == ALL_DONE and shortfalls else code

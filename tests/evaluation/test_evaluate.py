@@ -1,0 +1,53 @@
+"""What a Ray task evaluates, and the report, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from stpm.errors import RunDamagedError
+from stpm.evaluation.evaluate import evaluate_categories, evaluate_category, publish_report
+from stpm.evaluation.gate import Gate, Requirement
+from stpm.evaluation.report import Report
+from stpm.models.store import ModelStore
+from stpm.scoring.output_rows import check_row_count
+from stpm.scoring.run_state import RunState, ScoringConfig
+from stpm.scoring.run_statistics import RunResult
+from tests.datasets import write_rows
+from tests.evaluation.runs import result, scored_run
+
+
+def test_a_category_is_evaluated_published_and_checked_against_the_gate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    category = scored_run(tmp_path / "scored")
+    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
+    assert Path(category.output.folder, "gallery/seed-0/nut.png").is_file()
+    out = str(tmp_path / "report")
+    report = Report("data", [found])
+    assert publish_report(report, out, Gate((), {})) == 0
+    assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
+    gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
+    assert publish_report(report, out, gate) == 2
+    assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)
+
+
+@pytest.mark.parametrize("copies", [0, 0.5, 2])
+def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Path, copies: float) -> None:
+    output = scored_run(tmp_path).output
+    state = RunState(output.state_folder)
+    state.start(ScoringConfig((), 0.01))
+    (file,) = output.files()
+    rows = pq.read_table(file)
+    state.finish(RunResult(rows=rows.num_rows))
+    check_row_count(output)
+    if copies == 0:
+        Path(file).unlink()
+    elif copies == 2:
+        write_rows(output, rows, 1)
+    else:
+        write_rows(output, rows.slice(0, rows.num_rows // 2))
+    with pytest.raises(RunDamagedError, match=rf"^{int(copies * rows.num_rows)} rows in .*seed-0_\*, where the run wr"):
+        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
