@@ -52,23 +52,23 @@ class TaskMaker:
     teacher_digest: str
     backend: WantedBackend
 
-    def added(self) -> tuple[AddedNormal, ...]:
-        """Return the images that were added to the category's current model.
+    def current(self) -> ModelRecord | None:
+        """Return the record of the category's current model; None if there is none, or if it is damaged.
 
         Raises:
             ModelUnreadableError: if storage failed while the record was read.
         """
         name = self.category.name
         try:
-            return self.store.record(name).added_normals
+            return self.store.record(name)
         except NoModelError:
-            return ()
+            return None
         except ModelUnreadableError:
             raise
         except ModelError as error:
-            if storage.files(self.store.normals_folder(name)):
-                log.info(f"{name}: fitted without the images that were added: {error}", extra={"category": name})
-            return ()
+            how = "without the images that were added" if storage.files(self.store.normals_folder(name)) else "again"
+            log.info(f"{name}: fitted {how}: {error}", extra={"category": name})
+            return None
 
     def describe_replaced(self) -> str:
         """Describe the models that are no longer versions after the fit."""
@@ -95,15 +95,16 @@ class TaskMaker:
 def plan_fit(maker: TaskMaker) -> Plan:
     """Plan a fit. Reuse the model if images were added by calibration alone; otherwise fit on them too."""
     try:
-        added = maker.added()
+        current = maker.current()
     except ModelUnreadableError as error:
         # A fit without the added images would lose them.
         return _fail(maker.task(()), error)
+    added = current.added_normals if current else ()
     task = maker.task([image for image in added if image.fitted])
     if plan := _plan_without_fit(task):
         return plan
-    if model := existing_model(task, among="next"):
-        current = maker.store.record(task.category)
+    model = existing_model(task, among="next")
+    if current and model:
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
             f"{current.model_id} stays current; jobs/models.py --categories {task.category} --roll-forward changes that"
@@ -115,9 +116,10 @@ def plan_fit(maker: TaskMaker) -> Plan:
 def plan_refit(maker: TaskMaker, new: Sequence[AddedNormal]) -> Plan:
     """Plan a fit on all images that were added, before and now; its model is staged."""
     try:
-        added = maker.added()
+        current = maker.current()
     except ModelUnreadableError as error:
         return _fail(maker.task(new, stage=True), error)
+    added = current.added_normals if current else ()
     task = maker.task([*added, *new], stage=True)
     if plan := _plan_without_fit(task):
         return plan
