@@ -25,6 +25,8 @@ StateDict = Mapping[str, Tensor]
 DEMO_TEACHER = "demo"
 DEMO_ARCHITECTURE = "tf_efficientnet_lite0"
 RANDOM_WEIGHTS = "random"
+# Larger than every seed of a recipe: no student may start as the teacher.
+_RANDOM_TEACHER_SEED = 2**31
 # Maximum characters of torch's list of mismatched weights in an error message.
 _MAX_MISMATCH = 500
 
@@ -137,7 +139,7 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
     backbone = build_backbone(teacher, levels)
     architecture, keys = architecture_name(teacher), backbone.net.state_dict().keys()
     if weights == RANDOM_WEIGHTS:
-        return build_student(teacher, levels, seed=0, zero_init_residual=False).net.state_dict()
+        return build_student(teacher, levels, _RANDOM_TEACHER_SEED, zero_init_residual=False).net.state_dict()
     if weights:
         state, origin = _read_weights(weights), weights
     elif teacher == DEMO_TEACHER:

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from stpm import storage
 from stpm.errors import ConfigError, ModelError
 from stpm.method.backbones import (
+    _RANDOM_TEACHER_SEED,
+    RANDOM_WEIGHTS,
     build_backbone,
     build_student,
     deserialise,
@@ -18,6 +20,7 @@ from stpm.method.backbones import (
     resolve_data_config,
     serialise,
 )
+from stpm.method.recipe import Recipe
 
 LEVELS = (1, 2, 3)
 
@@ -132,6 +135,15 @@ def test_build_student_depends_on_seed_and_keeps_global_generator() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
+def test_no_student_starts_as_the_untrained_teacher(seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        Recipe(seed=_RANDOM_TEACHER_SEED)
+    teacher = load_teacher_weights("test_resnet", RANDOM_WEIGHTS, LEVELS)
+    student = build_student("test_resnet", LEVELS, Recipe(seed=seed).seed, zero_init_residual=False).net.state_dict()
+    assert not torch.equal(teacher["conv1.0.weight"], student["conv1.0.weight"])
 
 
 def test_build_student_initialises_residual_branches() -> None:
