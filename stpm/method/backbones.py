@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from timm.layers import Format
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
@@ -43,11 +44,12 @@ class Backbone(nn.Module):
         self.architecture = architecture
         self.levels = levels
         self.channels: list[int] = list(net.feature_info.channels())  # type: ignore[union-attr, operator]
+        # Swin and others keep channels last. A class of timm that names no format keeps them first.
+        self._channels_last = getattr(net, "output_fmt", Format.NCHW) == Format.NHWC
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(images)
-        # Some architectures (Swin among them) keep channels last.
-        return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels, strict=True)]
+        return [level.permute(0, 3, 1, 2) for level in features] if self._channels_last else features
 
     @property
     def nbytes(self) -> int:

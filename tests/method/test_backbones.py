@@ -26,13 +26,26 @@ LEVELS = (1, 2, 3)
 
 
 @pytest.mark.parametrize(
-    "architecture", ["resnet18", "tf_efficientnet_lite0", "test_convnext", "swin_tiny_patch4_window7_224"]
+    ("architecture", "levels", "input_shape", "stride"),
+    [
+        ("resnet18", LEVELS, (224, 256), 4),
+        ("tf_efficientnet_lite0", LEVELS, (224, 256), 4),
+        ("test_convnext", LEVELS, (224, 256), 8),
+        ("swin_tiny_patch4_window7_224", (0, 1), (224, 224), 4),
+        # At these shapes the finest level is as high as it has channels.
+        ("resnet18", LEVELS, (256, 288), 4),
+        ("mambaout_femto", (0, 1), (192, 224), 4),
+    ],
 )
-def test_backbone_returns_levels_channels_first(architecture: str) -> None:
-    backbone = build_backbone(architecture, (0, 1) if architecture.startswith("swin") else LEVELS)
-    features = backbone(torch.zeros(1, 3, 224, 224))
-    assert [f.shape[1] for f in features] == backbone.channels
-    assert all(f.shape[2] == f.shape[3] for f in features)
+def test_backbone_returns_levels_channels_first(
+    architecture: str, levels: tuple[int, ...], input_shape: tuple[int, int], stride: int
+) -> None:
+    backbone = build_backbone(architecture, levels)
+    features = backbone(torch.zeros(1, 3, *input_shape))
+    shapes = [(input_shape[0] // stride // 2**i, input_shape[1] // stride // 2**i) for i in range(len(levels))]
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (channels, *shape) for channels, shape in zip(backbone.channels, shapes, strict=True)
+    ]
 
 
 def test_backbone_levels_of_paper_have_strides_4_8_16() -> None:
