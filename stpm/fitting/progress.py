@@ -30,7 +30,8 @@ class _TaskProgress:
     def cost_done(self) -> float:
         if self.ended or not self.epochs:
             return self.task.cost if self.ended else 0.0
-        return self.task.cost * self.epochs[-1].number / self.task.recipe.epochs
+        # The epochs are those of the first fit.
+        return self.task.cost * self.epochs[-1].number / (self.task.recipe.epochs * self.task.fit_count)
 
 
 class FitProgress:
@@ -88,7 +89,7 @@ class FitProgress:
         )
         if last.number < total:
             images = len(task.train) - task.recipe.held_out_count(len(task.train))
-            line += f"  {duration((total - last.number) * images / last.images_per_second)} left"
+            line += f"  {duration((total - last.number) * images / last.images_per_second)} of this training left"
         if last.train_loss > start:
             line += f"  above its start, {start:.4f}: it may be diverging, lower --learning-rate"
         self._log(task, line)
