@@ -30,10 +30,9 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     level_indices = choose_levels(recipe, features.channels)
     banks = [(index, kind) for index in level_indices for kind in KINDS]
     per_image = math.ceil(_MAX_CANDIDATES / len(train))
-    preprocessing = features.matcher.preprocessing
-    size = preprocessing.height, preprocessing.width
+    input_shape = features.matcher.preprocessing.input_shape
     coarsest = features.shapes[level_indices[-1]]
-    strides = {index: stride_of(features.shapes[index], size) for index in level_indices}
+    strides = {index: stride_of(features.shapes[index], input_shape) for index in level_indices}
     windows = {index: window_size(features.shapes[index], coarsest, strides[index]) for index in level_indices}
     shapes = {index: strided_shape(features.shapes[index], strides[index]) for index in level_indices}
     candidates: list[list[Tensor]] = [[] for _ in banks]

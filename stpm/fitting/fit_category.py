@@ -155,7 +155,7 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); "
-        f"input {preprocessing.size}, {precision}, {matcher.backend}"
+        f"input {preprocessing.size_text}, {precision}, {matcher.backend}"
     )
     return features
 

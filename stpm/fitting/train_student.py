@@ -148,7 +148,7 @@ def _check_positions(features: TeacherFeatures, recipe: Recipe) -> None:
         if shape == (1, 1):
             raise ConfigError(
                 f"level {level} of {recipe.teacher} has a single position at an input of "
-                f"{features.matcher.preprocessing.size}; give a larger --size, or leave it out of --levels"
+                f"{features.matcher.preprocessing.size_text}; give a larger --size, or leave it out of --levels"
             )
 
 

@@ -152,9 +152,8 @@ class Matcher:
 
     def _compile(self, backbone: Backbone) -> FeatureExtractor:
         if self.backend == "openvino":
-            size = self.preprocessing.height, self.preprocessing.width
             try:
-                return OpenVinoBackbone(backbone, *size, self.precision)
+                return OpenVinoBackbone(backbone, *self.preprocessing.input_shape, self.precision)
             except ModelError as error:
                 log.warning("%s; PyTorch computes it instead", error)
         return backbone
@@ -182,7 +181,7 @@ class Matcher:
         Returns:
             One (B, Hₗ, Wₗ) bool mask per level, or one None per level if no image has padding.
         """
-        height, width = self.preprocessing.height, self.preprocessing.width
+        height, width = self.preprocessing.input_shape
         if (content == (0, 0, width, height)).all():
             return [None] * len(shapes)
         boxes = torch.from_numpy(content).to(self.device)
@@ -219,9 +218,14 @@ class Matcher:
             scales: scale of each distance map; only fusion by quantiles needs them.
         """
         valid = self.content_masks(content, [spatial_shape(d) for d in distances.maps])
-        size = self.preprocessing.height, self.preprocessing.width
         total, *parts = fuse(
-            distances.student, distances.memory, scales, recipe.fusion, recipe.student_weight, size, valid
+            distances.student,
+            distances.memory,
+            scales,
+            recipe.fusion,
+            recipe.student_weight,
+            self.preprocessing.input_shape,
+            valid,
         )
         arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
         results = []

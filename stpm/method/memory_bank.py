@@ -78,7 +78,7 @@ class MemoryBank:
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
 
 
-def stride_of(shape: tuple[int, int], size: tuple[int, int]) -> int:
+def stride_of(shape: tuple[int, int], input_shape: tuple[int, int]) -> int:
     """Return the stride of a level's bank: there are 8 pixels or more from one descriptor to the next.
 
     From one position of a finer level to the next the window's average hardly changes, and the search would take four
@@ -86,9 +86,9 @@ def stride_of(shape: tuple[int, int], size: tuple[int, int]) -> int:
 
     Args:
         shape: height and width of the level.
-        size: height and width of the input, pixels.
+        input_shape: height and width of the input, pixels.
     """
-    return max(_MIN_PIXELS // max(round(size[0] / shape[0]), round(size[1] / shape[1])), 1)
+    return max(_MIN_PIXELS // max(round(input_shape[0] / shape[0]), round(input_shape[1] / shape[1])), 1)
 
 
 def strided_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tens
 
 
 def fit_bank(
-    descriptors: Tensor, level_index: int, kind: Kind, window: int, stride: int, size: int, seed: int
+    descriptors: Tensor, level_index: int, kind: Kind, window: int, stride: int, count: int, seed: int
 ) -> MemoryBank:
     """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
 
@@ -142,12 +142,12 @@ def fit_bank(
         kind: kind of the descriptors.
         window: side of the square of positions that each descriptor averages.
         stride: positions from one descriptor to the next.
-        size: number of vectors to keep; all, if there are fewer.
+        count: number of vectors to keep; all, if there are fewer.
         seed: seed of the coreset's projection.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
-    chosen = greedy_coreset(whitened, size, seed)
+    chosen = greedy_coreset(whitened, count, seed)
     return MemoryBank(level_index, kind, window, stride, mean, whitening, whitened[chosen].half().float())
 
 
@@ -166,7 +166,7 @@ def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (axes / (variances + ridge).sqrt()).float()
 
 
-def greedy_coreset(vectors: Tensor, size: int, seed: int) -> Tensor:
+def greedy_coreset(vectors: Tensor, count: int, seed: int) -> Tensor:
     """Choose a subset that is near every vector: greedy k-centre (Sener and Savarese, ICLR 2018).
 
     Start at the vector nearest to the mean, then repeatedly add the vector farthest from all chosen ones, by distance
@@ -174,13 +174,13 @@ def greedy_coreset(vectors: Tensor, size: int, seed: int) -> Tensor:
 
     Args:
         vectors: (N, D) float32.
-        size: number of indices to return; all N, if there are no more.
+        count: number of indices to return; all N, if there are no more.
         seed: seed of the projection.
 
     Returns:
-        (min(size, N),) int64, in the order in which they were chosen.
+        (min(count, N),) int64, in the order in which they were chosen.
     """
-    if len(vectors) <= size:
+    if len(vectors) <= count:
         return torch.arange(len(vectors), device=vectors.device)
     points = vectors
     if vectors.shape[1] > _PROJECTED:
@@ -188,10 +188,10 @@ def greedy_coreset(vectors: Tensor, size: int, seed: int) -> Tensor:
         projection = torch.randn(vectors.shape[1], _PROJECTED, generator=generator) / math.sqrt(_PROJECTED)
         points = vectors @ projection.to(vectors.device)
     squares = points.square().sum(dim=1)
-    chosen = torch.empty(size, dtype=torch.int64, device=vectors.device)
+    chosen = torch.empty(count, dtype=torch.int64, device=vectors.device)
     chosen[0] = (points - points.mean(dim=0)).square().sum(dim=1).argmin()
     nearest = torch.full_like(squares, torch.inf)
-    for k in range(1, size):
+    for k in range(1, count):
         last = chosen[k - 1]
         torch.minimum(nearest, squares + squares[last] - 2 * (points @ points[last]), out=nearest)
         # Rounding may leave a chosen vector slightly away from itself.

@@ -180,7 +180,7 @@ class Scorer:
         """Score images of one batch, which are sorted by category."""
         preprocessing = matcher.preprocessing
         pixels = np.stack([np.frombuffer(image.pixels.as_buffer(), np.uint8) for image in images])
-        pixels = pixels.reshape(len(images), preprocessing.height, preprocessing.width, 3)
+        pixels = pixels.reshape(len(images), *preprocessing.input_shape, 3)
         inputs = matcher.inputs(torch.from_numpy(pixels))
         content = preprocessing.content_boxes((image.width, image.height) for image in images)
         teacher = matcher.teacher_features(inputs)
