@@ -103,7 +103,7 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     parts = make_parts(trained.student, memory, recipe, matcher.device)
     held = [storage.read(uris[i]) for i in held_out]
     kept = trained.kept_epoch
-    chosen = sorted({recipe.levels[bank.level_index] for bank in memory})
+    chosen = sorted({recipe.levels[bank.spec.level_index] for bank in memory})
     recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
     return Fitted(recipe, parts, matcher, held, seconds, None if kept is None else kept.validation_loss)
 

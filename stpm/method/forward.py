@@ -203,7 +203,9 @@ class Matcher:
             features = self.features(parts.student, inputs)
             student = tuple(distance_map(t, s) for t, s in zip(teacher, features, strict=True))
         valid = self.content_masks(content, [spatial_shape(level) for level in teacher])
-        memory = (bank.distance_map(teacher[bank.level_index], valid[bank.level_index]) for bank in parts.memory)
+        memory = (
+            bank.distance_map(teacher[bank.spec.level_index], valid[bank.spec.level_index]) for bank in parts.memory
+        )
         return Distances(student, tuple(memory))
 
     def anomaly_maps(

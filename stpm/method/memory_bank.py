@@ -10,8 +10,9 @@ Convention: features are (B, C, H, W), descriptors (B, H, W, C), distance maps (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -35,23 +36,61 @@ _QUERIES_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class MemoryBank:
-    """Whitened descriptors of normal images at one pyramid level.
+class DescriptorSpec:
+    """How descriptors are made of the features of one pyramid level.
 
     Args:
         level_index: index of the level among the recipe's `levels`, 0 the finest.
-        kind: kind of descriptor.
-        window: side of the square of positions that a descriptor averages.
-        stride: positions from one descriptor to the next, in both directions; as odd or even as the window.
-        mean: (C,) float32, mean of normal descriptors.
-        whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
-        vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
+        kind: `directions` scales each averaged vector to length 1.
+        window: side of the square of positions that a descriptor averages; at a border, only valid ones are averaged.
+        stride: positions from one descriptor to the next, in both directions; of the same parity as the window.
     """
 
     level_index: int
     kind: Kind
     window: int
     stride: int
+
+    def describe(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Compute descriptors before whitening: for each square of `stride` positions, the average of its window.
+
+        Args:
+            features: (B, C, H, W) features of the level, any float type.
+            valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
+
+        Returns:
+            (B, ⌈H/stride⌉, ⌈W/stride⌉, C) float32.
+        """
+        features = features.float()
+        if valid is None:
+            features = self._average(features)
+        else:
+            weight = valid[:, None].float()
+            share = self._average(weight).clamp_min(1 / self.window**2)
+            features = self._average(features * weight) / share
+        if self.kind == "directions":
+            features = normalize(features, dim=1)
+        return features.permute(0, 2, 3, 1).contiguous()
+
+    def _average(self, maps: Tensor) -> Tensor:
+        if self.window == self.stride == 1:
+            return maps
+        padding = (self.window - self.stride) // 2
+        return avg_pool2d(maps, self.window, self.stride, padding, ceil_mode=True, count_include_pad=False)
+
+
+@dataclass(frozen=True)
+class MemoryBank:
+    """Whitened descriptors of normal images at one pyramid level.
+
+    Args:
+        spec: how the descriptors are made.
+        mean: (C,) float32, mean of normal descriptors.
+        whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
+        vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
+    """
+
+    spec: DescriptorSpec
     mean: Tensor
     whitening: Tensor
     vectors: Tensor
@@ -63,8 +102,7 @@ class MemoryBank:
 
     def to(self, device: torch.device) -> MemoryBank:
         """Move all tensors to a device."""
-        mean, whitening, vectors = (tensor.to(device) for tensor in self.tensors.values())
-        return replace(self, mean=mean, whitening=whitening, vectors=vectors)
+        return MemoryBank(self.spec, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         """Compute distances to the nearest vector: (B, C, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉) float32.
@@ -73,9 +111,31 @@ class MemoryBank:
             features: features of the bank's level.
             valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
         """
-        described = describe(features, self.kind, self.window, self.stride, valid)
+        described = self.spec.describe(features, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
+
+
+def banks_to_tensors(banks: Sequence[MemoryBank]) -> dict[str, Tensor]:
+    """Name each tensor <level index>.<kind>.<window>.<stride>.<name>. Half precision represents the vectors exactly."""
+    tensors = {}
+    for bank in banks:
+        spec = bank.spec
+        for name, tensor in bank.tensors.items():
+            path = f"{spec.level_index}.{spec.kind}.{spec.window}.{spec.stride}.{name}"
+            tensors[path] = tensor.half() if name == "vectors" else tensor
+    return tensors
+
+
+def banks_from_tensors(tensors: Mapping[str, Tensor]) -> tuple[MemoryBank, ...]:
+    """Undo `banks_to_tensors`: return the banks by level and kind, in the order in which they were fitted."""
+    by_spec: dict[DescriptorSpec, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        level_index, kind, window, stride, name = path.split(".")
+        spec = DescriptorSpec(int(level_index), cast("Kind", kind), int(window), int(stride))
+        by_spec.setdefault(spec, {})[name] = tensor.float()
+    banks = (MemoryBank(spec, **named) for spec, named in by_spec.items())
+    return tuple(sorted(banks, key=lambda bank: (bank.spec.level_index, KINDS.index(bank.spec.kind))))
 
 
 def stride_of(shape: tuple[int, int], input_shape: tuple[int, int]) -> int:
@@ -106,49 +166,19 @@ def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) 
     return least + (least - stride) % 2
 
 
-def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tensor | None = None) -> Tensor:
-    """Compute descriptors before whitening: for each square of `stride` positions, the average over a window around it.
-
-    Args:
-        features: (B, C, H, W), any float type.
-        kind: `directions` scales each averaged vector to length 1.
-        window: side of the window; at a border, only valid positions are averaged.
-        stride: side of the squares, as odd or even as the window.
-        valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
-
-    Returns:
-        (B, ⌈H/stride⌉, ⌈W/stride⌉, C) float32.
-    """
-    features = features.float()
-    if valid is None:
-        features = _average(features, window, stride)
-    else:
-        weight = valid[:, None].float()
-        share = _average(weight, window, stride).clamp_min(1 / window**2)
-        features = _average(features * weight, window, stride) / share
-    if kind == "directions":
-        features = normalize(features, dim=1)
-    return features.permute(0, 2, 3, 1).contiguous()
-
-
-def fit_bank(
-    descriptors: Tensor, level_index: int, kind: Kind, window: int, stride: int, count: int, seed: int
-) -> MemoryBank:
+def fit_bank(descriptors: Tensor, spec: DescriptorSpec, count: int, seed: int) -> MemoryBank:
     """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
 
     Args:
         descriptors: (N, C) float32, not whitened, N at least 1.
-        level_index: index of the descriptors' level among the recipe's `levels`, 0 the finest.
-        kind: kind of the descriptors.
-        window: side of the square of positions that each descriptor averages.
-        stride: positions from one descriptor to the next.
+        spec: how the descriptors were made.
         count: number of vectors to keep; all, if there are fewer.
         seed: seed of the coreset's projection.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
     chosen = greedy_coreset(whitened, count, seed)
-    return MemoryBank(level_index, kind, window, stride, mean, whitening, whitened[chosen].half().float())
+    return MemoryBank(spec, mean, whitening, whitened[chosen].half().float())
 
 
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,10 +242,3 @@ def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
         for block in torch.split(queries, _QUERIES_PER_BLOCK)
     ]
     return torch.cat(nearest).clamp_min(0.0).sqrt()
-
-
-def _average(maps: Tensor, window: int, stride: int) -> Tensor:
-    if window == stride == 1:
-        return maps
-    padding = (window - stride) // 2
-    return avg_pool2d(maps, window, stride, padding, ceil_mode=True, count_include_pad=False)

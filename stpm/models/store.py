@@ -25,7 +25,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +43,10 @@ from stpm.records import from_json, to_json
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from stpm.method.backbones import Backbone, StateDict
     from stpm.method.forward import Parts
-    from stpm.method.memory_bank import Kind, MemoryBank
+    from stpm.method.memory_bank import MemoryBank
 
 T = TypeVar("T")
 
@@ -136,6 +135,7 @@ class ModelStore:
             stage: leave the current model, if there is one, and put this one after it.
         """
         from stpm.method.backbones import serialise
+        from stpm.method.memory_bank import banks_to_tensors
 
         is_added = np.zeros(len(calibration_scores), bool)
         contents = {
@@ -145,7 +145,7 @@ class ModelStore:
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.encode_parquet(history)}
         if memory:
-            contents[MEMORY] = serialise(_tensors_by_name(memory))
+            contents[MEMORY] = serialise(banks_to_tensors(memory))
         return self._publish(record, contents, data_fingerprint, stage=stage)
 
     def save_recalibrated(
@@ -302,6 +302,7 @@ class ModelStore:
         """
         from stpm.method.backbones import load_backbone
         from stpm.method.forward import Parts
+        from stpm.method.memory_bank import banks_from_tensors
 
         record = self.record(category, model_id)
         scores = self.calibration_scores(record).column("score").to_numpy().astype(np.float32)
@@ -309,7 +310,7 @@ class ModelStore:
         if STUDENT in record.files:
             state, uri = self._tensors(record, STUDENT), self._uri(record, STUDENT)
             student = load_backbone(record.recipe.teacher, record.recipe.levels, state, uri)
-        memory = _banks(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
+        memory = banks_from_tensors(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
         return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
 
     def image_statistics(self, record: ModelRecord) -> pa.Table:
@@ -376,25 +377,3 @@ def _read_record(kind: type[T], uri: str) -> T:
         return from_json(kind, _read(uri))
     except ValueError as error:
         raise ModelError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
-
-
-def _tensors_by_name(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
-    """Name each tensor <level index>.<kind>.<window>.<stride>.<name>. Half precision represents the vectors exactly."""
-    tensors = {}
-    for bank in memory:
-        for name, tensor in bank.tensors.items():
-            path = f"{bank.level_index}.{bank.kind}.{bank.window}.{bank.stride}.{name}"
-            tensors[path] = tensor.half() if name == "vectors" else tensor
-    return tensors
-
-
-def _banks(tensors: StateDict) -> tuple[MemoryBank, ...]:
-    """Undo `_tensors_by_name`: return the banks by level and kind, in the order in which they were fitted."""
-    from stpm.method.memory_bank import KINDS, MemoryBank
-
-    by_key: dict[tuple[int, Kind, int, int], dict[str, Tensor]] = {}
-    for path, tensor in tensors.items():
-        level_index, kind, window, stride, name = path.split(".")
-        by_key.setdefault((int(level_index), cast("Kind", kind), int(window), int(stride)), {})[name] = tensor.float()
-    banks = (MemoryBank(*key, bank["mean"], bank["whitening"], bank["vectors"]) for key, bank in by_key.items())
-    return tuple(sorted(banks, key=lambda bank: (bank.level_index, KINDS.index(bank.kind))))

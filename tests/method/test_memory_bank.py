@@ -15,9 +15,9 @@ from torch import Tensor
 from stpm.method.matching import content_mask
 from stpm.method.memory_bank import (
     KINDS,
+    DescriptorSpec,
     Kind,
     MemoryBank,
-    describe,
     fit_bank,
     fit_whitening,
     greedy_coreset,
@@ -30,6 +30,10 @@ from stpm.method.memory_bank import (
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tensor | None = None) -> Tensor:
+    return DescriptorSpec(0, kind, window, stride).describe(features, valid)
 
 
 def correlated(count: int, channels: int, seed: int = 0) -> Tensor:
@@ -188,7 +192,7 @@ def as_features(descriptors: Tensor) -> Tensor:
 def test_fit_bank_gives_finite_distances_for_constant_channels(kind: Kind, value: float, constant: str) -> None:
     descriptors = normal(300, 4).abs()
     descriptors[:, {"a channel": slice(1), "all but one": slice(3), "all": slice(4)}[constant]] = value
-    bank = fit_bank(describe(as_features(descriptors), kind, 1, 1).flatten(0, 2), 0, kind, 1, 1, 50, 0)
+    bank = fit_bank(describe(as_features(descriptors), kind, 1, 1).flatten(0, 2), DescriptorSpec(0, kind, 1, 1), 50, 0)
     for tensor in (bank.mean, bank.whitening, bank.vectors):
         assert torch.isfinite(tensor).all()
     # Nothing overflows when a distance is squared.
@@ -199,7 +203,7 @@ def test_fit_bank_gives_finite_distances_for_constant_channels(kind: Kind, value
 def test_fit_bank_gives_zero_distance_for_constant_features() -> None:
     features = torch.full((3, 8, 5, 5), 0.3)
     for kind in KINDS:
-        bank = fit_bank(describe(features, kind, 3, 1).flatten(0, 2), 0, kind, 3, 1, 20, 0)
+        bank = fit_bank(describe(features, kind, 3, 1).flatten(0, 2), DescriptorSpec(0, kind, 3, 1), 20, 0)
         assert bank.distance_map(features).max() < 1e-2
 
 
@@ -260,7 +264,7 @@ def test_nearest_distance_matches_brute_force(queries: int, vectors: int, channe
 def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
     features = as_features(correlated(1500, 64))
     descriptors = describe(features, kind, 1, 1).flatten(0, 2)
-    bank = fit_bank(descriptors, 1, kind, 1, 1, 1500, 0)
+    bank = fit_bank(descriptors, DescriptorSpec(1, kind, 1, 1), 1500, 0)
     assert torch.equal(bank.vectors, bank.vectors.half().float())
     distances = bank.distance_map(features)
     # Rounding to half precision moves a vector of length 8 by a few thousandths.
@@ -271,7 +275,8 @@ def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
 
 
 def make_bank(features: Tensor, kind: Kind, window: int, count: int = 10**6) -> MemoryBank:
-    return fit_bank(describe(features, kind, window, 1).flatten(0, 2), 0, kind, window, 1, count, 0)
+    spec = DescriptorSpec(0, kind, window, 1)
+    return fit_bank(spec.describe(features).flatten(0, 2), spec, count, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
