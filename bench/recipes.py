@@ -41,12 +41,12 @@ from stpm.fitting.calibrate import make_parts
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import split_images, train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.calibration import fit_distance_scale
 from stpm.method.forward import Distances, Matcher, Parts
 from stpm.method.fusion import sample_distances
 from stpm.method.memory_bank import KINDS
 from stpm.method.preprocessing import Boxes
 from stpm.method.recipe import PRESETS, Recipe
+from stpm.method.scales import fit_distance_scale
 from stpm.options import Integers
 
 _BATCH = 16

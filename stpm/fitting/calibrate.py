@@ -16,17 +16,12 @@ from stpm.fitting.build_memory import build_memory
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
 from stpm.fitting.train_student import Checkpoints, train_student
 from stpm.method.backbones import StateDict, load_backbone
-from stpm.method.calibration import (
-    Calibration,
-    DistanceScale,
-    HeatmapScaleBuilder,
-    fit_distance_scale,
-    leave_one_out_scales,
-)
+from stpm.method.calibration import Calibration
 from stpm.method.forward import Distances, Parts, spatial_shape
 from stpm.method.fusion import AnomalyMap, Float32Array, sample_distances
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
+from stpm.method.scales import DistanceScale, HeatmapScaleBuilder, fit_distance_scale, leave_one_out_scales
 
 
 class CalibrationResult(NamedTuple):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from stpm.errors import ModelError
 from stpm.method.backbones import Backbone
-from stpm.method.calibration import DistanceScale
 from stpm.method.depthwise import Float32Depthwise
 from stpm.method.fusion import AnomalyMap, fuse
 from stpm.method.matching import content_mask, distance_map
@@ -22,6 +21,7 @@ from stpm.method.memory_bank import MemoryBank
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
+from stpm.method.scales import DistanceScale
 from stpm.options import Backend
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stpm.method.calibration import DistanceScale
 from stpm.method.recipe import FusionMethod
+from stpm.method.scales import DistanceScale
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -14,10 +14,10 @@ from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import Indices, TeacherFeatures
 from stpm.fitting.train_student import Checkpoints, TrainedStudent, split_images, train_student
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.calibration import DistanceScale
 from stpm.method.forward import Matcher, Parts
 from stpm.method.fusion import AnomalyMap
 from stpm.method.recipe import Recipe
+from stpm.method.scales import DistanceScale
 
 MatcherOf = Callable[[Recipe], Matcher]
 BUDGET = 2**30

@@ -6,7 +6,7 @@ import pytest
 
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import Epoch, FitResult, FitTask
-from stpm.method.calibration import HeatmapScale
+from stpm.method.scales import HeatmapScale
 from stpm.models.record import FitRecord, ModelRecord
 from tests.conftest import TINY, Clock, make_preprocessing
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from stpm.method.calibration import Calibration, DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
+from stpm.method.calibration import Calibration
 from stpm.method.fusion import AnomalyMap, fuse, sample_distances, upsample
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.recipe import FusionMethod
+from stpm.method.scales import DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
 from tests.method.test_matching import boxes, features, reference_distance
 
 
