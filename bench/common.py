@@ -31,6 +31,7 @@ from stpm.method import backbones
 from stpm.method.forward import Matcher, pick_device, resolve_precision
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.options import Backend
 from stpm.scoring.resuming.run_state import RunState
 
@@ -220,7 +221,7 @@ def images_per_second(out: str) -> float:
 def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Matcher:
     """Return the recipe's teacher on this process's device."""
     device = pick_device()
-    weights = backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     teacher = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
     return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device), backend)
 
@@ -280,7 +281,7 @@ class AnomalibFit:
 
 def write_teacher(teacher: str, weights: str, file: Path) -> None:
     """Write the weights of the teacher's backbone as safetensors, for `anomalib_side.py`."""
-    file.write_bytes(backbones.serialise(backbones.load_teacher_weights(teacher, weights, _LEVELS)))
+    file.write_bytes(backbones.serialise(load_teacher_weights(teacher, weights, _LEVELS)))
 
 
 def fit_anomalib(

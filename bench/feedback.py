@@ -27,8 +27,8 @@ from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.task import FitTask
 from stpm.jobs.fit import run_fit
-from stpm.method.backbones import load_teacher_weights
 from stpm.method.recipe import PRESETS, Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 

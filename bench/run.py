@@ -67,10 +67,11 @@ from stpm.data import mvtec
 from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.task import FitTask
 from stpm.fitting.train_student import split_images
-from stpm.method.backbones import DEMO_ARCHITECTURE, DEMO_TEACHER, load_teacher_weights
+from stpm.method.backbones import DEMO_ARCHITECTURE, DEMO_TEACHER
 from stpm.method.backend import resolve_backend
 from stpm.method.preprocessing import IMAGENET, Preprocessing
 from stpm.method.recipe import PRESETS, Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Size, WantedBackend
 from stpm.scoring.inputs import manifest

@@ -20,8 +20,8 @@ from stpm.fitting.training_images import choose_normalisation
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import hold_lease
-from stpm.method.backbones import load_teacher_weights
 from stpm.method.recipe import Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import AddedNormal
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend

@@ -19,9 +19,9 @@ from stpm.fitting.planning import existing_model
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.backbones import load_teacher_weights
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.options import Size
 from tests.conftest import LIMITS, MODELS

@@ -13,11 +13,12 @@ import torch
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ModelError
-from stpm.method.backbones import StateDict, build_student, load_teacher_weights
+from stpm.method.backbones import StateDict, build_student
 from stpm.method.calibration import Calibration
 from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore
 from tests.conftest import MODELS, make_preprocessing
