@@ -38,8 +38,9 @@ from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import Mask, PixelCounts, count_pixels
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
+from stpm.fitting.splits import split_images
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import split_images, train_student
+from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.forward import Distances, Matcher, Parts
 from stpm.method.fusion import sample_distances

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
+from stpm.fitting.splits import Indices, split_batches
+from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank, stride_of, strided_shape, window_size
 from stpm.method.recipe import Recipe
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
+from stpm.fitting.splits import Indices, split_batches, split_folds
+from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.fitting.train_student import Checkpoints, train_student
 from stpm.method.backbones import StateDict, load_backbone
 from stpm.method.calibration import Calibration
@@ -74,14 +75,10 @@ def cross_validate_scores(
         checkpoints: one for the student of each fold, and maybe more; None: save none.
         budget: bytes of RAM for cached distance maps, as in `calibrate_model`.
     """
-    image_count = len(features.images)
-    fold_count = recipe.fold_count(image_count)
-    order = np.random.default_rng(recipe.seed).permutation(image_count)
-    folds = [np.sort(fold) for fold in np.array_split(order, fold_count)]
+    folds = split_folds(len(features.images), recipe)
     fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores: list[float] = []
-    for fold, fold_checkpoints in zip(folds, checkpoints[:fold_count], strict=True):
-        rest = np.setdiff1d(order, fold)
+    for (rest, fold), fold_checkpoints in zip(folds, checkpoints[: len(folds)], strict=True):
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, fold_checkpoints).student
         parts = make_parts(student, memory, recipe, features.matcher.device)

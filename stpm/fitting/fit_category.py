@@ -17,9 +17,10 @@ from stpm.errors import StpmError
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import calibrate_model, cross_validate_scores, make_parts
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
+from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch, FitResult, FitTask
-from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import split_images, train_student
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
 from stpm.method.backend import resolve_backend

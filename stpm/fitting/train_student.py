@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from stpm.errors import ConfigError, DivergedError
+from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.task import Epoch
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
+from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.method.backbones import Backbone, StateDict, build_student
 from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
@@ -64,18 +65,6 @@ class TrainedStudent:
     student: StateDict | None = None
     history: tuple[Epoch, ...] = ()
     kept_epoch: Epoch | None = None
-
-
-def split_images(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
-    """Split the indices of `count` images at random into those to train on and those to hold out, both ascending.
-
-    Raises:
-        DataError: if there are too few images for the recipe.
-    """
-    recipe.check_image_count(count)
-    order = np.random.default_rng(recipe.seed).permutation(count)
-    held_out_count = recipe.held_out_count(count)
-    return np.sort(order[held_out_count:]), np.sort(order[:held_out_count])
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -10,9 +10,10 @@ import torch
 from stpm.data.image_statistics import COMPARED
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import make_parts
+from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch
-from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import Checkpoints, TrainedStudent, split_images, train_student
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import Checkpoints, TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Matcher, Parts
 from stpm.method.fusion import AnomalyMap

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stpm.fitting.build_memory import build_memory, choose_levels
+from stpm.fitting.splits import split_images
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import split_images
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Parts
 from stpm.method.memory_bank import MemoryBank

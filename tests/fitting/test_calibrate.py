@@ -9,8 +9,9 @@ import torch
 
 from stpm.fitting import calibrate
 from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
-from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import TrainedStudent, split_images, train_student
+from stpm.fitting.splits import Indices, split_images
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Matcher
 from stpm.method.recipe import Recipe
