@@ -37,7 +37,6 @@ from stpm.data.encode import encode_png
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import Mask, PixelCounts, count_pixels
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import make_parts
 from stpm.fitting.splits import split_images
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -101,7 +100,7 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     memory = build_memory(features, train, recipe)
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    parts = make_parts(trained.student, memory, recipe, matcher.device)
+    parts = Parts.from_weights(recipe, trained.student, memory).to(matcher.device)
     held = [storage.read(uris[i]) for i in held_out]
     kept = trained.kept_epoch
     chosen = sorted({recipe.levels[bank.spec.level_index] for bank in memory})

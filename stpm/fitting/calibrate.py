@@ -16,11 +16,9 @@ from stpm.fitting.build_memory import build_memory
 from stpm.fitting.splits import Indices, split_batches, split_folds
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.fitting.train_student import Checkpoints, train_student
-from stpm.method.backbones import StateDict, load_backbone
 from stpm.method.calibration import Calibration
 from stpm.method.forward import Distances, Parts, spatial_shape
 from stpm.method.fusion import AnomalyMap, Float32Array, sample_distances
-from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale, HeatmapScaleBuilder, fit_distance_scale, leave_one_out_scales
 
@@ -30,12 +28,6 @@ class CalibrationResult(NamedTuple):
 
     calibration: Calibration
     distance_scales: tuple[DistanceScale, ...]
-
-
-def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: Recipe, device: torch.device) -> Parts:
-    """Make the parts of a fitted model, ready to score on a device."""
-    backbone = None if student is None else load_backbone(recipe.teacher, recipe.levels, student, "fitted student")
-    return Parts(backbone, tuple(memory)).to(device)
 
 
 def calibrate_model(
@@ -81,7 +73,7 @@ def cross_validate_scores(
     for (rest, fold), fold_checkpoints in zip(folds, checkpoints[: len(folds)], strict=True):
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, fold_checkpoints).student
-        parts = make_parts(student, memory, recipe, features.matcher.device)
+        parts = Parts.from_weights(recipe, student, memory).to(features.matcher.device)
         maps = HeldOutDistances.compute(parts, features, fold, recipe, budget).anomaly_maps()
         scores += [anomaly_map.score(recipe.top_fraction).total for anomaly_map in maps]
     return np.sort(np.array(scores, np.float32))

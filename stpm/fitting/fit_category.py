@@ -15,7 +15,7 @@ import torch
 from stpm import storage
 from stpm.errors import StpmError
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import calibrate_model, cross_validate_scores, make_parts
+from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
 from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch, FitResult, FitTask
@@ -24,7 +24,7 @@ from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
 from stpm.method.backend import resolve_backend
-from stpm.method.forward import Matcher, pick_device, resolve_precision
+from stpm.method.forward import Matcher, Parts, pick_device, resolve_precision
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision
@@ -95,7 +95,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     checkpoints = _make_checkpoints(task, matcher, limits.checkpoint_seconds)
     memory = _build_memory(features, train, task, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
-    parts = make_parts(trained.student, memory, recipe, matcher.device)
+    parts = Parts.from_weights(recipe, trained.student, memory).to(matcher.device)
     budget = limits.distance_budget(features)
     calibration, distance_scales = calibrate_model(parts, features, held_out, recipe, budget)
     if recipe.calibration_folds:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stpm.errors import ModelError
-from stpm.method.backbones import Backbone
+from stpm.method.backbones import Backbone, StateDict, load_backbone
 from stpm.method.depthwise import Float32Depthwise
 from stpm.method.fusion import AnomalyMap, fuse
 from stpm.method.matching import content_mask, distance_map
@@ -69,6 +69,24 @@ class Parts:
 
     student: FeatureExtractor | None
     memory: tuple[MemoryBank, ...] = ()
+
+    @classmethod
+    def from_weights(
+        cls, recipe: Recipe, student: StateDict | None, memory: Sequence[MemoryBank], origin: str = "the fitted student"
+    ) -> Parts:
+        """Build the parts of a model, on the CPU.
+
+        Args:
+            recipe: the model's recipe; its teacher and levels are used.
+            student: the student's weights, by name; None if there is no student.
+            memory: the memory banks.
+            origin: where the student's weights come from, for errors.
+
+        Raises:
+            ModelError: if the student's weights do not match the teacher's architecture.
+        """
+        backbone = None if student is None else load_backbone(recipe.teacher, recipe.levels, student, origin)
+        return cls(backbone, tuple(memory))
 
     def to(self, device: torch.device) -> Parts:
         """Move all tensors to a device."""

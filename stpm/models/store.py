@@ -300,18 +300,15 @@ class ModelStore:
         Raises:
             ModelError: if a file is missing, damaged or of another architecture.
         """
-        from stpm.method.backbones import load_backbone
         from stpm.method.forward import Parts
         from stpm.method.memory_bank import banks_from_tensors
 
         record = self.record(category, model_id)
         scores = self.calibration_scores(record).column("score").to_numpy().astype(np.float32)
-        student = None
-        if STUDENT in record.files:
-            state, uri = self._tensors(record, STUDENT), self._uri(record, STUDENT)
-            student = load_backbone(record.recipe.teacher, record.recipe.levels, state, uri)
+        student = self._tensors(record, STUDENT) if STUDENT in record.files else None
         memory = banks_from_tensors(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
-        return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
+        parts = Parts.from_weights(record.recipe, student, memory, self._uri(record, STUDENT))
+        return Model(record, parts, Calibration(scores, record.heatmap_scale))
 
     def image_statistics(self, record: ModelRecord) -> pa.Table:
         """Read the statistics of the good images of a model, a row each.

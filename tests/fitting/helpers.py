@@ -9,7 +9,6 @@ import torch
 
 from stpm.data.image_statistics import COMPARED
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import make_parts
 from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import TeacherFeatures
@@ -50,7 +49,7 @@ def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 def fit_parts(features: TeacherFeatures, train: Indices, held_out: Indices, recipe: Recipe) -> Parts:
     student = train_student(features, train, held_out, recipe, lambda epoch: None).student
-    return make_parts(student, build_memory(features, train, recipe), recipe, torch.device("cpu"))
+    return Parts.from_weights(recipe, student, build_memory(features, train, recipe))
 
 
 def anomaly_maps(
