@@ -24,7 +24,10 @@ from stpm.method.scales import DistanceScale, HeatmapScaleBuilder, fit_distance_
 
 
 class CalibrationResult(NamedTuple):
-    """A model's calibration, and the scale of each of its distance maps, in the order of `Distances.maps`."""
+    """A model's calibration, and the scale of each of its distance maps, in the order of `Distances.maps`.
+
+    There are no scales unless the recipe fuses by quantiles.
+    """
 
     calibration: Calibration
     distance_scales: tuple[DistanceScale, ...]
@@ -92,7 +95,7 @@ class HeldOutDistances:
         batches: indices of the held-out images, batch by batch.
         cached: distances of the first batches, on the CPU; those of the others are computed again, to the same bits.
         samples: for each distance map, in the order of `Distances.maps`, some of the distances of each held-out image,
-            as `sample_distances` returns them.
+            as `sample_distances` returns them; empty unless the recipe fuses by quantiles.
     """
 
     parts: Parts
@@ -106,7 +109,7 @@ class HeldOutDistances:
     def compute(
         cls, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
     ) -> HeldOutDistances:
-        """Compute the distances of all held-out images, to sample them all and to cache some.
+        """Compute the distances of all held-out images, to sample them and to cache some.
 
         Args:
             parts: the model's parts, on the matcher's device.
@@ -124,17 +127,18 @@ class HeldOutDistances:
             budget -= distances.nbytes
             if budget >= 0:
                 cached.append(distances.to(torch.device("cpu")))
-            samples = samples or [[] for _ in distances.maps]
-            batch_samples = _sample_maps(distances, features, batch, len(held_out))
-            for map_samples, image_samples in zip(samples, batch_samples, strict=True):
-                map_samples.extend(image_samples)
+            if recipe.fusion == "quantile":
+                samples = samples or [[] for _ in distances.maps]
+                batch_samples = _sample_maps(distances, features, batch, len(held_out))
+                for map_samples, image_samples in zip(samples, batch_samples, strict=True):
+                    map_samples.extend(image_samples)
         return cls(parts, features, recipe, batches, cached, samples)
 
     def anomaly_maps(self) -> Iterator[AnomalyMap]:
         """Yield the anomaly map of each image, on distance scales from the other held-out images."""
         matcher = self.features.matcher
         scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
-        if self.recipe.fusion == "quantile":
+        if self.samples:
             scales = zip(*map(leave_one_out_scales, self.samples), strict=True)
         for number, batch in enumerate(self.batches):
             if number < len(self.cached):
