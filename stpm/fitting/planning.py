@@ -15,6 +15,7 @@ from stpm.fitting.task import FitResult, FitTask
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedNormal, ModelRecord
 from stpm.models.store import ModelStore
+from stpm.models.versions import Versions
 from stpm.options import WantedBackend
 
 log = logging.getLogger(__name__)
@@ -27,11 +28,13 @@ class Plan(NamedTuple):
         task: the fit.
         result: the task's result if it needs no worker; None if it is to be fitted.
         message: a line for the log, or "".
+        before: the category's versions before a fit whose model becomes current; None if it has none.
     """
 
     task: FitTask
     result: FitResult | None = None
     message: str = ""
+    before: Versions | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ class TaskMaker:
             log.info(f"{name}: fitted {how}: {error}", extra={"category": name})
             return None
 
-    def describe_replaced(self) -> str:
-        """Describe the models that are no longer versions after the fit."""
+    def versions(self) -> Versions | None:
+        """Return the category's versions; None if it has no model, or they cannot be read."""
         try:
-            return self.store.versions(self.category.name).describe_replaced()
+            return self.store.versions(self.category.name)
         except ModelError:
-            return ""
+            return None
 
     def task(self, added: Sequence[AddedNormal], *, stage: bool = False) -> FitTask:
         """Make the task of a fit on the category's own images and on added ones; `stage` is that of `FitTask`."""
@@ -110,7 +113,7 @@ def plan_fit(maker: TaskMaker) -> Plan:
             f"{current.model_id} stays current; jobs/models.py --categories {task.category} --roll-forward changes that"
         )
         return Plan(task, FitResult(task, current), message)
-    return Plan(maker.task(added), message=maker.describe_replaced())
+    return Plan(maker.task(added), before=maker.versions())
 
 
 def plan_refit(maker: TaskMaker, new: Sequence[AddedNormal]) -> Plan:

@@ -230,7 +230,7 @@ class ModelStore:
             return False
 
     def model_ids(self, category: str) -> list[str]:
-        """List all models of a category, sorted, even those that are no longer versions."""
+        """List all models of a category, sorted, even those that rolling back or forward no longer reaches."""
         names = [uri.split("/")[-2:] for uri, _ in storage.files(self.folder(category))]
         return sorted(folder for folder, name in names if name == _RECORD)
 
