@@ -115,11 +115,13 @@ def train_student(
         start = time.perf_counter()
         train_loss = _train_epoch(student, optimiser, features, train, recipe, number)
         speed = len(train) / (time.perf_counter() - start)
-        epoch = Epoch(number, train_loss, _validation_loss(student, features, held_out), speed)
-        if not math.isfinite(epoch.train_loss + epoch.validation_loss):
+        validation_loss = _validation_loss(student, features, held_out)
+        if not math.isfinite(train_loss + validation_loss):
             raise DivergedError(
-                f"loss is {train_loss} in epoch {number}; lower --learning-rate ({recipe.learning_rate})"
+                f"training loss is {train_loss:.4g} and validation loss {validation_loss:.4g} in epoch {number}; "
+                f"lower --learning-rate ({recipe.learning_rate})"
             )
+        epoch = Epoch(number, train_loss, validation_loss, speed)
         history.append(epoch)
         on_epoch(epoch)
         if recipe.keep == "best" and _best_epoch(history) is epoch:

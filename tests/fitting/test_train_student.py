@@ -160,7 +160,8 @@ def test_a_level_with_a_single_position_is_refused(
 
 def test_nan_loss_is_reported(images: TrainingImages, tiny: Recipe, make_matcher: MatcherOf) -> None:
     recipe = dataclasses.replace(tiny, learning_rate=1e30, epochs=5)
-    with pytest.raises(DivergedError, match=r"loss is nan in epoch .*; lower --learning-rate"):
+    message = r"training loss is \S+ and validation loss nan in epoch \d+; lower --learning-rate"
+    with pytest.raises(DivergedError, match=message):
         train_on(images, recipe, make_matcher)
 
 
