@@ -67,13 +67,13 @@ def cross_validate_scores(
     Args:
         features: the images, and the matcher.
         recipe: the model's recipe, with two `calibration_folds` or more.
-        checkpoints: one for the student of each fold, and maybe more; None: save none.
+        checkpoints: one for the student of each fold; None: save none.
         budget: bytes of RAM for cached distance maps, as in `calibrate_model`.
     """
     folds = split_folds(len(features.images), recipe)
     fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores: list[float] = []
-    for (rest, fold), fold_checkpoints in zip(folds, checkpoints[: len(folds)], strict=True):
+    for (rest, fold), fold_checkpoints in zip(folds, checkpoints, strict=True):
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, fold_checkpoints).student
         parts = Parts.from_weights(recipe, student, memory).to(features.matcher.device)

@@ -99,7 +99,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     budget = limits.distance_budget(features)
     calibration, distance_scales = calibrate_model(parts, features, held_out, recipe, budget)
     if recipe.calibration_folds:
-        report(f"fitting {recipe.fold_count(len(features.images))} more models, to calibrate on every image")
+        report(f"fitting {task.fit_count - 1} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
         calibration = dataclasses.replace(calibration, scores=scores)
     kept = trained.kept_epoch
@@ -135,8 +135,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         history=history,
         stage=task.stage,
     )
-    for stored in checkpoints:
-        stored.clear()
+    store.remove_checkpoints(task.category)
     return record
 
 
@@ -177,12 +176,14 @@ def _make_matcher(
 
 def _make_checkpoints(task: FitTask, matcher: Matcher, interval: float) -> list[StoredCheckpoints]:
     """Make the checkpoints of the model's student, and of the student of each fold."""
-    store, folds = ModelStore(task.store), task.recipe.calibration_folds
+    store = ModelStore(task.store)
     computed_by = (matcher.preprocessing, matcher.precision, matcher.device.type, matcher.backend)
     fingerprint = "-".join(map(str, (task.fingerprint, *computed_by)))
     return [
-        StoredCheckpoints(store.checkpoint_uri(task.category, number), fingerprint, interval, save_end=folds > 0)
-        for number in range(folds + 1)
+        StoredCheckpoints(
+            store.checkpoint_uri(task.category, number), fingerprint, interval, save_end=task.fit_count > 1
+        )
+        for number in range(task.fit_count)
     ]
 
 

@@ -55,6 +55,7 @@ _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
 _NORMALS = "normals"
+_CHECKPOINT = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,12 @@ class ModelStore:
 
     def checkpoint_uri(self, category: str, number: int = 0) -> str:
         """Return the URI of the checkpoint of a running fit; a task with several fits numbers them."""
-        return storage.join(self.folder(category), f"checkpoint-{number}.safetensors")
+        return storage.join(self.folder(category), f"{_CHECKPOINT}{number}.safetensors")
+
+    def remove_checkpoints(self, category: str) -> None:
+        """Remove the checkpoints of a category, also those of an earlier fit with more folds, which a kill leaves."""
+        for uri in storage.files_starting(self.folder(category), _CHECKPOINT):
+            storage.remove(uri)
 
     def history(self, record: ModelRecord) -> pa.Table:
         """Read the losses per epoch, in columns of `stpm.fitting.task.Epoch`; the table is empty without a student."""

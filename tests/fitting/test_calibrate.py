@@ -124,9 +124,8 @@ def test_cross_validation_scores_every_image_once(
         return train_student(features, train, *others)
 
     monkeypatch.setattr(calibrate, "train_student", remember)
-    scores = cross_validate_scores(
-        TeacherFeatures(make_matcher(recipe), images, BUDGET), recipe, [None] * folds, BUDGET
-    )
+    features, checkpoints = TeacherFeatures(make_matcher(recipe), images, BUDGET), [None] * recipe.fold_count(9)
+    scores = cross_validate_scores(features, recipe, checkpoints, BUDGET)
     # Each fold has at least two images.
     assert sorted(trained) == {2: [4, 5], 3: [6, 6, 6]}.get(folds, [6, 7, 7, 7])
     assert scores.shape == (len(images),)

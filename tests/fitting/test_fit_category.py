@@ -254,6 +254,23 @@ def test_interrupted_calibration_continues_with_the_same_fold(
     assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
+def test_a_fit_removes_the_checkpoints_of_one_with_more_folds(
+    root: str, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    task = task_in(root, dataclasses.replace(tiny, calibration_folds=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelStore, "save", die)
+        with pytest.raises(Killed):
+            fit_category(task, EVERY_EPOCH, lambda message: None)
+    left = [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+    assert len(left) == 3
+    assert fit_category(dataclasses.replace(task, recipe=tiny), LIMITS, lambda message: None).record
+    assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+
+
 def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> None:
     task = task_in(tmp_path, tiny)
     uris = [uri for uri, _ in task.train]

@@ -125,7 +125,7 @@ def test_window_size_is_the_smallest_of_the_strides_parity(
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 4, 8])
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     input_shape=st.tuples(st.integers(32, 300), st.integers(32, 300)),
     corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
