@@ -28,7 +28,8 @@ from stpm.data import images, mvtec
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.method import backbones
-from stpm.method.forward import Matcher, pick_device, resolve_precision
+from stpm.method.device import resolve_precision, set_up_device
+from stpm.method.forward import Matcher
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
@@ -220,7 +221,7 @@ def images_per_second(out: str) -> float:
 
 def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Matcher:
     """Return the recipe's teacher on this process's device."""
-    device = pick_device()
+    device = set_up_device()
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     teacher = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
     return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device), backend)

@@ -24,7 +24,8 @@ from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
 from stpm.method.backend import resolve_backend
-from stpm.method.forward import Matcher, Parts, pick_device, resolve_precision
+from stpm.method.device import resolve_precision, set_up_device
+from stpm.method.forward import Matcher, Parts
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision
@@ -142,7 +143,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
 def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> TeacherFeatures:
     """Decode the training images, and compute the teacher's features if they fit into RAM."""
     start = time.perf_counter()
-    device = pick_device()
+    device = set_up_device()
     precision = resolve_precision(task.recipe.precision, device)
     backend = resolve_backend(task.backend, on_gpu=device.type != "cpu")
     uris = [uri for uri, _ in task.train]

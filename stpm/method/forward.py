@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,30 +25,6 @@ from stpm.method.scales import DistanceScale
 from stpm.options import Backend
 
 log = logging.getLogger(__name__)
-
-
-def pick_device() -> torch.device:
-    """Return the GPU that this process was given, or the CPU, and make torch's GPU arithmetic reproducible.
-
-    Process-wide, float32 then keeps its 23 bits (cuDNN's default is TF32, which keeps 10), and cuDNN uses algorithms
-    that give the same bits for the same input.
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
-    """Replace `auto` by bfloat16 where the device computes it natively (emulated, it is slower), else by float32."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
 
 
 class FeatureExtractor(Protocol):

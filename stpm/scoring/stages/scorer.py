@@ -15,7 +15,8 @@ import pyarrow as pa
 import torch
 
 from stpm.errors import RETRIED_ERRORS, ImageError
-from stpm.method.forward import Matcher, pick_device
+from stpm.method.device import set_up_device
+from stpm.method.forward import Matcher
 from stpm.method.fusion import AnomalyMap
 from stpm.models.store import Model, ModelStore
 from stpm.scoring import prometheus
@@ -79,7 +80,7 @@ class Scorer:
     def __init__(
         self, settings: ScorerSettings, report: ProgressReporter | None = None, models: ModelCache | None = None
     ) -> None:
-        device = pick_device()
+        device = set_up_device()
         self._settings = settings
         self._report = report
         self._models = models or ModelCache(
