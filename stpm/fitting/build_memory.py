@@ -16,7 +16,7 @@ from stpm.method.recipe import Recipe
 
 # Descriptors to choose a bank's coreset from. With more, this takes longer than a small student's training.
 _MAX_CANDIDATES = 65_536
-# Channels of a level that has banks without being asked for. With 24, a level's banks detected worse than none
+# By default a level has banks if it has at least this many channels: banks of a level with 24 made detection worse
 # (docs/recipes.md).
 _MIN_CHANNELS = 32
 

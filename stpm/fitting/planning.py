@@ -96,7 +96,10 @@ class TaskMaker:
 
 
 def plan_fit(maker: TaskMaker) -> Plan:
-    """Plan a fit. Reuse the model if images were added by calibration alone; otherwise fit on them too."""
+    """Plan a fit.
+
+    Reuse the model even if images were added to its calibration since; a new fit trains on those images too.
+    """
     try:
         current = maker.current()
     except ModelUnreadableError as error:

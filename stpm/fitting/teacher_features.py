@@ -10,7 +10,7 @@ from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Matcher, spatial_shape
 
-# Results do not depend on it, without gradients and batch statistics.
+# Results do not depend on it: evaluation uses no batch statistics.
 EVALUATION_BATCH_SIZE = 16
 _MAX_HALF = torch.finfo(torch.float16).max
 

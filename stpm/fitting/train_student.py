@@ -88,8 +88,8 @@ def train_student(
 ) -> TrainedStudent:
     """Train one student.
 
-    The same recipe, images, kind of device and number of threads give the same bits, even after a checkpoint. The
-    validation loss is that of the held-out images.
+    The same recipe, images, kind of device and number of threads give the same bits, even if training resumes from a
+    checkpoint. The validation loss is that of the held-out images.
 
     Raises:
         ConfigError: if a level has a single position.

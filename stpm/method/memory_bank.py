@@ -23,14 +23,14 @@ Kind = Literal["features", "directions"]
 KINDS: tuple[Kind, ...] = ("features", "directions")
 
 # Dimensions of the projection in which a coreset is chosen.
-_PROJECTED = 32
+_PROJECTION_DIMENSIONS = 32
 # The ridge, as a fraction of the mean variance, limits the weight of directions in which normal features do not vary.
 _RIDGE = 0.01
 # Smallest ridge, as a fraction of the mean's mean square: above the rounding errors of features that are all the same.
 _MIN_RIDGE = 1e-6
 _EPS = 1e-12
 # Pixels of the input from one descriptor to the next, at least.
-_MIN_PIXELS = 8
+_MIN_DESCRIPTOR_SPACING = 8
 # Queries per matrix product: its result, some MiB, stays in a core's cache.
 _QUERIES_PER_BLOCK = 1024
 
@@ -148,7 +148,7 @@ def stride_of(shape: tuple[int, int], input_shape: tuple[int, int]) -> int:
         shape: height and width of the level.
         input_shape: height and width of the input, pixels.
     """
-    return max(_MIN_PIXELS // max(round(input_shape[0] / shape[0]), round(input_shape[1] / shape[1])), 1)
+    return max(_MIN_DESCRIPTOR_SPACING // max(round(input_shape[0] / shape[0]), round(input_shape[1] / shape[1])), 1)
 
 
 def strided_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -157,10 +157,11 @@ def strided_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) -> int:
-    """Return the smallest window that spans one position of the coarsest level, and is as odd or even as the stride.
+    """Return the smallest window of the stride's parity that spans one position of the coarsest level.
 
-    So its middle is that of the square of positions that the descriptor stands for. At least it spans this square and
-    `stride - 1` positions on each side, by which squares are displaced where they do not divide the level.
+    Equal parity centres the window on the square of positions that the descriptor stands for. The window also covers
+    `stride - 1` positions beyond the square on each side: where `stride` does not divide the level's sides, upsampling
+    shifts a descriptor by up to that much.
     """
     least = max(round(shape[0] / coarsest[0]), round(shape[1] / coarsest[1]), 3 * stride - 2)
     return least + (least - stride) % 2
@@ -213,9 +214,11 @@ def greedy_coreset(vectors: Tensor, count: int, seed: int) -> Tensor:
     if len(vectors) <= count:
         return torch.arange(len(vectors), device=vectors.device)
     points = vectors
-    if vectors.shape[1] > _PROJECTED:
+    if vectors.shape[1] > _PROJECTION_DIMENSIONS:
         generator = torch.Generator().manual_seed(seed)
-        projection = torch.randn(vectors.shape[1], _PROJECTED, generator=generator) / math.sqrt(_PROJECTED)
+        projection = torch.randn(vectors.shape[1], _PROJECTION_DIMENSIONS, generator=generator) / math.sqrt(
+            _PROJECTION_DIMENSIONS
+        )
         points = vectors @ projection.to(vectors.device)
     squares = points.square().sum(dim=1)
     chosen = torch.empty(count, dtype=torch.int64, device=vectors.device)

@@ -91,7 +91,7 @@ class Preprocessing:
         return left, top, left + across, top + down
 
     def content_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Return where that part lies in the input: everywhere, unless `fit` pads. The box is never empty."""
+        """Return where the source box lies in the input: everywhere, unless `fit` pads. The box is never empty."""
         distortion = (width / height) / (self.width / self.height)
         if self.resize != "fit" or 1 / _SAME_ASPECT <= distortion <= _SAME_ASPECT:
             return 0, 0, self.width, self.height

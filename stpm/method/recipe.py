@@ -137,7 +137,11 @@ class Recipe(Options):
                 f"32 to {MAX_SIDE} pixels each, or auto",
             ),
             ("warmup_epochs", self.warmup_epochs < self.epochs, f"fewer than the {self.epochs} epochs"),
-            ("student", self.student != "none" or self.memory > 0, "--memory too, such as 2000: a model needs a part"),
+            (
+                "student",
+                self.student != "none" or self.memory > 0,
+                "--memory too, such as 2000: a model needs a student or a memory",
+            ),
             (
                 "memory_levels",
                 not self.memory or memory_levels == sorted({*memory_levels} & {*levels}),
