@@ -14,6 +14,7 @@ from commands import ROOT, options_from, time_command
 
 from stpm.data import mvtec
 from stpm.method import backbones
+from stpm.method.teacher_weights import load_teacher_weights
 
 _SCRIPT = str(ROOT / "bench" / "anomalib_side.py")
 _LEVELS = (1, 2, 3)
@@ -96,5 +97,5 @@ def predict_speed(python: str, folder: Path, teacher: Teacher, images: Path) -> 
 def _teacher_options(teacher: Teacher, folder: Path) -> dict[str, object]:
     """Write the teacher's weights to a folder; return the options that name it."""
     file = folder / "teacher.safetensors"
-    file.write_bytes(backbones.serialise(backbones.load_teacher_weights(*teacher, _LEVELS)))
+    file.write_bytes(backbones.serialise(load_teacher_weights(*teacher, _LEVELS)))
     return {"architecture": backbones.architecture_name(teacher.teacher), "weights": file}

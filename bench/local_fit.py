@@ -21,19 +21,21 @@ from stpm.data import images, mvtec
 from stpm.evaluation.category_metrics import AUPRO_LIMITS
 from stpm.evaluation.pixels import Mask, PixelCounts, count_pixels
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import make_parts
 from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.splits import split_images
 from stpm.fitting.task import FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import split_images, train_student
+from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method import backbones
-from stpm.method.calibration import fit_distance_scale
-from stpm.method.forward import Distances, Matcher, Parts, pick_device, resolve_precision
+from stpm.method.device import resolve_precision, set_up_device
+from stpm.method.forward import Distances, Matcher, Parts
 from stpm.method.fusion import sample_distances
 from stpm.method.memory_bank import KINDS
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.method.scales import fit_distance_scale
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Integers, WantedBackend
 
@@ -55,7 +57,7 @@ def make_fit_parser(description: str | None) -> argparse.ArgumentParser:
 
 def make_task(store: ModelStore, category: mvtec.Category, recipe: Recipe, backend: WantedBackend = "auto") -> FitTask:
     """Put the recipe's teacher into a store, and return the task that fits the category's model there."""
-    digest = store.put_teacher(backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     recipe = recipe.for_image_count(len(category.train))
     return FitTask(category.name, category.train, recipe, store.uri, digest, backend)
 
@@ -84,8 +86,8 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
 
 def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Matcher:
     """Return the recipe's teacher on this process's device."""
-    device = pick_device()
-    weights = backbones.load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    device = set_up_device()
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     teacher = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
     return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device), backend)
 
@@ -117,10 +119,10 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     memory = build_memory(features, train, recipe)
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    parts = make_parts(trained.student, memory, recipe, matcher.device)
+    parts = Parts.from_weights(recipe, trained.student, memory).to(matcher.device)
     held = [storage.read(uris[i]) for i in held_out]
     kept = trained.kept_epoch
-    chosen = sorted({recipe.levels[bank.level_index] for bank in memory})
+    chosen = sorted({recipe.levels[bank.spec.level_index] for bank in memory})
     recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
     return Fitted(recipe, parts, matcher, held, seconds, None if kept is None else kept.validation_loss)
 

@@ -40,7 +40,7 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.data import mvtec
-from stpm.fitting.train_student import split_images
+from stpm.fitting.splits import split_images
 from stpm.method.backbones import architecture_name, resolve_data_config
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import PRESETS

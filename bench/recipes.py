@@ -58,7 +58,7 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
         half = compare(parts, matcher, [(data, None) for data in held[::2]])
         measured["drawn"] = compare(parts, matcher, draw_defects(held[1::2])), half
     return {
-        "size": matcher.preprocessing.size,
+        "size": matcher.preprocessing.size_text,
         "seconds": round(fitted.seconds, 1),
         "validation_loss": fitted.validation_loss and round(fitted.validation_loss, 5),
         "variants": {

@@ -53,7 +53,7 @@ from tabulate import tabulate
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import mvtec
-from stpm.fitting.train_student import split_images
+from stpm.fitting.splits import split_images
 from stpm.method.backbones import DEMO_TEACHER
 from stpm.method.backend import resolve_backend
 from stpm.method.preprocessing import IMAGENET, Preprocessing

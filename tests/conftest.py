@@ -20,10 +20,11 @@ from stpm.fitting import fit_categories as fitting
 from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import preprocessing_for
-from stpm.method.backbones import load_backbone, load_teacher_weights
+from stpm.method.backbones import load_backbone
 from stpm.method.forward import Matcher
 from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.options import Integers, Size
 
 # Tests check what jobs log.

@@ -9,10 +9,10 @@ import pytest
 
 from stpm import errors
 from stpm.evaluation import pixels
-from stpm.method import calibration, matching
+from stpm.method import calibration, matching, scales
 
 
-@pytest.mark.parametrize("module", [errors, matching, calibration, pixels], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [errors, matching, calibration, scales, pixels], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_are_correct(module: ModuleType) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted > 0

@@ -81,7 +81,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     if rgb.size != content[::-1]:
         resampling = _RESAMPLING[preprocessing.interpolation]
         rgb = rgb.resize(content[::-1], resampling, box=preprocessing.source_box(width, height))
-    if content != (preprocessing.height, preprocessing.width):
+    if content != preprocessing.input_shape:
         padded = Image.new("RGB", (preprocessing.width, preprocessing.height), preprocessing.padding_colour)
         padded.paste(rgb, preprocessing.content_box(width, height))
         rgb = padded

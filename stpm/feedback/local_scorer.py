@@ -13,7 +13,8 @@ import torch
 from stpm.data import images
 from stpm.errors import ImageError
 from stpm.method.backend import resolve_backend
-from stpm.method.forward import Matcher, pick_device
+from stpm.method.device import set_up_device
+from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
@@ -45,7 +46,7 @@ class LocalScorer:
     """
 
     def __init__(self, store: ModelStore, category: str, model_id: str, backend: WantedBackend) -> None:
-        device = pick_device()
+        device = set_up_device()
         model = store.load(category, model_id).to(device)
         record = model.record
         teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from stpm.console import timestamp
 from stpm.data.image_statistics import COMPARED
 from stpm.feedback.new_images import NewImages
-from stpm.method.calibration import HeatmapScale
+from stpm.method.scales import HeatmapScale
 from stpm.models.record import ModelRecord, installed_versions
 from stpm.models.store import ModelStore
 

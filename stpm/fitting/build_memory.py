@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
-from stpm.method.memory_bank import KINDS, MemoryBank, describe, fit_bank, stride_of, strided_shape, window_size
+from stpm.fitting.splits import Indices, split_batches
+from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
+from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank, stride_of, strided_shape, window_size
 from stpm.method.recipe import Recipe
 
 # Descriptors to choose a bank's coreset from. With more, this takes longer than a small student's training.
 _MAX_CANDIDATES = 65_536
-# Channels of a level that has banks without being asked for. With 24, a level's banks detected worse than none
+# By default a level has banks if it has at least this many channels: banks of a level with 24 made detection worse
 # (docs/recipes.md).
 _MIN_CHANNELS = 32
 
@@ -27,30 +28,37 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     """
     if not recipe.memory:
         return ()
-    level_indices = choose_levels(recipe, features.channels)
-    banks = [(index, kind) for index in level_indices for kind in KINDS]
+    specs = _make_specs(features, recipe)
+    shapes = {spec.level_index: strided_shape(features.shapes[spec.level_index], spec.stride) for spec in specs}
     per_image = math.ceil(_MAX_CANDIDATES / len(train))
-    preprocessing = features.matcher.preprocessing
-    size = preprocessing.height, preprocessing.width
-    coarsest = features.shapes[level_indices[-1]]
-    strides = {index: stride_of(features.shapes[index], size) for index in level_indices}
-    windows = {index: window_size(features.shapes[index], coarsest, strides[index]) for index in level_indices}
-    shapes = {index: strided_shape(features.shapes[index], strides[index]) for index in level_indices}
-    candidates: list[list[Tensor]] = [[] for _ in banks]
+    candidates: list[list[Tensor]] = [[] for _ in specs]
     for batch in split_batches(train, EVALUATION_BATCH_SIZE):
         levels, valid = features(batch), features.content_masks(batch)
         strided_valid = features.matcher.content_masks(features.images.content[batch], list(shapes.values()))
         chosen = {
-            index: _choose_candidates(shapes[index], mask, batch, per_image, recipe.seed).to(levels[index].device)
-            for index, mask in zip(level_indices, strided_valid, strict=True)
+            index: _choose_candidates(shape, mask, batch, per_image, recipe.seed).to(levels[index].device)
+            for (index, shape), mask in zip(shapes.items(), strided_valid, strict=True)
         }
-        for (index, kind), found in zip(banks, candidates, strict=True):
-            descriptors = describe(levels[index], kind, windows[index], strides[index], valid[index])
-            found.append(descriptors.flatten(0, 2)[chosen[index]])
+        for spec, found in zip(specs, candidates, strict=True):
+            descriptors = spec.describe(levels[spec.level_index], valid[spec.level_index])
+            found.append(descriptors.flatten(0, 2)[chosen[spec.level_index]])
     return tuple(
-        fit_bank(torch.cat(found), index, kind, windows[index], strides[index], recipe.memory, recipe.seed)
-        for (index, kind), found in zip(banks, candidates, strict=True)
+        fit_bank(torch.cat(found), spec, recipe.memory, recipe.seed)
+        for spec, found in zip(specs, candidates, strict=True)
     )
+
+
+def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpec]:
+    """Specify the descriptors of each bank: both kinds for each memory level."""
+    level_indices = choose_levels(recipe, features.channels)
+    coarsest = features.shapes[level_indices[-1]]
+    specs = []
+    for index in level_indices:
+        shape = features.shapes[index]
+        stride = stride_of(shape, features.matcher.preprocessing.input_shape)
+        window = window_size(shape, coarsest, stride)
+        specs += [DescriptorSpec(index, kind, window, stride) for kind in KINDS]
+    return specs
 
 
 def choose_levels(recipe: Recipe, channels: Sequence[int]) -> list[int]:

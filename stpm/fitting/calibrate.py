@@ -13,33 +13,24 @@ import numpy.typing as npt
 import torch
 
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
+from stpm.fitting.splits import Indices, split_batches, split_folds
+from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.fitting.train_student import Checkpoints, train_student
-from stpm.method.backbones import StateDict, load_backbone
-from stpm.method.calibration import (
-    Calibration,
-    DistanceScale,
-    HeatmapScaleBuilder,
-    fit_distance_scale,
-    leave_one_out_scales,
-)
+from stpm.method.calibration import Calibration
 from stpm.method.forward import Distances, Parts, spatial_shape
 from stpm.method.fusion import AnomalyMap, Float32Array, sample_distances
-from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
+from stpm.method.scales import DistanceScale, HeatmapScaleBuilder, fit_distance_scale, leave_one_out_scales
 
 
 class CalibrationResult(NamedTuple):
-    """A model's calibration, and the scale of each of its distance maps, in the order of `Distances.maps`."""
+    """A model's calibration, and the scale of each of its distance maps, in the order of `Distances.maps`.
+
+    There are no scales unless the recipe fuses by quantiles.
+    """
 
     calibration: Calibration
     distance_scales: tuple[DistanceScale, ...]
-
-
-def make_parts(student: StateDict | None, memory: Sequence[MemoryBank], recipe: Recipe, device: torch.device) -> Parts:
-    """Make the parts of a fitted model, ready to score on a device."""
-    backbone = None if student is None else load_backbone(recipe.teacher, recipe.levels, student, "fitted student")
-    return Parts(backbone, tuple(memory)).to(device)
 
 
 def calibrate_model(
@@ -76,20 +67,16 @@ def cross_validate_scores(
     Args:
         features: the images, and the matcher.
         recipe: the model's recipe, with two `calibration_folds` or more.
-        checkpoints: one for the student of each fold, and maybe more; None: save none.
+        checkpoints: one for the student of each fold; None: save none.
         budget: bytes of RAM for cached distance maps, as in `calibrate_model`.
     """
-    image_count = len(features.images)
-    fold_count = recipe.fold_count(image_count)
-    order = np.random.default_rng(recipe.seed).permutation(image_count)
-    folds = [np.sort(fold) for fold in np.array_split(order, fold_count)]
+    folds = split_folds(len(features.images), recipe)
     fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores: list[float] = []
-    for fold, fold_checkpoints in zip(folds, checkpoints[:fold_count], strict=True):
-        rest = np.setdiff1d(order, fold)
+    for (rest, fold), fold_checkpoints in zip(folds, checkpoints, strict=True):
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, fold_checkpoints).student
-        parts = make_parts(student, memory, recipe, features.matcher.device)
+        parts = Parts.from_weights(recipe, student, memory).to(features.matcher.device)
         maps = HeldOutDistances.compute(parts, features, fold, recipe, budget).anomaly_maps()
         scores += [anomaly_map.score(recipe.top_fraction).total for anomaly_map in maps]
     return np.sort(np.array(scores, np.float32))
@@ -108,7 +95,7 @@ class HeldOutDistances:
         batches: indices of the held-out images, batch by batch.
         cached: distances of the first batches, on the CPU; those of the others are computed again, to the same bits.
         samples: for each distance map, in the order of `Distances.maps`, some of the distances of each held-out image,
-            as `sample_distances` returns them.
+            as `sample_distances` returns them; empty unless the recipe fuses by quantiles.
     """
 
     parts: Parts
@@ -122,7 +109,7 @@ class HeldOutDistances:
     def compute(
         cls, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
     ) -> HeldOutDistances:
-        """Compute the distances of all held-out images, to sample them all and to cache some.
+        """Compute the distances of all held-out images, to sample them and to cache some.
 
         Args:
             parts: the model's parts, on the matcher's device.
@@ -140,17 +127,18 @@ class HeldOutDistances:
             budget -= distances.nbytes
             if budget >= 0:
                 cached.append(distances.to(torch.device("cpu")))
-            samples = samples or [[] for _ in distances.maps]
-            batch_samples = _sample_maps(distances, features, batch, len(held_out))
-            for map_samples, image_samples in zip(samples, batch_samples, strict=True):
-                map_samples.extend(image_samples)
+            if recipe.fusion == "quantile":
+                samples = samples or [[] for _ in distances.maps]
+                batch_samples = _sample_maps(distances, features, batch, len(held_out))
+                for map_samples, image_samples in zip(samples, batch_samples, strict=True):
+                    map_samples.extend(image_samples)
         return cls(parts, features, recipe, batches, cached, samples)
 
     def anomaly_maps(self) -> Iterator[AnomalyMap]:
         """Yield the anomaly map of each image, on distance scales from the other held-out images."""
         matcher = self.features.matcher
         scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
-        if self.recipe.fusion == "quantile":
+        if self.samples:
             scales = zip(*map(leave_one_out_scales, self.samples), strict=True)
         for number, batch in enumerate(self.batches):
             if number < len(self.cached):

@@ -13,15 +13,15 @@ from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError
 from stpm.fitting.options import WorkerOptions
-from stpm.fitting.planning import TaskMaker, plan_fit, plan_refit
+from stpm.fitting.planning import Plan, TaskMaker, plan_fit, plan_refit
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult
 from stpm.fitting.training_images import choose_normalisation
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import hold_lease
-from stpm.method.backbones import load_teacher_weights
 from stpm.method.recipe import Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
@@ -116,5 +116,16 @@ def fit_categories(
             with connected():
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
                 resources = choose_worker_resources(workers, working_nodes(), len(plans))
-                results += run_worker_group(unfinished, workers, resources, scratch, progress)
+                fitted = run_worker_group(unfinished, workers, resources, scratch, progress)
+                _log_replaced(plans, fitted)
+                results += fitted
         return results
+
+
+def _log_replaced(plans: Sequence[Plan], fitted: Sequence[FitResult]) -> None:
+    """Log which models each new one has replaced among those that were rolled back or staged."""
+    before = {plan.task.key: plan.before for plan in plans}
+    for result in fitted:
+        versions = before[result.task.key]
+        if versions and result.record and (replaced := versions.describe_replaced(result.record.model_id)):
+            log.info(f"{result.task.key}: {replaced}", extra={"category": result.task.category})

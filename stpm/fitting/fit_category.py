@@ -15,15 +15,17 @@ import torch
 from stpm import storage
 from stpm.errors import StpmError
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import calibrate_model, cross_validate_scores, make_parts
+from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
+from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch, FitResult, FitTask
-from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import split_images, train_student
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.backbones import Backbone
 from stpm.method.backend import resolve_backend
-from stpm.method.forward import Matcher, pick_device, resolve_precision
+from stpm.method.device import resolve_precision, set_up_device
+from stpm.method.forward import Matcher, Parts
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision
@@ -94,11 +96,11 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     checkpoints = _make_checkpoints(task, matcher, limits.checkpoint_seconds)
     memory = _build_memory(features, train, task, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
-    parts = make_parts(trained.student, memory, recipe, matcher.device)
+    parts = Parts.from_weights(recipe, trained.student, memory).to(matcher.device)
     budget = limits.distance_budget(features)
     calibration, distance_scales = calibrate_model(parts, features, held_out, recipe, budget)
     if recipe.calibration_folds:
-        report(f"fitting {recipe.fold_count(len(features.images))} more models, to calibrate on every image")
+        report(f"fitting {task.fit_count - 1} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
         calibration = dataclasses.replace(calibration, scores=scores)
     kept = trained.kept_epoch
@@ -134,15 +136,14 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         history=history,
         stage=task.stage,
     )
-    for stored in checkpoints:
-        stored.clear()
+    store.remove_checkpoints(task.category)
     return record
 
 
 def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> TeacherFeatures:
     """Decode the training images, and compute the teacher's features if they fit into RAM."""
     start = time.perf_counter()
-    device = pick_device()
+    device = set_up_device()
     precision = resolve_precision(task.recipe.precision, device)
     backend = resolve_backend(task.backend, on_gpu=device.type != "cpu")
     uris = [uri for uri, _ in task.train]
@@ -155,7 +156,7 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); "
-        f"input {preprocessing.size}, {precision}, {matcher.backend}"
+        f"input {preprocessing.size_text}, {precision}, {matcher.backend}"
     )
     return features
 
@@ -176,12 +177,14 @@ def _make_matcher(
 
 def _make_checkpoints(task: FitTask, matcher: Matcher, interval: float) -> list[StoredCheckpoints]:
     """Make the checkpoints of the model's student, and of the student of each fold."""
-    store, folds = ModelStore(task.store), task.recipe.calibration_folds
+    store = ModelStore(task.store)
     computed_by = (matcher.preprocessing, matcher.precision, matcher.device.type, matcher.backend)
     fingerprint = "-".join(map(str, (task.fingerprint, *computed_by)))
     return [
-        StoredCheckpoints(store.checkpoint_uri(task.category, number), fingerprint, interval, save_end=folds > 0)
-        for number in range(folds + 1)
+        StoredCheckpoints(
+            store.checkpoint_uri(task.category, number), fingerprint, interval, save_end=task.fit_count > 1
+        )
+        for number in range(task.fit_count)
     ]
 
 

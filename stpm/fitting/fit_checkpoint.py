@@ -71,10 +71,6 @@ class StoredCheckpoints:
         storage.publish(self._uri, serialise(tensors))
         self._saved_at = time.monotonic()
 
-    def clear(self) -> None:
-        """Remove the checkpoint."""
-        storage.remove(self._uri)
-
 
 def _select(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

@@ -15,6 +15,7 @@ from stpm.fitting.task import FitResult, FitTask
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
+from stpm.models.versions import Versions
 from stpm.options import WantedBackend
 
 log = logging.getLogger(__name__)
@@ -27,11 +28,13 @@ class Plan(NamedTuple):
         task: the fit.
         result: the task's result if it needs no worker; None if it is to be fitted.
         message: a line for the log, or "".
+        before: the category's versions before a fit whose model becomes current; None if it has none.
     """
 
     task: FitTask
     result: FitResult | None = None
     message: str = ""
+    before: Versions | None = None
 
 
 @dataclass(frozen=True)
@@ -52,30 +55,30 @@ class TaskMaker:
     teacher_digest: str
     backend: WantedBackend
 
-    def added(self) -> tuple[AddedImage, ...]:
-        """Return the images that were added to the category's current model.
+    def current(self) -> ModelRecord | None:
+        """Return the record of the category's current model; None if there is none, or if it is damaged.
 
         Raises:
             ModelUnreadableError: if storage failed while the record was read.
         """
         name = self.category.name
         try:
-            return self.store.record(name).added_images
+            return self.store.record(name)
         except NoModelError:
-            return ()
+            return None
         except ModelUnreadableError:
             raise
         except ModelError as error:
-            if storage.files(self.store.added_folder(name)):
-                log.info(f"{name}: fitted without the images that were added: {error}", extra={"category": name})
-            return ()
+            how = "without the images that were added" if storage.files(self.store.added_folder(name)) else "again"
+            log.info(f"{name}: fitted {how}: {error}", extra={"category": name})
+            return None
 
-    def describe_replaced(self) -> str:
-        """Describe the models that are no longer versions after the fit."""
+    def versions(self) -> Versions | None:
+        """Return the category's versions; None if it has no model, or they cannot be read."""
         try:
-            return self.store.versions(self.category.name).describe_replaced()
+            return self.store.versions(self.category.name)
         except ModelError:
-            return ""
+            return None
 
     def task(self, added: Sequence[AddedImage], *, stage: bool = False) -> FitTask:
         """Make the task of a fit on the category's own images and on added ones; `stage` is that of `FitTask`."""
@@ -93,32 +96,37 @@ class TaskMaker:
 
 
 def plan_fit(maker: TaskMaker) -> Plan:
-    """Plan a fit. Reuse the model if images were added by calibration alone; otherwise fit on them too."""
+    """Plan a fit.
+
+    Reuse the model even if images were added to its calibration since; a new fit trains on those images too.
+    """
     try:
-        added = maker.added()
+        current = maker.current()
     except ModelUnreadableError as error:
         # A fit without the added images would lose them.
         return _fail(maker.task(()), error)
+    added = current.added_images if current else ()
     task = maker.task([image for image in added if image.fitted])
     if plan := _plan_without_fit(task):
         return plan
-    if model := existing_model(task, among="next"):
-        current = maker.store.record(task.category)
+    model = existing_model(task, among="next")
+    if current and model:
         command = maker.store.roll_command(task.category, "--roll-forward")
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
             f"{current.model_id} stays current. To roll forward: {command}"
         )
         return Plan(task, FitResult(task, current), message)
-    return Plan(maker.task(added), message=maker.describe_replaced())
+    return Plan(maker.task(added), before=maker.versions())
 
 
 def plan_refit(maker: TaskMaker, new: Sequence[AddedImage]) -> Plan:
     """Plan a fit on all images that were added, before and now; its model is staged."""
     try:
-        added = maker.added()
+        current = maker.current()
     except ModelUnreadableError as error:
         return _fail(maker.task(new, stage=True), error)
+    added = current.added_images if current else ()
     task = maker.task([*added, *new], stage=True)
     if plan := _plan_without_fit(task):
         return plan

@@ -30,7 +30,8 @@ class _TaskProgress:
     def cost_done(self) -> float:
         if self.ended or not self.epochs:
             return self.task.cost if self.ended else 0.0
-        return self.task.cost * self.epochs[-1].number / self.task.recipe.epochs
+        # The epochs are those of the first fit.
+        return self.task.cost * self.epochs[-1].number / (self.task.recipe.epochs * self.task.fit_count)
 
 
 class FitProgress:
@@ -52,25 +53,29 @@ class FitProgress:
         self._start = clock()
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, FitResult):
-            progress = self._tasks[event.task.key]
-            progress.ended = True
-            self._log_epochs(progress)
-            self._log(event.task, _describe(event))
-        else:
-            key, message = event
-            progress = self._tasks[key]
-            if isinstance(message, str):
-                self._log(progress.task, message)
-            else:
-                progress.epochs.append(message)
-                waited = self._clock() - progress.logged_at
-                if self._show or waited >= _LOG_SECONDS or message.number == progress.task.recipe.epochs:
-                    self._log_epochs(progress)
+        match event:
+            case FitResult():
+                self._end(event)
+            case (key, Epoch() as epoch):
+                self._add_epoch(self._tasks[key], epoch)
+            case (key, str() as message):
+                self._log(self._tasks[key].task, message)
         if self._show and not all(progress.ended for progress in self._tasks.values()):
             self._show(self._bar())
         elif isinstance(event, FitResult):
             log.info(self._bar())
+
+    def _end(self, result: FitResult) -> None:
+        progress = self._tasks[result.task.key]
+        progress.ended = True
+        self._log_epochs(progress)
+        self._log(result.task, _describe(result))
+
+    def _add_epoch(self, progress: _TaskProgress, epoch: Epoch) -> None:
+        progress.epochs.append(epoch)
+        waited = self._clock() - progress.logged_at
+        if self._show or waited >= _LOG_SECONDS or epoch.number == progress.task.recipe.epochs:
+            self._log_epochs(progress)
 
     def _log_epochs(self, progress: _TaskProgress) -> None:
         """Log the new epochs of a task as one line."""
@@ -88,7 +93,7 @@ class FitProgress:
         )
         if last.number < total:
             images = len(task.train) - task.recipe.held_out_count(len(task.train))
-            line += f"  {duration((total - last.number) * images / last.images_per_second)} left"
+            line += f"  {duration((total - last.number) * images / last.images_per_second)} of this training left"
         if last.train_loss > start:
             line += f"  above its start, {start:.4f}: it may be diverging, lower --learning-rate"
         self._log(task, line)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Matcher, spatial_shape
 
-Indices = npt.NDArray[np.int64]
-
-# Results do not depend on it, without gradients and batch statistics.
+# Results do not depend on it: evaluation uses no batch statistics.
 EVALUATION_BATCH_SIZE = 16
 _MAX_HALF = torch.finfo(torch.float16).max
-
-
-def split_batches(indices: Indices, size: int) -> list[Indices]:
-    """Split indices into batches of `size`; the last one may be smaller."""
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 class TeacherFeatures:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from stpm.errors import ConfigError, DivergedError
+from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.task import Epoch
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, Indices, TeacherFeatures, split_batches
+from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.method.backbones import Backbone, StateDict, build_student
 from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
@@ -66,18 +67,6 @@ class TrainedStudent:
     kept_epoch: Epoch | None = None
 
 
-def split_images(count: int, recipe: Recipe) -> tuple[Indices, Indices]:
-    """Split the indices of `count` images at random into those to train on and those to hold out, both ascending.
-
-    Raises:
-        DataError: if there are too few images for the recipe.
-    """
-    recipe.check_image_count(count)
-    order = np.random.default_rng(recipe.seed).permutation(count)
-    held_out_count = recipe.held_out_count(count)
-    return np.sort(order[held_out_count:]), np.sort(order[:held_out_count])
-
-
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a step, counted from 0 over all epochs."""
     warmup = recipe.warmup_epochs * steps_per_epoch
@@ -99,8 +88,8 @@ def train_student(
 ) -> TrainedStudent:
     """Train one student.
 
-    The same recipe, images, kind of device and number of threads give the same bits, even after a checkpoint. The
-    validation loss is that of the held-out images.
+    The same recipe, images, kind of device and number of threads give the same bits, even if training resumes from a
+    checkpoint. The validation loss is that of the held-out images.
 
     Raises:
         ConfigError: if a level has a single position.
@@ -126,11 +115,13 @@ def train_student(
         start = time.perf_counter()
         train_loss = _train_epoch(student, optimiser, features, train, recipe, number)
         speed = len(train) / (time.perf_counter() - start)
-        epoch = Epoch(number, train_loss, _validation_loss(student, features, held_out), speed)
-        if not math.isfinite(epoch.train_loss + epoch.validation_loss):
+        validation_loss = _validation_loss(student, features, held_out)
+        if not math.isfinite(train_loss + validation_loss):
             raise DivergedError(
-                f"loss is {train_loss} in epoch {number}; lower --learning-rate ({recipe.learning_rate})"
+                f"training loss is {train_loss:.4g} and validation loss {validation_loss:.4g} in epoch {number}; "
+                f"lower --learning-rate ({recipe.learning_rate})"
             )
+        epoch = Epoch(number, train_loss, validation_loss, speed)
         history.append(epoch)
         on_epoch(epoch)
         if recipe.keep == "best" and _best_epoch(history) is epoch:
@@ -148,7 +139,7 @@ def _check_positions(features: TeacherFeatures, recipe: Recipe) -> None:
         if shape == (1, 1):
             raise ConfigError(
                 f"level {level} of {recipe.teacher} has a single position at an input of "
-                f"{features.matcher.preprocessing.size}; give a larger --size, or leave it out of --levels"
+                f"{features.matcher.preprocessing.size_text}; give a larger --size, or leave it out of --levels"
             )
 
 

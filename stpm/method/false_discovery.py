@@ -20,7 +20,7 @@ from stpm.errors import join_first
 # p-values are stored as float32: they may exceed the exact quotient by this factor.
 _ROUNDING = 1 + 1e-6
 
-# The number of images with each p-value. It has no more entries than the calibration has images, and one more.
+# The number of images with each p-value: at most n + 1 entries for n calibration images.
 Histogram = Mapping[float, int]
 
 
@@ -33,7 +33,8 @@ class Discoveries:
         images: number of images tested together.
         cut_off: largest p-value of a discovery; 0 if there are none.
         categories: number of discoveries by category, without those that have none.
-        needed: number of calibration images with which images that score above all of them can be discoveries.
+        needed: smallest n for which p = 1/(n + 1), the p-value of an image above all calibration images, would be a
+            discovery.
         unsupported: number of calibration images of each category that has fewer, and so few that none of its images
             can be a discovery, whatever its score.
     """
@@ -51,7 +52,7 @@ class Discoveries:
         return sum(self.categories.values())
 
     def describe(self) -> str:
-        """Write the discoveries as a line."""
+        """Return the discoveries as a line."""
         if not self.count:
             return f"no discoveries among {self.images} images at a false discovery rate of {self.rate:g}"
         counts = join_first([f"{name} {number}" for name, number in self.categories.items()], separator=", ")
@@ -61,7 +62,7 @@ class Discoveries:
         )
 
     def warning(self) -> str:
-        """Write a line that names the categories whose calibration is too small for the rate; "" if there are none."""
+        """Return a line that names the categories whose calibration is too small for the rate; "" if there are none."""
         if not self.unsupported:
             return ""
         few = join_first([f"{name} ({count})" for name, count in self.unsupported.items()], separator=", ")

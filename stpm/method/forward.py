@@ -6,15 +6,14 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stpm.errors import ModelError
-from stpm.method.backbones import Backbone
-from stpm.method.calibration import DistanceScale
+from stpm.method.backbones import Backbone, StateDict, load_backbone
 from stpm.method.depthwise import Float32Depthwise
 from stpm.method.fusion import AnomalyMap, fuse
 from stpm.method.matching import content_mask, distance_map
@@ -22,33 +21,10 @@ from stpm.method.memory_bank import MemoryBank
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
+from stpm.method.scales import DistanceScale
 from stpm.options import Backend
 
 log = logging.getLogger(__name__)
-
-
-def pick_device() -> torch.device:
-    """Return the GPU that this process was given, or the CPU, and make torch's GPU arithmetic reproducible.
-
-    Process-wide, float32 then keeps its 23 bits (cuDNN's default is TF32, which keeps 10), and cuDNN uses algorithms
-    that give the same bits for the same input.
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
-    """Replace `auto` by bfloat16 where the device computes it natively (emulated, it is slower), else by float32."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
 
 
 class FeatureExtractor(Protocol):
@@ -69,6 +45,24 @@ class Parts:
 
     student: FeatureExtractor | None
     memory: tuple[MemoryBank, ...] = ()
+
+    @classmethod
+    def from_weights(
+        cls, recipe: Recipe, student: StateDict | None, memory: Sequence[MemoryBank], origin: str = "the fitted student"
+    ) -> Parts:
+        """Build the parts of a model, on the CPU.
+
+        Args:
+            recipe: the model's recipe; its teacher and levels are used.
+            student: the student's weights, by name; None if there is no student.
+            memory: the memory banks.
+            origin: where the student's weights come from, for errors.
+
+        Raises:
+            ModelError: if the student's weights do not match the teacher's architecture.
+        """
+        backbone = None if student is None else load_backbone(recipe.teacher, recipe.levels, student, origin)
+        return cls(backbone, tuple(memory))
 
     def to(self, device: torch.device) -> Parts:
         """Move all tensors to a device."""
@@ -152,9 +146,8 @@ class Matcher:
 
     def _compile(self, backbone: Backbone) -> FeatureExtractor:
         if self.backend == "openvino":
-            size = self.preprocessing.height, self.preprocessing.width
             try:
-                return OpenVinoBackbone(backbone, *size, self.precision)
+                return OpenVinoBackbone(backbone, *self.preprocessing.input_shape, self.precision)
             except ModelError as error:
                 log.warning("%s; PyTorch computes it instead", error)
         return backbone
@@ -182,7 +175,7 @@ class Matcher:
         Returns:
             One (B, Hₗ, Wₗ) bool mask per level, or one None per level if no image has padding.
         """
-        height, width = self.preprocessing.height, self.preprocessing.width
+        height, width = self.preprocessing.input_shape
         if (content == (0, 0, width, height)).all():
             return [None] * len(shapes)
         boxes = torch.from_numpy(content).to(self.device)
@@ -204,7 +197,9 @@ class Matcher:
             features = self.features(parts.student, inputs)
             student = tuple(distance_map(t, s) for t, s in zip(teacher, features, strict=True))
         valid = self.content_masks(content, [spatial_shape(level) for level in teacher])
-        memory = (bank.distance_map(teacher[bank.level_index], valid[bank.level_index]) for bank in parts.memory)
+        memory = (
+            bank.distance_map(teacher[bank.spec.level_index], valid[bank.spec.level_index]) for bank in parts.memory
+        )
         return Distances(student, tuple(memory))
 
     def anomaly_maps(
@@ -219,9 +214,14 @@ class Matcher:
             scales: scale of each distance map; only fusion by quantiles needs them.
         """
         valid = self.content_masks(content, [spatial_shape(d) for d in distances.maps])
-        size = self.preprocessing.height, self.preprocessing.width
         total, *parts = fuse(
-            distances.student, distances.memory, scales, recipe.fusion, recipe.student_weight, size, valid
+            distances.student,
+            distances.memory,
+            scales,
+            recipe.fusion,
+            recipe.student_weight,
+            self.preprocessing.input_shape,
+            valid,
         )
         arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
         results = []

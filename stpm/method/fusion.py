@@ -5,7 +5,7 @@ student's levels (Wang et al., equation 4), or by a weighted mean of the student
 of its maps, which are scaled by quantiles of their values on held-out images (EfficientAD: Batzner et al., WACV 2024,
 arXiv 2303.14535, section 3.4).
 
-Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) at input size, all float32.
+Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the input's shape, all float32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stpm.method.calibration import DistanceScale
 from stpm.method.recipe import FusionMethod
+from stpm.method.scales import DistanceScale
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -50,18 +50,18 @@ def sample_distances(distances: Tensor, valid: Tensor | None = None, total_image
     return [image[np.linspace(0, len(image) - 1, min(len(image), max_samples)).astype(int)] for image in images]
 
 
-def upsample(distances: Tensor, size: tuple[int, int], valid: Tensor | None = None) -> Tensor:
-    """Upsample distance maps bilinearly to input size: (B, Hₗ, Wₗ) to (B, height, width).
+def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | None = None) -> Tensor:
+    """Upsample distance maps bilinearly to the input's shape: (B, Hₗ, Wₗ) to (B, height, width).
 
     Args:
         distances: maps of one level or bank.
-        size: height and width of the input, pixels.
+        input_shape: height and width of the input, pixels.
         valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid. Next to an
             invalid position the result has the value of the valid one; far from every valid position it is meaningless.
     """
     if valid is None:
-        return _resize(distances, size)
-    return _resize(distances * valid, size) / _resize(valid.float(), size).clamp_min(_EPS)
+        return _resize(distances, input_shape)
+    return _resize(distances * valid, input_shape) / _resize(valid.float(), input_shape).clamp_min(_EPS)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def fuse(
     scales: Sequence[DistanceScale],
     method: FusionMethod,
     student_weight: float,
-    size: tuple[int, int],
+    input_shape: tuple[int, int],
     valid: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Combine a model's distance maps into three (B, H, W) maps: the total, and what student and memory add to it.
@@ -126,20 +126,20 @@ def fuse(
         scales: scales of the student's levels, then of the banks; `product` and `sum` need none.
         method: the recipe's fusion.
         student_weight: weight of the student in (0, 1) where both are combined by `quantile`; the memory has the rest.
-        size: height and width of the input, pixels.
+        input_shape: height and width of the input, pixels.
         valid: a (B, Hₗ, Wₗ) bool mask for each map, student's first, true at valid positions, those not on padding;
             None: all are valid.
     """
     maps = [*student, *memory]
     if method == "product":
-        levels = [upsample(d, size, v) for d, v in zip(maps, valid, strict=True)]
+        levels = [upsample(d, input_shape, v) for d, v in zip(maps, valid, strict=True)]
         return torch.stack(levels).prod(dim=0), None, None
     if method == "quantile":
         weights = _map_weights(len(student), len(memory), student_weight)
         maps = [(d - s.low) * (w / s.spread) for d, s, w in zip(maps, scales, weights, strict=True)]
     n = len(student)
-    student_map = _add(maps[:n], valid[:n], size) if student else None
-    memory_map = _add(maps[n:], valid[n:], size) if memory else None
+    student_map = _add(maps[:n], valid[:n], input_shape) if student else None
+    memory_map = _add(maps[n:], valid[n:], input_shape) if memory else None
     total = torch.stack([part for part in (student_map, memory_map) if part is not None]).sum(dim=0)
     return total, student_map, memory_map
 
@@ -151,18 +151,18 @@ def _map_weights(levels: int, banks: int, student_weight: float) -> list[float]:
     return [student_weight / levels] * levels + [(1 - student_weight) / banks] * banks
 
 
-def _add(maps: Sequence[Tensor], valid: Sequence[Tensor | None], size: tuple[int, int]) -> Tensor:
-    """Add distance maps at input size. Maps of one shape have the same mask and are upsampled together."""
+def _add(maps: Sequence[Tensor], valid: Sequence[Tensor | None], input_shape: tuple[int, int]) -> Tensor:
+    """Add distance maps at the input's shape. Maps of one shape have the same mask and are upsampled together."""
     by_shape: dict[torch.Size, tuple[Tensor, Tensor | None]] = {}
     for distances, mask in zip(maps, valid, strict=True):
         sum_so_far, _ = by_shape.get(distances.shape, (0.0, None))
         by_shape[distances.shape] = distances + sum_so_far, mask
-    return torch.stack([upsample(d, size, v) for d, v in by_shape.values()]).sum(dim=0)
+    return torch.stack([upsample(d, input_shape, v) for d, v in by_shape.values()]).sum(dim=0)
 
 
 def _mean(values: Float32Array, indices: npt.NDArray[np.int64]) -> float:
     return float(values.ravel()[indices].mean(dtype=np.float64))
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+def _resize(maps: Tensor, shape: tuple[int, int]) -> Tensor:
+    return interpolate(maps[:, None], size=shape, mode="bilinear", align_corners=False)[:, 0]

@@ -68,14 +68,14 @@ def _mean(distances: Tensor, valid: Tensor | None) -> Tensor:
     return ((distances * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))).mean()
 
 
-def content_mask(content: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def content_mask(content: Tensor, input_shape: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Mark the positions of a pyramid level whose centre lies on the image and not on the padding around it.
 
     Where an image is too narrow to hold any centre, the position that holds the image's middle is marked.
 
     Args:
         content: (B, 4) integers: left, top, right and bottom of each image within the input, pixels.
-        size: height and width of the input, pixels.
+        input_shape: height and width of the input, pixels.
         shape: height and width of the level.
 
     Returns:
@@ -88,13 +88,13 @@ def content_mask(content: Tensor, size: tuple[int, int], shape: tuple[int, int])
              [0, 0, 1, 1]]], dtype=torch.int32)
     """
     left, top, right, bottom = content.long().unbind(dim=1)
-    rows, columns = _inside(top, bottom, size[0], shape[0]), _inside(left, right, size[1], shape[1])
+    rows, columns = _inside(top, bottom, input_shape[0], shape[0]), _inside(left, right, input_shape[1], shape[1])
     return rows[:, :, None] & columns[:, None, :]
 
 
-def _inside(start: Tensor, stop: Tensor, size: int, positions: int) -> Tensor:
-    """Mark the positions in each span [start, stop) of an axis of `size` pixels: (B, positions) bool."""
-    centres = (torch.arange(positions, device=start.device) + 0.5) * size / positions
+def _inside(start: Tensor, stop: Tensor, length: int, positions: int) -> Tensor:
+    """Mark the positions in each span [start, stop) of an axis of `length` pixels: (B, positions) bool."""
+    centres = (torch.arange(positions, device=start.device) + 0.5) * length / positions
     inside = (start[:, None] <= centres) & (centres < stop[:, None])
-    middle = (start + stop) * positions // (2 * size)
+    middle = (start + stop) * positions // (2 * length)
     return torch.where(inside.any(dim=1, keepdim=True), inside, one_hot(middle, positions).bool())

@@ -10,8 +10,9 @@ Convention: features are (B, C, H, W), descriptors (B, H, W, C), distance maps (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,16 +23,60 @@ Kind = Literal["features", "directions"]
 KINDS: tuple[Kind, ...] = ("features", "directions")
 
 # Dimensions of the projection in which a coreset is chosen.
-_PROJECTED = 32
+_PROJECTION_DIMENSIONS = 32
 # The ridge, as a fraction of the mean variance, limits the weight of directions in which normal features do not vary.
 _RIDGE = 0.01
 # Smallest ridge, as a fraction of the mean's mean square: above the rounding errors of features that are all the same.
 _MIN_RIDGE = 1e-6
 _EPS = 1e-12
 # Pixels of the input from one descriptor to the next, at least.
-_MIN_PIXELS = 8
+_MIN_DESCRIPTOR_SPACING = 8
 # Queries per matrix product: its result, some MiB, stays in a core's cache.
 _QUERIES_PER_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class DescriptorSpec:
+    """How descriptors are made of the features of one pyramid level.
+
+    Args:
+        level_index: index of the level among the recipe's `levels`, 0 the finest.
+        kind: `directions` scales each averaged vector to length 1.
+        window: side of the square of positions that a descriptor averages; at a border, only valid ones are averaged.
+        stride: positions from one descriptor to the next, in both directions; of the same parity as the window.
+    """
+
+    level_index: int
+    kind: Kind
+    window: int
+    stride: int
+
+    def describe(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Compute descriptors before whitening: for each square of `stride` positions, the average of its window.
+
+        Args:
+            features: (B, C, H, W) features of the level, any float type.
+            valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
+
+        Returns:
+            (B, ⌈H/stride⌉, ⌈W/stride⌉, C) float32.
+        """
+        features = features.float()
+        if valid is None:
+            features = self._average(features)
+        else:
+            weight = valid[:, None].float()
+            share = self._average(weight).clamp_min(1 / self.window**2)
+            features = self._average(features * weight) / share
+        if self.kind == "directions":
+            features = normalize(features, dim=1)
+        return features.permute(0, 2, 3, 1).contiguous()
+
+    def _average(self, maps: Tensor) -> Tensor:
+        if self.window == self.stride == 1:
+            return maps
+        padding = (self.window - self.stride) // 2
+        return avg_pool2d(maps, self.window, self.stride, padding, ceil_mode=True, count_include_pad=False)
 
 
 @dataclass(frozen=True)
@@ -39,19 +84,13 @@ class MemoryBank:
     """Whitened descriptors of normal images at one pyramid level.
 
     Args:
-        level_index: index of the level among the recipe's `levels`, 0 the finest.
-        kind: kind of descriptor.
-        window: side of the square of positions that a descriptor averages.
-        stride: positions from one descriptor to the next, in both directions; as odd or even as the window.
+        spec: how the descriptors are made.
         mean: (C,) float32, mean of normal descriptors.
         whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
         vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
     """
 
-    level_index: int
-    kind: Kind
-    window: int
-    stride: int
+    spec: DescriptorSpec
     mean: Tensor
     whitening: Tensor
     vectors: Tensor
@@ -63,8 +102,7 @@ class MemoryBank:
 
     def to(self, device: torch.device) -> MemoryBank:
         """Move all tensors to a device."""
-        mean, whitening, vectors = (tensor.to(device) for tensor in self.tensors.values())
-        return replace(self, mean=mean, whitening=whitening, vectors=vectors)
+        return MemoryBank(self.spec, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         """Compute distances to the nearest vector: (B, C, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉) float32.
@@ -73,12 +111,34 @@ class MemoryBank:
             features: features of the bank's level.
             valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
         """
-        described = describe(features, self.kind, self.window, self.stride, valid)
+        described = self.spec.describe(features, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
 
 
-def stride_of(shape: tuple[int, int], size: tuple[int, int]) -> int:
+def banks_to_tensors(banks: Sequence[MemoryBank]) -> dict[str, Tensor]:
+    """Name each tensor <level index>.<kind>.<window>.<stride>.<name>. Half precision represents the vectors exactly."""
+    tensors = {}
+    for bank in banks:
+        spec = bank.spec
+        for name, tensor in bank.tensors.items():
+            path = f"{spec.level_index}.{spec.kind}.{spec.window}.{spec.stride}.{name}"
+            tensors[path] = tensor.half() if name == "vectors" else tensor
+    return tensors
+
+
+def banks_from_tensors(tensors: Mapping[str, Tensor]) -> tuple[MemoryBank, ...]:
+    """Undo `banks_to_tensors`: return the banks by level and kind, in the order in which they were fitted."""
+    by_spec: dict[DescriptorSpec, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        level_index, kind, window, stride, name = path.split(".")
+        spec = DescriptorSpec(int(level_index), cast("Kind", kind), int(window), int(stride))
+        by_spec.setdefault(spec, {})[name] = tensor.float()
+    banks = (MemoryBank(spec, **named) for spec, named in by_spec.items())
+    return tuple(sorted(banks, key=lambda bank: (bank.spec.level_index, KINDS.index(bank.spec.kind))))
+
+
+def stride_of(shape: tuple[int, int], input_shape: tuple[int, int]) -> int:
     """Return the stride of a level's bank: there are 8 pixels or more from one descriptor to the next.
 
     From one position of a finer level to the next the window's average hardly changes, and the search would take four
@@ -86,9 +146,9 @@ def stride_of(shape: tuple[int, int], size: tuple[int, int]) -> int:
 
     Args:
         shape: height and width of the level.
-        size: height and width of the input, pixels.
+        input_shape: height and width of the input, pixels.
     """
-    return max(_MIN_PIXELS // max(round(size[0] / shape[0]), round(size[1] / shape[1])), 1)
+    return max(_MIN_DESCRIPTOR_SPACING // max(round(input_shape[0] / shape[0]), round(input_shape[1] / shape[1])), 1)
 
 
 def strided_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -97,58 +157,29 @@ def strided_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) -> int:
-    """Return the smallest window that spans one position of the coarsest level, and is as odd or even as the stride.
+    """Return the smallest window of the stride's parity that spans one position of the coarsest level.
 
-    So its middle is that of the square of positions that the descriptor stands for. At least it spans this square and
-    `stride - 1` positions on each side, by which squares are displaced where they do not divide the level.
+    Equal parity centres the window on the square of positions that the descriptor stands for. The window also covers
+    `stride - 1` positions beyond the square on each side: where `stride` does not divide the level's sides, upsampling
+    shifts a descriptor by up to that much.
     """
     least = max(round(shape[0] / coarsest[0]), round(shape[1] / coarsest[1]), 3 * stride - 2)
     return least + (least - stride) % 2
 
 
-def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tensor | None = None) -> Tensor:
-    """Compute descriptors before whitening: for each square of `stride` positions, the average over a window around it.
-
-    Args:
-        features: (B, C, H, W), any float type.
-        kind: `directions` scales each averaged vector to length 1.
-        window: side of the window; at a border, only valid positions are averaged.
-        stride: side of the squares, as odd or even as the window.
-        valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
-
-    Returns:
-        (B, ⌈H/stride⌉, ⌈W/stride⌉, C) float32.
-    """
-    features = features.float()
-    if valid is None:
-        features = _average(features, window, stride)
-    else:
-        weight = valid[:, None].float()
-        share = _average(weight, window, stride).clamp_min(1 / window**2)
-        features = _average(features * weight, window, stride) / share
-    if kind == "directions":
-        features = normalize(features, dim=1)
-    return features.permute(0, 2, 3, 1).contiguous()
-
-
-def fit_bank(
-    descriptors: Tensor, level_index: int, kind: Kind, window: int, stride: int, size: int, seed: int
-) -> MemoryBank:
+def fit_bank(descriptors: Tensor, spec: DescriptorSpec, count: int, seed: int) -> MemoryBank:
     """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
 
     Args:
         descriptors: (N, C) float32, not whitened, N at least 1.
-        level_index: index of the descriptors' level among the recipe's `levels`, 0 the finest.
-        kind: kind of the descriptors.
-        window: side of the square of positions that each descriptor averages.
-        stride: positions from one descriptor to the next.
-        size: number of vectors to keep; all, if there are fewer.
+        spec: how the descriptors were made.
+        count: number of vectors to keep; all, if there are fewer.
         seed: seed of the coreset's projection.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
-    chosen = greedy_coreset(whitened, size, seed)
-    return MemoryBank(level_index, kind, window, stride, mean, whitening, whitened[chosen].half().float())
+    chosen = greedy_coreset(whitened, count, seed)
+    return MemoryBank(spec, mean, whitening, whitened[chosen].half().float())
 
 
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +197,7 @@ def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (axes / (variances + ridge).sqrt()).float()
 
 
-def greedy_coreset(vectors: Tensor, size: int, seed: int) -> Tensor:
+def greedy_coreset(vectors: Tensor, count: int, seed: int) -> Tensor:
     """Choose a subset that is near every vector: greedy k-centre (Sener and Savarese, ICLR 2018).
 
     Start at the vector nearest to the mean, then repeatedly add the vector farthest from all chosen ones, by distance
@@ -174,24 +205,26 @@ def greedy_coreset(vectors: Tensor, size: int, seed: int) -> Tensor:
 
     Args:
         vectors: (N, D) float32.
-        size: number of indices to return; all N, if there are no more.
+        count: number of indices to return; all N, if there are no more.
         seed: seed of the projection.
 
     Returns:
-        (min(size, N),) int64, in the order in which they were chosen.
+        (min(count, N),) int64, in the order in which they were chosen.
     """
-    if len(vectors) <= size:
+    if len(vectors) <= count:
         return torch.arange(len(vectors), device=vectors.device)
     points = vectors
-    if vectors.shape[1] > _PROJECTED:
+    if vectors.shape[1] > _PROJECTION_DIMENSIONS:
         generator = torch.Generator().manual_seed(seed)
-        projection = torch.randn(vectors.shape[1], _PROJECTED, generator=generator) / math.sqrt(_PROJECTED)
+        projection = torch.randn(vectors.shape[1], _PROJECTION_DIMENSIONS, generator=generator) / math.sqrt(
+            _PROJECTION_DIMENSIONS
+        )
         points = vectors @ projection.to(vectors.device)
     squares = points.square().sum(dim=1)
-    chosen = torch.empty(size, dtype=torch.int64, device=vectors.device)
+    chosen = torch.empty(count, dtype=torch.int64, device=vectors.device)
     chosen[0] = (points - points.mean(dim=0)).square().sum(dim=1).argmin()
     nearest = torch.full_like(squares, torch.inf)
-    for k in range(1, size):
+    for k in range(1, count):
         last = chosen[k - 1]
         torch.minimum(nearest, squares + squares[last] - 2 * (points @ points[last]), out=nearest)
         # Rounding may leave a chosen vector slightly away from itself.
@@ -212,10 +245,3 @@ def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
         for block in torch.split(queries, _QUERIES_PER_BLOCK)
     ]
     return torch.cat(nearest).clamp_min(0.0).sqrt()
-
-
-def _average(maps: Tensor, window: int, stride: int) -> Tensor:
-    if window == stride == 1:
-        return maps
-    padding = (window - stride) // 2
-    return avg_pool2d(maps, window, stride, padding, ceil_mode=True, count_include_pad=False)

@@ -66,8 +66,13 @@ class Preprocessing:
     std: PerChannel
 
     @property
-    def size(self) -> str:
-        """Write the input's size as HEIGHTxWIDTH."""
+    def input_shape(self) -> tuple[int, int]:
+        """Return height and width of the input, pixels."""
+        return self.height, self.width
+
+    @property
+    def size_text(self) -> str:
+        """Return the input's height and width as `640x256`."""
         return f"{self.height}x{self.width}"
 
     @property
@@ -86,7 +91,7 @@ class Preprocessing:
         return left, top, left + across, top + down
 
     def content_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Return where that part lies in the input: everywhere, unless `fit` pads. The box is never empty."""
+        """Return where the source box lies in the input: everywhere, unless `fit` pads. The box is never empty."""
         distortion = (width / height) / (self.width / self.height)
         if self.resize != "fit" or 1 / _SAME_ASPECT <= distortion <= _SAME_ASPECT:
             return 0, 0, self.width, self.height
@@ -135,7 +140,7 @@ class Preprocessing:
         return max(round(sides[0] * scale), 1), max(round(sides[1] * scale), 1)
 
 
-def choose_size(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
+def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
     """Choose the input's height and width for images of these sizes (width, height).
 
     The input has the images' median aspect ratio (between 1:8 and 8:1) and about as many pixels as the median image,

@@ -13,6 +13,7 @@ from stpm.options import Integers, Options, Size, flag, option
 
 Preset = Literal["default", "paper", "notebook"]
 Precision = Literal["float32", "bfloat16"]
+WantedPrecision = Literal["auto", "float32", "bfloat16"]
 StudentKind = Literal["stpm", "none"]
 FusionMethod = Literal["product", "sum", "quantile"]
 
@@ -113,7 +114,7 @@ class Recipe(Options):
         "and score that fold with it; 0: calibrate on the held-out images alone",
         minimum=0,
     )
-    precision: Literal["auto", "float32", "bfloat16"] = option(
+    precision: WantedPrecision = option(
         "auto", "precision of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"
     )
     seed: int = option(
@@ -136,7 +137,11 @@ class Recipe(Options):
                 f"32 to {MAX_SIDE} pixels each, or auto",
             ),
             ("warmup_epochs", self.warmup_epochs < self.epochs, f"fewer than the {self.epochs} epochs"),
-            ("student", self.student != "none" or self.memory > 0, "--memory too, such as 2000: a model needs a part"),
+            (
+                "student",
+                self.student != "none" or self.memory > 0,
+                "--memory too, such as 2000: a model needs a student or a memory",
+            ),
             (
                 "memory_levels",
                 not self.memory or memory_levels == sorted({*memory_levels} & {*levels}),

@@ -10,9 +10,9 @@ from typing import Literal
 
 from stpm import __version__, storage
 from stpm.console import timestamp
-from stpm.method.calibration import DistanceScale, HeatmapScale
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
+from stpm.method.scales import DistanceScale, HeatmapScale
 
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
@@ -85,7 +85,8 @@ class ModelRecord:
         precision: number format of convolutions.
         teacher_digest: digest of the teacher's weights.
         heatmap_scale: values of the anomaly map that become grey levels 0 and 128 of heatmaps.
-        distance_scales: scale of each distance map, in the order of `Distances.maps`; empty if the fusion needs none.
+        distance_scales: scale of each distance map, in the order of `Distances.maps`; empty unless the recipe fuses
+            by quantiles.
         fit: the outcome of the fit.
         added_images: all images that were marked as good.
         files: digest of each file of the model, by name.

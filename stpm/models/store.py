@@ -25,7 +25,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +43,10 @@ from stpm.records import from_json, to_json
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from stpm.method.backbones import Backbone, StateDict
     from stpm.method.forward import Parts
-    from stpm.method.memory_bank import Kind, MemoryBank
+    from stpm.method.memory_bank import MemoryBank
 
 T = TypeVar("T")
 
@@ -56,6 +55,7 @@ _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
 _ADDED = "added"
+_CHECKPOINT = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class ModelStore:
             stage: leave the current model, if there is one, and put this one after it.
         """
         from stpm.method.backbones import serialise
+        from stpm.method.memory_bank import banks_to_tensors
 
         is_added = np.zeros(len(calibration_scores), bool)
         contents = {
@@ -145,7 +146,7 @@ class ModelStore:
         if student is not None:
             contents |= {STUDENT: serialise(student), _HISTORY: storage.encode_parquet(history)}
         if memory:
-            contents[MEMORY] = serialise(_tensors_by_name(memory))
+            contents[MEMORY] = serialise(banks_to_tensors(memory))
         return self._publish(record, contents, data_fingerprint, stage=stage)
 
     def save_recalibrated(
@@ -230,7 +231,7 @@ class ModelStore:
             return False
 
     def model_ids(self, category: str) -> list[str]:
-        """List all models of a category, sorted, even those that are no longer versions."""
+        """List all models of a category, sorted, even those that rolling back or forward no longer reaches."""
         names = [uri.split("/")[-2:] for uri, _ in storage.files(self.folder(category))]
         return sorted(folder for folder, name in names if name == _RECORD)
 
@@ -304,17 +305,15 @@ class ModelStore:
         Raises:
             ModelError: if a file is missing, damaged or of another architecture.
         """
-        from stpm.method.backbones import load_backbone
         from stpm.method.forward import Parts
+        from stpm.method.memory_bank import banks_from_tensors
 
         record = self.record(category, model_id)
         scores = self.calibration_scores(record).column("score").to_numpy().astype(np.float32)
-        student = None
-        if STUDENT in record.files:
-            state, uri = self._tensors(record, STUDENT), self._uri(record, STUDENT)
-            student = load_backbone(record.recipe.teacher, record.recipe.levels, state, uri)
-        memory = _banks(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
-        return Model(record, Parts(student, memory), Calibration(scores, record.heatmap_scale))
+        student = self._tensors(record, STUDENT) if STUDENT in record.files else None
+        memory = banks_from_tensors(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
+        parts = Parts.from_weights(record.recipe, student, memory, self._uri(record, STUDENT))
+        return Model(record, parts, Calibration(scores, record.heatmap_scale))
 
     def image_statistics(self, record: ModelRecord) -> pa.Table:
         """Read the statistics of the good images of a model, a row each.
@@ -330,7 +329,12 @@ class ModelStore:
 
     def checkpoint_uri(self, category: str, number: int = 0) -> str:
         """Return the URI of the checkpoint of a running fit; a task with several fits numbers them."""
-        return storage.join(self.folder(category), f"checkpoint-{number}.safetensors")
+        return storage.join(self.folder(category), f"{_CHECKPOINT}{number}.safetensors")
+
+    def remove_checkpoints(self, category: str) -> None:
+        """Remove the checkpoints of a category, also those of an earlier fit with more folds, which a kill leaves."""
+        for uri in storage.files_starting(self.folder(category), _CHECKPOINT):
+            storage.remove(uri)
 
     def history(self, record: ModelRecord) -> pa.Table:
         """Read the losses per epoch, in columns of `stpm.fitting.task.Epoch`; the table is empty without a student."""
@@ -380,25 +384,3 @@ def _read_record(kind: type[T], uri: str) -> T:
         return from_json(kind, _read(uri))
     except ValueError as error:
         raise ModelError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
-
-
-def _tensors_by_name(memory: Sequence[MemoryBank]) -> dict[str, Tensor]:
-    """Name each tensor <level index>.<kind>.<window>.<stride>.<name>. Half precision represents the vectors exactly."""
-    tensors = {}
-    for bank in memory:
-        for name, tensor in bank.tensors.items():
-            path = f"{bank.level_index}.{bank.kind}.{bank.window}.{bank.stride}.{name}"
-            tensors[path] = tensor.half() if name == "vectors" else tensor
-    return tensors
-
-
-def _banks(tensors: StateDict) -> tuple[MemoryBank, ...]:
-    """Undo `_tensors_by_name`: return the banks by level and kind, in the order in which they were fitted."""
-    from stpm.method.memory_bank import KINDS, MemoryBank
-
-    by_key: dict[tuple[int, Kind, int, int], dict[str, Tensor]] = {}
-    for path, tensor in tensors.items():
-        level_index, kind, window, stride, name = path.split(".")
-        by_key.setdefault((int(level_index), cast("Kind", kind), int(window), int(stride)), {})[name] = tensor.float()
-    banks = (MemoryBank(*key, bank["mean"], bank["whitening"], bank["vectors"]) for key, bank in by_key.items())
-    return tuple(sorted(banks, key=lambda bank: (bank.level_index, KINDS.index(bank.kind))))

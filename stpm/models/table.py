@@ -14,7 +14,7 @@ _HEAD = ["model", "", "created", "good images", "added", "calibrate", "validatio
 
 
 def models_table(store: ModelStore, categories: Sequence[str], false_alarm_rate: float) -> str:
-    """Write a line for each model, by category and time, with its place among the versions and its fit.
+    """Return a table with a line for each model, by category and time: its place among the versions, and its fit.
 
     Args:
         store: the store whose models are listed.

@@ -30,16 +30,16 @@ class Versions:
     next: tuple[Version, ...] = ()
 
     def publish(self, version: Version) -> Versions:
-        """Make a new model the current one. Models after the current one are no longer versions."""
+        """Make a model current. A new one takes the place of those in `next`; the current one again keeps them."""
         if version.model_id == self.current.model_id:
             return Versions(version, self.previous, self.next)
         return Versions(version, (*self.previous, self.current))
 
-    def describe_replaced(self, model_id: str = "") -> str:
-        """Describe the models that are no longer versions once a new one, with this id, is published; "" if none."""
+    def describe_replaced(self, model_id: str) -> str:
+        """Describe the models that rolling back or forward no longer reaches once this one is published; "" if none."""
         kept = {model_id, self.current.model_id, *(version.model_id for version in self.previous)}
         lost = [version.model_id for version in self.next if version.model_id not in kept]
-        if not lost:
+        if not lost or model_id == self.current.model_id:
             return ""
         return (
             f"the new model replaces those that were rolled back or staged ({', '.join(lost)}): --roll-forward no "

@@ -24,7 +24,7 @@ from stpm import storage
 from stpm.data.mvtec import read_category
 from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
-from stpm.method.backbones import load_teacher_weights
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows

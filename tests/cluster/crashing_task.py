@@ -12,7 +12,7 @@ from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitTask
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import WorkerResources
-from stpm.method.backbones import load_teacher_weights
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from tests.conftest import TINY
 

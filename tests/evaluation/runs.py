@@ -12,8 +12,8 @@ from stpm.data.mvtec import read_category
 from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.method.calibration import HeatmapScale
 from stpm.method.preprocessing import Preprocessing
+from stpm.method.scales import HeatmapScale
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.scoring.heatmap_pictures import palette_png
 from stpm.scoring.inputs.manifest_rows import labelled_rows

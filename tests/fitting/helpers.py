@@ -9,15 +9,15 @@ import torch
 
 from stpm.data.image_statistics import COMPARED
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import make_parts
+from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch
-from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import Checkpoints, TrainedStudent, split_images, train_student
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import Checkpoints, TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.calibration import DistanceScale
 from stpm.method.forward import Matcher, Parts
 from stpm.method.fusion import AnomalyMap
 from stpm.method.recipe import Recipe
+from stpm.method.scales import DistanceScale
 
 MatcherOf = Callable[[Recipe], Matcher]
 BUDGET = 2**30
@@ -49,7 +49,7 @@ def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 def fit_parts(features: TeacherFeatures, train: Indices, held_out: Indices, recipe: Recipe) -> Parts:
     student = train_student(features, train, held_out, recipe, lambda epoch: None).student
-    return make_parts(student, build_memory(features, train, recipe), recipe, torch.device("cpu"))
+    return Parts.from_weights(recipe, student, build_memory(features, train, recipe))
 
 
 def anomaly_maps(

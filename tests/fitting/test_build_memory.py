@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stpm.fitting.build_memory import build_memory, choose_levels
+from stpm.fitting.splits import split_images
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import split_images
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Parts
 from stpm.method.memory_bank import MemoryBank
@@ -19,7 +19,7 @@ from tests.fitting.helpers import BUDGET, MatcherOf, unpadded
 
 def same_banks(first: tuple[MemoryBank, ...], second: tuple[MemoryBank, ...]) -> bool:
     return len(first) == len(second) and all(
-        (a.level_index, a.kind, a.window, a.stride) == (b.level_index, b.kind, b.window, b.stride)
+        a.spec == b.spec
         and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "whitening", "vectors"))
         for a, b in zip(first, second, strict=True)
     )
@@ -35,13 +35,13 @@ def test_same_images_give_the_same_memory(images: TrainingImages, make_matcher: 
         )
         for seed in (0, 0, 1)
     )
-    assert [(bank.level_index, bank.kind) for bank in first] == [
+    assert [(bank.spec.level_index, bank.spec.kind) for bank in first] == [
         (1, "features"),
         (1, "directions"),
         (2, "features"),
         (2, "directions"),
     ]
-    assert [bank.window for bank in first] == [3, 3, 1, 1]
+    assert [bank.spec.window for bank in first] == [3, 3, 1, 1]
     # The coarsest level has 16 positions on each of 7 images.
     assert [len(bank.vectors) for bank in first] == [50] * 4
     assert same_banks(first, again)
@@ -57,7 +57,9 @@ def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, 
     levels, masks = features[1](np.arange(6, 9)), [None] * 3
     for one, other in zip(cached, recomputed, strict=True):
         torch.testing.assert_close(one.mean, other.mean, rtol=2e-3, atol=1e-4)
-        distances = [bank.distance_map(levels[bank.level_index], masks[bank.level_index]) for bank in (one, other)]
+        distances = [
+            bank.distance_map(levels[bank.spec.level_index], masks[bank.spec.level_index]) for bank in (one, other)
+        ]
         torch.testing.assert_close(*distances, rtol=2e-2, atol=1e-2)
 
 
@@ -71,10 +73,10 @@ def test_memory_holds_only_training_images(images: TrainingImages, make_matcher:
     for bank, with_it in zip(
         build_memory(features, train, recipe), build_memory(features, np.append(train, 2), recipe), strict=True
     ):
-        assert with_it.distance_map(odd[bank.level_index]).max() < 0.05
-        known = bank.distance_map(features(train)[bank.level_index])
+        assert with_it.distance_map(odd[bank.spec.level_index]).max() < 0.05
+        known = bank.distance_map(features(train)[bank.spec.level_index])
         assert known.max() < 0.05
-        assert bank.distance_map(odd[bank.level_index]).min() > 20 * known.max()
+        assert bank.distance_map(odd[bank.spec.level_index]).min() > 20 * known.max()
 
 
 def test_memory_holds_no_padding(images: TrainingImages, make_matcher: MatcherOf) -> None:
@@ -120,7 +122,9 @@ def test_the_finest_level_has_a_descriptor_every_eight_pixels(images: TrainingIm
     features = TeacherFeatures(make_matcher(recipe), images, BUDGET)
     assert features.shapes[:2] == [(16, 16), (8, 8)]
     banks = build_memory(features, np.arange(9), recipe)
-    assert [(bank.level_index, bank.window, bank.stride) for bank in banks] == [(0, 4, 2)] * 2 + [(1, 1, 1)] * 2
+    assert [(bank.spec.level_index, bank.spec.window, bank.spec.stride) for bank in banks] == [(0, 4, 2)] * 2 + [
+        (1, 1, 1)
+    ] * 2
     maps = features.matcher.distances(
         Parts(None, banks), features.inputs(np.arange(9)), images.content[:9], features(np.arange(9))
     ).memory

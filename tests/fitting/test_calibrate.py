@@ -9,8 +9,9 @@ import torch
 
 from stpm.fitting import calibrate
 from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
-from stpm.fitting.teacher_features import Indices, TeacherFeatures
-from stpm.fitting.train_student import TrainedStudent, split_images, train_student
+from stpm.fitting.splits import Indices, split_images
+from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.train_student import TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.forward import Matcher
 from stpm.method.recipe import Recipe
@@ -31,7 +32,8 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     train, held_out = split_images(len(images), recipe)
     parts = fit_parts(features, train, held_out, recipe)
     found = calibrate_model(parts, features, held_out, recipe, BUDGET)
-    assert len(found.distance_scales) == (3 if parts.student else 0) + len(parts.memory)
+    maps_count = (3 if parts.student else 0) + len(parts.memory)
+    assert len(found.distance_scales) == (maps_count if recipe.fusion == "quantile" else 0)
     maps = []
     for i in held_out:
         scales = calibrate_model(parts, features, held_out[held_out != i], recipe, BUDGET).distance_scales
@@ -82,12 +84,13 @@ def test_distances_over_the_budget_are_recomputed_to_the_same_bits(
 def test_distance_scales_are_quantiles_on_held_out_images(
     images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf
 ) -> None:
-    features, matcher = TeacherFeatures(make_matcher(any_model), images, BUDGET), make_matcher(any_model)
+    recipe = dataclasses.replace(any_model, fusion="quantile")
+    features, matcher = TeacherFeatures(make_matcher(recipe), images, BUDGET), make_matcher(recipe)
     held_out = np.array([1, 4, 8])
-    parts = fit_parts(features, np.array([0, 2, 3, 5, 6, 7]), held_out, any_model)
+    parts = fit_parts(features, np.array([0, 2, 3, 5, 6, 7]), held_out, recipe)
     inputs = matcher.inputs(torch.from_numpy(images.pixels[held_out]))
     distances = matcher.distances(parts, inputs, images.content[held_out])
-    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).distance_scales
+    scales = calibrate_model(parts, features, held_out, recipe, BUDGET).distance_scales
     for scale, part in zip(scales, distances.maps, strict=True):
         # Maps of this size are not sampled: all positions count.
         assert scale.low == pytest.approx(np.quantile(part.numpy(), 0.9, method="inverted_cdf"), rel=1e-3)
@@ -121,9 +124,8 @@ def test_cross_validation_scores_every_image_once(
         return train_student(features, train, *others)
 
     monkeypatch.setattr(calibrate, "train_student", remember)
-    scores = cross_validate_scores(
-        TeacherFeatures(make_matcher(recipe), images, BUDGET), recipe, [None] * folds, BUDGET
-    )
+    features, checkpoints = TeacherFeatures(make_matcher(recipe), images, BUDGET), [None] * recipe.fold_count(9)
+    scores = cross_validate_scores(features, recipe, checkpoints, BUDGET)
     # Each fold has at least two images.
     assert sorted(trained) == {2: [4, 5], 3: [6, 6, 6]}.get(folds, [6, 7, 7, 7])
     assert scores.shape == (len(images),)

@@ -56,6 +56,29 @@ def test_damaged_model_is_reported_and_fitted_again(
     assert len(fitted_keys) == 3
 
 
+@pytest.mark.parametrize("contents", [None, b"{"])
+def test_a_damaged_current_model_does_not_stop_a_fit_that_others_wait_for(
+    tmp_path: Path, fitted_keys: list[str], tiny: Recipe, caplog: pytest.LogCaptureFixture, contents: bytes | None
+) -> None:
+    """The model after the damaged one, of the recipe and images to fit, becomes the current one by a fit."""
+    data, store = categories(tmp_path, nut=8, bolt=8), ModelStore(str(tmp_path / "models"))
+    longer = dataclasses.replace(tiny, epochs=3)
+    for recipe in (tiny, longer):
+        fit_categories(data[:1], recipe, {0: store.uri}, WorkerOptions(), "auto", False)
+    wanted = store.record("nut").model_id
+    store.set_versions("nut", store.versions("nut").roll_back())
+    damaged = store.current("nut").model_id
+    record = tmp_path / "models" / "nut" / damaged / "model.json"
+    record.unlink() if contents is None else record.write_bytes(contents)
+    caplog.clear()
+    results = fit_categories(data, longer, {0: store.uri}, WorkerOptions(), "auto", False)
+    assert fitted_keys[2:] == ["nut (seed 0)", "bolt (seed 0)"]
+    assert all(result.record for result in results)
+    assert store.current("nut").model_id == wanted
+    assert caplog.messages[0].startswith("nut: fitted again: ")
+    assert damaged in caplog.messages[0]
+
+
 def test_good_images_are_counted_with_those_that_calibrate(tmp_path: Path, tiny: Recipe) -> None:
     data = categories(tmp_path, nut=8)
     assert count_good_images(data, tiny) == {"nut": (8, 2)}

@@ -19,9 +19,9 @@ from stpm.fitting.planning import existing_model
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.backbones import load_teacher_weights
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.options import Size
 from tests.conftest import LIMITS, MODELS
@@ -208,7 +208,8 @@ def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> N
         assert fit.validation_loss == epochs[fit.kept_epoch - 1].validation_loss
     banks = 4 if any_model.memory else 0
     assert len(model.parts.memory) == banks
-    assert len(record.distance_scales) == banks + (3 if model.parts.student else 0)
+    maps = banks + (3 if model.parts.student else 0)
+    assert len(record.distance_scales) == (maps if any_model.fusion == "quantile" else 0)
     assert any("memory of 200 vectors in 4 banks" in each for each in reported if isinstance(each, str)) == bool(banks)
 
 
@@ -250,6 +251,23 @@ def test_interrupted_calibration_continues_with_the_same_fold(
     fit_category(task, EVERY_EPOCH, lambda message: None)
     assert trained == [2, 3] + [1, 2, 3] * (2 - dies_in_fold)
     assert contents(task) == contents(undisturbed)
+    assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+
+
+def test_a_fit_removes_the_checkpoints_of_one_with_more_folds(
+    root: str, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    task = task_in(root, dataclasses.replace(tiny, calibration_folds=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelStore, "save", die)
+        with pytest.raises(Killed):
+            fit_category(task, EVERY_EPOCH, lambda message: None)
+    left = [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+    assert len(left) == 3
+    assert fit_category(dataclasses.replace(task, recipe=tiny), LIMITS, lambda message: None).record
     assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 

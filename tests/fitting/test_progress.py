@@ -6,7 +6,7 @@ import pytest
 
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import Epoch, FitResult, FitTask
-from stpm.method.calibration import HeatmapScale
+from stpm.method.scales import HeatmapScale
 from stpm.models.record import FitRecord, ModelRecord
 from tests.conftest import TINY, Clock, make_preprocessing
 
@@ -30,7 +30,7 @@ def test_terminal_shows_a_line_per_epoch(caplog: pytest.LogCaptureFixture) -> No
     follow(terminal=True, seconds_per_epoch=0.1)
     assert sum("epoch" in line for line in caplog.messages) == 100
     second = caplog.messages[1]
-    assert "epoch   2/100  train loss 0.5000  validation loss 1.0000  50 images/s  16 s left" in second
+    assert "epoch   2/100  train loss 0.5000  validation loss 1.0000  50 images/s  16 s of this training left" in second
 
 
 def test_log_has_few_lines_and_every_loss(caplog: pytest.LogCaptureFixture) -> None:
@@ -64,6 +64,19 @@ def test_bar_shows_all_tasks_and_the_time_left(caplog: pytest.LogCaptureFixture)
     caplog.clear()
     follow(terminal=False, seconds_per_epoch=1.0)
     assert caplog.messages[-1] == "[##########..........] 1/2 ended, about 2 min left"
+
+
+def test_bar_counts_the_fits_of_calibration_folds() -> None:
+    """Three of four fits come after the model's own training, without epochs that are reported."""
+    shown: list[str] = []
+    clock = Clock()
+    task = dataclasses.replace(TASK, recipe=dataclasses.replace(TASK.recipe, calibration_folds=3))
+    progress = FitProgress([task], shown.append, clock)
+    for number in range(1, 101):
+        clock.now += 1
+        progress((task.key, Epoch(number, 1 / number, 2 / number, 50.0)))
+    assert shown[49] == "[##..................] 0/1 ended, about 6 min left"
+    assert shown[99] == "[#####...............] 0/1 ended, about 5 min left"
 
 
 def test_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -60,7 +60,7 @@ def test_auto_size_reads_few_headers_and_ignores_broken_ones(
     original = storage.read_at_most
     monkeypatch.setattr(storage, "read_at_most", lambda uri, most: read.append(uri) or original(uri, most))
     recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=64 * 96)
-    assert preprocessing_for(recipe, uris).size == "64x96"
+    assert preprocessing_for(recipe, uris).size_text == "64x96"
     assert len(read) == len(set(read)) == 32
     assert {uris[0], uris[-1]} <= set(read)
     for uri in uris:

@@ -1,23 +1,14 @@
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from stpm.method.calibration import (
-    Calibration,
-    DistanceScale,
-    HeatmapScale,
-    HeatmapScaleBuilder,
-    fit_distance_scale,
-    leave_one_out_scales,
-    min_calibration_images,
-    warn_about_few_good_images,
-)
+from stpm.method.calibration import Calibration, min_calibration_images, warn_about_few_good_images
+from stpm.method.scales import HeatmapScale
 
 SCORES = st.lists(st.floats(0, 8, width=32), min_size=1, max_size=60)
 
@@ -72,103 +63,3 @@ def test_warning_about_few_good_images_names_categories_and_remedies(caplog: pyt
     assert "part-4 calibrates on 42 of its 209 good images, which supports a rate of 0.023 or more; and 995" in many
     assert "Raise --false-alarm-rate, or give at least 99 good images and fit with --calibration-folds 5" in many
     assert len(many) < 750
-
-
-def build_scale(maps: Sequence[np.ndarray]) -> HeatmapScale:
-    found = HeatmapScaleBuilder(sum(each.size for each in maps))
-    for each in maps:
-        found.add(each)
-    return found.build()
-
-
-@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 60), st.sampled_from([0, 1, 3]))
-@settings(deadline=None)
-def test_heatmap_scale_matches_quantile_and_maximum_of_all_pixels(
-    seed: int, maps: int, side: int, decimals: int
-) -> None:
-    """Maps of different shapes, with and without ties, have the scale of all their pixels together."""
-    rng = np.random.default_rng(seed)
-    made = [
-        rng.lognormal(size=(side, rng.integers(1, 60))).astype(np.float32).round(decimals or 9) for _ in range(maps)
-    ]
-    pixels, found = np.concatenate([each.ravel() for each in made]), build_scale(made)
-    assert found.low == float(np.quantile(pixels, 0.99))
-    assert found.good_max == max(float(pixels.max()), found.good_max if pixels.max() == found.low else 0.0)
-
-
-def test_heatmap_scale_builder_keeps_few_pixels() -> None:
-    rng = np.random.default_rng(0)
-    tracemalloc.start()
-    found = HeatmapScaleBuilder(2000 * 100 * 100)
-    for _ in range(2000):
-        found.add(rng.random((100, 100), np.float32))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 0.25 * 2000 * 100 * 100, "a quarter of a byte for each pixel"
-    assert found.build().low == pytest.approx(0.99, abs=1e-4)
-
-
-def test_heatmap_scale_exists_for_constant_maps() -> None:
-    for value in (0.0, -3.0, 1e6):
-        constant = np.full((3, 4, 4), value, np.float32)
-        scale = build_scale(constant)
-        assert scale.low < scale.good_max
-        assert (scale.apply(constant) == 0).all()
-        assert (scale.apply(constant + max(abs(value), 1.0)) == 255).all()
-
-
-@pytest.mark.parametrize("scale", [HeatmapScale(1e-4, 0.1), HeatmapScale(0.0, 2.0), HeatmapScale(-3.0, -1.0)])
-def test_heatmap_scale_puts_good_max_in_the_middle(scale: HeatmapScale) -> None:
-    """The scale is linear from `low` (0) to `good_max` (1), then logarithmic up to 5."""
-    relative = np.array([-1.0, 0.0, 0.25, 0.5, 1.0, np.sqrt(5.0), 5.0, 50.0])
-    expected = [0.0, 0.0, 31.875, 63.75, 127.5, 191.25, 255.0, 255.0]
-    levels = scale.apply((scale.low + relative * (scale.good_max - scale.low)).astype(np.float32))
-    assert levels.dtype == np.uint8
-    np.testing.assert_allclose(levels, expected, atol=0.51)
-
-
-@given(
-    st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=50),
-    st.floats(-5, 5),
-    st.floats(1e-3, 5),
-)
-def test_heatmap_scale_is_monotonic(values: list[float], low: float, width: float) -> None:
-    ordered = np.sort(np.array(values, np.float32))
-    levels = HeatmapScale(low, low + width).apply(ordered).astype(int)
-    assert (np.diff(levels) >= 0).all()
-    assert (levels[ordered < low] == 0).all()
-    assert (levels[ordered > low + 5.01 * width] == 255).all()
-
-
-PARTS = st.lists(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=20), min_size=2, max_size=8)
-
-
-def reference_quantile(values: list[float], fraction: float) -> float:
-    """Return the smallest value that is at least as large as this fraction of all."""
-    return next(v for v in sorted(values) if sum(other <= v for other in values) >= fraction * len(values))
-
-
-@given(PARTS)
-def test_leave_one_out_scales_match_quantiles_of_the_others(part: list[list[float]]) -> None:
-    arrays = [np.array(image, np.float32) for image in part]
-    found = leave_one_out_scales(arrays)
-    assert len(found) == len(part)
-    for i, scale in enumerate(found):
-        others = [v for j, image in enumerate(part) for v in image if j != i]
-        assert scale.low == pytest.approx(reference_quantile(others, 0.9), rel=1e-5, abs=1e-5)
-        assert scale.high == pytest.approx(reference_quantile(others, 0.995), rel=1e-5, abs=1e-5)
-    every = [v for image in part for v in image]
-    assert fit_distance_scale(arrays).high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
-
-
-def test_part_scale_spread_is_positive() -> None:
-    assert DistanceScale(0.0, 0.0).spread > 0
-    assert DistanceScale(4.0, 4.0).spread == pytest.approx(0.2)
-    assert DistanceScale(1.0, 4.0).spread == pytest.approx(3.0)
-    assert DistanceScale(-4.0, -4.0).spread > 0
-
-
-def test_part_scale_of_equal_images_equals_leave_one_out_scale() -> None:
-    image = np.linspace(1.0, 3.0, 64, dtype=np.float32)
-    held_out = [image] * 8
-    assert fit_distance_scale(held_out) == leave_one_out_scales(held_out)[0]

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
-from stpm.method.calibration import Calibration, HeatmapScale
+from stpm.method.calibration import Calibration
 from stpm.method.false_discovery import benjamini_hochberg, find_discoveries
+from stpm.method.scales import HeatmapScale
 
 RATES = st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.5])
 # Categories of a run: the number of calibration images n, and of each image how many of them score as high or higher.

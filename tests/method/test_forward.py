@@ -6,7 +6,7 @@ import torch
 
 from stpm.errors import ModelError
 from stpm.method.backbones import Backbone, build_student
-from stpm.method.forward import Matcher, Parts, pick_device
+from stpm.method.forward import Matcher, Parts
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.options import Backend
 from tests.conftest import TINY, make_preprocessing
@@ -16,19 +16,6 @@ def matcher(backend: Backend) -> Matcher:
     """Make a matcher with an untrained teacher."""
     teacher = build_student("test_resnet", (1, 2, 3), 1, zero_init_residual=False)
     return Matcher(teacher, make_preprocessing(64), torch.device("cpu"), "float32", backend)
-
-
-def test_pick_device_sets_float32_and_deterministic_kernels() -> None:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    try:
-        cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = True
-        cudnn.deterministic = False
-        pick_device()
-        assert [cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark] == [False] * 3
-        assert cudnn.deterministic
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def test_backends_agree_on_anomaly_maps() -> None:

@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from stpm.method.calibration import Calibration, DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
+from stpm.method.calibration import Calibration
 from stpm.method.fusion import AnomalyMap, fuse, sample_distances, upsample
 from stpm.method.matching import content_mask, distance_map
 from stpm.method.recipe import FusionMethod
+from stpm.method.scales import DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
 from tests.method.test_matching import boxes, features, reference_distance
 
 
-def reference_upsample(distances: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def reference_upsample(distances: np.ndarray, input_shape: tuple[int, int]) -> np.ndarray:
     """Interpolate (H, W) bilinearly between pixel centres, clamped at the borders."""
-    for axis, length in enumerate(size):
+    for axis, length in enumerate(input_shape):
         n = distances.shape[axis]
         position = np.clip((np.arange(length) + 0.5) * n / length - 0.5, 0, n - 1)
         low = np.floor(position).astype(int)
@@ -142,22 +143,22 @@ def test_sample_distances_returns_all_of_a_small_map() -> None:
 @given(boxes(), st.integers(0, 2**31), st.sampled_from(["product", "sum", "quantile"]))
 @settings(deadline=None)
 def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int, method: FusionMethod) -> None:
-    size, (left, top, right, bottom) = case
-    shapes = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in (4, 8, 16)]
-    valid = [content_mask(torch.tensor([case[1]]), size, shape) for shape in shapes]
+    input_shape, (left, top, right, bottom) = case
+    shapes = [(-(-input_shape[0] // stride), -(-input_shape[1] // stride)) for stride in (4, 8, 16)]
+    valid = [content_mask(torch.tensor([case[1]]), input_shape, shape) for shape in shapes]
     maps, other = (random_maps(*shapes, images=1, seed=seed + i) for i in range(2))
     other = [torch.where(v, d, 1e6 * o) for v, d, o in zip(valid, maps, other, strict=True)]
     scales = [DistanceScale(0.5, 0.75)] * 3
     levels = 1 if method == "quantile" else 3
     first, second = (
-        fuse(d[:levels], d[levels:], scales, method, 0.25, size, valid)[0][:, top:bottom, left:right]
+        fuse(d[:levels], d[levels:], scales, method, 0.25, input_shape, valid)[0][:, top:bottom, left:right]
         for d in (maps, other)
     )
     torch.testing.assert_close(first, second)
     for d, o, v in zip(maps, other, valid, strict=True):
         for given_maps in (d, o):
             # Every interpolated value lies within the range of valid values.
-            raised = upsample(given_maps, size, v)[:, top:bottom, left:right]
+            raised = upsample(given_maps, input_shape, v)[:, top:bottom, left:right]
             assert d[v].min() - 1e-4 <= raised.min() <= raised.max() <= d[v].max() + 1e-4
     for d, o, v in zip(maps, other, valid, strict=True):
         for one, two in zip(sample_distances(d, v), sample_distances(o, v), strict=True):
@@ -177,11 +178,11 @@ def score_all(
     held_out: list[Tensor], new: list[Tensor], levels: int, student_weight: float = 0.25
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score held-out images, each with the scales of the others, and new images, as fitting and scoring do."""
-    size, valid = (32, 32), [None] * len(new)
+    input_shape, valid = (32, 32), [None] * len(new)
     values = [sample_distances(d) for d in held_out]
 
     def scores(maps: list[Tensor], scales: list[DistanceScale]) -> list[float]:
-        total, *_ = fuse(maps[:levels], maps[levels:], scales, "quantile", student_weight, size, valid)
+        total, *_ = fuse(maps[:levels], maps[levels:], scales, "quantile", student_weight, input_shape, valid)
         return [AnomalyMap(each).score(0.02).total for each in total.numpy()]
 
     without_each = zip(*map(leave_one_out_scales, values), strict=True)

@@ -95,25 +95,25 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
 def test_content_mask_marks_positions_with_centre_on_image(
     case: tuple[tuple[int, int], list[int]], rows: int, columns: int
 ) -> None:
-    size, (left, top, right, bottom) = case
-    mask = content_mask(torch.tensor([case[1]], dtype=torch.int32), size, (rows, columns))[0].numpy()
+    input_shape, (left, top, right, bottom) = case
+    mask = content_mask(torch.tensor([case[1]], dtype=torch.int32), input_shape, (rows, columns))[0].numpy()
     assert mask.any()
-    y = np.array([top <= (i + 0.5) * size[0] / rows < bottom for i in range(rows)])
-    x = np.array([left <= (i + 0.5) * size[1] / columns < right for i in range(columns)])
+    y = np.array([top <= (i + 0.5) * input_shape[0] / rows < bottom for i in range(rows)])
+    x = np.array([left <= (i + 0.5) * input_shape[1] / columns < right for i in range(columns)])
     if y.any() and x.any():
         np.testing.assert_array_equal(mask, np.outer(y, x))
     if not y.any():
         (row,) = np.flatnonzero(mask.any(axis=1))
-        assert row * size[0] / rows <= (top + bottom) / 2 < (row + 1) * size[0] / rows
+        assert row * input_shape[0] / rows <= (top + bottom) / 2 < (row + 1) * input_shape[0] / rows
 
 
 @given(boxes(), st.integers(0, 2**31))
 @settings(deadline=None)
 def test_matching_loss_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int) -> None:
-    size, box = case
+    input_shape, box = case
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in (4, 8, 16)]
-    valid = [content_mask(torch.tensor([box]), size, shape) for shape in shapes]
+    shapes = [(-(-input_shape[0] // stride), -(-input_shape[1] // stride)) for stride in (4, 8, 16)]
+    valid = [content_mask(torch.tensor([box]), input_shape, shape) for shape in shapes]
     teacher, student = ([torch.rand(1, 5, *shape, generator=generator) for shape in shapes] for _ in range(2))
     other = [
         torch.where(v[:, None], s, torch.rand(s.shape, generator=generator))

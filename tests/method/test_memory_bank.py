@@ -15,9 +15,9 @@ from torch import Tensor
 from stpm.method.matching import content_mask
 from stpm.method.memory_bank import (
     KINDS,
+    DescriptorSpec,
     Kind,
     MemoryBank,
-    describe,
     fit_bank,
     fit_whitening,
     greedy_coreset,
@@ -30,6 +30,10 @@ from stpm.method.memory_bank import (
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tensor | None = None) -> Tensor:
+    return DescriptorSpec(0, kind, window, stride).describe(features, valid)
 
 
 def correlated(count: int, channels: int, seed: int = 0) -> Tensor:
@@ -121,27 +125,27 @@ def test_window_size_is_the_smallest_of_the_strides_parity(
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 4, 8])
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
-    size=st.tuples(st.integers(32, 300), st.integers(32, 300)),
+    input_shape=st.tuples(st.integers(32, 300), st.integers(32, 300)),
     corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     part=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     is_alone=st.booleans(),
 )
 def test_every_valid_descriptor_averages_a_valid_position(
-    pixels: int, size: tuple[int, int], corner: tuple[float, float], part: tuple[float, float], is_alone: bool
+    pixels: int, input_shape: tuple[int, int], corner: tuple[float, float], part: tuple[float, float], is_alone: bool
 ) -> None:
     """No part of an image is represented by its padding, whatever the content box, and no part is left out."""
     (top, bottom), (left, right) = (
         (start := min(int(side * begin), side - 1), min(max(start + round(side * share), start + 1), side))
-        for side, begin, share in zip(size, corner, part, strict=True)
+        for side, begin, share in zip(input_shape, corner, part, strict=True)
     )
     box = torch.tensor([[left, top, right, bottom]])
-    shape = -(-size[0] // pixels), -(-size[1] // pixels)
-    coarsest = shape if is_alone else (-(-size[0] // 16), -(-size[1] // 16))
-    stride = stride_of(shape, size)
+    shape = -(-input_shape[0] // pixels), -(-input_shape[1] // pixels)
+    coarsest = shape if is_alone else (-(-input_shape[0] // 16), -(-input_shape[1] // 16))
+    stride = stride_of(shape, input_shape)
     window = window_size(shape, coarsest, stride)
-    fine, strided = content_mask(box, size, shape), content_mask(box, size, strided_shape(shape, stride))
+    fine, strided = content_mask(box, input_shape, shape), content_mask(box, input_shape, strided_shape(shape, stride))
     # Valid positions hold 1, padding 0: an average of padding alone is 0.
     described = describe(fine[:, None].float(), "features", window, stride, fine)[..., 0]
     torch.testing.assert_close(described[strided], torch.ones_like(described[strided]))
@@ -154,13 +158,13 @@ def test_every_valid_descriptor_averages_a_valid_position(
 @pytest.mark.parametrize(("pixels", "ratio"), [(4, 4), (2, 8), (1, 16), (8, 2), (4, 1)])
 def test_a_descriptor_is_centred_on_what_it_stands_for(pixels: int, ratio: int) -> None:
     """The window's average of a coordinate, brought to input size, is that coordinate: maps are not shifted."""
-    size = 128
-    shape = size // pixels, size // pixels
-    stride = stride_of(shape, (size, size))
+    side = 128
+    shape = side // pixels, side // pixels
+    stride = stride_of(shape, (side, side))
     window = window_size(shape, (shape[0] // ratio, shape[1] // ratio), stride)
     centres = (torch.arange(shape[1]) + 0.5) * pixels
     described = describe(centres.expand(1, 1, *shape).contiguous(), "features", window, stride)[0, :, :, 0]
-    cells = (torch.arange(described.shape[1]) + 0.5) * size / described.shape[1]
+    cells = (torch.arange(described.shape[1]) + 0.5) * side / described.shape[1]
     inner = slice(window, -window) if len(cells) > 2 * window else slice(len(cells) // 2, len(cells) // 2 + 1)
     torch.testing.assert_close(described[:, inner], cells[inner].expand_as(described[:, inner]))
 
@@ -188,7 +192,7 @@ def as_features(descriptors: Tensor) -> Tensor:
 def test_fit_bank_gives_finite_distances_for_constant_channels(kind: Kind, value: float, constant: str) -> None:
     descriptors = normal(300, 4).abs()
     descriptors[:, {"a channel": slice(1), "all but one": slice(3), "all": slice(4)}[constant]] = value
-    bank = fit_bank(describe(as_features(descriptors), kind, 1, 1).flatten(0, 2), 0, kind, 1, 1, 50, 0)
+    bank = fit_bank(describe(as_features(descriptors), kind, 1, 1).flatten(0, 2), DescriptorSpec(0, kind, 1, 1), 50, 0)
     for tensor in (bank.mean, bank.whitening, bank.vectors):
         assert torch.isfinite(tensor).all()
     # Nothing overflows when a distance is squared.
@@ -199,13 +203,13 @@ def test_fit_bank_gives_finite_distances_for_constant_channels(kind: Kind, value
 def test_fit_bank_gives_zero_distance_for_constant_features() -> None:
     features = torch.full((3, 8, 5, 5), 0.3)
     for kind in KINDS:
-        bank = fit_bank(describe(features, kind, 3, 1).flatten(0, 2), 0, kind, 3, 1, 20, 0)
+        bank = fit_bank(describe(features, kind, 3, 1).flatten(0, 2), DescriptorSpec(0, kind, 3, 1), 20, 0)
         assert bank.distance_map(features).max() < 1e-2
 
 
-def reference_coreset(points: np.ndarray, size: int) -> list[int]:
+def reference_coreset(points: np.ndarray, count: int) -> list[int]:
     chosen = [int(np.linalg.norm(points - points.mean(axis=0), axis=1).argmin())]
-    while len(chosen) < size:
+    while len(chosen) < count:
         nearest = [min(np.linalg.norm(point - points[k]) for k in chosen) for point in points]
         chosen.append(int(np.argmax(nearest)))
     return chosen
@@ -223,10 +227,10 @@ def radius(points: np.ndarray, chosen: list[int] | tuple[int, ...]) -> float:
 
 @given(st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20)), min_size=1, max_size=9), st.integers(1, 4))
 @settings(deadline=None)
-def test_greedy_coreset_radius_is_at_most_twice_the_best(coordinates: list[tuple[int, int]], size: int) -> None:
+def test_greedy_coreset_radius_is_at_most_twice_the_best(coordinates: list[tuple[int, int]], count: int) -> None:
     points = np.array(coordinates, np.float32)
-    chosen = greedy_coreset(torch.from_numpy(points), size, 0).tolist()
-    assert len(set(chosen)) == len(chosen) == min(size, len(points))
+    chosen = greedy_coreset(torch.from_numpy(points), count, 0).tolist()
+    assert len(set(chosen)) == len(chosen) == min(count, len(points))
     best = min(radius(points, subset) for subset in itertools.combinations(range(len(points)), len(chosen)))
     assert radius(points, chosen) <= 2 * best + 1e-5
 
@@ -260,7 +264,7 @@ def test_nearest_distance_matches_brute_force(queries: int, vectors: int, channe
 def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
     features = as_features(correlated(1500, 64))
     descriptors = describe(features, kind, 1, 1).flatten(0, 2)
-    bank = fit_bank(descriptors, 1, kind, 1, 1, 1500, 0)
+    bank = fit_bank(descriptors, DescriptorSpec(1, kind, 1, 1), 1500, 0)
     assert torch.equal(bank.vectors, bank.vectors.half().float())
     distances = bank.distance_map(features)
     # Rounding to half precision moves a vector of length 8 by a few thousandths.
@@ -270,15 +274,16 @@ def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
     assert others.min() > 50 * distances.max()
 
 
-def make_bank(features: Tensor, kind: Kind, window: int, size: int = 10**6) -> MemoryBank:
-    return fit_bank(describe(features, kind, window, 1).flatten(0, 2), 0, kind, window, 1, size, 0)
+def make_bank(features: Tensor, kind: Kind, window: int, count: int = 10**6) -> MemoryBank:
+    spec = DescriptorSpec(0, kind, window, 1)
+    return fit_bank(spec.describe(features).flatten(0, 2), spec, count, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("size", [30, 10**6])
-def test_distance_map_turns_with_the_image(kind: Kind, window: int, size: int) -> None:
-    bank = make_bank(normal(4, 6, 8, 8), kind, window, size)
+@pytest.mark.parametrize("count", [30, 10**6])
+def test_distance_map_turns_with_the_image(kind: Kind, window: int, count: int) -> None:
+    bank = make_bank(normal(4, 6, 8, 8), kind, window, count)
     features = normal(2, 6, 8, 8, seed=1)
     straight = bank.distance_map(features)
     turned = bank.distance_map(features.rot90(1, (2, 3)))

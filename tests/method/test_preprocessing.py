@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stpm.method.preprocessing import IMAGENET, Resize, choose_size
+from stpm.method.preprocessing import IMAGENET, Resize, choose_input_shape
 from stpm.options import Size
 from tests.conftest import make_preprocessing
 
@@ -96,10 +96,10 @@ def test_padding_colour_is_zero_after_normalisation() -> None:
         ([(100, 400), (400, 100), (200, 200)], (256, 256)),
     ],
 )
-def test_choose_size_follows_median_image_within_budget(
+def test_choose_input_shape_follows_median_image_within_budget(
     sizes: list[tuple[int, int]], expected: tuple[int, int]
 ) -> None:
-    assert choose_size(sizes, 163_840) == expected
+    assert choose_input_shape(sizes, 163_840) == expected
 
 
 @given(
@@ -109,8 +109,8 @@ def test_choose_size_follows_median_image_within_budget(
 @example([(40_000, 5_000)], 4096**2)
 @example([(1_000, 50_000)], 4096**2)
 @example([(4_097, 4_097)], 4096**2)
-def test_choose_size_keeps_budget_and_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
-    height, width = choose_size(sizes, budget)
+def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
+    height, width = choose_input_shape(sizes, budget)
     assert height % 32 == width % 32 == 0
     assert 32 <= min(height, width) <= max(height, width) <= 4096
     assert height * width <= budget

@@ -13,10 +13,12 @@ import torch
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ModelError
-from stpm.method.backbones import StateDict, build_student, load_teacher_weights
-from stpm.method.calibration import Calibration, DistanceScale, HeatmapScale
-from stpm.method.memory_bank import KINDS, MemoryBank, fit_bank
+from stpm.method.backbones import StateDict, build_student
+from stpm.method.calibration import Calibration
+from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
+from stpm.method.scales import DistanceScale, HeatmapScale
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore
 from tests.conftest import MODELS, make_preprocessing
@@ -36,7 +38,7 @@ def make_banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
     for level, window, stride in ((1, 3, 2), (2, 1, 1)):
         for kind in KINDS:
             descriptors = torch.randn(90, 60 + level, generator=generator)
-            banks.append(fit_bank(descriptors, level, kind, window, stride, recipe.memory, seed))
+            banks.append(fit_bank(descriptors, DescriptorSpec(level, kind, window, stride), recipe.memory, seed))
     return tuple(banks)
 
 
@@ -128,13 +130,12 @@ def test_load_restores_memory_bit_for_bit(store: ModelStore, any_model: Recipe) 
     expected, found = make_banks(any_model), store.load("nut").parts.memory
     assert len(found) == len(expected) == (4 if any_model.memory else 0)
     for one, other in zip(found, expected, strict=True):
-        for name in ("level_index", "kind", "window", "stride"):
-            assert getattr(one, name) == getattr(other, name)
+        assert one.spec == other.spec
         for name in ("mean", "whitening", "vectors"):
             loaded, made = getattr(one, name), getattr(other, name)
             assert loaded.dtype == torch.float32
             assert torch.equal(loaded, made)
-        features = torch.randn(3, 60 + one.level_index, 9, 7)
+        features = torch.randn(3, 60 + one.spec.level_index, 9, 7)
         assert torch.equal(one.distance_map(features), other.distance_map(features))
 
 

@@ -43,6 +43,7 @@ def test_a_new_model_after_a_roll_back_takes_the_place_of_those_rolled_back() ->
     versions = published("abc").roll_back().publish(version("d"))
     assert ids(versions) == ("ab", "d", "")
     assert ids(versions.roll_back()) == ("a", "b", "d")
+    assert "rolled back or staged (c): --roll-forward no" in published("abc").roll_back().describe_replaced("d")
 
 
 def test_the_same_model_again_adds_no_version() -> None:
@@ -50,6 +51,7 @@ def test_the_same_model_again_adds_no_version() -> None:
     again = versions.publish(Version("a", "the same images, uploaded again"))
     assert ids(again) == ("", "a", "b")
     assert again.current.data_fingerprint == "the same images, uploaded again"
+    assert versions.describe_replaced("a") == ""
     # Back to an earlier model by fitting is a version of its own.
     assert ids(published("aba").roll_back()) == ("a", "b", "a")
 

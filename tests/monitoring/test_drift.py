@@ -13,7 +13,8 @@ from scipy import stats
 
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
-from stpm.method.calibration import Calibration, HeatmapScale
+from stpm.method.calibration import Calibration
+from stpm.method.scales import HeatmapScale
 from stpm.monitoring.drift import Reference, Verdict, judge
 from tests.monitoring.nights import DrawnNight, Line
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from stpm.method.calibration import Calibration, HeatmapScale, threshold_rank
+from stpm.method.calibration import Calibration, threshold_rank
+from stpm.method.scales import HeatmapScale
 from stpm.monitoring.significance import Rate, compare_rates, compare_samples, compare_scores, exceedances
 
 NIGHTS = 1000

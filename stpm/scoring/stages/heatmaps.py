@@ -109,9 +109,9 @@ class WriteHeatmaps:
         if not self._options.overlay:
             return heatmap, None
         left, top, right, bottom = preprocessing.content_box(*size)
-        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(preprocessing.height, preprocessing.width, 3)
+        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(*preprocessing.input_shape, 3)
         blended = Image.fromarray(overlay(pixels[top:bottom, left:right], levels))
-        longest = _MAX_OVERLAY_STRETCH * max(preprocessing.height, preprocessing.width)
+        longest = _MAX_OVERLAY_STRETCH * max(preprocessing.input_shape)
         resized = blended.resize(preprocessing.picture_size(*size, min(content), longest))
         return heatmap, encode_jpeg(resized)
 

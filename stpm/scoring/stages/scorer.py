@@ -15,7 +15,8 @@ import pyarrow as pa
 import torch
 
 from stpm.errors import RETRIED_ERRORS, ImageError
-from stpm.method.forward import Matcher, pick_device
+from stpm.method.device import set_up_device
+from stpm.method.forward import Matcher
 from stpm.method.fusion import AnomalyMap
 from stpm.method.preprocessing import Boxes
 from stpm.models.store import Model, ModelStore
@@ -80,7 +81,7 @@ class Scorer:
     def __init__(
         self, settings: ScorerSettings, progress: ProgressReporter | None = None, models: ModelCache | None = None
     ) -> None:
-        device = pick_device()
+        device = set_up_device()
         self._settings = settings
         self._progress = progress
         self._models = models or ModelCache(
@@ -190,7 +191,7 @@ class Scorer:
         """Score images of one batch, which are sorted by category."""
         preprocessing = matcher.preprocessing
         pixels = np.stack([np.frombuffer(image.pixels.as_buffer(), np.uint8) for image in images])
-        pixels = pixels.reshape(len(images), preprocessing.height, preprocessing.width, 3)
+        pixels = pixels.reshape(len(images), *preprocessing.input_shape, 3)
         inputs = matcher.inputs(torch.from_numpy(pixels))
         content = preprocessing.content_boxes((image.width, image.height) for image in images)
         teacher = matcher.teacher_features(inputs)

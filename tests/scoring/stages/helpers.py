@@ -12,9 +12,9 @@ import pyarrow as pa
 from stpm.data import mvtec
 from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
-from stpm.method.backbones import load_teacher_weights
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs.image_files import ImageRef
