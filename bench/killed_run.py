@@ -87,7 +87,7 @@ def compare(output: RunOutput, undisturbed: RunOutput, images: int) -> None:
     assert found.drop_columns("score").equals(expected.drop_columns("score"))
     np.testing.assert_allclose(found["score"].to_numpy(), expected["score"].to_numpy(), rtol=_TOLERANCE)
     for run in (output, undisturbed):
-        written = {uri.removeprefix(f"{run.folder}/") for uri, _ in storage.files(run.heatmaps)}
+        written = {uri.removeprefix(f"{run.folder}/") for uri in storage.files(run.heatmaps)}
         heatmaps = set(expected["heatmap"].to_pylist()) - {""}
         assert written == heatmaps, sorted(written ^ heatmaps)[:5]
         assert RowSummary.total(committed_summaries(run), _TOP) == scan_rows(run, _TOP)

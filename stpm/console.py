@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import signal
 import sys
 import threading
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 
 # Terminal codes: return to the start of the line, and clear it.
 _REWRITE = "\r\x1b[K"
-
-_WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*", re.IGNORECASE)
 
 
 class Stopped(KeyboardInterrupt):
@@ -133,24 +130,3 @@ def exit_code(done: int, failed: int) -> int:
     if not failed:
         return ALL_DONE
     return SOME_FAILED if done else NOTHING_DONE
-
-
-def hide_urls(text: str) -> str:
-    """Shorten each web URL to its host: its user, path and query may hold secrets.
-
-    >>> hide_urls("--webhook=https://me:secret@hooks.example/T0/B1?key=secret --wait")
-    '--webhook=https://hooks.example/... --wait'
-    """
-    return _WEB_URL.sub(r"\1\2/...", text)
-
-
-def timestamp() -> str:
-    """Return the time in UTC, to the second, in the format of ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def duration(seconds: float) -> str:
-    """Format seconds in the unit that suits them: 70 s, 5 min, 2.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

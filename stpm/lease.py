@@ -24,9 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stpm import storage
-from stpm.console import SOME_FAILED, duration, hide_urls, timestamp
+from stpm.console import SOME_FAILED
 from stpm.errors import GO_ON, ConfigError, CutOffError
+from stpm.names import hide_urls
 from stpm.records import from_json, to_json
+from stpm.times import duration, timestamp
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +224,7 @@ class Lease:
         return -1, b""
 
     def _numbers(self) -> list[int]:
-        names = (uri.rsplit("/", 1)[-1].removesuffix(".json") for uri, _ in storage.files(f"{self.folder}/.lease"))
+        names = (uri.rsplit("/", 1)[-1].removesuffix(".json") for uri in storage.files(f"{self.folder}/.lease"))
         return [int(name) for name in names if name.isdecimal()]
 
     def _uri(self, number: int) -> str:

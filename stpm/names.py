@@ -21,6 +21,7 @@ _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "l
 # The last range has the surrogates that stand for bytes that are not UTF-8.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
 _BYTE = re.compile(r"[\udc80-\udcff]")
+_WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*", re.IGNORECASE)
 # Scheme, user with password, host, and the rest. For fsspec, another filesystem stands before ::.
 _URI = re.compile(r"(?:.*::)?([a-z][a-z0-9+.-]*)://(?:([^/?#]*)@)?([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
@@ -55,6 +56,15 @@ def check_no_secret(uri: str) -> None:
     else:
         return
     raise UriError(f"{scheme}://{host}/...: this URI holds a {held}, and would be kept with results; {remedy}")
+
+
+def hide_urls(text: str) -> str:
+    """Shorten each web URL to its host: its user, path and query may hold secrets.
+
+    >>> hide_urls("--webhook=https://me:secret@hooks.example/T0/B1?key=secret --wait")
+    '--webhook=https://hooks.example/... --wait'
+    """
+    return _WEB_URL.sub(r"\1\2/...", text)
 
 
 def safe_name(name: str, what: str) -> str:

@@ -138,7 +138,7 @@ def test_a_waiting_run_gets_the_released_lease_and_logs_once(
     assert 30 < clock.now < TIMEOUT
     logged = [record.getMessage() for record in caplog.records if record.name == "stpm.lease"]
     assert [line.split("; ")[1] for line in logged] == ["waiting for its end"]
-    assert [uri.rsplit("/", 1)[1] for uri, _ in storage.files(folder)] == ["1.json"]
+    assert [uri.rsplit("/", 1)[1] for uri in storage.files(folder)] == ["1.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "x"}', b'{"surprise": 1}'])

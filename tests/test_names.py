@@ -5,7 +5,7 @@ import os
 import pytest
 
 from stpm.errors import DataError, UriError
-from stpm.names import as_utf8, check_no_secret, is_utf8, safe_name
+from stpm.names import as_utf8, check_no_secret, hide_urls, is_utf8, safe_name
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,8 @@ def test_a_uri_with_a_secret_is_refused_without_showing_it(uri: str) -> None:
 )
 def test_a_uri_without_a_secret_is_accepted(uri: str) -> None:
     check_no_secret(uri)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTPS", "Http"])
+def test_urls_are_hidden_in_any_case(scheme: str) -> None:
+    assert hide_urls(f"--webhook={scheme}://me:secret@host/T0?key=secret") == f"--webhook={scheme}://host/..."

@@ -1,21 +1,20 @@
-"""Several machines: which paths they can reach, whether one can work, and what each would run."""
+"""Several machines: which paths they can reach, and whether one can work."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from tabulate import tabulate
 
 from stpm import storage
-from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, working_nodes
+from stpm.cluster.connection import MIN_CPUS, connected, is_shared, working_nodes
 from stpm.errors import ConfigError, join_first
 from stpm.options import ClusterOptions
 
@@ -102,25 +101,3 @@ def first_bundle(kind: Literal["gpu", "cpu"]) -> dict[str, float]:
 def _several_machines() -> bool:
     alive = [node for node in ray.nodes() if node["Alive"]]
     return len(alive) > 1 or not working_nodes()
-
-
-def log_plan(columns: Mapping[str, Callable[[Resources], str]]) -> None:
-    """Log a table of the cluster's nodes: their resources, and what each would run.
-
-    Args:
-        columns: by heading, a function from a node's resources to what it would run.
-    """
-    with connected():
-        driver = ray.get_runtime_context().get_node_id()
-        nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda node: node["NodeID"] != driver)
-        rows = [
-            [
-                node["NodeManagerAddress"],
-                *(f"{node['Resources'].get(kind, 0):g}" for kind in ("CPU", "GPU")),
-                "driver, queue, progress" if node["NodeID"] == driver else "",
-                *(describe(node["Resources"]) for describe in columns.values()),
-            ]
-            for node in nodes
-        ]
-        log.info(tabulate(rows, ["node", "CPUs", "GPUs", "", *columns], disable_numparse=True))
-        log.info("Nodes that come later take work too. Nothing was started." if is_shared() else "Nothing was started.")

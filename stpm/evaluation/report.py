@@ -13,12 +13,12 @@ import pyarrow as pa
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.console import timestamp
 from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
 from stpm.evaluation.options import MasksAt
 from stpm.models.record import ModelRecord, installed_versions
+from stpm.times import timestamp
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
 _COUNTS = ("train_count", "held_out_count", "good_count", "defect_count", "error_count")

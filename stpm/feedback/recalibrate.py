@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
-from stpm.console import timestamp
 from stpm.data.image_statistics import COMPARED
 from stpm.feedback.new_images import NewImages
 from stpm.method.scales import HeatmapScale
 from stpm.models.record import ModelRecord, installed_versions
 from stpm.models.store import ModelStore
+from stpm.times import timestamp
 
 
 def recalibrate(store: ModelStore, new: NewImages) -> ModelRecord:

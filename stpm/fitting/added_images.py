@@ -20,7 +20,7 @@ def with_added_images(
     uris = {store.added_uri(category.name, image.digest): image.digest for image in added}
     if not uris:
         return category.train
-    sizes = {size for uri, size in storage.files(store.added_folder(category.name)) if uri in uris}
+    sizes = {size for uri, size in storage.file_sizes(store.added_folder(category.name)) if uri in uris}
     present = set()
     for uri, version in category.train:
         # A version begins with the size.

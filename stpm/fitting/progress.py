@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from stpm.console import duration
 from stpm.fitting.task import Epoch, Event, FitResult, FitTask
+from stpm.times import duration
 
 log = logging.getLogger(__name__)
 

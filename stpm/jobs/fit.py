@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from functools import partial
 
 from stpm import storage
-from stpm.cluster.placement import log_plan, on_cluster
+from stpm.cluster.placement import on_cluster
+from stpm.cluster.plan import log_plan
 from stpm.console import ALL_DONE, exit_code
 from stpm.errors import ConfigError
 from stpm.feedback.add_good import add_good

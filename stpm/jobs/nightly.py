@@ -8,8 +8,9 @@ import os
 from functools import partial
 
 from stpm import storage
-from stpm.cluster.placement import log_plan, on_cluster
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED, timestamp
+from stpm.cluster.placement import on_cluster
+from stpm.cluster.plan import log_plan
+from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.errors import ConfigError, WebhookError
 from stpm.lease import hold_lease
 from stpm.monitoring.housekeeping import remove_nights_before
@@ -23,6 +24,7 @@ from stpm.monitoring.webhook import post
 from stpm.options import ClusterOptions
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.scorer_pool import describe_plan
+from stpm.times import timestamp
 
 _SECRET = "STPM_WEBHOOK_SECRET"  # noqa: S105  the name of the variable that holds it
 

@@ -12,7 +12,8 @@ from typing import IO
 import pyarrow as pa
 
 from stpm import storage
-from stpm.cluster.placement import log_plan, on_cluster
+from stpm.cluster.placement import on_cluster
+from stpm.cluster.plan import log_plan
 from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.errors import with_remedy
 from stpm.lease import hold_lease

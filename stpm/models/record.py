@@ -9,10 +9,10 @@ from importlib.metadata import version
 from typing import Literal
 
 from stpm import __version__, storage
-from stpm.console import timestamp
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
+from stpm.times import timestamp
 
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"

@@ -232,12 +232,12 @@ class ModelStore:
 
     def model_ids(self, category: str) -> list[str]:
         """List all models of a category, sorted, even those that rolling back or forward no longer reaches."""
-        names = [uri.split("/")[-2:] for uri, _ in storage.files(self.folder(category))]
+        names = [uri.split("/")[-2:] for uri in storage.files(self.folder(category))]
         return sorted(folder for folder, name in names if name == _RECORD)
 
     def model_folders(self, category: str) -> list[str]:
         """List the folders of all models of a category, even those without a record, which a kill leaves."""
-        folders = {uri.split("/")[-2] for uri, _ in storage.files(self.folder(category))}
+        folders = {uri.split("/")[-2] for uri in storage.files(self.folder(category))}
         return sorted(folder for folder in folders if folder.startswith(f"{category}-"))
 
     def remove(self, category: str, model_id: str) -> None:

@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import tenacity
 
-from stpm.console import hide_urls
 from stpm.errors import WebhookError
+from stpm.names import hide_urls
 
 SIGNATURE = "X-Stpm-Signature-256"
 _TIMEOUT_SECONDS = 10.0

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from stpm import storage
-from stpm.console import duration
 from stpm.scoring.inputs.manifest import Manifest, write_manifest
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_statistics import RunResult
 from stpm.scoring.scoring_run import ScoringRun
+from stpm.times import duration
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def dry_run(run: ScoringRun) -> None:
             fdr=0.0,
         )
         result, _ = run_scoring(sample, start_over=True)
-        written = storage.files(sample.output.scores) + storage.files(sample.output.heatmaps)
+        written = storage.file_sizes(sample.output.scores) + storage.file_sizes(sample.output.heatmaps)
         log.info(describe_estimate(manifest.rows, result, [size for _, size in written]))
     finally:
         storage.remove(folder)

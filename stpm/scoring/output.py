@@ -124,7 +124,7 @@ class RunOutput:
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""
-        written = [uri for uri, _ in storage.files(self.scores)]
+        written = storage.files(self.scores)
         return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
 
     def written_uris(self) -> list[str]:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import ray
 
 from stpm.cluster.connection import on_driver_node
-from stpm.console import duration, is_terminal, show_progress
+from stpm.console import is_terminal, show_progress
 from stpm.errors import CutOffError
 from stpm.scoring.prometheus import Stage
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
+from stpm.times import duration
 
 log = logging.getLogger(__name__)
 

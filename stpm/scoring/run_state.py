@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from stpm import storage
-from stpm.console import timestamp
 from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.models.record import installed_versions
 from stpm.records import convert, parse_json
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_statistics import RunResult
+from stpm.times import timestamp
 
 _RUN = "run.json"
 _SUCCESS = "_SUCCESS"

@@ -1,6 +1,6 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.storage.listing import file_versions, files, files_starting, glob, iter_files, subfolders
+from stpm.storage.listing import file_sizes, file_versions, files, files_starting, glob, iter_files, subfolders
 from stpm.storage.objects import (
     check_size,
     create,
@@ -27,6 +27,7 @@ __all__ = [
     "digest",
     "encode_parquet",
     "exists",
+    "file_sizes",
     "file_versions",
     "files",
     "files_starting",

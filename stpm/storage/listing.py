@@ -41,8 +41,13 @@ def subfolders(uri: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def files(uri: str) -> list[tuple[str, int]]:
-    """Return (URI, size in bytes) of every file under a folder, at any depth, sorted; none if it does not exist."""
+def files(uri: str) -> list[str]:
+    """Return the URI of every file under a folder, at any depth, sorted; none if it does not exist."""
+    return [name for name, _ in _entries(uri)]
+
+
+def file_sizes(uri: str) -> list[tuple[str, int]]:
+    """Return (URI, size in bytes) of every file under a folder, as `files` lists them."""
     return [(name, int(info["size"] or 0)) for name, info in _entries(uri)]
 
 

@@ -119,7 +119,7 @@ def read_rows(out: object, *columns: str) -> list[dict[str, Any]]:
 
 def checkpoints(run: RunOutput) -> list[str]:
     """List the files that mark rows of an unfinished run as written."""
-    files = [uri for uri, _ in storage.files(run.checkpoints)]
+    files = storage.files(run.checkpoints)
     # In a store the folder itself may be an object.
     return [uri for uri in files if uri.endswith(".parquet") and not uri.endswith(".pending.parquet")]
 

@@ -84,13 +84,13 @@ def test_a_collection_in_a_cloud_is_scored_into_the_same_cloud(
 ) -> None:
     root: str = request.getfixturevalue(cloud)
     make_category(f"{root}/data", "nut")
-    for uri, _ in storage.files(models):
+    for uri in storage.files(models):
         storage.publish(f"{root}/models/{uri.removeprefix(f'{models}/')}", storage.read(uri))
     images = [f"{root}/data/nut/train", f"{root}/data/nut/test/**/*.png"]
     score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut"]
     assert run_job("score", *score, "--out", f"{root}/run").returncode == 0
     rows = read_rows(f"{root}/run", "uri", "error_kind", "heatmap")
-    scored = [uri for uri, _ in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
+    scored = [uri for uri in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
     assert sorted(row["uri"] for row in rows) == sorted(scored)
     assert all(uri.startswith(f"{root}/data/nut/") for uri in scored)
     assert all(storage.read(f"{root}/run/{row['heatmap']}") and not row["error_kind"] for row in rows)

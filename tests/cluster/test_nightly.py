@@ -64,7 +64,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
     undisturbed = run_job("nightly", *options, "--out", str(tmp_path / "undisturbed"))
     assert undisturbed.returncode == 0
 
-    late = [uri for uri, _ in storage.files(str(images))][7:20]
+    late = storage.files(str(images))[7:20]
     (tmp_path / "late").mkdir()
     for uri in late:
         Path(uri).rename(tmp_path / "late" / Path(uri).name)

@@ -35,7 +35,7 @@ def test_a_fit_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
     assert [one for one, other in zip(storage.file_versions(f"{data}/nut"), before, strict=True) if one != other] == [
         (uri, dict(storage.file_versions(f"{data}/nut"))[uri])
     ]
-    assert not [uri for uri, _ in storage.files(models) if "checkpoint" in uri or ".train" in uri]
+    assert not [uri for uri in storage.files(models) if "checkpoint" in uri or ".train" in uri]
 
 
 def test_a_benchmark_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
@@ -54,9 +54,9 @@ def test_a_benchmark_reads_from_s3_and_writes_to_s3(s3: dict[str, str]) -> None:
     assert len(rows) == 8
     assert all(row["uri"].startswith(f"{data}/nut/test/") for row in rows)
     assert all(storage.read(f"{out}/{row['heatmap']}").startswith(b"\x89PNG") for row in rows)
-    assert not [uri for uri, _ in storage.files(f"{out}/models") if ".train" in uri]
+    assert not [uri for uri in storage.files(f"{out}/models") if ".train" in uri]
 
-    written = b"".join(storage.read(uri) for uri, _ in storage.files(out) if uri.endswith((".json", ".parquet")))
+    written = b"".join(storage.read(uri) for uri in storage.files(out) if uri.endswith((".json", ".parquet")))
     options = ["--models", f"{out}/models/seed-0", "--category", "nut"]
     for images, run in ((f"{data}/nut/test", "s3://nobucket/run"), ("s3://nobucket/images", f"{out}/other")):
         no_bucket = run_job("score", *options, "--images", images, "--out", run)

@@ -99,9 +99,9 @@ def check_same(root: Path, out: str) -> None:
             with Image.open(pa.BufferReader(storage.read(f"{folder}/{row['heatmap']}"))) as image:
                 pictures.append(np.asarray(image).astype(int))
         assert np.abs(pictures[0] - pictures[1]).max() <= 1
-    names = {uri.removeprefix(f"{out}/").split("/")[0] for uri, _ in storage.files(out)}
+    names = {uri.removeprefix(f"{out}/").split("/")[0] for uri in storage.files(out)}
     assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "segments", "triage.html"}
-    heatmaps = {uri.removeprefix(f"{out}/") for uri, _ in storage.files(f"{out}/heatmaps")}
+    heatmaps = {uri.removeprefix(f"{out}/") for uri in storage.files(f"{out}/heatmaps")}
     assert heatmaps == {row["heatmap"] for row in expected.values()} - {""}
     assert summary(out) == summary(str(root / "undisturbed"))
     assert RowSummary.total(committed_summaries(RunOutput.single(out)), 50) == scan_rows(RunOutput.single(out), 50)
@@ -116,7 +116,7 @@ def wait_for_rows(out: str, min_files: int) -> None:
     """Wait until this number of files of rows is written."""
 
     def written() -> int:
-        segments = [uri for uri, _ in storage.files(RunOutput.single(out).segments) if uri.endswith(".json")]
+        segments = [uri for uri in storage.files(RunOutput.single(out).segments) if uri.endswith(".json")]
         return len(checkpoints(RunOutput.single(out))) + SEGMENT_FILES * len(segments)
 
     wait_until(lambda: written() >= min_files, "no rows were written")

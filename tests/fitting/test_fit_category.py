@@ -189,7 +189,7 @@ def test_folds_calibrate_on_every_image(tmp_path: Path, any_model: Recipe) -> No
     assert record
     assert record.fit.calibration_count == 8
     assert len(ModelStore(task.store).load("nut").calibration.scores) == 8
-    assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+    assert not [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
 def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> None:
@@ -251,7 +251,7 @@ def test_interrupted_calibration_continues_with_the_same_fold(
     fit_category(task, EVERY_EPOCH, lambda message: None)
     assert trained == [2, 3] + [1, 2, 3] * (2 - dies_in_fold)
     assert contents(task) == contents(undisturbed)
-    assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+    assert not [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
 def test_a_fit_removes_the_checkpoints_of_one_with_more_folds(
@@ -265,10 +265,10 @@ def test_a_fit_removes_the_checkpoints_of_one_with_more_folds(
         patch.setattr(ModelStore, "save", die)
         with pytest.raises(Killed):
             fit_category(task, EVERY_EPOCH, lambda message: None)
-    left = [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+    left = [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
     assert len(left) == 3
     assert fit_category(dataclasses.replace(task, recipe=tiny), LIMITS, lambda message: None).record
-    assert not [uri for uri, _ in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+    assert not [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
 def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> None:

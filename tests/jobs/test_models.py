@@ -38,7 +38,7 @@ def test_models_are_listed_with_their_place(
     store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     models, ids = store
-    before = {uri: storage.read(uri) for uri, _ in storage.files(models.uri)}
+    before = {uri: storage.read(uri) for uri in storage.files(models.uri)}
     assert run(models) == 0
     lines = {line.split()[0]: line for line in caplog.text.splitlines() if line.startswith(("nut-", "bolt-"))}
     assert lines.keys() == set(ids)
@@ -46,7 +46,7 @@ def test_models_are_listed_with_their_place(
     assert lines[ids[2]].split()[1:2] + lines[ids[2]].split()[-4:] == ["current", "8", "5", "0.6000", "0.7"]
     assert "2 before" in lines[ids[0]]
     assert "current" in lines[ids[3]]
-    assert {uri: storage.read(uri) for uri, _ in storage.files(models.uri)} == before
+    assert {uri: storage.read(uri) for uri in storage.files(models.uri)} == before
 
 
 def test_two_roll_backs_go_two_back_and_forward_returns(store: tuple[ModelStore, list[str]]) -> None:
@@ -112,7 +112,7 @@ def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[st
     run(models, "nut", roll_forward=True)
     assert run(models, "nut", keep=1) == 0
     assert models.model_ids("nut") == sorted(ids[1:3])
-    assert not [uri for uri, _ in storage.files(models.folder("nut")) if ids[0] in uri or "left-over" in uri]
+    assert not [uri for uri in storage.files(models.folder("nut")) if ids[0] in uri or "left-over" in uri]
     assert [each.model_id for each in models.versions("nut").previous] == [ids[1]]
     assert models.load("bolt").record.model_id == ids[3]
 

@@ -273,7 +273,7 @@ def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> 
     assert job(BEFORE) == 0
     job.dump(BEFORE, "late")
     job.dump(DATE, "c")
-    files = [uri for uri, _ in storage.files(f"{job.out}/date={BEFORE}/{part}") if uri.endswith(".parquet")]
+    files = [uri for uri in storage.files(f"{job.out}/date={BEFORE}/{part}") if uri.endswith(".parquet")]
     storage.publish(files[0], b"PAR1 damaged", durable=False)
     assert job(DATE) == 2
     assert record(job).images == 1
@@ -362,7 +362,7 @@ def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
     assert job(AFTER, keep_days=7) == 3
     assert record(job, old).images == 2
     assert job(DATE, keep_days=7) == 0
-    assert [uri for uri, _ in storage.files(f"{job.out}/date={old}")] == [mine]
+    assert storage.files(f"{job.out}/date={old}") == [mine]
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
     assert [night["date"] for night in nights] == ["2026-11-24", "2026-11-25"]
 
@@ -388,7 +388,7 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
     shutil.copytree(job.out, job.root / "start")
     assert job(DATE, fresh=fresh, max_error_rate=1.0) == 0
     expected = result()
-    assert not any("checkpoint" in uri or "remaining" in uri for uri, _ in storage.files(job.out))
+    assert not any("checkpoint" in uri or "remaining" in uri for uri in storage.files(job.out))
     # By then, --fresh has removed all, and the rest is as without it.
     last = 14 if fresh else 10**6
     steps = 0

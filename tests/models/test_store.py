@@ -159,7 +159,7 @@ FILES = {
 
 def file_names(store: ModelStore, category: str) -> set[str]:
     """List the names of a category's files."""
-    return {uri.rsplit("/", 1)[1] for uri, _ in storage.files(storage.join(store.uri, category))}
+    return {uri.rsplit("/", 1)[1] for uri in storage.files(storage.join(store.uri, category))}
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -174,7 +174,7 @@ def test_store_has_expected_files_and_one_teacher(store: ModelStore, kind: str) 
 @pytest.mark.parametrize("after", FILES)
 def test_save_keeps_older_models(store: ModelStore, before: str, after: str) -> None:
     first = save(store, MODELS[before])
-    old = {uri: storage.read(uri) for uri, _ in storage.files(store.folder("nut")) if first.model_id in uri}
+    old = {uri: storage.read(uri) for uri in storage.files(store.folder("nut")) if first.model_id in uri}
     assert len(old) == len(FILES[before]) - 1
     second = save(store, MODELS[after], seed=1)
     assert store.record("nut").model_id == second.model_id != first.model_id
@@ -188,7 +188,7 @@ def test_save_keeps_older_models(store: ModelStore, before: str, after: str) -> 
 def test_save_of_same_model_changes_nothing_and_repairs_damage(store: ModelStore) -> None:
     first = save(store, MODELS["student and memory"])
     save(store, MODELS["student"])
-    uris = [uri for uri, _ in storage.files(store.folder("nut")) if first.model_id in uri]
+    uris = [uri for uri in storage.files(store.folder("nut")) if first.model_id in uri]
     before = {uri: storage.read(uri) for uri in uris}
     assert save(store, MODELS["student and memory"]) == first == store.load("nut").record
     assert {uri: storage.read(uri) for uri in uris} == before

@@ -118,7 +118,7 @@ class Nightly:
 
     def rows(self, date: datetime.date = DATE) -> list[dict[str, Any]]:
         """Return the rows of a night, by URI."""
-        files = [uri for uri, _ in storage.files(f"{NightFolder.of(self.out, date).uri}/scores")]
+        files = storage.files(f"{NightFolder.of(self.out, date).uri}/scores")
         rows = [row for uri in files for row in storage.read_table(uri).to_pylist()]
         return sorted(rows, key=lambda row: str(row["uri"]))
 

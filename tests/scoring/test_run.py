@@ -94,7 +94,7 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
         if remaining_steps[0] < 0:
             raise KeyboardInterrupt
         # The last step removes only the first file of a folder.
-        for name, _ in storage.files(uri)[: None if remaining_steps[0] else 1]:
+        for name in storage.files(uri)[: None if remaining_steps[0] else 1]:
             remove(name)
         if remaining_steps[0]:
             remove(uri)

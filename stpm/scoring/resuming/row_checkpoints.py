@@ -41,7 +41,7 @@ def committed_checkpoints(folder: str) -> list[str]:
     Ray commits a checkpoint by renaming it. A store without renames copies the file and removes the original. If this
     was cut off, both names exist and the rows are written: remove the pending one.
     """
-    uris = [uri for uri, _ in storage.files(folder) if uri.endswith(_IDS)]
+    uris = [uri for uri in storage.files(folder) if uri.endswith(_IDS)]
     pending = {uri for uri in uris if uri.endswith(_PENDING)}
     committed = [uri for uri in uris if uri not in pending]
     for uri in committed:

@@ -19,7 +19,7 @@ _SUMMARIES_AT_ONCE = 16
 
 def committed_segments(output: RunOutput) -> dict[int, str]:
     """List the URI of the summary of each segment that is committed, by its number."""
-    paths = {uri: PurePosixPath(uri) for uri, _ in storage.files(output.segments)}
+    paths = {uri: PurePosixPath(uri) for uri in storage.files(output.segments)}
     return {int(path.stem): uri for uri, path in paths.items() if path.suffix == ".json" and path.stem.isdecimal()}
 
 

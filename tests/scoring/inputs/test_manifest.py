@@ -29,7 +29,7 @@ def folder(root: str) -> str:
 
 def read_shards(folder: str) -> list[pa.Table]:
     """Read all shards in the folder of a manifest."""
-    return [storage.read_table(uri) for uri, _ in storage.files(folder) if uri.endswith(".parquet")]
+    return [storage.read_table(uri) for uri in storage.files(folder) if uri.endswith(".parquet")]
 
 
 def rows_in(folder: str) -> list[dict[str, object]]:
@@ -126,7 +126,7 @@ def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], seg
     assert found == list(distinct)
     assert written.rows == len(distinct)
     shards = [uri for segment in written.segments("memory://list") for uri, _ in segment.shards]
-    assert [uri for uri, _ in storage.files("memory://list")] == [*shards, "memory://list/manifest.json"]
+    assert storage.files("memory://list") == [*shards, "memory://list/manifest.json"]
 
 
 @pytest.mark.parametrize("change", [{"categories": []}, {"rows": 3}, {"shard_rows": [-5, 7]}, {"rows": 10**30}])
