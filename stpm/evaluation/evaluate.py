@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from stpm import storage
+from stpm.cluster.ray_failures import cut_off_by_ray
 from stpm.console import ALL_DONE, SOME_FAILED, exit_code
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import measure_category
@@ -33,16 +34,18 @@ def evaluate_categories(
 
     Raises:
         RunDamagedError: if a file of rows is damaged, missing or doubled.
+        CutOffError: if a node or Ray failed.
     """
     check_row_count(output)
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
     tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
-    try:
-        results: list[CategoryResult] = ray.get(tasks)
-    except RayTaskError as error:
-        # The text of Ray's own error is a traceback.
-        raise error.cause from error
+    with cut_off_by_ray("evaluation"):
+        try:
+            results: list[CategoryResult] = ray.get(tasks)
+        except RayTaskError as error:
+            # The text of Ray's own error is a traceback.
+            raise error.cause from error
     return results
 
 

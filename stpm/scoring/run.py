@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from stpm import storage
 from stpm.cluster.connection import connected
+from stpm.cluster.ray_failures import cut_off_by_ray, is_ray_failure
 from stpm.errors import (
     DataError,
     ModelError,
@@ -26,7 +27,6 @@ from stpm.models.store import ModelStore
 from stpm.scoring.inputs.manifest import Manifest, Segment, Shard, read_manifest, read_shard, write_manifest
 from stpm.scoring.pipeline import score_shards
 from stpm.scoring.progress import ProgressReporter, Snapshot, show_scoring_progress
-from stpm.scoring.ray_failures import cut_off_by_ray, is_ray_failure
 from stpm.scoring.resuming.remaining import remaining_segments
 from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import RowSummary
@@ -205,7 +205,7 @@ class _Remaining(NamedTuple):
 def _score_remaining(run: ScoringRun, manifest: Manifest, models: ModelRecords) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
-    with connected(), cut_off_by_ray():
+    with connected(), cut_off_by_ray("scoring"):
         remaining = _plan_remaining(run, manifest)
         total, snapshot = _score_segments(run, remaining, models)
     # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only a local folder is listed.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.exceptions import NodeDiedError
 
-from stpm.errors import RunDamagedError
+from stpm.errors import CutOffError, RunDamagedError
 from stpm.evaluation.evaluate import evaluate_categories, evaluate_category, publish_report
 from stpm.evaluation.gate import Gate, Requirement
 from stpm.evaluation.report import Report
@@ -50,4 +53,15 @@ def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Pat
     else:
         write_rows(output, rows.slice(0, rows.num_rows // 2))
     with pytest.raises(RunDamagedError, match=rf"^{int(copies * rows.num_rows)} rows in .*seed-0_\*, where the run wr"):
+        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
+
+
+def test_a_node_lost_during_the_evaluation_cuts_it_off_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = scored_run(tmp_path).output
+    monkeypatch.setattr(ray, "get", Mock(side_effect=NodeDiedError("its node died")))
+    with pytest.raises(
+        CutOffError, match=r"^evaluation was cut off: its node died; what was done is kept; "
+    ):
         evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")

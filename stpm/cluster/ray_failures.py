@@ -1,4 +1,4 @@
-"""The failures of Ray, which cut a run off: a lost node, a killed process, a bug in Ray itself."""
+"""The failures of Ray, which cut a job off: a lost node, a killed process, a bug in Ray itself."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def is_ray_failure(error: Exception) -> bool:
 
 
 @contextmanager
-def cut_off_by_ray() -> Iterator[None]:
+def cut_off_by_ray(work: str) -> Iterator[None]:
     """Log a failure of Ray in the block with its traceback, and raise it as one line.
+
+    Args:
+        work: what the block does, for the message, such as "scoring".
 
     Raises:
         CutOffError: if Ray failed. Other errors stay as they are.
@@ -32,4 +35,4 @@ def cut_off_by_ray() -> Iterator[None]:
         if not is_ray_failure(error):
             raise
         log.exception("Ray failed")
-        raise CutOffError(f"scoring was cut off: {last_line(error)}; {GO_ON}") from error
+        raise CutOffError(f"{work} was cut off: {last_line(error)}; {GO_ON}") from error
