@@ -61,7 +61,5 @@ def test_a_node_lost_during_the_evaluation_cuts_it_off_in_one_line(
 ) -> None:
     output = scored_run(tmp_path).output
     monkeypatch.setattr(ray, "get", Mock(side_effect=NodeDiedError("its node died")))
-    with pytest.raises(
-        CutOffError, match=r"^evaluation was cut off: its node died; what was done is kept; "
-    ):
+    with pytest.raises(CutOffError, match=r"^evaluation was cut off: its node died; what was done is kept; "):
         evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
