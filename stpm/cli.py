@@ -30,9 +30,9 @@ from stpm.console import (
     SOME_FAILED,
     STOPPED,
     LogFormat,
-    Stopped,
     start_logging,
     stop_on_signals,
+    stop_signal,
 )
 from stpm.errors import GO_ON, ConfigError, CutOffError, DataError, ModelError, StpmError, last_line
 from stpm.method.recipe import PRESETS, Preset, Recipe
@@ -169,9 +169,9 @@ def run_job(job: Job) -> NoReturn:
             stream.reconfigure(errors=errors)
     try:
         code = job(sys.argv[1:])
-    except Stopped as stopped:
-        log.info(f"stopped by {stopped}: {GO_ON}")
-        code = STOPPED + stopped.number
+    except KeyboardInterrupt:
+        log.info(f"stopped by {stop_signal().name}: {GO_ON}")
+        code = STOPPED + stop_signal()
     except StpmError as error:
         log.critical("%s", error)
         code = next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), COULD_NOT_RUN)

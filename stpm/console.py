@@ -29,31 +29,32 @@ log = logging.getLogger(__name__)
 _REWRITE = "\r\x1b[K"
 
 
-class Stopped(KeyboardInterrupt):
-    """Interrupt a job that a signal asks to end.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+# Signals that asked the job to end. The exception cannot say: Ray replaces the handler's by one of its own.
+_stop_signals: list[signal.Signals] = []
 
 
 def stop_on_signals() -> None:
-    """Raise `Stopped` in the main thread on SIGTERM and SIGINT; a second signal of either ends the process at once."""
+    """Raise KeyboardInterrupt in the main thread on SIGTERM and SIGINT, see `stop_signal`.
+
+    A second signal of either ends the process at once.
+    """
 
     def handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
+        _stop_signals.append(signal.Signals(number))
         handle(signal.SIG_DFL)
-        raise Stopped(number)
+        raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         handle(stop)
+
+
+def stop_signal() -> signal.Signals:
+    """Return the signal that asked the job to end."""
+    return _stop_signals[-1] if _stop_signals else signal.SIGINT
 
 
 def start_logging(job: str, log_format: LogFormat) -> None:

@@ -191,7 +191,6 @@ def test_held_takes_and_releases_the_lease(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from stpm import lease, storage
-from stpm.console import Stopped
 from stpm.cli import run_job
 
 lease._RENEWAL, lease.TIMEOUT, lease._MARGIN = 0.1, 4.0, 2.0
@@ -205,7 +204,7 @@ def job(argv):
             try:
                 open(f"{folder}/written", "a").write("x")
                 time.sleep(0.01)
-            except Stopped:
+            except KeyboardInterrupt:
                 if ignores_stop == "no":
                     raise
 

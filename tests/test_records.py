@@ -18,10 +18,10 @@ from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.records import convert, from_json, to_json
 from stpm.scoring.inputs.manifest import Manifest
 from stpm.scoring.row_summary import RankedImage, RowSummary
-from stpm.scoring.run_statistics import RunResult
+from stpm.scoring.run_statistics import CategoryCounts, RunResult
 from tests.evaluation.runs import result
 
-COUNTS = {"nut": {"rows": 2, "anomalous": 1, "errors": 1}}
+COUNTS = {"nut": CategoryCounts(rows=2, anomalous=1, errors=1)}
 DISCOVERIES = Discoveries(0.1, 2, 0.05, {"nut": 1})
 RECORDS = [
     Manifest(2, 0, ("nut",), (2,)),

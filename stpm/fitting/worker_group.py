@@ -64,7 +64,7 @@ def run_worker_group(
     filesystem, path = storage.arrow_filesystem(scratch)
 
     def train() -> None:
-        TorchTrainer(
+        _Trainer(
             _run_worker,
             train_loop_config={"queue": queue, "options": options},
             # Ray Train connects the workers, though they never communicate. Its default for GPUs, NCCL, fails if two
@@ -100,6 +100,13 @@ def run_worker_group(
     for result in missing:
         on_event(result)
     return results + missing
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Leave SIGINT to the job: Ray Train's own handler ends the process without a word, and with another exit code."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
 
 
 def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[[], int]) -> None:

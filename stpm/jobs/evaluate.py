@@ -6,7 +6,7 @@ import logging
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.errors import DataError, with_remedy
+from stpm.errors import DataError, ModelError, ModelUnreadableError, with_remedy
 from stpm.evaluation.evaluate import evaluate_categories, publish_report
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
@@ -61,4 +61,9 @@ def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[Model
         own = storage.join(models, output.name)
         uri = own if output.is_named and storage.exists(own) else models
     store = ModelStore(uri)
-    return store, [store.record(category, model_id) for category, model_id in model_ids.items()]
+    try:
+        return store, [store.record(category, model_id) for category, model_id in model_ids.items()]
+    except ModelUnreadableError:
+        raise
+    except ModelError as error:
+        raise ModelError(f"{error}; if its store has moved, name the new place by --models") from error

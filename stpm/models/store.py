@@ -348,7 +348,8 @@ class ModelStore:
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
         data = self._read_verified(self._uri(record, name), record.files[name])
-        return pq.read_table(pa.BufferReader(data))
+        # The threads of `pq.read_table` may outlive the interpreter, which then aborts: they hold its bytes.
+        return pq.ParquetFile(pa.BufferReader(data)).read()
 
     def _uri(self, record: ModelRecord, name: str) -> str:
         return storage.join(self.folder(record.category), record.model_id, name)

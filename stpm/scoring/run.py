@@ -123,7 +123,7 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
         differences = state.model_differences(_model_ids(models))
         if not differences:
             if model_ids:
-                log.info("the models are those that this run began with, not those that became current since")
+                log.info("the models are those that this run began with, even if others became current since")
             return manifest, models
     # A run without rows may be replaced.
     if not replace and run.output.files():

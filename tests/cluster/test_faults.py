@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -73,8 +74,19 @@ def test_a_fit_with_a_killed_worker_gives_the_same_models(
     process = start_fit(data, tmp_path)
     if workers := children(process.pid, FIT_WORKER):
         random.choice(workers).kill()
-    assert "3 of 3 categories have a model" in wait_for_success(process)
+    assert "3 of 3 categories are fitted" in wait_for_success(process)
     assert models(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_fit_in_one_line(name: str, data: str, tmp_path: Path) -> None:
+    process = start_fit(data, tmp_path)
+    number = signal.Signals[name]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=HANGS)
+    assert process.returncode == 128 + number, err
+    assert out.splitlines()[-1] == f"stopped by {name}: what was done is kept; run the same command again to go on"
+    assert err == ""
 
 
 @pytest.mark.parametrize("kill", KILLS)

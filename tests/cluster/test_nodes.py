@@ -190,7 +190,7 @@ def test_fitting_uses_a_new_node_and_survives_the_loss_of_one(
     store = undisturbed_students / "students-after"
     process = start_job("fit", *fit_options(undisturbed_students, store), **client)
     replace_node(cluster, FIT_WORKER, FIT_WORKER)
-    assert "4 of 4 categories have a model" in wait_for_success(process)
+    assert "4 of 4 categories are fitted" in wait_for_success(process)
     assert students(store) == students(undisturbed_students / "students")
 
 
@@ -207,5 +207,5 @@ def test_fitting_on_nodes_that_are_replaced_quarantines_no_category(
         time.sleep(random.uniform(5, 8))
         cluster.remove_node(node, allow_graceful=False)
         add_node(cluster)
-    assert "4 of 4 categories have a model" in wait_for_success(process)
+    assert "4 of 4 categories are fitted" in wait_for_success(process)
     assert students(store) == students(undisturbed_students / "students")
