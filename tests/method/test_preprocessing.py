@@ -109,6 +109,7 @@ def test_choose_input_shape_follows_median_image_within_budget(
 @example([(40_000, 5_000)], 4096**2)
 @example([(1_000, 50_000)], 4096**2)
 @example([(4_097, 4_097)], 4096**2)
+@example([(1, 8)], 24_575)
 def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
     height, width = choose_input_shape(sizes, budget)
     assert height % 32 == width % 32 == 0
@@ -118,8 +119,9 @@ def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, 
     pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
     wanted = np.sqrt([pixels / aspect, pixels * aspect])
     if wanted.min() >= 48:
-        # Rounding and two steps down change a side by at most this much.
-        assert np.abs(np.array([height, width]) - wanted).max() <= 80
+        # Rounding changes a side by 16 at most. Where it enlarges the short side from 55 to 64, the long one is three
+        # steps of 32 too long for the budget.
+        assert np.abs(np.array([height, width]) - wanted).max() <= 16 + 3 * 32
 
 
 @pytest.mark.parametrize(
