@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from anomalib_peer import Teacher, fit_anomalib
 from commands import CORES, integers, job_command, make_parser, time_command, words
 from metrics import METRICS, map_metrics
@@ -79,7 +78,7 @@ def run_ours(options: str, data: str, category: str, seed: int, teacher: Teacher
         given = {"data": data, "categories": category, "seeds": seed, "out": out, "teacher": teacher.teacher}
         given |= {"teacher-weights": teacher.teacher_weights} if teacher.teacher_weights else {}
         cost = time_command([*job_command("benchmark", given), *options.split()])
-        (row,) = pq.read_table(f"{out}/report.parquet").to_pylist()
+        (row,) = storage.read_table(f"{out}/report.parquet").to_pylist()
         preprocessing = ModelStore(f"{out}/models/seed-{seed}").record(category).preprocessing
         result = RunState(RunOutput.named(out, f"seed-{seed}").state_folder).result()
     return Run(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import ray
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from stpm.errors import GO_ON, CutOffError, last_line
 
@@ -17,6 +19,18 @@ log = logging.getLogger(__name__)
 def is_ray_failure(error: Exception) -> bool:
     """Return whether Ray raised this error, or Ray Data, which marks an error of its own code by its cause."""
     return isinstance(error, RayError | ExecutionTimeoutError) or isinstance(error.__cause__, SystemException)
+
+
+def results_of(tasks: Sequence[Any]) -> list[Any]:
+    """Wait for Ray tasks, and return their results.
+
+    What a task raised is raised here itself: the text of Ray's own error is a traceback.
+    """
+    try:
+        results: list[Any] = ray.get(tasks)
+    except RayTaskError as error:
+        raise error.cause from error
+    return results
 
 
 @contextmanager

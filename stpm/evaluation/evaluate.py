@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import ray
-from ray.exceptions import RayTaskError
 
 from stpm import storage
-from stpm.cluster.ray_failures import cut_off_by_ray
+from stpm.cluster.ray_failures import cut_off_by_ray, results_of
 from stpm.console import ALL_DONE, SOME_FAILED, exit_code
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.category_metrics import measure_category
@@ -41,12 +40,7 @@ def evaluate_categories(
     history = {record.category: store.history(record).to_pydict() for record in records}
     tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
     with cut_off_by_ray("evaluation"):
-        try:
-            results: list[CategoryResult] = ray.get(tasks)
-        except RayTaskError as error:
-            # The text of Ray's own error is a traceback.
-            raise error.cause from error
-    return results
+        return results_of(tasks)
 
 
 def evaluate_category(

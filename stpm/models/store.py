@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
@@ -247,7 +246,7 @@ class ModelStore:
         storage.remove(folder)
 
     def roll_command(self, category: str, flag: Literal["--roll-back", "--roll-forward"]) -> str:
-        """Write the command line that makes the category's previous or next model current."""
+        """Return the command line that makes the category's previous or next model current."""
         return f"python jobs/models.py --models {shlex.quote(self.uri)} --categories {shlex.quote(category)} {flag}"
 
     def put_added(self, category: str, data: bytes) -> str:
@@ -347,9 +346,7 @@ class ModelStore:
         return deserialise(self._read_verified(uri, record.files[name]), uri)
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
-        data = self._read_verified(self._uri(record, name), record.files[name])
-        # The threads of `pq.read_table` may outlive the interpreter, which then aborts: they hold its bytes.
-        return pq.ParquetFile(pa.BufferReader(data)).read()
+        return storage.decode_parquet(self._read_verified(self._uri(record, name), record.files[name]))
 
     def _uri(self, record: ModelRecord, name: str) -> str:
         return storage.join(self.folder(record.category), record.model_id, name)

@@ -15,7 +15,7 @@ from stpm.storage.objects import (
     sync,
 )
 from stpm.storage.parallel import in_parallel
-from stpm.storage.tables import count_rows, encode_parquet, read_columns, read_table
+from stpm.storage.tables import count_rows, decode_parquet, encode_parquet, read_columns, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_size",
     "count_rows",
     "create",
+    "decode_parquet",
     "digest",
     "encode_parquet",
     "exists",

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
-from ray.exceptions import RayTaskError
 
 from stpm import storage
+from stpm.cluster.ray_failures import results_of
 from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.inputs.manifest import Segment, Shard, read_shard
 from stpm.scoring.output import RunOutput
@@ -36,11 +36,7 @@ def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[S
     remote = ray.remote(num_cpus=_CPUS)(write_remaining)
     started = output.segments_with_checkpoints()
     tasks = {each: remote.remote(output, each) for each in segments if each.number in started}
-    try:
-        shards = dict(zip(tasks, ray.get(list(tasks.values())), strict=True))
-    except RayTaskError as error:
-        # The text of Ray's own error is a traceback.
-        raise error.cause from error
+    shards = dict(zip(tasks, results_of(list(tasks.values())), strict=True))
     left = [each._replace(shards=shards.get(each, each.shards)) for each in segments]
     return [each for each in left if each.shards]
 
