@@ -85,7 +85,8 @@ def run_worker_group(
     try:
         retry_after_node_loss(train, monitor.count_lost_nodes)
     except ray.train.TrainingFailedError as error:
-        failure = f"the worker group could not go on: {str(error).splitlines()[0]}"
+        first_line = str(error).partition("\n")[0]
+        failure = f"the worker group could not go on: {first_line}"
         log.exception("Ray Train gave up")
     finally:
         results = monitor.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from stpm import storage
@@ -73,59 +74,76 @@ def run_benchmark(
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:
-                results, failed_fits = _fit_score_and_evaluate(
-                    data, categories, out, options, recipe, workers, scoring, reporting.masks_at, cluster.backend
-                )
+                split = _TestSplit(data, categories, scoring, reporting.masks_at, cluster.backend)
+                results, failed_fits = _fit_and_test(split, out, options, recipe, workers)
                 failures += failed_fits
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
             log.info(f"models, scores and heatmaps are in {out}")
             return code
 
 
-def _fit_score_and_evaluate(
-    data: str,
-    categories: Sequence[Category],
-    out: str,
-    options: BenchmarkOptions,
-    recipe: Recipe,
-    workers: WorkerOptions,
-    scoring: ScoreOptions,
-    masks_at: MasksAt,
-    backend: WantedBackend,
+@dataclass(frozen=True)
+class _TestSplit:
+    """The test images of the categories, and how to score and evaluate them.
+
+    Args:
+        data: URI of the data set.
+        categories: of the data set.
+        options: how to score.
+        masks_at: the size at which masks and anomaly maps are compared.
+        backend: what computes features on a CPU.
+    """
+
+    data: str
+    categories: Sequence[Category]
+    options: ScoreOptions
+    masks_at: MasksAt
+    backend: WantedBackend
+
+    def score(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> None:
+        """Score the categories of these models; rows of an earlier run with the same configuration are kept.
+
+        Raises:
+            CutOffError: if images are unfinished: metrics of a part would not be those of the test split.
+        """
+        log.info(f"{output.name}: scoring the test images of {len(records)} categories")
+        fitted = {record.category for record in records}
+        tested = [category for category in self.categories if category.name in fitted]
+        if not any(category.test for category in tested):
+            output.clear()
+            return
+        digest = storage.digest(repr([category.test for category in tested]).encode())
+        # Metrics of pixels are computed from the maps.
+        kept = OutputOptions(raw_maps=True)
+        config = ScoringConfig((self.data,), self.options.false_alarm_rate, kept, manifest=digest)
+        rows = partial(labelled_rows, tested)
+        run = ScoringRun(rows, config, store, self.options, output, backend=self.backend)
+        result, _ = run_scoring(run, replace=True)
+        if result.unfinished:
+            raise CutOffError(f"{result.unfinished} test images are not scored; run the same command again to go on")
+
+    def evaluate(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> list[CategoryResult]:
+        """Evaluate the categories of these models; see `evaluate_categories`."""
+        return evaluate_categories(output, records, store, self.masks_at)
+
+
+def _fit_and_test(
+    split: _TestSplit, out: str, options: BenchmarkOptions, recipe: Recipe, workers: WorkerOptions
 ) -> tuple[list[CategoryResult], list[Failure]]:
     """Fit all categories with each seed; score and evaluate their test images. Return the fits that failed, too."""
     stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
     results: list[CategoryResult] = []
     with connected():
-        warn_about_few_good_images(count_good_images(categories, recipe), scoring.false_alarm_rate)
-        fits = fit_categories(categories, recipe, stores, workers, backend, options.wait)
+        warn_about_few_good_images(count_good_images(split.categories, recipe), split.options.false_alarm_rate)
+        fits = fit_categories(split.categories, recipe, stores, workers, split.backend, options.wait)
         for seed, uri in stores.items():
-            records = [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]
-            if records:
+            if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
                 output = RunOutput.named(out, f"seed-{seed}")
-                results += _run_seed(data, categories, records, ModelStore(uri), scoring, output, masks_at, backend)
+                arguments = records, ModelStore(uri), output
+                results += _score_and_evaluate(
+                    output, partial(split.score, *arguments), partial(split.evaluate, *arguments)
+                )
     return results, [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
-
-
-def _run_seed(
-    data: str,
-    categories: Sequence[Category],
-    records: Sequence[ModelRecord],
-    store: ModelStore,
-    scoring: ScoreOptions,
-    output: RunOutput,
-    masks_at: MasksAt,
-    backend: WantedBackend,
-) -> list[CategoryResult]:
-    """Score and evaluate the test images with the models of one seed; see `_score_and_evaluate`."""
-
-    def score() -> None:
-        _score(data, categories, records, store, scoring, output, backend)
-
-    def evaluate() -> list[CategoryResult]:
-        return evaluate_categories(output, records, store, masks_at)
-
-    return _score_and_evaluate(output, score, evaluate)
 
 
 def _score_and_evaluate(
@@ -147,32 +165,3 @@ def _score_and_evaluate(
             output.clear()
             score()
             return evaluate()
-
-
-def _score(
-    data: str,
-    categories: Sequence[Category],
-    records: Sequence[ModelRecord],
-    store: ModelStore,
-    options: ScoreOptions,
-    output: RunOutput,
-    backend: WantedBackend,
-) -> None:
-    """Score the test images of the fitted categories; rows of an earlier run with the same configuration are kept.
-
-    Raises:
-        CutOffError: if images are unfinished: metrics of a part would not be those of the test split.
-    """
-    log.info(f"{output.name}: scoring the test images of {len(records)} categories")
-    fitted = {record.category for record in records}
-    tested = [category for category in categories if category.name in fitted]
-    if not any(category.test for category in tested):
-        output.clear()
-        return
-    digest = storage.digest(repr([category.test for category in tested]).encode())
-    # Metrics of pixels are computed from the maps.
-    config = ScoringConfig((data,), options.false_alarm_rate, OutputOptions(raw_maps=True), manifest=digest)
-    run = ScoringRun(partial(labelled_rows, tested), config, store, options, output, backend=backend)
-    result, _ = run_scoring(run, replace=True)
-    if result.unfinished:
-        raise CutOffError(f"{result.unfinished} test images are not scored; run the same command again to go on")

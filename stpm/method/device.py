@@ -6,6 +6,8 @@ import torch
 
 from stpm.method.recipe import Precision, WantedPrecision
 
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
 
 def set_up_device() -> torch.device:
     """Make torch's GPU arithmetic reproducible, and return the GPU that this process was given, or the CPU.
@@ -29,3 +31,8 @@ def resolve_precision(wanted: WantedPrecision, device: torch.device) -> Precisio
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice. On a CPU PyTorch reports this as a plain RuntimeError."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or _CPU_OUT_OF_MEMORY in str(error)

@@ -204,7 +204,10 @@ class ModelStore:
         try:
             return _read_record(Versions, uri)
         except FileNotFoundError as error:
-            raise NoModelError(f"{self.uri}: no model for category {category!r}; jobs/models.py lists them") from error
+            raise NoModelError(
+                f"{self.uri}: no model for category {category!r}; python jobs/models.py --models "
+                f"{shlex.quote(self.uri)} lists them"
+            ) from error
 
     def set_versions(self, category: str, versions: Versions) -> None:
         """Write the current model of a category, those before it, and those after it."""

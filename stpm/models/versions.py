@@ -58,7 +58,7 @@ class Versions:
             ModelError: if there is none.
         """
         if not self.previous:
-            raise ModelError(f"no model was current before {self.current.model_id}; jobs/models.py lists them")
+            raise ModelError(f"no model was current before {self.current.model_id}")
         return Versions(self.previous[-1], self.previous[:-1], (self.current, *self.next))
 
     def roll_forward(self) -> Versions:

@@ -139,7 +139,7 @@ def headline(night: Night) -> str:
         f"{night.images} images, {night.alarms} alarms, {night.error_count} errors",
         *([f"{night.unfinished} images without a row"] if night.unfinished else []),
         *(f"{level}: {join_first(names, separator=', ')}" for level, names in flagged.items() if names),
-        f"{night.levels['fine']} categories fine",
+        f"categories fine: {night.levels['fine']}",
         *([night.problem] if night.problem else []),
     ]
     return f"{night.date}: {'; '.join(parts)}"

@@ -18,8 +18,8 @@ from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import CategoryResult, Report
 from stpm.jobs import evaluate as evaluate_job
-from stpm.jobs.benchmark import _score as score_tests
 from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
+from stpm.jobs.benchmark import _TestSplit as Split
 from stpm.jobs.evaluate import run_evaluate
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
@@ -168,7 +168,7 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     model = result("nut", 0, None, None).model
     store = ModelStore(str(tmp_path / "models"))
     # The benchmark scores nothing.
-    score_tests("data", [Category("nut", (), ())], [model], store, ScoreOptions(), output, "auto")
+    Split("data", [Category("nut", (), ())], ScoreOptions(), "model", "auto").score([model], store, output)
     report = Report("data", [evaluate_category(output, model, {}, "model")])
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
@@ -180,5 +180,5 @@ def test_a_run_without_test_images_removes_no_file_that_no_run_wrote(tmp_path: P
     model = result("nut", 0, None, None).model
     store = ModelStore(str(tmp_path / "models"))
     with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another --out"):
-        score_tests("data", [Category("nut", (), ())], [model], store, ScoreOptions(), output, "auto")
+        Split("data", [Category("nut", (), ())], ScoreOptions(), "model", "auto").score([model], store, output)
     assert output.files()

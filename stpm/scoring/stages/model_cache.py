@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -13,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from stpm.errors import ImageError, ModelError, ModelUnreadableError
+from stpm.method.device import is_out_of_memory
 from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
@@ -20,7 +20,6 @@ from stpm.options import Backend
 
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
-_OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 
 T = TypeVar("T")
 
@@ -123,15 +122,21 @@ class ModelCache:
         if kind and time.monotonic() - since < _RETRY_SECONDS:
             raise ImageError(kind, message)
         try:
-            with suppress(*_OUT_OF_MEMORY):
+            try:
                 return load(category)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the except block, no traceback keeps the tensors alive.
             self._models.clear()
             torch.cuda.empty_cache()
             return load(category)
         except ModelError as error:
             kind = "model_unreadable" if isinstance(error, ModelUnreadableError) else "model_damaged"
             failure = ImageError(kind, str(error))
-        except _OUT_OF_MEMORY as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             failure = ImageError(
                 "out_of_memory", f"no memory for the model of {category}: {type(error).__name__}: {error}"
             )

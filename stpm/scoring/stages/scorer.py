@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from stpm.errors import RETRIED_ERRORS, ImageError
-from stpm.method.device import set_up_device
+from stpm.method.device import is_out_of_memory, set_up_device
 from stpm.method.forward import Matcher
 from stpm.method.fusion import AnomalyMap
 from stpm.method.preprocessing import Boxes
@@ -177,7 +177,7 @@ class Scorer:
             return self._forward(matcher, batch)
         except Exception as error:
             log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
-            kind = "out_of_memory" if isinstance(error, torch.cuda.OutOfMemoryError) else "forward_failed"
+            kind = "out_of_memory" if is_out_of_memory(error) else "forward_failed"
             if len(batch) == 1:
                 return [ImageError(kind, f"{type(error).__name__}: {error}")]
         if kind == "out_of_memory":
