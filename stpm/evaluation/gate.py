@@ -13,6 +13,8 @@ from stpm.evaluation.options import ReportOptions
 from stpm.records import parse_json
 
 _MEAN = "mean"
+# Entries of the protocol that do not change what a value means.
+_NOT_COMPARED = frozenset({"versions", "pixel_metrics", "intervals"})
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ class Gate:
         differences = [
             f"the baseline's {name} is {value!r} and this report's {protocol.get(name)!r}: they cannot be compared"
             for name, value in self.protocol.items()
-            # Versions of libraries do not change what a value means.
-            if name != "versions" and value != protocol.get(name)
+            if name not in _NOT_COMPARED and value != protocol.get(name)
         ]
         return differences + [line for requirement in self.requirements if (line := requirement.shortfall(report))]
 

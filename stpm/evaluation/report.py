@@ -96,9 +96,9 @@ class Report:
 
     @property
     def failures(self) -> list[Failure]:
-        """All failures: of categories, and of single images and masks."""
+        """All failures: of categories, and of single images and masks, which each seed finds again."""
         problems = [Failure(result.model.category, line) for result in self.results for line in result.metrics.problems]
-        return [*self.category_failures, *problems]
+        return list(dict.fromkeys([*self.category_failures, *problems]))
 
     @property
     def seeds(self) -> list[int]:

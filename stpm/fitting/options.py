@@ -73,8 +73,8 @@ class WorkerOptions(Options):
     worker_ram_gib: float = option(
         0.0,
         "GiB of RAM per worker for decoded images (beyond it they go to a file), and for the teacher's features "
-        "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's RAM, divided by its "
-        "workers",
+        "and calibration's distance maps (beyond it they are recomputed); 0: the part of half the node's RAM that the "
+        "worker's CPU cores are of the node's",
         minimum=0,
     )
     checkpoint_seconds: float = option(

@@ -30,8 +30,15 @@ class _TaskProgress:
     def cost_done(self) -> float:
         if self.ended or not self.epochs:
             return self.task.cost if self.ended else 0.0
+        return self._cost_until(self.epochs[-1].number)
+
+    @property
+    def cost_of_earlier_runs(self) -> float:
+        return self._cost_until(self.epochs[0].number - 1) if self.epochs else 0.0
+
+    def _cost_until(self, epoch: int) -> float:
         # The epochs are those of the first fit.
-        return self.task.cost * self.epochs[-1].number / (self.task.recipe.epochs * self.task.fit_count)
+        return self.task.cost * epoch / (self.task.recipe.epochs * self.task.fit_count)
 
 
 class FitProgress:
@@ -107,8 +114,9 @@ class FitProgress:
         filled = int(_BAR_WIDTH * done / total)
         ended = sum(progress.ended for progress in self._tasks.values())
         bar = f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {ended}/{len(self._tasks)} ended"
-        if 0 < done < total:
-            bar += f", about {duration((self._clock() - self._start) * (total - done) / done)} left"
+        done_here = done - sum(progress.cost_of_earlier_runs for progress in self._tasks.values())
+        if done_here > 0 and done < total:
+            bar += f", about {duration((self._clock() - self._start) * (total - done) / done_here)} left"
         return bar
 
 

@@ -16,7 +16,7 @@ from stpm.errors import ConfigError, DivergedError
 from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
-from stpm.method.backbones import Backbone, StateDict, build_student
+from stpm.method.backbones import Backbone, StateDict, build_seeded_backbone
 from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import Recipe
@@ -99,7 +99,7 @@ def train_student(
         return TrainedStudent()
     _check_positions(features, recipe)
     student = to_device(
-        build_student(recipe.teacher, recipe.levels, recipe.seed, recipe.zero_init_residual),
+        build_seeded_backbone(recipe.teacher, recipe.levels, recipe.seed, recipe.zero_init_residual),
         features.matcher.device,
     )
     optimiser = _make_optimiser(student, recipe)

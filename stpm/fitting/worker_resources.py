@@ -44,7 +44,7 @@ def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], 
     gpus = options.gpus_per_worker if any(node.get("GPU", 0) > 0 for node in nodes) else 0.0
     if options.cpus_per_worker:
         return WorkerResources(options.cpus_per_worker, gpus)
-    wanted = min(options.workers or task_count, WorkerResources(1, gpus).workers_on(nodes))
+    wanted = min(_max_workers(options, task_count), WorkerResources(1, gpus).workers_on(nodes))
     for cpus in range(_MAX_THREADS, 1, -1):
         resources = WorkerResources(cpus, gpus)
         if resources.workers_on(nodes) >= wanted > 0:
@@ -58,10 +58,11 @@ def scaling_config(
     """Choose the number of workers for these nodes and tasks. If elastic, it changes with the number of nodes.
 
     Raises:
-        ConfigError: if no worker fits, or without `elastic` fewer than `options.workers`.
+        ConfigError: if no worker fits, or without `elastic` fewer than `options.workers` and the tasks need.
     """
     fitting = resources.workers_on(nodes)
-    wanted = options.workers or fitting
+    most = _max_workers(options, task_count)
+    wanted = most if options.workers else min(fitting, most)
     if fitting < 1 or (wanted > fitting and not elastic):
         have = join_first([f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes])
         raise ConfigError(
@@ -70,16 +71,20 @@ def scaling_config(
             "lower --workers, --cpus-per-worker or --gpus-per-worker"
         )
     return ScalingConfig(
-        num_workers=(1, min(options.workers or task_count, task_count)) if elastic else min(wanted, task_count),
+        num_workers=(1, most) if elastic else wanted,
         use_gpu=resources.gpus > 0,
         resources_per_worker={"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {}),
         elastic_resize_monitor_interval_s=options.resize_seconds,
     )
 
 
+def _max_workers(options: WorkerOptions, task_count: int) -> int:
+    return min(options.workers or task_count, task_count)
+
+
 def describe_workers(options: WorkerOptions, task_count: int, node: Resources) -> str:
     """Describe the workers that one node of the connected cluster would run; empty if none."""
     resources = choose_worker_resources(options, working_nodes(), task_count)
-    count = min(resources.workers_on([node]), options.workers or task_count)
+    count = min(resources.workers_on([node]), _max_workers(options, task_count))
     gpus = f", {resources.gpus:g} GPU" if resources.gpus else ""
     return f"{count} at once, {resources.cpus} CPUs{gpus} each" if count else ""

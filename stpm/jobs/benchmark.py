@@ -124,7 +124,7 @@ class _TestSplit:
 
     def evaluate(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> list[CategoryResult]:
         """Evaluate the categories of these models; see `evaluate_categories`."""
-        return evaluate_categories(output, records, store, self.masks_at)
+        return evaluate_categories(output, records, store, self.masks_at, output.folder)
 
 
 def _fit_and_test(

@@ -34,7 +34,7 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions) -> int:
         runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
         with connected():
             for output, store, records in runs:
-                results += evaluate_categories(output, records, store, reporting.masks_at)
+                results += evaluate_categories(output, records, store, reporting.masks_at, out)
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")

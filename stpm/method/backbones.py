@@ -98,7 +98,7 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
     return Backbone(net, architecture, levels)
 
 
-def build_student(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:
+def build_seeded_backbone(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:
     """Build a teacher's architecture with weights that depend only on the seed. Leave torch's global generator alone.
 
     Args:

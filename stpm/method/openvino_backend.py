@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stpm.errors import ModelError
-from stpm.method.backbones import Backbone, build_student
+from stpm.method.backbones import Backbone, build_seeded_backbone
 from stpm.method.recipe import Precision
 
 _PRECISION_HINTS: Mapping[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
@@ -113,7 +113,7 @@ def _graph_with_weights(backbone: Backbone, height: int, width: int) -> Any:
 
 @lru_cache(maxsize=8)
 def _convert_architecture(architecture: str, levels: tuple[int, ...], height: int, width: int) -> Any:
-    return _convert(build_student(architecture, levels, 0, zero_init_residual=True).eval(), height, width)
+    return _convert(build_seeded_backbone(architecture, levels, 0, zero_init_residual=True).eval(), height, width)
 
 
 def _convert(backbone: Backbone, height: int, width: int) -> Any:

@@ -18,7 +18,7 @@ from stpm.method.backbones import (
     StateDict,
     architecture_name,
     build_backbone,
-    build_student,
+    build_seeded_backbone,
     deserialise,
     load_weights,
 )
@@ -42,7 +42,7 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
         ModelError: if the file's keys or shapes do not match the architecture.
     """
     if weights == RANDOM_WEIGHTS:
-        return build_student(teacher, levels, _RANDOM_TEACHER_SEED, zero_init_residual=False).net.state_dict()
+        return build_seeded_backbone(teacher, levels, _RANDOM_TEACHER_SEED, zero_init_residual=False).net.state_dict()
     backbone, architecture = build_backbone(teacher, levels), architecture_name(teacher)
     keys = backbone.net.state_dict().keys()
     if weights:

@@ -329,7 +329,7 @@ class ModelStore:
         """Return the folder of a category."""
         return storage.join(self.uri, safe_name(category, "category"))
 
-    def checkpoint_uri(self, category: str, number: int = 0) -> str:
+    def checkpoint_uri(self, category: str, number: int) -> str:
         """Return the URI of the checkpoint of a running fit; a task with several fits numbers them."""
         return storage.join(self.folder(category), f"{_CHECKPOINT}{number}.safetensors")
 

@@ -10,7 +10,7 @@ from stpm.errors import ModelError
 from stpm.method.calibration import threshold
 from stpm.models.store import ModelStore
 
-_HEAD = ["model", "", "created", "good images", "added", "calibrate", "validation loss", "threshold"]
+_HEAD = ["model", "", "created", "good images", "added", "calibrate", "validation loss", "threshold", "problem"]
 
 
 def models_table(store: ModelStore, categories: Sequence[str], false_alarm_rate: float) -> str:
@@ -24,11 +24,13 @@ def models_table(store: ModelStore, categories: Sequence[str], false_alarm_rate:
     Raises:
         ModelError: if a category has no model.
     """
+    lines = [line for category in categories for line in _lines(store, category, false_alarm_rate)]
+    columns = len(_HEAD) if any(line[-1] for line in lines) else len(_HEAD) - 1
     return tabulate(
-        [line for category in categories for line in _lines(store, category, false_alarm_rate)],
-        _HEAD,
+        [line[:columns] for line in lines],
+        _HEAD[:columns],
         disable_numparse=True,
-        colalign=("left", "left", "left", *["right"] * 5),
+        colalign=(*["left"] * 3, *["right"] * 5, "left")[:columns],
     )
 
 
@@ -40,11 +42,11 @@ def _lines(store: ModelStore, category: str, false_alarm_rate: float) -> list[li
             record = store.record(category, model_id)
             scores = store.calibration_scores(record)["score"].to_numpy()
         except ModelError as error:
-            lines.append([model_id, versions.position(model_id), str(error)])
+            lines.append([model_id, versions.position(model_id), *[""] * 6, str(error)])
             continue
         fit = record.fit
         loss = "" if fit.validation_loss is None else f"{fit.validation_loss:.4f}"
         counts = [str(record.good_count), str(len(record.added_images) or ""), str(fit.calibration_count)]
         limit = f"{threshold(scores, false_alarm_rate):.4g}"
-        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, limit])
+        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, limit, ""])
     return sorted(lines, key=lambda line: line[2])

@@ -47,7 +47,9 @@ class Versions:
         )
 
     def stage(self, version: Version) -> Versions:
-        """Put a new model right after the current one."""
+        """Put a new model right after the current one; the current one again stays where it is."""
+        if version.model_id == self.current.model_id:
+            return Versions(version, self.previous, self.next)
         waiting = [other for other in self.next if other.model_id != version.model_id]
         return Versions(self.current, self.previous, (version, *waiting))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Level = Literal["fine", "watch", "act"]
+LEVELS: tuple[Level, ...] = ("fine", "watch", "act")
 
 
 @dataclass(frozen=True)

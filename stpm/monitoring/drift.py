@@ -193,9 +193,9 @@ def _fewer_images(night: Counts, earlier: Mapping[datetime.date, Counts]) -> Ite
         pauses = counts.count(0) - len(since)
         text = "no images tonight"
         if last:
-            text += f"; {earlier[last].images:,} {f'on {last}' if since else 'the night before'}"
+            text += f"; {earlier[last].images:,} on {last}"
         if pauses:
-            text += f", and none on {pauses} other nights of the last {len(earlier)}"
+            text += f", and none on {counts.count(0)} of the last {len(earlier)} nights"
         # A product that is no longer made needs no action every night.
         is_new = len(since) < _MIN_NIGHTS
         level: Level = "act" if last and is_new and not pauses else "watch"

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stpm.data.image_statistics import COMPARED
-from stpm.monitoring.change import Change, Level, Limits, percent
+from stpm.monitoring.change import LEVELS, Change, Limits, percent
 from stpm.monitoring.significance import FloatArray, compare_samples, exceedances
 
 # For each statistic, a test of all images, of those above every good image, and of those below.
@@ -86,7 +86,6 @@ _STATISTICS = {
         _POSITION, _CONTENT, "of the height further down", "of the height further up", _MOVED, is_relative=False
     ),
 }
-_LEVELS: tuple[Level, ...] = ("fine", "watch", "act")
 
 
 def distinct_rows(statistics: Mapping[str, FloatArray]) -> tuple[npt.NDArray[np.intp], int]:
@@ -134,7 +133,7 @@ def _whole_night(name: str, statistic: _Statistic, night: FloatArray, good: Floa
     shift = float(np.median(night) - np.median(good))
     change = shift / statistic.unit(good)
     levels = statistic.limits.level(abs(change)), _DEVIATIONS.level(abs(shift) / max(_deviation(good), 1e-9))
-    if (level := min(levels, key=_LEVELS.index)) != "fine":
+    if (level := min(levels, key=LEVELS.index)) != "fine":
         p_value = compare_samples(night, good).p_value
         text = f"{statistic.describe(change)} than in training: {statistic.cause}"
         yield Change(name, level, p_value=p_value, size=abs(change) / statistic.limits.act, text=text)

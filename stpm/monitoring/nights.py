@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from stpm import storage
 from stpm.errors import DataError, join_first
 from stpm.method.false_discovery import Discoveries
+from stpm.monitoring.change import LEVELS
 from stpm.monitoring.drift import Counts, Verdict
 from stpm.monitoring.night_folder import NightFolder
 from stpm.records import from_json, to_json
@@ -126,7 +127,7 @@ class Night:
     def levels(self) -> dict[str, int]:
         """Count the categories by level."""
         found = Counter(record.verdict.level for record in self.categories.values() if record.verdict)
-        return {level: found[level] for level in ("act", "watch", "fine")}
+        return {level: found[level] for level in reversed(LEVELS)}
 
 
 def headline(night: Night) -> str:

@@ -95,7 +95,7 @@ def card_trends(nights: Sequence[Night], category: str) -> list[Trend]:
     trend = partial(_trend, nights, category)
     return [
         alarm_trend(nights, category),
-        trend(what="images", value=lambda record: float(record.images), show=lambda number: f"{number:g}", low=0.0),
+        trend(what="images", value=lambda record: float(record.images), show=lambda number: f"{number:,.0f}", low=0.0),
         trend(
             what="median p-value",
             value=lambda record: record.median_p_value,
@@ -153,7 +153,8 @@ def _trend(
         low: a value that the scale reaches down to; None: the smallest shown.
         high: a value that the scale reaches up to; None: the largest shown.
     """
-    found = [(night, record, value(record)) for night in nights if (record := night.categories.get(category))]
+    records = [(night, night.categories.get(category)) for night in nights]
+    found = [(night, record, value(record) if record else None) for night, record in records]
     values = [number for _, _, number in found if number is not None]
     ends = [end for end in (*values, expected, low, high) if end is not None] or [0.0]
     bottom, top = min(ends), max(ends)
@@ -174,10 +175,10 @@ def _trend(
             lines.append([])
             continue
         lines[-1].append(f"{x(night)},{y(number)}")
-        level = record.verdict.level if record.verdict else "none"
+        level = record.verdict.level if record and record.verdict else "none"
         if level != "fine" or night is nights[-1]:
             dots.append(Dot(x(night), y(number), level, f"{night.date}: {show(number)}"))
-    last = found[-1][2] if found else None
+    last = found[-1][2]
     label = f"{what} {'unknown' if last is None else show(last)}"
     return Trend(
         label=label,

@@ -26,12 +26,13 @@ def test_a_category_is_evaluated_published_and_checked_against_the_gate(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     category = scored_run(tmp_path / "scored")
-    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
-    assert Path(category.output.folder, "gallery/seed-0/nut.png").is_file()
     out = str(tmp_path / "report")
+    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model", out)
+    assert Path(out, "gallery/seed-0/nut.png").is_file()
+    assert not Path(category.output.folder, "gallery").exists()
     report = Report("data", [found])
     assert publish_report(report, out, Gate((), {})) == 0
-    assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
+    assert {path.name for path in Path(out).iterdir()} == {"gallery", "report.html", *report.files()}
     gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
     assert publish_report(report, out, gate) == 2
     assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)
@@ -53,7 +54,7 @@ def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Pat
     else:
         write_rows(output, rows.slice(0, rows.num_rows // 2))
     with pytest.raises(RunDamagedError, match=rf"^{int(copies * rows.num_rows)} rows in .*seed-0_\*, where the run wr"):
-        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
+        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model", str(tmp_path))
 
 
 def test_a_node_lost_during_the_evaluation_cuts_it_off_in_one_line(
@@ -62,4 +63,4 @@ def test_a_node_lost_during_the_evaluation_cuts_it_off_in_one_line(
     output = scored_run(tmp_path).output
     monkeypatch.setattr(ray, "get", Mock(side_effect=NodeDiedError("its node died")))
     with pytest.raises(CutOffError, match=r"^evaluation was cut off: its node died; what was done is kept; "):
-        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
+        evaluate_categories(output, [], ModelStore(str(tmp_path)), "model", str(tmp_path))

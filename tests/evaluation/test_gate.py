@@ -15,7 +15,7 @@ from stpm.options import Names
 
 def report(protocol: str = "model size", **values: float) -> dict[str, Any]:
     metrics = dict.fromkeys(METRICS) | {"image_auroc": 0.9, "image_false_alarm_rate": 0.02} | values
-    meaning = {"mask_resolution": protocol, "versions": {"torch": str(values)}}
+    meaning = {"mask_resolution": protocol, "versions": {"torch": str(values)}, "intervals": str(values)}
     return {"categories": {"nut.v2": metrics}, "mean": metrics, "protocol": meaning}
 
 

@@ -52,6 +52,15 @@ def test_an_empty_report_is_written() -> None:
     assert pq.read_table(io.BytesIO(empty.files()["report.parquet"])).num_rows == 0
 
 
+def test_an_image_that_fails_with_each_seed_is_one_failure() -> None:
+    seeds = [result("a", seed, None, None) for seed in (0, 1)]
+    problem = "1.png: cannot be decoded"
+    damaged = [
+        dataclasses.replace(each, metrics=dataclasses.replace(each.metrics, problems=(problem,))) for each in seeds
+    ]
+    assert Report("data", damaged).failures == [Failure("a", problem)]
+
+
 def test_the_report_has_intervals_and_defect_types() -> None:
     a = REPORT.contents["categories"]["a"]
     assert a["image_auroc_interval"] == pytest.approx([0.4, 0.6])

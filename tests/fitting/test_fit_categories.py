@@ -83,6 +83,8 @@ def test_good_images_are_counted_with_those_that_calibrate(tmp_path: Path, tiny:
     data = categories(tmp_path, nut=8)
     assert count_good_images(data, tiny) == {"nut": (8, 2)}
     assert count_good_images(data, dataclasses.replace(tiny, calibration_folds=2)) == {"nut": (8, 8)}
+    few = dataclasses.replace(data[0], train=data[0].train[:1])
+    assert count_good_images([few], tiny) == {}
 
 
 @pytest.mark.parametrize("new_images", [None, {"nut": [], "bolt": []}])

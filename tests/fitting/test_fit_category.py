@@ -75,7 +75,7 @@ def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> No
     assert [epoch.number for epoch in reported if isinstance(epoch, Epoch)] == [3, 4]
     assert contents(task) == contents(undisturbed)
     assert len(contents(task)) == (3 if recipe.memory else 2)
-    assert not storage.exists(ModelStore(task.store).checkpoint_uri("nut"))
+    assert not storage.exists(ModelStore(task.store).checkpoint_uri("nut", 0))
     assert existing_model(task)
 
 
@@ -90,7 +90,7 @@ def test_damaged_or_foreign_checkpoint_is_ignored(
     task = task_in(root, dataclasses.replace(tiny, epochs=3))
     with pytest.raises(Killed):
         fit_category(task, EVERY_EPOCH, die)
-    checkpoint = ModelStore(task.store).checkpoint_uri("nut")
+    checkpoint = ModelStore(task.store).checkpoint_uri("nut", 0)
     if damage == "half":
         data = storage.read(checkpoint)
         storage.publish(checkpoint, data[: len(data) // 2])
@@ -170,7 +170,9 @@ def test_gpu_out_of_memory_fails_without_halving_the_batch(
     task = task_in(tmp_path, tiny)
     monkeypatch.setattr(training, "_loss", full)
     reason = fit_category(task, LIMITS, lambda message: None).reason
-    assert re.match(r"CUDA out of memory: .* batches of 4 at this size; lower --batch-size or --pixels", reason)
+    assert re.match(
+        r"OutOfMemoryError: CUDA out of memory: .* batches of 4 at this size; lower --batch-size or --pixels", reason
+    )
     assert steps == [4]
 
 

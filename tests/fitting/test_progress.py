@@ -66,6 +66,16 @@ def test_bar_shows_all_tasks_and_the_time_left(caplog: pytest.LogCaptureFixture)
     assert caplog.messages[-1] == "[##########..........] 1/2 ended, about 2 min left"
 
 
+def test_time_left_after_a_resume_counts_the_epochs_of_this_run() -> None:
+    shown: list[str] = []
+    clock = Clock()
+    progress = FitProgress([TASK, OTHER], shown.append, clock)
+    clock.now += 5
+    progress((TASK.key, Epoch(91, 0.1, 0.2, 50.0)))
+    # 109 more epochs of 5 seconds.
+    assert shown == ["[#########...........] 0/2 ended, about 9 min left"]
+
+
 def test_bar_counts_the_fits_of_calibration_folds() -> None:
     """Three of four fits come after the model's own training, without epochs that are reported."""
     shown: list[str] = []

@@ -32,6 +32,8 @@ ONE, BIG = WorkerOptions(cpus_per_worker=1), {"CPU": 8.0}
         (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0), [{"CPU": 4.0, "GPU": 2.0}], 100, 4, False),
         (ONE, [{"CPU": 8.0, "GPU": 2.0}, BIG], 100, 2, True),
         (WorkerOptions(workers=2, cpus_per_worker=1), [BIG], 100, 2, False),
+        # More workers than tasks are never started.
+        (WorkerOptions(workers=9, cpus_per_worker=1), [BIG], 1, 1, False),
     ],
 )
 def test_workers_fill_the_nodes(
@@ -50,6 +52,7 @@ def test_workers_fill_the_nodes(
         (WorkerOptions(), [BIG], 3, 2),
         (WorkerOptions(), [{"CPU": 64.0}], 1, 8),
         (WorkerOptions(workers=1), [BIG], 15, 8),
+        (WorkerOptions(workers=8), [BIG], 1, 8),
         (WorkerOptions(cpus_per_worker=3), [BIG], 1, 3),
         (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 3, 1),
         (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 2, 3),
@@ -92,3 +95,4 @@ def test_plan_describes_the_workers_of_a_node(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(worker_resources, "working_nodes", lambda: nodes)
     assert describe_workers(WorkerOptions(), 15, nodes[0]) == "1 at once, 8 CPUs, 1 GPU each"
     assert describe_workers(WorkerOptions(), 15, nodes[2]) == ""
+    assert describe_workers(WorkerOptions(workers=8, gpus_per_worker=0), 1, nodes[2]) == "1 at once, 8 CPUs each"

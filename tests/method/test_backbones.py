@@ -5,7 +5,7 @@ import timm
 import torch
 
 from stpm.errors import ConfigError, ModelError
-from stpm.method.backbones import build_backbone, build_student, deserialise, resolve_data_config, serialise
+from stpm.method.backbones import build_backbone, build_seeded_backbone, deserialise, resolve_data_config, serialise
 
 LEVELS = (1, 2, 3)
 
@@ -38,17 +38,17 @@ def test_backbone_levels_of_paper_have_strides_4_8_16() -> None:
     assert shapes == [(64, 64, 64), (128, 32, 32), (256, 16, 16)]
 
 
-def test_build_student_depends_on_seed_and_keeps_global_generator() -> None:
+def test_build_seeded_backbone_depends_on_seed_and_keeps_global_generator() -> None:
     before = torch.random.get_rng_state()
-    first, again, other = (build_student("test_resnet", LEVELS, seed, False).state_dict() for seed in (1, 1, 2))
+    first, again, other = (build_seeded_backbone("test_resnet", LEVELS, seed, False).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
-def test_build_student_initialises_residual_branches() -> None:
-    ours = build_student("resnet18", LEVELS, 0, zero_init_residual=False).net
-    timms = build_student("resnet18", LEVELS, 0, zero_init_residual=True).net
+def test_build_seeded_backbone_initialises_residual_branches() -> None:
+    ours = build_seeded_backbone("resnet18", LEVELS, 0, zero_init_residual=False).net
+    timms = build_seeded_backbone("resnet18", LEVELS, 0, zero_init_residual=True).net
     assert ours.layer1[0].bn2.weight.mean() == 1
     assert timms.layer1[0].bn2.weight.abs().sum() == 0
 
@@ -95,6 +95,6 @@ def test_resolve_data_config_refuses_unknown_teachers(monkeypatch: pytest.Monkey
     "architecture", ["tf_efficientnet_lite0", "mobilenetv3_small_050", "resnet18", "test_convnext"]
 )
 def test_every_weight_has_a_part_in_the_features(architecture: str) -> None:
-    backbone = build_student(architecture, (1, 2, 3), 0, zero_init_residual=False)
+    backbone = build_seeded_backbone(architecture, (1, 2, 3), 0, zero_init_residual=False)
     torch.stack([level.sum() for level in backbone(torch.randn(2, 3, 64, 64))]).sum().backward()
     assert [name for name, weight in backbone.named_parameters() if weight.grad is None] == []

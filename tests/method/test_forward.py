@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stpm.errors import ModelError
-from stpm.method.backbones import Backbone, build_student
+from stpm.method.backbones import Backbone, build_seeded_backbone
 from stpm.method.forward import Matcher, Parts
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.options import Backend
@@ -14,13 +14,13 @@ from tests.conftest import TINY, make_preprocessing
 
 def matcher(backend: Backend) -> Matcher:
     """Make a matcher with an untrained teacher."""
-    teacher = build_student("test_resnet", (1, 2, 3), 1, zero_init_residual=False)
+    teacher = build_seeded_backbone("test_resnet", (1, 2, 3), 1, zero_init_residual=False)
     return Matcher(teacher, make_preprocessing(64), torch.device("cpu"), "float32", backend)
 
 
 def test_backends_agree_on_anomaly_maps() -> None:
     pytest.importorskip("openvino", reason="openvino is not installed: its backend was not tried")
-    student = build_student("test_resnet", (1, 2, 3), 0, zero_init_residual=False).eval()
+    student = build_seeded_backbone("test_resnet", (1, 2, 3), 0, zero_init_residual=False).eval()
     pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
     content = make_preprocessing(64).content_boxes([(64, 64)] * 3)
     maps = []

@@ -10,7 +10,7 @@ import torch
 
 from stpm.errors import ModelError
 from stpm.method import openvino_backend
-from stpm.method.backbones import build_student
+from stpm.method.backbones import build_seeded_backbone
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.recipe import Precision
 
@@ -25,7 +25,7 @@ def test_features_are_those_of_pytorch(architecture: str, precision: Precision, 
     images = torch.randn(3, 3, 64, 96)
     # The second has the weights of its own in the graph of the first.
     for seed in range(2):
-        backbone = build_student(architecture, LEVELS, seed, zero_init_residual=False).eval()
+        backbone = build_seeded_backbone(architecture, LEVELS, seed, zero_init_residual=False).eval()
         levels = OpenVinoBackbone(backbone, 64, 96, precision)(images)
         with torch.no_grad():
             expected = backbone(images)
@@ -35,14 +35,14 @@ def test_features_are_those_of_pytorch(architecture: str, precision: Precision, 
 
 
 def test_an_image_has_the_same_features_alone_and_in_a_batch() -> None:
-    compiled = OpenVinoBackbone(build_student("test_resnet", LEVELS, 0, False).eval(), 64, 64, "float32")
+    compiled = OpenVinoBackbone(build_seeded_backbone("test_resnet", LEVELS, 0, False).eval(), 64, 64, "float32")
     images = torch.randn(5, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     for whole, alone in zip(compiled(images), compiled(images[3:4]), strict=True):
         assert torch.equal(whole[3:4], alone)
 
 
 def test_weights_that_are_lost_in_the_conversion_convert_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (build_student("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
+    first, second = (build_seeded_backbone("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
     monkeypatch.setattr(openvino_backend, "_convert_architecture", lambda *_: openvino_backend._convert(first, 64, 64))
     second.register_buffer("unused", torch.ones(1))
     images = torch.randn(1, 3, 64, 64)
@@ -51,7 +51,7 @@ def test_weights_that_are_lost_in_the_conversion_convert_the_whole(monkeypatch: 
 
 
 def test_features_of_another_backbone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (build_student("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
+    first, second = (build_seeded_backbone("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
     wrong = openvino_backend._convert(first, 64, 64)
     monkeypatch.setattr(openvino_backend, "_graph_with_weights", lambda *_: wrong)
     with pytest.raises(ModelError, match=r"OpenVINO's features of test_resnet differ by .* from PyTorch's"):

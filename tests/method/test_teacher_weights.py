@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from stpm import storage
 from stpm.errors import ConfigError, ModelError
-from stpm.method.backbones import build_backbone, build_student, load_backbone, serialise
+from stpm.method.backbones import build_backbone, build_seeded_backbone, load_backbone, serialise
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import _RANDOM_TEACHER_SEED, RANDOM_WEIGHTS, load_teacher_weights
 
@@ -110,8 +110,8 @@ def test_no_student_starts_as_the_untrained_teacher(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed"):
         Recipe(seed=_RANDOM_TEACHER_SEED)
     teacher = load_teacher_weights("test_resnet", RANDOM_WEIGHTS, LEVELS)
-    student = build_student("test_resnet", LEVELS, Recipe(seed=seed).seed, zero_init_residual=False).net.state_dict()
-    assert not torch.equal(teacher["conv1.0.weight"], student["conv1.0.weight"])
+    student = build_seeded_backbone("test_resnet", LEVELS, Recipe(seed=seed).seed, zero_init_residual=False).net
+    assert not torch.equal(teacher["conv1.0.weight"], student.state_dict()["conv1.0.weight"])
 
 
 def test_demo_teacher_has_trained_weights() -> None:

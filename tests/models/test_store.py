@@ -13,7 +13,7 @@ import torch
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ModelError
-from stpm.method.backbones import StateDict, build_student
+from stpm.method.backbones import StateDict, build_seeded_backbone
 from stpm.method.calibration import Calibration
 from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
@@ -45,7 +45,7 @@ def make_banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
 def make_student(recipe: Recipe, seed: int = 0) -> StateDict | None:
     if recipe.student == "none":
         return None
-    return build_student(recipe.teacher, recipe.levels, seed, False).net.state_dict()
+    return build_seeded_backbone(recipe.teacher, recipe.levels, seed, False).net.state_dict()
 
 
 def make_scales(recipe: Recipe) -> tuple[DistanceScale, ...]:

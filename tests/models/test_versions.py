@@ -61,6 +61,7 @@ def test_a_staged_model_waits_until_it_is_rolled_forward() -> None:
     assert ids(versions) == ("a", "b", "c")
     assert ids(versions.stage(version("c"))) == ("a", "b", "c")
     assert ids(versions.stage(version("d"))) == ("a", "b", "dc")
+    assert ids(versions.stage(version("b"))) == ("a", "b", "c")
     assert ids(versions.roll_forward()) == ("ab", "c", "")
     assert ids(versions.roll_back()) == ("", "a", "bc")
 

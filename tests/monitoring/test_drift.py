@@ -169,7 +169,7 @@ def test_a_large_difference_of_few_images_is_fine(line: Line) -> None:
 def test_an_empty_night_is_named(line: Line) -> None:
     nights = line.nights(3, images=1204)
     found = verdict([*nights, line.empty(3)], line.reference)
-    assert (found.level, found.reasons) == ("act", ("no images tonight; 1,204 the night before",))
+    assert (found.level, found.reasons) == ("act", ("no images tonight; 1,204 on 2026-11-03",))
     found = verdict([*nights, line.empty(3), line.empty(4)], line.reference)
     assert (found.level, found.reasons) == ("act", ("no images tonight; 1,204 on 2026-11-03",))
     # A product that is no longer made.
@@ -177,7 +177,7 @@ def test_an_empty_night_is_named(line: Line) -> None:
     assert verdict([*nights, *map(line.empty, range(3, 7))], line.reference).level == "watch"
     found = verdict([*nights, line.empty(3), line.night(4, images=900), line.empty(5)], None)
     assert found.level == "watch"
-    assert found.reasons[0] == "no images tonight; 900 the night before, and none on 1 other nights of the last 5"
+    assert found.reasons[0] == "no images tonight; 900 on 2026-11-05, and none on 1 of the last 5 nights"
     assert verdict([line.empty(0)], line.reference).reasons == ("no images tonight",)
 
 

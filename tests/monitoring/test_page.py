@@ -102,6 +102,12 @@ def test_a_trend_has_a_point_per_night_by_its_date() -> None:
     assert sorted(heights, key=lambda i: -heights[i]) == sorted(range(3), key=lambda i: rates[i])
 
 
+def test_a_night_that_knows_nothing_of_a_category_interrupts_its_trend() -> None:
+    nights = make_nights(["nut"], 4, act=0, watch=1)
+    nights[1] = replace(nights[1], categories={}, problem="storage is down")
+    assert [len(line.split()) for line in alarm_trend(nights, "nut").lines] == [1, 2]
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("page")
