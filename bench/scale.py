@@ -48,6 +48,7 @@ from ray.exceptions import RayTaskError
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions
 from stpm.scoring import pipeline
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Manifest, Segment, read_manifest, write_manifest
@@ -196,7 +197,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
         options=ScoreOptions(),
         output=output,
         triage_images=_TOP,
-        backend="pytorch",
+        cluster=ClusterOptions(backend="pytorch"),
     )
 
     def score() -> None:

@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError, TooLongError, UriError
+from stpm.storage.retries import with_retries
 
 
 def test_a_published_object_reads_back_and_is_replaced(root: str) -> None:
@@ -219,7 +220,7 @@ def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> N
     assert storage.files(root_uri) == expected
     assert storage.files_starting(root_uri, "2") == expected[:1]
     assert sorted(storage.iter_files(root_uri)) == expected
-    assert storage.glob(f"{root_uri}/**/*.png") == expected
+    assert storage.glob(f"{root_uri}/**/*.png") == (expected, [])
     assert list(storage.iter_files(expected[0])) == expected[:1]
     assert [storage.read(uri) for uri in expected] == [b"2.png", b"x/1.png"]
 
@@ -319,7 +320,7 @@ def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_pat
     (tmp_path / "links" / "back").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "links" / "lost.png").symlink_to(tmp_path / "nowhere")
     assert list(storage.iter_files(str(tmp_path / "links"))) == [str(tmp_path / "links" / "b.png")]
-    assert storage.glob(f"{tmp_path}/links/*.png") == [str(tmp_path / "links" / "b.png")]
+    assert storage.glob(f"{tmp_path}/links/*.png") == ([str(tmp_path / "links" / "b.png")], [])
 
 
 def test_a_link_has_the_version_of_its_target(tmp_path: Path) -> None:
@@ -378,3 +379,18 @@ def test_listings_are_retried_and_raise_an_oserror(
     with pytest.raises(OSError, match="EndpointConnectionError: Could not connect"):
         list_uri("memory://bucket/x")
     assert len(calls) > 1
+
+
+def test_an_invalid_bucket_name_is_not_tried_again() -> None:
+    class ParamValidationError(Exception):
+        __module__ = "botocore.exceptions"
+
+    calls: list[int] = []
+
+    def ask() -> None:
+        calls.append(1)
+        raise ParamValidationError('Parameter validation failed:\nInvalid bucket name "my bucket"')
+
+    with pytest.raises(OSError, match=r'^ParamValidationError: Parameter validation failed: Invalid bucket name "my b'):
+        with_retries("s3://my bucket/x", ask)
+    assert len(calls) == 1

@@ -14,7 +14,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from stpm import storage
-from stpm.cluster.connection import MIN_CPUS, connected, is_shared, working_nodes
+from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, working_nodes
 from stpm.errors import ConfigError, join_first
 from stpm.options import ClusterOptions
 
@@ -43,7 +43,7 @@ def on_cluster(options: ClusterOptions, uris: Sequence[str]) -> Iterator[None]:
         if _several_machines():
             check_reach(uris, options.mounted)
         if not options.plan:
-            wait_for_node(options)
+            wait_for_nodes(options)
         yield
 
 
@@ -67,27 +67,31 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str]) -> None:
         )
 
 
-def wait_for_node(options: ClusterOptions) -> None:
-    """Ask the autoscaler for a node, and wait for it, if no node can work.
+def wait_for_nodes(options: ClusterOptions) -> list[Resources]:
+    """Return the resources of the nodes that can work. If there are none, ask the autoscaler for one, and wait for it.
+
+    Call this before each plan, too: the autoscaler removes nodes that were idle while images were listed, or while
+    another run held the lease.
 
     Raises:
         ConfigError: if none came in time.
     """
-    if working_nodes():
-        return
+    if nodes := working_nodes():
+        return nodes
     bundle = first_bundle(options.first_node)
     wanted = " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
     log.info(f"the cluster has no node that can work; asking for one with {wanted}")
     request_resources(bundles=[bundle])
     deadline = time.monotonic() + options.node_minutes * 60
     try:
-        while not working_nodes():
+        while not (nodes := working_nodes()):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"no node with {wanted} came in {options.node_minutes:g} minutes; see the autoscaler's report "
                     "(ray status), or ask for another kind with --first-node"
                 )
             time.sleep(_POLL_SECONDS)
+        return nodes
     finally:
         # Tasks and actors now ask for what they need.
         request_resources(bundles=[])

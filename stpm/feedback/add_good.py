@@ -21,7 +21,7 @@ from stpm.lease import hold_lease
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
-from stpm.options import WantedBackend
+from stpm.options import ClusterOptions
 
 # Maximum number of added images that the log names.
 _NAMED = 3
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def add_good(
-    store: ModelStore, marks: Marks, options: FitOptions, backend: WantedBackend, refit: Refit | None = None
+    store: ModelStore, marks: Marks, options: FitOptions, cluster: ClusterOptions, refit: Refit | None = None
 ) -> tuple[int, int]:
     """Add marked images to the models of their categories.
 
@@ -38,7 +38,7 @@ def add_good(
         store: the store of the models.
         marks: the images, and how a person marked them.
         options: the false-alarm rate of the alarms that are compared, whether to stage, and whether to wait.
-        backend: what computes features on a CPU.
+        cluster: what computes, and how to use a cluster.
         refit: fits models on the images too; None: calibrate the current models on them.
 
     Returns:
@@ -53,13 +53,13 @@ def add_good(
     with hold_lease(store.uri, options.wait):
         for category, uris in marks.good.items():
             try:
-                found[category] = score_and_store(store, category, uris, backend)
+                found[category] = score_and_store(store, category, uris, cluster.backend)
                 if refit is None:
                     _add_to_calibration(store, found[category], options)
             except (DataError, ModelError) as error:
                 failures[category] = str(error)
     if refit is not None and found:
-        failures |= _add_to_training(store, found, options, backend, refit)
+        failures |= _add_to_training(store, found, options, cluster, refit)
     refused = dict(marks.refused)
     for new in found.values():
         refused |= new.refused
@@ -88,10 +88,10 @@ def _add_to_calibration(store: ModelStore, new: NewImages, options: FitOptions) 
 
 
 def _add_to_training(
-    store: ModelStore, found: dict[str, NewImages], options: FitOptions, backend: WantedBackend, refit: Refit
+    store: ModelStore, found: dict[str, NewImages], options: FitOptions, cluster: ClusterOptions, refit: Refit
 ) -> dict[str, str]:
     """Fit models on new images; return the reason of each category that could not be fitted."""
-    results = refit.fit(store, {category: new.images for category, new in found.items()}, backend, options.wait)
+    results = refit.fit(store, {category: new.images for category, new in found.items()}, cluster, options.wait)
     failures = dict.fromkeys(found.keys() - results.keys(), "its category has no images in --data")
     with hold_lease(store.uri, options.wait):
         for category, result in results.items():
@@ -102,7 +102,7 @@ def _add_to_training(
             else:
                 new, record = found[category], result.record
                 try:
-                    scores = refit.scores(store, new, record.model_id, backend)
+                    scores = refit.scores(store, new, record.model_id, cluster.backend)
                     what = f"fitted again on {record.fit.train_count} images, others held out"
                     _log_change(store, new, record, scores, options, what)
                 except (DataError, ModelError, OSError) as error:

@@ -18,7 +18,7 @@ from stpm.fitting.task import FitResult
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
-from stpm.options import WantedBackend
+from stpm.options import ClusterOptions, WantedBackend
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Refit:
     workers: WorkerOptions
 
     def fit(
-        self, store: ModelStore, new: Mapping[str, Sequence[AddedImage]], backend: WantedBackend, wait: bool
+        self, store: ModelStore, new: Mapping[str, Sequence[AddedImage]], cluster: ClusterOptions, wait: bool
     ) -> dict[str, FitResult]:
         """Fit and stage the models of those categories that are in the data set; for `wait` see `fit_categories`.
 
@@ -49,7 +49,7 @@ class Refit:
         if not categories:
             return {}
         stores = {self.recipe.seed: store.uri}
-        results = fit_categories(categories, self.recipe, stores, self.workers, backend, wait, new)
+        results = fit_categories(categories, self.recipe, stores, self.workers, cluster, wait, new)
         return {result.task.category: result for result in results}
 
     def scores(

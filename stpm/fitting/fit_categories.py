@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from stpm import storage
-from stpm.cluster.connection import connected, working_nodes
+from stpm.cluster.connection import connected
+from stpm.cluster.placement import wait_for_nodes
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError
@@ -24,7 +25,7 @@ from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
-from stpm.options import WantedBackend
+from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def fit_categories(
     recipe: Recipe,
     stores: Mapping[int, str],
     workers: WorkerOptions,
-    backend: WantedBackend,
+    cluster: ClusterOptions,
     wait: bool,
     new_images: Mapping[str, Sequence[AddedImage]] | None = None,
 ) -> list[FitResult]:
@@ -81,7 +82,7 @@ def fit_categories(
         recipe: recipe of all models; its seed is not used.
         stores: URI of the model store, by seed.
         workers: number and resources of the workers.
-        backend: what computes features on a CPU.
+        cluster: what computes, and how to use a cluster.
         wait: if another run holds a store, wait for its end instead of raising an error.
         new_images: newly added images, by category. Fit on them too, and on all images that were added before; stage
             the models instead of making them current.
@@ -103,7 +104,7 @@ def fit_categories(
             store = ModelStore(uri)
             digest = store.put_teacher(weights)
             seeded = dataclasses.replace(recipe, seed=seed)
-            makers += [TaskMaker(category, seeded, store, digest, backend) for category in categories]
+            makers += [TaskMaker(category, seeded, store, digest, cluster.backend) for category in categories]
         if new_images is None:
             plans = storage.in_parallel(plan_fit, makers)
         else:
@@ -117,7 +118,7 @@ def fit_categories(
             scratch = storage.join(next(iter(stores.values())), ".train")
             with connected():
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
-                resources = choose_worker_resources(workers, working_nodes(), len(plans))
+                resources = choose_worker_resources(workers, wait_for_nodes(cluster), len(plans))
                 fitted = run_worker_group(unfinished, workers, resources, scratch, progress)
                 _log_replaced(plans, fitted)
                 results += fitted

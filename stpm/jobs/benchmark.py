@@ -28,7 +28,7 @@ from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, WantedBackend
+from stpm.options import ClusterOptions
 from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -74,7 +74,7 @@ def run_benchmark(
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:
-                split = _TestSplit(data, categories, scoring, reporting.masks_at, cluster.backend)
+                split = _TestSplit(data, categories, scoring, reporting.masks_at, cluster)
                 results, failed_fits = _fit_and_test(split, out, options, recipe, workers)
                 failures += failed_fits
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
@@ -91,14 +91,14 @@ class _TestSplit:
         categories: of the data set.
         options: how to score.
         masks_at: the size at which masks and anomaly maps are compared.
-        backend: what computes features on a CPU.
+        cluster: what computes, and how to use a cluster.
     """
 
     data: str
     categories: Sequence[Category]
     options: ScoreOptions
     masks_at: MasksAt
-    backend: WantedBackend
+    cluster: ClusterOptions
 
     def score(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> None:
         """Score the categories of these models; rows of an earlier run with the same configuration are kept.
@@ -117,7 +117,7 @@ class _TestSplit:
         kept = OutputOptions(raw_maps=True)
         config = ScoringConfig((self.data,), self.options.false_alarm_rate, kept, manifest=digest)
         rows = partial(labelled_rows, tested)
-        run = ScoringRun(rows, config, store, self.options, output, backend=self.backend)
+        run = ScoringRun(rows, config, store, self.options, output, cluster=self.cluster)
         result, _ = run_scoring(run, replace=True)
         if result.unfinished:
             raise CutOffError(f"{result.unfinished} test images are not scored; run the same command again to go on")
@@ -135,7 +135,7 @@ def _fit_and_test(
     results: list[CategoryResult] = []
     with connected():
         warn_about_few_good_images(count_good_images(split.categories, recipe), split.options.false_alarm_rate)
-        fits = fit_categories(split.categories, recipe, stores, workers, split.backend, options.wait)
+        fits = fit_categories(split.categories, recipe, stores, workers, split.cluster, options.wait)
         for seed, uri in stores.items():
             if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
                 output = RunOutput.named(out, f"seed-{seed}")

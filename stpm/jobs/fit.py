@@ -46,7 +46,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         results = []
         if categories:
             stores = {recipe.seed: store}
-            results = fit_categories(categories, recipe, stores, workers, cluster.backend, options.wait)
+            results = fit_categories(categories, recipe, stores, workers, cluster, options.wait)
     failed = len(failures) + sum(result.record is None for result in results)
     done = len(results) + len(failures) - failed
     log.info(f"{done} of {done + failed} categories are fitted; their models are in {options.models}")
@@ -59,6 +59,6 @@ def _add_good(options: FitOptions, recipe: Recipe, workers: WorkerOptions, clust
     refit = Refit(storage.absolute(options.data), recipe, workers) if options.refit else None
     with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
         marks = read_marks(options.add_good, options.allow, options.categories)
-        done, failed = add_good(store, marks, options, cluster.backend, refit)
+        done, failed = add_good(store, marks, options, cluster, refit)
     log.info(f"{done} of {done + failed} images that are marked as good belong to models in {options.models}")
     return exit_code(done, failed)

@@ -73,7 +73,7 @@ def run_score(
                 options=scoring,
                 output=RunOutput.single(folder),
                 triage_images=collection.top,
-                backend=cluster.backend,
+                cluster=cluster,
                 fdr=collection.fdr,
             )
             return _score(run, collection)

@@ -113,7 +113,7 @@ class NightlyJob:
             options=self.scoring,
             output=output,
             triage_images=self.monitoring.top,
-            backend=self.cluster.backend,
+            cluster=self.cluster,
         )
         run_scoring(run)
 

@@ -116,7 +116,8 @@ class ScoreOptions(Options):
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core", minimum=0)
     rows_per_file: int = option(
         512,
-        "minimum number of rows in a Parquet file; a killed task that writes loses at most this many rows",
+        "rows that a task collects, at least, before it writes a Parquet file; with --raw-maps at most 64; "
+        "--partition-by category divides them into a file for each category",
         minimum=1,
     )
     segment_rows: int = option(

@@ -96,7 +96,8 @@ def blaming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) 
         RunDamagedError: if a file of rows is damaged.
     """
     try:
-        yield
+        with storage.as_os_errors():
+            yield
     except (pa.ArrowException, OSError) as failure:
         for uri in output.files() if files is None else files:
             try:

@@ -9,7 +9,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
+from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared
+from stpm.cluster.placement import wait_for_nodes
 from stpm.errors import GO_ON, CutOffError
 from stpm.method.backend import resolve_backend
 from stpm.scoring.inputs.manifest import Shard
@@ -51,14 +52,14 @@ def score_shards(
         progress: gets the statistics and the images without a row.
 
     Raises:
-        ConfigError: if the scorers do not fit the cluster.
+        ConfigError: if the scorers do not fit the cluster, or no node that can work came in time.
         CutOffError: if too many images failed because of storage, a model or a device.
         RayError: if a node or Ray failed.
     """
     options, config, output = run.options, run.config, run.output
     blocks = ManifestBlocks(shards)
     preprocessing = {name: record.preprocessing for name, record in models.items()}
-    pool = ScorerPool.for_nodes(options.scorers, working_nodes(), len(blocks), grows=is_shared())
+    pool = ScorerPool.for_nodes(options.scorers, wait_for_nodes(run.cluster), len(blocks), grows=is_shared())
     task_ram = pool.ram_for(TASK_BYTES)
     settings = ScorerSettings(
         store=run.store.uri,
@@ -69,7 +70,7 @@ def score_shards(
         batch_size=options.scoring_batch_size,
         model_ram=int(options.model_ram_gib * 2**30),
         accept_errors=options.accept_errors,
-        backend=resolve_backend(run.backend, on_gpu=pool.scorer_gpus > 0),
+        backend=resolve_backend(run.cluster.backend, on_gpu=pool.scorer_gpus > 0),
     )
     log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.scorer_gpus else 'CPUs'}, {settings.backend}")
     context = DataContext.get_current().copy()

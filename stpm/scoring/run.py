@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from typing import NamedTuple
 
 from stpm import storage
@@ -125,17 +126,25 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
             if model_ids:
                 log.info("the models are those that this run began with, even if others became current since")
             return manifest, models
-    # A run without rows may be replaced.
-    if not replace and run.output.files():
+    # A run without rows may be replaced, and one whose removal was cut off. `clear` keeps rows without a run.json.
+    may_be_replaced = replace or state.is_cleared() or not state.exists()
+    if not may_be_replaced and run.output.files():
         raise OtherRunError(f"{run.output.folder} holds the rows of another run: {join_first(differences)}")
     return None
 
 
 def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, ModelRecords]:
-    """Remove what earlier runs wrote, and write the manifest."""
+    """Remove what earlier runs wrote, and write the manifest. Remove nothing if there is nothing to score."""
+    rows = iter(run.rows())
+    first = list(islice(rows, 1))
+    if run.output.files():
+        # A name that was mistyped, or a disk that is not mounted.
+        storage.subfolders(run.store.uri)
     run.output.clear()
     state.start(run.config)
-    return _read_inputs(run)
+    manifest = write_manifest(chain(first, rows), run.output.manifest, run.options.segment_rows)
+    log.info(manifest.describe())
+    return manifest, _read_models(run.store, manifest.categories, None)
 
 
 def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, ModelRecords]:

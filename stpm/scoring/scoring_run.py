@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import WantedBackend
+from stpm.options import ClusterOptions
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run_state import ScoringConfig
@@ -29,7 +29,7 @@ class ScoringRun:
         options: how to score.
         output: where to write.
         triage_images: images on the page of the most anomalous ones; 0: no page.
-        backend: what computes features on a CPU.
+        cluster: what computes, and how to use a cluster.
         fdr: false discovery rate; 0: look for no discoveries.
     """
 
@@ -39,5 +39,5 @@ class ScoringRun:
     options: ScoreOptions
     output: RunOutput
     triage_images: int = 0
-    backend: WantedBackend = "auto"
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
     fdr: float = 0.0

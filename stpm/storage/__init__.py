@@ -15,12 +15,14 @@ from stpm.storage.objects import (
     sync,
 )
 from stpm.storage.parallel import in_parallel
+from stpm.storage.retries import as_os_errors
 from stpm.storage.tables import count_rows, decode_parquet, encode_parquet, read_columns, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
     "absolute",
     "arrow_filesystem",
+    "as_os_errors",
     "check_size",
     "count_rows",
     "create",

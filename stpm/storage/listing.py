@@ -241,8 +241,10 @@ def _is_local_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def glob(uri: str) -> list[str]:
-    """Return the URIs of the files that match a pattern (`*`, `?`, `[…]`, and `**` for any depth), sorted.
+def glob(uri: str) -> tuple[list[str], list[str]]:
+    """Return the URIs of the files, and of the folders, that match a pattern, each sorted.
+
+    A pattern has `*`, `?`, `[…]`, and `**` for any depth.
 
     Raises:
         ConfigError: if the pattern is malformed.
@@ -253,7 +255,8 @@ def glob(uri: str) -> list[str]:
     except (ValueError, re.error) as error:
         raise ConfigError(f"{uri}: {error}") from error
     folder = re.split(r"[*?\[]", uri, maxsplit=1)[0].rsplit("/", 1)[0]
-    return sorted(_uri(fs, name, folder) for name, info in found.items() if _is_file(fs, info))
+    folders = [_uri(fs, name, folder) for name, info in found.items() if info["type"] == "directory"]
+    return sorted(_uri(fs, name, folder) for name, info in found.items() if _is_file(fs, info)), sorted(folders)
 
 
 def _is_file(fs: Any, entry: dict[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import tenacity
@@ -16,7 +17,8 @@ MAX_PAUSE_SECONDS = 10.0
 
 # Packages that raise exceptions of their own, no OSError, when a connection breaks.
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+# Their exceptions that no retry mends.
+_LASTING = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
 
 T = TypeVar("T")
 
@@ -36,20 +38,26 @@ def with_retries(uri: str, act: Callable[[], T]) -> T:
         stop=tenacity.stop_after_delay(MAX_SECONDS),
         reraise=True,
     )
-    try:
+    with as_os_errors():
         return retry(act)
+
+
+@contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Raise exceptions that clouds' clients define as FileNotFoundError or OSError, in one line."""
+    try:
+        yield
     except Exception as error:
         if _is_client_error(error):
             kind = FileNotFoundError if _is_missing(error) else OSError
-            first_line, _, _ = str(error).partition("\n")
-            raise kind(f"{type(error).__name__}: {first_line}") from error
+            raise kind(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         raise
 
 
 def _is_temporary(error: BaseException) -> bool:
     lasts = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or _is_missing(error)
     lasts |= isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-    lasts |= type(error).__name__ in _NO_CREDENTIALS
+    lasts |= type(error).__name__ in _LASTING
     return (isinstance(error, OSError) or _is_client_error(error)) and not lasts
 
 

@@ -312,7 +312,9 @@ def test_feedback_of_one_category_changes_no_other(student: Plant) -> None:
     assert student.store.versions("bolt") == before
     category = mvtec.read_category(f"{student.root}/data", "bolt")
     stores = {0: student.store.uri}
-    (result,) = fit_categories([category], student.recipe, stores, WorkerOptions(), "pytorch", False)
+    (result,) = fit_categories(
+        [category], student.recipe, stores, WorkerOptions(), ClusterOptions(backend="pytorch"), False
+    )
     assert result.record == student.store.record("bolt")
 
 

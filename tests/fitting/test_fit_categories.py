@@ -14,6 +14,7 @@ from stpm.fitting.options import WorkerOptions
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions
 from tests.conftest import MODELS
 from tests.datasets import make_category
 
@@ -30,7 +31,7 @@ def test_category_with_too_few_images_fails_before_fitting(
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], calibration_folds=folds)
     data = categories(tmp_path, enough=minimum, few=minimum - 1)
-    results = fit_categories(data, recipe, {0: str(tmp_path / "models")}, WorkerOptions(), "auto", False)
+    results = fit_categories(data, recipe, {0: str(tmp_path / "models")}, WorkerOptions(), ClusterOptions(), False)
     assert fitted_keys == ["enough (seed 0)"]
     assert {result.task.category: bool(result.record) for result in results} == {"few": False, "enough": True}
     message = caplog.messages[0]
@@ -42,17 +43,17 @@ def test_damaged_model_is_reported_and_fitted_again(
 ) -> None:
     data, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
     for _ in range(2):
-        fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False)
+        fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
     assert len(fitted_keys) == 2
     (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
     student.write_bytes(student.read_bytes()[:-1])
     caplog.clear()
-    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False)
+    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert all(result.record for result in results)
     assert caplog.messages[0].startswith("nut (seed 0): fitted again: ")
     assert "student.safetensors: its SHA-256 is" in caplog.messages[0]
-    fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False)
+    fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
     assert len(fitted_keys) == 3
 
 
@@ -64,14 +65,14 @@ def test_a_damaged_current_model_does_not_stop_a_fit_that_others_wait_for(
     data, store = categories(tmp_path, nut=8, bolt=8), ModelStore(str(tmp_path / "models"))
     longer = dataclasses.replace(tiny, epochs=3)
     for recipe in (tiny, longer):
-        fit_categories(data[:1], recipe, {0: store.uri}, WorkerOptions(), "auto", False)
+        fit_categories(data[:1], recipe, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
     wanted = store.record("nut").model_id
     store.set_versions("nut", store.versions("nut").roll_back())
     damaged = store.current("nut").model_id
     record = tmp_path / "models" / "nut" / damaged / "model.json"
     record.unlink() if contents is None else record.write_bytes(contents)
     caplog.clear()
-    results = fit_categories(data, longer, {0: store.uri}, WorkerOptions(), "auto", False)
+    results = fit_categories(data, longer, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
     assert fitted_keys[2:] == ["nut (seed 0)", "bolt (seed 0)"]
     assert all(result.record for result in results)
     assert store.current("nut").model_id == wanted
@@ -105,7 +106,7 @@ def test_an_unreadable_record_fails_its_category_alone(
         return read(self, category, model_id)
 
     monkeypatch.setattr(ModelStore, "record", record)
-    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), "auto", False, new_images)
+    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False, new_images)
     assert fitted_keys == ["bolt (seed 0)"]
     assert {result.task.category: result.reason for result in results} == {
         "nut": "nut/model.json: cannot be read: the token is expired",

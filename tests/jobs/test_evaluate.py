@@ -24,6 +24,7 @@ from stpm.jobs.evaluate import run_evaluate
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
@@ -168,7 +169,7 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     model = result("nut", 0, None, None).model
     store = ModelStore(str(tmp_path / "models"))
     # The benchmark scores nothing.
-    Split("data", [Category("nut", (), ())], ScoreOptions(), "model", "auto").score([model], store, output)
+    Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions()).score([model], store, output)
     report = Report("data", [evaluate_category(output, model, {}, "model", str(tmp_path))])
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
@@ -180,5 +181,7 @@ def test_a_run_without_test_images_removes_no_file_that_no_run_wrote(tmp_path: P
     model = result("nut", 0, None, None).model
     store = ModelStore(str(tmp_path / "models"))
     with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another --out"):
-        Split("data", [Category("nut", (), ())], ScoreOptions(), "model", "auto").score([model], store, output)
+        Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions()).score(
+            [model], store, output
+        )
     assert output.files()

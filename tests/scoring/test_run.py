@@ -57,7 +57,9 @@ def make_run(root: Path, *uris: str) -> ScoringRun:
     def rows() -> Iterator[pa.Table]:
         return image_rows(["-"], CategoryRule("nut"), (), uris)
 
-    store, output = ModelStore(str(root / "models")), RunOutput.single(str(root / "run"))
+    models = root / "models"
+    models.mkdir(exist_ok=True)
+    store, output = ModelStore(str(models)), RunOutput.single(str(root / "run"))
     return ScoringRun(rows, ScoringConfig(uris, 0.01), store, ScoreOptions(), output)
 
 
@@ -109,6 +111,7 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
             state, _, _ = resume_or_start(run, start_over=False, replace=False)
         except ConfigError as error:
             assert "holds the rows of another run" in str(error)
+            assert not RunState(run.output.state_folder).is_cleared()
         else:
             assert uris_in(run.output) == list(run.config.images)
             assert len(run.output.files()) == (2 if state.is_finished() else 0)
@@ -116,6 +119,31 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
     assert uris_in(new.output) == ["/c.png"]
     assert {path.name for path in (tmp_path / "run").iterdir()} - {"scores", "heatmaps"} == {"manifest", "run.json"}
     assert not new.output.files()
+
+
+@pytest.mark.usefixtures("no_models")
+def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "/a.png", "/b.png")
+    finish(run)
+    before = run.output.written_uris()
+    empty = dataclasses.replace(run, rows=lambda: image_rows([str(tmp_path / "unmounted")], CategoryRule("nut")))
+    unknown = dataclasses.replace(run, store=ModelStore(str(tmp_path / "model")))
+    for mistaken, message in ((empty, "no images here"), (unknown, "no such folder")):
+        with pytest.raises(DataError, match=message):
+            resume_or_start(mistaken, start_over=True, replace=False)
+        assert run.output.written_uris() == before
+        assert RunState(run.output.state_folder).is_finished()
+
+
+@pytest.mark.usefixtures("no_models")
+def test_rows_without_a_run_json_are_kept_and_the_message_says_what_helps(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "/a.png")
+    finish(run)
+    storage.remove(RunState(run.output.state_folder).uri)
+    for start_over in (False, True):
+        with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another"):
+            resume_or_start(run, start_over=start_over, replace=False)
+    assert len(run.output.files()) == 2
 
 
 def score_standard_input(root: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:

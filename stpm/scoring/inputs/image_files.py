@@ -73,7 +73,7 @@ def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
     files: dict[str, ImageRef] = {}
     error = None
     try:
-        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with storage.as_os_errors(), fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 name = posixpath.normpath(member.name)
                 link_target = files.get(posixpath.normpath(member.linkname))
@@ -148,10 +148,8 @@ def read_uri(uri: str) -> bytes:
         return read(ImageRef(uri))
     if not _is_tar(archive):
         return _read_parquet_row(archive, int(member), MAX_BYTES)
-    images, _ = tar_images(archive)
-    for image in images:
-        if image.uri == uri:
-            return read(image)
+    if image := _tar_members.get(archive).get(uri):
+        return read(image)
     raise ImageError("missing", f"{uri}: no such image in the archive")
 
 
@@ -185,6 +183,12 @@ def _read_row_group(key: tuple[str, int]) -> pa.ChunkedArray:
     return column
 
 
+def _read_tar_members(uri: str) -> dict[str, ImageRef]:
+    images, _ = tar_images(uri)
+    return {image.uri: image for image in images}
+
+
+_tar_members = SharedReads(_read_tar_members, max_results=2)
 _row_counts = SharedReads(_read_row_counts, max_results=64)
 _row_groups = SharedReads(_read_row_group, max_results=2)
 

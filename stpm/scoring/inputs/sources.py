@@ -61,11 +61,20 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
     uri = storage.absolute(source)
     name = _literal_name(uri)
     if uri.lower().endswith(tables.SUFFIXES):
-        for table in [name] if name else storage.glob(uri):
+        for table in [name] if name else storage.glob(uri)[0]:
             yield from table_rows(table, rule, allowed_prefixes(table, allow))
         return
-    files = storage.iter_files(name) if name else storage.glob(uri)
+    files = storage.iter_files(name) if name else _matching_files(uri)
     yield from _file_rows((image for file in files for image in _images_in(file)), rule)
+
+
+def _matching_files(pattern: str) -> Iterator[str]:
+    """Yield the files that a glob matches, and those in the folders that it matches."""
+    files, folders = storage.glob(pattern)
+    yield from files
+    # `**` matches what is in them, too.
+    for folder in [] if "**" in pattern else folders:
+        yield from storage.iter_files(folder)
 
 
 def _literal_name(uri: str) -> str:

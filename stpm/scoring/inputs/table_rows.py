@@ -91,7 +91,7 @@ def rows_one_by_one(
     folder = uri.rsplit("/", 1)[0]
     rows = []
     for number, (name, category, label, mask) in zip(numbers.tolist(), tables.input_values(chunk), strict=True):
-        mask_uri = ""
+        mask_uri, has_path = "", True
         try:
             mask_uri = resolve(mask, folder)
             if "uri" not in chunk.schema.names:
@@ -101,9 +101,12 @@ def rows_one_by_one(
                 image = ImageRef(resolve(name, folder))
                 error = check_allowed([image.uri, mask_uri], allowed)
             else:
-                image = ImageRef(f"{uri}#{number}")
+                image, has_path = ImageRef(f"{uri}#{number}"), False
                 error = ImageError("missing", "this row of the table has no uri")
         except UriError as problem:
-            image, error = ImageRef(f"{uri}#{number}"), ImageError("not_allowed", str(problem))
-        rows.append(ManifestRow(image, category or rule.category(image.path), label, mask_uri, error))
+            image, has_path = ImageRef(f"{uri}#{number}"), False
+            error = ImageError("not_allowed", str(problem))
+        # A pattern describes image paths, and the table's own is none.
+        chosen = category or (rule.category(image.path) if has_path else rule.fixed)
+        rows.append(ManifestRow(image, chosen, label, mask_uri, error))
     return make_rows(rows)

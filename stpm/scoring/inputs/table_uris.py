@@ -41,9 +41,11 @@ def check_allowed(uris: Iterable[str], prefixes: Sequence[str]) -> ImageError | 
 
 
 def _is_allowed(uri: str, prefixes: Sequence[str]) -> bool:
-    if "::" in uri or ".." in uri.split("/"):
+    if "::" in uri:
         return False
-    return any(uri == prefix or uri.startswith(_as_folder(prefix)) for prefix in prefixes)
+    below = [uri.removeprefix(_as_folder(prefix)) for prefix in prefixes if uri.startswith(_as_folder(prefix))]
+    # A prefix itself may go up, as `--allow ../data` does.
+    return uri in prefixes or any(".." not in path.split("/") for path in below)
 
 
 def _as_folder(prefix: str) -> str:

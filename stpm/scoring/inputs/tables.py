@@ -46,7 +46,8 @@ def read(uri: str) -> Iterator[pa.Table]:
         DataError: if the table cannot be read, has neither images nor URIs, or has two columns of one name.
     """
     try:
-        yield from map(_with_text, _read_parquet(uri) if uri.lower().endswith(PARQUET) else _read_text(uri))
+        with storage.as_os_errors():
+            yield from map(_with_text, _read_parquet(uri) if uri.lower().endswith(PARQUET) else _read_text(uri))
     except FileNotFoundError as error:
         raise NoImagesError(f"{uri}: this table cannot be read: there is no such file") from error
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:

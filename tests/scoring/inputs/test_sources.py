@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError, UriError
@@ -39,6 +40,10 @@ def test_one_image_is_a_source(root: str) -> None:
 
 def test_a_glob_matches_files_and_folders(root: str) -> None:
     assert [row["uri"] for row in rows(f"{root}/images/*.png")] == [f"{root}/images/b.png"]
+    assert [row["uri"] for row in rows(f"{root}/images/de*")] == [
+        f"{root}/images/deep/d.webp",
+        f"{root}/images/deep/er/c.tiff",
+    ]
     assert len(rows(f"{root}/images/**")) == 4
 
 
@@ -129,6 +134,38 @@ def test_a_uri_is_allowed_under_a_prefix_only() -> None:
     assert check_allowed(["s3://plant/images/a.png", "", "s3://plant"], ["s3://plant"]) is None
     for uri in ("s3://plants/a.png", "s3://plant/../other/a.png", "/plant", "filecache::s3://plant/a.png"):
         assert "see --allow" in str(check_allowed(["s3://plant/images/a.png", uri], ["s3://plant"]))
+
+
+def test_a_table_whose_own_name_goes_up_may_name_what_is_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("jobs", "data"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "jobs")
+    write_table(f"{tmp_path}/data/list.jsonl", [{"uri": "a.png"}, {"uri": "../secret.png"}])
+    assert [row["error_kind"] for row in rows("../data/list.jsonl")] == ["", "not_allowed"]
+
+
+def test_a_row_that_names_no_image_takes_no_category_from_the_tables_own_path(tmp_path: Path) -> None:
+    write_table(f"{tmp_path}/lists/today.jsonl", [{"uri": ""}, {"uri": "nut/a.png"}])
+    found = rows(f"{tmp_path}/lists/today.jsonl", rule=CategoryRule(pattern="{category}/{name}"))
+    assert [(row["error_kind"], row["category"]) for row in found] == [("missing", ""), ("", "nut")]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.parquet", "shard.tar"])
+def test_a_clients_own_exception_is_an_error_of_the_source(
+    memory: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class HttpError(Exception):
+        __module__ = "gcsfs.retry"
+
+    def fail(self: object, *arguments: object, **more: object) -> None:
+        raise HttpError("503\nslow down")
+
+    storage.publish(f"{memory}/{name}", b"x")
+    monkeypatch.setattr(MemoryFileSystem, "_open", fail)
+    with pytest.raises(DataError, match=f"{name}: this .* cannot be read: HttpError: 503 slow down"):
+        rows(f"{memory}/{name}")
 
 
 def test_an_image_without_a_category_is_a_row_with_an_error(tmp_path: Path) -> None:

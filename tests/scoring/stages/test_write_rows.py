@@ -74,7 +74,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     # The tasks named five images each.
     assert [row["score"] for row in triage.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
     lost = f"{output.scores}/**/scores_uuid_000000000000-*.parquet"
-    for uri in storage.glob(lost):
+    for uri in storage.glob(lost)[0]:
         storage.remove(uri)
     with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
         triage.most_anomalous(output, 4)
