@@ -16,20 +16,30 @@ from stpm.fitting.build_memory import build_memory
 from stpm.fitting.splits import Indices, split_batches, split_folds
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.fitting.train_student import Checkpoints, train_student
-from stpm.method.calibration import Calibration
 from stpm.method.forward import Distances, Parts, spatial_shape
 from stpm.method.fusion import AnomalyMap, Float32Array, sample_distances
 from stpm.method.recipe import Recipe
-from stpm.method.scales import DistanceScale, HeatmapScaleBuilder, fit_distance_scale, leave_one_out_scales
+from stpm.method.scales import (
+    DistanceScale,
+    HeatmapScale,
+    HeatmapScaleBuilder,
+    fit_distance_scale,
+    leave_one_out_scales,
+)
 
 
 class CalibrationResult(NamedTuple):
-    """A model's calibration, and the scale of each of its distance maps, in the order of `Distances.maps`.
+    """What calibration measures on n held-out images.
 
-    There are no scales unless the recipe fuses by quantiles.
+    Args:
+        scores: (n,) float32, of the images, in their order.
+        heatmap_scale: of the model.
+        distance_scales: of each distance map, in the order of `Distances.maps`; none unless the recipe fuses by
+            quantiles.
     """
 
-    calibration: Calibration
+    scores: npt.NDArray[np.float32]
+    heatmap_scale: HeatmapScale
     distance_scales: tuple[DistanceScale, ...]
 
 
@@ -52,14 +62,14 @@ def calibrate_model(
     for anomaly_map in distances.anomaly_maps():
         scores.append(anomaly_map.score(recipe.top_fraction).total)
         scale_builder.add(anomaly_map.total)
-    calibration = Calibration(np.sort(scores).astype(np.float32), scale_builder.build())
-    return CalibrationResult(calibration, tuple(map(fit_distance_scale, distances.samples)))
+    distance_scales = tuple(map(fit_distance_scale, distances.samples))
+    return CalibrationResult(np.array(scores, np.float32), scale_builder.build(), distance_scales)
 
 
 def cross_validate_scores(
     features: TeacherFeatures, recipe: Recipe, checkpoints: Sequence[Checkpoints | None], budget: int
 ) -> npt.NDArray[np.float32]:
-    """Score every image by a model fitted without it (k-fold cross-validation); return N scores, ascending.
+    """Score every image by a model fitted without it (k-fold cross-validation); return (N,) scores in their order.
 
     Train the students of all folds for all epochs, and keep the last: to choose an epoch on the fold that is scored
     would bias its scores.
@@ -72,14 +82,14 @@ def cross_validate_scores(
     """
     folds = split_folds(len(features.images), recipe)
     fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
-    scores: list[float] = []
+    scores = np.empty(len(features.images), np.float32)
     for (rest, fold), fold_checkpoints in zip(folds, checkpoints, strict=True):
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, fold_checkpoints).student
         parts = Parts.from_weights(recipe, student, memory).to(features.matcher.device)
         maps = HeldOutDistances.compute(parts, features, fold, recipe, budget).anomaly_maps()
-        scores += [anomaly_map.score(recipe.top_fraction).total for anomaly_map in maps]
-    return np.sort(np.array(scores, np.float32))
+        scores[fold] = [anomaly_map.score(recipe.top_fraction).total for anomaly_map in maps]
+    return scores
 
 
 @dataclass(frozen=True)

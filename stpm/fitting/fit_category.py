@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -100,11 +101,14 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
     parts = Parts.from_weights(recipe, trained.student, memory).to(matcher.device)
     budget = limits.distance_budget(features)
-    calibration, distance_scales = calibrate_model(parts, features, held_out, recipe, budget)
+    scores, heatmap_scale, distance_scales = calibrate_model(parts, features, held_out, recipe, budget)
+    calibrating = held_out
     if recipe.calibration_folds:
         report(f"fitting {task.fit_count - 1} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
-        calibration = dataclasses.replace(calibration, scores=scores)
+        calibrating = np.arange(len(scores))
+    added_folder = f"{store.added_folder(task.category)}/"
+    is_added = np.array([uri.startswith(added_folder) for uri, _ in task.train])
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     fit = FitRecord(
@@ -115,7 +119,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         validation_loss=kept.validation_loss if kept else None,
         train_count=len(train),
         held_out_count=len(held_out),
-        calibration_count=len(calibration.scores),
+        calibration_count=len(scores),
         device=torch.cuda.get_device_name() if matcher.device.type == "cuda" else f"cpu, {matcher.backend}",
     )
     record = store.save(
@@ -125,7 +129,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
             preprocessing=matcher.preprocessing,
             precision=matcher.precision,
             teacher_digest=task.teacher_digest,
-            heatmap_scale=calibration.scale,
+            heatmap_scale=heatmap_scale,
             distance_scales=distance_scales,
             fit=fit,
             added_images=tuple(dataclasses.replace(image, fitted=True) for image in task.added),
@@ -133,7 +137,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         task.data_fingerprint,
         student=trained.student,
         memory=memory,
-        calibration_scores=calibration.scores,
+        calibration=pa.table({"score": scores, "is_added": is_added[calibrating]}),
         image_statistics=features.images.statistics_table,
         history=history,
         stage=task.stage,

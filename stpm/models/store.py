@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
@@ -114,7 +113,7 @@ class ModelStore:
         *,
         student: StateDict | None,
         memory: Sequence[MemoryBank],
-        calibration_scores: npt.NDArray[np.float32],
+        calibration: pa.Table,
         image_statistics: pa.Table,
         history: pa.Table,
         stage: bool = False,
@@ -128,7 +127,7 @@ class ModelStore:
             data_fingerprint: digest of the images that the model was fitted on.
             student: weights of the student, if there is one.
             memory: memory banks, if there are any.
-            calibration_scores: (n,) float32, scores of the calibration images, ascending.
+            calibration: a row for each calibration image, in the columns of `calibration_scores`, in any order.
             image_statistics: a row for each good image that the model was fitted on or calibrated with, in the columns
                 of `stpm.data.image_statistics.COMPARED`.
             history: losses per epoch, stored with a student.
@@ -137,9 +136,8 @@ class ModelStore:
         from stpm.method.backbones import serialise
         from stpm.method.memory_bank import banks_to_tensors
 
-        is_added = np.zeros(len(calibration_scores), bool)
         contents = {
-            CALIBRATION: storage.encode_parquet(pa.table({"score": calibration_scores, "is_added": is_added})),
+            CALIBRATION: storage.encode_parquet(calibration.sort_by("score")),
             IMAGE_STATISTICS: storage.encode_parquet(image_statistics),
         }
         if student is not None:

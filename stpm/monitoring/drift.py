@@ -182,7 +182,8 @@ def _changes(
     yield from image_drift.compare_statistics(statistics, reference.statistics)
     yield from _alarms(night, counts, reference.calibration_count)
     held_out = reference.calibration_count - len(reference.added)
-    yield _scores(reference.held_out_p_values(sample.p_values[distinct]), held_out)
+    if held_out:
+        yield _scores(reference.held_out_p_values(sample.p_values[distinct]), held_out)
 
 
 def _fewer_images(night: Counts, earlier: Mapping[datetime.date, Counts]) -> Iterator[Change]:

@@ -76,7 +76,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         "fingerprint",
         student=make_student(recipe, seed),
         memory=make_banks(recipe, seed),
-        calibration_scores=CALIBRATION.scores,
+        calibration=pa.table({"score": CALIBRATION.scores, "is_added": [False] * len(CALIBRATION.scores)}),
         image_statistics=IMAGE_STATISTICS,
         history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
     )
