@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stpm.cluster import placement
 from stpm.cluster.placement import check_reach, first_bundle
 from stpm.errors import ConfigError
 from stpm.options import ClusterOptions
@@ -36,3 +37,21 @@ def test_the_first_node_and_the_time_to_wait_for_it() -> None:
     assert first_bundle("cpu") == {"CPU": 2.0}
     with pytest.raises(ConfigError, match="node-minutes is -1"):
         ClusterOptions(node_minutes=-1)
+
+
+def test_a_node_that_left_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"CPU": 2.0}
+    found = iter([[node], [], [], [node]])
+    asked: list[list[dict[str, float]]] = []
+
+    def ask(bundles: list[dict[str, float]]) -> None:
+        asked.append(bundles)
+
+    monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
+    monkeypatch.setattr(placement, "request_resources", ask)
+    monkeypatch.setattr(placement, "_POLL_SECONDS", 0.0)
+    options = ClusterOptions(first_node="cpu")
+    assert placement.wait_for_nodes(options) == [node]
+    assert asked == []
+    assert placement.wait_for_nodes(options) == [node]
+    assert asked == [[first_bundle("cpu")], []]
