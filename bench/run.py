@@ -68,7 +68,7 @@ from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run_state import RunState
 from stpm.scoring.stages.decode import Decode
-from stpm.scoring.stages.heatmaps import WriteHeatmaps
+from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
 from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.scorer_actor import ScorerSettings
 
@@ -188,7 +188,7 @@ def run_loop(models: str, rows: pa.Table, out: str, category: str, backend: Back
     decode = Decode(preprocessing, fetchers=1)
     model_ids = {category: record.model_id}
     scorer = Scorer(ScorerSettings(models, model_ids, 0.01, overlays=True, batch_size=_LOOP_BATCH, backend=backend))
-    write = WriteHeatmaps(RunOutput.single(out), OutputOptions(overlay=True), preprocessing)
+    write = DrawHeatmaps(RunOutput.single(out), OutputOptions(overlay=True), preprocessing)
     batches = [rows.slice(i, _LOOP_BATCH) for i in range(0, rows.num_rows, _LOOP_BATCH)]
     for batch in batches[:_WARM_BATCHES]:
         write(scorer(decode(batch)))

@@ -55,7 +55,7 @@ from stpm.scoring.inputs.manifest import Manifest, Segment, read_manifest, write
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.progress import show_scoring_progress
+from stpm.scoring.progress_display import show_scoring_progress
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.resuming.segments import commit_segment, committed_summaries
@@ -114,7 +114,7 @@ class StubDecode:
 
 
 class Identity:
-    """Takes the place of `ScorerActor` and of `WriteHeatmaps`."""
+    """Takes the place of `ScorerActor` and of `DrawHeatmaps`."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -187,7 +187,7 @@ def measure_manifest(output: RunOutput, rows: int) -> None:
 
 def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], step: str) -> None:
     """Score segments with the stub stage, to their end or to the first block."""
-    stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "WriteHeatmaps": Identity}
+    stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "DrawHeatmaps": Identity}
     for name, stub in stubs.items():
         setattr(pipeline, name, stub)
     run = ScoringRun(

@@ -18,7 +18,7 @@ LIGHT = [
     "stpm.scoring.resuming.row_checkpoints",
     "stpm.scoring.stages.write_rows",
     "stpm.scoring.stages.decode",
-    "stpm.scoring.stages.heatmaps",
+    "stpm.scoring.stages.draw_heatmaps",
     "stpm.scoring.progress",
     "stpm.scoring.resuming.remaining",
     "stpm.scoring.stages.scorer_actor",

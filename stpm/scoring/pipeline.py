@@ -21,7 +21,7 @@ from stpm.scoring.scorer_pool import ScorerPool, count_scorers
 from stpm.scoring.scoring_run import ModelRecords, ScoringRun
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
-from stpm.scoring.stages.heatmaps import WriteHeatmaps
+from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
 from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
 from stpm.scoring.stages.write_rows import RowWriter
 
@@ -102,7 +102,7 @@ def score_shards(
             runtime_env=KEEP_FREED_MEMORY,
         )
         rows = rows.map_batches(
-            WriteHeatmaps(output, config.output, preprocessing, progress).__call__,
+            DrawHeatmaps(output, config.output, preprocessing, progress).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
             num_cpus=pool.task_cpus,

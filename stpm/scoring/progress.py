@@ -1,29 +1,23 @@
-"""The progress of a run: stages report to an actor, and the driver reads it once a second and logs it."""
+"""The progress of a run: stages report to an actor, and the driver reads it."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
 
-from stpm.cluster.connection import on_driver_node
-from stpm.console import is_terminal, show_progress
 from stpm.errors import CutOffError
+from stpm.scoring.circuit_breaker import CircuitBreaker
 from stpm.scoring.prometheus import Stage
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
-from stpm.times import duration
 
-log = logging.getLogger(__name__)
-
-_POLL_SECONDS = 1.0
-_LOG_SECONDS = 5.0
+# Seconds between the times at which the number of finished images is kept, at least.
+_MARK_SECONDS = 1.0
 # Number of unfinished images, and of warnings, that the actor keeps to show.
 _MAX_UNFINISHED = 10
 _MAX_WARNINGS = 10
@@ -65,30 +59,6 @@ class BatchReport(NamedTuple):
     unfinished: Sequence[UnfinishedImage] = ()
 
 
-class CircuitBreaker:
-    """Open, and stay open, once more than half of the latest images failed for a reason outside the image.
-
-    Args:
-        window: number of images to decide on.
-    """
-
-    def __init__(self, window: int = 256) -> None:
-        self._window = window
-        self._failed: deque[bool] = deque(maxlen=window)
-        self._last_error = ""
-        self.is_open = False
-
-    def add(self, images: int, errors: Sequence[str]) -> None:
-        """Add a batch of images, and the errors of those that failed."""
-        self._failed.extend([True] * len(errors) + [False] * (images - len(errors)))
-        self._last_error = errors[-1] if errors else self._last_error
-        self.is_open |= len(self._failed) == self._window and 2 * sum(self._failed) > self._window
-
-    def __str__(self) -> str:
-        failed, images = sum(self._failed), len(self._failed)
-        return f"{failed} of the latest {images} images failed, the last one as {self._last_error}"
-
-
 class ProgressActor:
     """The actor that adds up what the stages report.
 
@@ -121,7 +91,7 @@ class ProgressActor:
             if breaker.is_open and not self._stop_reason:
                 self._stop_reason = str(breaker)
         self._last_report = self._clock()
-        if report.statistics.images and (not self._marks or self._last_report - self._marks[-1][0] >= _POLL_SECONDS):
+        if report.statistics.images and (not self._marks or self._last_report - self._marks[-1][0] >= _MARK_SECONDS):
             self._marks.append((self._last_report, self._statistics.images))
         return self._stop_reason
 
@@ -200,77 +170,3 @@ class WarningRelay(logging.Handler):
             self._progress.warn(record.getMessage())
         except Exception:  # noqa: BLE001  a message must never end the scoring that it is about
             self.handleError(record)
-
-
-class ProgressDisplay:
-    """Show the progress of a run: at the bottom of a terminal, or as a line every five seconds in a log.
-
-    Args:
-        total: images to score.
-        show: rewrites the line at the bottom of the terminal; None if the output is a log.
-        clock: returns seconds; injected by tests.
-    """
-
-    def __init__(
-        self, total: int, show: Callable[[str], None] | None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._total = total
-        self._show = show
-        self._clock = clock
-        self._last_logged = clock()
-        self._warning_count = 0
-
-    def update(self, snapshot: Snapshot) -> None:
-        """Show the latest statistics, and log the warnings that are new."""
-        for message in snapshot.warnings[self._warning_count :]:
-            log.warning(message)
-        self._warning_count = len(snapshot.warnings)
-        statistics = snapshot.statistics
-        images, speed = min(statistics.images, self._total), statistics.steady_images_per_second
-        line = f"{images}/{self._total} images, {statistics.errors} errors, {statistics.anomalous} anomalous"
-        if speed:
-            line += f", {speed:.0f} images/s, about {duration((self._total - images) / speed)} left"
-        if self._show:
-            self._show(line)
-        elif self._clock() - self._last_logged >= _LOG_SECONDS:
-            self._last_logged = self._clock()
-            log.info(line)
-
-    def end(self, snapshot: Snapshot) -> None:
-        """Show the last statistics, and how many warnings were not shown."""
-        self.update(snapshot)
-        if snapshot.more_warnings:
-            log.warning(f"and {snapshot.more_warnings} more warnings")
-
-
-@contextmanager
-def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[ProgressReporter]:
-    """Start a progress actor, and show the progress while the block runs. Needs a connection to Ray.
-
-    Args:
-        total: images to score.
-        stop_on_failures: stop the run when most images fail, see `ProgressActor`.
-    """
-    actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(ProgressActor).remote(
-        stop_on_failures=stop_on_failures
-    )
-    progress = ProgressReporter(actor)
-    display = ProgressDisplay(total, show_progress if is_terminal() else None)
-    ended = threading.Event()
-
-    def poll() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            display.update(progress.read())
-
-    thread = threading.Thread(target=poll, name="score-progress", daemon=True)
-    thread.start()
-    try:
-        try:
-            yield progress
-        finally:
-            ended.set()
-            thread.join()
-        # It may have warnings of the last second.
-        display.end(progress.read())
-    finally:
-        ray.kill(actor)

@@ -27,7 +27,8 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs.manifest import Manifest, Segment, Shard, read_manifest, read_shard, write_manifest
 from stpm.scoring.pipeline import score_shards
-from stpm.scoring.progress import ProgressReporter, Snapshot, show_scoring_progress
+from stpm.scoring.progress import ProgressReporter, Snapshot
+from stpm.scoring.progress_display import show_scoring_progress
 from stpm.scoring.resuming.remaining import remaining_segments
 from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
 from stpm.scoring.row_summary import RowSummary

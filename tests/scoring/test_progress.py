@@ -4,15 +4,9 @@ import logging
 
 import pytest
 
-from stpm.scoring.progress import (
-    BatchReport,
-    CircuitBreaker,
-    ProgressActor,
-    ProgressDisplay,
-    ProgressReporter,
-    Snapshot,
-    WarningRelay,
-)
+from stpm.scoring.circuit_breaker import CircuitBreaker
+from stpm.scoring.progress import BatchReport, ProgressActor, ProgressReporter, Snapshot, WarningRelay
+from stpm.scoring.progress_display import ProgressDisplay
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from tests.conftest import Clock
 

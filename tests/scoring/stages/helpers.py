@@ -23,7 +23,7 @@ from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.stages.decode import Decode
-from stpm.scoring.stages.heatmaps import WriteHeatmaps
+from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
 from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.scorer_actor import ScorerSettings
 from tests.conftest import LIMITS, MODELS, TINY, make_preprocessing
@@ -94,4 +94,4 @@ def write_heatmaps(
     preprocessing: Mapping[str, Preprocessing] = PREPROCESSING,
 ) -> pa.Table:
     options = OutputOptions(heatmaps, heatmaps_in, overlays)
-    return WriteHeatmaps(RunOutput.single(str(out)), options, preprocessing)(rows)
+    return DrawHeatmaps(RunOutput.single(str(out)), options, preprocessing)(rows)

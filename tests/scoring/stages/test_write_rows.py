@@ -18,7 +18,7 @@ from stpm.scoring.output_rows import open_rows
 from stpm.scoring.resuming.segments import commit_segment
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT
-from stpm.scoring.stages.heatmaps import with_folder_names
+from stpm.scoring.stages.draw_heatmaps import with_folder_names
 from stpm.scoring.stages.write_rows import FileNames, RowWriter
 from tests.datasets import make_output
 

@@ -44,7 +44,7 @@ class Pictures(NamedTuple):
     overlay_jpeg: bytes | None = None
 
 
-class WriteHeatmaps:
+class DrawHeatmaps:
     """Turn SCORED rows into OUTPUT rows. Draw a palette PNG of each scored image, as a file or as bytes in its row.
 
     Args:
