@@ -27,10 +27,10 @@ from stpm.data import demo, mvtec
 from stpm.data.encode import encode_jpeg
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
+from stpm.scoring.ranked_rows import scan_rows
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.triage import scan_rows
 
 _KILLS = 3
 _CATEGORY = "grass"

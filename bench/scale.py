@@ -56,6 +56,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress_display import show_scoring_progress
+from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.resuming.segments import commit_segment, committed_summaries
@@ -63,7 +64,6 @@ from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.scoring_run import ScoringRun
-from stpm.scoring.triage import most_anomalous
 
 _FILES_PER_PREFIX = 1000
 _DUPLICATES = 100

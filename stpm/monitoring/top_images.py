@@ -13,7 +13,8 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.monitoring.nights import TopImage
 from stpm.scoring.output import RunOutput
-from stpm.scoring.triage import THREADS, most_anomalous, picture
+from stpm.scoring.ranked_rows import most_anomalous
+from stpm.scoring.triage import THREADS, picture
 
 _COUNT = 12
 

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import pyarrow.dataset as ds
 from PIL import Image
 
 from stpm import storage
 from stpm.data import images
 from stpm.data.encode import encode_jpeg
-from stpm.errors import RunDamagedError
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, render, score_parts
 from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
 from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import blaming_damaged_file, open_rows
-from stpm.scoring.resuming.row_checkpoints import task_of
-from stpm.scoring.resuming.segments import committed_summaries
-from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary
+from stpm.scoring.ranked_rows import read_ranked
+from stpm.scoring.row_summary import RowSummary
 
-_HEATMAP = ["heatmap", "heatmap_png"]
-_VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
-_COLUMNS = ["image_id", "uri", "category", "model_id", *_VALUES, *_HEATMAP]
 # Maximum pixels of a picture's shorter and longer side.
 _MAX_SHORT_SIDE, _MAX_LONG_SIDE = 256, 1024
 # Pictures that are drawn at the same time.
@@ -52,7 +44,7 @@ def write_triage(
         preprocessing: of each category's model.
         discoveries: to mark; None if the run does not look for them.
     """
-    rows = _read_ranked(output, summary, max_images)
+    rows = read_ranked(output, summary, max_images)
     cut_off = discoveries.cut_off if discoveries else 0.0
     pictures = storage.in_parallel(lambda row: picture(output, row, preprocessing[row["category"]]), rows, THREADS)
     shown = [
@@ -72,63 +64,3 @@ def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocess
     except Exception as error:  # noqa: BLE001
         log.warning("%s is not shown: %s: %s", row["uri"], type(error).__name__, error)
         return ""
-
-
-def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Read the most anomalous rows, in order; each gets a key `excess`, see `RankedImage`.
-
-    Raises:
-        RunDamagedError: if one of them is missing, or cannot be read.
-    """
-    return _read_ranked(output, RowSummary.total(committed_summaries(output), max_images), max_images)
-
-
-def _read_ranked(output: RunOutput, summary: RowSummary, max_images: int) -> list[dict[str, Any]]:
-    """Read the rows that a summary ranks first; if it ranks too few, scan all rows."""
-    if not summary.rows or summary.max_ranked < max_images:
-        # No segment is committed yet, or the run was scored for a shorter page.
-        summary = scan_rows(output, max_images)
-    return _read_images(output, summary.ranked)
-
-
-def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
-    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time.
-
-    Raises:
-        RunDamagedError: if a file is damaged, or has other columns.
-    """
-    dataset = open_rows(output, COLUMNS)
-    with blaming_damaged_file(output):
-        return RowSummary.total(
-            (
-                RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
-                for file in dataset.get_fragments()
-            ),
-            max_ranked,
-        )
-
-
-def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[str, Any]]:
-    """Read whole row groups, and only those that hold a wanted image: rows may contain large pictures."""
-    wanted: defaultdict[str, list[int]] = defaultdict(list)
-    for image in images:
-        wanted[image.task].append(image.image_id)
-    rows: dict[int, dict[str, Any]] = {}
-    for uri in output.files():
-        if ids := wanted.get(task_of(uri)):
-            with blaming_damaged_file(output, [uri]):
-                rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
-    if missing := sum(image.image_id not in rows for image in images):
-        raise RunDamagedError(
-            f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing"
-        )
-    return [rows[image.image_id] | {"excess": image.excess} for image in images]
-
-
-def _read_rows(output: RunOutput, uri: str, image_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    dataset = open_rows(output, _COLUMNS, [uri])
-    is_wanted = ds.field("image_id").isin(image_ids)
-    for file in dataset.get_fragments():
-        for row_group in file.split_by_row_group():
-            if row_group.count_rows(filter=is_wanted):
-                yield from row_group.to_table(dataset.schema, columns=_COLUMNS, filter=is_wanted).to_pylist()

@@ -18,11 +18,11 @@ from PIL import Image
 
 from stpm import storage
 from stpm.scoring.output import RunOutput
+from stpm.scoring.ranked_rows import scan_rows
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_state import RunState
 from stpm.scoring.run_statistics import RunResult, RunStatistics
-from stpm.scoring.triage import scan_rows
 from tests.cluster.conftest import (
     DECODER,
     KILLS,

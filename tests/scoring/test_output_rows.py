@@ -14,9 +14,9 @@ from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.monitoring.rows import read_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
+from stpm.scoring.ranked_rows import most_anomalous, scan_rows
 from stpm.scoring.resuming.row_checkpoints import task_of
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.triage import most_anomalous, scan_rows
 from tests.conftest import make_preprocessing
 from tests.datasets import make_output, write_rows
 

@@ -14,7 +14,8 @@ from stpm.feedback.marks import read_marks
 from stpm.method.false_discovery import Discoveries
 from stpm.scoring.heatmap_pictures import palette_png
 from stpm.scoring.output import RunOutput
-from stpm.scoring.triage import most_anomalous, scan_rows, write_triage
+from stpm.scoring.ranked_rows import most_anomalous, scan_rows
+from stpm.scoring.triage import write_triage
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, make_output, write_rows

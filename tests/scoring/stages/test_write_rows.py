@@ -10,7 +10,7 @@ from ray.data.checkpoint.util import build_pending_checkpoint_trie
 from stpm import storage
 from stpm.errors import DataError
 from stpm.names import HIVE_NULL
-from stpm.scoring import triage
+from stpm.scoring import ranked_rows
 from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.output import RunOutput
@@ -61,23 +61,23 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
         name = f"{output.segment_checkpoints(0)}/scores_uuid_{task:012}.parquet"
         storage.publish(name, storage.encode_parquet(rows.select(["image_id"])))
-    scanned = triage.scan_rows(output, max_ranked=5)
+    scanned = ranked_rows.scan_rows(output, max_ranked=5)
     assert commit_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100
     with monkeypatch.context() as patch:
-        patch.setattr(triage, "scan_rows", lambda *_: pytest.fail("all rows were read"))
-        shown = triage.most_anomalous(output, 4)
+        patch.setattr(ranked_rows, "scan_rows", lambda *_: pytest.fail("all rows were read"))
+        shown = ranked_rows.most_anomalous(output, 4)
     assert [(row["score"], row["category"]) for row in shown] == [
         (score, ("nut", "a b", "c/d")[image % 3]) for score, image in ((99.0, 27), (98.0, 54), (97.0, 81), (96.0, 8))
     ]
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
     # The tasks named five images each.
-    assert [row["score"] for row in triage.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
+    assert [row["score"] for row in ranked_rows.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
     lost = f"{output.scores}/**/scores_uuid_000000000000-*.parquet"
     for uri in storage.glob(lost)[0]:
         storage.remove(uri)
     with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
-        triage.most_anomalous(output, 4)
+        ranked_rows.most_anomalous(output, 4)
 
 
 def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
     files = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=20, max_ranked=0)
     files.write([with_folder_names(rows)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=0))
     (summary,) = tmp_path.rglob("*.json")
-    assert RowSummary.from_json(summary.read_bytes()).categories == triage.scan_rows(output, 0).categories
+    assert RowSummary.from_json(summary.read_bytes()).categories == ranked_rows.scan_rows(output, 0).categories
 
 
 def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:
