@@ -144,7 +144,7 @@ class ClusterOptions(Options):
     first_node: Literal["gpu", "cpu"] = option(
         "gpu", "the kind of node to ask for, and to wait for, where a cluster starts its nodes on demand and has none"
     )
-    node_minutes: float = option(15.0, "minutes to wait for that first node", minimum=0)
+    node_minutes: float = option(15.0, "minutes to wait for that node", minimum=0)
     backend: WantedBackend = option(
         "auto",
         "what computes features on a CPU: pytorch, or openvino, which is faster there (pip install 'stpm[openvino]'); "

@@ -144,7 +144,7 @@ def fitted_keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(fitting, "run_worker_group", run_worker_group)
     monkeypatch.setattr(fitting, "connected", nullcontext)
-    monkeypatch.setattr(fitting, "wait_for_nodes", lambda _: [{"CPU": 1.0}])
+    monkeypatch.setattr(fitting, "nodes_for_plan", lambda _: [{"CPU": 1.0}])
     return keys
 
 

@@ -15,7 +15,7 @@ from ray.autoscaler.sdk import request_resources
 
 from stpm import storage
 from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, working_nodes
-from stpm.errors import ConfigError, join_first
+from stpm.errors import GO_ON, ConfigError, CutOffError, join_first
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str]) -> None:
 def wait_for_nodes(options: ClusterOptions) -> list[Resources]:
     """Return the resources of the nodes that can work. If there are none, ask the autoscaler for one, and wait for it.
 
-    Call this before each plan, too: the autoscaler removes nodes that were idle while images were listed, or while
-    another run held the lease.
+    The autoscaler removes nodes that were idle while images were listed, or while another run held the lease: before
+    each plan call `nodes_for_plan`.
 
     Raises:
         ConfigError: if none came in time.
@@ -95,6 +95,18 @@ def wait_for_nodes(options: ClusterOptions) -> list[Resources]:
     finally:
         # Tasks and actors now ask for what they need.
         request_resources(bundles=[])
+
+
+def nodes_for_plan(options: ClusterOptions) -> list[Resources]:
+    """As `wait_for_nodes`, in a run that has begun.
+
+    Raises:
+        CutOffError: if no node came in time.
+    """
+    try:
+        return wait_for_nodes(options)
+    except ConfigError as error:
+        raise CutOffError(f"{error}; {GO_ON}") from error
 
 
 def first_bundle(kind: Literal["gpu", "cpu"]) -> dict[str, float]:

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 def evaluate_categories(
     output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, masks_at: MasksAt, out: str
 ) -> list[CategoryResult]:
-    """Evaluate categories of a run, each in a Ray task, see `evaluate_category`. Needs a connection to Ray.
+    """Evaluate categories of a run, each in a Ray task; write their sheets of defects beside the report.
+
+    Needs a connection to Ray.
 
     Raises:
         RunDamagedError: if a file of rows is damaged, missing or doubled.
@@ -38,30 +40,33 @@ def evaluate_categories(
     check_row_count(output)
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
-    tasks = [remote.remote(output, record, history[record.category], masks_at, out) for record in records]
+    tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
     with cut_off_by_ray("evaluation"):
-        return results_of(tasks)
+        evaluated = results_of(tasks)
+    # The report may go to a path that only the driver reaches.
+    for result, sheet in evaluated:
+        if sheet:
+            storage.publish(storage.join(out, "gallery", output.name, f"{result.model.category}.png"), sheet)
+    return [result for result, _ in evaluated]
 
 
 def evaluate_category(
-    output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt, out: str
-) -> CategoryResult:
-    """Measure one category and draw its charts and pictures; write the sheet of defects beside the report.
+    output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
+) -> tuple[CategoryResult, bytes | None]:
+    """Measure one category and draw its charts and pictures. Return its sheet of defects, too, a PNG; None if empty.
 
     Args:
         output: the run that scored the category's images.
         record: of the model that scored them.
         history: loss per epoch, by column; empty if there is no student.
         masks_at: the size at which masks and anomaly maps are compared.
-        out: URI of the report's folder.
     """
     category = ScoredCategory(output, record.category, record.preprocessing)
     # First: it finds rows that the pictures cannot be drawn from.
     scores = read_scores(category, masks_at)
-    if sheet := defect_sheet(category):
-        storage.publish(storage.join(out, "gallery", output.name, f"{category.name}.png"), sheet)
     charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
-    return CategoryResult(record, measure_category(scores), charts, galleries(category))
+    result = CategoryResult(record, measure_category(scores), charts, galleries(category))
+    return result, defect_sheet(category)
 
 
 def publish_report(report: Report, out: str, gate: Gate) -> int:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.cluster.placement import wait_for_nodes
+from stpm.cluster.placement import nodes_for_plan
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError
@@ -118,7 +118,7 @@ def fit_categories(
             scratch = storage.join(next(iter(stores.values())), ".train")
             with connected():
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
-                resources = choose_worker_resources(workers, wait_for_nodes(cluster), len(plans))
+                resources = choose_worker_resources(workers, nodes_for_plan(cluster), len(plans))
                 fitted = run_worker_group(unfinished, workers, resources, scratch, progress)
                 _log_replaced(plans, fitted)
                 results += fitted

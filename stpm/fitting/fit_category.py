@@ -72,18 +72,18 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
         return FitResult(task, _fit_category(task, limits, report))
     except StpmError as error:
         reason = str(error)
+    except torch.cuda.OutOfMemoryError as error:
+        # Do not try a smaller batch: it would be another recipe.
+        reason = (
+            f"{str(error).split('. ', maxsplit=1)[0]}: the device's memory does not hold batches of "
+            f"{task.recipe.batch_size} at this size; lower --batch-size or --pixels (or --size), or give each worker "
+            "more of a GPU (--gpus-per-worker)"
+        )
     except Exception as error:
+        log.exception("%s failed", task.key)
+        reason = f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):
-            # Do not try a smaller batch: it would be another recipe.
-            share = "more of a GPU (--gpus-per-worker)" if torch.cuda.is_available() else "more RAM (fewer --workers)"
-            what = f"{type(error).__name__}: {str(error).split('. ', maxsplit=1)[0]}"
-            reason = (
-                f"{what}: the device's memory does not hold batches of {task.recipe.batch_size} at this size; lower "
-                f"--batch-size or --pixels (or --size), or give each worker {share}"
-            )
-        else:
-            log.exception("%s failed", task.key)
-            reason = f"{type(error).__name__}: {error}"
+            reason += "; lower --pixels (or --size) or --worker-ram-gib, or give fewer --workers"
     # Outside of the except blocks, no traceback keeps the tensors of the failed fit alive.
     torch.cuda.empty_cache()
     return FitResult(task, reason=reason)

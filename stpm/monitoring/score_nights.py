@@ -60,14 +60,16 @@ class NightlyJob:
             fresh: start over.
 
         Raises:
-            DataError: if there is no image to start over with: the rows stay.
+            DataError: if there is no image, or no model, to start over with: the rows stay.
         """
         list_images = partial(self._list_images, folder.date)
         if fresh:
-            # If the dump is not mounted, removing the rows would lose them.
+            # If the dump or the store is not mounted, removing the rows would lose them.
             if folder.outputs() and not next(list_images(), None):
                 sources = ", ".join(self.sources(folder.date))
                 raise DataError(f"there are no images in {sources}: --fresh left the rows as they are")
+            if folder.outputs() and not storage.subfolders(self.options.models):
+                raise DataError(f"there are no models in {self.options.models}: --fresh left the rows as they are")
             self._start_over(folder)
         for output, rows in runs_to_score(folder, list_images):
             self._score_run(folder, output, rows, connection)

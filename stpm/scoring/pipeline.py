@@ -10,7 +10,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared
-from stpm.cluster.placement import wait_for_nodes
+from stpm.cluster.placement import nodes_for_plan
 from stpm.errors import GO_ON, CutOffError
 from stpm.method.backend import resolve_backend
 from stpm.scoring.inputs.manifest import Shard
@@ -52,14 +52,14 @@ def score_shards(
         progress: gets the statistics and the images without a row.
 
     Raises:
-        ConfigError: if the scorers do not fit the cluster, or no node that can work came in time.
-        CutOffError: if too many images failed because of storage, a model or a device.
+        ConfigError: if the scorers do not fit the cluster.
+        CutOffError: if too many images failed because of storage, a model or a device, or no node came in time.
         RayError: if a node or Ray failed.
     """
     options, config, output = run.options, run.config, run.output
     blocks = ManifestBlocks(shards)
     preprocessing = {name: record.preprocessing for name, record in models.items()}
-    pool = ScorerPool.for_nodes(options.scorers, wait_for_nodes(run.cluster), len(blocks), grows=is_shared())
+    pool = ScorerPool.for_nodes(options.scorers, nodes_for_plan(run.cluster), len(blocks), grows=is_shared())
     task_ram = pool.ram_for(TASK_BYTES)
     settings = ScorerSettings(
         store=run.store.uri,

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, islice
 from typing import NamedTuple
 
 from stpm import storage
@@ -135,17 +134,16 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
 
 
 def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, ModelRecords]:
-    """Remove what earlier runs wrote, and write the manifest. Remove nothing if there is nothing to score."""
-    rows = iter(run.rows())
-    first = list(islice(rows, 1))
+    """Remove what earlier runs wrote, and write the manifest.
+
+    Keep the rows of an earlier run if this one could not be made: list all images, and read their models, first.
+    """
     if run.output.files():
-        # A name that was mistyped, or a disk that is not mounted.
-        storage.subfolders(run.store.uri)
+        categories = {name for rows in run.rows() for name in rows["category"].unique().to_pylist()}
+        _read_models(run.store, categories, None)
     run.output.clear()
     state.start(run.config)
-    manifest = write_manifest(chain(first, rows), run.output.manifest, run.options.segment_rows)
-    log.info(manifest.describe())
-    return manifest, _read_models(run.store, manifest.categories, None)
+    return _read_inputs(run)
 
 
 def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, ModelRecords]:

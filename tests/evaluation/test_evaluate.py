@@ -27,12 +27,12 @@ def test_a_category_is_evaluated_published_and_checked_against_the_gate(
 ) -> None:
     category = scored_run(tmp_path / "scored")
     out = str(tmp_path / "report")
-    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model", out)
-    assert Path(out, "gallery/seed-0/nut.png").is_file()
-    assert not Path(category.output.folder, "gallery").exists()
+    found, sheet = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
+    assert sheet is not None
+    assert sheet.startswith(b"\x89PNG")
     report = Report("data", [found])
     assert publish_report(report, out, Gate((), {})) == 0
-    assert {path.name for path in Path(out).iterdir()} == {"gallery", "report.html", *report.files()}
+    assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
     gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
     assert publish_report(report, out, gate) == 2
     assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)

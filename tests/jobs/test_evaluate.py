@@ -170,7 +170,7 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     store = ModelStore(str(tmp_path / "models"))
     # The benchmark scores nothing.
     Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions()).score([model], store, output)
-    report = Report("data", [evaluate_category(output, model, {}, "model", str(tmp_path))])
+    report = Report("data", [evaluate_category(output, model, {}, "model")[0]])
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()

@@ -27,6 +27,7 @@ from stpm.errors import (
     ModelUnreadableError,
     OtherRunError,
     RunDamagedError,
+    StpmError,
 )
 from stpm.jobs import score as score_job
 from stpm.jobs.score import run_score
@@ -57,9 +58,7 @@ def make_run(root: Path, *uris: str) -> ScoringRun:
     def rows() -> Iterator[pa.Table]:
         return image_rows(["-"], CategoryRule("nut"), (), uris)
 
-    models = root / "models"
-    models.mkdir(exist_ok=True)
-    store, output = ModelStore(str(models)), RunOutput.single(str(root / "run"))
+    store, output = ModelStore(str(root / "models")), RunOutput.single(str(root / "run"))
     return ScoringRun(rows, ScoringConfig(uris, 0.01), store, ScoreOptions(), output)
 
 
@@ -121,15 +120,17 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
     assert not new.output.files()
 
 
-@pytest.mark.usefixtures("no_models")
-def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path) -> None:
+def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, "/a.png", "/b.png")
-    finish(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_read_models", lambda *_: {})
+        finish(run)
     before = run.output.written_uris()
-    empty = dataclasses.replace(run, rows=lambda: image_rows([str(tmp_path / "unmounted")], CategoryRule("nut")))
-    unknown = dataclasses.replace(run, store=ModelStore(str(tmp_path / "model")))
-    for mistaken, message in ((empty, "no images here"), (unknown, "no such folder")):
-        with pytest.raises(DataError, match=message):
+    sources = ["-", str(tmp_path / "unmounted")]
+    partly = dataclasses.replace(run, rows=lambda: image_rows(sources, CategoryRule("nut"), (), ["/a.png"]))
+    # The store has no model.
+    for mistaken, message in ((partly, "unmounted: no images here"), (run, "no model for category 'nut'")):
+        with pytest.raises(StpmError, match=message):
             resume_or_start(mistaken, start_over=True, replace=False)
         assert run.output.written_uris() == before
         assert RunState(run.output.state_folder).is_finished()

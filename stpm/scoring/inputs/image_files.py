@@ -148,7 +148,7 @@ def read_uri(uri: str) -> bytes:
         return read(ImageRef(uri))
     if not _is_tar(archive):
         return _read_parquet_row(archive, int(member), MAX_BYTES)
-    if image := _tar_members.get(archive).get(uri):
+    if image := _tar_members.get(_version(archive)).get(uri):
         return read(image)
     raise ImageError("missing", f"{uri}: no such image in the archive")
 
@@ -183,8 +183,14 @@ def _read_row_group(key: tuple[str, int]) -> pa.ChunkedArray:
     return column
 
 
-def _read_tar_members(uri: str) -> dict[str, ImageRef]:
-    images, _ = tar_images(uri)
+def _version(uri: str) -> tuple[str, str]:
+    """Return a URI with a key that changes when its bytes do."""
+    fs, path = storage.filesystem(uri)
+    return uri, str(fs.ukey(path))
+
+
+def _read_tar_members(version: tuple[str, str]) -> dict[str, ImageRef]:
+    images, _ = tar_images(version[0])
     return {image.uri: image for image in images}
 
 

@@ -71,10 +71,16 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
 def _matching_files(pattern: str) -> Iterator[str]:
     """Yield the files that a glob matches, and those in the folders that it matches."""
     files, folders = storage.glob(pattern)
-    yield from files
-    # `**` matches what is in them, too.
-    for folder in [] if "**" in pattern else folders:
-        yield from storage.iter_files(folder)
+    # `**` also matches what is in a folder that it matches.
+    found = set(folders)
+
+    def is_inside_one(uri: str) -> bool:
+        return any(uri[:i] in found for i, character in enumerate(uri) if character == "/")
+
+    yield from (file for file in files if not is_inside_one(file))
+    for folder in folders:
+        if not is_inside_one(folder):
+            yield from storage.iter_files(folder)
 
 
 def _literal_name(uri: str) -> str:

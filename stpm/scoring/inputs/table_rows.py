@@ -91,20 +91,22 @@ def rows_one_by_one(
     folder = uri.rsplit("/", 1)[0]
     rows = []
     for number, (name, category, label, mask) in zip(numbers.tolist(), tables.input_values(chunk), strict=True):
-        mask_uri, has_path = "", True
+        image, mask_uri, has_path = ImageRef(f"{uri}#{number}"), "", True
         try:
-            mask_uri = resolve(mask, folder)
             if "uri" not in chunk.schema.names:
                 image = ImageRef(f"{uri}#{number}", number, 1)
+                mask_uri = resolve(mask, folder)
                 error = check_allowed([mask_uri], allowed)
             elif name:
+                has_path = False
                 image = ImageRef(resolve(name, folder))
+                has_path = True
+                mask_uri = resolve(mask, folder)
                 error = check_allowed([image.uri, mask_uri], allowed)
             else:
-                image, has_path = ImageRef(f"{uri}#{number}"), False
+                has_path = False
                 error = ImageError("missing", "this row of the table has no uri")
         except UriError as problem:
-            image, has_path = ImageRef(f"{uri}#{number}"), False
             error = ImageError("not_allowed", str(problem))
         # A pattern describes image paths, and the table's own is none.
         chosen = category or (rule.category(image.path) if has_path else rule.fixed)

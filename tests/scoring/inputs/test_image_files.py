@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,3 +103,14 @@ def test_a_tar_member_is_found_by_its_uri(tmp_path: Path) -> None:
     assert image_files.read_uri(f"{tmp_path}/s.tar#a/2.png") == b"two"
     with pytest.raises(ImageError, match="no such image in the archive"):
         image_files.read_uri(f"{tmp_path}/s.tar#a/3.png")
+
+
+def test_a_tar_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    uri = str(tmp_path / "s.tar")
+    for number, names in enumerate((("a.png", "b.png"), ("b.png", "a.png"))):
+        with tarfile.open(uri, "w") as archive:
+            for name in names:
+                (tmp_path / name).write_bytes(name.encode())
+                archive.add(tmp_path / name, name)
+        os.utime(uri, (number, number))
+        assert image_files.read_uri(f"{uri}#a.png") == b"a.png"

@@ -45,6 +45,8 @@ def test_a_glob_matches_files_and_folders(root: str) -> None:
         f"{root}/images/deep/er/c.tiff",
     ]
     assert len(rows(f"{root}/images/**")) == 4
+    assert [row["uri"] for row in rows(f"{root}/**/er")] == [f"{root}/images/deep/er/c.tiff"]
+    assert len(rows(f"{root}/**/*e*")) == 5
 
 
 def test_existing_and_escaped_names_are_not_globs(root: str) -> None:
@@ -150,6 +152,10 @@ def test_a_row_that_names_no_image_takes_no_category_from_the_tables_own_path(tm
     write_table(f"{tmp_path}/lists/today.jsonl", [{"uri": ""}, {"uri": "nut/a.png"}])
     found = rows(f"{tmp_path}/lists/today.jsonl", rule=CategoryRule(pattern="{category}/{name}"))
     assert [(row["error_kind"], row["category"]) for row in found] == [("missing", ""), ("", "nut")]
+    records = [{"image": b"x", "mask": "https://me:SECRET@host/m.png"}, {"image": b"x", "mask": ""}]
+    write_table(f"{tmp_path}/nut/shard.parquet", records)
+    found = rows(f"{tmp_path}/nut/shard.parquet", rule=CategoryRule(pattern="{category}/{name}"))
+    assert [(row["error_kind"], row["category"]) for row in found] == [("not_allowed", "nut"), ("", "nut")]
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.parquet", "shard.tar"])
