@@ -126,7 +126,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
 
 def test_workers_that_do_not_fit_the_cluster_are_refused(working_folder: Path) -> None:
     make_category("data", "nut", train=2, good=0, defects=0)
-    process = run_job("fit", "--data", "data", "--models", "m", *TINY_RECIPE, "--workers", "99")
+    process = run_job("fit", "--data", "data", "--models", "m", *TINY_RECIPE, "--cpus-per-worker", "99")
     assert process.returncode == 1
     assert "do not fit the cluster" in process.stderr
     assert len(process.stderr.splitlines()) == 1
