@@ -91,24 +91,27 @@ def rows_one_by_one(
     folder = uri.rsplit("/", 1)[0]
     rows = []
     for number, (name, category, label, mask) in zip(numbers.tolist(), tables.input_values(chunk), strict=True):
-        image, mask_uri, has_path = ImageRef(f"{uri}#{number}"), "", True
+        image, path, mask_uri = ImageRef(f"{uri}#{number}"), "", ""
         try:
-            if "uri" not in chunk.schema.names:
-                image = ImageRef(f"{uri}#{number}", number, 1)
-                mask_uri = resolve(mask, folder)
-                error = check_allowed([mask_uri], allowed)
-            elif name:
-                has_path = False
-                image = ImageRef(resolve(name, folder))
-                has_path = True
-                mask_uri = resolve(mask, folder)
-                error = check_allowed([image.uri, mask_uri], allowed)
+            if "uri" in chunk.schema.names:
+                image = _named_image(name, folder)
+                named = [image.uri]
             else:
-                has_path = False
-                error = ImageError("missing", "this row of the table has no uri")
+                image, named = ImageRef(f"{uri}#{number}", number, 1), []
+            path = image.path
+            mask_uri = resolve(mask, folder)
+            error = check_allowed([*named, mask_uri], allowed)
+        except ImageError as problem:
+            error = problem
         except UriError as problem:
             error = ImageError("not_allowed", str(problem))
-        # A pattern describes image paths, and the table's own is none.
-        chosen = category or (rule.category(image.path) if has_path else rule.fixed)
+        # A pattern describes image paths, and a row that names no image has none.
+        chosen = category or (rule.category(path) if path else rule.fixed)
         rows.append(ManifestRow(image, chosen, label, mask_uri, error))
     return make_rows(rows)
+
+
+def _named_image(name: str, folder: str) -> ImageRef:
+    if not name:
+        raise ImageError("missing", "this row of the table has no uri")
+    return ImageRef(resolve(name, folder))
