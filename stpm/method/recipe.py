@@ -171,16 +171,20 @@ class Recipe(Options):
 
     def has_enough(self, images: int) -> bool:
         """Return whether a category has enough good images to fit on and to calibrate with."""
-        return images >= (4 if self.calibration_folds else 1 + self._min_held_out)
+        needed, _ = self._min_images()
+        return images >= needed
 
     def check_image_count(self, images: int) -> None:
         """Raise DataError if a category has too few good images."""
-        if self.has_enough(images):
-            return
-        needed, why = 1 + self._min_held_out, f"1 to fit on and {self._min_held_out} to hold out"
+        needed, why = self._min_images()
+        if images < needed:
+            raise DataError(f"good images: {images}; this recipe needs at least {needed}, {why}; give more")
+
+    def _min_images(self) -> tuple[int, str]:
+        """Return how many good images a category needs, and what for."""
         if self.calibration_folds:
-            needed, why = 4, "2 in each of 2 folds"
-        raise DataError(f"good images: {images}; this recipe needs at least {needed}, {why}; give more")
+            return 4, "2 in each of 2 folds"
+        return 1 + self._min_held_out, f"1 to fit on and {self._min_held_out} to hold out"
 
     def for_image_count(self, images: int) -> Recipe:
         """Return the recipe with as many epochs as a category with this many good images needs for `min_steps`."""

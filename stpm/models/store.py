@@ -203,8 +203,7 @@ class ModelStore:
             return _read_record(Versions, uri)
         except FileNotFoundError as error:
             raise NoModelError(
-                f"{self.uri}: no model for category {category!r}; python jobs/models.py --models "
-                f"{shlex.quote(self.uri)} lists them"
+                f"{self.uri}: no model for category {category!r}; {self._list_command()} lists them"
             ) from error
 
     def set_versions(self, category: str, versions: Versions) -> None:
@@ -248,7 +247,10 @@ class ModelStore:
 
     def roll_command(self, category: str, flag: Literal["--roll-back", "--roll-forward"]) -> str:
         """Return the command line that makes the category's previous or next model current."""
-        return f"python jobs/models.py --models {shlex.quote(self.uri)} --categories {shlex.quote(category)} {flag}"
+        return f"{self._list_command()} --categories {shlex.quote(category)} {flag}"
+
+    def _list_command(self) -> str:
+        return f"python jobs/models.py --models {shlex.quote(self.uri)}"
 
     def put_added(self, category: str, data: bytes) -> str:
         """Store the file of an image that was marked as good, and return its digest."""

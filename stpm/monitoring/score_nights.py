@@ -65,11 +65,12 @@ class NightlyJob:
         list_images = partial(self._list_images, folder.date)
         if fresh:
             # If the dump or the store is not mounted, removing the rows would lose them.
-            if folder.outputs() and not next(list_images(), None):
-                sources = ", ".join(self.sources(folder.date))
-                raise DataError(f"there are no images in {sources}: --fresh left the rows as they are")
-            if folder.outputs() and not storage.subfolders(self.options.models):
-                raise DataError(f"there are no models in {self.options.models}: --fresh left the rows as they are")
+            if folder.outputs():
+                missing = "" if storage.subfolders(self.options.models) else f"models in {self.options.models}"
+                if not next(list_images(), None):
+                    missing = f"images in {', '.join(self.sources(folder.date))}"
+                if missing:
+                    raise DataError(f"there are no {missing}: --fresh left the rows as they are")
             self._start_over(folder)
         for output, rows in runs_to_score(folder, list_images):
             self._score_run(folder, output, rows, connection)
