@@ -36,14 +36,14 @@ from stpm.console import (
 )
 from stpm.errors import GO_ON, ConfigError, CutOffError, DataError, ModelError, StpmError, last_line
 from stpm.method.recipe import PRESETS, Preset, Recipe
-from stpm.names import as_utf8, is_utf8
+from stpm.names import as_utf8, hide_urls, is_utf8
 from stpm.options import Integers, Names, Size, flag
 
 log = logging.getLogger(__name__)
 
 _PRESET_HELP = (
-    "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine, batch 2, 5 epochs) and a memory of "
-    "normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
+    "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine schedule, batch 2, 5 epochs) and a "
+    "memory of normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
     "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
     "The defaults shown are those of the preset chosen (default: default)"
 )
@@ -109,7 +109,8 @@ class Job:
         """
         for word in argv:
             if not is_utf8(word):
-                raise ConfigError(f"{as_utf8(word)}: a name that is not UTF-8; rename it, or name its folder")
+                shown = hide_urls(as_utf8(word))
+                raise ConfigError(f"{shown}: a name that is not UTF-8; rename it, or name its folder")
         try:
             values = self.parser({}).parse_args([word for word in argv if not word.startswith(_PRINTING)])
             defaults: dict[str, Any] = {}
@@ -119,6 +120,8 @@ class Job:
             values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
         except OverflowError as error:
             raise ConfigError(f"a number is too large: {error}; see --help") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError("the file of --config is not UTF-8; save it as UTF-8") from error
         return [*(_make(kind, values) for kind in self.groups.values()), values.log]
 
     def parser(self, defaults: Mapping[str, Any]) -> ArgumentParser:
@@ -224,7 +227,10 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
-        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
+        if "Unexpected config: " in text:
+            # The message has the whole content, which may hold secrets.
+            text = "the file of --config has no lines `option: value`"
+        elif unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
             text = self._unknown(unknown[1] or unknown[2].replace("_", "-"))
         elif invalid := re.match(r"argument --(\S+): invalid \S+ value: (.*)", text):
             text = self._invalid(f"--{invalid[1]}", invalid[2])
@@ -232,7 +238,7 @@ class _Parser(ArgumentParser):
             reason, _, value = invalid[2].partition(" Got value: ")
             name = flag(invalid[1])
             text = self._invalid(name, value) if value else f"{name}: {reason}"
-        raise ConfigError(f"{text}; see --help") from ex
+        raise ConfigError(f"{hide_urls(text)}; see --help") from ex
 
     def dump(self, cfg: Namespace, **options: Any) -> str:
         """Write options as YAML, without those that may hold a secret: they still come from the environment."""
@@ -248,7 +254,8 @@ class _Parser(ArgumentParser):
         return f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
 
     def _invalid(self, name: str, value: str) -> str:
-        return f"{name} is {value}; give {self._option_string_actions[name].metavar}"
+        shown = "not valid" if name in map(flag, self.secrets) else value
+        return f"{name} is {shown}; give {self._option_string_actions[name].metavar}"
 
 
 class _Extend(argparse.Action):
@@ -290,4 +297,15 @@ class _Yaml(yaml.BaseLoader):
 
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Yaml.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
-set_loader("yaml", lambda text: yaml.load(text, _Yaml), exceptions=(yaml.YAMLError,))  # noqa: S506
+
+
+def _load_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Yaml)  # noqa: S506
+    except yaml.MarkedYAMLError as error:
+        # The error's own text quotes the line, which may hold a secret.
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise yaml.YAMLError(f"{error.problem}{line}") from None
+
+
+set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
+from pathlib import Path
 from types import FrameType
 from typing import Literal, NoReturn, TextIO
 
@@ -90,7 +92,12 @@ class ConsoleHandler(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.print_message(record)
+        try:
+            self.print_message(record)
+        except BrokenPipeError:
+            # The program that reads the log has ended. The job ends with this error, and reports it nowhere.
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  it stays open to the end of the process
+            raise
         if record.exc_info:
             traceback.print_exception(*record.exc_info, file=sys.stderr)
 

@@ -24,6 +24,8 @@ _BYTE = re.compile(r"[\udc80-\udcff]")
 _WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*", re.IGNORECASE)
 # Scheme, user with password, host, and the rest. For fsspec, another filesystem stands before ::.
 _URI = re.compile(r"(?:.*::)?([a-z][a-z0-9+.-]*)://(?:([^/?#]*)@)?([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+# A user and the beginning of a password; a host may have a port, and Amazon's names (ARN) have colons.
+_CUT_PASSWORD = re.compile(r"(?!arn:|\[)[^:]*:(?![0-9]*$)", re.IGNORECASE)
 
 
 def is_utf8(name: str) -> bool:
@@ -48,6 +50,9 @@ def check_no_secret(uri: str) -> None:
     if not (match := _URI.match(uri)):
         return
     scheme, user, host, rest = match.groups()
+    if not user and _CUT_PASSWORD.match(host) and "@" in rest:
+        # The password holds a slash, and only its beginning was taken for a host and a port.
+        user, host = host, rest.rpartition("@")[2].partition("/")[0]
     is_web = scheme.lower() in ("http", "https")
     if user and (is_web or ":" in user):
         held, remedy = "user or password", "give credentials to the storage's own tools (docs/cluster.md)"

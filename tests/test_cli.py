@@ -85,6 +85,30 @@ def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"STPM_WEBHOOK=https://host/SECRET\nSTPM_WEBHOOK_SECRET=SECRET\n", "no lines `option: value`"),
+        (b"webhook: [https://host/SECRET]\n", "--webhook is not valid; give TEXT"),
+        (b"webhook: 'https://host/SECRET\n", r"line \d"),
+        (b"webhook: https://host/SECRET: x\n", r"line \d"),
+        ("# Prüfung\n".encode("cp1252"), "--config is not UTF-8; save it as UTF-8"),
+    ],
+)
+def test_an_error_in_a_configuration_shows_none_of_it(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        job("nightly").parse(["--config", str(tmp_path / "run.yaml")])
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argv", [["--webhook=", "https://host/SECRET"], [os.fsdecode(b"https://host/SECRET\xff")]])
+def test_an_error_in_a_command_line_shows_no_url(argv: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        job("nightly").parse(["--models", "m", "--images", "{date}", "--out", "o", *argv])
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "line",
     [
         *(f"--preset {preset}" for preset in PRESETS),

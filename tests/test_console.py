@@ -43,6 +43,30 @@ def test_a_log_file_has_no_control_characters() -> None:
     )
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_reader_of_the_log_that_ends_causes_no_traceback(log_format: str) -> None:
+    program = f"""
+import logging, sys
+from stpm.console import start_logging
+start_logging("fit", {log_format!r})
+log = logging.getLogger("stpm.x")
+try:
+    while True:
+        log.info("x" * 1000)
+except BrokenPipeError as error:
+    # As `run_job` does.
+    log.critical(str(error))
+    sys.exit(1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
 @pytest.mark.parametrize(("done", "failed", "code"), [(3, 0, 0), (0, 0, 0), (2, 1, 2), (0, 1, 3)])
 def test_exit_codes(done: int, failed: int, code: int) -> None:
     assert exit_code(done, failed) == code

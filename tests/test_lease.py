@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -16,8 +17,11 @@ import pytest
 from stpm import lease, storage
 from stpm.errors import ConfigError
 from stpm.lease import TIMEOUT, Holder, Lease, hold_lease
+from stpm.method.recipe import Recipe
+from stpm.models.store import ModelStore
 from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
 from tests.datasets import make_category
+from tests.models.test_store import save
 from tests.test_cli import job
 
 OTHER_MACHINE = Holder(acquisition="a", host="far", machine="another boot", pid=7, start="1", command="jobs/score.py")
@@ -236,18 +240,30 @@ def test_a_process_that_lost_its_lease_stops_writing(tmp_path: Path, loss: str, 
         assert not Holder.parse(first.read_bytes()).released
 
 
-@pytest.mark.parametrize("name", ["score", "benchmark", "fit"])
-def test_each_job_takes_the_lease_on_its_output_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("score", "--models m --images {data} --category nut --out {out}"),
+        ("benchmark", "--data {data} --out {out}"),
+        ("fit", "--data {data} --models {out} --teacher test_resnet --teacher-weights random"),
+        ("fit", "--models {out} --add-good {data}/good.csv"),
+        ("models", "--models {out} --categories nut --keep 1"),
+    ],
+)
+def test_each_job_that_changes_a_folder_takes_its_lease(tmp_path: Path, name: str, options: str) -> None:
     data, out = str(tmp_path / "data"), str(tmp_path / "out")
     make_category(data, "nut")
-    options = {
-        "score": ["--models", "m", "--images", data, "--category", "nut", "--out", out],
-        "benchmark": ["--data", data, "--out", out],
-        "fit": ["--data", data, "--models", out, "--teacher", "test_resnet", "--teacher-weights", "random"],
-    }
+    (tmp_path / "data" / "good.csv").write_text("uri,category,label\na.png,nut,good\n")
+    argv = shlex.split(options.format(data=data, out=out))
     with hold_lease(out, False), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
-        job(name)(options[name])
+        job(name)(argv)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
+
+
+def test_listing_models_takes_no_lease(tmp_path: Path, tiny: Recipe) -> None:
+    save(ModelStore(str(tmp_path)), tiny)
+    with hold_lease(str(tmp_path), False):
+        assert job("models")(["--models", str(tmp_path)]) == 0
 
 
 def test_a_number_that_others_used_and_removed_is_not_a_lease(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from s3fs import S3FileSystem
 
 from stpm.storage import listing
+from stpm.storage.uris import uri_of
 
 _KEY = st.lists(st.sampled_from(["a", "b", "a b", "é", ""]), min_size=1, max_size=6).map("/".join)
 
@@ -55,7 +56,7 @@ def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(names:
     assert set(found) == {f"bucket/{key}" for key in keys}
     assert found == list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))
     # Parts of a key may be empty.
-    uris = [listing._uri(S3FileSystem, name, "s3://bucket/images") for name in found]
+    uris = [uri_of(S3FileSystem, name, "s3://bucket/images") for name in found]
     assert uris == [f"s3://{name}" for name in found]
 
 

@@ -65,6 +65,8 @@ def test_is_utf8_finds_lone_surrogates(name: str, expected: bool) -> None:
         "simplecache::https://me:SECRET@host/a.png",
         "ftp://me:SECRET@host/a.png",
         "s3://key:SECRET@host/a.png",
+        "s3://key:SECRET/more@host/a.png",
+        "https://me:SECRET/@SECRET/SECRET@host",
     ],
 )
 def test_a_uri_with_a_secret_is_refused_without_showing_it(uri: str) -> None:
@@ -81,6 +83,8 @@ def test_a_uri_with_a_secret_is_refused_without_showing_it(uri: str) -> None:
         "/data/a:b@c/d?.png",
         "s3://bucket/a:b@c/*.png?",
         "https://host:8080/a@b.png",
+        "https://[::1]/a@b.png",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/line/a@b.png",
         "abfs://container@account.dfs.core.windows.net/a.png",
         "sftp://me@host/a.png",
         "file:///a:b@c.png",

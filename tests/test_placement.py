@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stpm.cluster import placement
+from stpm.cluster.connection import connected
 from stpm.cluster.placement import check_reach, first_bundle
 from stpm.errors import ConfigError
 from stpm.options import ClusterOptions
@@ -30,6 +31,15 @@ def test_a_path_of_one_machine_is_refused_and_named(path: str) -> None:
 def test_a_path_that_leads_out_of_a_mounted_folder_is_refused() -> None:
     with pytest.raises(ConfigError, match="a path of one machine"):
         check_reach(["/mnt/plant/../../home/a"], ["/mnt/plant"])
+
+
+def test_an_address_where_ray_cannot_connect_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with (
+        pytest.raises(ConfigError, match=r"^the Ray cluster at RAY_ADDRESS=http://127.* cannot be reached: .+$"),
+        connected(),
+    ):
+        pass
 
 
 def test_the_first_node_and_the_time_to_wait_for_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ def test_options_exist(page: Path) -> None:
     text = re.sub(r"python bench/\S+\.py(.*\\\n)*.*", "", page.read_text())
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert named <= known | OTHER_OPTIONS, named - known - OTHER_OPTIONS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_parse(page: Path) -> None:
+    text = page.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *python jobs/(\w+)\.py((?: .*)?)$", text, flags=re.MULTILINE)
+    for name, options in commands:
+        job(name).parse(shlex.split(options, comments=True))
+    assert commands or page.name not in ("README.md", "scoring.md", "nightly.md", "feedback.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import aiohttp
 import fsspec
@@ -282,7 +284,7 @@ def test_retries_end_and_a_clients_own_error_becomes_an_oserror(
 ) -> None:
     monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.05)
     flaky.errors = [aiohttp.ServerDisconnectedError() for _ in range(1000)]
-    with pytest.raises(OSError, match="ServerDisconnectedError: Server disconnected"):
+    with pytest.raises(OSError, match=r"^flaky://a: ServerDisconnectedError: Server disconnected"):
         storage.read("flaky://a")
 
 
@@ -323,6 +325,59 @@ def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_pat
     assert storage.glob(f"{tmp_path}/links/*.png") == ([str(tmp_path / "links" / "b.png")], [])
 
 
+def test_a_glob_matches_as_fsspec_does_and_follows_links(root: str, tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/b/2.png", "ab/3.png", "ab/c/d/4.png", "[x]/5.png", "e.png"):
+        storage.publish(f"{root}/{name}", b"")
+    fs, path = storage.filesystem(root)
+    for pattern in ("*", "a*/*", "*/?.png", "a/**/*.png", "**/*.png", "[[]x]/*", "*/[bc]", "a*/**", "none/*", "a/*/*"):
+        found = fs.glob(f"{path}/{pattern}", detail=True)
+        names = {kind: sorted(n for n, e in found.items() if e["type"] == kind) for kind in ("file", "directory")}
+        files, folders = storage.glob(f"{root}/{pattern}")
+        assert [storage.filesystem(uri)[1] for uri in files] == names["file"], pattern
+        assert [storage.filesystem(uri)[1] for uri in folders] == names["directory"], pattern
+    (tmp_path / "nas").mkdir()
+    (tmp_path / "nas" / "5.png").touch()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "camera").symlink_to(tmp_path / "nas")
+    assert storage.glob(f"{tmp_path}/links/*/*.png") == ([f"{tmp_path}/links/camera/5.png"], [])
+    assert storage.glob(f"{tmp_path}/links/*") == ([], [f"{tmp_path}/links/camera"])
+    assert storage.glob(f"{tmp_path}/links/**") == ([], [])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        storage.publish(f"{tmp_path}/{name}", b"")
+    original = os.scandir
+
+    def scandir(folder: str) -> Any:
+        if str(folder).endswith("/b"):
+            raise OSError(errno.EIO, "Input/output error", str(folder))
+        return original(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for call in (storage.files, lambda uri: storage.glob(f"{uri}/*/*.png"), lambda uri: storage.glob(f"{uri}/**")):
+        with pytest.raises(OSError, match="Input/output error"):
+            call(str(tmp_path))
+
+
+def test_exists_does_not_take_a_failure_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for name, expected in (("file", True), ("none", False), ("file/x", False), ("x" * 300, False)):
+        assert storage.exists(f"{tmp_path}/{name}") == expected
+    monkeypatch.setattr(Path, "stat", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+    with pytest.raises(OSError, match="Stale file handle"):
+        storage.exists(f"{tmp_path}/file")
+
+
+def test_objects_that_are_not_removed_are_an_error(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.05)
+    storage.publish(f"{memory}/run/a", b"x")
+    # As S3 answers, if the credentials may not delete.
+    monkeypatch.setattr(MemoryFileSystem, "rm", lambda *_, **options: None)
+    with pytest.raises(OSError, match=r"/run: not all of it could be removed; check that the credentials allow"):
+        storage.remove(f"{memory}/run")
+
+
 def test_a_link_has_the_version_of_its_target(tmp_path: Path) -> None:
     (tmp_path / "original").write_bytes(b"123")
     (tmp_path / "set").mkdir()
@@ -359,6 +414,7 @@ def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_
         storage.remove,
         lambda uri: list(storage.iter_files(uri)),
         lambda uri: storage.glob(f"{uri}/*"),
+        lambda uri: storage.glob(f"{uri}/**/*.png"),
     ],
 )
 def test_listings_are_retried_and_raise_an_oserror(
@@ -374,9 +430,9 @@ def test_listings_are_retried_and_raise_an_oserror(
         raise EndpointConnectionError("Could not connect to the endpoint URL")
 
     monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.5)
-    for name in ("exists", "find", "ls", "info", "isfile", "glob"):
+    for name in ("exists", "find", "ls", "info", "isfile"):
         monkeypatch.setattr(MemoryFileSystem, name, down)
-    with pytest.raises(OSError, match="EndpointConnectionError: Could not connect"):
+    with pytest.raises(OSError, match=r"memory://bucket/x.*: EndpointConnectionError: Could not connect"):
         list_uri("memory://bucket/x")
     assert len(calls) > 1
 
@@ -391,6 +447,6 @@ def test_an_invalid_bucket_name_is_not_tried_again() -> None:
         calls.append(1)
         raise ParamValidationError('Parameter validation failed:\nInvalid bucket name "my bucket"')
 
-    with pytest.raises(OSError, match=r'^ParamValidationError: Parameter validation failed: Invalid bucket name "my b'):
+    with pytest.raises(OSError, match=r"^s3://my bucket/x: ParamValidationError: Parameter validation failed: In"):
         with_retries("s3://my bucket/x", ask)
     assert len(calls) == 1

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 
 import ray
 from ray.data import DataContext
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stpm.cluster.cpus import usable_cpus
 from stpm.console import stop_on_signals
+from stpm.errors import ConfigError
+from stpm.names import hide_urls
 
 # A scorer and the tasks of the other stages share them; fewer are not tested.
 MIN_CPUS = 2
@@ -51,19 +54,30 @@ KEEP_FREED_MEMORY = {
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Connect to Ray for the duration of the block; an existing connection is used, and kept."""
+    """Connect to Ray for the duration of the block; an existing connection is used, and kept.
+
+    Raises:
+        ConfigError: if Ray cannot be started or reached.
+    """
     if ray.is_initialized():
         yield
         return
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with _discard_stderr():
-        if is_shared():
-            ray.init(**quiet)
-        else:
-            os.environ.update(_STATE_API)
-            ray.init(address="local", num_cpus=max(usable_cpus(), MIN_CPUS), include_dashboard=False, **quiet)
+    try:
+        with _discard_stderr():
+            if is_shared():
+                ray.init(**quiet)
+            else:
+                os.environ.update(_STATE_API)
+                ray.init(address="local", num_cpus=max(usable_cpus(), MIN_CPUS), include_dashboard=False, **quiet)
+    except (RayError, RuntimeError, ValueError, ConnectionError) as error:
+        address = os.environ.get("RAY_ADDRESS", "")
+        where = (
+            f"the Ray cluster at RAY_ADDRESS={hide_urls(address)} cannot be reached" if address else "Ray cannot start"
+        )
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
     # Ray has replaced the handler.
     stop_on_signals()
     logging.getLogger("ray.train").setLevel(logging.WARNING)

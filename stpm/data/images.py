@@ -1,8 +1,8 @@
 """Decode image files to uint8 RGB pixels at model size. Fitting and scoring share this code.
 
 Conventions: EXIF orientation is not applied, since masks and peak coordinates refer to the pixels as stored. 16-bit
-grey is divided by 257, independent of the image's own range, so that images of one camera are comparable. An alpha
-channel is dropped. The first frame of an animation or a multi-page file is decoded.
+grey is divided by 257, and 12-bit grey of TIFF by 16, independent of the image's own range, so that images of one
+camera are comparable. An alpha channel is dropped. The first frame of an animation or a multi-page file is decoded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from stpm.data.image_statistics import ImageStatistics, compute_statistics
 from stpm.errors import ImageError
@@ -31,6 +32,7 @@ MAX_BYTES = 4 * MAX_PIXELS + 2**20
 # Largest memory that decoding one image takes: Pillow's image before and after its conversion.
 DECODING_BYTES = 8 * MAX_PIXELS
 
+_BITS_PER_SAMPLE = 258  # TIFF's tag
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -186,7 +188,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255, and almost all of the image would be white.
-        return Image.fromarray((np.asarray(image) // np.uint16(257)).astype(np.uint8)).convert("RGB")
+        divisor = np.uint16(16 if _bits_per_sample(image) == 12 else 257)
+        return Image.fromarray((np.asarray(image) // divisor).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(
             "unsupported", f"{image.format} with 32 bits per pixel has no fixed range; save it with 8 or 16"
@@ -195,3 +198,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except Exception as error:
         raise ImageError("unsupported", f"{image.format} in mode {image.mode}: {error}") from error
+
+
+def _bits_per_sample(image: Image.Image) -> int:
+    """Return the bits of a TIFF's first channel; 16 for other formats, whose wide images have no other depth."""
+    return image.tag_v2[_BITS_PER_SAMPLE][0] if isinstance(image, TiffImageFile) else 16

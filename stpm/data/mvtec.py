@@ -3,6 +3,8 @@
 <root>/<category>/train/good/*                            defect-free images, the only ones that fitting reads
 <root>/<category>/test/<good or defect type>/*            test images; the folder's name is the label
 <root>/<category>/ground_truth/<defect type>/<stem>_mask.png   optional masks
+
+Images may also lie in deeper folders; then their masks do so too. Names that begin with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -75,20 +77,32 @@ def read_category(root: str, name: str) -> Category:
     train, test, masks = [], [], {}
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     for uri, version in versions.items():
-        match PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]:
-            case ("train", "good", _):
+        parts = PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]
+        if any(part.startswith(".") for part in parts):
+            # Such as copies that an editor leaves in a folder of its own.
+            continue
+        match parts:
+            case ("train", "good", _, *_):
                 train.append((uri, version))
-            case ("test", label, _):
-                test.append((uri, label))
-            case ("ground_truth", label, file):
-                masks[label, PurePosixPath(file).stem.removesuffix("_mask")] = uri
+            case ("test", label, *file) if file:
+                test.append((uri, label, _stem(file)))
+            case ("ground_truth", label, *file) if file:
+                masks[label, _stem(file).removesuffix("_mask")] = uri
     if invalid := [uri for uri, _ in train if not is_utf8(uri)]:
         raise DataError(f"{invalid[0]!r}: the name of this training image is not UTF-8; rename it")
     if not train:
-        raise DataError(f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)})")
+        raise DataError(
+            f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)}); links to folders are not followed "
+            "inside a category"
+        )
 
-    def test_image(uri: str, label: str) -> TestImage:
-        mask = masks.get((label, PurePosixPath(uri).stem), "")
+    def test_image(uri: str, label: str, stem: str) -> TestImage:
+        mask = masks.get((label, stem), "")
         return TestImage(uri, label, mask, tuple(versions[each] for each in (uri, mask) if each))
 
-    return Category(name, tuple(train), tuple(test_image(uri, label) for uri, label in test))
+    return Category(name, tuple(train), tuple(test_image(*each) for each in test))
+
+
+def _stem(parts: Sequence[str]) -> str:
+    """Join the parts of a path, without the file's suffix."""
+    return str(PurePosixPath(*parts).with_suffix(""))

@@ -64,6 +64,7 @@ class LabelledScores:
         no_pixels: why there are no pixel counts, or "".
         error_count: number of images with a label that could not be scored.
         unlabelled_count: number of images without a label.
+        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
         problems: one line each.
     """
 
@@ -75,6 +76,7 @@ class LabelledScores:
     no_pixels: str
     error_count: int
     unlabelled_count: int
+    vanished_masks: tuple[str, ...]
     problems: tuple[str, ...]
 
     @property
@@ -127,9 +129,10 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     _check_values(category, scored)
     problems = [f"{r['uri']}: {r['error_kind']}: {r['error_message']}" for r in failed.to_pylist()]
     pixels: dict[str, PixelCounts] = {}
+    vanished: list[str] = []
     no_pixels = ""
     try:
-        pixels = _pixel_counts(category, scored, masks_at)
+        pixels, vanished = _pixel_counts(category, scored, masks_at)
     except RunDamagedError:
         raise
     except (UndefinedMetricError, DataError) as error:
@@ -144,6 +147,7 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
         no_pixels=no_pixels,
         error_count=failed.num_rows,
         unlabelled_count=every.num_rows - rows.num_rows,
+        vanished_masks=tuple(vanished),
         problems=tuple(problems),
     )
 
@@ -156,8 +160,14 @@ def _check_values(category: ScoredCategory, scored: pa.Table) -> None:
             raise RunDamagedError(f"{category.output.scores}: the row of {uri} has neither an error nor a {name}")
 
 
-def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt) -> dict[str, PixelCounts]:
-    """Count pixels by label, with a few maps in memory at a time."""
+def _pixel_counts(
+    category: ScoredCategory, scored: pa.Table, masks_at: MasksAt
+) -> tuple[dict[str, PixelCounts], list[str]]:
+    """Count pixels by label, with a few maps in memory at a time.
+
+    Returns:
+        The counts, and the masks of defects that are too small for the map.
+    """
     by_uri: dict[str, dict[str, Any]] = {row["uri"]: row for row in scored.to_pylist()}
     defects = [row for row in by_uri.values() if row["label"] != GOOD]
     unmasked = [row["uri"] for row in defects if not row["mask"]]
@@ -169,20 +179,27 @@ def _pixel_counts(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
         )
     chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
     counts: dict[str, PixelCounts] = {}
+    vanished: list[str] = []
     for batch in read_batches(category.output, ["uri", "anomaly_map"], chosen, _BATCH_SIZE[masks_at]):
         by_label: dict[str, list[tuple[Map, Mask]]] = {}
         for uri, data in zip(*batch.to_pydict().values(), strict=True):
             if data is None:
                 raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
             row = by_uri[uri]
-            by_label.setdefault(row["label"], []).append(_map_and_mask(category, data, row, masks_at))
+            mask = ground_truth(row)
+            pair = _map_and_mask(category, data, row, mask, masks_at)
+            if mask.any() and not pair[1].any():
+                vanished.append(row["mask"])
+            by_label.setdefault(row["label"], []).append(pair)
         for label, pairs in by_label.items():
             maps, masks = zip(*pairs, strict=True)
             counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
-    return counts
+    return counts, vanished
 
 
-def _map_and_mask(category: ScoredCategory, data: bytes, row: Mapping[str, Any], masks_at: MasksAt) -> tuple[Map, Mask]:
+def _map_and_mask(
+    category: ScoredCategory, data: bytes, row: Mapping[str, Any], mask: Mask, masks_at: MasksAt
+) -> tuple[Map, Mask]:
     """Bring an image's map, float32 as bytes, and its mask to one size.
 
     Raises:
@@ -196,7 +213,6 @@ def _map_and_mask(category: ScoredCategory, data: bytes, row: Mapping[str, Any],
         raise RunDamagedError(
             f"{category.output.scores}: the anomaly map of {row['uri']} is not of its image's size ({error})"
         ) from error
-    mask = ground_truth(row)
     if masks_at == "model":
         return anomaly_map, images.resize_mask(mask, preprocessing)
     cropped = images.crop_mask(mask, preprocessing)

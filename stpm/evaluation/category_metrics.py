@@ -61,6 +61,7 @@ class CategoryMetrics:
         defect_count: number of defective images.
         error_count: number of images with a label that could not be scored.
         unlabelled_count: number of images without a label.
+        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
         problems: one line each.
         defects: metrics of each defect type.
     """
@@ -70,8 +71,14 @@ class CategoryMetrics:
     defect_count: int
     error_count: int = 0
     unlabelled_count: int = 0
+    vanished_masks: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     defects: Mapping[str, CategoryMetrics] = field(default_factory=dict)
+
+    @property
+    def labelled_count(self) -> int:
+        """The number of images with a label."""
+        return self.good_count + self.defect_count + self.error_count
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -95,6 +102,7 @@ def measure_category(scores: LabelledScores) -> CategoryMetrics:
         _measure(scores),
         error_count=scores.error_count,
         unlabelled_count=scores.unlabelled_count,
+        vanished_masks=scores.vanished_masks,
         problems=scores.problems,
         defects={label: _measure(scores.of_defect(label)) for label in scores.defect_types},
     )

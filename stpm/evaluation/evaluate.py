@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
+import pyarrow.dataset as ds
 import ray
 
 from stpm import storage
@@ -17,11 +19,11 @@ from stpm.evaluation.gallery import defect_sheet, galleries
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.page import page
-from stpm.evaluation.report import CategoryResult, Report
+from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import check_row_count
+from stpm.scoring.output_rows import check_row_count, read_batches
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,18 @@ def evaluate_categories(
         if sheet:
             storage.publish(storage.join(out, "gallery", output.name, f"{result.model.category}.png"), sheet)
     return [result for result, _ in evaluated]
+
+
+def find_labels_without_model(output: RunOutput, categories: Collection[str]) -> list[Failure]:
+    """Return a failure for each category that has labels but none of the models, which have these categories."""
+    counts: Counter[str] = Counter()
+    for batch in read_batches(output, ["category"], ds.field("label") != ""):
+        counts.update(batch["category"].to_pylist())
+    return [
+        Failure(name or "(no category)", f"no model scored its {count} images with a label")
+        for name, count in sorted(counts.items())
+        if name not in categories
+    ]
 
 
 def evaluate_category(

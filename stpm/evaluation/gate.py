@@ -72,17 +72,17 @@ def read_gate(options: ReportOptions) -> Gate:
     try:
         report = parse_json(storage.read(storage.absolute(options.baseline)))
         groups = {**report["categories"], _MEAN: report[_MEAN]}
-        protocol: dict[str, Any] = report["protocol"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        protocol: dict[str, Any] = dict(report["protocol"])
+        requirements += [
+            Requirement(category, metric, float(values[metric]), options.tolerance)
+            for category, values in groups.items()
+            for metric in METRICS
+            if values.get(metric) is not None
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--baseline {options.baseline} cannot be read: {error!r}; give the report.json of an earlier run"
         ) from error
-    requirements += [
-        Requirement(category, metric, values[metric], options.tolerance)
-        for category, values in groups.items()
-        for metric in METRICS
-        if values.get(metric) is not None
-    ]
     return Gate(tuple(requirements), protocol)
 
 

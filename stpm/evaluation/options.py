@@ -16,8 +16,8 @@ class EvaluateOptions(Options):
 
     run: str = option(
         "",
-        "run folder of the score job (with --raw-maps, and a table of images with columns `label` and `mask`) or of "
-        "the benchmark: a folder or a URI",
+        "run folder of the benchmark, or of a score job whose table has a column `label` (for pixel metrics also "
+        "`mask`, and --raw-maps): a folder or a URI",
         required=True,
     )
     models: str = option("", "model store of that run, or models/ of the benchmark, if it has moved since")

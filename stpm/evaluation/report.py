@@ -13,6 +13,7 @@ import pyarrow as pa
 from tabulate import tabulate
 
 from stpm import storage
+from stpm.errors import join_first
 from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
@@ -156,12 +157,18 @@ class Report:
         return text
 
     def text(self) -> str:
-        """Make the text that is printed: the table, undefined metrics, failures."""
+        """Make the text that is printed: the table, undefined metrics, masks that vanished, failures."""
         undefined: dict[tuple[str, str], list[str]] = {}
         for name, values in self.contents["categories"].items():
             for metric, reason in values["undefined"].items():
                 undefined.setdefault((name, reason), []).append(metric)
         notes = [f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()]
+        notes += [
+            f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
+            f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
+            for name, results in self.by_category().items()
+            if (masks := results[0].metrics.vanished_masks)
+        ]
         failures = [f"{failure.category}: failed: {failure.reason}" for failure in self.failures]
         return "\n".join(filter(None, [self.table(), *notes, *failures]))
 

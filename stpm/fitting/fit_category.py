@@ -18,6 +18,7 @@ from stpm.errors import StpmError
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
+from stpm.fitting.image_problems import find_image_problems, find_outlier, scale_range
 from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch, FitResult, FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
@@ -96,6 +97,8 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     features = _load_features(task, limits, report)
     matcher = features.matcher
     train, held_out = split_images(len(features.images), recipe)
+    for problem in find_image_problems(features.images, matcher.preprocessing, len(train)):
+        report(problem)
     checkpoints = _make_checkpoints(task, matcher, limits.checkpoint_seconds)
     memory = _build_memory(features, train, task, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
@@ -107,6 +110,8 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         report(f"fitting {task.fit_count - 1} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
         calibrating = np.arange(len(scores))
+    if outlier := find_outlier(scores, [task.train[i][0] for i in calibrating]):
+        report(outlier)
     added_folder = f"{store.added_folder(task.category)}/"
     is_added = np.array([uri.startswith(added_folder) for uri, _ in task.train])
     kept = trained.kept_epoch
@@ -162,9 +167,14 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); "
-        f"input {preprocessing.size_text}, {precision}, {matcher.backend}"
+        f"input {preprocessing.size_text}, at {_percent(*scale_range(images, preprocessing))} of the images' size; "
+        f"{precision}, {matcher.backend}"
     )
     return features
+
+
+def _percent(smallest: float, largest: float) -> str:
+    return f"{smallest:.0%}" if smallest == largest else f"{smallest:.0%} to {largest:.0%}"
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,9 @@ class FitOptions(Options):
     """The data set to fit on, and the store of the models."""
 
     data: str = option(
-        "", "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-good"
+        "",
+        "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with "
+        "--add-good, unless with --refit",
     )
     models: str = option("", "model store to write to: a folder or a URI", required=True)
     categories: Names = option(Names(), "categories to fit, separated by commas; none: all categories of the data set")
@@ -39,8 +41,8 @@ class FitOptions(Options):
     )
     allow: Names = option(
         Names(),
-        "with --add-good: prefixes that the URIs in the table may have, separated by commas; none: the table's own "
-        "bucket or folder",
+        "with --add-good: prefixes that the URIs in the table may have, instead of the table's own bucket or folder, "
+        "separated by commas",
     )
     wait: bool = option(False, WAIT_HELP)
 
@@ -73,8 +75,8 @@ class WorkerOptions(Options):
     worker_ram_gib: float = option(
         0.0,
         "GiB of RAM per worker for decoded images (beyond it they go to a file), and for the teacher's features "
-        "and calibration's distance maps (beyond it they are recomputed); 0: the part of half the node's RAM that the "
-        "worker's CPU cores are of the node's",
+        "and calibration's distance maps (beyond it they are recomputed); 0: half of the node's RAM times the worker's "
+        "share of its CPU cores",
         minimum=0,
     )
     checkpoint_seconds: float = option(

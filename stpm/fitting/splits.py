@@ -26,11 +26,14 @@ def split_folds(count: int, recipe: Recipe) -> list[tuple[Indices, Indices]]:
     """Split the indices of `count` images at random into calibration folds of about the same size.
 
     Returns:
-        For each fold, the indices of all other images and those of the fold, both ascending.
+        For each fold, the indices of the images to fit on and those of the fold, both ascending. The images to fit on
+        are others, and at most as many as the model is fitted on: from more, a fold's model would score good images
+        lower than the model does.
     """
     order = np.random.default_rng(recipe.seed).permutation(count)
-    folds = [np.sort(fold) for fold in np.array_split(order, recipe.fold_count(count))]
-    return [(np.setdiff1d(order, fold), fold) for fold in folds]
+    fit_count = count - recipe.held_out_count(count)
+    folds = np.array_split(order, recipe.fold_count(count))
+    return [(np.sort(order[~np.isin(order, fold)][:fit_count]), np.sort(fold)) for fold in folds]
 
 
 def split_batches(indices: Indices, size: int) -> list[Indices]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +50,11 @@ class TrainingImages:
         return pa.table(dict(zip(COMPARED, self.statistics.T, strict=True)))
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each image file."""
+        return [(int(width), int(height)) for width, height in self.statistics[:, :2]]
+
+    @property
     def on_disk(self) -> bool:
         return isinstance(self.pixels, np.memmap)
 
@@ -79,9 +86,9 @@ def _read_some_sizes(uris: Sequence[str]) -> list[tuple[int, int]]:
     """Read width and height of up to 32 images, evenly spaced in the list."""
     chosen = np.unique(np.linspace(0, len(uris) - 1, min(_MAX_HEADERS_READ, len(uris))).round().astype(int))
     sizes: list[tuple[int, int]] = []
-    problems = _read_all([uris[i] for i in chosen], lambda _, data: sizes.append(images.read_size(data)))
+    errors = _read_all([uris[i] for i in chosen], lambda _, data: sizes.append(images.read_size(data)))
     if not sizes:
-        raise _unreadable(problems, len(chosen))
+        raise _unreadable(errors, len(chosen))
     return sizes
 
 
@@ -95,35 +102,44 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
     content = np.empty((len(uris), 4), np.int32)
     statistics = np.empty((len(uris), len(COMPARED)), np.float32)
+    one_large_image = Lock()
 
     def decode(index: int, data: bytes) -> None:
-        decoded = images.decode(data, preprocessing)
+        is_large = math.prod(images.read_size(data)) > images.MAX_PIXELS // _READERS
+        with one_large_image if is_large else nullcontext():
+            decoded = images.decode(data, preprocessing)
         pixels[index] = decoded.pixels
         content[index] = preprocessing.content_box(decoded.width, decoded.height)
         statistics[index] = decoded.width, decoded.height, *decoded.statistics
 
-    if problems := _read_all(uris, decode):
-        raise _unreadable(problems, len(uris))
+    if errors := _read_all(uris, decode):
+        raise _unreadable(errors, len(uris))
     return TrainingImages(pixels, content, statistics)
 
 
-def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> list[str]:
-    """Read files in parallel, and call `use` with the index and the bytes of each. Return the problems."""
-    problems: list[str] = []
+def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> dict[str, Exception]:
+    """Read files in parallel, and call `use` with the index and the bytes of each. Return the errors, by URI."""
+    errors: dict[str, Exception] = {}
 
     def read(index: int) -> None:
         try:
             use(index, storage.read_at_most(uris[index], images.MAX_BYTES))
         except (ImageError, DataError, OSError) as error:
-            problems.append(f"{uris[index]}: {error}")
+            errors[uris[index]] = error
 
     storage.in_parallel(read, range(len(uris)), _READERS)
-    return problems
+    return errors
 
 
-def _unreadable(problems: list[str], tried: int) -> DataError:
-    shown = join_first(sorted(problems))
-    return DataError(f"{len(problems)} of {tried} training images cannot be read: {shown}; repair or remove them")
+def _unreadable(errors: Mapping[str, Exception], tried: int) -> DataError:
+    shown = join_first([f"{uri}: {errors[uri]}" for uri in sorted(errors)])
+    if any(isinstance(error, ImageError) and error.kind == "out_of_memory" for error in errors.values()):
+        advice = "give fewer --workers, or a machine with more memory"
+    elif any(isinstance(error, OSError) for error in errors.values()):
+        advice = "run the same command again when storage can be read"
+    else:
+        advice = "repair or remove them"
+    return DataError(f"{len(errors)} of {tried} training images cannot be read: {shown}; {advice}")
 
 
 def _allocate_in_file(shape: tuple[int, ...]) -> Pixels:

@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 
 from stpm import storage
 from stpm.cluster.connection import connected
+from stpm.cluster.placement import on_cluster
 from stpm.errors import DataError, ModelError, ModelUnreadableError, with_remedy
-from stpm.evaluation.evaluate import evaluate_categories, publish_report
+from stpm.evaluation.evaluate import evaluate_categories, find_labels_without_model, publish_report
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
-from stpm.evaluation.report import CategoryResult, Report
+from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run_state import RunState
 
 log = logging.getLogger(__name__)
 
 
-def run_evaluate(options: EvaluateOptions, reporting: ReportOptions) -> int:
+def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: ClusterOptions) -> int:
     """Run the evaluate job, and return its exit code, see `publish_report`.
 
     Raises:
-        ConfigError: if a requirement or the baseline cannot be read.
-        DataError, ModelError: if the run or one of its models cannot be read.
+        ConfigError: if a requirement or the baseline cannot be read, or some nodes cannot reach the run.
+        DataError, ModelError: if the run or one of its models cannot be read, two runs have the same category and seed,
+            or no image has a label.
     """
     gate = read_gate(reporting)
     run = storage.absolute(options.run)
     out = storage.output_folder(options.out or run)
     results: list[CategoryResult] = []
-    with with_remedy("score its images again: run the benchmark again, or the score job with --fresh"):
+    failures: list[Failure] = []
+    # Only the driver reads models and writes the report.
+    with (
+        on_cluster(cluster, [run]),
+        with_remedy("score its images again: run the benchmark again, or the score job with --fresh"),
+    ):
         runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
+        _check_seeds(run, [record for _, _, records in runs for record in records])
         with connected():
             for output, store, records in runs:
                 results += evaluate_categories(output, records, store, reporting.masks_at, out)
+                failures += find_labels_without_model(output, {record.category for record in records})
+    if results and not failures and not any(result.metrics.labelled_count for result in results):
+        raise DataError(f"{run}: no image has a label; score a table that has the column `label` (docs/evaluation.md)")
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")
-    return publish_report(Report(run, results, masks_at=reporting.masks_at), out, gate)
+    return publish_report(Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at), out, gate)
+
+
+def _check_seeds(run: str, records: Sequence[ModelRecord]) -> None:
+    """Raise DataError if two runs have a category and seed in common: they would be averaged as seeds are."""
+    counts = Counter((record.category, record.recipe.seed) for record in records)
+    for (category, seed), count in counts.items():
+        if count > 1:
+            raise DataError(
+                f"{run}: {count} runs have scored {category} with seed {seed}; only runs of different seeds can be "
+                "evaluated together"
+            )
 
 
 def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:

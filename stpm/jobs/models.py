@@ -27,7 +27,7 @@ def run_models(options: ModelsOptions) -> int:
     changes = options.roll_back or options.roll_forward or options.keep > 0
     if not storage.exists(store.uri):
         raise DataError(f"{store.uri}: no such folder")
-    categories = list(options.categories) if options.names_categories else store.categories()
+    categories = list(dict.fromkeys(options.categories)) if options.names_categories else store.categories()
     if not categories:
         raise DataError(f"{store.uri}: no category has a model there")
     failed = set()

@@ -28,7 +28,7 @@ MAX_SIDE = 4096
 _SIDE_MULTIPLE = 32
 _MIN_PIXELS = 65_536
 # Width by height.
-_MAX_ASPECT = 8.0
+_MAX_ASPECT = 32.0
 
 
 class DataConfig(NamedTuple):
@@ -100,6 +100,12 @@ class Preprocessing:
         left, top = (self.width - across) // 2, (self.height - down) // 2
         return left, top, left + across, top + down
 
+    def scale(self, width: int, height: int) -> float:
+        """Return the input's pixels over an image's own, along the side that is shrunk more."""
+        left, top, right, bottom = self.source_box(width, height)
+        rows, columns = self.content_shape(width, height)
+        return min(columns / (right - left), rows / (bottom - top))
+
     def content_boxes(self, sizes: Iterable[tuple[int, int]]) -> Boxes:
         """Return the content boxes of images with these sizes (width, height): (N, 4) int32."""
         return np.array([self.content_box(*size) for size in sizes], np.int32).reshape(-1, 4)
@@ -143,7 +149,7 @@ class Preprocessing:
 def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
     """Choose the input's height and width for images of these sizes (width, height).
 
-    The input has the images' median aspect ratio (between 1:8 and 8:1) and about as many pixels as the median image,
+    The input has the images' median aspect ratio (between 1:32 and 32:1) and about as many pixels as the median image,
     at least 65,536 and at most the budget. Height and width are multiples of 32, from 32 to 4096.
 
     Args:

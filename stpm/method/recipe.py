@@ -85,7 +85,8 @@ class Recipe(Options):
         "vectors of normal teacher features in each memory bank, two banks for each of --memory-levels; the distance "
         "to the nearest vector counts as anomaly; 0: no memory, the student alone",
         minimum=0,
-        maximum=1_000_000,
+        # Larger coresets would be random: the candidates are not many more.
+        maximum=65_536,
     )
     memory_levels: Integers = option(
         Integers(), "pyramid levels with memory banks, some of --levels; none: those with at least 32 channels"

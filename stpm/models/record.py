@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from stpm import __version__, storage
@@ -22,8 +23,12 @@ IMAGE_STATISTICS = "image_statistics.parquet"
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that affect models and scores, by name."""
-    names = ("torch", "timm", "ray", "numpy", "pillow")
-    return {"stpm": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+    versions = {"stpm": __version__, "python": platform.python_version()}
+    for name in ("torch", "timm", "ray", "numpy", "pillow", "openvino"):
+        # OpenVINO is an extra.
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class NightlyOptions(Options):
     allow: Names = option(Names(), ALLOW_HELP)
     look_back: int = option(
         3,
-        "also score late images of this many nights before it, each into the folder of its own night",
+        "also score late images of this many nights before the night scored, each into the folder of its own night",
         minimum=0,
         maximum=_MAX_NIGHTS,
     )
@@ -79,8 +79,11 @@ class NightlyOptions(Options):
                 f"--keep-days is {self.keep_days}; give 0, or more than --look-back {self.look_back}: a removed night "
                 "would be scored again"
             )
-        if self.date and not parse_date(self.date):
+        date = parse_date(self.date)
+        if self.date and not date:
             raise ConfigError(f"--date is {self.date!r}; give it as 2026-11-24")
+        if date and date.toordinal() <= max(self.look_back, self.keep_days):
+            raise ConfigError(f"--date is {self.date}, and there are no such days --look-back or --keep-days before it")
         _ = self._zone
 
     def night(self, now: datetime.datetime) -> datetime.date:

@@ -83,15 +83,16 @@ def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, RowCounter], t
 
 
 def _batches(outputs: Iterable[RunOutput]) -> Iterator[pa.Table]:
-    pending: list[pa.RecordBatch] = []
     for output in outputs:
+        # One run may be partitioned, and another not: their schemas differ.
+        pending: list[pa.RecordBatch] = []
         for batch in read_batches(output, [*_COLUMNS, *COMPARED]):
             pending.append(batch)
             if sum(waiting.num_rows for waiting in pending) >= _BATCH:
                 yield pa.Table.from_batches(pending)
                 pending = []
-    if pending:
-        yield pa.Table.from_batches(pending)
+        if pending:
+            yield pa.Table.from_batches(pending)
 
 
 def _add_examples(examples: defaultdict[str, list[ErrorExample]], rows: pa.Table) -> None:

@@ -29,7 +29,7 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.run import run_scoring
+from stpm.scoring.run import read_models, run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
 
@@ -64,16 +64,22 @@ class NightlyJob:
         """
         list_images = partial(self._list_images, folder.date)
         if fresh:
-            # If the dump or the store is not mounted, removing the rows would lose them.
             if folder.outputs():
-                missing = "" if storage.subfolders(self.options.models) else f"models in {self.options.models}"
-                if not next(list_images(), None):
-                    missing = f"images in {', '.join(self.sources(folder.date))}"
-                if missing:
-                    raise DataError(f"there are no {missing}: --fresh left the rows as they are")
+                self._check_replacement(folder.date)
             self._start_over(folder)
         for output, rows in runs_to_score(folder, list_images):
             self._score_run(folder, output, rows, connection)
+
+    def _check_replacement(self, date: datetime.date) -> None:
+        """Raise DataError unless the night's rows could be made again: list all images, and read their models."""
+        categories = {name for rows in self._list_images(date) for name in rows["category"].unique().to_pylist()}
+        kept = "--fresh left the rows as they are"
+        if not categories:
+            raise DataError(f"there are no images in {', '.join(self.sources(date))}: {kept}")
+        try:
+            read_models(ModelStore(self.options.models), categories)
+        except ModelError as error:
+            raise DataError(f"{error}: {kept}") from error
 
     def _start_over(self, folder: NightFolder) -> None:
         """Remove the night's rows. First replace its record, even a damaged one, so that it no longer counts them."""

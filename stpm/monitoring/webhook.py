@@ -9,6 +9,7 @@ import base64
 import hashlib
 import hmac
 import http.client
+import os
 import urllib.request
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -45,17 +46,16 @@ def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, 
     Args:
         url: http:// or https://, perhaps with user and password.
         body: JSON in UTF-8.
-        key: of the signature; "" leaves it out.
+        key: of the signature, as `os.environ` has it; "" leaves it out.
         timeout: seconds for each attempt to connect, and for each wait for data.
         pause: seconds before the second attempt; each later pause is twice as long.
 
     Raises:
         WebhookError: if the server did not accept it. The message names the host, and nothing else of the URL.
     """
-    request = _request(url, body, key)
     opener = urllib.request.build_opener(_NoRedirect)
 
-    def act() -> None:
+    def act(request: urllib.request.Request) -> None:
         try:
             opener.open(request, timeout=timeout).close()
         except HTTPError as error:
@@ -69,7 +69,7 @@ def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, 
         reraise=True,
     )
     try:
-        retry(act)
+        retry(act, _request(url, body, key))
     except (OSError, http.client.HTTPException, ValueError) as error:
         # Drop the cause: it may hold the URL, and a traceback would show it.
         raise WebhookError(f"the webhook at {hide_urls(url)} did not take the message: {_reason(error)}") from None
@@ -84,7 +84,7 @@ def _request(url: str, body: bytes, key: str) -> urllib.request.Request:
     if user:
         request.add_header("Authorization", f"Basic {base64.b64encode(unquote(user).encode()).decode()}")
     if key:
-        request.add_header(SIGNATURE, sign(body, key.encode()))
+        request.add_header(SIGNATURE, sign(body, os.fsencode(key)))
     return request
 
 

@@ -14,9 +14,11 @@ PartitionBy = Literal["none", "category"]
 
 IMAGE_SECONDS = 300.0
 
-CATEGORY_HELP = "category of every image: the model that scores it"
+CATEGORY_HELP = "category of each image for which no table names one: the model that scores it"
 CATEGORY_FROM_HELP = "read each image's category from the last parts of its path, such as {category}/{date}/{name}"
-ALLOW_HELP = "prefixes that the URIs in a table may have, separated by commas; none: the table's own bucket or folder"
+ALLOW_HELP = (
+    "prefixes that the URIs in a table may have, instead of the table's own bucket or folder, separated by commas"
+)
 _DAY = 24 * 3600
 
 
@@ -27,11 +29,11 @@ class CollectionOptions(Options):
     models: str = option("", "model store: a folder or a URI", required=True)
     images: Names = option(
         Names(),
-        "what to score, separated by commas: folders or prefixes (searched at any depth), globs, .tar archives, "
-        "tables (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns are copied to the output), "
-        ".parquet files with the images themselves in a column `image` or `bytes`, or - for a URI per line on standard "
-        "input. "
-        "The name of an existing file or folder is never read as a glob; write [[], [*] and [?] for the characters "
+        "what to score, separated by commas: folders or prefixes (searched at any depth for images and .tar "
+        "archives), globs, .tar archives, tables (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns "
+        "are copied to the output), .parquet files with the images themselves in a column `image` or `bytes`, or - for "
+        "a URI per line on standard input. The name of an existing file or folder is never read as "
+        "a glob; write [[], [*] and [?] for the characters "
         "themselves",
         required=True,
     )
@@ -98,7 +100,7 @@ class ScoreOptions(Options):
     )
     model_ram_gib: float = option(
         1.0,
-        "GiB of RAM, or of GPU RAM, for the models and teachers that a scorer keeps loaded: those used last",
+        "GiB of RAM, or of GPU RAM, for the models and teachers that a scorer keeps loaded, the latest used ones",
         minimum=0,
     )
     image_seconds: float = option(

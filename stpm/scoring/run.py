@@ -125,6 +125,8 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
         if not differences:
             if model_ids:
                 log.info("the models are those that this run began with, even if others became current since")
+                if changed := state.version_differences():
+                    log.warning(f"the remaining images may get slightly other scores: {join_first(changed)}")
             return manifest, models
     # A run without rows may be replaced, and one whose removal was cut off. `clear` keeps rows without a run.json.
     may_be_replaced = replace or state.is_cleared() or not state.exists()
@@ -140,7 +142,7 @@ def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, ModelRecords]:
     """
     if run.output.files():
         categories = {name for rows in run.rows() for name in rows["category"].unique().to_pylist()}
-        _read_models(run.store, categories, None)
+        read_models(run.store, categories)
     run.output.clear()
     state.start(run.config)
     return _read_inputs(run)
@@ -150,10 +152,12 @@ def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) ->
     folder = run.output.manifest
     manifest = read_manifest(folder) or write_manifest(run.rows(), folder, run.options.segment_rows)
     log.info(manifest.describe())
-    return manifest, _read_models(run.store, manifest.categories, model_ids)
+    return manifest, read_models(run.store, manifest.categories, model_ids)
 
 
-def _read_models(store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None) -> ModelRecords:
+def read_models(
+    store: ModelStore, categories: Iterable[str], model_ids: Mapping[str, str] | None = None
+) -> ModelRecords:
     """Read the records of the models of those categories that have one.
 
     Args:

@@ -19,7 +19,14 @@ from stpm.times import timestamp
 _RUN = "run.json"
 _SUCCESS = "_SUCCESS"
 # Types of the values that are read back.
-_TYPES = {"config": dict[str, Any], "models": dict[str, str], "store": str, "result": RunResult, "triage_images": int}
+_TYPES = {
+    "config": dict[str, Any],
+    "versions": dict[str, str],
+    "models": dict[str, str],
+    "store": str,
+    "result": RunResult,
+    "triage_images": int,
+}
 # The content of run.json while the run's files are being removed.
 _CLEARED: dict[str, Any] = {"cleared": True}
 
@@ -90,6 +97,11 @@ class RunState:
     def model_differences(self, models: Mapping[str, str]) -> list[str]:
         """List how the model ids of the run differ from others, by category; none if no models are bound yet."""
         return _differences(self._values.get("models", models), models)
+
+    def version_differences(self) -> list[str]:
+        """List how the libraries differ from those that the run was started with."""
+        now = installed_versions()
+        return _differences(self._values.get("versions", now), now)
 
     def model_ids(self) -> dict[str, str] | None:
         """Return the model id of each category that has one; None if no models are bound yet."""

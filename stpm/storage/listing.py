@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from stpm.errors import ConfigError, DataError
 from stpm.storage.retries import with_retries
-from stpm.storage.uris import filesystem, is_local
+from stpm.storage.uris import filesystem, is_local, uri_of
 
 _THREADS = 16
 # Times that a prefix is divided.
@@ -27,7 +26,7 @@ _VERSION_KEYS = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModif
 
 
 def subfolders(uri: str) -> list[str]:
-    """Return the names of the folders right under a folder, sorted, without hidden ones.
+    """Return the names of the folders right under a folder, and of links to folders, sorted, without hidden ones.
 
     Raises:
         DataError: if the folder does not exist.
@@ -37,7 +36,8 @@ def subfolders(uri: str) -> list[str]:
         entries = with_retries(uri, lambda: fs.ls(path, detail=True))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{uri}: no such folder; check its name, and that its disk is mounted") from error
-    names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"]
+    folders = [e for e in entries if e["type"] == "directory" or (e.get("islink") and fs.isdir(e["name"]))]
+    names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in folders]
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -83,11 +83,33 @@ def file_versions(uri: str) -> list[tuple[str, str]]:
 def _entries(uri: str, **arguments: str) -> list[tuple[str, dict[str, Any]]]:
     fs, path = filesystem(uri)
     try:
-        found = with_retries(uri, lambda: fs.find(path, detail=True, **arguments))
+        if isinstance(fs, LocalFileSystem):
+            found = dict(_local_files(fs, path))
+        else:
+            found = with_retries(uri, lambda: fs.find(path, detail=True, **arguments))
     except FileNotFoundError:
         # Some stores raise it where the bucket does not exist.
         return []
-    return sorted(((_uri(fs, name, uri), info) for name, info in found.items()), key=lambda pair: pair[0])
+    return sorted(((uri_of(fs, name, uri), info) for name, info in found.items()), key=lambda pair: pair[0])
+
+
+def _local_files(fs: LocalFileSystem, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and description of a file, or of every file under a folder. `find` would leave out what fails."""
+    try:
+        with os.scandir(path) as found:
+            entries = list(found)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        yield path, fs.info(path)
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _local_files(fs, entry.path)
+        else:
+            # Another process may have removed it.
+            with suppress(FileNotFoundError):
+                yield entry.path, fs.info(entry)
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -128,7 +150,7 @@ def iter_files(uri: str) -> Iterator[str]:
     try:
         for name in names:
             is_empty = False
-            yield _uri(fs, name, uri)
+            yield uri_of(fs, name, uri)
         if is_empty and denied:
             raise denied
     except (FileNotFoundError, PermissionError) as error:
@@ -210,7 +232,7 @@ def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
         except (FileNotFoundError, NotADirectoryError):
             return [], []
         folders = sorted(e["name"] for e in entries if e["type"] == "directory" and e["name"].rstrip("/") != folder)
-        return folders, sorted(e["name"] for e in entries if _is_file(fs, e))
+        return folders, sorted(e["name"] for e in entries if is_file(fs, e))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         waiting = deque([path.rstrip("/") or path])
@@ -241,34 +263,6 @@ def _is_local_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def glob(uri: str) -> tuple[list[str], list[str]]:
-    """Return the URIs of the files, and of the folders, that match a pattern, each sorted.
-
-    A pattern has `*`, `?`, `[…]`, and `**` for any depth.
-
-    Raises:
-        ConfigError: if the pattern is malformed.
-    """
-    fs, path = filesystem(uri)
-    try:
-        found = with_retries(uri, lambda: fs.glob(path, detail=True))
-    except (ValueError, re.error) as error:
-        raise ConfigError(f"{uri}: {error}") from error
-    folder = re.split(r"[*?\[]", uri, maxsplit=1)[0].rsplit("/", 1)[0]
-    folders = [_uri(fs, name, folder) for name, info in found.items() if info["type"] == "directory"]
-    return sorted(_uri(fs, name, folder) for name, info in found.items() if _is_file(fs, info)), sorted(folders)
-
-
-def _is_file(fs: Any, entry: dict[str, Any]) -> bool:
-    """Return true for a file and a link to one. Links to folders are not followed: they may form a circle."""
+def is_file(fs: Any, entry: dict[str, Any]) -> bool:
+    """Return true for the entry of a file, and of a link to one."""
     return entry["type"] == "file" or bool(entry.get("islink") and fs.isfile(entry["name"]))
-
-
-def _uri(fs: Any, path: str, under: str) -> str:
-    """Make the URI of a path. Take scheme and account from the URI under which the path was found."""
-    if isinstance(fs, LocalFileSystem):
-        return path
-    root = str(fs._strip_protocol(under)).rstrip("/")
-    if path == root:
-        return under
-    return f"{under.rstrip('/')}/{path.removeprefix(root).removeprefix('/')}"

@@ -26,12 +26,28 @@ _HEX = 32 * "[0-9a-f]"
 # Bytes of an object to fetch before its size is asked for, which is one more request.
 _FIRST_BYTES = 32 * 2**20
 
+# Errors that say that a path leads nowhere.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
 T = TypeVar("T")
 
 
 def exists(uri: str) -> bool:
-    """Return whether there is a file or a folder."""
+    """Return whether there is a file or a folder.
+
+    Raises:
+        OSError: if storage does not say.
+    """
     fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        # `fs.exists` would return false for any failure.
+        try:
+            Path(path).stat()
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                return False
+            raise
+        return True
     return bool(with_retries(uri, lambda: fs.exists(path)))
 
 
@@ -207,17 +223,24 @@ def remove_unfinished(uri: str) -> None:
 
 
 def remove(uri: str) -> None:
-    """Remove a file or a whole folder, if it exists."""
+    """Remove a file or a whole folder, if it exists.
+
+    Raises:
+        OSError: if it, or a part of it, is still there.
+    """
     fs, path = filesystem(uri)
+    is_remote = not isinstance(fs, LocalFileSystem)
 
     def act() -> None:
-        if isinstance(fs, LocalFileSystem) or not glob.has_magic(path):
-            if fs.exists(path):
-                fs.rm(path, recursive=True)
-        else:
+        if is_remote and glob.has_magic(path):
             # `rm` would take the path for a pattern.
             for name in fs.find(path):
                 fs.rm_file(name)
+        elif fs.exists(path):
+            fs.rm(path, recursive=True)
+        if is_remote and fs.exists(path):
+            # S3 answers a request to delete many objects with 200, whatever became of each.
+            raise OSError(f"{uri}: not all of it could be removed; check that the credentials allow to delete")
 
     with_retries(uri, act)
 

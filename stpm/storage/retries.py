@@ -18,7 +18,19 @@ MAX_PAUSE_SECONDS = 10.0
 # Packages that raise exceptions of their own, no OSError, when a connection breaks.
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
 # Their exceptions that no retry mends.
-_LASTING = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
+_LASTING = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "DefaultCredentialsError",
+    "ParamValidationError",
+    "ProfileNotFound",
+    "UnauthorizedSSOTokenError",
+    "SSOTokenLoadError",
+    "TokenRetrievalError",
+)
+
+# Failures that callers handle, each in its own words.
+_SPECIFIC = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 T = TypeVar("T")
 
@@ -28,7 +40,8 @@ def with_retries(uri: str, act: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError: if the object, or its bucket, does not exist.
-        OSError: if a failure lasts, also where the cloud's client raises an exception of its own.
+        OSError: if a failure lasts, also where the cloud's client raises an exception of its own. It names the URI,
+            unless it is one of the exceptions that callers handle.
     """
     if is_local(uri):
         return act()
@@ -38,8 +51,15 @@ def with_retries(uri: str, act: Callable[[], T]) -> T:
         stop=tenacity.stop_after_delay(MAX_SECONDS),
         reraise=True,
     )
-    with as_os_errors():
-        return retry(act)
+    try:
+        with as_os_errors():
+            return retry(act)
+    except OSError as error:
+        if isinstance(error, _SPECIFIC) or uri in str(error):
+            raise
+        named = OSError(f"{uri}: {error}")
+        named.errno = error.errno
+        raise named from error
 
 
 @contextmanager

@@ -75,6 +75,16 @@ def is_local(uri: str) -> bool:
     return _scheme(uri) in _LOCAL
 
 
+def uri_of(fs: Any, path: str, under: str) -> str:
+    """Make the URI of a path. Take scheme and account from the URI under which the path was found."""
+    if isinstance(fs, LocalFileSystem):
+        return path
+    root = str(fs._strip_protocol(under)).rstrip("/")
+    if path == root:
+        return under
+    return f"{under.rstrip('/')}/{path.removeprefix(root).removeprefix('/')}"
+
+
 def absolute(uri: str) -> str:
     """Make a local path absolute, so that other processes find it; any other URI only loses trailing slashes.
 

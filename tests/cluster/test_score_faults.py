@@ -6,6 +6,7 @@ import contextlib
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,11 @@ def test_scoring_with_a_killed_process_gives_the_same_rows(kill: int, victim: st
     check_same(run, out)
 
 
+# Of a driver that is killed alone, the processes that it started go on for a moment.
 @pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize("out", [pytest.param("local", marks=pytest.mark.faults), "s3"], indirect=True)
+@pytest.mark.parametrize(("out", "end"), [("local", kill_tree), ("s3", subprocess.Popen.kill)], indirect=["out"])
 def test_a_second_run_is_refused_and_the_one_after_a_killed_driver_scores_the_rest(
-    kill: int, run: Path, out: str
+    kill: int, run: Path, out: str, end: Callable[[subprocess.Popen[str]], None]
 ) -> None:
     first = start_job("score", *arguments(run, out))
     time.sleep(1)
@@ -172,8 +174,7 @@ def test_a_second_run_is_refused_and_the_one_after_a_killed_driver_scores_the_re
 
     wait_for_rows(out, random.randint(1, MAX_FILES))
     time.sleep(random.uniform(0, 0.5))
-    # Of a driver that is killed alone, the processes that it started go on for a moment.
-    random.choice([kill_tree, subprocess.Popen.kill])(winner)
+    end(winner)
     assert not storage.exists(f"{out}/_SUCCESS")
     log = score(run, out)
     winner.communicate()

@@ -48,10 +48,44 @@ def test_read_category_accepts_masks_without_suffix(root: str) -> None:
 
 def test_read_category_ignores_other_files(root: str) -> None:
     make_category(root, "nut", train=2, good=0, defects=0)
-    for name in ("nut/train/good/Thumbs.db", "nut/readme.txt", "license.txt"):
+    hidden = ("nut/train/good/._000.png", "nut/train/good/.ipynb_checkpoints/000-checkpoint.png")
+    for name in ("nut/train/good/Thumbs.db", "nut/readme.txt", "license.txt", *hidden):
         storage.publish(storage.join(root, name), b"x")
     assert len(mvtec.read_category(root, "nut").train) == 2
     assert mvtec.find_categories(root) == ["nut"]
+
+
+def test_read_category_accepts_deeper_folders(root: str) -> None:
+    make_category(root, "nut", train=2, good=0, defects=2)
+    for before, after in (
+        ("train/good/001.png", "train/good/lot 7/a/001.png"),
+        ("test/square/001.png", "test/square/lot 7/001.png"),
+        ("ground_truth/square/001_mask.png", "ground_truth/square/lot 7/001_mask.png"),
+    ):
+        storage.publish(storage.join(root, "nut", after), storage.read(storage.join(root, "nut", before)))
+    category = mvtec.read_category(root, "nut")
+    assert [uri.removeprefix(f"{root}/nut/train/good/") for uri, _ in category.train] == [
+        "000.png",
+        "001.png",
+        "lot 7/a/001.png",
+    ]
+    masks = {image.uri: image.mask for image in category.test}
+    assert len({*masks.values()}) == 3
+    assert all(
+        mask == uri.replace("/test/", "/ground_truth/").replace(".png", "_mask.png") for uri, mask in masks.items()
+    )
+
+
+def test_a_link_to_a_category_is_one_and_a_link_inside_is_refused(tmp_path: Path) -> None:
+    make_category(str(tmp_path / "nas"), "bolt", train=1, good=0, defects=0)
+    data = tmp_path / "data"
+    (data / "screw" / "train").mkdir(parents=True)
+    (data / "bolt").symlink_to(tmp_path / "nas" / "bolt")
+    (data / "screw" / "train" / "good").symlink_to(tmp_path / "nas" / "bolt" / "train" / "good")
+    assert mvtec.find_categories(str(data)) == ["bolt", "screw"]
+    assert len(mvtec.read_category(str(data), "bolt").train) == 1
+    with pytest.raises(DataError, match=r"no images in train/good .*; links to folders are not followed inside"):
+        mvtec.read_category(str(data), "screw")
 
 
 def test_find_categories_lists_all_or_wanted(root: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from stpm.data import images
 from stpm.errors import RunDamagedError
 from stpm.evaluation.category import MasksAt, ScoredCategory
 from stpm.evaluation.category_metrics import METRICS
+from stpm.evaluation.report import Report
 from stpm.method.preprocessing import Resize
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, write_rows
-from tests.evaluation.runs import PREPROCESSING, SIZE, measured, scored_run
+from tests.evaluation.runs import PREPROCESSING, SIZE, measured, result, scored_run
 
 
 def rows_of(category: ScoredCategory) -> list[dict[str, object]]:
@@ -76,6 +78,24 @@ def test_a_mask_of_another_size_is_a_problem_and_image_metrics_remain(tmp_path: 
     assert metrics.problems == (metrics.undefined["pixel_auroc"],)
     assert f"mask {mask} is 20×10, its image" in metrics.problems[0]
     assert "square/002.png 40×48" in metrics.problems[0]
+
+
+def test_a_mask_that_vanishes_at_model_size_is_reported(tmp_path: Path) -> None:
+    category = scored_run(tmp_path, preprocessing=make_preprocessing(16))
+    mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
+    pixels = np.zeros((48, 40), np.uint8)
+    # Nearest neighbour takes every third row.
+    pixels[9:12, 20] = [255, 0, 255]
+    mask.write_bytes(encode_image(pixels))
+    metrics = measured(category)
+    assert metrics.vanished_masks == (str(mask),)
+    assert metrics.problems == ()
+    assert measured(category, "original").vanished_masks == ()
+    made = dataclasses.replace(result("nut", 0, 1.0, 1.0), metrics=metrics)
+    assert (
+        f"nut: 1 masks vanish at model size, and no pixel metric counts their defects: {mask}; give"
+        in Report("data", [made]).text()
+    )
 
 
 @pytest.mark.parametrize("content", [None, b"no image"])

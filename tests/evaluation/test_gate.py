@@ -67,7 +67,21 @@ def test_a_baseline_of_another_protocol_is_a_shortfall(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [None, "no json", "[]", "{}", "[" * 200_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "no json",
+        "[]",
+        "{}",
+        "[" * 200_000,
+        '{"categories": {}, "mean": {}, "protocol": [1]}',
+        '{"categories": {}, "mean": {"image_auroc": "high"}, "protocol": {}}',
+        '{"categories": {}, "mean": {"image_auroc": [1]}, "protocol": {}}',
+        '{"categories": {"nut": null}, "mean": {}, "protocol": {}}',
+        '{"categories": {}, "mean": null, "protocol": {}}',
+    ],
+)
 def test_an_invalid_baseline_is_an_error(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "report.json"
     if content is not None:

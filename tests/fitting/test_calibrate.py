@@ -95,21 +95,6 @@ def test_distance_scales_are_quantiles_on_held_out_images(
         assert scale.high == pytest.approx(np.quantile(part.numpy(), 0.995, method="inverted_cdf"), rel=1e-3)
 
 
-def test_scores_do_not_depend_on_the_batch(images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf) -> None:
-    features, matcher = TeacherFeatures(make_matcher(any_model), images, BUDGET), make_matcher(any_model)
-    train, held_out = split_images(len(images), any_model)
-    parts = fit_parts(features, train, held_out, any_model)
-    scales = calibrate_model(parts, features, held_out, any_model, BUDGET).distance_scales
-    together = anomaly_maps(matcher, parts, images, any_model, scales)
-    for i, each in enumerate(together):
-        (alone,) = anomaly_maps(matcher, parts, select(images, [i]), any_model, scales)
-        np.testing.assert_allclose(each.total, alone.total, rtol=1e-3, atol=1e-3)
-        assert (each.student is None) == (not parts.student or any_model.fusion == "product")
-        assert (each.memory is None) == (not parts.memory)
-        if each.student is not None and each.memory is not None:
-            np.testing.assert_allclose(each.student + each.memory, each.total, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("folds", [2, 3, 9, 12])
 def test_cross_validation_scores_every_image_once(
     images: TrainingImages, any_model: Recipe, make_matcher: MatcherOf, folds: int, monkeypatch: pytest.MonkeyPatch

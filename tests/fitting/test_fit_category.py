@@ -17,7 +17,6 @@ from stpm.fitting import train_student as training
 from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.planning import existing_model
 from stpm.fitting.task import Epoch, FitTask
-from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
@@ -172,15 +171,6 @@ def test_gpu_out_of_memory_fails_without_halving_the_batch(
     reason = fit_category(task, LIMITS, lambda message: None).reason
     assert re.match(r"CUDA out of memory: .* batches of 4 at this size; lower --batch-size or --pixels", reason)
     assert steps == [4]
-
-
-def test_distance_budget_is_what_images_and_features_leave(tmp_path: Path, tiny: Recipe, make_matcher: Any) -> None:
-    uris = [uri for uri, _ in task_in(tmp_path, tiny).train]
-    images = load_images(uris, preprocessing_for(tiny, uris), 2**30)
-    for budget, cached in ((2**30, 1), (0, 0)):
-        features = TeacherFeatures(make_matcher(tiny), images, budget)
-        limits = WorkerLimits(2**30, 0, 0)
-        assert limits.distance_budget(features) == 2**30 - images.pixels.nbytes - cached * features.nbytes
 
 
 def test_folds_calibrate_on_every_image(tmp_path: Path, any_model: Recipe) -> None:

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from stpm import storage
-from stpm.errors import DataError
+from stpm.data import images
+from stpm.errors import DataError, ImageError
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.recipe import Recipe
 from stpm.options import Size
@@ -38,6 +41,44 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         Path(uri).write_bytes(b"")
     with pytest.raises(DataError, match=r"7 of 9 training images cannot be read: .*000.png.*; and 2 more; repair"):
         load_images(uris, make_preprocessing(64), 2**30)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (ImageError("damaged", "cut"), "repair or remove them"),
+        (ImageError("out_of_memory", "no memory"), "give fewer --workers, or a machine with more memory"),
+        (OSError("503"), "run the same command again when storage can be read"),
+    ],
+)
+def test_the_advice_fits_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
+) -> None:
+    uris = make_images(tmp_path)
+    monkeypatch.setattr(images, "decode", Mock(side_effect=error))
+    with pytest.raises(DataError, match=rf"9 of 9 training images cannot be read: .*000.png.*; {advice}$"):
+        load_images(uris, make_preprocessing(64), 2**30)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris, decode = make_images(tmp_path), images.decode
+    at_once, most = 0, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.02)
+        at_once -= 1
+        return decode(*args)
+
+    monkeypatch.setattr(images, "decode", counted)
+    load_images(uris, make_preprocessing(64), 2**30)
+    assert most > 1
+    monkeypatch.setattr(images, "read_size", lambda data: (10_000, 5_000))
+    most = 0
+    load_images(uris, make_preprocessing(64), 2**30)
+    assert most == 1
 
 
 def test_normalisation_follows_the_recipe(tiny: Recipe) -> None:

@@ -13,10 +13,10 @@ import pytest
 from stpm import storage
 from stpm.data.mvtec import Category
 from stpm.errors import ConfigError, DataError, ModelError, OtherRunError, RunDamagedError
-from stpm.evaluation.evaluate import evaluate_category, publish_report
+from stpm.evaluation.evaluate import evaluate_category, find_labels_without_model, publish_report
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
-from stpm.evaluation.report import CategoryResult, Report
+from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.jobs import evaluate as evaluate_job
 from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
 from stpm.jobs.benchmark import _TestSplit as Split
@@ -36,7 +36,7 @@ from tests.models.test_store import save
 
 
 def evaluate(**options: str) -> int:
-    return run_evaluate(EvaluateOptions(**options), ReportOptions())
+    return run_evaluate(EvaluateOptions(**options), ReportOptions(), ClusterOptions())
 
 
 def finish_run(output: RunOutput, model_id: str, store: str) -> None:
@@ -99,6 +99,32 @@ def test_each_run_of_a_benchmark_that_moved_has_its_own_models(
     assert found == {"seed-1": expected["seed-1"]}
 
 
+def test_two_runs_of_a_category_and_seed_are_refused(tmp_path: Path, tiny: Recipe) -> None:
+    store = ModelStore(str(tmp_path / "models"))
+    for name in ("001", "002"):
+        finish_run(RunOutput.named(str(tmp_path), name), save(store, tiny).model_id, store.uri)
+    with pytest.raises(DataError, match=r": 2 runs have scored nut with seed 0; only runs of different seeds can be"):
+        evaluate(run=str(tmp_path))
+
+
+def test_labels_without_a_model_are_failures(tmp_path: Path) -> None:
+    output = scored_run(tmp_path).output
+    assert find_labels_without_model(output, {"nut"}) == []
+    assert find_labels_without_model(output, {"bolt"}) == [Failure("nut", "no model scored its 12 images with a label")]
+
+
+def test_a_run_without_labels_is_reported(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = scored_run(tmp_path, unlabelled=12).output
+    store = ModelStore(str(tmp_path / "models"))
+    finish_run(output, save(store, tiny).model_id, store.uri)
+    empty = result("nut", 0, None, None)
+    empty = dataclasses.replace(empty, metrics=dataclasses.replace(empty.metrics, good_count=0, defect_count=0))
+    monkeypatch.setattr(evaluate_job, "connected", nullcontext)
+    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda *_: [empty])
+    with pytest.raises(DataError, match="no image has a label; score a table that has the column `label`"):
+        evaluate(run=output.folder)
+
+
 @pytest.mark.parametrize("content", ["{", '{"config": {}, "result": {}}'])
 def test_a_damaged_run_is_to_be_scored_again(tmp_path: Path, content: str) -> None:
     output = scored_run(tmp_path).output
@@ -114,7 +140,7 @@ def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
     storage.publish(f"{output.scores}/seed-0_1.parquet", b"PAR1")
     Path(output.state_folder).mkdir(parents=True)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
-    monkeypatch.setattr(evaluate_job, "_read_models", lambda output, _: (None, [output]))
+    monkeypatch.setattr(evaluate_job, "_read_models", lambda output, _: (None, []))
     monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda output, *_: open_rows(output))
     with pytest.raises(RunDamagedError, match=r"^/.*seed-0_1\.parquet is damaged: .*; restore the files, or score .*$"):
         evaluate(run=output.folder)
@@ -161,7 +187,7 @@ def test_the_benchmark_replaces_no_file_that_is_not_its_own(tmp_path: Path) -> N
 
 def test_an_unreadable_baseline_is_reported_first() -> None:
     with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
-        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"))
+        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
 
 
 def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def test_two_roll_backs_go_two_back_and_forward_returns(store: tuple[ModelStore,
         assert models.load("nut").record.model_id == expected
 
 
+def test_a_category_named_twice_is_rolled_back_once(store: tuple[ModelStore, list[str]]) -> None:
+    models, ids = store
+    assert run(models, "nut", "nut", roll_back=True) == 0
+    assert models.record("nut").model_id == ids[1]
+
+
 def test_the_commands_that_messages_name_run_in_a_shell(tmp_path: Path, tiny: Recipe) -> None:
     store, name = ModelStore(str(tmp_path / "my models")), "it's a $nut"
     first, second = (save(store, dataclasses.replace(tiny, seed=seed), name).model_id for seed in (0, 1))

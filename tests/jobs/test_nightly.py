@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import duckdb
 import pyarrow as pa
@@ -21,7 +22,7 @@ from stpm import storage
 from stpm.errors import ConfigError, CutOffError, ModelUnreadableError
 from stpm.jobs import nightly
 from stpm.models.store import ModelStore
-from stpm.monitoring import score_nights, update_records
+from stpm.monitoring import judging, score_nights, update_records
 from stpm.monitoring.drift import Verdict
 from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night
@@ -189,23 +190,37 @@ def test_a_damaged_record_is_named_and_written_over_only_by_fresh(job: Nightly) 
     assert record(job).images == 1
 
 
-@pytest.mark.parametrize("storage_fails", [False, True])
-def test_fresh_keeps_the_rows_where_there_is_nothing_to_score(
-    job: Nightly, storage_fails: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cause", "problem"),
+    [
+        ("no images", "there are no images in "),
+        ("no model", "no model for category 'botle'"),
+        ("storage fails after the first images", "503 Slow Down"),
+    ],
+)
+def test_fresh_keeps_the_rows_where_they_cannot_be_made_again(
+    job: Nightly, cause: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job.dump(DATE, "a", "b")
     assert job() == 0
     before = job.rows()
-    shutil.move(job.root / "dump", job.root / "unmounted")
-    if storage_fails:
+    options = {}
+    if cause == "no images":
+        shutil.move(job.root / "dump", job.root / "unmounted")
+    elif cause == "no model":
+        options = {"category": "botle", "category_from": ""}
+    else:
+        list_images = score_nights.image_rows
 
-        def rows(*_: object) -> Iterator[pa.Table]:
+        def rows(*arguments: Any) -> Iterator[pa.Table]:
+            yield from list_images(*arguments)
             raise OSError("503 Slow Down")
 
         monkeypatch.setattr(score_nights, "image_rows", rows)
-    assert job(fresh=True) == 2
+    assert job(fresh=True, **options) == 2
     assert job.rows() == before
-    assert ("503 Slow Down" if storage_fails else "--fresh left the rows as they are") in record(job).problem
+    assert problem in record(job).problem
+    assert "503" in problem or "--fresh left the rows as they are" in record(job).problem
     assert record(job).categories["nut"].verdict
     # It was judged before.
     assert "None: every category is fine." in storage.read(f"{job.out}/nightly.html").decode()
@@ -407,6 +422,29 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
         # Every other step, for the sake of time.
         steps += 2
     assert steps > min(last, 20)
+
+
+def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
+    job: Nightly, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.dump(DATE, "a", "b", "c", "bad")
+    assert job(max_error_rate=0.2) == 2
+    assert job(max_error_rate=0.25) == 0
+    monkeypatch.setattr(nightly, "remove_nights_before", Mock(side_effect=OSError("read-only")))
+    assert job(max_error_rate=0.25, keep_days=30) == 2
+    assert "old nights are not all removed: read-only" in caplog.text
+
+
+def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(ModelStore(str(job.root / "models")), TINY, "bolt")
+    judged = Mock(return_value=Verdict("fine", ()))
+    monkeypatch.setattr(judging, "judge", judged)
+    job.dump(DATE, "a")
+    storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))
+    job(nights=7)
+    # Two categories, on a page of seven nights.
+    given = [call.kwargs for call in judged.call_args_list]
+    assert given == [{"tests": 14, "false_verdict_rate": 0.05}] * 2
 
 
 def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(

@@ -25,17 +25,17 @@ RESIZES = st.sampled_from(["stretch", "crop", "fit"])
 @example("crop", 32, 700, 1, 1)
 def test_boxes_are_inside_and_not_empty(resize: Resize, height: int, width: int, across: int, down: int) -> None:
     made = make_preprocessing(height, width, resize)
-    left, top, right, bottom = made.source_box(across, down)
-    assert 0 <= left < right <= across
-    assert 0 <= top < bottom <= down
+    source = made.source_box(across, down)
+    assert 0 <= source[0] < source[2] <= across
+    assert 0 <= source[1] < source[3] <= down
     left, top, right, bottom = made.content_box(across, down)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     assert made.content_shape(across, down) == (bottom - top, right - left)
     for x, y in ((0, 0), (right - left - 1, bottom - top - 1)):
         original_x, original_y = made.to_original(x, y, across, down)
-        assert 0 <= original_x < across
-        assert 0 <= original_y < down
+        assert int(source[0]) <= original_x < source[2]
+        assert int(source[1]) <= original_y < source[3]
 
 
 @given(INPUTS, INPUTS, SIDES, SIDES)
@@ -91,8 +91,8 @@ def test_padding_colour_is_zero_after_normalisation() -> None:
         ([(1500, 1000)], (320, 480)),
         ([(900, 900)], (384, 416)),
         ([(10, 10)], (256, 256)),
-        ([(5000, 100)], (128, 1152)),
-        ([(1, 5000)], (736, 96)),
+        ([(5000, 100)], (64, 2304)),
+        ([(1, 5000)], (1440, 32)),
         ([(100, 400), (400, 100), (200, 200)], (256, 256)),
     ],
 )
@@ -115,7 +115,7 @@ def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, 
     assert height % 32 == width % 32 == 0
     assert 32 <= min(height, width) <= max(height, width) <= 4096
     assert height * width <= budget
-    aspect = min(max(np.exp(np.median([np.log(w / h) for w, h in sizes])), 1 / 8), 8)
+    aspect = min(max(np.exp(np.median([np.log(w / h) for w, h in sizes])), 1 / 32), 32)
     pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
     wanted = np.sqrt([pixels / aspect, pixels * aspect])
     if wanted.min() >= 48:

@@ -90,7 +90,7 @@ def test_recipe_refuses_contradictions(changes: dict[str, Any], message: str) ->
 
 
 def test_recipe_ignores_memory_levels_without_memory() -> None:
-    assert Recipe(levels=Integers((1,))).memory == 0
+    assert Recipe(levels=Integers((1,)), memory_levels=Integers((2,))).memory == 0
     assert Recipe(student="none", memory=1, fusion="quantile").student == "none"
 
 

@@ -62,6 +62,8 @@ def test_a_date_that_is_yet_to_come_in_the_time_zone_is_refused() -> None:
         ({"images": "s3://dump/{date},s3://dump"}, r"images is 's3://dump'"),
         ({"date": "24.11.2026"}, "date is '24.11.2026'; give it as 2026-11-24"),
         ({"date": "2026-02-30"}, "date is '2026-02-30'"),
+        ({"date": "0001-01-03"}, "date is 0001-01-03, and there are no such days --look-back or --keep-days before it"),
+        ({"date": "0026-11-24", "keep_days": 36500}, "date is 0026-11-24, and there are no such days"),
         ({"timezone": "Mars/Olympus"}, "timezone is 'Mars/Olympus', which this machine does not know"),
         ({"timezone": "../UTC"}, "timezone is '../UTC'"),
         ({"look_back": -1}, "look-back is -1"),

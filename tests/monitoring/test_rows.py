@@ -67,6 +67,20 @@ def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, mo
     assert [example.kind for example in found] == sorted(examples.elements())
 
 
+def test_one_run_of_a_night_may_be_partitioned_and_another_not(tmp_path: Path) -> None:
+    first, second = make_rows(40, 0), make_rows(30, 1)
+    for name in ("c0", "c1", "c2"):
+        chosen = output_rows([]).from_pylist(
+            [row for row in first if row["category"] == name], schema=output_rows([]).schema
+        )
+        storage.publish(
+            f"{tmp_path}/scores/category={name}/001_0.parquet", storage.encode_parquet(chosen.drop_columns("category"))
+        )
+    categories, _ = read_rows([RunOutput.named(str(tmp_path), "001"), write(tmp_path, "002", second, 30)])
+    counts = {name: counted.images for name, counted in categories.items()}
+    assert counts == Counter(row["category"] for row in first + second)
+
+
 def test_the_sample_does_not_depend_on_the_order_of_the_rows(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

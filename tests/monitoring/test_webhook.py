@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -110,6 +111,13 @@ def test_no_error_shows_a_secret(url: str, reason: str) -> None:
     assert shown.__cause__ is None
     assert shown.__suppress_context__
     assert not any(secret in str(shown) for secret in SECRETS)
+
+
+def test_the_key_may_have_any_bytes(server: Server) -> None:
+    key = b"\xff\x00k\xe9"
+    post(server.url, BODY, os.fsdecode(key))
+    ((_, headers, _),) = server.received
+    assert headers[SIGNATURE] == f"sha256={hmac.new(key, BODY, hashlib.sha256).hexdigest()}"
 
 
 def test_a_server_that_hangs_is_given_up(server: Server) -> None:

@@ -33,6 +33,7 @@ from stpm.jobs import score as score_job
 from stpm.jobs.score import run_score
 from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
+from stpm.models import record as record_module
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring import run as run_module
@@ -65,7 +66,7 @@ def make_run(root: Path, *uris: str) -> ScoringRun:
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs start without reading a model."""
-    monkeypatch.setattr(run_module, "_read_models", lambda *_: {})
+    monkeypatch.setattr(run_module, "read_models", lambda *_: {})
 
 
 def finish(run: ScoringRun) -> None:
@@ -123,7 +124,7 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
 def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, "/a.png", "/b.png")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_read_models", lambda *_: {})
+        patch.setattr(run_module, "read_models", lambda *_: {})
         finish(run)
     before = run.output.written_uris()
     sources = ["-", str(tmp_path / "unmounted")]
@@ -284,6 +285,21 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
         resume_or_start(run, start_over=False, replace=False)
     _, _, models = resume_or_start(run, start_over=False, replace=True)
     assert models["nut"].model_id == second.model_id
+
+
+def test_a_run_that_goes_on_with_another_library_warns(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path, "/a.png")
+    save(run.store, tiny)
+    monkeypatch.setattr(record_module, "version", lambda name: "1.0")
+    resume_or_start(run, start_over=False, replace=False)
+    resume_or_start(run, start_over=False, replace=False)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    monkeypatch.setattr(record_module, "version", lambda name: "2.0" if name == "torch" else "1.0")
+    resume_or_start(run, start_over=False, replace=False)
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warning == "the remaining images may get slightly other scores: torch was '1.0' and is '2.0'"
 
 
 @pytest.mark.usefixtures("no_models")

@@ -33,6 +33,12 @@ def test_a_run_differs_from_each_other_configuration(state: RunState, tmp_path: 
             "false_alarm_rate was 0.01 and is 0.05",
             "heatmaps was 'all' and is 'none'",
         ]
+        other = dataclasses.replace(CONFIG, category="", category_from="{category}/{name}", allow=("s3://c",))
+        assert known.config_differences(other) == [
+            "category was 'nut' and is ''",
+            "category_from was '' and is '{category}/{name}'",
+            "allow was [] and is ['s3://c']",
+        ]
 
 
 def test_a_run_is_bound_to_its_models(state: RunState, tmp_path: Path) -> None:

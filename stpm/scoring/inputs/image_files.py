@@ -155,13 +155,31 @@ def read_uri(uri: str) -> bytes:
 
 def _read_parquet_row(uri: str, row: int, max_bytes: int) -> bytes:
     first = 0
-    for group, rows in enumerate(_row_counts.get(uri)):
-        if row < first + rows:
-            data: bytes = _row_groups.get((uri, group))[row - first].as_py() or b""
-            storage.check_size(uri, len(data), max_bytes)
-            return data
-        first += rows
+    with _arrow_errors(uri):
+        for group, rows in enumerate(_row_counts.get(uri)):
+            if row < first + rows:
+                data: bytes = _row_groups.get((uri, group))[row - first].as_py() or b""
+                storage.check_size(uri, len(data), max_bytes)
+                return data
+            first += rows
     raise ImageError("missing", f"{uri}: has {first} rows, row {row} is wanted")
+
+
+@contextmanager
+def _arrow_errors(uri: str) -> Iterator[None]:
+    """Tell damaged bytes and a missing file apart from failures of storage."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if storage.is_local(uri):
+            # Arrow does not set it.
+            error.filename = error.filename or storage.filesystem(uri)[1]
+        raise
+    except OSError as error:
+        if type(error) is OSError and error.errno is None and error.__cause__ is None:
+            # Arrow's own, for bytes that it cannot decode; those of systems and of clouds' clients have one of both.
+            raise ImageError("damaged", f"its archive: {' '.join(str(error).split())}") from error
+        raise
 
 
 def _read_row_counts(uri: str) -> tuple[int, ...]:

@@ -41,8 +41,6 @@ def check_allowed(uris: Iterable[str], prefixes: Sequence[str]) -> ImageError | 
 
 
 def _is_allowed(uri: str, prefixes: Sequence[str]) -> bool:
-    if "::" in uri:
-        return False
     below = [uri.removeprefix(_as_folder(prefix)) for prefix in prefixes if uri.startswith(_as_folder(prefix))]
     # A prefix itself may go up, as `--allow ../data` does.
     return uri in prefixes or any(".." not in path.split("/") for path in below)
@@ -85,5 +83,4 @@ def resolve_plain(
     folders = [_as_folder(prefix) for prefix in prefixes if is_utf8(prefix)]
     is_valid = pc.match_substring_regex(uris, _PLAIN).to_numpy()
     is_valid &= np.any([pc.starts_with(uris, each).to_numpy() for each in folders], axis=0)
-    is_valid &= ~pc.match_substring(uris, "::").to_numpy()
     return uris, is_valid | is_empty.to_numpy()

@@ -11,6 +11,7 @@ from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import blaming_damaged_file
 from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of
 from stpm.scoring.row_summary import RowSummary
 
@@ -97,7 +98,9 @@ def _count_rows_in_files(output: RunOutput, options: OutputOptions, tasks: Colle
     if options.partition_by == "category" and storage.exists(output.scores):
         folders = [storage.join(output.scores, name) for name in storage.subfolders(output.scores)]
     listed = storage.in_parallel(lambda where: storage.files_starting(*where), product(folders, starts))
-    return sum(storage.in_parallel(_count_rows, (uri for uris in listed for uri in uris if task_of(uri) in tasks)))
+    files = [uri for uris in listed for uri in uris if task_of(uri) in tasks]
+    with blaming_damaged_file(output, files):
+        return sum(storage.in_parallel(_count_rows, files))
 
 
 def _count_rows(uri: str) -> int:

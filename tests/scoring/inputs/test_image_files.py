@@ -67,6 +67,29 @@ def test_a_parquet_file_may_hold_images(tmp_path: Path, nested: bool) -> None:
         image_files.read_uri(f"{tmp_path}/part-0.parquet#25")
 
 
+def test_a_damaged_row_group_is_an_error_of_its_images_alone(tmp_path: Path) -> None:
+    files = [os.urandom(1000) for _ in range(6)]
+    pq.write_table(pa.table({"image": files}), tmp_path / "p.parquet", row_group_size=3, use_dictionary=False)
+    data = bytearray((tmp_path / "p.parquet").read_bytes())
+    start = pq.read_metadata(tmp_path / "p.parquet").row_group(1).column(0).data_page_offset
+    data[start : start + 40] = bytes(40)
+    (tmp_path / "p.parquet").write_bytes(data)
+    found = rows(f"{tmp_path}/p.parquet")
+    assert [read_row(row) for row in found[:3]] == files[:3]
+    for row in found[3:]:
+        with pytest.raises(ImageError, match="its archive: ") as caught:
+            read_row(row)
+        assert caught.value.kind == "damaged"
+
+
+def test_a_parquet_file_whose_disk_is_gone_is_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    for folder, kind in (("mount", "missing"), ("unmounted", "unreadable")):
+        with pytest.raises(ImageError) as caught:
+            image_files.read_uri(f"{tmp_path}/{folder}/p.parquet#0")
+        assert caught.value.kind == kind
+
+
 @pytest.mark.parametrize("name", ["image", "bytes"])
 def test_a_parquet_file_may_hold_nothing_but_images(tmp_path: Path, name: str) -> None:
     files = [bytes([i]) for i in range(8)]

@@ -159,6 +159,17 @@ def test_an_error_names_a_damaged_summary(
         commit_segment(output, OutputOptions(), segments[0], 3)
 
 
+def test_an_error_names_a_file_of_rows_whose_footer_is_damaged(output: RunOutput, segments: list[Segment]) -> None:
+    write_task(output, segments[0], slice(0, 8))
+    (uri,) = output.files()
+    data = bytearray(storage.read(uri))
+    # The footer ends with its length and the file's mark, which stay.
+    data[-40:-8] = bytes([255]) * 32
+    storage.publish(uri, bytes(data))
+    with pytest.raises(RunDamagedError, match=rf"^{uri} is damaged: "):
+        commit_segment(output, OutputOptions(), segments[0], 3)
+
+
 def test_an_error_names_a_damaged_checkpoint(output: RunOutput, segments: list[Segment]) -> None:
     storage.publish(f"{output.segment_checkpoints(0)}/0.parquet", b"x")
     with pytest.raises(RunDamagedError, match=r"000000/0\.parquet is damaged"):

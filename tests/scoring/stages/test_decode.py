@@ -91,7 +91,9 @@ def test_a_large_file_is_fetched_when_it_is_its_turn(run: Path, monkeypatch: pyt
 
 def test_a_row_with_an_error_in_its_manifest_is_not_read(run: Path) -> None:
     rows = manifest(run).slice(0, 1)
-    rows = rows.set_column(5, MANIFEST.field("error_kind"), pa.array(["not_allowed"]))
+    rows = rows.set_column(
+        MANIFEST.get_field_index("error_kind"), MANIFEST.field("error_kind"), pa.array(["not_allowed"])
+    )
     (row,) = decode(rows).to_pylist()
     assert (row["error_kind"], row["pixels"], row["bytes"]) == ("not_allowed", b"", None)
 

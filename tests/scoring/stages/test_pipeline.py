@@ -63,7 +63,7 @@ def test_unreadable_images_become_rows_with_an_error(run: Path, tmp_path: Path) 
         (tmp_path / name).write_bytes(content)
     rows = nut_rows([str(tmp_path / name) for name in (*contents, "gone.png", "dot.png")])
     categories = pa.array([*["nut"] * 6, "no/such\nmodel"])
-    rows = rows.set_column(2, MANIFEST.field("category"), categories)
+    rows = rows.set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), categories)
     out = write_heatmaps(score(run, rows), tmp_path / "out").to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
     for row in out:
@@ -173,7 +173,7 @@ def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, 
     (members,) = image_rows([out.rsplit("/", 1)[0]], CategoryRule(pattern="{category}/{name}"))
     assert members.num_rows == 8
     assert set(members["category"].to_pylist()) == {"grey"}
-    members = members.set_column(2, MANIFEST.field("category"), files["category"])
+    members = members.set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), files["category"])
     for ours, theirs in zip(score(run, members).to_pylist(), score(run, files).to_pylist(), strict=True):
         assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
         assert ours["score"] == theirs["score"]

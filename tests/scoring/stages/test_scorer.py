@@ -87,7 +87,11 @@ def test_anomaly_maps_are_kept_only_if_asked_for(run: Path) -> None:
 
 
 def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
-    rows = manifest(run).slice(0, 2).set_column(2, MANIFEST.field("category"), pa.array(["x", "x"]))
+    rows = (
+        manifest(run)
+        .slice(0, 2)
+        .set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), pa.array(["x", "x"]))
+    )
     assert score(run, rows)["error_kind"].to_pylist() == ["no_model", "no_model"]
 
 
