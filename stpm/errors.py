@@ -130,6 +130,15 @@ def with_remedy(remedy: str) -> Iterator[None]:
         raise OtherRunError(f"{error}; {remedy}") from error
 
 
+def one_line(error: Exception) -> str:
+    """Return an error's type and message in one line; CUDA's messages have several.
+
+    >>> one_line(RuntimeError("CUDA error: out of memory\\nCompile with ..."))
+    'RuntimeError: CUDA error: out of memory Compile with ...'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def last_line(error: Exception) -> str:
     """Return the last line of an error's message, or its type if it has no message.
 

@@ -6,6 +6,8 @@ Python reads each byte of a name that is not UTF-8 as a lone surrogate, U+DC80 t
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable
 from urllib.parse import quote
 
 from stpm.errors import DataError, UriError
@@ -19,7 +21,7 @@ MAX_FOLDER_BYTES = 200
 _MAX_CHARACTERS = 128
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 # The last range has the surrogates that stand for bytes that are not UTF-8.
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*,\ud800-\udfff]')
 _BYTE = re.compile(r"[\udc80-\udcff]")
 _WEB_URL = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^/?#\s]+)\S*", re.IGNORECASE)
 # Scheme, user with password, host, and the rest. For fsspec, another filesystem stands before ::.
@@ -36,6 +38,13 @@ def is_utf8(name: str) -> bool:
 def as_utf8(name: str) -> str:
     """Write each byte that is not UTF-8 as %XX; every other character stays."""
     return name if name.isascii() else _BYTE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
+
+
+def other_form(name: str, names: Iterable[str]) -> str:
+    """Say which of the names is this one in another Unicode form, as some systems write it; "" if none is."""
+    composed = unicodedata.normalize("NFC", name)
+    found = next((each for each in names if unicodedata.normalize("NFC", each) == composed), "")
+    return found and f"{name!a} and {found!a} are one name in two Unicode forms; rename one"
 
 
 def check_no_secret(uri: str) -> None:
@@ -73,20 +82,20 @@ def hide_urls(text: str) -> str:
 
 
 def safe_name(name: str, what: str) -> str:
-    """Return the name, if it may become part of a path on every filesystem.
+    """Return the name, if it may become part of a path on every filesystem, and one of an option's several names.
 
     Raises:
-        DataError: if it is empty, longer than 128 characters or than 200 bytes percent-encoded, starts with a dot,
+        DataError: if it is empty, longer than 128 characters or than 200 bytes percent-encoded, starts or
             ends with a dot or a space, is reserved on Windows, is Hive's name of null, is not UTF-8, or holds a control
-            character or one of `<>:"/\\|?*`.
+            character or one of `<>:"/\\|?*,`.
     """
     problem = None
     if not name or len(name) > _MAX_CHARACTERS:
         problem = f"has {len(name)} characters, 1 to {_MAX_CHARACTERS} are allowed"
     elif match := _UNSAFE.search(name):
         problem = f"holds the character {match.group()!r}"
-    elif name.startswith(".") or name.endswith((".", " ")):
-        problem = "starts with a dot, or ends with a dot or a space"
+    elif name.startswith((".", " ")) or name.endswith((".", " ")):
+        problem = "starts or ends with a dot or a space"
     elif name.split(".", maxsplit=1)[0].lower() in _WINDOWS_RESERVED:
         problem = "is reserved on Windows"
     elif name == HIVE_NULL:

@@ -35,7 +35,8 @@ def test_the_rayjob_has_the_fields_of_kuberay() -> None:
     assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
     assert RAYJOB["metadata"] == {"name": "stpm-nightly-YYYY-MM-DD"}, "of two jobs of one night, one would wait"
     assert set(RAYJOB["spec"]) <= {
-        *("entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"),
+        *("entrypoint", "backoffLimit", "activeDeadlineSeconds", "shutdownAfterJobFinishes"),
+        *("ttlSecondsAfterFinished", "rayClusterSpec"),
     }
     assert RAYJOB["spec"]["shutdownAfterJobFinishes"], "GPUs of a job that ended cost money"
     assert CLUSTER["enableInTreeAutoscaling"]

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from stpm.errors import DataError, UriError
-from stpm.names import as_utf8, check_no_secret, hide_urls, is_utf8, safe_name
+from stpm.names import as_utf8, check_no_secret, hide_urls, is_utf8, other_form, safe_name
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,8 @@ from stpm.names import as_utf8, check_no_secret, hide_urls, is_utf8, safe_name
         "nul.txt",
         "a.",
         "a ",
+        " a",
+        "M6,zinc",
         "<b>",
         'a"b',
         "a:b",
@@ -43,6 +45,14 @@ def test_unsafe_names_are_refused(name: str) -> None:
 )
 def test_safe_names_are_accepted(name: str) -> None:
     assert safe_name(name, "category") == name
+
+
+def test_the_other_unicode_form_of_a_name_is_named() -> None:
+    composed, decomposed = "Geh\u00e4use", "Geha\u0308use"
+    assert other_form(composed, ["bottle", decomposed]) == (
+        r"'Geh\xe4use' and 'Geha\u0308use' are one name in two Unicode forms; rename one"
+    )
+    assert other_form(composed, ["bottle"]) == ""
 
 
 def test_as_utf8_escapes_bytes_that_are_not_utf8() -> None:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from stpm.data.image_statistics import ImageStatistics, compute_statistics
-from stpm.errors import ImageError
+from stpm.errors import ImageError, one_line
 from stpm.method.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
@@ -65,7 +65,7 @@ def _decoding_errors() -> Iterator[None]:
     except MemoryError as error:
         raise ImageError("out_of_memory", "not enough memory to decode it") from error
     except Exception as error:
-        raise ImageError("unforeseen", f"{type(error).__name__}: {error}") from error
+        raise ImageError("unforeseen", one_line(error)) from error
 
 
 @_decoding_errors()

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from stpm import storage
 from stpm.data.images import SUFFIXES
 from stpm.errors import DataError
-from stpm.names import is_utf8, safe_name
+from stpm.names import is_utf8, other_form, safe_name
 
 GOOD = "good"
 
@@ -60,7 +60,9 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
         raise DataError(f"{root}: no category folders; expected <category>/train/good/ in the MVTec AD layout")
     unknown = sorted(set(wanted) - set(names))
     if unknown:
-        raise DataError(f"{root}: no category {', '.join(unknown)}; there are {', '.join(names)}")
+        others = [form for name in unknown if (form := other_form(name, names))]
+        known = "; ".join(others) or f"there are {', '.join(names)}"
+        raise DataError(f"{root}: no category {', '.join(unknown)}; {known}")
     return sorted(wanted) if wanted else names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ import numpy as np
 import torch
 
 from stpm.data import images
-from stpm.errors import ImageError
+from stpm.errors import ImageError, ModelError, one_line
 from stpm.method.backend import resolve_backend
-from stpm.method.device import set_up_device
+from stpm.method.device import is_out_of_memory, set_up_device
 from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
@@ -42,11 +43,18 @@ class LocalScorer:
 
     Raises:
         DataError: if the category's name is not allowed in a path.
-        ModelError: if the model cannot be loaded.
+        ModelError: if the model cannot be loaded, or its memory or that of a call does not suffice.
     """
 
     def __init__(self, store: ModelStore, category: str, model_id: str, backend: WantedBackend) -> None:
         device = set_up_device()
+        self._category = category
+        with _no_memory_as_model_error(category):
+            self._load(store, category, model_id, backend, device)
+
+    def _load(
+        self, store: ModelStore, category: str, model_id: str, backend: WantedBackend, device: torch.device
+    ) -> None:
         model = store.load(category, model_id).to(device)
         record = model.record
         teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
@@ -64,26 +72,41 @@ class LocalScorer:
         files = iter(files)
         while batch := list(islice(files, BATCH_SIZE)):
             outcomes = [_decode(data, self.record) for data in batch]
-            scores = self._score([outcome for outcome in outcomes if isinstance(outcome, images.Decoded)])
+            with _no_memory_as_model_error(self._category):
+                scores = iter(self._score([outcome for outcome in outcomes if isinstance(outcome, images.Decoded)]))
             yield from (outcome if isinstance(outcome, ImageError) else next(scores) for outcome in outcomes)
 
     @torch.inference_mode()
-    def _score(self, decoded: Sequence[images.Decoded]) -> Iterator[LocalScore]:
+    def _score(self, decoded: Sequence[images.Decoded]) -> list[LocalScore]:
         if not decoded:
-            return iter(())
+            return []
         record, matcher = self.record, self._matcher
         inputs = matcher.inputs(torch.from_numpy(np.stack([image.pixels for image in decoded])))
         content = record.preprocessing.content_boxes((image.width, image.height) for image in decoded)
         distances = matcher.distances(self._model.parts, inputs, content)
         maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
-        return (
+        return [
             LocalScore(
                 anomaly_map.score(record.recipe.top_fraction).total,
                 float(anomaly_map.total.max()),
                 (image.width, image.height, *image.statistics),
             )
             for image, anomaly_map in zip(decoded, maps, strict=True)
-        )
+        ]
+
+
+@contextmanager
+def _no_memory_as_model_error(category: str) -> Iterator[None]:
+    """Raise ModelError if the device's memory does not suffice: other categories can go on."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"no memory to score images of {category} ({one_line(error)}); try again when other jobs have ended, or on "
+            "the CPU with CUDA_VISIBLE_DEVICES="
+        ) from error
 
 
 def _decode(data: bytes, record: ModelRecord) -> images.Decoded | ImageError:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.placement import nodes_for_plan
+from stpm.cluster.ray_failures import cut_off_by_ray
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError
@@ -41,8 +43,12 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
         DataError: if the data set is missing or empty, or a wanted category does not exist.
     """
     names = mvtec.find_categories(root, wanted)
+    in_lower_case = Counter(name.casefold() for name in names)
 
     def read(name: str) -> mvtec.Category | DataError:
+        if in_lower_case[name.casefold()] > 1:
+            # On some disks the folders of their models would be one.
+            return DataError("another category's name differs only in case; rename one of them")
         try:
             return mvtec.read_category(root, name)
         except DataError as error:
@@ -93,6 +99,7 @@ def fit_categories(
     Raises:
         ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or another
             run holds a store.
+        CutOffError: if no node came in time, or Ray failed.
     """
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     # Raise the error of an unknown normalisation once, instead of in each category.
@@ -116,7 +123,7 @@ def fit_categories(
         unfinished = [plan.task for plan in plans if not plan.result]
         if unfinished:
             scratch = storage.join(next(iter(stores.values())), ".train")
-            with connected():
+            with connected(), cut_off_by_ray("fitting"):
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
                 resources = choose_worker_resources(workers, nodes_for_plan(cluster), len(plans))
                 fitted = run_worker_group(unfinished, workers, resources, scratch, progress)

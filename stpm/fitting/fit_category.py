@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from stpm import storage
-from stpm.errors import StpmError
+from stpm.errors import StpmError, one_line
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
@@ -82,7 +82,7 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
         )
     except Exception as error:
         log.exception("%s failed", task.key)
-        reason = f"{type(error).__name__}: {error}"
+        reason = one_line(error)
         if is_out_of_memory(error):
             reason += "; lower --pixels (or --size) or --worker-ram-gib, or give fewer --workers"
     # Outside of the except blocks, no traceback keeps the tensors of the failed fit alive.
@@ -147,7 +147,11 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         history=history,
         stage=task.stage,
     )
-    store.remove_checkpoints(task.category)
+    try:
+        store.remove_checkpoints(task.category)
+    except OSError as error:
+        # The model is published. A later fit takes no checkpoint of other images or of another recipe.
+        report(f"its checkpoints are left: {error}")
     return record
 
 

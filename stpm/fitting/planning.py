@@ -101,10 +101,14 @@ def plan_fit(maker: TaskMaker) -> Plan:
     Reuse the model even if images were added to its calibration since; a new fit trains on those images too.
     """
     try:
-        current = maker.current()
+        return _plan_fit(maker)
     except ModelUnreadableError as error:
-        # A fit without the added images would lose them.
+        # The model may be intact, and a fit without its added images would lose them.
         return _fail(maker.task(()), error)
+
+
+def _plan_fit(maker: TaskMaker) -> Plan:
+    current = maker.current()
     added = current.added_images if current else ()
     task = maker.task([image for image in added if image.fitted])
     if plan := _plan_without_fit(task):
@@ -123,9 +127,13 @@ def plan_fit(maker: TaskMaker) -> Plan:
 def plan_refit(maker: TaskMaker, new: Sequence[AddedImage]) -> Plan:
     """Plan a fit on all images that were added, before and now; its model is staged."""
     try:
-        current = maker.current()
+        return _plan_refit(maker, new)
     except ModelUnreadableError as error:
         return _fail(maker.task(new, stage=True), error)
+
+
+def _plan_refit(maker: TaskMaker, new: Sequence[AddedImage]) -> Plan:
+    current = maker.current()
     added = current.added_images if current else ()
     task = maker.task([*added, *new], stage=True)
     if plan := _plan_without_fit(task):
@@ -158,22 +166,31 @@ def existing_model(task: FitTask, among: Literal["current", "next"] = "current")
         task: the task whose recipe, teacher and images the model must have.
         among: where to look, by the fields of `Versions`: at the category's `current` model, or among those that were
             staged or rolled back (`next`).
+
+    Raises:
+        ModelUnreadableError: if storage failed: the model may be there, and intact.
     """
     store = ModelStore(task.store)
     wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
     try:
         versions = store.versions(task.category)
+    except ModelUnreadableError:
+        raise
     except ModelError:
         return None
     for version in (versions.current,) if among == "current" else versions.next:
         try:
             record = store.record(task.category, version.model_id)
+        except ModelUnreadableError:
+            raise
         except ModelError:
             continue
         if wanted != (record.recipe, record.teacher_digest, version.data_fingerprint):
             continue
         try:
             store.verify(record)
+        except ModelUnreadableError:
+            raise
         except ModelError as error:
             log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
             return None

@@ -79,6 +79,9 @@ class FitProgress:
         self._log(result.task, _describe(result))
 
     def _add_epoch(self, progress: _TaskProgress, epoch: Epoch) -> None:
+        if progress.epochs and epoch.number <= progress.epochs[-1].number:
+            # A worker died, and its task goes on from a checkpoint.
+            self._log_epochs(progress)
         progress.epochs.append(epoch)
         waited = self._clock() - progress.logged_at
         if self._show or waited >= _LOG_SECONDS or epoch.number == progress.task.recipe.epochs:

@@ -4,17 +4,21 @@ When a worker process dies, Ray Train restarts the whole worker group, and does 
 quarantines every task that was running: it runs each alone. If its worker dies again, the task has failed.
 
 A restart counts as a death only if the group has as many workers as before and all its nodes are still alive.
-Otherwise the group was resized or a node was lost, such as a spot instance: its tasks go back to the queue.
+Otherwise the group was resized or a node was lost, such as a spot instance: its tasks go back to the queue. A task
+whose own node is lost again and again has failed too: it may take the memory of the whole node.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from stpm.fitting.task import Epoch, Event, FitResult, FitTask
 
 WAIT: Literal["wait"] = "wait"
+# Spot instances may be lost often, but the same task is seldom on each of them.
+MAX_NODE_LOSSES = 10
 
 
 class TaskQueue:
@@ -29,7 +33,9 @@ class TaskQueue:
         self._living_nodes = living_nodes
         self._waiting = sorted(tasks, key=lambda task: task.cost)
         self._quarantined: list[FitTask] = []
-        self._running: dict[str, FitTask] = {}
+        # By task key, with the id of the node that it runs on.
+        self._running: dict[str, tuple[FitTask, str]] = {}
+        self._node_losses: Counter[str] = Counter()
         # For each task key, the nodes of the worker group at each of its deaths.
         self._deaths: dict[str, list[set[str]]] = {}
         self._group = ""
@@ -56,7 +62,7 @@ class TaskQueue:
             task = self._quarantined.pop()
         else:
             return WAIT if self._waiting or self._quarantined or self._running else None
-        self._running[task.key] = task
+        self._running[task.key] = task, node
         return task
 
     def report(self, key: str, message: Epoch | str) -> None:
@@ -78,12 +84,25 @@ class TaskQueue:
         if new_size == self._group_size and self._group_nodes <= living:
             self._quarantine_running(living)
         else:
-            self._waiting = sorted([*self._waiting, *self._running.values()], key=lambda task: task.cost)
+            self._waiting += [task for task, node in self._running.values() if self._survives(task, node in living)]
+            self._waiting.sort(key=lambda task: task.cost)
         self._running.clear()
+
+    def _survives(self, task: FitTask, node_lives: bool) -> bool:
+        """Count the losses of the node that a task ran on; end it after too many."""
+        self._node_losses[task.key] += not node_lives
+        if self._node_losses[task.key] < MAX_NODE_LOSSES:
+            return True
+        reason = (
+            f"the node that it ran on was lost {MAX_NODE_LOSSES} times (out of memory?); run again with a lower "
+            "--batch-size, --pixels or --workers"
+        )
+        self._events.append(FitResult(task, reason=reason))
+        return False
 
     def _quarantine_running(self, living: set[str]) -> None:
         ran_alone = len(self._running) == 1
-        for key, task in self._running.items():
+        for key, (task, _) in self._running.items():
             # Ray may notice the loss of a node after that of its workers: check earlier deaths again.
             deaths = [nodes for nodes in self._deaths.get(key, ()) if nodes <= living] + [self._group_nodes]
             self._deaths[key] = deaths

@@ -7,12 +7,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -20,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, living_nodes, on_driver_node, working_nodes
+from stpm.errors import GO_ON, last_line
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import Event, FitResult, FitTask
 from stpm.fitting.task_queue import WAIT, TaskQueue
@@ -85,13 +88,14 @@ def run_worker_group(
     try:
         retry_after_node_loss(train, monitor.count_lost_nodes)
     except ray.train.TrainingFailedError as error:
-        first_line = str(error).partition("\n")[0]
-        failure = f"the worker group could not go on: {first_line}"
+        failure = f"the worker group could not go on: {last_line(error)}; {GO_ON}"
         log.exception("Ray Train gave up")
     finally:
-        results = monitor.stop()
-        ray.kill(queue)
-        storage.remove(scratch)
+        try:
+            results = monitor.stop()
+        finally:
+            ray.kill(queue)
+            _remove_scratch(scratch)
     ended = {result.task.key for result in results}
     missing = [
         FitResult(task, reason=failure or "not started, because the workers ended; run the same command again")
@@ -101,6 +105,14 @@ def run_worker_group(
     for result in missing:
         on_event(result)
     return results + missing
+
+
+def _remove_scratch(scratch: str) -> None:
+    try:
+        storage.remove(scratch)
+    except OSError as error:
+        # The models are published, and the next fit removes it.
+        log.warning(f"Ray Train's own files are left: {error}")
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -207,6 +219,11 @@ class _Monitor:
         return self._results
 
     def _run(self) -> None:
+        with suppress(RayError):
+            # If Ray lost the queue, `stop` raises the error again.
+            self._watch()
+
+    def _watch(self) -> None:
         last_check = time.monotonic()
         while not self._stop.wait(_POLL_SECONDS):
             self._pass_on_events()

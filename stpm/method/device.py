@@ -6,7 +6,8 @@ import torch
 
 from stpm.method.recipe import Precision, WantedPrecision
 
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# In messages of a plain RuntimeError: of a CPU's allocator, of CUDA when it starts on a full GPU, of cuBLAS and cuDNN.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
 
 
 def set_up_device() -> torch.device:
@@ -34,5 +35,7 @@ def resolve_precision(wanted: WantedPrecision, device: torch.device) -> Precisio
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory did not suffice. On a CPU PyTorch reports this as a plain RuntimeError."""
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or _CPU_OUT_OF_MEMORY in str(error)
+    """Return whether memory did not suffice. PyTorch often reports this as a plain RuntimeError."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -35,7 +35,7 @@ from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelErro
 from stpm.method.calibration import Calibration
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord
 from stpm.models.versions import Version, Versions
-from stpm.names import safe_name
+from stpm.names import other_form, safe_name
 from stpm.records import from_json, to_json
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
@@ -202,8 +202,9 @@ class ModelStore:
         try:
             return _read_record(Versions, uri)
         except FileNotFoundError as error:
+            other = "" if category.isascii() else other_form(category, self.categories())
             raise NoModelError(
-                f"{self.uri}: no model for category {category!r}; {self._list_command()} lists them"
+                f"{self.uri}: no model for category {category!r}; {other or f'{self._list_command()} lists them'}"
             ) from error
 
     def set_versions(self, category: str, versions: Versions) -> None:
@@ -288,8 +289,12 @@ class ModelStore:
             record = _read_record(ModelRecord, uri)
         except FileNotFoundError as error:
             raise ModelError(f"{self.uri}: no model {model_id} for category {category!r}") from error
-        if record.model_id != model_id:
-            raise ModelError(f"{uri}: its contents are those of {record.model_id}; fit the model again")
+        if (record.category, record.model_id) != (category, model_id):
+            # A copied folder, or a disk where names that differ only in case are one.
+            raise ModelError(
+                f"{uri}: its contents are those of {record.model_id} of category {record.category!r}; fit the model "
+                "again"
+            )
         return record
 
     def verify(self, record: ModelRecord) -> None:

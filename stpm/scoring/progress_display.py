@@ -6,9 +6,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
+from ray.exceptions import RayError
 
 from stpm.cluster.connection import on_driver_node
 from stpm.console import is_terminal, show_progress
@@ -78,8 +79,10 @@ def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[Pro
     ended = threading.Event()
 
     def poll() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            display.update(progress.read())
+        # If Ray lost the actor, the run's next report raises the error.
+        with suppress(RayError):
+            while not ended.wait(_POLL_SECONDS):
+                display.update(progress.read())
 
     thread = threading.Thread(target=poll, name="score-progress", daemon=True)
     thread.start()

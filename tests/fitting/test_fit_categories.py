@@ -9,13 +9,13 @@ import pytest
 
 from stpm.data import mvtec
 from stpm.errors import ModelUnreadableError
-from stpm.fitting.fit_categories import count_good_images, fit_categories
+from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
-from tests.conftest import MODELS
+from tests.conftest import MODELS, fail_to_read
 from tests.datasets import make_category
 
 
@@ -36,6 +36,28 @@ def test_category_with_too_few_images_fails_before_fitting(
     assert {result.task.category: bool(result.record) for result in results} == {"few": False, "enough": True}
     message = caplog.messages[0]
     assert f"few (seed 0): failed: good images: {minimum - 1}; this recipe needs at least {minimum}" in message
+
+
+def test_categories_whose_names_differ_only_in_case_are_refused(tmp_path: Path) -> None:
+    categories(tmp_path, nut=8, Nut=8, bolt=8)
+    usable, failures = read_categories(str(tmp_path / "data"), ())
+    assert [category.name for category in usable] == ["bolt"]
+    assert failures == dict.fromkeys(["Nut", "nut"], "another category's name differs only in case; rename one of them")
+    # One of them alone may be named.
+    assert [category.name for category in read_categories(str(tmp_path / "data"), ["nut"])[0]] == ["nut"]
+
+
+def test_a_model_that_storage_does_not_give_is_not_replaced(
+    tmp_path: Path, fitted_keys: list[str], tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, store = categories(tmp_path, nut=8), str(tmp_path / "models")
+    fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+    before = ModelStore(store).versions("nut")
+    fail_to_read(monkeypatch, OSError("503 Slow Down"), ["student.safetensors"])
+    (result,) = fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+    assert "student.safetensors: cannot be read" in result.reason
+    assert fitted_keys == ["nut (seed 0)"]
+    assert ModelStore(store).versions("nut") == before
 
 
 def test_damaged_model_is_reported_and_fitted_again(

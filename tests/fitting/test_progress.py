@@ -55,6 +55,16 @@ def test_gathered_epochs_are_logged_before_the_result(caplog: pytest.LogCaptureF
     assert lines[2].endswith("failed: it broke")
 
 
+def test_epochs_after_a_restart_are_a_line_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    shown = FitProgress([TASK], None, Clock())
+    for number in (1, 2, 3, 2, 3):
+        shown((TASK.key, Epoch(number, 0.5, 0.5, 10.0)))
+    shown(FitResult(TASK, reason="x"))
+    lines = [line.split("epoch ")[1].split("/")[0].strip() for line in caplog.messages if "epoch " in line]
+    assert lines == ["1", "2-3", "2-3"]
+
+
 def test_bar_shows_all_tasks_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
     shown = follow(terminal=True, seconds_per_epoch=1.0)
     assert not any("ended" in line for line in caplog.messages)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.fitting.task import Epoch, FitResult, FitTask
-from stpm.fitting.task_queue import WAIT, TaskQueue
+from stpm.fitting.task_queue import MAX_NODE_LOSSES, WAIT, TaskQueue
 from tests.conftest import MODELS, TINY
 
 
@@ -137,6 +137,24 @@ def test_lost_nodes_quarantine_no_task() -> None:
         living.remove(f"n{number}")
         living.add(f"n{number + 1}")
     assert not queue.events(0)
+
+
+def test_a_task_whose_own_node_is_lost_again_and_again_fails() -> None:
+    """Its memory may take down each node on which it runs; a task on other nodes goes on."""
+    living = {"other"}
+    queue = make_queue(task("deadly", 2), task("healthy"), living=living)
+    for number in range(MAX_NODE_LOSSES):
+        living.add(f"n{number}")
+        taken = queue.take(str(number), 2, f"n{number}")
+        assert isinstance(taken, FitTask)
+        assert taken.category == "deadly"
+        assert isinstance(queue.take(str(number), 2, "other"), FitTask)
+        living.remove(f"n{number}")
+    healthy = queue.take("last", 2, "other")
+    finish(queue, healthy)
+    assert queue.take("last", 2, "other") is None
+    assert results(queue)["healthy"] == ""
+    assert results(queue)["deadly"].startswith(f"the node that it ran on was lost {MAX_NODE_LOSSES} times")
 
 
 def test_death_on_a_node_found_lost_later_does_not_count() -> None:

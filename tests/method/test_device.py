@@ -29,4 +29,6 @@ def test_too_little_memory_is_told_from_other_errors_on_a_cpu() -> None:
         torch.empty(2**56, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

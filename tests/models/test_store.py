@@ -12,7 +12,7 @@ import torch
 
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
-from stpm.errors import DataError, ModelError
+from stpm.errors import DataError, ModelError, NoModelError
 from stpm.method.backbones import StateDict, build_seeded_backbone
 from stpm.method.calibration import Calibration
 from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank
@@ -218,6 +218,25 @@ def test_model_id_depends_on_everything_that_affects_scores(store: ModelStore, t
     assert len({each.model_id for each in (record, *others)}) == 6
     assert store.record("nut").model_id == record.model_id
     assert dataclasses.replace(record, created="later", library_versions={}).model_id == record.model_id
+
+
+def test_a_model_of_another_category_is_refused(store: ModelStore, tiny: Recipe) -> None:
+    """As after `cp -r nut bolt`, or on a disk where `nut` and `Nut` are one folder."""
+    save(store, tiny)
+    for uri in storage.files(store.folder("nut")):
+        storage.publish(uri.replace("/nut/", "/bolt/", 1), storage.read(uri))
+    with pytest.raises(
+        ModelError, match=r"model\.json: its contents are those of nut-.* of category 'nut'; fit the mod"
+    ):
+        store.record("bolt")
+
+
+def test_a_missing_model_whose_name_is_there_in_another_unicode_form_is_named(store: ModelStore, tiny: Recipe) -> None:
+    save(store, tiny, "Geha\u0308use")
+    with pytest.raises(NoModelError, match=r"two Unicode forms; rename one$"):
+        store.record("Geh\u00e4use")
+    with pytest.raises(NoModelError, match=r"models\.py --models .* lists them$"):
+        store.record("\u00e4")
 
 
 def test_load_refuses_missing_or_empty_records(store: ModelStore, tiny: Recipe) -> None:

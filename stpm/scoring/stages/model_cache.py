@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from stpm.errors import ImageError, ModelError, ModelUnreadableError
+from stpm.errors import ImageError, ModelError, ModelUnreadableError, one_line
 from stpm.method.device import is_out_of_memory
 from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
@@ -137,8 +137,6 @@ class ModelCache:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = ImageError(
-                "out_of_memory", f"no memory for the model of {category}: {type(error).__name__}: {error}"
-            )
+            failure = ImageError("out_of_memory", f"no memory for the model of {category}: {one_line(error)}")
         self._failures[category] = failure.kind, str(failure), time.monotonic()
         raise failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stpm.errors import RETRIED_ERRORS, ImageError
+from stpm.errors import RETRIED_ERRORS, ImageError, one_line
 from stpm.method.device import is_out_of_memory, set_up_device
 from stpm.method.forward import Matcher
 from stpm.method.fusion import AnomalyMap
@@ -178,8 +179,10 @@ class Scorer:
         except Exception as error:
             log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
             kind = "out_of_memory" if is_out_of_memory(error) else "forward_failed"
+            if kind == "forward_failed" and matcher.device.type == "cuda":
+                _end_with_broken_gpu()
             if len(batch) == 1:
-                return [ImageError(kind, f"{type(error).__name__}: {error}")]
+                return [ImageError(kind, one_line(error))]
         if kind == "out_of_memory":
             torch.cuda.empty_cache()
             self._batch_size.halve(len(batch))
@@ -221,6 +224,18 @@ class Scorer:
         distances = matcher.distances(model.parts, inputs, content, teacher)
         maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
         return _image_scores(maps, images, model, self._settings)
+
+
+def _end_with_broken_gpu() -> None:
+    """End this process if the GPU answers no more, as after an illegal access: Ray starts another one.
+
+    This process would make every further image an error.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        log.exception("the GPU is lost to this process, which ends")
+        os._exit(1)
 
 
 def _image_scores(
