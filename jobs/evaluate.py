@@ -8,7 +8,7 @@ JOB = Job(
     prog="evaluate.py",
     description=__doc__,
     groups={"what and where": EvaluateOptions, "report": ReportOptions, "cluster": ClusterOptions},
-    hidden=("backend", "plan"),
+    hidden=("backend", "first_node", "plan"),
     run="stpm.jobs.evaluate:run_evaluate",
     example="python jobs/evaluate.py --run runs/benchmark --out runs/at-full-size --masks-at original",
 )

@@ -227,7 +227,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
-        if "Unexpected config: " in text:
+        if "Unexpected config:" in text:
             # The message has the whole content, which may hold secrets.
             text = "the file of --config has no lines `option: value`"
         elif unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):

@@ -95,9 +95,9 @@ class ConsoleHandler(logging.Handler):
         try:
             self.print_message(record)
         except BrokenPipeError:
-            # The program that reads the log has ended. The job ends with this error, and reports it nowhere.
+            # The program that reads the log has ended: end as well, and say nothing more.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  it stays open to the end of the process
-            raise
+            raise SystemExit(COULD_NOT_RUN) from None
         if record.exc_info:
             traceback.print_exception(*record.exc_info, file=sys.stderr)
 

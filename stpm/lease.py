@@ -212,7 +212,9 @@ class Lease:
             return False
         self._number = number
         for older in others:
-            storage.remove(self._uri(older))
+            # Credentials that may not delete there leave them.
+            with suppress(PermissionError):
+                storage.remove(self._uri(older))
         return True
 
     def _latest(self) -> tuple[int, bytes]:

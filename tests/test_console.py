@@ -53,10 +53,9 @@ log = logging.getLogger("stpm.x")
 try:
     while True:
         log.info("x" * 1000)
-except BrokenPipeError as error:
-    # As `run_job` does.
-    log.critical(str(error))
-    sys.exit(1)
+except OSError:
+    # Where it may be taken for a failure of storage.
+    sys.exit(9)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout

@@ -14,6 +14,8 @@ from tests.test_cli import job
 README = (REPOSITORY / "README.md").read_text()
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
+# They show how to start a job.
+NAMED = ("scoring", "nightly", "feedback")
 MAX_README_LINES = 125
 # Options of other programs.
 OTHER_OPTIONS = {"--working-dir", "--address", "--generate", "--check", "--dist"}
@@ -53,7 +55,7 @@ def test_commands_parse(page: Path) -> None:
     commands = re.findall(r"^ *python jobs/(\w+)\.py((?: .*)?)$", text, flags=re.MULTILINE)
     for name, options in commands:
         job(name).parse(shlex.split(options, comments=True))
-    assert commands or page.name not in ("README.md", "scoring.md", "nightly.md", "feedback.md")
+    assert commands or page not in (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in NAMED))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

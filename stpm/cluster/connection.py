@@ -74,10 +74,8 @@ def connected() -> Iterator[None]:
                 ray.init(address="local", num_cpus=max(usable_cpus(), MIN_CPUS), include_dashboard=False, **quiet)
     except (RayError, RuntimeError, ValueError, ConnectionError) as error:
         address = os.environ.get("RAY_ADDRESS", "")
-        where = (
-            f"the Ray cluster at RAY_ADDRESS={hide_urls(address)} cannot be reached" if address else "Ray cannot start"
-        )
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+        where = f"the Ray cluster at RAY_ADDRESS={address} cannot be reached" if address else "Ray cannot start"
+        raise ConfigError(hide_urls(f"{where}: {' '.join(str(error).split())}")) from error
     # Ray has replaced the handler.
     stop_on_signals()
     logging.getLogger("ray.train").setLevel(logging.WARNING)

@@ -4,7 +4,8 @@
 <root>/<category>/test/<good or defect type>/*            test images; the folder's name is the label
 <root>/<category>/ground_truth/<defect type>/<stem>_mask.png   optional masks
 
-Images may also lie in deeper folders; then their masks do so too. Names that begin with a dot are ignored.
+Images may also lie in deeper folders; then their masks do so too. Names that begin with a dot, and folders that begin
+with @ or #, are ignored.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
     Raises:
         DataError: if the data set is missing or empty, or does not have a wanted category.
     """
-    names = storage.subfolders(root)
+    names = storage.subfolders(root, links=True)
     if not names:
         raise DataError(f"{root}: no category folders; expected <category>/train/good/ in the MVTec AD layout")
     unknown = sorted(set(wanted) - set(names))
@@ -80,8 +81,8 @@ def read_category(root: str, name: str) -> Category:
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     for uri, version in versions.items():
         parts = PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]
-        if any(part.startswith(".") for part in parts):
-            # Such as copies that an editor leaves in a folder of its own.
+        if parts[-1].startswith(".") or any(part.startswith((".", "@", "#")) for part in parts[:-1]):
+            # Copies of editors, and thumbnails and removed files of storage systems.
             continue
         match parts:
             case ("train", "good", _, *_):

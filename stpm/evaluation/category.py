@@ -188,7 +188,7 @@ def _pixel_counts(
             row = by_uri[uri]
             mask = ground_truth(row)
             pair = _map_and_mask(category, data, row, mask, masks_at)
-            if mask.any() and not pair[1].any():
+            if images.crop_mask(mask, category.preprocessing).any() and not pair[1].any():
                 vanished.append(row["mask"])
             by_label.setdefault(row["label"], []).append(pair)
         for label, pairs in by_label.items():

@@ -45,17 +45,17 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
     names = mvtec.find_categories(root, wanted)
     in_lower_case = Counter(name.casefold() for name in names)
 
-    def read(name: str) -> mvtec.Category | DataError:
+    def read(name: str) -> mvtec.Category | DataError | PermissionError:
         if in_lower_case[name.casefold()] > 1:
             # On some disks the folders of their models would be one.
             return DataError("another category's name differs only in case; rename one of them")
         try:
             return mvtec.read_category(root, name)
-        except DataError as error:
+        except (DataError, PermissionError) as error:
             return error
 
     found = dict(zip(names, storage.in_parallel(read, names), strict=True))
-    failures = {name: str(result) for name, result in found.items() if isinstance(result, DataError)}
+    failures = {name: str(result) for name, result in found.items() if isinstance(result, Exception)}
     for name, reason in failures.items():
         log.info(f"{name}: failed: {reason}", extra={"category": name})
     return [result for result in found.values() if isinstance(result, mvtec.Category)], failures

@@ -20,7 +20,7 @@ from stpm.fitting.calibrate import calibrate_model, cross_validate_scores
 from stpm.fitting.fit_checkpoint import StoredCheckpoints
 from stpm.fitting.image_problems import find_image_problems, find_outlier, scale_range
 from stpm.fitting.splits import Indices, split_images
-from stpm.fitting.task import Epoch, FitResult, FitTask
+from stpm.fitting.task import Epoch, FitResult, FitTask, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
@@ -97,8 +97,8 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     features = _load_features(task, limits, report)
     matcher = features.matcher
     train, held_out = split_images(len(features.images), recipe)
-    for problem in find_image_problems(features.images, matcher.preprocessing, len(train)):
-        report(problem)
+    for problem in find_image_problems(features.images, matcher.preprocessing):
+        report(FitWarning(problem))
     checkpoints = _make_checkpoints(task, matcher, limits.checkpoint_seconds)
     memory = _build_memory(features, train, task, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
@@ -111,7 +111,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         scores = cross_validate_scores(features, recipe, checkpoints[1:], budget)
         calibrating = np.arange(len(scores))
     if outlier := find_outlier(scores, [task.train[i][0] for i in calibrating]):
-        report(outlier)
+        report(FitWarning(outlier))
     added_folder = f"{store.added_folder(task.category)}/"
     is_added = np.array([uri.startswith(added_folder) for uri, _ in task.train])
     kept = trained.kept_epoch
@@ -151,7 +151,7 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         store.remove_checkpoints(task.category)
     except OSError as error:
         # The model is published. A later fit takes no checkpoint of other images or of another recipe.
-        report(f"its checkpoints are left: {error}")
+        report(FitWarning(f"its checkpoints are left: {error}"))
     return record
 
 
@@ -178,7 +178,8 @@ def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> Tea
 
 
 def _percent(smallest: float, largest: float) -> str:
-    return f"{smallest:.0%}" if smallest == largest else f"{smallest:.0%} to {largest:.0%}"
+    low, high = f"{smallest:.0%}", f"{largest:.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
 @lru_cache(maxsize=1)

@@ -11,14 +11,14 @@ from stpm.data.image_statistics import COMPARED
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.preprocessing import Preprocessing
 
-# Mean luma, 0 to 255. Values of 12 bits in a file of 16 become at most 15.
+# Luma, 0 to 255. Values of 12 bits in a file of 16 become at most 15.
 _ALMOST_BLACK = 16.0
 # The largest image's scale over the smallest's.
 _MIXED_SCALES = 2.0
-_FEW_IMAGES = 10
 # An image stands out if its score is this many times as far above the second as that is above the median. Of 20 scores
-# with an exponential tail, one in 1000 times the largest is.
-_FAR_ABOVE = 3.0
+# with an exponential tail, the largest is in one of 1000 cases.
+_FAR_ABOVE = 6.0
+_MIN_SCORES = 10
 
 
 def scale_range(images: TrainingImages, preprocessing: Preprocessing) -> tuple[float, float]:
@@ -27,22 +27,15 @@ def scale_range(images: TrainingImages, preprocessing: Preprocessing) -> tuple[f
     return min(scales), max(scales)
 
 
-def find_image_problems(images: TrainingImages, preprocessing: Preprocessing, train_count: int) -> list[str]:
-    """Describe what is wrong with training images; none if nothing is.
-
-    Args:
-        images: all of them.
-        preprocessing: of the model.
-        train_count: number of those to fit on.
-    """
+def find_image_problems(images: TrainingImages, preprocessing: Preprocessing) -> list[str]:
+    """Describe what is wrong with the training images of a model with this preprocessing; none if nothing is."""
     problems = []
-    if train_count < _FEW_IMAGES:
-        problems.append(f"few images to fit on: {train_count}; the model has seen little of what is normal")
-    brightest = images.statistics[:, COMPARED.index("brightness")].max()
-    if brightest < _ALMOST_BLACK:
+    brightness, contrast = (images.statistics[:, COMPARED.index(name)] for name in ("brightness", "contrast"))
+    # The mean plus the standard deviation: a dark image may have bright parts.
+    if (brightness + contrast * (brightness + 1)).max() < _ALMOST_BLACK:
         problems.append(
-            f"all images are almost black (mean brightness at most {brightest:.0f} of 255); if these are values of 10 "
-            "or 12 bits in files of 16, write them in the whole range"
+            f"all images are almost black (mean brightness at most {brightness.max():.0f} of 255); if these are values "
+            "of 10 or 12 bits in files of 16, write them in the whole range"
         )
     copies = len(images) - len(np.unique(images.statistics, axis=0))
     if copies:
@@ -54,7 +47,7 @@ def find_image_problems(images: TrainingImages, preprocessing: Preprocessing, tr
     if largest > _MIXED_SCALES * smallest:
         problems.append(
             f"the images have different sizes or proportions: the model sees them at {smallest:.0%} to {largest:.0%} "
-            "of their size; give each kind a category of its own, or raise --pixels"
+            "of their size; give each kind a category of its own"
         )
     return problems
 
@@ -66,7 +59,7 @@ def find_outlier(scores: npt.NDArray[np.float32], uris: Sequence[str]) -> str:
         scores: (n,) of the images that calibrate the model.
         uris: of these images.
     """
-    if len(scores) < _FEW_IMAGES:
+    if len(scores) < _MIN_SCORES:
         return ""
     largest = int(scores.argmax())
     second = float(np.sort(scores)[-2])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from stpm.fitting.task import Epoch, Event, FitResult, FitTask
+from stpm.fitting.task import Epoch, Event, FitResult, FitTask, FitWarning
 from stpm.times import duration
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ class FitProgress:
             case (key, Epoch() as epoch):
                 self._add_epoch(self._tasks[key], epoch)
             case (key, str() as message):
-                self._log(self._tasks[key].task, message)
+                level = logging.WARNING if isinstance(message, FitWarning) else logging.INFO
+                self._log(self._tasks[key].task, message, level)
         if self._show and not all(progress.ended for progress in self._tasks.values()):
             self._show(self._bar())
         elif isinstance(event, FitResult):
@@ -108,8 +109,8 @@ class FitProgress:
             line += f"  above its start, {start:.4f}: it may be diverging, lower --learning-rate"
         self._log(task, line)
 
-    def _log(self, task: FitTask, text: str) -> None:
-        log.info(f"{task.key:<{max(map(len, self._tasks))}}  {text}", extra={"category": task.category})
+    def _log(self, task: FitTask, text: str, level: int = logging.INFO) -> None:
+        log.log(level, f"{task.key:<{max(map(len, self._tasks))}}  {text}", extra={"category": task.category})
 
     def _bar(self) -> str:
         done = sum(progress.cost_done for progress in self._tasks.values())

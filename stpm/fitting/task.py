@@ -63,6 +63,10 @@ class FitTask:
         return storage.digest("\n".join(values).encode())
 
 
+class FitWarning(str):
+    """A message of a fit that is logged as a warning."""
+
+
 @dataclass(frozen=True)
 class FitResult:
     """The result of a task: the model's record, or None if the task failed, with the reason."""

@@ -25,6 +25,8 @@ from stpm.method.recipe import Recipe
 
 _READERS = 8
 _MAX_HEADERS_READ = 32
+# Errors of the file itself, such as a broken link.
+_LASTING = (FileNotFoundError, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) 
     one_large_image = Lock()
 
     def decode(index: int, data: bytes) -> None:
-        is_large = math.prod(images.read_size(data)) > images.MAX_PIXELS // _READERS
+        is_large = math.prod(images.read_size(data)) > images.MAX_PIXELS // (_READERS // 2)
         with one_large_image if is_large else nullcontext():
             decoded = images.decode(data, preprocessing)
         pixels[index] = decoded.pixels
@@ -135,7 +137,7 @@ def _unreadable(errors: Mapping[str, Exception], tried: int) -> DataError:
     shown = join_first([f"{uri}: {errors[uri]}" for uri in sorted(errors)])
     if any(isinstance(error, ImageError) and error.kind == "out_of_memory" for error in errors.values()):
         advice = "give fewer --workers, or a machine with more memory"
-    elif any(isinstance(error, OSError) for error in errors.values()):
+    elif any(isinstance(error, OSError) and not isinstance(error, _LASTING) for error in errors.values()):
         advice = "run the same command again when storage can be read"
     else:
         advice = "repair or remove them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
     out = storage.output_folder(options.out or run)
     results: list[CategoryResult] = []
     failures: list[Failure] = []
-    # Only the driver reads models and writes the report.
+    # Tasks read the run's rows on any node; only the driver reads models and writes the report.
+    cluster = dataclasses.replace(cluster, first_node="cpu")
     with (
         on_cluster(cluster, [run]),
         with_remedy("score its images again: run the benchmark again, or the score job with --fresh"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import ceil, exp, log, sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -164,7 +164,15 @@ def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[i
     while height * width > budget:
         smaller = [(height - _SIDE_MULTIPLE, width), (height, width - _SIDE_MULTIPLE)]
         height, width = min((s for s in smaller if min(s) > 0), key=lambda s: abs(log(s[1] / s[0] / aspect)))
+    if not 1 / _SAME_ASPECT <= width / height / aspect <= _SAME_ASPECT:
+        # The images would be padded: drop what is padding alone.
+        content = min(height, width / aspect)
+        height, width = min(height, _next_multiple(content)), min(width, _next_multiple(content * aspect))
     return height, width
+
+
+def _next_multiple(side: float) -> int:
+    return ceil(side / _SIDE_MULTIPLE) * _SIDE_MULTIPLE
 
 
 def _nearest_multiple(side: float) -> int:

@@ -82,11 +82,10 @@ class Recipe(Options):
     )
     memory: int = option(
         0,
-        "vectors of normal teacher features in each memory bank, two banks for each of --memory-levels; the distance "
-        "to the nearest vector counts as anomaly; 0: no memory, the student alone",
+        "vectors of normal teacher features in each memory bank, chosen among about 65,536; two banks for each of "
+        "--memory-levels; the distance to the nearest vector counts as anomaly; 0: no memory, the student alone",
         minimum=0,
-        # Larger coresets would be random: the candidates are not many more.
-        maximum=65_536,
+        maximum=1_000_000,
     )
     memory_levels: Integers = option(
         Integers(), "pyramid levels with memory banks, some of --levels; none: those with at least 32 channels"

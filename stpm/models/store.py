@@ -221,7 +221,7 @@ class ModelStore:
         Raises:
             DataError: if there is no such store.
         """
-        return [name for name in storage.subfolders(self.uri) if self._has_models(name)]
+        return [name for name in storage.subfolders(self.uri, links=True) if self._has_models(name)]
 
     def _has_models(self, folder: str) -> bool:
         try:

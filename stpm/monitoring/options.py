@@ -83,7 +83,7 @@ class NightlyOptions(Options):
         if self.date and not date:
             raise ConfigError(f"--date is {self.date!r}; give it as 2026-11-24")
         if date and date.toordinal() <= max(self.look_back, self.keep_days):
-            raise ConfigError(f"--date is {self.date}, and there are no such days --look-back or --keep-days before it")
+            raise ConfigError(f"--date is {self.date}, too early for --look-back and --keep-days; give a later one")
         _ = self._zone
 
     def night(self, now: datetime.datetime) -> datetime.date:

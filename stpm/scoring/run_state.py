@@ -27,6 +27,7 @@ _TYPES = {
     "result": RunResult,
     "triage_images": int,
 }
+_SCORING_LIBRARIES = ("torch", "openvino")
 # The content of run.json while the run's files are being removed.
 _CLEARED: dict[str, Any] = {"cleared": True}
 
@@ -99,9 +100,14 @@ class RunState:
         return _differences(self._values.get("models", models), models)
 
     def version_differences(self) -> list[str]:
-        """List how the libraries differ from those that the run was started with."""
+        """List how the libraries that compute scores differ from those that the run was started with."""
+        before, now = ({name: found.get(name) for name in _SCORING_LIBRARIES} for found in self._versions())
+        return _differences(before, now)
+
+    def _versions(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The versions that the run was started with, and those of now."""
         now = installed_versions()
-        return _differences(self._values.get("versions", now), now)
+        return self._values.get("versions", now), now
 
     def model_ids(self) -> dict[str, str] | None:
         """Return the model id of each category that has one; None if no models are bound yet."""

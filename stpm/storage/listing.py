@@ -19,14 +19,20 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import filesystem, is_local, uri_of
 
 _THREADS = 16
+# At the top of a disk; only the system may enter it.
+_SYSTEM_FOLDER = "lost+found"
 # Times that a prefix is divided.
 _PREFIX_LEVELS = 4
 # Values of a listing that change with a file's bytes. The checksum is first: it stays if the same bytes are written.
 _VERSION_KEYS = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 
 
-def subfolders(uri: str) -> list[str]:
-    """Return the names of the folders right under a folder, and of links to folders, sorted, without hidden ones.
+def subfolders(uri: str, *, links: bool = False) -> list[str]:
+    """Return the names of the folders right under a folder, sorted, without hidden ones.
+
+    Args:
+        uri: of the folder.
+        links: also of links to folders.
 
     Raises:
         DataError: if the folder does not exist.
@@ -36,8 +42,7 @@ def subfolders(uri: str) -> list[str]:
         entries = with_retries(uri, lambda: fs.ls(path, detail=True))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{uri}: no such folder; check its name, and that its disk is mounted") from error
-    folders = [e for e in entries if e["type"] == "directory" or (e.get("islink") and fs.isdir(e["name"]))]
-    names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in folders]
+    names = [name_of(entry) for entry in entries if is_folder(fs, entry, links=links)]
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -105,7 +110,8 @@ def _local_files(fs: LocalFileSystem, path: str) -> Iterator[tuple[str, dict[str
         return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
-            yield from _local_files(fs, entry.path)
+            if entry.name != _SYSTEM_FOLDER:
+                yield from _local_files(fs, entry.path)
         else:
             # Another process may have removed it.
             with suppress(FileNotFoundError):
@@ -250,7 +256,7 @@ def _list_local(folder: str) -> tuple[list[str], list[str]]:
     """List the paths of folders and files in a folder. `LocalFileSystem.ls` would ask for the size of each file too."""
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.path)
-    folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    folders = [e.path for e in entries if e.is_dir(follow_symlinks=False) and e.name != _SYSTEM_FOLDER]
     return folders, [entry.path for entry in entries if _is_local_file(entry)]
 
 
@@ -266,3 +272,15 @@ def _is_local_file(entry: os.DirEntry[str]) -> bool:
 def is_file(fs: Any, entry: dict[str, Any]) -> bool:
     """Return true for the entry of a file, and of a link to one."""
     return entry["type"] == "file" or bool(entry.get("islink") and fs.isfile(entry["name"]))
+
+
+def is_folder(fs: Any, entry: dict[str, Any], *, links: bool) -> bool:
+    """Return true for the entry of a folder, and if `links`, of a link to one."""
+    if name_of(entry) == _SYSTEM_FOLDER:
+        return False
+    return entry["type"] == "directory" or (links and bool(entry.get("islink")) and bool(fs.isdir(entry["name"])))
+
+
+def name_of(entry: dict[str, Any]) -> str:
+    """Return the last part of the path of an entry."""
+    return str(entry["name"].rstrip("/").rsplit("/", 1)[-1])

@@ -226,23 +226,28 @@ def remove(uri: str) -> None:
     """Remove a file or a whole folder, if it exists.
 
     Raises:
-        OSError: if it, or a part of it, is still there.
+        PermissionError: if it, or a part of it, is still there.
     """
     fs, path = filesystem(uri)
-    is_remote = not isinstance(fs, LocalFileSystem)
+    if isinstance(fs, LocalFileSystem):
+        if exists(uri):
+            fs.rm(path, recursive=True)
+        return
 
     def act() -> None:
-        if is_remote and glob.has_magic(path):
+        if glob.has_magic(path):
             # `rm` would take the path for a pattern.
             for name in fs.find(path):
                 fs.rm_file(name)
         elif fs.exists(path):
             fs.rm(path, recursive=True)
-        if is_remote and fs.exists(path):
-            # S3 answers a request to delete many objects with 200, whatever became of each.
-            raise OSError(f"{uri}: not all of it could be removed; check that the credentials allow to delete")
 
-    with_retries(uri, act)
+    # S3 answers a request to delete many objects with 200, whatever became of each.
+    for _ in range(2):
+        with_retries(uri, act)
+        if not exists(uri):
+            return
+    raise PermissionError(f"{uri}: not all of it could be removed; check that the credentials may delete")
 
 
 def remove_empty_folders(uri: str) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from glob import has_magic
 from typing import Any
 
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from stpm.errors import ConfigError
-from stpm.storage.listing import is_file
+from stpm.storage.listing import is_file, is_folder
 from stpm.storage.parallel import in_parallel
 from stpm.storage.retries import with_retries
 from stpm.storage.uris import filesystem, uri_of
@@ -40,7 +42,7 @@ def glob(uri: str) -> tuple[list[str], list[str]]:
         raise ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow") from error
     under = re.split(r"[*?\[]", uri, maxsplit=1)[0].rsplit("/", 1)[0]
     files = [name for name, entry in found.items() if is_file(fs, entry)]
-    folders = [name for name, entry in found.items() if _is_folder(fs, entry, links=_ANY_DEPTH not in path)]
+    folders = [name for name, entry in found.items() if is_folder(fs, entry, links=_ANY_DEPTH not in path)]
     return sorted(uri_of(fs, name, under) for name in files), sorted(uri_of(fs, name, under) for name in folders)
 
 
@@ -48,39 +50,41 @@ def _match(fs: Any, path: str, uri: str) -> dict[str, dict[str, Any]]:
     """Find the entries that match a pattern, level by level. fsspec's `glob` leaves out folders that it cannot list."""
     parts = path.split("/")
     depth = next((number for number, part in enumerate(parts) if has_magic(part)), len(parts) - 1)
+    if not depth:
+        raise ValueError("a pattern cannot be in the name of a bucket; name it")
     whole = re.compile(glob_translate(path))
-
-    def list_folder(folder: str) -> list[dict[str, Any]]:
-        try:
-            entries: list[dict[str, Any]] = with_retries(uri, lambda: fs.ls(folder, detail=True))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        # A store may list the folder itself, too.
-        return [entry for entry in entries if entry["name"].rstrip("/") != folder.rstrip("/")]
-
-    folders = ["/".join(parts[:depth]) or ("/" if path.startswith("/") else "")]
+    # The pattern `folder/**` matches the folder, too.
+    slash = {"directory": "/"} if path.endswith("/**") else {}
+    folders = ["/".join(parts[:depth]) or "/"]
     found: dict[str, dict[str, Any]] = {}
     while folders:
+        start = re.split(r"[*?\[]", parts[depth], maxsplit=1)[0] if depth < len(parts) else ""
         depth += 1
         any_depth = _ANY_DEPTH in parts[:depth]
         beginning = re.compile(glob_translate("/".join(parts[:depth])))
-        entries = [entry for listed in in_parallel(list_folder, folders) for entry in listed]
-        # The pattern `folder/**` matches the folder, too.
-        slash = {"directory": "/"} if path.endswith("/**") else {}
-        found |= {
-            name: entry
-            for entry in entries
-            if whole.match((name := entry["name"].rstrip("/")) + slash.get(entry["type"], ""))
-        }
+        list_start = partial(_list_folder, fs, uri, start="" if any_depth else start)
+        entries = {name: entry for listed in in_parallel(list_start, folders) for name, entry in listed.items()}
+        found |= {name: e for name, e in entries.items() if whole.match(name + slash.get(e["type"], ""))}
         folders = [
-            entry["name"].rstrip("/")
-            for entry in entries
-            if (any_depth or (depth < len(parts) and beginning.match(entry["name"].rstrip("/"))))
-            and _is_folder(fs, entry, links=not any_depth)
+            name
+            for name, entry in entries.items()
+            if (any_depth or (depth < len(parts) and beginning.match(name)))
+            # At any depth, links may form a circle.
+            and is_folder(fs, entry, links=not any_depth)
         ]
     return found
 
 
-def _is_folder(fs: Any, entry: dict[str, Any], *, links: bool) -> bool:
-    """Return true for the entry of a folder, and if `links`, of a link to one: at any depth they may form a circle."""
-    return entry["type"] == "directory" or (links and bool(entry.get("islink")) and bool(fs.isdir(entry["name"])))
+def _list_folder(fs: Any, uri: str, folder: str, start: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of a folder, by path; a store lists only those whose names begin with `start`."""
+    if start and isinstance(fs, AsyncFileSystem):
+        list_entries = partial(fs.find, folder, maxdepth=1, withdirs=True, detail=True, prefix=start)
+        entries = with_retries(uri, list_entries).values()
+    else:
+        try:
+            entries = with_retries(uri, partial(fs.ls, folder, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    # A store may list the folder itself, too.
+    paths = {entry["name"].rstrip("/"): entry for entry in entries}
+    return {path: entry for path, entry in paths.items() if path != folder.rstrip("/")}

@@ -49,6 +49,7 @@ def test_read_category_accepts_masks_without_suffix(root: str) -> None:
 def test_read_category_ignores_other_files(root: str) -> None:
     make_category(root, "nut", train=2, good=0, defects=0)
     hidden = ("nut/train/good/._000.png", "nut/train/good/.ipynb_checkpoints/000-checkpoint.png")
+    hidden += ("nut/train/good/@eaDir/000.png/SYNOPHOTO_THUMB_M.jpg", "nut/train/good/#recycle/001.png")
     for name in ("nut/train/good/Thumbs.db", "nut/readme.txt", "license.txt", *hidden):
         storage.publish(storage.join(root, name), b"x")
     assert len(mvtec.read_category(root, "nut").train) == 2

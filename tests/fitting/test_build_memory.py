@@ -51,7 +51,7 @@ def test_same_images_give_the_same_memory(images: TrainingImages, make_matcher: 
 
 def test_recomputed_features_give_about_the_same_memory(images: TrainingImages, make_matcher: MatcherOf) -> None:
     """Cached features are rounded to half precision. The banks hold all of them, since rounding may change a choice."""
-    recipe = dataclasses.replace(MODELS["memory"], memory=65_536)
+    recipe = dataclasses.replace(MODELS["memory"], memory=100_000)
     features = [TeacherFeatures(make_matcher(recipe), images, budget) for budget in (BUDGET, 0)]
     cached, recomputed = (build_memory(each, np.arange(6), recipe) for each in features)
     levels, masks = features[1](np.arange(6, 9)), [None] * 3

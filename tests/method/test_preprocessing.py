@@ -92,6 +92,7 @@ def test_padding_colour_is_zero_after_normalisation() -> None:
         ([(900, 900)], (384, 416)),
         ([(10, 10)], (256, 256)),
         ([(5000, 100)], (64, 2304)),
+        ([(5000, 200)], (64, 1600)),
         ([(1, 5000)], (1440, 32)),
         ([(100, 400), (400, 100), (200, 200)], (256, 256)),
     ],
@@ -110,6 +111,8 @@ def test_choose_input_shape_follows_median_image_within_budget(
 @example([(1_000, 50_000)], 4096**2)
 @example([(4_097, 4_097)], 4096**2)
 @example([(1, 8)], 24_575)
+@example([(60_000, 1_000)], 100_000)
+@example([(5_000, 200)], 163_840)
 def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, int]], budget: int) -> None:
     height, width = choose_input_shape(sizes, budget)
     assert height % 32 == width % 32 == 0
@@ -118,7 +121,11 @@ def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, 
     aspect = min(max(np.exp(np.median([np.log(w / h) for w, h in sizes])), 1 / 32), 32)
     pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
     wanted = np.sqrt([pixels / aspect, pixels * aspect])
-    if wanted.min() >= 48:
+    # Within 10 % the images are stretched. Otherwise there is less than a step of padding.
+    content = min(height, width / aspect)
+    if not 1 / 1.1 <= width / height / aspect <= 1.1:
+        assert max(height - content, width - content * aspect) < 32
+    if wanted.min() >= 48 and 1 / 8 <= aspect <= 8:
         # Rounding changes a side by 16 at most. Where it enlarges the short side from 55 to 64, the long one is three
         # steps of 32 too long for the budget.
         assert np.abs(np.array([height, width]) - wanted).max() <= 16 + 3 * 32

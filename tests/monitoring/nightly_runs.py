@@ -105,7 +105,7 @@ class Nightly:
                 failed = [row["uri"] for row in rows[start : start + 2] if row["uri"] in self.unreadable]
                 progress.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
                 if chunk:
-                    made = output_rows(chunk, models["nut"].model_id)
+                    made = pa.concat_tables([output_rows([row], models[row["category"]].model_id) for row in chunk])
                     task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
                     # Ray commits a file and its checkpoint together, or removes the file.
                     storage.publish(

@@ -174,12 +174,16 @@ def _arrow_errors(uri: str) -> Iterator[None]:
         if storage.is_local(uri):
             # Arrow does not set it.
             error.filename = error.filename or storage.filesystem(uri)[1]
+        elif storage.exists(uri):
+            # Arrow takes any failure of a store for a missing file.
+            raise OSError(f"{uri}: cannot be opened") from error
         raise
     except OSError as error:
-        if type(error) is OSError and error.errno is None and error.__cause__ is None:
-            # Arrow's own, for bytes that it cannot decode; those of systems and of clouds' clients have one of both.
-            raise ImageError("damaged", f"its archive: {' '.join(str(error).split())}") from error
-        raise
+        if error.errno is not None:
+            raise
+        # Of Arrow for bytes that it cannot decode, or of a store: then this fails, too.
+        storage.read(uri, 0, 4)
+        raise ImageError("damaged", f"its archive: {' '.join(str(error).split())}") from error
 
 
 def _read_row_counts(uri: str) -> tuple[int, ...]:
