@@ -156,18 +156,18 @@ def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[i
         sizes: width and height of each image, one image or more.
         budget: largest number of input pixels, at least 1024.
     """
-    aspect = exp(statistics.median(log(width / height) for width, height in sizes))
-    aspect = min(max(aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)
+    median_aspect = exp(statistics.median(log(width / height) for width, height in sizes))
+    aspect = min(max(median_aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)
     max_pixels = min(budget, MAX_SIDE**2 * min(aspect, 1 / aspect))
     pixels = min(max(statistics.median(width * height for width, height in sizes), _MIN_PIXELS), max_pixels)
     height, width = _nearest_multiple(sqrt(pixels / aspect)), _nearest_multiple(sqrt(pixels * aspect))
     while height * width > budget:
         smaller = [(height - _SIDE_MULTIPLE, width), (height, width - _SIDE_MULTIPLE)]
         height, width = min((s for s in smaller if min(s) > 0), key=lambda s: abs(log(s[1] / s[0] / aspect)))
-    if not 1 / _SAME_ASPECT <= width / height / aspect <= _SAME_ASPECT:
-        # The images would be padded: drop what is padding alone.
-        content = min(height, width / aspect)
-        height, width = min(height, _next_multiple(content)), min(width, _next_multiple(content * aspect))
+    if not 1 / _SAME_ASPECT <= width / height / median_aspect <= _SAME_ASPECT:
+        # The images are padded: drop whole steps of padding.
+        content = min(height, width / median_aspect)
+        height, width = min(height, _next_multiple(content)), min(width, _next_multiple(content * median_aspect))
     return height, width
 
 

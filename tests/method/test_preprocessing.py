@@ -118,13 +118,14 @@ def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, 
     assert height % 32 == width % 32 == 0
     assert 32 <= min(height, width) <= max(height, width) <= 4096
     assert height * width <= budget
-    aspect = min(max(np.exp(np.median([np.log(w / h) for w, h in sizes])), 1 / 32), 32)
+    median_aspect = np.exp(np.median([np.log(w / h) for w, h in sizes]))
+    aspect = min(max(median_aspect, 1 / 32), 32)
     pixels = min(max(statistics.median(w * h for w, h in sizes), 65_536), budget, 4096**2 * min(aspect, 1 / aspect))
     wanted = np.sqrt([pixels / aspect, pixels * aspect])
     # Within 10 % the images are stretched. Otherwise there is less than a step of padding.
-    content = min(height, width / aspect)
-    if not 1 / 1.1 <= width / height / aspect <= 1.1:
-        assert max(height - content, width - content * aspect) < 32
+    content = min(height, width / median_aspect)
+    if not 1 / 1.1 <= width / height / median_aspect <= 1.1:
+        assert max(height - content, width - content * median_aspect) < 32
     if wanted.min() >= 48 and 1 / 8 <= aspect <= 8:
         # Rounding changes a side by 16 at most. Where it enlarges the short side from 55 to 64, the long one is three
         # steps of 32 too long for the budget.
