@@ -102,6 +102,16 @@ class Report:
         return list(dict.fromkeys([*self.category_failures, *problems]))
 
     @property
+    def notes(self) -> list[str]:
+        """What limits the meaning of the metrics: a line for each category with masks that vanish at model size."""
+        return [
+            f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
+            f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
+            for name, results in self.by_category().items()
+            if (masks := results[0].metrics.vanished_masks)
+        ]
+
+    @property
     def seeds(self) -> list[int]:
         """The seeds, ascending."""
         return sorted({result.model.recipe.seed for result in self.results})
@@ -130,6 +140,7 @@ class Report:
             "protocol": self._protocol(),
             "categories": categories,
             "mean": {**mean, **std, "categories": len(categories)},
+            "notes": self.notes,
             "failures": [asdict(failure) for failure in self.failures],
         }
 
@@ -157,31 +168,26 @@ class Report:
         return text
 
     def text(self) -> str:
-        """Make the text that is printed: the table, undefined metrics, masks that vanished, failures."""
+        """Make the text that is printed: the table, undefined metrics, notes, failures."""
         undefined: dict[tuple[str, str], list[str]] = {}
         for name, values in self.contents["categories"].items():
             for metric, reason in values["undefined"].items():
                 undefined.setdefault((name, reason), []).append(metric)
-        notes = [f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()]
-        notes += [
-            f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
-            f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
-            for name, results in self.by_category().items()
-            if (masks := results[0].metrics.vanished_masks)
-        ]
+        reasons = [f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()]
         failures = [f"{failure.category}: failed: {failure.reason}" for failure in self.failures]
-        return "\n".join(filter(None, [self.table(), *notes, *failures]))
+        return "\n".join(filter(None, [self.table(), *reasons, *self.notes, *failures]))
 
     def markdown(self) -> str:
-        """Make report.md: the table, what its values mean, failures."""
+        """Make report.md: the table, what its values mean, notes, failures."""
         protocol = self.contents["protocol"]
-        notes = [
+        lines = [
             f"Seeds {', '.join(map(str, self.seeds)) or 'none'}; "
             f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
             f"AUPRO: {protocol['aupro']}.",
+            *(f"- {_escape(note)}" for note in self.notes),
             *(f"- {_escape(failure.category)}: failed: {_escape(failure.reason)}" for failure in self.failures),
         ]
-        return "\n\n".join([self.table("pipe"), *notes]) + "\n"
+        return "\n\n".join([self.table("pipe"), *lines]) + "\n"
 
     def files(self) -> dict[str, bytes]:
         """Make report.json, report.parquet (a row per category and seed), defects.parquet and report.md, by name."""
