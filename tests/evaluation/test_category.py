@@ -15,6 +15,7 @@ from stpm.data import images
 from stpm.errors import RunDamagedError
 from stpm.evaluation.category import MasksAt, ScoredCategory
 from stpm.evaluation.category_metrics import METRICS
+from stpm.evaluation.page import page
 from stpm.evaluation.report import Report
 from stpm.method.preprocessing import Resize
 from tests.conftest import make_preprocessing
@@ -92,10 +93,11 @@ def test_a_mask_that_vanishes_at_model_size_is_reported(tmp_path: Path) -> None:
     assert metrics.problems == ()
     assert measured(category, "original").vanished_masks == ()
     made = dataclasses.replace(result("nut", 0, 1.0, 1.0), metrics=metrics)
-    assert (
-        f"nut: 1 masks vanish at model size, and no pixel metric counts their defects: {mask}; give"
-        in Report("data", [made]).text()
-    )
+    report = Report("data", [made])
+    note = f"nut: 1 masks vanish at model size, and no pixel metric counts their defects: {mask}; give --masks-at orig"
+    assert note in report.text()
+    assert note in page(report)
+    assert report.contents["notes"] == report.notes
 
 
 @pytest.mark.parametrize("content", [None, b"no image"])
