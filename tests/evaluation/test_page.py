@@ -40,6 +40,7 @@ def evil_report() -> Report:
         no_pixels=EVIL,
         error_count=0,
         unlabelled_count=0,
+        vanished_masks=(f"s3://b/{EVIL}",),
         problems=(),
     )
     results = []
