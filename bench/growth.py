@@ -116,7 +116,8 @@ def nodes(count: int) -> Iterator[None]:
         return
     from ray.cluster_utils import Cluster
 
-    with patch.dict(os.environ, RAY_AUTH_MODE="disabled"):
+    # As cluster.yaml starts nodes: by default Ray ends processes that are idle for a second, and starts them again.
+    with patch.dict(os.environ, RAY_AUTH_MODE="disabled", RAY_idle_worker_killing_time_threshold_ms="60000"):
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         os.environ["RAY_ADDRESS"] = cluster.address
         try:
