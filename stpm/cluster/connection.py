@@ -75,7 +75,8 @@ def connected() -> Iterator[None]:
     except (RayError, RuntimeError, ValueError, ConnectionError) as error:
         address = os.environ.get("RAY_ADDRESS", "")
         where = f"the Ray cluster at RAY_ADDRESS={address} cannot be reached" if address else "Ray cannot start"
-        raise ConfigError(hide_urls(f"{where}: {' '.join(str(error).split())}")) from error
+        message = f"{where}: {' '.join(str(error).split())}"
+        raise ConfigError(hide_urls(message) if "@" in address else message) from error
     # Ray has replaced the handler.
     stop_on_signals()
     logging.getLogger("ray.train").setLevel(logging.WARNING)

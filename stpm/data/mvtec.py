@@ -64,7 +64,7 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
         others = [form for name in unknown if (form := other_form(name, names))]
         known = "; ".join(others) or f"there are {', '.join(names)}"
         raise DataError(f"{root}: no category {', '.join(unknown)}; {known}")
-    return sorted(wanted) if wanted else names
+    return sorted({*wanted}) if wanted else names
 
 
 def read_category(root: str, name: str) -> Category:

@@ -43,7 +43,7 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
         DataError: if the data set is missing or empty, or a wanted category does not exist.
     """
     names = mvtec.find_categories(root, wanted)
-    in_lower_case = Counter(name.casefold() for name in names)
+    in_lower_case = Counter(map(str.casefold, names))
 
     def read(name: str) -> mvtec.Category | DataError | PermissionError:
         if in_lower_case[name.casefold()] > 1:

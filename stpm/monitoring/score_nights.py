@@ -10,7 +10,7 @@ import datetime
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -30,7 +30,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run import read_models, run_scoring
-from stpm.scoring.run_state import ScoringConfig
+from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,13 @@ class NightlyJob:
             write_night(folder, Night(folder.date.isoformat(), self.sources(folder.date)))
         folder.remove_runs()
 
+    def _output_options(self, folder: NightFolder) -> OutputOptions:
+        """Return how to write a run's rows: partitioned as the night's first run did, for all runs are one table."""
+        for output in folder.outputs()[:1]:
+            if partition_by := RunState(output.state_folder).partition_by():
+                return replace(self.output, partition_by=partition_by)
+        return self.output
+
     def _list_images(self, date: datetime.date) -> Iterator[pa.Table]:
         """Yield tables of schema MANIFEST that list a night's images; a source may have none."""
         rule = CategoryRule(self.options.category, self.options.category_from)
@@ -110,7 +117,7 @@ class NightlyJob:
         config = ScoringConfig(
             images=sources,
             false_alarm_rate=self.scoring.false_alarm_rate,
-            output=self.output,
+            output=self._output_options(folder),
             category=self.options.category,
             category_from=self.options.category_from,
             allow=tuple(self.options.allow),

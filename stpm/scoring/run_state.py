@@ -12,7 +12,7 @@ from stpm import storage
 from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.models.record import installed_versions
 from stpm.records import convert, parse_json
-from stpm.scoring.options import OutputOptions
+from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.run_statistics import RunResult
 from stpm.times import timestamp
 
@@ -98,6 +98,13 @@ class RunState:
     def model_differences(self, models: Mapping[str, str]) -> list[str]:
         """List how the model ids of the run differ from others, by category; none if no models are bound yet."""
         return _differences(self._values.get("models", models), models)
+
+    def partition_by(self) -> PartitionBy | None:
+        """Return how the run's rows are partitioned; None if there is no run to resume."""
+        value: PartitionBy | None = self._values.get("config", {}).get("partition_by")
+        if value is not None:
+            self._check(PartitionBy, value, "config.partition_by")
+        return value
 
     def version_differences(self) -> list[str]:
         """List how the libraries that compute scores differ from those that the run was started with."""

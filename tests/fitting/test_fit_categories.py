@@ -44,7 +44,7 @@ def test_categories_whose_names_differ_only_in_case_are_refused(tmp_path: Path) 
     assert [category.name for category in usable] == ["bolt"]
     assert failures == dict.fromkeys(["Nut", "nut"], "another category's name differs only in case; rename one of them")
     # One of them alone may be named.
-    assert [category.name for category in read_categories(str(tmp_path / "data"), ["nut"])[0]] == ["nut"]
+    assert [category.name for category in read_categories(str(tmp_path / "data"), ["nut", "nut"])[0]] == ["nut"]
 
 
 def test_a_model_that_storage_does_not_give_is_not_replaced(

@@ -27,6 +27,7 @@ from stpm.monitoring.drift import Verdict
 from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night
 from stpm.scoring import run as run_module
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_state import RunState
 from tests.conftest import TINY
 from tests.models.test_store import save
@@ -422,6 +423,18 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
         # Every other step, for the sake of time.
         steps += 2
     assert steps > min(last, 20)
+
+
+def test_late_images_are_partitioned_as_their_night_is(job: Nightly) -> None:
+    """The rows of a night are one table, which has the column `category` in the files or in their path."""
+    job.dump(DATE, "a")
+    assert job() == 0
+    job.dump(DATE, "late")
+    assert job(output=OutputOptions(partition_by="category", heatmaps="none")) == 0
+    runs = [RunState(output.state_folder) for output in NightFolder.of(job.out, DATE).outputs()]
+    assert [run.partition_by() for run in runs] == ["none", "none"]
+    config = json.loads(storage.read(runs[1].uri))["config"]
+    assert config["heatmaps"] == "none"
 
 
 def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(

@@ -79,6 +79,7 @@ class Nightly:
         nights: int = 30,
         fdr: float = 0.0,
         rate: float = 0.01,
+        output: OutputOptions = OutputOptions(),  # noqa: B008  it is frozen
         **options: Any,
     ) -> int:
         """Run the job, and return its exit code."""
@@ -91,9 +92,7 @@ class Nightly:
         }
         monitoring = MonitoringOptions(webhook=webhook, nights=nights, fdr=fdr)
         scoring = ScoreOptions(false_alarm_rate=rate)
-        return nightly.run_nightly(
-            NightlyOptions(**values | options), monitoring, OutputOptions(), scoring, ClusterOptions()
-        )
+        return nightly.run_nightly(NightlyOptions(**values | options), monitoring, output, scoring, ClusterOptions())
 
     def score(self, run: ScoringRun, shards: Any, checkpoints: str, models: Any, progress: Any) -> None:
         """Stand for `score_shards`: write the rows, and a checkpoint after each file."""

@@ -116,7 +116,7 @@ def _as_image_errors() -> Iterator[None]:
             raise ImageError("unreadable", "no such folder; is its disk mounted?") from error
         raise ImageError("missing", "no such file") from error
     except pa.ArrowInvalid as error:
-        raise ImageError("damaged", f"its archive: {error}") from error
+        raise ImageError("damaged", f"the file that holds it: {error}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_FILE:
             raise ImageError("missing", str(error)) from error
@@ -183,7 +183,7 @@ def _arrow_errors(uri: str) -> Iterator[None]:
             raise
         # Of Arrow for bytes that it cannot decode, or of a store: then this fails, too.
         storage.read(uri, 0, 4)
-        raise ImageError("damaged", f"its archive: {' '.join(str(error).split())}") from error
+        raise ImageError("damaged", f"the file that holds it: {' '.join(str(error).split())}") from error
 
 
 def _read_row_counts(uri: str) -> tuple[int, ...]:

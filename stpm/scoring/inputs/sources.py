@@ -65,7 +65,13 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
             yield from table_rows(table, rule, allowed_prefixes(table, allow))
         return
     files = storage.iter_files(name) if name else _matching_files(uri)
-    yield from _file_rows((image for file in files for image in _images_in(file)), rule)
+    yield from _file_rows((image for file in _visible(files, uri) for image in _images_in(file)), rule)
+
+
+def _visible(files: Iterator[str], source: str) -> Iterator[str]:
+    """Leave out files and folders whose names begin with a dot, unless the source names them: nobody meant them."""
+    named = source.count("/.")
+    return (file for file in files if file.count("/.") <= named)
 
 
 def _matching_files(pattern: str) -> Iterator[str]:

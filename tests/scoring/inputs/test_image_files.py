@@ -77,7 +77,7 @@ def test_a_damaged_row_group_is_an_error_of_its_images_alone(tmp_path: Path) -> 
     found = rows(f"{tmp_path}/p.parquet")
     assert [read_row(row) for row in found[:3]] == files[:3]
     for row in found[3:]:
-        with pytest.raises(ImageError, match="its archive: ") as caught:
+        with pytest.raises(ImageError, match="the file that holds it: ") as caught:
             read_row(row)
         assert caught.value.kind == "damaged"
 

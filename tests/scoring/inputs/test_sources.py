@@ -96,6 +96,20 @@ def test_an_error_names_a_source_without_images(root: str, source: str) -> None:
         rows(f"{root}/{source}")
 
 
+def test_hidden_files_and_folders_are_left_out_unless_they_are_named(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", "s/b.png", ".thumbs/c.png", "s/.thumbs/d.png"):
+        storage.publish(f"{tmp_path}/{name}", b"x")
+    for source, names in (
+        ("", ["a.png", "s/b.png"]),
+        ("/*/*.png", ["s/b.png"]),
+        ("/**/*.png", ["a.png", "s/b.png"]),
+        ("/.thumbs", [".thumbs/c.png"]),
+        ("/.th*/*.png", [".thumbs/c.png"]),
+        ("/._a.png", ["._a.png"]),
+    ):
+        assert [row["uri"].removeprefix(f"{tmp_path}/") for row in rows(f"{tmp_path}{source}")] == names, source
+
+
 def test_a_table_cannot_name_files_outside_the_allowed_prefixes(tmp_path: Path) -> None:
     listed = ["a.png", "/etc/passwd", "../up.png", "s3://other/x.png", "file:///etc/passwd", "simplecache::a.png"]
     # The last is a name like any other.
