@@ -48,19 +48,13 @@ class LocalScorer:
 
     def __init__(self, store: ModelStore, category: str, model_id: str, backend: WantedBackend) -> None:
         device = set_up_device()
-        self._category = category
         with _no_memory_as_model_error(category):
-            self._load(store, category, model_id, backend, device)
-
-    def _load(
-        self, store: ModelStore, category: str, model_id: str, backend: WantedBackend, device: torch.device
-    ) -> None:
-        model = store.load(category, model_id).to(device)
-        record = model.record
-        teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-        kind = resolve_backend(backend, on_gpu=device.type != "cpu")
-        self._matcher = Matcher(teacher, record.preprocessing, device, record.precision, kind)
-        self._model = dataclasses.replace(model, parts=self._matcher.compile(model.parts))
+            model = store.load(category, model_id).to(device)
+            record = model.record
+            teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
+            kind = resolve_backend(backend, on_gpu=device.type != "cpu")
+            self._matcher = Matcher(teacher, record.preprocessing, device, record.precision, kind)
+            self._model = dataclasses.replace(model, parts=self._matcher.compile(model.parts))
 
     @property
     def record(self) -> ModelRecord:
@@ -72,7 +66,7 @@ class LocalScorer:
         files = iter(files)
         while batch := list(islice(files, BATCH_SIZE)):
             outcomes = [_decode(data, self.record) for data in batch]
-            with _no_memory_as_model_error(self._category):
+            with _no_memory_as_model_error(self.record.category):
                 scores = iter(self._score([outcome for outcome in outcomes if isinstance(outcome, images.Decoded)]))
             yield from (outcome if isinstance(outcome, ImageError) else next(scores) for outcome in outcomes)
 

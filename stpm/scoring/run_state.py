@@ -108,13 +108,9 @@ class RunState:
 
     def version_differences(self) -> list[str]:
         """List how the libraries that compute scores differ from those that the run was started with."""
-        before, now = ({name: found.get(name) for name in _SCORING_LIBRARIES} for found in self._versions())
-        return _differences(before, now)
-
-    def _versions(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The versions that the run was started with, and those of now."""
         now = installed_versions()
-        return self._values.get("versions", now), now
+        before = self._values.get("versions", now)
+        return _differences(*({name: found.get(name) for name in _SCORING_LIBRARIES} for found in (before, now)))
 
     def model_ids(self) -> dict[str, str] | None:
         """Return the model id of each category that has one; None if no models are bound yet."""

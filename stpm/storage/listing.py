@@ -237,7 +237,9 @@ def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
             entries = with_retries(uri, lambda: fs.ls(folder, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return [], []
-        folders = sorted(e["name"] for e in entries if e["type"] == "directory" and e["name"].rstrip("/") != folder)
+        folders = sorted(
+            e["name"] for e in entries if is_folder(fs, e, links=False) and e["name"].rstrip("/") != folder
+        )
         return folders, sorted(e["name"] for e in entries if is_file(fs, e))
 
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import tenacity
 
+from stpm.errors import one_line
 from stpm.storage.uris import is_local
 
 # Seconds after which a store that does not answer is taken to be down.
@@ -70,7 +71,7 @@ def as_os_errors() -> Iterator[None]:
     except Exception as error:
         if _is_client_error(error):
             kind = FileNotFoundError if _is_missing(error) else OSError
-            raise kind(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise kind(one_line(error)) from error
         raise
 
 

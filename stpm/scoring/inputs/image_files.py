@@ -179,7 +179,8 @@ def _arrow_errors(uri: str) -> Iterator[None]:
             raise OSError(f"{uri}: cannot be opened") from error
         raise
     except OSError as error:
-        if error.errno is not None:
+        if type(error) is not OSError or error.errno is not None:
+            # Such as a connection that broke: it may be there again at the next request.
             raise
         # Of Arrow for bytes that it cannot decode, or of a store: then this fails, too.
         storage.read(uri, 0, 4)

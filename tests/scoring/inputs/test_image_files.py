@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,6 +81,16 @@ def test_a_damaged_row_group_is_an_error_of_its_images_alone(tmp_path: Path) -> 
         with pytest.raises(ImageError, match="the file that holds it: ") as caught:
             read_row(row)
         assert caught.value.kind == "damaged"
+
+
+def test_a_connection_that_breaks_while_a_parquet_file_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "p.parquet")
+    monkeypatch.setattr(pq, "read_metadata", Mock(side_effect=ConnectionResetError("reset by peer")))
+    with pytest.raises(ImageError, match="reset by peer") as caught:
+        image_files.read_uri(f"{tmp_path}/p.parquet#0")
+    assert caught.value.kind == "unreadable"
 
 
 def test_a_parquet_file_whose_disk_is_gone_is_tried_again(tmp_path: Path) -> None:
