@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 import ray
@@ -76,6 +77,8 @@ def score_shards(
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(checkpoints)
+    # Ray Data reads it when a pipeline starts; its context has no such setting.
+    os.environ["RAY_DATA_CLUSTER_AUTOSCALER"] = pool.autoscaler
     with DataContext.current(context):
         rows = ray.data.read_datasource(
             blocks,
