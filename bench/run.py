@@ -8,14 +8,15 @@
 | score | steady images/s of the score job | a bare loop over the functions of its stages | `Engine.predict` |
 | fit | seconds of the fit job | the same fit in one process, without Ray | `Engine.fit`, with the same images |
 | first | seconds until --help is shown, or ten images are scored | bare imports, or the bare loop | |
-| growth | ms per image, or per category | ms with the fewest images, or of the fits themselves | |
+| growth | ms per further image, or per category | that of the first further images, or of the fits themselves | |
 
 Both sides have the packaged teacher and all cores. Seconds are those of whole processes, imports and Ray's start
 included; the loop of `score` runs in one process of one thread per core, its best arrangement on a CPU, once warm, and
 anomalib's prediction is timed without its imports. Both sides write pictures. In `fit`, preset `paper` has the epochs,
 batch size and images of anomalib's own recipe, and `default` runs as it comes; one code computes the metrics from both
-sides' anomaly maps. `growth` scores tiny images with a tiny student, so that everything else is measured; RAY_ADDRESS
-or --nodes chooses a cluster. Memory is the largest sum over processes, a shared page divided among those that share it.
+sides' anomaly maps. `growth` scores tiny images with a tiny student, so that everything else is measured, and divides
+the seconds that each number of images takes more than the last by the difference of the numbers; RAY_ADDRESS or --nodes
+chooses a cluster. Memory is the largest sum over processes, a shared page divided among those that share it.
 
 Prints the machine, a JSON line per measurement, and the medians over --repeats as a table. Run nothing else meanwhile.
 """
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs, with seeds 0, 1, 2 (default: 3)")
     parser.add_argument("--epochs", type=int, default=15, help="of anomalib and of preset paper (default: 15)")
     parser.add_argument("--images", type=int, default=6000, help="images of `score` (default: 6000)")
-    parser.add_argument("--image-counts", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="of `growth`")
+    parser.add_argument("--image-counts", type=int, nargs="+", default=[10_000, 40_000, 100_000], help="of `growth`")
     parser.add_argument("--category-counts", type=int, nargs="+", default=[1, 15, 200], help="of `growth`")
     parser.add_argument("--nodes", type=int, default=0, help="nodes of a local cluster for `growth` (default: none)")
     parser.add_argument("--small", action="store_true", help="fit few images, one model, no jobs in `first`: for CI")

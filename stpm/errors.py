@@ -72,7 +72,11 @@ class ModelError(StpmError):
     """A model, a teacher or a model store is missing, damaged, or not of this package."""
 
 
-class NoModelError(ModelError):
+class ModelDamagedError(ModelError):
+    """A model or its record is missing, damaged, or of another version: it must be fitted again."""
+
+
+class NoModelError(ModelDamagedError):
     """A category has no model."""
 
 

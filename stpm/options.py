@@ -141,8 +141,10 @@ class ClusterOptions(Options):
         "folders that every node of the cluster mounts at the same place, separated by commas: only under them may "
         "local paths be used on several machines",
     )
-    first_node: Literal["gpu", "cpu"] = option(
-        "gpu", "the kind of node to ask for, and to wait for, where a cluster starts its nodes on demand and has none"
+    first_node: Literal["any", "gpu", "cpu"] = option(
+        "any",
+        "the kind of node to wait for, where a cluster starts its nodes on demand; any: use the nodes that are there, "
+        "and ask for one with a GPU if there are none",
     )
     node_minutes: float = option(15.0, "minutes to wait for that node", minimum=0)
     backend: WantedBackend = option(

@@ -55,6 +55,16 @@ def test_the_first_node_fits_a_node_type(config: dict[str, Any]) -> None:
         assert all(kinds[first]["resources"].get(kind, 0) >= amount for kind, amount in wanted.items())
 
 
+def test_jobs_request_no_more_than_the_gpu_nodes_hold(config: dict[str, Any]) -> None:
+    """Ray's autoscaler ignores a request for more than it may start."""
+    (start,) = (command for command in config["head_start_ray_commands"] if " start " in command)
+    nodes = config["available_node_types"]["gpu"]["max_workers"]
+    assert f"STPM_FIRST_NODE=gpu STPM_WORKERS={nodes} STPM_SCORERS={nodes} " in start
+    rayjob = yaml.safe_load((REPOSITORY / "deploy" / "rayjob.yaml").read_text())["spec"]
+    gpu = rayjob["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert f"--first-node gpu --scorers {gpu['maxReplicas']} " in rayjob["entrypoint"]
+
+
 def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
     cpu = config["available_node_types"]["cpu"]
     assert "GPU" not in cpu["resources"]

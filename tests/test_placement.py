@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_an_address_where_ray_cannot_connect_is_an_error_of_one_line(monkeypatch
 
 
 def test_the_first_node_and_the_time_to_wait_for_it() -> None:
-    assert first_bundle("gpu") == {"CPU": 1.0, "GPU": 1.0}
+    assert first_bundle("any") == first_bundle("gpu") == {"CPU": 1.0, "GPU": 1.0}
     assert first_bundle("cpu") == {"CPU": 2.0}
     with pytest.raises(ConfigError, match="node-minutes is -1"):
         ClusterOptions(node_minutes=-1)
@@ -51,17 +52,28 @@ def test_the_first_node_and_the_time_to_wait_for_it() -> None:
 
 def test_a_node_that_left_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"CPU": 2.0}
-    found = iter([[node], [], [], [node]])
-    asked: list[list[dict[str, float]]] = []
-
-    def ask(bundles: list[dict[str, float]]) -> None:
-        asked.append(bundles)
-
+    found = iter([[node], [], [], [], [node]])
+    request = Mock()
     monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
-    monkeypatch.setattr(placement, "request_resources", ask)
+    monkeypatch.setattr(placement, "request_resources", request)
     monkeypatch.setattr(placement, "_POLL_SECONDS", 0.0)
     options = ClusterOptions(first_node="cpu")
     assert placement.wait_for_nodes(options) == [node]
-    assert asked == []
+    request.assert_not_called()
     assert placement.wait_for_nodes(options) == [node]
-    assert asked == [[first_bundle("cpu")], []]
+    # Twice, as another job's request may have replaced the first one.
+    wanted = call(bundles=[first_bundle("cpu")])
+    assert request.call_args_list == [wanted, wanted, call(bundles=[])]
+
+
+def test_cpu_nodes_do_not_stand_in_for_a_gpu_node_that_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = {"CPU": 16.0}, {"CPU": 8.0, "GPU": 1.0}
+    found = iter([[cpu], [cpu], [cpu], [cpu, gpu]])
+    request = Mock()
+    monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
+    monkeypatch.setattr(placement, "request_resources", request)
+    monkeypatch.setattr(placement, "_POLL_SECONDS", 0.0)
+    assert placement.wait_for_nodes(ClusterOptions()) == [cpu]
+    request.assert_not_called()
+    assert placement.wait_for_nodes(ClusterOptions(first_node="gpu")) == [cpu, gpu]
+    assert request.call_args_list == [call(bundles=[first_bundle("gpu")]), call(bundles=[])]

@@ -22,7 +22,7 @@ MIN_CPUS = 2
 
 Resources = Mapping[str, float]
 
-# Read by Ray when a connection is made, by Ray Train when it starts a run, and by Ray Data when it starts a pipeline.
+# Read by Ray when a connection is made, and by Ray Train when it starts a run.
 _RAY_SETTINGS = {
     # With the default, a fit takes ten seconds longer to end.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -33,9 +33,6 @@ _RAY_SETTINGS = {
     # For a cluster that this process starts. By default, beyond one process per core, Ray ends those that are idle for
     # a second, and the next task of that kind imports everything again.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
-    # How many nodes of each type Ray Data's autoscaler V2 requests at a time. By default it requests the next node when
-    # the last one has started.
-    "RAY_DATA_CLUSTER_SCALING_UP_DELTA": "4",
 }
 
 # Ray Train's cleaner of placement groups asks the dashboard for the state of actors (ray-project/ray#58515). A cluster

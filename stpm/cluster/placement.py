@@ -20,6 +20,8 @@ from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
 
+_NodeKind = Literal["any", "gpu", "cpu"]
+
 _POLL_SECONDS = 2.0
 
 
@@ -68,7 +70,9 @@ def check_reach(uris: Sequence[str], mounted: Sequence[str]) -> None:
 
 
 def wait_for_nodes(options: ClusterOptions) -> list[Resources]:
-    """Return the resources of the nodes that can work. If there are none, ask the autoscaler for one, and wait for it.
+    """Return the resources of the nodes that can work.
+
+    If there are none, or none of the kind that the options name, ask the autoscaler for one, and wait for it.
 
     The autoscaler removes nodes that were idle while images were listed, or while another run held the lease: before
     each plan call `nodes_for_plan`.
@@ -76,20 +80,21 @@ def wait_for_nodes(options: ClusterOptions) -> list[Resources]:
     Raises:
         ConfigError: if none came in time.
     """
-    if nodes := working_nodes():
+    if nodes := _nodes_with(options.first_node):
         return nodes
     bundle = first_bundle(options.first_node)
     wanted = " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
-    log.info(f"the cluster has no node that can work; asking for one with {wanted}")
-    request_resources(bundles=[bundle])
+    log.info(f"the cluster has no node with {wanted}; asking for one")
     deadline = time.monotonic() + options.node_minutes * 60
     try:
-        while not (nodes := working_nodes()):
+        while not (nodes := _nodes_with(options.first_node)):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"no node with {wanted} came in {options.node_minutes:g} minutes; see the autoscaler's report "
                     "(ray status), or ask for another kind with --first-node"
                 )
+            # Again and again: Ray's `AutoscalingCoordinator`, which other jobs leave behind, replaces the request.
+            request_resources(bundles=[bundle])
             time.sleep(_POLL_SECONDS)
         return nodes
     finally:
@@ -109,9 +114,15 @@ def nodes_for_plan(options: ClusterOptions) -> list[Resources]:
         raise CutOffError(f"{error}; {GO_ON}") from error
 
 
-def first_bundle(kind: Literal["gpu", "cpu"]) -> dict[str, float]:
+def first_bundle(kind: _NodeKind) -> dict[str, float]:
     """Return the resources to ask the autoscaler for."""
-    return {"CPU": 1.0, "GPU": 1.0} if kind == "gpu" else {"CPU": float(MIN_CPUS)}
+    return {"CPU": float(MIN_CPUS)} if kind == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+
+
+def _nodes_with(kind: _NodeKind) -> list[Resources]:
+    """Return the resources of the nodes that can work if one of this kind is among them; otherwise none."""
+    nodes = working_nodes()
+    return nodes if kind != "gpu" or any(node.get("GPU", 0) > 0 for node in nodes) else []
 
 
 def _several_machines() -> bool:

@@ -16,7 +16,7 @@ from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError
 from stpm.fitting.options import WorkerOptions
-from stpm.fitting.planning import Plan, TaskMaker, plan_fit, plan_refit
+from stpm.fitting.planning import Plan, TaskMaker, plan_fit
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult
 from stpm.fitting.training_images import choose_normalisation
@@ -112,15 +112,16 @@ def fit_categories(
             digest = store.put_teacher(weights)
             seeded = dataclasses.replace(recipe, seed=seed)
             makers += [TaskMaker(category, seeded, store, digest, cluster.backend) for category in categories]
-        if new_images is None:
-            plans = storage.in_parallel(plan_fit, makers)
-        else:
-            plans = storage.in_parallel(lambda maker: plan_refit(maker, new_images[maker.category.name]), makers)
-        for plan in plans:
-            if plan.message:
-                log.info(f"{plan.task.key}: {plan.message}", extra={"category": plan.task.category})
-        results = [plan.result for plan in plans if plan.result]
-        unfinished = [plan.task for plan in plans if not plan.result]
+
+        def plan(maker: TaskMaker) -> Plan:
+            return plan_fit(maker, None if new_images is None else new_images[maker.category.name])
+
+        plans = storage.in_parallel(plan, makers)
+        for each in plans:
+            if each.message:
+                log.info(f"{each.task.key}: {each.message}", extra={"category": each.task.category})
+        results = [each.result for each in plans if each.result]
+        unfinished = [each.task for each in plans if not each.result]
         if unfinished:
             scratch = storage.join(next(iter(stores.values())), ".train")
             with connected(), cut_off_by_ray("fitting"):

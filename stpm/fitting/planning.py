@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from stpm import storage
 from stpm.data.mvtec import Category
-from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError, StpmError
+from stpm.errors import DataError, ModelDamagedError, ModelError, ModelUnreadableError, NoModelError, StpmError
 from stpm.fitting.added_images import with_added_images
 from stpm.fitting.task import FitResult, FitTask
 from stpm.method.recipe import Recipe
@@ -66,9 +67,7 @@ class TaskMaker:
             return self.store.record(name)
         except NoModelError:
             return None
-        except ModelUnreadableError:
-            raise
-        except ModelError as error:
+        except ModelDamagedError as error:
             how = "without the images that were added" if storage.files(self.store.added_folder(name)) else "again"
             log.info(f"{name}: fitted {how}: {error}", extra={"category": name})
             return None
@@ -95,24 +94,25 @@ class TaskMaker:
         )
 
 
-def plan_fit(maker: TaskMaker) -> Plan:
-    """Plan a fit.
+def plan_fit(maker: TaskMaker, new: Sequence[AddedImage] | None = None) -> Plan:
+    """Plan a fit, or with new images, which may be none, a refit.
 
-    Reuse the model even if images were added to its calibration since; a new fit trains on those images too.
+    A refit is of all images that were added, before and now, and its model is staged.
     """
     try:
-        return _plan_fit(maker)
+        return _plan_fit(maker) if new is None else _plan_refit(maker, new)
     except ModelUnreadableError as error:
         # The model may be intact, and a fit without its added images would lose them.
-        return _fail(maker.task(()), error)
+        return _fail(maker.task(new or (), stage=new is not None), error)
 
 
 def _plan_fit(maker: TaskMaker) -> Plan:
+    # A model is reused even if images were added to its calibration since; a new fit trains on those images too.
     current = maker.current()
     added = current.added_images if current else ()
     task = maker.task([image for image in added if image.fitted])
-    if plan := _plan_without_fit(task):
-        return plan
+    if done := _plan_without_fit(task):
+        return done
     model = existing_model(task, among="next")
     if current and model:
         command = maker.store.roll_command(task.category, "--roll-forward")
@@ -124,20 +124,12 @@ def _plan_fit(maker: TaskMaker) -> Plan:
     return Plan(maker.task(added), before=maker.versions())
 
 
-def plan_refit(maker: TaskMaker, new: Sequence[AddedImage]) -> Plan:
-    """Plan a fit on all images that were added, before and now; its model is staged."""
-    try:
-        return _plan_refit(maker, new)
-    except ModelUnreadableError as error:
-        return _fail(maker.task(new, stage=True), error)
-
-
 def _plan_refit(maker: TaskMaker, new: Sequence[AddedImage]) -> Plan:
     current = maker.current()
     added = current.added_images if current else ()
     task = maker.task([*added, *new], stage=True)
-    if plan := _plan_without_fit(task):
-        return plan
+    if done := _plan_without_fit(task):
+        return done
     if model := existing_model(task, among="next"):
         return Plan(task, FitResult(task, model), f"model {model.model_id} of these images is there already")
     return Plan(task)
@@ -174,25 +166,18 @@ def existing_model(task: FitTask, among: Literal["current", "next"] = "current")
     wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
     try:
         versions = store.versions(task.category)
-    except ModelUnreadableError:
-        raise
-    except ModelError:
+    except ModelDamagedError:
         return None
     for version in (versions.current,) if among == "current" else versions.next:
-        try:
+        with suppress(ModelDamagedError):
             record = store.record(task.category, version.model_id)
-        except ModelUnreadableError:
-            raise
-        except ModelError:
-            continue
-        if wanted != (record.recipe, record.teacher_digest, version.data_fingerprint):
-            continue
-        try:
-            store.verify(record)
-        except ModelUnreadableError:
-            raise
-        except ModelError as error:
-            log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
-            return None
-        return record
-    return None
+            if wanted == (record.recipe, record.teacher_digest, version.data_fingerprint):
+                break
+    else:
+        return None
+    try:
+        store.verify(record)
+    except ModelDamagedError as error:
+        log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
+        return None
+    return record

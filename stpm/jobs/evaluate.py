@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.placement import on_cluster
-from stpm.errors import DataError, ModelError, ModelUnreadableError, with_remedy
+from stpm.errors import DataError, ModelDamagedError, ModelError, with_remedy
 from stpm.evaluation.evaluate import evaluate_categories, find_labels_without_model, publish_report
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
@@ -90,7 +90,5 @@ def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[Model
     store = ModelStore(uri)
     try:
         return store, [store.record(category, model_id) for category, model_id in model_ids.items()]
-    except ModelUnreadableError:
-        raise
-    except ModelError as error:
+    except ModelDamagedError as error:
         raise ModelError(f"{error}; if its store has moved, name the new place by --models") from error

@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from stpm import storage
-from stpm.errors import DataError, ModelError, ModelUnreadableError, NoModelError
+from stpm.errors import DataError, ModelDamagedError, ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord
 from stpm.models.versions import Version, Versions
@@ -183,9 +183,7 @@ class ModelStore:
         try:
             before = self.versions(record.category)
             versions = before.stage(version) if stage else before.publish(version)
-        except ModelUnreadableError:
-            raise
-        except ModelError:
+        except ModelDamagedError:
             # There is no current.json, or a damaged one.
             versions = Versions(version)
         self.set_versions(record.category, versions)
@@ -196,7 +194,8 @@ class ModelStore:
 
         Raises:
             NoModelError: if it has none.
-            ModelError: if current.json cannot be read.
+            ModelDamagedError: if current.json is damaged.
+            ModelUnreadableError: if storage failed.
         """
         uri = self._current_uri(category)
         try:
@@ -281,24 +280,30 @@ class ModelStore:
             model_id: one of the category's models; "": its current one.
 
         Raises:
-            ModelError: if there is no such model, or its record was changed or is of another version.
+            ModelDamagedError: if there is no such model, or its record was changed or is of another version.
+            ModelUnreadableError: if storage failed.
         """
         model_id = model_id or self.current(category).model_id
         uri = storage.join(self.folder(category), model_id, _RECORD)
         try:
             record = _read_record(ModelRecord, uri)
         except FileNotFoundError as error:
-            raise ModelError(f"{self.uri}: no model {model_id} for category {category!r}") from error
+            raise ModelDamagedError(f"{self.uri}: no model {model_id} for category {category!r}") from error
         if (record.category, record.model_id) != (category, model_id):
             # A copied folder, or a disk where names that differ only in case are one.
-            raise ModelError(
+            raise ModelDamagedError(
                 f"{uri}: its contents are those of {record.model_id} of category {record.category!r}; fit the model "
                 "again"
             )
         return record
 
     def verify(self, record: ModelRecord) -> None:
-        """Read every file of a model, and raise ModelError if one is missing or damaged."""
+        """Read every file of a model.
+
+        Raises:
+            ModelDamagedError: if one is missing or damaged.
+            ModelUnreadableError: if storage failed.
+        """
         for name, digest in record.files.items():
             self._read_verified(self._uri(record, name), digest)
 
@@ -370,9 +375,9 @@ class ModelStore:
         try:
             data = _read(uri)
         except FileNotFoundError as error:
-            raise ModelError(f"{uri}: no such file; fit the model again") from error
-        if storage.digest(data) != digest:
-            raise ModelError(f"{uri}: its SHA-256 is {storage.digest(data)}, {digest} expected; fit the model again")
+            raise ModelDamagedError(f"{uri}: no such file; fit the model again") from error
+        if (found := storage.digest(data)) != digest:
+            raise ModelDamagedError(f"{uri}: its SHA-256 is {found}, {digest} expected; fit the model again")
         return data
 
 
@@ -389,4 +394,4 @@ def _read_record(kind: type[T], uri: str) -> T:
     try:
         return from_json(kind, _read(uri))
     except ValueError as error:
-        raise ModelError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
+        raise ModelDamagedError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stpm import storage
-from stpm.errors import ModelError, ModelUnreadableError
+from stpm.errors import ModelDamagedError, ModelUnreadableError
 from stpm.models.store import ModelStore
 from stpm.monitoring.drift import Reference
 from stpm.monitoring.nights import Night
@@ -88,9 +88,7 @@ def _load_reference(store: ModelStore, category: str, model_id: str) -> ModelRef
         record = store.record(category, model_id)
         table = store.image_statistics(record)
         is_added = store.calibration_scores(record)["is_added"].to_numpy()
-    except ModelUnreadableError:
-        raise
-    except ModelError as error:
+    except ModelDamagedError as error:
         return ModelReference(None, f"its model cannot be read: {error}")
     statistics = {name: table[name].to_numpy() for name in table.column_names}
     return ModelReference(Reference(len(is_added), statistics, np.flatnonzero(is_added[::-1]) + 1.0), "")

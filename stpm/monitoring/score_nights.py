@@ -29,7 +29,8 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.run import read_models, run_scoring
+from stpm.scoring.resuming.resume import read_models
+from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
 from ray.exceptions import RayError
 
-from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared
+from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
 from stpm.cluster.placement import nodes_for_plan
 from stpm.errors import GO_ON, CutOffError
 from stpm.method.backend import resolve_backend
@@ -77,8 +77,7 @@ def score_shards(
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(checkpoints)
-    # Ray Data reads it when a pipeline starts; its context has no such setting.
-    os.environ["RAY_DATA_CLUSTER_AUTOSCALER"] = pool.autoscaler
+    count_on_all_nodes()
     with DataContext.current(context):
         rows = ray.data.read_datasource(
             blocks,
@@ -122,3 +121,20 @@ def score_shards(
                     "--accept-errors to write such errors as rows"
                 ) from error
             raise
+
+
+def count_on_all_nodes() -> None:
+    """Let Ray Data count on all resources of all nodes.
+
+    By default it counts on what its `AutoscalingCoordinator` leaves it. In Ray 2.60 that is what it has requested, and
+    of the CPUs that are free on a node, whole ones only. Where scorers take nearly all CPUs, that leaves none for the
+    last stage, which then draws and writes nothing before all images are scored.
+    """
+    RateBasedClusterAutoscaler.get_total_resources = _total_resources
+
+
+def _total_resources(_: RateBasedClusterAutoscaler) -> ExecutionResources:
+    total = ExecutionResources.zero()
+    for node in working_nodes():
+        total = total.add(ExecutionResources.from_resource_dict(node))
+    return total

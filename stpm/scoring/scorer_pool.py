@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from stpm.cluster.connection import Resources, is_shared, working_nodes
 from stpm.errors import ConfigError
@@ -21,8 +20,6 @@ _RESERVED_FRACTION = 0.5
 _STAGES = 3
 # Tasks that must fit the RAM of any node.
 _MIN_TASKS = 4
-# CPUs per GPU of a node with which losing the fractions of CPUs does not matter.
-_PLENTY_PER_GPU = 4
 # Ray counts CPUs in ten-thousandths.
 _UNITS_PER_CPU = 10_000
 
@@ -38,7 +35,6 @@ class ScorerPool:
         scorer_gpus: per scorer.
         task_cpus: per task that fetches, decodes or writes.
         reserved_fraction: of the cluster, reserved for the stages in equal parts.
-        autoscaler: of Ray Data, as `RAY_DATA_CLUSTER_AUTOSCALER` names it.
         node_ram: of the smallest node, in bytes.
     """
 
@@ -48,7 +44,6 @@ class ScorerPool:
     scorer_gpus: float
     task_cpus: float
     reserved_fraction: float
-    autoscaler: Literal["RATE_BASED", "V2"]
     node_ram: float = math.inf
 
     def ram_for(self, task_bytes: int) -> int:
@@ -83,7 +78,6 @@ class ScorerPool:
             scorer_gpus=1.0 if gpus else 0.0,
             task_cpus=task_cpus,
             reserved_fraction=_reserved_fraction(sum(node["CPU"] for node in nodes), size * scorer_cpus),
-            autoscaler=_autoscaler(nodes),
             node_ram=min(node.get("memory", math.inf) for node in nodes),
         )
 
@@ -147,19 +141,6 @@ def _reserved_fraction(cpus: float, cpus_of_scorers: float) -> float:
         if cpus - 2 * per_stage < cpus_of_scorers <= cpus - per_stage:
             return _round_down(_STAGES * (cpus - cpus_of_scorers) / (2 * cpus))
     return _RESERVED_FRACTION
-
-
-def _autoscaler(nodes: Sequence[Resources]) -> Literal["RATE_BASED", "V2"]:
-    """Return how Ray Data requests nodes, and with that, how many CPUs it counts on.
-
-    RATE_BASED, the default of Ray 2.60, requests tasks and scorers, and so gets the type of node that is needed. But of
-    the CPUs that these leave free on a node, it counts on whole ones only (`AutoscalingCoordinator`). Where scorers
-    leave few, it counts on none for the last stage, which then draws and writes nothing before all images are scored.
-    V2 requests whole nodes, of each type.
-    """
-    with_gpus = [node for node in nodes if node.get("GPU", 0) > 0]
-    plenty = with_gpus and all(node["CPU"] >= _PLENTY_PER_GPU * node["GPU"] for node in with_gpus)
-    return "RATE_BASED" if plenty else "V2"
 
 
 def _round_down(cpus: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.util import get_node_ip_address
 
 from tests.cluster.conftest import BIN, TINY_RECIPE, environment, free_port, kill_tree, read_rows, run_job
@@ -42,8 +44,24 @@ def client(tmp_path: Path) -> Iterator[dict[str, str]]:
     port = free_port()
     address = f"{get_node_ip_address()}:{port}"
     config = tmp_path / "cluster.yaml"
-    config.write_text(yaml.safe_dump(CONFIG | {"provider": {"type": "fake_multinode", "gcs_address": address}}))
-    settings = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
+    provider = {
+        # By this name the default configuration of the type "fake_multinode" would be read, which Ray's wheel lacks.
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "gcs_address": address,
+        "launch_multiple": True,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+    }
+    config.write_text(yaml.safe_dump(CONFIG | {"provider": provider}))
+    # The autoscaler v2, as `ray up` and KubeRay start it.
+    settings = {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    }
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
     head = subprocess.Popen(
         [*command, f"--autoscaling-config={config}", "--include-dashboard=false"],
@@ -57,17 +75,31 @@ def client(tmp_path: Path) -> Iterator[dict[str, str]]:
     kill_tree(head)
 
 
-def test_a_job_asks_for_the_first_node_and_waits_for_it(client: dict[str, str], tmp_path: Path) -> None:
+def count_nodes(client: dict[str, str]) -> int:
+    """Return the number of nodes that can run tasks."""
+    count = (
+        "import ray; ray.init(log_to_driver=False); "
+        "print(sum('CPU' in node['Resources'] for node in ray.nodes() if node['Alive']))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", count], env=environment(**client), capture_output=True, text=True, check=True
+    )
+    return int(ran.stdout.split()[-1])
+
+
+def test_a_job_asks_for_the_first_node_and_grows_with_the_cluster(client: dict[str, str], tmp_path: Path) -> None:
     data, models, out = (str(tmp_path / name) for name in ("data", "models", "out"))
-    make_category(data, "nut")
-    fit = ["--data", data, "--models", models, "--mounted", str(tmp_path), "--epochs", "1", *TINY_RECIPE]
+    for number in range(5):
+        make_category(data, f"nut{number}")
+    fit = ["--data", data, "--models", models, "--mounted", str(tmp_path), "--epochs", "100", *TINY_RECIPE]
     timed_out = run_job("fit", *fit, "--node-minutes", "0.1", **client)
     assert timed_out.returncode == 1
     assert "no node with 1 CPU and 1 GPU came in 0.1 minutes" in timed_out.stderr
 
-    ran = run_job("fit", *fit, "--first-node", "cpu", **client)
+    ran = run_job("fit", *fit, "--first-node", "cpu", "--workers", "2", "--cpus-per-worker", "2", **client)
     assert ran.returncode == 0
-    assert "the cluster has no node that can work; asking for one with 2 CPU" in ran.stdout
-    score = ["--models", models, "--images", f"{data}/nut/test", "--category", "nut", "--out", out]
+    assert "the cluster has no node with 2 CPU; asking for one" in ran.stdout
+    assert count_nodes(client) == 2
+    score = ["--models", models, "--images", f"{data}/nut0/test", "--category", "nut0", "--out", out]
     assert run_job("score", *score, "--mounted", str(tmp_path), **client).returncode == 0
     assert len(read_rows(out)) == 8

@@ -23,7 +23,7 @@ from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.options import ClusterOptions, Names
 from stpm.scoring import run as run_module
-from stpm.scoring.inputs.manifest import Segment
+from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
@@ -145,14 +145,10 @@ def judge(
     return Verdict("act", (Change("images", "act", p_value=0.0, size=1.0, text=text),))
 
 
-def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[Segment]:
+def remaining_shards(output: RunOutput, segments: Sequence[Segment]) -> list[tuple[Shard, ...]]:
     """Stand for the function of this name, without Ray."""
     started = output.segments_with_checkpoints()
-    left = [
-        segment._replace(shards=write_remaining(output, segment)) if segment.number in started else segment
-        for segment in segments
-    ]
-    return [segment for segment in left if segment.shards]
+    return [write_remaining(output, each) if each.number in started else each.shards for each in segments]
 
 
 class Progress:
@@ -173,7 +169,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     monkeypatch.setattr(run_module, "connected", nullcontext)
     monkeypatch.setattr(score_nights, "connected", nullcontext)
     monkeypatch.setattr(nightly, "hold_lease", lambda folder, wait: nullcontext())
-    monkeypatch.setattr(run_module, "remaining_segments", remaining_segments)
+    monkeypatch.setattr(run_module, "remaining_shards", remaining_shards)
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(Progress()))
     monkeypatch.setattr(run_module, "score_shards", made.score)
     monkeypatch.setattr(judging, "judge", judge)

@@ -43,9 +43,11 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
+from stpm.scoring.resuming import resume as resume_module
+from stpm.scoring.resuming.resume import resume_or_start
 from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run import resume_or_start, run_scoring
+from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from stpm.scoring.scoring_run import ScoringRun
@@ -66,7 +68,7 @@ def make_run(root: Path, *uris: str) -> ScoringRun:
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs start without reading a model."""
-    monkeypatch.setattr(run_module, "read_models", lambda *_: {})
+    monkeypatch.setattr(resume_module, "read_models", lambda *_: {})
 
 
 def finish(run: ScoringRun) -> None:
@@ -124,7 +126,7 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
 def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, "/a.png", "/b.png")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "read_models", lambda *_: {})
+        patch.setattr(resume_module, "read_models", lambda *_: {})
         finish(run)
     before = run.output.written_uris()
     sources = ["-", str(tmp_path / "unmounted")]
@@ -189,7 +191,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., Non
     images = [UnfinishedImage(uri, "unreadable", "expired") for uri in unfinished]
     progress = SimpleNamespace(read=lambda: Snapshot(RunStatistics(images=2), images, "", []))
     monkeypatch.setattr(run_module, "connected", nullcontext)
-    monkeypatch.setattr(run_module, "remaining_segments", lambda output, segments: segments)
+    monkeypatch.setattr(run_module, "remaining_shards", lambda output, segments: [each.shards for each in segments])
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(progress))
     monkeypatch.setattr(run_module, "score_shards", score_shards)
 
@@ -385,7 +387,7 @@ def internal_error() -> Exception:
         (internal_error(), "a queue is not empty"),
     ],
 )
-@pytest.mark.parametrize("step", ["remaining_segments", "score_shards"])
+@pytest.mark.parametrize("step", ["remaining_shards", "score_shards"])
 def test_a_failure_of_ray_cuts_the_run_off(
     score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str, failure: Exception, reason: str
 ) -> None:

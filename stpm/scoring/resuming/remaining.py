@@ -24,8 +24,8 @@ _CPUS = 0.1
 _IDS = pa.schema([MANIFEST.field("image_id")])
 
 
-def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[Segment]:
-    """Write the remaining rows of segments as shards, and list those with shards left. Needs a connection to Ray.
+def remaining_shards(output: RunOutput, segments: Sequence[Segment]) -> list[tuple[Shard, ...]]:
+    """List for each segment the shards of its remaining rows, which are written first. Needs a connection to Ray.
 
     A segment of which no row is written keeps its shards. The others are read in tasks, one for each: their ids may not
     fit the driver's memory.
@@ -37,8 +37,7 @@ def remaining_segments(output: RunOutput, segments: Sequence[Segment]) -> list[S
     started = output.segments_with_checkpoints()
     tasks = {each: remote.remote(output, each) for each in segments if each.number in started}
     shards = dict(zip(tasks, results_of(list(tasks.values())), strict=True))
-    left = [each._replace(shards=shards.get(each, each.shards)) for each in segments]
-    return [each for each in left if each.shards]
+    return [shards.get(each, each.shards) for each in segments]
 
 
 def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
