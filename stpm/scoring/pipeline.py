@@ -87,7 +87,9 @@ def score_shards(
             concurrency=min(_READING_TASKS, blocks.task_count),
         )
         rows = rows.map_batches(
-            Decode(preprocessing, options.image_seconds, progress=progress).__call__,
+            Decode(
+                preprocessing, options.image_seconds, progress=progress, count_repetitions=count_repetitions
+            ).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
             num_cpus=pool.task_cpus,
@@ -121,6 +123,12 @@ def score_shards(
                     "--accept-errors to write such errors as rows"
                 ) from error
             raise
+
+
+def count_repetitions() -> int:
+    """Return how often Ray has repeated the current task."""
+    attempt: int = ray._private.worker.global_worker.core_worker.get_current_task_attempt_number()
+    return attempt
 
 
 def count_on_all_nodes() -> None:

@@ -39,7 +39,7 @@ from tests.cluster.conftest import (
     wait_for_success,
     wait_until,
 )
-from tests.datasets import make_category
+from tests.datasets import encode_image, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -181,3 +181,29 @@ def test_a_second_run_is_refused_and_the_one_after_a_killed_driver_scores_the_re
     assert "is held by" not in log
     assert "are scored already" in log
     check_same(run, out)
+
+
+# Python reads a module of this name at every start. Here each process that decodes an image of 31 x 17 crashes.
+CRASHING = """
+import os, signal
+from PIL import ImageFile
+load = ImageFile.ImageFile.load
+def crash_or_load(image):
+    if image.size == (31, 17):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return load(image)
+ImageFile.ImageFile.load = crash_or_load
+"""
+
+
+def test_an_image_that_crashes_the_decoder_becomes_a_row(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CRASHING)
+    images, out = tmp_path / "images", tmp_path / "out"
+    make_images(str(images), 5)
+    storage.publish(f"{images}/crash.png", encode_image(np.full((17, 31, 3), 100, np.uint8)))
+    options = ["--models", str(run / "models"), "--images", str(images), "--category", "nut", "--out", str(out)]
+    scored = run_job("score", *options, "--scorers", "1", "--max-error-rate", "1", PYTHONPATH=str(tmp_path))
+    assert scored.returncode == 0
+    errors = {Path(row["uri"]).name: row["error_message"] for row in read_rows(out) if row["error_kind"]}
+    assert errors == {"crash.png": "decoding it crashes the process with SIGSEGV; repair or remove the file"}
+    assert len(read_rows(out)) == 6

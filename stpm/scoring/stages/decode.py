@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition
@@ -24,12 +24,15 @@ from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_passthrough
+from stpm.scoring.stages.decoding_child import check_in_child
 from stpm.scoring.stages.outcomes import error_columns, external_errors
 from stpm.scoring.stages.time_limit import run_within
 
 _FETCHERS = 8
 # Files up to this size are fetched side by side. A larger one is fetched when it is its turn to be decoded.
 _SMALL_FILE_BYTES = 16 * 2**20
+# From this repetition of a task on, try each image in a child process: an image may have crashed the task's process.
+_CAREFUL_FROM = 2
 # Maximum memory of a task: its small files, and the largest file and image.
 TASK_BYTES = _FETCHERS * _SMALL_FILE_BYTES + MAX_BYTES + DECODING_BYTES
 
@@ -42,6 +45,7 @@ class Decode:
         seconds: limit for fetching one image, and again for decoding it. Waiting for the others does not count.
         fetchers: images that one task fetches at the same time.
         progress: gets the CPU time and the failures of each batch.
+        count_repetitions: returns how often Ray has repeated the task that calls this.
     """
 
     def __init__(
@@ -50,8 +54,10 @@ class Decode:
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
         progress: ProgressReporter | None = None,
+        count_repetitions: Callable[[], int] = lambda: 0,
     ) -> None:
         self._progress = progress
+        self._count_repetitions = count_repetitions
         self._preprocessing = dict(preprocessing)
         self._seconds = seconds
         self._fetchers = fetchers
@@ -60,7 +66,10 @@ class Decode:
         began = time.process_time()
         turn = _Turn()
         rows = batch.select(MANIFEST.names).to_pylist()
-        tasks = [_ImageTask(row, self._preprocessing.get(row["category"]), turn, self._seconds) for row in rows]
+        careful = self._count_repetitions() >= _CAREFUL_FROM
+        tasks = [
+            _ImageTask(row, self._preprocessing.get(row["category"]), turn, self._seconds, careful) for row in rows
+        ]
         outcomes = run_within(self._fetchers, tasks)
         computed = time.process_time() - began
         prometheus.count_stage_seconds("decode", computed)
@@ -116,13 +125,14 @@ class _ImageTask:
     """Fetch and decode the image of one row of MANIFEST; call it in a thread.
 
     `preprocessing` is None if the category has no model; `turn` is held while one of a batch's images is decoded;
-    `limit` is that of each step, in seconds.
+    `limit` is that of each step, in seconds; with `careful` a child process decodes the image first.
     """
 
     row: Mapping[str, Any]
     preprocessing: Preprocessing | None
     turn: _Turn
     limit: float
+    careful: bool
     _step: str = "fetch"
     # When the step began; infinity: it waits.
     _since: float = math.inf
@@ -147,6 +157,8 @@ class _ImageTask:
                     self._begin("fetch")
                     data = image_files.read(image)
                 self._begin("decode")
+                if self.careful:
+                    check_in_child(data, self.preprocessing)
                 return images.decode(data, self.preprocessing)
         except ImageError as error:
             return error

@@ -1,0 +1,42 @@
+"""Decode an image in a child process: an image that crashes the decoder ends the child, and becomes an error.
+
+Ray repeats a task whose process has ended. Without this, a file that crashes the decoder would end one process after
+another, and none of the images around it would get a row.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+from stpm.data import images
+from stpm.errors import ImageError
+from stpm.method.preprocessing import Preprocessing
+from stpm.records import from_json, to_json
+
+
+def check_in_child(data: bytes, preprocessing: Preprocessing) -> None:
+    """Decode an image in a child process, and discard the result.
+
+    Raises:
+        ImageError: if that crashes the child. SIGKILL is no crash: it comes from outside, as when memory is short.
+    """
+    ran = subprocess.run(  # noqa: S603  no shell, and no other program than this one
+        [sys.executable, "-m", __name__, to_json(preprocessing, indent=None).decode()],
+        input=data,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if ran.returncode < 0 and ran.returncode != -signal.SIGKILL:
+        name = signal.Signals(-ran.returncode).name
+        raise ImageError("unforeseen", f"decoding it crashes the process with {name}; repair or remove the file")
+
+
+if __name__ == "__main__":
+    with suppress(ImageError):
+        images.decode(sys.stdin.buffer.read(), from_json(Preprocessing, sys.argv[1].encode()))
