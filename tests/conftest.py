@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,10 @@ from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.options import Integers, Size
+
+# Processes of tests share the cores, and threads that wait for each other spin. Jobs choose their own number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 # Tests check what jobs log.
 logging.getLogger("stpm").setLevel(logging.INFO)

@@ -114,7 +114,16 @@ def options(s3: dict[str, str]) -> list[str]:
     if not storage.exists("s3://bucket/models"):
         make_category("s3://bucket/data", "nut", good=150, defects=50)
         fit("s3://bucket/data", "s3://bucket/models")
-    return ["--models", "s3://bucket/models", "--images", "s3://bucket/data/nut/test", "--category", "nut"]
+    return [
+        "--models",
+        "s3://bucket/models",
+        "--images",
+        "s3://bucket/data/nut/test",
+        "--category",
+        "nut",
+        "--scorers",
+        "1",
+    ]
 
 
 def check_rows(out: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import random
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ pytestmark = pytest.mark.cluster
 
 # Every pair if kills are repeated, otherwise each victim and each store once.
 VICTIMS = [(SCORER, "s3"), (DECODER, "local"), *([(SCORER, "local"), (DECODER, "s3")] if len(KILLS) > 1 else [])]
+END_OF_DRIVER = {DECODER: kill_tree, SCORER: subprocess.Popen.kill}
 IMAGES = 1000
 # With few rows per file and two segments, a kill finds some of them written, some half written and some not begun.
 OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--segment-rows", "600"]
@@ -113,14 +113,14 @@ def summary(out: str) -> RunResult:
     return replace(RunState(out).result(), seconds=0.0, statistics=RunStatistics())
 
 
-def wait_for_rows(out: str, min_files: int) -> None:
-    """Wait until this number of files of rows is written."""
+def count_files(out: str) -> int:
+    """Count the files of rows that are written."""
+    segments = [uri for uri in storage.files(RunOutput.single(out).segments) if uri.endswith(".json")]
+    return len(checkpoints(RunOutput.single(out))) + SEGMENT_FILES * len(segments)
 
-    def written() -> int:
-        segments = [uri for uri in storage.files(RunOutput.single(out).segments) if uri.endswith(".json")]
-        return len(checkpoints(RunOutput.single(out))) + SEGMENT_FILES * len(segments)
 
-    wait_until(lambda: written() >= min_files, "no rows were written")
+def wait_for_files(out: str, count: int) -> None:
+    wait_until(lambda: count_files(out) >= count, "no rows were written")
 
 
 def kill_one(driver: int, title: str) -> None:
@@ -147,22 +147,11 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize(("victim", "out"), VICTIMS, indirect=["out"])
-def test_scoring_with_a_killed_process_gives_the_same_rows(kill: int, victim: str, run: Path, out: str) -> None:
-    process = start_job("score", *arguments(run, out))
-    # Decoding runs ahead, and has ended before most rows are written.
-    wait_for_rows(out, random.randint(1, MAX_FILES) if victim == SCORER else 0)
-    kill_one(process.pid, f"ray::{victim}")
-    wait_for_success(process)
-    check_same(run, out)
-
-
 # Of a driver that is killed alone, the processes that it started go on for a moment.
 @pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize(("out", "end"), [("local", kill_tree), ("s3", subprocess.Popen.kill)], indirect=["out"])
-def test_a_second_run_is_refused_and_the_one_after_a_killed_driver_scores_the_rest(
-    kill: int, run: Path, out: str, end: Callable[[subprocess.Popen[str]], None]
+@pytest.mark.parametrize(("victim", "out"), VICTIMS, indirect=["out"])
+def test_a_second_run_is_refused_and_after_kills_each_row_is_there_once(
+    kill: int, victim: str, run: Path, out: str
 ) -> None:
     first = start_job("score", *arguments(run, out))
     time.sleep(1)
@@ -172,11 +161,16 @@ def test_a_second_run_is_refused_and_the_one_after_a_killed_driver_scores_the_re
     assert loser.returncode == 1
     assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
 
-    wait_for_rows(out, random.randint(1, MAX_FILES))
+    wait_for_files(out, random.randint(1, MAX_FILES))
     time.sleep(random.uniform(0, 0.5))
-    end(winner)
+    END_OF_DRIVER[victim](winner)
     assert not storage.exists(f"{out}/_SUCCESS")
-    log = score(run, out)
+    before = count_files(out)
+    process = start_job("score", *arguments(run, out))
+    if victim == SCORER:
+        wait_until(lambda: count_files(out) != before, "no rows were written")
+    kill_one(process.pid, f"ray::{victim}")
+    log = wait_for_success(process)
     winner.communicate()
     assert "is held by" not in log
     assert "are scored already" in log

@@ -133,6 +133,7 @@ def test_submitted_jobs_succeed_and_export_what_the_dashboard_draws(cluster: dic
 
     make_images("s3://bucket/images", 600, broken=range(0, 600, 100))
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", "s3://bucket/scored"]
+    options += ["--scorers", "1"]
     with count(metrics) as seen:
         score = submit(cluster, "score", *options)
     assert score.returncode == 0
@@ -149,7 +150,7 @@ def test_a_stopped_job_is_continued_by_the_next_one(cluster: dict[str, str]) -> 
     """Uses the models and the images of the test before."""
     out = "s3://bucket/stopped"
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", out]
-    options += ["--rows-per-file", "32", "--scoring-batch-size", "1"]
+    options += ["--rows-per-file", "32", "--scoring-batch-size", "1", "--scorers", "1"]
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
     wait_until(lambda: bool(checkpoints(RunOutput.single(out))), "no rows were written")
