@@ -251,7 +251,9 @@ def hold_lease(folder: str, wait: bool) -> Iterator[None]:
     try:
         lease.acquire(wait)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written to: {error}") from error
+        raise ConfigError(
+            f"{folder}: cannot be written to: {error}; check the disk, and what the credentials allow"
+        ) from error
     ended = threading.Event()
     threads = [threading.Thread(target=target, args=(lease, ended), daemon=True) for target in (_renew, _watch)]
     for thread in threads:

@@ -231,10 +231,11 @@ def ground_truth(row: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
     try:
         mask = images.decode_mask(read_uri(row["mask"]))
     except ImageError as error:
-        raise DataError(f"mask {row['mask']} cannot be read: {error}") from error
+        raise DataError(f"mask {row['mask']} cannot be read: {error}; repair or remove it") from error
     if mask.shape != shape:
         height, width = mask.shape
         raise DataError(
-            f"mask {row['mask']} is {width}×{height}, its image {row['uri']} {row['width']}×{row['height']}"
+            f"mask {row['mask']} is {width}×{height}, its image {row['uri']} {row['width']}×{row['height']}; "
+            "give one of the image's size"
         )
     return mask

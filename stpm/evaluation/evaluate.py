@@ -94,7 +94,7 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
         storage.publish(storage.join(out, name), content)
     log.info(f"\n{report.text()}\n")
     for line in shortfalls:
-        log.info(f"falls short: {line}")
+        log.error(f"falls short: {line}")
     log.info(f"the report is {storage.join(out, 'report.html')}, with .json, .parquet and .md beside it")
     code = exit_code(len(report.results), len(report.failures))
     return SOME_FAILED if code == ALL_DONE and shortfalls else code

@@ -36,7 +36,7 @@ class ReportOptions(Options):
     require: Names = option(
         Names(),
         "values that must be reached, separated by commas or each with its own --require: mean.image_auroc=0.95; "
-        "image_false_alarm_rate is a limit from above. Exit code 2 if one is not",
+        "image_false_alarm_rate must be at most its value. Exit code 2 if one is not reached",
     )
     baseline: str = option("", "report.json of an earlier run, whose values must be reached")
-    tolerance: float = option(0.01, "how far a value may fall short of the baseline's", minimum=0)
+    tolerance: float = option(0.01, "largest shortfall from a baseline's value: 0.01 accepts 0.94 for 0.95", minimum=0)

@@ -9,7 +9,7 @@ grouping. Each metric has a bound on what ties may have changed, computed from t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,15 +66,15 @@ class PixelCounts:
         """Add up the counts of two sets of images."""
         lost = max(self.lost_bits, other.lost_bits)
         one, two = self._with_lost_bits(lost), other._with_lost_bits(lost)
-        return _grouped(
-            np.concatenate([one.keys, two.keys]),
-            np.concatenate([one.good, two.good]),
-            np.concatenate([one.defect, two.defect]),
-            np.concatenate([one.overlap, two.overlap]),
-            one.regions + two.regions,
-            lost,
-            self.max_keys,
-        )._within_max_keys()
+        joined = replace(
+            one,
+            keys=np.concatenate([one.keys, two.keys]),
+            good=np.concatenate([one.good, two.good]),
+            defect=np.concatenate([one.defect, two.defect]),
+            overlap=np.concatenate([one.overlap, two.overlap]),
+            regions=one.regions + two.regions,
+        )
+        return joined._merged()._within_max_keys()
 
     def auroc(self) -> Bounded:
         """Compute the area under the ROC curve over pixels, ties counting half."""
@@ -162,7 +162,18 @@ class PixelCounts:
         if lost_bits == self.lost_bits:
             return self
         keys = self.keys >> np.uint32(lost_bits - self.lost_bits)
-        return _grouped(keys, self.good, self.defect, self.overlap, self.regions, lost_bits, self.max_keys)
+        return replace(self, keys=keys, lost_bits=lost_bits)._merged()
+
+    def _merged(self) -> PixelCounts:
+        """Add up the counts of equal keys."""
+        distinct, inverse = np.unique(self.keys, return_inverse=True)
+
+        def summed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.bincount(inverse, values, minlength=len(distinct))
+
+        # Sums of whole numbers are exact in float64 up to 2^53 pixels.
+        good, defect = summed(self.good).astype(np.int64), summed(self.defect).astype(np.int64)
+        return replace(self, keys=distinct, good=good, defect=defect, overlap=summed(self.overlap))
 
 
 def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_keys: int = MAX_KEYS) -> PixelCounts:
@@ -187,29 +198,9 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
         raise UndefinedMetricError("a score is not finite")
     weights, regions = zip(*map(_region_weights, masks), strict=True) if len(masks) else ((), ())
     defect = _joined(masks, np.bool_)
-    return _grouped(
-        _ordered_bits(scores), ~defect, defect, _joined(weights, np.float64), sum(regions), 0, max_keys
-    )._within_max_keys()
-
-
-def _grouped(
-    keys: npt.NDArray[np.uint32],
-    good: npt.NDArray[Any],
-    defect: npt.NDArray[Any],
-    overlap: npt.NDArray[np.float64],
-    regions: int,
-    lost_bits: int,
-    max_keys: int,
-) -> PixelCounts:
-    """Add up the counts of equal keys."""
-    distinct, inverse = np.unique(keys, return_inverse=True)
-
-    def summed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.bincount(inverse, values, minlength=len(distinct))
-
-    # Sums of whole numbers are exact in float64 up to 2^53 pixels.
-    good, defect = summed(good).astype(np.int64), summed(defect).astype(np.int64)
-    return PixelCounts(distinct, good, defect, summed(overlap), regions, lost_bits, max_keys)
+    overlap = _joined(weights, np.float64)
+    counts = PixelCounts(_ordered_bits(scores), ~defect, defect, overlap, sum(regions), max_keys=max_keys)
+    return counts._merged()._within_max_keys()
 
 
 def _ordered_bits(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:

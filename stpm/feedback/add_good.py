@@ -72,7 +72,7 @@ def add_good(
         log.info(f"left out, since only images with label 'good' are added: {counts}")
     if refused:
         reasons = join_first([f"{uri}: {reason}" for uri, reason in refused.items()])
-        log.info(f"left out, since they cannot be used: {len(refused)}: {reasons}")
+        log.error(f"left out, since they cannot be used: {len(refused)}: {reasons}")
     done = sum(new.known + (0 if category in failures else len(new.uris)) for category, new in found.items())
     return done, len(refused)
 

@@ -57,7 +57,7 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
     found = dict(zip(names, storage.in_parallel(read, names), strict=True))
     failures = {name: str(result) for name, result in found.items() if isinstance(result, Exception)}
     for name, reason in failures.items():
-        log.info(f"{name}: failed: {reason}", extra={"category": name})
+        log.error(f"{name}: failed: {reason}", extra={"category": name})
     return [result for result in found.values() if isinstance(result, mvtec.Category)], failures
 
 
@@ -119,7 +119,9 @@ def fit_categories(
         plans = storage.in_parallel(plan, makers)
         for each in plans:
             if each.message:
-                log.info(f"{each.task.key}: {each.message}", extra={"category": each.task.category})
+                failed = each.result and not each.result.record
+                level = logging.ERROR if failed else logging.INFO
+                log.log(level, f"{each.task.key}: {each.message}", extra={"category": each.task.category})
         results = [each.result for each in plans if each.result]
         unfinished = [each.task for each in plans if not each.result]
         if unfinished:

@@ -60,8 +60,8 @@ class WorkerOptions(Options):
 
     workers: int = option(
         0,
-        "workers that fit in parallel; 0: one per category and seed, but no more than the GPUs (see "
-        "--gpus-per-worker), or without GPUs the CPU cores, allow",
+        "workers that fit in parallel, at most; 0: one per category and seed, but at most one per GPU (see "
+        "--gpus-per-worker), or without GPUs one per CPU core",
         minimum=0,
     )
     gpus_per_worker: float = option(

@@ -77,7 +77,7 @@ class FitProgress:
         progress = self._tasks[result.task.key]
         progress.ended = True
         self._log_epochs(progress)
-        self._log(result.task, _describe(result))
+        self._log(result.task, _describe(result), logging.INFO if result.record else logging.ERROR)
 
     def _add_epoch(self, progress: _TaskProgress, epoch: Epoch) -> None:
         if progress.epochs and epoch.number <= progress.epochs[-1].number:

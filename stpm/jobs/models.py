@@ -26,10 +26,10 @@ def run_models(options: ModelsOptions) -> int:
     store = ModelStore(options.models)
     changes = options.roll_back or options.roll_forward or options.keep > 0
     if not storage.exists(store.uri):
-        raise DataError(f"{store.uri}: no such folder")
+        raise DataError(f"{store.uri}: no such folder; give the --models of the fit job")
     categories = list(dict.fromkeys(options.categories)) if options.names_categories else store.categories()
     if not categories:
-        raise DataError(f"{store.uri}: no category has a model there")
+        raise DataError(f"{store.uri}: no category has a model there; fit one with jobs/fit.py")
     failed = set()
     with hold_lease(storage.output_folder(options.models), options.wait) if changes else nullcontext():
         for category in categories:
@@ -37,7 +37,7 @@ def run_models(options: ModelsOptions) -> int:
                 _change(store, category, options)
             except (DataError, ModelError) as error:
                 failed.add(category)
-                log.info(f"{category}: failed: {error}", extra={"category": category})
+                log.error(f"{category}: failed: {error}", extra={"category": category})
     done = [category for category in categories if category not in failed]
     if done:
         log.info(f"\n{models_table(store, done, options.false_alarm_rate)}\n")

@@ -23,6 +23,7 @@ from stpm.monitoring.update_records import update_records
 from stpm.monitoring.webhook import post
 from stpm.options import ClusterOptions
 from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.run_statistics import too_many_errors
 from stpm.scoring.scorer_pool import describe_plan
 from stpm.times import timestamp
 
@@ -72,7 +73,9 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     night = nights[date]
     log.info(headline(night))
     failed = any(nights[day].problem or nights[day].unfinished for day in dates if day in nights)
-    failed |= night.error_count > job.options.max_error_rate * night.images
+    if night.error_count > job.options.max_error_rate * night.images:
+        log.error(too_many_errors(night.error_count, night.images, job.options.max_error_rate))
+        failed = True
     if job.options.keep_days and night.scored:
         # Remove nothing after a night without images: --date may be mistyped.
         failed |= not _remove_old_nights(job, date, nights)
@@ -80,7 +83,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
         if day < min(dates) and nights[day].unfinished:
             log.warning(
                 f"{nights[day].unfinished} images of {day} have no row, and --look-back does not reach it; "
-                f"start with --date {day}"
+                f"run the same command with --date {day}"
             )
     created = timestamp()
     shown = [nights[day] for day in sorted(nights)][-job.monitoring.nights :]

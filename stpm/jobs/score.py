@@ -28,7 +28,7 @@ from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
-from stpm.scoring.run_statistics import RunResult
+from stpm.scoring.run_statistics import RunResult, too_many_errors
 from stpm.scoring.scorer_pool import describe_plan
 from stpm.scoring.scoring_run import ScoringRun
 
@@ -83,7 +83,7 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     if collection.dry_run:
         dry_run(run)
         return ALL_DONE
-    with with_remedy("give another --out, or --fresh to start over"):
+    with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
         result, models = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
         return SOME_FAILED
@@ -92,7 +92,10 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     _log_result(result, run.output)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
-    return SOME_FAILED if result.error_count > collection.max_error_rate * result.rows else ALL_DONE
+    if result.error_count > collection.max_error_rate * result.rows:
+        log.error(too_many_errors(result.error_count, result.rows, collection.max_error_rate))
+        return SOME_FAILED
+    return ALL_DONE
 
 
 def _manifest_rows(config: ScoringConfig, lines: IO[str]) -> Iterator[pa.Table]:

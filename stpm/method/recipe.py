@@ -36,7 +36,13 @@ class Recipe(Options):
         "height x width of the networks' input in pixels, such as 640x256; one number: a square; `auto`: the training "
         "images' median proportions and number of pixels, at least 65536 and at most --pixels, in multiples of 32",
     )
-    pixels: int = option(163_840, "largest number of input pixels when size is auto", minimum=1024, maximum=MAX_SIDE**2)
+    pixels: int = option(
+        163_840,
+        "largest number of input pixels when size is auto; more show smaller defects, and cost time and memory in "
+        "proportion",
+        minimum=1024,
+        maximum=MAX_SIDE**2,
+    )
     resize: Resize = option(
         "stretch",
         "`stretch`: scale the whole image to the input; `crop`: take the largest central part with the input's "

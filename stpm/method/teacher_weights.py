@@ -100,7 +100,8 @@ def _download(teacher: str, levels: tuple[int, ...]) -> StateDict:
     except Exception as error:
         raise ConfigError(
             f"teacher {teacher!r}: timm could not provide its weights ({type(error).__name__}: {error}); name a tag "
-            "that timm lists, allow this machine to reach the Hugging Face Hub, or give --teacher-weights FILE"
+            "that timm lists, allow this machine to reach the Hugging Face Hub, or give --teacher-weights FILE, or "
+            "--teacher demo, which needs no network"
         ) from error
     state: StateDict = net.state_dict()
     return state

@@ -288,7 +288,9 @@ class ModelStore:
         try:
             record = _read_record(ModelRecord, uri)
         except FileNotFoundError as error:
-            raise ModelDamagedError(f"{self.uri}: no model {model_id} for category {category!r}") from error
+            raise ModelDamagedError(
+                f"{self.uri}: no model {model_id} for category {category!r}; {self._list_command()} lists the others"
+            ) from error
         if (record.category, record.model_id) != (category, model_id):
             # A copied folder, or a disk where names that differ only in case are one.
             raise ModelDamagedError(
@@ -387,7 +389,7 @@ def _read(uri: str) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ModelUnreadableError(f"{uri}: cannot be read: {error}") from error
+        raise ModelUnreadableError(f"{uri}: cannot be read: {error}; run the same command again when it can") from error
 
 
 def _read_record(kind: type[T], uri: str) -> T:

@@ -60,7 +60,7 @@ class Versions:
             ModelError: if there is none.
         """
         if not self.previous:
-            raise ModelError(f"no model was current before {self.current.model_id}")
+            raise ModelError(f"no model was current before {self.current.model_id}: there is none to roll back to")
         return Versions(self.previous[-1], self.previous[:-1], (self.current, *self.next))
 
     def roll_forward(self) -> Versions:
@@ -70,7 +70,10 @@ class Versions:
             ModelError: if there is none.
         """
         if not self.next:
-            raise ModelError(f"no model was rolled back or staged since {self.current.model_id} became current")
+            raise ModelError(
+                f"no model was rolled back or staged since {self.current.model_id} became current: there is none to "
+                "roll forward to"
+            )
         return Versions(self.next[0], (*self.previous, self.current), self.next[1:])
 
     def forget(self, keep: int) -> Versions:

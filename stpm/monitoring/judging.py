@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from stpm.monitoring.change import Change
-from stpm.monitoring.drift import Counts, Sample, Verdict, judge
+from stpm.monitoring.drift import Sample, Verdict, judge
 from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.monitoring.options import MonitoringOptions
 from stpm.monitoring.references import ModelReference
@@ -20,7 +19,7 @@ def judge_categories(
     earlier: Sequence[Night],
     options: MonitoringOptions,
 ) -> dict[str, CategoryRecord]:
-    """Return the categories of a night with their verdicts.
+    """Return the categories of a night with their verdicts. Images whose model cannot be read are a reason to act.
 
     Args:
         records: of all categories of the night, without verdicts.
@@ -32,28 +31,13 @@ def judge_categories(
     tests, rate = len(records) * options.nights, options.false_verdict_rate
     judged = {}
     for name, record in records.items():
-        past = _judged_nights(earlier, name)
-        verdict = _judge_category(record, samples[name], references[name], past, tests=tests, false_verdict_rate=rate)
+        model = references[name]
+        if record.images and model.problem:
+            change = Change("model", "act", p_value=0.0, size=1.0, text=model.problem)
+            verdict = Verdict("act", (change,))
+        else:
+            # Images may be missing from nights that were not judged.
+            past = {n.day: each for n in earlier if (each := n.categories.get(name)) and each.verdict}
+            verdict = judge(record, samples[name], past, model.reference, tests=tests, false_verdict_rate=rate)
         judged[name] = replace(record, verdict=verdict)
     return judged
-
-
-def _judged_nights(earlier: Iterable[Night], category: str) -> dict[datetime.date, Counts]:
-    """Return the earlier nights of a category that were judged: from the others, images may be missing."""
-    found = [(night.day, night.categories.get(category)) for night in earlier]
-    return {date: record for date, record in found if record and record.verdict}
-
-
-def _judge_category(
-    record: CategoryRecord,
-    sample: Sample,
-    model: ModelReference,
-    earlier: Mapping[datetime.date, Counts],
-    *,
-    tests: int,
-    false_verdict_rate: float,
-) -> Verdict:
-    """Judge a category's night by `drift.judge`; images whose model cannot be read are a reason to act."""
-    if record.images and model.problem:
-        return Verdict("act", (Change("model", "act", p_value=0.0, size=1.0, text=model.problem),))
-    return judge(record, sample, earlier, model.reference, tests=tests, false_verdict_rate=false_verdict_rate)

@@ -47,6 +47,12 @@ class NightFolder(NamedTuple):
         """List the outputs of the runs whose list of images is fixed, oldest first."""
         return [output for output in self.outputs() if read_manifest(output.manifest)]
 
+    def how_to_start_over(self) -> str:
+        """Say how to score the night again."""
+        return (
+            f"run the same command with --date {self.date} --fresh, which removes the night's rows and scores it again"
+        )
+
     def output(self, number: int) -> RunOutput:
         """Return the output of a run."""
         return RunOutput.named(self.uri, f"{number:03}")

@@ -172,11 +172,10 @@ def read_night(folder: NightFolder) -> Night | None:
         return None
     except ValueError as error:
         raise DataError(
-            f"{uri} is not a record of a night: {error}; remove it, or start with --date {folder.date} "
-            "--fresh, which replaces it and scores the night again"
+            f"{uri} is not a record of a night: {error}; remove it, or {folder.how_to_start_over()}"
         ) from error
     if night.date != folder.date.isoformat():
-        raise DataError(f"{uri} is the record of another night, {night.date}")
+        raise DataError(f"{uri} is the record of another night, {night.date}; remove it, or rename its folder")
     return night
 
 

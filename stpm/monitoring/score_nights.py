@@ -142,13 +142,13 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
     with ExitStack() as connection:
         for date in dates:
             try:
-                with with_remedy(f"start with --date {date} --fresh"):
+                with with_remedy(NightFolder.of(job.out, date).how_to_start_over()):
                     fresh = job.options.fresh and date == dates[0]
                     job.score(NightFolder.of(job.out, date), connection, fresh=fresh)
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
                 problem = as_utf8(str(error))
                 problems[date] = problem
-                log.info(f"{date}: {problem}")
+                log.error(f"{date}: {problem}")
                 if isinstance(error, CutOffError):
                     # Storage, a node or Ray failed, and would fail again.
                     skipped = [day for day in dates if day < date]

@@ -32,7 +32,7 @@ def update_records(
             continue
         earlier = [nights[day] for day in sorted(nights) if day < date][-count:]
         try:
-            with with_remedy(f"start with --date {date} --fresh"):
+            with with_remedy(folder.how_to_start_over()):
                 nights[date] = night = _update_record(job, folder, earlier, problems.get(date, ""))
             # Write no record for a day without images: --date may be mistyped.
             if folder in folders or night.categories or night.problem:
@@ -40,7 +40,7 @@ def update_records(
         except (ConfigError, DataError, OSError) as error:
             # Storage failed, or the record or a file of the runs is damaged: keep the record.
             nights[date] = Night(date.isoformat(), job.sources(date), problem=as_utf8(str(error)))
-            log.info(f"{date}: {nights[date].problem}")
+            log.error(f"{date}: {nights[date].problem}")
     return nights
 
 

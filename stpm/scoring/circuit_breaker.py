@@ -27,4 +27,4 @@ class CircuitBreaker:
 
     def __str__(self) -> str:
         failed, images = sum(self._failed), len(self._failed)
-        return f"{failed} of the latest {images} images failed, the last one as {self._last_error}"
+        return f"{failed} of the latest {images} images failed, the last one with {self._last_error}"

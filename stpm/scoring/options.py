@@ -53,7 +53,9 @@ class CollectionOptions(Options):
     dry_run: bool = option(
         False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
     )
-    fresh: bool = option(False, "remove what earlier runs wrote to the run folder, and start over")
+    fresh: bool = option(
+        False, "remove what earlier runs wrote to the run folder, and score all images again with the current models"
+    )
     wait: bool = option(False, WAIT_HELP)
     max_error_rate: float = option(
         0.01, "fraction of images, 0 to 1, that may be errors before the exit code is 2", minimum=0, maximum=1
@@ -76,7 +78,11 @@ class OutputOptions(Options):
     overlay: bool = option(
         False, "write beside each heatmap a JPEG of the image with the heatmap drawn over it, in its own proportions"
     )
-    raw_maps: bool = option(False, "keep each anomaly map as float32 in the Parquet files")
+    raw_maps: bool = option(
+        False,
+        "keep each anomaly map as float32 in the Parquet files: 4 bytes for each input pixel, 0.6 MB an image with "
+        "preset default",
+    )
     partition_by: PartitionBy = option(
         "none", "category: write the Parquet files of each category to a folder of their own, scores/category=<name>/"
     )
@@ -100,7 +106,8 @@ class ScoreOptions(Options):
     )
     model_ram_gib: float = option(
         1.0,
-        "GiB of RAM, or of GPU RAM, for the models and teachers that a scorer keeps loaded, the latest used ones",
+        "GiB of RAM, or of GPU RAM, for the models and teachers that a scorer keeps loaded; beyond it the least "
+        "recently used ones are dropped, and loaded again when needed",
         minimum=0,
     )
     image_seconds: float = option(
@@ -124,7 +131,7 @@ class ScoreOptions(Options):
     )
     segment_rows: int = option(
         2_000_000,
-        "images of a segment, at most: the part of a run that is planned, executed and committed at a time; a resumed "
-        "run keeps the value that it began with",
+        "images that are planned, scored and committed at a time, at most; with more, scorers start less often, and "
+        "the driver takes more RAM; a resumed run keeps the value that it began with",
         minimum=1,
     )

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
 from stpm.cluster.placement import nodes_for_plan
-from stpm.errors import GO_ON, CutOffError
+from stpm.errors import CutOffError
 from stpm.method.backend import resolve_backend
 from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
@@ -119,8 +119,8 @@ def score_shards(
         except RayError as error:
             if stop_reason := progress.read().stop_reason:
                 raise CutOffError(
-                    f"scoring was stopped: {stop_reason}; {GO_ON} when what failed is repaired, or with "
-                    "--accept-errors to write such errors as rows"
+                    f"scoring was stopped: {stop_reason}. Repair that, and run the same command again: what was done "
+                    "is kept. With --accept-errors such errors become rows"
                 ) from error
             raise
 

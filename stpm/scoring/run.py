@@ -68,7 +68,10 @@ def _read_finished(state: RunState) -> RunResult | None:
     """Read the result of a finished run; None if it is not finished."""
     if not state.is_finished():
         return None
-    log.info(f"all images of this run are scored already; its result is in {state.uri}")
+    log.info(
+        f"all images of this run are scored already; its result is in {state.uri}. Files that came after it began are "
+        "not in it"
+    )
     return state.result()
 
 
@@ -149,8 +152,8 @@ def _check_shards(shards: Sequence[Shard]) -> None:
 
 def _log_unfinished(count: int, examples: Iterable[UnfinishedImage]) -> None:
     for image in examples:
-        log.info(str(image))
-    log.info(
+        log.error(str(image))
+    log.error(
         f"{count} images are unfinished, because storage, a model or a device failed: run the same command again "
         "to try them again, or with --accept-errors to write such errors as rows"
     )

@@ -106,3 +106,10 @@ class RunResult:
         """Images per second without the start of the run, or those of all of it if it was too short to tell."""
         whole = self.statistics.images / self.seconds if self.seconds else 0.0
         return self.statistics.steady_images_per_second or whole
+
+
+def too_many_errors(errors: int, images: int, max_rate: float) -> str:
+    """Say why a job ends with an exit code other than 0, though all images have rows."""
+    return (
+        f"{errors} of {images} images are errors, more than --max-error-rate {max_rate:g}: see error_kind in the rows"
+    )

@@ -173,7 +173,7 @@ def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     assert job.names(DATE) == ["b"]
     problem = record(job, BEFORE).problem
     assert "holds the rows of another run: category was '' and is 'nut'" in problem
-    assert problem.endswith("; start with --date 2026-11-23 --fresh")
+    assert "; run the same command with --date 2026-11-23 --fresh, which" in problem
     assert record(job, BEFORE).categories["nut"].images == judged.images + 1
     assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
 
@@ -186,7 +186,7 @@ def test_a_damaged_record_is_named_and_written_over_only_by_fresh(job: Nightly) 
     assert storage.read(uri) == b"mine"
     html = storage.read(f"{job.out}/nightly.html").decode()
     assert "night.json is not a record of a night" in html
-    assert "start with --date 2026-11-24 --fresh" in html
+    assert "run the same command with --date 2026-11-24 --fresh" in html
     assert job(fresh=True) == 0
     assert record(job).images == 1
 
@@ -295,7 +295,10 @@ def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> 
     assert record(job).images == 1
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
     assert files[0].removeprefix("/") in nights[0]["problem"]
-    assert nights[0]["problem"].endswith("; restore the files, or start with --date 2026-11-23 --fresh")
+    assert nights[0]["problem"].endswith(
+        "; restore the files, or run the same command with --date 2026-11-23 --fresh, which removes the night's rows "
+        "and scores it again"
+    )
 
 
 @pytest.mark.parametrize("file", ["run.json", "manifest/000000.parquet", "manifest/manifest.json"])
@@ -315,7 +318,7 @@ def test_a_wrong_file_of_an_earlier_night_is_its_problem_alone(job: Nightly, fil
     assert record(job).images == 1
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
     assert uri.removeprefix("/") in nights[0]["problem"]
-    assert nights[0]["problem"].endswith("--date 2026-11-23 --fresh")
+    assert " run the same command with --date 2026-11-23 --fresh, which removes" in nights[0]["problem"]
 
 
 def test_a_damaged_run_of_the_night_itself_is_started_over_as_its_problem_says(job: Nightly) -> None:
@@ -325,7 +328,7 @@ def test_a_damaged_run_of_the_night_itself_is_started_over_as_its_problem_says(j
     assert job() == 3
     text = storage.read(f"{job.out}/nightly.html").decode()
     assert "manifest.json is damaged" in text
-    assert "start with --date 2026-11-24 --fresh" in text
+    assert "run the same command with --date 2026-11-24 --fresh" in text
     assert "--out" not in text
     assert job(fresh=True) == 0
     assert job.names() == ["a", "b"]

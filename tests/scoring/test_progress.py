@@ -57,7 +57,7 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
         failed = BatchReport("decode", RunStatistics(), 64, ["unreadable: expired"] * 64, unfinished)
         reasons.append(actor.add(failed))
         assert patient.add(failed) == ""
-    assert reasons == ["", "", "", "256 of the latest 256 images failed, the last one as unreadable: expired"]
+    assert reasons == ["", "", "", "256 of the latest 256 images failed, the last one with unreadable: expired"]
     assert actor.read().unfinished == unfinished[:10]
     assert actor.read().stop_reason == reasons[-1]
 
@@ -118,7 +118,7 @@ def test_circuit_breaker_that_opens_on_a_good_batch_names_the_last_error() -> No
     breaker.add(90, ["error"] * 90)
     breaker.add(20, [])
     assert breaker.is_open
-    assert str(breaker) == "80 of the latest 100 images failed, the last one as error"
+    assert str(breaker) == "80 of the latest 100 images failed, the last one with error"
 
 
 def test_steady_speed_excludes_the_first_quarter() -> None:

@@ -254,7 +254,7 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     storage.remove(f"{tmp_path}/run/segments/000000.json")
     with pytest.raises(
         DataError,
-        match=r"/segments are of 0 rows, .*; restore the files, or give another --out, or --fresh to start over$",
+        match=r"/segments are of 0 rows, .*; restore the files, or give another --out, or --fresh, .* starts over$",
     ):
         score(fdr=0.2)
 
@@ -346,8 +346,14 @@ def test_a_run_without_all_rows_is_unfinished(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (b"PAR1", r"000000\.parquet, which lists images of this run, is damaged .*, or --fresh to start over$"),
-        (None, r"000000\.parquet, which lists images of this run, is damaged or missing .*, or --fresh to start over$"),
+        (
+            b"PAR1",
+            r"000000\.parquet, which lists images of this run, is damaged .*, or --fresh, .* starts over$",
+        ),
+        (
+            None,
+            r"000000\.parquet, which lists images of this run, is damaged or missing .*, or --fresh, .* starts over$",
+        ),
         (OSError("503 Slow Down"), "a task failed; what was done is kept; run the same command again to go on"),
     ],
 )

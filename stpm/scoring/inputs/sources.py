@@ -50,7 +50,9 @@ def image_rows(
             is_empty = False
             yield rows
         if is_empty:
-            raise NoImagesError(f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {TAR})")
+            raise NoImagesError(
+                f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {TAR}); is the path right, and mounted?"
+            )
 
 
 def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: Iterable[str]) -> Iterator[pa.Table]:
