@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -55,6 +56,7 @@ def measure_growth(
                 "twice": len(rows["uri"]) - len({*rows["uri"]}),
                 "missing": count - len({*rows["uri"]}),
                 "errors": sum(map(bool, rows["error_kind"])),
+                "images_per_second_by_quarter": speed_by_quarter(out / "scores", count),
             }
             job = 1000 * (cost["seconds"] - fewer_seconds) / (count - fewer)
             yield Measured(f"{fewer} to {count} images", "ms/image", job, first or job, details=cost | details)
@@ -63,6 +65,16 @@ def measure_growth(
         for count in category_counts:
             _, seconds, own = fit_tiny(root / f"categories-{count}", count)
             yield Measured(f"{count} categories", "ms/category", seconds * 1000 / count, own * 1000 / count)
+
+
+def speed_by_quarter(folder: Path, images: int) -> list[int]:
+    """Return the images per second in each quarter of a run, from the times at which its Parquet files were written.
+
+    The first quarter begins with the first file.
+    """
+    times = sorted(path.stat().st_mtime for path in folder.rglob("*.parquet"))
+    ends = [times[round((len(times) - 1) * quarter / 4)] for quarter in range(5)]
+    return [round(images / 4 / (end - start)) for start, end in pairwise(ends) if end > start]
 
 
 def fit_tiny(root: Path, count: int) -> tuple[Path, float, float]:

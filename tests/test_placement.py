@@ -68,11 +68,15 @@ def test_a_node_that_left_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_cpu_nodes_do_not_stand_in_for_a_gpu_node_that_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = {"CPU": 16.0}, {"CPU": 8.0, "GPU": 1.0}
-    found = iter([[cpu], [cpu], [cpu], [cpu, gpu]])
+    found = iter([[cpu], [cpu], [cpu], [cpu], [cpu, gpu]])
     request = Mock()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
     monkeypatch.setattr(placement, "request_resources", request)
     monkeypatch.setattr(placement, "_POLL_SECONDS", 0.0)
+    # No other node comes to a cluster on this machine.
+    assert placement.wait_for_nodes(ClusterOptions(first_node="gpu")) == [cpu]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert placement.wait_for_nodes(ClusterOptions()) == [cpu]
     request.assert_not_called()
     assert placement.wait_for_nodes(ClusterOptions(first_node="gpu")) == [cpu, gpu]

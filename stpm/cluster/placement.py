@@ -120,9 +120,12 @@ def first_bundle(kind: _NodeKind) -> dict[str, float]:
 
 
 def _nodes_with(kind: _NodeKind) -> list[Resources]:
-    """Return the resources of the nodes that can work if one of this kind is among them; otherwise none."""
+    """Return the resources of the nodes that can work if one of this kind is among them; otherwise none.
+
+    No other node comes to a cluster that this process has started: then the kind does not matter.
+    """
     nodes = working_nodes()
-    return nodes if kind != "gpu" or any(node.get("GPU", 0) > 0 for node in nodes) else []
+    return nodes if kind != "gpu" or not is_shared() or any(node.get("GPU", 0) > 0 for node in nodes) else []
 
 
 def _several_machines() -> bool:

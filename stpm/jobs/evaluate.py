@@ -19,7 +19,6 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.run_state import RunState
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[Model
         DataError: if the run is not finished.
         ModelError: if one of the models no longer exists.
     """
-    state = RunState(output.state_folder)
+    state = output.state
     uri, model_ids = state.store_and_model_ids()
     if not state.is_finished():
         raise DataError(f"{output.folder}: this run is not finished; run the score job again")

@@ -102,7 +102,7 @@ def _remove_old_nights(job: NightlyJob, date: datetime.date, nights: dict[dateti
     try:
         remove_nights_before(job.out, first)
     except (ConfigError, OSError) as error:
-        log.warning(f"old nights are not all removed: {error}")
+        log.error(f"old nights are not all removed: {error}")
         return False
     for day in [day for day in nights if day < first]:
         del nights[day]
@@ -119,6 +119,6 @@ def _post_webhook(webhook: str, message: bytes) -> bool:
     try:
         post(webhook, message, key)
     except WebhookError as error:
-        log.warning(f"{error}; start the job again to post it again")
+        log.error(f"{error}; start the job again to post it again")
         return False
     return True

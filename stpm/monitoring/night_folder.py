@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from stpm import storage
 from stpm.monitoring.options import parse_date
-from stpm.scoring.inputs.manifest import read_manifest
+from stpm.scoring.inputs.manifest import Manifest, read_manifest
 from stpm.scoring.output import RunOutput
-from stpm.scoring.run_state import RunState
 
 _PREFIX = "date="
 
@@ -43,9 +42,10 @@ class NightFolder(NamedTuple):
         dates = (parse_date(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
         return [cls.of(out, date) for date in dates if date]
 
-    def outputs_with_manifest(self) -> list[RunOutput]:
-        """List the outputs of the runs whose list of images is fixed, oldest first."""
-        return [output for output in self.outputs() if read_manifest(output.manifest)]
+    def manifests(self) -> dict[RunOutput, Manifest]:
+        """Read the manifests of the runs whose list of images is fixed, by their output, oldest first."""
+        found = {output: read_manifest(output.manifest) for output in self.outputs()}
+        return {output: manifest for output, manifest in found.items() if manifest}
 
     def how_to_start_over(self) -> str:
         """Say how to score the night again."""
@@ -65,5 +65,5 @@ class NightFolder(NamedTuple):
     def outputs(self) -> list[RunOutput]:
         """List the outputs to which a run wrote anything, oldest first."""
         outputs = [output for output in RunOutput.all_named(self.uri) if output.name.isdecimal()]
-        outputs = [output for output in outputs if RunState(output.state_folder).exists()]
+        outputs = [output for output in outputs if output.state.exists()]
         return sorted(outputs, key=lambda output: int(output.name))

@@ -19,11 +19,9 @@ from stpm.monitoring.references import ModelReference, choose_models, load_refer
 from stpm.monitoring.rows import RowCounter, read_rows
 from stpm.monitoring.significance import FloatArray
 from stpm.monitoring.top_images import top_images
-from stpm.scoring.inputs.manifest import read_manifest
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run_state import RunState
 
 
 def make_record(
@@ -52,9 +50,11 @@ def make_record(
     Raises:
         ConfigError, DataError: if files of a run are damaged.
     """
-    outputs = folder.outputs_with_manifest()
+    manifests = folder.manifests()
+    outputs = list(manifests)
     rows, error_examples = read_rows(outputs)
-    unfinished = _count_unfinished(outputs, rows.values())
+    listed = sum(manifest.rows for manifest in manifests.values())
+    unfinished = max(listed - sum(counter.images for counter in rows.values()), 0)
     # A judged night also judges categories without images tonight, by the model of the last night that scored some.
     models = choose_models(rows, outputs, () if night.problem or unfinished else earlier)
     references, problem = load_references(store, models)
@@ -81,14 +81,8 @@ def make_record(
 
 def _requested_rate(outputs: Iterable[RunOutput], default: float) -> float:
     """Return the false-alarm rate that the first run requested."""
-    rates = [RunState(output.state_folder).false_alarm_rate() for output in outputs]
+    rates = [output.state.false_alarm_rate() for output in outputs]
     return next((rate for rate in rates if rate is not None), default)
-
-
-def _count_unfinished(outputs: Iterable[RunOutput], rows: Iterable[RowCounter]) -> int:
-    """Count the images that the manifests list and that have no row."""
-    listed = sum(manifest.rows for output in outputs if (manifest := read_manifest(output.manifest)))
-    return max(listed - sum(counter.images for counter in rows), 0)
 
 
 def _category_record(

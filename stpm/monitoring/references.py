@@ -15,7 +15,6 @@ from stpm.monitoring.nights import Night
 from stpm.monitoring.rows import RowCounter
 from stpm.names import as_utf8
 from stpm.scoring.output import RunOutput
-from stpm.scoring.run_state import RunState
 
 
 class ModelReference(NamedTuple):
@@ -65,7 +64,7 @@ def _bound_models(outputs: Iterable[RunOutput]) -> dict[str, str]:
     """Return the id of each category's model in the latest run that has one."""
     bound: dict[str, str] = {}
     for output in outputs:
-        bound |= RunState(output.state_folder).model_ids() or {}
+        bound |= output.state.model_ids() or {}
     return bound
 
 

@@ -6,7 +6,7 @@ adds a run to the night's folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import numpy as np
@@ -14,10 +14,9 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.monitoring.night_folder import NightFolder
-from stpm.scoring.inputs.manifest import read_manifest, read_shard
+from stpm.scoring.inputs.manifest import Manifest, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import contains
-from stpm.scoring.run_state import RunState
 from stpm.scoring.schema import Int64Array
 
 
@@ -36,34 +35,33 @@ def runs_to_score(
         Where the run writes, and the rows for its manifest, should it have none yet.
     """
     for output in folder.outputs():
-        if RunState(output.state_folder).is_cleared():
+        if output.state.is_cleared():
             # Its removal was cut off.
             output.remove()
-    outputs = folder.outputs_with_manifest()
-    for output in outputs:
-        if not RunState(output.state_folder).is_finished():
-            # A run without rows starts over if its options were changed.
-            yield output, new_rows(list_images(), [other for other in outputs if other != output])
-    outputs = folder.outputs_with_manifest()
-    rows = new_rows(list_images(), outputs)
+    for output in folder.manifests():
+        if not output.state.is_finished():
+            # A run without rows starts over if its options were changed: then its manifest is written anew.
+            others = {other: manifest for other, manifest in folder.manifests().items() if other != output}
+            yield output, new_rows(list_images(), others)
+    manifests = folder.manifests()
+    rows = new_rows(list_images(), manifests)
     if first := next(rows, None):
-        number = max((int(output.name) for output in outputs), default=0) + 1
+        number = max((int(output.name) for output in manifests), default=0) + 1
         yield folder.output(number), chain([first], rows)
 
 
-def new_rows(chunks: Iterable[pa.Table], outputs: Sequence[RunOutput]) -> Iterator[pa.Table]:
-    """Yield the rows of images that are in no manifest of these outputs."""
-    listed = np.sort(_listed_ids(outputs))
+def new_rows(chunks: Iterable[pa.Table], manifests: Mapping[RunOutput, Manifest]) -> Iterator[pa.Table]:
+    """Yield the rows of images that are in none of these manifests."""
+    listed = np.sort(_listed_ids(manifests))
     for chunk in chunks:
         new = chunk.filter(pa.array(~contains(listed, chunk["image_id"].to_numpy())))
         if new.num_rows:
             yield new
 
 
-def _listed_ids(outputs: Iterable[RunOutput]) -> Int64Array:
-    """Read the ids of all images that the outputs' manifests list."""
-    folders = [output.manifest for output in outputs]
-    segments = [segment for uri in folders if (manifest := read_manifest(uri)) for segment in manifest.segments(uri)]
+def _listed_ids(manifests: Mapping[RunOutput, Manifest]) -> Int64Array:
+    """Read the ids of all images that the manifests list."""
+    segments = [each for output, manifest in manifests.items() for each in manifest.segments(output.manifest)]
     shards = [shard.uri for segment in segments for shard in segment.shards]
     ids = storage.in_parallel(lambda uri: read_shard(uri)["image_id"].to_numpy(), shards)
     return np.concatenate([np.empty(0, np.int64), *ids])

@@ -31,7 +31,7 @@ from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.resume import read_models
 from stpm.scoring.run import run_scoring
-from stpm.scoring.run_state import RunState, ScoringConfig
+from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class NightlyJob:
     def _output_options(self, folder: NightFolder) -> OutputOptions:
         """Return how to write a run's rows: partitioned as the night's first run did, for all runs are one table."""
         for output in folder.outputs()[:1]:
-            if partition_by := RunState(output.state_folder).partition_by():
+            if partition_by := output.state.partition_by():
                 return replace(self.output, partition_by=partition_by)
         return self.output
 

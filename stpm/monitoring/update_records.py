@@ -47,7 +47,7 @@ def update_records(
 def _update_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
     """Return the night's record, made anew if rows were added since it was written or it was not judged."""
     night = read_night(folder)
-    names = tuple(output.name for output in folder.outputs_with_manifest())
+    names = tuple(output.name for output in folder.manifests())
     if night and night.is_judged and night.runs == names and night.fdr == job.monitoring.fdr:
         return replace(night, problem=problem)
     night = Night(folder.date.isoformat(), job.sources(folder.date), problem=problem)

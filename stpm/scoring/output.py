@@ -64,6 +64,11 @@ class RunOutput:
         return self.state_folder != self.folder
 
     @property
+    def state(self) -> RunState:
+        """The record of the run, read anew."""
+        return RunState(self.state_folder)
+
+    @property
     def scores(self) -> str:
         """The folder of the Parquet files."""
         return storage.join(self.folder, "scores")
@@ -140,7 +145,7 @@ class RunOutput:
         Raises:
             ConfigError: if there are files, and no run.json shows that a run wrote them.
         """
-        state = RunState(self.state_folder)
+        state = self.state
         existing = self.written_uris()
         if existing and not state.exists():
             raise ConfigError(f"{existing[0]} exists, but no {state.uri} shows that a run wrote it; name another --out")
@@ -151,7 +156,7 @@ class RunOutput:
     def remove(self) -> None:
         """Remove all that runs wrote here, and then the mark that a run wrote it."""
         self.clear()
-        RunState(self.state_folder).forget()
+        self.state.forget()
 
     def clear_checkpoints(self) -> None:
         """Remove the checkpoints, and the shards of remaining rows."""

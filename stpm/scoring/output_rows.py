@@ -11,7 +11,6 @@ import pyarrow.dataset as ds
 from stpm import storage
 from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.output import RunOutput
-from stpm.scoring.run_state import RunState
 from stpm.scoring.schema import OUTPUT
 
 # Without this a category named 007 would be read as a number.
@@ -76,7 +75,7 @@ def check_row_count(output: RunOutput) -> None:
     Raises:
         RunDamagedError: if rows are missing or doubled, or a file is damaged.
     """
-    state = RunState(output.state_folder)
+    state = output.state
     if not state.is_finished():
         return
     rows = state.result().rows

@@ -30,7 +30,7 @@ def test_an_image_written_again_has_another_version_only_with_other_bytes(s3: di
     ]
 
 
-def test_a_benchmark_and_a_fit_read_from_s3_and_write_to_s3(s3: dict[str, str]) -> None:
+def test_a_benchmark_writes_to_s3_and_a_fit_reuses_its_models(s3: dict[str, str]) -> None:
     data, out = "s3://bucket/data sets/one", "s3a://bucket/runs/a"
     models = f"{out}/models/seed-0"
     make_category(data, "nut")

@@ -165,8 +165,9 @@ def test_a_second_run_is_refused_and_after_kills_each_row_is_there_once(
     time.sleep(random.uniform(0, 0.5))
     END_OF_DRIVER[victim](winner)
     assert not storage.exists(f"{out}/_SUCCESS")
-    before = count_files(out)
     process = start_job("score", *arguments(run, out))
+    wait_until(lambda: bool(children(process.pid, f"ray::{victim}")), f"no process was {victim}")
+    before = count_files(out)
     if victim == SCORER:
         wait_until(lambda: count_files(out) != before, "no rows were written")
     kill_one(process.pid, f"ray::{victim}")

@@ -86,7 +86,7 @@ def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
     assert found.describe() in storage.read(f"{job.out}/nightly.html").decode()
     # Those of one run alone would be others.
     folder = NightFolder.of(job.out, DATE)
-    assert not any(RunState(output.state_folder).result().discoveries for output in folder.outputs_with_manifest())
+    assert not any(RunState(output.state_folder).result().discoveries for output in folder.manifests())
     assert job() == 0
     assert record(job).discoveries is None
 
@@ -421,7 +421,7 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
         assert job(DATE, max_error_rate=1.0) == 0
         assert result() == expected, steps
         folders = [NightFolder.of(job.out, date) for date in (BEFORE, DATE)]
-        outputs = [output for folder in folders for output in folder.outputs_with_manifest()]
+        outputs = [output for folder in folders for output in folder.manifests()]
         assert all(RunState(output.state_folder).is_finished() for output in outputs)
         # Every other step, for the sake of time.
         steps += 2

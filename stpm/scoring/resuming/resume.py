@@ -30,7 +30,7 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
     Raises:
         StpmError: as `stpm.scoring.run.run_scoring` does.
     """
-    state = RunState(run.output.state_folder)
+    state = run.output.state
     found = None if start_over else _resume(run, state, replace=replace)
     manifest, models = found or _start(run, state)
     state.bind_models(_model_ids(models), run.store.uri)

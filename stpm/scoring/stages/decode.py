@@ -33,7 +33,7 @@ _FETCHERS = 8
 _SMALL_FILE_BYTES = 16 * 2**20
 # From this repetition of a task on, try each image in a child process: an image may have crashed the task's process.
 _CAREFUL_FROM = 2
-# Maximum memory of a task: its small files, and the largest file and image.
+# Maximum memory of a task: its small files, and the largest file and image. A child process takes its own.
 TASK_BYTES = _FETCHERS * _SMALL_FILE_BYTES + MAX_BYTES + DECODING_BYTES
 
 
@@ -156,9 +156,11 @@ class _ImageTask:
                 if data is None:
                     self._begin("fetch")
                     data = image_files.read(image)
-                self._begin("decode")
                 if self.careful:
-                    check_in_child(data, self.preprocessing)
+                    # The child has a time limit of its own.
+                    self._since = math.inf
+                    check_in_child(data, self.preprocessing, self.limit)
+                self._begin("decode")
                 return images.decode(data, self.preprocessing)
         except ImageError as error:
             return error

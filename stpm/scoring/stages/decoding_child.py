@@ -17,22 +17,36 @@ from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.records import from_json, to_json
 
+# Other signals come from outside, such as SIGKILL when memory is short.
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 
-def check_in_child(data: bytes, preprocessing: Preprocessing) -> None:
-    """Decode an image in a child process, and discard the result.
+
+def check_in_child(data: bytes, preprocessing: Preprocessing, seconds: float) -> None:
+    """Decode an image in a child process, and discard the result. Do nothing if no process can be started.
+
+    Args:
+        data: the image file.
+        preprocessing: of the image's model.
+        seconds: after which the child is killed.
 
     Raises:
-        ImageError: if that crashes the child. SIGKILL is no crash: it comes from outside, as when memory is short.
+        ImageError: if decoding crashes the child, or takes longer.
     """
-    ran = subprocess.run(  # noqa: S603  no shell, and no other program than this one
-        [sys.executable, "-m", __name__, to_json(preprocessing, indent=None).decode()],
-        input=data,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    if ran.returncode < 0 and ran.returncode != -signal.SIGKILL:
+    try:
+        ran = subprocess.run(  # noqa: S603  no shell, and no other program than this one
+            [sys.executable, "-m", __name__, to_json(preprocessing, indent=None).decode()],
+            input=data,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ImageError("decode_timeout", f"took more than {seconds:g} s; see --image-seconds") from error
+    except OSError:
+        return
+    if -ran.returncode in _CRASHES:
         name = signal.Signals(-ran.returncode).name
         raise ImageError("unforeseen", f"decoding it crashes the process with {name}; repair or remove the file")
 
