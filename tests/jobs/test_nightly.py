@@ -445,7 +445,11 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
 ) -> None:
     job.dump(DATE, "a", "b", "c", "bad")
     assert job(max_error_rate=0.2) == 2
+    message = "1 of 4 images are errors, more than --max-error-rate 0.2: see error_kind in the rows"
+    assert ("ERROR", message) in [(each.levelname, each.getMessage()) for each in caplog.records]
+    caplog.clear()
     assert job(max_error_rate=0.25) == 0
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
     monkeypatch.setattr(nightly, "remove_nights_before", Mock(side_effect=OSError("read-only")))
     assert job(max_error_rate=0.25, keep_days=30) == 2
     assert "old nights are not all removed: read-only" in caplog.text

@@ -339,7 +339,8 @@ def test_a_run_without_all_rows_is_unfinished(
     with pytest.raises(AssertionError, match="2 == 0"):
         score()
     assert "/b.png: unreadable: expired" in caplog.text
-    assert "1 images are unfinished" in caplog.text
+    (summary,) = [each for each in caplog.records if "1 images are unfinished" in each.getMessage()]
+    assert summary.levelname == "ERROR"
     assert not (tmp_path / "run" / "_SUCCESS").exists()
 
 
