@@ -13,6 +13,23 @@ from stpm import storage
 from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, table
 
+# Python reads sitecustomize.py at every start. With this one, decoding `crashing_image` crashes the process.
+CRASHING_SITECUSTOMIZE = """
+import os, signal
+from PIL import ImageFile
+load = ImageFile.ImageFile.load
+def crash_or_load(image):
+    if image.size == (31, 17):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return load(image)
+ImageFile.ImageFile.load = crash_or_load
+"""
+
+
+def crashing_image() -> bytes:
+    """Return a file that crashes the decoder of processes with CRASHING_SITECUSTOMIZE."""
+    return encode_image(np.full((17, 31, 3), 100, np.uint8))
+
 
 def encode_image(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     """Encode pixels as a file of any of Pillow's formats."""

@@ -73,8 +73,8 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     night = nights[date]
     log.info(headline(night))
     failed = any(nights[day].problem or nights[day].unfinished for day in dates if day in nights)
-    if night.error_count > job.options.max_error_rate * night.images:
-        log.error(too_many_errors(night.error_count, night.images, job.options.max_error_rate))
+    if reason := too_many_errors(night.error_count, night.images, job.options.max_error_rate):
+        log.error(reason)
         failed = True
     if job.options.keep_days and night.scored:
         # Remove nothing after a night without images: --date may be mistyped.

@@ -92,8 +92,8 @@ def _score(run: ScoringRun, collection: CollectionOptions) -> int:
     _log_result(result, run.output)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
-    if result.error_count > collection.max_error_rate * result.rows:
-        log.error(too_many_errors(result.error_count, result.rows, collection.max_error_rate))
+    if reason := too_many_errors(result.error_count, result.rows, collection.max_error_rate):
+        log.error(reason)
         return SOME_FAILED
     return ALL_DONE
 

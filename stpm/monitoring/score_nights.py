@@ -141,10 +141,10 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
     problems = {}
     with ExitStack() as connection:
         for date in dates:
+            folder = NightFolder.of(job.out, date)
             try:
-                with with_remedy(NightFolder.of(job.out, date).how_to_start_over()):
-                    fresh = job.options.fresh and date == dates[0]
-                    job.score(NightFolder.of(job.out, date), connection, fresh=fresh)
+                with with_remedy(folder.how_to_start_over()):
+                    job.score(folder, connection, fresh=job.options.fresh and date == dates[0])
             except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
                 problem = as_utf8(str(error))
                 problems[date] = problem

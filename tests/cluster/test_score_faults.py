@@ -38,7 +38,7 @@ from tests.cluster.conftest import (
     wait_for_success,
     wait_until,
 )
-from tests.datasets import encode_image, make_category
+from tests.datasets import CRASHING_SITECUSTOMIZE, crashing_image, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -178,24 +178,11 @@ def test_a_second_run_is_refused_and_after_kills_each_row_is_there_once(
     check_same(run, out)
 
 
-# Python reads a module of this name at every start. Here each process that decodes an image of 31 x 17 crashes.
-CRASHING = """
-import os, signal
-from PIL import ImageFile
-load = ImageFile.ImageFile.load
-def crash_or_load(image):
-    if image.size == (31, 17):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return load(image)
-ImageFile.ImageFile.load = crash_or_load
-"""
-
-
 def test_an_image_that_crashes_the_decoder_becomes_a_row(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(CRASHING)
+    (tmp_path / "sitecustomize.py").write_text(CRASHING_SITECUSTOMIZE)
     images, out = tmp_path / "images", tmp_path / "out"
     make_images(str(images), 5)
-    storage.publish(f"{images}/crash.png", encode_image(np.full((17, 31, 3), 100, np.uint8)))
+    storage.publish(f"{images}/crash.png", crashing_image())
     options = ["--models", str(run / "models"), "--images", str(images), "--category", "nut", "--out", str(out)]
     scored = run_job("score", *options, "--scorers", "1", "--max-error-rate", "1", PYTHONPATH=str(tmp_path))
     assert scored.returncode == 0

@@ -37,6 +37,8 @@ __all__ = ["job"]
 
 BEFORE = DATE - datetime.timedelta(days=1)
 AFTER = DATE + datetime.timedelta(days=1)
+# How a problem of the night before ends.
+OVER = "--date 2026-11-23 --fresh, which removes the night's rows and scores it again"
 
 
 def record(job: Nightly, date: datetime.date = DATE) -> Night:
@@ -173,7 +175,7 @@ def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     assert job.names(DATE) == ["b"]
     problem = record(job, BEFORE).problem
     assert "holds the rows of another run: category was '' and is 'nut'" in problem
-    assert "; run the same command with --date 2026-11-23 --fresh, which" in problem
+    assert problem.endswith(f"; run the same command with {OVER}")
     assert record(job, BEFORE).categories["nut"].images == judged.images + 1
     assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
 
@@ -295,10 +297,7 @@ def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> 
     assert record(job).images == 1
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
     assert files[0].removeprefix("/") in nights[0]["problem"]
-    assert nights[0]["problem"].endswith(
-        "; restore the files, or run the same command with --date 2026-11-23 --fresh, which removes the night's rows "
-        "and scores it again"
-    )
+    assert nights[0]["problem"].endswith(f"; restore the files, or run the same command with {OVER}")
 
 
 @pytest.mark.parametrize("file", ["run.json", "manifest/000000.parquet", "manifest/manifest.json"])
@@ -318,7 +317,7 @@ def test_a_wrong_file_of_an_earlier_night_is_its_problem_alone(job: Nightly, fil
     assert record(job).images == 1
     nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
     assert uri.removeprefix("/") in nights[0]["problem"]
-    assert " run the same command with --date 2026-11-23 --fresh, which removes" in nights[0]["problem"]
+    assert nights[0]["problem"].endswith(f" run the same command with {OVER}")
 
 
 def test_a_damaged_run_of_the_night_itself_is_started_over_as_its_problem_says(job: Nightly) -> None:

@@ -56,6 +56,9 @@ from tests.datasets import make_category, make_output
 from tests.models.test_store import save
 from tests.scoring.inputs.test_manifest import read_shards
 
+# How the errors of a run that must start over end.
+OR_FRESH = ", or --fresh, which removes the rows and starts over"
+
 
 def make_run(root: Path, *uris: str) -> ScoringRun:
     def rows() -> Iterator[pa.Table]:
@@ -254,7 +257,7 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     storage.remove(f"{tmp_path}/run/segments/000000.json")
     with pytest.raises(
         DataError,
-        match=r"/segments are of 0 rows, .*; restore the files, or give another --out, or --fresh, .* starts over$",
+        match=rf"/segments are of 0 rows, .*; restore the files, or give another --out{OR_FRESH}$",
     ):
         score(fdr=0.2)
 
@@ -349,11 +352,11 @@ def test_a_run_without_all_rows_is_unfinished(
     [
         (
             b"PAR1",
-            r"000000\.parquet, which lists images of this run, is damaged .*, or --fresh, .* starts over$",
+            rf"000000\.parquet, which lists images of this run, is damaged .*{OR_FRESH}$",
         ),
         (
             None,
-            r"000000\.parquet, which lists images of this run, is damaged or missing .*, or --fresh, .* starts over$",
+            rf"000000\.parquet, which lists images of this run, is damaged or missing .*{OR_FRESH}$",
         ),
         (OSError("503 Slow Down"), "a task failed; what was done is kept; run the same command again to go on"),
     ],

@@ -25,7 +25,7 @@ from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import DECODED, MANIFEST, table, with_passthrough
 from stpm.scoring.stages.decoding_child import check_in_child
-from stpm.scoring.stages.outcomes import error_columns, external_errors
+from stpm.scoring.stages.outcomes import error_columns, external_errors, timeout_error
 from stpm.scoring.stages.time_limit import run_within
 
 _FETCHERS = 8
@@ -179,7 +179,7 @@ class _ImageTask:
 
     def _late_error(self) -> ImageError:
         # The next run tries an image again that was not fetched.
-        return ImageError(f"{self._step}_timeout", f"took more than {self.limit:g} s; see --image-seconds")
+        return timeout_error(self._step, self.limit)
 
 
 def _read_small(image: ImageRef) -> bytes | None:

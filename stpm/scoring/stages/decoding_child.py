@@ -16,6 +16,7 @@ from stpm.data import images
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.records import from_json, to_json
+from stpm.scoring.stages.outcomes import timeout_error
 
 # Other signals come from outside, such as SIGKILL when memory is short.
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
@@ -43,7 +44,7 @@ def check_in_child(data: bytes, preprocessing: Preprocessing, seconds: float) ->
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise ImageError("decode_timeout", f"took more than {seconds:g} s; see --image-seconds") from error
+        raise timeout_error("decode", seconds) from error
     except OSError:
         return
     if -ran.returncode in _CRASHES:

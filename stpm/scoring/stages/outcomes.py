@@ -16,6 +16,11 @@ def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:
     }
 
 
+def timeout_error(step: str, seconds: float) -> ImageError:
+    """Return the error of an image whose step, `fetch` or `decode`, took longer than its limit."""
+    return ImageError(f"{step}_timeout", f"took more than {seconds:g} s; see --image-seconds")
+
+
 def external_errors(outcomes: Sequence[object]) -> list[str]:
     """Describe the errors that may have a cause outside the image."""
     errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError) and outcome.kind in EXTERNAL_ERRORS]

@@ -14,16 +14,10 @@ from stpm.scoring.stages import decode as decode_stage
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.decoding_child import check_in_child
 from tests.conftest import make_preprocessing
-from tests.datasets import encode_image
+from tests.datasets import CRASHING_SITECUSTOMIZE, crashing_image, encode_image
 from tests.scoring.stages.helpers import PREPROCESSING, manifest
 
 IMAGE = encode_image(np.full((20, 30, 3), 100, np.uint8))
-# Python reads a module of this name at every start.
-CRASHING = """
-import os, signal
-from PIL import Image
-Image.open = lambda *_args, **_options: os.kill(os.getpid(), signal.SIGSEGV)
-"""
 
 
 @pytest.mark.parametrize("data", [IMAGE, IMAGE[:60], b""])
@@ -32,10 +26,11 @@ def test_an_image_that_crashes_nothing_passes(data: bytes) -> None:
 
 
 def test_a_crash_of_the_child_is_an_error_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sitecustomize.py").write_text(CRASHING)
+    (tmp_path / "sitecustomize.py").write_text(CRASHING_SITECUSTOMIZE)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(ImageError, match="decoding it crashes the process with SIGSEGV; repair or remove the file"):
-        check_in_child(IMAGE, make_preprocessing(64), seconds=60)
+        check_in_child(crashing_image(), make_preprocessing(64), seconds=60)
+    check_in_child(IMAGE, make_preprocessing(64), seconds=60)
 
 
 @pytest.mark.parametrize("ended", [-signal.SIGKILL, -signal.SIGTERM, 1])
