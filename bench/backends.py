@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from local_fit import compare, compare_real, fit, make_fit_parser, matcher_from, measure
+from local_fit import compare, compare_real, fit, make_fit_parser, measure, teacher_from
 from tabulate import tabulate
 
 from stpm.data import mvtec
+from stpm.detector import Detector
 from stpm.method.recipe import PRESETS, Recipe
 from stpm.options import Backend
 
@@ -26,10 +27,10 @@ def run(category: mvtec.Category, recipe: Recipe) -> list[str]:
     fitted = fit(category, recipe)
     found = []
     for backend in _BACKENDS:
-        matcher = matcher_from(recipe, fitted.matcher.preprocessing, backend)
-        parts = matcher.compile(fitted.parts)
-        normal = compare(parts, matcher, [(data, None) for data in fitted.held_out])
-        values = measure(compare_real(parts, matcher, category), normal, matcher, fitted.recipe, "")
+        teacher = teacher_from(recipe, fitted.detector.teacher.preprocessing, backend)
+        detector = Detector.assemble(teacher, fitted.detector.recipe, fitted.student, fitted.detector.memory)
+        normal = compare(detector, [(data, None) for data in fitted.held_out])
+        values = measure(compare_real(detector, category), normal, detector, "")
         found.append(" / ".join("–" if value is None else f"{value:.4f}" for value in values))
     return found
 

@@ -32,9 +32,8 @@ from PIL import Image
 from tabulate import tabulate
 
 from stpm.data import mvtec
-from stpm.data.encode import encode_png
 from stpm.data.image_statistics import COMPARED, compute_statistics
-from stpm.feedback.local_scorer import LocalScore, LocalScorer
+from stpm.detector import load
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
 from stpm.monitoring.drift import Counts, Reference, Sample, Verdict, judge
@@ -137,11 +136,10 @@ def statistics_of(files: Sequence[Image.Image], transform: Transform) -> FloatAr
 
 def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Image]], FloatArray]:
     """Return a function that scores images with a category's model, in this process."""
-    scorer, calibration = LocalScorer(store, name, "", "pytorch"), store.load(name).calibration
+    detector = load(store.uri, name, backend="pytorch")
 
     def p_values(files: Sequence[Image.Image]) -> FloatArray:
-        scores = scorer(encode_png(image, 1) for image in files)
-        return calibration.p_values(np.array([s.score for s in scores if isinstance(s, LocalScore)], np.float32))
+        return np.array([result.p_value for result in detector.score(files) if not result.error], np.float32)
 
     return p_values
 

@@ -25,7 +25,7 @@ from commands import make_parser, words
 from local_fit import make_task, run_task
 
 from stpm.data import mvtec
-from stpm.feedback.local_scorer import LocalScore, LocalScorer
+from stpm.detector import load
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
 from stpm.method.recipe import PRESETS
@@ -35,8 +35,8 @@ from stpm.options import ClusterOptions, Names
 
 def score(store: ModelStore, name: str, images: Sequence[mvtec.TestImage]) -> npt.NDArray[np.float32]:
     """Return the score of each image by the category's current model."""
-    scores = LocalScorer(store, name, "", "auto")(Path(image.uri).read_bytes() for image in images)
-    return np.array([each.score for each in scores if isinstance(each, LocalScore)], np.float32)
+    results = load(store.uri, name).score(image.uri for image in images)
+    return np.array([result.score for result in results if not result.error], np.float32)
 
 
 def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, rate: float) -> None:

@@ -18,8 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from stpm import storage
 from stpm.data import images, mvtec
-from stpm.evaluation.category_metrics import AUPRO_LIMITS
-from stpm.evaluation.pixels import Mask, PixelCounts, count_pixels
+from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.splits import split_images
@@ -28,14 +27,17 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method import backbones
+from stpm.method.backbones import StateDict
 from stpm.method.device import resolve_precision, set_up_device
-from stpm.method.forward import Distances, Matcher, Parts
-from stpm.method.fusion import sample_distances
+from stpm.method.fusion import Distances, sample_distances
 from stpm.method.memory_bank import KINDS
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.scales import fit_distance_scale
+from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
+from stpm.metrics.category_metrics import AUPRO_LIMITS
+from stpm.metrics.pixels import Mask, PixelCounts, count_pixels
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Integers, WantedBackend
 
@@ -84,24 +86,23 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
-def matcher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Matcher:
+def teacher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Teacher:
     """Return the recipe's teacher on this process's device."""
     device = set_up_device()
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    teacher = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
-    return Matcher(teacher, preprocessing, device, resolve_precision(recipe.precision, device), backend)
+    backbone = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
+    return Teacher(backbone, preprocessing, device, resolve_precision(recipe.precision, device), backend)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A fitted model: its parts, what computed them, the files of its held-out images, and the seconds of the fit.
+    """A fitted detector that is not calibrated, the files of its held-out images, and the seconds of the fit.
 
     Its recipe names the memory levels that the fit has chosen.
     """
 
-    recipe: Recipe
-    parts: Parts
-    matcher: Matcher
+    detector: Detector
+    student: StateDict | None
     held_out: list[bytes]
     seconds: float
     validation_loss: float | None
@@ -111,20 +112,20 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     """Fit one model by PyTorch, in this process."""
     uris = [uri for uri, _ in category.train]
     preprocessing = preprocessing_for(recipe, uris)
-    matcher = matcher_from(recipe, preprocessing)
+    teacher = teacher_from(recipe, preprocessing)
     start = time.perf_counter()
     good = load_images(uris, preprocessing, _RAM_BUDGET)
-    features = TeacherFeatures(matcher, good, _RAM_BUDGET)
+    features = TeacherFeatures(teacher, good, _RAM_BUDGET)
     train, held_out = split_images(len(good), recipe)
     memory = build_memory(features, train, recipe)
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
-    parts = Parts.from_weights(recipe, trained.student, memory).to(matcher.device)
     held = [storage.read(uris[i]) for i in held_out]
     kept = trained.kept_epoch
     chosen = sorted({recipe.levels[bank.spec.level_index] for bank in memory})
     recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
-    return Fitted(recipe, parts, matcher, held, seconds, None if kept is None else kept.validation_loss)
+    detector = Detector.assemble(teacher, recipe, trained.student, memory)
+    return Fitted(detector, trained.student, held, seconds, None if kept is None else kept.validation_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,18 +138,19 @@ class ComparedImages:
     truth: list[Mask]
 
 
-def compare(parts: Parts, matcher: Matcher, files: Sequence[tuple[bytes, Mask | None]]) -> ComparedImages:
+def compare(detector: Detector, files: Sequence[tuple[bytes, Mask | None]]) -> ComparedImages:
     """Compare image files (each with its mask at its own resolution, or None) with a model, as scoring does."""
+    teacher = detector.teacher
     results, boxes, truth = [], [], []
     for start in range(0, len(files), _BATCH):
-        decoded = [images.decode(data, matcher.preprocessing) for data, _ in files[start : start + _BATCH]]
-        content = matcher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
-        inputs = matcher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
-        results.append(matcher.distances(parts, inputs, content))
+        decoded = [images.decode(data, teacher.preprocessing) for data, _ in files[start : start + _BATCH]]
+        content = teacher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
+        inputs = teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
+        results.append(detector.distances(inputs, content))
         boxes.append(content)
     for (_, mask), (left, top, right, bottom) in zip(files, np.concatenate(boxes).tolist(), strict=True):
         empty = np.zeros((bottom - top, right - left), bool)
-        truth.append(empty if mask is None else images.resize_mask(mask, matcher.preprocessing))
+        truth.append(empty if mask is None else images.resize_mask(mask, teacher.preprocessing))
     is_defect = np.array([mask.any() for mask in truth])
     return ComparedImages(concatenate(results), np.concatenate(boxes), is_defect, truth)
 
@@ -160,18 +162,18 @@ def concatenate(batches: Sequence[Distances]) -> Distances:
     return Distances(tuple(map(torch.cat, student)), tuple(map(torch.cat, memory)))
 
 
-def measure(
-    compared: ComparedImages, normal: ComparedImages, matcher: Matcher, recipe: Recipe, variant: str
-) -> list[float | None]:
+def measure(compared: ComparedImages, normal: ComparedImages, detector: Detector, variant: str) -> list[float | None]:
     """Return METRICS of a variant of a fit; `normal` gives the scales of its parts."""
+    recipe = detector.recipe
     varied = change_recipe(recipe, variant)
+    changed = dataclasses.replace(detector, recipe=varied)
     scales = [fit_distance_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
     distances = kept_parts(compared.distances, recipe, varied)
     scores = []
     counts = PixelCounts.empty()
     for start in range(0, len(compared.truth), _BATCH):
         part = slice(start, start + _BATCH)
-        maps = matcher.anomaly_maps(distances.select(part), compared.content[part], varied, scales)
+        maps = changed.anomaly_maps(distances.select(part), compared.content[part], scales)
         scores += [each.score(varied.top_fraction).total for each in maps]
         counts += count_pixels([each.total for each in maps], compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
@@ -188,8 +190,8 @@ def kept_parts(distances: Distances, fitted: Recipe, varied: Recipe) -> Distance
     return Distances(tuple(student) if varied.student != "none" else (), tuple(memory) if varied.memory else ())
 
 
-def compare_real(parts: Parts, matcher: Matcher, category: mvtec.Category) -> ComparedImages:
+def compare_real(detector: Detector, category: mvtec.Category) -> ComparedImages:
     """Compare a category's test images with a model."""
     tests = [(storage.read(image.uri), read_mask(image.mask)) for image in category.test]
     is_defect = np.array([image.label != mvtec.GOOD for image in category.test])
-    return dataclasses.replace(compare(parts, matcher, tests), is_defect=is_defect)
+    return dataclasses.replace(compare(detector, tests), is_defect=is_defect)

@@ -10,9 +10,9 @@ from sklearn.metrics import roc_auc_score
 
 from stpm import storage
 from stpm.data import images, mvtec
-from stpm.evaluation.category_metrics import AUPRO_LIMITS
-from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.method.preprocessing import Preprocessing
+from stpm.metrics.category_metrics import AUPRO_LIMITS
+from stpm.metrics.pixels import Map, Mask, PixelCounts, count_pixels
 
 _MAPS_AT_ONCE = 16
 

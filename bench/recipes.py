@@ -35,8 +35,8 @@ from tabulate import tabulate
 from stpm import storage
 from stpm.data import images, mvtec
 from stpm.data.encode import encode_png
-from stpm.evaluation.pixels import Mask
 from stpm.method.recipe import PRESETS, Recipe
+from stpm.metrics.pixels import Mask
 
 _KINDS = ("real", "drawn")
 # What a variant may change of a recipe: what is used after the fit.
@@ -47,22 +47,22 @@ _DRAWN_PER_IMAGE = 4
 def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
     """Fit one model, and measure each variant of it on the category's test images and on drawn defects."""
     fitted = fit(category, recipe)
-    parts, matcher, held = fitted.parts, fitted.matcher, fitted.held_out
-    recipe = fitted.recipe
-    normal = compare(parts, matcher, [(data, None) for data in held])
+    detector, held = fitted.detector, fitted.held_out
+    recipe = detector.recipe
+    normal = compare(detector, [(data, None) for data in held])
     measured = {}
     if "real" in kinds:
-        measured["real"] = compare_real(parts, matcher, category), normal
+        measured["real"] = compare_real(detector, category), normal
     if "drawn" in kinds:
         # One half sets the scales, defects are drawn on the other: no image sets its own scale.
-        half = compare(parts, matcher, [(data, None) for data in held[::2]])
-        measured["drawn"] = compare(parts, matcher, draw_defects(held[1::2])), half
+        half = compare(detector, [(data, None) for data in held[::2]])
+        measured["drawn"] = compare(detector, draw_defects(held[1::2])), half
     return {
-        "size": matcher.preprocessing.size_text,
+        "size": detector.teacher.preprocessing.size_text,
         "seconds": round(fitted.seconds, 1),
         "validation_loss": fitted.validation_loss and round(fitted.validation_loss, 5),
         "variants": {
-            variant: {kind: measure(*compared, matcher, recipe, variant) for kind, compared in measured.items()}
+            variant: {kind: measure(*compared, detector, variant) for kind, compared in measured.items()}
             for variant in variants
         },
     }

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -42,7 +43,8 @@ class Size(str):
 
     __slots__ = ()
 
-    def __new__(cls, text: str) -> Size:
+    def __new__(cls, size: str | int | Sequence[int]) -> Size:
+        text = size if isinstance(size, str) else "x".join(map(str, [size] if isinstance(size, int) else size))
         if text == _AUTO:
             return super().__new__(cls, text)
         match = _SIZE.fullmatch(text)
@@ -107,6 +109,8 @@ def flag(name: str) -> str:
 class Options:
     """Base class of the option dataclasses, which are checked when they are made.
 
+    In Python, `Integers` and `Names` may be given as any sequence, and a `Size` as 256 or (640, 256).
+
     Raises:
         ConfigError: if a required option is empty, a number is infinite or beyond a limit, or a URI holds a secret.
     """
@@ -117,7 +121,13 @@ class Options:
         if missing := [flag(name) for name in required if not getattr(self, name)]:
             raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
         for field in fields:
-            value, limits = getattr(self, field.name), field.metadata["limits"]
+            kind, value, limits = type(field.default), getattr(self, field.name), field.metadata["limits"]
+            if issubclass(kind, Integers | Names | Size) and not isinstance(value, kind):
+                try:
+                    value = kind(value)
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(f"{flag(field.name)} is {value!r}: {error}") from error
+                object.__setattr__(self, field.name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{flag(field.name)} is {value}; give a finite number")
             if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):

@@ -22,9 +22,9 @@ from stpm.fitting.fit_category import WorkerLimits, fit_category
 from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import preprocessing_for
 from stpm.method.backbones import load_backbone
-from stpm.method.forward import Matcher
 from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
+from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.options import Integers, Size
 
@@ -127,13 +127,13 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def make_matcher() -> Callable[[Recipe], Matcher]:
-    """Return a function that makes a matcher with an untrained teacher on the CPU."""
+def make_teacher() -> Callable[[Recipe], Teacher]:
+    """Return a function that makes an untrained teacher on the CPU."""
 
-    def make(recipe: Recipe) -> Matcher:
+    def make(recipe: Recipe) -> Teacher:
         state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-        teacher = load_backbone(recipe.teacher, recipe.levels, state, "test")
-        return Matcher(teacher, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
+        backbone = load_backbone(recipe.teacher, recipe.levels, state, "test")
+        return Teacher(backbone, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
 
     return make
 

@@ -75,9 +75,23 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     Raises:
         ImageError: if it cannot be decoded; no bytes cause any other exception.
     """
-    image = _open(data)
+    return prepare(_open(data), preprocessing, len(data))
+
+
+@_decoding_errors()
+def prepare(image: Image.Image, preprocessing: Preprocessing, file_bytes: int) -> Decoded:
+    """Cut out the part of an image that the model sees, and resize it to the model's input, with antialiasing.
+
+    Args:
+        image: of any mode that a file can have.
+        preprocessing: the model's preprocessing.
+        file_bytes: size of the file; 0 if it has none.
+
+    Raises:
+        ImageError: if its pixels have no fixed range.
+    """
     width, height = image.size
-    rgb = _as_rgb(image)
+    rgb = as_rgb(image)
     statistics = compute_statistics(rgb)
     content = preprocessing.content_shape(width, height)
     if rgb.size != content[::-1]:
@@ -87,7 +101,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
         padded = Image.new("RGB", (preprocessing.width, preprocessing.height), preprocessing.padding_colour)
         padded.paste(rgb, preprocessing.content_box(width, height))
         rgb = padded
-    return Decoded(np.asarray(rgb), width, height, len(data), statistics)
+    return Decoded(np.asarray(rgb), width, height, file_bytes, statistics)
 
 
 @_decoding_errors()
@@ -106,7 +120,17 @@ def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, long
     image = _open(data)
     size = preprocessing.picture_size(*image.size, shorter, longest)
     box = preprocessing.source_box(*image.size)
-    return np.asarray(_as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box))
+    return np.asarray(as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+@_decoding_errors()
+def open_rgb(data: bytes) -> Image.Image:
+    """Decode an image at its own size.
+
+    Raises:
+        ImageError: if it cannot be decoded.
+    """
+    return as_rgb(_open(data))
 
 
 @_decoding_errors()
@@ -141,8 +165,8 @@ def resize_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> np
 
 def crop_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
     """Cut out the part of a mask that the model sees, at the mask's own resolution."""
-    left, top, right, bottom = map(round, preprocessing.source_box(mask.shape[1], mask.shape[0]))
-    return mask[top : max(bottom, top + 1), left : max(right, left + 1)]
+    left, top, right, bottom = preprocessing.seen_box(mask.shape[1], mask.shape[0])
+    return mask[top:bottom, left:right]
 
 
 def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
@@ -183,7 +207,12 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8 bits per colour, see the module's conventions.
+
+    Raises:
+        ImageError: if its pixels have no fixed range.
+    """
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):

@@ -76,13 +76,39 @@ def read_category(root: str, name: str) -> Category:
     """
     safe_name(name, "category")
     folder = storage.join(root, name)
-    versions = {uri: version for uri, version in storage.file_versions(folder) if uri.lower().endswith(SUFFIXES)}
+    train, test = _list_images(folder)
+    if invalid := [uri for uri, _ in train if not is_utf8(uri)]:
+        raise DataError(f"{invalid[0]!r}: the name of this training image is not UTF-8; rename it")
+    if not train:
+        raise DataError(
+            f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)}); links to folders are not followed "
+            "inside a category"
+        )
+    return Category(name, train, test)
+
+
+def read_tests(folder: str) -> tuple[TestImage, ...]:
+    """List the test images in a category's folder `test`, sorted by URI, with the masks beside it.
+
+    Raises:
+        DataError: if there are none.
+    """
+    uri = storage.absolute(folder)
+    category, _, name = uri.rpartition("/")
+    _, tests = _list_images(category) if name == "test" else ((), ())
+    if not tests:
+        raise DataError(f"{folder}: no test images; give the folder test of a category in the MVTec AD layout")
+    return tests
+
+
+def _list_images(folder: str) -> tuple[tuple[tuple[str, str], ...], tuple[TestImage, ...]]:
+    """List a category's training images with their versions, and its test images."""
     train, test, masks = [], [], {}
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
+    versions = dict(storage.file_versions(folder))
     for uri, version in versions.items():
         parts = PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]
-        if parts[-1].startswith(".") or any(part.startswith((".", "@", "#")) for part in parts[:-1]):
-            # Copies of editors, and thumbnails and removed files of storage systems.
+        if not is_image(parts):
             continue
         match parts:
             case ("train", "good", _, *_):
@@ -91,19 +117,21 @@ def read_category(root: str, name: str) -> Category:
                 test.append((uri, label, _stem(file)))
             case ("ground_truth", label, *file) if file:
                 masks[label, _stem(file).removesuffix("_mask")] = uri
-    if invalid := [uri for uri, _ in train if not is_utf8(uri)]:
-        raise DataError(f"{invalid[0]!r}: the name of this training image is not UTF-8; rename it")
-    if not train:
-        raise DataError(
-            f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)}); links to folders are not followed "
-            "inside a category"
-        )
 
     def test_image(uri: str, label: str, stem: str) -> TestImage:
         mask = masks.get((label, stem), "")
         return TestImage(uri, label, mask, tuple(versions[each] for each in (uri, mask) if each))
 
-    return Category(name, tuple(train), tuple(test_image(*each) for each in test))
+    return tuple(train), tuple(test_image(*each) for each in test)
+
+
+def is_image(parts: Sequence[str]) -> bool:
+    """Return whether a file under a folder, given by the parts of its path, is an image to read.
+
+    Copies of editors, and thumbnails and removed files of storage systems are not.
+    """
+    hidden = parts[-1].startswith(".") or any(part.startswith((".", "@", "#")) for part in parts[:-1])
+    return parts[-1].lower().endswith(SUFFIXES) and not hidden
 
 
 def _stem(parts: Sequence[str]) -> str:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from stpm.data import images
+from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD
-from stpm.errors import DataError, ImageError, RunDamagedError, UndefinedMetricError
-from stpm.evaluation.intervals import Flags, Scores
+from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
 from stpm.evaluation.options import MasksAt
-from stpm.evaluation.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.method.preprocessing import Preprocessing
-from stpm.scoring.inputs.image_files import read_uri
+from stpm.metrics.labelled import LabelledScores
+from stpm.metrics.pixels import Map, Mask, PixelCounts, count_pixels
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import blaming_damaged_file, open_rows, read_batches
 
-# The columns that `ground_truth` reads.
-GROUND_TRUTH_COLUMNS = ("uri", "label", "mask", "width", "height")
-_COLUMNS = (*GROUND_TRUTH_COLUMNS, "score", "threshold", "is_anomalous", "error_kind", "error_message")
+# The columns that `read_mask` takes, in its order.
+MASK_COLUMNS = ("uri", "label", "mask", "width", "height")
+_COLUMNS = (*MASK_COLUMNS, "score", "threshold", "is_anomalous", "error_kind", "error_message")
 # They have a value in each row without an error.
 _VALUES = ("score", "threshold", "is_anomalous", "width", "height")
 # Images at a time. A map at original size may have a hundred times as many pixels.
@@ -49,66 +46,6 @@ class ScoredCategory:
                 columns=list(columns), filter=ds.field("category") == self.name
             )
         return rows.sort_by("uri")
-
-
-@dataclass(frozen=True)
-class LabelledScores:
-    """The scored images of one category that have a label.
-
-    Args:
-        labels: (N,), "good" or a defect type.
-        scores: (N,), larger is more anomalous.
-        is_anomalous: (N,), true above the threshold.
-        threshold: of the model; NaN without images.
-        pixels: pixel counts by label.
-        no_pixels: why there are no pixel counts, or "".
-        error_count: number of images with a label that could not be scored.
-        unlabelled_count: number of images without a label.
-        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
-        problems: one line each.
-    """
-
-    labels: npt.NDArray[np.str_]
-    scores: Scores
-    is_anomalous: Flags
-    threshold: float
-    pixels: Mapping[str, PixelCounts]
-    no_pixels: str
-    error_count: int
-    unlabelled_count: int
-    vanished_masks: tuple[str, ...]
-    problems: tuple[str, ...]
-
-    @property
-    def is_defect(self) -> Flags:
-        """True for a defect, (N,)."""
-        return np.asarray(self.labels != GOOD)
-
-    @property
-    def defect_types(self) -> list[str]:
-        """The labels of defects, sorted."""
-        return sorted({*self.labels.tolist()} - {GOOD})
-
-    def pixel_counts(self) -> PixelCounts:
-        """Add up the counts over all labels.
-
-        Raises:
-            UndefinedMetricError: if there are none.
-        """
-        if self.no_pixels:
-            raise UndefinedMetricError(self.no_pixels)
-        return reduce(add, self.pixels.values(), PixelCounts.empty())
-
-    def of_defect(self, defect_type: str) -> LabelledScores:
-        """Select one defect type and all good images."""
-        chosen = np.isin(self.labels, (GOOD, defect_type))
-        return replace(
-            self,
-            labels=self.labels[chosen],
-            scores=self.scores[chosen],
-            is_anomalous=self.is_anomalous[chosen],
-            pixels={label: counts for label, counts in self.pixels.items() if label in (GOOD, defect_type)},
-        )
 
 
 def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> LabelledScores:
@@ -186,7 +123,7 @@ def _pixel_counts(
             if data is None:
                 raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
             row = by_uri[uri]
-            mask = ground_truth(row)
+            mask = read_mask(*(row[name] for name in MASK_COLUMNS))
             pair = _map_and_mask(category, data, row, mask, masks_at)
             if images.crop_mask(mask, category.preprocessing).any() and not pair[1].any():
                 vanished.append(row["mask"])
@@ -217,25 +154,3 @@ def _map_and_mask(
         return anomaly_map, images.resize_mask(mask, preprocessing)
     cropped = images.crop_mask(mask, preprocessing)
     return images.resize_map(anomaly_map, *cropped.shape), cropped
-
-
-def ground_truth(row: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
-    """Read the mask of a row's image, (height, width); empty for a good image, or where there is none.
-
-    Raises:
-        DataError: if it cannot be read, or is of another size than its image.
-    """
-    shape = (row["height"], row["width"])
-    if row["label"] == GOOD or not row["mask"]:
-        return np.zeros(shape, bool)
-    try:
-        mask = images.decode_mask(read_uri(row["mask"]))
-    except ImageError as error:
-        raise DataError(f"mask {row['mask']} cannot be read: {error}; repair or remove it") from error
-    if mask.shape != shape:
-        height, width = mask.shape
-        raise DataError(
-            f"mask {row['mask']} is {width}×{height}, its image {row['uri']} {row['width']}×{row['height']}; "
-            "give one of the image's size"
-        )
-    return mask

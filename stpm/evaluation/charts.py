@@ -18,10 +18,10 @@ from sklearn.metrics import roc_curve
 
 from stpm.data.mvtec import GOOD
 from stpm.errors import UndefinedMetricError
-from stpm.evaluation.category import LabelledScores
-from stpm.evaluation.category_metrics import AUPRO_LIMITS
-from stpm.evaluation.intervals import Scores, require_both_classes
-from stpm.evaluation.pixels import Curve
+from stpm.metrics.category_metrics import AUPRO_LIMITS
+from stpm.metrics.intervals import Scores, require_both_classes
+from stpm.metrics.labelled import LabelledScores
+from stpm.metrics.pixels import Curve
 
 # The page's own colour replaces it. No series has it.
 _INK = "#010203"

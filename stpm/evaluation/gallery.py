@@ -15,20 +15,21 @@ from scipy.ndimage import binary_erosion
 
 from stpm.data import images
 from stpm.data.encode import encode_jpeg, encode_png
+from stpm.data.heatmaps import overlay_heatmap, read_heatmap
+from stpm.data.image_files import read_uri
+from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError
-from stpm.evaluation.category import GROUND_TRUTH_COLUMNS, ScoredCategory, ground_truth
+from stpm.evaluation.category import MASK_COLUMNS, ScoredCategory
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
-from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
-from stpm.scoring.inputs.image_files import read_uri
 
 _COUNT = 4
 # Pixels: sides of an image in the sheet and in a gallery, space between images, height of a caption.
 _SHEET_SIZE, _GALLERY_SIZE, _GAP, _CAPTION = 256, 160, 8, 22
 _OUTLINE = (0, 255, 255)
 _SCORES = ("score", "student_score", "memory_score", "is_anomalous")
-_COLUMNS = (*GROUND_TRUTH_COLUMNS, *_SCORES, "heatmap", "heatmap_png")
+_COLUMNS = (*MASK_COLUMNS, *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
 
@@ -124,7 +125,7 @@ def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
 def _outline(row: Row, preprocessing: Preprocessing, width: int, height: int) -> npt.NDArray[np.bool_]:
     """Find the edge of a row's mask, (height, width); nowhere if there is no mask."""
     try:
-        mask = images.crop_mask(ground_truth(row), preprocessing)
+        mask = images.crop_mask(read_mask(*(row[name] for name in MASK_COLUMNS)), preprocessing)
     except DataError:
         # The category's problems already name it.
         return np.zeros((height, width), bool)

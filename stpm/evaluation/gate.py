@@ -8,8 +8,8 @@ from typing import Any
 
 from stpm import storage
 from stpm.errors import ConfigError
-from stpm.evaluation.category_metrics import LOWER_IS_BETTER, METRICS
 from stpm.evaluation.options import ReportOptions
+from stpm.metrics.category_metrics import LOWER_IS_BETTER, METRICS
 from stpm.records import parse_json
 
 _MEAN = "mean"

@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from stpm.evaluation.category_metrics import METRICS
 from stpm.evaluation.report import Report
+from stpm.metrics.category_metrics import METRICS
 from stpm.pages import jpeg_uri, render
 
 

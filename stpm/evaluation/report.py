@@ -14,10 +14,10 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.errors import join_first
-from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.evaluation.gallery import Tile
-from stpm.evaluation.intervals import CONFIDENCE
 from stpm.evaluation.options import MasksAt
+from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
+from stpm.metrics.intervals import CONFIDENCE
 from stpm.models.record import ModelRecord, installed_versions
 from stpm.times import timestamp
 

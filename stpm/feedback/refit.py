@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stpm import storage
 from stpm.data import mvtec
-from stpm.feedback.local_scorer import LocalScore, LocalScorer
+from stpm.detector import load
 from stpm.feedback.new_images import NewImages
 from stpm.fitting.fit_categories import fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
@@ -57,6 +56,6 @@ class Refit:
     ) -> npt.NDArray[np.float32]:
         """Score new images with a new model, (n,)."""
         category = new.record.category
-        scorer = LocalScorer(store, category, model_id, backend)
-        files = (storage.read(store.added_uri(category, image.digest)) for image in new.images)
-        return np.array([outcome.score for outcome in scorer(files) if isinstance(outcome, LocalScore)], np.float32)
+        detector = load(store.uri, category, model_id, backend=backend)
+        files = (store.added_uri(category, image.digest) for image in new.images)
+        return np.array([result.score for result in detector.score(files) if not result.error], np.float32)

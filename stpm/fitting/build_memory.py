@@ -34,7 +34,7 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     candidates: list[list[Tensor]] = [[] for _ in specs]
     for batch in split_batches(train, EVALUATION_BATCH_SIZE):
         levels, valid = features(batch), features.content_masks(batch)
-        strided_valid = features.matcher.content_masks(features.images.content[batch], list(shapes.values()))
+        strided_valid = features.teacher.content_masks(features.images.content[batch], list(shapes.values()))
         chosen = {
             index: _choose_candidates(shape, mask, batch, per_image, recipe.seed).to(levels[index].device)
             for (index, shape), mask in zip(shapes.items(), strided_valid, strict=True)
@@ -55,7 +55,7 @@ def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpe
     specs = []
     for index in level_indices:
         shape = features.shapes[index]
-        stride = stride_of(shape, features.matcher.preprocessing.input_shape)
+        stride = stride_of(shape, features.teacher.preprocessing.input_shape)
         window = window_size(shape, coarsest, stride)
         specs += [DescriptorSpec(index, kind, window, stride) for kind in KINDS]
     return specs

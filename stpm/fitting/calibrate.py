@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.splits import Indices, split_batches, split_folds
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.fitting.train_student import Checkpoints, train_student
-from stpm.method.forward import Distances, Parts, spatial_shape
-from stpm.method.fusion import AnomalyMap, Float32Array, sample_distances
+from stpm.method.fusion import AnomalyMap, Distances, Float32Array, sample_distances
 from stpm.method.recipe import Recipe
 from stpm.method.scales import (
     DistanceScale,
@@ -26,6 +26,7 @@ from stpm.method.scales import (
     fit_distance_scale,
     leave_one_out_scales,
 )
+from stpm.method.teacher import spatial_shape
 
 
 class CalibrationResult(NamedTuple):
@@ -43,24 +44,23 @@ class CalibrationResult(NamedTuple):
     distance_scales: tuple[DistanceScale, ...]
 
 
-def calibrate_model(
-    parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
+def calibrate_detector(
+    detector: Detector, features: TeacherFeatures, held_out: Indices, budget: int
 ) -> CalibrationResult:
     """Measure scores, heatmap scale and distance scales on held-out images.
 
     Args:
-        parts: the model's parts, on the matcher's device.
-        features: the images, and the matcher.
+        detector: not calibrated yet.
+        features: the images, and the detector's teacher.
         held_out: indices of the held-out images, one or more; two or more if the recipe fuses by quantiles.
-        recipe: the model's recipe.
         budget: bytes of RAM for cached distance maps; those beyond it are computed twice, to the same bits.
     """
-    distances = HeldOutDistances.compute(parts, features, held_out, recipe, budget)
+    distances = HeldOutDistances.compute(detector, features, held_out, budget)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
     scale_builder = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
     scores = []
     for anomaly_map in distances.anomaly_maps():
-        scores.append(anomaly_map.score(recipe.top_fraction).total)
+        scores.append(anomaly_map.score(detector.recipe.top_fraction).total)
         scale_builder.add(anomaly_map.total)
     distance_scales = tuple(map(fit_distance_scale, distances.samples))
     return CalibrationResult(np.array(scores, np.float32), scale_builder.build(), distance_scales)
@@ -75,10 +75,10 @@ def cross_validate_scores(
     would bias its scores.
 
     Args:
-        features: the images, and the matcher.
+        features: the images, and the teacher.
         recipe: the model's recipe, with two `calibration_folds` or more.
         checkpoints: one for the student of each fold; None: save none.
-        budget: bytes of RAM for cached distance maps, as in `calibrate_model`.
+        budget: bytes of RAM for cached distance maps, as in `calibrate_detector`.
     """
     folds = split_folds(len(features.images), recipe)
     fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
@@ -86,8 +86,8 @@ def cross_validate_scores(
     for (rest, fold), fold_checkpoints in zip(folds, checkpoints, strict=True):
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, fold_checkpoints).student
-        parts = Parts.from_weights(recipe, student, memory).to(features.matcher.device)
-        maps = HeldOutDistances.compute(parts, features, fold, recipe, budget).anomaly_maps()
+        detector = Detector.assemble(features.teacher, recipe, student, memory)
+        maps = HeldOutDistances.compute(detector, features, fold, budget).anomaly_maps()
         scores[fold] = [anomaly_map.score(recipe.top_fraction).total for anomaly_map in maps]
     return scores
 
@@ -99,70 +99,63 @@ class HeldOutDistances:
     An anomaly map needs distance scales from the other held-out images, so compute all distance maps first.
 
     Args:
-        parts: the model's parts, compiled for the features' matcher.
-        features: the images, and the matcher.
-        recipe: its fusion and smoothing are used.
+        detector: not calibrated yet.
+        features: the images, and the detector's teacher.
         batches: indices of the held-out images, batch by batch.
         cached: distances of the first batches, on the CPU; those of the others are computed again, to the same bits.
         samples: for each distance map, in the order of `Distances.maps`, some of the distances of each held-out image,
             as `sample_distances` returns them; empty unless the recipe fuses by quantiles.
     """
 
-    parts: Parts
+    detector: Detector
     features: TeacherFeatures
-    recipe: Recipe
     batches: list[Indices]
     cached: list[Distances]
     samples: list[list[Float32Array]]
 
     @classmethod
-    def compute(
-        cls, parts: Parts, features: TeacherFeatures, held_out: Indices, recipe: Recipe, budget: int
-    ) -> HeldOutDistances:
+    def compute(cls, detector: Detector, features: TeacherFeatures, held_out: Indices, budget: int) -> HeldOutDistances:
         """Compute the distances of all held-out images, to sample them and to cache some.
 
         Args:
-            parts: the model's parts, on the matcher's device.
-            features: the images, and the matcher.
+            detector: not calibrated yet.
+            features: the images, and the detector's teacher.
             held_out: indices of the held-out images.
-            recipe: its fusion and smoothing are used for anomaly maps.
             budget: bytes of RAM for cached distance maps; those beyond it are computed twice.
         """
-        parts = features.matcher.compile(parts)
         batches = split_batches(held_out, EVALUATION_BATCH_SIZE)
         cached: list[Distances] = []
         samples: list[list[Float32Array]] = []
         for batch in batches:
-            distances = _compute_distances(parts, features, batch)
+            distances = _compute_distances(detector, features, batch)
             budget -= distances.nbytes
             if budget >= 0:
                 cached.append(distances.to(torch.device("cpu")))
-            if recipe.fusion == "quantile":
+            if detector.recipe.fusion == "quantile":
                 samples = samples or [[] for _ in distances.maps]
                 batch_samples = _sample_maps(distances, features, batch, len(held_out))
                 for map_samples, image_samples in zip(samples, batch_samples, strict=True):
                     map_samples.extend(image_samples)
-        return cls(parts, features, recipe, batches, cached, samples)
+        return cls(detector, features, batches, cached, samples)
 
     def anomaly_maps(self) -> Iterator[AnomalyMap]:
         """Yield the anomaly map of each image, on distance scales from the other held-out images."""
-        matcher = self.features.matcher
         scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
         if self.samples:
             scales = zip(*map(leave_one_out_scales, self.samples), strict=True)
         for number, batch in enumerate(self.batches):
             if number < len(self.cached):
-                distances = self.cached[number].to(matcher.device)
+                distances = self.cached[number].to(self.detector.teacher.device)
             else:
-                distances = _compute_distances(self.parts, self.features, batch)
+                distances = _compute_distances(self.detector, self.features, batch)
             content = self.features.images.content[batch]
             for one in (slice(i, i + 1) for i in range(len(batch))):
-                yield from matcher.anomaly_maps(distances.select(one), content[one], self.recipe, next(scales))
+                yield from self.detector.anomaly_maps(distances.select(one), content[one], next(scales))
 
 
-def _compute_distances(parts: Parts, features: TeacherFeatures, batch: Indices) -> Distances:
+def _compute_distances(detector: Detector, features: TeacherFeatures, batch: Indices) -> Distances:
     """Compute the distances of a batch. Run the teacher, too: cached features are rounded, and scoring's are not."""
-    return features.matcher.distances(parts, features.inputs(batch), features.images.content[batch])
+    return detector.distances(features.inputs(batch), features.images.content[batch])
 
 
 def _sample_maps(
@@ -170,6 +163,6 @@ def _sample_maps(
 ) -> list[list[Float32Array]]:
     """Sample each distance map of a batch, one array per image."""
     shapes = [spatial_shape(distance_map) for distance_map in distances.maps]
-    masks = features.matcher.content_masks(features.images.content[batch], shapes)
+    masks = features.teacher.content_masks(features.images.content[batch], shapes)
     pairs = zip(distances.maps, masks, strict=True)
     return [sample_distances(distance_map, mask, held_out_count) for distance_map, mask in pairs]

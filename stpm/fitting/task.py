@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,14 +54,19 @@ class FitTask:
     @cached_property
     def data_fingerprint(self) -> str:
         """SHA-256 of the listing. It changes when a training image is added, removed, renamed or rewritten."""
-        lines = (f"{uri.rsplit('/', 1)[-1]}\t{version}\n" for uri, version in self.train)
-        return storage.digest("".join(lines).encode())
+        return fingerprint(self.train)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that the model depends on, except the device and the backend."""
         values = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
         return storage.digest("\n".join(values).encode())
+
+
+def fingerprint(images: Sequence[tuple[object, str]]) -> str:
+    """Return the SHA-256 of a listing of images: of the name of each file, and of each image's version."""
+    lines = (f"{uri.rsplit('/', 1)[-1] if isinstance(uri, str) else ''}\t{version}\n" for uri, version in images)
+    return storage.digest("".join(lines).encode())
 
 
 class FitWarning(str):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.forward import Matcher, spatial_shape
+from stpm.method.teacher import Teacher, spatial_shape
 
 # Results do not depend on it: evaluation uses no batch statistics.
 EVALUATION_BATCH_SIZE = 16
@@ -21,13 +21,13 @@ class TeacherFeatures:
     Cached features are rounded to half precision, and clamped to its range.
 
     Args:
-        matcher: the matcher that holds the teacher.
+        teacher: the frozen teacher.
         images: the category's decoded images.
         budget: bytes that cached features may take, in RAM or on the GPU; if they need more, none are cached.
     """
 
-    def __init__(self, matcher: Matcher, images: TrainingImages, budget: int) -> None:
-        self.matcher = matcher
+    def __init__(self, teacher: Teacher, images: TrainingImages, budget: int) -> None:
+        self.teacher = teacher
         self.images = images
         self._pixels = torch.from_numpy(images.pixels)
         first = self._compute(np.arange(1))
@@ -51,14 +51,14 @@ class TeacherFeatures:
 
     def inputs(self, indices: Indices) -> Tensor:
         """Return the network inputs of B images, (B, 3, H, W) float32."""
-        return self.matcher.inputs(self._pixels[torch.from_numpy(indices)])
+        return self.teacher.inputs(self._pixels[torch.from_numpy(indices)])
 
     def content_masks(self, indices: Indices) -> list[Tensor | None]:
-        """Mask the positions of the features that are on no padding, as `Matcher.content_masks` does."""
-        return self.matcher.content_masks(self.images.content[indices], self.shapes)
+        """Mask the positions of the features that are on no padding, as `Teacher.content_masks` does."""
+        return self.teacher.content_masks(self.images.content[indices], self.shapes)
 
     def _compute(self, indices: Indices) -> list[Tensor]:
-        return self.matcher.teacher_features(self.inputs(indices))
+        return self.teacher(self.inputs(indices))
 
     def _allocate(self, level: Tensor) -> Tensor:
         shape = (len(self._pixels), *level.shape[1:])

@@ -17,9 +17,9 @@ from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.method.backbones import Backbone, StateDict, build_seeded_backbone
-from stpm.method.forward import to_device
 from stpm.method.matching import matching_loss
 from stpm.method.recipe import Recipe
+from stpm.method.teacher import to_device
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train_student(
     _check_positions(features, recipe)
     student = to_device(
         build_seeded_backbone(recipe.teacher, recipe.levels, recipe.seed, recipe.zero_init_residual),
-        features.matcher.device,
+        features.teacher.device,
     )
     optimiser = _make_optimiser(student, recipe)
     history: list[Epoch] = []
@@ -139,7 +139,7 @@ def _check_positions(features: TeacherFeatures, recipe: Recipe) -> None:
         if shape == (1, 1):
             raise ConfigError(
                 f"level {level} of {recipe.teacher} has a single position at an input of "
-                f"{features.matcher.preprocessing.size_text}; give a larger --size, or leave it out of --levels"
+                f"{features.teacher.preprocessing.size_text}; give a larger --size, or leave it out of --levels"
             )
 
 
@@ -183,7 +183,7 @@ def _train_epoch(
     student.train()
     order = train[np.random.default_rng((recipe.seed, number)).permutation(len(train))]
     batches = split_batches(order, recipe.batch_size)
-    total = torch.zeros((), device=features.matcher.device)
+    total = torch.zeros((), device=features.teacher.device)
     for step, batch in enumerate(batches, (number - 1) * len(batches)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step, len(batches))
@@ -203,5 +203,5 @@ def _validation_loss(student: Backbone, features: TeacherFeatures, held_out: Ind
 
 
 def _loss(student: Backbone, features: TeacherFeatures, batch: Indices) -> Tensor:
-    student_features = features.matcher.features(student, features.inputs(batch))
+    student_features = features.teacher.compute(student, features.inputs(batch))
     return matching_loss(features(batch), student_features, features.content_masks(batch))

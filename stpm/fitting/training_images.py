@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
-from stpm.data import images
+from stpm.data import images, pictures
 from stpm.data.image_statistics import COMPARED
 from stpm.data.images import Pixels
+from stpm.data.pictures import Fetched, Picture
 from stpm.errors import DataError, ImageError, join_first
 from stpm.method.backbones import resolve_data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_input_shape
@@ -72,7 +73,7 @@ def choose_normalisation(recipe: Recipe) -> DataConfig:
     return IMAGENET if recipe.normalisation == "imagenet" else UNSCALED
 
 
-def preprocessing_for(recipe: Recipe, uris: Sequence[str]) -> Preprocessing:
+def preprocessing_for(recipe: Recipe, training: Sequence[Picture]) -> Preprocessing:
     """Return a recipe's preprocessing of these training images. For the size `auto`, read the headers of some.
 
     Raises:
@@ -80,56 +81,60 @@ def preprocessing_for(recipe: Recipe, uris: Sequence[str]) -> Preprocessing:
         DataError: if the size is `auto` and none of the headers can be read.
     """
     config = choose_normalisation(recipe)
-    height, width = recipe.size.sides or choose_input_shape(_read_some_sizes(uris), recipe.pixels)
+    height, width = recipe.size.sides or choose_input_shape(_read_some_sizes(training), recipe.pixels)
     return Preprocessing(height, width, recipe.resize, config.interpolation, config.mean, config.std)
 
 
-def _read_some_sizes(uris: Sequence[str]) -> list[tuple[int, int]]:
+def _read_some_sizes(training: Sequence[Picture]) -> list[tuple[int, int]]:
     """Read width and height of up to 32 images, evenly spaced in the list."""
-    chosen = np.unique(np.linspace(0, len(uris) - 1, min(_MAX_HEADERS_READ, len(uris))).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(training) - 1, min(_MAX_HEADERS_READ, len(training))).round().astype(int))
     sizes: list[tuple[int, int]] = []
-    errors = _read_all([uris[i] for i in chosen], lambda _, data: sizes.append(images.read_size(data)))
+    errors = _read_all([training[i] for i in chosen], lambda _, fetched: sizes.append(pictures.read_size(fetched)))
     if not sizes:
         raise _unreadable(errors, len(chosen))
     return sizes
 
 
-def load_images(uris: Sequence[str], preprocessing: Preprocessing, budget: int) -> TrainingImages:
+def load_images(training: Sequence[Picture], preprocessing: Preprocessing, budget: int) -> TrainingImages:
     """Decode images: into memory if their pixels fit a budget of bytes, else into a file.
 
     Raises:
         DataError: if files cannot be read. To fit on the others would hide that images are missing.
     """
-    shape = (len(uris), *preprocessing.input_shape, 3)
+    shape = (len(training), *preprocessing.input_shape, 3)
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
-    content = np.empty((len(uris), 4), np.int32)
-    statistics = np.empty((len(uris), len(COMPARED)), np.float32)
+    content = np.empty((len(training), 4), np.int32)
+    statistics = np.empty((len(training), len(COMPARED)), np.float32)
     one_large_image = Lock()
 
-    def decode(index: int, data: bytes) -> None:
-        is_large = math.prod(images.read_size(data)) > images.MAX_PIXELS // (_READERS // 2)
+    def decode(index: int, fetched: Fetched) -> None:
+        is_large = math.prod(pictures.read_size(fetched)) > images.MAX_PIXELS // (_READERS // 2)
         with one_large_image if is_large else nullcontext():
-            decoded = images.decode(data, preprocessing)
+            decoded = pictures.decode(fetched, preprocessing)
         pixels[index] = decoded.pixels
         content[index] = preprocessing.content_box(decoded.width, decoded.height)
         statistics[index] = decoded.width, decoded.height, *decoded.statistics
 
-    if errors := _read_all(uris, decode):
-        raise _unreadable(errors, len(uris))
+    if errors := _read_all(training, decode):
+        raise _unreadable(errors, len(training))
     return TrainingImages(pixels, content, statistics)
 
 
-def _read_all(uris: Sequence[str], use: Callable[[int, bytes], None]) -> dict[str, Exception]:
-    """Read files in parallel, and call `use` with the index and the bytes of each. Return the errors, by URI."""
+def _read_all(training: Sequence[Picture], use: Callable[[int, Fetched], None]) -> dict[str, Exception]:
+    """Fetch images in parallel, and call `use` with the index and the file of each. Return the errors, by name."""
     errors: dict[str, Exception] = {}
 
     def read(index: int) -> None:
+        picture = training[index]
         try:
-            use(index, storage.read_at_most(uris[index], images.MAX_BYTES))
+            if isinstance(picture, str):
+                use(index, storage.read_at_most(picture, images.MAX_BYTES))
+            else:
+                use(index, pictures.fetch(picture))
         except (ImageError, DataError, OSError) as error:
-            errors[uris[index]] = error
+            errors[pictures.name_of(picture)] = error
 
-    storage.in_parallel(read, range(len(uris)), _READERS)
+    storage.in_parallel(read, range(len(training)), _READERS)
     return errors
 
 

@@ -31,6 +31,32 @@ _EPS = 1e-12
 _MIN_SAMPLES, _MAX_SAMPLES, _MAX_TOTAL_SAMPLES = 16, 1024, 256 * 1024
 
 
+@dataclass(frozen=True)
+class Distances:
+    """Distances of B images: one (B, Hₗ, Wₗ) float32 map for each level of the student, and for each memory bank."""
+
+    student: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """Return the student's maps, then the memory's."""
+        return self.student + self.memory
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of all maps."""
+        return sum(d.nbytes for d in self.maps)
+
+    def select(self, chosen: slice) -> Distances:
+        """Select some of the images."""
+        return Distances(tuple(d[chosen] for d in self.student), tuple(d[chosen] for d in self.memory))
+
+    def to(self, device: torch.device) -> Distances:
+        """Move all maps to a device."""
+        return Distances(tuple(d.to(device) for d in self.student), tuple(d.to(device) for d in self.memory))
+
+
 def sample_distances(distances: Tensor, valid: Tensor | None = None, total_images: int = 0) -> list[Float32Array]:
     """Sample the distances on each image, evenly spaced over the valid positions.
 

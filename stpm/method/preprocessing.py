@@ -90,6 +90,11 @@ class Preprocessing:
         left, top = (width - across) / 2, (height - down) / 2
         return left, top, left + across, top + down
 
+    def seen_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return the source box in whole pixels, at least one in each direction."""
+        left, top, right, bottom = map(round, self.source_box(width, height))
+        return left, top, max(right, left + 1), max(bottom, top + 1)
+
     def content_box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Return where the source box lies in the input: everywhere, unless `fit` pads. The box is never empty."""
         distortion = (width / height) / (self.width / self.height)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -40,10 +40,7 @@ from stpm.records import from_json, to_json
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
 if TYPE_CHECKING:
-    import torch
-
     from stpm.method.backbones import Backbone, StateDict
-    from stpm.method.forward import Parts
     from stpm.method.memory_bank import MemoryBank
 
 T = TypeVar("T")
@@ -58,15 +55,48 @@ _CHECKPOINT = "checkpoint-"
 
 @dataclass(frozen=True)
 class Model:
-    """A model ready for scoring."""
+    """A stored model, on the CPU: the weights of its student, if it has one, its memory banks, and its calibration."""
 
     record: ModelRecord
-    parts: Parts
+    student: StateDict | None
+    memory: tuple[MemoryBank, ...]
     calibration: Calibration
 
-    def to(self, device: torch.device) -> Model:
-        """Move all tensors to a device."""
-        return dataclasses.replace(self, parts=self.parts.to(device))
+
+def encode_model(
+    student: StateDict | None,
+    memory: Sequence[MemoryBank],
+    calibration: pa.Table,
+    image_statistics: pa.Table,
+    history: pa.Table,
+) -> dict[str, bytes]:
+    """Encode the files of a model, by name; all but its record.
+
+    Args:
+        student: weights of the student, if there is one.
+        memory: memory banks, if there are any.
+        calibration: a row for each calibration image, in the columns of `ModelStore.calibration_scores`, in any order.
+        image_statistics: a row for each good image that the model was fitted on or calibrated with, in the columns of
+            `stpm.data.image_statistics.COMPARED`.
+        history: losses per epoch, stored with a student.
+    """
+    from stpm.method.backbones import serialise
+    from stpm.method.memory_bank import banks_to_tensors
+
+    files = {
+        CALIBRATION: storage.encode_parquet(calibration.sort_by("score")),
+        IMAGE_STATISTICS: storage.encode_parquet(image_statistics),
+    }
+    if student is not None:
+        files |= {STUDENT: serialise(student), _HISTORY: storage.encode_parquet(history)}
+    if memory:
+        files[MEMORY] = serialise(banks_to_tensors(memory))
+    return files
+
+
+def file_digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the digest of each file, by name."""
+    return {name: storage.digest(data) for name, data in files.items()}
 
 
 class ModelStore:
@@ -107,44 +137,40 @@ class ModelStore:
         return load_backbone(teacher, levels, state, uri)
 
     def save(
-        self,
-        record: ModelRecord,
-        data_fingerprint: str,
-        *,
-        student: StateDict | None,
-        memory: Sequence[MemoryBank],
-        calibration: pa.Table,
-        image_statistics: pa.Table,
-        history: pa.Table,
-        stage: bool = False,
+        self, record: ModelRecord, files: Mapping[str, bytes], data_fingerprint: str, *, stage: bool = False
     ) -> ModelRecord:
         """Publish a model, make it its category's current one, and return its stored record.
 
         Keep the files of the same model if the store has it, undamaged.
 
         Args:
-            record: the model's record, to which this adds the files' digests.
+            record: the model's record.
+            files: contents of the model's other files, by name, from `encode_model`.
             data_fingerprint: digest of the images that the model was fitted on.
-            student: weights of the student, if there is one.
-            memory: memory banks, if there are any.
-            calibration: a row for each calibration image, in the columns of `calibration_scores`, in any order.
-            image_statistics: a row for each good image that the model was fitted on or calibrated with, in the columns
-                of `stpm.data.image_statistics.COMPARED`.
-            history: losses per epoch, stored with a student.
             stage: leave the current model, if there is one, and put this one after it.
-        """
-        from stpm.method.backbones import serialise
-        from stpm.method.memory_bank import banks_to_tensors
 
-        contents = {
-            CALIBRATION: storage.encode_parquet(calibration.sort_by("score")),
-            IMAGE_STATISTICS: storage.encode_parquet(image_statistics),
-        }
-        if student is not None:
-            contents |= {STUDENT: serialise(student), _HISTORY: storage.encode_parquet(history)}
-        if memory:
-            contents[MEMORY] = serialise(banks_to_tensors(memory))
-        return self._publish(record, contents, data_fingerprint, stage=stage)
+        Raises:
+            DataError: if the category's name is not allowed in a path.
+        """
+        safe_name(record.category, "category")
+        record = dataclasses.replace(record, files=file_digests(files))
+        try:
+            stored = self.record(record.category, record.model_id)
+            self.verify(stored)
+            record = stored
+        except ModelError:
+            # The id is a digest of the files: this also repairs a damaged model. model.json comes last.
+            for name, data in (*files.items(), (_RECORD, to_json(record))):
+                storage.publish(self._uri(record, name), data)
+        version = Version(record.model_id, data_fingerprint)
+        try:
+            before = self.versions(record.category)
+            versions = before.stage(version) if stage else before.publish(version)
+        except ModelDamagedError:
+            # There is no current.json, or a damaged one.
+            versions = Versions(version)
+        self.set_versions(record.category, versions)
+        return record
 
     def save_recalibrated(
         self, current: ModelRecord, record: ModelRecord, calibration: pa.Table, image_statistics: pa.Table
@@ -163,31 +189,28 @@ class ModelStore:
         files = {name: self._read_verified(self._uri(current, name), digest) for name, digest in current.files.items()}
         files[CALIBRATION] = storage.encode_parquet(calibration)
         files[IMAGE_STATISTICS] = storage.encode_parquet(image_statistics)
-        return self._publish(record, files, self.current(record.category).data_fingerprint, stage=True)
+        return self.save(record, files, self.current(record.category).data_fingerprint, stage=True)
 
-    def _publish(
-        self, record: ModelRecord, contents: dict[str, bytes], data_fingerprint: str, *, stage: bool
-    ) -> ModelRecord:
-        safe_name(record.category, "category")
-        digests = {name: storage.digest(data) for name, data in contents.items()}
-        record = dataclasses.replace(record, files=digests)
-        try:
-            stored = self.record(record.category, record.model_id)
-            self.verify(stored)
-            record = stored
-        except ModelError:
-            # The id is a digest of the files: this also repairs a damaged model. model.json comes last.
-            for name, data in (contents | {_RECORD: to_json(record)}).items():
-                storage.publish(self._uri(record, name), data)
-        version = Version(record.model_id, data_fingerprint)
-        try:
-            before = self.versions(record.category)
-            versions = before.stage(version) if stage else before.publish(version)
-        except ModelDamagedError:
-            # There is no current.json, or a damaged one.
-            versions = Versions(version)
-        self.set_versions(record.category, versions)
-        return record
+    def copy_model(self, source: ModelStore, record: ModelRecord, category: str) -> ModelRecord:
+        """Publish another store's model and its teacher here, and make it a category's current model.
+
+        Args:
+            source: the store that has the model.
+            record: the model's record there.
+            category: name of the category here.
+
+        Raises:
+            DataError: if the category's name is not allowed in a path.
+            ModelError: if a file of the model is missing or damaged.
+        """
+        teacher = self._teacher_uri(record.teacher_digest)
+        if not storage.exists(teacher):
+            uri = source._teacher_uri(record.teacher_digest)
+            storage.publish(teacher, self._read_verified(uri, record.teacher_digest))
+        files = {name: self._read_verified(source._uri(record, name), digest) for name, digest in record.files.items()}
+        fingerprints = {each.model_id: each.data_fingerprint for each in source.versions(record.category).every}
+        copied = dataclasses.replace(record, category=category)
+        return self.save(copied, files, fingerprints.get(record.model_id, ""))
 
     def versions(self, category: str) -> Versions:
         """Read the current model of a category, those before it, and those after it.
@@ -317,17 +340,15 @@ class ModelStore:
             model_id: one of the category's models; "": its current one.
 
         Raises:
-            ModelError: if a file is missing, damaged or of another architecture.
+            ModelError: if a file is missing or damaged.
         """
-        from stpm.method.forward import Parts
         from stpm.method.memory_bank import banks_from_tensors
 
         record = self.record(category, model_id)
         scores = self.calibration_scores(record).column("score").to_numpy().astype(np.float32)
         student = self._tensors(record, STUDENT) if STUDENT in record.files else None
         memory = banks_from_tensors(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
-        parts = Parts.from_weights(record.recipe, student, memory, self._uri(record, STUDENT))
-        return Model(record, parts, Calibration(scores, record.heatmap_scale))
+        return Model(record, student, memory, Calibration(scores, record.heatmap_scale))
 
     def image_statistics(self, record: ModelRecord) -> pa.Table:
         """Read the statistics of the good images of a model, a row each.

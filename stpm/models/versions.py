@@ -29,6 +29,11 @@ class Versions:
     previous: tuple[Version, ...] = ()
     next: tuple[Version, ...] = ()
 
+    @property
+    def every(self) -> tuple[Version, ...]:
+        """Return all of them, the oldest first."""
+        return (*self.previous, self.current, *self.next)
+
     def publish(self, version: Version) -> Versions:
         """Make a model current. A new one takes the place of those in `next`; the current one again keeps them."""
         if version.model_id == self.current.model_id:

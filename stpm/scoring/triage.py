@@ -11,11 +11,11 @@ from PIL import Image
 from stpm import storage
 from stpm.data import images
 from stpm.data.encode import encode_jpeg
+from stpm.data.heatmaps import overlay_heatmap, read_heatmap
+from stpm.data.image_files import read_uri
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, render, score_parts
-from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
-from stpm.scoring.inputs.image_files import read_uri
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import read_ranked
 from stpm.scoring.row_summary import RowSummary

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from stpm import storage
+from stpm.data.heatmaps import palette_png
 from stpm.data.mvtec import read_category
 from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
-from stpm.evaluation.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.scales import HeatmapScale
+from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
 from stpm.models.record import FitRecord, ModelRecord
-from stpm.scoring.heatmap_pictures import palette_png
 from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.output import RunOutput
 from tests.conftest import MODELS, TINY, make_preprocessing

@@ -14,10 +14,10 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from stpm.data import images
 from stpm.errors import RunDamagedError
 from stpm.evaluation.category import MasksAt, ScoredCategory
-from stpm.evaluation.category_metrics import METRICS
 from stpm.evaluation.page import page
 from stpm.evaluation.report import Report
 from stpm.method.preprocessing import Resize
+from stpm.metrics.category_metrics import METRICS
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, write_rows
 from tests.evaluation.runs import PREPROCESSING, SIZE, measured, result, scored_run

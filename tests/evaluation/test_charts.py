@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from stpm.evaluation.category import read_scores
-from stpm.evaluation.category_metrics import measure_category
 from stpm.evaluation.charts import draw_charts, histogram_bins, roc_curves
+from stpm.metrics.category_metrics import measure_category
 from tests.evaluation.runs import scored_run
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from stpm.errors import ConfigError
-from stpm.evaluation.category_metrics import METRICS
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import ReportOptions
+from stpm.metrics.category_metrics import METRICS
 from stpm.options import Names
 
 

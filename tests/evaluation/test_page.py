@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from stpm.data.encode import encode_jpeg
-from stpm.evaluation.category import LabelledScores, read_scores
-from stpm.evaluation.category_metrics import Metric
+from stpm.evaluation.category import read_scores
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.metrics.category_metrics import Metric
+from stpm.metrics.labelled import LabelledScores
 from tests.browser import Tags, check_page
 from tests.conftest import MODELS
 from tests.evaluation.runs import measured, result, scored_run, without_student

@@ -8,18 +8,19 @@ import numpy as np
 import torch
 
 from stpm.data.image_statistics import COMPARED
+from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import Checkpoints, TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.forward import Matcher, Parts
 from stpm.method.fusion import AnomalyMap
 from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale
+from stpm.method.teacher import Teacher
 
-MatcherOf = Callable[[Recipe], Matcher]
+TeacherOf = Callable[[Recipe], Teacher]
 BUDGET = 2**30
 
 
@@ -32,12 +33,12 @@ def unpadded(pixels: np.ndarray) -> TrainingImages:
 def train_on(
     images: TrainingImages,
     recipe: Recipe,
-    make_matcher: MatcherOf,
+    make_teacher: TeacherOf,
     checkpoints: Checkpoints | None = None,
     budget: int = BUDGET,
 ) -> tuple[TrainedStudent, list[Epoch]]:
     seen: list[Epoch] = []
-    features = TeacherFeatures(make_matcher(recipe), images, budget)
+    features = TeacherFeatures(make_teacher(recipe), images, budget)
     assert features.cached == (budget > 0)
     train, held_out = split_images(len(images), recipe)
     return train_student(features, train, held_out, recipe, seen.append, checkpoints), seen
@@ -47,19 +48,16 @@ def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def fit_parts(features: TeacherFeatures, train: Indices, held_out: Indices, recipe: Recipe) -> Parts:
+def fit_uncalibrated(features: TeacherFeatures, train: Indices, held_out: Indices, recipe: Recipe) -> Detector:
     student = train_student(features, train, held_out, recipe, lambda epoch: None).student
-    return Parts.from_weights(recipe, student, build_memory(features, train, recipe))
+    return Detector.assemble(features.teacher, recipe, student, build_memory(features, train, recipe))
 
 
-def anomaly_maps(
-    matcher: Matcher, parts: Parts, images: TrainingImages, recipe: Recipe, scales: Sequence[DistanceScale]
-) -> list[AnomalyMap]:
+def anomaly_maps(detector: Detector, images: TrainingImages, scales: Sequence[DistanceScale]) -> list[AnomalyMap]:
     """Compute the maps of all images, as scoring does."""
-    inputs = matcher.inputs(torch.from_numpy(images.pixels))
+    inputs = detector.teacher.inputs(torch.from_numpy(images.pixels))
     with torch.inference_mode():
-        distances = matcher.distances(parts, inputs, images.content)
-        return matcher.anomaly_maps(distances, images.content, recipe, scales)
+        return detector.anomaly_maps(detector.distances(inputs, images.content), images.content, scales)
 
 
 def select(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:

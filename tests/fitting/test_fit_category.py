@@ -192,13 +192,13 @@ def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> N
     epochs = [each for each in reported if isinstance(each, Epoch)]
     if any_model.student == "none":
         assert (fit.epochs, fit.kept_epoch, fit.train_loss, fit.validation_loss, epochs) == (0, 0, None, None, [])
-        assert model.parts.student is None
+        assert model.student is None
     else:
         assert (fit.epochs, len(epochs)) == (2, 2)
         assert fit.validation_loss == epochs[fit.kept_epoch - 1].validation_loss
     banks = 4 if any_model.memory else 0
-    assert len(model.parts.memory) == banks
-    maps = banks + (3 if model.parts.student else 0)
+    assert len(model.memory) == banks
+    maps = banks + (3 if model.student else 0)
     assert len(record.distance_scales) == (maps if any_model.fusion == "quantile" else 0)
     assert any("memory of 200 vectors in 4 banks" in each for each in reported if isinstance(each, str)) == bool(banks)
 

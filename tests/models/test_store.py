@@ -20,7 +20,7 @@ from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import FitRecord, ModelRecord
-from stpm.models.store import ModelStore
+from stpm.models.store import ModelStore, encode_model
 from tests.conftest import MODELS, make_preprocessing
 from tests.datasets import fitted_categories
 
@@ -73,12 +73,14 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
     preprocessing, scale = make_preprocessing(64, 48, "fit"), CALIBRATION.scale
     return store.save(
         ModelRecord(category, recipe, preprocessing, "float32", teacher, scale, make_scales(recipe), FIT),
+        encode_model(
+            make_student(recipe, seed),
+            make_banks(recipe, seed),
+            pa.table({"score": CALIBRATION.scores, "is_added": [False] * len(CALIBRATION.scores)}),
+            IMAGE_STATISTICS,
+            pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
+        ),
         "fingerprint",
-        student=make_student(recipe, seed),
-        memory=make_banks(recipe, seed),
-        calibration=pa.table({"score": CALIBRATION.scores, "is_added": [False] * len(CALIBRATION.scores)}),
-        image_statistics=IMAGE_STATISTICS,
-        history=pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
     )
 
 
@@ -112,14 +114,11 @@ def test_save_and_load_round_trip(store: ModelStore, any_model: Recipe) -> None:
     assert model.calibration.scale == CALIBRATION.scale
     assert store.image_statistics(record).equals(IMAGE_STATISTICS)
     assert fitted_categories(store.uri) == ["nut"]
-    teacher = store.load_teacher(any_model.teacher, any_model.levels, record.teacher_digest)
-    expected, student = make_student(any_model), model.parts.student
+    expected, student = make_student(any_model), model.student
     assert (student is None) == (expected is None)
     if student and expected:
-        assert student.net.state_dict().keys() == expected.keys()
-        assert all(torch.equal(v, expected[k]) for k, v in student.net.state_dict().items())
-        assert not student.training
-        assert teacher.channels == student.channels
+        assert student.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in student.items())
         assert store.history(record)["train_loss"].to_pylist() == [0.7, 0.5]
     else:
         assert store.history(record).num_rows == 0
@@ -127,7 +126,7 @@ def test_save_and_load_round_trip(store: ModelStore, any_model: Recipe) -> None:
 
 def test_load_restores_memory_bit_for_bit(store: ModelStore, any_model: Recipe) -> None:
     save(store, any_model)
-    expected, found = make_banks(any_model), store.load("nut").parts.memory
+    expected, found = make_banks(any_model), store.load("nut").memory
     assert len(found) == len(expected) == (4 if any_model.memory else 0)
     for one, other in zip(found, expected, strict=True):
         assert one.spec == other.spec
@@ -137,14 +136,6 @@ def test_load_restores_memory_bit_for_bit(store: ModelStore, any_model: Recipe) 
             assert torch.equal(loaded, made)
         features = torch.randn(3, 60 + one.spec.level_index, 9, 7)
         assert torch.equal(one.distance_map(features), other.distance_map(features))
-
-
-def test_parts_nbytes_counts_all_tensors(tmp_path: Path, any_model: Recipe) -> None:
-    store = ModelStore(str(tmp_path))
-    save(store, any_model)
-    tensors = list((make_student(any_model) or {}).values())
-    tensors += [t for bank in make_banks(any_model) for t in bank.tensors.values()]
-    assert store.load("nut").parts.nbytes == sum(t.numel() * t.element_size() for t in tensors)
 
 
 COMMON_FILES = {"current.json", "model.json", "calibration.parquet", "image_statistics.parquet"}

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stpm.data.image_files import ImageRef
 from stpm.data.mvtec import Category
 from stpm.errors import ImageError
 from stpm.names import as_utf8, is_utf8
-from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.schema import MANIFEST, Int64Array, table
 
 _NO_CATEGORY = ImageError("no_model", "the image has no category; see --category and --category-from")

@@ -10,12 +10,12 @@ from itertools import islice
 import pyarrow as pa
 
 from stpm import storage
+from stpm.data.image_files import TAR, ImageRef, tar_images
 from stpm.data.images import SUFFIXES
 from stpm.errors import ImageError, NoImagesError
 from stpm.names import as_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.image_files import TAR, ImageRef, tar_images
 from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes

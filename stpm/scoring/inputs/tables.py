@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stpm import storage
+from stpm.data.image_files import IMAGE_COLUMNS, PARQUET, image_column
 from stpm.data.images import SUFFIXES as IMAGE_SUFFIXES
 from stpm.errors import DataError, NoImagesError
-from stpm.scoring.inputs.image_files import IMAGE_COLUMNS, PARQUET, image_column
 from stpm.scoring.schema import INPUT_COLUMNS
 
 SUFFIXES = (PARQUET, ".csv", ".jsonl", ".ndjson")

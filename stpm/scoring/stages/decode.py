@@ -12,14 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from stpm.data import images
+from stpm.data import image_files, images
+from stpm.data.image_files import ImageRef
 from stpm.data.image_statistics import NAMES
 from stpm.data.images import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
-from stpm.scoring.inputs import image_files
-from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics

@@ -16,10 +16,10 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data.encode import encode_jpeg
+from stpm.data.heatmaps import overlay, palette_png
 from stpm.method.preprocessing import Preprocessing
 from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, safe_name
 from stpm.scoring import prometheus
-from stpm.scoring.heatmap_pictures import overlay, palette_png
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import BatchReport, ProgressReporter

@@ -6,10 +6,10 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,20 +17,23 @@ import torch
 
 from stpm.errors import RETRIED_ERRORS, ImageError, one_line
 from stpm.method.device import is_out_of_memory, set_up_device
-from stpm.method.forward import Matcher
-from stpm.method.fusion import AnomalyMap
-from stpm.method.preprocessing import Boxes
-from stpm.models.store import Model, ModelStore
+from stpm.method.teacher import Teacher
+from stpm.models.store import ModelStore
+from stpm.result import Result
 from stpm.scoring import prometheus
 from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
 from stpm.scoring.stages.batch_size import BatchSize
-from stpm.scoring.stages.model_cache import ModelCache
+from stpm.scoring.stages.detector_cache import DetectorCache
 from stpm.scoring.stages.outcomes import error_columns, external_errors
 from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 log = logging.getLogger(__name__)
+
+
+# Columns of SCORED that are fields of a result.
+_COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", "threshold", "area", "seed")
 
 
 class DecodedImage(NamedTuple):
@@ -45,26 +48,7 @@ class DecodedImage(NamedTuple):
     pixels: pa.LargeBinaryScalar
 
 
-@dataclass(frozen=True)
-class ImageScore:
-    """The columns of SCORED that the scorer adds. The defaults are the values of a row with an error."""
-
-    score: float | None = None
-    student_score: float | None = None
-    memory_score: float | None = None
-    p_value: float | None = None
-    is_anomalous: bool | None = None
-    threshold: float | None = None
-    peak_x: int | None = None
-    peak_y: int | None = None
-    area: float | None = None
-    seed: int | None = None
-    model_id: str = ""
-    anomaly_map: memoryview | None = None
-    heatmap_levels: bytes | memoryview = b""
-
-
-Outcome = ImageScore | ImageError
+Outcome = Result | ImageError
 
 
 class Scorer:
@@ -76,16 +60,16 @@ class Scorer:
     Args:
         settings: see `ScorerSettings`.
         progress: gets the report of each batch.
-        models: loads teachers and models; None: from the settings' store.
+        detectors: loads teachers and models; None: from the settings' store.
     """
 
     def __init__(
-        self, settings: ScorerSettings, progress: ProgressReporter | None = None, models: ModelCache | None = None
+        self, settings: ScorerSettings, progress: ProgressReporter | None = None, detectors: DetectorCache | None = None
     ) -> None:
         device = set_up_device()
         self._settings = settings
         self._progress = progress
-        self._models = models or ModelCache(
+        self._detectors = detectors or DetectorCache(
             ModelStore(settings.store), device, settings.model_ram, settings.model_ids, settings.backend
         )
         self._dropped_errors = frozenset() if settings.accept_errors else frozenset(RETRIED_ERRORS)
@@ -101,7 +85,7 @@ class Scorer:
         columns = [batch[name].to_pylist() for name in DecodedImage._fields[:-1]]
         images = list(map(DecodedImage, *columns, batch["pixels"]))
         outcomes, openvino_images = self._score(images)
-        result = _scored_table(batch, outcomes, self._settings.overlays)
+        result = _scored_table(batch, outcomes, self._settings)
         seconds = self._clock() - start
         prometheus.count_stage_seconds("score", seconds)
         unfinished = {
@@ -111,11 +95,11 @@ class Scorer:
         }
         prometheus.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
         if self._progress:
-            scores = [outcome for outcome in outcomes if isinstance(outcome, ImageScore)]
+            scores = [outcome for outcome in outcomes if isinstance(outcome, Result)]
             statistics = RunStatistics(
                 images=len(images),
                 errors=len(images) - len(scores),
-                anomalous=sum(bool(score.is_anomalous) for score in scores),
+                anomalous=sum(score.is_anomalous for score in scores),
                 openvino_images=openvino_images,
                 score_seconds=seconds,
             )
@@ -135,51 +119,55 @@ class Scorer:
         return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result
 
     def _score(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], int]:
-        """Score the images that have no error yet, those with one matcher together; count those by OpenVINO.
+        """Score the images that have no error yet, those with one teacher together; count those by OpenVINO.
 
-        Load a matcher when it is the turn of its images: the memory may not hold the teachers of all of them.
+        Load a teacher when it is the turn of its images: the memory may not hold the teachers of all of them.
         """
         outcomes: dict[int, Outcome] = {
             i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
         }
         # Sort by category: the images of one model are then a slice of a batch, not a copy.
         rows = sorted((i for i in range(len(images)) if i not in outcomes), key=lambda i: images[i].category)
-        by_matcher: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+        by_teacher: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for category, group in groupby(rows, key=lambda i: images[i].category):
             members = list(group)
             try:
-                by_matcher[self._models.matcher_key(category)] += members
+                by_teacher[self._detectors.teacher_key(category)] += members
             except ImageError as error:
                 outcomes |= dict.fromkeys(members, error)
         openvino_images = 0
-        for members in by_matcher.values():
+        for members in by_teacher.values():
             found, backend = self._score_shared([images[i] for i in members])
             outcomes |= zip(members, found, strict=True)
             openvino_images += len(members) if backend == "openvino" else 0
         return [outcomes[i] for i in range(len(images))], openvino_images
 
     def _score_shared(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], str]:
-        """Score images whose models share a matcher, batch by batch. Return also what computed the features."""
+        """Score images whose models share a teacher, batch by batch.
+
+        Returns:
+            The outcomes, and the backend that computed the features; "" if the teacher cannot be loaded.
+        """
         try:
-            matcher = self._models.matcher(images[0].category)
+            teacher = self._detectors.teacher(images[0].category)
         except ImageError as error:
             return [error] * len(images), ""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(images):
             batch = images[len(outcomes) : len(outcomes) + self._batch_size.current]
             began = time.perf_counter()
-            outcomes += self._score_batch(matcher, batch)
+            outcomes += self._score_batch(teacher, batch)
             self._batch_size.update(len(batch), time.perf_counter() - began)
-        return outcomes, matcher.backend
+        return outcomes, teacher.backend
 
-    def _score_batch(self, matcher: Matcher, batch: Sequence[DecodedImage]) -> list[Outcome]:
+    def _score_batch(self, teacher: Teacher, batch: Sequence[DecodedImage]) -> list[Outcome]:
         """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
         try:
-            return self._forward(matcher, batch)
+            return self._forward(teacher, batch)
         except Exception as error:
             log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
             kind = "out_of_memory" if is_out_of_memory(error) else "forward_failed"
-            if kind == "forward_failed" and matcher.device.type == "cuda":
+            if kind == "forward_failed" and teacher.device.type == "cuda":
                 _end_with_broken_gpu()
             if len(batch) == 1:
                 return [ImageError(kind, one_line(error))]
@@ -187,43 +175,35 @@ class Scorer:
             torch.cuda.empty_cache()
             self._batch_size.halve(len(batch))
         middle = len(batch) // 2
-        return self._score_batch(matcher, batch[:middle]) + self._score_batch(matcher, batch[middle:])
+        return self._score_batch(teacher, batch[:middle]) + self._score_batch(teacher, batch[middle:])
 
     @torch.inference_mode()
-    def _forward(self, matcher: Matcher, images: Sequence[DecodedImage]) -> list[Outcome]:
-        """Score images of one batch, which are sorted by category."""
-        preprocessing = matcher.preprocessing
+    def _forward(self, teacher: Teacher, images: Sequence[DecodedImage]) -> list[Outcome]:
+        """Score images of one batch, which are sorted by category. The teacher runs once."""
         pixels = np.stack([np.frombuffer(image.pixels.as_buffer(), np.uint8) for image in images])
-        pixels = pixels.reshape(len(images), *preprocessing.input_shape, 3)
-        inputs = matcher.inputs(torch.from_numpy(pixels))
-        content = preprocessing.content_boxes((image.width, image.height) for image in images)
-        teacher = matcher.teacher_features(inputs)
+        pixels = pixels.reshape(len(images), *teacher.preprocessing.input_shape, 3)
+        inputs = teacher.inputs(torch.from_numpy(pixels))
+        features = teacher(inputs)
         outcomes: list[Outcome] = []
         for category, group in groupby(images, key=lambda image: image.category):
-            members = list(group)
-            part = slice(len(outcomes), len(outcomes) + len(members))
-            features = [level[part] for level in teacher]
-            outcomes += self._score_category(matcher, category, members, inputs[part], content[part], features)
+            sizes = [(image.width, image.height) for image in group]
+            part = slice(len(outcomes), len(outcomes) + len(sizes))
+            outcomes += self._score_category(category, inputs[part], sizes, [level[part] for level in features])
         return outcomes
 
     def _score_category(
         self,
-        matcher: Matcher,
         category: str,
-        images: Sequence[DecodedImage],
         inputs: torch.Tensor,
-        content: Boxes,
-        teacher: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
+        features: Sequence[torch.Tensor],
     ) -> Sequence[Outcome]:
-        """Score images of one category. The model is held no longer: the next one may need its memory."""
+        """Score images of one category. The detector is held no longer: the next one may need its memory."""
         try:
-            model = self._models.model(category)
+            detector = self._detectors.detector(category)
         except ImageError as error:
-            return [error] * len(images)
-        record = model.record
-        distances = matcher.distances(model.parts, inputs, content, teacher)
-        maps = matcher.anomaly_maps(distances, content, record.recipe, record.distance_scales)
-        return _image_scores(maps, images, model, self._settings)
+            return [error] * len(sizes)
+        return detector.score_inputs(inputs, sizes, self._settings.false_alarm_rate, features)
 
 
 def _end_with_broken_gpu() -> None:
@@ -238,45 +218,30 @@ def _end_with_broken_gpu() -> None:
         os._exit(1)
 
 
-def _image_scores(
-    maps: Sequence[AnomalyMap], images: Sequence[DecodedImage], model: Model, settings: ScorerSettings
-) -> list[ImageScore]:
-    """Score the anomaly maps of images of one category."""
-    record, calibration = model.record, model.calibration
-    found = [anomaly_map.score(record.recipe.top_fraction) for anomaly_map in maps]
-    scores = np.array([score.total for score in found], np.float32)
-    p_values = calibration.p_values(scores)
-    threshold = np.float32(calibration.threshold(settings.false_alarm_rate))
-    results = []
-    for image, anomaly_map, parts, score, p_value in zip(images, maps, found, scores, p_values, strict=True):
-        values = anomaly_map.total
-        y, x = divmod(int(values.argmax()), values.shape[1])
-        peak_x, peak_y = record.preprocessing.to_original(x, y, image.width, image.height)
-        results.append(
-            ImageScore(
-                score=float(score),
-                student_score=parts.student,
-                memory_score=parts.memory,
-                p_value=float(p_value),
-                is_anomalous=bool(score > threshold),
-                threshold=float(threshold),
-                peak_x=peak_x,
-                peak_y=peak_y,
-                area=float((values > threshold).mean()),
-                seed=record.recipe.seed,
-                model_id=record.model_id,
-                anomaly_map=values.data.cast("B") if settings.raw_maps else None,
-                heatmap_levels=calibration.scale.apply(values).data.cast("B"),
-            )
-        )
-    return results
+def _scored_table(batch: pa.Table, outcomes: Sequence[Outcome], settings: ScorerSettings) -> pa.Table:
+    """Add the columns of SCORED that follow from the outcomes; those of a row with an error are null or empty."""
 
+    def column(value: Callable[[Result], Any], default: Any = None) -> list[Any]:
+        return [value(outcome) if isinstance(outcome, Result) else default for outcome in outcomes]
 
-def _scored_table(batch: pa.Table, outcomes: Sequence[Outcome], keep_pixels: bool) -> pa.Table:
-    scores = [outcome if isinstance(outcome, ImageScore) else ImageScore() for outcome in outcomes]
     columns = {name: batch[name] for name in DECODED.names}
-    columns |= {field.name: [getattr(score, field.name) for score in scores] for field in fields(ImageScore)}
+    columns |= {name: column(attrgetter(name)) for name in _COPIED}
+    columns |= {
+        "peak_x": column(lambda result: result.peak[0]),
+        "peak_y": column(lambda result: result.peak[1]),
+        "model_id": column(lambda result: result.model_id, ""),
+        "anomaly_map": column(_raw_map if settings.raw_maps else lambda result: None),
+        "heatmap_levels": column(_heatmap_levels, b""),
+    }
     columns |= error_columns(outcomes)
-    if not keep_pixels:
+    if not settings.overlays:
         columns["pixels"] = [b""] * len(outcomes)
     return with_passthrough(table(columns, SCORED), batch)
+
+
+def _raw_map(result: Result) -> memoryview:
+    return result.model_map.data.cast("B")
+
+
+def _heatmap_levels(result: Result) -> memoryview:
+    return result.heatmap_scale.apply(result.model_map).data.cast("B")

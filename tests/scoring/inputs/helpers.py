@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from stpm import storage
-from stpm.scoring.inputs import image_files
+from stpm.data import image_files
+from stpm.data.image_files import ImageRef
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.sources import image_rows
 
 NUT = CategoryRule("nut")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stpm import storage
+from stpm.data.image_files import ImageRef
 from stpm.errors import ConfigError, RunDamagedError
-from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest import read_manifest, read_shard, write_manifest
 from stpm.scoring.inputs.manifest_rows import ManifestRow, image_id, make_rows
 from stpm.scoring.schema import MANIFEST, with_passthrough

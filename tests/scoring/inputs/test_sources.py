@@ -9,8 +9,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from stpm import storage
+from stpm.data import image_files
 from stpm.errors import ConfigError, DataError, UriError
-from stpm.scoring.inputs import image_files
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed

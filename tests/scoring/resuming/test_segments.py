@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
+from stpm.data.image_files import ImageRef
 from stpm.errors import RunDamagedError
-from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest import Segment, write_manifest
 from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.options import OutputOptions

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import pytest
 
 from tests.scoring.stages.helpers import make_run
+
+
+@pytest.fixture(autouse=True)
+def own_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Share no teacher with other tests."""
+    monkeypatch.setattr("stpm.detector._teachers", WeakValueDictionary())
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from stpm.data import mvtec
+from stpm.data.image_files import ImageRef
 from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
 from stpm.method.preprocessing import Preprocessing
@@ -17,7 +18,6 @@ from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs.image_files import ImageRef
 from stpm.scoring.inputs.manifest_rows import ManifestRow, labelled_rows, make_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.data import images, mvtec
+from stpm.data import image_files, images, mvtec
 from stpm.data.image_statistics import COMPARED
 from stpm.data.images import Decoded
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs import image_files
 from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages import decode as decode_stage
 from stpm.scoring.stages.decode import Decode

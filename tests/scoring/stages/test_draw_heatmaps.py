@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from stpm.data.heatmaps import overlay, read_heatmap
 from stpm.models.store import ModelStore
-from stpm.scoring.heatmap_pictures import overlay, read_heatmap
 from stpm.scoring.schema import SCORED
 from tests.scoring.stages.helpers import manifest, score, write_heatmaps
 

@@ -15,10 +15,10 @@ import torch
 from stpm import storage
 from stpm.data import images
 from stpm.errors import ImageError
-from stpm.method.forward import Matcher
+from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import MANIFEST
-from stpm.scoring.stages.model_cache import ModelCache
+from stpm.scoring.stages.detector_cache import DetectorCache
 from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.scorer_actor import ScorerSettings
 from tests.conftest import MODELS, fail_to_read
@@ -39,15 +39,14 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
     rows = manifest(run)
     mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
     store = ModelStore(str(run / "models"))
-    models = ModelCache(store, torch.device("cpu"), 2**30, current_ids(store))
+    models = DetectorCache(store, torch.device("cpu"), 2**30, current_ids(store))
     for row in score(run, mixed).to_pylist():
-        model, matcher = models.model(row["category"]), models.matcher(row["category"])
+        detector = models.detector(row["category"])
         pixels = images.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
         whole = np.array([[0, 0, 64, 64]], np.int32)
-        inputs = matcher.inputs(torch.from_numpy(pixels[None].copy()))
-        distances = matcher.distances(model.parts, inputs, whole)
-        recipe = model.record.recipe
-        (expected,) = matcher.anomaly_maps(distances, whole, recipe, model.record.distance_scales)
+        inputs = detector.teacher.inputs(torch.from_numpy(pixels[None].copy()))
+        (expected,) = detector.anomaly_maps(detector.distances(inputs, whole), whole)
+        recipe = detector.recipe
         actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
         np.testing.assert_allclose(actual, expected.total, atol=1e-4 * np.abs(expected.total).max())
         highest = np.sort(actual.ravel())[-max(round(recipe.top_fraction * 64 * 64), 1) :]
@@ -59,7 +58,7 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
         assert len(parts) == {"student and memory": 2, "student": 0, "memory": 1}[KINDS[row["category"]]]
         if parts:
             assert sum(parts) == pytest.approx(row["score"], rel=1e-4, abs=1e-5)
-        assert row["model_id"] == model.record.model_id
+        assert row["model_id"] == detector.record.model_id
         assert row["is_anomalous"] == (row["score"] > row["threshold"])
         assert row["area"] == pytest.approx((actual > np.float32(row["threshold"])).mean())
         y, x = np.unravel_index(actual.argmax(), actual.shape)
@@ -97,11 +96,11 @@ def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
 
 def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> None:
     class Loader:
-        def matcher_key(self, category: str) -> tuple[object, ...]:
+        def teacher_key(self, category: str) -> tuple[object, ...]:
             raise ImageError("model_unreadable", f"the loader has no {category}")
 
     settings = ScorerSettings("nowhere", {}, 0.3, accept_errors=True)
-    out = Scorer(settings, models=cast(Any, Loader()))(decode(manifest(run)))
+    out = Scorer(settings, detectors=cast(Any, Loader()))(decode(manifest(run)))
     assert set(out["error_message"].to_pylist()) == {f"the loader has no {name}" for name in CATEGORIES}
 
 
@@ -109,7 +108,7 @@ def test_a_model_that_could_not_be_read_is_tried_again(run: Path, monkeypatch: p
     decoded = decode(manifest(run))
     down = {"student", "model.json", "teachers"}
     fail_to_read(monkeypatch, OSError("503 Slow Down"), down)
-    monkeypatch.setattr("stpm.scoring.stages.model_cache._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("stpm.scoring.stages.detector_cache._RETRY_SECONDS", 0.0)
     stage = scorer(run, accept_errors=True)
     for name, kinds in (
         ("model.json", {"model_unreadable"}),
@@ -150,15 +149,15 @@ def test_a_category_that_is_fitted_again_keeps_the_model_that_its_run_began_with
 
 def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = decode(manifest(run))
-    original = Matcher.inputs
+    original = Teacher.inputs
     odd = np.frombuffer(decoded["pixels"][3].as_buffer(), np.uint8).reshape(64, 64, 3).copy()
 
-    def inputs(matcher: Matcher, pixels: torch.Tensor) -> torch.Tensor:
+    def inputs(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
         if (pixels == torch.from_numpy(odd)).flatten(1).all(1).any():
             raise RuntimeError("no such kernel")
-        return original(matcher, pixels)
+        return original(teacher, pixels)
 
-    monkeypatch.setattr(Matcher, "inputs", inputs)
+    monkeypatch.setattr(Teacher, "inputs", inputs)
     kinds = scorer(run, accept_errors=True)(decoded)["error_kind"].to_pylist()
     assert kinds == ["forward_failed" if i == 3 else "" for i in range(len(kinds))]
 
@@ -167,15 +166,15 @@ def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkey
 def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = decode(manifest(run))
     expected = scorer(run)(decoded).to_pylist()
-    original, tried = Matcher.features, []
+    original, tried = Teacher.compute, []
 
-    def features(matcher: Matcher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+    def compute(teacher: Teacher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
         tried.append(len(inputs))
         if len(inputs) > fits:
             raise torch.cuda.OutOfMemoryError(f"{len(inputs)} images")
-        return original(matcher, backbone, inputs)
+        return original(teacher, backbone, inputs)
 
-    monkeypatch.setattr(Matcher, "features", features)
+    monkeypatch.setattr(Teacher, "compute", compute)
     out = scorer(run)(decoded).to_pylist()
     assert max(tried) > fits
     for row, other in zip(out, expected, strict=True):
@@ -190,17 +189,17 @@ def test_a_teacher_that_does_not_fit_beside_another_is_loaded_after_it(
     fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))
     rows = decode(manifest(tmp_path))
     expected = score(tmp_path, rows)
-    original = Matcher.__init__
-    made: list[weakref.ref[Matcher]] = []
+    original = Teacher.__init__
+    made: list[weakref.ref[Teacher]] = []
 
-    def make(matcher: Matcher, *arguments: Any) -> None:
+    def make(teacher: Teacher, *arguments: Any) -> None:
         gc.collect()
         if any(other() for other in made):
             raise torch.cuda.OutOfMemoryError("out of memory")
-        original(matcher, *arguments)
-        made.append(weakref.ref(matcher))
+        original(teacher, *arguments)
+        made.append(weakref.ref(teacher))
 
-    monkeypatch.setattr(Matcher, "__init__", make)
+    monkeypatch.setattr(Teacher, "__init__", make)
     assert score(tmp_path, rows).equals(expected)
     assert len(made) == 2
 
@@ -208,10 +207,10 @@ def test_a_teacher_that_does_not_fit_beside_another_is_loaded_after_it(
 def test_an_image_that_does_not_fit_alone_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = decode(manifest(run).slice(0, 3))
 
-    def features(matcher: Matcher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
+    def compute(teacher: Teacher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
         raise torch.cuda.OutOfMemoryError("no memory at all")
 
-    monkeypatch.setattr(Matcher, "features", features)
+    monkeypatch.setattr(Teacher, "compute", compute)
     for row in scorer(run, accept_errors=True)(decoded).to_pylist():
         assert (row["error_kind"], row["score"]) == ("out_of_memory", None)
         assert row["error_message"] == "OutOfMemoryError: no memory at all"

@@ -1,21 +1,20 @@
-"""The teachers and models that a scorer holds in memory."""
+"""The detectors that a scorer holds in memory."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 import torch
 
+from stpm.detector import Detector, load_teacher, teacher_key
 from stpm.errors import ImageError, ModelError, ModelUnreadableError, one_line
 from stpm.method.device import is_out_of_memory
-from stpm.method.forward import Matcher
+from stpm.method.teacher import Teacher
 from stpm.models.record import ModelRecord
-from stpm.models.store import Model, ModelStore
+from stpm.models.store import ModelStore
 from stpm.options import Backend
 
 # Time until a model that could not be loaded is tried again.
@@ -24,8 +23,8 @@ _RETRY_SECONDS = 60.0
 T = TypeVar("T")
 
 
-class ModelCache:
-    """Matchers and models of a store, by category.
+class DetectorCache:
+    """Detectors of a store's models, by category.
 
     Args:
         store: the store to load from.
@@ -47,65 +46,54 @@ class ModelCache:
         self._device = device
         self._max_bytes = max_bytes
         self._model_ids = model_ids
-        self._backend = backend
+        self._backend: Backend = backend
         self._records: dict[str, ModelRecord] = {}
-        self._matchers: WeakValueDictionary[tuple[object, ...], Matcher] = WeakValueDictionary()
-        # Each model with its matcher, which stays in memory as long as a model that uses it.
-        self._models: OrderedDict[str, tuple[Model, Matcher]] = OrderedDict()
+        # A detector keeps its teacher in memory.
+        self._detectors: OrderedDict[str, Detector] = OrderedDict()
         self._failures: dict[str, tuple[str, str, float]] = {}
 
-    def matcher_key(self, category: str) -> tuple[object, ...]:
-        """Return what the matcher of a category is made from. Categories of one key share it.
+    def teacher_key(self, category: str) -> tuple[object, ...]:
+        """Return what the teacher of a category is made from. Categories of one key share it.
 
         Raises:
             ImageError: if the record cannot be loaded.
         """
-        return self._load(category, self._find_key)
+        return self._load(category, lambda name: teacher_key(self._record(name)))
 
-    def matcher(self, category: str) -> Matcher:
-        """Return the matcher of a category, see `matcher_key`.
+    def teacher(self, category: str) -> Teacher:
+        """Return the teacher of a category, see `teacher_key`.
 
         Raises:
             ImageError: if the record or the teacher cannot be loaded.
         """
-        return self._load(category, self._load_matcher)
+        return self._load(category, self._load_teacher)
 
-    def model(self, category: str) -> Model:
-        """Return the model of a category.
+    def detector(self, category: str) -> Detector:
+        """Return the detector of a category.
 
         Raises:
             ImageError: if it cannot be loaded.
         """
-        return self._load(category, self._load_model)
+        return self._load(category, self._load_detector)
 
-    def _find_key(self, category: str) -> tuple[object, ...]:
-        record = self._record(category)
-        return record.teacher_digest, record.recipe.levels, record.preprocessing, record.precision
+    def _load_teacher(self, category: str) -> Teacher:
+        return load_teacher(self._store, self._record(category), self._device, self._backend)
 
-    def _load_matcher(self, category: str) -> Matcher:
-        key = self._find_key(category)
-        matcher = self._matchers.get(key)
-        if not matcher:
-            record = self._record(category)
-            teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-            matcher = Matcher(teacher, record.preprocessing, self._device, record.precision, self._backend)
-            self._matchers[key] = matcher
-        return matcher
-
-    def _load_model(self, category: str) -> Model:
-        if category not in self._models:
-            matcher = self._load_matcher(category)
-            model = self._store.load(category, self._record(category).model_id).to(self._device)
-            model = replace(model, parts=matcher.compile(model.parts))
-            self._models[category] = model, matcher
-            while len(self._models) > 1 and self._nbytes() > self._max_bytes:
-                self._models.popitem(last=False)
-        self._models.move_to_end(category)
-        return self._models[category][0]
+    def _load_detector(self, category: str) -> Detector:
+        if category not in self._detectors:
+            teacher = self._load_teacher(category)
+            model = self._store.load(category, self._record(category).model_id)
+            self._detectors[category] = Detector.from_model(model, teacher)
+            while len(self._detectors) > 1 and self._nbytes() > self._max_bytes:
+                self._detectors.popitem(last=False)
+        self._detectors.move_to_end(category)
+        return self._detectors[category]
 
     def _nbytes(self) -> int:
-        matchers = {matcher for _, matcher in self._models.values()}
-        return sum(model.parts.nbytes for model, _ in self._models.values()) + sum(m.teacher.nbytes for m in matchers)
+        teachers = {detector.teacher for detector in self._detectors.values()}
+        return sum(detector.nbytes for detector in self._detectors.values()) + sum(
+            teacher.backbone.nbytes for teacher in teachers
+        )
 
     def _record(self, category: str) -> ModelRecord:
         if category not in self._records:
@@ -128,7 +116,7 @@ class ModelCache:
                 if not is_out_of_memory(error):
                     raise
             # Outside of the except block, no traceback keeps the tensors alive.
-            self._models.clear()
+            self._detectors.clear()
             torch.cuda.empty_cache()
             return load(category)
         except ModelError as error:

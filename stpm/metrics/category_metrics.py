@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from tabulate import tabulate
 
 from stpm.errors import UndefinedMetricError
-from stpm.evaluation.category import LabelledScores
-from stpm.evaluation.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
+from stpm.metrics.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
+from stpm.metrics.labelled import LabelledScores
 
 # Title of each metric, in the order of the report's table: first those that papers compare.
 METRICS = {
@@ -74,6 +75,15 @@ class CategoryMetrics:
     vanished_masks: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     defects: Mapping[str, CategoryMetrics] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Write the metrics as a table, with their 95 % intervals and why one is undefined."""
+        rows = []
+        for name, metric in self.metrics.items():
+            value = metric.undefined if metric.value is None else f"{metric.value:.4f}"
+            interval = "{:.4f} to {:.4f}".format(*metric.interval) if metric.interval else ""
+            rows.append((METRICS[name], value, interval))
+        return tabulate(rows, (f"{self.good_count} good, {self.defect_count} defective", "value", "95 % interval"))
 
     @property
     def labelled_count(self) -> int:

@@ -4,32 +4,31 @@ import numpy as np
 import pytest
 import torch
 
+from stpm.detector import Detector
 from stpm.errors import ModelError
 from stpm.method.backbones import Backbone, build_seeded_backbone
-from stpm.method.forward import Matcher, Parts
 from stpm.method.openvino_backend import OpenVinoBackbone
+from stpm.method.teacher import Teacher
 from stpm.options import Backend
 from tests.conftest import TINY, make_preprocessing
 
 
-def matcher(backend: Backend) -> Matcher:
-    """Make a matcher with an untrained teacher."""
-    teacher = build_seeded_backbone("test_resnet", (1, 2, 3), 1, zero_init_residual=False)
-    return Matcher(teacher, make_preprocessing(64), torch.device("cpu"), "float32", backend)
+def make_teacher(backend: Backend) -> Teacher:
+    """Make an untrained teacher."""
+    backbone = build_seeded_backbone("test_resnet", (1, 2, 3), 1, zero_init_residual=False)
+    return Teacher(backbone, make_preprocessing(64), torch.device("cpu"), "float32", backend)
 
 
 def test_backends_agree_on_anomaly_maps() -> None:
     pytest.importorskip("openvino", reason="openvino is not installed: its backend was not tried")
-    student = build_seeded_backbone("test_resnet", (1, 2, 3), 0, zero_init_residual=False).eval()
+    student = build_seeded_backbone("test_resnet", (1, 2, 3), 0, zero_init_residual=False).net.state_dict()
     pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
     content = make_preprocessing(64).content_boxes([(64, 64)] * 3)
     maps = []
-    for each in (matcher("pytorch"), matcher("openvino")):
-        inputs = each.inputs(pixels)
-        parts = each.compile(Parts(student))
-        distances = each.distances(parts, inputs, content)
-        maps.append(each.anomaly_maps(distances, content, TINY, ()))
-    assert isinstance(parts.student, OpenVinoBackbone)
+    for teacher in (make_teacher("pytorch"), make_teacher("openvino")):
+        detector = Detector.assemble(teacher, TINY, student, ())
+        maps.append(detector.anomaly_maps(detector.distances(teacher.inputs(pixels), content), content))
+    assert isinstance(detector.student, OpenVinoBackbone)
     for ours, theirs in zip(*maps, strict=True):
         np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-3, atol=1e-5)
 
@@ -40,9 +39,9 @@ def test_pytorch_computes_what_openvino_cannot(
     def refuse(*_: object) -> None:
         raise ModelError("OpenVINO cannot compile test_resnet: unknown operation")
 
-    monkeypatch.setattr("stpm.method.forward.OpenVinoBackbone", refuse)
-    fallback = matcher("openvino")
-    assert isinstance(fallback.teacher, Backbone)
+    monkeypatch.setattr("stpm.method.teacher.OpenVinoBackbone", refuse)
+    fallback = make_teacher("openvino")
+    assert isinstance(fallback.backbone, Backbone)
     # What the record of a fit and the fingerprint of its checkpoints say.
     assert fallback.backend == "pytorch"
     assert "unknown operation; PyTorch computes it instead" in caplog.text

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stpm.scoring.inputs.shared_reads import SharedReads
+from stpm.data.shared_reads import SharedReads
 
 
 def test_one_thread_reads_a_key_and_the_others_wait() -> None:

@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from bench.peer_aupro import case as peer_case
 from stpm.errors import UndefinedMetricError
-from stpm.evaluation.pixels import PixelCounts, count_pixels
+from stpm.metrics.pixels import PixelCounts, count_pixels
 
 LIMITS = (0.05, 0.3, 1.0)
 

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from stpm.errors import UndefinedMetricError
-from stpm.evaluation.intervals import bootstrap_intervals, wilson_interval
+from stpm.metrics.intervals import bootstrap_intervals, wilson_interval
 
 
 def by_resampling(is_defect: np.ndarray, scores: np.ndarray, draws: int) -> dict[str, np.ndarray]:

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from stpm import storage
 from stpm.data.images import MAX_BYTES, SUFFIXES
+from stpm.data.shared_reads import SharedReads
 from stpm.errors import DataError, ImageError, TooLongError, UriError
 from stpm.names import as_utf8
-from stpm.scoring.inputs.shared_reads import SharedReads
 
 TAR, PARQUET = ".tar", ".parquet"
 # The end of an archive's own URI. Case is ignored by the pattern: "İ" in lower case is two characters, and would shift

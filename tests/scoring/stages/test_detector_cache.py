@@ -9,26 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from stpm.detector import Detector
 from stpm.errors import ImageError
+from stpm.method.teacher import Teacher
 from stpm.models.store import Model, ModelStore
-from stpm.scoring.stages.model_cache import ModelCache
+from stpm.scoring.stages.detector_cache import DetectorCache
 from tests.conftest import MODELS
 from tests.scoring.stages.helpers import CATEGORIES, KINDS, current_ids, fit
 
 
-def make_cache(run: Path, max_bytes: int = 1) -> ModelCache:
+def make_cache(run: Path, max_bytes: int = 1) -> DetectorCache:
     store = ModelStore(str(run / "models"))
-    return ModelCache(store, torch.device("cpu"), max_bytes, current_ids(store))
+    return DetectorCache(store, torch.device("cpu"), max_bytes, current_ids(store))
 
 
-def test_model_cache_keeps_the_models_used_last_within_its_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, loaded = ModelStore(str(run / "models")), []
+def test_detector_cache_keeps_the_models_used_last_within_its_budget(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
     original = ModelStore.load
     monkeypatch.setattr(
         ModelStore, "load", lambda self, name, model: loaded.append(name) or original(self, name, model)
     )
-    total = sum(original(store, name).parts.nbytes for name in CATEGORIES)
-    total += make_cache(run).matcher("nut").teacher.nbytes
+    total = sum(make_cache(run).detector(name).nbytes for name in CATEGORIES)
+    total += make_cache(run).teacher("nut").backbone.nbytes
     for max_bytes, wanted, expected in (
         (2**30, "nut grey screw nut grey screw", "nut grey screw"),
         (1, "nut nut grey nut screw nut", "nut grey nut screw nut"),
@@ -37,32 +41,32 @@ def test_model_cache_keeps_the_models_used_last_within_its_budget(run: Path, mon
         loaded.clear()
         models = make_cache(run, max_bytes)
         for name in wanted.split():
-            assert models.model(name).record.category == name
+            assert models.detector(name).record.category == name
         assert " ".join(loaded) == expected
 
 
-def test_categories_with_one_teacher_share_a_matcher(run: Path) -> None:
+def test_categories_with_one_teacher_share_it(run: Path) -> None:
     models = make_cache(run)
-    assert len({models.matcher(name) for name in CATEGORIES}) == 1
+    assert len({models.teacher(name) for name in CATEGORIES}) == 1
 
 
-def test_a_matcher_is_built_once_and_dropped_with_the_last_model_that_uses_it(run: Path, tmp_path: Path) -> None:
+def test_a_teacher_is_built_once_and_dropped_with_the_last_model_that_uses_it(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))
     models = make_cache(tmp_path)
-    in_use = models.matcher("nut")
+    in_use = models.teacher("nut")
     assert in_use.precision == "bfloat16"
     for name in ("nut", "grey"):
-        models.model(name)
-    # A batch that is being scored may still use a matcher whose models were evicted.
-    assert models.matcher("nut") is in_use
+        models.detector(name)
+    # A batch that is being scored may still use a teacher whose models were evicted.
+    assert models.teacher("nut") is in_use
     dropped = weakref.ref(in_use)
     del in_use
     gc.collect()
     assert dropped() is None
-    shared = weakref.ref(models.matcher("grey"))
-    models.model("screw")
-    assert models.matcher("grey") is shared()
+    shared = weakref.ref(models.teacher("grey"))
+    models.detector("screw")
+    assert models.teacher("grey") is shared()
 
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, MemoryError])
@@ -70,30 +74,30 @@ def test_a_model_that_does_not_fit_beside_the_others_takes_their_place(
     run: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     models = make_cache(run, max_bytes=2**30)
-    loaded = weakref.ref(models.model("grey"))
-    original = Model.to
+    loaded = weakref.ref(models.detector("grey"))
+    original = Detector.from_model
 
-    def to(model: Model, device: torch.device) -> Model:
+    def from_model(model: Model, teacher: Teacher) -> Detector:
         gc.collect()
         if loaded():
             raise error("out of memory")
-        return original(model, device)
+        return original(model, teacher)
 
-    monkeypatch.setattr(Model, "to", to)
-    assert models.model("nut").record.category == "nut"
+    monkeypatch.setattr(Detector, "from_model", from_model)
+    assert models.detector("nut").record.category == "nut"
 
 
 def test_a_model_that_does_not_fit_alone_is_an_error_that_is_tried_again(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def to(model: Model, device: torch.device) -> Model:
+    def from_model(model: Model, teacher: Teacher) -> Detector:
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(Model, "to", to)
+    monkeypatch.setattr(Detector, "from_model", from_model)
     with pytest.raises(
         ImageError, match=r"^no memory for the model of nut: OutOfMemoryError: out of memory$"
     ) as caught:
-        make_cache(run).model("nut")
+        make_cache(run).detector("nut")
     assert caught.value.kind == "out_of_memory"
 
 
@@ -101,9 +105,9 @@ def test_a_failed_load_is_not_tried_again_at_once(run: Path, monkeypatch: pytest
     asked = []
     original = ModelStore.record
     monkeypatch.setattr(ModelStore, "record", lambda self, *names: asked.append(names) or original(self, *names))
-    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 1, {"nut": "nut-0"})
+    models = DetectorCache(ModelStore(str(run / "models")), torch.device("cpu"), 1, {"nut": "nut-0"})
     for _ in range(2):
         with pytest.raises(ImageError, match="no model nut-0") as caught:
-            models.matcher("nut")
+            models.teacher("nut")
         assert caught.value.kind == "model_damaged"
     assert asked == [("nut", "nut-0")]

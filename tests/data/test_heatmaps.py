@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from stpm.scoring.heatmap_pictures import jet_palette, overlay, overlay_heatmap, palette_png
+from stpm.data.heatmaps import jet_palette, overlay, overlay_heatmap, palette_png
 
 
 def test_palette_runs_from_blue_over_green_to_red() -> None:

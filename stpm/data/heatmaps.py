@@ -28,6 +28,11 @@ def jet_palette() -> npt.NDArray[np.uint8]:
 _PALETTE = jet_palette()
 
 
+def coloured(levels: Pixels) -> Pixels:
+    """Colour grey levels of any shape: one more axis, uint8 RGB."""
+    return _PALETTE.take(levels, axis=0)
+
+
 def palette_png(levels: Pixels) -> bytes:
     """Encode (H, W) uint8 grey levels as a palette PNG, in which the index of a pixel is its grey level."""
     image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
@@ -45,7 +50,7 @@ def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    colours = _PALETTE.take(levels, axis=0)
+    colours = coloured(levels)
     # The mean, rounded up, of bytes: several times as fast as a sum of wider integers.
     return (pixels | colours) - ((pixels ^ colours) >> 1)
 

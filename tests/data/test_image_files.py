@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stpm.data import image_files
 from stpm.errors import ImageError
-from stpm.scoring.inputs import image_files
 from stpm.scoring.inputs.category_rule import CategoryRule
 from tests.scoring.inputs.helpers import read_row, rows
 

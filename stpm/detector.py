@@ -1,0 +1,434 @@
+"""The detector: what a person holds, a worker fits, and a scorer scores with. It knows nothing of Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import overload
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stpm.data import pictures
+from stpm.data.images import Decoded, crop_mask, resize_mask
+from stpm.data.masks import read_mask
+from stpm.data.mvtec import GOOD, read_tests
+from stpm.data.pictures import Picture
+from stpm.errors import ConfigError, ImageError, ModelError, one_line
+from stpm.method.backbones import Backbone, StateDict, load_backbone
+from stpm.method.backend import resolve_backend
+from stpm.method.calibration import Calibration
+from stpm.method.device import is_out_of_memory, set_up_device
+from stpm.method.fusion import AnomalyMap, Distances, fuse
+from stpm.method.matching import distance_map
+from stpm.method.memory_bank import MemoryBank
+from stpm.method.preprocessing import Boxes, Preprocessing
+from stpm.method.recipe import Precision, Recipe
+from stpm.method.scales import DistanceScale
+from stpm.method.teacher import FeatureExtractor, Teacher, spatial_shape
+from stpm.metrics.category_metrics import CategoryMetrics, measure_category
+from stpm.metrics.labelled import LabelledScores
+from stpm.metrics.pixels import PixelCounts, count_pixels
+from stpm.models.record import ModelRecord
+from stpm.models.store import Model, ModelStore
+from stpm.options import WantedBackend
+from stpm.result import Result
+
+# Images per forward pass. Scores do not depend on it.
+_BATCH_SIZE = 16
+
+# By what they are made from; each lives as long as a detector that uses it.
+_teachers: WeakValueDictionary[tuple[object, ...], Teacher] = WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Detector:
+    """A model on a device: images in, one result per image out.
+
+    `stpm.fit` and `stpm.load` make detectors. Detectors whose teacher, preprocessing and precision are equal share one
+    teacher.
+
+    Args:
+        teacher: the frozen teacher, with the preprocessing.
+        recipe: of the fit.
+        student: the student in eval mode; None if the recipe has none.
+        memory: the memory banks; empty if the recipe has none.
+        distance_scales: scale of each distance map, in the order of `Distances.maps`; only fusion by quantiles has any.
+        calibration: scores of good images; None: not calibrated yet, so that it gives distances and maps alone.
+        model_record: what is known of the model besides its weights; None: not calibrated yet.
+        publish: writes the model to a store, under a category's name, and returns its record; None: it cannot be saved.
+    """
+
+    teacher: Teacher
+    recipe: Recipe
+    student: FeatureExtractor | None
+    memory: tuple[MemoryBank, ...]
+    distance_scales: tuple[DistanceScale, ...] = ()
+    calibration: Calibration | None = None
+    model_record: ModelRecord | None = None
+    publish: Callable[[ModelStore, str], ModelRecord] | None = None
+
+    @classmethod
+    def assemble(
+        cls,
+        teacher: Teacher,
+        recipe: Recipe,
+        student: StateDict | None,
+        memory: Sequence[MemoryBank],
+        origin: str = "the fitted student",
+    ) -> Detector:
+        """Bring student and memory to the teacher's device and backend. The detector is not calibrated.
+
+        Args:
+            teacher: the frozen teacher.
+            recipe: of the fit.
+            student: the student's weights, by name; None if there is none.
+            memory: the memory banks.
+            origin: where the student's weights come from, for errors.
+
+        Raises:
+            ModelError: if the student's weights do not match the teacher's architecture.
+        """
+        compiled = None
+        if student is not None:
+            compiled = teacher.compile(load_backbone(recipe.teacher, recipe.levels, student, origin))
+        return cls(teacher, recipe, compiled, tuple(bank.to(teacher.device) for bank in memory))
+
+    @classmethod
+    def from_model(cls, model: Model, teacher: Teacher) -> Detector:
+        """Bring a stored model to the device of its teacher."""
+        record = model.record
+        return dataclasses.replace(
+            cls.assemble(teacher, record.recipe, model.student, model.memory, f"the student of {record.model_id}"),
+            distance_scales=record.distance_scales,
+            calibration=model.calibration,
+            model_record=record,
+        )
+
+    @property
+    def record(self) -> ModelRecord:
+        """Return what is known of the model besides its weights.
+
+        Raises:
+            ModelError: if the detector is not calibrated.
+        """
+        if not self.model_record:
+            raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
+        return self.model_record
+
+    def __repr__(self) -> str:
+        """Name the model, and what it sees."""
+        name = self.model_record.model_id if self.model_record else "not calibrated"
+        teacher = self.teacher
+        seen = f"{self.recipe.teacher} at {teacher.preprocessing.size_text}, {teacher.precision}, {teacher.backend}"
+        return f"Detector({name}, {seen}, {teacher.device})"
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of student and memory."""
+        memory = sum(tensor.nbytes for bank in self.memory for tensor in bank.tensors.values())
+        return memory + (self.student.nbytes if self.student else 0)
+
+    @overload
+    def score(self, images: Picture, *, false_alarm_rate: float = ...) -> Result: ...  # type: ignore[overload-overlap]
+    @overload
+    def score(self, images: Iterable[Picture], *, false_alarm_rate: float = ...) -> Iterator[Result]: ...
+    def score(
+        self, images: Picture | Iterable[Picture], *, false_alarm_rate: float = 0.01
+    ) -> Result | Iterator[Result]:
+        """Score one image, or many one after the other, of which a few are in memory at a time.
+
+        Args:
+            images: a path, a URI, the bytes of a file, a PIL image or an array, see
+                `stpm.data.pictures.Picture`; or many of them.
+            false_alarm_rate: fraction of good images to call anomalous at most, in (0, 1). n calibration images support
+                no rate below 1/(n+1).
+
+        Returns:
+            The image's result; of many, an iterator over their results, in which an image that cannot be scored is a
+            result with an `error`.
+
+        Raises:
+            ImageError: if one image cannot be read or decoded.
+            ConfigError: if the rate is not in (0, 1).
+            ModelError: if the device's memory does not suffice.
+        """
+        if not 0 < false_alarm_rate < 1:
+            raise ConfigError(f"false_alarm_rate is {false_alarm_rate}; give a number between 0 and 1")
+        if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim < 4
+        ):
+            (result,) = self._score_each([images], false_alarm_rate)
+            if result.error:
+                raise result.error
+            return result
+        return self._score_each(images, false_alarm_rate)
+
+    def _score_each(self, images: Iterable[Picture], false_alarm_rate: float) -> Iterator[Result]:
+        remaining = iter(images)
+        while batch := list(islice(remaining, _BATCH_SIZE)):
+            outcomes = [self._decode(image) for image in batch]
+            decoded = [outcome for outcome in outcomes if isinstance(outcome, Decoded)]
+            try:
+                scored = iter(self.score_decoded(decoded, false_alarm_rate))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ModelError(
+                    f"no memory to score images ({one_line(error)}); try again when other processes have ended, or on "
+                    "the CPU with CUDA_VISIBLE_DEVICES="
+                ) from error
+            for image, outcome in zip(batch, outcomes, strict=True):
+                result = Result(error=outcome) if isinstance(outcome, ImageError) else next(scored)
+                yield dataclasses.replace(result, picture=image)
+
+    def _decode(self, image: Picture) -> Decoded | ImageError:
+        try:
+            return pictures.decode(pictures.fetch(image), self.teacher.preprocessing)
+        except ImageError as error:
+            return ImageError(error.kind, f"{pictures.name_of(image)}: {error}")
+
+    @torch.inference_mode()
+    def score_decoded(self, images: Sequence[Decoded], false_alarm_rate: float) -> list[Result]:
+        """Score images of model size in one batch."""
+        if not images:
+            return []
+        inputs = self.teacher.inputs(torch.from_numpy(np.stack([image.pixels for image in images])))
+        results = self.score_inputs(inputs, [(image.width, image.height) for image in images], false_alarm_rate)
+        return [
+            dataclasses.replace(result, statistics=image.statistics)
+            for result, image in zip(results, images, strict=True)
+        ]
+
+    def score_inputs(
+        self,
+        inputs: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        false_alarm_rate: float,
+        features: Sequence[Tensor] = (),
+    ) -> list[Result]:
+        """Score one batch.
+
+        Args:
+            inputs: (B, 3, H, W) float32, from `Teacher.inputs`.
+            sizes: width and height of each image itself, pixels.
+            false_alarm_rate: for the threshold.
+            features: the teacher's features of the batch; empty: compute them.
+        """
+        if not self.calibration:
+            raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
+        calibration = self.calibration
+        preprocessing = self.teacher.preprocessing
+        content = preprocessing.content_boxes(sizes)
+        maps = self.anomaly_maps(self.distances(inputs, content, features), content)
+        parts = [each.score(self.recipe.top_fraction) for each in maps]
+        p_values = calibration.p_values(np.array([part.total for part in parts], np.float32))
+        threshold = np.float32(calibration.threshold(false_alarm_rate))
+        results = []
+        for (width, height), anomaly_map, part, p_value in zip(sizes, maps, parts, p_values, strict=True):
+            values, score = anomaly_map.total, np.float32(part.total)
+            y, x = divmod(int(values.argmax()), values.shape[1])
+            results.append(
+                Result(
+                    score=float(score),
+                    student_score=part.student,
+                    memory_score=part.memory,
+                    p_value=float(p_value),
+                    is_anomalous=bool(score > threshold),
+                    threshold=float(threshold),
+                    peak=preprocessing.to_original(x, y, width, height),
+                    area=float((values > threshold).mean()),
+                    size=(width, height),
+                    seen=preprocessing.seen_box(width, height),
+                    model_map=values,
+                    heatmap_scale=calibration.scale,
+                    seed=self.recipe.seed,
+                    model_id=self.record.model_id,
+                )
+            )
+        return results
+
+    @torch.no_grad()
+    def distances(self, inputs: Tensor, content: Boxes, features: Sequence[Tensor] = ()) -> Distances:
+        """Measure how far the teacher's features are from the student's, and from each memory bank.
+
+        Args:
+            inputs: (B, 3, H, W) float32, from `Teacher.inputs`.
+            content: (B, 4) int32 content boxes of the same images.
+            features: their features by the teacher, one (B, Cₗ, Hₗ, Wₗ) tensor per level; empty: compute them.
+        """
+        features = features or self.teacher(inputs)
+        student: tuple[Tensor, ...] = ()
+        if self.student:
+            matched = self.teacher.compute(self.student, inputs)
+            student = tuple(distance_map(t, s) for t, s in zip(features, matched, strict=True))
+        valid = self.teacher.content_masks(content, [spatial_shape(level) for level in features])
+        memory = (
+            bank.distance_map(features[bank.spec.level_index], valid[bank.spec.level_index]) for bank in self.memory
+        )
+        return Distances(student, tuple(memory))
+
+    def anomaly_maps(
+        self, distances: Distances, content: Boxes, scales: Sequence[DistanceScale] | None = None
+    ) -> list[AnomalyMap]:
+        """Fuse distances into one smoothed anomaly map per image, cut to the image's content box.
+
+        Args:
+            distances: distances of B images.
+            content: (B, 4) int32 content boxes of the same images.
+            scales: scale of each distance map; None: the detector's own.
+        """
+        valid = self.teacher.content_masks(content, [spatial_shape(d) for d in distances.maps])
+        total, *parts = fuse(
+            distances.student,
+            distances.memory,
+            self.distance_scales if scales is None else scales,
+            self.recipe.fusion,
+            self.recipe.student_weight,
+            self.teacher.preprocessing.input_shape,
+            valid,
+        )
+        arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
+        results = []
+        for i, (whole, (left, top, right, bottom)) in enumerate(
+            zip(total.cpu().numpy(), content.tolist(), strict=True)
+        ):
+            box = slice(top, bottom), slice(left, right)
+            student, memory = (None if maps is None else maps[i][box] for maps in arrays)
+            anomaly_map = AnomalyMap(np.ascontiguousarray(whole[box]), student, memory)
+            results.append(anomaly_map.smoothed(self.recipe.smoothing))
+        return results
+
+    def evaluate(self, folder: str, *, false_alarm_rate: float = 0.01) -> CategoryMetrics:
+        """Score labelled images, and measure as the benchmark's report does, with masks at model size.
+
+        Args:
+            folder: path or URI of a category's folder `test` in the MVTec AD layout; masks are read beside it.
+            false_alarm_rate: for recall and false alarms.
+
+        Returns:
+            The metrics; `print` shows them as a table.
+
+        Raises:
+            DataError: if there are no test images, or a mask cannot be read.
+        """
+        tests = read_tests(folder)
+        masked = all(test.mask for test in tests if test.label != GOOD)
+        scored: list[Result] = []
+        labels: list[str] = []
+        problems: list[str] = []
+        counts: dict[str, PixelCounts] = {}
+        vanished: list[str] = []
+        results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate)
+        for test, result in zip(tests, results, strict=True):
+            if result.error:
+                problems.append(str(result.error))
+                continue
+            if masked:
+                mask = read_mask(test.uri, test.label, test.mask, *result.size)
+                at_model_size = resize_mask(mask, self.teacher.preprocessing)
+                if crop_mask(mask, self.teacher.preprocessing).any() and not at_model_size.any():
+                    vanished.append(test.mask)
+                counted = count_pixels([result.model_map], [at_model_size])
+                counts[test.label] = counts.get(test.label, PixelCounts.empty()) + counted
+            labels.append(test.label)
+            scored.append(dataclasses.replace(result, model_map=np.zeros((0, 0), np.float32)))
+        return measure_category(
+            LabelledScores(
+                labels=np.array(labels, np.str_),
+                scores=np.array([result.score for result in scored], np.float32),
+                is_anomalous=np.array([result.is_anomalous for result in scored], bool),
+                threshold=scored[0].threshold if scored else np.nan,
+                pixels=counts,
+                no_pixels="" if masked else "no masks",
+                error_count=len(problems),
+                unlabelled_count=0,
+                vanished_masks=tuple(vanished),
+                problems=tuple(problems),
+            )
+        )
+
+    def save(self, store: str, category: str) -> ModelRecord:
+        """Publish the model as a new version of a category, as the fit job does, and make it the current one.
+
+        Args:
+            store: path or URI of a model store; it is made where it is missing.
+            category: name of the category.
+
+        Returns:
+            The model's record, as it is stored.
+
+        Raises:
+            DataError: if the category's name is not allowed in a path.
+            ModelError: if the model cannot be read from where it was loaded.
+        """
+        if not self.publish:
+            raise ModelError("only detectors of stpm.fit and stpm.load can be saved")
+        return self.publish(ModelStore(store), category)
+
+
+def load(store: str, category: str = "", version: str = "", *, backend: WantedBackend = "auto") -> Detector:
+    """Load a model from a store.
+
+    Args:
+        store: path or URI of the model store.
+        category: name of the model's category; "": the only one in the store.
+        version: id of one of the category's models; "": the current one.
+        backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
+            where it is installed.
+
+    Raises:
+        DataError: if there is no such store, or the category's name is not allowed in a path.
+        ModelError: if there is no such model, or it cannot be loaded.
+    """
+    models = ModelStore(store)
+    if not category:
+        names = models.categories()
+        if len(names) != 1:
+            raise ModelError(f"{models.uri} has models of {len(names)} categories; name one")
+        (category,) = names
+    model = models.load(category, version)
+    detector = Detector.from_model(model, load_teacher(models, model.record, set_up_device(), backend))
+    return dataclasses.replace(detector, publish=lambda target, name: target.copy_model(models, model.record, name))
+
+
+def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, backend: WantedBackend) -> Teacher:
+    """Load the teacher of a model, unless a detector of this process has it.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+
+    def load_backbone() -> Backbone:
+        return models.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
+
+    return share_teacher(teacher_key(record), load_backbone, record.preprocessing, device, record.precision, backend)
+
+
+def teacher_key(record: ModelRecord) -> tuple[object, ...]:
+    """Return what a model's teacher is made from. Models of one key share a teacher."""
+    return record.teacher_digest, record.recipe.levels, record.preprocessing, record.precision
+
+
+def share_teacher(
+    key: tuple[object, ...],
+    load_backbone: Callable[[], Backbone],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: Precision,
+    backend: WantedBackend,
+) -> Teacher:
+    """Return the teacher of a key, see `teacher_key`: that of another detector, or else a new one."""
+    kind = resolve_backend(backend, on_gpu=device.type != "cpu")
+    whole_key = (*key, device, kind)
+    teacher = _teachers.get(whole_key)
+    if not teacher:
+        teacher = Teacher(load_backbone(), preprocessing, device, precision, kind)
+        _teachers[whole_key] = teacher
+    return teacher

@@ -1,0 +1,162 @@
+"""`stpm.fit`: fit a detector in this process, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from tqdm.auto import tqdm
+
+from stpm import storage
+from stpm.data import pictures
+from stpm.data.images import SUFFIXES
+from stpm.data.mvtec import is_image
+from stpm.data.pictures import Picture
+from stpm.detector import Detector, share_teacher
+from stpm.errors import DataError
+from stpm.fitting.fit_category import WorkerLimits, compute_features
+from stpm.fitting.fit_detector import FittedModel, fit_detector
+from stpm.fitting.task import Epoch, FitWarning, fingerprint
+from stpm.fitting.training_images import preprocessing_for
+from stpm.method.backbones import StateDict, load_backbone, serialise
+from stpm.method.device import resolve_precision, set_up_device
+from stpm.method.recipe import PRESETS, Preset, Recipe
+from stpm.method.teacher_weights import load_teacher_weights
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.options import WantedBackend
+
+log = logging.getLogger(__name__)
+
+# Fraction of the memory that decoded images, features and distances may take.
+_RAM_FRACTION = 0.5
+
+
+def fit(
+    images: str | os.PathLike[str] | Iterable[Picture],
+    recipe: Recipe | None = None,
+    *,
+    preset: Preset = "default",
+    teacher: str = "",
+    teacher_weights: str = "",
+    seed: int | None = None,
+    backend: WantedBackend = "auto",
+    progress: bool = True,
+) -> Detector:
+    """Fit and calibrate a detector on defect-free images.
+
+    Args:
+        images: a folder (path or URI) of good images, such as `data/hazelnut/train/good`; or good images: paths, URIs,
+            PIL images or arrays, see `stpm.data.pictures.Picture`.
+        recipe: how to fit; None: that of the preset. To change some of its values:
+            `dataclasses.replace(stpm.PRESETS["default"], size=256)`.
+        preset: `default`, `paper` or `notebook`; used without a recipe.
+        teacher: replaces the recipe's teacher: ARCHITECTURE.TAG of timm, or `demo`, the packaged one.
+        teacher_weights: replaces the recipe's weights of the teacher: a file, or `random`.
+        seed: replaces the recipe's seed.
+        backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
+            where it is installed.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: if the teacher is unknown, or its weights cannot be had.
+        DataError: if there are too few images, or some cannot be read.
+        DivergedError: if a loss is not finite.
+    """
+    started = time.perf_counter()
+    versions = _list(images)
+    listed = [picture for picture, _ in versions]
+    recipe = recipe or PRESETS[preset]
+    recipe = dataclasses.replace(
+        recipe,
+        teacher=teacher or recipe.teacher,
+        teacher_weights=teacher_weights or recipe.teacher_weights,
+        seed=recipe.seed if seed is None else seed,
+    ).for_image_count(len(listed))
+    recipe.check_image_count(len(listed))
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    device = set_up_device()
+    preprocessing = preprocessing_for(recipe, listed)
+    precision = resolve_precision(recipe.precision, device)
+    digest = storage.digest(serialise(weights))
+    frozen = share_teacher(
+        (digest, recipe.levels, preprocessing, precision),
+        lambda: load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher),
+        preprocessing,
+        device,
+        precision,
+        backend,
+    )
+    epochs = 0 if recipe.student == "none" else recipe.epochs
+    with tqdm(total=epochs + 1, desc="fit", disable=not progress) as bar:
+
+        def report(event: Epoch | str) -> None:
+            if isinstance(event, Epoch):
+                bar.update()
+                bar.set_postfix(loss=f"{event.train_loss:.4f}", validation=f"{event.validation_loss:.4f}")
+            elif isinstance(event, FitWarning):
+                warnings.warn(event, stacklevel=2)
+            else:
+                log.info(event)
+
+        limits = WorkerLimits(_free_ram(), _free_gpu_ram(device), checkpoint_seconds=float("inf"))
+        features = compute_features(frozen, listed, limits, report)
+        fitted = fit_detector(
+            features,
+            recipe,
+            [pictures.name_of(picture) for picture in listed],
+            report,
+            started=started,
+            distance_budget=limits.distance_budget(features),
+            teacher_digest=digest,
+        )
+        # The last step: calibrated.
+        bar.update()
+    return dataclasses.replace(fitted.detector, publish=partial(_publish, fitted, weights, fingerprint(versions)))
+
+
+def _publish(
+    fitted: FittedModel, weights: StateDict, data_fingerprint: str, store: ModelStore, category: str
+) -> ModelRecord:
+    store.put_teacher(weights)
+    return store.save(dataclasses.replace(fitted.record, category=category), fitted.files, data_fingerprint)
+
+
+def _list(images: str | os.PathLike[str] | Iterable[Picture]) -> list[tuple[Picture, str]]:
+    """Return the images, files by their URI, each with what changes when its bytes do."""
+    if isinstance(images, str | os.PathLike):
+        return list(_list_folder(os.fspath(images)))
+    found: list[tuple[Picture, str]] = []
+    for picture in images:
+        if not isinstance(picture, str | os.PathLike):
+            image = pictures.fetch(picture)
+            found.append((image, storage.digest(image if isinstance(image, bytes) else image.tobytes())))
+        elif versions := storage.file_versions(storage.absolute(os.fspath(picture))):
+            found += versions
+        else:
+            raise DataError(f"{picture}: no such file; check its name, and that its disk is mounted")
+    return found
+
+
+def _list_folder(folder: str) -> list[tuple[str, str]]:
+    uri = storage.absolute(folder)
+    if {"train", "test"} & {*storage.subfolders(uri)}:
+        raise DataError(f"{folder}: has folders train or test; give the folder of its good images, {folder}/train/good")
+    found = [each for each in storage.file_versions(uri) if is_image(each[0].removeprefix(uri).strip("/").split("/"))]
+    if not found:
+        raise DataError(f"{folder}: no images (with suffix {', '.join(SUFFIXES)}); give a folder of good images")
+    return found
+
+
+def _free_ram() -> int:
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _RAM_FRACTION)
+
+
+def _free_gpu_ram(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0] * _RAM_FRACTION) if device.type == "cuda" else 0

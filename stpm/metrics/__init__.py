@@ -1,0 +1,1 @@
+"""Metrics of labelled scores and maps, as pure functions: AUROC, AUPRO, intervals."""

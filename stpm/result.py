@@ -1,0 +1,128 @@
+"""What a detector says about one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from stpm.data import images, pictures
+from stpm.data.heatmaps import coloured, overlay
+from stpm.data.image_statistics import ImageStatistics
+from stpm.data.images import Pixels
+from stpm.data.pictures import Picture
+from stpm.errors import ImageError
+from stpm.method.scales import HeatmapScale
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_NAN = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One image's result.
+
+    Args:
+        score: mean of the anomaly map's highest values; larger is more anomalous. NaN with an error.
+        student_score: the student's part of the score; None if the score is not a sum.
+        memory_score: the memory's part of the score; None if the score is not a sum.
+        p_value: conformal p-value against held-out good images, in (0, 1]. NaN with an error.
+        is_anomalous: score > threshold.
+        threshold: score above which an image is called anomalous. NaN with an error.
+        peak: column and row of the anomaly map's maximum, pixels of the image itself.
+        area: fraction of pixels whose anomaly exceeds the threshold, 0 to 1.
+        size: width and height of the image itself, pixels.
+        seen: left, top, right and bottom of the part of the image that the model sees, pixels of the image itself.
+        model_map: (h, w) float32, the anomaly map of that part at model size, as the jobs store it.
+        heatmap_scale: of the model.
+        seed: of the model's recipe.
+        model_id: of the model.
+        statistics: of the image itself.
+        picture: the image as it was given.
+        error: why the image could not be scored; None if it was.
+    """
+
+    score: float = _NAN
+    student_score: float | None = None
+    memory_score: float | None = None
+    p_value: float = _NAN
+    is_anomalous: bool = False
+    threshold: float = _NAN
+    peak: tuple[int, int] = (-1, -1)
+    area: float = _NAN
+    size: tuple[int, int] = (0, 0)
+    seen: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), repr=False)
+    model_map: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32), repr=False)
+    heatmap_scale: HeatmapScale = field(default_factory=lambda: HeatmapScale(0.0, 1.0), repr=False)
+    seed: int = 0
+    model_id: str = ""
+    statistics: ImageStatistics | None = field(default=None, repr=False)
+    picture: Picture | None = field(default=None, repr=False)
+    error: ImageError | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the path or URI of the image; "" if it was given as pixels."""
+        return "" if self.picture is None else pictures.name_of(self.picture)
+
+    @cached_property
+    def anomaly_map(self) -> npt.NDArray[np.float32]:
+        """Return the anomaly map in the image's own pixels: (height, width) float32, NaN where the model sees nothing.
+
+        Raises:
+            ImageError: if the image could not be scored.
+        """
+        if self.error:
+            raise self.error
+        width, height = self.size
+        left, top, right, bottom = self.seen
+        whole = np.full((height, width), np.nan, np.float32)
+        whole[top:bottom, left:right] = images.resize_map(self.model_map, bottom - top, right - left)
+        return whole
+
+    def plot(self) -> npt.NDArray[np.object_]:
+        """Draw the picture, its heatmap and both together, on the model's fixed scale.
+
+        Returns:
+            Three axes of matplotlib.
+
+        Raises:
+            ImageError: if the image could not be scored, or cannot be read again.
+        """
+        import matplotlib.pyplot as plt
+
+        heatmap, picture = self.heatmap(), self.pixels()
+        figure, axes = plt.subplots(1, 3, figsize=(12, 12 / 3 * picture.shape[0] / picture.shape[1] + 0.6))
+        drawn = (picture, coloured(heatmap), overlay(picture, heatmap))
+        verdict = "anomalous" if self.is_anomalous else "good"
+        titles = (self.name.rsplit("/", 1)[-1], f"score {self.score:.3g}, p = {self.p_value:.3g}", verdict)
+        each: Axes
+        for each, pixels, title in zip(axes, drawn, titles, strict=True):
+            each.imshow(pixels)
+            each.set_title(title)
+            each.axis("off")
+        figure.tight_layout()
+        return np.asarray(axes)
+
+    def pixels(self) -> Pixels:
+        """Return the picture itself, (height, width, 3) uint8 RGB. A file is read again.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        if self.picture is None:
+            raise ImageError("missing", "the result has no picture")
+        return np.asarray(pictures.open_rgb(self.picture))
+
+    def heatmap(self) -> Pixels:
+        """Return the heatmap's grey levels in the image's own pixels, (height, width) uint8, 0 where nothing is seen.
+
+        Raises:
+            ImageError: if the image could not be scored.
+        """
+        return self.heatmap_scale.apply(np.nan_to_num(self.anomaly_map, nan=self.heatmap_scale.low))

@@ -1,0 +1,251 @@
+"""The detector that a person holds gives what the jobs write, and takes what a person has."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+import stpm
+from stpm import storage
+from stpm.data import images, mvtec
+from stpm.detector import Detector
+from stpm.errors import ConfigError, DataError, ModelError
+from stpm.fitting.fit_category import fit_category
+from stpm.fitting.planning import existing_model
+from stpm.method.recipe import Recipe
+from stpm.method.teacher import Teacher
+from stpm.method.teacher_weights import load_teacher_weights
+from stpm.models.store import ModelStore
+from tests.conftest import LIMITS, MODELS, REPOSITORY, TINY
+from tests.datasets import make_category
+from tests.fitting.test_fit_category import contents, task_in
+from tests.scoring.stages.helpers import CATEGORIES, make_run, manifest, score
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("detector")
+    make_run(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def nut(run: Path) -> Detector:
+    return stpm.load(str(run / "models"), "nut", backend="pytorch")
+
+
+def test_package_gives_the_detector_without_ray_and_imports_torch_when_it_is_needed() -> None:
+    script = "import sys, stpm; light = 'torch' in sys.modules; stpm.fit; stpm.load; print(light, 'ray' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert ran.stdout.split() == ["False", "False"]
+    assert {"fit", "load", "Detector", "Result"} <= {*dir(stpm)}
+    with pytest.raises(AttributeError, match="no attribute 'fti'"):
+        stpm.fti  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_scores_are_those_of_the_job_bit_for_bit(run: Path, category: str) -> None:
+    rows = manifest(run).filter(np.array([name == category for name in manifest(run)["category"].to_pylist()]))
+    written = score(run, rows).to_pylist()
+    detector = stpm.load(str(run / "models"), category, backend="pytorch")
+    results = list(detector.score((row["uri"] for row in written), false_alarm_rate=0.3))
+    for row, result in zip(written, results, strict=True):
+        for name in ("score", "p_value", "threshold", "student_score", "memory_score", "area"):
+            value = getattr(result, name)
+            assert row[name] == (None if value is None else np.float32(value)), name
+        assert (row["is_anomalous"], row["model_id"]) == (result.is_anomalous, result.model_id)
+        assert (row["peak_x"], row["peak_y"]) == result.peak
+        assert row["anomaly_map"] == result.model_map.tobytes()
+        assert row["heatmap_levels"] == result.heatmap_scale.apply(result.model_map).tobytes()
+
+
+def test_the_teacher_runs_once_for_a_batch_of_three_categories(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    original = Teacher.__call__
+
+    def count(teacher: Teacher, inputs: torch.Tensor) -> list[torch.Tensor]:
+        passes.append(len(inputs))
+        return original(teacher, inputs)
+
+    monkeypatch.setattr(Teacher, "__call__", count)
+    rows = manifest(run)
+    assert {*score(run, rows)["category"].to_pylist()} == {*CATEGORIES}
+    assert sum(passes) == rows.num_rows
+    loaded = [stpm.load(str(run / "models"), name) for name in CATEGORIES]
+    assert len({detector.teacher for detector in loaded}) == 1
+
+
+def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path) -> None:
+    path = run / "data" / "nut" / "test" / "good" / "000.png"
+    with Image.open(path) as image:
+        image.load()
+        rgb = np.asarray(image)
+        forms = (path, str(path), path.as_uri(), path.read_bytes(), image, rgb, np.dstack([rgb, rgb[..., :1]]))
+        scores = {nut.score(form).score for form in forms}
+    grey = rgb[..., 0]
+    alike = {nut.score(form).score for form in (grey, grey[..., None], np.dstack([grey] * 3), grey.astype("u2") * 257)}
+    assert len(scores) == len(alike) == 1
+
+
+def test_16_bit_arrays_are_converted_as_files_are(nut: Detector, rng: np.random.Generator) -> None:
+    wide = rng.integers(0, 2**16, (48, 40), dtype=np.uint16)
+    sink = io.BytesIO()
+    Image.fromarray(wide).save(sink, "PNG")
+    assert nut.score(wide).score == nut.score(sink.getvalue()).score
+    colour = rng.integers(0, 2**16, (48, 40, 3), dtype=np.uint16)
+    assert nut.score(colour).score == nut.score((colour >> 8).astype(np.uint8)).score
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((8, 8)), "an array: an array of float64 has no fixed range; give uint8 or uint16"),
+        (np.zeros((8, 8, 2), np.uint8), r"an array: an array of shape \(8, 8, 2\) is no image"),
+        (np.zeros((0, 8), np.uint8), r"an array: an array of shape \(0, 8\) is no image"),
+        (b"GIF89a", "a file: 6 bytes whose beginning is not that of PNG"),
+        ("/nowhere/crack.png", r"^/nowhere/crack.png: no such folder"),
+        (Image.new("F", (4, 4)), "an image: .* 32 bits per pixel has no fixed range"),
+    ],
+)
+def test_a_picture_that_cannot_be_scored_raises_alone_and_is_a_result_among_others(
+    nut: Detector, picture: stpm.detector.Picture, message: str, run: Path
+) -> None:
+    with pytest.raises(stpm.ImageError, match=message):
+        nut.score(picture)
+    good = str(run / "data" / "nut" / "test" / "good" / "000.png")
+    first, second, third = nut.score([good, picture, good])
+    assert first.score == third.score == pytest.approx(nut.score(good).score, rel=1e-4)
+    assert second.error
+    assert np.isnan([second.score, second.p_value, second.threshold]).all()
+    for use in (lambda: second.anomaly_map, second.plot):
+        with pytest.raises(stpm.ImageError, match=message):
+            use()
+
+
+def test_many_pictures_are_scored_a_few_at_a_time(nut: Detector, rng: np.random.Generator) -> None:
+    taken = 0
+
+    def endless() -> Iterator[np.ndarray]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield rng.integers(0, 256, (48, 40, 3), dtype=np.uint8)
+
+    results = nut.score(endless())
+    for number in range(40):
+        next(results)
+        assert taken <= number + 1 + 16
+
+
+def test_the_threshold_follows_the_rate(nut: Detector, run: Path) -> None:
+    path = str(run / "data" / "nut" / "test" / "good" / "000.png")
+    scores = np.sort(ModelStore(str(run / "models")).load("nut").calibration.scores)
+    assert nut.score(path).threshold == scores[-1]
+    assert nut.score(path, false_alarm_rate=0.99).threshold == scores[0]
+    for rate in (0, 1, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match="false_alarm_rate is"):
+            nut.score(path, false_alarm_rate=rate)
+
+
+def test_the_map_is_in_the_pictures_own_pixels(run: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    make_category(f"{tmp_path}/data", "nut")
+    recipe = dataclasses.replace(MODELS["memory"], resize="crop")
+    detector = stpm.fit(f"{tmp_path}/data/nut/train/good", recipe, progress=False)
+    picture = rng.integers(90, 130, (60, 100, 3), dtype=np.uint8)
+    picture[10:20, 50:60] = 255
+    found = detector.score(picture)
+    # The square in the middle is what the model sees.
+    seen = np.zeros((60, 100), bool)
+    seen[:, 20:80] = True
+    np.testing.assert_array_equal(np.isnan(found.anomaly_map), ~seen)
+    row, column = np.unravel_index(np.nanargmax(found.anomaly_map), found.anomaly_map.shape)
+    assert np.hypot(row - found.peak[1], column - found.peak[0]) < 3
+    axes = found.plot()
+    assert [axis.get_images()[0].get_array().shape for axis in axes] == [(60, 100, 3)] * 3
+    np.testing.assert_array_equal(axes[0].get_images()[0].get_array(), picture)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_fit_makes_the_bits_that_the_fit_job_makes(tmp_path: Path, kind: str) -> None:
+    task = task_in(tmp_path, MODELS[kind].for_image_count(8))
+    detector = stpm.fit(f"{tmp_path}/data/nut/train/good", MODELS[kind], progress=False)
+    saved = detector.save(task.store, "nut")
+    assert saved.model_id == f"nut{detector.record.model_id}"
+    # The job takes the saved model for its own: it would make the same.
+    assert existing_model(task)
+    fitted = contents(task)
+    job = dataclasses.replace(task, store=f"{tmp_path}/other")
+    ModelStore(job.store).put_teacher(load_teacher_weights(job.recipe.teacher, job.recipe.teacher_weights, (1, 2, 3)))
+    assert fit_category(job, LIMITS, lambda event: None).record
+    assert contents(job) == fitted
+
+
+def test_a_loaded_detector_is_saved_with_its_teacher_as_a_new_version(nut: Detector, run: Path, tmp_path: Path) -> None:
+    store, path = str(tmp_path / "models"), str(run / "data" / "nut" / "test" / "square" / "000.png")
+    stpm.load(str(run / "models"), "grey").save(store, "bolt")
+    nut.save(store, "bolt")
+    versions = ModelStore(store).versions("bolt")
+    assert len(versions.previous) == 1
+    copied = stpm.load(store, backend="pytorch")
+    assert copied.score(path).score == nut.score(path).score
+    earlier = stpm.load(store, "bolt", versions.previous[0].model_id)
+    assert earlier.recipe == stpm.load(str(run / "models"), "grey").recipe
+    with pytest.raises(DataError, match="category"):
+        nut.save(store, "../bolt")
+    with pytest.raises(ModelError, match="has models of 3 categories; name one"):
+        stpm.load(str(run / "models"))
+
+
+def test_evaluate_measures_what_scikit_learn_does(nut: Detector, run: Path) -> None:
+    folder = str(run / "data" / "nut" / "test")
+    found = nut.evaluate(folder)
+    tests = mvtec.read_tests(folder)
+    results = list(nut.score(test.uri for test in tests))
+    is_defect = [test.label != "good" for test in tests]
+    assert found.values["image_auroc"] == roc_auc_score(is_defect, [result.score for result in results])
+    preprocessing = nut.teacher.preprocessing
+    masks = [
+        images.resize_mask(images.decode_mask(storage.read(test.mask)), preprocessing)
+        if test.mask
+        else np.zeros(result.model_map.shape, bool)
+        for test, result in zip(tests, results, strict=True)
+    ]
+    expected = roc_auc_score(np.concatenate(masks).ravel(), np.concatenate([r.model_map for r in results]).ravel())
+    assert found.values["pixel_auroc"] == pytest.approx(expected, abs=1e-4)
+    assert "image AUROC" in str(found)
+    with pytest.raises(DataError, match="give the folder test of a category"):
+        nut.evaluate(str(run / "data" / "nut"))
+
+
+def test_plain_values_make_a_recipe() -> None:
+    plain = dataclasses.replace(TINY, size=96, levels=[1, 2])  # type: ignore[arg-type]
+    assert plain == dataclasses.replace(TINY, size=type(TINY.size)("96x96"), levels=type(TINY.levels)((1, 2)))
+    assert Recipe(size=(64, 32)).size.sides == (64, 32)  # type: ignore[arg-type]
+    for value in ("wide", 3.5, (1, 2, 3)):
+        with pytest.raises(ConfigError, match="--size is"):
+            Recipe(size=value)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_fitted_is_refused_in_one_line(tmp_path: Path) -> None:
+    make_category(str(tmp_path), "nut")
+    good = sorted((tmp_path / "nut" / "train" / "good").iterdir())
+    for given, message in (
+        (tmp_path / "nut", r"has folders train or test; give the folder of its good images, .*/nut/train/good$"),
+        (tmp_path / "nowhere", "no such folder"),
+        (good[:1], "good images: 1; this recipe needs at least 2"),
+        ([*good, tmp_path / "gone.png"], "gone.png: no such file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            stpm.fit(given, TINY, progress=False)
+    with pytest.raises(stpm.ImageError, match="float64 has no fixed range"):
+        stpm.fit([np.zeros((8, 8))] * 4, TINY, progress=False)
