@@ -18,7 +18,8 @@ from stpm.evaluation.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetr
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.intervals import CONFIDENCE
 from stpm.evaluation.options import MasksAt
-from stpm.models.record import ModelRecord, installed_versions
+from stpm.models.libraries import installed_versions
+from stpm.models.record import ModelRecord
 from stpm.times import timestamp
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
