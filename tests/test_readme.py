@@ -27,7 +27,7 @@ def name_of(page: Path) -> str:
 
 def test_ci_runs_the_test_line_as_printed() -> None:
     lines = re.findall(r"^pip install .*pytest.*$", README, flags=re.MULTILINE)
-    assert lines == ["pip install -e '.[demo,test]' && python -m pytest -n 2 --dist loadfile"]
+    assert lines == ["pip install -e '.[demo,test]' -c deploy/constraints.txt && python -m pytest -n 2 --dist loadfile"]
     assert r"grep -m1 -E '^pip install .*pytest' README.md" in (REPOSITORY / ".ci" / "run").read_text()
 
 
@@ -43,8 +43,8 @@ def test_options_exist(page: Path) -> None:
         for a in job(name).parser({})._actions
         for flag in a.option_strings
     }
-    # Benchmarks have options of their own.
-    text = re.sub(r"python bench/\S+\.py(.*\\\n)*.*", "", page.read_text())
+    # Benchmarks and uv have options of their own.
+    text = re.sub(r"(python bench/\S+\.py|uv pip compile)(.*\\\n)*.*", "", page.read_text())
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert named <= known | OTHER_OPTIONS, named - known - OTHER_OPTIONS
 

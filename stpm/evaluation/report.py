@@ -18,7 +18,8 @@ from stpm.evaluation.gallery import Tile
 from stpm.evaluation.options import MasksAt
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
-from stpm.models.record import ModelRecord, installed_versions
+from stpm.models.libraries import installed_versions
+from stpm.models.record import ModelRecord
 from stpm.times import timestamp
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")

@@ -10,7 +10,8 @@ import pyarrow as pa
 from stpm.data.image_statistics import COMPARED
 from stpm.feedback.new_images import NewImages
 from stpm.method.scales import HeatmapScale
-from stpm.models.record import ModelRecord, installed_versions
+from stpm.models.libraries import installed_versions
+from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.times import timestamp
 

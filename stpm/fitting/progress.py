@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from stpm.fitting.task import Epoch, Event, FitResult, FitTask, FitWarning
+from stpm.models.libraries import NodeVersions, VersionCheck
 from stpm.times import duration
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class FitProgress:
         self._clock = clock
         self._show = show
         self._tasks = {task.key: _TaskProgress(task) for task in tasks}
+        self._versions = VersionCheck()
         self._start = clock()
 
     def __call__(self, event: Event) -> None:
@@ -78,6 +80,8 @@ class FitProgress:
         progress.ended = True
         self._log_epochs(progress)
         self._log(result.task, _describe(result), logging.INFO if result.record else logging.ERROR)
+        if result.record and (mixture := self._versions.add(NodeVersions(result.node, result.record.library_versions))):
+            self._log(result.task, mixture, logging.WARNING)
 
     def _add_epoch(self, progress: _TaskProgress, epoch: Epoch) -> None:
         if progress.epochs and epoch.number <= progress.epochs[-1].number:

@@ -75,11 +75,12 @@ class FitWarning(str):
 
 @dataclass(frozen=True)
 class FitResult:
-    """The result of a task: the model's record, or None if the task failed, with the reason."""
+    """The result of a task: the model's record, or None if the task failed, with the reason; the node that fitted."""
 
     task: FitTask
     record: ModelRecord | None = None
     reason: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -164,7 +165,7 @@ def _run_worker(config: dict[str, Any]) -> None:
             time.sleep(_POLL_SECONDS)
             continue
         result = fit_category(task, limits, partial(queue.report.remote, task.key))
-        ray.get(queue.finish.remote(result))
+        ray.get(queue.finish.remote(replace(result, node=ray.util.get_node_ip_address())))
 
 
 def _ram_limits(options: WorkerOptions, assigned: dict[str, float]) -> tuple[int, int]:

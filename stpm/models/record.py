@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from stpm import __version__, storage
+from stpm import storage
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
+from stpm.models.libraries import installed_versions
 from stpm.times import timestamp
 
 STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
 CALIBRATION = "calibration.parquet"
 IMAGE_STATISTICS = "image_statistics.parquet"
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that affect models and scores, by name."""
-    versions = {"stpm": __version__, "python": platform.python_version()}
-    for name in ("torch", "timm", "ray", "numpy", "pillow", "openvino"):
-        # OpenVINO is an extra.
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import ray
 
 from stpm.errors import CutOffError
+from stpm.models.libraries import NodeVersions, VersionCheck, installed_versions
 from stpm.scoring.circuit_breaker import CircuitBreaker
 from stpm.scoring.prometheus import Stage
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
@@ -50,6 +52,7 @@ class BatchReport(NamedTuple):
         attempted: images that the stage tried to process.
         external_errors: errors that may have a cause outside the image.
         unfinished: images that are left to the next run.
+        origin: the process that processed the batch; `ProgressReporter` adds it.
     """
 
     stage: Stage
@@ -57,6 +60,7 @@ class BatchReport(NamedTuple):
     attempted: int = 0
     external_errors: Sequence[str] = ()
     unfinished: Sequence[UnfinishedImage] = ()
+    origin: NodeVersions | None = None
 
 
 class ProgressActor:
@@ -66,15 +70,22 @@ class ProgressActor:
         clock: returns seconds; injected by tests.
         stop_on_failures: decide to stop the run when most images fail. Each stage has a circuit breaker of its own,
             because the first stages run ahead of the last.
+        versions: of the libraries that the run was started with, by name; None: those of the first node.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, stop_on_failures: bool = True) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        stop_on_failures: bool = True,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
         self._clock = clock
         self._stop_on_failures = stop_on_failures
         self._statistics = RunStatistics()
         self._unfinished: list[UnfinishedImage] = []
         self._breakers: defaultdict[Stage, CircuitBreaker] = defaultdict(CircuitBreaker)
         self._stop_reason = ""
+        self._versions = VersionCheck(versions)
         self._warnings: list[str] = []
         self._more_warnings = 0
         # (time, images finished by then), at most one a second.
@@ -84,6 +95,8 @@ class ProgressActor:
     def add(self, report: BatchReport) -> str:
         """Add the report of one batch; return the reason to stop the run, or ""."""
         self._statistics += report.statistics
+        if report.origin and (mixture := self._versions.add(report.origin)):
+            self.warn(mixture)
         self._unfinished += report.unfinished[: _MAX_UNFINISHED - len(self._unfinished)]
         if report.attempted and self._stop_on_failures:
             breaker = self._breakers[report.stage]
@@ -136,7 +149,7 @@ class ProgressReporter:
         Raises:
             CutOffError: if so many images failed that the run should stop.
         """
-        reply = self._actor.add.remote(batch_report)
+        reply = self._actor.add.remote(batch_report._replace(origin=_this_process()))
         if batch_report.external_errors and (reason := ray.get(reply)):
             raise CutOffError(reason)
 
@@ -148,6 +161,11 @@ class ProgressReporter:
         """See `ProgressActor.read`."""
         snapshot: Snapshot = ray.get(self._actor.read.remote())
         return snapshot
+
+
+@cache
+def _this_process() -> NodeVersions:
+    return NodeVersions(ray.util.get_node_ip_address(), installed_versions())
 
 
 class WarningRelay(logging.Handler):

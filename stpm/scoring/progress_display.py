@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import ray
@@ -64,15 +64,18 @@ class ProgressDisplay:
 
 
 @contextmanager
-def show_scoring_progress(total: int, *, stop_on_failures: bool) -> Iterator[ProgressReporter]:
+def show_scoring_progress(
+    total: int, versions: Mapping[str, str] | None = None, *, stop_on_failures: bool
+) -> Iterator[ProgressReporter]:
     """Start a progress actor, and show the progress while the block runs. Needs a connection to Ray.
 
     Args:
         total: images to score.
+        versions: of the libraries that the run was started with, by name; None: those of the first node.
         stop_on_failures: stop the run when most images fail, see `ProgressActor`.
     """
     actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(ProgressActor).remote(
-        stop_on_failures=stop_on_failures
+        versions=versions, stop_on_failures=stop_on_failures
     )
     progress = ProgressReporter(actor)
     display = ProgressDisplay(total, show_progress if is_terminal() else None)

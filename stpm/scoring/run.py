@@ -122,7 +122,8 @@ def _score_segments(run: ScoringRun, manifest: Manifest, models: ModelRecords) -
     if rows < manifest.rows:
         log.info(f"{manifest.rows - rows} images are scored already, {rows} remain")
     total = RowSummary.total(committed_summaries(run.output), max_ranked=0)
-    with show_scoring_progress(rows, stop_on_failures=not run.options.accept_errors) as progress:
+    versions = run.output.state.versions()
+    with show_scoring_progress(rows, versions, stop_on_failures=not run.options.accept_errors) as progress:
         for segment, shards in zip(segments, shards_left, strict=True):
             if shards:
                 if len(segments) > 1:

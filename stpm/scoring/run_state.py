@@ -10,7 +10,7 @@ from typing import Any
 
 from stpm import storage
 from stpm.errors import DataError, OtherRunError, RunDamagedError
-from stpm.models.record import installed_versions
+from stpm.models.libraries import installed_versions
 from stpm.records import convert, parse_json
 from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.run_statistics import RunResult
@@ -27,7 +27,6 @@ _TYPES = {
     "result": RunResult,
     "triage_images": int,
 }
-_SCORING_LIBRARIES = ("torch", "openvino")
 # The content of run.json while the run's files are being removed.
 _CLEARED: dict[str, Any] = {"cleared": True}
 
@@ -106,11 +105,9 @@ class RunState:
             self._check(PartitionBy, value, "config.partition_by")
         return value
 
-    def version_differences(self) -> list[str]:
-        """List how the libraries that compute scores differ from those that the run was started with."""
-        now = installed_versions()
-        before = self._values.get("versions", now)
-        return _differences(*({name: found.get(name) for name in _SCORING_LIBRARIES} for found in (before, now)))
+    def versions(self) -> dict[str, str] | None:
+        """Return the versions of the libraries that the run was started with, by name; None if they are unknown."""
+        return self._values.get("versions")
 
     def model_ids(self) -> dict[str, str] | None:
         """Return the model id of each category that has one; None if no models are bound yet."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +40,9 @@ LONG = ["--epochs", "300", "--cpus-per-worker", "1", "--checkpoint-seconds", "1"
 ADDRESSES = (f"127.0.0.{number}" for number in itertools.count(2))
 
 
-def add_node(cluster: Cluster) -> Any:
+def add_node(cluster: Cluster, **environment: str) -> Any:
     """Add a node with an address of its own: a driver runs on the node that has the driver's address."""
-    return cluster.add_node(num_cpus=1, node_ip_address=next(ADDRESSES))
+    return cluster.add_node(num_cpus=1, node_ip_address=next(ADDRESSES), env_vars=environment)
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +129,11 @@ def runs(node: Any, title: str) -> bool:
     return bool(children(node.all_processes["raylet"][0].process.pid, title))
 
 
-def replace_node(cluster: Cluster, old_title: str, new_title: str) -> None:
+def replace_node(cluster: Cluster, old_title: str, new_title: str, **environment: str) -> None:
     """Add a node once the only one runs `old_title`; kill the old one once the new one runs `new_title`."""
     (old,) = cluster.worker_nodes
     wait_until(lambda: runs(old, old_title), f"the first node runs no {old_title}")
-    new = add_node(cluster)
+    new = add_node(cluster, **environment)
     wait_until(lambda: runs(new, new_title), f"the new node runs no {new_title}")
     time.sleep(random.uniform(0, 2))
     cluster.remove_node(old, allow_graceful=False)
@@ -173,13 +175,18 @@ def test_the_plan_lists_every_node_and_starts_nothing(root: Path, client: dict[s
 
 
 def test_scoring_uses_a_new_node_and_survives_the_loss_of_one(
-    undisturbed_rows: Path, one_node: None, cluster: Cluster, client: dict[str, str]
+    undisturbed_rows: Path, one_node: None, cluster: Cluster, client: dict[str, str], tmp_path: Path
 ) -> None:
+    """The new node has another version of a library, which the job reports."""
     out = undisturbed_rows / "after"
     process = start_job("score", *score_options(undisturbed_rows, out), **client)
     # Ray starts no second scorer for this tiny model, but more tasks that fetch, decode and write.
-    replace_node(cluster, SCORER, "MapBatches")
-    wait_for_success(process)
+    timm = tmp_path / "timm-0.1.dist-info" / "METADATA"
+    timm.parent.mkdir()
+    timm.write_text("Name: timm\nVersion: 0.1\n")
+    replace_node(cluster, SCORER, "MapBatches", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    log = wait_for_success(process)
+    assert len(re.findall(r"this run began with timm \S+, but node 127\.0\.0\.\d+ has timm 0\.1: ", log)) == 1
     check_same_rows(undisturbed_rows, out)
 
 

@@ -12,6 +12,10 @@ from tests.conftest import TINY, Clock, make_preprocessing
 
 TASK = FitTask("nut", tuple((str(i), 1) for i in range(10)), dataclasses.replace(TINY, epochs=100), "s", "d")
 OTHER = dataclasses.replace(TASK, category="screw")
+FIT = FitRecord(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
+MEMORY_MODEL = ModelRecord(
+    "nut", TINY, make_preprocessing(64), "float32", "", HeatmapScale(0, 1), (), FIT, (), {}, {}, ""
+)
 
 
 def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> list[str]:
@@ -108,7 +112,13 @@ def test_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_model_without_student_has_no_epochs(caplog: pytest.LogCaptureFixture) -> None:
-    fit = FitRecord(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
-    record = ModelRecord("nut", TINY, make_preprocessing(64), "float32", "", HeatmapScale(0, 1), (), fit, {}, {}, "")
-    FitProgress([TASK], None)(FitResult(TASK, record))
+    FitProgress([TASK], None)(FitResult(TASK, MEMORY_MODEL))
     assert caplog.messages[0] == "nut (seed 0)  fitted in 3.2 s, memory only"
+
+
+def test_a_node_that_fits_with_other_versions_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    progress = FitProgress([TASK, OTHER], None)
+    for task, node in ((TASK, "a"), (OTHER, "b")):
+        progress(FitResult(task, dataclasses.replace(MEMORY_MODEL, library_versions={"torch": node}), node=node))
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warning.startswith("screw (seed 0)  this run began with torch a, but node b has torch b: ")

@@ -170,7 +170,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     monkeypatch.setattr(score_nights, "connected", nullcontext)
     monkeypatch.setattr(nightly, "hold_lease", lambda folder, wait: nullcontext())
     monkeypatch.setattr(run_module, "remaining_shards", remaining_shards)
-    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(Progress()))
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda *_, stop_on_failures: nullcontext(Progress()))
     monkeypatch.setattr(run_module, "score_shards", made.score)
     monkeypatch.setattr(judging, "judge", judge)
     return made

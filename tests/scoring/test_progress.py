@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import pytest
 from ray.exceptions import ActorDiedError
 
+from stpm.models.libraries import NodeVersions
 from stpm.scoring.circuit_breaker import CircuitBreaker
 from stpm.scoring.progress import BatchReport, ProgressActor, ProgressReporter, Snapshot, WarningRelay
 from stpm.scoring.progress_display import ProgressDisplay
@@ -45,6 +46,15 @@ def test_progress_actor_adds_up_statistics() -> None:
     actor.add(BatchReport("score", RunStatistics(4, 0, 1, score_seconds=0.5)))
     actor.add(BatchReport("decode", RunStatistics(decode_seconds=3.0)))
     assert actor.read().statistics == RunStatistics(20, 1, 3, decode_seconds=3.0, score_seconds=2.0)
+
+
+def test_a_node_with_other_versions_than_the_run_began_with_is_a_warning() -> None:
+    actor = ProgressActor(versions={"torch": "1.0"})
+    for node, version in (("10.0.0.1", "1.0"), ("10.0.0.2", "2.0"), ("10.0.0.3", "2.0")):
+        for stage in ("decode", "score"):
+            actor.add(BatchReport(stage, RunStatistics(), origin=NodeVersions(node, {"torch": version})))
+    (warning,) = actor.read().warnings
+    assert warning.startswith("this run began with torch 1.0, but node 10.0.0.2 has torch 2.0: ")
 
 
 def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:

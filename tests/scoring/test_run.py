@@ -33,7 +33,7 @@ from stpm.jobs import score as score_job
 from stpm.jobs.score import run_score
 from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
-from stpm.models import record as record_module
+from stpm.models import libraries
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring import run as run_module
@@ -195,7 +195,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., Non
     progress = SimpleNamespace(read=lambda: Snapshot(RunStatistics(images=2), images, "", []))
     monkeypatch.setattr(run_module, "connected", nullcontext)
     monkeypatch.setattr(run_module, "remaining_shards", lambda output, segments: [each.shards for each in segments])
-    monkeypatch.setattr(run_module, "show_scoring_progress", lambda total, stop_on_failures: nullcontext(progress))
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda *_, stop_on_failures: nullcontext(progress))
     monkeypatch.setattr(run_module, "score_shards", score_shards)
 
 
@@ -292,19 +292,20 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
     assert models["nut"].model_id == second.model_id
 
 
-def test_a_run_that_goes_on_with_another_library_warns(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, "/a.png")
     save(run.store, tiny)
-    monkeypatch.setattr(record_module, "version", lambda name: "1.0")
+    monkeypatch.setattr(libraries, "version", lambda name: "1.0")
     resume_or_start(run, start_over=False, replace=False)
-    resume_or_start(run, start_over=False, replace=False)
-    assert not [each for each in caplog.records if each.levelname == "WARNING"]
-    monkeypatch.setattr(record_module, "version", lambda name: "2.0" if name == "torch" else "1.0")
-    resume_or_start(run, start_over=False, replace=False)
-    (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
-    assert warning == "the remaining images may get slightly other scores: torch was '1.0' and is '2.0'"
+    monkeypatch.setattr(libraries, "version", lambda name: "2.0")
+    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1))
+    show = Mock(wraps=run_module.show_scoring_progress)
+    monkeypatch.setattr(run_module, "show_scoring_progress", show)
+    run_scoring(make_run(tmp_path, "/a.png"))
+    (_, versions), _ = show.call_args
+    assert versions["torch"] == "1.0"
 
 
 @pytest.mark.usefixtures("no_models")

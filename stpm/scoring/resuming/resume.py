@@ -48,8 +48,6 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
         if not differences:
             if model_ids:
                 log.info("the models are those that this run began with, even if others became current since")
-                if changed := state.version_differences():
-                    log.warning(f"the remaining images may get slightly other scores: {join_first(changed)}")
             return manifest, models
     # A run without rows may be replaced, and one whose removal was cut off. `clear` keeps rows without a run.json.
     may_be_replaced = replace or state.is_cleared() or not state.exists()

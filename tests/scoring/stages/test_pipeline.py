@@ -132,9 +132,8 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
     reports: list[Any] = []
 
     def report(batch: BatchReport) -> None:
-        stage, statistics, attempted, external_errors, _ = batch
-        unfinished = [image[:2] for image in batch.unfinished]
-        reports.append((stage, statistics.images, statistics.errors, attempted, len(external_errors), unfinished))
+        counts = (batch.statistics.images, batch.statistics.errors, batch.attempted, len(batch.external_errors))
+        reports.append((batch.stage, *counts, [image[:2] for image in batch.unfinished]))
 
     decoded = Decode(PREPROCESSING, progress=cast(Any, SimpleNamespace(report=report)))(nut_rows(uris))
     assert decoded["error_kind"].to_pylist() == ["", "unreadable", "", "", "missing"]
