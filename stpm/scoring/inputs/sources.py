@@ -20,6 +20,7 @@ from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.scoring.inputs.tables import CHUNK_ROWS
+from stpm.scoring.output import is_picture
 
 STANDARD_INPUT = "-"
 
@@ -67,13 +68,13 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
             yield from table_rows(table, rule, allowed_prefixes(table, allow))
         return
     files = storage.iter_files(name) if name else _matching_files(uri)
-    yield from _file_rows((image for file in _visible(files, uri) for image in _images_in(file)), rule)
+    yield from _file_rows((image for file in _meant(files, uri) for image in _images_in(file)), rule)
 
 
-def _visible(files: Iterator[str], source: str) -> Iterator[str]:
-    """Leave out files and folders whose names begin with a dot, unless the source names them: nobody meant them."""
+def _meant(files: Iterator[str], source: str) -> Iterator[str]:
+    """Leave out what nobody meant: names that begin with a dot, unless the source has them, and heatmaps of runs."""
     named = source.count("/.")
-    return (file for file in files if file.count("/.") <= named)
+    return (file for file in files if file.count("/.") <= named and not is_picture(file))
 
 
 def _matching_files(pattern: str) -> Iterator[str]:
