@@ -20,15 +20,14 @@ from stpm.errors import DataError
 from stpm.evaluation.category import GROUND_TRUTH_COLUMNS, ScoredCategory, ground_truth
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
-from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap
-from stpm.scoring.inputs.image_files import read_uri
+from stpm.scoring.heatmap_pictures import overlay_heatmap, read_heatmap, read_picture
 
 _COUNT = 4
 # Pixels: sides of an image in the sheet and in a gallery, space between images, height of a caption.
 _SHEET_SIZE, _GALLERY_SIZE, _GAP, _CAPTION = 256, 160, 8, 22
 _OUTLINE = (0, 255, 255)
 _SCORES = ("score", "student_score", "memory_score", "is_anomalous")
-_COLUMNS = (*GROUND_TRUTH_COLUMNS, *_SCORES, "heatmap", "heatmap_png")
+_COLUMNS = (*GROUND_TRUTH_COLUMNS, "archive_start", "archive_length", *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
 
@@ -110,7 +109,7 @@ def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
     Each is in the middle of a square, in the image's proportions.
     """
     pair = Image.new("RGB", (2 * size + _GAP, size), "white")
-    pixels = images.decode_picture(read_uri(row["uri"]), category.preprocessing, size, size)
+    pixels = read_picture(row, category.preprocessing, size, size)
     height, width = pixels.shape[:2]
     left, top = (size - width) // 2, (size - height) // 2
     if heatmap := read_heatmap(category.output.folder, row):
