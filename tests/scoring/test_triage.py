@@ -125,20 +125,22 @@ def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
 
 
 _DRAW_PAGE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from stpm.scoring.output import RunOutput
 from tests.scoring.test_triage import PREPROCESSING, scan_rows, write_triage
 output = RunOutput.single(sys.argv[1])
 def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # ru_maxrss is that of the process that started this one, if it was larger.
+    return 1024 * int(re.search("VmHWM:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 write_triage(output, scan_rows(output, 16), 16, PREPROCESSING)
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("kind", "bytes_per_pixel"), [("PNG", 8), ("JPEG", 1.5)])
-def test_the_memory_of_a_page_is_that_of_one_large_image(tmp_path: Path, kind: str, bytes_per_pixel: float) -> None:
+@pytest.mark.parametrize(("kind", "bytes_per_pixel"), [("PNG", 8), ("JPEG", 2)])
+def test_the_memory_of_a_page_is_that_of_one_large_image(tmp_path: Path, kind: str, bytes_per_pixel: int) -> None:
     side = 5000
     (tmp_path / "x").write_bytes(encode_image(np.full((side, side, 3), 90, np.uint8), kind))
     output = RunOutput.single(str(tmp_path))
