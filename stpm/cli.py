@@ -47,7 +47,7 @@ _PRESET_HELP = (
     "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
     "The defaults shown are those of the preset chosen (default: default)"
 )
-_LOG_HELP = "as text, or each line as a JSON object with time, level, run, job, category and message (default: text)"
+_LOG_HELP = "as text, or each message as a JSON object with time, level, run, job, category and message (default: text)"
 _EPILOG = (
     "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20).\n"
     "Precedence, highest first: the command line and --config files (of several, the last one given); the\n"

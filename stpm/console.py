@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from types import FrameType
-from typing import Literal, NoReturn, TextIO
+from types import FrameType, TracebackType
+from typing import Literal, NoReturn
 
 LogFormat = Literal["text", "json"]
 
@@ -70,6 +70,7 @@ def start_logging(job: str, log_format: LogFormat) -> None:
     package = logging.getLogger("stpm")
     package.setLevel(logging.INFO)
     package.handlers = [ConsoleHandler() if log_format == "text" else JsonHandler(job)]
+    sys.excepthook = print_traceback
 
 
 def _word(level: int) -> str:
@@ -79,10 +80,29 @@ def _word(level: int) -> str:
     return "warning" if level >= logging.WARNING else "info"
 
 
-def _printable(text: str, stream: TextIO) -> str:
-    """Escape characters that the stream cannot write, such as a lone surrogate."""
-    encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def visible(text: str) -> str:
+    r"""Write each character that would act on a terminal, or that nobody sees, as in Python's literals.
+
+    Names of files may hold any: codes that rewrite what is on the screen, line breaks, marks that reverse text.
+
+    >>> print(visible("Größe \x1b[2J\u202e.png"))
+    Größe \x1b[2J\u202e.png
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error with its traceback on standard error, a hook of Python for errors that nothing caught."""
+    for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+        print(visible(line), file=sys.stderr)
+
+
+def log_lines(text: str) -> None:
+    """Log a text of several lines, such as a table. In one message a line break would be shown as `\\n`."""
+    for line in ("", *text.splitlines(), ""):
+        log.info(line)
 
 
 class ConsoleHandler(logging.Handler):
@@ -98,18 +118,18 @@ class ConsoleHandler(logging.Handler):
             # The program that reads the log has ended: end as well, and say nothing more.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  it stays open to the end of the process
             raise SystemExit(COULD_NOT_RUN) from None
-        if record.exc_info:
-            traceback.print_exception(*record.exc_info, file=sys.stderr)
+        if record.exc_info and record.exc_info[0]:
+            print_traceback(*record.exc_info)
 
     def print_message(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.CRITICAL else sys.stdout
         word = _word(record.levelno)
         line = f"{'' if word == 'info' else f'{word}: '}{record.getMessage()}"
-        print(f"{_REWRITE if stream.isatty() else ''}{_printable(line, stream)}", file=stream, flush=True)
+        print(f"{_REWRITE if stream.isatty() else ''}{visible(line)}", file=stream, flush=True)
 
 
 class JsonHandler(ConsoleHandler):
-    """Print each line of a message as a JSON object on standard output, for programs that collect logs."""
+    """Print each message as a JSON object on standard output, for programs that collect logs."""
 
     def __init__(self, job: str) -> None:
         super().__init__()
@@ -118,14 +138,14 @@ class JsonHandler(ConsoleHandler):
     def print_message(self, record: logging.LogRecord) -> None:
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         category = {"category": record.category} if hasattr(record, "category") else {}
-        for line in filter(None, record.getMessage().splitlines()):
-            fields = {"time": time, "level": _word(record.levelno), **self._names, **category, "message": line}
+        if message := record.getMessage():
+            fields = {"time": time, "level": _word(record.levelno), **self._names, **category, "message": message}
             print(json.dumps(fields), flush=True)
 
 
 def show_progress(line: str) -> None:
     """Show a line at the bottom of the terminal until the next message or progress line."""
-    print(f"{_REWRITE}{line}", end="", flush=True)
+    print(f"{_REWRITE}{visible(line)}", end="", flush=True)
 
 
 def is_terminal() -> bool:

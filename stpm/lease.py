@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stpm import storage
-from stpm.console import SOME_FAILED
+from stpm.console import SOME_FAILED, visible
 from stpm.errors import GO_ON, ConfigError, CutOffError
 from stpm.names import hide_urls
 from stpm.records import from_json, to_json
@@ -292,7 +292,7 @@ def _watch(lease: Lease, ended: threading.Event) -> None:
     if callable(signal.getsignal(signal.SIGTERM)):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     if not ended.wait(_MARGIN / 2):
-        print(f"error: {_cut_off(lease.why_lost())}", file=sys.stderr, flush=True)
+        print(visible(f"error: {_cut_off(lease.why_lost())}"), file=sys.stderr, flush=True)
         os._exit(SOME_FAILED)
 
 

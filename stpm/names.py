@@ -40,6 +40,11 @@ def as_utf8(name: str) -> str:
     return name if name.isascii() else _BYTE.sub(lambda match: quote(match[0].encode("utf-8", "surrogateescape")), name)
 
 
+def unicode_forms(name: str) -> set[str]:
+    """Return the other forms of a name that systems write: composed, or decomposed as on macOS; of ASCII none."""
+    return {unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)} - {name}
+
+
 def other_form(name: str, names: Iterable[str]) -> str:
     """Say which of the names is this one in another Unicode form, as some systems write it; "" if none is."""
     composed = unicodedata.normalize("NFC", name)

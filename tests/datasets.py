@@ -83,7 +83,8 @@ def fitted_categories(store: str) -> list[str]:
 def make_output(count: int, **columns: Any) -> pa.Table:
     """Make rows of schema OUTPUT; columns that are not given hold null, or "" where null is not allowed."""
     values: dict[str, Any] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
-    return table(values | {"image_id": range(count)} | columns, OUTPUT)
+    numbers = {"image_id": range(count), "archive_start": [0] * count, "archive_length": [-1] * count}
+    return table(values | numbers | columns, OUTPUT)
 
 
 def write_rows(output: RunOutput, rows: pa.Table, number: int = 0) -> None:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from stpm import __version__
 from stpm.console import ConsoleHandler, JsonHandler, exit_code
+from tests.conftest import REPOSITORY
 
 _PROGRAM = """
 import logging
@@ -41,6 +43,49 @@ def test_a_log_file_has_no_control_characters() -> None:
         subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, check=True).stdout
         == b"one\nwarning: two\n"
     )
+
+
+# Clears the screen, in two ways, writes a line of its own, and shows gnp.exe as exe.png.
+_EVIL = "\x1b[2J\x9b2J\nerror: all is lost \u202egnp.exe"
+_SHOWN = r"\x1b[2J\x9b2J\nerror: all is lost \u202egnp.exe"
+
+
+def test_no_name_of_a_file_acts_on_the_terminal(tmp_path: Path) -> None:
+    table = tmp_path / f"{_EVIL}.csv"
+    table.write_text("name\n")
+    options = [f"--images={table}", f"--models={tmp_path}", f"--out={tmp_path}/out", "--category=nut"]
+    ran = subprocess.run(
+        [sys.executable, str(REPOSITORY / "jobs" / "score.py"), *options], capture_output=True, text=True, check=False
+    )
+    assert ran.stderr == f"error: {tmp_path}/{_SHOWN}.csv: this table has no rows\n"
+
+
+def test_names_in_every_kind_of_message_are_made_visible() -> None:
+    program = f"""
+import logging
+from stpm.console import log_lines, show_progress, start_logging
+name = {_EVIL!r}
+start_logging("fit", "text")
+log_lines("size  name\\n   1  nut")
+log = logging.getLogger("stpm.x")
+log.warning("%s is odd", name)
+show_progress(name)
+try:
+    raise ValueError(name)
+except ValueError:
+    log.exception("caught")
+log.critical(name)
+raise OSError(name)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    shown, errors = ran.stdout.decode(), ran.stderr.decode()
+    progress = f"\r\x1b[K{_SHOWN}"
+    assert shown == f"\nsize  name\n   1  nut\n\nwarning: {_SHOWN} is odd\n{progress}error: caught\n"
+    # In a traceback a line break of a message is one.
+    caught, critical, uncaught = (line for line in errors.splitlines() if r"\x1b[2J" in line)
+    first = _SHOWN.partition(r"\n")[0]
+    assert (caught, critical, uncaught) == (f"ValueError: {first}", f"error: {_SHOWN}", f"OSError: {first}")
+    assert errors.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -74,12 +119,13 @@ def test_exit_codes(done: int, failed: int, code: int) -> None:
 def test_a_json_line_has_time_level_run_job_and_category(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.Logger("x")
     log.addHandler(JsonHandler("fit"))
-    log.info("two\n\nlines")
+    log.info("a\nb\x1b.png")
+    log.info("")
     log.warning("fitted", extra={"category": "nut"})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["message"] for line in lines] == ["two", "lines", "fitted"]
-    assert [line.get("category") for line in lines] == [None, None, "nut"]
-    assert [line["level"] for line in lines] == ["info", "info", "warning"]
+    assert [line["message"] for line in lines] == ["a\nb\x1b.png", "fitted"]
+    assert [line.get("category") for line in lines] == [None, "nut"]
+    assert [line["level"] for line in lines] == ["info", "warning"]
     assert {(line["job"], line["run"]) for line in lines} == {("fit", lines[0]["run"])}
     assert datetime.fromisoformat(lines[0]["time"]).tzinfo
 

@@ -9,6 +9,7 @@ import ray
 from tabulate import tabulate
 
 from stpm.cluster.connection import Resources, connected, is_shared
+from stpm.console import log_lines
 
 log = logging.getLogger(__name__)
 
@@ -31,5 +32,5 @@ def log_plan(columns: Mapping[str, Callable[[Resources], str]]) -> None:
             ]
             for node in nodes
         ]
-        log.info(tabulate(rows, ["node", "CPUs", "GPUs", "", *columns], disable_numparse=True))
+        log_lines(tabulate(rows, ["node", "CPUs", "GPUs", "", *columns], disable_numparse=True))
         log.info("Nodes that come later take work too. Nothing was started." if is_shared() else "Nothing was started.")

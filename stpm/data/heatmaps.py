@@ -1,9 +1,11 @@
-"""Heatmaps as pictures: their colours, their PNG, and how they lie over an image."""
+"""Heatmaps as pictures: their colours, their PNG, the images that people see, and how heatmaps lie over them."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,18 @@ import numpy.typing as npt
 from PIL import Image
 
 from stpm import storage
+from stpm.data import image_files, images
 from stpm.data.encode import encode_png
+from stpm.data.image_files import ImageRef
 from stpm.data.images import Pixels
+from stpm.method.preprocessing import Preprocessing
 
 # See `encode_png`.
 _COMPRESSION = 1
+# Images of more pixels than this are decoded one at a time: one of MAX_PIXELS takes 0.8 GB. They have a thread of their
+# own, since each thread keeps the memory that it has freed.
+_SMALL_PIXELS = 2**22
+_LARGE = ThreadPoolExecutor(1)
 
 
 def jet_palette() -> npt.NDArray[np.uint8]:
@@ -60,6 +69,24 @@ def overlay_heatmap(pixels: Pixels, heatmap_png: bytes) -> Pixels:
     with Image.open(io.BytesIO(heatmap_png), formats=["PNG"]) as image:
         levels = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
     return overlay(pixels, np.asarray(levels))
+
+
+def read_picture(row: Mapping[str, Any], preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
+    """Read the image of a row of OUTPUT, as `decode_picture` does. Of several threads, one decodes a large image.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    image = ImageRef.of_row(row)
+    data = image_files.read_small(image)
+    if data is not None and math.prod(images.read_size(data)) <= _SMALL_PIXELS:
+        return images.decode_picture(data, preprocessing, shorter, longest)
+
+    def decode() -> Pixels:
+        whole = image_files.read(image) if data is None else data
+        return images.decode_picture(whole, preprocessing, shorter, longest)
+
+    return _LARGE.submit(decode).result()
 
 
 def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:

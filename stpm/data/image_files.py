@@ -6,10 +6,10 @@ import errno
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,13 @@ _ARCHIVE = re.compile(r"\.(?:tar#|parquet#(?=\d+\Z))", re.IGNORECASE)
 # Names of a column that holds whole image files: bytes, or a struct of `bytes` and `path`.
 IMAGE_COLUMNS = ("image", "bytes")
 
+# Bytes of a tar that are fetched at a time for its headers. The clouds' clients would fetch 5 to 50 MB ahead: in most
+# archives, everything between two headers.
+_TAR_BYTES = 2**18
+
+# Files up to this size are fetched side by side. A larger one is fetched when it is its turn to be decoded.
+SMALL_BYTES = 16 * 2**20
+
 # Errors of names that no file can have, or that lead to no file.
 _NO_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
@@ -41,6 +48,11 @@ class ImageRef(NamedTuple):
     uri: str
     start: int = 0
     length: int = -1
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> ImageRef:
+        """Return the image of a row of MANIFEST or OUTPUT."""
+        return cls(row["uri"], row["archive_start"], row["archive_length"])
 
     @property
     def path(self) -> str:
@@ -58,7 +70,7 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
-    """List the images of a tar archive from its headers, without reading the images.
+    """List the images of a tar archive from its headers. Images longer than `_TAR_BYTES` are not read.
 
     Of several members with one name the last counts, as it would after unpacking. A hard link stands for the file that
     it points to. Bytes of a name that are not UTF-8 are written %XX.
@@ -73,8 +85,14 @@ def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
     files: dict[str, ImageRef] = {}
     error = None
     try:
-        with storage.as_os_errors(), fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
+        with (
+            storage.as_os_errors(),
+            fs.open(path, "rb", block_size=_TAR_BYTES, cache_type="readahead") as file,
+            tarfile.open(fileobj=file, mode="r:") as archive,
+        ):
+            while member := archive.next():
+                # The archive would keep all that it knows of each of its members.
+                archive.members.clear()  # type: ignore[attr-defined]
                 name = posixpath.normpath(member.name)
                 link_target = files.get(posixpath.normpath(member.linkname))
                 files.pop(name, None)
@@ -138,6 +156,16 @@ def read(image: ImageRef, max_bytes: int = MAX_BYTES) -> bytes:
         storage.check_size(image.uri, image.length, max_bytes)
         return storage.read(archive, image.start, image.start + image.length)
     return _read_parquet_row(archive, image.start, max_bytes)
+
+
+def read_small(image: ImageRef) -> bytes | None:
+    """Read an image, or return None if its file is longer than SMALL_BYTES. Raises as `read` does."""
+    try:
+        return read(image, SMALL_BYTES)
+    except ImageError as error:
+        if error.kind != "too_large":
+            raise
+        return None
 
 
 @_as_image_errors()

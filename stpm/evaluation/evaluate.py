@@ -11,7 +11,7 @@ import ray
 
 from stpm import storage
 from stpm.cluster.ray_failures import cut_off_by_ray, results_of
-from stpm.console import ALL_DONE, SOME_FAILED, exit_code
+from stpm.console import ALL_DONE, SOME_FAILED, exit_code, log_lines
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import defect_sheet, galleries
@@ -92,7 +92,7 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
     shortfalls = gate.shortfalls(report.contents)
     for name, content in {**report.files(), "report.html": page(report, shortfalls).encode()}.items():
         storage.publish(storage.join(out, name), content)
-    log.info(f"\n{report.text()}\n")
+    log_lines(report.text())
     for line in shortfalls:
         log.error(f"falls short: {line}")
     log.info(f"the report is {storage.join(out, 'report.html')}, with .json, .parquet and .md beside it")

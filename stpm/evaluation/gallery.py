@@ -15,8 +15,7 @@ from scipy.ndimage import binary_erosion
 
 from stpm.data import images
 from stpm.data.encode import encode_jpeg, encode_png
-from stpm.data.heatmaps import overlay_heatmap, read_heatmap
-from stpm.data.image_files import read_uri
+from stpm.data.heatmaps import overlay_heatmap, read_heatmap, read_picture
 from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError
@@ -29,7 +28,7 @@ _COUNT = 4
 _SHEET_SIZE, _GALLERY_SIZE, _GAP, _CAPTION = 256, 160, 8, 22
 _OUTLINE = (0, 255, 255)
 _SCORES = ("score", "student_score", "memory_score", "is_anomalous")
-_COLUMNS = (*MASK_COLUMNS, *_SCORES, "heatmap", "heatmap_png")
+_COLUMNS = (*MASK_COLUMNS, "archive_start", "archive_length", *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
 
@@ -111,7 +110,7 @@ def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
     Each is in the middle of a square, in the image's proportions.
     """
     pair = Image.new("RGB", (2 * size + _GAP, size), "white")
-    pixels = images.decode_picture(read_uri(row["uri"]), category.preprocessing, size, size)
+    pixels = read_picture(row, category.preprocessing, size, size)
     height, width = pixels.shape[:2]
     left, top = (size - width) // 2, (size - height) // 2
     if heatmap := read_heatmap(category.output.folder, row):

@@ -6,7 +6,7 @@ import logging
 from contextlib import nullcontext
 
 from stpm import storage
-from stpm.console import exit_code
+from stpm.console import exit_code, log_lines
 from stpm.errors import DataError, ModelError
 from stpm.lease import hold_lease
 from stpm.models.options import ModelsOptions
@@ -40,7 +40,7 @@ def run_models(options: ModelsOptions) -> int:
                 log.error(f"{category}: failed: {error}", extra={"category": category})
     done = [category for category in categories if category not in failed]
     if done:
-        log.info(f"\n{models_table(store, done, options.false_alarm_rate)}\n")
+        log_lines(models_table(store, done, options.false_alarm_rate))
     return exit_code(len(done), len(failed))
 
 

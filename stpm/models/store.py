@@ -35,7 +35,7 @@ from stpm.errors import DataError, ModelDamagedError, ModelError, ModelUnreadabl
 from stpm.method.calibration import Calibration
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord
 from stpm.models.versions import Version, Versions
-from stpm.names import other_form, safe_name
+from stpm.names import other_form, safe_name, unicode_forms
 from stpm.records import from_json, to_json
 
 # Methods that read or write weights import these themselves: processes that need records alone do not import torch.
@@ -224,7 +224,8 @@ class ModelStore:
         try:
             return _read_record(Versions, uri)
         except FileNotFoundError as error:
-            other = "" if category.isascii() else other_form(category, self.categories())
+            # Ask for these alone: a listing of all categories, for each that is missing, takes far more requests.
+            other = other_form(category, filter(self._has_models, unicode_forms(category)))
             raise NoModelError(
                 f"{self.uri}: no model for category {category!r}; {other or f'{self._list_command()} lists them'}"
             ) from error

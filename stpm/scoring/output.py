@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
+from stpm.names import safe_name
 from stpm.scoring.run_state import RunState
 
 _RUNS = "runs"
+# Under any run folder, what `picture_path` returns.
+_PICTURE = re.compile(r"/heatmaps/[^/]+/[^/]+/([0-9a-f]{2})/\1[0-9a-f]{14}(?:\.png|_overlay\.jpg)$")
+
+
+def is_picture(uri: str) -> bool:
+    """Return whether a file is a heatmap or an overlay that some run drew, by its name."""
+    return bool(_PICTURE.search(uri))
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,12 @@ class RunOutput:
     def heatmaps(self) -> str:
         """The folder of the heatmaps."""
         return storage.join(self.folder, self.heatmaps_relative)
+
+    def picture_path(self, category: str, image_id: int, suffix: Literal[".png", "_overlay.jpg"]) -> str:
+        """Return the path of an image's heatmap or overlay, relative to the run folder."""
+        name = f"{image_id & (2**64 - 1):016x}"
+        # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
+        return f"{self.heatmaps_relative}/{safe_name(category, 'category')}/{name[:2]}/{name}{suffix}"
 
     @property
     def manifest(self) -> str:

@@ -17,7 +17,7 @@ from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSumma
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
-_COLUMNS = ["image_id", "uri", "category", "model_id", *_VALUES, *_HEATMAP]
+_COLUMNS = ["image_id", "uri", "archive_start", "archive_length", "category", "model_id", *_VALUES, *_HEATMAP]
 
 
 def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ SCORED = pa.schema([*DECODED, *_SCORE, _RAW_MAP, _HEATMAP_LEVELS])
 
 OUTPUT = pa.schema(
     [
-        *(field for field in MANIFEST if field not in (*_ERROR, *_ARCHIVE_POSITION)),
+        *(field for field in MANIFEST if field not in _ERROR),
         *_SCORE,
         *_SIZE,
         *_STATISTICS,

@@ -9,10 +9,8 @@ from typing import Any
 from PIL import Image
 
 from stpm import storage
-from stpm.data import images
 from stpm.data.encode import encode_jpeg
-from stpm.data.heatmaps import overlay_heatmap, read_heatmap
-from stpm.data.image_files import read_uri
+from stpm.data.heatmaps import overlay_heatmap, read_heatmap, read_picture
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, render, score_parts
@@ -58,7 +56,7 @@ def write_triage(
 def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
     """Draw an image with its heatmap, if there is one, as a data URI; return "" if the image cannot be read."""
     try:
-        pixels = images.decode_picture(read_uri(row["uri"]), preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
+        pixels = read_picture(row, preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
         heatmap = read_heatmap(output.folder, row)
         return jpeg_uri(encode_jpeg(Image.fromarray(overlay_heatmap(pixels, heatmap) if heatmap else pixels)))
     except Exception as error:  # noqa: BLE001

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import tarfile
+from typing import Any
 
 import pytest
+from s3fs import S3FileSystem
 
 from stpm import storage
+from stpm.data import image_files
+from stpm.data.image_files import ImageRef
 from stpm.models.store import ModelStore
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from tests.cluster.conftest import TINY_RECIPE, run_job
-from tests.datasets import make_category
+from tests.datasets import make_category, make_output
 
 pytestmark = pytest.mark.cluster
 
@@ -28,6 +37,38 @@ def test_an_image_written_again_has_another_version_only_with_other_bytes(s3: di
     assert [one for one, other in zip(storage.file_versions(f"{data}/nut"), before, strict=True) if one != other] == [
         (uri, dict(storage.file_versions(f"{data}/nut"))[uri])
     ]
+
+
+def test_of_an_archive_only_headers_are_read_and_a_picture_by_its_position(
+    s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, count = 2 * 2**20, 20
+    content, noise = io.BytesIO(), os.urandom(size)
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for number in range(count):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = size
+            archive.addfile(member, io.BytesIO(noise))
+    uri = "s3://bucket/large.tar"
+    storage.publish(uri, content.getvalue())
+    fetched: list[int] = []
+    call = S3FileSystem._call_s3
+
+    async def count_bytes(self: S3FileSystem, method: str, *rest: Any, **more: Any) -> Any:
+        if method == "get_object":
+            first, last = more["Range"].removeprefix("bytes=").split("-")
+            fetched.append(int(last) + 1 - int(first))
+        return await call(self, method, *rest, **more)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", count_bytes)
+    (rows,) = image_rows([uri], CategoryRule("nut"))
+    assert len(rows) == count
+    assert sum(fetched) < 0.2 * count * size
+    # The same row of the output, for a page: one request more, of its own bytes.
+    requests = len(fetched)
+    row = make_output(count, **{name: rows[name] for name in ("uri", "archive_start", "archive_length")}).to_pylist()[7]
+    assert image_files.read(ImageRef.of_row(row)) == noise
+    assert fetched[requests:] == [size]
 
 
 def test_a_benchmark_writes_to_s3_and_a_fit_reuses_its_models(s3: dict[str, str]) -> None:

@@ -168,6 +168,19 @@ def test_decode_uses_given_interpolation() -> None:
         np.testing.assert_array_equal(decode(encode_image(COLOURS), made).pixels, expected)
 
 
+@pytest.mark.parametrize("resize", ["stretch", "crop"])
+def test_a_picture_of_a_large_jpeg_is_that_of_all_its_pixels(resize: Resize) -> None:
+    y, x = np.mgrid[0:1201, 0:1803]
+    smooth = np.stack([x / 1803, y / 1201, (x + y) / 3004], axis=2) * 255
+    preprocessing = make_preprocessing(64, resize=resize)
+    picture, whole = (
+        decode_picture(encode_image(smooth.astype(np.uint8), kind), preprocessing, 90, 300).astype(int)
+        for kind in ("JPEG", "PNG")
+    )
+    assert picture.shape == whole.shape
+    assert np.abs(picture - whole).max() <= 4
+
+
 def test_decode_picture_keeps_proportions() -> None:
     picture = decode_picture(encode_image(COLOURS), make_preprocessing(64), 15, 1000)
     expected = Image.fromarray(COLOURS).resize((20, 15), Image.Resampling.BILINEAR)

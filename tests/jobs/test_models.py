@@ -40,7 +40,7 @@ def test_models_are_listed_with_their_place(
     models, ids = store
     before = {uri: storage.read(uri) for uri in storage.files(models.uri)}
     assert run(models) == 0
-    lines = {line.split()[0]: line for line in caplog.text.splitlines() if line.startswith(("nut-", "bolt-"))}
+    lines = {line.split()[0]: line for line in caplog.messages if line.startswith(("nut-", "bolt-"))}
     assert lines.keys() == set(ids)
     # Images: 6 to train on and 2 held out; the validation loss and the largest calibration score.
     assert lines[ids[2]].split()[1:2] + lines[ids[2]].split()[-4:] == ["current", "8", "5", "0.6000", "0.7"]

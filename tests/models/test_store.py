@@ -4,11 +4,13 @@ import dataclasses
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
@@ -228,6 +230,26 @@ def test_a_missing_model_whose_name_is_there_in_another_unicode_form_is_named(st
         store.record("Geh\u00e4use")
     with pytest.raises(NoModelError, match=r"models\.py --models .* lists them$"):
         store.record("\u00e4")
+
+
+def test_missing_models_are_not_looked_for_among_all_others(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(300):
+        storage.publish(f"{memory}/part {number}/current.json", b"{}")
+    requests: list[str] = []
+    for name in ("cat_file", "exists", "ls"):
+        original = getattr(MemoryFileSystem, name)
+
+        def count(self: Any, path: str, *rest: Any, _name: str = name, _original: Any = original, **more: Any) -> Any:
+            requests.append(f"{_name} {path}")
+            return _original(self, path, *rest, **more)
+
+        monkeypatch.setattr(MemoryFileSystem, name, count)
+    missing = [f"Teil \u00fc {number}" for number in range(20)]
+    for category in missing:
+        with pytest.raises(NoModelError):
+            ModelStore(memory).record(category)
+    # Of each, current.json under its name and under that in the other Unicode form.
+    assert len(requests) <= 2 * len(missing)
 
 
 def test_load_refuses_missing_or_empty_records(store: ModelStore, tiny: Recipe) -> None:

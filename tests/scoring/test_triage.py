@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,11 @@ def output(tmp_path: Path) -> RunOutput:
         columns["peak_x"][i] = columns["peak_y"][i] = i
         columns["heatmap"][i] = f"heatmaps/scores/{category}/{i}.png" if i % 10 else ""
         if i in (97, 98):
-            path = tmp_path / f"{i}.png"
-            path.write_bytes(encode_image(np.full((20, 40, 3), 90, np.uint8)))
-            columns["uri"][i] = str(path)
+            path, data = tmp_path / f"{i}.tar", encode_image(np.full((20, 40, 3), 90, np.uint8))
+            path.write_bytes(bytes(512 * i) + data)
+            # An image is found by its position: no header names it.
+            columns["uri"][i] = f"{path}#{i}.png"
+            columns["archive_start"][i], columns["archive_length"][i] = 512 * i, len(data)
             storage.publish(str(tmp_path / columns["heatmap"][i]), palette_png(np.zeros((64, 64), np.uint8)))
     rows = make_output(100, **columns)
     write_rows(output, rows.slice(0, 60))
@@ -118,6 +122,35 @@ def test_discoveries_are_marked(output: RunOutput, tmp_path: Path) -> None:
 def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
     write_page(RunOutput.single(str(tmp_path)), 5)
     assert "The 0 most anomalous images" in (tmp_path / "triage.html").read_text()
+
+
+_DRAW_PAGE = """
+import re, sys
+from pathlib import Path
+from stpm.scoring.output import RunOutput
+from tests.scoring.test_triage import PREPROCESSING, scan_rows, write_triage
+output = RunOutput.single(sys.argv[1])
+def peak():
+    # ru_maxrss is that of the process that started this one, if it was larger.
+    return 1024 * int(re.search("VmHWM:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+write_triage(output, scan_rows(output, 16), 16, PREPROCESSING)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("kind", "bytes_per_pixel"), [("PNG", 8), ("JPEG", 2)])
+def test_the_memory_of_a_page_is_that_of_one_large_image(tmp_path: Path, kind: str, bytes_per_pixel: int) -> None:
+    side = 5000
+    (tmp_path / "x").write_bytes(encode_image(np.full((side, side, 3), 90, np.uint8), kind))
+    output = RunOutput.single(str(tmp_path))
+    columns = {"uri": str(tmp_path / "x"), "category": "nut", "score": 2.0, "threshold": 1.0, "p_value": 0.01}
+    write_rows(output, make_output(16, **{name: [value] * 16 for name, value in columns.items()}))
+    program = [sys.executable, "-c", _DRAW_PAGE, str(tmp_path)]
+    ran = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
+    assert (tmp_path / "triage.html").read_text().count("data:image/jpeg") == 16
+    # Pillow's images of 4 bytes a pixel: before and after a conversion; of a JPEG, a part of it.
+    assert int(ran.stdout) < bytes_per_pixel * side**2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

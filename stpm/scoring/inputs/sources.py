@@ -20,8 +20,11 @@ from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.scoring.inputs.tables import CHUNK_ROWS
+from stpm.scoring.output import is_picture
 
 STANDARD_INPUT = "-"
+# Whose headers are read at the same time.
+_ARCHIVES = 16
 
 _ESCAPED = re.compile(r"\[([*?[])\]")
 
@@ -67,13 +70,13 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
             yield from table_rows(table, rule, allowed_prefixes(table, allow))
         return
     files = storage.iter_files(name) if name else _matching_files(uri)
-    yield from _file_rows((image for file in _visible(files, uri) for image in _images_in(file)), rule)
+    yield from _file_rows(_images_in(_meant(files, uri)), rule)
 
 
-def _visible(files: Iterator[str], source: str) -> Iterator[str]:
-    """Leave out files and folders whose names begin with a dot, unless the source names them: nobody meant them."""
+def _meant(files: Iterator[str], source: str) -> Iterator[str]:
+    """Leave out what nobody meant: names that begin with a dot, unless the source has them, and heatmaps of runs."""
     named = source.count("/.")
-    return (file for file in files if file.count("/.") <= named)
+    return (file for file in files if file.count("/.") <= named and not is_picture(file))
 
 
 def _matching_files(pattern: str) -> Iterator[str]:
@@ -98,15 +101,19 @@ def _literal_name(uri: str) -> str:
     return "" if has_magic(_ESCAPED.sub("", uri)) else _ESCAPED.sub(r"\1", uri)
 
 
-def _images_in(file: str) -> Iterator[tuple[ImageRef, ImageError | None]]:
-    """Yield the image that a file is, or those of an archive; an archive's error has a row of its own."""
-    if file.lower().endswith(SUFFIXES):
-        yield ImageRef(file), None
-    elif file.lower().endswith(TAR):
-        images, error = tar_images(file)
-        yield from ((image, None) for image in images)
-        if error:
-            yield ImageRef(file), error
+def _images_in(files: Iterator[str]) -> Iterator[tuple[ImageRef, ImageError | None]]:
+    """Yield the images among files, and those in archives; an archive's error has a row of its own."""
+    while some := list(islice(files, _ARCHIVES)):
+        archives = [file for file in some if file.lower().endswith(TAR)]
+        listed = dict(zip(archives, storage.in_parallel(tar_images, archives), strict=True))
+        for file in some:
+            if file.lower().endswith(SUFFIXES):
+                yield ImageRef(file), None
+            elif file in listed:
+                images, error = listed[file]
+                yield from ((image, None) for image in images)
+                if error:
+                    yield ImageRef(file), error
 
 
 def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: CategoryRule) -> Iterator[pa.Table]:

@@ -28,12 +28,10 @@ from stpm.scoring.stages.outcomes import error_columns, external_errors, timeout
 from stpm.scoring.stages.time_limit import run_within
 
 _FETCHERS = 8
-# Files up to this size are fetched side by side. A larger one is fetched when it is its turn to be decoded.
-_SMALL_FILE_BYTES = 16 * 2**20
 # From this repetition of a task on, try each image in a child process: an image may have crashed the task's process.
 _CAREFUL_FROM = 2
 # Maximum memory of a task: its small files, and the largest file and image. A child process takes its own.
-TASK_BYTES = _FETCHERS * _SMALL_FILE_BYTES + MAX_BYTES + DECODING_BYTES
+TASK_BYTES = _FETCHERS * image_files.SMALL_BYTES + MAX_BYTES + DECODING_BYTES
 
 
 class Decode:
@@ -143,10 +141,10 @@ class _ImageTask:
             return ImageError(row["error_kind"], row["error_message"])
         if self.preprocessing is None:
             return ImageError("no_model", f"no model for category {row['category']!r}")
-        image = ImageRef(row["uri"], row["archive_start"], row["archive_length"])
+        image = ImageRef.of_row(row)
         try:
             self._begin("fetch")
-            data = _read_small(image)
+            data = image_files.read_small(image)
             self._since = math.inf
             with self.turn.taken_by(self):
                 if self._is_late:
@@ -179,13 +177,3 @@ class _ImageTask:
     def _late_error(self) -> ImageError:
         # The next run tries an image again that was not fetched.
         return timeout_error(self._step, self.limit)
-
-
-def _read_small(image: ImageRef) -> bytes | None:
-    """Read an image, or return None if its file is large."""
-    try:
-        return image_files.read(image, _SMALL_FILE_BYTES)
-    except ImageError as error:
-        if error.kind != "too_large":
-            raise
-        return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -18,7 +18,7 @@ from stpm import storage
 from stpm.data.encode import encode_jpeg
 from stpm.data.heatmaps import overlay, palette_png
 from stpm.method.preprocessing import Preprocessing
-from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES, safe_name
+from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES
 from stpm.scoring import prometheus
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
@@ -93,11 +93,7 @@ class DrawHeatmaps:
         heatmap, overlaid = self._draw(row)
         if self._options.heatmaps_in == "parquet":
             return Pictures(heatmap_png=heatmap, overlay_jpeg=overlaid)
-        name = f"{row['image_id'] & (2**64 - 1):016x}"
-        # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
-        category = safe_name(row["category"], "category")
-        stem = f"{self._output.heatmaps_relative}/{category}/{name[:2]}/{name}"
-        return Pictures(self._write(f"{stem}.png", heatmap), self._write(f"{stem}_overlay.jpg", overlaid))
+        return Pictures(self._write(row, ".png", heatmap), self._write(row, "_overlay.jpg", overlaid))
 
     def _draw(self, row: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
         """Draw the heatmap of a row, and the overlay if there is to be one."""
@@ -115,10 +111,11 @@ class DrawHeatmaps:
         resized = blended.resize(preprocessing.picture_size(*size, min(content), longest))
         return heatmap, encode_jpeg(resized)
 
-    def _write(self, path: str, picture: bytes | None) -> str:
-        """Write a picture, if there is one, and return its path."""
+    def _write(self, row: Mapping[str, Any], suffix: Literal[".png", "_overlay.jpg"], picture: bytes | None) -> str:
+        """Write a picture of a row, if there is one, and return its path."""
         if picture is None:
             return ""
+        path = self._output.picture_path(row["category"], row["image_id"], suffix)
         # The run syncs all files at its end: to sync one takes longer than to draw it.
         storage.publish(storage.join(self._output.folder, path), picture, durable=False)
         return path

@@ -25,7 +25,7 @@ def rows(*sources: str, rule: CategoryRule = NUT, **options: Any) -> list[dict[s
 
 def read_row(row: Mapping[str, Any]) -> bytes:
     """Read the image of a manifest row."""
-    return image_files.read(ImageRef(row["uri"], row["archive_start"], row["archive_length"]))
+    return image_files.read(ImageRef.of_row(row))
 
 
 def write_table(uri: str, records: Sequence[Mapping[str, object]]) -> None:

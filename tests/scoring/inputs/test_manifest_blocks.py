@@ -5,8 +5,11 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stpm import storage
+from stpm.data.image_files import ImageRef
 from stpm.scoring.inputs.manifest import Shard
-from stpm.scoring.inputs.manifest_blocks import divide_evenly
+from stpm.scoring.inputs.manifest_blocks import ManifestBlocks, divide_evenly
+from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 
 
 @given(st.lists(st.integers(0, 40), max_size=10), st.integers(1, 30))
@@ -20,3 +23,15 @@ def test_rows_are_divided_evenly_in_their_order(lengths: list[int], max_rows: in
         sizes = [len(part) for part in rows]
         assert max(sizes) <= max_rows
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_rows_are_ordered_by_category_but_those_of_parquet_files_stay_together(memory: str) -> None:
+    found = [("b", 0, -1), ("p", 7, 1), ("a", 512, 90), ("b", 0, -1), ("o", 8, 1), ("a", 0, -1), ("p", 9, 1)]
+    rows = [
+        ManifestRow(ImageRef(f"{number}", start, length), category)
+        for number, (category, start, length) in enumerate(found)
+    ]
+    storage.publish(f"{memory}/0", storage.encode_parquet(make_rows(rows)))
+    (task,) = ManifestBlocks([Shard(f"{memory}/0", len(rows))]).get_read_tasks(1)
+    (ordered,) = task.read_fn()
+    assert ordered["uri"].to_pylist() == list("1462503")

@@ -15,7 +15,6 @@ from stpm.data.images import Decoded
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import MANIFEST
-from stpm.scoring.stages import decode as decode_stage
 from stpm.scoring.stages.decode import Decode
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, nut_rows
 
@@ -81,7 +80,7 @@ def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
 def test_a_large_file_is_fetched_when_it_is_its_turn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = manifest(run).slice(0, 3)
     expected = decode(rows)
-    monkeypatch.setattr(decode_stage, "_SMALL_FILE_BYTES", 10)
+    monkeypatch.setattr(image_files, "SMALL_BYTES", 10)
     assert decode(rows).equals(expected)
     original = image_files.read
     monkeypatch.setattr(image_files, "read", lambda image, limit=20: original(image, limit))

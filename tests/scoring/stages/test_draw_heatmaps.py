@@ -8,9 +8,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from stpm import storage
 from stpm.data.heatmaps import overlay, read_heatmap
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import SCORED
+from tests.scoring.inputs.helpers import rows as list_rows
 from tests.scoring.stages.helpers import manifest, score, write_heatmaps
 
 
@@ -59,3 +61,25 @@ def test_only_the_wanted_images_have_heatmaps(run: Path, tmp_path: Path, heatmap
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert {row["overlay"] for row in out} == {""}
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == expected
+
+
+def test_pictures_that_a_run_drew_among_its_images_are_not_scored(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = score(run, manifest(run))
+    images, link = tmp_path / "images", tmp_path / "link"
+    for name in ("a.png", "ab/b.jpg", "heatmaps/scores/nut/c.png", "heatmaps/ab/0123456789abcdef.png"):
+        storage.publish(f"{images}/{name}", b"x")
+    link.symlink_to(images)
+    sources = [str(images), f"{images}/*", f"{images}/**", f"{tmp_path}/im*", "images", str(link), f"{link}/**/*"]
+    monkeypatch.chdir(tmp_path)
+
+    def listed() -> list[list[str]]:
+        return [[row["uri"] for row in list_rows(source)] for source in sources]
+
+    before = listed()
+    assert [len(uris) for uris in before] == [4] * len(sources)
+    for out in (images / "tonight", images / "ab", images):
+        out_rows = write_heatmaps(rows, out, overlays=True)
+        assert len(out_rows) == len(list(out.glob("heatmaps/scores/*/*/*.jpg")))
+    assert listed() == before

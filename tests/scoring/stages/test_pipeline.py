@@ -22,8 +22,11 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.method.preprocessing import Resize
 from stpm.method.recipe import Recipe
+from stpm.models.store import ModelStore
 from stpm.options import Backend, Size
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
 from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
@@ -146,6 +149,25 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
         ("score", 5, 2, 3, 0, [("expired://a.png", "unreadable")]),
         ("score", 5, 2, 3, 0, []),
     ]
+
+
+def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load = ModelStore.load
+    monkeypatch.setattr(ModelStore, "load", lambda self, name, model: loaded.append(name) or load(self, name, model))
+    images = manifest(run)
+    in_order_of_time = np.random.default_rng(0).integers(0, images.num_rows, 10 * BLOCK_ROWS)
+    rows = images.take(in_order_of_time).set_column(0, MANIFEST.field(0), pa.array(range(10 * BLOCK_ROWS)))
+    shards = [Shard(f"{tmp_path}/{start}", BLOCK_ROWS) for start in range(0, len(rows), BLOCK_ROWS)]
+    for number, shard in enumerate(shards):
+        storage.publish(shard.uri, storage.encode_parquet(rows.slice(number * BLOCK_ROWS, BLOCK_ROWS)))
+    (task,) = ManifestBlocks(shards).get_read_tasks(1)
+    (ordered,) = task.read_fn()
+    # Room for one of the three models.
+    score_block = scorer(run, model_ram=1)
+    scored = [score_block(decode(ordered.slice(start, BLOCK_ROWS))) for start in range(0, len(rows), BLOCK_ROWS)]
+    assert sorted(loaded) == sorted(PREPROCESSING)
+    assert sorted(id for block in scored for id in block["image_id"].to_pylist()) == list(range(len(rows)))
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "openvino"])
