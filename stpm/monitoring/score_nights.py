@@ -18,6 +18,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, join_first, with_remedy
+from stpm.lease import Fence
 from stpm.models.store import ModelStore
 from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night, write_night
@@ -33,6 +34,7 @@ from stpm.scoring.resuming.resume import read_models
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
+from stpm.times import duration
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class NightlyJob:
     scoring: ScoreOptions
     cluster: ClusterOptions
     out: str
+    fence: Fence | None = None
 
     def sources(self, date: datetime.date) -> tuple[str, ...]:
         """Return the absolute URIs of a night's images."""
@@ -99,11 +102,17 @@ class NightlyJob:
         """Yield tables of schema MANIFEST that list a night's images; a source may have none."""
         rule = CategoryRule(self.options.category, self.options.category_from)
         for source in self.sources(date):
+            settle = storage.Settle(self.options.settle)
             try:
-                yield from image_rows([source], rule, self.options.allow)
+                yield from image_rows([source], rule, self.options.allow, settle=settle)
             except NoImagesError as error:
                 # The other sources may have some.
                 log.info(str(error))
+            if settle.left:
+                log.warning(
+                    f"{source}: left {len(settle.left)} files to the next start, they were modified less than "
+                    f"{duration(settle.seconds)} ago and may still be being written: {join_first(settle.left)}"
+                )
 
     def _score_run(
         self, folder: NightFolder, output: RunOutput, rows: Iterable[pa.Table], connection: ExitStack
@@ -128,7 +137,7 @@ class NightlyJob:
             config=config,
             store=ModelStore(self.options.models),
             options=self.scoring,
-            output=output,
+            output=replace(output, fence=self.fence),
             triage_images=self.monitoring.top,
             cluster=self.cluster,
         )

@@ -176,7 +176,7 @@ def create(uri: str, data: bytes) -> bool:
         data: bytes that no other caller writes. They show whose put succeeded if its answer was lost.
 
     Raises:
-        ConfigError: if its bucket does not exist.
+        ConfigError: if its bucket does not exist, or the store has no conditional put.
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
@@ -195,6 +195,12 @@ def create(uri: str, data: bytes) -> bool:
             # s3fs raises EINVAL for a condition that failed, where the server does not name it.
             if isinstance(error, FileExistsError) or error.errno == errno.EINVAL:
                 return False
+            if error.errno == errno.ENOSYS:
+                raise ConfigError(
+                    f"{uri}: this store answers 501 to a conditional write (If-None-Match: *), without which two runs "
+                    "could write to one folder; name a folder in a store that has them, such as Amazon S3, Google "
+                    "Cloud Storage or Azure, or on a disk"
+                ) from error
             raise
         return True
 

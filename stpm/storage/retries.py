@@ -77,7 +77,7 @@ def as_os_errors() -> Iterator[None]:
 
 def _is_temporary(error: BaseException) -> bool:
     lasts = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or _is_missing(error)
-    lasts |= isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    lasts |= isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ENOSYS)
     lasts |= type(error).__name__ in _LASTING
     return (isinstance(error, OSError) or _is_client_error(error)) and not lasts
 

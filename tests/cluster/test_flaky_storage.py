@@ -36,6 +36,7 @@ class FlakyProxy(BaseHTTPRequestHandler):
     refuses_until = 0.0
     # Requests whose path has this part are denied, after this number of them.
     denied: ClassVar[tuple[str, int]] = ("", 0)
+    knows_conditions = True
     counts: ClassVar[Counter[str]] = Counter()
     rng = random.Random(0)
 
@@ -46,6 +47,8 @@ class FlakyProxy(BaseHTTPRequestHandler):
             fault = self.rng.choice(["500", "503", "slow", "reset", "cut"])
         if self.command in ("PUT", "POST") and time.monotonic() < self.refuses_until:
             fault = "503"
+        if "If-None-Match" in self.headers and not self.knows_conditions:
+            fault = "501"
         self.counts[fault or "forwarded"] += 1
         part, allowed = self.denied
         if part and part in self.path:
@@ -54,8 +57,10 @@ class FlakyProxy(BaseHTTPRequestHandler):
                 error = b"<Error><Code>ExpiredToken</Code><Message>The token is expired.</Message></Error>"
                 self._answer(403, error, {"Content-Type": "application/xml"})
                 return
-        if fault in ("500", "503"):
-            self._answer(int(fault), b"<Error><Code>SlowDown</Code></Error>", {"Content-Type": "application/xml"})
+        if fault.isdecimal():
+            code = "NotImplemented" if fault == "501" else "SlowDown"
+            error = f"<Error><Code>{code}</Code></Error>".encode()
+            self._answer(int(fault), error, {"Content-Type": "application/xml"})
             return
         if fault == "reset":
             # Closing without lingering sends RST.
@@ -100,6 +105,7 @@ def proxy(s3: dict[str, str]) -> Iterator[dict[str, str]]:
     FlakyProxy.counts.clear()
     FlakyProxy.fault_fraction = FlakyProxy.refuses_until = 0.0
     FlakyProxy.denied = "", 0
+    FlakyProxy.knows_conditions = True
     server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyProxy)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -156,6 +162,17 @@ def test_refused_writes_for_half_a_minute_lose_no_row(proxy: dict[str, str], opt
         assert "Traceback" not in stderr
         assert run_job("score", *options, "--out", out, **proxy).returncode == 0
     check_rows(out)
+
+
+def test_a_store_without_conditional_writes_is_named_at_once(proxy: dict[str, str]) -> None:
+    FlakyProxy.knows_conditions = False
+    options = ["--models", "s3://bucket/models", "--images", "s3://bucket/images", "--category", "nut"]
+    ran = run_job("score", *options, "--out", "s3://bucket/out", **proxy)
+    assert ran.returncode == 1
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("error: s3://bucket/out/.lease/0.json: this store answers 501 to a conditional write")
+    assert line.endswith("such as Amazon S3, Google Cloud Storage or Azure, or on a disk")
+    assert FlakyProxy.counts["501"] == 1
 
 
 def test_expired_credentials_stop_a_run_and_write_no_error_rows(proxy: dict[str, str], options: list[str]) -> None:
