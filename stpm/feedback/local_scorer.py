@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stpm.cluster.device import assigned_device
 from stpm.data import images
 from stpm.errors import ImageError, ModelError, one_line
-from stpm.method.backend import resolve_backend
-from stpm.method.device import is_out_of_memory, set_up_device
+from stpm.method.arithmetic import choose_arithmetic
+from stpm.method.device import device_capabilities, is_out_of_memory
 from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
@@ -44,16 +45,18 @@ class LocalScorer:
     Raises:
         DataError: if the category's name is not allowed in a path.
         ModelError: if the model cannot be loaded, or its memory or that of a call does not suffice.
+        DeviceError: if torch cannot use the GPU.
     """
 
     def __init__(self, store: ModelStore, category: str, model_id: str, backend: WantedBackend) -> None:
-        device = set_up_device()
+        device = assigned_device()
+        arithmetic = choose_arithmetic([device_capabilities(device)], backend)
         with _no_memory_as_model_error(category):
             model = store.load(category, model_id).to(device)
             record = model.record
             teacher = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-            kind = resolve_backend(backend, on_gpu=device.type != "cpu")
-            self._matcher = Matcher(teacher, record.preprocessing, device, record.precision, kind)
+            precision = arithmetic.precision_to_score(record.precision)
+            self._matcher = Matcher(teacher, record.preprocessing, device, precision, arithmetic.backend)
             self._model = dataclasses.replace(model, parts=self._matcher.compile(model.parts))
 
     @property

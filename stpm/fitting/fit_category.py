@@ -24,9 +24,9 @@ from stpm.fitting.task import Epoch, FitResult, FitTask, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.backbones import Backbone
-from stpm.method.backend import resolve_backend
-from stpm.method.device import is_out_of_memory, resolve_precision, set_up_device
+from stpm.method.device import is_out_of_memory
 from stpm.method.forward import Matcher, Parts
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Preprocessing
@@ -41,16 +41,18 @@ Reporter = Callable[[Epoch | str], None]
 
 
 @dataclass(frozen=True)
-class WorkerLimits:
-    """Bytes of RAM and of GPU RAM that a worker may use, and seconds between checkpoints."""
+class WorkerSettings:
+    """What a worker computes with, the bytes of RAM and of GPU RAM that it may use, and seconds between checkpoints."""
 
+    device: torch.device
+    arithmetic: Arithmetic
     ram: int
     gpu_ram: int
     checkpoint_seconds: float
 
-    def feature_budget(self, images: TrainingImages, device: torch.device) -> int:
+    def feature_budget(self, images: TrainingImages) -> int:
         """Return the bytes that the teacher's features may take beside the decoded images."""
-        return self.gpu_ram if device.type != "cpu" else self._ram_beside(images)
+        return self.gpu_ram if self.device.type != "cpu" else self._ram_beside(images)
 
     def distance_budget(self, features: TeacherFeatures) -> int:
         """Return the bytes that distance maps may take beside the decoded images and the teacher's features."""
@@ -61,16 +63,16 @@ class WorkerLimits:
         return self.ram if images.on_disk else self.ram - images.pixels.nbytes
 
 
-def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:
+def fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> FitResult:
     """Fit, calibrate and publish one model. Return errors as failed results, so that the worker can go on.
 
     Args:
         task: the model to fit.
-        limits: what this worker may use.
+        settings: what this worker computes with, and may use.
         report: called with each finished epoch, and with messages for the log.
     """
     try:
-        return FitResult(task, _fit_category(task, limits, report))
+        return FitResult(task, _fit_category(task, settings, report))
     except StpmError as error:
         reason = str(error)
     except torch.cuda.OutOfMemoryError as error:
@@ -90,20 +92,20 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
     return FitResult(task, reason=reason)
 
 
-def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> ModelRecord:
+def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> ModelRecord:
     start = time.perf_counter()
     recipe, store = task.recipe, ModelStore(task.store)
     storage.remove_unfinished(store.folder(task.category))
-    features = _load_features(task, limits, report)
+    features = _load_features(task, settings, report)
     matcher = features.matcher
     train, held_out = split_images(len(features.images), recipe)
     for problem in find_image_problems(features.images, matcher.preprocessing):
         report(FitWarning(problem))
-    checkpoints = _make_checkpoints(task, matcher, limits.checkpoint_seconds)
+    checkpoints = _make_checkpoints(task, matcher, settings.checkpoint_seconds)
     memory = _build_memory(features, train, task, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoints[0])
     parts = Parts.from_weights(recipe, trained.student, memory).to(matcher.device)
-    budget = limits.distance_budget(features)
+    budget = settings.distance_budget(features)
     scores, heatmap_scale, distance_scales = calibrate_model(parts, features, held_out, recipe, budget)
     calibrating = held_out
     if recipe.calibration_folds:
@@ -155,19 +157,17 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     return record
 
 
-def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> TeacherFeatures:
+def _load_features(task: FitTask, settings: WorkerSettings, report: Reporter) -> TeacherFeatures:
     """Decode the training images, and compute the teacher's features if they fit into RAM."""
     start = time.perf_counter()
-    device = set_up_device()
-    precision = resolve_precision(task.recipe.precision, device)
-    backend = resolve_backend(task.backend, on_gpu=device.type != "cpu")
     uris = [uri for uri, _ in task.train]
     preprocessing = preprocessing_for(task.recipe, uris)
-    images = load_images(uris, preprocessing, limits.ram)
+    images = load_images(uris, preprocessing, settings.ram)
     seconds = time.perf_counter() - start
     teacher = _load_teacher(task.store, task.recipe.teacher, task.recipe.levels, task.teacher_digest)
-    matcher = _make_matcher(teacher, preprocessing, device, precision, backend)
-    features = TeacherFeatures(matcher, images, limits.feature_budget(images, device))
+    precision = settings.arithmetic.precision_to_fit(task.recipe.precision)
+    matcher = _make_matcher(teacher, preprocessing, settings.device, precision, settings.arithmetic.backend)
+    features = TeacherFeatures(matcher, images, settings.feature_budget(images))
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); "

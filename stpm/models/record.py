@@ -13,6 +13,7 @@ from stpm import __version__, storage
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
+from stpm.options import Backend
 from stpm.times import timestamp
 
 STUDENT = "student.safetensors"
@@ -56,6 +57,11 @@ class FitRecord:
     held_out_count: int
     calibration_count: int
     device: str
+
+    @property
+    def backend(self) -> Backend:
+        """Return what computed the features."""
+        return "openvino" if self.device == "cpu, openvino" else "pytorch"
 
     @property
     def good_count(self) -> int:

@@ -12,11 +12,11 @@ from weakref import WeakValueDictionary
 import torch
 
 from stpm.errors import ImageError, ModelError, ModelUnreadableError, one_line
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.device import is_out_of_memory
 from stpm.method.forward import Matcher
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
-from stpm.options import Backend
 
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
@@ -32,7 +32,7 @@ class ModelCache:
         device: the device to load onto.
         max_bytes: maximum bytes of models and teachers. The most recently used models stay, at least one.
         model_ids: the model of each category.
-        backend: what computes features.
+        arithmetic: what computes features.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class ModelCache:
         device: torch.device,
         max_bytes: int,
         model_ids: Mapping[str, str],
-        backend: Backend = "pytorch",
+        arithmetic: Arithmetic,
     ) -> None:
         self._store = store
         self._device = device
         self._max_bytes = max_bytes
         self._model_ids = model_ids
-        self._backend = backend
+        self._arithmetic = arithmetic
         self._records: dict[str, ModelRecord] = {}
         self._matchers: WeakValueDictionary[tuple[object, ...], Matcher] = WeakValueDictionary()
         # Each model with its matcher, which stays in memory as long as a model that uses it.
@@ -80,7 +80,8 @@ class ModelCache:
 
     def _find_key(self, category: str) -> tuple[object, ...]:
         record = self._record(category)
-        return record.teacher_digest, record.recipe.levels, record.preprocessing, record.precision
+        precision = self._arithmetic.precision_to_score(record.precision)
+        return record.teacher_digest, record.recipe.levels, record.preprocessing, precision
 
     def _load_matcher(self, category: str) -> Matcher:
         key = self._find_key(category)
@@ -88,7 +89,8 @@ class ModelCache:
         if not matcher:
             record = self._record(category)
             teacher = self._store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-            matcher = Matcher(teacher, record.preprocessing, self._device, record.precision, self._backend)
+            precision = self._arithmetic.precision_to_score(record.precision)
+            matcher = Matcher(teacher, record.preprocessing, self._device, precision, self._arithmetic.backend)
             self._matchers[key] = matcher
         return matcher
 

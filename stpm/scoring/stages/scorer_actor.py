@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import ray
 
-from stpm.options import Backend
+from stpm.errors import DeviceError
+from stpm.method.arithmetic import Arithmetic
 from stpm.scoring.progress import ProgressReporter, WarningRelay
 
 
@@ -26,7 +27,7 @@ class ScorerSettings:
         batch_size: images per forward pass; 0: chosen by measuring on the device.
         model_ram: maximum bytes of the models that stay loaded.
         accept_errors: keep the rows with an error of RETRIED_ERRORS.
-        backend: what computes the features.
+        arithmetic: what computes the features.
     """
 
     store: str
@@ -37,7 +38,7 @@ class ScorerSettings:
     batch_size: int = 0
     model_ram: int = 2**30
     accept_errors: bool = False
-    backend: Backend = "pytorch"
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
 
 class ScorerActor:
@@ -51,7 +52,12 @@ class ScorerActor:
         if progress:
             logging.getLogger("stpm").addHandler(WarningRelay(progress))
         torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
-        self._scorer = Scorer(settings, progress)
+        try:
+            self._scorer = Scorer(settings, progress)
+        except DeviceError as error:
+            if progress:
+                progress.stop(str(error))
+            raise
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self._scorer(batch)

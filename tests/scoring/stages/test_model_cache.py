@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stpm.errors import ImageError
+from stpm.method.arithmetic import Arithmetic
 from stpm.models.store import Model, ModelStore
 from stpm.scoring.stages.model_cache import ModelCache
 from tests.conftest import MODELS
@@ -18,7 +19,7 @@ from tests.scoring.stages.helpers import CATEGORIES, KINDS, current_ids, fit
 
 def make_cache(run: Path, max_bytes: int = 1) -> ModelCache:
     store = ModelStore(str(run / "models"))
-    return ModelCache(store, torch.device("cpu"), max_bytes, current_ids(store))
+    return ModelCache(store, torch.device("cpu"), max_bytes, current_ids(store), Arithmetic(precision="bfloat16"))
 
 
 def test_model_cache_keeps_the_models_used_last_within_its_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,7 @@ def test_a_failed_load_is_not_tried_again_at_once(run: Path, monkeypatch: pytest
     asked = []
     original = ModelStore.record
     monkeypatch.setattr(ModelStore, "record", lambda self, *names: asked.append(names) or original(self, *names))
-    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 1, {"nut": "nut-0"})
+    models = ModelCache(ModelStore(str(run / "models")), torch.device("cpu"), 1, {"nut": "nut-0"}, Arithmetic())
     for _ in range(2):
         with pytest.raises(ImageError, match="no model nut-0") as caught:
             models.matcher("nut")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data import mvtec
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Resize
 from stpm.method.recipe import Recipe
 from stpm.options import Backend, Size
@@ -153,7 +154,7 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
 def test_the_report_of_a_batch_says_what_computed_it(run: Path, backend: Backend) -> None:
     reports: list[BatchReport] = []
     decoded = Decode(PREPROCESSING)(nut_rows([*manifest(run)["uri"].to_pylist()[:3], "/gone.png"]))
-    scorer(run, cast(Any, SimpleNamespace(report=reports.append)), backend=backend)(decoded)
+    scorer(run, cast(Any, SimpleNamespace(report=reports.append)), arithmetic=Arithmetic(backend))(decoded)
     assert [report.statistics.openvino_images for report in reports] == [3 if backend == "openvino" else 0]
 
 
