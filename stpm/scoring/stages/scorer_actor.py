@@ -42,22 +42,27 @@ class ScorerSettings:
 
 
 class ScorerActor:
-    """A `Scorer` that computes in as many threads as Ray assigned CPUs to this actor, at least one."""
+    """A `Scorer` that computes in as many threads as Ray assigned CPUs to this actor, at least one.
 
-    def __init__(self, settings: ScorerSettings, progress: ProgressReporter | None = None) -> None:
+    If torch cannot use the actor's GPU, it stops the run. The first batch then raises DeviceError: Ray Data would print
+    the traceback of an actor that does not start.
+    """
+
+    def __init__(self, settings: ScorerSettings, progress: ProgressReporter) -> None:
         import torch
 
         from stpm.scoring.stages.scorer import Scorer
 
-        if progress:
-            logging.getLogger("stpm").addHandler(WarningRelay(progress))
+        logging.getLogger("stpm").addHandler(WarningRelay(progress))
         torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
+        self._broken: DeviceError | None = None
         try:
             self._scorer = Scorer(settings, progress)
         except DeviceError as error:
-            if progress:
-                progress.stop(str(error))
-            raise
+            progress.stop(str(error))
+            self._broken = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._broken:
+            raise self._broken
         return self._scorer(batch)
