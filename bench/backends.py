@@ -1,57 +1,128 @@
-"""Detection with features computed by PyTorch and by OpenVINO, for the same fitted models.
+"""Decisions that flip where another backend, or another precision, scores a model than the one that calibrated it.
 
-    python bench/backends.py --data DATA --precision float32
+    python bench/backends.py --data DATA --seeds 0,1 --out FILE.jsonl 'student=none memory=300 pixels=65536'
 
-Fits preset `default` on each category by PyTorch, in one process and without Ray, then scores the test images, and the
-held-out images that set the scales, with each backend. Prints image AUROC, pixel AUROC and AUPRO as a Markdown table.
+Fits preset `default`, with these changes, for each category and seed in each way to compute features: PyTorch and
+OpenVINO, in float32 and in bfloat16. Then scores the test images in each way, and compares with the threshold that the
+fit has calibrated. Appends a JSON line per fit to FILE, and does not repeat those that it holds. Prints a table: for
+each way that calibrates (rows) and each that scores (columns) the test images whose decision is another than where the
+same way did both, and the median and the largest change of a score, relative to the threshold; in the last column what
+another seed changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from local_fit import compare, compare_real, fit, make_fit_parser, measure, teacher_from
+from commands import integers
+from local_fit import change_recipe, compare, make_fit_parser, make_task, run_task
+from results import Results
 from tabulate import tabulate
 
+from stpm import storage
 from stpm.data import mvtec
 from stpm.detector import Detector
-from stpm.method.recipe import PRESETS, Recipe
+from stpm.method.calibration import threshold
+from stpm.method.recipe import PRESETS, Precision, Recipe
+from stpm.method.teacher import Teacher
+from stpm.models.store import Model, ModelStore
 from stpm.options import Backend
 
-_BACKENDS: tuple[Backend, ...] = ("pytorch", "openvino")
+_WAYS: dict[str, tuple[Backend, Precision]] = {
+    "PyTorch float32": ("pytorch", "float32"),
+    "PyTorch bfloat16": ("pytorch", "bfloat16"),
+    "OpenVINO float32": ("openvino", "float32"),
+    "OpenVINO bfloat16": ("openvino", "bfloat16"),
+}
+_BATCH = 16
+
+Scores = npt.NDArray[np.float64]
 
 
-def run(category: mvtec.Category, recipe: Recipe) -> list[str]:
-    """Fit one model, and return its metrics with each of the backends."""
-    fitted = fit(category, recipe)
-    found = []
-    for backend in _BACKENDS:
-        teacher = teacher_from(recipe, fitted.detector.teacher.preprocessing, backend)
-        detector = Detector.assemble(teacher, fitted.detector.recipe, fitted.student, fitted.detector.memory)
-        normal = compare(detector, [(data, None) for data in fitted.held_out])
-        values = measure(compare_real(detector, category), normal, detector, "")
-        found.append(" / ".join("–" if value is None else f"{value:.4f}" for value in values))
-    return found
+def run(category: mvtec.Category, recipe: Recipe, way: str) -> dict[str, Any]:
+    """Fit one model in one way; return its calibration, and the scores of the test images in each way."""
+    backend, precision = _WAYS[way]
+    with tempfile.TemporaryDirectory() as folder:
+        store = ModelStore(folder)
+        run_task(make_task(store, category, dataclasses.replace(recipe, precision=precision)), backend)
+        model = store.load(category.name)
+        return {
+            "calibration": model.calibration.scores.tolist(),
+            "scores": {other: score(store, model, category, other) for other in _WAYS},
+        }
+
+
+def score(store: ModelStore, model: Model, category: mvtec.Category, way: str) -> list[float]:
+    """Score the test images in one way."""
+    backend, precision = _WAYS[way]
+    record = model.record
+    backbone = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
+    teacher = Teacher(backbone, record.preprocessing, torch.device("cpu"), precision, backend)
+    detector = Detector.from_model(model, teacher)
+    scores = []
+    for start in range(0, len(category.test), _BATCH):
+        files = [(storage.read(image.uri), None) for image in category.test[start : start + _BATCH]]
+        compared = compare(detector, files)
+        maps = detector.anomaly_maps(compared.distances, compared.content)
+        scores += [each.score(record.recipe.top_fraction).total for each in maps]
+    return scores
+
+
+def table(lines: Sequence[Mapping[str, Any]], rate: float) -> str:
+    """Write the table of all fits, which have two seeds or more."""
+
+    def relative(line: Mapping[str, Any], way: str) -> Scores:
+        """Return the scores in one way, relative to the threshold: above 1 is anomalous."""
+        return np.array(line["scores"][way]) / threshold(np.array(line["calibration"]), rate)
+
+    rows = []
+    for way in _WAYS:
+        fits = [line for line in lines if line["settings"]["way"] == way]
+        seeds = [
+            (relative(one, way), relative(other, way))
+            for one, other in itertools.combinations(fits, 2)
+            if one["settings"]["category"] == other["settings"]["category"]
+        ]
+        cells = [_changes([(relative(line, way), relative(line, other)) for line in fits]) for other in _WAYS]
+        rows.append([way, *cells, _changes(seeds)])
+    return tabulate(rows, ["", *_WAYS, "another seed"], tablefmt="pipe", disable_numparse=True)
+
+
+def _changes(pairs: Sequence[tuple[Scores, Scores]]) -> str:
+    before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    changes = np.abs(after - before)
+    flips = np.count_nonzero((before > 1) != (after > 1))
+    return f"{flips} of {len(before)}; {np.median(changes):.2%}, {changes.max():.0%}"
 
 
 def main() -> None:
     parser = make_fit_parser(__doc__)
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--seeds", type=integers, default="0,1", help="two or more, separated by commas (default: 0,1)")
+    parser.add_argument("--false-alarm-rate", type=float, default=0.01, help="for the thresholds (default: 0.01)")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines; an existing one is continued")
+    parser.add_argument("choice", nargs="?", default="", help="name=value pairs on top of preset default")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = dataclasses.replace(
-        PRESETS["default"],
-        teacher=arguments.teacher,
-        teacher_weights=arguments.teacher_weights,
-        precision=arguments.precision,
-    )
-    rows = []
+    base = dataclasses.replace(PRESETS["default"], teacher=arguments.teacher, teacher_weights=arguments.teacher_weights)
+    results = Results(arguments.out)
+    lines = []
     for name in mvtec.find_categories(arguments.data, arguments.categories):
-        category = mvtec.read_category(arguments.data, name)
-        rows.append([name, *run(category, recipe.for_image_count(len(category.train)))])
-        print(*rows[-1], flush=True)
-    print(tabulate(rows, ["", "PyTorch", "OpenVINO"], tablefmt="pipe", disable_numparse=True))
+        category = mvtec.read_category(storage.absolute(arguments.data), name)
+        for seed, way in itertools.product(arguments.seeds, _WAYS):
+            recipe = dataclasses.replace(change_recipe(base, arguments.choice), seed=seed)
+            settings = {"choice": arguments.choice, "category": name, "seed": seed, "way": way}
+            settings |= {"teacher": arguments.teacher}
+            lines.append(results.once(settings, partial(run, category, recipe, way)))
+    print(table(lines, arguments.false_alarm_rate))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,20 @@ from metrics import read_mask
 from sklearn.metrics import roc_auc_score
 
 from stpm import storage
+from stpm.cluster.device import assigned_device
 from stpm.data import images, mvtec
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.splits import split_images
 from stpm.fitting.task import FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method import backbones
+from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import StateDict
-from stpm.method.device import resolve_precision, set_up_device
+from stpm.method.device import device_capabilities
 from stpm.method.fusion import Distances, sample_distances
 from stpm.method.memory_bank import KINDS
 from stpm.method.preprocessing import Boxes, Preprocessing
@@ -39,7 +41,7 @@ from stpm.method.teacher_weights import load_teacher_weights
 from stpm.metrics.category_metrics import AUPRO_LIMITS
 from stpm.metrics.pixels import Mask, PixelCounts, count_pixels
 from stpm.models.store import ModelStore
-from stpm.options import Backend, Integers, WantedBackend
+from stpm.options import Integers, WantedBackend
 
 _BATCH = 16
 # Bytes that decoded images, and features, may take.
@@ -57,22 +59,24 @@ def make_fit_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def make_task(store: ModelStore, category: mvtec.Category, recipe: Recipe, backend: WantedBackend = "auto") -> FitTask:
+def make_task(store: ModelStore, category: mvtec.Category, recipe: Recipe) -> FitTask:
     """Put the recipe's teacher into a store, and return the task that fits the category's model there."""
     digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     recipe = recipe.for_image_count(len(category.train))
-    return FitTask(category.name, category.train, recipe, store.uri, digest, backend)
+    return FitTask(category.name, category.train, recipe, store.uri, digest)
 
 
-def run_task(task: FitTask) -> None:
+def run_task(task: FitTask, backend: WantedBackend = "auto") -> None:
     """Fit and publish a model, on all cores.
 
     Raises:
         RuntimeError: if the fit fails.
     """
     torch.set_num_threads(CORES)
-    limits = WorkerLimits(_RAM_BUDGET, _RAM_BUDGET, checkpoint_seconds=math.inf)
-    if reason := fit_category(task, limits, lambda event: None).reason:
+    device = assigned_device()
+    arithmetic = choose_arithmetic([device_capabilities(device)], backend)
+    settings = WorkerSettings(device, arithmetic, _RAM_BUDGET, _RAM_BUDGET, checkpoint_seconds=math.inf)
+    if reason := fit_category(task, settings, lambda event: None).reason:
         raise RuntimeError(reason)
 
 
@@ -86,12 +90,13 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
-def teacher_from(recipe: Recipe, preprocessing: Preprocessing, backend: Backend = "pytorch") -> Teacher:
-    """Return the recipe's teacher on this process's device."""
-    device = set_up_device()
+def teacher_from(recipe: Recipe, preprocessing: Preprocessing) -> Teacher:
+    """Return the recipe's teacher on this process's device, computed by PyTorch."""
+    device = assigned_device()
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     backbone = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
-    return Teacher(backbone, preprocessing, device, resolve_precision(recipe.precision, device), backend)
+    arithmetic = choose_arithmetic([device_capabilities(device)], "pytorch")
+    return Teacher(backbone, preprocessing, device, arithmetic.precision_to_fit(recipe.precision))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,12 +55,12 @@ from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY
 from stpm.data import mvtec
 from stpm.fitting.splits import split_images
+from stpm.method.arithmetic import Arithmetic, choose_arithmetic, cpu_capabilities
 from stpm.method.backbones import DEMO_TEACHER
-from stpm.method.backend import resolve_backend
 from stpm.method.preprocessing import IMAGENET, Preprocessing
 from stpm.method.recipe import PRESETS, Recipe
 from stpm.models.store import ModelStore
-from stpm.options import Backend, Size, WantedBackend
+from stpm.options import Size, WantedBackend
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.inputs.manifest_rows import labelled_rows
@@ -100,7 +100,7 @@ class Bench:
     folder: Path
     arguments: argparse.Namespace
     category: mvtec.Category
-    backend: Backend
+    arithmetic: Arithmetic
     seed: int
 
     def new_folder(self) -> Path:
@@ -110,9 +110,9 @@ class Bench:
         """Fit the category (if small, a part of it) in one process, without Ray; return store and seconds."""
         folder, train = self.new_folder(), self.category.train[: _SMALL_TRAIN if self.arguments.small else None]
         category = dataclasses.replace(self.category, train=train)
-        task = make_task(ModelStore(str(folder)), category, recipe, self.backend)
+        task = make_task(ModelStore(str(folder)), category, recipe)
         start = time.perf_counter()
-        in_processes(run_task, [(task,)])
+        in_processes(run_task, [(task, self.arithmetic.backend)])
         return folder, time.perf_counter() - start
 
     def images(self, count: int) -> Path:
@@ -129,7 +129,7 @@ class Bench:
         """Run the score job with heatmaps and overlays; return its cost, and its steady images per second."""
         out = self.new_folder() / "out"
         options = {"models": models, "images": images, "out": out, "category": self.category.name, "top": 0}
-        cost = time_command([*job_command("score", options | {"backend": self.backend}), "--overlay"])
+        cost = time_command([*job_command("score", options | {"backend": self.arithmetic.backend}), "--overlay"])
         return cost, RunState(str(out)).result().steady_images_per_second
 
 
@@ -170,14 +170,14 @@ def loop_speed(bench: Bench, models: Path, images: Path, processes: int) -> tupl
     )
     length = -(-rows.num_rows // processes)
     tasks = [
-        (str(models), rows.slice(i * length, length), str(out), bench.category.name, bench.backend)
+        (str(models), rows.slice(i * length, length), str(out), bench.category.name, bench.arithmetic)
         for i in range(processes)
     ]
     speeds, cpu_seconds = zip(*in_processes(run_loop, tasks), strict=True)
     return sum(speeds), sum(cpu_seconds)
 
 
-def run_loop(models: str, rows: pa.Table, out: str, category: str, backend: Backend) -> tuple[float, float]:
+def run_loop(models: str, rows: pa.Table, out: str, category: str, arithmetic: Arithmetic) -> tuple[float, float]:
     """Decode, score and write in this process, on one thread.
 
     Returns:
@@ -188,7 +188,8 @@ def run_loop(models: str, rows: pa.Table, out: str, category: str, backend: Back
     preprocessing = {category: record.preprocessing}
     decode = Decode(preprocessing, fetchers=1)
     model_ids = {category: record.model_id}
-    scorer = Scorer(ScorerSettings(models, model_ids, 0.01, overlays=True, batch_size=_LOOP_BATCH, backend=backend))
+    settings = ScorerSettings(models, model_ids, 0.01, overlays=True, batch_size=_LOOP_BATCH, arithmetic=arithmetic)
+    scorer = Scorer(settings)
     write = DrawHeatmaps(RunOutput.single(out), OutputOptions(overlay=True), preprocessing)
     batches = [rows.slice(i, _LOOP_BATCH) for i in range(0, rows.num_rows, _LOOP_BATCH)]
     for batch in batches[:_WARM_BATCHES]:
@@ -209,7 +210,8 @@ def measure_fit(bench: Bench) -> Iterator[Measured]:
     for preset, recipe in {"paper": paper, "default": PRESETS["default"]}.items():
         models = bench.new_folder()
         options = {"data": bench.arguments.data, "categories": bench.category.name, "models": models, "preset": preset}
-        options |= {"teacher": DEMO_TEACHER, "epochs": recipe.epochs, "seed": bench.seed, "backend": bench.backend}
+        options |= {"teacher": DEMO_TEACHER, "epochs": recipe.epochs, "seed": bench.seed}
+        options |= {"backend": bench.arithmetic.backend}
         cost = time_command(job_command("fit", options))
         _, limit = bench.fit(dataclasses.replace(recipe, teacher=DEMO_TEACHER, seed=bench.seed))
         details = cost | measure_model(bench, models) | {f"peer_{key}": value for key, value in peer.items()}
@@ -220,7 +222,7 @@ def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:
     """Return metrics of a model of ours on the category's test images, by the stages of the score job."""
     record = ModelStore(str(models)).record(bench.category.name)
     preprocessing, name = record.preprocessing, bench.category.name
-    settings = ScorerSettings(str(models), {name: record.model_id}, 0.01, raw_maps=True, backend=bench.backend)
+    settings = ScorerSettings(str(models), {name: record.model_id}, 0.01, raw_maps=True, arithmetic=bench.arithmetic)
     rows = Scorer(settings)(Decode({name: preprocessing})(pa.concat_tables(labelled_rows([bench.category]))))
     scored = rows.to_pylist()
     shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in scored]
@@ -298,13 +300,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="fit few images, one model, no jobs in `first`: for CI")
     arguments = parser.parse_args()
     arguments.data = storage.absolute(arguments.data)
-    backend = resolve_backend(arguments.backend, on_gpu=False)
-    print(json.dumps(describe_machine() | {"backend": backend}), flush=True)
+    arithmetic = choose_arithmetic([cpu_capabilities()], arguments.backend)
+    print(json.dumps(describe_machine() | dataclasses.asdict(arithmetic)), flush=True)
     category = mvtec.read_category(arguments.data, arguments.category)
     found: dict[tuple[str, str, str], list[list[float]]] = {}
     for seed in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder), arguments, category, backend, seed)
+            bench = Bench(Path(folder), arguments, category, arithmetic, seed)
             for section in arguments.sections:
                 for measured in SECTIONS[section](bench):
                     print(json.dumps({"section": section} | dataclasses.asdict(measured)), flush=True)

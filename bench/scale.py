@@ -203,7 +203,8 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
 
     def score() -> None:
         for segment in segments:
-            pipeline.score_shards(run, segment.shards, output.segment_checkpoints(segment.number), {}, progress)
+            checkpoints = output.segment_checkpoints(segment.number)
+            pipeline.score_shards(run, segment.shards, checkpoints, {}, progress, output.state)
             commit_segment(output, OutputOptions(), segment, _TOP)
 
     def to_first_block() -> None:

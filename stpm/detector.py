@@ -21,10 +21,10 @@ from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD, read_tests
 from stpm.data.pictures import Picture
 from stpm.errors import ConfigError, ImageError, ModelError, one_line
+from stpm.method.arithmetic import Arithmetic, choose_arithmetic
 from stpm.method.backbones import Backbone, StateDict, load_backbone
-from stpm.method.backend import resolve_backend
 from stpm.method.calibration import Calibration
-from stpm.method.device import is_out_of_memory, set_up_device
+from stpm.method.device import device_capabilities, is_out_of_memory, local_device
 from stpm.method.fusion import AnomalyMap, Distances, fuse
 from stpm.method.matching import distance_map
 from stpm.method.memory_bank import MemoryBank
@@ -37,7 +37,7 @@ from stpm.metrics.labelled import LabelledScores
 from stpm.metrics.pixels import PixelCounts, count_pixels
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
-from stpm.options import WantedBackend
+from stpm.options import Backend, WantedBackend
 from stpm.result import Result
 
 # Images per forward pass. Scores do not depend on it.
@@ -386,6 +386,7 @@ def load(store: str, category: str = "", version: str = "", *, backend: WantedBa
     Raises:
         DataError: if there is no such store, or the category's name is not allowed in a path.
         ModelError: if there is no such model, or it cannot be loaded.
+        DeviceError: if torch cannot use this machine's GPU.
     """
     models = ModelStore(store)
     if not category:
@@ -394,11 +395,13 @@ def load(store: str, category: str = "", version: str = "", *, backend: WantedBa
             raise ModelError(f"{models.uri} has models of {len(names)} categories; name one")
         (category,) = names
     model = models.load(category, version)
-    detector = Detector.from_model(model, load_teacher(models, model.record, set_up_device(), backend))
+    device = local_device()
+    arithmetic = choose_arithmetic([device_capabilities(device)], backend)
+    detector = Detector.from_model(model, load_teacher(models, model.record, device, arithmetic))
     return dataclasses.replace(detector, publish=lambda target, name: target.copy_model(models, model.record, name))
 
 
-def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, backend: WantedBackend) -> Teacher:
+def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> Teacher:
     """Load the teacher of a model, unless a detector of this process has it.
 
     Raises:
@@ -408,12 +411,14 @@ def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, 
     def load_backbone() -> Backbone:
         return models.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
 
-    return share_teacher(teacher_key(record), load_backbone, record.preprocessing, device, record.precision, backend)
+    key, precision = teacher_key(record, arithmetic), arithmetic.precision_to_score(record.precision)
+    return share_teacher(key, load_backbone, record.preprocessing, device, precision, arithmetic.backend)
 
 
-def teacher_key(record: ModelRecord) -> tuple[object, ...]:
+def teacher_key(record: ModelRecord, arithmetic: Arithmetic) -> tuple[object, ...]:
     """Return what a model's teacher is made from. Models of one key share a teacher."""
-    return record.teacher_digest, record.recipe.levels, record.preprocessing, record.precision
+    precision = arithmetic.precision_to_score(record.precision)
+    return record.teacher_digest, record.recipe.levels, record.preprocessing, precision
 
 
 def share_teacher(
@@ -422,13 +427,12 @@ def share_teacher(
     preprocessing: Preprocessing,
     device: torch.device,
     precision: Precision,
-    backend: WantedBackend,
+    backend: Backend,
 ) -> Teacher:
     """Return the teacher of a key, see `teacher_key`: that of another detector, or else a new one."""
-    kind = resolve_backend(backend, on_gpu=device.type != "cpu")
-    whole_key = (*key, device, kind)
+    whole_key = (*key, device, backend)
     teacher = _teachers.get(whole_key)
     if not teacher:
-        teacher = Teacher(load_backbone(), preprocessing, device, precision, kind)
+        teacher = Teacher(load_backbone(), preprocessing, device, precision, backend)
         _teachers[whole_key] = teacher
     return teacher

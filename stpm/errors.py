@@ -100,6 +100,10 @@ class CutOffError(StpmError):
     """Storage, a node or Ray interrupted the work. What was done is kept, and the next run continues."""
 
 
+class DeviceError(CutOffError):
+    """Torch cannot use the GPU that Ray assigned to a process."""
+
+
 class ImageError(StpmError):
     """An image cannot be scored.
 

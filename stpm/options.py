@@ -160,6 +160,6 @@ class ClusterOptions(Options):
     backend: WantedBackend = option(
         "auto",
         "what computes features on a CPU: pytorch, or openvino, which is faster there (pip install 'stpm[openvino]'); "
-        "auto: openvino where it is installed. On a GPU PyTorch computes them",
+        "auto: openvino where every node has it. On a GPU PyTorch computes them",
     )
     plan: bool = option(False, "print what would run on each node of the cluster, and start nothing")

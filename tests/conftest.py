@@ -18,9 +18,10 @@ import torch
 
 from stpm import storage
 from stpm.fitting import fit_categories as fitting
-from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import preprocessing_for
+from stpm.method.arithmetic import Arithmetic, cpu_capabilities
 from stpm.method.backbones import load_backbone
 from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
@@ -64,7 +65,7 @@ def make_preprocessing(height: int, width: int = 0, resize: Resize = "stretch") 
     return Preprocessing(height, width or height, resize, *IMAGENET[2:], *IMAGENET[:2])
 
 
-LIMITS = WorkerLimits(ram=2**30, gpu_ram=2**30, checkpoint_seconds=1e9)
+SETTINGS = WorkerSettings(torch.device("cpu"), Arithmetic(), ram=2**30, gpu_ram=2**30, checkpoint_seconds=1e9)
 
 
 @pytest.fixture
@@ -145,11 +146,12 @@ def fitted_keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run_worker_group(tasks: Sequence[FitTask], *_: Any) -> list[FitResult]:
         keys.extend(task.key for task in tasks)
-        return [fit_category(task, LIMITS, lambda message: None) for task in tasks]
+        return [fit_category(task, SETTINGS, lambda message: None) for task in tasks]
 
     monkeypatch.setattr(fitting, "run_worker_group", run_worker_group)
     monkeypatch.setattr(fitting, "connected", nullcontext)
     monkeypatch.setattr(fitting, "nodes_for_plan", lambda _: [{"CPU": 1.0}])
+    monkeypatch.setattr(fitting, "examine_devices", lambda gpus: [cpu_capabilities()])
     return keys
 
 

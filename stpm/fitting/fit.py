@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
 import warnings
@@ -20,12 +21,13 @@ from stpm.data.mvtec import is_image
 from stpm.data.pictures import Picture
 from stpm.detector import Detector, share_teacher
 from stpm.errors import DataError
-from stpm.fitting.fit_category import WorkerLimits, compute_features
+from stpm.fitting.fit_category import WorkerSettings, compute_features
 from stpm.fitting.fit_detector import FittedModel, fit_detector
 from stpm.fitting.task import Epoch, FitWarning, fingerprint
 from stpm.fitting.training_images import preprocessing_for
+from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import StateDict, load_backbone, serialise
-from stpm.method.device import resolve_precision, set_up_device
+from stpm.method.device import device_capabilities, local_device
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
@@ -81,9 +83,10 @@ def fit(
     ).for_image_count(len(listed))
     recipe.check_image_count(len(listed))
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    device = set_up_device()
+    device = local_device()
+    arithmetic = choose_arithmetic([device_capabilities(device)], backend)
     preprocessing = preprocessing_for(recipe, listed)
-    precision = resolve_precision(recipe.precision, device)
+    precision = arithmetic.precision_to_fit(recipe.precision)
     digest = storage.digest(serialise(weights))
     frozen = share_teacher(
         (digest, recipe.levels, preprocessing, precision),
@@ -91,7 +94,7 @@ def fit(
         preprocessing,
         device,
         precision,
-        backend,
+        arithmetic.backend,
     )
     epochs = 0 if recipe.student == "none" else recipe.epochs
     with tqdm(total=epochs + 1, desc="fit", disable=not progress) as bar:
@@ -105,15 +108,15 @@ def fit(
             else:
                 log.info(event)
 
-        limits = WorkerLimits(_free_ram(), _free_gpu_ram(device), checkpoint_seconds=float("inf"))
-        features = compute_features(frozen, listed, limits, report)
+        settings = WorkerSettings(device, arithmetic, _free_ram(), _free_gpu_ram(device), checkpoint_seconds=math.inf)
+        features = compute_features(frozen, listed, settings, report)
         fitted = fit_detector(
             features,
             recipe,
             [pictures.name_of(picture) for picture in listed],
             report,
             started=started,
-            distance_budget=limits.distance_budget(features),
+            distance_budget=settings.distance_budget(features),
             teacher_digest=digest,
         )
         # The last step: calibrated.

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from stpm import storage
 from stpm.cluster.connection import connected
+from stpm.cluster.device import examine_devices
 from stpm.cluster.placement import nodes_for_plan
 from stpm.cluster.ray_failures import cut_off_by_ray
 from stpm.console import is_terminal, show_progress
@@ -23,6 +24,7 @@ from stpm.fitting.training_images import choose_normalisation
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import hold_lease
+from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import AddedImage
@@ -97,8 +99,9 @@ def fit_categories(
         One result per category and seed.
 
     Raises:
-        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or another
-            run holds a store.
+        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, another run
+            holds a store, or OpenVINO is wanted and not installed.
+        DeviceError: if torch cannot use a GPU that Ray assigns.
         CutOffError: if no node came in time, or Ray failed.
     """
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
@@ -111,7 +114,7 @@ def fit_categories(
             store = ModelStore(uri)
             digest = store.put_teacher(weights)
             seeded = dataclasses.replace(recipe, seed=seed)
-            makers += [TaskMaker(category, seeded, store, digest, cluster.backend) for category in categories]
+            makers += [TaskMaker(category, seeded, store, digest) for category in categories]
 
         def plan(maker: TaskMaker) -> Plan:
             return plan_fit(maker, None if new_images is None else new_images[maker.category.name])
@@ -129,7 +132,8 @@ def fit_categories(
             with connected(), cut_off_by_ray("fitting"):
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
                 resources = choose_worker_resources(workers, nodes_for_plan(cluster), len(plans))
-                fitted = run_worker_group(unfinished, workers, resources, scratch, progress)
+                arithmetic = choose_arithmetic(examine_devices(gpus=resources.gpus > 0), cluster.backend)
+                fitted = run_worker_group(unfinished, workers, resources, arithmetic, scratch, progress)
                 _log_replaced(plans, fitted)
                 results += fitted
         return results

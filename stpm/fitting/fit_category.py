@@ -19,9 +19,9 @@ from stpm.fitting.image_problems import scale_range
 from stpm.fitting.task import FitResult, FitTask, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.backbones import Backbone
-from stpm.method.backend import resolve_backend
-from stpm.method.device import is_out_of_memory, resolve_precision, set_up_device
+from stpm.method.device import is_out_of_memory
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision
 from stpm.method.teacher import Teacher
@@ -33,16 +33,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class WorkerLimits:
-    """Bytes of RAM and of GPU RAM that a worker may use, and seconds between checkpoints."""
+class WorkerSettings:
+    """What a worker computes with, the bytes of RAM and of GPU RAM that it may use, and seconds between checkpoints."""
 
+    device: torch.device
+    arithmetic: Arithmetic
     ram: int
     gpu_ram: int
     checkpoint_seconds: float
 
-    def feature_budget(self, images: TrainingImages, device: torch.device) -> int:
+    def feature_budget(self, images: TrainingImages) -> int:
         """Return the bytes that the teacher's features may take beside the decoded images."""
-        return self.gpu_ram if device.type != "cpu" else self._ram_beside(images)
+        return self.gpu_ram if self.device.type != "cpu" else self._ram_beside(images)
 
     def distance_budget(self, features: TeacherFeatures) -> int:
         """Return the bytes that distance maps may take beside the decoded images and the teacher's features."""
@@ -53,16 +55,16 @@ class WorkerLimits:
         return self.ram if images.on_disk else self.ram - images.pixels.nbytes
 
 
-def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitResult:
+def fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> FitResult:
     """Fit, calibrate and publish one model. Return errors as failed results, so that the worker can go on.
 
     Args:
         task: the model to fit.
-        limits: what this worker may use.
+        settings: what this worker computes with, and may use.
         report: called with each finished epoch, and with messages for the log.
     """
     try:
-        return FitResult(task, _fit_category(task, limits, report))
+        return FitResult(task, _fit_category(task, settings, report))
     except StpmError as error:
         reason = str(error)
     except torch.cuda.OutOfMemoryError as error:
@@ -82,11 +84,11 @@ def fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> FitRe
     return FitResult(task, reason=reason)
 
 
-def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> ModelRecord:
+def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> ModelRecord:
     started = time.perf_counter()
     store = ModelStore(task.store)
     storage.remove_unfinished(store.folder(task.category))
-    features = _load_features(task, limits, report)
+    features = _load_features(task, settings, report)
     added_folder = f"{store.added_folder(task.category)}/"
     fitted = fit_detector(
         features,
@@ -94,12 +96,12 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
         [uri for uri, _ in task.train],
         report,
         started=started,
-        distance_budget=limits.distance_budget(features),
+        distance_budget=settings.distance_budget(features),
         category=task.category,
         teacher_digest=task.teacher_digest,
         added=task.added,
         is_added=[uri.startswith(added_folder) for uri, _ in task.train],
-        checkpoints=_make_checkpoints(task, features.teacher, limits.checkpoint_seconds),
+        checkpoints=_make_checkpoints(task, features.teacher, settings.checkpoint_seconds),
     )
     record = store.save(fitted.record, fitted.files, task.data_fingerprint, stage=task.stage)
     try:
@@ -110,31 +112,29 @@ def _fit_category(task: FitTask, limits: WorkerLimits, report: Reporter) -> Mode
     return record
 
 
-def _load_features(task: FitTask, limits: WorkerLimits, report: Reporter) -> TeacherFeatures:
+def _load_features(task: FitTask, settings: WorkerSettings, report: Reporter) -> TeacherFeatures:
     """Decode the training images, and compute the teacher's features if they fit into RAM."""
-    device = set_up_device()
-    precision = resolve_precision(task.recipe.precision, device)
-    backend = resolve_backend(task.backend, on_gpu=device.type != "cpu")
     uris = [uri for uri, _ in task.train]
     preprocessing = preprocessing_for(task.recipe, uris)
     backbone = _load_backbone(task.store, task.recipe.teacher, task.recipe.levels, task.teacher_digest)
-    teacher = _make_teacher(backbone, preprocessing, device, precision, backend)
-    return compute_features(teacher, uris, limits, report)
+    precision = settings.arithmetic.precision_to_fit(task.recipe.precision)
+    teacher = _make_teacher(backbone, preprocessing, settings.device, precision, settings.arithmetic.backend)
+    return compute_features(teacher, uris, settings, report)
 
 
 def compute_features(
-    teacher: Teacher, pictures: Sequence[Picture], limits: WorkerLimits, report: Reporter
+    teacher: Teacher, pictures: Sequence[Picture], settings: WorkerSettings, report: Reporter
 ) -> TeacherFeatures:
-    """Decode images, and compute a teacher's features of them if they fit into the limits.
+    """Decode images, and compute a teacher's features of them if they fit into the memory.
 
     Raises:
         DataError: if some cannot be read.
     """
     start = time.perf_counter()
     preprocessing = teacher.preprocessing
-    images = load_images(pictures, preprocessing, limits.ram)
+    images = load_images(pictures, preprocessing, settings.ram)
     seconds = time.perf_counter() - start
-    features = TeacherFeatures(teacher, images, limits.feature_budget(images, teacher.device))
+    features = TeacherFeatures(teacher, images, settings.feature_budget(images))
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); "

@@ -17,7 +17,6 @@ from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Versions
-from stpm.options import WantedBackend
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +46,12 @@ class TaskMaker:
         recipe: the user's recipe, with the seed.
         store: the store that the model goes to.
         teacher_digest: digest of the teacher's weights in that store.
-        backend: what computes features on a CPU.
     """
 
     category: Category
     recipe: Recipe
     store: ModelStore
     teacher_digest: str
-    backend: WantedBackend
 
     def current(self) -> ModelRecord | None:
         """Return the record of the category's current model; None if there is none, or if it is damaged.
@@ -88,7 +85,6 @@ class TaskMaker:
             recipe=self.recipe.for_image_count(len(train)),
             store=self.store.uri,
             teacher_digest=self.teacher_digest,
-            backend=self.backend,
             added=tuple(added),
             stage=stage,
         )

@@ -9,7 +9,6 @@ from functools import cached_property
 from stpm import storage
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage, ModelRecord
-from stpm.options import WantedBackend
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,6 @@ class FitTask:
         recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
         store: URI of the store that the model goes to.
         teacher_digest: digest of the teacher's weights in that store.
-        backend: what computes features on a CPU.
         added: the images that a person marked as good; `train` names their copies in the store.
         stage: do not make the model the category's current one.
     """
@@ -32,7 +30,6 @@ class FitTask:
     recipe: Recipe
     store: str
     teacher_digest: str
-    backend: WantedBackend = "auto"
     added: tuple[AddedImage, ...] = ()
     stage: bool = False
 
@@ -58,7 +55,7 @@ class FitTask:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that the model depends on, except the device and the backend."""
+        """SHA-256 of everything that the model depends on, except what computes it."""
         values = (repr(self.recipe), self.teacher_digest, self.data_fingerprint)
         return storage.digest("\n".join(values).encode())
 

@@ -74,6 +74,11 @@ class TaskQueue:
         self._running.pop(result.task.key, None)
         self._events.append(result)
 
+    def give_up(self, reason: str) -> None:
+        """Let all tasks fail that do not run."""
+        self._events += [FitResult(task, reason=reason) for task in self._waiting + self._quarantined]
+        self._waiting, self._quarantined = [], []
+
     def events(self, since: int) -> list[Event]:
         """Return all events from number `since` on."""
         return self._events[since:]

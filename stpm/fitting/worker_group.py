@@ -23,11 +23,13 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, living_nodes, on_driver_node, working_nodes
-from stpm.errors import GO_ON, last_line
+from stpm.cluster.device import assigned_device
+from stpm.errors import GO_ON, DeviceError, last_line
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import Event, FitResult, FitTask
 from stpm.fitting.task_queue import WAIT, TaskQueue
 from stpm.fitting.worker_resources import WorkerResources, scaling_config
+from stpm.method.arithmetic import Arithmetic
 
 _POLL_SECONDS = 0.3
 _NODE_CHECK_SECONDS = 5.0
@@ -44,6 +46,7 @@ def run_worker_group(
     tasks: Sequence[FitTask],
     options: WorkerOptions,
     resources: WorkerResources,
+    arithmetic: Arithmetic,
     scratch: str,
     on_event: Callable[[Event], None],
 ) -> list[FitResult]:
@@ -53,6 +56,7 @@ def run_worker_group(
         tasks: the models to fit, at least one.
         options: number of the workers, their RAM, and the time between checkpoints.
         resources: the CPU cores and GPUs that one worker takes.
+        arithmetic: what computes features.
         scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
         on_event: called with each event, on one thread that is not the caller's.
 
@@ -70,7 +74,7 @@ def run_worker_group(
     def train() -> None:
         _Trainer(
             _run_worker,
-            train_loop_config={"queue": queue, "options": options},
+            train_loop_config={"queue": queue, "options": options, "arithmetic": arithmetic},
             # Ray Train connects the workers, though they never communicate. Its default for GPUs, NCCL, fails if two
             # workers share a GPU.
             torch_config=TorchConfig(backend="gloo"),
@@ -149,32 +153,42 @@ def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[
 
 
 def _run_worker(config: dict[str, Any]) -> None:
-    """Take tasks from the queue until all have ended."""
-    # Ray Train's controller unpickles this function too: it would spend seconds on imports that it never uses.
-    from stpm.fitting.fit_category import WorkerLimits, fit_category
+    """Take tasks from the queue until all have ended, or this worker's GPU cannot be used: then end the queue."""
+    queue = config["queue"]
+    try:
+        _fit_tasks(queue, config["options"], config["arithmetic"], assigned_device())
+    except DeviceError as error:
+        ray.get(queue.give_up.remote(str(error)))
 
-    queue, options = config["queue"], config["options"]
+
+def _fit_tasks(queue: Any, options: WorkerOptions, arithmetic: Arithmetic, device: torch.device) -> None:
+    # Ray Train's controller unpickles this function too: it would spend seconds on imports that it never uses.
+    from stpm.fitting.fit_category import WorkerSettings, fit_category
+
     assigned = ray.get_runtime_context().get_assigned_resources()
     torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
-    ram, gpu_ram = _ram_limits(options, assigned)
-    limits = WorkerLimits(ram=ram, gpu_ram=gpu_ram, checkpoint_seconds=options.checkpoint_seconds)
+    ram, gpu_ram = _ram_limits(options, assigned, device)
+    settings = WorkerSettings(device, arithmetic, ram, gpu_ram, options.checkpoint_seconds)
     group = broadcast_from_rank_zero(uuid.uuid4().hex)
     size, node = ray.train.get_context().get_world_size(), ray.get_runtime_context().get_node_id()
     while (task := ray.get(queue.take.remote(group, size, node))) is not None:
         if task == WAIT:
             time.sleep(_POLL_SECONDS)
             continue
-        result = fit_category(task, limits, partial(queue.report.remote, task.key))
+        result = fit_category(task, settings, partial(queue.report.remote, task.key))
         ray.get(queue.finish.remote(replace(result, node=ray.util.get_node_ip_address())))
+        if not result.record:
+            # With a lost GPU every other task would fail too.
+            assigned_device()
 
 
-def _ram_limits(options: WorkerOptions, assigned: dict[str, float]) -> tuple[int, int]:
+def _ram_limits(options: WorkerOptions, assigned: dict[str, float], device: torch.device) -> tuple[int, int]:
     """Return the bytes of RAM and of GPU RAM that this worker may use."""
     context = ray.get_runtime_context()
     node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     fraction = assigned.get("CPU", 1) / max(node["Resources"].get("CPU", 1), 1)
     ram = options.worker_ram_gib * 2**30 or node["Resources"]["memory"] * _RAM_FRACTION * fraction
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
     return int(ram), int(free * _RAM_FRACTION * min(assigned.get("GPU", 0), 1))
 
 

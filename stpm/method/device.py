@@ -1,37 +1,68 @@
-"""The device that computes features, how torch computes on it, and in which precision."""
+"""The device that computes features, and how torch computes on it."""
 
 from __future__ import annotations
 
+import socket
+
 import torch
 
-from stpm.method.recipe import Precision, WantedPrecision
+from stpm.errors import DeviceError, one_line
+from stpm.method.arithmetic import Capabilities, cpu_capabilities
 
 # In messages of a plain RuntimeError: of a CPU's allocator, of CUDA when it starts on a full GPU, of cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
 
 
-def set_up_device() -> torch.device:
-    """Make torch's GPU arithmetic reproducible, and return the GPU that this process was given, or the CPU.
+def set_up_device(gpu: int | None) -> torch.device:
+    """Make torch's GPU arithmetic reproducible, and return a GPU that torch can use, or the CPU.
 
     Process-wide, float32 then keeps its 23 bits (cuDNN's default is TF32, which keeps 10), and cuDNN uses algorithms
     that give the same bits for the same input.
+
+    Args:
+        gpu: its index among those that torch sees, which becomes torch's current one; None: the CPU.
+
+    Raises:
+        DeviceError: if torch cannot use the GPU.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if gpu is None:
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu)
+    try:
+        torch.zeros(1, device=device).item()
+        torch.cuda.set_device(device)
+    # A build without CUDA raises AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(_reason(error)) from error
+    return device
 
 
-def resolve_precision(wanted: WantedPrecision, device: torch.device) -> Precision:
-    """Replace `auto` by bfloat16 where the device computes it natively (emulated, it is slower), else by float32."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+def local_device() -> torch.device:
+    """Return a GPU of this machine if torch sees one, or else the CPU, see `set_up_device`; raise as it does."""
+    return set_up_device(0 if torch.cuda.is_available() else None)
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line why torch cannot use a GPU, and what to do."""
+    if torch.version.cuda or torch.version.hip:
+        remedy = "update its driver, or install a torch that the driver supports; if the GPU is lost, restart the node"
     else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
+        remedy = "install a torch that is built for CUDA on every node with a GPU"
+    return (
+        f"torch {torch.__version__} cannot use the GPU of {socket.gethostname()}: {one_line(error)}; {remedy}. To "
+        "compute on CPUs, hide the GPU from Ray: CUDA_VISIBLE_DEVICES= on one machine, else ray start --num-gpus 0"
+    )
+
+
+def device_capabilities(device: torch.device) -> Capabilities:
+    """Return what a device of this machine can compute with."""
+    if device.type == "cpu":
+        return cpu_capabilities()
+    return Capabilities(True, torch.cuda.is_bf16_supported(including_emulation=False), False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

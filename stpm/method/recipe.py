@@ -121,7 +121,8 @@ class Recipe(Options):
         minimum=0,
     )
     precision: WantedPrecision = option(
-        "auto", "precision of convolutions; `auto`: bfloat16 where the device computes it natively, else float32"
+        "auto",
+        "precision of convolutions; `auto`: bfloat16 where all devices of the fit compute it natively, else float32",
     )
     seed: int = option(
         0, "seed of the split, the student's initialisation and the order of the images", minimum=0, maximum=2**31 - 1

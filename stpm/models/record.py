@@ -11,6 +11,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
 from stpm.models.libraries import installed_versions
+from stpm.options import Backend
 from stpm.times import timestamp
 
 STUDENT = "student.safetensors"
@@ -44,6 +45,11 @@ class FitRecord:
     held_out_count: int
     calibration_count: int
     device: str
+
+    @property
+    def backend(self) -> Backend:
+        """Return what computed the features."""
+        return "openvino" if self.device == "cpu, openvino" else "pytorch"
 
     @property
     def good_count(self) -> int:

@@ -13,11 +13,12 @@ from ray.exceptions import RayError
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
 from stpm.cluster.placement import nodes_for_plan
 from stpm.errors import CutOffError
-from stpm.method.backend import resolve_backend
 from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.resuming.row_checkpoints import checkpoint_config
+from stpm.scoring.run_arithmetic import settle_arithmetic
+from stpm.scoring.run_state import RunState
 from stpm.scoring.scorer_pool import ScorerPool, count_scorers
 from stpm.scoring.scoring_run import ModelRecords, ScoringRun
 from stpm.scoring.stages.batch_size import MAX_BATCH
@@ -40,6 +41,7 @@ def score_shards(
     checkpoints: str,
     models: ModelRecords,
     progress: ProgressReporter,
+    state: RunState,
 ) -> None:
     """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
 
@@ -51,9 +53,11 @@ def score_shards(
         checkpoints: URI of the folder for the ids and the summaries of written rows.
         models: by category; rows of other categories become rows with an error.
         progress: gets the statistics and the images without a row.
+        state: of the run; gets what computes the features.
 
     Raises:
-        ConfigError: if the scorers do not fit the cluster.
+        ConfigError: if the scorers do not fit the cluster, or OpenVINO is wanted and not installed.
+        DeviceError: if torch cannot use a GPU that Ray assigns.
         CutOffError: if too many images failed because of storage, a model or a device, or no node came in time.
         RayError: if a node or Ray failed.
     """
@@ -71,9 +75,9 @@ def score_shards(
         batch_size=options.scoring_batch_size,
         model_ram=int(options.model_ram_gib * 2**30),
         accept_errors=options.accept_errors,
-        backend=resolve_backend(run.cluster.backend, on_gpu=pool.scorer_gpus > 0),
+        arithmetic=settle_arithmetic(run, state, models, gpus=pool.scorer_gpus > 0),
     )
-    log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.scorer_gpus else 'CPUs'}, {settings.backend}")
+    log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.scorer_gpus else 'CPUs'}, {settings.arithmetic}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
     context.checkpoint_config = checkpoint_config(checkpoints)
@@ -120,7 +124,7 @@ def score_shards(
             if stop_reason := progress.read().stop_reason:
                 raise CutOffError(
                     f"scoring was stopped: {stop_reason}. Repair that, and run the same command again: what was done "
-                    "is kept. With --accept-errors such errors become rows"
+                    "is kept"
                 ) from error
             raise
 

@@ -101,12 +101,16 @@ class ProgressActor:
         if report.attempted and self._stop_on_failures:
             breaker = self._breakers[report.stage]
             breaker.add(report.attempted, report.external_errors)
-            if breaker.is_open and not self._stop_reason:
-                self._stop_reason = str(breaker)
+            if breaker.is_open:
+                self.stop(f"{breaker}. With --accept-errors such errors become rows")
         self._last_report = self._clock()
         if report.statistics.images and (not self._marks or self._last_report - self._marks[-1][0] >= _MARK_SECONDS):
             self._marks.append((self._last_report, self._statistics.images))
         return self._stop_reason
+
+    def stop(self, reason: str) -> None:
+        """Decide to stop the run."""
+        self._stop_reason = self._stop_reason or reason
 
     def warn(self, message: str) -> None:
         """Keep a warning of a stage, unless it is known; of those after the first ten keep the number."""
@@ -152,6 +156,10 @@ class ProgressReporter:
         reply = self._actor.add.remote(batch_report._replace(origin=_this_process()))
         if batch_report.external_errors and (reason := ray.get(reply)):
             raise CutOffError(reason)
+
+    def stop(self, reason: str) -> None:
+        """Stop the run."""
+        ray.get(self._actor.stop.remote(reason))
 
     def warn(self, message: str) -> None:
         """Report a warning, which the driver logs once. Return without waiting."""

@@ -15,7 +15,7 @@ from stpm.errors import RunDamagedError
 from stpm.method.false_discovery import find_discoveries
 from stpm.scoring.inputs.manifest import Manifest, Shard, read_shard
 from stpm.scoring.pipeline import score_shards
-from stpm.scoring.progress import ProgressReporter, Snapshot
+from stpm.scoring.progress import Snapshot
 from stpm.scoring.progress_display import show_scoring_progress
 from stpm.scoring.resuming.remaining import remaining_shards
 from stpm.scoring.resuming.resume import resume_or_start
@@ -52,6 +52,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         ConfigError: if the output holds files that no run wrote, or the scorers do not fit the cluster.
         DataError: if the sources cannot be read.
         ModelError: if no image's category has a model, or storage failed while a model was read.
+        DeviceError: if torch cannot use a GPU that Ray assigns.
         CutOffError: if storage, a node or Ray failed.
     """
     state, manifest, models = resume_or_start(run, start_over=start_over, replace=replace)
@@ -145,21 +146,16 @@ def _score_segments(
             if shards:
                 if len(segments) > 1:
                     log.info(f"segment {segment.number + 1} of {len(every)}")
-                _score_shards(run, shards, run.output.segment_checkpoints(segment.number), models, progress)
+                checkpoints = run.output.segment_checkpoints(segment.number)
+                try:
+                    score_shards(run, shards, checkpoints, models, progress, state)
+                except Exception as error:
+                    if is_ray_failure(error):
+                        _check_shards(shards)
+                    raise
             written = commit_segment(run.output, run.config.output, segment, run.triage_images)
             total = RowSummary.total([total, written], max_ranked=0)
         return total, progress.read()
-
-
-def _score_shards(
-    run: ScoringRun, shards: Sequence[Shard], checkpoints: str, models: ModelRecords, progress: ProgressReporter
-) -> None:
-    try:
-        score_shards(run, shards, checkpoints, models, progress)
-    except Exception as error:
-        if is_ray_failure(error):
-            _check_shards(shards)
-        raise
 
 
 def _check_shards(shards: Sequence[Shard]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from stpm import storage
 from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.lease import Fence, check
+from stpm.method.arithmetic import Arithmetic
 from stpm.models.libraries import installed_versions
 from stpm.records import convert, parse_json
 from stpm.scoring.options import OutputOptions, PartitionBy
@@ -25,6 +26,7 @@ _TYPES = {
     "versions": dict[str, str],
     "models": dict[str, str],
     "store": str,
+    "arithmetic": Arithmetic,
     "result": RunResult,
     "triage_images": int,
     "attempt": int,
@@ -169,6 +171,15 @@ class RunState:
         bound = {"models": dict(models), "store": store}
         if not bound.items() <= self._values.items():
             self._write(self._values | bound)
+
+    def arithmetic(self) -> Arithmetic | None:
+        """Return what has computed the run's scores until now; None if nothing was scored yet."""
+        value = self._values.get("arithmetic")
+        return value and convert(Arithmetic, value, "arithmetic")
+
+    def record_arithmetic(self, arithmetic: Arithmetic) -> None:
+        """Record what computes the run's scores from now on."""
+        self._write(self._values | {"arithmetic": asdict(arithmetic)})
 
     def record_triage(self, images: int) -> None:
         """Record that triage.html was made for a number of images."""

@@ -28,7 +28,7 @@ from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from tests.conftest import LIMITS, REPOSITORY, TINY
+from tests.conftest import REPOSITORY, SETTINGS, TINY
 from tests.datasets import encode_image
 
 # A recipe that fits in seconds.
@@ -95,7 +95,7 @@ def fit(data: object, models: object, category: str = "nut", **changes: Any) -> 
     recipe, store = dataclasses.replace(TINY, epochs=1, **changes), storage.absolute(str(models))
     train = read_category(storage.absolute(str(data)), category).train
     digest = ModelStore(store).put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
-    result = fit_category(FitTask(category, train, recipe, store, digest), LIMITS, lambda message: None)
+    result = fit_category(FitTask(category, train, recipe, store, digest), SETTINGS, lambda message: None)
     assert result.record, result.reason
 
 

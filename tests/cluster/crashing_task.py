@@ -12,6 +12,7 @@ from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitTask
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import WorkerResources
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from tests.conftest import TINY
@@ -33,7 +34,12 @@ def main(data: str, models: str) -> None:
     ]
     with connected():
         results = run_worker_group(
-            tasks, WorkerOptions(workers=2), WorkerResources(cpus=1), f"{models}/.train", FitProgress(tasks, None)
+            tasks,
+            WorkerOptions(workers=2),
+            WorkerResources(cpus=1),
+            Arithmetic(),
+            f"{models}/.train",
+            FitProgress(tasks, None),
         )
     for result in results:
         print(f"outcome {result.task.category} {'fitted' if result.record else 'failed'} {result.reason}", flush=True)

@@ -14,7 +14,7 @@ import torch
 from stpm import storage
 from stpm.data import mvtec
 from stpm.fitting import train_student as training
-from stpm.fitting.fit_category import WorkerLimits, fit_category
+from stpm.fitting.fit_category import fit_category
 from stpm.fitting.planning import existing_model
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.training_images import load_images, preprocessing_for
@@ -23,10 +23,10 @@ from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.options import Size
-from tests.conftest import LIMITS, MODELS
+from tests.conftest import MODELS, SETTINGS
 from tests.datasets import encode_image, make_category
 
-EVERY_EPOCH = dataclasses.replace(LIMITS, checkpoint_seconds=0.0)
+EVERY_EPOCH = dataclasses.replace(SETTINGS, checkpoint_seconds=0.0)
 
 
 def task_in(root: str | Path, recipe: Recipe, store: str = "models", **changes: Any) -> FitTask:
@@ -60,7 +60,7 @@ class Killed(BaseException):
 def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=4)
     undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
-    fit_category(undisturbed, LIMITS, lambda message: None)
+    fit_category(undisturbed, SETTINGS, lambda message: None)
 
     def die(message: Epoch | str) -> None:
         if isinstance(message, Epoch) and message.number == 3:
@@ -102,7 +102,7 @@ def test_damaged_or_foreign_checkpoint_is_ignored(
 
 def test_model_is_reused_only_for_its_recipe_teacher_and_images(tmp_path: Path, any_model: Recipe) -> None:
     task = task_in(tmp_path, any_model)
-    fit_category(task, LIMITS, lambda message: None)
+    fit_category(task, SETTINGS, lambda message: None)
     assert existing_model(task)
     assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, epochs=9))) is None
     assert existing_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, smoothing=2.0))) is None
@@ -112,7 +112,7 @@ def test_model_is_reused_only_for_its_recipe_teacher_and_images(tmp_path: Path, 
 
 def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, any_model: Recipe) -> None:
     task = task_in(root, any_model)
-    fit_category(task, LIMITS, lambda message: None)
+    fit_category(task, SETTINGS, lambda message: None)
     uri = task.train[3][0]
     data = storage.read(uri)
     storage.publish(uri, data[:-1] + b"x")
@@ -126,12 +126,12 @@ def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, a
     storage.publish(uri, data)
     assert existing_model(now()) is None
     before = ModelStore(task.store).record("nut")
-    assert fit_category(now(), LIMITS, lambda message: None).record == before == existing_model(now())
+    assert fit_category(now(), SETTINGS, lambda message: None).record == before == existing_model(now())
 
 
 def test_damaged_model_is_not_reused(root: str, caplog: pytest.LogCaptureFixture) -> None:
     task = task_in(root, MODELS["student and memory"])
-    record = fit_category(task, LIMITS, lambda message: None).record
+    record = fit_category(task, SETTINGS, lambda message: None).record
     assert record
     for file in record.files:
         uri = f"{task.store}/nut/{record.model_id}/{file}"
@@ -144,7 +144,7 @@ def test_damaged_model_is_not_reused(root: str, caplog: pytest.LogCaptureFixture
         assert f"{file}: no such file" in caplog.messages[-1]
         storage.publish(uri, data)
     storage.remove(uri)
-    assert fit_category(task, LIMITS, lambda message: None).record
+    assert fit_category(task, SETTINGS, lambda message: None).record
     assert existing_model(task) == ModelStore(task.store).load("nut").record
 
 
@@ -168,14 +168,14 @@ def test_gpu_out_of_memory_fails_without_halving_the_batch(
 
     task = task_in(tmp_path, tiny)
     monkeypatch.setattr(training, "_loss", full)
-    reason = fit_category(task, LIMITS, lambda message: None).reason
+    reason = fit_category(task, SETTINGS, lambda message: None).reason
     assert re.match(r"CUDA out of memory: .* batches of 4 at this size; lower --batch-size or --pixels", reason)
     assert steps == [4]
 
 
 def test_folds_calibrate_on_every_image(tmp_path: Path, any_model: Recipe) -> None:
     task = task_in(tmp_path, dataclasses.replace(any_model, calibration_folds=2))
-    record = fit_category(task, LIMITS, lambda message: None).record
+    record = fit_category(task, SETTINGS, lambda message: None).record
     assert record
     assert record.fit.calibration_count == 8
     assert len(ModelStore(task.store).load("nut").calibration.scores) == 8
@@ -184,7 +184,7 @@ def test_folds_calibrate_on_every_image(tmp_path: Path, any_model: Recipe) -> No
 
 def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> None:
     task, reported = task_in(tmp_path, any_model), []
-    result = fit_category(task, LIMITS, reported.append)
+    result = fit_category(task, SETTINGS, reported.append)
     record = result.record
     assert record
     fit, model = record.fit, ModelStore(task.store).load("nut")
@@ -206,7 +206,7 @@ def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> N
 def test_second_fit_stores_the_same_bits(tmp_path: Path, any_model: Recipe) -> None:
     recipe = dataclasses.replace(any_model, calibration_folds=2)
     tasks = [task_in(tmp_path, recipe, store) for store in ("one", "two")]
-    records = [fit_category(task, LIMITS, lambda message: None).record for task in tasks]
+    records = [fit_category(task, SETTINGS, lambda message: None).record for task in tasks]
     assert contents(tasks[0]) == contents(tasks[1])
     assert records[0]
     assert records[1]
@@ -222,7 +222,7 @@ def test_interrupted_calibration_continues_with_the_same_fold(
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=3, calibration_folds=2)
     undisturbed, task = task_in(tmp_path, recipe, "one"), task_in(tmp_path, recipe, "two")
-    fit_category(undisturbed, LIMITS, lambda message: None)
+    fit_category(undisturbed, SETTINGS, lambda message: None)
     trained: list[int] = []
     original = training._train_epoch
 
@@ -257,7 +257,7 @@ def test_a_fit_removes_the_checkpoints_of_one_with_more_folds(
             fit_category(task, EVERY_EPOCH, lambda message: None)
     left = [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
     assert len(left) == 3
-    assert fit_category(dataclasses.replace(task, recipe=tiny), LIMITS, lambda message: None).record
+    assert fit_category(dataclasses.replace(task, recipe=tiny), SETTINGS, lambda message: None).record
     assert not [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
@@ -270,7 +270,7 @@ def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> No
     np.testing.assert_array_equal(in_memory.pixels, on_disk.pixels)
     np.testing.assert_array_equal(in_memory.content, on_disk.content)
     reported: list[Epoch | str] = []
-    fit_category(task, WorkerLimits(0, 0, 1e9), reported.append)
+    fit_category(task, dataclasses.replace(SETTINGS, ram=0, gpu_ram=0), reported.append)
     assert isinstance(reported[0], str)
     assert "in a file; teacher's features recomputed" in reported[0]
 
@@ -278,7 +278,7 @@ def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> No
 def test_auto_size_follows_the_images(tmp_path: Path, tiny: Recipe) -> None:
     recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=96 * 64, resize="fit")
     task = task_in(tmp_path, recipe, shape=(150, 100))
-    record = fit_category(task, LIMITS, lambda message: None).record
+    record = fit_category(task, SETTINGS, lambda message: None).record
     assert record
     assert record.preprocessing == Preprocessing(96, 64, "fit", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert record.recipe == recipe
@@ -292,7 +292,7 @@ def test_images_of_mixed_proportions_are_fitted(tmp_path: Path, any_model: Recip
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)
         storage.publish(task.train[i][0], encode_image(pixels))
-    record = fit_category(task, LIMITS, lambda message: None).record
+    record = fit_category(task, SETTINGS, lambda message: None).record
     assert record
     for loss in (record.fit.train_loss, record.fit.validation_loss):
         assert 0 < loss < 2 if recipe.student != "none" else loss is None

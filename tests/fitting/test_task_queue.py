@@ -50,6 +50,16 @@ def test_a_memory_alone_shows_each_image_once() -> None:
     assert (memory.cost, task("a", 9).cost) == (9, 9 * TINY.epochs)
 
 
+def test_after_a_worker_gives_up_the_others_end_their_tasks_and_no_other_starts() -> None:
+    queue = make_queue(task("running", 9), task("waiting"))
+    running = queue.take("g", 2, "n1")
+    queue.give_up("no driver")
+    assert queue.take("g", 2, "n1") == WAIT
+    finish(queue, running)
+    assert queue.take("g", 2, "n1") is None
+    assert results(queue) == {"running": "", "waiting": "no driver"}
+
+
 def test_category_with_two_seeds_is_two_tasks() -> None:
     other = dataclasses.replace(task("a"), recipe=dataclasses.replace(TINY, seed=1))
     queue = make_queue(task("a"), other)

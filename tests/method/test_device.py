@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stpm.method.device import is_out_of_memory, resolve_precision, set_up_device
+from stpm.errors import DeviceError
+from stpm.method.device import is_out_of_memory, set_up_device
 
 
 def test_set_up_device_sets_float32_and_deterministic_kernels() -> None:
@@ -12,16 +13,42 @@ def test_set_up_device_sets_float32_and_deterministic_kernels() -> None:
     try:
         cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = True
         cudnn.deterministic = False
-        set_up_device()
+        assert set_up_device(None) == torch.device("cpu")
         assert [cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark] == [False] * 3
         assert cudnn.deterministic
     finally:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
-def test_a_precision_that_is_asked_for_is_kept() -> None:
-    cpu = torch.device("cpu")
-    assert [resolve_precision(wanted, cpu) for wanted in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+@pytest.mark.parametrize(
+    ("cuda", "error", "remedy"),
+    [
+        (
+            None,
+            AssertionError("Torch not compiled with CUDA enabled"),
+            "install a torch that is built for CUDA",
+        ),
+        (
+            "12.8",
+            RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it"),
+            "update its driver, or install a torch that the driver supports",
+        ),
+        ("12.8", RuntimeError("CUDA error: unspecified launch failure"), "if the GPU is lost, restart the node"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_one_line_with_the_reason_and_a_remedy(
+    cuda: str | None, error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(DeviceError) as caught:
+        set_up_device(0)
+    assert "\n" not in str(caught.value)
+    for part in (" ".join(str(error).split()), remedy, "CUDA_VISIBLE_DEVICES="):
+        assert part in str(caught.value)
 
 
 def test_too_little_memory_is_told_from_other_errors_on_a_cpu() -> None:

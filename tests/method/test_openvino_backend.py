@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -52,10 +53,29 @@ def test_weights_that_are_lost_in_the_conversion_convert_the_whole(monkeypatch: 
 
 def test_features_of_another_backbone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (build_seeded_backbone("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
-    wrong = openvino_backend._convert(first, 64, 64)
-    monkeypatch.setattr(openvino_backend, "_graph_with_weights", lambda *_: wrong)
-    with pytest.raises(ModelError, match=r"OpenVINO's features of test_resnet differ by .* from PyTorch's"):
-        OpenVinoBackbone(second, 64, 64, "float32")
+    monkeypatch.setattr(openvino_backend, "_graph_with_weights", lambda *_: openvino_backend._convert(first, 64, 64))
+    for precision in get_args(Precision):
+        with pytest.raises(ModelError, match="OpenVINO's features of test_resnet are others than PyTorch's: "):
+            OpenVinoBackbone(second, 64, 64, precision)
+
+
+def test_the_memory_of_a_compiled_backbone_is_counted_with_its_activations() -> None:
+    """Compare with what ten of them take of a process, once the first is made."""
+    script = """
+import psutil, torch
+from stpm.method.backbones import build_seeded_backbone
+from stpm.method.openvino_backend import OpenVinoBackbone
+torch.set_num_threads(1)
+backbone = build_seeded_backbone("test_resnet", (1, 2, 3), 0, False).eval()
+kept = [OpenVinoBackbone(backbone, 512, 512, "float32")]
+before = psutil.Process().memory_full_info().uss
+kept += [OpenVinoBackbone(backbone, 512, 512, "float32") for _ in range(10)]
+print(kept[0].nbytes, (psutil.Process().memory_full_info().uss - before) / 10)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    counted, taken = map(float, ran.stdout.split())
+    print(counted, taken)
+    assert taken / 2 < counted < taken * 2
 
 
 def test_what_openvino_cannot_compile_is_an_error() -> None:

@@ -95,7 +95,7 @@ class Nightly:
         scoring = ScoreOptions(false_alarm_rate=rate)
         return nightly.run_nightly(NightlyOptions(**values | options), monitoring, output, scoring, ClusterOptions())
 
-    def score(self, run: ScoringRun, shards: Any, checkpoints: str, models: Any, progress: Any) -> None:
+    def score(self, run: ScoringRun, shards: Any, checkpoints: str, models: Any, progress: Any, _: Any) -> None:
         """Stand for `score_shards`: write the rows, and a checkpoint after each file."""
         self.starts += 1
         for uri, _ in shards:

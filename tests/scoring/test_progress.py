@@ -67,7 +67,8 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
         failed = BatchReport("decode", RunStatistics(), 64, ["unreadable: expired"] * 64, unfinished)
         reasons.append(actor.add(failed))
         assert patient.add(failed) == ""
-    assert reasons == ["", "", "", "256 of the latest 256 images failed, the last one with unreadable: expired"]
+    assert reasons[:3] == ["", "", ""]
+    assert reasons[3].startswith("256 of the latest 256 images failed, the last one with unreadable: expired")
     assert actor.read().unfinished == unfinished[:10]
     assert actor.read().stop_reason == reasons[-1]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stpm.errors import DataError, OtherRunError, RunDamagedError
+from stpm.method.arithmetic import Arithmetic
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import CategoryCounts, RunResult, RunStatistics
@@ -123,6 +124,8 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
         {"models.nut": 1},
         {"store": None},
         {"triage_images": "many"},
+        {"arithmetic": "pytorch"},
+        {"arithmetic.precision": "float16"},
         {"more": "\ud800"},
     ],
 )
@@ -130,6 +133,7 @@ def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, ch
     state.start(CONFIG)
     state.bind_models(MODELS, "store")
     state.record_triage(50)
+    state.record_arithmetic(Arithmetic())
     state.finish(RunResult(10))
     values = json.loads((tmp_path / "run.json").read_text())
     ((path, new),) = change.items()

@@ -11,11 +11,11 @@ import torch
 
 from stpm.detector import Detector, load_teacher, teacher_key
 from stpm.errors import ImageError, ModelError, ModelUnreadableError, one_line
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.device import is_out_of_memory
 from stpm.method.teacher import Teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import Backend
 
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0
@@ -31,7 +31,7 @@ class DetectorCache:
         device: the device to load onto.
         max_bytes: maximum bytes of models and teachers. The most recently used models stay, at least one.
         model_ids: the model of each category.
-        backend: what computes features.
+        arithmetic: what computes features.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class DetectorCache:
         device: torch.device,
         max_bytes: int,
         model_ids: Mapping[str, str],
-        backend: Backend = "pytorch",
+        arithmetic: Arithmetic,
     ) -> None:
         self._store = store
         self._device = device
         self._max_bytes = max_bytes
         self._model_ids = model_ids
-        self._backend: Backend = backend
+        self._arithmetic = arithmetic
         self._records: dict[str, ModelRecord] = {}
         # A detector keeps its teacher in memory.
         self._detectors: OrderedDict[str, Detector] = OrderedDict()
@@ -58,7 +58,7 @@ class DetectorCache:
         Raises:
             ImageError: if the record cannot be loaded.
         """
-        return self._load(category, lambda name: teacher_key(self._record(name)))
+        return self._load(category, lambda name: teacher_key(self._record(name), self._arithmetic))
 
     def teacher(self, category: str) -> Teacher:
         """Return the teacher of a category, see `teacher_key`.
@@ -77,7 +77,7 @@ class DetectorCache:
         return self._load(category, self._load_detector)
 
     def _load_teacher(self, category: str) -> Teacher:
-        return load_teacher(self._store, self._record(category), self._device, self._backend)
+        return load_teacher(self._store, self._record(category), self._device, self._arithmetic)
 
     def _load_detector(self, category: str) -> Detector:
         if category not in self._detectors:

@@ -7,6 +7,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from stpm.cluster.device import assigned_device
 from stpm.errors import RETRIED_ERRORS, ImageError, one_line
-from stpm.method.device import is_out_of_memory, set_up_device
+from stpm.method.device import device_capabilities, is_out_of_memory
 from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
 from stpm.result import Result
@@ -66,11 +68,15 @@ class Scorer:
     def __init__(
         self, settings: ScorerSettings, progress: ProgressReporter | None = None, detectors: DetectorCache | None = None
     ) -> None:
-        device = set_up_device()
+        device, arithmetic = assigned_device(), settings.arithmetic
+        if arithmetic.precision == "bfloat16" and not device_capabilities(device).has_bfloat16:
+            # A node that came after the run had begun.
+            log.warning("a node's device has no bfloat16, which the run computes in: there float32 computes, slower")
+            arithmetic = replace(arithmetic, precision="float32")
         self._settings = settings
         self._progress = progress
         self._detectors = detectors or DetectorCache(
-            ModelStore(settings.store), device, settings.model_ram, settings.model_ids, settings.backend
+            ModelStore(settings.store), device, settings.model_ram, settings.model_ids, arithmetic
         )
         self._dropped_errors = frozenset() if settings.accept_errors else frozenset(RETRIED_ERRORS)
         self._batch_size = BatchSize(settings.batch_size, grows=device.type != "cpu")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import ray
 
-from stpm.options import Backend
+from stpm.errors import DeviceError
+from stpm.method.arithmetic import Arithmetic
 from stpm.scoring.progress import ProgressReporter, WarningRelay
 
 
@@ -26,7 +27,7 @@ class ScorerSettings:
         batch_size: images per forward pass; 0: chosen by measuring on the device.
         model_ram: maximum bytes of the models that stay loaded.
         accept_errors: keep the rows with an error of RETRIED_ERRORS.
-        backend: what computes the features.
+        arithmetic: what computes the features.
     """
 
     store: str
@@ -37,21 +38,31 @@ class ScorerSettings:
     batch_size: int = 0
     model_ram: int = 2**30
     accept_errors: bool = False
-    backend: Backend = "pytorch"
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
 
 class ScorerActor:
-    """A `Scorer` that computes in as many threads as Ray assigned CPUs to this actor, at least one."""
+    """A `Scorer` that computes in as many threads as Ray assigned CPUs to this actor, at least one.
 
-    def __init__(self, settings: ScorerSettings, progress: ProgressReporter | None = None) -> None:
+    If torch cannot use the actor's GPU, it stops the run. The first batch then raises DeviceError: Ray Data would print
+    the traceback of an actor that does not start.
+    """
+
+    def __init__(self, settings: ScorerSettings, progress: ProgressReporter) -> None:
         import torch
 
         from stpm.scoring.stages.scorer import Scorer
 
-        if progress:
-            logging.getLogger("stpm").addHandler(WarningRelay(progress))
+        logging.getLogger("stpm").addHandler(WarningRelay(progress))
         torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
-        self._scorer = Scorer(settings, progress)
+        self._broken: DeviceError | None = None
+        try:
+            self._scorer = Scorer(settings, progress)
+        except DeviceError as error:
+            progress.stop(str(error))
+            self._broken = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._broken:
+            raise self._broken
         return self._scorer(batch)

@@ -26,7 +26,7 @@ from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
 from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.scorer_actor import ScorerSettings
-from tests.conftest import LIMITS, MODELS, TINY, make_preprocessing
+from tests.conftest import MODELS, SETTINGS, TINY, make_preprocessing
 from tests.datasets import make_category
 
 # One model of each kind: the scorer has to keep them apart in a mixed batch.
@@ -48,7 +48,7 @@ def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     digest = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(root / "data"), name)
     task = FitTask(name, category.train, recipe, store.uri, digest)
-    record = fit_category(task, LIMITS, lambda event: None).record
+    record = fit_category(task, SETTINGS, lambda event: None).record
     assert record
     return record
 

@@ -11,6 +11,7 @@ import torch
 
 from stpm.detector import Detector
 from stpm.errors import ImageError
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.teacher import Teacher
 from stpm.models.store import Model, ModelStore
 from stpm.scoring.stages.detector_cache import DetectorCache
@@ -20,7 +21,7 @@ from tests.scoring.stages.helpers import CATEGORIES, KINDS, current_ids, fit
 
 def make_cache(run: Path, max_bytes: int = 1) -> DetectorCache:
     store = ModelStore(str(run / "models"))
-    return DetectorCache(store, torch.device("cpu"), max_bytes, current_ids(store))
+    return DetectorCache(store, torch.device("cpu"), max_bytes, current_ids(store), Arithmetic(precision="bfloat16"))
 
 
 def test_detector_cache_keeps_the_models_used_last_within_its_budget(
@@ -105,7 +106,7 @@ def test_a_failed_load_is_not_tried_again_at_once(run: Path, monkeypatch: pytest
     asked = []
     original = ModelStore.record
     monkeypatch.setattr(ModelStore, "record", lambda self, *names: asked.append(names) or original(self, *names))
-    models = DetectorCache(ModelStore(str(run / "models")), torch.device("cpu"), 1, {"nut": "nut-0"})
+    models = DetectorCache(ModelStore(str(run / "models")), torch.device("cpu"), 1, {"nut": "nut-0"}, Arithmetic())
     for _ in range(2):
         with pytest.raises(ImageError, match="no model nut-0") as caught:
             models.teacher("nut")

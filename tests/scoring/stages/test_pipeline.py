@@ -20,6 +20,7 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data import mvtec
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Resize
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
@@ -174,7 +175,7 @@ def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, m
 def test_the_report_of_a_batch_says_what_computed_it(run: Path, backend: Backend) -> None:
     reports: list[BatchReport] = []
     decoded = Decode(PREPROCESSING)(nut_rows([*manifest(run)["uri"].to_pylist()[:3], "/gone.png"]))
-    scorer(run, cast(Any, SimpleNamespace(report=reports.append)), backend=backend)(decoded)
+    scorer(run, cast(Any, SimpleNamespace(report=reports.append)), arithmetic=Arithmetic(backend))(decoded)
     assert [report.statistics.openvino_images for report in reports] == [3 if backend == "openvino" else 0]
 
 

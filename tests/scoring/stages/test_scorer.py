@@ -15,6 +15,7 @@ import torch
 from stpm import storage
 from stpm.data import images
 from stpm.errors import ImageError
+from stpm.method.arithmetic import Arithmetic, Capabilities
 from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import MANIFEST
@@ -39,7 +40,7 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
     rows = manifest(run)
     mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
     store = ModelStore(str(run / "models"))
-    models = DetectorCache(store, torch.device("cpu"), 2**30, current_ids(store))
+    models = DetectorCache(store, torch.device("cpu"), 2**30, current_ids(store), Arithmetic())
     for row in score(run, mixed).to_pylist():
         detector = models.detector(row["category"])
         pixels = images.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
@@ -186,7 +187,7 @@ def test_a_teacher_that_does_not_fit_beside_another_is_loaded_after_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))
+    fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], normalisation="none", epochs=1))
     rows = decode(manifest(tmp_path))
     expected = score(tmp_path, rows)
     original = Teacher.__init__
@@ -202,6 +203,22 @@ def test_a_teacher_that_does_not_fit_beside_another_is_loaded_after_it(
     monkeypatch.setattr(Teacher, "__init__", make)
     assert score(tmp_path, rows).equals(expected)
     assert len(made) == 2
+
+
+def test_a_model_in_bfloat16_is_scored_in_float32_where_that_is_not_native(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))
+    rows, in_float32 = decode(manifest(tmp_path)), score(tmp_path, manifest(tmp_path))
+    found = {}
+    for native in (True, False):
+        capabilities = Capabilities(False, native, has_openvino=True)
+        monkeypatch.setattr("stpm.scoring.stages.scorer.device_capabilities", lambda device, found=capabilities: found)
+        stage = scorer(tmp_path, raw_maps=True, overlays=True, arithmetic=Arithmetic(precision="bfloat16"))
+        found[native] = stage(rows).equals(in_float32)
+        assert ("device has no bfloat16" in caplog.text) != native
+    assert found == {True: False, False: True}
 
 
 def test_an_image_that_does_not_fit_alone_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,97 @@
+"""The device that this process computes on, as Ray assigned it, and what the devices of all nodes can compute with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from stpm.cluster.ray_failures import results_of
+from stpm.errors import GO_ON, CutOffError, DeviceError
+from stpm.method.arithmetic import Capabilities, cpu_capabilities
+
+if TYPE_CHECKING:
+    import torch
+
+# Of a GPU, for a task that examines it.
+_GPU_SHARE = 0.01
+# For the answers of the other nodes, after the first one's.
+_ANSWER_SECONDS = 30.0
+
+
+def assigned_device() -> torch.device:
+    """Return the device that this process computes on, and prepare torch for it.
+
+    In a task or an actor it is the GPU that Ray assigned, or without one the CPU, even if torch sees a GPU: Ray 2.60
+    hides no GPU from a process that it assigned none. In a process that Ray did not start it is a GPU if there is one.
+
+    Raises:
+        DeviceError: if torch cannot use the GPU.
+    """
+    from stpm.method.device import local_device, set_up_device
+
+    if not (ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE):
+        return local_device()
+    gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return set_up_device(gpu_index(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def gpu_index(assigned: Sequence[str], visible: str | None) -> int | None:
+    """Return the index, among the GPUs that torch sees, of the first one that Ray assigned; None if it assigned none.
+
+    Ray lets a process see the GPUs that it assigned to it alone, Ray Train those of all workers on a node.
+
+    Args:
+        assigned: ids of the GPUs that Ray assigned.
+        visible: the process's CUDA_VISIBLE_DEVICES; None if it is not set.
+
+    Raises:
+        DeviceError: if the GPU is hidden from the process.
+    """
+    if not assigned:
+        return None
+    if visible is None:
+        return int(assigned[0])
+    if assigned[0] not in visible.split(","):
+        raise DeviceError(
+            f"Ray assigned GPU {assigned[0]}, which CUDA_VISIBLE_DEVICES={visible} hides; leave that variable to Ray"
+        )
+    return visible.split(",").index(assigned[0])
+
+
+def examine_devices(*, gpus: bool) -> list[Capabilities]:
+    """Return what the GPU, or the CPU, of each node that can work can compute with. Needs a connection to Ray.
+
+    Wait for the first node. Then leave out those that do not answer soon: other jobs may hold all their GPUs.
+
+    Raises:
+        DeviceError: if torch cannot use a GPU that Ray assigns.
+        CutOffError: if there is no node.
+    """
+    examine = ray.remote(num_cpus=0, num_gpus=_GPU_SHARE if gpus else 0)(_examine_device)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU" if gpus else "CPU", 0) > 0]
+    tasks = [
+        # The task of a node that is lost meanwhile runs on another.
+        examine.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)).remote(gpus)
+        for node in nodes
+    ]
+    if not tasks:
+        raise CutOffError(f"all nodes that can work have left; {GO_ON}")
+    ray.wait(tasks)
+    answered, late = ray.wait(tasks, num_returns=len(tasks), timeout=_ANSWER_SECONDS)
+    for task in late:
+        ray.cancel(task)
+    found: list[Capabilities] = results_of(answered)
+    return found
+
+
+def _examine_device(gpu: bool) -> Capabilities:
+    if not gpu:
+        # Without torch, whose import takes seconds.
+        return cpu_capabilities()
+    from stpm.method.device import device_capabilities
+
+    return device_capabilities(assigned_device())

@@ -1,0 +1,87 @@
+"""What computes features, and in which precision. Processes without torch import this module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from stpm.errors import ConfigError
+from stpm.method.recipe import Precision, WantedPrecision
+from stpm.options import Backend, WantedBackend
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What computes features: one for all devices of a run.
+
+    Scores have the same bits where it is equal, with as many threads on the same kind of device. See docs/speed.md for
+    how much they differ elsewhere.
+
+    Args:
+        backend: PyTorch, or on CPUs OpenVINO.
+        precision: number format of convolutions, where neither a recipe nor a model asks for another.
+    """
+
+    backend: Backend = "pytorch"
+    precision: Precision = "float32"
+
+    def precision_to_fit(self, wanted: WantedPrecision) -> Precision:
+        """Return the precision of a fit, as its recipe wants it."""
+        return self.precision if wanted == "auto" else wanted
+
+    def precision_to_score(self, fitted: Precision) -> Precision:
+        """Return the precision that scores with a model: that of its fit, or float32 where that is not native."""
+        return "bfloat16" if self.precision == fitted == "bfloat16" else "float32"
+
+    def __str__(self) -> str:
+        return f"{self.backend} in {self.precision}"
+
+
+class Capabilities(NamedTuple):
+    """What a device can compute with; emulated, bfloat16 is slower than float32, or fails."""
+
+    is_gpu: bool
+    has_bfloat16: bool
+    has_openvino: bool
+
+
+def cpu_capabilities(cpuinfo: Path = Path("/proc/cpuinfo")) -> Capabilities:
+    """Return what this machine's CPU can compute with.
+
+    Args:
+        cpuinfo: the kernel's description of the CPUs, for tests.
+    """
+    flags = re.search(r"^flags\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    has_bfloat16 = bool(flags and {"avx512_bf16", "amx_bf16"} & set(flags[1].split()))
+    return Capabilities(False, has_bfloat16, find_spec("openvino") is not None)
+
+
+def choose_arithmetic(
+    devices: Collection[Capabilities],
+    backend: WantedBackend,
+    before: Arithmetic | None = None,
+) -> Arithmetic:
+    """Choose what all devices can compute with: bfloat16 where it is native. On GPUs PyTorch computes in any case.
+
+    Args:
+        devices: those of the run, all GPUs or all CPUs.
+        backend: `auto`: OpenVINO where it is installed.
+        before: what the run has computed with until now, which is kept if the devices can.
+
+    Raises:
+        ConfigError: if OpenVINO is wanted on CPUs and not installed everywhere.
+    """
+    has_openvino = all(device.has_openvino and not device.is_gpu for device in devices)
+    if backend == "openvino" and not has_openvino and not any(device.is_gpu for device in devices):
+        where = "here" if len(devices) == 1 else "on each node"
+        raise ConfigError(f"--backend is openvino, which is not installed {where}; pip install 'stpm[openvino]'")
+    keeps_pytorch = backend == "pytorch" or (backend == "auto" and before is not None and before.backend == "pytorch")
+    has_bfloat16 = all(device.has_bfloat16 for device in devices) and (before is None or before.precision == "bfloat16")
+    return Arithmetic(
+        "openvino" if has_openvino and not keeps_pytorch else "pytorch",
+        "bfloat16" if has_bfloat16 else "float32",
+    )

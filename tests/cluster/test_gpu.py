@@ -1,0 +1,91 @@
+"""A GPU that Ray assigns and torch cannot use: jobs end with one line that says so, and do not compute on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+from stpm import storage
+from stpm.models.store import ModelStore
+from tests.cluster.conftest import HANGS, TINY_RECIPE, environment, fit
+from tests.conftest import REPOSITORY
+from tests.datasets import make_category
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU of this machine"),
+]
+
+REASON = f"torch {torch.__version__} cannot use the GPU of "
+# The driver believes that the nodes' GPUs work: then they are lost before a worker or a scorer starts.
+TRUSTING = """
+import runpy, sys
+import {module} as module
+from stpm.method.arithmetic import Capabilities
+module.examine_devices = lambda gpus: [Capabilities(True, True, False)]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+MODULES = {"fit": "stpm.fitting.fit_categories", "score": "stpm.scoring.run_arithmetic"}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[dict[str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+        yield {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    make_category(str(root / "data"), "nut", train=6)
+    fit(root / "data", root / "models")
+    return root
+
+
+def options(name: str, root: Path, out: Path) -> list[str]:
+    if name == "fit":
+        return ["--data", str(root / "data"), "--models", str(out), "--epochs", "1", *TINY_RECIPE]
+    images = str(root / "data" / "nut" / "test")
+    return ["--models", str(root / "models"), "--images", images, "--category", "nut", "--out", str(out)]
+
+
+def run(name: str, argv: list[str], client: dict[str, str], *, trusting: bool) -> subprocess.CompletedProcess[str]:
+    job = str(REPOSITORY / "jobs" / f"{name}.py")
+    script = f"import sys; del sys.argv[0]; exec({TRUSTING.format(module=MODULES[name])!r})"
+    command = [sys.executable, *(["-c", script] if trusting else []), job, *argv]
+    ran = subprocess.run(command, env=environment(**client), capture_output=True, text=True, timeout=HANGS, check=False)
+    print(ran.stdout, ran.stderr, sep="\n")
+    return ran
+
+
+@pytest.mark.parametrize("trusting", [False, True])
+@pytest.mark.parametrize("name", ["fit", "score"])
+def test_a_gpu_that_torch_cannot_use_ends_the_job_with_one_line(
+    name: str, trusting: bool, root: Path, tmp_path: Path, client: dict[str, str]
+) -> None:
+    ended = run(name, options(name, root, tmp_path / "out"), client, trusting=trusting)
+    # Of a fit that has begun, each category has its line, in the log.
+    lines = ended.stdout.splitlines() if name == "fit" and trusting else ended.stderr.splitlines()
+    found = [line for line in lines if REASON in line]
+    assert len(found) == 1
+    assert "install a torch that is built for CUDA" in found[0]
+    assert ended.returncode == (3 if name == "fit" and trusting else 2)
+    assert "Traceback" not in ended.stdout + ended.stderr
+    if not (name == "fit" and trusting):
+        assert lines == found
+    assert not storage.files(f"{tmp_path}/out/scores")
+
+
+def test_without_gpus_per_worker_a_fit_computes_on_cpus(root: Path, tmp_path: Path, client: dict[str, str]) -> None:
+    ended = run("fit", [*options("fit", root, tmp_path), "--gpus-per-worker", "0"], client, trusting=False)
+    assert ended.returncode == 0
+    assert ModelStore(str(tmp_path)).record("nut").fit.device.startswith("cpu, ")
