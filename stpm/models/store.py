@@ -250,7 +250,7 @@ class ModelStore:
         return f"{self._list_command()} --categories {shlex.quote(category)} {flag}"
 
     def _list_command(self) -> str:
-        return f"python jobs/models.py --models {shlex.quote(self.uri)}"
+        return f"stpm models --models {shlex.quote(self.uri)}"
 
     def put_added(self, category: str, data: bytes) -> str:
         """Store the file of an image that was marked as good, and return its digest."""

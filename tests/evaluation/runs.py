@@ -102,7 +102,9 @@ def without_student(made: CategoryResult) -> CategoryResult:
     """Return the same result for a model that has a memory alone."""
     fit = dataclasses.replace(made.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
     recipe = dataclasses.replace(MODELS["memory"], seed=made.model.recipe.seed)
-    model = dataclasses.replace(made.model, recipe=recipe, fit=fit, files={"memory.safetensors": StoredFile("m" * 64, 9)})
+    model = dataclasses.replace(
+        made.model, recipe=recipe, fit=fit, files={"memory.safetensors": StoredFile("m" * 64, 9)}
+    )
     return dataclasses.replace(made, model=model)
 
 

@@ -235,7 +235,7 @@ def test_a_missing_model_whose_name_is_there_in_another_unicode_form_is_named(st
     save(store, tiny, "Geha\u0308use")
     with pytest.raises(NoModelError, match=r"two Unicode forms; rename one$"):
         store.record("Geh\u00e4use")
-    with pytest.raises(NoModelError, match=r"models\.py --models .* lists them$"):
+    with pytest.raises(NoModelError, match=r"stpm models --models .* lists them$"):
         store.record("\u00e4")
 
 
