@@ -3,7 +3,7 @@
     python bench/feedback.py --data DATA --categories casting,commutator --teacher demo
 
 DATA is in the MVTec AD layout. Fits each category on its first images of train/good, so few that its threshold is
-rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `jobs/fit.py --add-good`
+rough. Night 5 is every other test image, night 6 the others. Adds good images of night 5 as `stpm fit --add-good`
 does: those that raise an alarm, and, beginning again with the fitted model, all of them. Prints the alarms of both
 nights, and those of night 6 with each feedback. Everything runs in this process; `--student none` leaves the student
 out.

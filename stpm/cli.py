@@ -1,4 +1,4 @@
-"""Command lines of the jobs: options from the command line, YAML files and the environment become dataclasses.
+"""The command line of a job: options from the command line, YAML files and the environment become dataclasses.
 
 An option's value comes from the command line (a file named by `--config` stands for the options in it, and the last one
 given wins), else from the environment (`STPM_<NAME>`), else from the preset, else it is the default.
@@ -70,13 +70,13 @@ _PRINTING = ("--print-config", "--help", "-h")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A program: its options, as dataclasses, and the function that takes one of each.
+    """A command: its options, as dataclasses, and the function that takes one of each.
 
     A job with a Recipe among its options also has `--preset`, which sets the recipe's defaults.
 
     Args:
-        prog: its file name.
-        description: of the job.
+        name: of the command.
+        description: of the job, in one line.
         groups: the option dataclasses by their headings in the help; no two have a field of the same name.
         run: name of the function, as `package.module:function`. It takes an instance of each dataclass, and returns
             the exit code.
@@ -85,8 +85,8 @@ class Job:
         defaults: makes the defaults that depend on other options, from a first parse.
     """
 
-    prog: str
-    description: str | None
+    name: str
+    description: str
     groups: Mapping[str, type]
     run: str
     example: str
@@ -96,8 +96,8 @@ class Job:
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse the options, run the job, and return its exit code. Raises StpmError."""
         *options, log_format = self.parse(argv)
-        start_logging(self.prog.removesuffix(".py"), log_format)
-        log.info("%s of stpm %s starts", self.prog, __version__)
+        start_logging(self.name, log_format)
+        log.info("%s of stpm %s starts", self.name, __version__)
         code: int = resolve_name(self.run)(*options)
         return code
 
@@ -124,6 +124,11 @@ class Job:
             raise ConfigError("the file of --config is not UTF-8; save it as UTF-8") from error
         return [*(_make(kind, values) for kind in self.groups.values()), values.log]
 
+    def flags(self) -> list[str]:
+        """List the options as the command line has them."""
+        actions = self.parser({})._actions
+        return [flag for each in actions if each.help != argparse.SUPPRESS for flag in each.option_strings]
+
     def parser(self, defaults: Mapping[str, Any]) -> ArgumentParser:
         """Make the parser.
 
@@ -133,8 +138,8 @@ class Job:
         fields = [field for kind in self.groups.values() for field in dataclasses.fields(kind)]
         required = "".join(f" {flag(field.name)} ..." for field in fields if field.metadata["required"])
         parser = _Parser(
-            prog=self.prog,
-            usage=f"python jobs/{self.prog}{required} [options]",
+            prog=f"stpm {self.name}",
+            usage=f"stpm {self.name}{required} [options]",
             description=self.description,
             epilog=f"example:\n  {self.example}\n\n{_EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -159,19 +164,19 @@ class Job:
         return parser
 
 
-def run_job(job: Job) -> NoReturn:
-    """Run a job as this process: exit with its code, and log an error as one line.
+def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
+    """Run a job as this process, with the words after its name: exit with its code, and log an error as one line.
 
     Standard input and output accept bytes that are not UTF-8; the output escapes them.
     """
     stop_on_signals()
     # Errors in the options are logged before the format that the options choose is known.
-    start_logging(job.prog.removesuffix(".py"), "text")
+    start_logging(job.name, "text")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
     try:
-        code = job(sys.argv[1:])
+        code = job(argv)
     except KeyboardInterrupt:
         log.info(f"stopped by {stop_signal().name}: {GO_ON}")
         code = STOPPED + stop_signal()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import get_type_hints
 
 import pytest
 import yaml
 
+from stpm import __version__
 from stpm.cli import Job, run_job
+from stpm.commands import COMMANDS, main
 from stpm.errors import ConfigError
 from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.method.recipe import PRESETS, Recipe
@@ -22,18 +25,8 @@ from tests.conftest import REPOSITORY
 from tests.datasets import make_category
 
 
-def job(name: str) -> Job:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "jobs" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Job = module.JOB
-    return found
-
-
 def parse_recipe(*argv: str) -> Recipe:
-    return job("benchmark").parse(["--data", "x", *argv])[1]  # type: ignore[no-any-return]
+    return COMMANDS["benchmark"].parse(["--data", "x", *argv])[1]
 
 
 def test_a_command_line_becomes_dataclasses() -> None:
@@ -41,7 +34,7 @@ def test_a_command_line_becomes_dataclasses() -> None:
         "--data s3://b/d --out s3://b/o --categories a,b --preset notebook --epochs 3 --seeds 0,1 "
         "--teacher resnet18.tv_in1k --teacher-weights /w.pth --workers 2"
     )
-    options, recipe, pool, *_ = job("benchmark").parse(line.split())
+    options, recipe, pool, *_ = COMMANDS["benchmark"].parse(line.split())
     assert options == BenchmarkOptions("s3://b/d", "s3://b/o", options.categories, options.seeds)
     assert (options.categories, options.seeds) == (("a", "b"), (0, 1))
     assert (recipe.epochs, recipe.optimiser, recipe.batch_size) == (3, "adam", 4)
@@ -62,26 +55,26 @@ def test_the_command_line_wins_over_the_environment_and_the_preset(
 
 
 def test_without_data_the_defaults_are_those_of_the_demo_set() -> None:
-    demo = job("benchmark").parse([])[1]
+    demo = COMMANDS["benchmark"].parse([])[1]
     assert (demo.teacher, demo.size, demo.epochs) == ("demo", "128x128", 5)
-    assert job("benchmark").parse(["--epochs", "2"])[1].epochs == 2
+    assert COMMANDS["benchmark"].parse(["--epochs", "2"])[1].epochs == 2
     assert parse_recipe().teacher == "resnet18.tv_in1k"
 
 
 def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("STPM_WEBHOOK", "https://host/SECRET")
     argv = ["--models", "m", "--images", "{date}", "--out", "o"]
-    assert job("nightly").parse(argv)[1].webhook == "https://host/SECRET"
+    assert COMMANDS["nightly"].parse(argv)[1].webhook == "https://host/SECRET"
     with pytest.raises(SystemExit):
-        job("nightly").parse([*argv, "--print-config"])
+        COMMANDS["nightly"].parse([*argv, "--print-config"])
     assert "webhook" not in capsys.readouterr().out
     for option in ("--models", "--images", "--allow"):
         with pytest.raises(ConfigError, match=r"https://host/\.\.\.: this URI holds a user or password") as caught:
-            job("nightly").parse([*argv, option, "https://me:SECRET@host/{date}"])
+            COMMANDS["nightly"].parse([*argv, option, "https://me:SECRET@host/{date}"])
         assert "SECRET" not in str(caught.value)
     for option in ("--data", "--out", "--teacher-weights"):
         with pytest.raises(ConfigError, match=r"s3://bucket/\.\.\.: this URI holds a user or password"):
-            job("benchmark").parse([option, "s3://key:SECRET@bucket/x"])
+            COMMANDS["benchmark"].parse([option, "s3://key:SECRET@bucket/x"])
 
 
 @pytest.mark.parametrize(
@@ -97,14 +90,14 @@ def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsy
 def test_an_error_in_a_configuration_shows_none_of_it(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message) as caught:
-        job("nightly").parse(["--config", str(tmp_path / "run.yaml")])
+        COMMANDS["nightly"].parse(["--config", str(tmp_path / "run.yaml")])
     assert "SECRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize("argv", [["--webhook=", "https://host/SECRET"], [os.fsdecode(b"https://host/SECRET\xff")]])
 def test_an_error_in_a_command_line_shows_no_url(argv: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        job("nightly").parse(["--models", "m", "--images", "{date}", "--out", "o", *argv])
+        COMMANDS["nightly"].parse(["--models", "m", "--images", "{date}", "--out", "o", *argv])
     assert "SECRET" not in str(caught.value)
 
 
@@ -124,7 +117,7 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
 ) -> None:
     argv = ["--data", "x", *line.split()]
     with pytest.raises(SystemExit):
-        job("benchmark").parse([*argv, "--print-config"])
+        COMMANDS["benchmark"].parse([*argv, "--print-config"])
     printed = capsys.readouterr().out
     values = yaml.load(printed, yaml.BaseLoader)  # noqa: S506  all values as text
     assert {field.name for field in dataclasses.fields(Recipe)} - {"seed"} <= values.keys()
@@ -132,7 +125,7 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
         written = values[name.removeprefix("--").replace("-", "_")]
         assert (",".join(written) if isinstance(written, list) else written) in (value, f"{value}.0")
     (tmp_path / "c.yaml").write_text(printed)
-    assert job("benchmark").parse(["--config", str(tmp_path / "c.yaml")]) == job("benchmark").parse(argv)
+    assert COMMANDS["benchmark"].parse(["--config", str(tmp_path / "c.yaml")]) == COMMANDS["benchmark"].parse(argv)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +161,7 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
 )
 def test_an_invalid_option_is_an_error_of_one_line(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        job("benchmark").parse(argv)
+        COMMANDS["benchmark"].parse(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not re.search("<class|Literal|Parser key", str(caught.value))
@@ -180,32 +173,98 @@ def test_the_error_for_an_unknown_option_in_the_file_names_the_nearest(tmp_path:
         parse_recipe("--config", str(tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models", "nightly"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_every_option_in_its_group(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        job(name).parse(["--help"])
+        COMMANDS[name].parse(["--help"])
     shown = capsys.readouterr().out
     required = 0
-    for title, kind in job(name).groups.items():
+    for title, kind in COMMANDS[name].groups.items():
         # Without spaces: lines are broken at hyphens too.
         group = "".join(shown.split(f"\n{title}:\n")[1].split("\n\n")[0].split())
         for field in dataclasses.fields(kind):
-            if field.name not in job(name).hidden:
+            if field.name not in COMMANDS[name].hidden:
                 assert f"--{field.name.replace('_', '-')}" in group
                 assert "".join(field.metadata["help"].split()) in group
                 assert not field.metadata["required"] or f"--{field.name} ..." in shown.splitlines()[0]
                 required += field.metadata["required"]
     assert " ".join(shown.split()).count("(required)") == required
     assert not re.search("<class|Literal|Names|Integers|None|False|True", shown)
-    assert shown.count("example:\n  python jobs/") == 1
+    assert shown.count(f"example:\n  stpm {name} ") == 1
 
 
-@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models", "nightly"])
-def test_the_example_in_the_help_parses_and_the_jobs_function_exists(name: str) -> None:
-    program, *argv = job(name).example.removeprefix("python jobs/").split()
-    assert program == job(name).prog
-    job(name).parse(argv)
-    assert callable(resolve_name(job(name).run))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_in_the_help_parses_and_the_jobs_function_takes_the_options(name: str) -> None:
+    program, command, *argv = COMMANDS[name].example.split()
+    assert (program, command) == ("stpm", name)
+    COMMANDS[name].parse(argv)
+    *kinds, returned = get_type_hints(resolve_name(COMMANDS[name].run)).values()
+    assert kinds == list(COMMANDS[name].groups.values())
+    assert returned is int
+
+
+def run_main(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Run `stpm` with these words; return its exit code, and what it prints."""
+    monkeypatch.setattr(sys, "argv", ["stpm", *words])
+    code = main()
+    return code, "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], 1), (["--help"], 0), (["-h"], 0)])
+def test_stpm_lists_its_commands_with_a_line_each(
+    words: list[str], expected: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, shown = run_main(words, capsys, monkeypatch)
+    assert code == expected
+    listed = dict(re.findall(r"^  (\w+) +(.+)$", shown, flags=re.MULTILINE))
+    assert listed == {name: job.description for name, job in COMMANDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        (["--version"], 0, f"stpm {__version__}\n"),
+        (["scroe", "--out", "o"], 1, f"error: there is no command scroe; there are {', '.join(COMMANDS)}\n"),
+        (["--webhook=https://host/SECRET"], 1, "error: there is no command --webhook=https://host/...; there are "),
+    ],
+)
+def test_what_is_no_command_says_so_in_one_line(
+    words: list[str], code: int, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, printed = run_main(words, capsys, monkeypatch)
+    assert found == code
+    assert printed.startswith(shown)
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("stpm n", ["nightly"]),
+        ("stpm ", list(COMMANDS)),
+        ("stpm score --mod", ["--models", "--model-ram-gib"]),
+        ("stpm scroe --mod", []),
+    ],
+)
+def test_bash_completes_commands_and_options(
+    line: str, expected: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    *_, previous, word = line.split(" ")
+    assert run_main(["--complete", "stpm", word, previous], capsys, monkeypatch)[1].split() == expected
+
+
+def test_each_script_is_the_command_of_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = sorted((REPOSITORY / "jobs").iterdir())
+    assert [script.name for script in scripts if script.is_file()] == [f"{name}.py" for name in sorted(COMMANDS)]
+    for name in COMMANDS:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(REPOSITORY / "jobs" / f"{name}.py"), run_name="__main__")
+        assert exit_.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: stpm {name} ")
 
 
 SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
@@ -232,9 +291,8 @@ def test_a_job_with_invalid_options_prints_one_line_and_exits_with_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_bytes(b"")
-    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as exit_:
-        run_job(job(words[0]))
+        run_job(COMMANDS[words[0]], words[1:])
     assert exit_.value.code == 1
     err = capsys.readouterr().err
     assert message in err
@@ -264,9 +322,8 @@ def test_an_error_is_one_line_and_an_exit_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_category("data", "nut", train=2, good=0, defects=0)
-    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as exit_:
-        run_job(job(words[0]))
+        run_job(COMMANDS[words[0]], words[1:])
     assert exit_.value.code == code
     out, err = capsys.readouterr()
     assert message in err
@@ -280,12 +337,9 @@ def fill_the_disk() -> int:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_an_error_of_the_disk_is_a_line_or_a_json_object(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, log_format: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["full.py", "--log", log_format])
+def test_an_error_of_the_disk_is_a_line_or_a_json_object(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
     with pytest.raises(SystemExit) as exit_:
-        run_job(Job("full.py", None, {}, f"{__name__}:fill_the_disk", ""))
+        run_job(Job("full", "", {}, f"{__name__}:fill_the_disk", ""), ["--log", log_format])
     assert exit_.value.code == 1
     out, err = capsys.readouterr()
     message = "[Errno 28] No space left on device: '/data/x'"
@@ -303,17 +357,17 @@ def test_the_preset_default_is_the_default() -> None:
 
 def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        job("fit").parse(["--preset", "notebook", "--help"])
+        COMMANDS["fit"].parse(["--preset", "notebook", "--help"])
     assert "default: 0.0004)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_list_option_given_several_times_collects_all_values() -> None:
     line = "--data x --require mean.image_auroc=0.9 --seeds=3 --require=nut.image_auroc=0.8,a.image_recall=0 --seeds 4"
-    options, *_, gate, _, _ = job("benchmark").parse(line.split())
+    options, *_, gate, _, _ = COMMANDS["benchmark"].parse(line.split())
     assert list(options.seeds) == [3, 4]
     assert list(gate.require) == ["mean.image_auroc=0.9", "nut.image_auroc=0.8", "a.image_recall=0"]
     words = ["--models", "m", "--images", "-", "--out", "o", "--images", "s3://b/c", "--category", "nut"]
-    assert list(job("score").parse(words)[0].images) == ["-", "s3://b/c"]
+    assert list(COMMANDS["score"].parse(words)[0].images) == ["-", "s3://b/c"]
 
 
 def test_a_list_option_replaces_the_file_before_it_and_is_replaced_by_the_file_after_it(tmp_path: Path) -> None:
@@ -324,15 +378,15 @@ def test_a_list_option_replaces_the_file_before_it_and_is_replaced_by_the_file_a
         (["--config", str(file), "--seeds", "1", "--seeds", "2"], [1, 2]),
         (["--seeds", "1", "--config", str(file)], [7, 8]),
     ):
-        assert list(job("benchmark").parse(["--data", "x", *argv])[0].seeds) == seeds
+        assert list(COMMANDS["benchmark"].parse(["--data", "x", *argv])[0].seeds) == seeds
     file.write_text("seeds: a\n")
     with pytest.raises(ConfigError, match="seeds: 'a' is not INTEGER,INTEGER,"):
-        job("benchmark").parse(["--config", str(file)])
+        COMMANDS["benchmark"].parse(["--config", str(file)])
 
 
 def test_a_list_option_without_a_value_is_an_error() -> None:
     with pytest.raises(ConfigError, match="require"):
-        job("benchmark").parse(["--require"])
+        COMMANDS["benchmark"].parse(["--require"])
 
 
 @pytest.mark.parametrize("name", ["memory", "size", "student", "preset"])
@@ -365,7 +419,7 @@ def test_a_size_has_decimal_digits_alone(tmp_path: Path) -> None:
 
 def test_a_name_in_the_file_stays_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("data: 0400\ncategories: [yes, 007]\n")
-    options = job("benchmark").parse(["--config", str(tmp_path / "run.yaml")])[0]
+    options = COMMANDS["benchmark"].parse(["--config", str(tmp_path / "run.yaml")])[0]
     assert (options.data, options.categories) == ("0400", ("yes", "007"))
 
 

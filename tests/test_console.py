@@ -145,11 +145,10 @@ def test_any_level_and_any_character_can_be_logged(capsys: pytest.CaptureFixture
 _STOPPED = """
 import signal, sys
 from stpm.cli import Job, run_job
-sys.argv[1:] = {options}
 def stop():
     signal.raise_signal(signal.{name})
 try:
-    run_job(Job("x.py", "", {}, "__main__:stop", ""))
+    run_job(Job("x", "", {}, "__main__:stop", ""), {options})
 finally:
     print("cleaned up")
 """
@@ -161,7 +160,7 @@ def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: 
     ran = subprocess.run(program, capture_output=True, text=True, check=False)
     assert ran.returncode == code
     assert ran.stdout.splitlines() == [
-        f"x.py of stpm {__version__} starts",
+        f"x of stpm {__version__} starts",
         f"stopped by {name}: what was done is kept; run the same command again to go on",
         "cleaned up",
     ]

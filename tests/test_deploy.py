@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from stpm.cluster.placement import first_bundle
+from stpm.commands import COMMANDS
 from stpm.scoring import prometheus
 from tests.conftest import REPOSITORY
-from tests.test_cli import job
 
 DEPLOY = REPOSITORY / "deploy"
 RAYJOB = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
@@ -50,7 +50,7 @@ def test_the_rayjobs_entrypoint_parses() -> None:
     *shell, python, script = shlex.split(RAYJOB["spec"]["entrypoint"])[:6]
     options = shlex.split(RAYJOB["spec"]["entrypoint"])[6:]
     assert (shell[0], python, script) == ("sh", "python", "/home/ray/stpm/jobs/nightly.py")
-    parsed = job("nightly").parse([word.replace("YYYY-MM-DD", "2026-11-24") for word in options])[0]
+    parsed = COMMANDS["nightly"].parse([word.replace("YYYY-MM-DD", "2026-11-24") for word in options])[0]
     assert parsed.category_from == "{category}/{name}"
     date = parsed.night(datetime.datetime.now(datetime.timezone.utc))
     assert parsed.sources(date) == ("s3://plant/dump/2026-11-24",)

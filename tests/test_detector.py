@@ -21,14 +21,13 @@ from stpm.data import images, mvtec
 from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
-from stpm.fitting.planning import existing_model
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
-from tests.conftest import LIMITS, MODELS, REPOSITORY, TINY
+from tests.conftest import MODELS, REPOSITORY, SETTINGS, TINY
 from tests.datasets import make_category
-from tests.fitting.test_fit_category import contents, task_in
+from tests.fitting.test_fit_category import contents, stored_model, task_in
 from tests.scoring.stages.helpers import CATEGORIES, make_run, manifest, score
 
 
@@ -182,11 +181,11 @@ def test_fit_makes_the_bits_that_the_fit_job_makes(tmp_path: Path, kind: str) ->
     saved = detector.save(task.store, "nut")
     assert saved.model_id == f"nut{detector.record.model_id}"
     # The job takes the saved model for its own: it would make the same.
-    assert existing_model(task)
+    assert stored_model(task)
     fitted = contents(task)
     job = dataclasses.replace(task, store=f"{tmp_path}/other")
     ModelStore(job.store).put_teacher(load_teacher_weights(job.recipe.teacher, job.recipe.teacher_weights, (1, 2, 3)))
-    assert fit_category(job, LIMITS, lambda event: None).record
+    assert fit_category(job, SETTINGS, lambda event: None).record
     assert contents(job) == fitted
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from stpm import lease, storage
+from stpm.commands import COMMANDS
 from stpm.errors import ConfigError
 from stpm.lease import TIMEOUT, Holder, Lease, hold_lease
 from stpm.method.recipe import Recipe
@@ -22,9 +23,8 @@ from stpm.models.store import ModelStore
 from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
 from tests.datasets import make_category
 from tests.models.test_store import save
-from tests.test_cli import job
 
-OTHER_MACHINE = Holder(acquisition="a", host="far", machine="another boot", pid=7, start="1", command="jobs/score.py")
+OTHER_MACHINE = Holder(acquisition="a", host="far", machine="another boot", pid=7, start="1", command="stpm score")
 
 
 class Clock:
@@ -80,7 +80,7 @@ def test_a_renewing_holder_is_named_in_the_error(folder: str, clock: Clock) -> N
     first = make_lease(folder, clock, "a")
     first.acquire(False)
     clock.meanwhile.append(first.renew)
-    with pytest.raises(ConfigError, match=r"is held by process 7 on far, since .*: jobs/score.py\. .* --wait"):
+    with pytest.raises(ConfigError, match=r"is held by process 7 on far, since .*: stpm score\. .* --wait"):
         make_lease(folder, clock).acquire(False)
     assert clock.now < TIMEOUT
     assert not first.why_lost()
@@ -195,6 +195,7 @@ def test_held_takes_and_releases_the_lease(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from stpm import lease, storage
+from stpm.commands import COMMANDS
 from stpm.cli import run_job
 
 lease._RENEWAL, lease.TIMEOUT, lease._MARGIN = 0.1, 4.0, 2.0
@@ -212,8 +213,8 @@ def job(argv):
                 if ignores_stop == "no":
                     raise
 
-job.prog = "writer.py"
-run_job(job)
+job.name = "writer"
+run_job(job, sys.argv[1:])
 """
 
 
@@ -256,14 +257,14 @@ def test_each_job_that_changes_a_folder_takes_its_lease(tmp_path: Path, name: st
     (tmp_path / "data" / "good.csv").write_text("uri,category,label\na.png,nut,good\n")
     argv = shlex.split(options.format(data=data, out=out))
     with hold_lease(out, False), pytest.raises(ConfigError, match=f"out is held by process {os.getpid()} on"):
-        job(name)(argv)
+        COMMANDS[name](argv)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
 
 
 def test_listing_models_takes_no_lease(tmp_path: Path, tiny: Recipe) -> None:
     save(ModelStore(str(tmp_path)), tiny)
     with hold_lease(str(tmp_path), False):
-        assert job("models")(["--models", str(tmp_path)]) == 0
+        assert COMMANDS["models"](["--models", str(tmp_path)]) == 0
 
 
 def test_a_number_that_others_used_and_removed_is_not_a_lease(

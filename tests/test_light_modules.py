@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from stpm.commands import COMMANDS
 
 # The modules that define tasks and actors without networks.
 LIGHT = [
@@ -38,20 +38,19 @@ def test_light_modules_import_no_torch() -> None:
     assert not found & {"torch", "timm", "sklearn"}
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--modles", "x"], ["--log", "loud"]])
-@pytest.mark.parametrize("name", ["fit", "score", "benchmark", "evaluate", "models", "nightly"])
-def test_help_and_errors_import_nothing_heavy(name: str, argv: list[str]) -> None:
-    path = str(REPOSITORY / "jobs" / f"{name}.py")
-    found = imported_by(f"import runpy; runpy.run_path({path!r}, run_name='__main__')", *argv)
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--help"], ["scroe"]] + [[name, *rest] for name in COMMANDS for rest in (["--help"], ["--modles", "x"])],
+)
+def test_help_and_errors_import_nothing_heavy(argv: list[str]) -> None:
+    found = imported_by("from stpm.commands import main; main()", *argv)
     assert "stpm.cli" in found
     assert not found & {"torch", "ray", "timm", "pyarrow", "fsspec", "PIL", "scipy", "sklearn", "matplotlib"}
 
 
 @pytest.mark.parametrize("name", ["score", "evaluate", "models", "nightly"])
 def test_drivers_that_do_not_fit_import_no_torch(name: str) -> None:
-    path = str(REPOSITORY / "jobs" / f"{name}.py")
-    script = f"import pkgutil, runpy; pkgutil.resolve_name(runpy.run_path({path!r})['JOB'].run)"
-    found = imported_by(script)
+    found = imported_by(f"import pkgutil, stpm.commands; pkgutil.resolve_name({COMMANDS[name].run!r})")
     assert {"stpm.cli", "stpm.models.store"} <= found
     assert ("ray" in found) == (name != "models")
     assert not found & {"torch", "timm"}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stpm.commands import COMMANDS
 from tests.conftest import REPOSITORY
-from tests.test_cli import job
 
 README = (REPOSITORY / "README.md").read_text()
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -17,8 +17,8 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / 
 # They show how to start a job.
 NAMED = ("scoring", "nightly", "feedback")
 MAX_README_LINES = 125
-# Options of other programs.
-OTHER_OPTIONS = {"--working-dir", "--address", "--generate", "--check", "--dist"}
+# Options of other programs, and of `stpm` itself.
+OTHER_OPTIONS = {"--complete", "--working-dir", "--address", "--generate", "--check", "--dist"}
 
 
 def name_of(page: Path) -> str:
@@ -37,12 +37,7 @@ def test_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_exist(page: Path) -> None:
-    known = {
-        flag
-        for name in ("fit", "score", "benchmark", "evaluate", "models", "nightly")
-        for a in job(name).parser({})._actions
-        for flag in a.option_strings
-    }
+    known = {flag for each in COMMANDS.values() for flag in each.flags()}
     # Benchmarks and uv have options of their own.
     text = re.sub(r"(python bench/\S+\.py|uv pip compile)(.*\\\n)*.*", "", page.read_text())
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
@@ -52,9 +47,10 @@ def test_options_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_parse(page: Path) -> None:
     text = page.read_text().replace("\\\n", " ")
-    commands = re.findall(r"^ *python jobs/(\w+)\.py((?: .*)?)$", text, flags=re.MULTILINE)
+    shown = r"^ *(?:.* (?:&&|--) +)?(?:stpm |python jobs/)(\w+)(?:\.py)?((?: .*)?)$"
+    commands = re.findall(shown, text, flags=re.MULTILINE)
     for name, options in commands:
-        job(name).parse(shlex.split(options, comments=True))
+        COMMANDS[name].parse(shlex.split(options, comments=True))
     assert commands or page not in (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in NAMED))
 
 

@@ -33,7 +33,7 @@ RECORDS = [
         ("dump",),
         categories={"nut": CategoryRecord(model_id="nut-1", images=2, alarms=1, errors={}, false_alarm_rate=0.01)},
     ),
-    Holder("a", "host", "machine", 7, "1", "jobs/score.py"),
+    Holder("a", "host", "machine", 7, "1", "stpm score"),
     result("nut", 0, None, None).model,
 ]
 KINDS = {type(record).__name__: record for record in RECORDS}

@@ -23,7 +23,7 @@ from stpm.method.calibration import Calibration
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage, FitRecord, ModelRecord
-from stpm.models.store import encode_model, file_digests
+from stpm.models.store import describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
 
@@ -117,7 +117,7 @@ def fit_detector(
             device=torch.cuda.get_device_name() if teacher.device.type == "cuda" else f"cpu, {teacher.backend}",
         ),
         added_images=tuple(dataclasses.replace(image, fitted=True) for image in added),
-        files=file_digests(files),
+        files=describe_files(files),
     )
     calibrated = dataclasses.replace(
         detector,

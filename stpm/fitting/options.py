@@ -36,7 +36,7 @@ class FitOptions(Options):
     )
     stage: bool = option(
         False,
-        "with --add-good: report what changes, and leave the current models; jobs/models.py --roll-forward "
+        "with --add-good: report what changes, and leave the current models; stpm models --roll-forward "
         "makes the new ones current",
     )
     allow: Names = option(

@@ -6,17 +6,17 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from stpm import storage
 from stpm.data.mvtec import Category
-from stpm.errors import DataError, ModelDamagedError, ModelError, ModelUnreadableError, NoModelError, StpmError
+from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError, StpmError
 from stpm.fitting.added_images import with_added_images
 from stpm.fitting.task import FitResult, FitTask
 from stpm.method.recipe import Recipe
 from stpm.models.record import AddedImage, ModelRecord
 from stpm.models.store import ModelStore
-from stpm.models.versions import Versions
+from stpm.models.versions import Version, Versions
 
 log = logging.getLogger(__name__)
 
@@ -53,28 +53,23 @@ class TaskMaker:
     store: ModelStore
     teacher_digest: str
 
-    def current(self) -> ModelRecord | None:
-        """Return the record of the category's current model; None if there is none, or if it is damaged.
+    def stored(self) -> tuple[Versions | None, ModelRecord | None]:
+        """Read the category's versions, and the record of the current one; None for what is not there or damaged.
 
         Raises:
-            ModelUnreadableError: if storage failed while the record was read.
+            ModelUnreadableError: if storage failed while they were read.
         """
         name = self.category.name
+        versions: Versions | None = None
         try:
-            return self.store.record(name)
+            versions = self.store.versions(name)
+            return versions, self.store.record(name, versions.current.model_id)
         except NoModelError:
-            return None
+            return None, None
         except ModelDamagedError as error:
             how = "without the images that were added" if storage.files(self.store.added_folder(name)) else "again"
             log.info(f"{name}: fitted {how}: {error}", extra={"category": name})
-            return None
-
-    def versions(self) -> Versions | None:
-        """Return the category's versions; None if it has no model, or they cannot be read."""
-        try:
-            return self.store.versions(self.category.name)
-        except ModelError:
-            return None
+            return versions, None
 
     def task(self, added: Sequence[AddedImage], *, stage: bool = False) -> FitTask:
         """Make the task of a fit on the category's own images and on added ones; `stage` is that of `FitTask`."""
@@ -104,40 +99,39 @@ def plan_fit(maker: TaskMaker, new: Sequence[AddedImage] | None = None) -> Plan:
 
 def _plan_fit(maker: TaskMaker) -> Plan:
     # A model is reused even if images were added to its calibration since; a new fit trains on those images too.
-    current = maker.current()
+    versions, current = maker.stored()
     added = current.added_images if current else ()
     task = maker.task([image for image in added if image.fitted])
-    if done := _plan_without_fit(task):
+    if done := _plan_without_fit(task, versions):
         return done
-    model = existing_model(task, among="next")
-    if current and model:
+    if versions and current and (model := existing_model(task, versions.next)):
         command = maker.store.roll_command(task.category, "--roll-forward")
         message = (
             f"model {model.model_id}, of this recipe and these images, was rolled back or staged, and "
             f"{current.model_id} stays current. To roll forward: {command}"
         )
         return Plan(task, FitResult(task, current), message)
-    return Plan(maker.task(added), before=maker.versions())
+    return Plan(maker.task(added), before=versions)
 
 
 def _plan_refit(maker: TaskMaker, new: Sequence[AddedImage]) -> Plan:
-    current = maker.current()
+    versions, current = maker.stored()
     added = current.added_images if current else ()
     task = maker.task([*added, *new], stage=True)
-    if done := _plan_without_fit(task):
+    if done := _plan_without_fit(task, versions):
         return done
-    if model := existing_model(task, among="next"):
+    if versions and (model := existing_model(task, versions.next)):
         return Plan(task, FitResult(task, model), f"model {model.model_id} of these images is there already")
     return Plan(task)
 
 
-def _plan_without_fit(task: FitTask) -> Plan | None:
+def _plan_without_fit(task: FitTask, versions: Versions | None) -> Plan | None:
     """Plan a task that has too few images, or whose model is the current one; return None if it is neither."""
     try:
         task.recipe.check_image_count(len(task.train))
     except DataError as error:
         return _fail(task, error)
-    if model := existing_model(task):
+    if versions and (model := existing_model(task, (versions.current,))):
         message = f"model {model.model_id} is there already, with this recipe and these images"
         return Plan(task, FitResult(task, model), message)
     return None
@@ -147,32 +141,24 @@ def _fail(task: FitTask, error: StpmError) -> Plan:
     return Plan(task, FitResult(task, reason=str(error)), f"failed: {error}")
 
 
-def existing_model(task: FitTask, among: Literal["current", "next"] = "current") -> ModelRecord | None:
-    """Return the model in the store that the task would make again, if there is one, and it is not damaged.
-
-    Args:
-        task: the task whose recipe, teacher and images the model must have.
-        among: where to look, by the fields of `Versions`: at the category's `current` model, or among those that were
-            staged or rolled back (`next`).
+def existing_model(task: FitTask, versions: Sequence[Version]) -> ModelRecord | None:
+    """Return the model that the task would make again, if it is among these versions, and its files have their sizes.
 
     Raises:
         ModelUnreadableError: if storage failed: the model may be there, and intact.
     """
     store = ModelStore(task.store)
-    wanted = (task.recipe, task.teacher_digest, task.data_fingerprint)
-    try:
-        versions = store.versions(task.category)
-    except ModelDamagedError:
-        return None
-    for version in (versions.current,) if among == "current" else versions.next:
+    for version in versions:
+        if version.data_fingerprint != task.data_fingerprint:
+            continue
         with suppress(ModelDamagedError):
             record = store.record(task.category, version.model_id)
-            if wanted == (record.recipe, record.teacher_digest, version.data_fingerprint):
+            if (record.recipe, record.teacher_digest) == (task.recipe, task.teacher_digest):
                 break
     else:
         return None
     try:
-        store.verify(record)
+        store.check_sizes(record)
     except ModelDamagedError as error:
         log.info(f"{task.key}: fitted again: {error}", extra={"category": task.category})
         return None

@@ -29,7 +29,7 @@ def run_models(options: ModelsOptions) -> int:
         raise DataError(f"{store.uri}: no such folder; give the --models of the fit job")
     categories = list(dict.fromkeys(options.categories)) if options.names_categories else store.categories()
     if not categories:
-        raise DataError(f"{store.uri}: no category has a model there; fit one with jobs/fit.py")
+        raise DataError(f"{store.uri}: no category has a model there; fit one with stpm fit")
     failed = set()
     with hold_lease(storage.output_folder(options.models), options.wait) if changes else nullcontext():
         for category in categories:

@@ -73,6 +73,14 @@ class AddedImage:
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file of a model: its SHA-256, and its size in bytes."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """The contents of model.json: everything that scoring needs besides the weights. Digests are SHA-256.
 
@@ -88,7 +96,7 @@ class ModelRecord:
             by quantiles.
         fit: the outcome of the fit.
         added_images: all images that were marked as good.
-        files: digest of each file of the model, by name.
+        files: each file of the model, by name.
         library_versions: versions of Python and of the libraries that made the model, by name.
         created: when the record was made, ISO 8601, UTC.
         format: version of the format of model.json.
@@ -103,10 +111,10 @@ class ModelRecord:
     distance_scales: tuple[DistanceScale, ...]
     fit: FitRecord
     added_images: tuple[AddedImage, ...] = ()
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, StoredFile] = field(default_factory=dict)
     library_versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=timestamp)
-    format: Literal[6] = 6
+    format: Literal[7] = 7
 
     @property
     def good_count(self) -> int:
@@ -116,6 +124,6 @@ class ModelRecord:
     @cached_property
     def model_id(self) -> str:
         """Return the category, with a digest of everything that affects scores, p-values, thresholds or heatmaps."""
-        files = [self.files.get(name) for name in (STUDENT, MEMORY, CALIBRATION)]
+        files = [name in self.files and self.files[name].digest for name in (STUDENT, MEMORY, CALIBRATION)]
         values = (self.recipe, self.preprocessing, self.precision, self.teacher_digest, self.distance_scales, files)
         return f"{self.category}-{storage.digest(repr((values, self.heatmap_scale)).encode())[:12]}"

@@ -33,7 +33,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.errors import DataError, ModelDamagedError, ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration
-from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord
+from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, StoredFile
 from stpm.models.versions import Version, Versions
 from stpm.names import other_form, safe_name, unicode_forms
 from stpm.records import from_json, to_json
@@ -94,9 +94,9 @@ def encode_model(
     return files
 
 
-def file_digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    """Return the digest of each file, by name."""
-    return {name: storage.digest(data) for name, data in files.items()}
+def describe_files(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+    """Return digest and size of each file, by name."""
+    return {name: StoredFile(storage.digest(data), len(data)) for name, data in files.items()}
 
 
 class ModelStore:
@@ -153,7 +153,7 @@ class ModelStore:
             DataError: if the category's name is not allowed in a path.
         """
         safe_name(record.category, "category")
-        record = dataclasses.replace(record, files=file_digests(files))
+        record = dataclasses.replace(record, files=describe_files(files))
         try:
             stored = self.record(record.category, record.model_id)
             self.verify(stored)
@@ -179,14 +179,14 @@ class ModelStore:
 
         Args:
             current: record of the current model, whose other files are copied.
-            record: the new model's record, in which this replaces the files' digests.
+            record: the new model's record, in which this replaces the files.
             calibration: the new calibration, in the columns that `calibration_scores` returns.
             image_statistics: a row for each good image, in the columns that `image_statistics` returns.
 
         Raises:
             ModelError: if a file of the current model is missing or damaged.
         """
-        files = {name: self._read_verified(self._uri(current, name), digest) for name, digest in current.files.items()}
+        files = {name: self._read_file(current, name) for name in current.files}
         files[CALIBRATION] = storage.encode_parquet(calibration)
         files[IMAGE_STATISTICS] = storage.encode_parquet(image_statistics)
         return self.save(record, files, self.current(record.category).data_fingerprint, stage=True)
@@ -207,7 +207,7 @@ class ModelStore:
         if not storage.exists(teacher):
             uri = source._teacher_uri(record.teacher_digest)
             storage.publish(teacher, self._read_verified(uri, record.teacher_digest))
-        files = {name: self._read_verified(source._uri(record, name), digest) for name, digest in record.files.items()}
+        files = {name: source._read_file(record, name) for name in record.files}
         fingerprints = {each.model_id: each.data_fingerprint for each in source.versions(record.category).every}
         copied = dataclasses.replace(record, category=category)
         return self.save(copied, files, fingerprints.get(record.model_id, ""))
@@ -274,7 +274,7 @@ class ModelStore:
         return f"{self._list_command()} --categories {shlex.quote(category)} {flag}"
 
     def _list_command(self) -> str:
-        return f"python jobs/models.py --models {shlex.quote(self.uri)}"
+        return f"stpm models --models {shlex.quote(self.uri)}"
 
     def put_added(self, category: str, data: bytes) -> str:
         """Store the file of an image that was marked as good, and return its digest."""
@@ -330,8 +330,27 @@ class ModelStore:
             ModelDamagedError: if one is missing or damaged.
             ModelUnreadableError: if storage failed.
         """
-        for name, digest in record.files.items():
-            self._read_verified(self._uri(record, name), digest)
+        for name in record.files:
+            self._read_file(record, name)
+
+    def check_sizes(self, record: ModelRecord) -> None:
+        """Compare the sizes of a model's files with its record, by one listing and without reading the files.
+
+        Raises:
+            ModelDamagedError: if a file is missing or of another size. Another byte is found when the file is read.
+            ModelUnreadableError: if storage failed.
+        """
+        folder = storage.join(self.folder(record.category), record.model_id)
+        try:
+            sizes = dict(storage.file_sizes(folder))
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+        for name, file in record.files.items():
+            uri = self._uri(record, name)
+            if uri not in sizes:
+                raise _missing(uri)
+            if sizes[uri] != file.size:
+                raise ModelDamagedError(f"{uri}: has {sizes[uri]} bytes, {file.size} expected; fit the model again")
 
     def load(self, category: str, model_id: str = "") -> Model:
         """Load a model, and verify each file by its digest.
@@ -379,11 +398,13 @@ class ModelStore:
     def _tensors(self, record: ModelRecord, name: str) -> StateDict:
         from stpm.method.backbones import deserialise
 
-        uri = self._uri(record, name)
-        return deserialise(self._read_verified(uri, record.files[name]), uri)
+        return deserialise(self._read_file(record, name), self._uri(record, name))
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
-        return storage.decode_parquet(self._read_verified(self._uri(record, name), record.files[name]))
+        return storage.decode_parquet(self._read_file(record, name))
+
+    def _read_file(self, record: ModelRecord, name: str) -> bytes:
+        return self._read_verified(self._uri(record, name), record.files[name].digest)
 
     def _uri(self, record: ModelRecord, name: str) -> str:
         return storage.join(self.folder(record.category), record.model_id, name)
@@ -399,10 +420,21 @@ class ModelStore:
         try:
             data = _read(uri)
         except FileNotFoundError as error:
-            raise ModelDamagedError(f"{uri}: no such file; fit the model again") from error
+            raise _missing(uri) from error
         if (found := storage.digest(data)) != digest:
-            raise ModelDamagedError(f"{uri}: its SHA-256 is {found}, {digest} expected; fit the model again")
+            # A fit that is started again sees the size alone.
+            raise ModelDamagedError(
+                f"{uri}: its SHA-256 is {found}, {digest} expected; remove the file, and fit the model again"
+            )
         return data
+
+
+def _missing(uri: str) -> ModelDamagedError:
+    return ModelDamagedError(f"{uri}: no such file; fit the model again")
+
+
+def _unreadable(uri: str, error: OSError) -> ModelUnreadableError:
+    return ModelUnreadableError(f"{uri}: cannot be read: {error}; run the same command again when it can")
 
 
 def _read(uri: str) -> bytes:
@@ -411,7 +443,7 @@ def _read(uri: str) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ModelUnreadableError(f"{uri}: cannot be read: {error}; run the same command again when it can") from error
+        raise _unreadable(uri, error) from error
 
 
 def _read_record(kind: type[T], uri: str) -> T:

@@ -48,7 +48,7 @@ class Versions:
             return ""
         return (
             f"the new model replaces those that were rolled back or staged ({', '.join(lost)}): --roll-forward no "
-            "longer reaches them, and jobs/models.py --keep removes them"
+            "longer reaches them, and stpm models --keep removes them"
         )
 
     def stage(self, version: Version) -> Versions:

@@ -74,7 +74,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     assert score.returncode == 0
     # The first line is the job's own, and none is Ray's.
     for name, ran in (("fit", fit), ("score", score)):
-        assert ran.stdout.startswith(f"{name}.py of stpm {__version__} starts\n")
+        assert ran.stdout.startswith(f"{name} of stpm {__version__} starts\n")
         assert ran.stderr == ""
     assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333 or more" in score.stdout
     rows = read_rows("run")

@@ -15,7 +15,7 @@ from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.scales import HeatmapScale
 from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
-from stpm.models.record import FitRecord, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord, StoredFile
 from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.output import RunOutput
 from tests.conftest import MODELS, TINY, make_preprocessing
@@ -86,7 +86,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         heatmap_scale=HeatmapScale(0.1, 1.0),
         distance_scales=(),
         fit=FitRecord(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
-        files={"student.safetensors": f"{seed}" * 64},
+        files={"student.safetensors": StoredFile(f"{seed}" * 64, 9)},
         library_versions={},
         created="now",
     )
@@ -102,7 +102,9 @@ def without_student(made: CategoryResult) -> CategoryResult:
     """Return the same result for a model that has a memory alone."""
     fit = dataclasses.replace(made.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
     recipe = dataclasses.replace(MODELS["memory"], seed=made.model.recipe.seed)
-    model = dataclasses.replace(made.model, recipe=recipe, fit=fit, files={"memory.safetensors": "m" * 64})
+    model = dataclasses.replace(
+        made.model, recipe=recipe, fit=fit, files={"memory.safetensors": StoredFile("m" * 64, 9)}
+    )
     return dataclasses.replace(made, model=model)
 
 

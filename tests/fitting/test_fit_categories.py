@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from stpm import storage
 from stpm.data import mvtec
-from stpm.errors import ModelUnreadableError
+from stpm.errors import ModelError
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedImage, ModelRecord
+from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from tests.conftest import MODELS, fail_to_read
 from tests.datasets import make_category
+
+
+def bytes_read() -> int:
+    """Count the bytes that this process has read."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def categories(root: Path, **images: int) -> list[mvtec.Category]:
@@ -53,9 +60,13 @@ def test_a_model_that_storage_does_not_give_is_not_replaced(
     data, store = categories(tmp_path, nut=8), str(tmp_path / "models")
     fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
     before = ModelStore(store).versions("nut")
-    fail_to_read(monkeypatch, OSError("503 Slow Down"), ["student.safetensors"])
+
+    def fail(uri: str) -> NoReturn:
+        raise OSError("503 Slow Down")
+
+    monkeypatch.setattr(storage, "file_sizes", fail)
     (result,) = fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
-    assert "student.safetensors: cannot be read" in result.reason
+    assert f"{before.current.model_id}: cannot be read: 503 Slow Down" in result.reason
     assert fitted_keys == ["nut (seed 0)"]
     assert ModelStore(store).versions("nut") == before
 
@@ -74,9 +85,48 @@ def test_damaged_model_is_reported_and_fitted_again(
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert all(result.record for result in results)
     assert caplog.messages[0].startswith("nut (seed 0): fitted again: ")
-    assert "student.safetensors: its SHA-256 is" in caplog.messages[0]
+    size = student.stat().st_size
+    assert f"student.safetensors: has {size - 1} bytes, {size} expected" in caplog.messages[0]
     fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
     assert len(fitted_keys) == 3
+
+
+def test_a_fit_that_is_started_again_reads_no_file_of_its_models_but_the_record(
+    tmp_path: Path, fitted_keys: list[str], tiny: Recipe
+) -> None:
+    store, names = tmp_path / "models", [f"nut{number}" for number in range(5)]
+    data = categories(tmp_path, **dict.fromkeys(names, 8))
+
+    def fit(count: int) -> int:
+        """Fit so many categories; return the bytes that this process has read meanwhile."""
+        before = bytes_read()
+        fit_categories(data[:count], tiny, {0: str(store)}, WorkerOptions(), ClusterOptions(), False)
+        return bytes_read() - before
+
+    fit(5)
+    one, five = (fit(count) for count in (1, 5))
+    assert len(fitted_keys) == 5
+    small = sum(path.stat().st_size for name in names[1:] for path in (store / name).rglob("*.json"))
+    weights = sum(path.stat().st_size for name in names[1:] for path in (store / name).rglob("*.safetensors"))
+    assert five - one < 4 * small < weights / 4
+
+
+def test_a_changed_byte_is_found_when_the_model_is_loaded_and_repaired_once_the_file_is_removed(
+    tmp_path: Path, fitted_keys: list[str], tiny: Recipe
+) -> None:
+    data, store = categories(tmp_path, nut=8), ModelStore(str(tmp_path / "models"))
+    fit_categories(data, tiny, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+    (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
+    intact = student.read_bytes()
+    student.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    fit_categories(data, tiny, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+    assert len(fitted_keys) == 1
+    with pytest.raises(ModelError, match=f"{student}: its SHA-256 is .*; remove the file, and fit the model again"):
+        store.load("nut")
+    student.unlink()
+    fit_categories(data, tiny, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+    assert len(fitted_keys) == 2
+    assert student.read_bytes() == intact
 
 
 @pytest.mark.parametrize("contents", [None, b"{"])
@@ -120,17 +170,11 @@ def test_an_unreadable_record_fails_its_category_alone(
 ) -> None:
     """A fit without the images that were added to the model would lose them."""
     data, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
-    read = ModelStore.record
-
-    def record(self: ModelStore, category: str, model_id: str = "") -> ModelRecord:
-        if category == "nut":
-            raise ModelUnreadableError("nut/model.json: cannot be read: the token is expired")
-        return read(self, category, model_id)
-
-    monkeypatch.setattr(ModelStore, "record", record)
+    fit_categories(data[:1], tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+    fitted_keys.clear()
+    fail_to_read(monkeypatch, OSError("the token is expired"), ["/nut/nut-"])
     results = fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False, new_images)
     assert fitted_keys == ["bolt (seed 0)"]
-    assert {result.task.category: result.reason for result in results} == {
-        "nut": "nut/model.json: cannot be read: the token is expired",
-        "bolt": "",
-    }
+    reasons = {result.task.category: result.reason for result in results}
+    assert reasons["bolt"] == ""
+    assert "model.json: cannot be read: the token is expired" in reasons["nut"]

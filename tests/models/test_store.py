@@ -21,7 +21,7 @@ from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank
 from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
 from stpm.method.teacher_weights import load_teacher_weights
-from stpm.models.record import FitRecord, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord, StoredFile
 from stpm.models.store import ModelStore, encode_model
 from tests.conftest import MODELS, make_preprocessing
 from tests.datasets import fitted_categories
@@ -206,7 +206,7 @@ def test_model_id_depends_on_everything_that_affects_scores(store: ModelStore, t
         dataclasses.replace(record, preprocessing=make_preprocessing(64, 48, "stretch")),
         dataclasses.replace(record, distance_scales=(DistanceScale(0.1, 0.7),)),
         dataclasses.replace(record, heatmap_scale=HeatmapScale(0.0, 9.0)),
-        dataclasses.replace(record, files=record.files | {"calibration.parquet": "0" * 64}),
+        dataclasses.replace(record, files=record.files | {"calibration.parquet": StoredFile("0" * 64, 9)}),
     ]
     assert len({each.model_id for each in (record, *others)}) == 6
     assert store.record("nut").model_id == record.model_id
@@ -228,7 +228,7 @@ def test_a_missing_model_whose_name_is_there_in_another_unicode_form_is_named(st
     save(store, tiny, "Geha\u0308use")
     with pytest.raises(NoModelError, match=r"two Unicode forms; rename one$"):
         store.record("Geh\u00e4use")
-    with pytest.raises(NoModelError, match=r"models\.py --models .* lists them$"):
+    with pytest.raises(NoModelError, match=r"stpm models --models .* lists them$"):
         store.record("\u00e4")
 
 
@@ -272,7 +272,7 @@ def test_load_refuses_damaged_files(store: ModelStore, file: str) -> None:
     data = bytearray(storage.read(uri))
     data[len(data) // 2] ^= 1
     storage.publish(uri, bytes(data))
-    with pytest.raises(ModelError, match=rf"{file}: its SHA-256 is .* expected; fit the model again"):
+    with pytest.raises(ModelError, match=rf"{file}: its SHA-256 is .* expected; remove the file, and fit the mod"):
         store.load("nut")
 
 
@@ -302,7 +302,7 @@ def test_load_teacher_refuses_damaged_file(store: ModelStore, tiny: Recipe) -> N
         ({"distance_scales": [{"low": 1.0}]}, "distance_scales has missing or unknown fields: high"),
         ({"preprocessing.height": 64.5}, "preprocessing.height is 64.5, not of type int"),
         ({"preprocessing.mean": [0.5, 0.5]}, "its contents are those of nut-"),
-        ({"files": {"student.safetensors": 1}}, "files.student.safetensors is 1, not of type str"),
+        ({"files": {"student.safetensors": "0"}}, "files.student.safetensors is '0', not of type StoredFile"),
     ],
 )
 def test_record_of_wrong_fields_or_types_is_refused(

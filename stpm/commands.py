@@ -1,0 +1,123 @@
+"""The commands of `stpm`: for each its option dataclasses, and the function that it runs.
+
+The files in `jobs/` run the same commands, for `ray job submit`, which sends the package and does not install it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from stpm import __doc__ as description
+from stpm import __version__
+from stpm.cli import Job, run_job
+from stpm.console import ALL_DONE, COULD_NOT_RUN
+from stpm.evaluation.options import EvaluateOptions, ReportOptions
+from stpm.fitting.options import FitOptions, WorkerOptions
+from stpm.jobs.benchmark_options import BenchmarkOptions, demo_defaults
+from stpm.method.recipe import Recipe
+from stpm.models.options import ModelsOptions
+from stpm.monitoring.options import MonitoringOptions, NightlyOptions
+from stpm.names import hide_urls
+from stpm.options import ClusterOptions
+from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
+
+# What other options say is what a job works on, and where.
+_HEADINGS: dict[type, str] = {
+    Recipe: "model",
+    WorkerOptions: "workers",
+    ScoreOptions: "scoring",
+    OutputOptions: "output",
+    MonitoringOptions: "monitoring",
+    ReportOptions: "report",
+    ClusterOptions: "cluster",
+}
+
+
+def _groups(*kinds: type) -> dict[str, type]:
+    return {_HEADINGS.get(kind, "what and where"): kind for kind in kinds}
+
+
+_JOBS = (
+    Job(
+        name="fit",
+        description="Fit one model per category of a data set in the MVTec AD layout, with Ray Train.",
+        groups=_groups(FitOptions, Recipe, WorkerOptions, ClusterOptions),
+        run="stpm.jobs.fit:run_fit",
+        example="stpm fit --data s3://plant/reference --models s3://plant/models",
+    ),
+    Job(
+        name="score",
+        description="Score a collection of images with fitted models, with Ray Data.",
+        groups=_groups(CollectionOptions, OutputOptions, ScoreOptions, ClusterOptions),
+        run="stpm.jobs.score:run_score",
+        example="stpm score --models s3://plant/models --images s3://plant/today --category bottle --out scored",
+    ),
+    Job(
+        name="evaluate",
+        description="Report on a run that is scored already: a benchmark, or a score job with labelled images.",
+        groups=_groups(EvaluateOptions, ReportOptions, ClusterOptions),
+        hidden=("backend", "first_node", "plan"),
+        run="stpm.jobs.evaluate:run_evaluate",
+        example="stpm evaluate --run runs/benchmark --out runs/at-full-size --masks-at original",
+    ),
+    Job(
+        name="benchmark",
+        description="Fit one model per category, score every test image, and report metrics, on a demo without --data.",
+        groups=_groups(BenchmarkOptions, Recipe, WorkerOptions, ScoreOptions, ReportOptions, ClusterOptions),
+        hidden=("seed",),
+        defaults=demo_defaults,
+        run="stpm.jobs.benchmark:run_benchmark",
+        example="stpm benchmark --data /data/mvtec_ad --out runs/mvtec --preset paper --seeds 0,1,2",
+    ),
+    Job(
+        name="nightly",
+        description="Score a night's images and late files, judge each category, and write a page about the nights.",
+        groups=_groups(NightlyOptions, MonitoringOptions, OutputOptions, ScoreOptions, ClusterOptions),
+        run="stpm.jobs.nightly:run_nightly",
+        example=(
+            "stpm nightly --models s3://plant/models --images 's3://plant/dump/{date}' "
+            "--category-from '{category}/{name}' --out s3://plant/nights"
+        ),
+    ),
+    Job(
+        name="models",
+        description="List the models of a store with their versions, roll back to an earlier one, and remove old ones.",
+        groups=_groups(ModelsOptions),
+        run="stpm.jobs.models:run_models",
+        example="stpm models --models s3://plant/models --categories bottle --roll-back",
+    ),
+)
+COMMANDS = {job.name: job for job in _JOBS}
+
+
+def main(*command: str) -> int:
+    """Run a command as this process, or return the exit code of a command line that names none.
+
+    Args:
+        command: words before those of the process's command line.
+    """
+    name, *argv = [*command, *sys.argv[1:]] or [""]
+    if name in COMMANDS:
+        run_job(COMMANDS[name], argv)
+    if name == "--complete" and "COMP_LINE" in os.environ:
+        return _complete(*argv)
+    if name == "--version":
+        print(f"stpm {__version__}")
+        return ALL_DONE
+    if name in ("", "-h", "--help"):
+        lines = "".join(f"  {job.name:11}{job.description}\n" for job in _JOBS)
+        print(f"usage: stpm COMMAND [options]\n\n{description}\n\n{lines}\n`stpm COMMAND --help` explains its options.")
+        return ALL_DONE if name else COULD_NOT_RUN
+    print(f"error: there is no command {hide_urls(name)}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    return COULD_NOT_RUN
+
+
+def _complete(program: str, word: str, previous: str) -> int:
+    """Print what a word may become, as bash asks a program of `complete -C`: a command, or an option of the command."""
+    known = list(COMMANDS)
+    if previous != program:
+        name = os.environ["COMP_LINE"].split()[1]
+        known = COMMANDS[name].flags() if name in COMMANDS else []
+    sys.stdout.writelines(f"{each}\n" for each in known if each.startswith(word))
+    return ALL_DONE
