@@ -461,9 +461,11 @@ def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monk
     job.dump(DATE, "a")
     storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))
     job(nights=7)
-    # Two categories, on a page of seven nights.
-    given = [call.kwargs for call in judged.call_args_list]
-    assert given == [{"tests": 14, "false_verdict_rate": 0.05}] * 2
+    # Two categories, on a page of seven nights, the second without any image.
+    expected = {"date": DATE, "is_idle": False, "tests": 14, "false_verdict_rate": 0.05}
+    assert [call.kwargs for call in judged.call_args_list] == [expected] * 2
+    job(AFTER, nights=7)
+    assert [call.kwargs for call in judged.call_args_list[2:]] == [expected | {"date": AFTER, "is_idle": True}] * 2
 
 
 def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(
