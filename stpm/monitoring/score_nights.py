@@ -18,6 +18,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, join_first, with_remedy
+from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night, write_night
@@ -132,7 +133,9 @@ class NightlyJob:
             triage_images=self.monitoring.top,
             cluster=self.cluster,
         )
-        run_scoring(run)
+        _, models = run_scoring(run)
+        counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items()}
+        warn_about_few_good_images(counts, config.false_alarm_rate)
 
 
 def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:
