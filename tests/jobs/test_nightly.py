@@ -446,6 +446,7 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
     assert job(max_error_rate=0.2) == 2
     message = "1 of 4 images are errors, more than --max-error-rate 0.2: see error_kind in the rows"
     assert ("ERROR", message) in [(each.levelname, each.getMessage()) for each in caplog.records]
+    assert "--false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on " in caplog.text
     caplog.clear()
     assert job(max_error_rate=0.25) == 0
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
