@@ -4,7 +4,7 @@
 
 For each planting and each clean night a category's training images are split at random: one half is the reference, and
 the night's statistics are drawn from the other half, so that a clean night has the reference's own distribution. A
-night has 1,000 images, of which 3 % are defective, and follows five clean nights. Good images have uniform p-values
+night has 1,000 images, of which 3 % are defective, and follows 28 clean nights. Good images have uniform p-values
 that share one calibration of 200 images. Defects are the category's test images: with a model store their p-values are
 those of its model, and otherwise 80 % of them count as found.
 
@@ -50,7 +50,7 @@ _USUAL_DEFECTS = 0.03
 # The share of defects that a model finds, where none is given.
 _FOUND = 0.8
 # Nights before the one that is judged.
-_EARLIER = 5
+_EARLIER = 28
 # Training images of which statistics are computed, and good test images that a model scores with each fault.
 _MAX_IMAGES = 140
 _MAX_SCORED = 30
@@ -153,7 +153,9 @@ class Planted(NamedTuple):
     reference: Reference
 
     def judge(self) -> Verdict:
-        return judge(*self, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
+        return judge(
+            *self, date=_LAST_DATE, is_idle=False, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE
+        )
 
 
 class Nights:

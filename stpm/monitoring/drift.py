@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -17,12 +18,29 @@ import numpy as np
 from stpm.data.image_statistics import COMPARED
 from stpm.method.calibration import threshold_rank
 from stpm.monitoring import image_drift
-from stpm.monitoring.change import Change, Level, Limits, percent
-from stpm.monitoring.significance import FloatArray, Rate, compare_rates, compare_scores, exceedances, pool
+from stpm.monitoring.change import LEVELS, Change, Level, Limits, percent
+from stpm.monitoring.significance import (
+    FloatArray,
+    Rate,
+    compare_counts,
+    compare_rates,
+    compare_scores,
+    exceedances,
+    pool,
+)
 
-# Factors of the p-values (Bonferroni). Errors, alarms, scores and images share the false-verdict rate equally, so that
-# the many tests of images do not weaken the tests of alarms.
-_BONFERRONI = {"errors": 4, "alarms": 4 * 2, "scores": 4} | dict.fromkeys(COMPARED, 4 * image_drift.TESTS)
+# Nights that are compared together with those before: a small change takes more than one to stand out.
+_WINDOWS = (1, 3)
+# Factors of the p-values (Bonferroni). Numbers of images, errors, alarms, scores and images' statistics share the
+# false-verdict rate equally, so that the many tests of statistics do not weaken the others.
+_KINDS = 5
+_BONFERRONI = {
+    "images": _KINDS * len(_WINDOWS),
+    "errors": _KINDS * (len(_WINDOWS) + 1),
+    "alarms": _KINDS * (len(_WINDOWS) + 1),
+    "scores": _KINDS,
+    **dict.fromkeys(COMPARED, _KINDS * image_drift.TESTS),
+}
 
 # Distance between the distributions of the night's scores and the calibration's; defects change it by their share.
 _SCORES = Limits(0.25, 0.5)
@@ -31,9 +49,14 @@ _ALARMS = Limits(0.05, 0.15)
 # Alarms beyond those of earlier nights.
 _MORE_ALARMS = Limits(0.02, 0.05)
 _ERRORS = Limits(0.01, 0.1)
-# Images that are missing, as a share of the earlier night with the fewest.
-_MISSING = Limits(0.5, 0.9)
-_MIN_NIGHTS = 3
+# Images that are missing, as a share of those that are usual.
+_MISSING = Limits(0.3, 0.9)
+# Weeks of nights from which on a night is always compared with those of the same weekday.
+_MIN_WEEKS = 3
+# A product without images on this many nights is perhaps no longer made, and needs no action every night.
+_NO_LONGER_MADE = 3
+# Errors of a night of which nothing is known yet: on average one among a hundred images (beta-binomial).
+_UNKNOWN_ERRORS = 99
 # An earlier night with a smaller p-value had a fault, and is left out of what is usual.
 _FAULT_P_VALUE = 1e-4
 
@@ -132,6 +155,8 @@ def judge(
     earlier: Mapping[datetime.date, Counts],
     reference: Reference | None,
     *,
+    date: datetime.date,
+    is_idle: bool,
     tests: int,
     false_verdict_rate: float,
 ) -> Verdict:
@@ -142,11 +167,17 @@ def judge(
         sample: of its rows with a score.
         earlier: the counts of the nights before it, by date; images are compared with the model's alone.
         reference: of the model that scored the night; None if there is none.
+        date: of the night.
+        is_idle: most categories have no images on this night.
         tests: number of verdicts that are given together (categories × nights).
         false_verdict_rate: probability, in (0, 1), that any of these verdicts is not `fine` though nothing changed.
     """
     found: list[Change] = []
-    for change in _changes(night, sample, earlier, reference):
+    changes = (
+        *_fewer_images(night, date, earlier, is_idle),
+        *_changes(night, sample, list(earlier.values()), reference),
+    )
+    for change in changes:
         adjusted = min(change.p_value * _BONFERRONI.get(change.name, 1) * tests, 1.0)
         if change.level != "fine" and adjusted <= false_verdict_rate:
             found.append(replace(change, p_value=adjusted))
@@ -163,13 +194,9 @@ def _order(change: Change) -> tuple[int, float]:
     return next(i for i, names in enumerate(groups) if change.name in names), -change.size
 
 
-def _changes(
-    night: Counts, sample: Sample, earlier: Mapping[datetime.date, Counts], reference: Reference | None
-) -> Iterator[Change]:
-    """Yield what may have changed, with the p-value of each test alone."""
-    counts = list(earlier.values())
-    yield from _fewer_images(night, earlier)
-    yield from _errors(night, counts)
+def _changes(night: Counts, sample: Sample, earlier: Sequence[Counts], reference: Reference | None) -> Iterator[Change]:
+    """Yield what else may have changed, with the p-value of each test alone."""
+    yield from _errors(night, earlier)
     if not reference or not len(sample.p_values):
         return
     distinct, commonest = image_drift.distinct_rows(sample.statistics)
@@ -180,85 +207,125 @@ def _changes(
         return
     statistics = {name: values[distinct] for name, values in sample.statistics.items()}
     yield from image_drift.compare_statistics(statistics, reference.statistics)
-    yield from _alarms(night, counts, reference.calibration_count)
+    yield from _alarms(night, earlier, reference.calibration_count)
     held_out = reference.calibration_count - len(reference.added)
     if held_out:
         yield _scores(reference.held_out_p_values(sample.p_values[distinct]), held_out)
 
 
-def _fewer_images(night: Counts, earlier: Mapping[datetime.date, Counts]) -> Iterator[Change]:
-    counts = [past.images for past in earlier.values()]
-    if not night.images:
-        last = max((date for date, past in earlier.items() if past.images), default=None)
-        since = [date for date in earlier if last and date > last]
-        pauses = counts.count(0) - len(since)
-        text = "no images tonight"
-        if last:
-            text += f"; {earlier[last].images:,} on {last}"
-        if pauses:
-            text += f", and none on {counts.count(0)} of the last {len(earlier)} nights"
-        # A product that is no longer made needs no action every night.
-        is_new = len(since) < _MIN_NIGHTS
-        level: Level = "act" if last and is_new and not pauses else "watch"
-        yield Change("images", level, p_value=0.0, size=1.0, text=text)
-        return
-    present = [count for count in counts if count]
-    if len(present) >= _MIN_NIGHTS:
-        missing = 1 - night.images / min(present)
-        if (level := _MISSING.level(missing)) != "fine":
-            text = (
-                f"only {night.images:,} images; never fewer than {min(present):,} on the {len(present)} nights before"
-            )
-            yield Change("images", level, p_value=0.0, size=missing / _MISSING.act, text=text)
+def _fewer_images(
+    night: Counts, date: datetime.date, earlier: Mapping[datetime.date, Counts], is_idle: bool
+) -> Iterator[Change]:
+    """Compare with the same weekdays, or in the first weeks of a product that never rests with all nights."""
+    days = [*sorted(earlier), date]
+    images = [*(earlier[day].images for day in days[:-1]), night.images]
+    empty, most = _describe_empty(days, images, is_idle) if not night.images else ("", "act")
+    for length in _WINDOWS:
+        weeks = Counter(day.weekday() for day in days[:-length])
+        fewest = min(weeks[day.weekday()] for day in days[-length:])
+        # The line may rest on a weekday of which there was none yet.
+        if not fewest:
+            continue
+        by_weekday = fewest >= _MIN_WEEKS or not all(images[:-length])
+        groups = [day.weekday() if by_weekday else 0 for day in days]
+        usual = defaultdict[int, list[int]](list)
+        for group, count in zip(groups[:-length], images, strict=False):
+            usual[group].append(count)
+        expected = sum(sum(usual[group]) / len(usual[group]) for group in groups[-length:])
+        found = sum(images[-length:])
+        missing = 1 - found / expected if expected else 0.0
+        level = min(_MISSING.level(missing), most, key=LEVELS.index)
+        if level != "fine":
+            p_value = compare_counts(list(zip(groups, images, strict=True))[-length:], usual)
+            text = empty or f"only {found:,} images{_on(days[-length:])}; {expected:,.0f} are usual"
+            yield Change("images", level, p_value=p_value, size=missing / _MISSING.act, text=text)
+
+
+def _describe_empty(days: Sequence[datetime.date], images: Sequence[int], is_idle: bool) -> tuple[str, Level]:
+    """Describe a night without images, the last one, and return the largest level that it can have."""
+    last = max((i for i, count in enumerate(images) if count), default=None)
+    text = "no images tonight"
+    if last is not None:
+        text += f"; {images[last]:,} on {days[last]}"
+    if is_idle:
+        return f"{text}. Most categories have none: was the plant closed, or are files missing?", "watch"
+    return text, "act" if last is not None and len(days) - 1 - last <= _NO_LONGER_MADE else "watch"
 
 
 def _errors(night: Counts, earlier: Sequence[Counts]) -> Iterator[Change]:
+    """Compare errors with earlier nights, and with what is expected of a night of which nothing is known."""
     rate = night.error_rate
     if not rate or not rate.events:
         return
-    usual = _usual([past.error_rate for past in earlier], _ERRORS.watch)
-    # Without earlier nights, one error in a hundred images is expected.
-    share = pool(usual).value if usual else 0.0
-    text = f"{percent(rate.value)} of the images are errors ({rate.events:,} of {rate.total:,})"
-    if usual:
-        text += f", usually {percent(share)}"
-    excess = rate.value - share
-    p_value = compare_rates(rate, usual or [Rate(1, 100)])
-    yield Change("errors", _ERRORS.level(excess), p_value=p_value, size=excess / _ERRORS.act, text=text)
+    rates = [*filter(None, (past.error_rate for past in earlier)), rate]
+    unknown = exceedances(rate.events, rate.total, _UNKNOWN_ERRORS)
+    tested = [([rate], _usual(rates[:-1], _ERRORS.watch), unknown), *_compare_with_usual(rates, _ERRORS)]
+    for now, usual, p_value in tested:
+        recent = pool(now)
+        text = f"{percent(recent.value)} of the images{_on(now)} are errors ({recent.events:,} of {recent.total:,})"
+        share = 0.0
+        if usual:
+            share = pool(usual).value
+            text += f", usually {percent(share)}"
+        excess = recent.value - share
+        yield Change("errors", _ERRORS.level(excess), p_value=p_value, size=excess / _ERRORS.act, text=text)
 
 
 def _alarms(night: Counts, earlier: Sequence[Counts], calibration_count: int) -> Iterator[Change]:
-    """Compare alarms with earlier nights of the same model, and with the rate that its calibration promises."""
+    """Compare alarms with earlier nights of the same model, and with the rate that its calibration promises.
+
+    Another model's nights say little: the threshold of n calibration images alone makes the share of good images above
+    it vary by 100 % between models at a rate of 1/(n+1).
+    """
     rate = night.alarm_rate
     if not rate or not calibration_count:
         return
-    low, high = rate.interval()
-    found = (
-        f"{percent(rate.value)} of the images ({rate.events:,} of {rate.total:,}, 95 % interval {percent(low)} to "
-        f"{percent(high)})"
-    )
     wanted = (night.model_id, night.false_alarm_rate)
     same = [past for past in earlier if (past.model_id, past.false_alarm_rate) == wanted]
-    if usual := _usual([past.alarm_rate for past in same], _MORE_ALARMS.watch):
-        share = pool(usual).value
-        excess = rate.value - share
-        text = f"more alarms than usual: {found}, {percent(share)} on {len(usual)} nights before"
-        p_value = compare_rates(rate, usual)
+    rates = [*filter(None, (past.alarm_rate for past in same)), rate]
+    for now, usual, p_value in _compare_with_usual(rates, _MORE_ALARMS):
+        recent, share = pool(now), pool(usual).value
+        excess = recent.value - share
+        nights = f"{percent(share)} on {len(usual)} nights before"
+        text = f"more alarms than usual: {_describe(recent)}{_on(now)}, {nights}"
         level = _MORE_ALARMS.level(excess)
         yield Change("alarms", level, p_value=p_value, size=excess / _MORE_ALARMS.act, text=text)
     rank = threshold_rank(calibration_count, night.false_alarm_rate)
     excess = rate.value - rank / (calibration_count + 1)
     defects = min(math.ceil(_ALARMS.watch * rate.total), rate.events)
     p_value = exceedances(rate.events - defects, rate.total - defects, calibration_count, rank)
-    text = f"more alarms than the requested {percent(night.false_alarm_rate)}: {found}"
+    text = f"more alarms than the requested {percent(night.false_alarm_rate)}: {_describe(rate)}"
     yield Change("alarms", _ALARMS.level(excess), p_value=p_value, size=excess / _ALARMS.act, text=text)
 
 
-def _usual(rates: Sequence[Rate | None], margin: float) -> list[Rate]:
+def _describe(rate: Rate) -> str:
+    low, high = map(percent, rate.interval())
+    share = f"{percent(rate.value)} of the images"
+    return f"{share} ({rate.events:,} of {rate.total:,}, 95 % interval {low} to {high})"
+
+
+def _on(nights: Sequence[object]) -> str:
+    return f" on the last {len(nights)} nights" if len(nights) > 1 else ""
+
+
+def _compare_with_usual(rates: Sequence[Rate], limits: Limits) -> Iterator[tuple[Sequence[Rate], list[Rate], float]]:
+    """Yield the last nights whose rate is above that of the nights before by a limit, those nights, and the p-value."""
+    for length in _WINDOWS:
+        now, before = rates[-length:], rates[:-length]
+        rate = pool(now).value
+        # Most nights need no test.
+        if not before or rate - min(night.value for night in before) < limits.watch:
+            continue
+        usual = _usual(before, limits.watch)
+        if limits.level(rate - pool(usual).value) != "fine":
+            yield now, usual, compare_rates(now, usual)
+
+
+def _usual(rates: Sequence[Rate], margin: float) -> list[Rate]:
     """Return the rates, lowest first, without those that stand out above all lower ones by more than a margin."""
     usual: list[Rate] = []
-    for rate in sorted(filter(None, rates), key=lambda rate: rate.value):
-        if not (usual and rate.value > pool(usual).value + margin and compare_rates(rate, usual) < _FAULT_P_VALUE):
+    for rate in sorted(rates, key=lambda rate: rate.value):
+        if not (usual and rate.value > pool(usual).value + margin and compare_rates([rate], usual) < _FAULT_P_VALUE):
             usual.append(rate)
     return usual
 

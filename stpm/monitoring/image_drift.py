@@ -45,9 +45,9 @@ class _Statistic(NamedTuple):
     cause: str
     is_relative: bool = True
 
-    def unit(self, good: FloatArray) -> float:
-        """Return what a change is divided by."""
-        return max(abs(float(np.median(good))), 1e-9) if self.is_relative else 1.0
+    def change(self, middle: float, good: float) -> float:
+        """Return the change of a median, in the units of the limits."""
+        return (middle - good) / (max(abs(good), 1e-9) if self.is_relative else 1.0)
 
     def describe(self, change: float) -> str:
         """Describe a change, given in units: the beginning of a sentence."""
@@ -130,10 +130,13 @@ def compare_statistics(night: Mapping[str, FloatArray], good: Mapping[str, Float
 
 def _whole_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Iterator[Change]:
     """Report that the night's median moved."""
-    shift = float(np.median(night) - np.median(good))
-    change = shift / statistic.unit(good)
-    levels = statistic.limits.level(abs(change)), _DEVIATIONS.level(abs(shift) / max(_deviation(good), 1e-9))
-    if (level := min(levels, key=LEVELS.index)) != "fine":
+    middle, usual = float(np.median(night)), float(np.median(good))
+    change = statistic.change(middle, usual)
+    level = statistic.limits.level(abs(change))
+    if level != "fine":
+        deviation = max(_deviation(good), 1e-9)
+        level = min(level, _DEVIATIONS.level(abs(middle - usual) / deviation), key=LEVELS.index)
+    if level != "fine":
         p_value = compare_samples(night, good).p_value
         text = f"{statistic.describe(change)} than in training: {statistic.cause}"
         yield Change(name, level, p_value=p_value, size=abs(change) / statistic.limits.act, text=text)
@@ -146,7 +149,7 @@ def _part_of_night(name: str, statistic: _Statistic, night: FloatArray, good: Fl
         level = _PART_OF_NIGHT.level(share)
         if level == "fine":
             continue
-        change = float(np.median(beyond) - np.median(good)) / statistic.unit(good)
+        change = statistic.change(float(np.median(beyond)), float(np.median(good)))
         if abs(change) >= statistic.limits.act:
             p_value = exceedances(len(beyond), len(night), len(good))
             text = (

@@ -55,8 +55,9 @@ def make_record(
     rows, error_examples = read_rows(outputs)
     listed = sum(manifest.rows for manifest in manifests.values())
     unfinished = max(listed - sum(counter.images for counter in rows.values()), 0)
-    # A judged night also judges categories without images tonight, by the model of the last night that scored some.
-    models = choose_models(rows, outputs, () if night.problem or unfinished else earlier)
+    # A judged night also judges categories without images tonight, by the model of the last night on the page that has
+    # scored some.
+    models = choose_models(rows, outputs, () if night.problem or unfinished else earlier[-options.nights :])
     references, problem = load_references(store, models)
     rate = _requested_rate(outputs, false_alarm_rate)
     counters = {name: rows.get(name) or RowCounter() for name in models}
@@ -67,7 +68,7 @@ def make_record(
     }
     night = replace(night, unfinished=unfinished, problem=night.problem or problem)
     if not night.problem and not unfinished:
-        categories = judge_categories(categories, samples, references, earlier, options)
+        categories = judge_categories(replace(night, categories=categories), samples, references, earlier, options)
     return replace(
         night,
         runs=tuple(output.name for output in outputs),

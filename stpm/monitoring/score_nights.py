@@ -19,6 +19,7 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, join_first, with_remedy
 from stpm.lease import Fence
+from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night, write_night
@@ -141,7 +142,9 @@ class NightlyJob:
             triage_images=self.monitoring.top,
             cluster=self.cluster,
         )
-        run_scoring(run)
+        _, models = run_scoring(run)
+        counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items()}
+        warn_about_few_good_images(counts, config.false_alarm_rate)
 
 
 def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[datetime.date, str]:

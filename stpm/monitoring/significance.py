@@ -6,13 +6,14 @@ night share one calibration, so 10,000 of them are not uniform; their images are
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 _MAX_EXACT = 10**7
 
@@ -85,23 +86,72 @@ def pool(rates: Sequence[Rate]) -> Rate:
     return Rate(sum(rate.events for rate in rates), sum(rate.total for rate in rates))
 
 
-def compare_rates(rate: Rate, usual: Sequence[Rate]) -> float:
-    """Return the one-sided p-value that a rate is above those of earlier nights, one or more (Fisher's exact test).
+def compare_rates(now: Sequence[Rate], usual: Sequence[Rate]) -> float:
+    """Return the one-sided p-value that the rate of some nights is above that of earlier ones, one or more.
 
-    Nights differ more than random samples of images. Divide all counts by the dispersion of the earlier nights
-    (Pearson's chi-squared per degree of freedom, at least 1), as in a quasi-binomial model.
+    Without differences between nights, it would be the exact conditional test of two Poisson rates.
     """
-    dispersion = _dispersion(usual)
-    pooled = pool(usual)
-    events, total = math.floor(rate.events / dispersion), math.floor(rate.total / dispersion)
-    usual_events, usual_total = math.floor(pooled.events / dispersion), math.floor(pooled.total / dispersion)
-    return float(stats.hypergeom.sf(events - 1, total + usual_total, events + usual_events, total))
-
-
-def _dispersion(rates: Sequence[Rate]) -> float:
-    expected = pool(rates).value
-    if len(rates) < 2 or expected in (0, 1):
+    degrees = len(usual) - 1
+    if not degrees:
         return 1.0
-    events, totals = np.array(rates, np.float64).T
-    chi_squared = ((events - totals * expected) ** 2 / (totals * expected * (1 - expected))).sum()
-    return max(float(chi_squared) / (len(rates) - 1), 1.0)
+    recent, pooled = pool(now), pool(usual)
+    # That test counts one event more: no events so far do not make the next one impossible.
+    rate = (pooled.events + 1) / pooled.total
+    events, totals = np.array(usual, np.float64).T
+    expected = np.array([night.total * rate for night in now])
+    weights = np.full(len(usual), recent.total / pooled.total)
+    shape = _shape(expected, events, totals * rate, weights, degrees)
+    mean = recent.total * rate
+    tail = special.betainc(recent.events, shape, mean / (mean + shape)) if recent.events else 1.0
+    return _allow_for_estimate(tail, degrees)
+
+
+def compare_counts(now: Sequence[tuple[int, int]], usual: Mapping[int, Sequence[int]]) -> float:
+    """Return the one-sided p-value that some nights have fewer images than earlier ones of the same groups.
+
+    Args:
+        now: group, such as a weekday, and number of images of each night.
+        usual: the numbers of earlier nights by group, at least one for each of `now`, and perhaps for others.
+    """
+    # A group without images says nothing about how much nights differ.
+    means = {group: sum(counts) / len(counts) for group, counts in usual.items() if any(counts)}
+    expected = np.array([means.get(group, 0.0) for group, _ in now])
+    wanted = Counter(group for group, _ in now)
+    nights = [(count, means[name], wanted[name] / len(usual[name])) for name in means for count in usual[name]]
+    degrees = len(nights) - len(means)
+    if not expected.any() or not degrees:
+        return 1.0
+    counts, usual_means, weights = np.array(nights, np.float64).T
+    shape = _shape(expected, counts, usual_means, weights, degrees)
+    found = sum(count for _, count in now)
+    return _allow_for_estimate(special.betainc(shape, found + 1, shape / (shape + expected.sum())), degrees)
+
+
+def _shape(expected: FloatArray, events: FloatArray, means: FloatArray, weights: FloatArray, degrees: int) -> float:
+    """Return the shape of the gamma distribution of the mean that some nights have together.
+
+    Events are Poisson counts whose means vary from night to night, so that the variance of a count with mean m is
+    m + cm². Estimate c ≥ 0 by making Pearson's chi-squared of the earlier nights equal to its degrees of freedom.
+
+    Args:
+        expected: events of each of the nights.
+        events, means: of each earlier night, and their expectation.
+        weights: of each earlier night's events in the sum of `expected`.
+        degrees: number of earlier nights, less that of the means that they estimate; at least 1.
+    """
+    squares = (events - means) ** 2 / means
+
+    def surplus(variation: float) -> float:
+        return float((squares / (1 + variation * means)).sum()) - degrees
+
+    # Without the 1, the largest value would be the solution.
+    largest = float((squares / means).sum()) / degrees
+    variation = optimize.brentq(surplus, 0.0, largest) if surplus(0.0) > 0 else 0.0
+    variance = variation * (expected**2).sum() + (weights**2 * (means + variation * means**2)).sum()
+    return float(expected.sum() ** 2 / variance)
+
+
+def _allow_for_estimate(tail: float, degrees: int) -> float:
+    """Return the p-value for a tail of a distribution whose variance is an estimate (Student's t)."""
+    deviate = special.ndtri(np.clip(tail, sys.float_info.min, 1 - sys.float_info.epsilon))
+    return float(special.stdtr(degrees, deviate))

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from stpm.errors import ConfigError, DataError, with_remedy
 from stpm.models.store import ModelStore
+from stpm.monitoring.judging import EARLIER
 from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.night_record import make_record
 from stpm.monitoring.nights import Night, read_night, write_night
@@ -22,7 +23,7 @@ def update_records(
     job: NightlyJob, dates: Sequence[datetime.date], problems: Mapping[datetime.date, str]
 ) -> dict[datetime.date, Night]:
     """Bring the records of these nights, oldest first, up to date; return all records that matter, by date."""
-    count = job.monitoring.nights
+    count = max(job.monitoring.nights, EARLIER)
     folders = NightFolder.find_all(job.out)
     before = [folder for folder in folders if folder.date < dates[0]][-count:]
     nights = _read({*before, *(folder for folder in folders[-count:] if folder.date not in dates)})

@@ -463,6 +463,7 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
     assert job(max_error_rate=0.2) == 2
     message = "1 of 4 images are errors, more than --max-error-rate 0.2: see error_kind in the rows"
     assert ("ERROR", message) in [(each.levelname, each.getMessage()) for each in caplog.records]
+    assert "--false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on " in caplog.text
     caplog.clear()
     assert job(max_error_rate=0.25) == 0
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
@@ -478,9 +479,11 @@ def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monk
     job.dump(DATE, "a")
     storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))
     job(nights=7)
-    # Two categories, on a page of seven nights.
-    given = [call.kwargs for call in judged.call_args_list]
-    assert given == [{"tests": 14, "false_verdict_rate": 0.05}] * 2
+    # Two categories, on a page of seven nights, the second without any image.
+    expected = {"date": DATE, "is_idle": False, "tests": 14, "false_verdict_rate": 0.05}
+    assert [call.kwargs for call in judged.call_args_list] == [expected] * 2
+    job(AFTER, nights=7)
+    assert [call.kwargs for call in judged.call_args_list[2:]] == [expected | {"date": AFTER, "is_idle": True}] * 2
 
 
 def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(

@@ -24,11 +24,26 @@ def line(rng: np.random.Generator) -> Line:
     return Line(rng)
 
 
-def verdict(nights: list[DrawnNight], reference: Reference | None, tests: int = 20, rate: float = 0.05) -> Verdict:
+def verdict(
+    nights: list[DrawnNight],
+    reference: Reference | None,
+    tests: int = 20,
+    rate: float = 0.05,
+    is_idle: bool = False,
+) -> Verdict:
     """Judge the last night."""
     *earlier, night = nights
     by_date = {past.date: past for past in earlier}
-    return judge(night, night.sample, by_date, reference, tests=tests, false_verdict_rate=rate)
+    return judge(
+        night,
+        night.sample,
+        by_date,
+        reference,
+        date=night.date,
+        is_idle=is_idle,
+        tests=tests,
+        false_verdict_rate=rate,
+    )
 
 
 def changed(night: DrawnNight, **factors: float) -> DrawnNight:
@@ -58,14 +73,22 @@ def test_a_few_defects_are_part_of_a_normal_night(rng: np.random.Generator) -> N
 
 
 def test_more_defects_than_on_earlier_nights_are_named(line: Line) -> None:
-    nights = [*line.nights(5, images=1000, defects=0.03), line.night(5, images=1000, defects=0.08)]
+    nights = [*line.nights(20, images=1000, defects=0.03), line.night(20, images=1000, defects=0.08)]
     found = verdict(nights, line.reference)
     assert found.level == "act"
     assert found.changes[0].name == "alarms"
     alarms = nights[-1].alarms
     expected = f"more alarms than usual: {alarms / 10:.1f} % of the images ({alarms} of 1,000, 95 % interval "
     assert found.reasons[0].startswith(expected)
-    assert found.reasons[0].endswith("on 5 nights before")
+    assert found.reasons[0].endswith("on 20 nights before")
+    # One night of few images does not stand out; three together do.
+    nights = [
+        *line.nights(20, images=300, defects=0.03),
+        *(line.night(i, images=300, defects=0.1) for i in (20, 21, 22)),
+    ]
+    assert verdict(nights[:21], line.reference, tests=2000).level == "fine"
+    found = verdict(nights, line.reference, tests=2000)
+    assert " on the last 3 nights, " in found.reasons[0]
 
 
 def test_alarms_of_another_model_are_not_compared(line: Line) -> None:
@@ -73,17 +96,17 @@ def test_alarms_of_another_model_are_not_compared(line: Line) -> None:
     assert verdict([*nights, line.night(5, images=1000, defects=0.04)], line.reference).level == "fine"
 
 
-@pytest.mark.parametrize("fault", [0, 4])
+@pytest.mark.parametrize("fault", [0, 14])
 def test_a_night_with_a_fault_does_not_raise_what_is_usual(line: Line, fault: int) -> None:
-    nights = line.nights(6, images=1000, defects=0.02)
+    nights = line.nights(20, images=1000, defects=0.02)
     nights[fault] = replace(line.night(fault, images=1000, defects=0.6), errors={"damaged": 300})
     found = verdict(
-        [*nights, replace(line.night(6, images=1000, defects=0.09), errors={"damaged": 70, "empty": 10})],
+        [*nights, replace(line.night(20, images=1000, defects=0.09), errors={"damaged": 70, "empty": 10})],
         line.reference,
     )
     assert [change.name for change in found.changes][:2] == ["errors", "alarms"]
     assert "usually 0.0 %" in found.reasons[0]
-    assert "on 5 nights before" in found.reasons[1]
+    assert "on 19 nights before" in found.reasons[1]
 
 
 def test_many_alarms_are_named_on_the_first_night(line: Line) -> None:
@@ -167,26 +190,40 @@ def test_a_large_difference_of_few_images_is_fine(line: Line) -> None:
 
 
 def test_an_empty_night_is_named(line: Line) -> None:
-    nights = line.nights(3, images=1204)
-    found = verdict([*nights, line.empty(3)], line.reference)
-    assert (found.level, found.reasons) == ("act", ("no images tonight; 1,204 on 2026-11-03",))
-    found = verdict([*nights, line.empty(3), line.empty(4)], line.reference)
-    assert (found.level, found.reasons) == ("act", ("no images tonight; 1,204 on 2026-11-03",))
-    # A product that is no longer made.
-    assert verdict([*nights, *map(line.empty, range(3, 6))], line.reference).level == "act"
-    assert verdict([*nights, *map(line.empty, range(3, 7))], line.reference).level == "watch"
-    found = verdict([*nights, line.empty(3), line.night(4, images=900), line.empty(5)], None)
-    assert found.level == "watch"
-    assert found.reasons[0] == "no images tonight; 900 on 2026-11-05, and none on 1 of the last 5 nights"
-    assert verdict([line.empty(0)], line.reference).reasons == ("no images tonight",)
+    nights = line.nights(14, images=1204)
+    text = "no images tonight; 1,204 on 2026-11-14"
+    for number in (14, 15, 16):
+        nights.append(line.empty(number))
+        found = verdict(nights, line.reference)
+        assert (found.level, found.reasons) == ("act", (text,))
+    # A product that is no longer made, and a plant that is closed.
+    assert verdict([*nights, line.empty(17)], line.reference).level == "watch"
+    found = verdict(nights[:15], None, is_idle=True)
+    closed = "Most categories have none: was the plant closed, or are files missing?"
+    assert (found.level, found.reasons) == ("watch", (f"{text}. {closed}",))
+    # A new product.
+    assert verdict([line.empty(0)], line.reference).level == "fine"
+
+
+def test_a_line_may_rest_on_weekdays(line: Line) -> None:
+    """On Saturdays and Sundays, from the first week on."""
+    nights = [line.empty(day) if day % 7 in (0, 6) else line.night(day, images=1204) for day in range(42)]
+    for number in range(1, 42):
+        assert verdict(nights[:number], line.reference, tests=1).level == "fine"
+    # The same weekdays have images, though every third night on average has none.
+    found = verdict([*nights[:36], line.empty(36)], line.reference)
+    assert found.level == "act"
 
 
 def test_few_images_are_named(line: Line) -> None:
-    nights = line.nights(3, images=400)
-    found = verdict([*nights, line.night(3, images=150)], line.reference)
-    assert (found.level, found.reasons) == ("watch", ("only 150 images; never fewer than 400 on the 3 nights before",))
-    assert verdict([*nights, line.night(3, images=30)], line.reference).level == "act"
+    nights = line.nights(21, images=400)
+    found = verdict([*nights, line.night(21, images=150)], line.reference)
+    assert (found.level, found.reasons) == ("watch", ("only 150 images; 400 are usual",))
+    assert verdict([*nights, line.night(21, images=30)], line.reference).level == "act"
     assert verdict([*nights[:2], line.night(2, images=30)], line.reference).level == "fine"
+    fewer = [line.night(number, images=260) for number in (21, 22, 23)]
+    found = verdict([*nights, *fewer], line.reference, tests=6000)
+    assert (found.level, found.reasons) == ("watch", ("only 780 images on the last 3 nights; 1,200 are usual",))
 
 
 def test_a_repeated_image_is_named_and_its_consequences_are_not(line: Line) -> None:

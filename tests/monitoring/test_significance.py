@@ -10,7 +10,14 @@ from scipy import stats
 
 from stpm.method.calibration import Calibration, threshold_rank
 from stpm.method.scales import HeatmapScale
-from stpm.monitoring.significance import Rate, compare_rates, compare_samples, compare_scores, exceedances
+from stpm.monitoring.significance import (
+    Rate,
+    compare_counts,
+    compare_rates,
+    compare_samples,
+    compare_scores,
+    exceedances,
+)
 
 NIGHTS = 1000
 
@@ -68,20 +75,34 @@ def test_alarms_of_good_nights_exceed_their_calibration_as_often_as_stated(
         assert (np.array(found) <= rate).sum() <= most(rate)
 
 
-def test_rates_are_compared_by_fishers_exact_test() -> None:
-    expected = stats.fisher_exact([[24, 276], [45, 1455]], alternative="greater").pvalue
-    assert compare_rates(Rate(24, 300), [Rate(9, 300)] * 5) == pytest.approx(expected)
+def test_nights_that_do_not_differ_are_compared_by_the_exact_tests_of_counts() -> None:
+    """Except that how much they differ is an estimate of four degrees of freedom."""
+
+    def expected(events: int, usual: int, alternative: str) -> float:
+        exact = stats.binomtest(events, events + usual, 1 / 6, alternative).pvalue
+        return float(stats.t.cdf(stats.norm.ppf(exact), 4))
+
+    assert compare_rates([Rate(24, 300)], [Rate(9, 300)] * 5) == pytest.approx(expected(24, 45, "greater"))
+    assert compare_rates([Rate(9, 300)], [Rate(0, 300)] * 5) == pytest.approx(expected(9, 0, "greater"))
+    assert compare_counts([(0, 60)], {0: [100] * 5}) == pytest.approx(expected(60, 500, "less"))
+    assert compare_rates([Rate(300, 300)], [Rate(0, 300)]) == 1
 
 
-def test_nights_that_differ_among_themselves_do_not_make_the_next_one_stand_out(rng: np.random.Generator) -> None:
-    """Defects come in lots: the rates of nights vary by more than those of random images."""
-    found = []
+@pytest.mark.parametrize("nights", [2, 3, 6, 30])
+def test_a_healthy_night_stands_out_of_few_or_many_as_often_as_stated(nights: int, rng: np.random.Generator) -> None:
+    """Rates and numbers of images differ from night to night by a third, and numbers of images also by weekday."""
+    rates, counts = [], []
+    week = np.array([1, 1, 1.1, 1, 0.8, 0.2, 0])[np.arange(nights + 7) % 7]
     for _ in range(NIGHTS):
-        rates = [Rate(int(rng.binomial(2000, rng.beta(6, 144))), 2000) for _ in range(21)]
-        found.append(compare_rates(rates[-1], rates[:-1]))
-    assert (np.array(found) <= 0.01).mean() <= 0.04
-    pooled = [stats.binomtest(r.events, r.total, 0.04, "greater").pvalue for r in rates]
-    assert min(pooled) < 0.001
+        mean = 30 * rng.gamma(9, 1 / 9, nights + 7)
+        *usual, night = [Rate(int(alarms), 1000) for alarms in rng.poisson(mean[: nights + 1])]
+        rates.append(compare_rates([night], usual))
+        images = rng.poisson(10 * mean * week).tolist()
+        by_weekday = {day: images[day:-1:7] for day in range(7)}
+        counts.append(compare_counts([((nights + 6) % 7, images[-1])], by_weekday))
+    for found in (rates, counts):
+        for rate in (0.01, 0.001):
+            assert (np.array(found) <= rate).sum() <= most(2 * rate)
 
 
 @given(st.integers(1, 100_000), st.floats(0, 1), st.sampled_from([0.9, 0.95, 0.99]))
