@@ -1,1 +1,1 @@
-"""Feedback: images that a person marked as good change a category's model."""
+"""Feedback: images that a person marked as good join the calibration of a category's model."""

@@ -1,27 +1,30 @@
-"""Add images that a person marked as good to models: calibrate the models again, or fit them again.
-
-Each new model is staged first, and becomes current once its change is in the log.
-"""
+"""Add images that a person marked as good to the calibration of models, without fitting them again."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from stpm import storage
+from stpm.data.image_statistics import COMPARED
+from stpm.detector import load
 from stpm.errors import DataError, ModelError, join_first
-from stpm.feedback.alarms import Alarms, describe_change
 from stpm.feedback.marks import Marks
-from stpm.feedback.new_images import NewImages, score_and_store
-from stpm.feedback.recalibrate import recalibrate
-from stpm.feedback.refit import Refit
-from stpm.fitting.options import FitOptions
+from stpm.feedback.new_images import NewImage, score_new
 from stpm.lease import hold_lease
-from stpm.models.record import ModelRecord
-from stpm.models.store import ModelStore
-from stpm.models.versions import Version
-from stpm.options import ClusterOptions
+from stpm.method.calibration import threshold
+from stpm.method.scales import HeatmapScale
+from stpm.models.libraries import installed_versions
+from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, AddedImage, ModelRecord
+from stpm.models.store import ModelStore, describe_files
+from stpm.names import safe_name
+from stpm.options import WantedBackend
+from stpm.times import timestamp
 
 # Maximum number of added images that the log names.
 _NAMED = 3
@@ -30,125 +33,116 @@ log = logging.getLogger(__name__)
 
 
 def add_good(
-    store: ModelStore, marks: Marks, options: FitOptions, cluster: ClusterOptions, refit: Refit | None = None
+    store: ModelStore, marks: Marks, false_alarm_rate: float, backend: WantedBackend, *, wait: bool
 ) -> tuple[int, int]:
-    """Add marked images to the models of their categories.
+    """Add marked images to the calibration of their categories' current models.
 
     Args:
         store: the store of the models.
         marks: the images, and how a person marked them.
-        options: the false-alarm rate of the alarms that are compared, whether to stage, and whether to wait.
-        cluster: what computes, and how to use a cluster.
-        refit: fits models on the images too; None: calibrate the current models on them.
+        false_alarm_rate: rate of the thresholds that the log compares.
+        backend: what computes features on a CPU.
+        wait: if another run holds the store, wait for its end instead of raising an error.
 
     Returns:
         The number of images marked as good that the models now have, and the number of the others.
 
     Raises:
         ConfigError: if another run holds the store.
-        DataError: if the data set to fit on is missing or empty.
     """
-    found: dict[str, NewImages] = {}
-    failures: dict[str, str] = {}
-    with hold_lease(store.uri, options.wait):
+    done, refused = 0, dict(marks.refused)
+    with hold_lease(store.uri, wait):
         for category, uris in marks.good.items():
-            try:
-                found[category] = score_and_store(store, category, uris, cluster.backend)
-                if refit is None:
-                    _add_to_calibration(store, found[category], options)
-            except (DataError, ModelError) as error:
-                failures[category] = str(error)
-    if refit is not None and found:
-        failures |= _add_to_training(store, found, options, cluster, refit)
-    refused = dict(marks.refused)
-    for new in found.values():
-        refused |= new.refused
-    for category, reason in failures.items():
-        # Images that were added before stay in the model.
-        uris = found[category].uris if category in found else marks.good[category]
-        refused |= dict.fromkeys(uris, reason)
+            problems = _add_to_category(store, category, uris, false_alarm_rate, backend)
+            done += len(uris) - len(problems)
+            refused |= problems
     if marks.other:
         counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
         log.info(f"left out, since only images with label 'good' are added: {counts}")
     if refused:
         reasons = join_first([f"{uri}: {reason}" for uri, reason in refused.items()])
         log.error(f"left out, since they cannot be used: {len(refused)}: {reasons}")
-    done = sum(new.known + (0 if category in failures else len(new.uris)) for category, new in found.items())
     return done, len(refused)
 
 
-def _add_to_calibration(store: ModelStore, new: NewImages, options: FitOptions) -> None:
-    if not new.images:
-        _log(new.record.category, "none of the images is new to its model")
-        return
-    record = recalibrate(store, new)
-    _log_change(store, new, record, new.scores, options, "calibrated again")
-    fingerprint = store.current(record.category).data_fingerprint
-    _make_current(store, new, Version(record.model_id, fingerprint), options)
-
-
-def _add_to_training(
-    store: ModelStore, found: dict[str, NewImages], options: FitOptions, cluster: ClusterOptions, refit: Refit
+def _add_to_category(
+    store: ModelStore, category: str, uris: Sequence[str], false_alarm_rate: float, backend: WantedBackend
 ) -> dict[str, str]:
-    """Fit models on new images; return the reason of each category that could not be fitted."""
-    results = refit.fit(store, {category: new.images for category, new in found.items()}, cluster, options.wait)
-    failures = dict.fromkeys(found.keys() - results.keys(), "its category has no images in --data")
-    with hold_lease(store.uri, options.wait):
-        for category, result in results.items():
-            if result.record is None:
-                failures[category] = f"its category was not fitted: {result.reason}"
-            elif result.record.model_id == store.current(category).model_id:
-                _log(category, "none of the images is new to its model")
-            else:
-                new, record = found[category], result.record
-                try:
-                    scores = refit.scores(store, new, record.model_id, cluster.backend)
-                    what = f"fitted again on {record.fit.train_count} images, others held out"
-                    _log_change(store, new, record, scores, options, what)
-                except (DataError, ModelError, OSError) as error:
-                    failures[category] = f"{record.model_id} stays staged, since it cannot score: {error}"
-                    continue
-                _make_current(store, new, Version(record.model_id, result.task.data_fingerprint), options)
-    return failures
+    """Add images to a category's model; return by URI why an image cannot be added. Those added before stay."""
+    try:
+        detector = load(store.uri, safe_name(category, "category"), backend=backend)
+        new, refused = score_new(detector, uris)
+    except (DataError, ModelError) as error:
+        return dict.fromkeys(uris, str(error))
+    if not new:
+        _log(category, "none of the images is new to its model")
+        return refused
+    try:
+        _recalibrate(store, detector.record, new, false_alarm_rate)
+    except ModelError as error:
+        return refused | {uri: str(error) for image in new for uri in image.uris}
+    return refused
+
+
+def _recalibrate(store: ModelStore, record: ModelRecord, new: Sequence[NewImage], false_alarm_rate: float) -> None:
+    """Add the scores of new images to the calibration of a category's current model, and make the result current.
+
+    Keep the scales of the model's parts, so that no score changes, and the lower end of the heatmap scale. Its
+    `good_max` rises to the largest pixel of the new images.
+
+    Raises:
+        ModelError: if a file of the current model is missing or damaged.
+    """
+    before, statistics = store.calibration_scores(record), store.image_statistics(record)
+    scores = pa.table({"score": [image.score for image in new], "is_added": [True] * len(new)}, before.schema)
+    after = pa.concat_tables([before, scores]).sort_by("score")
+    columns = np.array([image.statistics for image in new], np.float32).T
+    added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
+    files = store.read_files(record) | {
+        CALIBRATION: storage.encode_parquet(after),
+        IMAGE_STATISTICS: storage.encode_parquet(pa.concat_tables([statistics, added])),
+    }
+    scale = record.heatmap_scale
+    changed = dataclasses.replace(
+        record,
+        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(image.peak for image in new)])),
+        fit=dataclasses.replace(record.fit, calibration_count=len(after)),
+        added_images=(*record.added_images, *(AddedImage(image.digest, image.uris[0]) for image in new)),
+        files=describe_files(files),
+        library_versions=installed_versions(),
+        created=timestamp(),
+    )
+    category, versions = record.category, store.versions(record.category)
+    # Before the model becomes current: a change that the log does not tell would be hard to notice.
+    _log_change(category, before, after, new, false_alarm_rate)
+    if replaced := versions.describe_replaced(changed.model_id):
+        _log(category, replaced)
+    store.save(changed, files, versions.current.data_fingerprint)
+    undo = store.roll_command(category, "--roll-back")
+    _log(category, f"{changed.model_id} is now current instead of {record.model_id}. To undo this: {undo}")
 
 
 def _log_change(
-    store: ModelStore,
-    new: NewImages,
-    record: ModelRecord,
-    scores: npt.NDArray[np.float32],
-    options: FitOptions,
-    what: str,
+    category: str, before: pa.Table, after: pa.Table, new: Sequence[NewImage], false_alarm_rate: float
 ) -> None:
-    """Compare the current model with a new one, which gives new images these scores."""
-    before = Alarms.count(store.calibration_scores(new.record), new.scores, options.false_alarm_rate)
-    after = Alarms.count(store.calibration_scores(record), scores, options.false_alarm_rate)
-    _log(record.category, f"{what}: {describe_change(before, after, len(scores))}")
+    """Compare two calibrations of a model by their thresholds, and by the good images that score above them."""
+    was, now = (threshold(each["score"].to_numpy(), false_alarm_rate) for each in (before, after))
+
+    def above(scores: npt.NDArray[np.float32]) -> str:
+        n = len(scores)
+        return f"{(scores > was).sum()} of {n} before, {(scores > now).sum()} of {n} after"
+
+    held_out = before.filter(~before["is_added"].to_numpy())["score"].to_numpy()
+    added = np.array([image.score for image in new], np.float32)
+    _log(
+        category,
+        f"calibrated again: threshold {was:.4g} before, {now:.4g} after; held-out good images above it "
+        f"{above(held_out)}; added good images above it {above(added)}",
+    )
     # A defect that is marked as good by mistake hides all others like it.
-    highest = sorted(zip(new.scores.tolist(), new.images, strict=True), key=lambda pair: -pair[0])[:_NAMED]
-    if over := [f"{image.uri} ({score:.4g})" for score, image in highest if score > before.threshold]:
-        _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
-
-
-def _make_current(store: ModelStore, new: NewImages, version: Version, options: FitOptions) -> None:
-    """Make a staged model current, unless the options say to stage it, or another model has become current."""
-    category = new.record.category
-    versions = store.versions(category)
-    current = versions.current.model_id
-    if options.stage or current != new.record.model_id:
-        store.set_versions(category, versions.stage(version))
-        command = store.roll_command(category, "--roll-forward")
-        if current == new.record.model_id:
-            _log(category, f"{version.model_id} is staged, and {current} stays current. To make it current: {command}")
-        else:
-            became = f"{current} became current during the fit"
-            _log(category, f"{version.model_id} is staged: {became}. To make {version.model_id} current: {command}")
-    else:
-        if replaced := versions.describe_replaced(version.model_id):
-            _log(category, replaced)
-        store.set_versions(category, versions.publish(version))
-        command = store.roll_command(category, "--roll-back")
-        _log(category, f"{version.model_id} is now current instead of {current}. To undo this: {command}")
+    highest = sorted(new, key=lambda image: -image.score)[:_NAMED]
+    if over := [f"{image.uris[0]} ({image.score:.4g})" for image in highest if image.score > was]:
+        _log(category, f"look again at the added images that scored highest: {join_first(over)}")
 
 
 def _log(category: str, message: str) -> None:

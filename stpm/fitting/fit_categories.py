@@ -17,9 +17,9 @@ from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError
 from stpm.fitting.options import WorkerOptions
-from stpm.fitting.planning import Plan, TaskMaker, plan_fit
+from stpm.fitting.planning import plan_fit
 from stpm.fitting.progress import FitProgress
-from stpm.fitting.task import FitResult
+from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import choose_normalisation
 from stpm.fitting.worker_group import run_worker_group
 from stpm.fitting.worker_resources import choose_worker_resources
@@ -27,7 +27,6 @@ from stpm.lease import hold_lease
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
-from stpm.models.record import AddedImage
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 
@@ -78,12 +77,10 @@ def fit_categories(
     workers: WorkerOptions,
     cluster: ClusterOptions,
     wait: bool,
-    new_images: Mapping[str, Sequence[AddedImage]] | None = None,
 ) -> list[FitResult]:
     """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
-    Hold a lease on each store meanwhile. Images that were added to a category's current model are among the training
-    images of the next one.
+    Hold a lease on each store meanwhile.
 
     Args:
         categories: the categories to fit, with their training images.
@@ -92,8 +89,6 @@ def fit_categories(
         workers: number and resources of the workers.
         cluster: what computes, and how to use a cluster.
         wait: if another run holds a store, wait for its end instead of raising an error.
-        new_images: newly added images, by category. Fit on them too, and on all images that were added before; stage
-            the models instead of making them current.
 
     Returns:
         One result per category and seed.
@@ -108,41 +103,22 @@ def fit_categories(
     # Raise the error of an unknown normalisation once, instead of in each category.
     choose_normalisation(recipe)
     with ExitStack() as leases:
-        makers: list[TaskMaker] = []
+        tasks: list[FitTask] = []
         for seed, uri in stores.items():
             leases.enter_context(hold_lease(uri, wait))
             store = ModelStore(uri)
             digest = store.put_teacher(weights)
-            seeded = dataclasses.replace(recipe, seed=seed)
-            makers += [TaskMaker(category, seeded, store, digest) for category in categories]
-
-        def plan(maker: TaskMaker) -> Plan:
-            return plan_fit(maker, None if new_images is None else new_images[maker.category.name])
-
-        plans = storage.in_parallel(plan, makers)
-        for each in plans:
-            if each.message:
-                failed = each.result and not each.result.record
-                level = logging.ERROR if failed else logging.INFO
-                log.log(level, f"{each.task.key}: {each.message}", extra={"category": each.task.category})
-        results = [each.result for each in plans if each.result]
-        unfinished = [each.task for each in plans if not each.result]
+            for category in categories:
+                seeded = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
+                tasks.append(FitTask(category.name, category.train, seeded, store.uri, digest))
+        planned = storage.in_parallel(plan_fit, tasks)
+        results = [result for result in planned if result]
+        unfinished = [task for task, result in zip(tasks, planned, strict=True) if not result]
         if unfinished:
             scratch = storage.join(next(iter(stores.values())), ".train")
             with connected(), cut_off_by_ray("fitting"):
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
-                resources = choose_worker_resources(workers, nodes_for_plan(cluster), len(plans))
+                resources = choose_worker_resources(workers, nodes_for_plan(cluster), len(tasks))
                 arithmetic = choose_arithmetic(examine_devices(gpus=resources.gpus > 0), cluster.backend)
-                fitted = run_worker_group(unfinished, workers, resources, arithmetic, scratch, progress)
-                _log_replaced(plans, fitted)
-                results += fitted
+                results += run_worker_group(unfinished, workers, resources, arithmetic, scratch, progress)
         return results
-
-
-def _log_replaced(plans: Sequence[Plan], fitted: Sequence[FitResult]) -> None:
-    """Log which models each new one has replaced among those that were rolled back or staged."""
-    before = {plan.task.key: plan.before for plan in plans}
-    for result in fitted:
-        versions = before[result.task.key]
-        if versions and result.record and (replaced := versions.describe_replaced(result.record.model_id)):
-            log.info(f"{result.task.key}: {replaced}", extra={"category": result.task.category})

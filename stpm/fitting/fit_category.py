@@ -89,7 +89,6 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
     store = ModelStore(task.store)
     storage.remove_unfinished(store.folder(task.category))
     features = _load_features(task, settings, report)
-    added_folder = f"{store.added_folder(task.category)}/"
     fitted = fit_detector(
         features,
         task.recipe,
@@ -99,11 +98,9 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
         distance_budget=settings.distance_budget(features),
         category=task.category,
         teacher_digest=task.teacher_digest,
-        added=task.added,
-        is_added=[uri.startswith(added_folder) for uri, _ in task.train],
         checkpoints=_make_checkpoints(task, features.teacher, settings.checkpoint_seconds),
     )
-    record = store.save(fitted.record, fitted.files, task.data_fingerprint, stage=task.stage)
+    record = store.save(fitted.record, fitted.files, task.data_fingerprint)
     try:
         store.remove_checkpoints(task.category)
     except OSError as error:

@@ -22,7 +22,7 @@ from stpm.fitting.train_student import Checkpoints, train_student
 from stpm.method.calibration import Calibration
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedImage, FitRecord, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
@@ -47,8 +47,6 @@ def fit_detector(
     distance_budget: int,
     category: str = "",
     teacher_digest: str = "",
-    added: Sequence[AddedImage] = (),
-    is_added: Sequence[bool] = (),
     checkpoints: Sequence[Checkpoints | None] = (),
 ) -> FittedModel:
     """Train the student, build the memory, and calibrate.
@@ -62,8 +60,6 @@ def fit_detector(
         distance_budget: bytes of RAM for cached distance maps.
         category: name of the model's category.
         teacher_digest: digest of the teacher's weights.
-        added: images that a person marked as good.
-        is_added: whether each image was marked by a person; empty: none was.
         checkpoints: one for the student, then one for the student of each calibration fold; empty: save none.
 
     Raises:
@@ -89,11 +85,10 @@ def fit_detector(
     if outlier := find_outlier(scores, [images[i] for i in calibrating]):
         report(FitWarning(outlier))
     kept = trained.kept_epoch
-    flags = np.array(is_added or [False] * len(images))
     files = encode_model(
         trained.student,
         memory,
-        pa.table({"score": scores, "is_added": flags[calibrating]}),
+        pa.table({"score": scores, "is_added": np.zeros(len(scores), bool)}),
         features.images.statistics_table,
         pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history]),
     )
@@ -116,7 +111,6 @@ def fit_detector(
             calibration_count=len(scores),
             device=torch.cuda.get_device_name() if teacher.device.type == "cuda" else f"cpu, {teacher.backend}",
         ),
-        added_images=tuple(dataclasses.replace(image, fitted=True) for image in added),
         files=describe_files(files),
     )
     calibrated = dataclasses.replace(

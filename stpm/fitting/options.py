@@ -14,8 +14,7 @@ class FitOptions(Options):
 
     data: str = option(
         "",
-        "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with "
-        "--add-good, unless with --refit",
+        "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-good",
     )
     models: str = option("", "model store to write to: a folder or a URI", required=True)
     categories: Names = option(Names(), "categories to fit, separated by commas; none: all categories of the data set")
@@ -31,14 +30,6 @@ class FitOptions(Options):
         "table of images (.parquet, .csv, .jsonl or .ndjson) with the columns uri, category and label, such as "
         "triage.html saves: images labelled good are added to the calibration of their category's current model",
     )
-    refit: bool = option(
-        False, "with --add-good: fit the models of these categories again, with the images among those of --data"
-    )
-    stage: bool = option(
-        False,
-        "with --add-good: report what changes, and leave the current models; stpm models --roll-forward "
-        "makes the new ones current",
-    )
     allow: Names = option(
         Names(),
         "with --add-good: prefixes that the URIs in the table may have, instead of the table's own bucket or folder, "
@@ -48,9 +39,9 @@ class FitOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.add_good and (given := [n for n in ("refit", "stage", "allow") if getattr(self, n)]):
-            raise ConfigError(f"--{given[0]} is given without --add-good; give both")
-        if not self.data and (self.refit or not self.add_good):
+        if self.allow and not self.add_good:
+            raise ConfigError("--allow is given without --add-good; give both")
+        if not self.data and not self.add_good:
             raise ConfigError("--data is missing; see --help")
 
 

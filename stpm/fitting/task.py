@@ -8,7 +8,7 @@ from functools import cached_property
 
 from stpm import storage
 from stpm.method.recipe import Recipe
-from stpm.models.record import AddedImage, ModelRecord
+from stpm.models.record import ModelRecord
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,10 @@ class FitTask:
 
     Args:
         category: name of the model's category.
-        train: URI and version (see `stpm.storage.file_versions`) of each training image, added ones included.
+        train: URI and version (see `stpm.storage.file_versions`) of each training image.
         recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
         store: URI of the store that the model goes to.
         teacher_digest: digest of the teacher's weights in that store.
-        added: the images that a person marked as good; `train` names their copies in the store.
-        stage: do not make the model the category's current one.
     """
 
     category: str
@@ -30,8 +28,6 @@ class FitTask:
     recipe: Recipe
     store: str
     teacher_digest: str
-    added: tuple[AddedImage, ...] = ()
-    stage: bool = False
 
     @property
     def key(self) -> str:

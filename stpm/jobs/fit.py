@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from functools import partial
 
 from stpm import storage
@@ -13,14 +12,13 @@ from stpm.console import ALL_DONE, exit_code
 from stpm.errors import ConfigError
 from stpm.feedback.add_good import add_good
 from stpm.feedback.marks import read_marks
-from stpm.feedback.refit import Refit
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions
+from stpm.options import ClusterOptions, WantedBackend
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
     if options.add_good:
         if cluster.plan:
             raise ConfigError("--plan is given with --add-good, which it cannot describe; leave one of them out")
-        return _add_good(options, recipe, workers, cluster)
+        return _add_good(options, cluster.backend)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
         categories, failures = read_categories(storage.absolute(options.data), options.categories)
@@ -53,12 +51,10 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
     return exit_code(done, failed)
 
 
-def _add_good(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
+def _add_good(options: FitOptions, backend: WantedBackend) -> int:
     """Add marked images to the models of their categories; return the exit code, by the images marked as good."""
     store = ModelStore(storage.output_folder(options.models))
-    refit = Refit(storage.absolute(options.data), recipe, workers) if options.refit else None
-    with on_cluster(cluster, [options.data, options.models]) if refit else nullcontext():
-        marks = read_marks(options.add_good, options.allow, options.categories)
-        done, failed = add_good(store, marks, options, cluster, refit)
+    marks = read_marks(options.add_good, options.allow, options.categories)
+    done, failed = add_good(store, marks, options.false_alarm_rate, backend, wait=options.wait)
     log.info(f"{done} of {done + failed} images that are marked as good belong to models in {options.models}")
     return exit_code(done, failed)

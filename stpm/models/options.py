@@ -30,7 +30,7 @@ class ModelsOptions(Options):
     )
     roll_back: bool = option(False, "make each category's previous model the current one; twice goes back two models")
     roll_forward: bool = option(
-        False, "make the model after each category's current one the current one: one that was rolled back or staged"
+        False, "make the model after each category's current one, which was rolled back, the current one again"
     )
     keep: int = option(
         0,

@@ -59,17 +59,10 @@ class FitRecord:
 
 @dataclass(frozen=True)
 class AddedImage:
-    """An image that a person marked as good.
-
-    Args:
-        digest: SHA-256 of the file.
-        uri: URI of the file when it was marked; the store has a copy.
-        fitted: the model is fitted on it; otherwise it calibrates the model.
-    """
+    """An image that a person marked as good: the SHA-256 of its file, and where the file was when it was added."""
 
     digest: str
     uri: str
-    fitted: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ class ModelRecord:
         distance_scales: scale of each distance map, in the order of `Distances.maps`; empty unless the recipe fuses
             by quantiles.
         fit: the outcome of the fit.
-        added_images: all images that were marked as good.
+        added_images: all images that were marked as good and calibrate the model.
         files: each file of the model, by name.
         library_versions: versions of Python and of the libraries that made the model, by name.
         created: when the record was made, ISO 8601, UTC.
@@ -118,8 +111,8 @@ class ModelRecord:
 
     @property
     def good_count(self) -> int:
-        """Count all good images: those of the fit, and those that only calibrate."""
-        return self.fit.good_count + sum(not image.fitted for image in self.added_images)
+        """Count all good images: those of the fit, and those that were added."""
+        return self.fit.good_count + len(self.added_images)
 
     @cached_property
     def model_id(self) -> str:

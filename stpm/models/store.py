@@ -3,7 +3,6 @@
 <store>/teachers/<digest>.safetensors                one for all models with this teacher
 <store>/<category>/current.json                      the ids of the category's current model, of those before it and
                                                      of those after it; written last of all
-<store>/<category>/added/<digest>                    the file of an image that was marked as good
 <store>/<category>/<model id>/student.safetensors    if the recipe has a student
 <store>/<category>/<model id>/memory.safetensors     if the recipe has a memory
 <store>/<category>/<model id>/calibration.parquet    columns `score`: float32, ascending, and
@@ -49,7 +48,6 @@ _TEACHERS = "teachers"
 _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
-_ADDED = "added"
 _CHECKPOINT = "checkpoint-"
 
 
@@ -136,9 +134,7 @@ class ModelStore:
         state = deserialise(self._read_verified(uri, digest), uri)
         return load_backbone(teacher, levels, state, uri)
 
-    def save(
-        self, record: ModelRecord, files: Mapping[str, bytes], data_fingerprint: str, *, stage: bool = False
-    ) -> ModelRecord:
+    def save(self, record: ModelRecord, files: Mapping[str, bytes], data_fingerprint: str) -> ModelRecord:
         """Publish a model, make it its category's current one, and return its stored record.
 
         Keep the files of the same model if the store has it, undamaged.
@@ -147,7 +143,6 @@ class ModelStore:
             record: the model's record.
             files: contents of the model's other files, by name, from `encode_model`.
             data_fingerprint: digest of the images that the model was fitted on.
-            stage: leave the current model, if there is one, and put this one after it.
 
         Raises:
             DataError: if the category's name is not allowed in a path.
@@ -164,32 +159,12 @@ class ModelStore:
                 storage.publish(self._uri(record, name), data)
         version = Version(record.model_id, data_fingerprint)
         try:
-            before = self.versions(record.category)
-            versions = before.stage(version) if stage else before.publish(version)
+            versions = self.versions(record.category).publish(version)
         except ModelDamagedError:
             # There is no current.json, or a damaged one.
             versions = Versions(version)
         self.set_versions(record.category, versions)
         return record
-
-    def save_recalibrated(
-        self, current: ModelRecord, record: ModelRecord, calibration: pa.Table, image_statistics: pa.Table
-    ) -> ModelRecord:
-        """Publish a category's current model with another calibration, staged, and return its stored record.
-
-        Args:
-            current: record of the current model, whose other files are copied.
-            record: the new model's record, in which this replaces the files.
-            calibration: the new calibration, in the columns that `calibration_scores` returns.
-            image_statistics: a row for each good image, in the columns that `image_statistics` returns.
-
-        Raises:
-            ModelError: if a file of the current model is missing or damaged.
-        """
-        files = {name: self._read_file(current, name) for name in current.files}
-        files[CALIBRATION] = storage.encode_parquet(calibration)
-        files[IMAGE_STATISTICS] = storage.encode_parquet(image_statistics)
-        return self.save(record, files, self.current(record.category).data_fingerprint, stage=True)
 
     def copy_model(self, source: ModelStore, record: ModelRecord, category: str) -> ModelRecord:
         """Publish another store's model and its teacher here, and make it a category's current model.
@@ -207,7 +182,7 @@ class ModelStore:
         if not storage.exists(teacher):
             uri = source._teacher_uri(record.teacher_digest)
             storage.publish(teacher, self._read_verified(uri, record.teacher_digest))
-        files = {name: source._read_file(record, name) for name in record.files}
+        files = source.read_files(record)
         fingerprints = {each.model_id: each.data_fingerprint for each in source.versions(record.category).every}
         copied = dataclasses.replace(record, category=category)
         return self.save(copied, files, fingerprints.get(record.model_id, ""))
@@ -276,22 +251,6 @@ class ModelStore:
     def _list_command(self) -> str:
         return f"stpm models --models {shlex.quote(self.uri)}"
 
-    def put_added(self, category: str, data: bytes) -> str:
-        """Store the file of an image that was marked as good, and return its digest."""
-        digest = storage.digest(data)
-        uri = self.added_uri(category, digest)
-        if not storage.exists(uri):
-            storage.publish(uri, data)
-        return digest
-
-    def added_uri(self, category: str, digest: str) -> str:
-        """Return the URI of an image that was marked as good."""
-        return storage.join(self.added_folder(category), digest)
-
-    def added_folder(self, category: str) -> str:
-        """Return the folder of a category's images that were marked as good."""
-        return storage.join(self.folder(category), _ADDED)
-
     def calibration_scores(self, record: ModelRecord) -> pa.Table:
         """Read the scores that calibrate a model, ascending, in the columns `score` and `is_added`."""
         return self._table(record, CALIBRATION)
@@ -351,6 +310,10 @@ class ModelStore:
                 raise _missing(uri)
             if sizes[uri] != file.size:
                 raise ModelDamagedError(f"{uri}: has {sizes[uri]} bytes, {file.size} expected; fit the model again")
+
+    def read_files(self, record: ModelRecord) -> dict[str, bytes]:
+        """Read the contents of a model's files, by name. Raise as `verify` does."""
+        return {name: self._read_file(record, name) for name in record.files}
 
     def load(self, category: str, model_id: str = "") -> Model:
         """Load a model, and verify each file by its digest.

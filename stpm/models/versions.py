@@ -22,7 +22,7 @@ class Versions:
     Args:
         current: the category's current model.
         previous: the models that were current before it, the latest last.
-        next: the models that were rolled back, or staged, and not made current since, the nearest first.
+        next: the models that were rolled back and not made current since, the nearest first.
     """
 
     current: Version
@@ -40,23 +40,20 @@ class Versions:
             return Versions(version, self.previous, self.next)
         return Versions(version, (*self.previous, self.current))
 
-    def describe_replaced(self, model_id: str) -> str:
-        """Describe the models that rolling back or forward no longer reaches once this one is published; "" if none."""
-        kept = {model_id, self.current.model_id, *(version.model_id for version in self.previous)}
-        lost = [version.model_id for version in self.next if version.model_id not in kept]
-        if not lost or model_id == self.current.model_id:
+    def describe_replaced(self, model_id: str = "") -> str:
+        """Describe the models that rolling forward no longer reaches after a new one; "" if none.
+
+        Args:
+            model_id: of the new model; "": it is not known yet.
+        """
+        reached = {model_id, self.current.model_id, *(version.model_id for version in self.previous)}
+        lost = [version.model_id for version in self.next if version.model_id not in reached]
+        if not lost:
             return ""
         return (
-            f"the new model replaces those that were rolled back or staged ({', '.join(lost)}): --roll-forward no "
-            "longer reaches them, and stpm models --keep removes them"
+            f"a new model replaces those that were rolled back ({', '.join(lost)}): --roll-forward no longer reaches "
+            "them, and stpm models --keep removes them"
         )
-
-    def stage(self, version: Version) -> Versions:
-        """Put a new model right after the current one; the current one again stays where it is."""
-        if version.model_id == self.current.model_id:
-            return Versions(version, self.previous, self.next)
-        waiting = [other for other in self.next if other.model_id != version.model_id]
-        return Versions(self.current, self.previous, (version, *waiting))
 
     def roll_back(self) -> Versions:
         """Make the previous model current.
@@ -76,8 +73,8 @@ class Versions:
         """
         if not self.next:
             raise ModelError(
-                f"no model was rolled back or staged since {self.current.model_id} became current: there is none to "
-                "roll forward to"
+                f"no model was rolled back since {self.current.model_id} became current: there is none to roll forward "
+                "to"
             )
         return Versions(self.next[0], (*self.previous, self.current), self.next[1:])
 

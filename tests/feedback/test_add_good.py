@@ -11,13 +11,8 @@ import numpy as np
 import pytest
 
 from stpm import storage
-from stpm.data import mvtec
 from stpm.errors import DataError
-from stpm.feedback.new_images import NewImages
-from stpm.feedback.refit import Refit
-from stpm.fitting.fit_categories import fit_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
-from stpm.fitting.splits import split_images
 from stpm.jobs.fit import run_fit
 from stpm.jobs.models import run_models
 from stpm.method.calibration import Calibration
@@ -25,7 +20,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
-from tests.conftest import MODELS, fail_to_read
+from tests.conftest import MODELS
 from tests.datasets import make_category
 from tests.feedback.test_marks import write
 from tests.scoring.stages.helpers import nut_rows, score
@@ -61,6 +56,10 @@ class Plant:
 
     def calibration(self) -> Calibration:
         return self.store.load("nut").calibration
+
+
+class Killed(BaseException):
+    """Ends a command anywhere, as a kill does."""
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_added_images_calibrate_as_scoring_scores_them(
     assert new.scale.low == old.scale.low
     assert new.scale.good_max >= old.scale.good_max
     np.testing.assert_allclose(plant.scores(uris), expected, rtol=1e-6)
-    assert [(each.uri, each.fitted) for each in record.added_images] == [(uri, False) for uri in uris]
+    assert [each.uri for each in record.added_images] == uris
     scores = plant.store.calibration_scores(record)
     held_out = scores.filter(~scores["is_added"].to_numpy())
     np.testing.assert_array_equal(held_out["score"].to_numpy(), old.scores)
@@ -138,9 +137,6 @@ def test_feedback_is_cumulative_and_the_same_image_counts_once(
     assert student.add(student.good(0, 1, 2)) == 0
     assert "nut: none of the images is new to its model" in caplog.text
     assert student.store.record("nut") == second
-    # The files are copied: the night's images may be gone by the next fit.
-    for each in second.added_images:
-        assert storage.digest(storage.read(student.store.added_uri("nut", each.digest))) == each.digest
     assert run_models(ModelsOptions(student.store.uri, NUT, roll_back=True)) == 0
     assert student.store.record("nut") == first
 
@@ -199,91 +195,47 @@ def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pyt
     assert f"look again at the added images that scored highest: {defect} (" in caplog.text
 
 
-def test_a_staged_model_becomes_current_by_rolling_forward(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
-    before = student.store.record("nut")
-    assert student.add(student.good(0), stage=True) == 0
-    assert student.store.record("nut") == before
-    staged = student.store.versions("nut").next[0].model_id
-    command = student.store.roll_command("nut", "--roll-forward")
-    stays = f"nut: {staged} is staged, and {before.model_id} stays current. To make it current: {command}"
-    assert stays in caplog.messages
-    assert student.add(student.good(0), stage=True) == 0
-    assert [each.model_id for each in student.store.versions("nut").next] == [staged]
-    # A fit in between reuses the current model.
-    assert student.fit() == 0
-    assert run_models(ModelsOptions(student.store.uri, NUT, roll_forward=True)) == 0
-    assert student.store.record("nut").model_id == staged
+@pytest.mark.parametrize("name", ["student.safetensors", "current.json"])
+def test_feedback_that_is_cut_off_changes_nothing_and_is_completed(
+    student: Plant, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, publish = student.store.versions("nut"), storage.publish
+
+    def publish_until(uri: str, data: bytes, **options: Any) -> None:
+        if uri.endswith(name):
+            raise Killed
+        publish(uri, data, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", publish_until)
+        with pytest.raises(Killed):
+            student.add(student.good(0))
+    # The log tells a change before it is made.
+    assert "nut: calibrated again: threshold " in caplog.text
+    assert student.store.versions("nut") == before
+    assert student.add(student.good(0)) == 0
+    assert student.store.versions("nut").previous == (before.current,)
+    assert [each.uri for each in student.store.load("nut").record.added_images] == student.good(0)
 
 
-def test_a_fit_keeps_feedback(student: Plant, fitted_keys: list[str]) -> None:
+def test_a_fit_reuses_a_model_with_added_images_until_its_images_change(
+    student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     student.add(student.good(0, 1))
     recalibrated = student.store.record("nut")
     assert student.fit() == 0
     assert fitted_keys == []
     assert student.store.record("nut") == recalibrated
-    # With other images, it fits on those that were added too.
     storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
     assert student.fit() == 0
     record = student.store.record("nut")
     assert fitted_keys == ["nut (seed 0)"]
-    assert record.fit.good_count == 11 + 2
-    assert [(each.uri, each.fitted) for each in record.added_images] == [(uri, True) for uri in student.good(0, 1)]
-    assert student.fit() == 0
-    assert fitted_keys == ["nut (seed 0)"]
-
-
-def test_refit_trains_on_all_added_images(
-    student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    first = student.store.record("nut")
-    student.add(student.good(0))
-    assert student.add(student.good(1, 2), refit=True) == 0
-    record = student.store.record("nut")
-    assert fitted_keys == ["nut (seed 0)"]
-    assert record.fit.good_count == first.fit.good_count + 3
-    assert [each.fitted for each in record.added_images] == [True] * 3
-    assert record.fit.calibration_count == record.fit.held_out_count == student.recipe.held_out_count(13)
-    # Of the added images, those that are held out calibrate as added ones.
-    _, held_out = split_images(13, student.recipe)
-    added = int((held_out >= first.fit.good_count).sum())
-    assert student.store.calibration_scores(record)["is_added"].to_pylist().count(True) == added
-    assert f"nut: fitted again on {record.fit.train_count} images, others held out: threshold" in caplog.text
-    assert f"of {len(held_out) - added} after; added" in caplog.text
-    assert student.store.versions("nut").previous[0].model_id == first.model_id
-    # Again: nothing is new, and a nightly fit reuses it.
-    assert student.add(student.good(1, 2), refit=True) == 0
-    assert student.fit() == 0
-    assert fitted_keys == ["nut (seed 0)"]
-    assert student.store.record("nut") == record
-
-
-def test_an_added_image_that_is_among_the_training_images_is_not_there_twice(student: Plant) -> None:
-    inside = f"{student.root}/data/nut/train/good/000.png"
-    assert student.add([inside, *student.good(0)], refit=True) == 0
-    record = student.store.record("nut")
-    assert record.fit.good_count == 10 + 1
-    assert len(record.added_images) == 2
-
-
-def test_refit_of_a_category_without_data_leaves_its_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
-    make_category(f"{student.root}/other", "bolt")
-    copied = f"{student.root}/copy.png"
-    storage.publish(copied, storage.read(student.good(3)[0]))
-
-    def refit(uris: Sequence[str]) -> int:
-        table = write(student.root / "marks.jsonl", [(uri, "nut", "good") for uri in uris])
-        options = FitOptions(f"{student.root}/other", student.store.uri, add_good=table, refit=True)
-        return run_fit(options, student.recipe, WorkerOptions(), ClusterOptions(backend="pytorch"))
-
-    assert refit([*student.good(3), copied]) == 3
-    assert "0 of 2 images that are marked as good belong to models" in caplog.text
-    assert "its category has no images in --data" in caplog.text
-    # Those that its model has already stay there.
+    assert (record.good_count, record.added_images) == (11, ())
+    assert (
+        f"without the images that were added to {recalibrated.model_id} (2): give their tables to --add" in caplog.text
+    )
     assert student.add(student.good(0, 1)) == 0
-    before = student.store.record("nut")
-    assert refit([*student.good(0, 1, 2, 3), copied]) == 2
-    assert "2 of 5 images that are marked as good belong to models" in caplog.text
-    assert student.store.record("nut") == before
+    assert student.store.record("nut").good_count == 13
 
 
 def test_a_fit_does_not_bring_back_what_was_rolled_back(
@@ -298,101 +250,30 @@ def test_a_fit_does_not_bring_back_what_was_rolled_back(
     caplog.clear()
     assert student.fit() == 0
     assert student.store.record("nut") == first
-    assert f"model {second.model_id}, of this recipe and these images, was rolled back or staged" in caplog.text
+    assert f"model {second.model_id}, of this recipe and these images, was rolled back, and" in caplog.text
     assert f"stays current. To roll forward: {student.store.roll_command('nut', '--roll-forward')}" in caplog.text
     assert len(fitted_keys) == 1
-    # Other images make another model, which becomes current.
-    storage.publish(f"{student.root}/data/nut/train/good/newer.png", storage.read(student.good(4)[0]))
-    student.fit()
-    assert student.store.record("nut").model_id not in (first.model_id, second.model_id)
-    assert [each.model_id for each in student.store.versions("nut").previous] == [first.model_id]
 
 
-def test_feedback_of_one_category_changes_no_other(student: Plant) -> None:
-    make_category(f"{student.root}/data", "bolt")
-    student.fit(categories=("bolt",))
-    before = student.store.versions("bolt")
-    student.add(student.good(0))
-    assert student.store.versions("bolt") == before
-    category = mvtec.read_category(f"{student.root}/data", "bolt")
-    stores = {0: student.store.uri}
-    (result,) = fit_categories(
-        [category], student.recipe, stores, WorkerOptions(), ClusterOptions(backend="pytorch"), False
-    )
-    assert result.record == student.store.record("bolt")
-
-
-def test_storage_that_fails_does_not_lose_feedback(
-    student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student.add(student.good(0))
-    before = student.store.record("nut")
-    storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
-    with monkeypatch.context() as patch:
-        fail_to_read(patch, PermissionError("403 Forbidden"), ["model.json"])
-        assert student.fit() == 3
-    assert "nut (seed 0): failed: " in caplog.text
-    # The store has the earlier model, which this fit did not make.
-    assert "0 of 1 categories are fitted; their models are in " in caplog.text
-    assert fitted_keys == []
-    assert student.store.record("nut") == before
-    # A damaged record cannot say which images were added: the log does.
-    storage.publish(f"{student.store.uri}/nut/{before.model_id}/model.json", b"{")
-    assert student.fit() == 0
-    assert "nut: fitted without the images that were added: " in caplog.text
-
-
-def test_a_roll_back_during_a_refit_is_not_undone(
-    student: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = student.store.record("nut")
-    student.add(student.good(0))
-    second = student.store.record("nut")
-    fit = Refit.fit
-
-    def fit_while_another_rolls_back(*arguments: Any) -> Any:
-        results = fit(*arguments)
-        assert run_models(ModelsOptions(student.store.uri, NUT, roll_back=True)) == 0
-        return results
-
-    monkeypatch.setattr(Refit, "fit", fit_while_another_rolls_back)
-    assert student.add(student.good(1), refit=True) == 0
-    versions = student.store.versions("nut")
-    refitted = versions.next[0].model_id
-    assert versions.current.model_id == first.model_id
-    assert [each.model_id for each in versions.next] == [refitted, second.model_id]
-    became = f"nut: {refitted} is staged: {first.model_id} became current during the fit. To make {refitted} current: "
-    assert became + student.store.roll_command("nut", "--roll-forward") in caplog.messages
-
-
-def test_a_refitted_model_that_cannot_score_fails_alone(
-    student: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_category(f"{student.root}/data", "bolt")
-    make_category(f"{student.root}/nights", "bolt", good=1, seed=1)
-    student.fit(categories=("bolt",))
-    before = {name: student.store.record(name) for name in ("bolt", "nut")}
-    scores = Refit.scores
-
-    def fail_for_bolt(self: Refit, store: ModelStore, new: NewImages, *arguments: Any) -> Any:
-        if new.record.category == "bolt":
-            raise PermissionError("403 Forbidden")
-        return scores(self, store, new, *arguments)
-
-    monkeypatch.setattr(Refit, "scores", fail_for_bolt)
-    marks = [(f"{student.root}/nights/{name}/test/good/000.png", name, "good") for name in before]
-    assert student.fit(add_good=write(student.root / "marks.jsonl", marks), refit=True) == 2
-    assert "stays staged, since it cannot score: 403 Forbidden" in caplog.text
-    assert student.store.record("bolt") == before["bolt"]
-    assert student.store.record("nut").fit.good_count == before["nut"].fit.good_count + 1
-
-
-def test_a_model_that_is_no_version_any_more_is_named(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_model_takes_the_place_of_what_was_rolled_back(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
+    first = student.store.current("nut")
     for make in (lambda: student.add(student.good(1)), student.fit):
-        student.add(student.good(0), stage=True)
-        staged = student.store.versions("nut").next[0].model_id
+        student.add(student.good(0))
+        undone = student.store.current("nut").model_id
+        run_models(ModelsOptions(student.store.uri, NUT, roll_back=True))
         storage.publish(f"{student.root}/data/nut/train/good/new.png", storage.read(student.good(5)[0]))
         caplog.clear()
         assert make() == 0
-        assert not student.store.versions("nut").position(staged)
-        assert f"replaces those that were rolled back or staged ({staged}): --roll-forward no longer" in caplog.text
+        versions = student.store.versions("nut")
+        assert versions.current.model_id not in (first.model_id, undone)
+        assert not versions.position(undone)
+        assert f"replaces those that were rolled back ({undone}): --roll-forward no longer" in caplog.text
+    assert versions.previous[0] == first
+    # To add the same images again makes the same model current again.
+    student.add(student.good(0))
+    undone = student.store.current("nut")
+    run_models(ModelsOptions(student.store.uri, NUT, roll_back=True))
+    caplog.clear()
+    student.add(student.good(0))
+    assert student.store.current("nut") == undone
+    assert "replaces" not in caplog.text

@@ -27,10 +27,7 @@ def test_feedback_and_roll_back_in_an_object_store(memory: str, tiny: Recipe, fi
     for options in (FitOptions("", models, add_good=f"{memory}/marks.jsonl"), FitOptions(data, models)):
         assert run_fit(options, tiny, WorkerOptions(), cluster) == 0
         assert len(store.record("nut").added_images) == 2
-    refit = FitOptions(data, models, add_good=f"{memory}/marks.jsonl", refit=True)
-    assert run_fit(refit, tiny, WorkerOptions(), cluster) == 0
-    assert store.load("nut").record.fit.good_count == before.fit.good_count + 2
-    assert len(fitted_keys) == 2
-    for _ in range(2):
-        assert run_models(ModelsOptions(models, Names(["nut"]), roll_back=True)) == 0
+    assert len(fitted_keys) == 1
+    assert store.load("nut").record.good_count == before.good_count + 2
+    assert run_models(ModelsOptions(models, Names(["nut"]), roll_back=True)) == 0
     assert store.record("nut") == before
