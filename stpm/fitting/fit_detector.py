@@ -90,12 +90,13 @@ def fit_detector(
         report(FitWarning(outlier))
     kept = trained.kept_epoch
     flags = np.array(is_added or [False] * len(images))
+    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     files = encode_model(
         trained.student,
         memory,
         pa.table({"score": scores, "is_added": flags[calibrating]}),
         features.images.statistics_table,
-        pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history]),
+        history,
     )
     record = ModelRecord(
         category=category,
@@ -124,6 +125,7 @@ def fit_detector(
         distance_scales=distance_scales,
         calibration=Calibration(np.sort(scores), heatmap_scale),
         model_record=record,
+        read_history=lambda: history,
     )
     return FittedModel(calibrated, record, files)
 
