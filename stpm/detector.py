@@ -11,6 +11,7 @@ from typing import overload
 from weakref import WeakValueDictionary
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -63,6 +64,7 @@ class Detector:
         calibration: scores of good images; None: not calibrated yet, so that it gives distances and maps alone.
         model_record: what is known of the model besides its weights; None: not calibrated yet.
         publish: writes the model to a store, under a category's name, and returns its record; None: it cannot be saved.
+        read_history: reads what `history` returns; None: it cannot be had.
     """
 
     teacher: Teacher
@@ -73,6 +75,7 @@ class Detector:
     calibration: Calibration | None = None
     model_record: ModelRecord | None = None
     publish: Callable[[ModelStore, str], ModelRecord] | None = None
+    read_history: Callable[[], pa.Table] | None = None
 
     @classmethod
     def assemble(
@@ -122,9 +125,21 @@ class Detector:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
         return self.model_record
 
+    @property
+    def history(self) -> pa.Table:
+        """Return the student's losses: a row per epoch, in columns of `stpm.fitting.task.Epoch`; empty without one.
+
+        Raises:
+            ModelError: if a loaded detector's store no longer has them.
+        """
+        if not self.read_history:
+            raise ModelError("only detectors of stpm.fit and stpm.load have a history")
+        return self.read_history()
+
     def __repr__(self) -> str:
         """Name the model, and what it sees."""
-        name = self.model_record.model_id if self.model_record else "not calibrated"
+        # Before it is saved, a model has no category, with which its id begins.
+        name = self.model_record.model_id.removeprefix("-") if self.model_record else "not calibrated"
         teacher = self.teacher
         seen = f"{self.recipe.teacher} at {teacher.preprocessing.size_text}, {teacher.precision}, {teacher.backend}"
         return f"Detector({name}, {seen}, {teacher.device})"
@@ -305,7 +320,7 @@ class Detector:
             results.append(anomaly_map.smoothed(self.recipe.smoothing))
         return results
 
-    def evaluate(self, folder: str, *, false_alarm_rate: float = 0.01) -> CategoryMetrics:
+    def evaluate(self, folder: str | os.PathLike[str], *, false_alarm_rate: float = 0.01) -> CategoryMetrics:
         """Score labelled images, and measure as the benchmark's report does, with masks at model size.
 
         Args:
@@ -313,12 +328,12 @@ class Detector:
             false_alarm_rate: for recall and false alarms.
 
         Returns:
-            The metrics; `print` shows them as a table.
+            The metrics, shown as a table.
 
         Raises:
             DataError: if there are no test images, or a mask cannot be read.
         """
-        tests = read_tests(folder)
+        tests = read_tests(os.fspath(folder))
         masked = all(test.mask for test in tests if test.label != GOOD)
         scored: list[Result] = []
         labels: list[str] = []
@@ -354,7 +369,7 @@ class Detector:
             )
         )
 
-    def save(self, store: str, category: str) -> ModelRecord:
+    def save(self, store: str | os.PathLike[str], category: str) -> ModelRecord:
         """Publish the model as a new version of a category, as the fit job does, and make it the current one.
 
         Args:
@@ -370,10 +385,12 @@ class Detector:
         """
         if not self.publish:
             raise ModelError("only detectors of stpm.fit and stpm.load can be saved")
-        return self.publish(ModelStore(store), category)
+        return self.publish(ModelStore(os.fspath(store)), category)
 
 
-def load(store: str, category: str = "", version: str = "", *, backend: WantedBackend = "auto") -> Detector:
+def load(
+    store: str | os.PathLike[str], category: str = "", version: str = "", *, backend: WantedBackend = "auto"
+) -> Detector:
     """Load a model from a store.
 
     Args:
@@ -388,7 +405,7 @@ def load(store: str, category: str = "", version: str = "", *, backend: WantedBa
         ModelError: if there is no such model, or it cannot be loaded.
         DeviceError: if torch cannot use this machine's GPU.
     """
-    models = ModelStore(store)
+    models = ModelStore(os.fspath(store))
     if not category:
         names = models.categories()
         if len(names) != 1:
@@ -398,7 +415,11 @@ def load(store: str, category: str = "", version: str = "", *, backend: WantedBa
     device = local_device()
     arithmetic = choose_arithmetic([device_capabilities(device)], backend)
     detector = Detector.from_model(model, load_teacher(models, model.record, device, arithmetic))
-    return dataclasses.replace(detector, publish=lambda target, name: target.copy_model(models, model.record, name))
+    return dataclasses.replace(
+        detector,
+        publish=lambda target, name: target.copy_model(models, model.record, name),
+        read_history=lambda: models.history(model.record),
+    )
 
 
 def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> Teacher:

@@ -182,6 +182,9 @@ def test_fit_makes_the_bits_that_the_fit_job_makes(tmp_path: Path, kind: str) ->
     assert saved.model_id == f"nut{detector.record.model_id}"
     # The job takes the saved model for its own: it would make the same.
     assert stored_model(task)
+    epochs = [] if kind == "memory" else list(range(1, task.recipe.epochs + 1))
+    assert detector.history.to_pydict().get("number", []) == epochs
+    assert stpm.load(task.store).history == detector.history
     fitted = contents(task)
     job = dataclasses.replace(task, store=f"{tmp_path}/other")
     ModelStore(job.store).put_teacher(load_teacher_weights(job.recipe.teacher, job.recipe.teacher_weights, (1, 2, 3)))
@@ -190,10 +193,10 @@ def test_fit_makes_the_bits_that_the_fit_job_makes(tmp_path: Path, kind: str) ->
 
 
 def test_a_loaded_detector_is_saved_with_its_teacher_as_a_new_version(nut: Detector, run: Path, tmp_path: Path) -> None:
-    store, path = str(tmp_path / "models"), str(run / "data" / "nut" / "test" / "square" / "000.png")
+    store, path = tmp_path / "models", str(run / "data" / "nut" / "test" / "square" / "000.png")
     stpm.load(str(run / "models"), "grey").save(store, "bolt")
     nut.save(store, "bolt")
-    versions = ModelStore(store).versions("bolt")
+    versions = ModelStore(str(store)).versions("bolt")
     assert len(versions.previous) == 1
     copied = stpm.load(store, backend="pytorch")
     assert copied.score(path).score == nut.score(path).score
@@ -206,9 +209,9 @@ def test_a_loaded_detector_is_saved_with_its_teacher_as_a_new_version(nut: Detec
 
 
 def test_evaluate_measures_what_scikit_learn_does(nut: Detector, run: Path) -> None:
-    folder = str(run / "data" / "nut" / "test")
+    folder = run / "data" / "nut" / "test"
     found = nut.evaluate(folder)
-    tests = mvtec.read_tests(folder)
+    tests = mvtec.read_tests(str(folder))
     results = list(nut.score(test.uri for test in tests))
     is_defect = [test.label != "good" for test in tests]
     assert found.values["image_auroc"] == roc_auc_score(is_defect, [result.score for result in results])
@@ -221,9 +224,9 @@ def test_evaluate_measures_what_scikit_learn_does(nut: Detector, run: Path) -> N
     ]
     expected = roc_auc_score(np.concatenate(masks).ravel(), np.concatenate([r.model_map for r in results]).ravel())
     assert found.values["pixel_auroc"] == pytest.approx(expected, abs=1e-4)
-    assert "image AUROC" in str(found)
+    assert "image AUROC" in repr(found)
     with pytest.raises(DataError, match="give the folder test of a category"):
-        nut.evaluate(str(run / "data" / "nut"))
+        nut.evaluate(run / "data" / "nut")
 
 
 def test_plain_values_make_a_recipe() -> None:

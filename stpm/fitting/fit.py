@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from stpm import storage
 from stpm.data import pictures

@@ -85,12 +85,13 @@ def fit_detector(
     if outlier := find_outlier(scores, [images[i] for i in calibrating]):
         report(FitWarning(outlier))
     kept = trained.kept_epoch
+    history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     files = encode_model(
         trained.student,
         memory,
         pa.table({"score": scores, "is_added": np.zeros(len(scores), bool)}),
         features.images.statistics_table,
-        pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history]),
+        history,
     )
     record = ModelRecord(
         category=category,
@@ -118,6 +119,7 @@ def fit_detector(
         distance_scales=distance_scales,
         calibration=Calibration(np.sort(scores), heatmap_scale),
         model_record=record,
+        read_history=lambda: history,
     )
     return FittedModel(calibrated, record, files)
 

@@ -49,7 +49,7 @@ class Metric:
     undefined: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CategoryMetrics:
     """Metrics of a category's labelled images, or of one defect type against all good images.
 
@@ -76,7 +76,7 @@ class CategoryMetrics:
     problems: tuple[str, ...] = ()
     defects: Mapping[str, CategoryMetrics] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Write the metrics as a table, with their 95 % intervals and why one is undefined."""
         rows = []
         for name, metric in self.metrics.items():
