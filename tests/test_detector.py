@@ -177,7 +177,7 @@ def test_the_map_is_in_the_pictures_own_pixels(run: Path, tmp_path: Path, rng: n
 @pytest.mark.parametrize("kind", MODELS)
 def test_fit_makes_the_bits_that_the_fit_job_makes(tmp_path: Path, kind: str) -> None:
     task = task_in(tmp_path, MODELS[kind].for_image_count(8))
-    detector = stpm.fit(f"{tmp_path}/data/nut/train/good", MODELS[kind], progress=False)
+    detector = stpm.fit(f"{tmp_path}/data/nut/train/good", MODELS[kind], backend="pytorch", progress=False)
     saved = detector.save(task.store, "nut")
     assert saved.model_id == f"nut{detector.record.model_id}"
     # The job takes the saved model for its own: it would make the same.
