@@ -207,7 +207,8 @@ class Detector:
         try:
             return pictures.decode(pictures.fetch(image), self.teacher.preprocessing)
         except ImageError as error:
-            return ImageError(error.kind, f"{pictures.name_of(image)}: {error}")
+            name = pictures.name_of(image)
+            return ImageError(error.kind, f"{name}: {error}" if name else str(error))
 
     @torch.inference_mode()
     def score_decoded(self, images: Sequence[Decoded], false_alarm_rate: float) -> list[Result]:

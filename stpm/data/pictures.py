@@ -24,12 +24,8 @@ _KINDS = "give uint8 or uint16, (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA"
 
 
 def name_of(picture: Picture) -> str:
-    """Return a picture's path or URI, or what it is."""
-    if isinstance(picture, str | os.PathLike):
-        return os.fspath(picture)
-    if isinstance(picture, np.ndarray):
-        return "an array"
-    return "a file" if isinstance(picture, bytes) else "an image"
+    """Return a picture's path or URI; "" if it was given as bytes or pixels."""
+    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else ""
 
 
 def fetch(picture: Picture) -> Fetched:

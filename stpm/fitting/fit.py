@@ -113,7 +113,7 @@ def fit(
         fitted = fit_detector(
             features,
             recipe,
-            [pictures.name_of(picture) for picture in listed],
+            [pictures.name_of(picture) or f"image {number}" for number, picture in enumerate(listed)],
             report,
             started=started,
             distance_budget=settings.distance_budget(features),

@@ -132,7 +132,7 @@ def _read_all(training: Sequence[Picture], use: Callable[[int, Fetched], None]) 
             else:
                 use(index, pictures.fetch(picture))
         except (ImageError, DataError, OSError) as error:
-            errors[pictures.name_of(picture)] = error
+            errors[pictures.name_of(picture) or f"image {index}"] = error
 
     storage.in_parallel(read, range(len(training)), _READERS)
     return errors
