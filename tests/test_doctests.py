@@ -1,13 +1,19 @@
-"""The examples in docstrings are correct."""
+"""The examples in docstrings, in docs/python.md and in README.md are correct."""
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
+import re
+import runpy
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import stpm
+from stpm.data import demo
 from tests.conftest import REPOSITORY
 
 FILES = [path for path in sorted((REPOSITORY / "stpm").rglob("*.py")) if ">>> " in path.read_text()]
@@ -19,3 +25,30 @@ def test_examples_in_docstrings_are_correct(path: Path) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
     assert failed == 0
+
+
+def test_examples_in_the_python_page_are_correct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = REPOSITORY / "docs" / "python.md"
+    # The end of a block would count as output.
+    text = re.sub(r"^```.*$", "", page.read_text(), flags=re.MULTILINE)
+    assert text.count("\n>>> ") == page.read_text().count(">>> ")
+    examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    failed, attempted = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples)
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_the_lines_in_the_readme_make_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # A short fit makes a picture with other colours.
+    short = dataclasses.replace(stpm.PRESETS["default"], epochs=1, warmup_epochs=0, min_steps=0, memory=50)
+    monkeypatch.setitem(stpm.PRESETS, "default", short)
+    demo.make("runs/benchmark/demo-data")
+    readme = (REPOSITORY / "README.md").read_text()
+    (lines,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    Path("lines.py").write_text(lines)
+    runpy.run_path("lines.py")
+    with Image.open("found.jpg") as made, Image.open(REPOSITORY / "docs" / "found.jpg") as stored:
+        assert made.size == stored.size
+    assert stpm.load("models", "gravel").record.fit.train_count == 128

@@ -16,7 +16,7 @@ DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
 # They show how to start a job.
 NAMED = ("scoring", "nightly", "feedback")
-MAX_README_LINES = 125
+MAX_README_LINES = 150
 # Options of other programs, and of `stpm` itself.
 OTHER_OPTIONS = {"--complete", "--working-dir", "--address", "--generate", "--check", "--dist"}
 
