@@ -83,7 +83,9 @@ class CategoryMetrics:
             value = metric.undefined if metric.value is None else f"{metric.value:.4f}"
             interval = "{:.4f} to {:.4f}".format(*metric.interval) if metric.interval else ""
             rows.append((METRICS[name], value, interval))
-        return tabulate(rows, (f"{self.good_count} good, {self.defect_count} defective", "value", "95 % interval"))
+        header = (f"{self.good_count} good, {self.defect_count} defective", "value", "95 % interval")
+        # Parsed as numbers, values would lose their last zeros.
+        return tabulate(rows, header, disable_numparse=True)
 
     @property
     def labelled_count(self) -> int:
