@@ -101,6 +101,7 @@ def upload(files: Mapping[str, bytes]) -> None:
 def simulate(products: Sequence[Product], count: int, disturb: bool) -> None:
     """Upload the images of each night, and run the job for it."""
     options = {"models": _MODELS, "images": f"{_DUMP}/{{date}}", "category-from": "{category}/{name}", "out": _OUT}
+    options |= {"settle": "0"}
     late: dict[str, bytes] = {}
     for night in range(_NIGHTS):
         date = _FIRST + datetime.timedelta(days=night)

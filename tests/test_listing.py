@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,13 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moto.s3.models import s3_backends
 from s3fs import S3FileSystem
 
+from stpm import storage
 from stpm.storage import listing
 from stpm.storage.uris import uri_of
+from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
 
 _KEY = st.lists(st.sampled_from(["a", "b", "a b", "é", ""]), min_size=1, max_size=6).map("/".join)
 
@@ -89,7 +94,7 @@ def test_a_pipe_is_listed_as_no_file_and_the_root_as_a_folder(tmp_path: Path, mo
     os.mkfifo(tmp_path / "pipe.png")
     assert list(listing.iter_files(str(tmp_path / "pipe.png"))) == []
     asked = []
-    monkeypatch.setattr(listing, "_list_local", lambda folder: asked.append(folder) or ([], ["/a.png"]))
+    monkeypatch.setattr(listing, "_list_local", lambda folder, _: asked.append(folder) or ([], ["/a.png"]))
     assert list(listing.iter_files("/")) == ["/a.png"]
     assert asked == ["/"]
 
@@ -97,3 +102,44 @@ def test_a_pipe_is_listed_as_no_file_and_the_root_as_a_folder(tmp_path: Path, mo
 def test_a_listing_of_s3_keeps_the_options_of_the_session() -> None:
     fs = fsspec.filesystem("s3", profile="one", skip_instance_cache=True)
     assert listing._without_times(fs).session.get_config_variable("profile") == "one"
+
+
+def set_age(uri: str, seconds: float) -> None:
+    """Let a file have been modified this long ago."""
+    then = time.time() - seconds
+    fs, path = storage.filesystem(uri)
+    if uri.startswith("s3://"):
+        (backend,) = s3_backends["123456789012"].values()
+        backend.buckets["bucket"].keys[path.removeprefix("bucket/")].last_modified = datetime.fromtimestamp(
+            then, timezone.utc
+        ).replace(tzinfo=None)
+    elif uri.startswith("memory://"):
+        fs.store[path].modified = fs.store[path].created = datetime.fromtimestamp(then, timezone.utc)
+    else:
+        os.utime(uri, (then, then))
+
+
+@pytest.mark.parametrize("store", ["local", "memory", "s3"])
+def test_files_that_may_still_be_being_written_are_left_out(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store == "s3":
+        request.getfixturevalue("s3")
+        # The store says what time it is.
+        now = time.time()
+        monkeypatch.setattr(listing, "time", SimpleNamespace(time=lambda: now + 3600))
+    roots = {"local": str(tmp_path), "memory": "memory://root", "s3": f"s3://bucket/{tmp_path.name}"}
+    folder = f"{roots[store]}/images"
+    ages = {"deep/old.png": 600, "wrong-clock.png": -(10**6), "young.png": 5, "deep/younger.tar": -30}
+    for name, seconds in ages.items():
+        storage.publish(f"{folder}/{name}", b"x")
+        set_age(f"{folder}/{name}", seconds)
+    old = [f"{folder}/deep/old.png", f"{folder}/wrong-clock.png"]
+    settle = storage.Settle(60)
+    assert sorted(storage.iter_files(folder, settle)) == old
+    assert sorted(name.rsplit("/", 1)[-1] for name in settle.left) == ["young.png", "younger.tar"]
+    assert len(list(storage.iter_files(folder))) == len(ages)
+    if store != "s3":
+        assert storage.glob(f"{folder}/*.png", storage.Settle(60))[0] == old[1:]
+        assert storage.glob(f"{folder}/**", storage.Settle(60))[0] == old
+        assert list(storage.iter_files(f"{folder}/young.png", storage.Settle(60))) == []

@@ -49,6 +49,13 @@ class NightlyOptions(Options):
         minimum=0,
         maximum=_MAX_NIGHTS,
     )
+    settle: float = option(
+        60.0,
+        "leave files that were modified less than this many seconds ago, and may still be being written, to the next "
+        "start; 0: take all",
+        minimum=0,
+        maximum=86_400,
+    )
     keep_days: int = option(
         0,
         "remove nights more than this many days older than the night scored, with all that this job wrote there; "

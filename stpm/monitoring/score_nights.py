@@ -33,6 +33,7 @@ from stpm.scoring.resuming.resume import read_models
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
+from stpm.times import duration
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,17 @@ class NightlyJob:
         """Yield tables of schema MANIFEST that list a night's images; a source may have none."""
         rule = CategoryRule(self.options.category, self.options.category_from)
         for source in self.sources(date):
+            settle = storage.Settle(self.options.settle)
             try:
-                yield from image_rows([source], rule, self.options.allow)
+                yield from image_rows([source], rule, self.options.allow, settle=settle)
             except NoImagesError as error:
                 # The other sources may have some.
                 log.info(str(error))
+            if settle.left:
+                log.warning(
+                    f"{source}: left {len(settle.left)} files to the next start, they were modified less than "
+                    f"{duration(settle.seconds)} ago and may still be being written: {join_first(settle.left)}"
+                )
 
     def _score_run(
         self, folder: NightFolder, output: RunOutput, rows: Iterable[pa.Table], connection: ExitStack

@@ -1,6 +1,6 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.storage.listing import file_sizes, file_versions, files, files_starting, iter_files, subfolders
+from stpm.storage.listing import Settle, file_sizes, file_versions, files, files_starting, iter_files, subfolders
 from stpm.storage.objects import (
     check_size,
     create,
@@ -21,6 +21,7 @@ from stpm.storage.tables import count_rows, decode_parquet, encode_parquet, read
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
 __all__ = [
+    "Settle",
     "absolute",
     "arrow_filesystem",
     "as_os_errors",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +27,37 @@ _THREADS = 16
 _SYSTEM_FOLDER = "lost+found"
 # Times that a prefix is divided.
 _PREFIX_LEVELS = 4
+# Values of a listing that are the time of modification; "created" is that of the bytes in stores that replace files.
+_TIME_KEYS = ("mtime", "last_modified", "LastModified", "updated", "created")
 # Values of a listing that change with a file's bytes. The checksum is first: it stays if the same bytes are written.
 _VERSION_KEYS = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Leaves files out of a listing that may still be being written: those that were modified in the last seconds.
+
+    S3 says what time it is there. Elsewhere the clock of this process is compared with that of the disk or store: they
+    should differ by less than `seconds`. A time that is further in the future is taken for a wrong clock, and the file
+    is listed.
+
+    Args:
+        seconds: that a file must have been left alone for; 0: list all.
+        left: URIs or paths of the files that were left out so far.
+    """
+
+    seconds: float = 0.0
+    left: list[str] = field(default_factory=list)
+
+    def keeps(self, name: str, modified: float, now: float) -> bool:
+        """Return whether to list a file; the times are in seconds since 1970."""
+        if abs(now - modified) >= self.seconds:
+            return True
+        self.left.append(name)
+        return False
+
+
+_ALL = Settle()
 
 
 def subfolders(uri: str, *, links: bool = False) -> list[str]:
@@ -127,11 +160,11 @@ def _version(info: dict[str, Any]) -> str:
     return f"{int(info['size'] or 0)} {next(values, '')}"
 
 
-def iter_files(uri: str) -> Iterator[str]:
+def iter_files(uri: str, settle: Settle = _ALL) -> Iterator[str]:
     """Yield the URI of every file under a folder or prefix at any depth, or of the one file that the URI names.
 
     List folders, or prefixes of S3, in parallel, and hold a page of each. The order is the same each time. Yield
-    nothing if there is no such folder.
+    nothing if there is no such folder. `settle` leaves out files that may still be being written.
 
     Raises:
         ConfigError: if the bucket does not exist, where the store reports it, or the credentials may not list it.
@@ -140,18 +173,19 @@ def iter_files(uri: str) -> Iterator[str]:
     denied: PermissionError | None = None
     try:
         # `fs.isfile` would return false for any failure.
-        is_file = with_retries(uri, lambda: fs.info(path)["type"] == "file")
+        info = with_retries(uri, lambda: fs.info(path))
+        is_file = info["type"] == "file"
     except (FileNotFoundError, NotADirectoryError):
         is_file = False
     except PermissionError as error:
         # Credentials that may list what is under a prefix may still not ask for the prefix itself.
         is_file, denied = False, error
     if is_file:
-        names = iter([path])
+        names = iter(settled([info | {"name": path}], settle))
     elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
-        names = _stream_s3(_without_times(fs), path, uri)
+        names = _stream_s3(_without_times(fs), path, uri, settle)
     else:
-        names = _stream_folders(fs, path, uri)
+        names = _stream_folders(fs, path, uri, settle)
     is_empty = True
     try:
         for name in names:
@@ -173,7 +207,22 @@ def _without_times(fs: Any) -> Any:
     return type(fs)(*fs.storage_args, **fs.storage_options, session=session, skip_instance_cache=True)
 
 
-def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
+def settled(entries: Iterable[dict[str, Any]], settle: Settle) -> list[str]:
+    """Return the paths of files, by their entries in a listing, without those that may still be being written."""
+    now = time.time()
+    return [e["name"] for e in entries if not settle.seconds or settle.keeps(e["name"], _modified(e), now)]
+
+
+def _modified(entry: dict[str, Any]) -> float:
+    """Return when a file was modified, in seconds since 1970; 0 if the store does not say."""
+    value = next((entry[key] for key in _TIME_KEYS if entry.get(key)), 0.0)
+    if isinstance(value, str):
+        # Python 3.10 does not read the Z.
+        value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    return value.timestamp() if isinstance(value, datetime) else float(value)
+
+
+def _stream_s3(fs: Any, path: str, uri: str, settle: Settle = _ALL) -> Iterator[str]:
     """Yield the keys under a prefix.
 
     A listing is a chain of requests, so divide the prefix and list its parts in parallel. Take a page of each part in
@@ -186,7 +235,7 @@ def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
         return cast("dict[str, Any]", with_retries(uri, request))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        keys, prefixes = _divide_prefix(f"{key.rstrip('/')}/" if key else "", list_page, pool)
+        keys, prefixes = _divide_prefix(f"{key.rstrip('/')}/" if key else "", list_page, pool, settle)
         yield from (f"{bucket}/{name}" for name in keys)
         waiting = deque(prefixes)
         listed: deque[tuple[str, Future[dict[str, Any]]]] = deque()
@@ -199,11 +248,11 @@ def _stream_s3(fs: Any, path: str, uri: str) -> Iterator[str]:
             if page["IsTruncated"]:
                 token = page["NextContinuationToken"]
                 listed.append((prefix, pool.submit(list_page, prefix, ContinuationToken=token)))
-            yield from (f"{bucket}/{name}" for name in _keys(page))
+            yield from (f"{bucket}/{name}" for name in _keys(page, settle))
 
 
 def _divide_prefix(
-    prefix: str, list_page: Callable[..., dict[str, Any]], pool: ThreadPoolExecutor
+    prefix: str, list_page: Callable[..., dict[str, Any]], pool: ThreadPoolExecutor, settle: Settle
 ) -> tuple[list[str], list[str]]:
     """Divide a prefix at slashes into enough parts to list in parallel. Return the keys in no part, and the parts."""
     keys: list[str] = []
@@ -217,7 +266,7 @@ def _divide_prefix(
                 # The parts are so many that to list each of them takes more requests than to list the whole.
                 divided.append(whole)
             else:
-                keys += _keys(page)
+                keys += _keys(page, settle)
                 divided += [part["Prefix"] for part in page.get("CommonPrefixes", ())]
         if divided == prefixes:
             break
@@ -225,22 +274,27 @@ def _divide_prefix(
     return keys, prefixes
 
 
-def _keys(page: dict[str, Any]) -> list[str]:
-    return [entry["Key"] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
+def _keys(page: dict[str, Any], settle: Settle) -> list[str]:
+    entries = [entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
+    if settle.seconds:
+        date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
+        now = parsedate_to_datetime(date).timestamp() if date else time.time()
+        entries = [entry for entry in entries if settle.keeps(entry["Key"], _modified(entry), now)]
+    return [entry["Key"] for entry in entries]
 
 
-def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
+def _stream_folders(fs: Any, path: str, uri: str, settle: Settle) -> Iterator[str]:
     def list_folder(folder: str) -> tuple[list[str], list[str]]:
         try:
             if isinstance(fs, LocalFileSystem):
-                return _list_local(folder)
+                return _list_local(folder, settle)
             entries = with_retries(uri, lambda: fs.ls(folder, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return [], []
         folders = sorted(
             e["name"] for e in entries if is_folder(fs, e, links=False) and e["name"].rstrip("/") != folder
         )
-        return folders, sorted(e["name"] for e in entries if is_file(fs, e))
+        return folders, sorted(settled((e for e in entries if is_file(fs, e)), settle))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         waiting = deque([path.rstrip("/") or path])
@@ -254,12 +308,16 @@ def _stream_folders(fs: Any, path: str, uri: str) -> Iterator[str]:
             yield from names
 
 
-def _list_local(folder: str) -> tuple[list[str], list[str]]:
+def _list_local(folder: str, settle: Settle) -> tuple[list[str], list[str]]:
     """List the paths of folders and files in a folder. `LocalFileSystem.ls` would ask for the size of each file too."""
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.path)
     folders = [e.path for e in entries if e.is_dir(follow_symlinks=False) and e.name != _SYSTEM_FOLDER]
-    return folders, [entry.path for entry in entries if _is_local_file(entry)]
+    files = [entry for entry in entries if _is_local_file(entry)]
+    if settle.seconds:
+        now = time.time()
+        files = [entry for entry in files if settle.keeps(entry.path, entry.stat().st_mtime, now)]
+    return folders, [entry.path for entry in files]
 
 
 def _is_local_file(entry: os.DirEntry[str]) -> bool:

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from stpm.errors import ConfigError
-from stpm.storage.listing import is_file, is_folder
+from stpm.storage.listing import Settle, is_file, is_folder, settled
 from stpm.storage.parallel import in_parallel
 from stpm.storage.retries import with_retries
 from stpm.storage.uris import filesystem, uri_of
@@ -20,10 +20,11 @@ from stpm.storage.uris import filesystem, uri_of
 _ANY_DEPTH = "**"
 
 
-def glob(uri: str) -> tuple[list[str], list[str]]:
+def glob(uri: str, settle: Settle | None = None) -> tuple[list[str], list[str]]:
     """Return the URIs of the files, and of the folders, that match a pattern, each sorted.
 
     A pattern has `*`, `?`, `[…]`, and `**` for any depth. Links to folders are followed, except by `**`.
+    `settle` leaves out files that may still be being written.
 
     Raises:
         ConfigError: if the pattern is malformed, or a folder may not be listed.
@@ -41,7 +42,7 @@ def glob(uri: str) -> tuple[list[str], list[str]]:
     except PermissionError as error:
         raise ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow") from error
     under = re.split(r"[*?\[]", uri, maxsplit=1)[0].rsplit("/", 1)[0]
-    files = [name for name, entry in found.items() if is_file(fs, entry)]
+    files = settled((entry for entry in found.values() if is_file(fs, entry)), settle or Settle())
     folders = [name for name, entry in found.items() if is_folder(fs, entry, links=_ANY_DEPTH not in path)]
     return sorted(uri_of(fs, name, under) for name in files), sorted(uri_of(fs, name, under) for name in folders)
 

@@ -61,7 +61,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
     out = tmp_path / "nights"
     options = ["--models", str(tmp_path / "models"), "--images", f"{tmp_path}/dump/{{date}}", "--date", NIGHT]
     options += ["--category", "nut", "--rows-per-file", "32", "--scoring-batch-size", "4", "--max-error-rate", "1"]
-    options += ["--scorers", "1"]
+    options += ["--scorers", "1", "--settle", "0"]
     undisturbed = run_job("nightly", *options, "--out", str(tmp_path / "undisturbed"))
     assert undisturbed.returncode == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -162,6 +163,22 @@ def test_unreadable_images_are_tried_again_and_hold_up_no_late_files(job: Nightl
     assert (job.names(), record(job).unfinished) == (["a", "b", "denied", "late"], 0)
 
 
+def test_a_file_that_is_being_copied_is_left_to_the_next_start(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
+    job.dump(DATE, "a", "copied")
+    copied = Path(f"{job.root}/dump/{DATE}/nut/copied.png")
+    os.utime(copied.with_name("a.png"), (0, 0))
+    for _ in range(2):
+        job(settle=60)
+        assert job.names() == ["a"]
+        (left,) = [r.getMessage() for r in caplog.records if "left 1 files to the next start" in r.getMessage()]
+        assert left.endswith(f"modified less than 60 s ago and may still be being written: {copied}")
+        caplog.clear()
+    os.utime(copied, (0, 0))
+    job(settle=60)
+    assert job.names() == ["a", "copied"]
+    assert "to the next start" not in caplog.text
+
+
 def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     job.dump(BEFORE, "a")
     assert job(BEFORE) == 0
@@ -215,8 +232,8 @@ def test_fresh_keeps_the_rows_where_they_cannot_be_made_again(
     else:
         list_images = score_nights.image_rows
 
-        def rows(*arguments: Any) -> Iterator[pa.Table]:
-            yield from list_images(*arguments)
+        def rows(*arguments: Any, **settle: Any) -> Iterator[pa.Table]:
+            yield from list_images(*arguments, **settle)
             raise OSError("503 Slow Down")
 
         monkeypatch.setattr(score_nights, "image_rows", rows)
@@ -300,7 +317,7 @@ def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> 
     assert nights[0]["problem"].endswith(f"; restore the files, or run the same command with {OVER}")
 
 
-@pytest.mark.parametrize("file", ["run.json", "manifest/000000.parquet", "manifest/manifest.json"])
+@pytest.mark.parametrize("file", ["run.json", "manifest/000000-000000.parquet", "manifest/manifest.json"])
 def test_a_wrong_file_of_an_earlier_night_is_its_problem_alone(job: Nightly, file: str) -> None:
     job.dump(BEFORE, "a", "b")
     assert job(BEFORE) == 0
@@ -309,7 +326,7 @@ def test_a_wrong_file_of_an_earlier_night_is_its_problem_alone(job: Nightly, fil
     uri = f"{NightFolder.of(job.out, BEFORE).uri}/runs/001/{file}"
     contents = {
         "run.json": b"[" * 200_000,
-        "manifest/000000.parquet": storage.encode_parquet(pa.table({"x": [1]})),
+        "manifest/000000-000000.parquet": storage.encode_parquet(pa.table({"x": [1]})),
         "manifest/manifest.json": storage.read(uri).replace(b'["nut"]', b"[]"),
     }
     storage.publish(uri, contents[file], durable=False)

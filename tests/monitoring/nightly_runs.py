@@ -88,6 +88,7 @@ class Nightly:
             "images": Names([f"{self.root}/dump/{{date}}"]),
             "out": self.out,
             "date": date.isoformat(),
+            "settle": 0,
             "category_from": "{category}/{name}",
         }
         monitoring = MonitoringOptions(webhook=webhook, nights=nights, fdr=fdr)

@@ -27,7 +27,11 @@ _ESCAPED = re.compile(r"\[([*?[])\]")
 
 
 def image_rows(
-    sources: Sequence[str], rule: CategoryRule, allow: Sequence[str] = (), lines: Iterable[str] = ()
+    sources: Sequence[str],
+    rule: CategoryRule,
+    allow: Sequence[str] = (),
+    lines: Iterable[str] = (),
+    settle: storage.Settle | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the manifest rows of several sources, at most `CHUNK_ROWS` at a time. Duplicates are still among them.
 
@@ -38,6 +42,7 @@ def image_rows(
         rule: chooses the category of images whose table does not name one.
         allow: prefixes of the URIs that a table may name; none: see `allowed_prefixes`.
         lines: the list of URIs, one per line.
+        settle: leaves out files and archives that may still be being written; what a table names is not looked at.
 
     Raises:
         NoImagesError: if a source has no image.
@@ -46,7 +51,7 @@ def image_rows(
     """
     for source in sources:
         is_empty = True
-        for rows in _source_rows(source, rule, allow, lines):
+        for rows in _source_rows(source, rule, allow, lines, settle or storage.Settle()):
             is_empty = False
             yield rows
         if is_empty:
@@ -55,7 +60,9 @@ def image_rows(
             )
 
 
-def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: Iterable[str]) -> Iterator[pa.Table]:
+def _source_rows(
+    source: str, rule: CategoryRule, allow: Sequence[str], lines: Iterable[str], settle: storage.Settle
+) -> Iterator[pa.Table]:
     if source == STANDARD_INPUT:
         uris = (storage.absolute(line.strip()) for line in lines if line.strip())
         yield from _file_rows(((ImageRef(uri), None) for uri in uris), rule)
@@ -66,7 +73,7 @@ def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], lines: I
         for table in [name] if name else storage.glob(uri)[0]:
             yield from table_rows(table, rule, allowed_prefixes(table, allow))
         return
-    files = storage.iter_files(name) if name else _matching_files(uri)
+    files = storage.iter_files(name, settle) if name else _matching_files(uri, settle)
     yield from _file_rows((image for file in _visible(files, uri) for image in _images_in(file)), rule)
 
 
@@ -76,9 +83,9 @@ def _visible(files: Iterator[str], source: str) -> Iterator[str]:
     return (file for file in files if file.count("/.") <= named)
 
 
-def _matching_files(pattern: str) -> Iterator[str]:
+def _matching_files(pattern: str, settle: storage.Settle) -> Iterator[str]:
     """Yield the files that a glob matches, and those in the folders that it matches."""
-    files, folders = storage.glob(pattern)
+    files, folders = storage.glob(pattern, settle)
     # `**` also matches what is in a folder that it matches.
     found = set(folders)
 
@@ -88,7 +95,7 @@ def _matching_files(pattern: str) -> Iterator[str]:
     yield from (file for file in files if not is_inside_one(file))
     for folder in folders:
         if not is_inside_one(folder):
-            yield from storage.iter_files(folder)
+            yield from storage.iter_files(folder, settle)
 
 
 def _literal_name(uri: str) -> str:
