@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -63,7 +64,8 @@ def make_images(folder: str, data: str, count: int) -> None:
 
 def count_committed(output: RunOutput) -> int:
     """Count the rows of an unfinished run that no later run scores again."""
-    begun = [output.segment_checkpoints(number) for number in output.segments_with_checkpoints()]
+    attempt = replace(output, attempt=output.state.attempt())
+    begun = [attempt.segment_checkpoints(number) for number in attempt.segments_with_checkpoints()]
     rows = sum(storage.count_rows(uri) for folder in begun for uri in committed_checkpoints(folder))
     return rows + sum(summary.rows for summary in committed_summaries(output))
 

@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -246,7 +247,7 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
 
     def act() -> None:
         RowSummary.total(committed_summaries(output), _TOP)
-        write_remaining(output, begun)
+        write_remaining(output, replace(output, attempt=1), begun, _TOP)
 
     measure(f"resume{fraction * 100:.0f}", images.rows, act, begun.rows)
 

@@ -110,6 +110,29 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}: {self.command}"
 
 
+@dataclass(frozen=True)
+class Fence:
+    """What the driver and the tasks of the holder know of its lease, to stop writing once another run has taken it.
+
+    Args:
+        folder: URI of the folder that is leased.
+        number: of the lease; later ones have higher numbers.
+    """
+
+    folder: str
+    number: int
+
+
+def check(fence: Fence | None) -> None:
+    """Raise CutOffError if another run has taken the lease since; None: there is no lease.
+
+    This shortens the time in which a process that was suspended still writes. It does not end it: the process may be
+    suspended between the check and the write.
+    """
+    if fence and (latest := max(_numbers(fence.folder), default=-1)) != fence.number:
+        raise _cut_off(f"{fence.folder}: lease {fence.number} is lost, the latest is {latest}")
+
+
 @dataclass
 class Lease:
     """One acquisition of the lease on a folder.
@@ -125,7 +148,7 @@ class Lease:
     holder: Holder
     clock: Callable[[], float] = _clock
     sleep: Callable[[float], object] = time.sleep
-    _number: int = field(default=-1, init=False)
+    number: int = field(default=-1, init=False)
     _renewed: float = field(default=0.0, init=False)
     _renewal_error: str = field(default="", init=False)
     _lost_because: str = field(default="", init=False)
@@ -172,7 +195,7 @@ class Lease:
         try:
             number, data = self._latest()
             holder = Holder.parse(data)
-            if number != self._number or holder.acquisition != self.holder.acquisition:
+            if number != self.number or holder.acquisition != self.holder.acquisition:
                 self._lost_because = f"{self.folder} was {f'taken over by {holder}' if number >= 0 else 'removed'}"
                 return
             self._publish(dataclasses.replace(self.holder, renewals=self.holder.renewals + 1))
@@ -199,18 +222,18 @@ class Lease:
 
     def _publish(self, holder: Holder) -> None:
         self.holder = holder
-        storage.publish(self._uri(self._number), holder.encode(), durable=False)
+        storage.publish(self._uri(self.number), holder.encode(), durable=False)
 
     def _claim(self, number: int) -> bool:
         self._renewed = self.clock()
         if not storage.create(self._uri(number), self.holder.encode()):
             return False
-        others = [other for other in self._numbers() if other != number]
+        others = [other for other in _numbers(self.folder) if other != number]
         if max(others, default=-1) > number:
             # Other runs used this number, a higher one, and removed this one since the numbers were listed.
             storage.remove(self._uri(number))
             return False
-        self._number = number
+        self.number = number
         for older in others:
             # Credentials that may not delete there leave them.
             with suppress(PermissionError):
@@ -219,22 +242,23 @@ class Lease:
 
     def _latest(self) -> tuple[int, bytes]:
         """Return the highest number and its file's content; -1 and b"" if there is none."""
-        while numbers := self._numbers():
+        while numbers := _numbers(self.folder):
             # A run that takes over may remove the file before it is read.
             with suppress(FileNotFoundError):
                 return max(numbers), storage.read(self._uri(max(numbers)))
         return -1, b""
 
-    def _numbers(self) -> list[int]:
-        names = (uri.rsplit("/", 1)[-1].removesuffix(".json") for uri in storage.files(f"{self.folder}/.lease"))
-        return [int(name) for name in names if name.isdecimal()]
-
     def _uri(self, number: int) -> str:
         return f"{self.folder}/.lease/{number}.json"
 
 
+def _numbers(folder: str) -> list[int]:
+    names = (uri.rsplit("/", 1)[-1].removesuffix(".json") for uri in storage.files(f"{folder}/.lease"))
+    return [int(name) for name in names if name.isdecimal()]
+
+
 @contextmanager
-def hold_lease(folder: str, wait: bool) -> Iterator[None]:
+def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
     """Hold the lease on a folder during the block.
 
     If the lease is lost, the block is interrupted as by SIGTERM; the process is ended if the block goes on.
@@ -259,7 +283,7 @@ def hold_lease(folder: str, wait: bool) -> Iterator[None]:
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield Fence(lease.folder, lease.number)
     except BaseException as error:
         if reason := lease.why_lost():
             raise _cut_off(reason) from error

@@ -23,7 +23,7 @@ from stpm.fitting.fit_categories import count_good_images, fit_categories, read_
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
 from stpm.jobs.benchmark_options import BenchmarkOptions
-from stpm.lease import hold_lease
+from stpm.lease import Fence, hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
@@ -67,7 +67,7 @@ def run_benchmark(
                 {"fits": partial(describe_workers, workers, tasks), "then scores": partial(describe_plan, scoring)}
             )
             return ALL_DONE
-        with hold_lease(out, options.wait):
+        with hold_lease(out, options.wait) as fence:
             if not options.data:
                 demo.make(data)
             categories, unreadable = read_categories(data, options.categories)
@@ -75,7 +75,7 @@ def run_benchmark(
             results: list[CategoryResult] = []
             if categories:
                 split = _TestSplit(data, categories, scoring, reporting.masks_at, cluster)
-                results, failed_fits = _fit_and_test(split, out, options, recipe, workers)
+                results, failed_fits = _fit_and_test(split, out, fence, options, recipe, workers)
                 failures += failed_fits
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
             log.info(f"models, scores and heatmaps are in {out}")
@@ -128,7 +128,7 @@ class _TestSplit:
 
 
 def _fit_and_test(
-    split: _TestSplit, out: str, options: BenchmarkOptions, recipe: Recipe, workers: WorkerOptions
+    split: _TestSplit, out: str, fence: Fence, options: BenchmarkOptions, recipe: Recipe, workers: WorkerOptions
 ) -> tuple[list[CategoryResult], list[Failure]]:
     """Fit all categories with each seed; score and evaluate their test images. Return the fits that failed, too."""
     stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
@@ -138,7 +138,7 @@ def _fit_and_test(
         fits = fit_categories(split.categories, recipe, stores, workers, split.cluster, options.wait)
         for seed, uri in stores.items():
             if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
-                output = RunOutput.named(out, f"seed-{seed}")
+                output = RunOutput.named(out, f"seed-{seed}", fence)
                 arguments = records, ModelStore(uri), output
                 results += _score_and_evaluate(
                     output, partial(split.score, *arguments), partial(split.evaluate, *arguments)

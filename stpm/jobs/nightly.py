@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 
 from stpm import storage
@@ -61,8 +62,8 @@ def run_nightly(
         if cluster.plan:
             log_plan({"scores": partial(describe_plan, scoring)})
             return ALL_DONE
-        with hold_lease(job.out, options.wait):
-            return _run(job, date)
+        with hold_lease(job.out, options.wait) as fence:
+            return _run(replace(job, fence=fence), date)
 
 
 def _run(job: NightlyJob, date: datetime.date) -> int:

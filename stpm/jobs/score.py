@@ -56,7 +56,7 @@ def run_score(
             return ALL_DONE
         # A dry run writes to a folder of its own.
         lease = nullcontext() if collection.dry_run else hold_lease(folder, collection.wait)
-        with lease, stored_list(sys.stdin if STANDARD_INPUT in sources else ()) as (lines, digest):
+        with lease as fence, stored_list(sys.stdin if STANDARD_INPUT in sources else ()) as (lines, digest):
             config = ScoringConfig(
                 images=sources,
                 false_alarm_rate=scoring.false_alarm_rate,
@@ -71,7 +71,7 @@ def run_score(
                 config=config,
                 store=ModelStore(collection.models),
                 options=scoring,
-                output=RunOutput.single(folder),
+                output=RunOutput.single(folder, fence),
                 triage_images=collection.top,
                 cluster=cluster,
                 fdr=collection.fdr,

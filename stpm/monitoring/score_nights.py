@@ -18,6 +18,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import ConfigError, CutOffError, DataError, ModelError, NoImagesError, join_first, with_remedy
+from stpm.lease import Fence
 from stpm.models.store import ModelStore
 from stpm.monitoring.night_folder import NightFolder
 from stpm.monitoring.nights import Night, read_night, write_night
@@ -48,6 +49,7 @@ class NightlyJob:
     scoring: ScoreOptions
     cluster: ClusterOptions
     out: str
+    fence: Fence | None = None
 
     def sources(self, date: datetime.date) -> tuple[str, ...]:
         """Return the absolute URIs of a night's images."""
@@ -135,7 +137,7 @@ class NightlyJob:
             config=config,
             store=ModelStore(self.options.models),
             options=self.scoring,
-            output=output,
+            output=replace(output, fence=self.fence),
             triage_images=self.monitoring.top,
             cluster=self.cluster,
         )

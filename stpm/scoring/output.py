@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError
+from stpm.lease import Fence, check
 from stpm.scoring.run_state import RunState
 
 _RUNS = "runs"
@@ -21,21 +22,25 @@ class RunOutput:
         folder: URI of the run folder.
         name: of the run, unique in the folder.
         state_folder: URI of the folder for run.json, the manifest and the checkpoints.
+        fence: of the process that writes; None: it only reads, or takes no lease.
+        attempt: number of the attempt that writes. Later attempts of a run have higher numbers.
     """
 
     folder: str
     name: str
     state_folder: str
+    fence: Fence | None = None
+    attempt: int = 0
 
     @classmethod
-    def single(cls, folder: str) -> RunOutput:
+    def single(cls, folder: str, fence: Fence | None = None) -> RunOutput:
         """Return the output of the only run of a folder."""
-        return cls(folder, "scores", folder)
+        return cls(folder, "scores", folder, fence)
 
     @classmethod
-    def named(cls, folder: str, name: str) -> RunOutput:
+    def named(cls, folder: str, name: str, fence: Fence | None = None) -> RunOutput:
         """Return the output of one of several runs in a folder."""
-        return cls(folder, name, storage.join(folder, _RUNS, name))
+        return cls(folder, name, storage.join(folder, _RUNS, name), fence)
 
     @classmethod
     def all_named(cls, folder: str) -> list[RunOutput]:
@@ -66,7 +71,7 @@ class RunOutput:
     @property
     def state(self) -> RunState:
         """The record of the run, read anew."""
-        return RunState(self.state_folder)
+        return RunState(self.state_folder, self.fence)
 
     @property
     def scores(self) -> str:
@@ -100,32 +105,29 @@ class RunOutput:
 
     @property
     def checkpoints(self) -> str:
-        """The folder of the ids and summaries of written rows, by segment; removed when the run is finished."""
+        """The folder of the ids and summaries of written rows, by attempt and segment; removed at the end."""
         return storage.join(self.state_folder, "checkpoints")
 
     @property
     def remaining(self) -> str:
-        """The folder of the manifest shards that a resumed run has yet to score; removed when it is finished."""
+        """The folder of the manifest shards that are yet to be scored, by attempt; removed when the run is finished."""
         return storage.join(self.state_folder, "remaining")
 
     def segment_summary(self, number: int) -> str:
-        """The summary of a committed segment."""
-        return storage.join(self.segments, f"{number:06}.json")
+        """The summary of a segment that this attempt commits."""
+        return storage.join(self.segments, f"{number:06}-{self.attempt:06}.json")
 
     def segment_checkpoints(self, number: int) -> str:
-        """The folder of the ids and summaries of a segment's written rows."""
-        return storage.join(self.checkpoints, f"{number:06}")
+        """The folder of the ids and summaries of a segment's rows that count for this attempt."""
+        return storage.join(self.checkpoints, f"{self.attempt:06}", f"{number:06}")
 
     def segment_remaining(self, number: int) -> str:
-        """The folder of the shards of a segment that a resumed run has yet to score."""
-        return storage.join(self.remaining, f"{number:06}")
+        """The folder of the shards of a segment that this attempt has yet to score."""
+        return storage.join(self.remaining, f"{self.attempt:06}", f"{number:06}")
 
     def segments_with_checkpoints(self) -> set[int]:
-        """Return the numbers of the segments that have checkpoints."""
-        if not storage.exists(self.checkpoints):
-            return set()
-        # In a store, the folder itself may be an object among its children.
-        return {int(name) for name in storage.subfolders(self.checkpoints) if name.isdecimal()}
+        """Return the numbers of the segments that have checkpoints of this attempt."""
+        return set(_numbered(storage.join(self.checkpoints, f"{self.attempt:06}")))
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""
@@ -151,6 +153,7 @@ class RunOutput:
             raise ConfigError(f"{existing[0]} exists, but no {state.uri} shows that a run wrote it; name another --out")
         state.clear()
         for uri in existing:
+            check(self.fence)
             storage.remove(uri)
 
     def remove(self) -> None:
@@ -158,7 +161,16 @@ class RunOutput:
         self.clear()
         self.state.forget()
 
-    def clear_checkpoints(self) -> None:
-        """Remove the checkpoints, and the shards of remaining rows."""
-        storage.remove(self.checkpoints)
-        storage.remove(self.remaining)
+    def clear_attempts(self, end: int) -> None:
+        """Remove the checkpoints, and the shards of remaining rows, of the attempts before this number."""
+        for folder in (self.checkpoints, self.remaining):
+            for number, name in _numbered(folder).items():
+                if number < end:
+                    storage.remove(storage.join(folder, name))
+
+
+def _numbered(folder: str) -> dict[int, str]:
+    """List the folders in a folder whose names are numbers."""
+    names = storage.subfolders(folder) if storage.exists(folder) else []
+    # In a store, the folder itself may be an object among its children.
+    return {int(name): name for name in names if name.isdecimal()}

@@ -59,6 +59,7 @@ class RowSummary:
         bytes_read: size of all image files.
         max_ranked: maximum number of images in `ranked`.
         ranked: the most anomalous images, in that order.
+        tasks: names of the tasks that wrote the rows, sorted.
     """
 
     categories: dict[str, CategoryCounts] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class RowSummary:
     bytes_read: int = 0
     max_ranked: int = 0
     ranked: list[RankedImage] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -105,6 +107,7 @@ class RowSummary:
             bytes_read=bytes_read,
             max_ranked=max_ranked,
             ranked=_rank(rows, task, max_ranked),
+            tasks=[task],
         )
 
     @classmethod
@@ -120,6 +123,7 @@ class RowSummary:
         p_values: dict[str, Counter[float]] = {}
         bytes_read = 0
         ranked: list[RankedImage] = []
+        tasks: set[str] = set()
         for each in summaries:
             for name, counts in each.categories.items():
                 categories[name] += counts
@@ -130,6 +134,7 @@ class RowSummary:
             bytes_read += each.bytes_read
             max_ranked = min(max_ranked, each.max_ranked)
             ranked = heapq.nlargest(max_ranked, [*ranked, *each.ranked])
+            tasks.update(each.tasks)
         return cls(
             categories=_by_name(categories),
             errors=_by_name(dict(errors)),
@@ -138,6 +143,7 @@ class RowSummary:
             bytes_read=bytes_read,
             max_ranked=max_ranked,
             ranked=ranked,
+            tasks=sorted(tasks),
         )
 
     def to_json(self) -> bytes:

@@ -19,7 +19,13 @@ from stpm.scoring.progress import ProgressReporter, Snapshot
 from stpm.scoring.progress_display import show_scoring_progress
 from stpm.scoring.resuming.remaining import remaining_shards
 from stpm.scoring.resuming.resume import resume_or_start
-from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
+from stpm.scoring.resuming.segments import (
+    commit_segment,
+    committed_segments,
+    committed_summaries,
+    remove_leftovers,
+    total_of_finished,
+)
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_state import RunState
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
@@ -49,10 +55,12 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         CutOffError: if storage, a node or Ray failed.
     """
     state, manifest, models = resume_or_start(run, start_over=start_over, replace=replace)
-    finished = _read_finished(state)
-    scored = finished or _score_remaining(run, manifest, models)
+    run = dataclasses.replace(run, output=dataclasses.replace(run.output, attempt=state.next_attempt()))
+    finished = _read_finished(run, state)
+    scored = finished or _score_remaining(run, state, manifest, models)
     if scored.unfinished:
         return scored, models
+    remove_leftovers(run.output, manifest.attempt)
     result = _find_discoveries(run, scored, models)
     if run.triage_images and (run.triage_images != state.triage_images() or result != scored):
         _write_page(run, state, result, models)
@@ -60,11 +68,11 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         state.finish(result)
     elif result != finished:
         state.update_result(result)
-    run.output.clear_checkpoints()
+    run.output.clear_attempts(run.output.attempt + 1)
     return result, models
 
 
-def _read_finished(state: RunState) -> RunResult | None:
+def _read_finished(run: ScoringRun, state: RunState) -> RunResult | None:
     """Read the result of a finished run; None if it is not finished."""
     if not state.is_finished():
         return None
@@ -72,7 +80,10 @@ def _read_finished(state: RunState) -> RunResult | None:
         f"all images of this run are scored already; its result is in {state.uri}. Files that came after it began are "
         "not in it"
     )
-    return state.result()
+    result = state.result()
+    # Raise if summaries are missing: then it is not known which rows count.
+    total_of_finished(run.output, result.rows)
+    return result
 
 
 def _find_discoveries(run: ScoringRun, result: RunResult, models: ModelRecords) -> RunResult:
@@ -94,11 +105,11 @@ def _write_page(run: ScoringRun, state: RunState, result: RunResult, models: Mod
     state.record_triage(run.triage_images)
 
 
-def _score_remaining(run: ScoringRun, manifest: Manifest, models: ModelRecords) -> RunResult:
+def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, models: ModelRecords) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
     with connected(), cut_off_by_ray("scoring"):
-        total, snapshot = _score_segments(run, manifest, models)
+        total, snapshot = _score_segments(run, state, manifest, models)
     # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only a local folder is listed.
     storage.remove_unfinished(run.output.heatmaps)
     missing = manifest.rows - total.rows
@@ -109,19 +120,25 @@ def _score_remaining(run: ScoringRun, manifest: Manifest, models: ModelRecords) 
     return _result(total, missing, time.perf_counter() - start, snapshot.statistics)
 
 
-def _score_segments(run: ScoringRun, manifest: Manifest, models: ModelRecords) -> tuple[RowSummary, Snapshot]:
+def _score_segments(
+    run: ScoringRun, state: RunState, manifest: Manifest, models: ModelRecords
+) -> tuple[RowSummary, Snapshot]:
     """Score the rows that are not written yet, and commit their segments. Needs a connection to Ray.
 
     Returns:
         The sum of the summaries of all segments, and the progress at the end.
     """
-    every, committed = manifest.segments(run.output.manifest), committed_segments(run.output)
+    every = manifest.segments(run.output.manifest)
+    committed = committed_segments(run.output, manifest.attempt)
     segments = [segment for segment in every if segment.number not in committed]
-    shards_left = remaining_shards(run.output, segments)
+    earlier = dataclasses.replace(run.output, attempt=state.attempt())
+    shards_left = remaining_shards(earlier, run.output, segments, run.triage_images)
+    state.record_attempt(run.output.attempt)
+    remove_leftovers(run.output, manifest.attempt)
     rows = sum(shard.rows for shards in shards_left for shard in shards)
     if rows < manifest.rows:
         log.info(f"{manifest.rows - rows} images are scored already, {rows} remain")
-    total = RowSummary.total(committed_summaries(run.output), max_ranked=0)
+    total = RowSummary.total(committed_summaries(run.output, manifest.attempt), max_ranked=0)
     with show_scoring_progress(rows, stop_on_failures=not run.options.accept_errors) as progress:
         for segment, shards in zip(segments, shards_left, strict=True):
             if shards:

@@ -10,6 +10,7 @@ from typing import Any
 
 from stpm import storage
 from stpm.errors import DataError, OtherRunError, RunDamagedError
+from stpm.lease import Fence, check
 from stpm.models.record import installed_versions
 from stpm.records import convert, parse_json
 from stpm.scoring.options import OutputOptions, PartitionBy
@@ -26,6 +27,7 @@ _TYPES = {
     "store": str,
     "result": RunResult,
     "triage_images": int,
+    "attempt": int,
 }
 _SCORING_LIBRARIES = ("torch", "openvino")
 # The content of run.json while the run's files are being removed.
@@ -69,13 +71,15 @@ class RunState:
 
     Args:
         folder: URI of the run's state folder.
+        fence: of the process that writes; None: it takes no lease.
 
     Raises:
         OtherRunError: at first use, if run.json was not written by this class.
         RunDamagedError: at first use, if a value in it is of another type.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, fence: Fence | None = None) -> None:
+        self._fence = fence
         self.uri = storage.join(folder, _RUN)
         self._success_uri = storage.join(folder, _SUCCESS)
 
@@ -141,6 +145,19 @@ class RunState:
         result: RunResult = self._check(RunResult, self._values["result"], "result")
         return result
 
+    def attempt(self) -> int:
+        """Return the number of the attempt whose checkpoints count; -1 if no row was to be written yet."""
+        number: int = self._values.get("attempt", -1)
+        return number
+
+    def next_attempt(self) -> int:
+        """Number this process's attempt as its lease, or higher if that is used, as where leases were removed."""
+        return max(self._fence.number if self._fence else 0, self.attempt() + 1)
+
+    def record_attempt(self, number: int) -> None:
+        """Record that from now on only the checkpoints of this attempt count."""
+        self._write(self._values | {"attempt": number})
+
     def triage_images(self) -> int:
         """Return the number of images that triage.html was made for; 0 if it was not made."""
         images: int = self._values.get("triage_images", 0)
@@ -169,6 +186,7 @@ class RunState:
         self._write(self._values | {"result": asdict(result), "ended": timestamp()})
         # Other processes wrote the rows and heatmaps: they must not be lost if `_SUCCESS` survives a power failure.
         storage.sync(self.uri)
+        check(self._fence)
         storage.publish(self._success_uri, b"")
 
     def clear(self) -> None:
@@ -215,6 +233,7 @@ class RunState:
             raise RunDamagedError(f"{self.uri} is damaged: {error}") from error
 
     def _write(self, values: dict[str, Any]) -> None:
+        check(self._fence)
         storage.publish(self.uri, _encode(values))
         self._values = values
 

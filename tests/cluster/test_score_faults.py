@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pytest
 from PIL import Image
+from ray.cluster_utils import Cluster
 
 from stpm import storage
 from stpm.scoring.output import RunOutput
@@ -25,10 +28,12 @@ from stpm.scoring.run_state import RunState
 from stpm.scoring.run_statistics import RunResult, RunStatistics
 from tests.cluster.conftest import (
     DECODER,
+    HANGS,
     KILLS,
     SCORER,
     checkpoints,
     children,
+    environment,
     fit,
     kill_tree,
     make_images,
@@ -38,6 +43,7 @@ from tests.cluster.conftest import (
     wait_for_success,
     wait_until,
 )
+from tests.conftest import REPOSITORY
 from tests.datasets import CRASHING_SITECUSTOMIZE, crashing_image, make_category
 
 pytestmark = pytest.mark.cluster
@@ -176,6 +182,70 @@ def test_a_second_run_is_refused_and_after_kills_each_row_is_there_once(
     assert "is held by" not in log
     assert "are scored already" in log
     check_same(run, out)
+
+
+# A job whose lease is watched for a shorter time, and never asked for its process, as on another machine.
+WATCHED = """
+import runpy, sys
+from stpm import lease
+lease._machine = lambda: ""
+lease._RENEWAL, lease.TIMEOUT, lease._MARGIN = 0.5, 30.0, 10.0
+if sys.argv.pop(1) == "asleep":
+    lease._watch = lambda *_: None
+sys.argv[0] = "jobs/score.py"
+runpy.run_path("jobs/score.py", run_name="__main__")
+"""
+# In the processes of a cluster: tasks do not ask for the lease, as if they had been suspended after they did.
+UNCHECKED = "from stpm import lease\nlease.check = lambda fence: None\n"
+
+
+def start_watched(client: dict[str, str], mode: str, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WATCHED, mode, *options, "--scorers", "1"]
+    return subprocess.Popen(command, env=environment(**client), cwd=REPOSITORY, stdout=-1, stderr=-1, text=True)
+
+
+def row_files(out: str, attempt: int) -> set[str]:
+    return set(storage.files_starting(f"{out}/scores", f"scores_{attempt:06}_"))
+
+
+@pytest.mark.parametrize(("mode", "out"), [("awake", "local"), ("asleep", "s3")], indirect=["out"])
+def test_a_driver_that_was_suspended_while_another_took_over_adds_no_row(
+    mode: str, out: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cluster lives on, so that its queued tasks run. Asleep, neither it nor its tasks notice the loss.
+
+    On a disk the tasks would then fail, as the folder of their checkpoints is gone.
+    """
+    options = [*arguments(run, out), "--mounted", str(tmp_path), "--mounted", str(run)]
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    if mode == "asleep":
+        (tmp_path / "sitecustomize.py").write_text(UNCHECKED)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 5})
+    client = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
+    suspended = start_watched(client, mode, *options)
+    try:
+        wait_until(lambda: len(row_files(out, 0)) > 1, "no rows were written")
+        suspended.send_signal(signal.SIGSTOP)
+        second = start_watched(client, "awake", *options)
+        wait_until(lambda: bool(row_files(out, 1)), "the second run wrote no rows")
+        accepted = row_files(out, 0)
+        suspended.send_signal(signal.SIGCONT)
+        if mode == "asleep":
+            wait_until(lambda: bool(row_files(out, 0) - accepted), "no task of the suspended driver ran")
+        assert "are scored already" in wait_for_success(second)
+        error = suspended.communicate(timeout=HANGS)[1]
+        assert suspended.returncode == 2, error
+        assert "this run has stopped" in error
+        if mode == "asleep":
+            # The tasks wrote after the end of the second run, too: the same command removes that.
+            wait_for_success(start_watched(client, "awake", *options))
+        assert row_files(out, 0) == accepted
+        check_same(run, out)
+    finally:
+        suspended.kill()
+        print(*suspended.communicate())
+        cluster.shutdown()
 
 
 def test_an_image_that_crashes_the_decoder_becomes_a_row(run: Path, tmp_path: Path) -> None:

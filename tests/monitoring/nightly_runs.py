@@ -146,10 +146,11 @@ def judge(
     return Verdict("act", (Change("images", "act", p_value=0.0, size=1.0, text=text),))
 
 
-def remaining_shards(output: RunOutput, segments: Sequence[Segment]) -> list[tuple[Shard, ...]]:
+def remaining_shards(
+    earlier: RunOutput, output: RunOutput, segments: Sequence[Segment], max_ranked: int
+) -> list[tuple[Shard, ...]]:
     """Stand for the function of this name, without Ray."""
-    started = output.segments_with_checkpoints()
-    return [write_remaining(output, each) if each.number in started else each.shards for each in segments]
+    return [write_remaining(earlier, output, each, max_ranked) for each in segments]
 
 
 class Progress:

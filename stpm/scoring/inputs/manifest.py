@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.errors import ConfigError, DataError, RunDamagedError
+from stpm.lease import Fence, check
 from stpm.records import from_json, to_json
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.options import ScoreOptions
@@ -54,6 +55,7 @@ class Manifest:
         categories: names, sorted.
         shard_rows: rows of each shard, by its number.
         segment_rows: rows of a segment, at most.
+        attempt: number of the attempt that wrote it; what earlier ones wrote does not belong to it.
     """
 
     rows: int
@@ -61,6 +63,7 @@ class Manifest:
     categories: tuple[str, ...]
     shard_rows: tuple[int, ...] = ()
     segment_rows: int = ScoreOptions.segment_rows
+    attempt: int = 0
 
     def describe(self) -> str:
         return f"{self.rows} images{f', {self.duplicates} duplicates left out' if self.duplicates else ''}"
@@ -74,12 +77,18 @@ class Manifest:
                 segments.append([])
                 rows_left = self.segment_rows
             if rows:
-                segments[-1].append(Shard(_shard_uri(folder, number), rows))
+                segments[-1].append(Shard(_shard_uri(folder, self.attempt, number), rows))
                 rows_left -= rows
         return [Segment(number, tuple(shards)) for number, shards in enumerate(segments)]
 
 
-def write_manifest(chunks: Iterable[pa.Table], folder: str, segment_rows: int = ScoreOptions.segment_rows) -> Manifest:
+def write_manifest(
+    chunks: Iterable[pa.Table],
+    folder: str,
+    segment_rows: int = ScoreOptions.segment_rows,
+    attempt: int = 0,
+    fence: Fence | None = None,
+) -> Manifest:
     """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`: without it nothing counts.
 
     Shards that an unfinished attempt left are removed first. Of several rows with one id the first is kept.
@@ -88,14 +97,17 @@ def write_manifest(chunks: Iterable[pa.Table], folder: str, segment_rows: int = 
         chunks: tables of schema MANIFEST, with the user's own columns.
         folder: URI of the manifest's folder.
         segment_rows: rows of a segment, at most.
+        attempt: number of the attempt that writes.
+        fence: of this process; None: it takes no lease.
 
     Raises:
+        CutOffError: if another run has taken the lease meanwhile.
         ConfigError: if a column of the user's has different types in different tables.
     """
     storage.remove(folder)
     categories: Counter[str] = Counter()
     with ThreadPoolExecutor(_WRITERS) as pool, DuplicateFinder() as ids:
-        shards = _Shards(folder, min(SHARD_ROWS, segment_rows), pool)
+        shards = _Shards(folder, attempt, min(SHARD_ROWS, segment_rows), pool)
         for chunk in chunks:
             ids.add(chunk["image_id"].to_numpy())
             categories.update(_count_categories(chunk))
@@ -106,18 +118,19 @@ def write_manifest(chunks: Iterable[pa.Table], folder: str, segment_rows: int = 
             start, end = end, end + shards.rows(number)
             is_duplicate = ids.mask(start, end)
             if is_duplicate.any() or shards.lacks_columns(number):
-                shard = storage.read_table(_shard_uri(folder, number))
+                shard = storage.read_table(_shard_uri(folder, attempt, number))
                 categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))
                 shards.write(number, shard.filter(pa.array(~is_duplicate)))
         shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
     rows = sum(shard_rows)
-    manifest = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows)
+    manifest = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows, attempt)
+    check(fence)
     storage.publish(storage.join(folder, _SUMMARY), to_json(manifest, indent=None))
     return manifest
 
 
-def _shard_uri(folder: str, number: int) -> str:
-    return storage.join(folder, f"{number:06}.parquet")
+def _shard_uri(folder: str, attempt: int, number: int) -> str:
+    return storage.join(folder, f"{attempt:06}-{number:06}.parquet")
 
 
 def _count_categories(rows: pa.Table) -> dict[str, int]:
@@ -137,12 +150,14 @@ class _Shards:
 
     Args:
         folder: URI to write to.
+        attempt: number of the attempt that writes.
         length: rows of each shard but the last.
         pool: of the threads that write.
     """
 
-    def __init__(self, folder: str, length: int, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, folder: str, attempt: int, length: int, pool: ThreadPoolExecutor) -> None:
         self._folder = folder
+        self._attempt = attempt
         self._length = length
         self._pool = pool
         self._waiting: list[pa.Table] = []
@@ -178,7 +193,7 @@ class _Shards:
     def write(self, number: int, rows: pa.Table) -> None:
         """Write the next shard, or replace an earlier one; without rows, remove it."""
         rows = _with_user_columns(rows, self._user_types)
-        future = self._pool.submit(_write_shard, _shard_uri(self._folder, number), rows)
+        future = self._pool.submit(_write_shard, _shard_uri(self._folder, self._attempt, number), rows)
         self._written[number : number + 1] = [future]
         # Rows that wait for a writer take memory.
         self._written[max(number - 2 * _WRITERS, 0)].result()

@@ -14,40 +14,54 @@ from stpm.cluster.ray_failures import results_of
 from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.inputs.manifest import Segment, Shard, read_shard
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
+from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, read_summary, summary_of
+from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import MANIFEST, Int64Array
 
 # CPUs of the task: few enough to start beside another run that holds nearly all CPUs.
 _CPUS = 0.1
 
+# The checkpoint of the rows that earlier attempts wrote.
+_ACCEPTED = "accepted.parquet"
 # Of a checkpoint.
 _IDS = pa.schema([MANIFEST.field("image_id")])
 
 
-def remaining_shards(output: RunOutput, segments: Sequence[Segment]) -> list[tuple[Shard, ...]]:
-    """List for each segment the shards of its remaining rows, which are written first. Needs a connection to Ray.
+def remaining_shards(
+    earlier: RunOutput, output: RunOutput, segments: Sequence[Segment], max_ranked: int
+) -> list[tuple[Shard, ...]]:
+    """Take over the rows that the attempt before this one wrote, and list for each segment the shards of the others.
 
     A segment of which no row is written keeps its shards. The others are read in tasks, one for each: their ids may not
-    fit the driver's memory.
+    fit the driver's memory. Needs a connection to Ray.
+
+    Args:
+        earlier: output of the attempt before this one.
+        output: of this attempt.
+        segments: that are not committed.
+        max_ranked: number of the most anomalous images to name.
 
     Raises:
         RunDamagedError: if a checkpoint or a shard is damaged.
     """
     remote = ray.remote(num_cpus=_CPUS)(write_remaining)
-    started = output.segments_with_checkpoints()
-    tasks = {each: remote.remote(output, each) for each in segments if each.number in started}
+    started = earlier.segments_with_checkpoints()
+    tasks = {each: remote.remote(earlier, output, each, max_ranked) for each in segments if each.number in started}
     shards = dict(zip(tasks, results_of(list(tasks.values())), strict=True))
     return [shards.get(each, each.shards) for each in segments]
 
 
-def write_remaining(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
-    """Write the rows of a segment that are in no checkpoint as shards, and list these."""
-    folder = output.segment_remaining(segment.number)
-    storage.remove(folder)
-    committed = committed_checkpoints(output.segment_checkpoints(segment.number))
+def write_remaining(earlier: RunOutput, output: RunOutput, segment: Segment, max_ranked: int) -> tuple[Shard, ...]:
+    """Add up a segment's checkpoints of the earlier attempt in one of this attempt; write the other rows as shards."""
+    committed = committed_checkpoints(earlier.segment_checkpoints(segment.number))
     if not committed:
         return segment.shards
     written = np.sort(np.concatenate(storage.in_parallel(_read_ids, committed)))
+    accepted = storage.join(output.segment_checkpoints(segment.number), _ACCEPTED)
+    summary = RowSummary.total(storage.in_parallel(read_summary, map(summary_of, committed)), max_ranked)
+    storage.publish(summary_of(accepted), summary.to_json())
+    storage.publish(accepted, storage.encode_parquet(pa.table([written], schema=_IDS)))
+    folder = output.segment_remaining(segment.number)
     copies = storage.in_parallel(lambda shard: _write_unwritten(shard, written, folder), segment.shards)
     return tuple(copy for copy in copies if copy.rows)
 

@@ -43,7 +43,7 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
     if not differences:
         # An unfinished run goes on with its models, even if newer ones are current.
         model_ids = None if replace or state.is_finished() else state.model_ids()
-        manifest, models = _read_inputs(run, model_ids)
+        manifest, models = _read_inputs(run, state, model_ids)
         differences = state.model_differences(_model_ids(models))
         if not differences:
             if model_ids:
@@ -68,12 +68,16 @@ def _start(run: ScoringRun, state: RunState) -> tuple[Manifest, ModelRecords]:
         read_models(run.store, categories)
     run.output.clear()
     state.start(run.config)
-    return _read_inputs(run)
+    return _read_inputs(run, state)
 
 
-def _read_inputs(run: ScoringRun, model_ids: Mapping[str, str] | None = None) -> tuple[Manifest, ModelRecords]:
+def _read_inputs(
+    run: ScoringRun, state: RunState, model_ids: Mapping[str, str] | None = None
+) -> tuple[Manifest, ModelRecords]:
     folder = run.output.manifest
-    manifest = read_manifest(folder) or write_manifest(run.rows(), folder, run.options.segment_rows)
+    manifest = read_manifest(folder) or write_manifest(
+        run.rows(), folder, run.options.segment_rows, state.next_attempt(), run.output.fence
+    )
     log.info(manifest.describe())
     return manifest, read_models(run.store, manifest.categories, model_ids)
 

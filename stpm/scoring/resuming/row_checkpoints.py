@@ -1,7 +1,11 @@
 """Ray Data's row checkpoints: files with the ids of the written rows, so that a killed run can be resumed.
 
 A task that writes rows makes one checkpoint. It writes their ids to a file with a pending name, then the rows, then
-their summary, and commits all of them by renaming the file of ids. The next run removes what a killed task left.
+their summary, and commits all of them by renaming the file of ids.
+
+Each attempt has a folder of its own for the checkpoints of each segment. It first adds up those of the attempt before
+it, as they are then, in one checkpoint of its own, and records in run.json that its folders count from now on. What a
+process of an earlier attempt commits after that, one that was suspended and wakes up, is in a folder that nobody reads.
 
 Every task imports this module to read its configuration: no torch here.
 """
@@ -15,12 +19,16 @@ from typing import Any
 from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 
 from stpm import storage
+from stpm.errors import RunDamagedError
+from stpm.scoring.row_summary import RowSummary
 
 _PENDING = ".pending.parquet"
 _IDS = ".parquet"
 _SUMMARY = ".json"
 # Ray adds it to the task's name in the name of a file of rows.
 _FILE_NUMBER = re.compile(r"-\d+$")
+# The end of the name of a task that writes rows, after the name of the run: attempt, execution, number.
+_TASK = re.compile(r"(\d+)_[0-9a-f]{32}_\d+")
 
 
 def checkpoint_config(folder: str) -> CheckpointConfig:
@@ -31,23 +39,13 @@ def checkpoint_config(folder: str) -> CheckpointConfig:
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
-        checkpoint_manager_cls=PendingCheckpointCleaner,
+        checkpoint_manager_cls=NoFilter,
     )
 
 
 def committed_checkpoints(folder: str) -> list[str]:
-    """List the checkpoints whose rows are written.
-
-    Ray commits a checkpoint by renaming it. A store without renames copies the file and removes the original. If this
-    was cut off, both names exist and the rows are written: remove the pending one.
-    """
-    uris = [uri for uri in storage.files(folder) if uri.endswith(_IDS)]
-    pending = {uri for uri in uris if uri.endswith(_PENDING)}
-    committed = [uri for uri in uris if uri not in pending]
-    for uri in committed:
-        if (copied_from := uri.removesuffix(_IDS) + _PENDING) in pending:
-            storage.remove(copied_from)
-    return committed
+    """List the checkpoints whose rows are written."""
+    return [uri for uri in storage.files(folder) if uri.endswith(_IDS) and not uri.endswith(_PENDING)]
 
 
 def summary_of(checkpoint: str) -> str:
@@ -60,11 +58,25 @@ def task_of(uri: str) -> str:
     return _FILE_NUMBER.sub("", PurePosixPath(uri).name.removesuffix(_IDS))
 
 
-class PendingCheckpointCleaner(CheckpointManager):  # type: ignore[misc]
-    """Remove what killed tasks left, as Ray does, and filter no rows: the input has only those that remain."""
+def read_summary(uri: str) -> RowSummary:
+    """Read a summary of rows. Raise RunDamagedError if it is damaged or missing."""
+    try:
+        return RowSummary.from_json(storage.read(uri))
+    except (ValueError, FileNotFoundError) as error:
+        raise RunDamagedError(
+            f"{uri} is damaged or missing, and with it the counts of written rows ({error})"
+        ) from error
+
+
+def attempt_of(task: str, run: str) -> int | None:
+    """Return the number of the attempt that a task of a run belongs to; None if the name is not one of a task."""
+    found = _TASK.fullmatch(task.removeprefix(f"{run}_"))
+    return int(found[1]) if found else None
+
+
+class NoFilter(CheckpointManager):  # type: ignore[misc]
+    """Filter no rows: the input has only those that remain."""
 
     def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> tuple[None, int]:
-        """Clean up, and return no ids."""
-        if data_file_dir is not None:
-            self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+        """Return no ids."""
         return None, 0

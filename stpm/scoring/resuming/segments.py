@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
-from itertools import product
-from pathlib import PurePosixPath
+from itertools import chain, product
 
 from stpm import storage
 from stpm.errors import DataError, RunDamagedError
+from stpm.lease import check
 from stpm.scoring.inputs.manifest import Segment
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import blaming_damaged_file
-from stpm.scoring.resuming.row_checkpoints import committed_checkpoints, summary_of, task_of
+from stpm.scoring.resuming.row_checkpoints import attempt_of, committed_checkpoints, read_summary, summary_of, task_of
 from stpm.scoring.row_summary import RowSummary
 
 _SUMMARIES_AT_ONCE = 16
+_SUMMARY_NAME = re.compile(r"/(?P<segment>[0-9]+)-(?P<attempt>[0-9]+)\.json$")
 
 
-def committed_segments(output: RunOutput) -> dict[int, str]:
-    """List the URI of the summary of each segment that is committed, by its number."""
-    paths = {uri: PurePosixPath(uri) for uri in storage.files(output.segments)}
-    return {int(path.stem): uri for uri, path in paths.items() if path.suffix == ".json" and path.stem.isdecimal()}
+def committed_segments(output: RunOutput, first_attempt: int = 0) -> dict[int, str]:
+    """List the URI of the summary of each segment that is committed, by its number.
+
+    If several attempts committed a segment, the latest counts: a process that was suspended may commit it once more.
+
+    Args:
+        output: of the run.
+        first_attempt: what earlier attempts committed is ignored, it belongs to another list of images.
+    """
+    found = {}
+    for uri in storage.files(output.segments):
+        if (name := _SUMMARY_NAME.search(uri)) and int(name["attempt"]) >= first_attempt:
+            # They are sorted.
+            found[int(name["segment"])] = uri
+    return found
 
 
-def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
+def committed_summaries(output: RunOutput, first_attempt: int = 0) -> Iterator[RowSummary]:
     """Read the summaries of all segments that are committed, a few at a time: all of them may not fit the memory.
 
     Raises:
         RunDamagedError: if a summary is damaged.
     """
-    uris = list(committed_segments(output).values())
+    uris = list(committed_segments(output, first_attempt).values())
     for start in range(0, len(uris), _SUMMARIES_AT_ONCE):
-        yield from storage.in_parallel(_read, uris[start : start + _SUMMARIES_AT_ONCE])
+        yield from storage.in_parallel(read_summary, uris[start : start + _SUMMARIES_AT_ONCE])
 
 
 def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowSummary:
@@ -68,15 +81,14 @@ def commit_segment(output: RunOutput, options: OutputOptions, segment: Segment, 
             number of rows than the summaries.
     """
     checkpoints = output.segment_checkpoints(segment.number)
-    committed = committed_checkpoints(checkpoints)
-    summary = RowSummary.total(storage.in_parallel(_read, map(summary_of, committed)), max_ranked)
+    summary = RowSummary.total(_summaries_in(checkpoints), max_ranked)
     if summary.rows > segment.rows:
         raise RunDamagedError(
             f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}"
         )
     if summary.rows == segment.rows:
         # A power failure may have kept the ids of rows and lost their files.
-        in_files = _count_rows_in_files(output, options, {task_of(uri) for uri in committed})
+        in_files = _count_rows_in_files(output, options, set(summary.tasks))
         if in_files != summary.rows:
             raise RunDamagedError(
                 f"{in_files} rows in the files of {output.scores}, where {summary.rows} of segment {segment.number} "
@@ -84,10 +96,42 @@ def commit_segment(output: RunOutput, options: OutputOptions, segment: Segment, 
             )
         # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
         storage.sync(output.scores)
+        check(output.fence)
         storage.publish(output.segment_summary(segment.number), summary.to_json())
         storage.remove(checkpoints)
         storage.remove(output.segment_remaining(segment.number))
     return summary
+
+
+def remove_leftovers(output: RunOutput, first_attempt: int = 0) -> None:
+    """Remove the rows that do not count, which killed or suspended processes left, and what earlier attempts left.
+
+    Args:
+        output: of the run. Every row that counts is in a committed segment, or in a checkpoint of its attempt.
+        first_attempt: as for `committed_segments`.
+
+    Raises:
+        CutOffError: if another run has taken the lease.
+    """
+    folders = map(output.segment_checkpoints, output.segments_with_checkpoints())
+    committed = committed_summaries(output, first_attempt)
+    summaries = chain(committed, chain.from_iterable(map(_summaries_in, folders)))
+    tasks = {task for summary in summaries for task in summary.tasks}
+    leftovers = []
+    for uri in output.files():
+        attempt = attempt_of(task_of(uri), output.name)
+        # Others may be the user's, or of a later attempt.
+        if attempt is not None and attempt <= output.attempt and task_of(uri) not in tasks:
+            leftovers.append(uri)
+    # What did not count while this process held the lease will not count for any later attempt.
+    check(output.fence)
+    storage.in_parallel(storage.remove, leftovers)
+    output.clear_attempts(output.attempt)
+
+
+def _summaries_in(checkpoints: str) -> list[RowSummary]:
+    """Read the summaries of the rows that are written, by the folder of their checkpoints."""
+    return storage.in_parallel(read_summary, map(summary_of, committed_checkpoints(checkpoints)))
 
 
 def _count_rows_in_files(output: RunOutput, options: OutputOptions, tasks: Collection[str]) -> int:
@@ -108,12 +152,3 @@ def _count_rows(uri: str) -> int:
         return storage.count_rows(uri)
     except DataError as error:
         raise RunDamagedError(str(error)) from error
-
-
-def _read(uri: str) -> RowSummary:
-    try:
-        return RowSummary.from_json(storage.read(uri))
-    except (ValueError, FileNotFoundError) as error:
-        raise RunDamagedError(
-            f"{uri} is damaged or missing, and with it the counts of written rows ({error})"
-        ) from error

@@ -11,6 +11,8 @@ from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
 from ray.data.datasource import FilenameProvider
 
 from stpm import storage
+from stpm.errors import CutOffError
+from stpm.lease import check
 from stpm.scoring.inputs.manifest import BLOCK_ROWS
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
@@ -21,24 +23,6 @@ from stpm.scoring.row_summary import RowSummary
 _WRITE_UUID = "write_uuid"
 # Maximum rows of a row group: to show an image's heatmap, one row group is read.
 _ROW_GROUP_ROWS = 512
-
-
-class FileNames(FilenameProvider):  # type: ignore[misc]
-    """Name tasks so that no name is a prefix of another: in twelve digits.
-
-    Ray removes the files whose names begin with that of a killed task. In Ray's own names, of six digits, that of task
-    100000 is a prefix of that of task 1000000.
-
-    Args:
-        name: of the run.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, "parquet")
-
-    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        """Return the prefix of the names of a task's files."""
-        return f"{self.dataset_uuid}_{write_uuid}_{task_index:012}.{self.file_format}"
 
 
 class RowWriter(ParquetDatasink):  # type: ignore[misc]
@@ -60,22 +44,36 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
             path,
             filesystem=filesystem,
             partition_cols=["category"] if options.partition_by == "category" else None,
-            filename_provider=FileNames(output.name),
+            filename_provider=FilenameProvider(f"{output.name}_{output.attempt:06}", "parquet"),
             # Rows with raw maps are large.
             min_rows_per_file=min(rows_per_file, BLOCK_ROWS if options.raw_maps else sys.maxsize),
             arrow_parquet_args={"row_group_size": _ROW_GROUP_ROWS},
         )
+        self._output = output
         self._checkpoints = checkpoints
         self._max_ranked = max_ranked
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
-        """Write the rows of a task, then their summary. Ray commits the checkpoint after that."""
+        """Write the rows of a task, then their summary. Ray commits the checkpoint after that.
+
+        Raises:
+            CutOffError: if another run has taken the lease; then the task leaves no rows.
+        """
         tables = [block for block in blocks if block.num_rows]
         name = self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx)
         checkpoint = storage.join(self._checkpoints, name)
         # Ray repeats a task whose node was lost after the commit: keep the rows, which are complete.
         if not tables or storage.exists(checkpoint):
             return
+        check(self._output.fence)
         super().write(tables, ctx)
+        try:
+            check(self._output.fence)
+        except CutOffError:
+            # The run that holds the lease now may have ended, and removes no more files.
+            for uri in self._output.files():
+                if task_of(uri) == task_of(name):
+                    storage.remove(uri)
+            raise
         summaries = (RowSummary.of_rows(table, task_of(name), self._max_ranked) for table in tables)
         storage.publish(summary_of(checkpoint), RowSummary.total(summaries, self._max_ranked).to_json())

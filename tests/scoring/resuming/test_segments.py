@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.errors import RunDamagedError
+from stpm.errors import CutOffError, RunDamagedError
+from stpm.lease import Fence
 from stpm.scoring.inputs.image_files import ImageRef
-from stpm.scoring.inputs.manifest import Segment, write_manifest
+from stpm.scoring.inputs.manifest import Segment, Shard, write_manifest
 from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.segments import commit_segment, committed_segments, committed_summaries, total_of_finished
+from stpm.scoring.resuming.segments import (
+    commit_segment,
+    committed_segments,
+    committed_summaries,
+    remove_leftovers,
+    total_of_finished,
+)
 from stpm.scoring.row_summary import COLUMNS, RowSummary
 from stpm.scoring.schema import OUTPUT
 
@@ -43,16 +52,19 @@ def write_task(
     columns = [pa.nulls(chosen.num_rows, OUTPUT.field(n).type) if v is None else v for n, v in values.items()]
     checkpoint = f"{output.segment_checkpoints(segment.number)}/{execution}_{rows.start}.parquet"
     storage.publish(f"{output.scores}/{execution}_{rows.start}-0.parquet", storage.encode_parquet(chosen))
-    summary = RowSummary.of_rows(pa.table(dict(zip(COLUMNS, columns, strict=True))), "file", 3)
+    summary = RowSummary.of_rows(pa.table(dict(zip(COLUMNS, columns, strict=True))), f"{execution}_{rows.start}", 3)
     storage.publish(summary_of(checkpoint), summary.to_json())
     name = checkpoint.replace(".parquet", ".pending.parquet") if pending else checkpoint
     storage.publish(name, storage.encode_parquet(chosen.select(["image_id"])))
 
 
 def remaining_uris(output: RunOutput, segment: Segment) -> list[str]:
-    return [
-        uri for shard, _ in write_remaining(output, segment) for uri in storage.read_table(shard)["uri"].to_pylist()
-    ]
+    return [uri for shard, _ in take_over(output, segment) for uri in storage.read_table(shard)["uri"].to_pylist()]
+
+
+def take_over(output: RunOutput, segment: Segment) -> tuple[Shard, ...]:
+    """Let the next attempt take over what this one wrote of a segment."""
+    return write_remaining(output, replace(output, attempt=output.attempt + 1), segment, 3)
 
 
 def test_rows_that_tasks_committed_are_not_scored_again(output: RunOutput, segments: list[Segment]) -> None:
@@ -61,7 +73,7 @@ def test_rows_that_tasks_committed_are_not_scored_again(output: RunOutput, segme
     write_task(output, first, slice(4, 5))
     write_task(output, first, slice(6, 8), pending=True)
     assert remaining_uris(output, first) == ["0.png", "3.png", "5.png", "6.png", "7.png"]
-    assert write_remaining(output, second) == second.shards
+    assert take_over(output, second) == second.shards
     assert output.segments_with_checkpoints() == {0}
 
 
@@ -173,7 +185,7 @@ def test_an_error_names_a_file_of_rows_whose_footer_is_damaged(output: RunOutput
 def test_an_error_names_a_damaged_checkpoint(output: RunOutput, segments: list[Segment]) -> None:
     storage.publish(f"{output.segment_checkpoints(0)}/0.parquet", b"x")
     with pytest.raises(RunDamagedError, match=r"000000/0\.parquet is damaged"):
-        write_remaining(output, segments[0])
+        take_over(output, segments[0])
 
 
 OTHER_COLUMNS = [
@@ -190,22 +202,67 @@ def test_an_error_names_a_checkpoint_or_a_shard_of_other_columns(
     checkpoint = f"{output.segment_checkpoints(0)}/0.parquet"
     storage.publish(checkpoint, storage.encode_parquet(rows))
     with pytest.raises(RunDamagedError, match=rf"000000/0\.parquet {problem}; the written rows are no longer known$"):
-        write_remaining(output, segments[0])
+        take_over(output, segments[0])
     write_task(output, segments[0], slice(0, 3))
     storage.remove(checkpoint)
     storage.publish(segments[0].shards[0].uri, storage.encode_parquet(rows))
     with pytest.raises(RunDamagedError, match=rf"000000\.parquet, which lists images .* {problem}\)$"):
-        write_remaining(output, segments[0])
+        take_over(output, segments[0])
 
 
 def test_a_checkpoint_without_ids_counts_no_row(output: RunOutput, segments: list[Segment]) -> None:
     empty = pa.table({"image_id": pa.array([], pa.int64())})
     storage.publish(f"{output.segment_checkpoints(1)}/0.parquet", storage.encode_parquet(empty))
+    storage.publish(f"{output.segment_checkpoints(1)}/0.json", RowSummary().to_json())
     assert remaining_uris(output, segments[1]) == ["8.png", "9.png"]
 
 
 def test_other_digits_name_no_segment(output: RunOutput) -> None:
     storage.publish(f"{output.segments}/\N{SUPERSCRIPT TWO}.json", b"{}")
-    storage.publish(f"{output.checkpoints}/\N{SUPERSCRIPT TWO}/0.parquet", b"")
+    storage.publish(f"{output.segments}/000001.json", b"{}")
+    storage.publish(f"{output.segment_checkpoints(0)}\N{SUPERSCRIPT TWO}/0.parquet", b"")
     assert committed_segments(output) == {}
     assert output.segments_with_checkpoints() == set()
+
+
+def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, segments: list[Segment]) -> None:
+    """The attempts 4 and 6 are cut off, and go on after the next one has begun."""
+    first, _ = segments
+    old, stale, new = (replace(output, attempt=n, fence=Fence(output.folder, n)) for n in (4, 6, 7))
+    old_task, stale_task, new_task = (f"scores_{n:06}_{32 * 'a'}" for n in (4, 6, 7))
+
+    def write(run: RunOutput, rows: slice, task: str) -> None:
+        write_task(run, first, rows, execution=task)
+
+    write(old, slice(0, 2), old_task)
+    assert [rows for _, rows in write_remaining(old, stale, first, 3)] == [6]
+    write(old, slice(2, 4), old_task)
+    write(stale, slice(2, 5), stale_task)
+    storage.publish(f"{output.folder}/.lease/7.json", b"")
+    shards = write_remaining(stale, new, first, 3)
+    assert [uri for shard, _ in shards for uri in storage.read_table(shard)["uri"].to_pylist()] == [
+        f"{number}.png" for number in (5, 6, 7)
+    ]
+    write(stale, slice(5, 8), stale_task)
+    storage.publish(f"{output.scores}/scores_of_mine.parquet", b"the user's")
+    remove_leftovers(new)
+    assert sorted(files(output)) == [f"{old_task}_0-0", f"{stale_task}_2-0", "scores_of_mine"]
+    write(old, slice(5, 6), old_task)
+    write(stale, slice(5, 8), stale_task)
+    write(new, slice(5, 8), new_task)
+    # The suspended process does what it does at its end.
+    commit_segment(stale, OutputOptions(), first, 3)
+    with pytest.raises(CutOffError, match="lease 6 is lost, the latest is 7"):
+        remove_leftovers(stale)
+    assert commit_segment(new, OutputOptions(), first, 3).rows == 8
+    storage.publish(stale.segment_summary(0), b"late")
+    (summary,) = committed_summaries(output)
+    assert summary.tasks == [f"{old_task}_0", f"{stale_task}_2", f"{new_task}_5"]
+    remove_leftovers(new)
+    assert sorted(files(output)) == [f"{old_task}_0-0", f"{stale_task}_2-0", f"{new_task}_5-0", "scores_of_mine"]
+    # A list of images that a later attempt made has nothing in common with these segments.
+    assert committed_segments(output, first_attempt=8) == {}
+
+
+def files(output: RunOutput) -> list[str]:
+    return [PurePosixPath(uri).stem for uri in output.files()]

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
-from ray.data.checkpoint.util import build_pending_checkpoint_trie
+from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
 
 from stpm import storage
-from stpm.errors import DataError
+from stpm.errors import CutOffError, DataError
+from stpm.lease import hold_lease
 from stpm.names import HIVE_NULL
 from stpm.scoring import ranked_rows
 from stpm.scoring.inputs.manifest import Segment, Shard
@@ -19,19 +21,8 @@ from stpm.scoring.resuming.segments import commit_segment
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.stages.draw_heatmaps import with_folder_names
-from stpm.scoring.stages.write_rows import FileNames, RowWriter
+from stpm.scoring.stages.write_rows import RowWriter
 from tests.datasets import make_output
-
-
-@pytest.mark.parametrize("cut_off", [0, 10, 99_999, 100_000, 999_999])
-def test_no_file_name_of_a_write_task_is_a_prefix_of_another_tasks(cut_off: int) -> None:
-    """Ray removes the files whose names begin with that of a task whose checkpoint is pending."""
-    names = FileNames("scores")
-    pending = names.get_filename_for_task("uuid", cut_off).removesuffix(".parquet")
-    trie = build_pending_checkpoint_trie([SimpleNamespace(path=f"x/{pending}.pending.parquet")], ".pending.parquet")
-    for task in {cut_off * 10**power + rest for power in range(4) for rest in (0, 1, 9)}:
-        written = names.get_filename_for_task("uuid", task).replace(".parquet", "-0.parquet")
-        assert trie.has_prefix_of(written) == (task == cut_off), (pending, written)
 
 
 def output_rows(start: int, stop: int) -> pa.Table:
@@ -59,7 +50,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task)
         rows = output_rows(*bounds)
         files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
-        name = f"{output.segment_checkpoints(0)}/scores_uuid_{task:012}.parquet"
+        name = f"{output.segment_checkpoints(0)}/scores_000000_uuid_{task:06}.parquet"
         storage.publish(name, storage.encode_parquet(rows.select(["image_id"])))
     scanned = ranked_rows.scan_rows(output, max_ranked=5)
     assert commit_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
@@ -73,7 +64,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
     # The tasks named five images each.
     assert [row["score"] for row in ranked_rows.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
-    lost = f"{output.scores}/**/scores_uuid_000000000000-*.parquet"
+    lost = f"{output.scores}/**/scores_000000_uuid_000000-*.parquet"
     for uri in storage.glob(lost)[0]:
         storage.remove(uri)
     with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
@@ -98,8 +89,38 @@ def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) 
     files.write([output_rows(0, 9)], context)
     # Until the commit it writes the same files.
     files.write([output_rows(0, 10)], context)
-    storage.publish(f"{output.segment_checkpoints(0)}/scores_uuid_000000000007.parquet", b"ids")
+    storage.publish(f"{output.segment_checkpoints(0)}/scores_000000_uuid_000007.parquet", b"ids")
     files.write([output_rows(0, 4)], context)
     assert open_rows(output).count_rows() == 10
     (summary,) = tmp_path.rglob("*.json")
     assert RowSummary.from_json(summary.read_bytes()).rows == 10
+
+
+@pytest.mark.parametrize("partition_by", ["none", "category"])
+def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
+    tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, options = str(tmp_path), OutputOptions(partition_by=partition_by)
+
+    def write(task: int) -> None:
+        writer = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=1, max_ranked=5)
+        writer.write([output_rows(0, 9)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task))
+
+    with hold_lease(folder, False) as fence:
+        output = RunOutput.single(folder, fence)
+        write(0)
+        before = storage.files(output.scores)
+        write_file = ParquetDatasink.write
+
+        def suspended(*arguments: Any) -> None:
+            write_file(*arguments)
+            assert len(storage.files(output.scores)) > len(before)
+            storage.create(f"{folder}/.lease/1.json", b"another run")
+
+        monkeypatch.setattr(ParquetDatasink, "write", suspended)
+        for task in (1, 2):
+            with pytest.raises(CutOffError, match="lease 0 is lost, the latest is 1"):
+                write(task)
+            assert storage.files(output.scores) == before
+        assert [path.stem for path in tmp_path.glob("checkpoints/**/*.json")] == ["scores_000000_uuid_000000"]
+        storage.remove(f"{folder}/.lease/1.json")
