@@ -183,6 +183,7 @@ class RunOutput:
             for number, name in _numbered(folder).items():
                 if number < end:
                     storage.remove(storage.join(folder, name))
+            storage.remove_empty_folders(folder)
 
 
 def _numbered(folder: str) -> dict[int, str]:

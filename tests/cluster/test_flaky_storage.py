@@ -167,10 +167,11 @@ def test_refused_writes_for_half_a_minute_lose_no_row(proxy: dict[str, str], opt
 def test_a_store_without_conditional_writes_is_named_at_once(proxy: dict[str, str]) -> None:
     FlakyProxy.knows_conditions = False
     options = ["--models", "s3://bucket/models", "--images", "s3://bucket/images", "--category", "nut"]
-    ran = run_job("score", *options, "--out", "s3://bucket/out", **proxy)
+    ran = run_job("score", *options, "--out", "s3://bucket/unconditional", **proxy)
     assert ran.returncode == 1
     (line,) = ran.stderr.splitlines()
-    assert line.startswith("error: s3://bucket/out/.lease/0.json: this store answers 501 to a conditional write")
+    problem = "s3://bucket/unconditional/.lease/0.json: this store answers 501 to a conditional write"
+    assert line.startswith(f"error: {problem}")
     assert line.endswith("such as Amazon S3, Google Cloud Storage or Azure, or on a disk")
     assert FlakyProxy.counts["501"] == 1
 
