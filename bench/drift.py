@@ -155,9 +155,7 @@ class Planted(NamedTuple):
     reference: Reference
 
     def judge(self) -> Verdict:
-        return judge(
-            *self, date=_LAST_DATE, is_idle=False, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE
-        )
+        return judge(*self, date=_LAST_DATE, is_idle=False, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
 
 
 class Nights:
