@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import overload
@@ -22,7 +24,8 @@ from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD, read_tests
 from stpm.data.pictures import Picture
 from stpm.errors import ConfigError, ImageError, ModelError, one_line
-from stpm.method.arithmetic import Arithmetic, choose_arithmetic
+from stpm.lease import hold_lease
+from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.method.backbones import Backbone, StateDict, load_backbone
 from stpm.method.calibration import Calibration
 from stpm.method.device import device_capabilities, is_out_of_memory, local_device
@@ -40,6 +43,8 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend
 from stpm.result import Result
+
+log = logging.getLogger(__name__)
 
 # Images per forward pass. Scores do not depend on it.
 _BATCH_SIZE = 16
@@ -190,15 +195,8 @@ class Detector:
         while batch := list(islice(remaining, _BATCH_SIZE)):
             outcomes = [self._decode(image) for image in batch]
             decoded = [outcome for outcome in outcomes if isinstance(outcome, Decoded)]
-            try:
+            with _no_memory_as_model_error():
                 scored = iter(self.score_decoded(decoded, false_alarm_rate))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise ModelError(
-                    f"no memory to score images ({one_line(error)}); try again when other processes have ended, or on "
-                    "the CPU with CUDA_VISIBLE_DEVICES="
-                ) from error
             for image, outcome in zip(batch, outcomes, strict=True):
                 result = Result(error=outcome) if isinstance(outcome, ImageError) else next(scored)
                 yield dataclasses.replace(result, picture=image)
@@ -381,12 +379,15 @@ class Detector:
             The model's record, as it is stored.
 
         Raises:
+            ConfigError: if another process holds the store, such as a fit.
             DataError: if the category's name is not allowed in a path.
             ModelError: if the model cannot be read from where it was loaded.
         """
         if not self.publish:
             raise ModelError("only detectors of stpm.fit and stpm.load can be saved")
-        return self.publish(ModelStore(os.fspath(store)), category)
+        models = ModelStore(os.fspath(store))
+        with hold_lease(models.uri, wait=False):
+            return self.publish(models, category)
 
 
 def load(
@@ -415,12 +416,29 @@ def load(
     model = models.load(category, version)
     device = local_device()
     arithmetic = choose_arithmetic([device_capabilities(device)], backend)
-    detector = Detector.from_model(model, load_teacher(models, model.record, device, arithmetic))
+    if warning := warn_of_other_arithmetic(arithmetic, [(model.record.fit.backend, model.record.precision)]):
+        log.warning(warning)
+    with _no_memory_as_model_error():
+        detector = Detector.from_model(model, load_teacher(models, model.record, device, arithmetic))
     return dataclasses.replace(
         detector,
         publish=lambda target, name: target.copy_model(models, model.record, name),
         read_history=lambda: models.history(model.record),
     )
+
+
+@contextmanager
+def _no_memory_as_model_error() -> Iterator[None]:
+    """Raise ModelError if the device's memory does not suffice: other categories can go on."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"no memory for the model or its images ({one_line(error)}); try again when other processes have ended, or "
+            "on the CPU with CUDA_VISIBLE_DEVICES="
+        ) from error
 
 
 def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> Teacher:
@@ -440,7 +458,7 @@ def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, 
 def teacher_key(record: ModelRecord, arithmetic: Arithmetic) -> tuple[object, ...]:
     """Return what a model's teacher is made from. Models of one key share a teacher."""
     precision = arithmetic.precision_to_score(record.precision)
-    return record.teacher_digest, record.recipe.levels, record.preprocessing, precision
+    return record.recipe.teacher, record.recipe.levels, record.teacher_digest, record.preprocessing, precision
 
 
 def share_teacher(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +69,7 @@ class Result:
         """Return the path or URI of the image; "" if it was given as pixels."""
         return "" if self.picture is None else pictures.name_of(self.picture)
 
-    @cached_property
+    @property
     def anomaly_map(self) -> npt.NDArray[np.float32]:
         """Return the anomaly map in the image's own pixels: (height, width) float32, NaN where the model sees nothing.
 

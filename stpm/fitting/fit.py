@@ -10,8 +10,10 @@ import time
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from stpm import storage
@@ -89,7 +91,7 @@ def fit(
     precision = arithmetic.precision_to_fit(recipe.precision)
     digest = storage.digest(serialise(weights))
     frozen = share_teacher(
-        (digest, recipe.levels, preprocessing, precision),
+        (recipe.teacher, recipe.levels, digest, preprocessing, precision),
         lambda: load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher),
         preprocessing,
         device,
@@ -135,6 +137,8 @@ def _list(images: str | os.PathLike[str] | Iterable[Picture]) -> list[tuple[Pict
     """Return the images, files by their URI, each with what changes when its bytes do."""
     if isinstance(images, str | os.PathLike):
         return list(_list_folder(os.fspath(images)))
+    if isinstance(images, bytes | Image.Image):
+        raise DataError("one image was given to fit on; give a folder, or a list of images")
     found: list[tuple[Picture, str]] = []
     for picture in images:
         if not isinstance(picture, str | os.PathLike):
@@ -158,7 +162,11 @@ def _list_folder(folder: str) -> list[tuple[str, str]]:
 
 
 def _free_ram() -> int:
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _RAM_FRACTION)
+    # A container may have less than its machine.
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(physical, int(text) if text.isdecimal() else physical) * _RAM_FRACTION)
 
 
 def _free_gpu_ram(device: torch.device) -> int:

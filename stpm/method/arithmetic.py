@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,26 @@ class Arithmetic:
 
     def __str__(self) -> str:
         return f"{self.backend} in {self.precision}"
+
+
+def warn_of_other_arithmetic(now: Arithmetic, calibrated: Iterable[tuple[Backend, Precision]]) -> str:
+    """Say that models were calibrated with another backend or precision than scores with them; "" if none was.
+
+    Args:
+        now: what scores.
+        calibrated: backend and precision of each model's fit.
+    """
+    others = {
+        str(Arithmetic(backend, precision))
+        for backend, precision in calibrated
+        if (backend, precision) != (now.backend, now.precision_to_score(precision))
+    }
+    if not others:
+        return ""
+    return (
+        f"{now} scores models that {' and '.join(sorted(others))} calibrated: a few decisions near the threshold may "
+        "differ; where that matters, fit on the kind of machine that scores, or give the --backend of the fit"
+    )
 
 
 class Capabilities(NamedTuple):

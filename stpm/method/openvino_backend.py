@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class OpenVinoBackbone:
         try:
             compiled = _compile(backbone, height, width, precision)
             self._request = compiled.create_infer_request()
+            # Detectors of several threads may share it, whose next results take the place of those not copied yet.
+            self._lock = Lock()
             shapes = [tuple(output.shape) for output in self._request.model_outputs]
             self._shapes = [(channels, rows, columns) for _, rows, columns, channels in shapes]
             cosines = self._cosines(backbone, height, width)
@@ -66,9 +69,10 @@ class OpenVinoBackbone:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         levels = [torch.empty((len(images), *s), memory_format=torch.channels_last) for s in self._shapes]
         for index in range(len(images)):
-            outputs = self._request.infer({0: pixels[index : index + 1]}, share_inputs=True, share_outputs=True)
-            for level, output in zip(levels, outputs.values(), strict=True):
-                level[index] = torch.from_numpy(output)[0].permute(2, 0, 1)
+            with self._lock:
+                outputs = self._request.infer({0: pixels[index : index + 1]}, share_inputs=True, share_outputs=True)
+                for level, output in zip(levels, outputs.values(), strict=True):
+                    level[index] = torch.from_numpy(output)[0].permute(2, 0, 1)
         return levels
 
     def _cosines(self, backbone: Backbone, height: int, width: int) -> list[float]:

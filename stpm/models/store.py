@@ -178,10 +178,12 @@ class ModelStore:
             DataError: if the category's name is not allowed in a path.
             ModelError: if a file of the model is missing or damaged.
         """
-        teacher = self._teacher_uri(record.teacher_digest)
-        if not storage.exists(teacher):
-            uri = source._teacher_uri(record.teacher_digest)
-            storage.publish(teacher, self._read_verified(uri, record.teacher_digest))
+        digest = record.teacher_digest
+        try:
+            self._read_verified(self._teacher_uri(digest), digest)
+        except ModelError:
+            # Missing or damaged.
+            storage.publish(self._teacher_uri(digest), self._read_verified(source._teacher_uri(digest), digest))
         files = source.read_files(record)
         fingerprints = {each.model_id: each.data_fingerprint for each in source.versions(record.category).every}
         copied = dataclasses.replace(record, category=category)

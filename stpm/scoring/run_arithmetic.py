@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from stpm.cluster.device import examine_devices
-from stpm.method.arithmetic import Arithmetic, choose_arithmetic
+from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.scoring.run_state import RunState
 from stpm.scoring.scoring_run import ModelRecords, ScoringRun
 
@@ -34,15 +34,7 @@ def settle_arithmetic(run: ScoringRun, state: RunState, models: ModelRecords, *,
     state.record_arithmetic(found)
     if before:
         log.warning(f"the remaining images may get slightly other scores: {before} has computed them, and now {found}")
-    others = {
-        str(calibrated)
-        for record in models.values()
-        if (calibrated := Arithmetic(record.fit.backend, record.precision))
-        != Arithmetic(found.backend, found.precision_to_score(record.precision))
-    }
-    if others:
-        log.warning(
-            f"{found} scores models that {' and '.join(sorted(others))} calibrated: a few decisions near the threshold "
-            "may differ; where that matters, fit on the kind of machine that scores, or give the --backend of the fit"
-        )
+    calibrated = [(record.fit.backend, record.precision) for record in models.values()]
+    if warning := warn_of_other_arithmetic(found, calibrated):
+        log.warning(warning)
     return found

@@ -254,7 +254,9 @@ def test_an_image_that_crashes_the_decoder_becomes_a_row(run: Path, tmp_path: Pa
     make_images(str(images), 5)
     storage.publish(f"{images}/crash.png", crashing_image())
     options = ["--models", str(run / "models"), "--images", str(images), "--category", "nut", "--out", str(out)]
-    scored = run_job("score", *options, "--scorers", "1", "--max-error-rate", "1", PYTHONPATH=str(tmp_path))
+    scored = run_job(
+        "score", *options, "--scorers", "1", "--max-error-rate", "1", PYTHONPATH=f"{tmp_path}:{REPOSITORY}"
+    )
     assert scored.returncode == 0
     errors = {Path(row["uri"]).name: row["error_message"] for row in read_rows(out) if row["error_kind"]}
     assert errors == {"crash.png": "decoding it crashes the process with SIGSEGV; repair or remove the file"}

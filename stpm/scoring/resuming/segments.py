@@ -9,7 +9,7 @@ from itertools import chain, product
 from stpm import storage
 from stpm.errors import DataError, RunDamagedError
 from stpm.lease import check
-from stpm.scoring.inputs.manifest import Segment
+from stpm.scoring.inputs.manifest import Segment, read_manifest
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import blaming_damaged_file
@@ -20,15 +20,19 @@ _SUMMARIES_AT_ONCE = 16
 _SUMMARY_NAME = re.compile(r"/(?P<segment>[0-9]+)-(?P<attempt>[0-9]+)\.json$")
 
 
-def committed_segments(output: RunOutput, first_attempt: int = 0) -> dict[int, str]:
+def committed_segments(output: RunOutput, first_attempt: int | None = None) -> dict[int, str]:
     """List the URI of the summary of each segment that is committed, by its number.
 
     If several attempts committed a segment, the latest counts: a process that was suspended may commit it once more.
 
     Args:
         output: of the run.
-        first_attempt: what earlier attempts committed is ignored, it belongs to another list of images.
+        first_attempt: what earlier attempts committed is ignored, it belongs to another list of images; None: that of
+            the run's list.
     """
+    if first_attempt is None:
+        manifest = read_manifest(output.manifest)
+        first_attempt = manifest.attempt if manifest else 0
     found = {}
     for uri in storage.files(output.segments):
         if (name := _SUMMARY_NAME.search(uri)) and int(name["attempt"]) >= first_attempt:
@@ -37,7 +41,7 @@ def committed_segments(output: RunOutput, first_attempt: int = 0) -> dict[int, s
     return found
 
 
-def committed_summaries(output: RunOutput, first_attempt: int = 0) -> Iterator[RowSummary]:
+def committed_summaries(output: RunOutput, first_attempt: int | None = None) -> Iterator[RowSummary]:
     """Read the summaries of all segments that are committed, a few at a time: all of them may not fit the memory.
 
     Raises:
@@ -103,7 +107,7 @@ def commit_segment(output: RunOutput, options: OutputOptions, segment: Segment, 
     return summary
 
 
-def remove_leftovers(output: RunOutput, first_attempt: int = 0) -> None:
+def remove_leftovers(output: RunOutput, first_attempt: int | None = None) -> None:
     """Remove the rows that do not count, which killed or suspended processes left, and what earlier attempts left.
 
     Args:

@@ -50,7 +50,15 @@ class DecodedImage(NamedTuple):
     pixels: pa.LargeBinaryScalar
 
 
-Outcome = Result | ImageError
+class ScoredImage(NamedTuple):
+    """An image's result without its map, the grey levels of its heatmap, and the map itself if rows keep it."""
+
+    result: Result
+    heatmap_levels: memoryview
+    anomaly_map: memoryview | None
+
+
+Outcome = ScoredImage | ImageError
 
 
 class Scorer:
@@ -101,7 +109,7 @@ class Scorer:
         }
         prometheus.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
         if self._progress:
-            scores = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+            scores = [outcome.result for outcome in outcomes if isinstance(outcome, ScoredImage)]
             statistics = RunStatistics(
                 images=len(images),
                 errors=len(images) - len(scores),
@@ -209,7 +217,8 @@ class Scorer:
             detector = self._detectors.detector(category)
         except ImageError as error:
             return [error] * len(sizes)
-        return detector.score_inputs(inputs, sizes, self._settings.false_alarm_rate, features)
+        results = detector.score_inputs(inputs, sizes, self._settings.false_alarm_rate, features)
+        return [_without_map(result, keep=self._settings.raw_maps) for result in results]
 
 
 def _end_with_broken_gpu() -> None:
@@ -227,17 +236,17 @@ def _end_with_broken_gpu() -> None:
 def _scored_table(batch: pa.Table, outcomes: Sequence[Outcome], settings: ScorerSettings) -> pa.Table:
     """Add the columns of SCORED that follow from the outcomes; those of a row with an error are null or empty."""
 
-    def column(value: Callable[[Result], Any], default: Any = None) -> list[Any]:
-        return [value(outcome) if isinstance(outcome, Result) else default for outcome in outcomes]
+    def column(value: Callable[[ScoredImage], Any], default: Any = None) -> list[Any]:
+        return [value(outcome) if isinstance(outcome, ScoredImage) else default for outcome in outcomes]
 
     columns = {name: batch[name] for name in DECODED.names}
-    columns |= {name: column(attrgetter(name)) for name in _COPIED}
+    columns |= {name: column(attrgetter(f"result.{name}")) for name in _COPIED}
     columns |= {
-        "peak_x": column(lambda result: result.peak[0]),
-        "peak_y": column(lambda result: result.peak[1]),
-        "model_id": column(lambda result: result.model_id, ""),
-        "anomaly_map": column(_raw_map if settings.raw_maps else lambda result: None),
-        "heatmap_levels": column(_heatmap_levels, b""),
+        "peak_x": column(lambda image: image.result.peak[0]),
+        "peak_y": column(lambda image: image.result.peak[1]),
+        "model_id": column(lambda image: image.result.model_id, ""),
+        "anomaly_map": column(lambda image: image.anomaly_map),
+        "heatmap_levels": column(lambda image: image.heatmap_levels, b""),
     }
     columns |= error_columns(outcomes)
     if not settings.overlays:
@@ -245,9 +254,8 @@ def _scored_table(batch: pa.Table, outcomes: Sequence[Outcome], settings: Scorer
     return with_passthrough(table(columns, SCORED), batch)
 
 
-def _raw_map(result: Result) -> memoryview:
-    return result.model_map.data.cast("B")
-
-
-def _heatmap_levels(result: Result) -> memoryview:
-    return result.heatmap_scale.apply(result.model_map).data.cast("B")
+def _without_map(result: Result, *, keep: bool) -> ScoredImage:
+    """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
+    levels = result.heatmap_scale.apply(result.model_map).data.cast("B")
+    raw_map = result.model_map.data.cast("B") if keep else None
+    return ScoredImage(replace(result, model_map=np.zeros((0, 0), np.float32)), levels, raw_map)
