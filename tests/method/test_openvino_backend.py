@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import pytest
@@ -40,6 +41,16 @@ def test_an_image_has_the_same_features_alone_and_in_a_batch() -> None:
     images = torch.randn(5, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     for whole, alone in zip(compiled(images), compiled(images[3:4]), strict=True):
         assert torch.equal(whole[3:4], alone)
+
+
+def test_threads_that_share_a_backbone_get_their_own_features() -> None:
+    compiled = OpenVinoBackbone(build_seeded_backbone("test_resnet", LEVELS, 0, False).eval(), 64, 64, "float32")
+    batches = [torch.randn(40, 3, 64, 64) for _ in range(4)]
+    expected = [compiled(batch) for batch in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        found = list(pool.map(compiled, batches))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_weights_that_are_lost_in_the_conversion_convert_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from stpm import storage
 from stpm.data.image_files import ImageRef
 from stpm.errors import CutOffError, RunDamagedError
 from stpm.lease import Fence
-from stpm.scoring.inputs.manifest import Segment, Shard, write_manifest
+from stpm.scoring.inputs.manifest import Segment, Shard, read_shard, write_manifest
 from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
@@ -262,6 +262,11 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     assert sorted(files(output)) == [f"{old_task}_0-0", f"{stale_task}_2-0", f"{new_task}_5-0", "scores_of_mine"]
     # A list of images that a later attempt made has nothing in common with these segments.
     assert committed_segments(output, first_attempt=8) == {}
+    # By itself, it takes the attempt that wrote the list of images.
+    storage.publish(f"{output.segments}/000005-000000.json", b"of a longer list, written late")
+    assert {*committed_segments(output)} == {0, 5}
+    write_manifest([read_shard(segments[0].shards[0].uri)], output.manifest, segment_rows=8, attempt=8)
+    assert committed_segments(output) == {}
 
 
 def files(output: RunOutput) -> list[str]:
