@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import logging
 import re
 import runpy
 from importlib import import_module
@@ -15,6 +16,13 @@ from PIL import Image
 import stpm
 from stpm.data import demo
 from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the handlers of jobs that other tests ran in this process: their lines would count as output."""
+    monkeypatch.setattr(logging.getLogger("stpm"), "handlers", [])
+
 
 FILES = [path for path in sorted((REPOSITORY / "stpm").rglob("*.py")) if ">>> " in path.read_text()]
 

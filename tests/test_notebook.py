@@ -31,9 +31,20 @@ def execute(folder: Path) -> Any:
 
 
 def outputs(notebook: Any) -> list[tuple[str, list[str]]]:
-    """Return the source of each cell and the kinds of its outputs: a stream's name, or types of data."""
+    """Return the source of each cell and the kinds of its outputs: a stream's name, or types of data.
+
+    Without stderr: there matplotlib says that it builds its cache of fonts, once on a machine.
+    """
     return [
-        (cell.source, [kind for output in cell.get("outputs", ()) for kind in output.get("data", [output.get("name")])])
+        (
+            cell.source,
+            [
+                kind
+                for output in cell.get("outputs", ())
+                if output.get("name") != "stderr"
+                for kind in output.get("data", [output.get("name")])
+            ],
+        )
         for cell in notebook.cells
     ]
 

@@ -6,7 +6,9 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -49,6 +51,9 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
     token = secrets.token_hex(16)
     settings = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, PATH=f"{BIN}:{os.environ['PATH']}")
     dashboard = free_port()
+    # Ray gives a job the address of the cluster that was started last with this folder: another test may start one.
+    # Names of sockets must be short.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     process = subprocess.Popen(
         [
             *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"),
@@ -56,6 +61,7 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
             f"--metrics-export-port={re.search(r':([0-9]+)/', metrics)[1]}",  # type: ignore[index]
             # The agent that starts jobs. An earlier test's cluster may still hold its default port.
             f"--dashboard-agent-listen-port={free_port()}",
+            f"--temp-dir={folder}",
         ],
         env=settings | {"RAY_metrics_report_interval_ms": "500"},
         start_new_session=True,
@@ -74,6 +80,7 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
     without = {name: value for name, value in settings.items() if name not in s3}
     yield without | {"RAY_API_SERVER_ADDRESS": address}
     kill_tree(process)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def ray_job(client: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
