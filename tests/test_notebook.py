@@ -42,7 +42,7 @@ def outputs(notebook: Any) -> list[tuple[str, list[str]]]:
                 kind
                 for output in cell.get("outputs", ())
                 if output.get("name") != "stderr"
-                for kind in output.get("data", [output.get("name")])
+                for kind in sorted(output.get("data", [output.get("name")]))
             ],
         )
         for cell in notebook.cells
