@@ -1,4 +1,4 @@
-"""The examples in docstrings and in README.md are correct."""
+"""The examples in docstrings, in docs/python.md and in README.md are correct."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ FILES = [path for path in sorted((REPOSITORY / "stpm").rglob("*.py")) if ">>> " 
 def test_examples_in_docstrings_are_correct(path: Path) -> None:
     module = import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
     failed, attempted = doctest.testmod(module)
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_examples_in_the_python_page_are_correct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = REPOSITORY / "docs" / "python.md"
+    # The end of a block would count as output.
+    text = re.sub(r"^```.*$", "", page.read_text(), flags=re.MULTILINE)
+    assert text.count("\n>>> ") == page.read_text().count(">>> ")
+    examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    failed, attempted = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples)
     assert attempted > 0
     assert failed == 0
 
