@@ -49,8 +49,45 @@ log = logging.getLogger(__name__)
 # Images per forward pass. Scores do not depend on it.
 _BATCH_SIZE = 16
 
-# By what they are made from; each lives as long as a detector that uses it.
-_teachers: WeakValueDictionary[tuple[object, ...], Teacher] = WeakValueDictionary()
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher is made from. Detectors whose specs are equal share one teacher.
+
+    Args:
+        name: the recipe's teacher.
+        levels: the recipe's pyramid levels.
+        digest: of the weights.
+        preprocessing: of the images.
+        precision: of the forward pass.
+        device: that computes it.
+        backend: that computes it.
+    """
+
+    name: str
+    levels: tuple[int, ...]
+    digest: str
+    preprocessing: Preprocessing
+    precision: Precision
+    device: torch.device
+    backend: Backend
+
+    @classmethod
+    def of_model(cls, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> TeacherSpec:
+        """Return the spec with which a stored model scores."""
+        return cls(
+            record.recipe.teacher,
+            record.recipe.levels,
+            record.teacher_digest,
+            record.preprocessing,
+            arithmetic.precision_to_score(record.precision),
+            device,
+            arithmetic.backend,
+        )
+
+
+# Each lives as long as a detector that uses it.
+_teachers: WeakValueDictionary[TeacherSpec, Teacher] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -451,28 +488,13 @@ def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, 
     def load_backbone() -> Backbone:
         return models.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
 
-    key, precision = teacher_key(record, arithmetic), arithmetic.precision_to_score(record.precision)
-    return share_teacher(key, load_backbone, record.preprocessing, device, precision, arithmetic.backend)
+    return share_teacher(TeacherSpec.of_model(record, device, arithmetic), load_backbone)
 
 
-def teacher_key(record: ModelRecord, arithmetic: Arithmetic) -> tuple[object, ...]:
-    """Return what a model's teacher is made from. Models of one key share a teacher."""
-    precision = arithmetic.precision_to_score(record.precision)
-    return record.recipe.teacher, record.recipe.levels, record.teacher_digest, record.preprocessing, precision
-
-
-def share_teacher(
-    key: tuple[object, ...],
-    load_backbone: Callable[[], Backbone],
-    preprocessing: Preprocessing,
-    device: torch.device,
-    precision: Precision,
-    backend: Backend,
-) -> Teacher:
-    """Return the teacher of a key, see `teacher_key`: that of another detector, or else a new one."""
-    whole_key = (*key, device, backend)
-    teacher = _teachers.get(whole_key)
+def share_teacher(spec: TeacherSpec, load_backbone: Callable[[], Backbone]) -> Teacher:
+    """Return the teacher of another detector of this process whose spec is equal, or else make one."""
+    teacher = _teachers.get(spec)
     if not teacher:
-        teacher = Teacher(load_backbone(), preprocessing, device, precision, backend)
-        _teachers[whole_key] = teacher
+        teacher = Teacher(load_backbone(), spec.preprocessing, spec.device, spec.precision, spec.backend)
+        _teachers[spec] = teacher
     return teacher

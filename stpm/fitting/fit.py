@@ -21,7 +21,7 @@ from stpm.data import pictures
 from stpm.data.images import SUFFIXES
 from stpm.data.mvtec import is_image
 from stpm.data.pictures import Picture
-from stpm.detector import Detector, share_teacher
+from stpm.detector import Detector, TeacherSpec, share_teacher
 from stpm.errors import DataError
 from stpm.fitting.fit_category import WorkerSettings, compute_features
 from stpm.fitting.fit_detector import FittedModel, fit_detector
@@ -90,14 +90,8 @@ def fit(
     preprocessing = preprocessing_for(recipe, listed)
     precision = arithmetic.precision_to_fit(recipe.precision)
     digest = storage.digest(serialise(weights))
-    frozen = share_teacher(
-        (recipe.teacher, recipe.levels, digest, preprocessing, precision),
-        lambda: load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher),
-        preprocessing,
-        device,
-        precision,
-        arithmetic.backend,
-    )
+    spec = TeacherSpec(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
+    frozen = share_teacher(spec, lambda: load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher))
     epochs = 0 if recipe.student == "none" else recipe.epochs
     with tqdm(total=epochs + 1, desc="fit", disable=not progress) as bar:
 

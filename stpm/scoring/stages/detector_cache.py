@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from stpm.detector import Detector, load_teacher, teacher_key
+from stpm.detector import Detector, TeacherSpec, load_teacher
 from stpm.errors import ImageError, ModelError, ModelUnreadableError, one_line
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.device import is_out_of_memory
@@ -52,16 +52,16 @@ class DetectorCache:
         self._detectors: OrderedDict[str, Detector] = OrderedDict()
         self._failures: dict[str, tuple[str, str, float]] = {}
 
-    def teacher_key(self, category: str) -> tuple[object, ...]:
-        """Return what the teacher of a category is made from. Categories of one key share it.
+    def teacher_spec(self, category: str) -> TeacherSpec:
+        """Return what the teacher of a category is made from. Categories of one spec share it.
 
         Raises:
             ImageError: if the record cannot be loaded.
         """
-        return self._load(category, lambda name: teacher_key(self._record(name), self._arithmetic))
+        return self._load(category, self._teacher_spec)
 
     def teacher(self, category: str) -> Teacher:
-        """Return the teacher of a category, see `teacher_key`.
+        """Return the teacher of a category, see `teacher_spec`.
 
         Raises:
             ImageError: if the record or the teacher cannot be loaded.
@@ -75,6 +75,9 @@ class DetectorCache:
             ImageError: if it cannot be loaded.
         """
         return self._load(category, self._load_detector)
+
+    def _teacher_spec(self, category: str) -> TeacherSpec:
+        return TeacherSpec.of_model(self._record(category), self._device, self._arithmetic)
 
     def _load_teacher(self, category: str) -> Teacher:
         return load_teacher(self._store, self._record(category), self._device, self._arithmetic)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from stpm.cluster.device import assigned_device
+from stpm.detector import TeacherSpec
 from stpm.errors import RETRIED_ERRORS, ImageError, one_line
 from stpm.method.device import device_capabilities, is_out_of_memory
 from stpm.method.teacher import Teacher
@@ -142,11 +143,11 @@ class Scorer:
         }
         # Sort by category: the images of one model are then a slice of a batch, not a copy.
         rows = sorted((i for i in range(len(images)) if i not in outcomes), key=lambda i: images[i].category)
-        by_teacher: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+        by_teacher: defaultdict[TeacherSpec, list[int]] = defaultdict(list)
         for category, group in groupby(rows, key=lambda i: images[i].category):
             members = list(group)
             try:
-                by_teacher[self._detectors.teacher_key(category)] += members
+                by_teacher[self._detectors.teacher_spec(category)] += members
             except ImageError as error:
                 outcomes |= dict.fromkeys(members, error)
         openvino_images = 0

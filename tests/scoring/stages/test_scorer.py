@@ -14,6 +14,7 @@ import torch
 
 from stpm import storage
 from stpm.data import images
+from stpm.detector import TeacherSpec
 from stpm.errors import ImageError
 from stpm.method.arithmetic import Arithmetic, Capabilities
 from stpm.method.teacher import Teacher
@@ -97,7 +98,7 @@ def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
 
 def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> None:
     class Loader:
-        def teacher_key(self, category: str) -> tuple[object, ...]:
+        def teacher_spec(self, category: str) -> TeacherSpec:
             raise ImageError("model_unreadable", f"the loader has no {category}")
 
     settings = ScorerSettings("nowhere", {}, 0.3, accept_errors=True)
