@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from stpm.data import pictures
-from stpm.data.images import Decoded, crop_mask, resize_mask
+from stpm.data.images import Decoded
 from stpm.data.masks import read_mask
-from stpm.data.mvtec import GOOD, read_tests
+from stpm.data.mvtec import GOOD, TestImage, read_tests
 from stpm.data.pictures import Picture
-from stpm.errors import ConfigError, ImageError, ModelError, one_line
+from stpm.errors import ConfigError, DataError, ImageError, ModelError, UndefinedMetricError, one_line
 from stpm.lease import hold_lease
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.method.backbones import Backbone, StateDict, load_backbone
@@ -37,8 +37,7 @@ from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale
 from stpm.method.teacher import FeatureExtractor, Teacher, spatial_shape
 from stpm.metrics.category_metrics import CategoryMetrics, measure_category
-from stpm.metrics.labelled import LabelledScores
-from stpm.metrics.pixels import PixelCounts, count_pixels
+from stpm.metrics.labelled import LabelledPixels, LabelledScores, MaskedMap, require_masks
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend
@@ -370,40 +369,42 @@ class Detector:
             DataError: if there are no test images, or a mask cannot be read.
         """
         tests = read_tests(os.fspath(folder))
-        masked = all(test.mask for test in tests if test.label != GOOD)
+        pixels, no_pixels = LabelledPixels(), ""
         scored: list[Result] = []
         labels: list[str] = []
         problems: list[str] = []
-        counts: dict[str, PixelCounts] = {}
-        vanished: list[str] = []
+        try:
+            require_masks({test.uri: test.mask for test in tests if test.label != GOOD})
+        except (UndefinedMetricError, DataError) as error:
+            no_pixels = str(error)
+            problems += [no_pixels] if isinstance(error, DataError) else []
         results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate)
-        for test, result in zip(tests, results, strict=True):
-            if result.error:
-                problems.append(str(result.error))
-                continue
-            if masked:
-                mask = read_mask(test.uri, test.label, test.mask, *result.size)
-                at_model_size = resize_mask(mask, self.teacher.preprocessing)
-                if crop_mask(mask, self.teacher.preprocessing).any() and not at_model_size.any():
-                    vanished.append(test.mask)
-                counted = count_pixels([result.model_map], [at_model_size])
-                counts[test.label] = counts.get(test.label, PixelCounts.empty()) + counted
-            labels.append(test.label)
-            scored.append(dataclasses.replace(result, model_map=np.zeros((0, 0), np.float32)))
+        outcomes = zip(tests, results, strict=True)
+        while batch := list(islice(outcomes, _BATCH_SIZE)):
+            problems += [str(result.error) for _, result in batch if result.error]
+            batch = [(test, result) for test, result in batch if not result.error]
+            if not no_pixels:
+                pixels.add(self._masked_map(test, result) for test, result in batch)
+            labels += [test.label for test, _ in batch]
+            scored += [dataclasses.replace(result, model_map=np.zeros((0, 0), np.float32)) for _, result in batch]
         return measure_category(
             LabelledScores(
                 labels=np.array(labels, np.str_),
                 scores=np.array([result.score for result in scored], np.float32),
                 is_anomalous=np.array([result.is_anomalous for result in scored], bool),
                 threshold=scored[0].threshold if scored else np.nan,
-                pixels=counts,
-                no_pixels="" if masked else "no masks",
-                error_count=len(problems),
+                pixels=pixels.counts,
+                no_pixels=no_pixels,
+                error_count=len(tests) - len(scored),
                 unlabelled_count=0,
-                vanished_masks=tuple(vanished),
+                vanished_masks=tuple(pixels.vanished),
                 problems=tuple(problems),
             )
         )
+
+    def _masked_map(self, test: TestImage, result: Result) -> MaskedMap:
+        mask = read_mask(test.uri, test.label, test.mask, *result.size)
+        return MaskedMap.at_model_size(test.label, result.model_map, mask, test.mask, self.teacher.preprocessing)
 
     def save(self, store: str | os.PathLike[str], category: str) -> ModelRecord:
         """Publish the model as a new version of a category, as the fit job does, and make it the current one.

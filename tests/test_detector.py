@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -227,6 +229,22 @@ def test_evaluate_measures_what_scikit_learn_does(nut: Detector, run: Path) -> N
     assert "image AUROC" in repr(found)
     with pytest.raises(DataError, match="give the folder test of a category"):
         nut.evaluate(run / "data" / "nut")
+
+
+def test_evaluate_says_why_there_are_no_pixel_metrics_as_the_report_does(
+    nut: Detector, run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run / "data" / "nut", tmp_path / "nut")
+    first, *others = sorted((tmp_path / "nut" / "ground_truth").rglob("*.png"))
+    first.unlink()
+    partly = nut.evaluate(tmp_path / "nut" / "test")
+    assert partly.problems == (partly.undefined["pixel_auroc"],)
+    assert re.search(rf"^1 of {len(others) + 1} defects have no mask, .*; add or remove masks$", partly.problems[0])
+    assert partly.values["image_auroc"] is not None
+    for mask in others:
+        mask.unlink()
+    unmasked = nut.evaluate(tmp_path / "nut" / "test")
+    assert (unmasked.undefined["pixel_auroc"], unmasked.problems, unmasked.error_count) == ("no masks", (), 0)
 
 
 def test_plain_values_make_a_recipe() -> None:

@@ -17,8 +17,7 @@ from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
 from stpm.evaluation.options import MasksAt
 from stpm.method.preprocessing import Preprocessing
-from stpm.metrics.labelled import LabelledScores
-from stpm.metrics.pixels import Map, Mask, PixelCounts, count_pixels
+from stpm.metrics.labelled import LabelledPixels, LabelledScores, MaskedMap, require_masks
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import blaming_damaged_file, open_rows, read_batches
 
@@ -65,11 +64,9 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     scored, failed = rows.filter(is_scored), rows.filter(pc.invert(is_scored))
     _check_values(category, scored)
     problems = [f"{r['uri']}: {r['error_kind']}: {r['error_message']}" for r in failed.to_pylist()]
-    pixels: dict[str, PixelCounts] = {}
-    vanished: list[str] = []
-    no_pixels = ""
+    pixels, no_pixels = LabelledPixels(), ""
     try:
-        pixels, vanished = _pixel_counts(category, scored, masks_at)
+        pixels = _count_pixels(category, scored, masks_at)
     except RunDamagedError:
         raise
     except (UndefinedMetricError, DataError) as error:
@@ -80,11 +77,11 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
         scores=scored["score"].to_numpy().astype(np.float32),
         is_anomalous=np.array(scored["is_anomalous"].to_pylist(), bool),
         threshold=scored["threshold"][0].as_py() if scored.num_rows else np.nan,
-        pixels=pixels,
+        pixels=pixels.counts,
         no_pixels=no_pixels,
         error_count=failed.num_rows,
         unlabelled_count=every.num_rows - rows.num_rows,
-        vanished_masks=tuple(vanished),
+        vanished_masks=tuple(pixels.vanished),
         problems=tuple(problems),
     )
 
@@ -97,52 +94,31 @@ def _check_values(category: ScoredCategory, scored: pa.Table) -> None:
             raise RunDamagedError(f"{category.output.scores}: the row of {uri} has neither an error nor a {name}")
 
 
-def _pixel_counts(
-    category: ScoredCategory, scored: pa.Table, masks_at: MasksAt
-) -> tuple[dict[str, PixelCounts], list[str]]:
-    """Count pixels by label, with a few maps in memory at a time.
-
-    Returns:
-        The counts, and the masks of defects that are too small for the map.
-    """
+def _count_pixels(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt) -> LabelledPixels:
+    """Count pixels by label, with a few maps in memory at a time."""
     by_uri: dict[str, dict[str, Any]] = {row["uri"]: row for row in scored.to_pylist()}
-    defects = [row for row in by_uri.values() if row["label"] != GOOD]
-    unmasked = [row["uri"] for row in defects if not row["mask"]]
-    if len(unmasked) == len(defects):
-        raise UndefinedMetricError("no masks")
-    if unmasked:
-        raise DataError(
-            f"{len(unmasked)} of {len(defects)} defects have no mask, {unmasked[0]} among them; add or remove masks"
-        )
+    require_masks({uri: row["mask"] for uri, row in by_uri.items() if row["label"] != GOOD})
     chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
-    counts: dict[str, PixelCounts] = {}
-    vanished: list[str] = []
+    pixels = LabelledPixels()
     for batch in read_batches(category.output, ["uri", "anomaly_map"], chosen, _BATCH_SIZE[masks_at]):
-        by_label: dict[str, list[tuple[Map, Mask]]] = {}
-        for uri, data in zip(*batch.to_pydict().values(), strict=True):
-            if data is None:
-                raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
-            row = by_uri[uri]
-            mask = read_mask(*(row[name] for name in MASK_COLUMNS))
-            pair = _map_and_mask(category, data, row, mask, masks_at)
-            if images.crop_mask(mask, category.preprocessing).any() and not pair[1].any():
-                vanished.append(row["mask"])
-            by_label.setdefault(row["label"], []).append(pair)
-        for label, pairs in by_label.items():
-            maps, masks = zip(*pairs, strict=True)
-            counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
-    return counts, vanished
+        pixels.add(
+            _masked_map(category, data, by_uri[uri], masks_at)
+            for uri, data in zip(*batch.to_pydict().values(), strict=True)
+        )
+    return pixels
 
 
-def _map_and_mask(
-    category: ScoredCategory, data: bytes, row: Mapping[str, Any], mask: Mask, masks_at: MasksAt
-) -> tuple[Map, Mask]:
+def _masked_map(category: ScoredCategory, data: bytes | None, row: Mapping[str, Any], masks_at: MasksAt) -> MaskedMap:
     """Bring an image's map, float32 as bytes, and its mask to one size.
 
     Raises:
+        UndefinedMetricError: if there is no map.
         RunDamagedError: if the map is of another size than the image gives.
     """
+    if data is None:
+        raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
     preprocessing = category.preprocessing
+    mask = read_mask(*(row[name] for name in MASK_COLUMNS))
     try:
         shape = preprocessing.content_shape(row["width"], row["height"])
         anomaly_map = np.frombuffer(data, np.float32).reshape(shape)
@@ -151,6 +127,6 @@ def _map_and_mask(
             f"{category.output.scores}: the anomaly map of {row['uri']} is not of its image's size ({error})"
         ) from error
     if masks_at == "model":
-        return anomaly_map, images.resize_mask(mask, preprocessing)
+        return MaskedMap.at_model_size(row["label"], anomaly_map, mask, row["mask"], preprocessing)
     cropped = images.crop_mask(mask, preprocessing)
-    return images.resize_map(anomaly_map, *cropped.shape), cropped
+    return MaskedMap(row["label"], images.resize_map(anomaly_map, *cropped.shape), cropped)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from operator import add
+from itertools import groupby
+from operator import add, attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from stpm.data.images import crop_mask, resize_mask
 from stpm.data.mvtec import GOOD
-from stpm.errors import UndefinedMetricError
+from stpm.errors import DataError, UndefinedMetricError
+from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.intervals import Flags, Scores
-from stpm.metrics.pixels import PixelCounts
+from stpm.metrics.pixels import Map, Mask, PixelCounts, count_pixels
 
 
 @dataclass(frozen=True)
@@ -73,4 +77,71 @@ class LabelledScores:
             scores=self.scores[chosen],
             is_anomalous=self.is_anomalous[chosen],
             pixels={label: counts for label, counts in self.pixels.items() if label in (GOOD, defect_type)},
+        )
+
+
+class MaskedMap(NamedTuple):
+    """The anomaly map and the mask of an image, of one size.
+
+    Args:
+        label: "good" or a defect type.
+        anomaly_map: (H, W) float32.
+        mask: (H, W), true at the defect.
+        vanished_mask: URI of the mask, if its defect is too small for the map; or "".
+    """
+
+    label: str
+    anomaly_map: Map
+    mask: Mask
+    vanished_mask: str = ""
+
+    @classmethod
+    def at_model_size(
+        cls, label: str, anomaly_map: Map, mask: Mask, mask_uri: str, preprocessing: Preprocessing
+    ) -> MaskedMap:
+        """Bring the mask of an image to the map's size by nearest neighbour, as the paper's authors do."""
+        resized = resize_mask(mask, preprocessing)
+        is_vanished = crop_mask(mask, preprocessing).any() and not resized.any()
+        return cls(label, anomaly_map, resized, mask_uri if is_vanished else "")
+
+
+class LabelledPixels:
+    """Counts the pixels of labelled images, a batch after the other, so that few maps are in memory.
+
+    `counts` has the pixel counts by label, and `vanished` the URIs of masks whose defects are too small for the map.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, PixelCounts] = {}
+        self.vanished: list[str] = []
+
+    def add(self, batch: Iterable[MaskedMap]) -> None:
+        """Count the pixels of some images.
+
+        Raises:
+            UndefinedMetricError: if a value of a map is not finite.
+        """
+        images = sorted(batch, key=attrgetter("label"))
+        self.vanished += [image.vanished_mask for image in images if image.vanished_mask]
+        for label, some in groupby(images, attrgetter("label")):
+            _, maps, masks, _ = zip(*some, strict=True)
+            self.counts[label] = self.counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
+
+
+def require_masks(masks: Mapping[str, str]) -> None:
+    """Refuse to count pixels unless every defect has a mask.
+
+    Args:
+        masks: URI of the mask of each defective image, by the image's own; "": it has none.
+
+    Raises:
+        UndefinedMetricError: if no defect has one.
+        DataError: if only some have one.
+    """
+    unmasked = [uri for uri, mask in masks.items() if not mask]
+    if len(unmasked) == len(masks):
+        raise UndefinedMetricError("no masks")
+    if unmasked:
+        raise DataError(
+            f"{len(unmasked)} of {len(masks)} defects have no mask, {unmasked[0]} among them; add or remove masks"
         )
