@@ -143,3 +143,23 @@ def test_files_that_may_still_be_being_written_are_left_out(
         assert storage.glob(f"{folder}/*.png", storage.Settle(60))[0] == old[1:]
         assert storage.glob(f"{folder}/**", storage.Settle(60))[0] == old
         assert list(storage.iter_files(f"{folder}/young.png", storage.Settle(60))) == []
+
+
+def test_a_file_that_is_renamed_while_its_folder_is_listed_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.publish(f"{tmp_path}/old.png", b"x")
+    set_age(f"{tmp_path}/old.png", 600)
+    uploaded = tmp_path / "young.part"
+    uploaded.write_bytes(b"x")
+    is_file = listing._is_local_file
+
+    def rename_and_tell(entry: os.DirEntry[str]) -> bool:
+        found = is_file(entry)
+        if entry.path == str(uploaded):
+            uploaded.rename(tmp_path / "young.png")
+        return found
+
+    monkeypatch.setattr(listing, "_is_local_file", rename_and_tell)
+    assert list(storage.iter_files(str(tmp_path), storage.Settle(60))) == [f"{tmp_path}/old.png"]
+    assert not uploaded.exists()

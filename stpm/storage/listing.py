@@ -207,10 +207,19 @@ def _without_times(fs: Any) -> Any:
     return type(fs)(*fs.storage_args, **fs.storage_options, session=session, skip_instance_cache=True)
 
 
-def settled(entries: Iterable[dict[str, Any]], settle: Settle) -> list[str]:
-    """Return the paths of files, by their entries in a listing, without those that may still be being written."""
-    now = time.time()
-    return [e["name"] for e in entries if not settle.seconds or settle.keeps(e["name"], _modified(e), now)]
+def settled(
+    entries: Iterable[dict[str, Any]], settle: Settle, name: str = "name", now: float | None = None
+) -> list[str]:
+    """Return the paths of files, by their entries in a listing, without those that may still be being written.
+
+    Args:
+        entries: of files.
+        settle: which to leave out.
+        name: key of a file's path in its entry.
+        now: time of the disk or store, seconds since 1970; None: that of this process.
+    """
+    now = time.time() if now is None else now
+    return [e[name] for e in entries if not settle.seconds or settle.keeps(e[name], _modified(e), now)]
 
 
 def _modified(entry: dict[str, Any]) -> float:
@@ -275,12 +284,9 @@ def _divide_prefix(
 
 
 def _keys(page: dict[str, Any], settle: Settle) -> list[str]:
-    entries = [entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
-    if settle.seconds:
-        date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
-        now = parsedate_to_datetime(date).timestamp() if date else time.time()
-        entries = [entry for entry in entries if settle.keeps(entry["Key"], _modified(entry), now)]
-    return [entry["Key"] for entry in entries]
+    entries = (entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/"))
+    date = page["ResponseMetadata"]["HTTPHeaders"].get("date") if settle.seconds else None
+    return settled(entries, settle, "Key", parsedate_to_datetime(date).timestamp() if date else None)
 
 
 def _stream_folders(fs: Any, path: str, uri: str, settle: Settle) -> Iterator[str]:
@@ -314,10 +320,14 @@ def _list_local(folder: str, settle: Settle) -> tuple[list[str], list[str]]:
         entries = sorted(found, key=lambda entry: entry.path)
     folders = [e.path for e in entries if e.is_dir(follow_symlinks=False) and e.name != _SYSTEM_FOLDER]
     files = [entry for entry in entries if _is_local_file(entry)]
-    if settle.seconds:
-        now = time.time()
-        files = [entry for entry in files if settle.keeps(entry.path, entry.stat().st_mtime, now)]
-    return folders, [entry.path for entry in files]
+    return folders, settled(_with_times(files), settle) if settle.seconds else [entry.path for entry in files]
+
+
+def _with_times(files: Iterable[os.DirEntry[str]]) -> Iterator[dict[str, Any]]:
+    for entry in files:
+        # Whoever writes files may have renamed one since.
+        with suppress(FileNotFoundError):
+            yield {"name": entry.path, "mtime": entry.stat().st_mtime}
 
 
 def _is_local_file(entry: os.DirEntry[str]) -> bool:
