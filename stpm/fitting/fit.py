@@ -8,8 +8,9 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -133,16 +134,18 @@ def _list(images: str | os.PathLike[str] | Iterable[Picture]) -> list[tuple[Pict
         return list(_list_folder(os.fspath(images)))
     if isinstance(images, bytes | Image.Image):
         raise DataError("one image was given to fit on; give a folder, or a list of images")
-    found: list[tuple[Picture, str]] = []
-    for picture in images:
-        if not isinstance(picture, str | os.PathLike):
-            image = pictures.fetch(picture)
-            found.append((image, storage.digest(image if isinstance(image, bytes) else image.tobytes())))
-        elif versions := storage.file_versions(storage.absolute(os.fspath(picture))):
-            found += versions
-        else:
-            raise DataError(f"{picture}: no such file; check its name, and that its disk is mounted")
-    return found
+    # A store takes a request for each.
+    return list(chain.from_iterable(storage.in_parallel(_list_picture, images)))
+
+
+def _list_picture(picture: Picture) -> Sequence[tuple[Picture, str]]:
+    if not isinstance(picture, str | os.PathLike):
+        image = pictures.fetch(picture)
+        return [(image, storage.digest(image if isinstance(image, bytes) else image.tobytes()))]
+    versions = storage.file_versions(storage.absolute(os.fspath(picture)))
+    if not versions:
+        raise DataError(f"{picture}: no such file; check its name, and that its disk is mounted")
+    return versions
 
 
 def _list_folder(folder: str) -> list[tuple[str, str]]:
