@@ -1,6 +1,6 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.storage.listing import Settle, file_sizes, file_versions, files, files_starting, iter_files, subfolders
+from stpm.storage.listing import Settle, file_sizes, file_versions, files, files_starting, glob, iter_files, subfolders
 from stpm.storage.objects import (
     check_size,
     create,
@@ -14,9 +14,7 @@ from stpm.storage.objects import (
     remove_unfinished,
     sync,
 )
-from stpm.storage.parallel import in_parallel
-from stpm.storage.patterns import glob
-from stpm.storage.retries import as_os_errors
+from stpm.storage.retries import as_os_errors, in_parallel
 from stpm.storage.tables import count_rows, decode_parquet, encode_parquet, read_columns, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
 
