@@ -122,7 +122,7 @@ def test_one_of_two_watchers_gets_a_dead_holders_lease(folder: str, clock: Clock
 def test_a_holder_that_sees_a_higher_number_or_nothing_stops(folder: str, clock: Clock) -> None:
     first = make_lease(folder, clock, "a")
     first.acquire(False)
-    storage.create(f"{folder}/.lease/1.json", dataclasses.replace(OTHER_MACHINE, host="new").encode())
+    storage.create(f"{folder}/.lease/1.json", to_json(dataclasses.replace(OTHER_MACHINE, host="new")))
     first.renew()
     assert "was taken over by process 7 on new" in first.why_lost()
     other = make_lease(f"{folder}/other", clock)
@@ -228,7 +228,7 @@ def test_a_process_that_lost_its_lease_stops_writing(tmp_path: Path, loss: str, 
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     if loss == "taken over":
-        storage.create(str(second), OTHER_MACHINE.encode())
+        storage.create(str(second), to_json(OTHER_MACHINE))
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 2, stderr
     assert "this run has stopped: what was done is kept; run the same command again to go on" in stderr
