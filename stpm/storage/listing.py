@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -54,11 +53,8 @@ class _Entry(NamedTuple):
         return self.path.rstrip("/").rpartition("/")[2]
 
 
-class _Page(NamedTuple):
-    """A part of a listing, and when it was made in seconds since 1970: by the store's clock, if it says."""
-
-    entries: list[_Entry]
-    now: float
+# A part of a listing, and when it was made in seconds since 1970: by the store's clock, if it says.
+_Page = tuple[list[_Entry], float]
 
 
 @dataclass(frozen=True)
@@ -77,21 +73,19 @@ class Settle:
     seconds: float = 0.0
     left: list[str] = field(default_factory=list)
 
-    def files(self, page: _Page) -> Iterator[str]:
-        """Yield the paths of the files to list."""
-        for entry in page.entries:
-            if entry.kind != "file":
-                continue
-            if self.seconds:
-                try:
-                    modified = _modified(entry)
-                except FileNotFoundError:
-                    # Whoever writes files may have renamed one since.
-                    continue
-                if abs(page.now - modified) < self.seconds:
-                    self.left.append(entry.path)
-                    continue
-            yield entry.path
+    def keeps(self, entry: _Entry, now: float) -> bool:
+        """Return whether to list a file, at this time in seconds since 1970."""
+        try:
+            if not self.seconds or abs(now - _modified(entry)) >= self.seconds:
+                return True
+        except FileNotFoundError:
+            # Whoever writes files may have renamed one since.
+            return False
+        self.left.append(entry.path)
+        return False
+
+
+_ALL = Settle()
 
 
 def subfolders(uri: str, *, links: bool = False) -> list[str]:
@@ -136,10 +130,9 @@ def _all_files(uri: str) -> list[tuple[str, dict[str, Any]]]:
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         # `find` would leave out what fails.
-        entries = chain.from_iterable(page.entries for page in _walk(fs, uri, path))
-        names = [entry.path for entry in entries if entry.kind != "folder"] if Path(path).is_dir() else [path]
+        names = [each.path for entries, _ in _walk(fs, uri, path) for each in entries if each.kind != "folder"]
         found = {}
-        for name in names:
+        for name in names if Path(path).is_dir() else [path]:
             # Another process may have removed it.
             with suppress(FileNotFoundError, NotADirectoryError):
                 found[name] = _stat(name)
@@ -174,7 +167,7 @@ def files_starting(uri: str, start: str) -> list[str]:
     return [join(uri, entry.name) for entry in entries if entry.kind == "file"]
 
 
-def iter_files(uri: str, settle: Settle | None = None) -> Iterator[str]:
+def iter_files(uri: str, settle: Settle = _ALL) -> Iterator[str]:
     """Yield the URI of every file under a folder or prefix at any depth, or of the one file that the URI names.
 
     List folders, or prefixes of S3, in parallel, and hold a page of each. The order is the same each time. Yield
@@ -184,34 +177,39 @@ def iter_files(uri: str, settle: Settle | None = None) -> Iterator[str]:
         ConfigError: if the bucket does not exist, where the store reports it, or the credentials may not list it.
     """
     fs, path = filesystem(uri)
-    settle = settle or Settle()
-    denied: PermissionError | None = None
+    kind, denied = "", None
     try:
         # `fs.isfile` would return false for any failure.
         info = with_retries(uri, lambda: fs.info(path))
+        kind = info["type"]
     except (FileNotFoundError, NotADirectoryError):
-        info = {"type": ""}
+        pass
     except PermissionError as error:
         # Credentials that may list what is under a prefix may still not ask for the prefix itself.
-        info, denied = {"type": ""}, error
-    if info["type"] == "file":
-        pages = iter([_Page([_Entry(path, "file", info)], time.time())])
+        denied = error
+    if kind == "file":
+        pages = iter([([_Entry(path, "file", info)], time.time())])
     elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
         pages = _walk_s3(_without_times(fs), uri, path)
     else:
         pages = _walk(fs, uri, path)
-    is_empty = True
     try:
-        for name in chain.from_iterable(map(settle.files, pages)):
-            is_empty = False
-            yield uri_of(fs, name, uri)
-        if is_empty and denied:
+        for entries, now in pages:
+            for entry in entries:
+                if entry.kind == "file" and settle.keeps(entry, now):
+                    denied = None
+                    yield uri_of(fs, entry.path, uri)
+        if denied:
             raise denied
     except (FileNotFoundError, PermissionError) as error:
-        raise ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow") from error
+        raise _cannot_be_listed(uri, error) from error
 
 
-def glob(uri: str, settle: Settle | None = None) -> tuple[list[str], list[str]]:
+def _cannot_be_listed(uri: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow")
+
+
+def glob(uri: str, settle: Settle = _ALL) -> tuple[list[str], list[str]]:
     """Return the URIs of the files, and of the folders, that match a pattern, each sorted.
 
     A pattern has `*`, `?`, `[…]`, and `**` for any depth. Links to folders are followed, except by `**`.
@@ -225,20 +223,20 @@ def glob(uri: str, settle: Settle | None = None) -> tuple[list[str], list[str]]:
     try:
         if _ANY_DEPTH in path and not isinstance(fs, LocalFileSystem):
             # One listing, where folder by folder would take a request for each.
-            matched = with_retries(uri, lambda: fs.glob(path, detail=True)).values()
-            entries = [_stored_entry(info) for info in matched]
+            entries = [*map(_stored_entry, with_retries(uri, lambda: fs.glob(path, detail=True)).values())]
         else:
             entries = _match(fs, uri, path)
     except (ValueError, re.error) as error:
         raise ConfigError(f"{uri}: {error}") from error
     except PermissionError as error:
-        raise ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow") from error
+        raise _cannot_be_listed(uri, error) from error
     under = _MAGIC.split(uri, maxsplit=1)[0].rpartition("/")[0]
-    names = (settle or Settle()).files(_Page(entries, time.time()))
+    now = time.time()
+    files = [entry.path for entry in entries if entry.kind == "file" and settle.keeps(entry, now)]
     # At any depth, links may form a circle.
     kinds = ("folder",) if _ANY_DEPTH in path else ("folder", "link")
     folders = [entry.path for entry in entries if entry.kind in kinds]
-    return sorted(uri_of(fs, name, under) for name in names), sorted(uri_of(fs, name, under) for name in folders)
+    return sorted(uri_of(fs, name, under) for name in files), sorted(uri_of(fs, name, under) for name in folders)
 
 
 def _match(fs: Any, uri: str, path: str) -> list[_Entry]:
@@ -262,10 +260,9 @@ def _match(fs: Any, uri: str, path: str) -> list[_Entry]:
         return "" if _ANY_DEPTH in parts[: below + 1] else _MAGIC.split(parts[below], maxsplit=1)[0]
 
     pages = _walk(fs, uri, "/".join(parts[:depth]) or "/", enters, start_in)
-    entries = chain.from_iterable(page.entries for page in pages)
     # The pattern `folder/**` matches the folder, too.
     slash = {"folder": "/"} if path.endswith(f"/{_ANY_DEPTH}") else {}
-    return [entry for entry in entries if whole.match(entry.path + slash.get(entry.kind, ""))]
+    return [each for entries, _ in pages for each in entries if whole.match(each.path + slash.get(each.kind, ""))]
 
 
 def _in_turn(first: T, list_page: Callable[[T, int], tuple[_Page, list[T]]]) -> Iterator[_Page]:
@@ -300,7 +297,7 @@ def _walk(
             entries = _list_folder(fs, uri, folder, start_in(folder))
         except (FileNotFoundError, NotADirectoryError):
             entries = []
-        return _Page(entries, time.time()), [entry.path for entry in entries if enters(entry)]
+        return (entries, time.time()), [entry.path for entry in entries if enters(entry)]
 
     return _in_turn(path.rstrip("/") or path, list_page)
 
@@ -382,10 +379,10 @@ def _walk_s3(fs: Any, uri: str, path: str) -> Iterator[_Page]:
         answer: dict[str, Any] = with_retries(uri, request)
         if divides and answer["IsTruncated"]:
             # The parts are so many that to list each of them takes more requests than to list the whole.
-            return _Page([], 0.0), [(prefix, _PREFIX_LEVELS, "")]
+            return ([], 0.0), [(prefix, _PREFIX_LEVELS, "")]
         found = (each for each in answer.get("Contents", ()) if not each["Key"].endswith("/"))
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
-        page = _Page([_Entry(f"{bucket}/{each['Key']}", "file", each) for each in found], now)
+        page = [_Entry(f"{bucket}/{each['Key']}", "file", each) for each in found], now
         if answer["IsTruncated"]:
             return page, [(prefix, level, answer["NextContinuationToken"])]
         return page, [(each["Prefix"], level + 1, "") for each in answer.get("CommonPrefixes", ())]
