@@ -136,7 +136,8 @@ def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_pat
     os.mkfifo(links / "pipe.png")
     good = [f"{links}/b.png"]
     assert list(storage.iter_files(str(links))) == storage.files_starting(str(links), "") == good
-    assert storage.glob(f"{links}/*.png") == storage.glob(f"{links}/**/*.png") == (good, [])
+    for pattern in ("*.png", "**/*.png", "**"):
+        assert storage.glob(f"{links}/{pattern}") == (good, [])
     assert storage.glob(f"{links}/*") == (good, [f"{links}/back"])
     assert storage.glob(f"{links}/*/*") == ([f"{links}/back/a.png"], [])
     assert storage.subfolders(str(links)) == []
