@@ -49,17 +49,14 @@ def _clock() -> float:
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lease, as its file describes it.
+    """The process that holds a lease, as its file describes it; `host`, `command` and `since` are for people.
 
     Args:
-        acquisition: unique id of this taking of the lease.
-        host: name of the machine, for people.
+        acquisition: unique id of this taking of the lease; "" of a holder that is not known.
         machine: boot id and process namespace, in which `pid` and `start` have a meaning; "" if unknown.
-        pid: id of the process.
-        start: time when the process started, in ticks since the boot.
-        command: command line of the process, without secrets that web URLs in it may hold.
-        since: time when it took the lease, for people.
-        renewals: their number so far.
+        start: when the process started, in ticks since the boot.
+        command: its command line, without secrets that web URLs in it may hold.
+        renewals: how often the file was written again: it changes while the process is alive.
         released: the process has given the lease back.
     """
 
@@ -88,15 +85,11 @@ class Holder:
 
     @classmethod
     def parse(cls, data: bytes) -> Holder:
-        """Parse a lease's file. Return an unknown holder if it is not valid: a file just created may be empty."""
+        """Parse a lease's file. The holder is unknown if it is not valid: a file just created may be empty."""
         try:
             return from_json(cls, data)
         except ValueError:
             return cls()
-
-    def encode(self) -> bytes:
-        """Encode as the content of a lease's file."""
-        return to_json(self, indent=None)
 
     def is_alive(self) -> bool | None:
         """Return whether the process runs; None if it is not one of this machine's."""
@@ -112,12 +105,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """What the driver and the tasks of the holder know of its lease, to stop writing once another run has taken it.
-
-    Args:
-        folder: URI of the folder that is leased.
-        number: of the lease; later ones have higher numbers.
-    """
+    """The lease on a folder that its holder's driver and tasks write under; later leases have higher numbers."""
 
     folder: str
     number: int
@@ -135,14 +123,7 @@ def check(fence: Fence | None) -> None:
 
 @dataclass
 class Lease:
-    """One acquisition of the lease on a folder.
-
-    Args:
-        folder: a URI.
-        holder: the process that wants the lease.
-        clock: returns seconds.
-        sleep: waits for a number of seconds.
-    """
+    """The lease on a folder, wanted or held by a process. `clock` returns seconds, and `sleep` waits for some."""
 
     folder: str
     holder: Holder
@@ -156,11 +137,8 @@ class Lease:
     def acquire(self, wait: bool) -> None:
         """Take the lease: at once if it is free or its holder is known to be dead, else once it has timed out.
 
-        Args:
-            wait: wait while another process holds the lease, instead of raising.
-
         Raises:
-            ConfigError: if another process holds the lease and is alive.
+            ConfigError: if another process holds the lease and is alive, unless this one is to `wait` for it.
         """
         watched: tuple[int, bytes] | None = None
         since = self.clock()
@@ -222,11 +200,11 @@ class Lease:
 
     def _publish(self, holder: Holder) -> None:
         self.holder = holder
-        storage.publish(self._uri(self.number), holder.encode(), durable=False)
+        storage.publish(self._uri(self.number), to_json(holder, indent=None), durable=False)
 
     def _claim(self, number: int) -> bool:
         self._renewed = self.clock()
-        if not storage.create(self._uri(number), self.holder.encode()):
+        if not storage.create(self._uri(number), to_json(self.holder, indent=None)):
             return False
         others = [other for other in _numbers(self.folder) if other != number]
         if max(others, default=-1) > number:
@@ -263,12 +241,9 @@ def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
 
     If the lease is lost, the block is interrupted as by SIGTERM; the process is ended if the block goes on.
 
-    Args:
-        folder: a URI.
-        wait: wait while another process holds the lease, instead of raising.
-
     Raises:
-        ConfigError: if another process holds the lease, or the folder cannot be written to.
+        ConfigError: if the folder cannot be written to, or another process holds the lease and this one is not to
+            `wait` for it.
         CutOffError: if the lease was lost during the block.
     """
     lease = Lease(storage.absolute(folder), Holder.this_process())
@@ -303,7 +278,6 @@ def _cut_off(reason: str) -> CutOffError:
 
 
 def _renew(lease: Lease, ended: threading.Event) -> None:
-    """Renew the lease until the block ends."""
     while not ended.wait(_RENEWAL):
         lease.renew()
 

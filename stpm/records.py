@@ -48,12 +48,9 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def convert(kind: Any, value: Any, name: str) -> Any:
-    """Convert a value of JSON.
+    """Convert a value of JSON to `kind`: a dataclass, or the type of a field of one. `name` is for the error.
 
-    Args:
-        kind: a dataclass, or the type of a field of one. A NamedTuple is a list in JSON, and a number as a key is text.
-        value: to convert.
-        name: of the value, for the error.
+    A NamedTuple is a list in JSON, and a number as a key is text.
 
     Raises:
         ValueError: in one line, if the value is of another type.
@@ -64,49 +61,32 @@ def convert(kind: Any, value: Any, name: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _convert(kind: Any, value: Any, name: str) -> Any:
+def _convert(kind: Any, value: Any, name: str) -> Any:  # noqa: PLR0911  a value for each kind
     # First the common case: a summary has a hundred thousand numbers.
     if type(value) is kind or kind is Any:
         return value
-    if isinstance(value, dict):
-        return _convert_object(kind, value, name)
-    if isinstance(value, list):
-        return _convert_list(kind, value, name)
-    if kind is Size and isinstance(value, str):
-        return Size(value)
-    choices = get_args(kind) if get_origin(kind) in (UnionType, Literal) else (kind,)
-    if value in choices or type(value) in choices or (float in choices and type(value) is int):
-        return value
-    raise _another_type(kind, value, name)
-
-
-def _convert_object(kind: Any, value: dict[str, Any], name: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        # One type, or None.
-        return _convert(arguments[0], value, name)
-    if origin is dict:
-        of_key, of = arguments
-        return {of_key(key): _convert(of, item, f"{name}.{key}") for key, item in value.items()}
-    is_record: bool = dataclasses.is_dataclass(kind)
-    if not is_record:
-        raise _another_type(kind, value, name)
-    hints = _hints(kind)
-    if differ := value.keys() ^ hints.keys():
-        raise ValueError(f"{name} has missing or unknown fields: {join_first(sorted(differ), separator=', ')}")
-    return kind(**{key: _convert(hints[key], item, f"{name}.{key}") for key, item in value.items()})
-
-
-def _convert_list(kind: Any, value: list[Any], name: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Integers:
-        return Integers(_convert(int, item, name) for item in value)
-    if origin in (list, tuple):
-        return origin(_convert(arguments[0], item, name) for item in value)
-    if len(value) == len(getattr(kind, "_fields", ())) > 0:
-        return kind(*(_convert(of, item, name) for of, item in zip(_hints(kind).values(), value, strict=True)))
-    raise _another_type(kind, value, name)
-
-
-def _another_type(kind: Any, value: Any, name: str) -> ValueError:
-    return ValueError(f"{name} is {shorten(value)}, not of type {getattr(kind, '__name__', kind)}")
+    match value:
+        case dict() | list() if origin is UnionType:
+            # One type, or None.
+            return _convert(arguments[0], value, name)
+        case dict() if origin is dict:
+            return {arguments[0](key): _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+        case dict() if hasattr(kind, "__dataclass_fields__"):
+            hints = _hints(kind)
+            if differ := value.keys() ^ hints.keys():
+                raise ValueError(f"{name} has missing or unknown fields: {join_first(sorted(differ), separator=', ')}")
+            return kind(**{key: _convert(hints[key], item, f"{name}.{key}") for key, item in value.items()})
+        case list() if origin in (list, tuple):
+            return origin(_convert(arguments[0], item, name) for item in value)
+        case list() if kind is Integers:
+            return Integers(_convert(int, item, name) for item in value)
+        case list() if len(value) == len(getattr(kind, "_fields", ())) > 0:
+            return kind(*(_convert(of, item, name) for of, item in zip(_hints(kind).values(), value, strict=True)))
+        case str() if kind is Size:
+            return Size(value)
+        case None | bool() | int() | float() | str():
+            choices = arguments if origin in (UnionType, Literal) else (kind,)
+            if value in choices or type(value) in choices or (float in choices and type(value) is int):
+                return value
+    raise ValueError(f"{name} is {shorten(value)}, not of type {getattr(kind, '__name__', kind)}")

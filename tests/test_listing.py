@@ -1,102 +1,264 @@
-"""Listings of S3 in parts, against a plain implementation of its requests; `tests/cluster` has a real server."""
+"""Listings, on local disks and against a server of S3."""
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
-from hypothesis import given
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from moto.s3.models import s3_backends
 from s3fs import S3FileSystem
 
 from stpm import storage
+from stpm.errors import ConfigError, DataError
 from stpm.storage import listing
-from stpm.storage.uris import uri_of
 from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
+from tests.test_storage import root as root  # noqa: PLC0414  a fixture
 
-_KEY = st.lists(st.sampled_from(["a", "b", "a b", "é", ""]), min_size=1, max_size=6).map("/".join)
-
-
-class Bucket:
-    """Answers `list_objects_v2` with pages of three entries."""
-
-    def __init__(self, keys: set[str]) -> None:
-        self._keys = sorted(keys)
-        self.requests = 0
-
-    def call_s3(self, _: str, Prefix: str, Delimiter: str = "", ContinuationToken: str = "", **bucket: str) -> Any:  # noqa: N803
-        assert bucket == {"Bucket": "bucket"}
-        self.requests += 1
-        entries: dict[str, dict[str, str]] = {}
-        for key in self._keys:
-            if key.startswith(Prefix):
-                rest = key.removeprefix(Prefix)
-                folder = rest.split("/")[0] + "/"
-                is_folder = Delimiter and "/" in rest
-                entries.setdefault(Prefix + folder if is_folder else key, {"Prefix" if is_folder else "Key": ""})
-        page = sorted(entries)[int(ContinuationToken or 0) :][:3]
-        end = int(ContinuationToken or 0) + len(page)
-        return {
-            "IsTruncated": end < len(entries),
-            "NextContinuationToken": str(end),
-            "Contents": [{"Key": name} for name in page if "Key" in entries[name]],
-            "CommonPrefixes": [{"Prefix": name} for name in page if "Prefix" in entries[name]],
-        }
+_NAMES = st.lists(st.sampled_from(["a", "b", "a b", "é", ""]), min_size=1, max_size=6).map("/".join)
 
 
-@given(st.sets(_KEY, max_size=40))
-def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(names: set[str]) -> None:
-    keys = {f"images/{name}.png" for name in names}
-    bucket = Bucket(keys | {"images/", "images/a/", "other/x.png"})
-    fs = SimpleNamespace(call_s3=bucket.call_s3)
-    found = list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))
-    assert len(found) == len(keys)
-    assert set(found) == {f"bucket/{key}" for key in keys}
-    assert found == list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))
-    # Parts of a key may be empty.
-    uris = [uri_of(S3FileSystem, name, "s3://bucket/images") for name in found]
-    assert uris == [f"s3://{name}" for name in found]
+def names(uris: list[str], under: str) -> list[str]:
+    return [uri.removeprefix(f"{under}/") for uri in uris]
 
 
-def test_a_folder_of_one_page_takes_one_request_and_a_large_one_as_many_as_its_pages() -> None:
-    for count, requests in ((2, 1), (30, 11)):
-        bucket = Bucket({f"images/{number:02}.png" for number in range(count)})
-        fs = SimpleNamespace(call_s3=bucket.call_s3)
-        assert len(list(listing._stream_s3(fs, "bucket/images", "s3://bucket/images"))) == count
-        assert bucket.requests == requests
+def test_listings_name_files_folders_sizes_and_beginnings(root: str) -> None:
+    for name in ("z_1/c/3.txt", "a.txt", "z_1/2.txt", "z_2", "z_10", "c/z_3", ".hidden/1", "lost+found/1"):
+        storage.publish(f"{root}/{name}", name.encode())
+    assert [storage.read(uri).decode() for uri in storage.files(root)] == names(storage.files(root), root)
+    assert storage.subfolders(root) == ["c", "z_1"]
+    assert storage.file_sizes(f"{root}/z_1") == [(f"{root}/z_1/2.txt", 9), (f"{root}/z_1/c/3.txt", 11)]
+    assert storage.files_starting(f"{root}/", "z_1") == [f"{root}/z_10"]
+    assert storage.files_starting(root, "") == [f"{root}/{name}" for name in ("a.txt", "z_10", "z_2")]
+    nothing = f"{root}/nothing"
+    assert storage.files(nothing) == storage.files_starting(nothing, "") == list(storage.iter_files(nothing)) == []
+    assert storage.files(f"{root}/z_2") == list(storage.iter_files(f"{root}/z_2")) == [f"{root}/z_2"]
+    with pytest.raises(DataError, match=r"nothing: no such folder"):
+        storage.subfolders(nothing)
 
 
-def make_bad_links(folder: Path) -> None:
-    """Make links that lead to no file: in a circle, through a file, to nothing, and to a name that is too long."""
-    (folder / "circle.png").symlink_to("circle.png")
-    (folder / "through.png").symlink_to("good.png/x")
-    (folder / "nowhere.png").symlink_to("missing.png")
-    (folder / "long.png").symlink_to("x" * 300)
+def test_a_file_that_is_written_again_has_another_version(root: str) -> None:
+    for name in ("a", "b/c"):
+        storage.publish(f"{root}/{name}", b"123")
+    before = storage.file_versions(root)
+    assert before == storage.file_versions(root)
+    assert [uri for uri, _ in before] == storage.files(root)
+    storage.publish(f"{root}/b/c", b"321")
+    assert [one == other for one, other in zip(storage.file_versions(root), before, strict=True)] == [True, False]
 
 
-def test_links_that_lead_to_no_file_spoil_no_listing(tmp_path: Path) -> None:
-    good = tmp_path / "good.png"
-    good.write_bytes(b"x")
-    make_bad_links(tmp_path)
-    assert list(listing.iter_files(str(tmp_path))) == listing.files_starting(str(tmp_path), "") == [str(good)]
+def test_a_link_has_the_version_of_its_target(tmp_path: Path) -> None:
+    (tmp_path / "original").write_bytes(b"123")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").symlink_to(tmp_path / "original")
+    before = storage.file_versions(str(tmp_path / "set"))
+    os.utime(tmp_path / "original", (1, 1))
+    assert storage.file_versions(str(tmp_path / "set")) != before
+
+
+class Bucket(MemoryFileSystem):
+    """Paths and URIs as a cloud's filesystem has them: several schemes, an account in a URI and in no path."""
+
+    protocol = ("bkt", "bkta")
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    root_marker = ""
+
+    def __init__(self, account: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self.account = account
+
+    def ls(self, path: str, detail: bool = True) -> Any:
+        """List without other arguments, such as a prefix."""
+        return super().ls(path, detail)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        where, _, key = path.partition("://")[2].partition("/") if "://" in path else ("", "", path)
+        return MemoryFileSystem._strip_protocol(f"{where.partition('@')[0]}/{key}")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        account = path.partition("://")[2].partition("/")[0].partition("@")[2]
+        return {"account": account} if account else {}
+
+
+@pytest.mark.parametrize("root_uri", ["bkt://c/a b", "bkta://c/a", "bkta://c@account.host/a", "bkta://c"])
+def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> None:
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    Bucket.store.clear()
+    for name in ("x/1.png", "2.png"):
+        storage.publish(f"{root_uri}/{name}", name.encode())
+    expected = [f"{root_uri}/2.png", f"{root_uri}/x/1.png"]
+    assert storage.files(root_uri) == expected
+    assert storage.files_starting(root_uri, "2") == expected[:1]
+    assert sorted(storage.iter_files(root_uri)) == expected
+    assert storage.glob(f"{root_uri}/**/*.png") == (expected, [])
+    assert list(storage.iter_files(expected[0])) == expected[:1]
+    assert [storage.read(uri) for uri in expected] == [b"2.png", b"x/1.png"]
+
+
+def test_files_are_yielded_before_all_folders_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, scandir = [], os.scandir
+    for i in range(100):
+        storage.publish(f"{tmp_path}/{i:03}/x.png", b"", durable=False)
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    found = storage.iter_files(str(tmp_path))
+    assert names([next(found), next(found)], str(tmp_path)) == ["000/x.png", "001/x.png"]
+    assert len(listed) < 25
+    assert names([*found], str(tmp_path)) == [f"{i:03}/x.png" for i in range(2, 100)]
+
+
+def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(b"a")
+    links = tmp_path / "links"
+    links.mkdir()
+    # The others lead to no file: to a folder, in a circle, through a file, to nothing, and to a name that is too long.
+    targets = ("real/a.png", "real", "links/circle.png", "real/a.png/x", "nowhere", "x" * 300)
+    for name, target in zip(
+        ("b.png", "back", "circle.png", "through.png", "lost.png", "long.png"), targets, strict=True
+    ):
+        (links / name).symlink_to(tmp_path / target)
+    os.mkfifo(links / "pipe.png")
+    good = [f"{links}/b.png"]
+    assert list(storage.iter_files(str(links))) == storage.files_starting(str(links), "") == good
+    for pattern in ("*.png", "**/*.png", "**"):
+        assert storage.glob(f"{links}/{pattern}") == (good, [])
+    assert storage.glob(f"{links}/*") == (good, [f"{links}/back"])
+    assert storage.glob(f"{links}/*/*") == ([f"{links}/back/a.png"], [])
+    assert storage.subfolders(str(links)) == []
+    assert storage.subfolders(str(links), links=True) == ["back"]
     # A fit reports the bad ones when it reads them.
-    assert len(dict(listing.file_versions(str(tmp_path)))) == 5
+    assert len(storage.file_versions(str(links))) == 7
+    assert list(storage.iter_files(f"{links}/pipe.png")) == []
 
 
-def test_a_pipe_is_listed_as_no_file_and_the_root_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    assert list(listing.iter_files(str(tmp_path / "pipe.png"))) == []
-    asked = []
-    monkeypatch.setattr(listing, "_list_local", lambda folder, _: asked.append(folder) or ([], ["/a.png"]))
-    assert list(listing.iter_files("/")) == ["/a.png"]
-    assert asked == ["/"]
+def test_the_root_is_listed_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def scandir(folder: str) -> Iterator[list[Any]]:
+        assert folder == "/"
+        yield [SimpleNamespace(path="/a.png", is_file=lambda: True)]
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(storage.iter_files("/")) == storage.glob("/*")[0] == ["/a.png"]
+
+
+def test_a_glob_matches_as_fsspec_does(root: str) -> None:
+    for name in ("a/1.png", "a/b/2.png", "ab/3.png", "ab/c/d/4.png", "[x]/5.png", "e.png"):
+        storage.publish(f"{root}/{name}", b"")
+    fs, path = storage.filesystem(root)
+    for pattern in ("*", "a*/*", "*/?.png", "a/**/*.png", "**/*.png", "[[]x]/*", "*/[bc]", "a*/**", "none/*", "a/*/*"):
+        found = fs.glob(f"{path}/{pattern}", detail=True)
+        expected = {kind: sorted(n for n, e in found.items() if e["type"] == kind) for kind in ("file", "directory")}
+        files, folders = storage.glob(f"{root}/{pattern}")
+        assert [storage.filesystem(uri)[1] for uri in files] == expected["file"], pattern
+        assert [storage.filesystem(uri)[1] for uri in folders] == expected["directory"], pattern
+    for pattern in ("s3://buck*/a", f"{root}/a**b"):
+        with pytest.raises(ConfigError, match=r"cannot be in the name of a bucket; name it|can only be an entire path"):
+            storage.glob(pattern)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        storage.publish(f"{tmp_path}/{name}", b"")
+    original = os.scandir
+
+    def scandir(folder: str) -> Any:
+        if str(folder).endswith("/b"):
+            raise OSError(errno.EIO, "Input/output error", str(folder))
+        return original(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for call in (
+        storage.files,
+        lambda uri: list(storage.iter_files(uri)),
+        lambda uri: storage.glob(f"{uri}/*/*.png"),
+        lambda uri: storage.glob(f"{uri}/**"),
+    ):
+        with pytest.raises(OSError, match="Input/output error"):
+            call(str(tmp_path))
+
+
+def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_denied(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(self: object, *arguments: object, **more: object) -> None:
+        raise PermissionError("Access Denied")
+
+    storage.publish(f"{memory}/a.png", b"")
+    monkeypatch.setattr(MemoryFileSystem, "info", deny)
+    assert list(storage.iter_files(memory)) == [f"{memory}/a.png"]
+    denied = f"{memory}/none.*: cannot be listed: Access Denied; check"
+    with pytest.raises(ConfigError, match=denied):
+        list(storage.iter_files(f"{memory}/none"))
+    monkeypatch.setattr(MemoryFileSystem, "ls", deny)
+    for ask in (lambda uri: list(storage.iter_files(uri)), lambda uri: storage.glob(f"{uri}/*")):
+        with pytest.raises(ConfigError, match=denied):
+            ask(f"{memory}/none")
+
+
+@pytest.fixture
+def requests_of_s3(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Let S3 answer with pages of three entries; return the requests for them."""
+    asked: list[dict[str, str]] = []
+    call = S3FileSystem.call_s3
+
+    def record(self: Any, method: str, *rest: Any, **more: Any) -> Any:
+        asked.append(more)
+        return call(self, method, *rest, **more)
+
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+    monkeypatch.setattr(S3FileSystem, "call_s3", record)
+    # A session of its own for each listing takes most of the time of the test.
+    monkeypatch.setattr(listing, "_without_times", lambda fs: fs)
+    return asked
+
+
+def put(folder: str, found: set[str]) -> None:
+    """Put empty objects into the server's bucket, without requests."""
+    for name in found:
+        s3_backends["123456789012"]["aws"].put_object("bucket", f"{folder}/{name}", b"")
+
+
+_FOLDERS = count()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(found={"/".join(parts) for parts in product("xyz", repeat=4)})
+@given(found=st.sets(_NAMES, min_size=5, max_size=30))
+def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(
+    requests_of_s3: list[dict[str, str]], found: set[str]
+) -> None:
+    folder = f"parts-{next(_FOLDERS)}"
+    keys = {f"{name}.png" for name in found}
+    put(folder, keys | {"", "a/"})
+    put(f"{folder}-other", {"x.png"})
+    listed = list(storage.iter_files(f"s3://bucket/{folder}"))
+    assert sorted(listed) == sorted(f"s3://bucket/{folder}/{name}" for name in keys)
+    assert listed == list(storage.iter_files(f"s3://bucket/{folder}"))
+
+
+@pytest.mark.parametrize(("files", "requests"), [(2, 1), (30, 11)])
+def test_a_folder_of_one_page_takes_one_request_and_a_large_one_as_many_as_its_pages(
+    requests_of_s3: list[dict[str, str]], files: int, requests: int
+) -> None:
+    put(f"pages-{files}", {f"{number:02}.png" for number in range(files)})
+    assert len(list(storage.iter_files(f"s3://bucket/pages-{files}"))) == files
+    assert len(requests_of_s3) == requests
 
 
 def test_a_listing_of_s3_keeps_the_options_of_the_session() -> None:
@@ -150,16 +312,14 @@ def test_a_file_that_is_renamed_while_its_folder_is_listed_does_not_hide_the_oth
 ) -> None:
     storage.publish(f"{tmp_path}/old.png", b"x")
     set_age(f"{tmp_path}/old.png", 600)
-    uploaded = tmp_path / "young.part"
+    uploaded, scandir = tmp_path / "young.part", os.scandir
     uploaded.write_bytes(b"x")
-    is_file = listing._is_local_file
 
-    def rename_and_tell(entry: os.DirEntry[str]) -> bool:
-        found = is_file(entry)
-        if entry.path == str(uploaded):
-            uploaded.rename(tmp_path / "young.png")
-        return found
+    @contextmanager
+    def rename_after(folder: str) -> Iterator[list[os.DirEntry[str]]]:
+        yield list(scandir(folder))
+        uploaded.rename(tmp_path / "young.png")
 
-    monkeypatch.setattr(listing, "_is_local_file", rename_and_tell)
+    monkeypatch.setattr(os, "scandir", rename_after)
     assert list(storage.iter_files(str(tmp_path), storage.Settle(60))) == [f"{tmp_path}/old.png"]
     assert not uploaded.exists()

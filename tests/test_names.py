@@ -7,34 +7,15 @@ import pytest
 from stpm.errors import DataError, UriError
 from stpm.names import as_utf8, check_no_secret, hide_urls, is_utf8, other_form, safe_name
 
+UNSAFE = [
+    *(f"a{character}b" for character in '<>:"/\\|?*,\0\n\x7f\udcff'),
+    *("", ".", "..", ".x", "a.", "a ", " a"),
+    *("CON", "nul.txt", "__HIVE_DEFAULT_PARTITION__"),
+    *("x" * 129, "é" * 34),
+]
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        ".",
-        "..",
-        ".x",
-        "a/b",
-        "a\\b",
-        "a\x00b",
-        "a\nb",
-        "x" * 300,
-        "CON",
-        "nul.txt",
-        "a.",
-        "a ",
-        " a",
-        "M6,zinc",
-        "<b>",
-        'a"b',
-        "a:b",
-        "not UTF-8 \udcff",
-        "é" * 34,
-        "x" * 129,
-        "__HIVE_DEFAULT_PARTITION__",
-    ],
-)
+
+@pytest.mark.parametrize("name", UNSAFE)
 def test_unsafe_names_are_refused(name: str) -> None:
     with pytest.raises(DataError, match="category"):
         safe_name(name, "category")

@@ -59,10 +59,10 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_record_is_read_as_it_was_written(kind: str, indent: int | None) -> None:
+def test_a_record_is_read_as_it_was_written(kind: str) -> None:
     record = KINDS[kind]
-    assert from_json(type(record), to_json(record, indent=indent)) == record
+    for indent in (None, 2):
+        assert from_json(type(record), to_json(record, indent=indent)) == record
 
 
 @pytest.mark.parametrize("kind", KINDS)

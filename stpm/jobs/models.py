@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 
+from tabulate import tabulate
+
 from stpm import storage
 from stpm.console import exit_code, log_lines
 from stpm.errors import DataError, ModelError
 from stpm.lease import hold_lease
+from stpm.method.calibration import threshold
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
-from stpm.models.table import models_table
 
 log = logging.getLogger(__name__)
+
+_HEAD = ["model", "", "created", "good images", "added", "calibrate", "validation loss", "threshold", "problem"]
+_ALIGN = [*["left"] * 3, *["right"] * 5, "left"]
 
 
 def run_models(options: ModelsOptions) -> int:
@@ -40,7 +45,10 @@ def run_models(options: ModelsOptions) -> int:
                 log.error(f"{category}: failed: {error}", extra={"category": category})
     done = [category for category in categories if category not in failed]
     if done:
-        log_lines(models_table(store, done, options.false_alarm_rate))
+        lines = [line for category in done for line in _describe(store, category, options.false_alarm_rate)]
+        columns = len(_HEAD) if any(line[-1] for line in lines) else len(_HEAD) - 1
+        shown = [line[:columns] for line in lines]
+        log_lines(tabulate(shown, _HEAD[:columns], disable_numparse=True, colalign=_ALIGN[:columns]))
     return exit_code(len(done), len(failed))
 
 
@@ -52,7 +60,8 @@ def _change(store: ModelStore, category: str, options: ModelsOptions) -> None:
     if options.roll_forward:
         versions = versions.roll_forward()
     if versions != before:
-        store.verify(store.record(category, versions.current.model_id))
+        # A damaged model does not become current.
+        store.read_files(store.record(category, versions.current.model_id))
         store.set_versions(category, versions)
         log.info(
             f"{category}: the current model is {versions.current.model_id}, it was {before.current.model_id}",
@@ -65,3 +74,22 @@ def _change(store: ModelStore, category: str, options: ModelsOptions) -> None:
             if not versions.position(model_id):
                 store.remove(category, model_id)
                 log.info(f"{category}: removed {model_id}", extra={"category": category})
+
+
+def _describe(store: ModelStore, category: str, false_alarm_rate: float) -> list[list[str]]:
+    """Make a line for each model of a category, by time: its place among the versions, its fit, and its threshold."""
+    versions = store.versions(category)
+    lines = []
+    for model_id in store.model_ids(category):
+        try:
+            record = store.record(category, model_id)
+            scores = store.calibration_scores(record)["score"].to_numpy()
+        except ModelError as error:
+            lines.append([model_id, versions.position(model_id), *[""] * 6, str(error)])
+            continue
+        fit = record.fit
+        loss = "" if fit.validation_loss is None else f"{fit.validation_loss:.4f}"
+        counts = [str(record.good_count), str(len(record.added_images) or ""), str(fit.calibration_count)]
+        limit = f"{threshold(scores, false_alarm_rate):.4g}"
+        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, limit, ""])
+    return sorted(lines, key=lambda line: line[2])

@@ -22,17 +22,14 @@ IMAGE_STATISTICS = "image_statistics.parquet"
 
 @dataclass(frozen=True)
 class FitRecord:
-    """The outcome of one fit.
+    """The outcome of one fit; counts are of images.
 
     Args:
         seconds: wall time, decoding included.
-        epochs: number of epochs; 0 without a student.
+        epochs: 0 without a student.
         kept_epoch: number of the epoch whose weights were kept, from 1; 0 without a student.
         train_loss: mean loss of the training images in the kept epoch, in [0, 2]; None without a student.
-        validation_loss: mean loss of the held-out images in the kept epoch, in [0, 2]; None without a student.
-        train_count: number of images to fit on.
-        held_out_count: number of images that were held out.
-        calibration_count: number of images that calibrate the model.
+        validation_loss: the same of the held-out images.
         device: name of the GPU, or `cpu` and the backend, that fitted the model.
     """
 
@@ -78,21 +75,18 @@ class ModelRecord:
     """The contents of model.json: everything that scoring needs besides the weights. Digests are SHA-256.
 
     Args:
-        category: name of the model's category.
         recipe: the user's recipe, with this model's seed and the epochs that `min_steps` asks for; its size may be
             `auto`.
         preprocessing: how an image becomes an input, at the size that was chosen for the category.
         precision: number format of convolutions.
-        teacher_digest: digest of the teacher's weights.
         heatmap_scale: values of the anomaly map that become grey levels 0 and 128 of heatmaps.
         distance_scales: scale of each distance map, in the order of `Distances.maps`; empty unless the recipe fuses
             by quantiles.
-        fit: the outcome of the fit.
         added_images: all images that were marked as good and calibrate the model.
-        files: each file of the model, by name.
-        library_versions: versions of Python and of the libraries that made the model, by name.
+        files: all but model.json, by name.
+        library_versions: of Python and of the libraries that made the model, by name.
         created: when the record was made, ISO 8601, UTC.
-        format: version of the format of model.json.
+        format: of model.json.
     """
 
     category: str

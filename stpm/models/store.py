@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -71,8 +72,8 @@ def encode_model(
     """Encode the files of a model, by name; all but its record.
 
     Args:
-        student: weights of the student, if there is one.
-        memory: memory banks, if there are any.
+        student: weights, if there is a student.
+        memory: empty if there is none.
         calibration: a row for each calibration image, in the columns of `ModelStore.calibration_scores`, in any order.
         image_statistics: a row for each good image that the model was fitted on or calibrated with, in the columns of
             `stpm.data.image_statistics.COMPARED`.
@@ -109,21 +110,19 @@ class ModelStore:
 
         data = serialise(state)
         digest = storage.digest(data)
-        uri = self._teacher_uri(digest)
-        try:
-            self._read_verified(uri, digest)
-        except ModelError:
-            # Missing or damaged.
-            storage.publish(uri, data)
+        self._keep_teacher(digest, lambda: data)
         return digest
 
-    def load_teacher(self, teacher: str, levels: tuple[int, ...], digest: str) -> Backbone:
-        """Load a frozen teacher, without access to the network.
+    def _keep_teacher(self, digest: str, read: Callable[[], bytes]) -> None:
+        uri = self._teacher_uri(digest)
+        try:
+            _read_verified(uri, digest)
+        except ModelError:
+            # Missing or damaged.
+            storage.publish(uri, read())
 
-        Args:
-            teacher: the teacher's name in the recipe.
-            levels: pyramid levels, as timm's `out_indices`.
-            digest: digest of the teacher's weights.
+    def load_teacher(self, teacher: str, levels: tuple[int, ...], digest: str) -> Backbone:
+        """Load a frozen teacher by its name in the recipe and the digest of its weights, without a network.
 
         Raises:
             ModelError: if it is missing, damaged or of another architecture.
@@ -131,18 +130,14 @@ class ModelStore:
         from stpm.method.backbones import deserialise, load_backbone
 
         uri = self._teacher_uri(digest)
-        state = deserialise(self._read_verified(uri, digest), uri)
+        state = deserialise(_read_verified(uri, digest), uri)
         return load_backbone(teacher, levels, state, uri)
 
     def save(self, record: ModelRecord, files: Mapping[str, bytes], data_fingerprint: str) -> ModelRecord:
         """Publish a model, make it its category's current one, and return its stored record.
 
-        Keep the files of the same model if the store has it, undamaged.
-
-        Args:
-            record: the model's record.
-            files: contents of the model's other files, by name, from `encode_model`.
-            data_fingerprint: digest of the images that the model was fitted on.
+        Keep the files of the same model if the store has it, undamaged. `files` are those of `encode_model`, and
+        `data_fingerprint` is a digest of the images that the model was fitted on.
 
         Raises:
             DataError: if the category's name is not allowed in a path.
@@ -151,7 +146,7 @@ class ModelStore:
         record = dataclasses.replace(record, files=describe_files(files))
         try:
             stored = self.record(record.category, record.model_id)
-            self.verify(stored)
+            self.read_files(stored)
             record = stored
         except ModelError:
             # The id is a digest of the files: this also repairs a damaged model. model.json comes last.
@@ -167,23 +162,14 @@ class ModelStore:
         return record
 
     def copy_model(self, source: ModelStore, record: ModelRecord, category: str) -> ModelRecord:
-        """Publish another store's model and its teacher here, and make it a category's current model.
-
-        Args:
-            source: the store that has the model.
-            record: the model's record there.
-            category: name of the category here.
+        """Publish another store's model and its teacher here, and make it the current model of `category`.
 
         Raises:
             DataError: if the category's name is not allowed in a path.
             ModelError: if a file of the model is missing or damaged.
         """
         digest = record.teacher_digest
-        try:
-            self._read_verified(self._teacher_uri(digest), digest)
-        except ModelError:
-            # Missing or damaged.
-            storage.publish(self._teacher_uri(digest), self._read_verified(source._teacher_uri(digest), digest))
+        self._keep_teacher(digest, lambda: _read_verified(source._teacher_uri(digest), digest))
         files = source.read_files(record)
         fingerprints = {each.model_id: each.data_fingerprint for each in source.versions(record.category).every}
         copied = dataclasses.replace(record, category=category)
@@ -258,11 +244,7 @@ class ModelStore:
         return self._table(record, CALIBRATION)
 
     def record(self, category: str, model_id: str = "") -> ModelRecord:
-        """Read a model's record.
-
-        Args:
-            category: the model's category.
-            model_id: one of the category's models; "": its current one.
+        """Read the record of one of a category's models; "": of its current one.
 
         Raises:
             ModelDamagedError: if there is no such model, or its record was changed or is of another version.
@@ -284,16 +266,6 @@ class ModelStore:
             )
         return record
 
-    def verify(self, record: ModelRecord) -> None:
-        """Read every file of a model.
-
-        Raises:
-            ModelDamagedError: if one is missing or damaged.
-            ModelUnreadableError: if storage failed.
-        """
-        for name in record.files:
-            self._read_file(record, name)
-
     def check_sizes(self, record: ModelRecord) -> None:
         """Compare the sizes of a model's files with its record, by one listing and without reading the files.
 
@@ -302,10 +274,8 @@ class ModelStore:
             ModelUnreadableError: if storage failed.
         """
         folder = storage.join(self.folder(record.category), record.model_id)
-        try:
+        with _reading(folder):
             sizes = dict(storage.file_sizes(folder))
-        except OSError as error:
-            raise _unreadable(folder, error) from error
         for name, file in record.files.items():
             uri = self._uri(record, name)
             if uri not in sizes:
@@ -314,19 +284,16 @@ class ModelStore:
                 raise ModelDamagedError(f"{uri}: has {sizes[uri]} bytes, {file.size} expected; fit the model again")
 
     def read_files(self, record: ModelRecord) -> dict[str, bytes]:
-        """Read the contents of a model's files, by name. Raise as `verify` does."""
+        """Read the contents of a model's files, by name, and verify each by its digest.
+
+        Raises:
+            ModelDamagedError: if one is missing or damaged.
+            ModelUnreadableError: if storage failed.
+        """
         return {name: self._read_file(record, name) for name in record.files}
 
     def load(self, category: str, model_id: str = "") -> Model:
-        """Load a model, and verify each file by its digest.
-
-        Args:
-            category: the model's category.
-            model_id: one of the category's models; "": its current one.
-
-        Raises:
-            ModelError: if a file is missing or damaged.
-        """
+        """Load one of a category's models, "": its current one, and verify each file. Raise as `read_files` does."""
         from stpm.method.memory_bank import banks_from_tensors
 
         record = self.record(category, model_id)
@@ -336,11 +303,7 @@ class ModelStore:
         return Model(record, student, memory, Calibration(scores, record.heatmap_scale))
 
     def image_statistics(self, record: ModelRecord) -> pa.Table:
-        """Read the statistics of the good images of a model, a row each.
-
-        Raises:
-            ModelError: if the file is missing or damaged.
-        """
+        """Read the statistics of the good images of a model, a row each, as `encode_model` got them."""
         return self._table(record, IMAGE_STATISTICS)
 
     def folder(self, category: str) -> str:
@@ -369,7 +332,7 @@ class ModelStore:
         return storage.decode_parquet(self._read_file(record, name))
 
     def _read_file(self, record: ModelRecord, name: str) -> bytes:
-        return self._read_verified(self._uri(record, name), record.files[name].digest)
+        return _read_verified(self._uri(record, name), record.files[name].digest)
 
     def _uri(self, record: ModelRecord, name: str) -> str:
         return storage.join(self.folder(record.category), record.model_id, name)
@@ -380,39 +343,39 @@ class ModelStore:
     def _teacher_uri(self, digest: str) -> str:
         return storage.join(self.uri, _TEACHERS, f"{digest}.safetensors")
 
-    @staticmethod
-    def _read_verified(uri: str, digest: str) -> bytes:
-        try:
-            data = _read(uri)
-        except FileNotFoundError as error:
-            raise _missing(uri) from error
-        if (found := storage.digest(data)) != digest:
-            # A fit that is started again sees the size alone.
-            raise ModelDamagedError(
-                f"{uri}: its SHA-256 is {found}, {digest} expected; remove the file, and fit the model again"
-            )
-        return data
+
+def _read_verified(uri: str, digest: str) -> bytes:
+    try:
+        with _reading(uri):
+            data = storage.read(uri)
+    except FileNotFoundError as error:
+        raise _missing(uri) from error
+    if (found := storage.digest(data)) != digest:
+        # A fit that is started again sees the size alone.
+        raise ModelDamagedError(
+            f"{uri}: its SHA-256 is {found}, {digest} expected; remove the file, and fit the model again"
+        )
+    return data
+
+
+def _read_record(kind: type[T], uri: str) -> T:
+    try:
+        with _reading(uri):
+            return from_json(kind, storage.read(uri))
+    except ValueError as error:
+        raise ModelDamagedError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
 
 
 def _missing(uri: str) -> ModelDamagedError:
     return ModelDamagedError(f"{uri}: no such file; fit the model again")
 
 
-def _unreadable(uri: str, error: OSError) -> ModelUnreadableError:
-    return ModelUnreadableError(f"{uri}: cannot be read: {error}; run the same command again when it can")
-
-
-def _read(uri: str) -> bytes:
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Raise ModelUnreadableError if storage fails, but FileNotFoundError as it is."""
     try:
-        return storage.read(uri)
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _unreadable(uri, error) from error
-
-
-def _read_record(kind: type[T], uri: str) -> T:
-    try:
-        return from_json(kind, _read(uri))
-    except ValueError as error:
-        raise ModelDamagedError(f"{uri}: cannot be read by this version: {error}; fit the model again") from error
+        raise ModelUnreadableError(f"{uri}: cannot be read: {error}; run the same command again when it can") from error

@@ -1,6 +1,6 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.storage.listing import Settle, file_sizes, file_versions, files, files_starting, iter_files, subfolders
+from stpm.storage.listing import Settle, file_sizes, file_versions, files, files_starting, glob, iter_files, subfolders
 from stpm.storage.objects import (
     check_size,
     create,
@@ -14,43 +14,6 @@ from stpm.storage.objects import (
     remove_unfinished,
     sync,
 )
-from stpm.storage.parallel import in_parallel
-from stpm.storage.patterns import glob
-from stpm.storage.retries import as_os_errors
+from stpm.storage.retries import as_os_errors, in_parallel
 from stpm.storage.tables import count_rows, decode_parquet, encode_parquet, read_columns, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder
-
-__all__ = [
-    "Settle",
-    "absolute",
-    "arrow_filesystem",
-    "as_os_errors",
-    "check_size",
-    "count_rows",
-    "create",
-    "decode_parquet",
-    "digest",
-    "encode_parquet",
-    "exists",
-    "file_sizes",
-    "file_versions",
-    "files",
-    "files_starting",
-    "filesystem",
-    "glob",
-    "in_parallel",
-    "is_local",
-    "iter_files",
-    "join",
-    "output_folder",
-    "publish",
-    "read",
-    "read_at_most",
-    "read_columns",
-    "read_table",
-    "remove",
-    "remove_empty_folders",
-    "remove_unfinished",
-    "subfolders",
-    "sync",
-]

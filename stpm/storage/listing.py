@@ -1,11 +1,12 @@
-"""Listings: the files and folders under a URI."""
+"""Listings: the files and folders under a URI, or those that match a pattern."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,24 +14,47 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from stpm.errors import ConfigError, DataError
-from stpm.storage.retries import with_retries
-from stpm.storage.uris import filesystem, is_local, uri_of
+from stpm.storage.retries import THREADS, with_retries
+from stpm.storage.uris import filesystem, is_local, join, uri_of
 
-_THREADS = 16
+T = TypeVar("T")
+
 # At the top of a disk; only the system may enter it.
-_SYSTEM_FOLDER = "lost+found"
+_SYSTEM_FOLDER = ("folder", "lost+found")
 # Times that a prefix is divided.
 _PREFIX_LEVELS = 4
+_ANY_DEPTH = "**"
+_MAGIC = re.compile(r"[*?\[]")
 # Values of a listing that are the time of modification; "created" is that of the bytes in stores that replace files.
 _TIME_KEYS = ("mtime", "last_modified", "LastModified", "updated", "created")
 # Values of a listing that change with a file's bytes. The checksum is first: it stays if the same bytes are written.
 _VERSION_KEYS = ("md5Hash", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
+
+
+class _Entry(NamedTuple):
+    """A file or folder in a listing: its path on the filesystem, and what a store says about it; a disk says nothing.
+
+    A link to a file is a file, and "link" is one to a folder; "other" is a pipe, a device or a link to nothing.
+    """
+
+    path: str
+    kind: Literal["file", "folder", "link", "other"]
+    info: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rpartition("/")[2]
+
+
+# A part of a listing, and when it was made in seconds since 1970: by the store's clock, if it says.
+_Page = tuple[list[_Entry], float]
 
 
 @dataclass(frozen=True)
@@ -49,11 +73,15 @@ class Settle:
     seconds: float = 0.0
     left: list[str] = field(default_factory=list)
 
-    def keeps(self, name: str, modified: float, now: float) -> bool:
-        """Return whether to list a file; the times are in seconds since 1970."""
-        if abs(now - modified) >= self.seconds:
-            return True
-        self.left.append(name)
+    def keeps(self, entry: _Entry, now: float) -> bool:
+        """Return whether to list a file, at this time in seconds since 1970."""
+        try:
+            if not self.seconds or abs(now - _modified(entry)) >= self.seconds:
+                return True
+        except FileNotFoundError:
+            # Whoever writes files may have renamed one since.
+            return False
+        self.left.append(entry.path)
         return False
 
 
@@ -61,32 +89,69 @@ _ALL = Settle()
 
 
 def subfolders(uri: str, *, links: bool = False) -> list[str]:
-    """Return the names of the folders right under a folder, sorted, without hidden ones.
-
-    Args:
-        uri: of the folder.
-        links: also of links to folders.
+    """Return the names of the folders right under a folder, sorted, without hidden ones; `links`: also linked ones.
 
     Raises:
         DataError: if the folder does not exist.
     """
     fs, path = filesystem(uri)
     try:
-        entries = with_retries(uri, lambda: fs.ls(path, detail=True))
+        entries = _list_folder(fs, uri, path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{uri}: no such folder; check its name, and that its disk is mounted") from error
-    names = [name_of(entry) for entry in entries if is_folder(fs, entry, links=links)]
-    return sorted(name for name in names if not name.startswith("."))
+    kinds = ("folder", "link") if links else ("folder",)
+    return sorted(entry.name for entry in entries if entry.kind in kinds and not entry.name.startswith("."))
 
 
 def files(uri: str) -> list[str]:
-    """Return the URI of every file under a folder, at any depth, sorted; none if it does not exist."""
-    return [name for name, _ in _entries(uri)]
+    """Return the URI of every file under a folder, at any depth, sorted; none if it does not exist.
+
+    Links to folders, and those that lead nowhere, count as files: they are reported when they are read.
+    """
+    return [name for name, _ in _all_files(uri)]
 
 
 def file_sizes(uri: str) -> list[tuple[str, int]]:
     """Return (URI, size in bytes) of every file under a folder, as `files` lists them."""
-    return [(name, int(info["size"] or 0)) for name, info in _entries(uri)]
+    return [(name, int(info["size"] or 0)) for name, info in _all_files(uri)]
+
+
+def file_versions(uri: str) -> list[tuple[str, str]]:
+    """Return (URI, version) of every file under a folder, as `files` lists them.
+
+    The version is the size, with the checksum or tag in an object store, or with the time of modification on a disk.
+    It changes when the bytes change; on a disk, and in some stores, also when the same bytes are written again. The
+    listing has it: no more requests are made.
+    """
+    return [(name, f"{int(info['size'] or 0)} {_first(info, _VERSION_KEYS, '')}") for name, info in _all_files(uri)]
+
+
+def _all_files(uri: str) -> list[tuple[str, dict[str, Any]]]:
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        # `find` would leave out what fails.
+        names = [each.path for entries, _ in _walk(fs, uri, path) for each in entries if each.kind != "folder"]
+        found = {}
+        for name in names if Path(path).is_dir() else [path]:
+            # Another process may have removed it.
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found[name] = _stat(name)
+    else:
+        try:
+            found = with_retries(uri, lambda: fs.find(path, detail=True))
+        except FileNotFoundError:
+            # Some stores raise it where the bucket does not exist.
+            return []
+    return sorted((uri_of(fs, name, uri), info) for name, info in found.items())
+
+
+def _stat(path: str) -> dict[str, float]:
+    try:
+        found = os.stat(path)  # noqa: PTH116  a million files take seconds less than with Path
+    except OSError:
+        # A link to nothing.
+        found = os.lstat(path)
+    return {"size": found.st_size, "mtime": found.st_mtime}
 
 
 def files_starting(uri: str, start: str) -> list[str]:
@@ -95,69 +160,11 @@ def files_starting(uri: str, start: str) -> list[str]:
     An object store lists no others; a disk reads the names of all, and nothing else of them.
     """
     fs, path = filesystem(uri)
-    if not isinstance(fs, LocalFileSystem):
-        # The clouds' filesystems can list by a prefix; others have no such argument, or ignore it.
-        arguments = {"prefix": start} if isinstance(fs, AsyncFileSystem) else {}
-        found = [name.removeprefix(f"{uri.rstrip('/')}/") for name, _ in _entries(uri, **arguments)]
-        names = [name for name in found if name.startswith(start) and "/" not in name]
-    elif Path(path).is_dir():
-        with os.scandir(path) as entries:
-            names = [entry.name for entry in entries if entry.name.startswith(start) and _is_local_file(entry)]
-    else:
-        names = []
-    return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
-
-
-def file_versions(uri: str) -> list[tuple[str, str]]:
-    """Return (URI, version) of every file under a folder, at any depth, sorted; none if it does not exist.
-
-    The version is the size, with the checksum or tag in an object store, or with the time of modification on a disk.
-    It changes when the bytes change; on a disk, and in some stores, also when the same bytes are written again. The
-    listing has it: no more requests are made.
-    """
-    return [(name, _version(info)) for name, info in _entries(uri)]
-
-
-def _entries(uri: str, **arguments: str) -> list[tuple[str, dict[str, Any]]]:
-    fs, path = filesystem(uri)
     try:
-        if isinstance(fs, LocalFileSystem):
-            found = dict(_local_files(fs, path))
-        else:
-            found = with_retries(uri, lambda: fs.find(path, detail=True, **arguments))
-    except FileNotFoundError:
-        # Some stores raise it where the bucket does not exist.
+        entries = _list_folder(fs, uri, path, start)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(((uri_of(fs, name, uri), info) for name, info in found.items()), key=lambda pair: pair[0])
-
-
-def _local_files(fs: LocalFileSystem, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield path and description of a file, or of every file under a folder. `find` would leave out what fails."""
-    try:
-        with os.scandir(path) as found:
-            entries = list(found)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        yield path, fs.info(path)
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            if entry.name != _SYSTEM_FOLDER:
-                yield from _local_files(fs, entry.path)
-        else:
-            # Another process may have removed it.
-            with suppress(FileNotFoundError):
-                yield entry.path, fs.info(entry)
-
-
-def _version(info: dict[str, Any]) -> str:
-    if info.get("islink"):
-        # The listing has the time of the link: take that of the file. A link to nothing is reported when it is read.
-        with suppress(OSError):
-            info = info | {"mtime": Path(info["name"]).stat().st_mtime}
-    values = (info[key] for key in _VERSION_KEYS if info.get(key))
-    return f"{int(info['size'] or 0)} {next(values, '')}"
+    return [join(uri, entry.name) for entry in entries if entry.kind == "file"]
 
 
 def iter_files(uri: str, settle: Settle = _ALL) -> Iterator[str]:
@@ -170,31 +177,181 @@ def iter_files(uri: str, settle: Settle = _ALL) -> Iterator[str]:
         ConfigError: if the bucket does not exist, where the store reports it, or the credentials may not list it.
     """
     fs, path = filesystem(uri)
-    denied: PermissionError | None = None
+    kind, denied = "", None
     try:
         # `fs.isfile` would return false for any failure.
         info = with_retries(uri, lambda: fs.info(path))
-        is_file = info["type"] == "file"
+        kind = info["type"]
     except (FileNotFoundError, NotADirectoryError):
-        is_file = False
+        pass
     except PermissionError as error:
         # Credentials that may list what is under a prefix may still not ask for the prefix itself.
-        is_file, denied = False, error
-    if is_file:
-        names = iter(settled([info | {"name": path}], settle))
+        denied = error
+    if kind == "file":
+        pages = iter([([_Entry(path, "file", info)], time.time())])
     elif not is_local(uri) and fs.protocol in ("s3", ("s3", "s3a")):
-        names = _stream_s3(_without_times(fs), path, uri, settle)
+        pages = _walk_s3(_without_times(fs), uri, path)
     else:
-        names = _stream_folders(fs, path, uri, settle)
-    is_empty = True
+        pages = _walk(fs, uri, path)
     try:
-        for name in names:
-            is_empty = False
-            yield uri_of(fs, name, uri)
-        if is_empty and denied:
+        for entries, now in pages:
+            for entry in entries:
+                if entry.kind == "file" and settle.keeps(entry, now):
+                    denied = None
+                    yield uri_of(fs, entry.path, uri)
+        if denied:
             raise denied
     except (FileNotFoundError, PermissionError) as error:
-        raise ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow") from error
+        raise _cannot_be_listed(uri, error) from error
+
+
+def _cannot_be_listed(uri: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{uri}: cannot be listed: {error}; check the URI, and what the credentials allow")
+
+
+def glob(uri: str, settle: Settle = _ALL) -> tuple[list[str], list[str]]:
+    """Return the URIs of the files, and of the folders, that match a pattern, each sorted.
+
+    A pattern has `*`, `?`, `[…]`, and `**` for any depth. Links to folders are followed, except by `**`.
+    `settle` leaves out files that may still be being written.
+
+    Raises:
+        ConfigError: if the pattern is malformed, or a folder may not be listed.
+        OSError: if a folder cannot be listed, after retries.
+    """
+    fs, path = filesystem(uri)
+    try:
+        if _ANY_DEPTH in path and not isinstance(fs, LocalFileSystem):
+            # One listing, where folder by folder would take a request for each.
+            entries = [*map(_stored_entry, with_retries(uri, lambda: fs.glob(path, detail=True)).values())]
+        else:
+            entries = _match(fs, uri, path)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"{uri}: {error}") from error
+    except PermissionError as error:
+        raise _cannot_be_listed(uri, error) from error
+    under = _MAGIC.split(uri, maxsplit=1)[0].rpartition("/")[0]
+    now = time.time()
+    files = [entry.path for entry in entries if entry.kind == "file" and settle.keeps(entry, now)]
+    # At any depth, links may form a circle.
+    kinds = ("folder",) if _ANY_DEPTH in path else ("folder", "link")
+    folders = [entry.path for entry in entries if entry.kind in kinds]
+    return sorted(uri_of(fs, name, under) for name in files), sorted(uri_of(fs, name, under) for name in folders)
+
+
+def _match(fs: Any, uri: str, path: str) -> list[_Entry]:
+    """List what matches a pattern, level by level. fsspec's `glob` leaves out folders that it cannot list."""
+    parts = path.split("/")
+    depth = next((number for number, part in enumerate(parts) if _MAGIC.search(part)), len(parts) - 1)
+    if not depth:
+        raise ValueError("a pattern cannot be in the name of a bucket; name it")
+    whole = re.compile(glob_translate(path))
+    beginnings = [re.compile(glob_translate("/".join(parts[: n + 1]))) for n in range(len(parts))]
+
+    def enters(entry: _Entry) -> bool:
+        level = entry.path.count("/")
+        if _ANY_DEPTH in parts[: level + 1]:
+            return entry.kind == "folder"
+        is_inner = level + 1 < len(parts) and entry.kind in ("folder", "link")
+        return is_inner and bool(beginnings[level].match(entry.path))
+
+    def start_in(folder: str) -> str:
+        below = folder.rstrip("/").count("/") + 1
+        return "" if _ANY_DEPTH in parts[: below + 1] else _MAGIC.split(parts[below], maxsplit=1)[0]
+
+    pages = _walk(fs, uri, "/".join(parts[:depth]) or "/", enters, start_in)
+    # The pattern `folder/**` matches the folder, too.
+    slash = {"folder": "/"} if path.endswith(f"/{_ANY_DEPTH}") else {}
+    return [each for entries, _ in pages for each in entries if whole.match(each.path + slash.get(each.kind, ""))]
+
+
+def _in_turn(first: T, list_page: Callable[[T, int], tuple[_Page, list[T]]]) -> Iterator[_Page]:
+    """List something, and all that its listing names, in parallel and in an order that does not depend on time.
+
+    `list_page` also gets the largest number of listings that waited until now.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting, most = deque([first]), 1
+        listed: deque[Future[tuple[_Page, list[T]]]] = deque()
+        while waiting or listed:
+            # Names that are listed long before they are needed take memory.
+            while waiting and len(listed) < THREADS:
+                listed.append(pool.submit(list_page, waiting.popleft(), most))
+            page, more = listed.popleft().result()
+            waiting.extend(more)
+            most = max(most, len(waiting) + len(listed))
+            yield page
+
+
+def _walk(
+    fs: Any,
+    uri: str,
+    path: str,
+    enters: Callable[[_Entry], bool] = lambda entry: entry.kind == "folder",
+    start_in: Callable[[str], str] = lambda folder: "",
+) -> Iterator[_Page]:
+    """List a folder and those in it that it `enters`, of each the names that begin with `start_in` of its path."""
+
+    def list_page(folder: str, _: int) -> tuple[_Page, list[str]]:
+        try:
+            entries = _list_folder(fs, uri, folder, start_in(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            entries = []
+        return (entries, time.time()), [entry.path for entry in entries if enters(entry)]
+
+    return _in_turn(path.rstrip("/") or path, list_page)
+
+
+def _list_folder(fs: Any, uri: str, folder: str, start: str = "") -> list[_Entry]:
+    """List the entries right in a folder whose names begin with `start`, sorted."""
+    if isinstance(fs, LocalFileSystem):
+        # `LocalFileSystem.ls` would ask for the size of each file, too.
+        with os.scandir(folder) as found:
+            entries = [_Entry(entry.path, _local_kind(entry), {}) for entry in found]
+    else:
+        # The clouds' filesystems can list by a prefix; others have no such argument, or ignore it.
+        if start and isinstance(fs, AsyncFileSystem):
+            find = partial(fs.find, folder, maxdepth=1, withdirs=True, detail=True, prefix=start)
+            infos = with_retries(uri, find).values()
+        else:
+            infos = with_retries(uri, partial(fs.ls, folder, detail=True))
+        # A store may list the folder itself, too.
+        entries = [entry for entry in map(_stored_entry, infos) if entry.path.rstrip("/") != folder.rstrip("/")]
+    listed = (each for each in entries if each.name.startswith(start) and (each.kind, each.name) != _SYSTEM_FOLDER)
+    return sorted(listed, key=lambda entry: entry.path)
+
+
+def _local_kind(entry: os.DirEntry[str]) -> Literal["file", "folder", "link", "other"]:
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "link" if entry.is_symlink() else "folder"
+    except OSError:
+        # A link in a circle, through a file, or into a folder that may not be entered.
+        pass
+    return "other"
+
+
+def _stored_entry(info: dict[str, Any]) -> _Entry:
+    if info["type"] == "directory":
+        return _Entry(info["name"].rstrip("/"), "folder", info)
+    return _Entry(info["name"], "file" if info["type"] == "file" else "other", info)
+
+
+def _modified(entry: _Entry) -> float:
+    """Return when a file was modified, in seconds since 1970; 0 if the store does not say."""
+    if not entry.info:
+        return Path(entry.path).stat().st_mtime
+    value = _first(entry.info, _TIME_KEYS, 0.0)
+    if isinstance(value, str):
+        # Python 3.10 does not read the Z.
+        value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    return value.timestamp() if isinstance(value, datetime) else float(value)
+
+
+def _first(info: dict[str, Any], keys: tuple[str, ...], default: Any) -> Any:
+    return next((info[key] for key in keys if info.get(key)), default)
 
 
 def _without_times(fs: Any) -> Any:
@@ -207,150 +364,27 @@ def _without_times(fs: Any) -> Any:
     return type(fs)(*fs.storage_args, **fs.storage_options, session=session, skip_instance_cache=True)
 
 
-def settled(
-    entries: Iterable[dict[str, Any]], settle: Settle, name: str = "name", now: float | None = None
-) -> list[str]:
-    """Return the paths of files, by their entries in a listing, without those that may still be being written.
+def _walk_s3(fs: Any, uri: str, path: str) -> Iterator[_Page]:
+    """List the keys under a prefix.
 
-    Args:
-        entries: of files.
-        settle: which to leave out.
-        name: key of a file's path in its entry.
-        now: time of the disk or store, seconds since 1970; None: that of this process.
-    """
-    now = time.time() if now is None else now
-    return [e[name] for e in entries if not settle.seconds or settle.keeps(e[name], _modified(e), now)]
-
-
-def _modified(entry: dict[str, Any]) -> float:
-    """Return when a file was modified, in seconds since 1970; 0 if the store does not say."""
-    value = next((entry[key] for key in _TIME_KEYS if entry.get(key)), 0.0)
-    if isinstance(value, str):
-        # Python 3.10 does not read the Z.
-        value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-    return value.timestamp() if isinstance(value, datetime) else float(value)
-
-
-def _stream_s3(fs: Any, path: str, uri: str, settle: Settle = _ALL) -> Iterator[str]:
-    """Yield the keys under a prefix.
-
-    A listing is a chain of requests, so divide the prefix and list its parts in parallel. Take a page of each part in
-    turn: the order does not depend on time.
+    A listing is a chain of requests, so divide the prefix at slashes into enough parts to list in parallel.
     """
     bucket, _, key = path.partition("/")
 
-    def list_page(prefix: str, **arguments: str) -> dict[str, Any]:
+    def list_page(part: tuple[str, int, str], most: int) -> tuple[_Page, list[tuple[str, int, str]]]:
+        prefix, level, token = part
+        divides = not token and level < _PREFIX_LEVELS and most < THREADS
+        arguments = {"Delimiter": "/"} if divides else {"ContinuationToken": token} if token else {}
         request = partial(fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **arguments)
-        return cast("dict[str, Any]", with_retries(uri, request))
+        answer: dict[str, Any] = with_retries(uri, request)
+        if divides and answer["IsTruncated"]:
+            # The parts are so many that to list each of them takes more requests than to list the whole.
+            return ([], 0.0), [(prefix, _PREFIX_LEVELS, "")]
+        found = (each for each in answer.get("Contents", ()) if not each["Key"].endswith("/"))
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        page = [_Entry(f"{bucket}/{each['Key']}", "file", each) for each in found], now
+        if answer["IsTruncated"]:
+            return page, [(prefix, level, answer["NextContinuationToken"])]
+        return page, [(each["Prefix"], level + 1, "") for each in answer.get("CommonPrefixes", ())]
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        keys, prefixes = _divide_prefix(f"{key.rstrip('/')}/" if key else "", list_page, pool, settle)
-        yield from (f"{bucket}/{name}" for name in keys)
-        waiting = deque(prefixes)
-        listed: deque[tuple[str, Future[dict[str, Any]]]] = deque()
-        while waiting or listed:
-            while waiting and len(listed) < _THREADS:
-                prefix = waiting.popleft()
-                listed.append((prefix, pool.submit(list_page, prefix)))
-            prefix, future = listed.popleft()
-            page = future.result()
-            if page["IsTruncated"]:
-                token = page["NextContinuationToken"]
-                listed.append((prefix, pool.submit(list_page, prefix, ContinuationToken=token)))
-            yield from (f"{bucket}/{name}" for name in _keys(page, settle))
-
-
-def _divide_prefix(
-    prefix: str, list_page: Callable[..., dict[str, Any]], pool: ThreadPoolExecutor, settle: Settle
-) -> tuple[list[str], list[str]]:
-    """Divide a prefix at slashes into enough parts to list in parallel. Return the keys in no part, and the parts."""
-    keys: list[str] = []
-    prefixes = [prefix]
-    for _ in range(_PREFIX_LEVELS):
-        if len(prefixes) >= _THREADS:
-            break
-        divided = []
-        for whole, page in zip(prefixes, pool.map(lambda each: list_page(each, Delimiter="/"), prefixes), strict=True):
-            if page["IsTruncated"]:
-                # The parts are so many that to list each of them takes more requests than to list the whole.
-                divided.append(whole)
-            else:
-                keys += _keys(page, settle)
-                divided += [part["Prefix"] for part in page.get("CommonPrefixes", ())]
-        if divided == prefixes:
-            break
-        prefixes = divided
-    return keys, prefixes
-
-
-def _keys(page: dict[str, Any], settle: Settle) -> list[str]:
-    entries = (entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/"))
-    date = page["ResponseMetadata"]["HTTPHeaders"].get("date") if settle.seconds else None
-    return settled(entries, settle, "Key", parsedate_to_datetime(date).timestamp() if date else None)
-
-
-def _stream_folders(fs: Any, path: str, uri: str, settle: Settle) -> Iterator[str]:
-    def list_folder(folder: str) -> tuple[list[str], list[str]]:
-        try:
-            if isinstance(fs, LocalFileSystem):
-                return _list_local(folder, settle)
-            entries = with_retries(uri, lambda: fs.ls(folder, detail=True))
-        except (FileNotFoundError, NotADirectoryError):
-            return [], []
-        folders = sorted(
-            e["name"] for e in entries if is_folder(fs, e, links=False) and e["name"].rstrip("/") != folder
-        )
-        return folders, sorted(settled((e for e in entries if is_file(fs, e)), settle))
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        waiting = deque([path.rstrip("/") or path])
-        listed: deque[Future[tuple[list[str], list[str]]]] = deque()
-        while waiting or listed:
-            # Names that are listed long before they are needed take memory.
-            while waiting and len(listed) < _THREADS:
-                listed.append(pool.submit(list_folder, waiting.popleft()))
-            folders, names = listed.popleft().result()
-            waiting.extend(folders)
-            yield from names
-
-
-def _list_local(folder: str, settle: Settle) -> tuple[list[str], list[str]]:
-    """List the paths of folders and files in a folder. `LocalFileSystem.ls` would ask for the size of each file too."""
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.path)
-    folders = [e.path for e in entries if e.is_dir(follow_symlinks=False) and e.name != _SYSTEM_FOLDER]
-    files = [entry for entry in entries if _is_local_file(entry)]
-    return folders, settled(_with_times(files), settle) if settle.seconds else [entry.path for entry in files]
-
-
-def _with_times(files: Iterable[os.DirEntry[str]]) -> Iterator[dict[str, Any]]:
-    for entry in files:
-        # Whoever writes files may have renamed one since.
-        with suppress(FileNotFoundError):
-            yield {"name": entry.path, "mtime": entry.stat().st_mtime}
-
-
-def _is_local_file(entry: os.DirEntry[str]) -> bool:
-    """Return true for a file and a link to one."""
-    try:
-        return entry.is_file()
-    except OSError:
-        # A link in a circle, through a file, or into a folder that may not be entered.
-        return False
-
-
-def is_file(fs: Any, entry: dict[str, Any]) -> bool:
-    """Return true for the entry of a file, and of a link to one."""
-    return entry["type"] == "file" or bool(entry.get("islink") and fs.isfile(entry["name"]))
-
-
-def is_folder(fs: Any, entry: dict[str, Any], *, links: bool) -> bool:
-    """Return true for the entry of a folder, and if `links`, of a link to one."""
-    if name_of(entry) == _SYSTEM_FOLDER:
-        return False
-    return entry["type"] == "directory" or (links and bool(entry.get("islink")) and bool(fs.isdir(entry["name"])))
-
-
-def name_of(entry: dict[str, Any]) -> str:
-    """Return the last part of the path of an entry."""
-    return str(entry["name"].rstrip("/").rsplit("/", 1)[-1])
+    return _in_turn((f"{key.rstrip('/')}/" if key else "", 0, ""), list_page)

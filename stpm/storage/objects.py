@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import hashlib
@@ -10,10 +9,10 @@ import os
 import stat
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from stpm.errors import ConfigError, TooLongError
@@ -21,8 +20,6 @@ from stpm.storage.retries import with_retries
 from stpm.storage.uris import absolute, filesystem, is_local
 
 _UNFINISHED = ".part"
-# In the names of unfinished files, so that no other hidden file is taken for one.
-_HEX = 32 * "[0-9a-f]"
 # Bytes of an object to fetch before its size is asked for, which is one more request.
 _FIRST_BYTES = 32 * 2**20
 
@@ -75,39 +72,31 @@ def read_at_most(uri: str, limit: int) -> bytes:
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        return _read_local(path, limit)
-    return with_retries(uri, lambda: _read_remote(fs, path, limit))
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):
+            # Reading a pipe or a device might never end.
+            raise FileNotFoundError(f"{path}: not a file")
+        check_size(path, found.st_size, limit)
+        return Path(path).read_bytes()
 
+    def read_start(length: int) -> bytes:
+        try:
+            return bytes(fs.cat_file(path, start=0, end=length))
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception:
+            # Most stores refuse any range of an empty object.
+            with suppress(Exception):
+                if fs.info(path)["size"] == 0:
+                    return b""
+            raise
 
-def _read_local(path: str, limit: int) -> bytes:
-    found = Path(path).stat()
-    if not stat.S_ISREG(found.st_mode):
-        # Reading a pipe or a device might never end.
-        raise FileNotFoundError(f"{path}: not a file")
-    check_size(path, found.st_size, limit)
-    return Path(path).read_bytes()
-
-
-def _read_remote(fs: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
-    data = _read_start(fs, path, min(limit, _FIRST_BYTES) + 1)
+    data = with_retries(uri, lambda: read_start(min(limit, _FIRST_BYTES) + 1))
     if len(data) > _FIRST_BYTES:
-        check_size(path, fs.info(path)["size"] or 0, limit)
-        data = _read_start(fs, path, limit + 1)
+        check_size(path, with_retries(uri, lambda: fs.info(path))["size"] or 0, limit)
+        data = with_retries(uri, lambda: read_start(limit + 1))
     check_size(path, len(data), limit)
     return data
-
-
-def _read_start(fs: fsspec.AbstractFileSystem, path: str, length: int) -> bytes:
-    try:
-        return bytes(fs.cat_file(path, start=0, end=length))
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception:
-        # Most stores refuse any range of an empty object.
-        with contextlib.suppress(Exception):
-            if fs.info(path)["size"] == 0:
-                return b""
-        raise
 
 
 def check_size(path: str, size: int, limit: int) -> None:
@@ -149,20 +138,15 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until a disk keeps the names in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network filesystems cannot, and need not.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            # Some network filesystems cannot, and need not.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(folder)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -224,7 +208,8 @@ def sync(uri: str) -> None:
 def remove_unfinished(uri: str) -> None:
     """Remove the unfinished files of killed writers under a local folder; nobody may be writing there."""
     if is_local(uri):
-        for unfinished in Path(absolute(uri)).rglob(f".{_HEX}{_UNFINISHED}"):
+        # No other hidden file is taken for one.
+        for unfinished in Path(absolute(uri)).rglob(f".{32 * '[0-9a-f]'}{_UNFINISHED}"):
             unfinished.unlink(missing_ok=True)
 
 
@@ -258,13 +243,11 @@ def remove(uri: str) -> None:
 
 def remove_empty_folders(uri: str) -> None:
     """Remove the empty folders under a local folder, and the folder itself if it is empty; object stores have none."""
-    if not is_local(uri):
-        return
-    root = Path(absolute(uri))
-    folders = [path for path in root.rglob("*") if path.is_dir() and not path.is_symlink()] if root.is_dir() else []
-    for folder in sorted([*folders, root], key=lambda path: len(path.parts), reverse=True):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    if is_local(uri):
+        for name, _, _ in os.walk(absolute(uri), topdown=False):
+            folder = Path(name)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def digest(data: bytes) -> str:

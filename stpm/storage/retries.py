@@ -1,9 +1,10 @@
-"""Retry requests to remote storage, which at times answers 500, 503 or nothing."""
+"""Requests to remote storage, which at times answers 500, 503 or nothing: retried, and several at a time."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from stpm.storage.uris import is_local
 # Seconds after which a store that does not answer is taken to be down.
 MAX_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 10.0
+# Requests at a time.
+THREADS = 16
 
 # Packages that raise exceptions of their own, no OSError, when a connection breaks.
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
@@ -34,6 +37,7 @@ _LASTING = (
 _SPECIFIC = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 def with_retries(uri: str, act: Callable[[], T]) -> T:
@@ -61,6 +65,16 @@ def with_retries(uri: str, act: Callable[[], T]) -> T:
         named = OSError(f"{uri}: {error}")
         named.errno = error.errno
         raise named from error
+
+
+def in_parallel(function: Callable[[T], Result], items: Iterable[T], threads: int = THREADS) -> list[Result]:
+    """Call a function on each item, in threads, and return the results in the order of the items.
+
+    Raises:
+        Exception: the first that the function raised, in the order of the items.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pytest
 from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.jobs.models import run_models
+from stpm.lease import hold_lease
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
@@ -22,65 +23,62 @@ from tests.models.test_store import save
 
 
 @pytest.fixture
-def store(tmp_path: Path, tiny: Recipe) -> tuple[ModelStore, list[str]]:
-    """A store with three models of `nut`, the last one current, and one of `bolt`; and their ids."""
-    store = ModelStore(str(tmp_path))
-    records = [save(store, dataclasses.replace(tiny, seed=seed)) for seed in (0, 1, 2)]
-    records.append(save(store, tiny, "bolt"))
-    return store, [record.model_id for record in records]
+def models(tmp_path: Path) -> ModelStore:
+    return ModelStore(str(tmp_path))
+
+
+@pytest.fixture
+def ids(models: ModelStore, tiny: Recipe) -> list[str]:
+    """Save three models of `nut`, the last one current, and one of `bolt`; return their ids."""
+    records = [save(models, dataclasses.replace(tiny, seed=seed)) for seed in (0, 1, 2)]
+    return [record.model_id for record in (*records, save(models, tiny, "bolt"))]
 
 
 def run(store: ModelStore, *categories: str, **options: Any) -> int:
     return run_models(ModelsOptions(store.uri, categories, **options))  # type: ignore[arg-type]
 
 
-def test_models_are_listed_with_their_place(
-    store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
+def test_models_are_listed_with_their_place_and_without_a_lease(
+    models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    models, ids = store
-    before = {uri: storage.read(uri) for uri in storage.files(models.uri)}
-    assert run(models) == 0
+    with hold_lease(models.uri, False):
+        before = {uri: storage.read(uri) for uri in storage.files(models.uri)}
+        assert run(models) == 0
+        assert {uri: storage.read(uri) for uri in storage.files(models.uri)} == before
     lines = {line.split()[0]: line for line in caplog.messages if line.startswith(("nut-", "bolt-"))}
     assert lines.keys() == set(ids)
     # Images: 6 to train on and 2 held out; the validation loss and the largest calibration score.
     assert lines[ids[2]].split()[1:2] + lines[ids[2]].split()[-4:] == ["current", "8", "5", "0.6000", "0.7"]
     assert "2 before" in lines[ids[0]]
     assert "current" in lines[ids[3]]
-    assert {uri: storage.read(uri) for uri in storage.files(models.uri)} == before
 
 
-def test_two_roll_backs_go_two_back_and_forward_returns(store: tuple[ModelStore, list[str]]) -> None:
-    models, ids = store
+def test_roll_backs_go_back_one_by_one_and_forward_returns(models: ModelStore, ids: list[str]) -> None:
+    # A category that is named twice is rolled back once.
     for expected in (ids[1], ids[0]):
-        assert run(models, "nut", roll_back=True) == 0
+        assert run(models, "nut", "nut", roll_back=True) == 0
         assert models.record("nut").model_id == expected
     for expected in (ids[1], ids[2]):
         assert run(models, "nut", roll_forward=True) == 0
         assert models.load("nut").record.model_id == expected
 
 
-def test_a_category_named_twice_is_rolled_back_once(store: tuple[ModelStore, list[str]]) -> None:
-    models, ids = store
-    assert run(models, "nut", "nut", roll_back=True) == 0
-    assert models.record("nut").model_id == ids[1]
-
-
 def test_the_commands_that_messages_name_run_in_a_shell(tmp_path: Path, tiny: Recipe) -> None:
     store, name = ModelStore(str(tmp_path / "my models")), "it's a $nut"
     first, second = (save(store, dataclasses.replace(tiny, seed=seed), name).model_id for seed in (0, 1))
-    for flag, expected in (("--roll-back", first), ("--roll-forward", second)):
-        # Installed or not, this Python runs the command.
-        stpm = f'stpm() {{ "{sys.executable}" -c "from stpm.commands import main; main()" "$@"; }}'
-        command = f"{stpm}; {store.roll_command(name, flag)}"  # type: ignore[arg-type]
-        done = subprocess.run(command, check=False, shell=True, cwd=REPOSITORY, capture_output=True, text=True)  # noqa: S602
-        assert done.returncode == 0, done.stderr
-        assert store.record(name).model_id == expected
+    # Installed or not, this Python runs the command.
+    stpm = f'stpm() {{ "{sys.executable}" -c "from stpm.commands import main; main()" "$@"; }}'
+    back, forward = store.roll_command(name, "--roll-back"), store.roll_command(name, "--roll-forward")
+    command = f"{stpm}; {back} && cp '{tmp_path}'/*/*/current.json '{tmp_path}'/copy.json && {forward}"
+    done = subprocess.run(["/bin/sh", "-c", command], check=False, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "copy.json").read_bytes())["current"]["model_id"] == first
+    assert store.record(name).model_id == second
 
 
 def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_back(
-    store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
+    models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    models, ids = store
     assert run(models, "*", roll_back=True) == 2
     assert f"bolt: failed: no model was current before {ids[3]}" in caplog.text
     assert models.record("nut").model_id == ids[1]
@@ -93,19 +91,18 @@ def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_bac
 
 
 def test_a_damaged_model_does_not_become_current(
-    store: tuple[ModelStore, list[str]], caplog: pytest.LogCaptureFixture
+    models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    models, ids = store
     storage.publish(f"{models.uri}/nut/{ids[1]}/student.safetensors", b"x")
     assert run(models, "nut", roll_back=True) == 3
     assert "its SHA-256 is" in caplog.text
     assert models.record("nut").model_id == ids[2]
     storage.publish(f"{models.uri}/nut/{ids[1]}/model.json", b"{")
     assert run(models, "nut") == 0
+    assert f"{ids[1]}/model.json: cannot be read by this version" in caplog.text
 
 
-def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[str]]) -> None:
-    models, ids = store
+def test_only_an_explicit_option_removes_models(models: ModelStore, ids: list[str]) -> None:
     run(models, "nut", roll_back=True)
     assert models.model_ids("nut") == sorted(ids[:3])
     extra = storage.read(f"{models.uri}/nut/{ids[0]}/model.json")
@@ -125,27 +122,9 @@ def test_only_an_explicit_option_removes_models(store: tuple[ModelStore, list[st
     assert models.load("bolt").record.model_id == ids[3]
 
 
-def test_a_folder_without_models_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"x")
-    for uri in (tmp_path, tmp_path / "file"):
-        with pytest.raises(DataError, match="no category has a model there"):
-            run(ModelStore(str(uri)))
-
-
-def test_options_that_exclude_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--roll-back and --roll-forward are both given; give one"):
-        ModelsOptions("m", roll_back=True, roll_forward=True)
-    for option in ("roll_back", "roll_forward"):
-        with pytest.raises(ConfigError, match=r"without --categories; name them, or give --categories '\*' for all"):
-            ModelsOptions("m", **{option: True})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="keep is -1; give at least 0"):
-        ModelsOptions("m", keep=-1)
-
-
 def test_a_damaged_list_of_versions_is_replaced_by_the_next_model(
-    store: tuple[ModelStore, list[str]], tiny: Recipe
+    models: ModelStore, ids: list[str], tiny: Recipe
 ) -> None:
-    models, ids = store
     old = {"model_id": ids[2], "data_fingerprint": "x"}
     storage.publish(f"{models.uri}/nut/current.json", json.dumps(old).encode())
     assert run(models, "nut") == 3
@@ -153,3 +132,21 @@ def test_a_damaged_list_of_versions_is_replaced_by_the_next_model(
     assert models.record("nut") == record
     assert models.versions("nut").previous == ()
     assert len(models.model_ids("nut")) == 4
+
+
+def test_a_folder_without_models_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    for uri, message in ((tmp_path, "no category has a model there"), (tmp_path / "file", "no such folder")):
+        with pytest.raises(DataError, match=message):
+            run(ModelStore(str(uri)))
+
+
+def test_options_that_exclude_each_other_are_refused() -> None:
+    for options, message in (
+        ({"roll_back": True, "roll_forward": True}, "--roll-back and --roll-forward are both given; give one"),
+        ({"roll_back": True}, r"without --categories; name them, or give --categories '\*' for all"),
+        ({"roll_forward": True}, r"without --categories; name them, or give --categories '\*' for all"),
+        ({"keep": -1}, "keep is -1; give at least 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ModelsOptions("m", **options)  # type: ignore[arg-type]
