@@ -5,7 +5,8 @@ student's levels (Wang et al., equation 4), or by a weighted mean of the student
 of its maps, which are scaled by quantiles of their values on held-out images (EfficientAD: Batzner et al., WACV 2024,
 arXiv 2303.14535, section 3.4).
 
-Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the input's shape, all float32.
+Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the input's shape, all float32. A mask `valid` is
+(B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid.
 """
 
 from __future__ import annotations
@@ -60,13 +61,8 @@ class Distances:
 def sample_distances(distances: Tensor, valid: Tensor | None = None, total_images: int = 0) -> list[Float32Array]:
     """Sample the distances on each image, evenly spaced over the valid positions.
 
-    Args:
-        distances: (B, Hₗ, Wₗ).
-        valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid.
-        total_images: number of images that calibrate the model, if it is larger than B.
-
-    Returns:
-        One array per image, of at most 1,024 distances; with more than 256 images, of fewer, but at least 16.
+    Return one array per image, of at most 1,024 distances; if more than 256 images calibrate the model (`total_images`,
+    where there are more than B), of fewer, but at least 16.
     """
     images = list(distances.flatten(1).cpu().numpy())
     if valid is not None:
@@ -77,13 +73,10 @@ def sample_distances(distances: Tensor, valid: Tensor | None = None, total_image
 
 
 def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | None = None) -> Tensor:
-    """Upsample distance maps bilinearly to the input's shape: (B, Hₗ, Wₗ) to (B, height, width).
+    """Upsample distance maps of one level or bank bilinearly to the input's shape: (B, Hₗ, Wₗ) to (B, height, width).
 
-    Args:
-        distances: maps of one level or bank.
-        input_shape: height and width of the input, pixels.
-        valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid. Next to an
-            invalid position the result has the value of the valid one; far from every valid position it is meaningless.
+    Next to a position that is not `valid` the result has the value of the valid one; far from every valid position it
+    is meaningless.
     """
     if valid is None:
         return _resize(distances, input_shape)
@@ -111,11 +104,7 @@ class AnomalyMap:
     memory: Float32Array | None = None
 
     def smoothed(self, sigma: float) -> AnomalyMap:
-        """Smooth the map by a Gaussian that is cut off at three standard deviations; borders are repeated.
-
-        Args:
-            sigma: standard deviation in pixels; 0 changes nothing.
-        """
+        """Smooth the map by a Gaussian that is cut off at three standard deviations (pixels); borders are repeated."""
         if not sigma:
             return self
         gaussian = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
@@ -123,11 +112,7 @@ class AnomalyMap:
         return AnomalyMap(gaussian(self.total), student, memory)
 
     def score(self, top_fraction: float) -> Score:
-        """Compute the image's score: the mean of the highest values.
-
-        Args:
-            top_fraction: fraction of the pixels to average, rounded to one pixel or more.
-        """
+        """Compute the image's score: the mean of the highest pixels, this fraction of them, at least one."""
         total = self.total.ravel()
         count = max(round(top_fraction * total.size), 1)
         top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count)[-count:]
@@ -153,8 +138,7 @@ def fuse(
         method: the recipe's fusion.
         student_weight: weight of the student in (0, 1) where both are combined by `quantile`; the memory has the rest.
         input_shape: height and width of the input, pixels.
-        valid: a (B, Hₗ, Wₗ) bool mask for each map, student's first, true at valid positions, those not on padding;
-            None: all are valid.
+        valid: a mask for each map, student's first.
     """
     maps = [*student, *memory]
     if method == "product":

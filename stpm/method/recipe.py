@@ -131,18 +131,12 @@ class Recipe(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         levels, memory_levels, sides = list(self.levels), list(self.memory_levels), self.size.sides
+        increasing = min(levels, default=-1) >= 0 and levels == sorted({*levels})
+        in_range = sides is None or all(32 <= side <= MAX_SIDE for side in sides)
         for name, holds, valid in (
             ("teacher", bool(self.teacher), "ARCHITECTURE.TAG, such as resnet18.tv_in1k"),
-            (
-                "levels",
-                min(levels, default=-1) >= 0 and levels == sorted({*levels}),
-                "increasing levels, such as 1,2,3",
-            ),
-            (
-                "size",
-                sides is None or all(32 <= side <= MAX_SIDE for side in sides),
-                f"32 to {MAX_SIDE} pixels each, or auto",
-            ),
+            ("levels", increasing, "increasing levels, such as 1,2,3"),
+            ("size", in_range, f"32 to {MAX_SIDE} pixels each, or auto"),
             ("warmup_epochs", self.warmup_epochs < self.epochs, f"fewer than the {self.epochs} epochs"),
             (
                 "student",

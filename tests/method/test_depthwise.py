@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stpm.method.depthwise import Float32Depthwise
+from stpm.method.teacher import Float32Depthwise
 
 
 def test_gradients_of_a_depthwise_convolution_are_those_of_float32() -> None:

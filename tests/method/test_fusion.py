@@ -12,10 +12,11 @@ from torch import Tensor
 
 from stpm.method.calibration import Calibration
 from stpm.method.fusion import AnomalyMap, fuse, sample_distances, upsample
-from stpm.method.matching import content_mask, distance_map
+from stpm.method.loss import distance_map
 from stpm.method.recipe import FusionMethod
 from stpm.method.scales import DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
-from tests.method.test_matching import boxes, features, reference_distance
+from stpm.method.teacher import content_mask
+from tests.method.test_loss import boxes, features, reference_distance
 
 
 def reference_upsample(distances: np.ndarray, input_shape: tuple[int, int]) -> np.ndarray:

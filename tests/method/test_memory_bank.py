@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from stpm.method.matching import content_mask
 from stpm.method.memory_bank import (
     KINDS,
     DescriptorSpec,
@@ -26,6 +25,7 @@ from stpm.method.memory_bank import (
     strided_shape,
     window_size,
 )
+from stpm.method.teacher import content_mask
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
