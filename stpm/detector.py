@@ -300,7 +300,7 @@ class Detector:
         Args:
             inputs: (B, 3, H, W) float32, from `Teacher.inputs`.
             content: (B, 4) int32 content boxes of the same images.
-            features: their features by the teacher, one (B, Cₗ, Hₗ, Wₗ) tensor per level; empty: compute them.
+            features: the teacher's, one (B, Cₗ, Hₗ, Wₗ) tensor per level; empty: compute them.
         """
         features = features or self.teacher(inputs)
         student: tuple[Tensor, ...] = ()
@@ -342,14 +342,10 @@ class Detector:
         return results
 
     def evaluate(self, folder: str | os.PathLike[str], *, false_alarm_rate: float = 0.01) -> CategoryMetrics:
-        """Score labelled images, and measure as the benchmark's report does, with masks at model size.
+        """Score labelled images, and return metrics as the benchmark's report has them, shown as a table.
 
-        Args:
-            folder: path or URI of a category's folder `test` in the MVTec AD layout; masks are read beside it.
-            false_alarm_rate: for recall and false alarms.
-
-        Returns:
-            The metrics, shown as a table.
+        `folder` is the path or URI of a category's folder `test` in the MVTec AD layout; masks are read beside it, and
+        compared at model size.
 
         Raises:
             DataError: if there are no test images, or a mask cannot be read.
@@ -395,12 +391,7 @@ class Detector:
     def save(self, store: str | os.PathLike[str], category: str) -> ModelRecord:
         """Publish the model as a new version of a category, as the fit job does, and make it the current one.
 
-        Args:
-            store: path or URI of a model store; it is made where it is missing.
-            category: name of the category.
-
-        Returns:
-            The model's record, as it is stored.
+        The store, a path or URI, is made where it is missing. Return the model's record, as it is stored.
 
         Raises:
             ConfigError: if another process holds the store, such as a fit.
@@ -418,8 +409,8 @@ def load(
     """Load a model from a store.
 
     Args:
-        store: path or URI of the model store.
-        category: name of the model's category; "": the only one in the store.
+        store: a path or URI.
+        category: "": the only one in the store.
         version: id of one of the category's models; "": the current one.
         backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
             where it is installed.

@@ -35,12 +35,9 @@ _MIN_SCORES = 10
 def calibrate_detector(
     detector: Detector, features: TeacherFeatures, held_out: Indices
 ) -> tuple[Float32Array, HeatmapScale, tuple[DistanceScale, ...]]:
-    """Measure scores, heatmap scale and distance scales on images that a detector was not fitted on.
+    """Measure scores, heatmap scale and distance scales on n images that a detector was not fitted on.
 
-    Args:
-        detector: not calibrated yet.
-        features: the images, and the detector's teacher.
-        held_out: indices of n images, one or more; two or more if the recipe fuses by quantiles.
+    There are one image or more; two or more if the recipe fuses by quantiles.
 
     Returns:
         The (n,) scores of the images, in their order; the model's heatmap scale; the scale of each distance map, in
@@ -62,12 +59,7 @@ def cross_validate_scores(
     """Score every image by a model fitted without it (k-fold cross-validation); return (N,) scores in their order.
 
     Train the students of all folds for all epochs, and keep the last: to choose an epoch on the fold that is scored
-    would bias its scores.
-
-    Args:
-        features: the images, and the teacher.
-        recipe: the model's recipe, with two `calibration_folds` or more.
-        checkpoints: one for the student of each fold; None: save none.
+    would bias its scores. The recipe has two `calibration_folds` or more; each fold's student has a checkpoint or None.
     """
     fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
     scores = np.empty(len(features.images), np.float32)
@@ -126,12 +118,7 @@ def _compare(
 
 
 def find_outlier(scores: Float32Array, names: Sequence[str]) -> str:
-    """Name the image whose score is far above all others; "" if there is none, or there are fewer than ten.
-
-    Args:
-        scores: (n,) of the images that calibrate the model.
-        names: of these images.
-    """
+    """Name the calibration image whose score is far above all others; "" if there is none, or fewer than ten images."""
     if len(scores) < _MIN_SCORES:
         return ""
     largest = int(scores.argmax())

@@ -59,9 +59,9 @@ def fit(
         recipe: how to fit; None: that of the preset. To change some of its values:
             `dataclasses.replace(stpm.PRESETS["default"], size=256)`.
         preset: `default`, `paper` or `notebook`; used without a recipe.
-        teacher: replaces the recipe's teacher: ARCHITECTURE.TAG of timm, or `demo`, the packaged one.
-        teacher_weights: replaces the recipe's weights of the teacher: a file, or `random`.
-        seed: replaces the recipe's seed.
+        teacher: replaces the recipe's: ARCHITECTURE.TAG of timm, or `demo`, the packaged one.
+        teacher_weights: replaces the recipe's: a file, or `random`.
+        seed: replaces the recipe's.
         backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
             where it is installed.
         progress: show a progress bar.

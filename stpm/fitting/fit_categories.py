@@ -35,11 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Category], dict[str, str]]:
-    """List the images of each category; return the usable categories, and the reason by name for the others.
-
-    Args:
-        root: URI of the data set.
-        wanted: names of the categories to read; empty: all.
+    """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
     Raises:
         DataError: if the data set is missing or empty, or a wanted category does not exist.
@@ -81,22 +77,22 @@ def fit_categories(
 ) -> list[FitResult]:
     """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
-    Hold a lease on each store meanwhile.
+    Hold a lease on each store meanwhile; if another run holds one, `wait` for its end or raise ConfigError.
 
     Args:
-        categories: the categories to fit, with their training images.
-        recipe: recipe of all models; its seed is not used.
+        categories: with their training images.
+        recipe: of all models; its seed is not used.
         stores: URI of the model store, by seed.
         workers: number and resources of the workers.
         cluster: what computes, and how to use a cluster.
-        wait: if another run holds a store, wait for its end instead of raising an error.
+        wait: for other runs.
 
     Returns:
         One result per category and seed.
 
     Raises:
-        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, another run
-            holds a store, or OpenVINO is wanted and not installed.
+        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or OpenVINO is
+            wanted and not installed.
         DeviceError: if torch cannot use a GPU that Ray assigns.
         CutOffError: if no node came in time, or Ray failed.
     """

@@ -37,12 +37,9 @@ class WorkerSettings:
 
 
 def fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> FitResult:
-    """Fit, calibrate and publish one model. Return errors as failed results, so that the worker can go on.
+    """Fit, calibrate and publish one model; report each finished epoch, and messages for the log.
 
-    Args:
-        task: the model to fit.
-        settings: what this worker computes with, and may use.
-        report: called with each finished epoch, and with messages for the log.
+    Return errors as failed results, so that the worker can go on.
     """
     try:
         return FitResult(task, _fit_category(task, settings, report))

@@ -24,12 +24,9 @@ from stpm.method.teacher import to_device
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A trained student; empty if the recipe has no student.
+    """The weights of a trained student, on the CPU, all its epochs, and the one that the weights are from.
 
-    Args:
-        student: the student's weights, on the CPU.
-        history: all epochs of the training.
-        kept_epoch: the epoch that the weights are from.
+    It is empty if the recipe has no student.
     """
 
     student: StateDict | None = None

@@ -56,10 +56,10 @@ def run_worker_group(
     """Run all tasks on the connected cluster.
 
     Args:
-        tasks: the models to fit, at least one.
+        tasks: one or more.
         options: number of the workers, their RAM, and the time between checkpoints.
         resources: the CPU cores and GPUs that one worker takes.
-        arithmetic: one for all workers.
+        arithmetic: of all workers.
         scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
         on_event: called with each event, on one thread that is not the caller's.
 

@@ -133,11 +133,7 @@ def test_sample_distances_are_evenly_spaced_over_valid_positions() -> None:
     first, second = sample_distances(distances, valid)
     assert (len(first), first[0], first[-1]) == (1024, 0.0, 1199.0)
     assert second.tolist() == [distances[1, 7, 3].item()]
-
-
-def test_sample_distances_returns_all_of_a_small_map() -> None:
-    (maps,) = random_maps((5, 4))
-    for image, values in zip(maps, sample_distances(maps), strict=True):
+    for image, values in zip(distances[:, :5], sample_distances(distances[:, :5]), strict=True):
         np.testing.assert_array_equal(values, image.numpy().ravel())
 
 
@@ -223,7 +219,7 @@ def test_fuse_quantile_keeps_signal_of_one_part_among_noisy_ones(clear: int, hea
 # With the weight of 0.25, p-values of five images are valid at all rates but 0.5, where 0.56 of the images are below.
 @pytest.mark.parametrize(
     ("n", "draws", "student_weight"),
-    [(2, 1000, 0.5), (5, 1000, 0.5), (10, 500, 0.5), (40, 100, 0.5), (2, 1000, 0.25), (10, 500, 0.25), (40, 100, 0.25)],
+    [(2, 500, 0.5), (5, 500, 0.5), (40, 100, 0.5), (2, 500, 0.25), (10, 300, 0.25), (40, 100, 0.25)],
 )
 def test_p_values_of_new_normal_images_are_valid(n: int, draws: int, student_weight: float) -> None:
     """Images differ in how anomalous they look, in parts of different scale, shape and tail."""
