@@ -321,15 +321,8 @@ class Detector:
         `scales` are those of the distance maps; None: the detector's own.
         """
         valid = self.teacher.content_masks(content, [spatial_shape(d) for d in distances.maps])
-        total, *parts = fuse(
-            distances.student,
-            distances.memory,
-            self.distance_scales if scales is None else scales,
-            self.recipe.fusion,
-            self.recipe.student_weight,
-            self.teacher.preprocessing.input_shape,
-            valid,
-        )
+        scales = self.distance_scales if scales is None else scales
+        total, *parts = fuse(distances, scales, self.recipe, self.teacher.preprocessing.input_shape, valid)
         arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
         results = []
         for i, (whole, (left, top, right, bottom)) in enumerate(

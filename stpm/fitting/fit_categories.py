@@ -62,9 +62,8 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
 def count_good_images(categories: Sequence[mvtec.Category], recipe: Recipe) -> dict[str, tuple[int, int]]:
     """Count the good images of each category that has enough to fit on, and those that will calibrate its model."""
     counts = {category.name: len(category.train) for category in categories}
-    return {
-        name: (count, recipe.calibration_count(count)) for name, count in counts.items() if recipe.has_enough(count)
-    }
+    enough = {name: count for name, count in counts.items() if count >= recipe.min_images}
+    return {name: (count, recipe.calibration_count(count)) for name, count in enough.items()}
 
 
 def fit_categories(

@@ -22,7 +22,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stpm.method.recipe import FusionMethod
+from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale
 
 Float32Array = npt.NDArray[np.float32]
@@ -121,37 +121,29 @@ class AnomalyMap:
 
 
 def fuse(
-    student: Sequence[Tensor],
-    memory: Sequence[Tensor],
+    distances: Distances,
     scales: Sequence[DistanceScale],
-    method: FusionMethod,
-    student_weight: float,
+    recipe: Recipe,
     input_shape: tuple[int, int],
     valid: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Combine a model's distance maps into three (B, H, W) maps: the total, and what student and memory add to it.
+    """Combine distance maps by the recipe's fusion: the total, and what student and memory add to it, (B, H, W) each.
 
-    Args:
-        student: distance maps of the student's levels; empty without a student.
-        memory: distance maps of the memory banks; `product` and `sum` take none.
-        scales: scales of the student's levels, then of the banks; `product` and `sum` need none.
-        method: the recipe's fusion.
-        student_weight: weight of the student in (0, 1) where both are combined by `quantile`; the memory has the rest.
-        input_shape: height and width of the input, pixels.
-        valid: a mask for each map, student's first.
+    There are a scale and a mask for each of `distances.maps`. Fusion by `product` and `sum` needs no scales, and takes
+    no memory; by `quantile`, the student has the recipe's `student_weight`, and the memory the rest.
     """
-    maps = [*student, *memory]
-    if method == "product":
+    maps = list(distances.maps)
+    if recipe.fusion == "product":
         levels = [upsample(d, input_shape, v) for d, v in zip(maps, valid, strict=True)]
         return torch.stack(levels).prod(dim=0), None, None
-    if method == "quantile":
-        weights = _map_weights(len(student), len(memory), student_weight)
+    n = len(distances.student)
+    if recipe.fusion == "quantile":
+        weights = _map_weights(n, len(distances.memory), recipe.student_weight)
         maps = [(d - s.low) * (w / s.spread) for d, s, w in zip(maps, scales, weights, strict=True)]
-    n = len(student)
-    student_map = _add(maps[:n], valid[:n], input_shape) if student else None
-    memory_map = _add(maps[n:], valid[n:], input_shape) if memory else None
-    total = torch.stack([part for part in (student_map, memory_map) if part is not None]).sum(dim=0)
-    return total, student_map, memory_map
+    student = _add(maps[:n], valid[:n], input_shape) if distances.student else None
+    memory = _add(maps[n:], valid[n:], input_shape) if distances.memory else None
+    total = torch.stack([part for part in (student, memory) if part is not None]).sum(dim=0)
+    return total, student, memory
 
 
 def _map_weights(levels: int, banks: int, student_weight: float) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from stpm.method.calibration import Calibration
-from stpm.method.fusion import AnomalyMap, fuse, sample_distances, upsample
+from stpm.method.fusion import AnomalyMap, Distances, sample_distances, upsample
+from stpm.method.fusion import fuse as fuse_distances
 from stpm.method.loss import distance_map
-from stpm.method.recipe import FusionMethod
+from stpm.method.recipe import FusionMethod, Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
 from stpm.method.teacher import content_mask
 from tests.method.test_loss import boxes, features, reference_distance
@@ -34,6 +37,19 @@ def reference_upsample(distances: np.ndarray, input_shape: tuple[int, int]) -> n
 def random_maps(*shapes: tuple[int, int], images: int = 2, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(images, *shape, generator=generator) for shape in shapes]
+
+
+def fuse(
+    student: list[Tensor],
+    memory: list[Tensor],
+    scales: Sequence[DistanceScale],
+    method: FusionMethod,
+    student_weight: float,
+    input_shape: tuple[int, int],
+    valid: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    recipe = Recipe(fusion=method, student_weight=student_weight)
+    return fuse_distances(Distances(tuple(student), tuple(memory)), scales, recipe, input_shape, valid)
 
 
 def test_fuse_product_matches_paper() -> None:
