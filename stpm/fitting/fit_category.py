@@ -76,7 +76,7 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
         settings.device,
         arithmetic.backend,
     )
-    teacher = _keep_teacher(task.store, spec)
+    teacher = last_teacher(task.store, spec)
     computed_by = (teacher.preprocessing, teacher.precision, teacher.device.type, teacher.backend)
     fingerprint = "-".join(map(str, (task.fingerprint, *computed_by)))
 
@@ -106,6 +106,6 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
 
 
 @lru_cache(maxsize=1)
-def _keep_teacher(store: str, spec: TeacherSpec) -> Teacher:
-    """Load a teacher, and keep it for tasks in a row whose input is the same."""
+def last_teacher(store: str, spec: TeacherSpec) -> Teacher:
+    """Load a teacher, and keep the last one: tasks in a row often have the same input."""
     return load_teacher(ModelStore(store), spec)

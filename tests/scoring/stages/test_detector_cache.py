@@ -11,7 +11,6 @@ import torch
 
 from stpm.detector import Detector
 from stpm.errors import ImageError
-from stpm.fitting import fit_category
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.teacher import Teacher
 from stpm.models.store import Model, ModelStore
@@ -55,8 +54,6 @@ def test_categories_with_one_teacher_share_it(run: Path) -> None:
 def test_a_teacher_is_built_once_and_dropped_with_the_last_model_that_uses_it(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))
-    # A process that fits keeps its last teacher.
-    fit_category._keep_teacher.cache_clear()
     models = make_cache(tmp_path)
     in_use = models.teacher("nut")
     assert in_use.precision == "bfloat16"
