@@ -67,15 +67,20 @@ class TeacherSpec:
     @classmethod
     def of_model(cls, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> TeacherSpec:
         """Return the spec with which a stored model scores."""
-        return cls(
-            record.recipe.teacher,
-            record.recipe.levels,
+        recipe, digest, precision = (
+            record.recipe,
             record.teacher_digest,
-            record.preprocessing,
             arithmetic.precision_to_score(record.precision),
-            device,
-            arithmetic.backend,
         )
+        return cls(recipe.teacher, recipe.levels, digest, record.preprocessing, precision, device, arithmetic.backend)
+
+    @classmethod
+    def to_fit(
+        cls, recipe: Recipe, digest: str, preprocessing: Preprocessing, device: torch.device, arithmetic: Arithmetic
+    ) -> TeacherSpec:
+        """Return the spec with which a model is fitted."""
+        precision = arithmetic.precision_to_fit(recipe.precision)
+        return cls(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
 
 
 # Each lives as long as a detector that uses it.

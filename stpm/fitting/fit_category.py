@@ -64,18 +64,10 @@ def fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> F
 
 def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> ModelRecord:
     started = time.perf_counter()
-    store, recipe, arithmetic = ModelStore(task.store), task.recipe, settings.arithmetic
+    store, digest, uris = ModelStore(task.store), task.teacher_digest, [uri for uri, _ in task.train]
     storage.remove_unfinished(store.folder(task.category))
-    uris = [uri for uri, _ in task.train]
-    spec = TeacherSpec(
-        recipe.teacher,
-        recipe.levels,
-        task.teacher_digest,
-        preprocessing_for(recipe, uris),
-        arithmetic.precision_to_fit(recipe.precision),
-        settings.device,
-        arithmetic.backend,
-    )
+    preprocessing = preprocessing_for(task.recipe, uris)
+    spec = TeacherSpec.to_fit(task.recipe, digest, preprocessing, settings.device, settings.arithmetic)
     teacher = last_teacher(task.store, spec)
     computed_by = (teacher.preprocessing, teacher.precision, teacher.device.type, teacher.backend)
     fingerprint = "-".join(map(str, (task.fingerprint, *computed_by)))
@@ -86,13 +78,13 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
 
     detector = fit_detector(
         teacher,
-        recipe,
+        task.recipe,
         uris,
         report,
         started=started,
         ram=settings.ram,
         gpu_ram=settings.gpu_ram,
-        teacher_digest=task.teacher_digest,
+        teacher_digest=digest,
         data_fingerprint=task.data_fingerprint,
         checkpoint=checkpoint,
     )

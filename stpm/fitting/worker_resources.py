@@ -55,8 +55,8 @@ def scaling_config(
         ConfigError: if no worker fits, or without `elastic` fewer than `options.workers` and the tasks need.
     """
     fitting = resources.workers_on(nodes)
-    most = _max_workers(options, task_count)
-    wanted = most if options.workers else min(fitting, most)
+    largest = _max_workers(options, task_count)
+    wanted = largest if options.workers else min(fitting, largest)
     if fitting < 1 or (wanted > fitting and not elastic):
         have = join_first([f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes])
         raise ConfigError(
@@ -65,7 +65,7 @@ def scaling_config(
             "lower --workers, --cpus-per-worker or --gpus-per-worker"
         )
     return ScalingConfig(
-        num_workers=(1, most) if elastic else wanted,
+        num_workers=(1, largest) if elastic else wanted,
         use_gpu=resources.gpus > 0,
         resources_per_worker={"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {}),
         elastic_resize_monitor_interval_s=options.resize_seconds,

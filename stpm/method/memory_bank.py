@@ -62,8 +62,8 @@ class DescriptorSpec:
             features = self._average(features)
         else:
             weight = valid[:, None].float()
-            share = self._average(weight).clamp_min(1 / self.window**2)
-            features = self._average(features * weight) / share
+            valid_fraction = self._average(weight).clamp_min(1 / self.window**2)
+            features = self._average(features * weight) / valid_fraction
         if self.kind == "directions":
             features = normalize(features, dim=1)
         return features.permute(0, 2, 3, 1).contiguous()
