@@ -67,12 +67,9 @@ class TeacherSpec:
     @classmethod
     def of_model(cls, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> TeacherSpec:
         """Return the spec with which a stored model scores."""
-        recipe, digest, precision = (
-            record.recipe,
-            record.teacher_digest,
-            arithmetic.precision_to_score(record.precision),
-        )
-        return cls(recipe.teacher, recipe.levels, digest, record.preprocessing, precision, device, arithmetic.backend)
+        recipe, preprocessing, digest = record.recipe, record.preprocessing, record.teacher_digest
+        precision = arithmetic.precision_to_score(record.precision)
+        return cls(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
 
     @classmethod
     def to_fit(
