@@ -34,12 +34,13 @@ from stpm.data import mvtec
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import calibrate_detector
+from stpm.fitting.checkpoint import Checkpoint, FitState
 from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
-from stpm.fitting.train_student import FitState, train_student
+from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.calibration import threshold, threshold_rank
-from stpm.method.matching import matching_loss
+from stpm.method.loss import matching_loss
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import PRESETS, Recipe
 
@@ -52,7 +53,7 @@ Array = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass
-class EveryEpoch:
+class EveryEpoch(Checkpoint):
     """Checkpoints that keep no weights, but validation loss and score of some images after each epoch."""
 
     features: TeacherFeatures
@@ -86,7 +87,7 @@ class EveryEpoch:
             per_level = [_image_losses(*level) for level in levels]
             losses += np.mean(per_level, axis=0).tolist()
         self.losses.append(np.array(losses, np.float32))
-        self.scores.append(calibrate_detector(detector, features, self.others, _RAM_BUDGET).scores)
+        self.scores.append(calibrate_detector(detector, features, self.others)[0])
 
 
 def _image_losses(teacher: Tensor, student: Tensor, valid: Tensor | None) -> list[float]:
@@ -164,7 +165,7 @@ def main() -> None:
             recipe = dataclasses.replace(recipe, epochs=recipe.for_image_count(arguments.images).epochs)
             preprocessing = preprocessing_for(recipe, uris)
             frozen, good = teacher_from(recipe, preprocessing), load_images(uris, preprocessing, _RAM_BUDGET)
-            features = TeacherFeatures(frozen, good, _RAM_BUDGET)
+            features = TeacherFeatures(frozen, good, _RAM_BUDGET, _RAM_BUDGET)
             for seed in arguments.seeds:
                 settings = {"category": name, "choice": choice, "seed": seed} | common
                 seeded = dataclasses.replace(recipe, seed=seed)

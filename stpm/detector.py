@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import overload
+from typing import NoReturn, overload
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -30,7 +30,7 @@ from stpm.method.backbones import Backbone, StateDict, load_backbone
 from stpm.method.calibration import Calibration
 from stpm.method.device import device_capabilities, is_out_of_memory, local_device
 from stpm.method.fusion import AnomalyMap, Distances, fuse
-from stpm.method.matching import distance_map
+from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
@@ -51,16 +51,9 @@ _BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What a teacher is made from. Detectors whose specs are equal share one teacher.
+    """What a teacher is made from: its name and levels in the recipe, the SHA-256 of its weights, and what computes it.
 
-    Args:
-        name: the recipe's teacher.
-        levels: the recipe's pyramid levels.
-        digest: of the weights.
-        preprocessing: of the images.
-        precision: of the forward pass.
-        device: that computes it.
-        backend: that computes it.
+    Detectors whose specs are equal share one teacher.
     """
 
     name: str
@@ -74,19 +67,39 @@ class TeacherSpec:
     @classmethod
     def of_model(cls, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> TeacherSpec:
         """Return the spec with which a stored model scores."""
-        return cls(
-            record.recipe.teacher,
-            record.recipe.levels,
-            record.teacher_digest,
-            record.preprocessing,
-            arithmetic.precision_to_score(record.precision),
-            device,
-            arithmetic.backend,
-        )
+        recipe, preprocessing, digest = record.recipe, record.preprocessing, record.teacher_digest
+        precision = arithmetic.precision_to_score(record.precision)
+        return cls(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
+
+    @classmethod
+    def to_fit(
+        cls, recipe: Recipe, digest: str, preprocessing: Preprocessing, device: torch.device, arithmetic: Arithmetic
+    ) -> TeacherSpec:
+        """Return the spec with which a model is fitted."""
+        precision = arithmetic.precision_to_fit(recipe.precision)
+        return cls(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
 
 
 # Each lives as long as a detector that uses it.
 _teachers: WeakValueDictionary[TeacherSpec, Teacher] = WeakValueDictionary()
+
+
+def share_teacher(spec: TeacherSpec, load_backbone: Callable[[], Backbone]) -> Teacher:
+    """Return the teacher of another detector of this process whose spec is equal, or else make one."""
+    teacher = _teachers.get(spec)
+    if not teacher:
+        teacher = Teacher(load_backbone(), spec.preprocessing, spec.device, spec.precision, spec.backend)
+        _teachers[spec] = teacher
+    return teacher
+
+
+def load_teacher(store: ModelStore, spec: TeacherSpec) -> Teacher:
+    """Load a teacher from a store, unless a detector of this process has it; raise ModelError if that fails."""
+    return share_teacher(spec, lambda: store.load_teacher(spec.name, spec.levels, spec.digest))
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise ModelError("only detectors of stpm.fit and stpm.load have a history and can be saved")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,8 +117,8 @@ class Detector:
         distance_scales: scale of each distance map, in the order of `Distances.maps`; only fusion by quantiles has any.
         calibration: scores of good images; None: not calibrated yet, so that it gives distances and maps alone.
         model_record: what is known of the model besides its weights; None: not calibrated yet.
-        publish: writes the model to a store, under a category's name, and returns its record; None: it cannot be saved.
-        read_history: reads what `history` returns; None: it cannot be had.
+        publish: writes the model to a store, under a category's name, and returns its record.
+        read_history: reads what `history` returns.
     """
 
     teacher: Teacher
@@ -115,8 +128,8 @@ class Detector:
     distance_scales: tuple[DistanceScale, ...] = ()
     calibration: Calibration | None = None
     model_record: ModelRecord | None = None
-    publish: Callable[[ModelStore, str], ModelRecord] | None = None
-    read_history: Callable[[], pa.Table] | None = None
+    publish: Callable[[ModelStore, str], ModelRecord] = _refuse
+    read_history: Callable[[], pa.Table] = _refuse
 
     @classmethod
     def assemble(
@@ -129,15 +142,8 @@ class Detector:
     ) -> Detector:
         """Bring student and memory to the teacher's device and backend. The detector is not calibrated.
 
-        Args:
-            teacher: the frozen teacher.
-            recipe: of the fit.
-            student: the student's weights, by name; None if there is none.
-            memory: the memory banks.
-            origin: where the student's weights come from, for errors.
-
         Raises:
-            ModelError: if the student's weights do not match the teacher's architecture.
+            ModelError: if the student's weights do not match the teacher's architecture; it names their `origin`.
         """
         compiled = None
         if student is not None:
@@ -173,8 +179,6 @@ class Detector:
         Raises:
             ModelError: if a loaded detector's store no longer has them.
         """
-        if not self.read_history:
-            raise ModelError("only detectors of stpm.fit and stpm.load have a history")
         return self.read_history()
 
     def __repr__(self) -> str:
@@ -201,8 +205,8 @@ class Detector:
         """Score one image, or many one after the other, of which a few are in memory at a time.
 
         Args:
-            images: a path, a URI, the bytes of a file, a PIL image or an array, see
-                `stpm.data.pictures.Picture`; or many of them.
+            images: a path, a URI, the bytes of a file, a PIL image or an array, see `stpm.data.pictures.Picture`; or
+                many of them.
             false_alarm_rate: fraction of good images to call anomalous at most, in (0, 1). n calibration images support
                 no rate below 1/(n+1).
 
@@ -231,11 +235,17 @@ class Detector:
         while batch := list(islice(remaining, _BATCH_SIZE)):
             outcomes = [self._decode(image) for image in batch]
             decoded = [outcome for outcome in outcomes if isinstance(outcome, Decoded)]
-            with _no_memory_as_model_error():
-                scored = iter(self.score_decoded(decoded, false_alarm_rate))
+            scored: Iterator[Result] = iter(())
+            if decoded:
+                sizes = [(each.width, each.height) for each in decoded]
+                with _no_memory_as_model_error(), torch.inference_mode():
+                    inputs = self.teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
+                    scored = iter(self.score_inputs(inputs, sizes, false_alarm_rate))
             for image, outcome in zip(batch, outcomes, strict=True):
-                result = Result(error=outcome) if isinstance(outcome, ImageError) else next(scored)
-                yield dataclasses.replace(result, picture=image)
+                if isinstance(outcome, ImageError):
+                    yield Result(picture=image, error=outcome)
+                else:
+                    yield dataclasses.replace(next(scored), picture=image, statistics=outcome.statistics)
 
     def _decode(self, image: Picture) -> Decoded | ImageError:
         try:
@@ -244,18 +254,6 @@ class Detector:
             name = pictures.name_of(image)
             return ImageError(error.kind, f"{name}: {error}" if name else str(error))
 
-    @torch.inference_mode()
-    def score_decoded(self, images: Sequence[Decoded], false_alarm_rate: float) -> list[Result]:
-        """Score images of model size in one batch."""
-        if not images:
-            return []
-        inputs = self.teacher.inputs(torch.from_numpy(np.stack([image.pixels for image in images])))
-        results = self.score_inputs(inputs, [(image.width, image.height) for image in images], false_alarm_rate)
-        return [
-            dataclasses.replace(result, statistics=image.statistics)
-            for result, image in zip(results, images, strict=True)
-        ]
-
     def score_inputs(
         self,
         inputs: Tensor,
@@ -263,34 +261,27 @@ class Detector:
         false_alarm_rate: float,
         features: Sequence[Tensor] = (),
     ) -> list[Result]:
-        """Score one batch.
-
-        Args:
-            inputs: (B, 3, H, W) float32, from `Teacher.inputs`.
-            sizes: width and height of each image itself, pixels.
-            false_alarm_rate: for the threshold.
-            features: the teacher's features of the batch; empty: compute them.
-        """
+        """Score one batch of images with these sizes (width, height), given as `distances` has them."""
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
         calibration = self.calibration
         preprocessing = self.teacher.preprocessing
         content = preprocessing.content_boxes(sizes)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
-        parts = [each.score(self.recipe.top_fraction) for each in maps]
-        p_values = calibration.p_values(np.array([part.total for part in parts], np.float32))
+        scores = [each.score(self.recipe.top_fraction) for each in maps]
+        p_values = calibration.p_values(np.array([score.total for score in scores], np.float32))
         threshold = np.float32(calibration.threshold(false_alarm_rate))
         results = []
-        for (width, height), anomaly_map, part, p_value in zip(sizes, maps, parts, p_values, strict=True):
-            values, score = anomaly_map.total, np.float32(part.total)
+        for (width, height), anomaly_map, score, p_value in zip(sizes, maps, scores, p_values, strict=True):
+            values, total = anomaly_map.total, np.float32(score.total)
             y, x = divmod(int(values.argmax()), values.shape[1])
             results.append(
                 Result(
-                    score=float(score),
-                    student_score=part.student,
-                    memory_score=part.memory,
+                    score=float(total),
+                    student_score=score.student,
+                    memory_score=score.memory,
                     p_value=float(p_value),
-                    is_anomalous=bool(score > threshold),
+                    is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
                     area=float((values > threshold).mean()),
@@ -311,7 +302,7 @@ class Detector:
         Args:
             inputs: (B, 3, H, W) float32, from `Teacher.inputs`.
             content: (B, 4) int32 content boxes of the same images.
-            features: their features by the teacher, one (B, Cₗ, Hₗ, Wₗ) tensor per level; empty: compute them.
+            features: the teacher's, one (B, Cₗ, Hₗ, Wₗ) tensor per level; empty: compute them.
         """
         features = features or self.teacher(inputs)
         student: tuple[Tensor, ...] = ()
@@ -327,23 +318,13 @@ class Detector:
     def anomaly_maps(
         self, distances: Distances, content: Boxes, scales: Sequence[DistanceScale] | None = None
     ) -> list[AnomalyMap]:
-        """Fuse distances into one smoothed anomaly map per image, cut to the image's content box.
+        """Fuse distances of B images into one smoothed anomaly map per image, cut to the image's content box, (B, 4).
 
-        Args:
-            distances: distances of B images.
-            content: (B, 4) int32 content boxes of the same images.
-            scales: scale of each distance map; None: the detector's own.
+        `scales` are those of the distance maps; None: the detector's own.
         """
         valid = self.teacher.content_masks(content, [spatial_shape(d) for d in distances.maps])
-        total, *parts = fuse(
-            distances.student,
-            distances.memory,
-            self.distance_scales if scales is None else scales,
-            self.recipe.fusion,
-            self.recipe.student_weight,
-            self.teacher.preprocessing.input_shape,
-            valid,
-        )
+        scales = self.distance_scales if scales is None else scales
+        total, *parts = fuse(distances, scales, self.recipe, self.teacher.preprocessing.input_shape, valid)
         arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
         results = []
         for i, (whole, (left, top, right, bottom)) in enumerate(
@@ -356,14 +337,10 @@ class Detector:
         return results
 
     def evaluate(self, folder: str | os.PathLike[str], *, false_alarm_rate: float = 0.01) -> CategoryMetrics:
-        """Score labelled images, and measure as the benchmark's report does, with masks at model size.
+        """Score labelled images, and return metrics as the benchmark's report has them, shown as a table.
 
-        Args:
-            folder: path or URI of a category's folder `test` in the MVTec AD layout; masks are read beside it.
-            false_alarm_rate: for recall and false alarms.
-
-        Returns:
-            The metrics, shown as a table.
+        `folder` is the path or URI of a category's folder `test` in the MVTec AD layout; masks are read beside it, and
+        compared at model size.
 
         Raises:
             DataError: if there are no test images, or a mask cannot be read.
@@ -409,20 +386,13 @@ class Detector:
     def save(self, store: str | os.PathLike[str], category: str) -> ModelRecord:
         """Publish the model as a new version of a category, as the fit job does, and make it the current one.
 
-        Args:
-            store: path or URI of a model store; it is made where it is missing.
-            category: name of the category.
-
-        Returns:
-            The model's record, as it is stored.
+        The store, a path or URI, is made where it is missing. Return the model's record, as it is stored.
 
         Raises:
             ConfigError: if another process holds the store, such as a fit.
             DataError: if the category's name is not allowed in a path.
             ModelError: if the model cannot be read from where it was loaded.
         """
-        if not self.publish:
-            raise ModelError("only detectors of stpm.fit and stpm.load can be saved")
         models = ModelStore(os.fspath(store))
         with hold_lease(models.uri, wait=False):
             return self.publish(models, category)
@@ -434,8 +404,8 @@ def load(
     """Load a model from a store.
 
     Args:
-        store: path or URI of the model store.
-        category: name of the model's category; "": the only one in the store.
+        store: a path or URI.
+        category: "": the only one in the store.
         version: id of one of the category's models; "": the current one.
         backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
             where it is installed.
@@ -457,7 +427,9 @@ def load(
     if warning := warn_of_other_arithmetic(arithmetic, [(model.record.fit.backend, model.record.precision)]):
         log.warning(warning)
     with _no_memory_as_model_error():
-        detector = Detector.from_model(model, load_teacher(models, model.record, device, arithmetic))
+        detector = Detector.from_model(
+            model, load_teacher(models, TeacherSpec.of_model(model.record, device, arithmetic))
+        )
     return dataclasses.replace(
         detector,
         publish=lambda target, name: target.copy_model(models, model.record, name),
@@ -477,25 +449,3 @@ def _no_memory_as_model_error() -> Iterator[None]:
             f"no memory for the model or its images ({one_line(error)}); try again when other processes have ended, or "
             "on the CPU with CUDA_VISIBLE_DEVICES="
         ) from error
-
-
-def load_teacher(models: ModelStore, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> Teacher:
-    """Load the teacher of a model, unless a detector of this process has it.
-
-    Raises:
-        ModelError: if it cannot be loaded.
-    """
-
-    def load_backbone() -> Backbone:
-        return models.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-
-    return share_teacher(TeacherSpec.of_model(record, device, arithmetic), load_backbone)
-
-
-def share_teacher(spec: TeacherSpec, load_backbone: Callable[[], Backbone]) -> Teacher:
-    """Return the teacher of another detector of this process whose spec is equal, or else make one."""
-    teacher = _teachers.get(spec)
-    if not teacher:
-        teacher = Teacher(load_backbone(), spec.preprocessing, spec.device, spec.precision, spec.backend)
-        _teachers[spec] = teacher
-    return teacher

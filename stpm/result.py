@@ -28,8 +28,7 @@ class Result:
 
     Args:
         score: mean of the anomaly map's highest values; larger is more anomalous. NaN with an error.
-        student_score: the student's part of the score; None if the score is not a sum.
-        memory_score: the memory's part of the score; None if the score is not a sum.
+        student_score, memory_score: their parts of the score; None if the score is not a sum.
         p_value: conformal p-value against held-out good images, in (0, 1]. NaN with an error.
         is_anomalous: score > threshold.
         threshold: score above which an image is called anomalous. NaN with an error.
@@ -38,9 +37,7 @@ class Result:
         size: width and height of the image itself, pixels.
         seen: left, top, right and bottom of the part of the image that the model sees, pixels of the image itself.
         model_map: (h, w) float32, the anomaly map of that part at model size, as the jobs store it.
-        heatmap_scale: of the model.
-        seed: of the model's recipe.
-        model_id: of the model.
+        heatmap_scale, seed, model_id: of the model.
         statistics: of the image itself.
         picture: the image as it was given.
         error: why the image could not be scored; None if it was.

@@ -32,6 +32,9 @@ from tests.datasets import make_category
 from tests.fitting.test_fit_category import contents, stored_model, task_in
 from tests.scoring.stages.helpers import CATEGORIES, make_run, manifest, score
 
+# An image of a run.
+GOOD = "data/nut/test/good/000.png"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -86,8 +89,8 @@ def test_the_teacher_runs_once_for_a_batch_of_three_categories(run: Path, monkey
     assert len({detector.teacher for detector in loaded}) == 1
 
 
-def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path) -> None:
-    path = run / "data" / "nut" / "test" / "good" / "000.png"
+def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path, rng: np.random.Generator) -> None:
+    path = run / GOOD
     with Image.open(path) as image:
         image.load()
         rgb = np.asarray(image)
@@ -96,9 +99,7 @@ def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path) ->
     grey = rgb[..., 0]
     alike = {nut.score(form).score for form in (grey, grey[..., None], np.dstack([grey] * 3), grey.astype("u2") * 257)}
     assert len(scores) == len(alike) == 1
-
-
-def test_16_bit_arrays_are_converted_as_files_are(nut: Detector, rng: np.random.Generator) -> None:
+    # 16 bits are converted as those of files are.
     wide = rng.integers(0, 2**16, (48, 40), dtype=np.uint16)
     sink = io.BytesIO()
     Image.fromarray(wide).save(sink, "PNG")
@@ -123,7 +124,7 @@ def test_a_picture_that_cannot_be_scored_raises_alone_and_is_a_result_among_othe
 ) -> None:
     with pytest.raises(stpm.ImageError, match=message):
         nut.score(picture)
-    good = str(run / "data" / "nut" / "test" / "good" / "000.png")
+    good = str(run / GOOD)
     first, second, third = nut.score([good, picture, good])
     assert first.score == third.score == pytest.approx(nut.score(good).score, rel=1e-4)
     assert second.error
@@ -149,7 +150,7 @@ def test_many_pictures_are_scored_a_few_at_a_time(nut: Detector, rng: np.random.
 
 
 def test_the_threshold_follows_the_rate(nut: Detector, run: Path) -> None:
-    path = str(run / "data" / "nut" / "test" / "good" / "000.png")
+    path = str(run / GOOD)
     scores = np.sort(ModelStore(str(run / "models")).load("nut").calibration.scores)
     assert nut.score(path).threshold == scores[-1]
     assert nut.score(path, false_alarm_rate=0.99).threshold == scores[0]

@@ -62,12 +62,7 @@ def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpe
 
 
 def choose_levels(recipe: Recipe, channels: Sequence[int]) -> list[int]:
-    """Return the indices of the levels with memory banks: the recipe's, or those with enough channels.
-
-    Args:
-        recipe: its levels and memory levels are used.
-        channels: of each of its levels.
-    """
+    """Return the indices of the levels with memory banks: the recipe's, or those with enough channels."""
     if recipe.memory_levels:
         return [recipe.levels.index(level) for level in recipe.memory_levels]
     wide = [index for index, count in enumerate(channels) if count >= _MIN_CHANNELS]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -24,12 +22,11 @@ from stpm.data.mvtec import is_image
 from stpm.data.pictures import Picture
 from stpm.detector import Detector, TeacherSpec, share_teacher
 from stpm.errors import DataError
-from stpm.fitting.fit_category import WorkerSettings, compute_features
-from stpm.fitting.fit_detector import FittedModel, fit_detector
+from stpm.fitting.fit_detector import fit_detector
 from stpm.fitting.task import Epoch, FitWarning, fingerprint
 from stpm.fitting.training_images import preprocessing_for
 from stpm.method.arithmetic import choose_arithmetic
-from stpm.method.backbones import StateDict, load_backbone, serialise
+from stpm.method.backbones import load_backbone, serialise
 from stpm.method.device import device_capabilities, local_device
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.method.teacher_weights import load_teacher_weights
@@ -62,9 +59,9 @@ def fit(
         recipe: how to fit; None: that of the preset. To change some of its values:
             `dataclasses.replace(stpm.PRESETS["default"], size=256)`.
         preset: `default`, `paper` or `notebook`; used without a recipe.
-        teacher: replaces the recipe's teacher: ARCHITECTURE.TAG of timm, or `demo`, the packaged one.
-        teacher_weights: replaces the recipe's weights of the teacher: a file, or `random`.
-        seed: replaces the recipe's seed.
+        teacher: replaces the recipe's: ARCHITECTURE.TAG of timm, or `demo`, the packaged one.
+        teacher_weights: replaces the recipe's: a file, or `random`.
+        seed: replaces the recipe's.
         backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
             where it is installed.
         progress: show a progress bar.
@@ -86,13 +83,10 @@ def fit(
     ).for_image_count(len(listed))
     recipe.check_image_count(len(listed))
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    digest = storage.digest(serialise(weights))
     device = local_device()
     arithmetic = choose_arithmetic([device_capabilities(device)], backend)
-    preprocessing = preprocessing_for(recipe, listed)
-    precision = arithmetic.precision_to_fit(recipe.precision)
-    digest = storage.digest(serialise(weights))
-    spec = TeacherSpec(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
-    frozen = share_teacher(spec, lambda: load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher))
+    spec = TeacherSpec.to_fit(recipe, digest, preprocessing_for(recipe, listed), device, arithmetic)
     epochs = 0 if recipe.student == "none" else recipe.epochs
     with tqdm(total=epochs + 1, desc="fit", disable=not progress) as bar:
 
@@ -105,27 +99,25 @@ def fit(
             else:
                 log.info(event)
 
-        settings = WorkerSettings(device, arithmetic, _free_ram(), _free_gpu_ram(device), checkpoint_seconds=math.inf)
-        features = compute_features(frozen, listed, settings, report)
-        fitted = fit_detector(
-            features,
+        detector = fit_detector(
+            share_teacher(spec, lambda: load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)),
             recipe,
-            [pictures.name_of(picture) or f"image {number}" for number, picture in enumerate(listed)],
+            listed,
             report,
             started=started,
-            distance_budget=settings.distance_budget(features),
+            ram=_free_ram(),
+            gpu_ram=_free_gpu_ram(device),
             teacher_digest=digest,
+            data_fingerprint=fingerprint(versions),
         )
         # The last step: calibrated.
         bar.update()
-    return dataclasses.replace(fitted.detector, publish=partial(_publish, fitted, weights, fingerprint(versions)))
 
+    def publish(store: ModelStore, category: str) -> ModelRecord:
+        store.put_teacher(weights)
+        return detector.publish(store, category)
 
-def _publish(
-    fitted: FittedModel, weights: StateDict, data_fingerprint: str, store: ModelStore, category: str
-) -> ModelRecord:
-    store.put_teacher(weights)
-    return store.save(dataclasses.replace(fitted.record, category=category), fitted.files, data_fingerprint)
+    return dataclasses.replace(detector, publish=publish)
 
 
 def _list(images: str | os.PathLike[str] | Iterable[Picture]) -> list[tuple[Picture, str]]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from stpm import storage
 from stpm.cluster.connection import connected
@@ -15,9 +15,8 @@ from stpm.cluster.placement import nodes_for_plan
 from stpm.cluster.ray_failures import cut_off_by_ray
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
-from stpm.errors import DataError
+from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError
 from stpm.fitting.options import WorkerOptions
-from stpm.fitting.planning import plan_fit
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import choose_normalisation
@@ -27,18 +26,16 @@ from stpm.lease import hold_lease
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
+from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.models.versions import Version
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
 
 
 def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Category], dict[str, str]]:
-    """List the images of each category; return the usable categories, and the reason by name for the others.
-
-    Args:
-        root: URI of the data set.
-        wanted: names of the categories to read; empty: all.
+    """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
     Raises:
         DataError: if the data set is missing or empty, or a wanted category does not exist.
@@ -65,9 +62,8 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
 def count_good_images(categories: Sequence[mvtec.Category], recipe: Recipe) -> dict[str, tuple[int, int]]:
     """Count the good images of each category that has enough to fit on, and those that will calibrate its model."""
     counts = {category.name: len(category.train) for category in categories}
-    return {
-        name: (count, recipe.calibration_count(count)) for name, count in counts.items() if recipe.has_enough(count)
-    }
+    enough = {name: count for name, count in counts.items() if count >= recipe.min_images}
+    return {name: (count, recipe.calibration_count(count)) for name, count in enough.items()}
 
 
 def fit_categories(
@@ -80,22 +76,22 @@ def fit_categories(
 ) -> list[FitResult]:
     """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
-    Hold a lease on each store meanwhile.
+    Hold a lease on each store meanwhile; if another run holds one, `wait` for its end or raise ConfigError.
 
     Args:
-        categories: the categories to fit, with their training images.
-        recipe: recipe of all models; its seed is not used.
+        categories: with their training images.
+        recipe: of all models; its seed is not used.
         stores: URI of the model store, by seed.
         workers: number and resources of the workers.
         cluster: what computes, and how to use a cluster.
-        wait: if another run holds a store, wait for its end instead of raising an error.
+        wait: for other runs.
 
     Returns:
         One result per category and seed.
 
     Raises:
-        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, another run
-            holds a store, or OpenVINO is wanted and not installed.
+        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or OpenVINO is
+            wanted and not installed.
         DeviceError: if torch cannot use a GPU that Ray assigns.
         CutOffError: if no node came in time, or Ray failed.
     """
@@ -111,7 +107,7 @@ def fit_categories(
             for category in categories:
                 seeded = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
                 tasks.append(FitTask(category.name, category.train, seeded, store.uri, digest))
-        planned = storage.in_parallel(plan_fit, tasks)
+        planned = storage.in_parallel(_plan, tasks)
         results = [result for result in planned if result]
         unfinished = [task for task, result in zip(tasks, planned, strict=True) if not result]
         if unfinished:
@@ -122,3 +118,76 @@ def fit_categories(
                 arithmetic = choose_arithmetic(examine_devices(gpus=resources.gpus > 0), cluster.backend)
                 results += run_worker_group(unfinished, workers, resources, arithmetic, scratch, progress)
         return results
+
+
+def _plan(task: FitTask) -> FitResult | None:
+    """Return the result of a task that fails at once, or whose model is there already; None if a worker must fit it."""
+    try:
+        task.recipe.check_image_count(len(task.train))
+        record = _reused_model(task)
+    except (DataError, ModelUnreadableError) as error:
+        # A model that cannot be read may be intact: do not replace it.
+        log.error(f"{task.key}: failed: {error}", extra={"category": task.category})
+        return FitResult(task, reason=str(error))
+    return FitResult(task, record) if record else None
+
+
+def _reused_model(task: FitTask) -> ModelRecord | None:
+    """Return the current model if it need not be fitted again; else say what its successor replaces."""
+    store = ModelStore(task.store)
+    try:
+        versions = store.versions(task.category)
+        # A model is reused even if images were added to its calibration since.
+        if model := existing_model(task, (versions.current,)):
+            _log(task, f"model {model.model_id} is there already, with this recipe and these images")
+            return model
+        current = store.record(task.category, versions.current.model_id)
+    except NoModelError:
+        return None
+    except ModelDamagedError as error:
+        _log(task, f"fitted again: {error}")
+        return None
+    if model := existing_model(task, versions.next):
+        _log(
+            task,
+            f"model {model.model_id}, of this recipe and these images, was rolled back, and {current.model_id} stays "
+            f"current. To roll forward: {store.roll_command(task.category, '--roll-forward')}",
+        )
+        return current
+    if replaced := versions.describe_replaced():
+        _log(task, replaced)
+    if added := len(current.added_images):
+        _log(
+            task,
+            f"a new model begins without the images that were added to {current.model_id} ({added}): give their tables "
+            "to --add-good again",
+        )
+    return None
+
+
+def existing_model(task: FitTask, versions: Sequence[Version]) -> ModelRecord | None:
+    """Return the model that the task would make again, if it is among these versions, and its files have their sizes.
+
+    Raises:
+        ModelUnreadableError: if storage failed: the model may be there, and intact.
+    """
+    store = ModelStore(task.store)
+    for version in versions:
+        if version.data_fingerprint != task.data_fingerprint:
+            continue
+        with suppress(ModelDamagedError):
+            record = store.record(task.category, version.model_id)
+            if (record.recipe, record.teacher_digest) == (task.recipe, task.teacher_digest):
+                break
+    else:
+        return None
+    try:
+        store.check_sizes(record)
+    except ModelDamagedError as error:
+        _log(task, f"fitted again: {error}")
+        return None
+    return record
+
+
+def _log(task: FitTask, message: str) -> None:
+    log.info(f"{task.key}: {message}", extra={"category": task.category})

@@ -1,88 +1,88 @@
-"""Fit and calibrate one detector on decoded images. No Ray, no storage."""
+"""Fit and calibrate one detector in this process. No Ray, and no store unless the detector is published."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from stpm.data import pictures
+from stpm.data.pictures import Picture
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import calibrate_detector, cross_validate_scores
-from stpm.fitting.image_problems import find_image_problems, find_outlier
-from stpm.fitting.splits import Indices, split_images
+from stpm.fitting.calibrate import calibrate_detector, cross_validate_scores, find_outlier
+from stpm.fitting.checkpoint import Checkpoint
+from stpm.fitting.splits import split_images
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import Checkpoints, train_student
+from stpm.fitting.train_student import train_student
+from stpm.fitting.training_images import load_images
 from stpm.method.calibration import Calibration
-from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
+from stpm.method.teacher import Teacher
 from stpm.models.record import FitRecord, ModelRecord
-from stpm.models.store import describe_files, encode_model
+from stpm.models.store import ModelStore, describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
 
 
-@dataclass(frozen=True)
-class FittedModel:
-    """A fitted detector, and all that a store keeps of it: the contents of its files, by name."""
-
-    detector: Detector
-    record: ModelRecord
-    files: dict[str, bytes]
-
-
 def fit_detector(
-    features: TeacherFeatures,
+    teacher: Teacher,
     recipe: Recipe,
-    images: Sequence[str],
+    images: Sequence[Picture],
     report: Reporter,
     *,
     started: float,
-    distance_budget: int,
-    category: str = "",
-    teacher_digest: str = "",
-    checkpoints: Sequence[Checkpoints | None] = (),
-) -> FittedModel:
-    """Train the student, build the memory, and calibrate.
+    ram: int,
+    gpu_ram: int,
+    teacher_digest: str,
+    data_fingerprint: str,
+    checkpoint: Callable[[int], Checkpoint | None] = lambda number: None,
+) -> Detector:
+    """Decode the images, train the student, build the memory, and calibrate.
 
     Args:
-        features: the good images, and the teacher.
+        teacher: the frozen teacher, with the preprocessing.
         recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
-        images: name of each image, for messages.
+        images: the good images.
         report: called with each finished epoch, and with messages for the log.
         started: when the fit began, `time.perf_counter()`.
-        distance_budget: bytes of RAM for cached distance maps.
-        category: name of the model's category.
-        teacher_digest: digest of the teacher's weights.
-        checkpoints: one for the student, then one for the student of each calibration fold; empty: save none.
+        ram: bytes of RAM for decoded images (beyond it they go to a file), and on a CPU for the teacher's features,
+            and for distance maps (beyond it they are computed again).
+        gpu_ram: bytes of a GPU's memory for the teacher's features.
+        teacher_digest: SHA-256 of the teacher's weights.
+        data_fingerprint: of the images, see `stpm.fitting.task.fingerprint`; a store keeps it.
+        checkpoint: makes that of a student by its number: 0 is the model's, 1 that of the first calibration fold.
+
+    Returns:
+        The detector, which can be published to a store that has its teacher. Its record names no category.
 
     Raises:
         ConfigError: if a level has a single position.
-        DataError: if there are too few images.
+        DataError: if there are too few images, or some cannot be read.
         DivergedError: if a loss is not finite.
     """
-    teacher = features.teacher
-    train, held_out = split_images(len(features.images), recipe)
-    for problem in find_image_problems(features.images, teacher.preprocessing):
+    features = _load(teacher, images, report, ram, gpu_ram)
+    train, held_out = split_images(len(images), recipe)
+    for problem in features.images.find_problems(teacher.preprocessing):
         report(FitWarning(problem))
-    folds = recipe.fold_count(len(features.images))
-    saved = [*checkpoints] or [None] * (1 + folds)
-    memory = _build_memory(features, train, recipe, report)
-    trained = train_student(features, train, held_out, recipe, report, saved[0])
+    started_memory = time.perf_counter()
+    if memory := build_memory(features, train, recipe):
+        count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started_memory
+        report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
+    trained = train_student(features, train, held_out, recipe, report, checkpoint(0))
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
-    scores, heatmap_scale, distance_scales = calibrate_detector(detector, features, held_out, distance_budget)
+    scores, heatmap_scale, distance_scales = calibrate_detector(detector, features, held_out)
     calibrating = held_out
-    if folds:
+    if folds := recipe.fold_count(len(images)):
         report(f"fitting {folds} more models, to calibrate on every image")
-        scores = cross_validate_scores(features, recipe, saved[1:], distance_budget)
+        scores = cross_validate_scores(features, recipe, [checkpoint(1 + fold) for fold in range(folds)])
         calibrating = np.arange(len(scores))
-    if outlier := find_outlier(scores, [images[i] for i in calibrating]):
+    if outlier := find_outlier(scores, [pictures.name_of(images[i]) or f"image {i}" for i in calibrating]):
         report(FitWarning(outlier))
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
@@ -94,7 +94,7 @@ def fit_detector(
         history,
     )
     record = ModelRecord(
-        category=category,
+        category="",
         recipe=recipe,
         preprocessing=teacher.preprocessing,
         precision=teacher.precision,
@@ -114,22 +114,31 @@ def fit_detector(
         ),
         files=describe_files(files),
     )
-    calibrated = dataclasses.replace(
+
+    def publish(store: ModelStore, category: str) -> ModelRecord:
+        return store.save(dataclasses.replace(record, category=category), files, data_fingerprint)
+
+    return dataclasses.replace(
         detector,
         distance_scales=distance_scales,
         calibration=Calibration(np.sort(scores), heatmap_scale),
         model_record=record,
+        publish=publish,
         read_history=lambda: history,
     )
-    return FittedModel(calibrated, record, files)
 
 
-def _build_memory(
-    features: TeacherFeatures, train: Indices, recipe: Recipe, report: Reporter
-) -> tuple[MemoryBank, ...]:
-    start = time.perf_counter()
-    memory = build_memory(features, train, recipe)
-    if memory:
-        count = sum(len(bank.vectors) for bank in memory)
-        report(f"memory of {count} vectors in {len(memory)} banks, in {time.perf_counter() - start:.1f} s")
-    return memory
+def _load(teacher: Teacher, pictures: Sequence[Picture], report: Reporter, ram: int, gpu_ram: int) -> TeacherFeatures:
+    """Decode images, and compute a teacher's features of them if they fit into the memory."""
+    started = time.perf_counter()
+    images = load_images(pictures, teacher.preprocessing, ram)
+    seconds = time.perf_counter() - started
+    features = TeacherFeatures(teacher, images, ram, gpu_ram)
+    smallest, largest = (f"{scale:.0%}" for scale in images.scale_range(teacher.preprocessing))
+    report(
+        f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
+        f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); input "
+        f"{teacher.preprocessing.size_text}, at {smallest if smallest == largest else f'{smallest} to {largest}'} of "
+        f"the images' size; {teacher.precision}, {teacher.backend}"
+    )
+    return features

@@ -24,9 +24,7 @@ MAX_NODE_LOSSES = 10
 class TaskQueue:
     """The tasks that wait, are quarantined or run, and the events of all tasks. It lives in one actor.
 
-    Args:
-        tasks: all tasks of the run.
-        living_nodes: returns the ids of the nodes that are alive now.
+    `living_nodes` returns the ids of the nodes that are alive now.
     """
 
     def __init__(self, tasks: Sequence[FitTask], living_nodes: Callable[[], Collection[str]]) -> None:
@@ -46,10 +44,7 @@ class TaskQueue:
     def take(self, group: str, size: int, node: str) -> FitTask | Literal["wait"] | None:
         """Return a task for a worker, "wait" if there may be one later, or None if all tasks have ended.
 
-        Args:
-            group: id of the worker group, new at each start: a new id means that the previous group has ended.
-            size: number of workers in the group.
-            node: id of the worker's node.
+        The worker's group, of this size, has a new id at each start: a new id means that the previous group has ended.
         """
         if group != self._group:
             self._end_group(size)

@@ -23,20 +23,24 @@ class TeacherFeatures:
     Args:
         teacher: the frozen teacher.
         images: the category's decoded images.
-        budget: bytes that cached features may take, in RAM or on the GPU; if they need more, none are cached.
+        ram: bytes of RAM that images, cached features and what `ram_left` is used for may take together.
+        gpu_ram: bytes that features may take on a GPU. All of them are cached, or none.
     """
 
-    def __init__(self, teacher: Teacher, images: TrainingImages, budget: int) -> None:
+    def __init__(self, teacher: Teacher, images: TrainingImages, ram: int, gpu_ram: int = 0) -> None:
         self.teacher = teacher
         self.images = images
+        self.ram_left = ram if images.on_disk else ram - images.pixels.nbytes
         self._pixels = torch.from_numpy(images.pixels)
         first = self._compute(np.arange(1))
         self.shapes = [spatial_shape(level) for level in first]
         self.channels = [level.shape[1] for level in first]
         self.nbytes = sum(level.numel() for level in first) * 2 * len(images)
-        self.cached = self.nbytes <= budget
+        on_cpu = teacher.device.type == "cpu"
+        self.cached = self.nbytes <= (self.ram_left if on_cpu else gpu_ram)
         self._features: list[Tensor] = []
         if self.cached:
+            self.ram_left -= self.nbytes if on_cpu else 0
             self._features = [self._allocate(level) for level in first]
             for batch in split_batches(np.arange(len(images)), EVALUATION_BATCH_SIZE):
                 for level, computed in zip(self._features, self._compute(batch), strict=True):

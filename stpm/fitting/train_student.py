@@ -6,60 +6,27 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stpm.errors import ConfigError, DivergedError
+from stpm.fitting.checkpoint import Checkpoint, FitState
 from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.method.backbones import Backbone, StateDict, build_seeded_backbone
-from stpm.method.matching import matching_loss
+from stpm.method.loss import matching_loss
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import to_device
 
 
 @dataclass(frozen=True)
-class FitState:
-    """Everything that training continues from. Random numbers follow from the seed and the epoch's number.
-
-    Args:
-        student: the student's weights.
-        optimiser: the optimiser's tensors, by the index of their parameter and their name.
-        best: weights of the epoch with the lowest validation loss; empty if the recipe keeps the last.
-        history: the epochs so far.
-    """
-
-    student: StateDict
-    optimiser: dict[int, dict[str, Tensor]]
-    best: StateDict
-    history: tuple[Epoch, ...]
-
-
-class Checkpoints(Protocol):
-    """Storage for the state of one student's training while it runs."""
-
-    def load(self) -> FitState | None:
-        """Return the state to continue from, or None to start from the beginning."""
-
-    def is_due(self, training_ended: bool) -> bool:
-        """Return whether to save now, at the end of an epoch."""
-
-    def save(self, state: FitState) -> None:
-        """Save a state in place of the previous one."""
-
-
-@dataclass(frozen=True)
 class TrainedStudent:
-    """A trained student; empty if the recipe has no student.
+    """The weights of a trained student, on the CPU, all its epochs, and the one that the weights are from.
 
-    Args:
-        student: the student's weights, on the CPU.
-        history: all epochs of the training.
-        kept_epoch: the epoch that the weights are from.
+    It is empty if the recipe has no student.
     """
 
     student: StateDict | None = None
@@ -84,7 +51,7 @@ def train_student(
     held_out: Indices,
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None],
-    checkpoints: Checkpoints | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainedStudent:
     """Train one student.
 
@@ -105,7 +72,7 @@ def train_student(
     optimiser = _make_optimiser(student, recipe)
     history: list[Epoch] = []
     best: StateDict = {}
-    if checkpoints and (state := checkpoints.load()):
+    if checkpoint and (state := checkpoint.load()):
         student.net.load_state_dict(dict(state.student))
         groups = optimiser.state_dict()["param_groups"]
         optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
@@ -125,12 +92,14 @@ def train_student(
         history.append(epoch)
         on_epoch(epoch)
         if recipe.keep == "best" and _best_epoch(history) is epoch:
-            best = _copy_weights(student)
-        if checkpoints and checkpoints.is_due(_has_ended(history, recipe)):
-            checkpoints.save(FitState(_copy_weights(student), _copy_tensors(optimiser), best, tuple(history)))
-    if recipe.keep == "last":
-        return TrainedStudent(_copy_weights(student), tuple(history), history[-1])
-    return TrainedStudent({k: v.cpu() for k, v in best.items()}, tuple(history), _best_epoch(history))
+            best = {name: weight.clone() for name, weight in student.net.state_dict().items()}
+        if checkpoint and checkpoint.is_due(_has_ended(history, recipe)):
+            # Without momentum, a parameter's state is None.
+            saved = optimiser.state_dict()["state"].items()
+            state_of = {index: {k: v for k, v in state.items() if v is not None} for index, state in saved}
+            checkpoint.save(FitState(student.net.state_dict(), state_of, best, tuple(history)))
+    kept, epoch = (best, _best_epoch(history)) if recipe.keep == "best" else (student.net.state_dict(), history[-1])
+    return TrainedStudent({name: weight.cpu() for name, weight in kept.items()}, tuple(history), epoch)
 
 
 def _check_positions(features: TeacherFeatures, recipe: Recipe) -> None:
@@ -152,15 +121,6 @@ def _has_ended(history: Sequence[Epoch], recipe: Recipe) -> bool:
         return False
     epochs_since_best = history[-1].number - _best_epoch(history).number
     return len(history) == recipe.epochs or 0 < recipe.early_stopping <= epochs_since_best
-
-
-def _copy_weights(student: Backbone) -> StateDict:
-    return {k: v.detach().cpu().clone() for k, v in student.net.state_dict().items()}
-
-
-def _copy_tensors(optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    state: dict[int, dict[str, Tensor | None]] = optimiser.state_dict()["state"]
-    return {i: {k: v.cpu() for k, v in tensors.items() if v is not None} for i, tensors in state.items()}
 
 
 def _make_optimiser(student: Backbone, recipe: Recipe) -> torch.optim.Optimizer:

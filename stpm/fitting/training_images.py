@@ -1,4 +1,4 @@
-"""A category's training images: their preprocessing, and all of them decoded."""
+"""A category's training images: their preprocessing, all of them decoded, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ _READERS = 8
 _MAX_HEADERS_READ = 32
 # Errors of the file itself, such as a broken link.
 _LASTING = (FileNotFoundError, PermissionError)
+# Luma, 0 to 255. Values of 12 bits in a file of 16 become at most 15.
+_ALMOST_BLACK = 16.0
+# The largest image's scale over the smallest's.
+_MIXED_SCALES = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,36 @@ class TrainingImages:
         return pa.table(dict(zip(COMPARED, self.statistics.T, strict=True)))
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Width and height of each image file."""
-        return [(int(width), int(height)) for width, height in self.statistics[:, :2]]
-
-    @property
     def on_disk(self) -> bool:
         return isinstance(self.pixels, np.memmap)
+
+    def scale_range(self, preprocessing: Preprocessing) -> tuple[float, float]:
+        """Return the smallest and the largest scale at which a model sees the images; 1 is their own size."""
+        scales = [preprocessing.scale(*size) for size in np.unique(self.statistics[:, :2].astype(int), axis=0).tolist()]
+        return min(scales), max(scales)
+
+    def find_problems(self, preprocessing: Preprocessing) -> list[str]:
+        """Describe what would make a model with this preprocessing worse than its scores say; [] if nothing would."""
+        problems = []
+        brightness, contrast = (self.statistics[:, COMPARED.index(name)] for name in ("brightness", "contrast"))
+        # The mean plus the standard deviation: a dark image may have bright parts.
+        if (brightness + contrast * (brightness + 1)).max() < _ALMOST_BLACK:
+            problems.append(
+                f"all images are almost black (mean brightness at most {brightness.max():.0f} of 255); if these are "
+                "values of 10 or 12 bits in files of 16, write them in the whole range"
+            )
+        if copies := len(self) - len(np.unique(self.statistics, axis=0)):
+            problems.append(
+                f"{copies} of {len(self)} images are copies of others; remove them: those that are held out score too "
+                "low, and the threshold with them"
+            )
+        smallest, largest = self.scale_range(preprocessing)
+        if largest > _MIXED_SCALES * smallest:
+            problems.append(
+                f"the images have different sizes or proportions: the model sees them at {smallest:.0%} to "
+                f"{largest:.0%} of their size; give each kind a category of its own"
+            )
+        return problems
 
 
 def choose_normalisation(recipe: Recipe) -> DataConfig:

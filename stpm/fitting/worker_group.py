@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -30,6 +30,9 @@ from stpm.fitting.task import Event, FitResult, FitTask
 from stpm.fitting.task_queue import WAIT, TaskQueue
 from stpm.fitting.worker_resources import WorkerResources, scaling_config
 from stpm.method.arithmetic import Arithmetic
+
+if TYPE_CHECKING:
+    from stpm.fitting.fit_category import WorkerSettings
 
 _POLL_SECONDS = 0.3
 _NODE_CHECK_SECONDS = 5.0
@@ -53,10 +56,10 @@ def run_worker_group(
     """Run all tasks on the connected cluster.
 
     Args:
-        tasks: the models to fit, at least one.
+        tasks: one or more.
         options: number of the workers, their RAM, and the time between checkpoints.
         resources: the CPU cores and GPUs that one worker takes.
-        arithmetic: what computes features.
+        arithmetic: of all workers.
         scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
         on_event: called with each event, on one thread that is not the caller's.
 
@@ -100,7 +103,11 @@ def run_worker_group(
             results = monitor.stop()
         finally:
             ray.kill(queue)
-            _remove_scratch(scratch)
+            try:
+                storage.remove(scratch)
+            except OSError as error:
+                # The models are published, and the next fit removes it.
+                log.warning(f"Ray Train's own files are left: {error}")
     ended = {result.task.key for result in results}
     missing = [
         FitResult(task, reason=failure or "not started, because the workers ended; run the same command again")
@@ -110,14 +117,6 @@ def run_worker_group(
     for result in missing:
         on_event(result)
     return results + missing
-
-
-def _remove_scratch(scratch: str) -> None:
-    try:
-        storage.remove(scratch)
-    except OSError as error:
-        # The models are published, and the next fit removes it.
-        log.warning(f"Ray Train's own files are left: {error}")
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -154,42 +153,44 @@ def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[
 
 def _run_worker(config: dict[str, Any]) -> None:
     """Take tasks from the queue until all have ended, or this worker's GPU cannot be used: then end the queue."""
-    queue = config["queue"]
+    # Ray Train's controller unpickles this function too: it would spend seconds on imports that it never uses.
+    from stpm.fitting.fit_category import fit_category
+
+    queue, context = config["queue"], ray.get_runtime_context()
     try:
-        _fit_tasks(queue, config["options"], config["arithmetic"], assigned_device())
+        settings = _worker_settings(config["options"], config["arithmetic"], assigned_device())
+        group = broadcast_from_rank_zero(uuid.uuid4().hex)
+        size, node = ray.train.get_context().get_world_size(), context.get_node_id()
+        while (task := ray.get(queue.take.remote(group, size, node))) is not None:
+            if task == WAIT:
+                time.sleep(_POLL_SECONDS)
+                continue
+            result = fit_category(task, settings, partial(queue.report.remote, task.key))
+            ray.get(queue.finish.remote(replace(result, node=ray.util.get_node_ip_address())))
+            if not result.record:
+                # With a lost GPU every other task would fail too.
+                assigned_device()
     except DeviceError as error:
         ray.get(queue.give_up.remote(str(error)))
 
 
-def _fit_tasks(queue: Any, options: WorkerOptions, arithmetic: Arithmetic, device: torch.device) -> None:
-    # Ray Train's controller unpickles this function too: it would spend seconds on imports that it never uses.
-    from stpm.fitting.fit_category import WorkerSettings, fit_category
+def _worker_settings(options: WorkerOptions, arithmetic: Arithmetic, device: torch.device) -> WorkerSettings:
+    """Use the cores that Ray assigned to this worker, and its share of RAM and of its GPU."""
+    from stpm.fitting.fit_category import WorkerSettings
 
-    assigned = ray.get_runtime_context().get_assigned_resources()
-    torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
-    ram, gpu_ram = _ram_limits(options, assigned, device)
-    settings = WorkerSettings(device, arithmetic, ram, gpu_ram, options.checkpoint_seconds)
-    group = broadcast_from_rank_zero(uuid.uuid4().hex)
-    size, node = ray.train.get_context().get_world_size(), ray.get_runtime_context().get_node_id()
-    while (task := ray.get(queue.take.remote(group, size, node))) is not None:
-        if task == WAIT:
-            time.sleep(_POLL_SECONDS)
-            continue
-        result = fit_category(task, settings, partial(queue.report.remote, task.key))
-        ray.get(queue.finish.remote(replace(result, node=ray.util.get_node_ip_address())))
-        if not result.record:
-            # With a lost GPU every other task would fail too.
-            assigned_device()
-
-
-def _ram_limits(options: WorkerOptions, assigned: dict[str, float], device: torch.device) -> tuple[int, int]:
-    """Return the bytes of RAM and of GPU RAM that this worker may use."""
     context = ray.get_runtime_context()
-    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    fraction = assigned.get("CPU", 1) / max(node["Resources"].get("CPU", 1), 1)
-    ram = options.worker_ram_gib * 2**30 or node["Resources"]["memory"] * _RAM_FRACTION * fraction
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
-    return int(ram), int(free * _RAM_FRACTION * min(assigned.get("GPU", 0), 1))
+    assigned = context.get_assigned_resources()
+    torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())["Resources"]
+    ram = node["memory"] * _RAM_FRACTION * assigned.get("CPU", 1) / max(node.get("CPU", 1), 1)
+    gpu_ram = torch.cuda.mem_get_info()[0] * _RAM_FRACTION if device.type == "cuda" else 0
+    return WorkerSettings(
+        device,
+        arithmetic,
+        ram=int(options.worker_ram_gib * 2**30 or ram),
+        gpu_ram=int(gpu_ram * min(assigned.get("GPU", 0), 1)),
+        checkpoint_seconds=options.checkpoint_seconds,
+    )
 
 
 def _remove_stuck_placement_groups() -> None:
@@ -234,18 +235,15 @@ class _Monitor:
         return self._results
 
     def _run(self) -> None:
-        with suppress(RayError):
-            # If Ray lost the queue, `stop` raises the error again.
-            self._watch()
-
-    def _watch(self) -> None:
         last_check = time.monotonic()
-        while not self._stop.wait(_POLL_SECONDS):
-            self._pass_on_events()
-            if time.monotonic() - last_check > _NODE_CHECK_SECONDS:
-                last_check = time.monotonic()
-                self.count_lost_nodes()
-                _remove_stuck_placement_groups()
+        # If Ray lost the queue, `stop` raises the error again.
+        with suppress(RayError):
+            while not self._stop.wait(_POLL_SECONDS):
+                self._pass_on_events()
+                if time.monotonic() - last_check > _NODE_CHECK_SECONDS:
+                    last_check = time.monotonic()
+                    self.count_lost_nodes()
+                    _remove_stuck_placement_groups()
 
     def _pass_on_events(self) -> None:
         for event in ray.get(self._queue.events.remote(self._event_count)):

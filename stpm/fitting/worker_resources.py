@@ -35,21 +35,15 @@ class WorkerResources:
 def choose_worker_resources(options: WorkerOptions, nodes: Sequence[Resources], task_count: int) -> WorkerResources:
     """Choose the CPUs per worker, if the options do not: as many as possible without having fewer workers.
 
-    Args:
-        options: the user's choice of the number of workers, and of their CPUs and GPUs.
-        nodes: the resources of each node that can work.
-        task_count: number of tasks, those that an earlier run has finished included. The number of threads affects the
-            last bits of a student: it must not change when a run is resumed.
+    The tasks that an earlier run has finished count too. The number of threads affects the last bits of a student: it
+    must not change when a run is resumed.
     """
     gpus = options.gpus_per_worker if any(node.get("GPU", 0) > 0 for node in nodes) else 0.0
     if options.cpus_per_worker:
         return WorkerResources(options.cpus_per_worker, gpus)
-    wanted = min(_max_workers(options, task_count), WorkerResources(1, gpus).workers_on(nodes))
-    for cpus in range(_MAX_THREADS, 1, -1):
-        resources = WorkerResources(cpus, gpus)
-        if resources.workers_on(nodes) >= wanted > 0:
-            return resources
-    return WorkerResources(1, gpus)
+    choices = [WorkerResources(cpus, gpus) for cpus in range(_MAX_THREADS, 0, -1)]
+    wanted = min(_max_workers(options, task_count), choices[-1].workers_on(nodes))
+    return next((choice for choice in choices if choice.workers_on(nodes) >= wanted > 0), choices[-1])
 
 
 def scaling_config(
@@ -61,8 +55,8 @@ def scaling_config(
         ConfigError: if no worker fits, or without `elastic` fewer than `options.workers` and the tasks need.
     """
     fitting = resources.workers_on(nodes)
-    most = _max_workers(options, task_count)
-    wanted = most if options.workers else min(fitting, most)
+    largest = _max_workers(options, task_count)
+    wanted = largest if options.workers else min(fitting, largest)
     if fitting < 1 or (wanted > fitting and not elastic):
         have = join_first([f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes])
         raise ConfigError(
@@ -71,7 +65,7 @@ def scaling_config(
             "lower --workers, --cpus-per-worker or --gpus-per-worker"
         )
     return ScalingConfig(
-        num_workers=(1, most) if elastic else wanted,
+        num_workers=(1, largest) if elastic else wanted,
         use_gpu=resources.gpus > 0,
         resources_per_worker={"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {}),
         elastic_resize_monitor_interval_s=options.resize_seconds,

@@ -42,12 +42,7 @@ class Arithmetic:
 
 
 def warn_of_other_arithmetic(now: Arithmetic, calibrated: Iterable[tuple[Backend, Precision]]) -> str:
-    """Say that models were calibrated with another backend or precision than scores with them; "" if none was.
-
-    Args:
-        now: what scores.
-        calibrated: backend and precision of each model's fit.
-    """
+    """Warn if models were calibrated with another backend or precision than scores with them now; "" if none was."""
     others = {
         str(Arithmetic(backend, precision))
         for backend, precision in calibrated
@@ -70,11 +65,7 @@ class Capabilities(NamedTuple):
 
 
 def cpu_capabilities(cpuinfo: Path = Path("/proc/cpuinfo")) -> Capabilities:
-    """Return what this machine's CPU can compute with.
-
-    Args:
-        cpuinfo: the kernel's description of the CPUs, for tests.
-    """
+    """Return what this machine's CPU can compute with, as the kernel describes it."""
     flags = re.search(r"^flags\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     has_bfloat16 = bool(flags and {"avx512_bf16", "amx_bf16"} & set(flags[1].split()))
     return Capabilities(False, has_bfloat16, find_spec("openvino") is not None)
@@ -85,12 +76,10 @@ def choose_arithmetic(
     backend: WantedBackend,
     before: Arithmetic | None = None,
 ) -> Arithmetic:
-    """Choose what all devices can compute with: bfloat16 where it is native. On GPUs PyTorch computes in any case.
+    """Choose what all devices of a run can compute with: bfloat16 where it is native.
 
-    Args:
-        devices: those of the run, all GPUs or all CPUs.
-        backend: `auto`: OpenVINO where it is installed.
-        before: what the run has computed with until now, which is kept if the devices can.
+    On GPUs PyTorch computes in any case; on CPUs, by `auto`, OpenVINO where it is installed. What the run has computed
+    with `before` is kept if the devices can.
 
     Raises:
         ConfigError: if OpenVINO is wanted on CPUs and not installed everywhere.

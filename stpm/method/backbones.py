@@ -57,14 +57,7 @@ def architecture_name(teacher: str) -> str:
 
 
 def resolve_data_config(teacher: str) -> DataConfig:
-    """Look up in timm how a teacher's training images were prepared.
-
-    Args:
-        teacher: `architecture.tag` of timm; `architecture` for timm's default weights; or `demo`.
-
-    Raises:
-        ConfigError: if timm does not know it.
-    """
+    """Look up in timm how a teacher's training images were prepared; raise ConfigError if timm does not know it."""
     remedy = "Name a tag that timm lists, or set --normalisation to imagenet or none"
     try:
         config = timm.get_pretrained_cfg(DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher)
@@ -78,9 +71,7 @@ def resolve_data_config(teacher: str) -> DataConfig:
 def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
     """Build a teacher's architecture with timm's random initialisation, drawn from torch's global generator.
 
-    Args:
-        teacher: a teacher's name, or an architecture of timm.
-        levels: pyramid levels, as timm's `out_indices`.
+    `teacher` is a teacher's name or an architecture of timm here and below, `levels` are timm's `out_indices`.
 
     Raises:
         ConfigError: if timm does not have the architecture, or the architecture does not have the levels.
@@ -101,12 +92,8 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
 def build_seeded_backbone(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:
     """Build a teacher's architecture with weights that depend only on the seed. Leave torch's global generator alone.
 
-    Args:
-        teacher: a teacher's name, or an architecture of timm.
-        levels: pyramid levels, as timm's `out_indices`.
-        seed: seed of the initialisation.
-        zero_init_residual: start residual branches at zero where timm does; otherwise start them at one, as the paper's
-            authors do.
+    With `zero_init_residual` residual branches start at zero where timm starts them there, else at one, as the paper's
+    authors do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -122,14 +109,8 @@ def build_seeded_backbone(teacher: str, levels: tuple[int, ...], seed: int, zero
 def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origin: str) -> Backbone:
     """Build a teacher's architecture in eval mode with the given weights.
 
-    Args:
-        teacher: a teacher's name, or an architecture of timm.
-        levels: pyramid levels, as timm's `out_indices`.
-        state: weights of the backbone, by name.
-        origin: where the weights come from, for errors.
-
     Raises:
-        ModelError: if the keys or shapes of the weights do not match the architecture.
+        ModelError: if their keys or shapes do not match the architecture; it names their `origin`.
     """
     backbone = build_backbone(teacher, levels)
     load_weights(backbone.net, state, origin, architecture_name(teacher))

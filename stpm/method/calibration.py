@@ -75,9 +75,7 @@ def min_calibration_images(false_alarm_rate: float) -> int:
 def warn_about_few_good_images(counts: Mapping[str, tuple[int, int]], false_alarm_rate: float) -> None:
     """Log a warning that names the models with too few calibration images for a rate, if there are any.
 
-    Args:
-        counts: number of good images, and of those that calibrate the model, by category.
-        false_alarm_rate: in (0, 1).
+    `counts` are the good images of each category, and how many of them calibrate its model.
     """
     needed = min_calibration_images(false_alarm_rate)
     few = [

@@ -92,7 +92,7 @@ def find_discoveries(counts: Mapping[str, Histogram], calibration: Mapping[str, 
     Args:
         counts: float32 conformal p-values of each category's images.
         calibration: number of calibration images n of each category; its smallest p-value is 1/(n+1).
-        rate: false discovery rate, in (0, 1).
+        rate: largest expected fraction of good images among the discoveries, in (0, 1).
     """
     together: Counter[float] = Counter()
     for histogram in counts.values():

@@ -5,7 +5,8 @@ student's levels (Wang et al., equation 4), or by a weighted mean of the student
 of its maps, which are scaled by quantiles of their values on held-out images (EfficientAD: Batzner et al., WACV 2024,
 arXiv 2303.14535, section 3.4).
 
-Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the input's shape, all float32.
+Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the input's shape, all float32. A mask `valid` is
+(B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stpm.method.recipe import FusionMethod
+from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale
 
 Float32Array = npt.NDArray[np.float32]
@@ -60,13 +61,8 @@ class Distances:
 def sample_distances(distances: Tensor, valid: Tensor | None = None, total_images: int = 0) -> list[Float32Array]:
     """Sample the distances on each image, evenly spaced over the valid positions.
 
-    Args:
-        distances: (B, Hₗ, Wₗ).
-        valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid.
-        total_images: number of images that calibrate the model, if it is larger than B.
-
-    Returns:
-        One array per image, of at most 1,024 distances; with more than 256 images, of fewer, but at least 16.
+    Return one array per image, of at most 1,024 distances; if more than 256 images calibrate the model (`total_images`,
+    where there are more than B), of fewer, but at least 16.
     """
     images = list(distances.flatten(1).cpu().numpy())
     if valid is not None:
@@ -77,13 +73,10 @@ def sample_distances(distances: Tensor, valid: Tensor | None = None, total_image
 
 
 def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | None = None) -> Tensor:
-    """Upsample distance maps bilinearly to the input's shape: (B, Hₗ, Wₗ) to (B, height, width).
+    """Upsample distance maps of one level or bank bilinearly to the input's shape: (B, Hₗ, Wₗ) to (B, height, width).
 
-    Args:
-        distances: maps of one level or bank.
-        input_shape: height and width of the input, pixels.
-        valid: (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid. Next to an
-            invalid position the result has the value of the valid one; far from every valid position it is meaningless.
+    Next to a position that is not `valid` the result has the value of the valid one; far from every valid position it
+    is meaningless.
     """
     if valid is None:
         return _resize(distances, input_shape)
@@ -111,11 +104,7 @@ class AnomalyMap:
     memory: Float32Array | None = None
 
     def smoothed(self, sigma: float) -> AnomalyMap:
-        """Smooth the map by a Gaussian that is cut off at three standard deviations; borders are repeated.
-
-        Args:
-            sigma: standard deviation in pixels; 0 changes nothing.
-        """
+        """Smooth the map by a Gaussian that is cut off at three standard deviations (pixels); borders are repeated."""
         if not sigma:
             return self
         gaussian = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
@@ -123,11 +112,7 @@ class AnomalyMap:
         return AnomalyMap(gaussian(self.total), student, memory)
 
     def score(self, top_fraction: float) -> Score:
-        """Compute the image's score: the mean of the highest values.
-
-        Args:
-            top_fraction: fraction of the pixels to average, rounded to one pixel or more.
-        """
+        """Compute the image's score: the mean of the highest pixels, this fraction of them, at least one."""
         total = self.total.ravel()
         count = max(round(top_fraction * total.size), 1)
         top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count)[-count:]
@@ -136,38 +121,29 @@ class AnomalyMap:
 
 
 def fuse(
-    student: Sequence[Tensor],
-    memory: Sequence[Tensor],
+    distances: Distances,
     scales: Sequence[DistanceScale],
-    method: FusionMethod,
-    student_weight: float,
+    recipe: Recipe,
     input_shape: tuple[int, int],
     valid: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Combine a model's distance maps into three (B, H, W) maps: the total, and what student and memory add to it.
+    """Combine distance maps by the recipe's fusion: the total, and what student and memory add to it, (B, H, W) each.
 
-    Args:
-        student: distance maps of the student's levels; empty without a student.
-        memory: distance maps of the memory banks; `product` and `sum` take none.
-        scales: scales of the student's levels, then of the banks; `product` and `sum` need none.
-        method: the recipe's fusion.
-        student_weight: weight of the student in (0, 1) where both are combined by `quantile`; the memory has the rest.
-        input_shape: height and width of the input, pixels.
-        valid: a (B, Hₗ, Wₗ) bool mask for each map, student's first, true at valid positions, those not on padding;
-            None: all are valid.
+    There are a scale and a mask for each of `distances.maps`. Fusion by `product` and `sum` needs no scales, and takes
+    no memory; by `quantile`, the student has the recipe's `student_weight`, and the memory the rest.
     """
-    maps = [*student, *memory]
-    if method == "product":
+    maps = list(distances.maps)
+    if recipe.fusion == "product":
         levels = [upsample(d, input_shape, v) for d, v in zip(maps, valid, strict=True)]
         return torch.stack(levels).prod(dim=0), None, None
-    if method == "quantile":
-        weights = _map_weights(len(student), len(memory), student_weight)
+    n = len(distances.student)
+    if recipe.fusion == "quantile":
+        weights = _map_weights(n, len(distances.memory), recipe.student_weight)
         maps = [(d - s.low) * (w / s.spread) for d, s, w in zip(maps, scales, weights, strict=True)]
-    n = len(student)
-    student_map = _add(maps[:n], valid[:n], input_shape) if student else None
-    memory_map = _add(maps[n:], valid[n:], input_shape) if memory else None
-    total = torch.stack([part for part in (student_map, memory_map) if part is not None]).sum(dim=0)
-    return total, student_map, memory_map
+    student = _add(maps[:n], valid[:n], input_shape) if distances.student else None
+    memory = _add(maps[n:], valid[n:], input_shape) if distances.memory else None
+    total = torch.stack([part for part in (student, memory) if part is not None]).sum(dim=0)
+    return total, student, memory
 
 
 def _map_weights(levels: int, banks: int, student_weight: float) -> list[float]:

@@ -4,7 +4,8 @@ This is PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265) with two difference
 and features are whitened by their covariance over normal images, which makes distances Mahalanobis distances (Rippel et
 al., ICPR 2020, arXiv 2005.14140). The position of a feature in the image has no effect, so that a product may turn.
 
-Convention: features are (B, C, H, W), descriptors (B, H, W, C), distance maps (B, H, W) float32, 0 or more.
+Convention: features are (B, C, H, W), descriptors (B, H, W, C), distance maps (B, H, W) float32, 0 or more. A mask
+`valid` is (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
 """
 
 from __future__ import annotations
@@ -54,20 +55,15 @@ class DescriptorSpec:
     def describe(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         """Compute descriptors before whitening: for each square of `stride` positions, the average of its window.
 
-        Args:
-            features: (B, C, H, W) features of the level, any float type.
-            valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
-
-        Returns:
-            (B, ⌈H/stride⌉, ⌈W/stride⌉, C) float32.
+        From (B, C, H, W) features of the level, of any float type, to (B, ⌈H/stride⌉, ⌈W/stride⌉, C) float32.
         """
         features = features.float()
         if valid is None:
             features = self._average(features)
         else:
             weight = valid[:, None].float()
-            share = self._average(weight).clamp_min(1 / self.window**2)
-            features = self._average(features * weight) / share
+            valid_fraction = self._average(weight).clamp_min(1 / self.window**2)
+            features = self._average(features * weight) / valid_fraction
         if self.kind == "directions":
             features = normalize(features, dim=1)
         return features.permute(0, 2, 3, 1).contiguous()
@@ -105,12 +101,7 @@ class MemoryBank:
         return MemoryBank(self.spec, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def distance_map(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Compute distances to the nearest vector: (B, C, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉) float32.
-
-        Args:
-            features: features of the bank's level.
-            valid: (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
-        """
+        """Compute distances to the nearest vector: (B, C, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉) float32."""
         described = self.spec.describe(features, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
@@ -143,10 +134,6 @@ def stride_of(shape: tuple[int, int], input_shape: tuple[int, int]) -> int:
 
     From one position of a finer level to the next the window's average hardly changes, and the search would take four
     times as long.
-
-    Args:
-        shape: height and width of the level.
-        input_shape: height and width of the input, pixels.
     """
     return max(_MIN_DESCRIPTOR_SPACING // max(round(input_shape[0] / shape[0]), round(input_shape[1] / shape[1])), 1)
 
@@ -163,19 +150,12 @@ def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) 
     `stride - 1` positions beyond the square on each side: where `stride` does not divide the level's sides, upsampling
     shifts a descriptor by up to that much.
     """
-    least = max(round(shape[0] / coarsest[0]), round(shape[1] / coarsest[1]), 3 * stride - 2)
-    return least + (least - stride) % 2
+    smallest = max(round(shape[0] / coarsest[0]), round(shape[1] / coarsest[1]), 3 * stride - 2)
+    return smallest + (smallest - stride) % 2
 
 
 def fit_bank(descriptors: Tensor, spec: DescriptorSpec, count: int, seed: int) -> MemoryBank:
-    """Fit a bank to normal descriptors: compute mean and whitening, and choose a coreset.
-
-    Args:
-        descriptors: (N, C) float32, not whitened, N at least 1.
-        spec: how the descriptors were made.
-        count: number of vectors to keep; all, if there are fewer.
-        seed: seed of the coreset's projection.
-    """
+    """Fit a bank to N normal descriptors, (N, C) float32: compute mean and whitening, and choose a coreset."""
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
     chosen = greedy_coreset(whitened, count, seed)
@@ -201,15 +181,8 @@ def greedy_coreset(vectors: Tensor, count: int, seed: int) -> Tensor:
     """Choose a subset that is near every vector: greedy k-centre (Sener and Savarese, ICLR 2018).
 
     Start at the vector nearest to the mean, then repeatedly add the vector farthest from all chosen ones, by distance
-    after a random projection. The same vectors and seed give the same indices.
-
-    Args:
-        vectors: (N, D) float32.
-        count: number of indices to return; all N, if there are no more.
-        seed: seed of the projection.
-
-    Returns:
-        (min(count, N),) int64, in the order in which they were chosen.
+    after a random projection. The same vectors, (N, D) float32, and seed give the same indices: (min(count, N),) int64,
+    in the order in which they were chosen.
     """
     if len(vectors) <= count:
         return torch.arange(len(vectors), device=vectors.device)

@@ -32,11 +32,7 @@ class OpenVinoBackbone:
     float32 tensor per pyramid level, channels last in memory, finest first. It computes one image after the other: a
     batch is no faster on a CPU, and one shape is compiled once.
 
-    Args:
-        backbone: the backbone to compile, in eval mode, on the CPU.
-        height: height of the images, pixels.
-        width: width of the images, pixels.
-        precision: number format of convolutions.
+    The backbone to compile is in eval mode, on the CPU.
 
     Raises:
         ModelError: if OpenVINO cannot compile it, or computes other features than PyTorch.

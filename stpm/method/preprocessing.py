@@ -1,4 +1,4 @@
-"""The geometry and normalisation of a network's input. This module computes numbers; it reads no pixels.
+"""How an image becomes the input of a network: geometry, and the normalisation of pixels.
 
 A box is (left, top, right, bottom) in pixels, right and bottom exclusive, and an image size is (width, height), as in
 Pillow. An array shape is (height, width), as in NumPy.
@@ -10,10 +10,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, log, sqrt
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+# Processes that decode images do not import torch.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Resize = Literal["stretch", "crop", "fit"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -50,10 +54,8 @@ class Preprocessing:
     Args:
         height: height of the input, pixels.
         width: width of the input, pixels.
-        resize: `stretch` scales the whole image to the input; `crop` takes the largest central part with the input's
-            proportions; `fit` keeps the image's proportions and pads around it, or stretches it if its aspect ratio
-            is within 10 % of the input's.
-        interpolation: interpolation of resizing.
+        resize: see `Recipe.resize`.
+        interpolation: of resizing.
         mean: mean per channel, of pixels in [0, 1].
         std: standard deviation per channel, of pixels in [0, 1].
     """
@@ -80,6 +82,13 @@ class Preprocessing:
         """Return the RGB colour of padding, 0 to 255: the mean, which becomes zero when normalised, up to rounding."""
         red, green, blue = (round(255 * value) for value in self.mean)
         return red, green, blue
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise images of model size: (B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, channels last in memory."""
+        import torch
+
+        mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2).float(), 1 / (255 * std))
 
     def source_box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Return the part of an image of this size that the model sees, in the image's pixels."""
@@ -121,17 +130,7 @@ class Preprocessing:
         return bottom - top, right - left
 
     def to_original(self, x: int, y: int, width: int, height: int) -> tuple[int, int]:
-        """Map a pixel of an image's content box to the pixel of the image under its centre.
-
-        Args:
-            x: column, counted from the left of the content box.
-            y: row, counted from the top of the content box.
-            width: width of the image, pixels.
-            height: height of the image, pixels.
-
-        Returns:
-            Column and row in the image.
-        """
+        """Map a pixel of an image's content box (column and row in it) to the image's own pixel under its centre."""
         left, top, right, bottom = self.source_box(width, height)
         rows, columns = self.content_shape(width, height)
         return int(left + (x + 0.5) * (right - left) / columns), int(top + (y + 0.5) * (bottom - top) / rows)
@@ -139,11 +138,7 @@ class Preprocessing:
     def picture_size(self, width: int, height: int, shorter: int, longest: int) -> tuple[int, int]:
         """Return width and height of a picture that shows people what the model sees, in the image's proportions.
 
-        Args:
-            width: width of the image, pixels.
-            height: height of the image, pixels.
-            shorter: wanted length of the shorter side; it becomes less where the longer side would exceed `longest`.
-            longest: largest length of the longer side.
+        Its shorter side has the length `shorter`, or less where the longer side would exceed `longest`.
         """
         left, top, right, bottom = self.source_box(width, height)
         sides = right - left, bottom - top
@@ -155,11 +150,8 @@ def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[i
     """Choose the input's height and width for images of these sizes (width, height).
 
     The input has the images' median aspect ratio (between 1:32 and 32:1) and about as many pixels as the median image,
-    at least 65,536 and at most the budget. Height and width are multiples of 32, from 32 to 4096.
-
-    Args:
-        sizes: width and height of each image, one image or more.
-        budget: largest number of input pixels, at least 1024.
+    at least 65,536 and at most the budget, which is at least 1024. Height and width are multiples of 32, from 32 to
+    4096.
     """
     median_aspect = exp(statistics.median(log(width / height) for width, height in sizes))
     aspect = min(max(median_aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)

@@ -131,18 +131,12 @@ class Recipe(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         levels, memory_levels, sides = list(self.levels), list(self.memory_levels), self.size.sides
+        increasing = min(levels, default=-1) >= 0 and levels == sorted({*levels})
+        in_range = sides is None or all(32 <= side <= MAX_SIDE for side in sides)
         for name, holds, valid in (
             ("teacher", bool(self.teacher), "ARCHITECTURE.TAG, such as resnet18.tv_in1k"),
-            (
-                "levels",
-                min(levels, default=-1) >= 0 and levels == sorted({*levels}),
-                "increasing levels, such as 1,2,3",
-            ),
-            (
-                "size",
-                sides is None or all(32 <= side <= MAX_SIDE for side in sides),
-                f"32 to {MAX_SIDE} pixels each, or auto",
-            ),
+            ("levels", increasing, "increasing levels, such as 1,2,3"),
+            ("size", in_range, f"32 to {MAX_SIDE} pixels each, or auto"),
             ("warmup_epochs", self.warmup_epochs < self.epochs, f"fewer than the {self.epochs} epochs"),
             (
                 "student",
@@ -176,22 +170,18 @@ class Recipe(Options):
         """Return how many of a category's good images calibrate its model."""
         return images if self.calibration_folds else self.held_out_count(images)
 
-    def has_enough(self, images: int) -> bool:
-        """Return whether a category has enough good images to fit on and to calibrate with."""
-        needed, _ = self._min_images()
-        return images >= needed
+    @property
+    def min_images(self) -> int:
+        """Return how many good images a category needs, to fit on and to calibrate with."""
+        return 4 if self.calibration_folds else 1 + self._min_held_out
 
     def check_image_count(self, images: int) -> None:
         """Raise DataError if a category has too few good images."""
-        needed, why = self._min_images()
-        if images < needed:
-            raise DataError(f"good images: {images}; this recipe needs at least {needed}, {why}; give more")
-
-    def _min_images(self) -> tuple[int, str]:
-        """Return how many good images a category needs, and what for."""
-        if self.calibration_folds:
-            return 4, "2 in each of 2 folds"
-        return 1 + self._min_held_out, f"1 to fit on and {self._min_held_out} to hold out"
+        if images < self.min_images:
+            why = f"1 to fit on and {self._min_held_out} to hold out"
+            if self.calibration_folds:
+                why = "2 in each of 2 folds"
+            raise DataError(f"good images: {images}; this recipe needs at least {self.min_images}, {why}; give more")
 
     def for_image_count(self, images: int) -> Recipe:
         """Return the recipe with as many epochs as a category with this many good images needs for `min_steps`."""

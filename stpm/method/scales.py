@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
 
-# A heatmap begins at this quantile of held-out images' pixels, and ends at this multiple of the range from there to the
-# largest of them.
+# Grey level 0 is this quantile of held-out images' pixels, and 255 is this many times as far above it as the largest of
+# them.
 _HEATMAP_QUANTILE = 0.99
-_HEATMAP_RANGES = 5.0
+_LOGARITHMIC_UNTIL = 5.0
 # Quantiles of distances that become 0 and 1.
 _DISTANCE_QUANTILES = (0.9, 0.995)
 # Distances that hardly vary on good images would outweigh all others: their spread is at least this fraction of `high`.
@@ -39,19 +39,16 @@ class HeatmapScale:
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
         """Convert a map of any shape to grey levels 0 to 255."""
-        excess = (anomaly_map - self.low) / (self.good_max - self.low)
-        beyond = 1 + np.log(np.clip(excess, 1.0, _HEATMAP_RANGES)) / np.log(_HEATMAP_RANGES)
-        levels = np.round(127.5 * np.where(excess < 1, np.maximum(excess, 0.0), beyond))
+        linear = (anomaly_map - self.low) / (self.good_max - self.low)
+        logarithmic = 1 + np.log(np.clip(linear, 1.0, _LOGARITHMIC_UNTIL)) / np.log(_LOGARITHMIC_UNTIL)
+        levels = np.round(127.5 * np.where(linear < 1, np.maximum(linear, 0.0), logarithmic))
         return np.asarray(levels, np.uint8)
 
 
 class HeatmapScaleBuilder:
-    """Compute the exact heatmap scale of many maps, added one at a time.
+    """Compute the exact heatmap scale of many maps, added one at a time, with this many pixels together, at least one.
 
     It keeps only the largest one percent of all pixels, about 20 bytes for each of them.
-
-    Args:
-        pixels: number of pixels of all maps together, at least one.
     """
 
     def __init__(self, pixels: int) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d, one_hot
+from torch.overrides import TorchFunctionMode
 
 from stpm.errors import ModelError
 from stpm.method.backbones import Backbone
-from stpm.method.depthwise import Float32Depthwise
-from stpm.method.matching import content_mask
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision
 from stpm.options import Backend
 
 log = logging.getLogger(__name__)
+
+# Where `groups` stands among conv2d's arguments: input, weight, bias, stride, padding, dilation, groups.
+_GROUPS = 6
 
 
 class FeatureExtractor(Protocol):
@@ -32,14 +35,10 @@ class FeatureExtractor(Protocol):
 
 
 class Teacher:
-    """A frozen backbone with its preprocessing on a device. Detectors whose teacher is the same share one.
+    """A frozen backbone in eval mode, with its preprocessing, on a device. Detectors of the same teacher share one.
 
-    Args:
-        backbone: to freeze; it is put in eval mode.
-        preprocessing: the input's size and normalisation.
-        device: what to compute on.
-        precision: number format of convolutions; distances are always float32.
-        backend: what computes features where no gradient is needed.
+    Convolutions have the precision, distances are always float32. The backend computes features where no gradient is
+    needed.
     """
 
     def __init__(
@@ -59,15 +58,10 @@ class Teacher:
         if self.backbone is frozen:
             # If OpenVINO cannot compile the teacher, PyTorch computes the student too.
             self.backend = "pytorch"
-        mean = torch.tensor(preprocessing.mean, device=device)
-        std = torch.tensor(preprocessing.std, device=device)
-        self._scale = (1 / (255 * std)).view(1, 3, 1, 1)
-        self._shift = (-mean / std).view(1, 3, 1, 1)
 
     def inputs(self, images: Tensor) -> Tensor:
         """Normalise images: (B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, channels last in memory."""
-        pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
-        return torch.addcmul(self._shift, pixels, self._scale)
+        return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
 
     def compile(self, backbone: Backbone) -> FeatureExtractor:
         """Prepare another backbone of the same architecture, a student in eval mode, to be computed as this one is."""
@@ -95,20 +89,58 @@ class Teacher:
             return self.compute(self.backbone, inputs)
 
     def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
-        """Mark the valid positions of each level, those not on padding.
+        """Mark the valid positions of each level, those not on padding, of B images with these (B, 4) content boxes.
 
-        Args:
-            content: (B, 4) int32 content boxes of the images.
-            shapes: height and width of each level.
-
-        Returns:
-            One (B, Hₗ, Wₗ) bool mask per level, or one None per level if no image has padding.
+        Return one (B, Hₗ, Wₗ) bool mask per level, or one None per level if no image has padding.
         """
         height, width = self.preprocessing.input_shape
         if (content == (0, 0, width, height)).all():
             return [None] * len(shapes)
         boxes = torch.from_numpy(content).to(self.device)
         return [content_mask(boxes, (height, width), shape) for shape in shapes]
+
+
+def content_mask(content: Tensor, input_shape: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Mark the positions of a pyramid level whose centre lies on the image and not on the padding around it.
+
+    Where an image is too narrow to hold any centre, the position that holds the image's middle is marked. From (B, 4)
+    content boxes and the (height, width) of input and level to (B, H, W) bool.
+
+    An image in the right half of an input of 8 x 8 pixels, at a level of 2 x 4 positions:
+
+    >>> content_mask(torch.tensor([[4, 0, 8, 8]]), (8, 8), (2, 4)).int()
+    tensor([[[0, 0, 1, 1],
+             [0, 0, 1, 1]]], dtype=torch.int32)
+    """
+    left, top, right, bottom = content.long().unbind(dim=1)
+    rows, columns = _inside(top, bottom, input_shape[0], shape[0]), _inside(left, right, input_shape[1], shape[1])
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _inside(start: Tensor, stop: Tensor, length: int, positions: int) -> Tensor:
+    """Mark the positions in each span [start, stop) of an axis of `length` pixels: (B, positions) bool."""
+    centres = (torch.arange(positions, device=start.device) + 0.5) * length / positions
+    inside = (start[:, None] <= centres) & (centres < stop[:, None])
+    middle = (start + stop) * positions // (2 * length)
+    return torch.where(inside.any(dim=1, keepdim=True), inside, one_hot(middle, positions).bool())
+
+
+class Float32Depthwise(TorchFunctionMode):
+    """A context in which depthwise convolutions under autocast compute in float32, and return bfloat16.
+
+    Their gradients in bfloat16 on a CPU take PyTorch up to nine times as long as in float32 (5 × 5, or stride 2;
+    PyTorch 2.13): two thirds of a training step of EfficientNet-Lite0.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # A convolution with one group is an ordinary one, even of a single channel.
+        if func is not conv2d or len(args) <= _GROUPS or not 1 < args[_GROUPS] == args[0].shape[-3]:
+            return func(*args, **(kwargs or {}))
+        images, *rest = args
+        with torch.autocast(images.device.type, enabled=False):
+            return func(images.float(), *rest).bfloat16()
 
 
 def spatial_shape(level: Tensor) -> tuple[int, int]:

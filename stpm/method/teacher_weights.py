@@ -35,7 +35,7 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
         teacher: `architecture.tag` of timm, downloaded once by timm where the job runs; or `demo`, the
             EfficientNet-Lite0 in the package of the extra `demo`.
         weights: URI of a `.safetensors` or `.pth` file to read instead; or `random` for an untrained control.
-        levels: pyramid levels, as timm's `out_indices`.
+        levels: of the pyramid, as timm's `out_indices`.
 
     Raises:
         ConfigError: if the teacher is unknown, or its weights cannot be downloaded or read.

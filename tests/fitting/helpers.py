@@ -1,4 +1,4 @@
-"""Helpers of the tests of fitting: images without padding, and models fitted on them."""
+"""Helpers of the tests of fitting: images, and models fitted on them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import torch
 from stpm.data.image_statistics import COMPARED
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
+from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import Checkpoints, TrainedStudent, train_student
+from stpm.fitting.train_student import TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.fusion import AnomalyMap
 from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale
-from stpm.method.teacher import Teacher
 
-TeacherOf = Callable[[Recipe], Teacher]
-BUDGET = 2**30
+FeaturesOf = Callable[..., TeacherFeatures]
+RAM = 2**30
+# Content boxes of nine images of 64 x 64 pixels, with and without padding.
+PADDED = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
 
 
 def unpadded(pixels: np.ndarray) -> TrainingImages:
@@ -31,17 +33,23 @@ def unpadded(pixels: np.ndarray) -> TrainingImages:
 
 
 def train_on(
-    images: TrainingImages,
+    features: TeacherFeatures,
     recipe: Recipe,
-    make_teacher: TeacherOf,
-    checkpoints: Checkpoints | None = None,
-    budget: int = BUDGET,
-) -> tuple[TrainedStudent, list[Epoch]]:
-    seen: list[Epoch] = []
-    features = TeacherFeatures(make_teacher(recipe), images, budget)
-    assert features.cached == (budget > 0)
-    train, held_out = split_images(len(images), recipe)
-    return train_student(features, train, held_out, recipe, seen.append, checkpoints), seen
+    checkpoint: Checkpoint | None = None,
+    seen: list[Epoch] | None = None,
+) -> TrainedStudent:
+    """Train a student, and check that every epoch is reported; `seen` gets them."""
+    seen = [] if seen is None else seen
+    trained = train_student(features, *split_images(len(features.images), recipe), recipe, seen.append, checkpoint)
+    assert list(trained.history[len(trained.history) - len(seen) :]) == seen
+    return trained
+
+
+def replace_padding(features: TeacherFeatures, value: float) -> None:
+    """Replace the cached features on padding."""
+    for level, mask in zip(features._features, features.content_masks(np.arange(len(features.images))), strict=True):
+        assert mask is not None
+        level[~mask[:, None].expand_as(level)] = value
 
 
 def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -12,16 +12,12 @@ from stpm.data import mvtec
 from stpm.errors import ModelError
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
+from stpm.fitting.task import FitResult
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from tests.conftest import MODELS, fail_to_read
 from tests.datasets import make_category
-
-
-def bytes_read() -> int:
-    """Count the bytes that this process has read."""
-    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def categories(root: Path, **images: int) -> list[mvtec.Category]:
@@ -30,13 +26,17 @@ def categories(root: Path, **images: int) -> list[mvtec.Category]:
     return [mvtec.read_category(str(root / "data"), name) for name in images]
 
 
+def fit(data: list[mvtec.Category], recipe: Recipe, store: str | Path) -> list[FitResult]:
+    return fit_categories(data, recipe, {0: str(store)}, WorkerOptions(), ClusterOptions(), False)
+
+
 @pytest.mark.parametrize(("kind", "folds", "minimum"), [("student", 0, 2), ("memory", 0, 3), ("student", 5, 4)])
 def test_category_with_too_few_images_fails_before_fitting(
     tmp_path: Path, fitted_keys: list[str], kind: str, folds: int, minimum: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], calibration_folds=folds)
     data = categories(tmp_path, enough=minimum, few=minimum - 1)
-    results = fit_categories(data, recipe, {0: str(tmp_path / "models")}, WorkerOptions(), ClusterOptions(), False)
+    results = fit(data, recipe, str(tmp_path / "models"))
     assert fitted_keys == ["enough (seed 0)"]
     assert {result.task.category: bool(result.record) for result in results} == {"few": False, "enough": True}
     message = caplog.messages[0]
@@ -57,7 +57,7 @@ def test_a_model_that_storage_does_not_give_is_not_replaced(
     tmp_path: Path, fitted_keys: list[str], tiny: Recipe, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     data, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
-    fit_categories(data[:1], tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+    fit(data[:1], tiny, store)
     before = ModelStore(store).versions("nut")
     list_sizes = storage.file_sizes
 
@@ -69,7 +69,7 @@ def test_a_model_that_storage_does_not_give_is_not_replaced(
     name = name or before.current.model_id
     fail_to_read(monkeypatch, OSError("503 Slow Down"), [name] if "." in name else [])
     monkeypatch.setattr(storage, "file_sizes", fail_to_list)
-    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+    results = fit(data, tiny, store)
     reasons = {result.task.category: result.reason for result in results}
     assert f"{name}: cannot be read" in reasons["nut"]
     assert reasons["bolt"] == ""
@@ -83,19 +83,19 @@ def test_damaged_model_is_reported_and_fitted_again(
 ) -> None:
     data, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
     for _ in range(2):
-        fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+        fit(data, tiny, store)
     assert len(fitted_keys) == 2
     (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
     student.write_bytes(student.read_bytes()[:-1])
     caplog.clear()
-    results = fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+    results = fit(data, tiny, store)
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert all(result.record for result in results)
     (message,) = [each for each in caplog.messages if "fitted again" in each]
     assert message.startswith("nut (seed 0): fitted again: ")
     size = student.stat().st_size
     assert f"student.safetensors: has {size - 1} bytes, {size} expected" in message
-    fit_categories(data, tiny, {0: store}, WorkerOptions(), ClusterOptions(), False)
+    fit(data, tiny, store)
     assert len(fitted_keys) == 3
 
 
@@ -105,14 +105,14 @@ def test_a_fit_that_is_started_again_reads_no_file_of_its_models_but_the_record(
     store, names = tmp_path / "models", [f"nut{number}" for number in range(5)]
     data = categories(tmp_path, **dict.fromkeys(names, 8))
 
-    def fit(count: int) -> int:
+    def read_by_fit(count: int) -> int:
         """Fit so many categories; return the bytes that this process has read meanwhile."""
-        before = bytes_read()
-        fit_categories(data[:count], tiny, {0: str(store)}, WorkerOptions(), ClusterOptions(), False)
-        return bytes_read() - before
+        before = int(Path("/proc/self/io").read_text().split()[1])
+        fit(data[:count], tiny, store)
+        return int(Path("/proc/self/io").read_text().split()[1]) - before
 
-    fit(5)
-    one, five = (fit(count) for count in (1, 5))
+    read_by_fit(5)
+    one, five = (read_by_fit(count) for count in (1, 5))
     assert len(fitted_keys) == 5
     small = sum(path.stat().st_size for name in names[1:] for path in (store / name).rglob("*.json"))
     weights = sum(path.stat().st_size for name in names[1:] for path in (store / name).rglob("*.safetensors"))
@@ -123,16 +123,16 @@ def test_a_changed_byte_is_found_when_the_model_is_loaded_and_repaired_once_the_
     tmp_path: Path, fitted_keys: list[str], tiny: Recipe
 ) -> None:
     data, store = categories(tmp_path, nut=8), ModelStore(str(tmp_path / "models"))
-    fit_categories(data, tiny, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+    fit(data, tiny, store.uri)
     (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
     intact = student.read_bytes()
     student.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-    fit_categories(data, tiny, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+    fit(data, tiny, store.uri)
     assert len(fitted_keys) == 1
     with pytest.raises(ModelError, match=f"{student}: its SHA-256 is .*; remove the file, and fit the model again"):
         store.load("nut")
     student.unlink()
-    fit_categories(data, tiny, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+    fit(data, tiny, store.uri)
     assert len(fitted_keys) == 2
     assert student.read_bytes() == intact
 
@@ -145,14 +145,14 @@ def test_a_damaged_current_model_does_not_stop_a_fit_that_others_wait_for(
     data, store = categories(tmp_path, nut=8, bolt=8), ModelStore(str(tmp_path / "models"))
     longer = dataclasses.replace(tiny, epochs=3)
     for recipe in (tiny, longer):
-        fit_categories(data[:1], recipe, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+        fit(data[:1], recipe, store.uri)
     wanted = store.record("nut").model_id
     store.set_versions("nut", store.versions("nut").roll_back())
     damaged = store.current("nut").model_id
     record = tmp_path / "models" / "nut" / damaged / "model.json"
     record.unlink() if contents is None else record.write_bytes(contents)
     caplog.clear()
-    results = fit_categories(data, longer, {0: store.uri}, WorkerOptions(), ClusterOptions(), False)
+    results = fit(data, longer, store.uri)
     assert fitted_keys[2:] == ["nut (seed 0)", "bolt (seed 0)"]
     assert all(result.record for result in results)
     assert store.current("nut").model_id == wanted

@@ -14,8 +14,8 @@ import torch
 from stpm import storage
 from stpm.data import mvtec
 from stpm.fitting import train_student as training
-from stpm.fitting.fit_category import fit_category
-from stpm.fitting.planning import existing_model
+from stpm.fitting.fit_categories import existing_model
+from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.preprocessing import Preprocessing
@@ -37,21 +37,23 @@ def task_in(root: str | Path, recipe: Recipe, store: str = "models", **changes: 
     return FitTask("nut", mvtec.read_category(f"{root}/data", "nut").train, recipe, uri, digest)
 
 
+def fit(task: FitTask, settings: WorkerSettings = SETTINGS, reported: list[Epoch | str] | None = None) -> ModelRecord:
+    """Fit and publish the task's model; `reported` gets the events."""
+    result = fit_category(task, settings, ([] if reported is None else reported).append)
+    assert result.record, result.reason
+    return result.record
+
+
 def stored_model(task: FitTask) -> ModelRecord | None:
     """Return the category's current model if it is the task's."""
     store = ModelStore(task.store)
     return existing_model(task, (store.current("nut"),)) if store.model_ids("nut") else None
 
 
-def model_folder(task: FitTask) -> str:
-    """Return the folder of the category's model."""
-    store = ModelStore(task.store)
-    return f"{store.folder(task.category)}/{store.current(task.category).model_id}"
-
-
 def contents(task: FitTask) -> dict[str, bytes]:
     """Read the files that scores depend on; return their bytes by name."""
-    folder = model_folder(task)
+    store = ModelStore(task.store)
+    folder = f"{store.folder(task.category)}/{store.current(task.category).model_id}"
     return {
         name: storage.read(f"{folder}/{name}")
         for name in ("student.safetensors", "memory.safetensors", "calibration.parquet")
@@ -59,87 +61,89 @@ def contents(task: FitTask) -> dict[str, bytes]:
     }
 
 
+def checkpoints(task: FitTask) -> list[str]:
+    return [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+
+
 class Killed(BaseException):
     pass
+
+
+def fit_until(task: FitTask, number: int) -> None:
+    """Fit, and die when this epoch is reported."""
+
+    def die(message: Epoch | str) -> None:
+        if isinstance(message, Epoch) and message.number == number:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit_category(task, EVERY_EPOCH, die)
+    assert stored_model(task) is None
 
 
 @pytest.mark.parametrize("kind", ["student", "student and memory"])
 def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=4)
     undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
-    fit_category(undisturbed, SETTINGS, lambda message: None)
-
-    def die(message: Epoch | str) -> None:
-        if isinstance(message, Epoch) and message.number == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fit_category(task, EVERY_EPOCH, die)
-    assert stored_model(task) is None
+    fit(undisturbed)
+    fit_until(task, 3)
     reported: list[Epoch | str] = []
-    fit_category(task, EVERY_EPOCH, reported.append)
+    fit(task, EVERY_EPOCH, reported)
     assert [epoch.number for epoch in reported if isinstance(epoch, Epoch)] == [3, 4]
     assert contents(task) == contents(undisturbed)
     assert len(contents(task)) == (3 if recipe.memory else 2)
-    assert not storage.exists(ModelStore(task.store).checkpoint_uri("nut", 0))
+    assert not checkpoints(task)
     assert stored_model(task)
 
 
 @pytest.mark.parametrize("damage", ["half", "other recipe"])
-def test_damaged_or_foreign_checkpoint_is_ignored(
-    root: str, tiny: Recipe, damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(message: Epoch | str) -> None:
-        if isinstance(message, Epoch) and message.number == 2:
-            raise Killed
-
+def test_damaged_or_foreign_checkpoint_is_ignored(root: str, tiny: Recipe, damage: str) -> None:
     task = task_in(root, dataclasses.replace(tiny, epochs=3))
-    with pytest.raises(Killed):
-        fit_category(task, EVERY_EPOCH, die)
-    checkpoint = ModelStore(task.store).checkpoint_uri("nut", 0)
+    fit_until(task, 2)
+    (checkpoint,) = checkpoints(task)
     if damage == "half":
         data = storage.read(checkpoint)
         storage.publish(checkpoint, data[: len(data) // 2])
     else:
         task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, learning_rate=0.1))
     reported: list[Epoch | str] = []
-    fit_category(task, EVERY_EPOCH, reported.append)
+    fit(task, EVERY_EPOCH, reported)
     assert [epoch.number for epoch in reported if isinstance(epoch, Epoch)] == [1, 2, 3]
 
 
 def test_model_is_reused_only_for_its_recipe_teacher_and_images(tmp_path: Path, any_model: Recipe) -> None:
     task = task_in(tmp_path, any_model)
-    fit_category(task, SETTINGS, lambda message: None)
+    fit(task)
     assert stored_model(task)
-    assert stored_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, epochs=9))) is None
-    assert stored_model(dataclasses.replace(task, recipe=dataclasses.replace(any_model, smoothing=2.0))) is None
-    assert stored_model(dataclasses.replace(task, teacher_digest="other")) is None
-    assert stored_model(dataclasses.replace(task, train=task.train[1:])) is None
+    for changes in (
+        {"recipe": dataclasses.replace(any_model, epochs=9)},
+        {"recipe": dataclasses.replace(any_model, smoothing=2.0)},
+        {"teacher_digest": "other"},
+        {"train": task.train[1:]},
+    ):
+        assert stored_model(dataclasses.replace(task, **changes)) is None
 
 
 def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, any_model: Recipe) -> None:
     task = task_in(root, any_model)
-    fit_category(task, SETTINGS, lambda message: None)
+    before = fit(task)
     uri = task.train[3][0]
     data = storage.read(uri)
     storage.publish(uri, data[:-1] + b"x")
 
     def now() -> FitTask:
-        category = mvtec.read_category(f"{root}/data", "nut")
-        return FitTask(category.name, category.train, task.recipe, task.store, task.teacher_digest)
+        return dataclasses.replace(task, train=mvtec.read_category(f"{root}/data", "nut").train)
 
     assert stored_model(now()) is None
     # A fit on the same bytes again gives the same model, which is then reused.
     storage.publish(uri, data)
     assert stored_model(now()) is None
-    before = ModelStore(task.store).record("nut")
-    assert fit_category(now(), SETTINGS, lambda message: None).record == before == stored_model(now())
+    assert fit(now()) == before == stored_model(now())
 
 
 def test_damaged_model_is_not_reused(root: str, caplog: pytest.LogCaptureFixture) -> None:
     task = task_in(root, MODELS["student and memory"])
-    record = fit_category(task, SETTINGS, lambda message: None).record
-    assert record
+    record = fit(task)
     for file in record.files:
         uri = f"{task.store}/nut/{record.model_id}/{file}"
         data = storage.read(uri)
@@ -151,7 +155,7 @@ def test_damaged_model_is_not_reused(root: str, caplog: pytest.LogCaptureFixture
         assert f"{file}: no such file" in caplog.messages[-1]
         storage.publish(uri, data)
     storage.remove(uri)
-    assert fit_category(task, SETTINGS, lambda message: None).record
+    fit(task)
     assert stored_model(task) == ModelStore(task.store).load("nut").record
 
 
@@ -180,46 +184,27 @@ def test_gpu_out_of_memory_fails_without_halving_the_batch(
     assert steps == [4]
 
 
-def test_folds_calibrate_on_every_image(tmp_path: Path, any_model: Recipe) -> None:
-    task = task_in(tmp_path, dataclasses.replace(any_model, calibration_folds=2))
-    record = fit_category(task, SETTINGS, lambda message: None).record
-    assert record
-    assert record.fit.calibration_count == 8
-    assert len(ModelStore(task.store).load("nut").calibration.scores) == 8
-    assert not [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
-
-
 def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> None:
     task, reported = task_in(tmp_path, any_model), []
-    result = fit_category(task, SETTINGS, reported.append)
-    record = result.record
-    assert record
-    fit, model = record.fit, ModelStore(task.store).load("nut")
-    assert (fit.train_count, fit.held_out_count, fit.calibration_count) == (6, 2, 2)
+    record = fit(task, reported=reported)
+    model, outcome = ModelStore(task.store).load("nut"), record.fit
+    assert (outcome.train_count, outcome.held_out_count, outcome.calibration_count) == (6, 2, 2)
     epochs = [each for each in reported if isinstance(each, Epoch)]
     if any_model.student == "none":
-        assert (fit.epochs, fit.kept_epoch, fit.train_loss, fit.validation_loss, epochs) == (0, 0, None, None, [])
-        assert model.student is None
+        assert (outcome.epochs, outcome.kept_epoch, outcome.train_loss, outcome.validation_loss) == (0, 0, None, None)
+        assert (model.student, epochs) == (None, [])
     else:
-        assert (fit.epochs, len(epochs)) == (2, 2)
-        assert fit.validation_loss == epochs[fit.kept_epoch - 1].validation_loss
+        assert (outcome.epochs, len(epochs)) == (2, 2)
+        assert outcome.validation_loss == epochs[outcome.kept_epoch - 1].validation_loss
     banks = 4 if any_model.memory else 0
     assert len(model.memory) == banks
     maps = banks + (3 if model.student else 0)
     assert len(record.distance_scales) == (maps if any_model.fusion == "quantile" else 0)
     assert any("memory of 200 vectors in 4 banks" in each for each in reported if isinstance(each, str)) == bool(banks)
-
-
-def test_second_fit_stores_the_same_bits(tmp_path: Path, any_model: Recipe) -> None:
-    recipe = dataclasses.replace(any_model, calibration_folds=2)
-    tasks = [task_in(tmp_path, recipe, store) for store in ("one", "two")]
-    records = [fit_category(task, SETTINGS, lambda message: None).record for task in tasks]
-    assert contents(tasks[0]) == contents(tasks[1])
-    assert records[0]
-    assert records[1]
-    assert records[0].model_id == records[1].model_id
-    assert records[0].distance_scales == records[1].distance_scales
-    assert records[0].heatmap_scale == records[1].heatmap_scale
+    # With folds every image calibrates.
+    folded = dataclasses.replace(task, recipe=dataclasses.replace(any_model, calibration_folds=2))
+    assert fit(folded).fit.calibration_count == len(ModelStore(task.store).load("nut").calibration.scores) == 8
+    assert not checkpoints(folded)
 
 
 @pytest.mark.parametrize("kind", ["student", "student and memory"])
@@ -229,7 +214,7 @@ def test_interrupted_calibration_continues_with_the_same_fold(
 ) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=3, calibration_folds=2)
     undisturbed, task = task_in(tmp_path, recipe, "one"), task_in(tmp_path, recipe, "two")
-    fit_category(undisturbed, SETTINGS, lambda message: None)
+    expected = fit(undisturbed)
     trained: list[int] = []
     original = training._train_epoch
 
@@ -245,10 +230,11 @@ def test_interrupted_calibration_continues_with_the_same_fold(
         fit_category(task, EVERY_EPOCH, lambda message: None)
     dying = False
     trained.clear()
-    fit_category(task, EVERY_EPOCH, lambda message: None)
+    # The id is a digest of everything that scores, thresholds and heatmaps depend on.
+    assert fit(task, EVERY_EPOCH).model_id == expected.model_id
     assert trained == [2, 3] + [1, 2, 3] * (2 - dies_in_fold)
     assert contents(task) == contents(undisturbed)
-    assert not [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+    assert not checkpoints(task)
 
 
 def test_a_fit_removes_the_checkpoints_of_one_with_more_folds(
@@ -261,23 +247,21 @@ def test_a_fit_removes_the_checkpoints_of_one_with_more_folds(
     with monkeypatch.context() as patch:
         patch.setattr(ModelStore, "save", die)
         with pytest.raises(Killed):
-            fit_category(task, EVERY_EPOCH, lambda message: None)
-    left = [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
-    assert len(left) == 3
-    assert fit_category(dataclasses.replace(task, recipe=tiny), SETTINGS, lambda message: None).record
-    assert not [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
+            fit(task, EVERY_EPOCH)
+    assert len(checkpoints(task)) == 3
+    fit(dataclasses.replace(task, recipe=tiny))
+    assert not checkpoints(task)
 
 
 def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> None:
     task = task_in(tmp_path, tiny)
     uris = [uri for uri, _ in task.train]
     in_memory, on_disk = (load_images(uris, preprocessing_for(tiny, uris), budget) for budget in (2**30, 0))
-    assert on_disk.on_disk
-    assert not in_memory.on_disk
+    assert (in_memory.on_disk, on_disk.on_disk) == (False, True)
     np.testing.assert_array_equal(in_memory.pixels, on_disk.pixels)
     np.testing.assert_array_equal(in_memory.content, on_disk.content)
     reported: list[Epoch | str] = []
-    fit_category(task, dataclasses.replace(SETTINGS, ram=0, gpu_ram=0), reported.append)
+    fit(task, dataclasses.replace(SETTINGS, ram=0, gpu_ram=0), reported)
     assert isinstance(reported[0], str)
     assert "in a file; teacher's features recomputed" in reported[0]
 
@@ -285,8 +269,7 @@ def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> No
 def test_auto_size_follows_the_images(tmp_path: Path, tiny: Recipe) -> None:
     recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=96 * 64, resize="fit")
     task = task_in(tmp_path, recipe, shape=(150, 100))
-    record = fit_category(task, SETTINGS, lambda message: None).record
-    assert record
+    record = fit(task)
     assert record.preprocessing == Preprocessing(96, 64, "fit", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert record.recipe == recipe
     assert stored_model(task) == ModelStore(task.store).record("nut")
@@ -299,8 +282,7 @@ def test_images_of_mixed_proportions_are_fitted(tmp_path: Path, any_model: Recip
     for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
         pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)
         storage.publish(task.train[i][0], encode_image(pixels))
-    record = fit_category(task, SETTINGS, lambda message: None).record
-    assert record
+    record = fit(task)
     for loss in (record.fit.train_loss, record.fit.validation_loss):
         assert 0 < loss < 2 if recipe.student != "none" else loss is None
     assert np.isfinite(ModelStore(task.store).load("nut").calibration.scores).all()

@@ -11,16 +11,21 @@ from stpm.fitting.task import Epoch, FitResult, FitTask
 from stpm.fitting.task_queue import MAX_NODE_LOSSES, WAIT, TaskQueue
 from tests.conftest import MODELS, TINY
 
+NODES = {"n1", "n2"}
+
 
 def task(name: str, images: int = 1) -> FitTask:
     return FitTask(name, tuple((f"{name}/{i}", 1) for i in range(images)), TINY, "store", "digest")
 
 
-NODES = {"n1", "n2"}
-
-
 def make_queue(*tasks: FitTask, living: set[str] = NODES) -> TaskQueue:
     return TaskQueue(tasks, lambda: living)
+
+
+def take(queue: TaskQueue, group: object = "g", size: int = 2, node: str = "n1") -> FitTask:
+    taken = queue.take(str(group), size, node)
+    assert isinstance(taken, FitTask), "no task is quarantined, and one waits"
+    return taken
 
 
 def results(queue: TaskQueue) -> dict[str, str]:
@@ -30,60 +35,43 @@ def results(queue: TaskQueue) -> dict[str, str]:
     return dict(found)
 
 
-def finish(queue: TaskQueue, taken: object) -> None:
-    assert isinstance(taken, FitTask)
-    queue.finish(FitResult(taken))
-
-
-def test_longest_task_comes_first() -> None:
-    queue = make_queue(task("short"), task("long", 9), task("middle", 5))
-    taken = [queue.take("g", 2, "n1") for _ in range(3)]
-    assert [t.category for t in taken if isinstance(t, FitTask)] == ["long", "middle", "short"]
+def test_longest_task_comes_first_and_events_are_returned_from_a_number_on() -> None:
+    seeded = dataclasses.replace(task("short"), recipe=dataclasses.replace(TINY, seed=1))
+    memory = dataclasses.replace(task("memory", 9), recipe=MODELS["memory"])
+    assert (memory.cost, task("long", 9).cost) == (9, 9 * TINY.epochs)
+    queue = make_queue(task("short"), task("long", 9), memory, seeded)
+    taken = [take(queue) for _ in range(4)]
+    # A memory alone shows each image once; a category with two seeds is two tasks.
+    assert [t.key for t in taken[:2]] == ["long (seed 0)", "memory (seed 0)"]
+    assert {t.key for t in taken[2:]} == {"short (seed 0)", "short (seed 1)"}
     assert queue.take("g", 2, "n1") == WAIT
     for t in taken:
-        finish(queue, t)
+        queue.finish(FitResult(t))
     assert queue.take("g", 2, "n1") is None
-
-
-def test_a_memory_alone_shows_each_image_once() -> None:
-    memory = dataclasses.replace(task("a", 9), recipe=MODELS["memory"])
-    assert (memory.cost, task("a", 9).cost) == (9, 9 * TINY.epochs)
+    epoch = Epoch(1, 0.5, 0.5, 10.0)
+    queue.report("long (seed 0)", epoch)
+    assert queue.events(4) == [("long (seed 0)", epoch)]
+    assert queue.events(5) == []
 
 
 def test_after_a_worker_gives_up_the_others_end_their_tasks_and_no_other_starts() -> None:
     queue = make_queue(task("running", 9), task("waiting"))
-    running = queue.take("g", 2, "n1")
+    running = take(queue)
     queue.give_up("no driver")
     assert queue.take("g", 2, "n1") == WAIT
-    finish(queue, running)
+    queue.finish(FitResult(running))
     assert queue.take("g", 2, "n1") is None
     assert results(queue) == {"running": "", "waiting": "no driver"}
 
 
-def test_category_with_two_seeds_is_two_tasks() -> None:
-    other = dataclasses.replace(task("a"), recipe=dataclasses.replace(TINY, seed=1))
-    queue = make_queue(task("a"), other)
-    assert {queue.take("g", 2, "n1").key for _ in range(2)} == {"a (seed 0)", "a (seed 1)"}  # type: ignore[union-attr]
-
-
-def test_events_are_returned_from_a_number_on() -> None:
-    queue = make_queue(task("a"))
-    epoch = Epoch(1, 0.5, 0.5, 10.0)
-    finish(queue, queue.take("g", 2, "n1"))
-    queue.report("a (seed 0)", epoch)
-    assert queue.events(1) == [("a (seed 0)", epoch)]
-    assert queue.events(2) == []
-
-
 def test_quarantined_tasks_run_alone_and_only_the_deadly_one_fails() -> None:
     queue = make_queue(task("deadly", 9), task("healthy", 8), task("later"))
-    assert [queue.take("1", 2, "n1").category for _ in range(2)] == ["deadly", "healthy"]  # type: ignore[union-attr]
+    assert [take(queue, "1").category for _ in range(2)] == ["deadly", "healthy"]
     # The group dies and is restarted: tasks that are not quarantined go first.
-    later = queue.take("2", 2, "n1")
-    assert isinstance(later, FitTask)
+    later = take(queue, "2")
     assert later.category == "later"
     assert queue.take("2", 2, "n1") == WAIT
-    finish(queue, later)
+    queue.finish(FitResult(later))
     group, alone = "2", []
     while (taken := queue.take(group, 2, "n1")) is not None:
         assert isinstance(taken, FitTask), "nothing else runs, so there is no reason to wait"
@@ -92,7 +80,7 @@ def test_quarantined_tasks_run_alone_and_only_the_deadly_one_fails() -> None:
         if taken.category == "deadly":
             group += "x"
         else:
-            finish(queue, taken)
+            queue.finish(FitResult(taken))
     assert sorted(alone) == ["deadly", "healthy"]
     found = results(queue)
     assert (found["later"], found["healthy"]) == ("", "")
@@ -120,30 +108,25 @@ def test_every_task_ends_once_and_only_deadly_ones_fail(tasks: int, workers: int
                 held = dict.fromkeys(range(workers))
                 break
             else:
-                finish(queue, mine)
+                queue.finish(FitResult(mine))
                 held[worker] = None
     assert {int(category): bool(reason) for category, reason in results(queue).items()} == {
         number: number in deadly for number in range(tasks)
     }
 
 
-def test_resizing_quarantines_no_task() -> None:
-    queue = make_queue(task("a", 1), task("b", 1))
+def test_resizing_and_lost_nodes_quarantine_no_task() -> None:
+    queue = make_queue(task("a"), task("b"))
     for group, size in enumerate([1, 2, 1, 3, 2, 1]):
-        taken = queue.take(str(group), size, "n1")
-        assert isinstance(taken, FitTask)
-        if size > 1:
-            assert isinstance(queue.take(str(group), size, "n1"), FitTask), "no task is quarantined"
+        for _ in range(min(size, 2)):
+            take(queue, group, size)
     assert not queue.events(0)
-
-
-def test_lost_nodes_quarantine_no_task() -> None:
-    """Replace the spot nodes of a group one after the other; its size stays the same."""
+    # Replace the spot nodes of a group one after the other; its size stays the same.
     living = {"n1", "n2"}
     queue = make_queue(task("a", 2), task("b"), living=living)
     for number in range(2, 9):
         for node in sorted(living):
-            assert isinstance(queue.take(str(number), 2, node), FitTask), "no task is quarantined"
+            take(queue, number, 2, node)
         living.remove(f"n{number}")
         living.add(f"n{number + 1}")
     assert not queue.events(0)
@@ -155,13 +138,10 @@ def test_a_task_whose_own_node_is_lost_again_and_again_fails() -> None:
     queue = make_queue(task("deadly", 2), task("healthy"), living=living)
     for number in range(MAX_NODE_LOSSES):
         living.add(f"n{number}")
-        taken = queue.take(str(number), 2, f"n{number}")
-        assert isinstance(taken, FitTask)
-        assert taken.category == "deadly"
-        assert isinstance(queue.take(str(number), 2, "other"), FitTask)
+        assert take(queue, number, 2, f"n{number}").category == "deadly"
+        take(queue, number, 2, "other")
         living.remove(f"n{number}")
-    healthy = queue.take("last", 2, "other")
-    finish(queue, healthy)
+    queue.finish(FitResult(take(queue, "last", 2, "other")))
     assert queue.take("last", 2, "other") is None
     assert results(queue)["healthy"] == ""
     assert results(queue)["deadly"].startswith(f"the node that it ran on was lost {MAX_NODE_LOSSES} times")
@@ -170,9 +150,9 @@ def test_a_task_whose_own_node_is_lost_again_and_again_fails() -> None:
 def test_death_on_a_node_found_lost_later_does_not_count() -> None:
     living = {"n1", "n2", "n3"}
     queue = make_queue(task("a"), living=living)
-    assert queue.take("1", 1, "n1") != WAIT
+    take(queue, 1, 1, "n1")
     for group, node, lost in (("2", "n2", "n1"), ("3", "n3", "n2"), ("4", "n3", "")):
-        assert isinstance(queue.take(group, 1, node), FitTask), group
+        take(queue, group, 1, node)
         living.discard(lost)
     assert queue.take("5", 1, "n3") is None, "it died twice on a node that is still alive"
     assert "died 2 times" in results(queue)["a"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,45 +8,36 @@ import pytest
 import torch
 
 from stpm.errors import ConfigError, DivergedError
-from stpm.fitting.splits import split_images
-from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import FitState, learning_rate, train_student
+from stpm.fitting.checkpoint import Checkpoint, FitState
+from stpm.fitting.task import Epoch
+from stpm.fitting.train_student import TrainedStudent, learning_rate
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.backbones import load_backbone
-from stpm.method.matching import matching_loss
+from stpm.method.loss import matching_loss
 from stpm.method.recipe import PRESETS, Recipe
 from stpm.options import Integers, Size
 from tests.conftest import MODELS
-from tests.fitting.helpers import BUDGET, TeacherOf, same_tensors, train_on, unpadded
-
-PAPER = PRESETS["paper"]
-
-
-def test_both_losses_are_reported_for_every_epoch(
-    images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf
-) -> None:
-    result, seen = train_on(images, tiny, make_teacher)
-    assert [epoch.number for epoch in seen] == [1, 2]
-    assert tuple(seen) == result.history
-    assert all(0 < epoch.train_loss < 2 and 0 < epoch.validation_loss < 2 for epoch in seen)
+from tests.fitting.helpers import PADDED, FeaturesOf, replace_padding, same_tensors, train_on, unpadded
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_seed_decides_every_weight(preset: str, images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf) -> None:
+def test_seed_decides_every_weight(preset: str, tiny: Recipe, features_of: FeaturesOf) -> None:
     ours = ("teacher", "teacher_weights", "size", "epochs", "precision", "held_out_fraction")
     recipe = dataclasses.replace(PRESETS[preset], **{name: getattr(tiny, name) for name in ours})  # type: ignore[index]
-    first, again = (train_on(images, recipe, make_teacher)[0] for _ in range(2))
-    other = train_on(images, dataclasses.replace(recipe, seed=1), make_teacher)[0]
+    features = features_of(recipe)
+    first, again, other = (train_on(features, dataclasses.replace(recipe, seed=seed)) for seed in (0, 0, 1))
     assert same_tensors(first.student, again.student)
     assert [e.train_loss for e in first.history] == [e.train_loss for e in again.history]
     assert not same_tensors(first.student, other.student)
+    assert [epoch.number for epoch in first.history] == [1, 2]
+    assert all(0 < epoch.train_loss < 2 and 0 < epoch.validation_loss < 2 for epoch in first.history)
 
 
 class InterruptedTrainingError(Exception):
     pass
 
 
-class InMemoryCheckpoints:
+class InMemoryCheckpoint(Checkpoint):
     """Save after every epoch, and raise an error after the n-th."""
 
     def __init__(self, dies_after: int) -> None:
@@ -59,7 +51,7 @@ class InMemoryCheckpoints:
         return True
 
     def save(self, state: FitState) -> None:
-        self.state = state
+        self.state = copy.deepcopy(state)
         self._left -= 1
         if not self._left:
             raise InterruptedTrainingError
@@ -69,16 +61,17 @@ class InMemoryCheckpoints:
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("dies_after", [1, 3])
 def test_interrupted_training_ends_with_the_same_bits(
-    images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf, optimiser: str, keep: str, dies_after: int
+    tiny: Recipe, features_of: FeaturesOf, optimiser: str, keep: str, dies_after: int
 ) -> None:
     recipe = dataclasses.replace(
         tiny, optimiser=optimiser, keep=keep, epochs=5, schedule="cosine", warmup_epochs=2, learning_rate=0.01
     )
-    uninterrupted, _ = train_on(images, recipe, make_teacher)
-    checkpoints = InMemoryCheckpoints(dies_after)
+    features, checkpoint = features_of(recipe), InMemoryCheckpoint(dies_after)
+    uninterrupted = train_on(features, recipe)
     with pytest.raises(InterruptedTrainingError):
-        train_on(images, recipe, make_teacher, checkpoints)
-    resumed, seen = train_on(images, recipe, make_teacher, checkpoints)
+        train_on(features, recipe, checkpoint)
+    seen: list[Epoch] = []
+    resumed = train_on(features, recipe, checkpoint, seen)
     assert [epoch.number for epoch in seen] == list(range(dies_after + 1, 6))
     assert same_tensors(uninterrupted.student, resumed.student)
     assert uninterrupted.kept_epoch.number == resumed.kept_epoch.number
@@ -86,28 +79,26 @@ def test_interrupted_training_ends_with_the_same_bits(
     assert losses[0] == losses[1]
 
 
-def test_loss_falls(images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf) -> None:
+def test_loss_falls(tiny: Recipe, features_of: FeaturesOf) -> None:
     recipe = dataclasses.replace(tiny, optimiser="adam", learning_rate=1e-3, loss_factor=1.0, epochs=20)
-    history = train_on(images, recipe, make_teacher)[0].history
+    history = train_on(features_of(recipe), recipe).history
     assert history[-1].train_loss < 0.7 * history[0].train_loss
 
 
-def test_best_or_last_epoch_is_kept(images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf) -> None:
-    for keep in ("best", "last"):
-        recipe = dataclasses.replace(tiny, keep=keep, epochs=5)
-        result, _ = train_on(images, recipe, make_teacher)
-        best = min(result.history, key=lambda epoch: epoch.validation_loss)
-        assert result.kept_epoch == (best if keep == "best" else result.history[-1])
+def test_best_or_last_epoch_is_kept_and_training_stops_early(tiny: Recipe, features_of: FeaturesOf) -> None:
+    features = features_of(tiny)
 
+    def train(**changes: object) -> tuple[TrainedStudent, object]:
+        trained = train_on(features, dataclasses.replace(tiny, **changes))  # type: ignore[arg-type]
+        return trained, min(trained.history, key=lambda epoch: epoch.validation_loss)
 
-def test_early_stopping_ends_when_validation_loss_stops_falling(
-    images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf
-) -> None:
-    recipe = dataclasses.replace(tiny, epochs=200, early_stopping=3, learning_rate=0.01)
-    history = train_on(images, recipe, make_teacher)[0].history
-    assert len(history) < 200
-    best = min(history, key=lambda epoch: epoch.validation_loss).number
-    assert history[-1].number == best + 3
+    kept_best, best = train(keep="best", epochs=5)
+    assert kept_best.kept_epoch == best
+    kept_last, _ = train(keep="last", epochs=5)
+    assert kept_last.kept_epoch == kept_last.history[-1]
+    stopped, best = train(epochs=200, early_stopping=3, learning_rate=0.01)
+    assert len(stopped.history) == best.number + 3 < 200  # type: ignore[attr-defined]
+    assert train_on(features, MODELS["memory"]) == TrainedStudent(None, (), None)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -118,27 +109,18 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert {learning_rate(Recipe(), step, 5) for step in range(500)} == {0.4}
 
 
-def test_recipe_without_student_trains_nothing(images: TrainingImages, make_teacher: TeacherOf) -> None:
-    result, seen = train_on(images, MODELS["memory"], make_teacher)
-    assert (result.student, result.history, result.kept_epoch, seen) == (None, (), None, [])
-
-
-def test_recomputed_features_give_about_the_same_losses(
-    images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf
-) -> None:
-    cached, _ = train_on(images, tiny, make_teacher)
-    recomputed, _ = train_on(images, tiny, make_teacher, budget=0)
-    for first, second in zip(cached.history, recomputed.history, strict=True):
-        # They differ only in that cached features are rounded to half precision.
-        assert first.train_loss == pytest.approx(second.train_loss, rel=2e-2)
+def test_recomputed_features_give_about_the_same_losses(tiny: Recipe, features_of: FeaturesOf) -> None:
+    cached, recomputed = (train_on(each, tiny).history for each in (features_of(tiny), features_of(tiny, ram=0)))
+    # They differ only in that cached features are rounded to half precision.
+    assert [e.train_loss for e in cached] == pytest.approx([e.train_loss for e in recomputed], rel=2e-2)
 
 
 def test_gradient_does_not_depend_on_the_batch_size(
-    images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf
+    images: TrainingImages, tiny: Recipe, features_of: FeaturesOf
 ) -> None:
     """`loss_factor` multiplies the mean over a batch, so a batch with each image twice has the same gradient."""
-    teacher = make_teacher(tiny)
-    weights = train_on(images, tiny, make_teacher)[0].student
+    features = features_of(tiny)
+    weights, teacher = train_on(features, tiny).student, features.teacher
     gradients = []
     for batch in (images.pixels[:3], np.concatenate([images.pixels[:3], images.pixels[:3]])):
         student = load_backbone(tiny.teacher, tiny.levels, weights, "test")
@@ -149,33 +131,20 @@ def test_gradient_does_not_depend_on_the_batch_size(
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
-def test_a_level_with_a_single_position_is_refused(
-    images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf
-) -> None:
-    small = unpadded(images.pixels[:, ::2, ::2])
-    recipe = dataclasses.replace(tiny, size=Size("32"), levels=Integers((1, 2, 3, 4)))
+def test_what_cannot_be_trained_is_refused(images: TrainingImages, tiny: Recipe, features_of: FeaturesOf) -> None:
+    small = dataclasses.replace(tiny, size=Size("32"), levels=Integers((1, 2, 3, 4)))
     with pytest.raises(ConfigError, match="level 4 of test_resnet has a single position at an input of 32x32; give"):
-        train_on(small, recipe, make_teacher)
-
-
-def test_nan_loss_is_reported(images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf) -> None:
-    recipe = dataclasses.replace(tiny, learning_rate=1e30, epochs=5)
+        train_on(features_of(small, unpadded(images.pixels[:, ::2, ::2])), small)
+    diverging = dataclasses.replace(tiny, learning_rate=1e30, epochs=5)
     message = r"training loss is \S+ and validation loss nan in epoch \d+; lower --learning-rate"
     with pytest.raises(DivergedError, match=message):
-        train_on(images, recipe, make_teacher)
+        train_on(features_of(diverging), diverging)
 
 
-def test_student_does_not_learn_from_padding(images: TrainingImages, tiny: Recipe, make_teacher: TeacherOf) -> None:
+def test_student_does_not_learn_from_padding(images: TrainingImages, tiny: Recipe, features_of: FeaturesOf) -> None:
     """Replace the teacher's features on padding: the student stays the same."""
-    content = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
-    padded = dataclasses.replace(images, content=content)
-    features = TeacherFeatures(make_teacher(tiny), padded, BUDGET)
-    train, held_out = split_images(len(padded), tiny)
-    before = train_student(features, train, held_out, tiny, lambda epoch: None)
-    masks = features.content_masks(np.arange(len(padded)))
-    for level, mask in zip(features._features, masks, strict=True):
-        assert mask is not None
-        level[~mask[:, None].expand_as(level)] = 0.5
-    after = train_student(features, train, held_out, tiny, lambda epoch: None)
-    assert same_tensors(before.student, after.student)
-    assert TeacherFeatures(make_teacher(tiny), images, BUDGET).content_masks(np.arange(9)) == [None] * 3
+    features = features_of(tiny, dataclasses.replace(images, content=PADDED))
+    before = train_on(features, tiny)
+    replace_padding(features, 0.5)
+    assert same_tensors(before.student, train_on(features, tiny).student)
+    assert features_of(tiny).content_masks(np.arange(9)) == [None] * 3

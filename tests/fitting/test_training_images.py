@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from stpm import storage
 from stpm.data import images
+from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ImageError
-from stpm.fitting.training_images import load_images, preprocessing_for
+from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
 from stpm.method.recipe import Recipe
 from stpm.options import Size
 from tests.conftest import make_preprocessing
@@ -35,14 +37,6 @@ def test_full_disk_is_reported(tmp_path: Path, tiny: Recipe) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
-    uris = make_images(tmp_path)
-    for uri in uris[:7]:
-        Path(uri).write_bytes(b"")
-    with pytest.raises(DataError, match=r"7 of 9 training images cannot be read: .*000.png.*; and 2 more; repair"):
-        load_images(uris, make_preprocessing(64), 2**30)
-
-
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
@@ -51,12 +45,13 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (OSError("503"), "run the same command again when storage can be read"),
     ],
 )
-def test_the_advice_fits_the_error(
+def test_unreadable_files_are_named_with_advice_that_fits_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
 ) -> None:
     uris = make_images(tmp_path)
-    monkeypatch.setattr(images, "decode", Mock(side_effect=error))
-    with pytest.raises(DataError, match=rf"9 of 9 training images cannot be read: .*000.png.*; {advice}$"):
+    decoded = images.decode(Path(uris[0]).read_bytes(), make_preprocessing(64))
+    monkeypatch.setattr(images, "decode", Mock(side_effect=[error] * 7 + [decoded] * 2))
+    with pytest.raises(DataError, match=rf"7 of 9 training images cannot be read: .*00\d.png.*; and 2 more; {advice}$"):
         load_images(uris, make_preprocessing(64), 2**30)
 
 
@@ -108,3 +103,37 @@ def test_auto_size_reads_few_headers_and_ignores_broken_ones(
         Path(uri).write_bytes(b"")
     with pytest.raises(DataError, match=r"32 of 32 training images cannot be read: .*000.png.*; and 27 more; repair"):
         preprocessing_for(recipe, uris)
+
+
+BRIGHTNESS = COMPARED.index("brightness")
+FIT = make_preprocessing(256, 256, "fit")
+
+
+def with_sizes(*sizes: tuple[int, int], brightness: float = 100.0) -> TrainingImages:
+    """Make images of these sizes (width, height), each of another brightness. Their pixels are not needed."""
+    statistics = np.zeros((len(sizes), len(COMPARED)), np.float32)
+    statistics[:, :2] = sizes
+    statistics[:, BRIGHTNESS] = brightness + np.arange(len(sizes)) / len(sizes)
+    return TrainingImages(np.empty((len(sizes), 1, 1, 3), np.uint8), np.empty((len(sizes), 4), np.int32), statistics)
+
+
+def test_almost_black_images_and_copies_are_reported() -> None:
+    assert with_sizes(*[(1024, 1024)] * 20, (900, 1000)).find_problems(FIT) == []
+    (problem,) = with_sizes(*[(512, 512)] * 20, brightness=14.5).find_problems(FIT)
+    assert problem.startswith("all images are almost black (mean brightness at most 15 of 255); if these are values")
+    for column, value in ((BRIGHTNESS, 40.0), (COMPARED.index("contrast"), 1.5)):
+        # One image is brighter, or has bright parts.
+        dark = with_sizes(*[(512, 512)] * 20, brightness=14.5)
+        dark.statistics[7, column] = value
+        assert dark.find_problems(FIT) == []
+    copied = with_sizes(*[(512, 512)] * 20)
+    copied.statistics[[3, 5, 9]] = copied.statistics[4]
+    (problem,) = copied.find_problems(FIT)
+    assert problem.startswith("3 of 20 images are copies of others; remove them")
+
+
+def test_images_that_turn_are_reported() -> None:
+    wide, turning = make_preprocessing(192, 768, "fit"), with_sizes(*[(1600, 400)] * 12, *[(400, 1600)] * 8)
+    assert turning.scale_range(wide) == (192 / 1600, 768 / 1600)
+    (problem,) = turning.find_problems(wide)
+    assert "the model sees them at 12% to 48% of their size" in problem

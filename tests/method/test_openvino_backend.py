@@ -12,7 +12,7 @@ import torch
 
 from stpm.errors import ModelError
 from stpm.method import openvino_backend
-from stpm.method.backbones import build_seeded_backbone
+from stpm.method.backbones import Backbone, build_seeded_backbone
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.recipe import Precision
 
@@ -21,13 +21,17 @@ pytest.importorskip("openvino", reason="openvino is not installed: its backend w
 LEVELS = (1, 2, 3)
 
 
+def make_backbone(seed: int = 0, architecture: str = "test_resnet") -> Backbone:
+    return build_seeded_backbone(architecture, LEVELS, seed, zero_init_residual=False).eval()
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "tf_efficientnet_lite0"])
 def test_features_are_those_of_pytorch(architecture: str, precision: Precision, tolerance: float) -> None:
     images = torch.randn(3, 3, 64, 96)
     # The second has the weights of its own in the graph of the first.
     for seed in range(2):
-        backbone = build_seeded_backbone(architecture, LEVELS, seed, zero_init_residual=False).eval()
+        backbone = make_backbone(seed, architecture)
         levels = OpenVinoBackbone(backbone, 64, 96, precision)(images)
         with torch.no_grad():
             expected = backbone(images)
@@ -37,14 +41,14 @@ def test_features_are_those_of_pytorch(architecture: str, precision: Precision, 
 
 
 def test_an_image_has_the_same_features_alone_and_in_a_batch() -> None:
-    compiled = OpenVinoBackbone(build_seeded_backbone("test_resnet", LEVELS, 0, False).eval(), 64, 64, "float32")
+    compiled = OpenVinoBackbone(make_backbone(), 64, 64, "float32")
     images = torch.randn(5, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     for whole, alone in zip(compiled(images), compiled(images[3:4]), strict=True):
         assert torch.equal(whole[3:4], alone)
 
 
 def test_threads_that_share_a_backbone_get_their_own_features() -> None:
-    compiled = OpenVinoBackbone(build_seeded_backbone("test_resnet", LEVELS, 0, False).eval(), 64, 64, "float32")
+    compiled = OpenVinoBackbone(make_backbone(), 64, 64, "float32")
     batches = [torch.randn(40, 3, 64, 64) for _ in range(4)]
     expected = [compiled(batch) for batch in batches]
     with ThreadPoolExecutor(len(batches)) as pool:
@@ -54,7 +58,7 @@ def test_threads_that_share_a_backbone_get_their_own_features() -> None:
 
 
 def test_weights_that_are_lost_in_the_conversion_convert_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (build_seeded_backbone("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
+    first, second = map(make_backbone, range(2))
     monkeypatch.setattr(openvino_backend, "_convert_architecture", lambda *_: openvino_backend._convert(first, 64, 64))
     second.register_buffer("unused", torch.ones(1))
     images = torch.randn(1, 3, 64, 64)
@@ -63,7 +67,7 @@ def test_weights_that_are_lost_in_the_conversion_convert_the_whole(monkeypatch: 
 
 
 def test_features_of_another_backbone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (build_seeded_backbone("test_resnet", LEVELS, seed, False).eval() for seed in range(2))
+    first, second = map(make_backbone, range(2))
     monkeypatch.setattr(openvino_backend, "_graph_with_weights", lambda *_: openvino_backend._convert(first, 64, 64))
     for precision in get_args(Precision):
         with pytest.raises(ModelError, match="OpenVINO's features of test_resnet are others than PyTorch's: "):

@@ -23,13 +23,10 @@ def test_presets_match_their_sources() -> None:
         *("memory", "fusion", "top_fraction"),
     }
     for preset in (paper, notebook):
-        assert (preset.student, preset.memory, preset.fusion) == ("stpm", 0, "product")
-        assert (preset.smoothing, preset.top_fraction) == (0.0, 0.0)
-    assert (default.student, default.memory, default.memory_levels) == ("stpm", 2000, ())
-    assert (default.fusion, default.smoothing, default.top_fraction) == ("quantile", 0.0, 0.005)
+        assert (preset.student, preset.memory, preset.fusion, preset.resize) == ("stpm", 0, "product", "stretch")
+        assert (preset.smoothing, preset.top_fraction, preset.held_out_fraction) == (0.0, 0.0, 0.2)
+    assert (default.memory, default.fusion, default.top_fraction) == (2000, "quantile", 0.005)
     assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
-    assert (paper.resize, notebook.resize) == ("stretch", "stretch")
-    assert paper.held_out_fraction == notebook.held_out_fraction == 0.2
 
 
 @pytest.mark.parametrize(

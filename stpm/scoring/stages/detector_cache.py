@@ -80,7 +80,7 @@ class DetectorCache:
         return TeacherSpec.of_model(self._record(category), self._device, self._arithmetic)
 
     def _load_teacher(self, category: str) -> Teacher:
-        return load_teacher(self._store, self._record(category), self._device, self._arithmetic)
+        return load_teacher(self._store, self._teacher_spec(category))
 
     def _load_detector(self, category: str) -> Detector:
         if category not in self._detectors:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from stpm.data import mvtec
 from stpm.data.image_files import ImageRef
-from stpm.fitting.fit_category import fit_category
+from stpm.fitting.fit_category import fit_category, last_teacher
 from stpm.fitting.task import FitTask
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
@@ -50,6 +50,8 @@ def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     task = FitTask(name, category.train, recipe, store.uri, digest)
     record = fit_category(task, SETTINGS, lambda event: None).record
     assert record
+    # No scorer runs in the process of a fit, which keeps its teacher.
+    last_teacher.cache_clear()
     return record
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
+import ray.train
 from ray.train import ScalingConfig
 
 from stpm.cluster.connection import Resources
 from stpm.errors import ConfigError
 from stpm.fitting import worker_resources
 from stpm.fitting.options import WorkerOptions
+from stpm.fitting.worker_group import retry_after_node_loss
 from stpm.fitting.worker_resources import choose_worker_resources, describe_workers, scaling_config
 
 
@@ -96,3 +100,17 @@ def test_plan_describes_the_workers_of_a_node(monkeypatch: pytest.MonkeyPatch) -
     assert describe_workers(WorkerOptions(), 15, nodes[0]) == "1 at once, 8 CPUs, 1 GPU each"
     assert describe_workers(WorkerOptions(), 15, nodes[2]) == ""
     assert describe_workers(WorkerOptions(workers=8, gpus_per_worker=0), 1, nodes[2]) == "1 at once, 8 CPUs each"
+
+
+@pytest.mark.parametrize(("lost", "calls"), [(20, 21), (3, 4)])
+def test_training_is_retried_as_often_as_nodes_are_lost(lost: int, calls: int) -> None:
+    called: list[int] = []
+
+    def train() -> None:
+        called.append(1)
+        if len(called) <= 20:
+            raise ray.train.TrainingFailedError
+
+    with nullcontext() if lost == 20 else pytest.raises(ray.train.TrainingFailedError):
+        retry_after_node_loss(train, lambda: min(len(called), lost))
+    assert len(called) == calls

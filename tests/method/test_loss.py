@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stpm.method.matching import content_mask, distance_map, matching_loss
+from stpm.method.loss import distance_map, matching_loss
+from stpm.method.teacher import content_mask
 
 SHAPES = [(2, 8, 16, 16), (2, 12, 8, 8), (2, 20, 4, 4)]
 ALL = [None] * len(SHAPES)
