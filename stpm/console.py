@@ -1,4 +1,4 @@
-"""A job's console: its log on standard output, a progress line, signals, and exit codes."""
+"""A job's console: its log on standard output, a progress line, and signals."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal, NoReturn
 
-LogFormat = Literal["text", "json"]
+from stpm.exit_codes import COULD_NOT_RUN
 
-ALL_DONE = 0
-COULD_NOT_RUN = 1
-SOME_FAILED = 2
-NOTHING_DONE = 3
-# The signal's number is added, as shells do for a process that a signal ended.
-STOPPED = 128
+LogFormat = Literal["text", "json"]
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +146,3 @@ def show_progress(line: str) -> None:
 def is_terminal() -> bool:
     """Return whether standard output is a terminal."""
     return sys.stdout.isatty()
-
-
-def exit_code(done: int, failed: int) -> int:
-    """Choose the exit code of a job, from the number of things that it did and that failed."""
-    if not failed:
-        return ALL_DONE
-    return SOME_FAILED if done else NOTHING_DONE

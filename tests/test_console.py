@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from stpm import __version__
-from stpm.console import ConsoleHandler, JsonHandler, exit_code
+from stpm.console import ConsoleHandler, JsonHandler
+from stpm.exit_codes import exit_code
 from tests.conftest import REPOSITORY
 
 _PROGRAM = """

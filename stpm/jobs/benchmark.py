@@ -11,7 +11,6 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.placement import on_cluster
 from stpm.cluster.plan import log_plan
-from stpm.console import ALL_DONE
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
 from stpm.errors import CutOffError, RunDamagedError, with_remedy
@@ -19,6 +18,7 @@ from stpm.evaluation.evaluate import evaluate_categories, publish_report
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import MasksAt, ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.exit_codes import ALL_DONE
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.worker_resources import describe_workers

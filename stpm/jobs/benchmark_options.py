@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from stpm.errors import ConfigError
-from stpm.options import WAIT_HELP, Integers, Names, Options, Size, option
-
-# Defaults of the recipe for the demo set, whose images are crops of 128 x 128 pixels.
-_DEMO_DEFAULTS = {"teacher": "demo", "size": Size("128")}
+from stpm.options import WAIT_HELP, Integers, Names, Options, option
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,3 @@ class BenchmarkOptions(Options):
             raise ConfigError(f"--seeds is {','.join(map(str, self.seeds))!r}; give each seed once, such as 0,1,2")
         if not self.out:
             raise ConfigError("--out is empty; give a folder or a URI")
-
-
-def demo_defaults(values: Any) -> dict[str, Any]:
-    """Return the recipe's defaults for the demo set, or none if another data set is named."""
-    return {} if values.data else _DEMO_DEFAULTS

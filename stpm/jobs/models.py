@@ -6,8 +6,9 @@ import logging
 from contextlib import nullcontext
 
 from stpm import storage
-from stpm.console import exit_code, log_lines
+from stpm.console import log_lines
 from stpm.errors import DataError, ModelError
+from stpm.exit_codes import exit_code
 from stpm.lease import hold_lease
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore

@@ -14,8 +14,8 @@ import pyarrow as pa
 from stpm import storage
 from stpm.cluster.placement import on_cluster
 from stpm.cluster.plan import log_plan
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.errors import with_remedy
+from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
