@@ -9,8 +9,7 @@ from functools import partial
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.cluster.placement import on_cluster
-from stpm.cluster.plan import log_plan
+from stpm.cluster.placement import log_plan, on_cluster
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
 from stpm.errors import CutOffError, RunDamagedError, with_remedy

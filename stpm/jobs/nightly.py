@@ -9,8 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from stpm import storage
-from stpm.cluster.placement import on_cluster
-from stpm.cluster.plan import log_plan
+from stpm.cluster.placement import log_plan, on_cluster
 from stpm.errors import ConfigError, WebhookError
 from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease

@@ -7,37 +7,35 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from stpm.models.libraries import NodeVersions
-from stpm.scoring.circuit_breaker import CircuitBreaker
-from stpm.scoring.progress import BatchReport, ProgressActor, ProgressReporter, Snapshot, WarningRelay
-from stpm.scoring.progress_display import ProgressDisplay
+from stpm.scoring.progress import (
+    BatchReport,
+    CircuitBreaker,
+    ProgressActor,
+    ProgressDisplay,
+    ProgressReporter,
+    Snapshot,
+    WarningRelay,
+)
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from tests.conftest import Clock
 
 
-def shown_lines(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str]:
-    """Show 20 seconds of progress, and return the lines on the terminal or in the log."""
-    shown: list[str] = []
-    clock = Clock()
-    display = ProgressDisplay(1000, shown.append if terminal else None, clock)
-    for second in range(1, 21):
-        clock.now = second
-        speed = 50.0 if second > 10 else 0.0
-        statistics = RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed)
-        display.update(Snapshot(statistics, [], "", []))
-    return shown if terminal else caplog.messages
-
-
-def test_progress_is_shown_at_each_update_on_a_terminal_and_every_five_seconds_in_a_log(
+def test_progress_is_a_line_at_each_update_on_a_terminal_and_every_five_seconds_in_a_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert len(shown_lines(caplog, terminal=True)) == 20
-    assert len(shown_lines(caplog, terminal=False)) == 4
-
-
-def test_progress_names_the_speed_once_it_is_known(caplog: pytest.LogCaptureFixture) -> None:
-    first, *_, last = shown_lines(caplog, terminal=True)
-    assert first == "0/1000 images, 2 errors, 1 anomalous"
-    assert last == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
+    shown: list[str] = []
+    clock = Clock()
+    for display in (ProgressDisplay(1000, shown.append, clock), ProgressDisplay(1000, None, clock)):
+        start = clock.now
+        for second in range(1, 21):
+            clock.now = start + second
+            # The speed is not known from the beginning.
+            speed = 50.0 if second > 10 else 0.0
+            statistics = RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed)
+            display.update(Snapshot(statistics, [], "", []))
+    assert (len(shown), len(caplog.messages)) == (20, 4)
+    assert shown[0] == "0/1000 images, 2 errors, 1 anomalous"
+    assert shown[-1] == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
 
 
 def test_progress_actor_adds_up_statistics() -> None:
@@ -112,24 +110,18 @@ def test_a_warning_that_cannot_be_sent_raises_nothing(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(("fraction", "opens"), [(0.4, False), (0.6, True)])
 def test_circuit_breaker_opens_above_half_of_a_window_and_stays_open(fraction: float, opens: bool) -> None:
     breaker = CircuitBreaker(window=100)
-    for i in range(99):
-        breaker.add(1, ["error"])
-        assert not breaker.is_open, i
+    breaker.add(99, ["error"] * 99)
+    assert not breaker.is_open
+    # It opens on a good batch, too, and names the last error.
+    breaker.add(20, [])
+    assert breaker.is_open
+    assert str(breaker) == "80 of the latest 100 images failed, the last one with error"
     breaker = CircuitBreaker(window=100)
     for i in range(1000):
         breaker.add(1, ["error"] * (int((i + 1) * fraction) - int(i * fraction)))
     assert breaker.is_open == opens
-    for _ in range(1000):
-        breaker.add(1, [])
+    breaker.add(1000, [])
     assert breaker.is_open == opens
-
-
-def test_circuit_breaker_that_opens_on_a_good_batch_names_the_last_error() -> None:
-    breaker = CircuitBreaker(window=100)
-    breaker.add(90, ["error"] * 90)
-    breaker.add(20, [])
-    assert breaker.is_open
-    assert str(breaker) == "80 of the latest 100 images failed, the last one with error"
 
 
 def test_steady_speed_excludes_the_first_quarter() -> None:
