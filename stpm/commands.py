@@ -11,10 +11,9 @@ import sys
 from stpm import __doc__ as description
 from stpm import __version__
 from stpm.cli import Job, run_job
-from stpm.evaluation.options import EvaluateOptions, ReportOptions
+from stpm.evaluation.options import BenchmarkOptions, EvaluateOptions, ReportOptions
 from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN
 from stpm.fitting.options import FitOptions, WorkerOptions
-from stpm.jobs.benchmark_options import BenchmarkOptions
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions

@@ -19,7 +19,7 @@ from stpm import __version__
 from stpm.cli import Job, run_job
 from stpm.commands import COMMANDS, main
 from stpm.errors import ConfigError
-from stpm.jobs.benchmark_options import BenchmarkOptions
+from stpm.evaluation.options import BenchmarkOptions
 from stpm.method.recipe import PRESETS, Recipe
 from tests.conftest import REPOSITORY
 from tests.datasets import make_category
