@@ -92,10 +92,9 @@ COMMANDS = {job.name: job for job in _JOBS}
 
 
 def main(*command: str) -> int:
-    """Run a command as this process, or return the exit code of a command line that names none.
+    """Run a command, whose words come before those of the process's command line, as this process.
 
-    Args:
-        command: words before those of the process's command line.
+    Return the exit code of a command line that names no command.
     """
     name, *argv = [*command, *sys.argv[1:]] or [""]
     if name in COMMANDS:

@@ -88,25 +88,13 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> T:
-    """Declare a field of `Options`.
+    """Declare a field of `Options`, with its help text, which names the unit, and limits of a number.
 
-    Args:
-        default: value of the option if the user gives none.
-        text: help text; it names the unit.
-        required: the user has to give a value.
-        is_secret: the value may hold a secret: --print-config leaves it out.
-        minimum: the smallest valid number.
-        maximum: the largest valid number.
-        above: valid numbers are larger.
-        below: valid numbers are smaller.
+    A required option is one that the user has to give; --print-config leaves out one that may hold a secret.
     """
     limits = {"at least": minimum, "more than": above, "at most": maximum, "less than": below}
-    metadata = {
-        "help": text,
-        "required": required,
-        "is_secret": is_secret,
-        "limits": {words: limit for words, limit in limits.items() if limit is not None},
-    }
+    metadata = {"help": text, "required": required, "is_secret": is_secret}
+    metadata["limits"] = {words: limit for words, limit in limits.items() if limit is not None}
     field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 

@@ -32,6 +32,8 @@ _POLL_SECONDS = 1.0
 _LOG_SECONDS = 5.0
 # Seconds between the times at which the number of finished images is kept, at least.
 _MARK_SECONDS = 1.0
+# A run stops once more than half of this number of images failed, the latest ones of a stage.
+_LATEST = 256
 # Number of unfinished images, and of warnings, that the actor keeps to show.
 _MAX_UNFINISHED = 10
 _MAX_WARNINGS = 10
@@ -71,37 +73,13 @@ class BatchReport(NamedTuple):
     origin: NodeVersions | None = None
 
 
-class CircuitBreaker:
-    """Open, and stay open, once more than half of the latest images failed for a reason outside the image.
-
-    Args:
-        window: number of images to decide on.
-    """
-
-    def __init__(self, window: int = 256) -> None:
-        self._window = window
-        self._failed: deque[bool] = deque(maxlen=window)
-        self._last_error = ""
-        self.is_open = False
-
-    def add(self, images: int, errors: Sequence[str]) -> None:
-        """Add a batch of images, and the errors of those that failed."""
-        self._failed.extend([True] * len(errors) + [False] * (images - len(errors)))
-        self._last_error = errors[-1] if errors else self._last_error
-        self.is_open |= len(self._failed) == self._window and 2 * sum(self._failed) > self._window
-
-    def __str__(self) -> str:
-        failed, images = sum(self._failed), len(self._failed)
-        return f"{failed} of the latest {images} images failed, the last one with {self._last_error}"
-
-
 class ProgressActor:
     """The actor that adds up what the stages report.
 
     Args:
         clock: returns seconds; injected by tests.
-        stop_on_failures: decide to stop the run when most images fail. Each stage has a circuit breaker of its own,
-            because the first stages run ahead of the last.
+        stop_on_failures: decide to stop the run when most images fail for a reason outside them. Each stage counts for
+            itself, because the first stages run ahead of the last.
         versions: of the libraries that the run was started with, by name; None: those of the first node.
     """
 
@@ -115,7 +93,8 @@ class ProgressActor:
         self._stop_on_failures = stop_on_failures
         self._statistics = RunStatistics()
         self._unfinished: list[UnfinishedImage] = []
-        self._breakers: defaultdict[Stage, CircuitBreaker] = defaultdict(CircuitBreaker)
+        # The errors of each stage's latest images, "" where there was none.
+        self._latest: defaultdict[Stage, deque[str]] = defaultdict(lambda: deque(maxlen=_LATEST))
         self._stop_reason = ""
         self._versions = VersionCheck(versions)
         self._warnings: list[str] = []
@@ -131,10 +110,14 @@ class ProgressActor:
             self.warn(mixture)
         self._unfinished += report.unfinished[: _MAX_UNFINISHED - len(self._unfinished)]
         if report.attempted and self._stop_on_failures:
-            breaker = self._breakers[report.stage]
-            breaker.add(report.attempted, report.external_errors)
-            if breaker.is_open:
-                self.stop(f"{breaker}. With --accept-errors such errors become rows")
+            latest, errors = self._latest[report.stage], report.external_errors
+            latest.extend([*errors, *[""] * (report.attempted - len(errors))])
+            failed = [error for error in latest if error]
+            if len(latest) == _LATEST and 2 * len(failed) > _LATEST:
+                self.stop(
+                    f"{len(failed)} of the latest {_LATEST} images failed, the last one with {failed[-1]}. With "
+                    "--accept-errors such errors become rows"
+                )
         self._last_report = self._clock()
         if report.statistics.images and (not self._marks or self._last_report - self._marks[-1][0] >= _MARK_SECONDS):
             self._marks.append((self._last_report, self._statistics.images))
@@ -264,13 +247,7 @@ class ProgressDisplay:
 def show_scoring_progress(
     total: int, versions: Mapping[str, str] | None = None, *, stop_on_failures: bool
 ) -> Iterator[ProgressReporter]:
-    """Start a progress actor, and show the progress while the block runs. Needs a connection to Ray.
-
-    Args:
-        total: images to score.
-        versions: of the libraries that the run was started with, by name; None: those of the first node.
-        stop_on_failures: stop the run when most images fail, see `ProgressActor`.
-    """
+    """Start a progress actor for as many images, and show the progress while the block runs; see `ProgressActor`."""
     actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(ProgressActor).remote(
         versions=versions, stop_on_failures=stop_on_failures
     )

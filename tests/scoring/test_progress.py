@@ -9,7 +9,6 @@ from ray.exceptions import ActorDiedError
 from stpm.models.libraries import NodeVersions
 from stpm.scoring.progress import (
     BatchReport,
-    CircuitBreaker,
     ProgressActor,
     ProgressDisplay,
     ProgressReporter,
@@ -55,7 +54,7 @@ def test_a_node_with_other_versions_than_the_run_began_with_is_a_warning() -> No
     assert warning.startswith("this run began with torch 1.0, but node 10.0.0.2 has torch 2.0: ")
 
 
-def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:
+def test_progress_actor_stops_the_run_once_most_of_the_latest_images_of_a_stage_failed() -> None:
     actor, patient = ProgressActor(), ProgressActor(stop_on_failures=False)
     unfinished = [UnfinishedImage(f"{i}.png", "unreadable", "expired") for i in range(64)]
     reasons = []
@@ -66,9 +65,27 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
         reasons.append(actor.add(failed))
         assert patient.add(failed) == ""
     assert reasons[:3] == ["", "", ""]
-    assert reasons[3].startswith("256 of the latest 256 images failed, the last one with unreadable: expired")
+    assert reasons[3].startswith("256 of the latest 256 images failed, the last one with unreadable: expired. With ")
     assert actor.read().unfinished == unfinished[:10]
+    # The decision stays, whatever comes.
+    actor.add(BatchReport("decode", RunStatistics(), attempted=1000))
     assert actor.read().stop_reason == reasons[-1]
+
+
+@pytest.mark.parametrize(("fraction", "stops"), [(0.4, False), (0.6, True)])
+def test_progress_actor_stops_above_half_of_the_latest_images(fraction: float, stops: bool) -> None:
+    actor = ProgressActor()
+    for i in range(1000):
+        errors = ["error"] * (int((i + 1) * fraction) - int(i * fraction))
+        actor.add(BatchReport("score", RunStatistics(), 1, errors))
+    assert bool(actor.read().stop_reason) == stops
+
+
+def test_progress_actor_that_stops_at_a_good_batch_names_the_last_error() -> None:
+    actor = ProgressActor()
+    assert actor.add(BatchReport("score", RunStatistics(), 200, [*["first"] * 199, "last"])) == ""
+    reason = actor.add(BatchReport("score", RunStatistics(), attempted=60))
+    assert reason.startswith("196 of the latest 256 images failed, the last one with last. With --accept-errors ")
 
 
 class LocalReporter(ProgressReporter):
@@ -105,23 +122,6 @@ def test_a_warning_that_cannot_be_sent_raises_nothing(capsys: pytest.CaptureFixt
     log.addHandler(WarningRelay(Mock(warn=Mock(side_effect=ActorDiedError()))))
     log.warning("many images")
     assert "ActorDiedError" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("fraction", "opens"), [(0.4, False), (0.6, True)])
-def test_circuit_breaker_opens_above_half_of_a_window_and_stays_open(fraction: float, opens: bool) -> None:
-    breaker = CircuitBreaker(window=100)
-    breaker.add(99, ["error"] * 99)
-    assert not breaker.is_open
-    # It opens on a good batch, too, and names the last error.
-    breaker.add(20, [])
-    assert breaker.is_open
-    assert str(breaker) == "80 of the latest 100 images failed, the last one with error"
-    breaker = CircuitBreaker(window=100)
-    for i in range(1000):
-        breaker.add(1, ["error"] * (int((i + 1) * fraction) - int(i * fraction)))
-    assert breaker.is_open == opens
-    breaker.add(1000, [])
-    assert breaker.is_open == opens
 
 
 def test_steady_speed_excludes_the_first_quarter() -> None:
