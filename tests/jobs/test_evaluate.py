@@ -45,28 +45,21 @@ def finish_run(output: RunOutput, model_id: str, store: str) -> None:
     storage.publish(f"{output.state_folder}/_SUCCESS", b"")
 
 
-def test_a_missing_run_folder_is_reported(tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
+        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
     with pytest.raises(DataError, match="nowhere: no scores here"):
         evaluate(run=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="--run is missing"):
-        EvaluateOptions()
-
-
-def test_a_run_without_models_is_reported(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
     with pytest.raises(DataError, match="no record of a scored run"):
         evaluate(run=output.folder)
-
-
-def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
-    output = scored_run(tmp_path).output
     finish_run(output, "nut-before", str(tmp_path / "models"))
+    # Only the models that scored the run are used.
+    with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
+        evaluate(run=output.folder)
     (Path(output.state_folder) / "_SUCCESS").unlink()
     with pytest.raises(DataError, match="this run is not finished"):
-        evaluate(run=output.folder)
-    (Path(output.state_folder) / "_SUCCESS").touch()
-    with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
         evaluate(run=output.folder)
 
 
@@ -194,11 +187,6 @@ def test_the_benchmark_replaces_no_file_that_is_not_its_own(tmp_path: Path, monk
         split().results(*arguments)
     assert storage.read(state) == b"mine"
     assert output.files()
-
-
-def test_an_unreadable_baseline_is_reported_first() -> None:
-    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
-        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
 
 
 def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
