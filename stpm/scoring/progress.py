@@ -56,12 +56,10 @@ class Snapshot(NamedTuple):
 
 
 class BatchReport(NamedTuple):
-    """What a stage reports of one batch.
+    """What a stage reports of one batch: of the images attempted, those left to the next run are unfinished.
 
     Args:
-        attempted: images that the stage tried to process.
         external_errors: errors that may have a cause outside the image.
-        unfinished: images that are left to the next run.
         origin: the process that processed the batch; `ProgressReporter` adds it.
     """
 
@@ -208,7 +206,6 @@ class ProgressDisplay:
     Args:
         total: images to score.
         show: rewrites the line at the bottom of the terminal; None if the output is a log.
-        clock: returns seconds; injected by tests.
     """
 
     def __init__(
