@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from pkgutil import resolve_name
@@ -54,7 +54,8 @@ _YAML_NULLS = ("", "~", "null", "Null", "NULL")
 
 
 @dataclass(frozen=True)
-class _LogOptions(Options):
+class _GeneralOptions(Options):
+    config: str = option("", "YAML file that sets any of these options")
     log: LogFormat = option(
         "text", "as text, or each message as a JSON object with time, level, run, job, category and message"
     )
@@ -71,25 +72,26 @@ class _PresetOptions(Options):
     )
 
 
-@dataclass(frozen=True)
-class _Option:
-    """An option of a job: a field of a dataclass, its type, and its heading in the help."""
+class _Option(argparse.Action):
+    """An option of a job, from a field of a dataclass. The parser keeps its values in their order."""
 
-    field: dataclasses.Field[Any]
-    kind: Any
-    heading: str
+    def __init__(self, option_strings: Sequence[str], dest: str, field: dataclasses.Field[Any], kind: Any) -> None:
+        metavar = _METAVARS.get(kind) or f"{{{','.join(get_args(kind))}}}"
+        super().__init__(option_strings, dest, nargs=0 if kind is bool else None, metavar=metavar)
+        self.kind, self.field = kind, field
 
-    @property
-    def metavar(self) -> str:
-        return _METAVARS.get(self.kind) or f"{{{','.join(get_args(self.kind))}}}"
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.kind is bool:
+            values = "no" if str(option_string).startswith("--no-") else "yes"
+        namespace.kept.append((self.dest, values, ""))
 
-    def help(self, default: Any) -> str:
-        """Return the help text; it names no empty default, which the text itself explains."""
+    def explain(self, default: Any) -> None:
+        """Make the help text. It names no empty default, which the option's own text explains."""
         if isinstance(default, bool):
             default = "yes" if default else "no"
         note = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).removesuffix(".0")
         note = "required" if self.field.metadata["required"] else note and f"default: {note}"
-        return f"{self.field.metadata['help']}{note and f' ({note})'}".replace("%", "%%")
+        self.help = f"{self.field.metadata['help']}{note and f' ({note})'}".replace("%", "%%")
 
     def parse(self, value: Any, where: str = "") -> Any:
         """Parse a value.
@@ -138,7 +140,7 @@ class Job:
     run: str
     example: str
     hidden: tuple[str, ...] = ()
-    without_data: Mapping[str, Any] = field(default_factory=dict)
+    without_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse the options, run the job, and return its exit code. Raises StpmError."""
@@ -154,64 +156,58 @@ class Job:
         Raises:
             ConfigError: if an option is unknown, or a value is not valid.
         """
-        options = self._options()
-        words = self._words(argv)
-        chosen = _read_values(options, words.kept)
-        defaults = {name: each.field.default for name, each in options.items()}
-        if "preset" in options:
-            defaults |= vars(PRESETS[chosen.get("preset", "default")])
-        if not chosen.get("data"):
-            defaults |= self.without_data
-        if words.help:
-            print(self._parser(defaults).format_help(), end="")
-            sys.exit(ALL_DONE)
-        values = {name: chosen.get(name, defaults[name]) for name in options}
-        if words.print_config:
-            # What may hold a secret still comes from the environment.
-            shown = {name: value for name, value in values.items() if not options[name].field.metadata["is_secret"]}
-            # Through JSON, which has no types but YAML's.
-            print(yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True), end="")
-            sys.exit(ALL_DONE)
-        made = [
-            kind(**{each.name: values[each.name] for each in dataclasses.fields(kind) if each.name in values})
-            for kind in self.groups.values()
-        ]
-        return [*made, values["log"]]
-
-    def flags(self) -> list[str]:
-        """List the options as the command line has them."""
-        return list(self._parser({})._option_string_actions)
-
-    def _words(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Split a command line into options and their values."""
         if odd := next((word for word in argv if not is_utf8(word)), ""):
             raise ConfigError(f"{hide_urls(as_utf8(odd))}: a name that is not UTF-8; rename it, or name its folder")
+        parser, options = self._parser()
         try:
-            words, unknown = self._parser({}).parse_known_args(argv, argparse.Namespace(kept=[]))
+            words, unknown = parser.parse_known_args(argv, argparse.Namespace(kept=[]))
         except argparse.ArgumentError as error:
             raise ConfigError(hide_urls(f"{error.argument_name}: {error.message}; see --help")) from error
         if unknown and unknown[0].startswith("--"):
             raise _no_option(unknown[0].partition("=")[0], self.flags())
         if unknown:
             raise ConfigError(hide_urls(f"{unknown[0]} belongs to no option; see --help"))
-        return words
+        chosen = _read_values(options, words.kept)
+        values = {name: each.field.default for name, each in options.items()}
+        if "preset" in options:
+            values |= vars(PRESETS[chosen.get("preset", "default")])
+        if not chosen.get("data"):
+            values |= self.without_data
+        if words.help:
+            for name, each in options.items():
+                each.explain(values[name])
+            print(parser.format_help(), end="")
+            sys.exit(ALL_DONE)
+        values |= chosen
+        if words.print_config:
+            # What may hold a secret still comes from the environment.
+            shown = {name: values[name] for name, each in options.items() if not each.field.metadata["is_secret"]}
+            del shown["config"]
+            # Through JSON, which has no types but YAML's.
+            print(yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True), end="")
+            sys.exit(ALL_DONE)
+        made = [
+            kind(**{each.name: values[each.name] for each in dataclasses.fields(kind) if each.name in options})
+            for kind in self.groups.values()
+        ]
+        return [*made, values["log"]]
 
-    def _options(self) -> dict[str, _Option]:
-        """List the options by name."""
-        kinds: list[tuple[str, type]] = [("options", _LogOptions)]
+    def flags(self) -> list[str]:
+        """List the options as the command line has them."""
+        return list(self._parser()[0]._option_string_actions)
+
+    def _parser(self) -> tuple[argparse.ArgumentParser, dict[str, _Option]]:
+        """Make the parser; return also its options by name, without those that print something."""
+        kinds: list[tuple[str, type]] = [("options", _GeneralOptions)]
         for heading, kind in self.groups.items():
             kinds += [(heading, _PresetOptions), (heading, Recipe)] if kind is Recipe else [(heading, kind)]
-        return {
-            each.name: _Option(each, get_type_hints(kind)[each.name], heading)
+        fields = [
+            (heading, field, get_type_hints(kind)[field.name])
             for heading, kind in kinds
-            for each in dataclasses.fields(kind)
-            if each.name not in self.hidden
-        }
-
-    def _parser(self, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
-        """Make the parser, with these defaults by field name in its help."""
-        options = self._options()
-        required = "".join(f" {flag(name)} ..." for name, each in options.items() if each.field.metadata["required"])
+            for field in dataclasses.fields(kind)
+            if field.name not in self.hidden
+        ]
+        required = "".join(f" {flag(field.name)} ..." for _, field, _ in fields if field.metadata["required"])
         parser = argparse.ArgumentParser(
             prog=f"stpm {self.name}",
             usage=f"stpm {self.name}{required} [options]",
@@ -225,16 +221,13 @@ class Job:
         group = parser.add_argument_group("options")
         group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
         group.add_argument("--print-config", action="store_true", help="print all options as YAML and exit")
-        group.add_argument("--config", action=_Keep, metavar="FILE", help="YAML file that sets any of these options")
-        for name, each in options.items():
-            if each.heading != group.title:
-                group = parser.add_argument_group(each.heading)
-            text = each.help(defaults.get(name, each.field.default))
-            if each.kind is bool:
-                group.add_argument(flag(name), flag(f"no_{name}"), action=_Keep, nargs=0, help=text)
-            else:
-                group.add_argument(flag(name), action=_Keep, metavar=each.metavar, help=text)
-        return parser
+        options: dict[str, Any] = {}
+        for heading, field, kind in fields:
+            if heading != group.title:
+                group = parser.add_argument_group(heading)
+            names = [flag(field.name), *([flag(f"no_{field.name}")] if kind is bool else [])]
+            options[field.name] = group.add_argument(*names, action=_Option, field=field, kind=kind)
+        return parser, options
 
 
 def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
@@ -262,18 +255,9 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
     sys.exit(code)
 
 
-class _Keep(argparse.Action):
-    """Keep each option with its value, in the order of the command line."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if self.nargs == 0:
-            values = "no" if str(option_string).startswith("--no-") else "yes"
-        namespace.kept.append((self.dest, values, ""))
-
-
 def _read_values(options: Mapping[str, _Option], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
     """Return the values that the environment, the command line and the files that they name give, by option."""
-    variables = {name: f"STPM_{name.upper()}" for name in ("config", *options)}
+    variables = {name: f"STPM_{name.upper()}" for name in options}
     in_environment = [
         (name, os.environ[variable], f"the environment ({variable})")
         for name, variable in variables.items()
@@ -306,7 +290,7 @@ def _read_config(path: str, options: Mapping[str, _Option]) -> Iterator[tuple[st
             raise ConfigError(f"--config {path} has no lines `option: value`")
         for key, node in content.value:
             where, name = f"{path}, line {key.start_mark.line + 1}", str(key.value).replace("-", "_")
-            if name not in options:
+            if name not in options or name == "config":
                 raise _no_option(flag(name), map(flag, options), f"{where}: ")
             if isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _YAML_NULLS:
                 raise ConfigError(f"{flag(name)} is null in {where}; give a value, or leave it out")
