@@ -94,14 +94,11 @@ class _Option(argparse.Action):
         self.help = f"{self.field.metadata['help']}{note and f' ({note})'}".replace("%", "%%")
 
     def parse(self, value: Any, where: str = "") -> Any:
-        """Parse a value.
-
-        Args:
-            value: text, or from a YAML file also a list or an object of texts.
-            where: it stands; "": on the command line.
+        """Parse a value: text, or from a YAML file also a list or an object of texts.
 
         Raises:
-            ConfigError: if the option can have no such value.
+            ConfigError: if the option can have no such value. The message says where it stands, unless on the command
+                line ("").
         """
         try:
             if isinstance(value, list) and self.kind in (Integers, Names, Size):
@@ -121,15 +118,13 @@ class _Option(argparse.Action):
 class Job:
     """A command: its options, as dataclasses, and the function that takes one of each.
 
-    A job with a Recipe among its options also has `--preset`, which sets the recipe's defaults.
+    A job with a Recipe among its options also has `--preset`, which sets the recipe's defaults. The description is one
+    line, and the example a command line.
 
     Args:
-        name: of the command.
-        description: of the job, in one line.
         groups: the option dataclasses by their headings in the help; no two have a field of the same name.
         run: name of the function, as `package.module:function`. It takes an instance of each dataclass, and returns
             the exit code.
-        example: a command line.
         hidden: fields that are not the user's to set.
         without_data: defaults by field name, instead of the preset's, where no data set is given.
     """
@@ -290,7 +285,9 @@ def _read_config(path: str, options: Mapping[str, _Option]) -> Iterator[tuple[st
             raise ConfigError(f"--config {path} has no lines `option: value`")
         for key, node in content.value:
             where, name = f"{path}, line {key.start_mark.line + 1}", str(key.value).replace("-", "_")
-            if name not in options or name == "config":
+            if name == "config":
+                raise ConfigError(f"{where}: a file cannot name another one; give --config several times")
+            if name not in options:
                 raise _no_option(flag(name), map(flag, options), f"{where}: ")
             if isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _YAML_NULLS:
                 raise ConfigError(f"{flag(name)} is null in {where}; give a value, or leave it out")

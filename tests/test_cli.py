@@ -97,6 +97,7 @@ FILE_ERRORS = [
         "FILE, line 2: there is no option --weight-decey; did you mean --weight-decay?",
     ),
     ("fit", b"categories: a\nepochs: 1.5\n", "--epochs is 1.5 in FILE, line 2; give INTEGER; see --help"),
+    ("fit", b"config: other.yaml\n", "FILE, line 1: a file cannot name another one; give --config several times"),
     ("fit", b"wait: on\n", "--wait is on in FILE, line 1; give {yes,no}; see --help"),
     ("fit", b"epochs: [1]\n", "--epochs is ['1'] in FILE, line 1; give INTEGER; see --help"),
     ("fit", b"levels: {a: 1}\n", "--levels is {'a': '1'} in FILE, line 1; give INTEGER,INTEGER,...; see --help"),
