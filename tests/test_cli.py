@@ -53,8 +53,11 @@ def test_the_command_line_wins_over_the_environment_and_the_preset(
     assert parse_recipe("--config", str(file)).learning_rate == 4e-4
     monkeypatch.setenv("STPM_EPOCHS", "8")
     monkeypatch.setenv("STPM_SIZE", "128")
-    recipe = parse_recipe("--config", str(file), "--batch-size", "11")
-    assert (recipe.batch_size, recipe.epochs, recipe.size) == (11, 7, "128x128")
+    monkeypatch.setenv("STPM_MEMORY_LEVELS", "1")
+    recipe = parse_recipe("--config", str(file), "--batch-size", "11", "--memory-levels", "2")
+    assert (recipe.batch_size, recipe.epochs, recipe.size, recipe.memory_levels) == (11, 7, "128x128", (2,))
+    monkeypatch.setenv("STPM_CONFIG", str(file))
+    assert (parse_recipe().learning_rate, parse_recipe().epochs) == (4e-4, 8)
     assert (recipe.levels, recipe.teacher_weights) == ((1, 2), "from-file")
 
 
