@@ -249,7 +249,7 @@ def fit_by_peer(bench: Bench) -> dict[str, Any]:
 
 def measure_first(bench: Bench) -> Iterator[Measured]:
     """Show the help, and score ten images."""
-    imports = [sys.executable, "-c", "import jsonargparse, numpy, yaml"]
+    imports = [sys.executable, "-c", "import argparse, numpy, yaml"]
     job, limit = (time_command(command)["seconds"] for command in ([*job_command("score", {}), "--help"], imports))
     yield Measured("--help", "s", job, limit)
     if not bench.arguments.small:

@@ -56,7 +56,7 @@ from stpm.scoring.inputs.manifest import Manifest, Segment, read_manifest, write
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.progress_display import show_scoring_progress
+from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.resuming.remaining import write_remaining
 from stpm.scoring.resuming.row_checkpoints import summary_of

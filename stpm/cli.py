@@ -11,43 +11,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import logging
-import re
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_loader
-from jsonargparse.typing import register_type
 
 from stpm import __version__
-from stpm.console import (
-    COULD_NOT_RUN,
-    NOTHING_DONE,
-    SOME_FAILED,
-    STOPPED,
-    LogFormat,
-    start_logging,
-    stop_on_signals,
-    stop_signal,
-)
-from stpm.errors import GO_ON, ConfigError, CutOffError, DataError, ModelError, StpmError, last_line
+from stpm.console import LogFormat, start_logging, stop_on_signals, stop_signal
+from stpm.errors import GO_ON, ConfigError, StpmError, last_line
+from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN, STOPPED, exit_code_for
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, hide_urls, is_utf8
-from stpm.options import Integers, Names, Size, flag
+from stpm.options import Integers, Names, Options, Size, flag, option
 
 log = logging.getLogger(__name__)
 
-_PRESET_HELP = (
-    "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine schedule, batch 2, 5 epochs) and a "
-    "memory of normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
-    "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
-    "The defaults shown are those of the preset chosen (default: default)"
-)
-_LOG_HELP = "as text, or each message as a JSON object with time, level, run, job, category and message (default: text)"
 _EPILOG = (
     "Each option can also be set in a YAML file (--config) or in the environment (STPM_EPOCHS=20 for --epochs 20).\n"
     "Precedence, highest first: the command line and --config files (of several, the last one given); the\n"
@@ -58,31 +44,89 @@ _METAVARS = {
     int: "INTEGER",
     float: "NUMBER",
     str: "TEXT",
+    bool: "{yes,no}",
     Integers: "INTEGER,INTEGER,...",
     Names: "TEXT,TEXT,...",
-    Size: "HEIGHTxWIDTH",
+    Size: "{HEIGHTxWIDTH,SIDE,auto}",
 }
-# Any other error is one of the options, or of what the job needs to run.
-_EXIT_CODES = {CutOffError: SOME_FAILED, DataError: NOTHING_DONE, ModelError: NOTHING_DONE}
-# Options that print something and exit. The first of two parses leaves them out: it finds the preset.
-_PRINTING = ("--print-config", "--help", "-h")
+_BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+_YAML_NULLS = ("", "~", "null", "Null", "NULL")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class _GeneralOptions(Options):
+    config: str = option("", "YAML file that sets any of these options")
+    log: LogFormat = option(
+        "text", "as text, or each message as a JSON object with time, level, run, job, category and message"
+    )
+
+
+@dataclass(frozen=True)
+class _PresetOptions(Options):
+    preset: Preset = option(
+        "default",
+        "where the recipe starts from; `default`: a student (sgd 0.4 with a cosine schedule, batch 2, 5 epochs) and a "
+        "memory of normal features, size from the images; `paper`: the student alone, sgd 0.4, batch 32, 100 epochs; "
+        "`notebook`: adam 4e-4, batch 4, 20 epochs, pixels from 0 to 1. "
+        "The defaults shown are those of the preset chosen",
+    )
+
+
+class _Option(argparse.Action):
+    """An option of a job, from a field of a dataclass. The parser keeps its values in their order."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, field: dataclasses.Field[Any], kind: Any) -> None:
+        metavar = _METAVARS.get(kind) or f"{{{','.join(get_args(kind))}}}"
+        super().__init__(option_strings, dest, nargs=0 if kind is bool else None, metavar=metavar)
+        self.kind, self.field = kind, field
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.kind is bool:
+            values = "no" if str(option_string).startswith("--no-") else "yes"
+        namespace.kept.append((self.dest, values, ""))
+
+    def explain(self, default: Any) -> None:
+        """Make the help text. It names no empty default, which the option's own text explains."""
+        if isinstance(default, bool):
+            default = "yes" if default else "no"
+        note = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).removesuffix(".0")
+        note = "required" if self.field.metadata["required"] else note and f"default: {note}"
+        self.help = f"{self.field.metadata['help']}{note and f' ({note})'}".replace("%", "%%")
+
+    def parse(self, value: Any, where: str = "") -> Any:
+        """Parse a value: text, or from a YAML file also a list or an object of texts.
+
+        Raises:
+            ConfigError: if the option can have no such value. The message says where it stands, unless on the command
+                line ("").
+        """
+        try:
+            if isinstance(value, list) and self.kind in (Integers, Names, Size):
+                return self.kind(map(_text, value))
+            if self.kind is bool:
+                return _BOOLEANS[_text(value).lower()]
+            if choices := get_args(self.kind):
+                return choices[choices.index(value)]
+            return self.kind(_text(value))
+        except (KeyError, TypeError, ValueError) as error:
+            shown = "not valid" if self.field.metadata["is_secret"] else value or "empty"
+            what = f"{flag(self.field.name)} is {shown}{where and f' in {where}'}"
+            raise ConfigError(hide_urls(f"{what}; give {self.metavar}; see --help")) from error
+
+
+@dataclass(frozen=True)
 class Job:
     """A command: its options, as dataclasses, and the function that takes one of each.
 
-    A job with a Recipe among its options also has `--preset`, which sets the recipe's defaults.
+    A job with a Recipe among its options also has `--preset`, which sets the recipe's defaults. The description is one
+    line, and the example a command line.
 
     Args:
-        name: of the command.
-        description: of the job, in one line.
         groups: the option dataclasses by their headings in the help; no two have a field of the same name.
         run: name of the function, as `package.module:function`. It takes an instance of each dataclass, and returns
             the exit code.
-        example: a command line.
         hidden: fields that are not the user's to set.
-        defaults: makes the defaults that depend on other options, from a first parse.
+        without_data: defaults by field name, instead of the preset's, where no data set is given.
     """
 
     name: str
@@ -91,7 +135,7 @@ class Job:
     run: str
     example: str
     hidden: tuple[str, ...] = ()
-    defaults: Callable[[Namespace], Mapping[str, Any]] = lambda values: {}
+    without_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse the options, run the job, and return its exit code. Raises StpmError."""
@@ -107,61 +151,78 @@ class Job:
         Raises:
             ConfigError: if an option is unknown, or a value is not valid.
         """
-        for word in argv:
-            if not is_utf8(word):
-                shown = hide_urls(as_utf8(word))
-                raise ConfigError(f"{shown}: a name that is not UTF-8; rename it, or name its folder")
+        if odd := next((word for word in argv if not is_utf8(word)), ""):
+            raise ConfigError(f"{hide_urls(as_utf8(odd))}: a name that is not UTF-8; rename it, or name its folder")
+        parser, options = self._parser()
         try:
-            values = self.parser({}).parse_args([word for word in argv if not word.startswith(_PRINTING)])
-            defaults: dict[str, Any] = {}
-            if "preset" in values:
-                _check_not_null("preset", values.preset)
-                defaults = dataclasses.asdict(PRESETS[values.preset])
-            values = self.parser(defaults | dict(self.defaults(values))).parse_args(argv)
-        except OverflowError as error:
-            raise ConfigError(f"a number is too large: {error}; see --help") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError("the file of --config is not UTF-8; save it as UTF-8") from error
-        return [*(_make(kind, values) for kind in self.groups.values()), values.log]
+            words, unknown = parser.parse_known_args(argv, argparse.Namespace(kept=[]))
+        except argparse.ArgumentError as error:
+            raise ConfigError(hide_urls(f"{error.argument_name}: {error.message}; see --help")) from error
+        if unknown and unknown[0].startswith("--"):
+            raise _no_option(unknown[0].partition("=")[0], self.flags())
+        if unknown:
+            raise ConfigError(hide_urls(f"{unknown[0]} belongs to no option; see --help"))
+        chosen = _read_values(options, words.kept)
+        values = {name: each.field.default for name, each in options.items()}
+        if "preset" in options:
+            values |= vars(PRESETS[chosen.get("preset", "default")])
+        if not chosen.get("data"):
+            values |= self.without_data
+        if words.help:
+            for name, each in options.items():
+                each.explain(values[name])
+            print(parser.format_help(), end="")
+            sys.exit(ALL_DONE)
+        values |= chosen
+        if words.print_config:
+            # What may hold a secret still comes from the environment.
+            shown = {name: values[name] for name, each in options.items() if not each.field.metadata["is_secret"]}
+            del shown["config"]
+            # Through JSON, which has no types but YAML's.
+            print(yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True), end="")
+            sys.exit(ALL_DONE)
+        made = [
+            kind(**{each.name: values[each.name] for each in dataclasses.fields(kind) if each.name in options})
+            for kind in self.groups.values()
+        ]
+        return [*made, values["log"]]
 
     def flags(self) -> list[str]:
         """List the options as the command line has them."""
-        actions = self.parser({})._actions
-        return [flag for each in actions if each.help != argparse.SUPPRESS for flag in each.option_strings]
+        return list(self._parser()[0]._option_string_actions)
 
-    def parser(self, defaults: Mapping[str, Any]) -> ArgumentParser:
-        """Make the parser.
-
-        Args:
-            defaults: by field name, instead of the dataclasses' own.
-        """
-        fields = [field for kind in self.groups.values() for field in dataclasses.fields(kind)]
-        required = "".join(f" {flag(field.name)} ..." for field in fields if field.metadata["required"])
-        parser = _Parser(
+    def _parser(self) -> tuple[argparse.ArgumentParser, dict[str, _Option]]:
+        """Make the parser; return also its options by name, without those that print something."""
+        kinds: list[tuple[str, type]] = [("options", _GeneralOptions)]
+        for heading, kind in self.groups.items():
+            kinds += [(heading, _PresetOptions), (heading, Recipe)] if kind is Recipe else [(heading, kind)]
+        fields = [
+            (heading, field, get_type_hints(kind)[field.name])
+            for heading, kind in kinds
+            for field in dataclasses.fields(kind)
+            if field.name not in self.hidden
+        ]
+        required = "".join(f" {flag(field.name)} ..." for _, field, _ in fields if field.metadata["required"])
+        parser = argparse.ArgumentParser(
             prog=f"stpm {self.name}",
             usage=f"stpm {self.name}{required} [options]",
             description=self.description,
             epilog=f"example:\n  {self.example}\n\n{_EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            env_prefix="STPM",
-            default_env=True,
             allow_abbrev=False,
-            print_config="--print-config",
+            exit_on_error=False,
+            add_help=False,
         )
-        parser.secrets = tuple(field.name for field in fields if field.metadata["is_secret"])
-        parser.add_argument(
-            "--config", action="config", metavar="FILE", help="YAML file that sets any of these options"
-        )
-        parser.add_argument("--log", type=LogFormat, default="text", help=_LOG_HELP)
-        for title, kind in self.groups.items():
-            group = parser.add_argument_group(title)
-            if kind is Recipe:
-                group.add_argument("--preset", type=Preset, default="default", help=_PRESET_HELP)
-            hints = get_type_hints(kind)
-            for field in dataclasses.fields(kind):
-                if field.name not in self.hidden:
-                    _add_option(group, field, hints[field.name], defaults.get(field.name, field.default))
-        return parser
+        group = parser.add_argument_group("options")
+        group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+        group.add_argument("--print-config", action="store_true", help="print all options as YAML and exit")
+        options: dict[str, Any] = {}
+        for heading, field, kind in fields:
+            if heading != group.title:
+                group = parser.add_argument_group(heading)
+            names = [flag(field.name), *([flag(f"no_{field.name}")] if kind is bool else [])]
+            options[field.name] = group.add_argument(*names, action=_Option, field=field, kind=kind)
+        return parser, options
 
 
 def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
@@ -182,135 +243,73 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
         code = STOPPED + stop_signal()
     except StpmError as error:
         log.critical("%s", error)
-        code = next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), COULD_NOT_RUN)
+        code = exit_code_for(error)
     except OSError as error:
         log.critical("%s", last_line(error))
         code = COULD_NOT_RUN
     sys.exit(code)
 
 
-def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any, default: Any) -> None:
-    name = flag(field.name)
-    note = "required" if field.metadata["required"] else _default_text(default)
-    text = f"{field.metadata['help']}{f' ({note})' if note else ''}".replace("%", "%%")
-    metavar = _METAVARS.get(kind) or f"{{{','.join(get_args(kind))}}}"
-    if kind is bool:
-        group.add_argument(name, action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=default, help=text)
-    elif kind in _LISTS:
-        group.add_argument(name, type=_LISTS[kind], action=_Extend, default=default, help=text, metavar=metavar)
-    else:
-        group.add_argument(name, type=kind, default=default, help=text, metavar=metavar)
+def _read_values(options: Mapping[str, _Option], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Return the values that the environment, the command line and the files that they name give, by option."""
+    variables = {name: f"STPM_{name.upper()}" for name in options}
+    in_environment = [
+        (name, os.environ[variable], f"the environment ({variable})")
+        for name, variable in variables.items()
+        if variable in os.environ
+    ]
+    values: dict[str, Any] = {}
+    lists: dict[str, Any] = {}
+    for name, text, where in (*in_environment, *kept):
+        if name == "config":
+            values |= _read_config(text, options)
+            continue
+        values[name] = options[name].parse(text, where)
+        if not where and isinstance(values[name], tuple):
+            # A list that the command line has several times adds up.
+            values[name] = lists[name] = type(values[name])((*lists.get(name, ()), *values[name]))
+    return values
 
 
-def _default_text(default: Any) -> str:
-    """Write a default for the help; "" for an empty one, which the option's own text explains."""
-    if isinstance(default, bool):
-        return f"default: {'yes' if default else 'no'}"
-    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).removesuffix(".0")
-    return f"default: {text}" if text else ""
+def _read_config(path: str, options: Mapping[str, _Option]) -> Iterator[tuple[str, Any]]:
+    """Yield the options in a YAML file, and their values. Each value is read as text: YAML 1.1 has 0x140 for 320.
 
-
-def _make(kind: type, values: Namespace) -> Any:
-    """Make an instance of an option dataclass from the parsed values."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    chosen = {name: value for name, value in vars(values).items() if name in names}
-    for name, value in chosen.items():
-        _check_not_null(name, value)
-    return kind(**chosen)
-
-
-def _check_not_null(name: str, value: Any) -> None:
-    if value is None:
-        raise ConfigError(f"{flag(name)} is null; give a value, or leave it out")
-
-
-class _Parser(ArgumentParser):
-    """A parser whose errors are ConfigErrors in the user's words, instead of Python's."""
-
-    # Names of the options that may hold a secret.
-    secrets: tuple[str, ...] = ()
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split())
-        if "Unexpected config:" in text:
-            # The message has the whole content, which may hold secrets.
-            text = "the file of --config has no lines `option: value`"
-        elif unknown := re.match(r"unrecognized arguments: --([^\s=]+)|Option '(\w+)' is not accepted", text):
-            text = self._unknown(unknown[1] or unknown[2].replace("_", "-"))
-        elif invalid := re.match(r"argument --(\S+): invalid \S+ value: (.*)", text):
-            text = self._invalid(f"--{invalid[1]}", invalid[2])
-        elif invalid := re.match(r'Parser key "(\w+)": (?:Not of type \w+: )?(.*)', text):
-            reason, _, value = invalid[2].partition(" Got value: ")
-            name = flag(invalid[1])
-            text = self._invalid(name, value) if value else f"{name}: {reason}"
-        raise ConfigError(f"{hide_urls(text)}; see --help") from ex
-
-    def dump(self, cfg: Namespace, **options: Any) -> str:
-        """Write options as YAML, without those that may hold a secret: they still come from the environment."""
-        shown = cfg.clone()
-        for name in self.secrets:
-            shown.pop(name, None)
-        text: str = super().dump(shown, **options)
-        return text
-
-    def _unknown(self, name: str) -> str:
-        known = [flag.lstrip("-") for flag in self._option_string_actions]
-        nearest = difflib.get_close_matches(name, known, n=1)
-        return f"there is no option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
-
-    def _invalid(self, name: str, value: str) -> str:
-        shown = "not valid" if name in map(flag, self.secrets) else value
-        return f"{name} is {shown}; give {self._option_string_actions[name].metavar}"
-
-
-class _Extend(argparse.Action):
-    """Let an option be given several times: the values add up. jsonargparse would keep the last alone.
-
-    The first one replaces what a file or the environment gave. A parser, and so this object, parses once.
+    Raises:
+        ConfigError: if there is no such file, it is no YAML, or an option or a value is not valid. The message quotes
+            no line, which may hold a secret.
     """
-
-    _values: tuple[Any, ...] = ()
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        self._values += values
-        setattr(namespace, self.dest, type(values)(self._values))
-
-
-def _items(value: Any) -> list[Any]:
-    """Split `a,b`, as the command line has it; a YAML file may have a list."""
-    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else list(value)
-
-
-def _integers(value: Any) -> Integers:
     try:
-        return Integers(int(item) for item in _items(value))
-    except ValueError as error:
-        raise ValueError(f"{value!r} is not INTEGER,INTEGER,...") from error
+        loader = yaml.BaseLoader(Path(path).read_text("utf-8"))
+        content = loader.get_single_node()
+        if not isinstance(content, yaml.MappingNode):
+            raise ConfigError(f"--config {path} has no lines `option: value`")
+        for key, node in content.value:
+            where, name = f"{path}, line {key.start_mark.line + 1}", str(key.value).replace("-", "_")
+            if name == "config":
+                raise ConfigError(f"{where}: a file cannot name another one; give --config several times")
+            if name not in options:
+                raise _no_option(flag(name), map(flag, options), f"{where}: ")
+            if isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _YAML_NULLS:
+                raise ConfigError(f"{flag(name)} is null in {where}; give a value, or leave it out")
+            yield name, options[name].parse(loader.construct_object(node, deep=True), where)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}; see --help") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is not UTF-8; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        problem = getattr(error, "problem", "it has a character that YAML does not allow")
+        raise ConfigError(f"--config {path}{line}: {problem}") from None
 
 
-def _names(value: Any) -> Names:
-    return Names(str(item) for item in _items(value))
+def _text(value: Any) -> str:
+    """Return the value if it is text. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
-_LISTS = {Integers: _integers, Names: _names}
-register_type(Size)
-
-
-class _Yaml(yaml.BaseLoader):
-    """YAML in which every value but null is text, which its option parses: YAML 1.1 would read size 0x140 as 320."""
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Yaml.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
-
-
-def _load_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Yaml)  # noqa: S506
-    except yaml.MarkedYAMLError as error:
-        # The error's own text quotes the line, which may hold a secret.
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise yaml.YAMLError(f"{error.problem}{line}") from None
-
-
-set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
+def _no_option(name: str, known: Iterable[str], where: str = "") -> ConfigError:
+    nearest = difflib.get_close_matches(name.strip("-"), [each.strip("-") for each in known], n=1)
+    suggestion = f"; did you mean --{nearest[0]}?" if nearest else ""
+    return ConfigError(hide_urls(f"{where}there is no option {name}{suggestion}; see --help"))

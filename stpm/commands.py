@@ -11,15 +11,14 @@ import sys
 from stpm import __doc__ as description
 from stpm import __version__
 from stpm.cli import Job, run_job
-from stpm.console import ALL_DONE, COULD_NOT_RUN
-from stpm.evaluation.options import EvaluateOptions, ReportOptions
+from stpm.evaluation.options import BenchmarkOptions, EvaluateOptions, ReportOptions
+from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN
 from stpm.fitting.options import FitOptions, WorkerOptions
-from stpm.jobs.benchmark_options import BenchmarkOptions, demo_defaults
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.names import hide_urls
-from stpm.options import ClusterOptions
+from stpm.options import ClusterOptions, Size
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 
 # What other options say is what a job works on, and where.
@@ -66,7 +65,8 @@ _JOBS = (
         description="Fit one model per category, score every test image, and report metrics, on a demo without --data.",
         groups=_groups(BenchmarkOptions, Recipe, WorkerOptions, ScoreOptions, ReportOptions, ClusterOptions),
         hidden=("seed",),
-        defaults=demo_defaults,
+        # The demo set has crops of 128 x 128 pixels.
+        without_data={"teacher": "demo", "size": Size("128")},
         run="stpm.jobs.benchmark:run_benchmark",
         example="stpm benchmark --data /data/mvtec_ad --out runs/mvtec --preset paper --seeds 0,1,2",
     ),
@@ -92,10 +92,9 @@ COMMANDS = {job.name: job for job in _JOBS}
 
 
 def main(*command: str) -> int:
-    """Run a command as this process, or return the exit code of a command line that names none.
+    """Run a command, whose words come before those of the process's command line, as this process.
 
-    Args:
-        command: words before those of the process's command line.
+    Return the exit code of a command line that names no command.
     """
     name, *argv = [*command, *sys.argv[1:]] or [""]
     if name in COMMANDS:

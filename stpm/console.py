@@ -1,4 +1,4 @@
-"""A job's console: its log on standard output, a progress line, signals, and exit codes."""
+"""A job's console: its log on standard output, a progress line, and signals."""
 
 from __future__ import annotations
 
@@ -10,20 +10,14 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal, NoReturn
 
-LogFormat = Literal["text", "json"]
+from stpm.exit_codes import COULD_NOT_RUN
 
-ALL_DONE = 0
-COULD_NOT_RUN = 1
-SOME_FAILED = 2
-NOTHING_DONE = 3
-# The signal's number is added, as shells do for a process that a signal ended.
-STOPPED = 128
+LogFormat = Literal["text", "json"]
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +35,15 @@ def stop_on_signals() -> None:
     A second signal of either ends the process at once.
     """
 
-    def handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         _stop_signals.append(signal.Signals(number))
-        handle(signal.SIG_DFL)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
-        handle(stop)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, stop)
 
 
 def stop_signal() -> signal.Signals:
@@ -62,10 +54,8 @@ def stop_signal() -> signal.Signals:
 def start_logging(job: str, log_format: LogFormat) -> None:
     """Send the package's log to standard output.
 
-    Args:
-        job: name of the job, a field of JSON lines.
-        log_format: `json` writes an object per line, with time, level, run, job, message, and the category that the
-            message is about (`extra={"category": name}`).
+    With `json` each line is an object with time, level, run, job, message, and the category that the message is about
+    (`extra={"category": name}`).
     """
     package = logging.getLogger("stpm")
     package.setLevel(logging.INFO)
@@ -129,18 +119,18 @@ class ConsoleHandler(logging.Handler):
 
 
 class JsonHandler(ConsoleHandler):
-    """Print each message as a JSON object on standard output, for programs that collect logs."""
+    """Print each message but empty ones as a JSON object on standard output, for programs that collect logs."""
 
     def __init__(self, job: str) -> None:
         super().__init__()
+        self.addFilter(lambda record: bool(record.getMessage()))
         self._names = {"run": uuid.uuid4().hex[:12], "job": job}
 
     def print_message(self, record: logging.LogRecord) -> None:
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         category = {"category": record.category} if hasattr(record, "category") else {}
-        if message := record.getMessage():
-            fields = {"time": time, "level": _word(record.levelno), **self._names, **category, "message": message}
-            print(json.dumps(fields), flush=True)
+        fields = {"time": time, "level": _word(record.levelno), **self._names, **category}
+        print(json.dumps(fields | {"message": record.getMessage()}), flush=True)
 
 
 def show_progress(line: str) -> None:
@@ -151,10 +141,3 @@ def show_progress(line: str) -> None:
 def is_terminal() -> bool:
     """Return whether standard output is a terminal."""
     return sys.stdout.isatty()
-
-
-def exit_code(done: int, failed: int) -> int:
-    """Choose the exit code of a job, from the number of things that it did and that failed."""
-    if not failed:
-        return ALL_DONE
-    return SOME_FAILED if done else NOTHING_DONE

@@ -122,14 +122,7 @@ class ImageError(StpmError):
 
 @contextmanager
 def with_remedy(remedy: str) -> Iterator[None]:
-    """Add to the errors of a run that must start over what to do: only the job that shows them knows.
-
-    Args:
-        remedy: how this job starts a run over.
-
-    Raises:
-        RunDamagedError, OtherRunError: with the remedy.
-    """
+    """Add to a RunDamagedError or an OtherRunError how to start the run over, which only the job knows."""
     try:
         yield
     except RunDamagedError as error:

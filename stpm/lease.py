@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stpm import storage
-from stpm.console import SOME_FAILED, visible
+from stpm.console import visible
 from stpm.errors import GO_ON, ConfigError, CutOffError
+from stpm.exit_codes import SOME_FAILED
 from stpm.names import hide_urls
 from stpm.records import from_json, to_json
 from stpm.times import duration, timestamp

@@ -6,8 +6,9 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Literal, TypeVar
 
 from stpm.errors import ConfigError
@@ -23,15 +24,29 @@ WAIT_HELP = "wait while another run holds the folder that this one writes to, in
 
 
 class Integers(tuple[int, ...]):
-    """Integers, written `0,1,2` on the command line and as a list in YAML."""
+    """Integers, written `0,1,2` on the command line and as a list in YAML.
+
+    >>> Integers("0, 1"), Integers([2])
+    ((0, 1), (2,))
+    """
 
     __slots__ = ()
+
+    def __new__(cls, items: str | Iterable[int | str] = ()) -> Integers:
+        return super().__new__(cls, (int(item) if isinstance(item, str) else index(item) for item in _split(items)))
 
 
 class Names(tuple[str, ...]):
     """Names, written `a,b` on the command line and as a list in YAML."""
 
     __slots__ = ()
+
+    def __new__(cls, items: str | Iterable[str] = ()) -> Names:
+        return super().__new__(cls, map(str, _split(items)))
+
+
+def _split(items: str | Iterable[T]) -> Iterable[T | str]:
+    return [item.strip() for item in items.split(",") if item.strip()] if isinstance(items, str) else items
 
 
 class Size(str):
@@ -73,25 +88,13 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> T:
-    """Declare a field of `Options`.
+    """Declare a field of `Options`, with its help text, which names the unit, and limits of a number.
 
-    Args:
-        default: value of the option if the user gives none.
-        text: help text; it names the unit.
-        required: the user has to give a value.
-        is_secret: the value may hold a secret: --print-config leaves it out.
-        minimum: the smallest valid number.
-        maximum: the largest valid number.
-        above: valid numbers are larger.
-        below: valid numbers are smaller.
+    A required option is one that the user has to give; --print-config leaves out one that may hold a secret.
     """
     limits = {"at least": minimum, "more than": above, "at most": maximum, "less than": below}
-    metadata = {
-        "help": text,
-        "required": required,
-        "is_secret": is_secret,
-        "limits": {words: limit for words, limit in limits.items() if limit is not None},
-    }
+    metadata = {"help": text, "required": required, "is_secret": is_secret}
+    metadata["limits"] = {words: limit for words, limit in limits.items() if limit is not None}
     field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 

@@ -19,7 +19,7 @@ from stpm import __version__
 from stpm.cli import Job, run_job
 from stpm.commands import COMMANDS, main
 from stpm.errors import ConfigError
-from stpm.jobs.benchmark_options import BenchmarkOptions
+from stpm.evaluation.options import BenchmarkOptions
 from stpm.method.recipe import PRESETS, Recipe
 from tests.conftest import REPOSITORY
 from tests.datasets import make_category
@@ -31,14 +31,18 @@ def parse_recipe(*argv: str) -> Recipe:
 
 def test_a_command_line_becomes_dataclasses() -> None:
     line = (
-        "--data s3://b/d --out s3://b/o --categories a,b --preset notebook --epochs 3 --seeds 0,1 "
-        "--teacher resnet18.tv_in1k --teacher-weights /w.pth --workers 2"
+        "--data s3://b/d --out s3://b/o --categories a,b --preset notebook --epochs 3 --seeds=0,1 --seeds 4 "
+        "--teacher-weights /w.pth --workers 2 --require mean.image_auroc=0.9 --wait --no-wait "
+        "--require=nut.image_auroc=0.8,a.image_recall=0"
     )
-    options, recipe, pool, *_ = COMMANDS["benchmark"].parse(line.split())
-    assert options == BenchmarkOptions("s3://b/d", "s3://b/o", options.categories, options.seeds)
-    assert (options.categories, options.seeds) == (("a", "b"), (0, 1))
-    assert (recipe.epochs, recipe.optimiser, recipe.batch_size) == (3, "adam", 4)
-    assert (recipe.teacher, recipe.teacher_weights, pool.workers) == ("resnet18.tv_in1k", "/w.pth", 2)
+    options, recipe, pool, _, gate, _, log = COMMANDS["benchmark"].parse(line.split())
+    # A list that is given several times has all values; of another option the last one counts.
+    assert options == BenchmarkOptions("s3://b/d", "s3://b/o", ("a", "b"), (0, 1, 4))
+    assert recipe == dataclasses.replace(PRESETS["notebook"], epochs=3, teacher_weights="/w.pth")
+    assert (pool.workers, log) == (2, "text")
+    assert gate.require == ("mean.image_auroc=0.9", "nut.image_auroc=0.8", "a.image_recall=0")
+    words = ["--models", "m", "--images", "-", "--out", "o", "--images", "s3://b/c", "--category", "nut"]
+    assert COMMANDS["score"].parse(words)[0].images == ("-", "s3://b/c")
 
 
 def test_the_command_line_wins_over_the_environment_and_the_preset(
@@ -49,16 +53,22 @@ def test_the_command_line_wins_over_the_environment_and_the_preset(
     assert parse_recipe("--config", str(file)).learning_rate == 4e-4
     monkeypatch.setenv("STPM_EPOCHS", "8")
     monkeypatch.setenv("STPM_SIZE", "128")
-    recipe = parse_recipe("--config", str(file), "--batch-size", "11")
-    assert (recipe.batch_size, recipe.epochs, recipe.size) == (11, 7, "128x128")
+    monkeypatch.setenv("STPM_MEMORY_LEVELS", "1")
+    recipe = parse_recipe("--config", str(file), "--batch-size", "11", "--memory-levels", "2")
+    assert (recipe.batch_size, recipe.epochs, recipe.size, recipe.memory_levels) == (11, 7, "128x128", (2,))
+    monkeypatch.setenv("STPM_CONFIG", str(file))
+    assert (parse_recipe().learning_rate, parse_recipe().epochs) == (4e-4, 8)
     assert (recipe.levels, recipe.teacher_weights) == ((1, 2), "from-file")
 
 
-def test_without_data_the_defaults_are_those_of_the_demo_set() -> None:
-    demo = COMMANDS["benchmark"].parse([])[1]
-    assert (demo.teacher, demo.size, demo.epochs) == ("demo", "128x128", 5)
-    assert COMMANDS["benchmark"].parse(["--epochs", "2"])[1].epochs == 2
-    assert parse_recipe().teacher == "resnet18.tv_in1k"
+def test_defaults_are_those_of_the_preset_or_without_data_of_the_demo_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_recipe() == PRESETS["default"]
+    assert parse_recipe("--preset", "paper") == PRESETS["paper"]
+    demo = COMMANDS["benchmark"].parse(["--epochs", "2"])[1]
+    assert demo == dataclasses.replace(PRESETS["default"], teacher="demo", size="128", epochs=2)
+    with pytest.raises(SystemExit):
+        COMMANDS["fit"].parse(["--preset", "notebook", "--help"])
+    assert "default: 0.0004)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,21 +87,50 @@ def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsy
             COMMANDS["benchmark"].parse([option, "s3://key:SECRET@bucket/x"])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"STPM_WEBHOOK=https://host/SECRET\nSTPM_WEBHOOK_SECRET=SECRET\n", "no lines `option: value`"),
-        (b"webhook: [https://host/SECRET]\n", "--webhook is not valid; give TEXT"),
-        (b"webhook: 'https://host/SECRET\n", r"line \d"),
-        (b"webhook: https://host/SECRET: x\n", r"line \d"),
-        ("# Prüfung\n".encode("cp1252"), "--config is not UTF-8; save it as UTF-8"),
-    ],
-)
-def test_an_error_in_a_configuration_shows_none_of_it(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "run.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as caught:
-        COMMANDS["nightly"].parse(["--config", str(tmp_path / "run.yaml")])
+FILE_ERRORS = [
+    ("nightly", b"STPM_WEBHOOK=https://host/SECRET\nSTPM_WEBHOOK_SECRET=SECRET\n", "FILE has no lines `option: value`"),
+    ("nightly", b"webhook: [https://host/SECRET]\n", "--webhook is not valid in FILE, line 1; give TEXT; see --help"),
+    ("nightly", b"top: 1\nwebhook: 'https://host/SECRET\n", "--config FILE, line 3: found unexpected end of stream"),
+    ("nightly", b"webhook: https://host/SECRET: x\n", "FILE, line 1: mapping values are not allowed here"),
+    ("nightly", b"webhook: \0SECRET\n", "--config FILE: it has a character that YAML does not allow"),
+    ("nightly", "# Prüfung\n".encode("cp1252"), "--config FILE is not UTF-8; save it as UTF-8"),
+    (
+        "fit",
+        b"epochs: 1\nweight_decey: 0\n",
+        "FILE, line 2: there is no option --weight-decey; did you mean --weight-decay?",
+    ),
+    ("fit", b"categories: a\nepochs: 1.5\n", "--epochs is 1.5 in FILE, line 2; give INTEGER; see --help"),
+    ("fit", b"config: other.yaml\n", "FILE, line 1: a file cannot name another one; give --config several times"),
+    ("fit", b"wait: on\n", "--wait is on in FILE, line 1; give {yes,no}; see --help"),
+    ("fit", b"epochs: [1]\n", "--epochs is ['1'] in FILE, line 1; give INTEGER; see --help"),
+    ("fit", b"levels: {a: 1}\n", "--levels is {'a': '1'} in FILE, line 1; give INTEGER,INTEGER,...; see --help"),
+    ("benchmark", b"seeds: a\n", "--seeds is a in FILE, line 1; give INTEGER,INTEGER,...; see --help"),
+    ("fit", b"learning_rate: " + b"9" * 400, "--learning-rate is inf; give a finite number"),
+    ("fit", b"size: 0x140\n", "--size is '0x140'; give 32 to 4096"),
+    ("fit", b"size: 1:30\n", "--size is 1:30 in FILE, line 1; give {HEIGHTxWIDTH,SIDE,auto}; see --help"),
+    *(
+        ("fit", f"{name}: {null}\n".encode(), f"--{name} is null in FILE, line 1; give a value, or leave it out")
+        for name, null in (("memory", "null"), ("size", "~"), ("student", ""), ("preset", "Null"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FILE_ERRORS, ids=range(len(FILE_ERRORS)))
+def test_an_error_in_a_file_names_its_line_and_shows_no_secret(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        COMMANDS[name].parse([*(["--data=x", "--models=m"] if name == "fit" else []), "--config", str(file)])
+    assert message.replace("FILE", str(file)) in str(caught.value)
     assert "SECRET" not in str(caught.value)
+
+
+def test_an_error_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STPM_WAIT", "1")
+    with pytest.raises(ConfigError, match=r"--wait is 1 in the environment \(STPM_WAIT\); give {yes,no}; see --help"):
+        parse_recipe()
 
 
 @pytest.mark.parametrize("argv", [["--webhook=", "https://host/SECRET"], [os.fsdecode(b"https://host/SECRET\xff")]])
@@ -132,13 +171,14 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
     ("argv", "message"),
     [
         (["--epochs", "many"], "epochs"),
-        (["--size", "big"], "'big' is not a size; give HEIGHTxWIDTH"),
+        (["--size", "big"], "size is big; give {HEIGHTxWIDTH,SIDE,auto}; see --help"),
+        (["--size", "1_0"], "size is 1_0; give {HEIGHTxWIDTH,SIDE,auto}; see --help"),
         (["--size", "640x8"], "size is '640x8'; give 32 to 4096 pixels each, or auto"),
         (["--epochs", "0"], "epochs is 0; give at least 1"),
         (["--workers", "-1"], "workers is -1; give at least 0"),
         (["--tolerance", "-1"], "tolerance is -1.0; give at least 0"),
-        (["--worker-ram-gib", "nan"], "worker-ram-gib is nan; give NUMBER"),
-        (["--model-ram-gib", ".inf"], "model-ram-gib is inf; give a finite number"),
+        (["--worker-ram-gib", "nan"], "worker-ram-gib is nan; give a finite number"),
+        (["--model-ram-gib", "inf"], "model-ram-gib is inf; give a finite number"),
         (["--image-seconds", "1e10"], "image-seconds is 10000000000.0; give more than 0 and at most 86400"),
         (["--student", "none", "--memory", "0"], "student is 'none'; give --memory too"),
         (["--preset", "paper", "--memory", "9"], "fusion is 'product'; give quantile"),
@@ -151,12 +191,15 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
         (["--student", "nne"], "student is nne; give {stpm,none}"),
         (["--preset", "secret"], "preset"),
         (["--seeds", "0,0"], "seeds is '0,0'; give each seed once"),
-        (["--seeds", "a"], "seeds is 'a'; give INTEGER,INTEGER,...; see --help"),
+        (["--seeds", "a"], "seeds is a; give INTEGER,INTEGER,...; see --help"),
         *(
             (["--false-alarm-rate", rate], f"false-alarm-rate is {float(rate)}; give more than 0 and less than 1")
             for rate in ("0", "1", "-0.1", "2")
         ),
-        (["--config", "/no/such/file.yaml"], "config"),
+        (["--config", "/no/such/file.yaml"], "--config /no/such/file.yaml cannot be read: No such file"),
+        (["--require"], "--require: expected one argument; see --help"),
+        (["--out="], "--out is empty; give a folder or a URI"),
+        (["x"], "x belongs to no option; see --help"),
     ],
 )
 def test_an_invalid_option_is_an_error_of_one_line(argv: list[str], message: str) -> None:
@@ -165,12 +208,6 @@ def test_an_invalid_option_is_an_error_of_one_line(argv: list[str], message: str
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not re.search("<class|Literal|Parser key", str(caught.value))
-
-
-def test_the_error_for_an_unknown_option_in_the_file_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("weight_decey: 0\n")
-    with pytest.raises(ConfigError, match="there is no option --weight-decey; did you mean --weight-decay"):
-        parse_recipe("--config", str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -210,31 +247,21 @@ def run_main(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: 
     return code, "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize(("words", "expected"), [([], 1), (["--help"], 0), (["-h"], 0)])
-def test_stpm_lists_its_commands_with_a_line_each(
-    words: list[str], expected: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_stpm_lists_its_commands_and_says_in_one_line_what_is_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, shown = run_main(words, capsys, monkeypatch)
-    assert code == expected
-    listed = dict(re.findall(r"^  (\w+) +(.+)$", shown, flags=re.MULTILINE))
-    assert listed == {name: job.description for name, job in COMMANDS.items()}
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "shown"),
-    [
-        (["--version"], 0, f"stpm {__version__}\n"),
-        (["scroe", "--out", "o"], 1, f"error: there is no command scroe; there are {', '.join(COMMANDS)}\n"),
-        (["--webhook=https://host/SECRET"], 1, "error: there is no command --webhook=https://host/...; there are "),
-    ],
-)
-def test_what_is_no_command_says_so_in_one_line(
-    words: list[str], code: int, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, printed = run_main(words, capsys, monkeypatch)
-    assert found == code
-    assert printed.startswith(shown)
-    assert printed.count("\n") == 1
+    for words, expected in (([], 1), (["--help"], 0), (["-h"], 0)):
+        code, shown = run_main(words, capsys, monkeypatch)
+        assert code == expected
+        listed = dict(re.findall(r"^  (\w+) +(.+)$", shown, flags=re.MULTILINE))
+        assert listed == {name: job.description for name, job in COMMANDS.items()}
+    none = "error: there is no command {}; there are " + f"{', '.join(COMMANDS)}\n"
+    for word, expected, line in (
+        ("--version", 0, f"stpm {__version__}\n"),
+        ("scroe", 1, none.format("scroe")),
+        ("--webhook=https://host/SECRET", 1, none.format("--webhook=https://host/...")),
+    ):
+        assert run_main([word], capsys, monkeypatch) == (expected, line)
 
 
 @pytest.mark.parametrize(
@@ -268,45 +295,25 @@ def test_each_script_is_the_command_of_its_name(
 
 
 SCORE = ["score", "--models", "m", "--category", "nut", "--images"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        *(([name], " missing; see --help") for name in ("fit", "score", "evaluate", "nightly")),
-        ([*SCORE, "i", "--out", "file/run"], "file is a file"),
-        (["fit", "--data", "d", "--models", "file"], "file is a file"),
-        (["benchmark", "--data", "d", "--out", "file/run"], "file is a file"),
-        (["evaluate", "--run", "d", "--out", "file/run"], "file is a file"),
-        (
-            ["score", "--models", "m", "--images", "i", "--out", "o", "--category-from", "{category}/{2}"],
-            "{2} is not a name",
-        ),
-        ([*SCORE, os.fsdecode(b"\xff"), "--out", "o"], "%FF: a name that is not UTF-8"),
-        ([*SCORE, "nonsense://i", "--out", "nonsense://o"], "use a local path, s3://"),
-    ],
-)
-def test_a_job_with_invalid_options_prints_one_line_and_exits_with_1(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_bytes(b"")
-    with pytest.raises(SystemExit) as exit_:
-        run_job(COMMANDS[words[0]], words[1:])
-    assert exit_.value.code == 1
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
+FIT = ["fit", "--data", "data", "--models", "m"]
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        *(([name], 1, " missing; see --help") for name in ("fit", "score", "evaluate", "nightly")),
+        ([*SCORE, "i", "--out", "file/run"], 1, "file is a file"),
+        ([*FIT[:3], "--models", "file"], 1, "file is a file"),
+        (["benchmark", "--data", "d", "--out", "file/run"], 1, "file is a file"),
+        (["evaluate", "--run", "d", "--out", "file/run"], 1, "file is a file"),
+        ([*SCORE, "i", "--out", "o", "--category=", "--category-from", "{category}/{2}"], 1, "{2} is not a name"),
+        ([*SCORE, os.fsdecode(b"\xff"), "--out", "o"], 1, "%FF: a name that is not UTF-8"),
+        ([*SCORE, "nonsense://i", "--out", "nonsense://o"], 1, "use a local path, s3://"),
         (["fit", "--data", "nowhere", "--models", "m"], 3, "nowhere: no such folder"),
-        (["fit", "--data", "data", "--models", "m", "--categories", "bolt"], 3, "no category bolt; there are nut"),
-        (["fit", "--data", "data", "--models", "m", "--epochs", "0"], 1, "epochs is 0; give at least 1"),
-        (["fit", "--data", "data", "--models", "m", "--teacher", "resnet81.x"], 1, "is not an architecture of timm"),
-        (["fit", "--data", "data", "--models", "m", "--teacher-weights", "w.pth"], 1, "w.pth: cannot be read"),
+        ([*FIT, "--categories", "bolt"], 3, "no category bolt; there are nut"),
+        ([*FIT, "--epochs", "0"], 1, "epochs is 0; give at least 1"),
+        ([*FIT, "--teacher", "resnet81.x"], 1, "is not an architecture of timm"),
+        ([*FIT, "--teacher-weights", "w.pth"], 1, "w.pth: cannot be read"),
         ([*SCORE, "data", "--out", "o"], 3, "no model for category"),
         (["benchmark", "--data", "nowhere", "--out", "o"], 3, "nowhere: no such folder"),
         (["benchmark", "--data", "weird://x", "--out", "o"], 1, "weird://x"),
@@ -322,6 +329,7 @@ def test_an_error_is_one_line_and_an_exit_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_category("data", "nut", train=2, good=0, defects=0)
+    Path("file").write_bytes(b"")
     with pytest.raises(SystemExit) as exit_:
         run_job(COMMANDS[words[0]], words[1:])
     assert exit_.value.code == code
@@ -350,26 +358,6 @@ def test_an_error_of_the_disk_is_a_line_or_a_json_object(capsys: pytest.CaptureF
         assert (err, line["job"], line["level"], line["message"]) == ("", "full", "error", message)
 
 
-def test_the_preset_default_is_the_default() -> None:
-    assert parse_recipe() == PRESETS["default"]
-    assert parse_recipe("--preset", "paper") == PRESETS["paper"]
-
-
-def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        COMMANDS["fit"].parse(["--preset", "notebook", "--help"])
-    assert "default: 0.0004)" in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_list_option_given_several_times_collects_all_values() -> None:
-    line = "--data x --require mean.image_auroc=0.9 --seeds=3 --require=nut.image_auroc=0.8,a.image_recall=0 --seeds 4"
-    options, *_, gate, _, _ = COMMANDS["benchmark"].parse(line.split())
-    assert list(options.seeds) == [3, 4]
-    assert list(gate.require) == ["mean.image_auroc=0.9", "nut.image_auroc=0.8", "a.image_recall=0"]
-    words = ["--models", "m", "--images", "-", "--out", "o", "--images", "s3://b/c", "--category", "nut"]
-    assert list(COMMANDS["score"].parse(words)[0].images) == ["-", "s3://b/c"]
-
-
 def test_a_list_option_replaces_the_file_before_it_and_is_replaced_by_the_file_after_it(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("seeds: [7, 8]\n")
@@ -379,51 +367,14 @@ def test_a_list_option_replaces_the_file_before_it_and_is_replaced_by_the_file_a
         (["--seeds", "1", "--config", str(file)], [7, 8]),
     ):
         assert list(COMMANDS["benchmark"].parse(["--data", "x", *argv])[0].seeds) == seeds
-    file.write_text("seeds: a\n")
-    with pytest.raises(ConfigError, match="seeds: 'a' is not INTEGER,INTEGER,"):
-        COMMANDS["benchmark"].parse(["--config", str(file)])
 
 
-def test_a_list_option_without_a_value_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="require"):
-        COMMANDS["benchmark"].parse(["--require"])
-
-
-@pytest.mark.parametrize("name", ["memory", "size", "student", "preset"])
-def test_a_null_in_the_file_is_an_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "run.yaml").write_text(f"{name}: null\n")
-    with pytest.raises(ConfigError, match=f"{name} is null; give a value"):
-        parse_recipe("--config", str(tmp_path / "run.yaml"))
-
-
-def test_a_number_that_no_float_can_hold_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(f"learning_rate: {'9' * 400}\n")
-    with pytest.raises(ConfigError, match="too large"):
-        parse_recipe("--config", str(tmp_path / "run.yaml"))
-
-
-def test_a_size_has_decimal_digits_alone(tmp_path: Path) -> None:
-    for written, message in (
-        ("0x140", "size is '0x140'; give 32 to 4096"),
-        ("1:30", "not a size"),
-        ("1_0", "not a size"),
-    ):
-        (tmp_path / "run.yaml").write_text(f"size: {written}\n")
-        for argv in (["--config", str(tmp_path / "run.yaml")], ["--size", written]):
-            with pytest.raises(ConfigError, match=message):
-                parse_recipe(*argv)
-    (tmp_path / "run.yaml").write_text("size: 0400\nteacher_weights: 2026-11-24\n")
-    found = parse_recipe("--config", str(tmp_path / "run.yaml"))
+def test_a_value_in_the_file_is_text_that_its_option_parses(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "data: 0400\ncategories: [yes, 007]\nwait: yes\nsize: 0400\nteacher-weights: 2026-11-24\n"
+        "learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_factor: 2\n"
+    )
+    options, found, *_ = COMMANDS["benchmark"].parse(["--config", str(tmp_path / "run.yaml")])
+    assert (options.data, options.categories, options.wait) == ("0400", ("yes", "007"), True)
     assert (found.size, found.teacher_weights) == ("400x400", "2026-11-24")
-
-
-def test_a_name_in_the_file_stays_text(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("data: 0400\ncategories: [yes, 007]\n")
-    options = COMMANDS["benchmark"].parse(["--config", str(tmp_path / "run.yaml")])[0]
-    assert (options.data, options.categories) == ("0400", ("yes", "007"))
-
-
-def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("learning_rate: 4e-4\nweight_decay: 1.0e-3\nmomentum: .5\nloss_factor: 2\n")
-    found = parse_recipe("--config", str(tmp_path / "run.yaml"))
     assert (found.learning_rate, found.weight_decay, found.momentum, found.loss_factor) == (4e-4, 1e-3, 0.5, 2.0)

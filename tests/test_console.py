@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from stpm import __version__
-from stpm.console import ConsoleHandler, JsonHandler, exit_code
+from stpm.console import ConsoleHandler, JsonHandler
+from stpm.exit_codes import exit_code
 from tests.conftest import REPOSITORY
 
 _PROGRAM = """
@@ -28,7 +29,7 @@ log.warning("two")
 """
 
 
-def test_on_a_terminal_a_message_overwrites_the_progress_line() -> None:
+def test_on_a_terminal_a_message_overwrites_the_progress_line_and_a_log_file_has_no_control_characters() -> None:
     ours, theirs = pty.openpty()
     subprocess.run([sys.executable, "-c", _PROGRAM], stdout=theirs, check=True)
     os.close(theirs)
@@ -36,13 +37,8 @@ def test_on_a_terminal_a_message_overwrites_the_progress_line() -> None:
     shown = os.read(ours, 10_000).decode().replace("\r\n", "\n")
     os.close(ours)
     assert shown == f"{rewrite}one\n{rewrite}half way{rewrite}warning: two\n"
-
-
-def test_a_log_file_has_no_control_characters() -> None:
-    assert (
-        subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, check=True).stdout
-        == b"one\nwarning: two\n"
-    )
+    ran = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, check=True)
+    assert ran.stdout == b"one\nwarning: two\n"
 
 
 # Clears the screen, in two ways, writes a line of its own, and shows gnp.exe as exe.png.
@@ -134,52 +130,41 @@ def test_any_level_and_any_character_can_be_logged(capsys: pytest.CaptureFixture
     for handler in (ConsoleHandler(), JsonHandler("fit")):
         log = logging.Logger("x")
         log.addHandler(handler)
-        log.log(25, "a\ud800b")
-        log.log(35, "odd")
-        log.debug("small")
+        for level, message in ((25, "a\ud800b"), (35, "odd"), (logging.DEBUG, "small")):
+            log.log(level, message)
     *text, first, second, third = capsys.readouterr().out.splitlines()
     assert text == ["a\\ud800b", "warning: odd", "small"]
     assert [json.loads(line)["level"] for line in (first, second, third)] == ["info", "warning", "info"]
 
 
-_STOPPED = """
+def stopped(signal_name: str, *options: str, cleaning: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a job that a signal stops; `cleaning` runs while it cleans up."""
+    program = f"""
 import signal, sys
 from stpm.cli import Job, run_job
 def stop():
-    signal.raise_signal(signal.{name})
+    signal.raise_signal(signal.{signal_name})
 try:
-    run_job(Job("x", "", {}, "__main__:stop", ""), {options})
+    run_job(Job("x", "", {{}}, "__main__:stop", ""), {list(options)})
 finally:
+    {cleaning}
     print("cleaned up")
 """
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: int) -> None:
-    program = [sys.executable, "-c", _STOPPED.replace("{name}", name).replace("{options}", "[]")]
-    ran = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert ran.returncode == code
-    assert ran.stdout.splitlines() == [
-        f"x of stpm {__version__} starts",
-        f"stopped by {name}: what was done is kept; run the same command again to go on",
-        "cleaned up",
-    ]
-    assert ran.stderr == ""
+    text, as_json = stopped(name), stopped(name, "--log", "json")
+    assert [(ran.returncode, ran.stderr) for ran in (text, as_json)] == [(code, "")] * 2
+    message = f"stopped by {name}: what was done is kept; run the same command again to go on"
+    assert text.stdout.splitlines() == [f"x of stpm {__version__} starts", message, "cleaned up"]
+    *lines, last = as_json.stdout.splitlines()
+    assert (json.loads(lines[-1])["message"], last) == (message, "cleaned up")
 
 
 @pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
 def test_a_second_signal_ends_a_job_at_once(second: str) -> None:
-    cleaning = f'signal.raise_signal(signal.{second}); print("cleaned up")'
-    program = _STOPPED.replace("{name}", "SIGINT").replace("{options}", "[]").replace('print("cleaned up")', cleaning)
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ran = stopped("SIGINT", cleaning=f"signal.raise_signal(signal.{second})")
     assert ran.returncode == -signal.Signals[second]
     assert ("cleaned up" in ran.stdout, ran.stderr) == (False, "")
-
-
-def test_a_stopped_job_says_so_in_json() -> None:
-    program = _STOPPED.replace("{name}", "SIGTERM").replace("{options}", "['--log', 'json']")
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr) == (143, "")
-    *lines, last = ran.stdout.splitlines()
-    assert last == "cleaned up"
-    assert json.loads(lines[-1])["message"].startswith("stopped by SIGTERM: what was done is kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from unittest.mock import Mock, call
 
@@ -21,17 +22,12 @@ def test_mounted_folders_and_object_storage_are_accepted() -> None:
     check_reach([*URIS, "/home/a"], ["/"])
 
 
-@pytest.mark.parametrize("path", ["/home/a", "/mnt/plants", "/mnt", "relative"])
+@pytest.mark.parametrize("path", ["/home/a", "/mnt/plants", "/mnt", "relative", "/mnt/plant/../../home/a"])
 def test_a_path_of_one_machine_is_refused_and_named(path: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(
+        ConfigError, match=f"^{os.path.normpath(Path(path).absolute())}: a path of one machine, .* name with --mounted"
+    ):
         check_reach([*URIS, path], ["/mnt/plant"])
-    assert str(caught.value).startswith(f"{Path(path).absolute()}: a path of one machine")
-    assert "--mounted" in str(caught.value)
-
-
-def test_a_path_that_leads_out_of_a_mounted_folder_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a path of one machine"):
-        check_reach(["/mnt/plant/../../home/a"], ["/mnt/plant"])
 
 
 def test_an_address_where_ray_cannot_connect_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,34 +46,39 @@ def test_the_first_node_and_the_time_to_wait_for_it() -> None:
         ClusterOptions(node_minutes=-1)
 
 
-def test_a_node_that_left_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = {"CPU": 2.0}
-    found = iter([[node], [], [], [], [node]])
-    request = Mock()
-    monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
-    monkeypatch.setattr(placement, "request_resources", request)
+CPU, GPU = {"CPU": 16.0}, {"CPU": 8.0, "GPU": 1.0}
+
+
+@pytest.fixture
+def request_resources(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Replace the autoscaler, of a cluster that others started."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(placement, "request_resources", request := Mock())
     monkeypatch.setattr(placement, "_POLL_SECONDS", 0.0)
+    return request
+
+
+def test_a_node_that_left_is_asked_for_again(request_resources: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([[CPU], [], [], [], [CPU]])
+    monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
     options = ClusterOptions(first_node="cpu")
-    assert placement.wait_for_nodes(options) == [node]
-    request.assert_not_called()
-    assert placement.wait_for_nodes(options) == [node]
+    assert placement.wait_for_nodes(options) == [CPU]
+    request_resources.assert_not_called()
+    assert placement.wait_for_nodes(options) == [CPU]
     # Twice, as another job's request may have replaced the first one.
     wanted = call(bundles=[first_bundle("cpu")])
-    assert request.call_args_list == [wanted, wanted, call(bundles=[])]
+    assert request_resources.call_args_list == [wanted, wanted, call(bundles=[])]
 
 
-def test_cpu_nodes_do_not_stand_in_for_a_gpu_node_that_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = {"CPU": 16.0}, {"CPU": 8.0, "GPU": 1.0}
-    found = iter([[cpu], [cpu], [cpu], [cpu], [cpu, gpu]])
-    request = Mock()
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_cpu_nodes_do_not_stand_in_for_a_gpu_node_that_is_waited_for(
+    request_resources: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([[CPU], [CPU], [CPU], [CPU, GPU], [CPU]])
     monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
-    monkeypatch.setattr(placement, "request_resources", request)
-    monkeypatch.setattr(placement, "_POLL_SECONDS", 0.0)
+    assert placement.wait_for_nodes(ClusterOptions()) == [CPU]
+    request_resources.assert_not_called()
+    assert placement.wait_for_nodes(ClusterOptions(first_node="gpu")) == [CPU, GPU]
+    assert request_resources.call_args_list == [call(bundles=[first_bundle("gpu")]), call(bundles=[])]
     # No other node comes to a cluster on this machine.
-    assert placement.wait_for_nodes(ClusterOptions(first_node="gpu")) == [cpu]
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert placement.wait_for_nodes(ClusterOptions()) == [cpu]
-    request.assert_not_called()
-    assert placement.wait_for_nodes(ClusterOptions(first_node="gpu")) == [cpu, gpu]
-    assert request.call_args_list == [call(bundles=[first_bundle("gpu")]), call(bundles=[])]
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert placement.wait_for_nodes(ClusterOptions(first_node="gpu")) == [CPU]

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.data import DataContext
@@ -79,9 +80,8 @@ def connected() -> Iterator[None]:
         raise ConfigError(hide_urls(message) if "@" in address else message) from error
     # Ray has replaced the handler.
     stop_on_signals()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    for name, level in (("train", "WARNING"), ("data", "WARNING"), ("data._internal.progress", "ERROR")):
+        logging.getLogger(f"ray.{name}").setLevel(level)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -100,14 +100,13 @@ def _discard_stderr() -> Iterator[None]:
     Ray's C++ core writes a line about its log level when it starts, at any log level. Errors become exceptions anyway.
     """
     kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
+    with Path(os.devnull).open("w") as null:
+        os.dup2(null.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(null)
 
 
 def is_shared() -> bool:

@@ -1,9 +1,13 @@
-"""The number of CPUs that a process may use, in a container too."""
+"""The number of CPUs that a process may use, in a container too.
+
+joblib and loky know the root control group only; a limit of systemd, SLURM or docker --cgroupns=host is below it.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
@@ -22,30 +26,20 @@ def _cpu_limits(root: Path) -> Iterator[float]:
 
     In a container, the process's own group is often the root of the visible tree.
     """
-    groups = root / "sys/fs/cgroup"
-    try:
+    lines: list[str] = []
+    with suppress(OSError):
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
     for line in lines:
         # Version 2 has one line, without controllers. Version 1 has one for each set of controllers.
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        tree = groups / "cpu" if controllers else groups
+        tree = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         group = tree / path.strip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(tree) and (limit := _cpu_limit(folder)):
-                yield limit
-
-
-def _cpu_limit(folder: Path) -> float | None:
-    """Read the limit of one control group, version 2 or 1, in CPUs; None if it has none."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        return float(quota) / float(period) if float(quota) > 0 else None
-    except (OSError, ValueError):
-        return None
+            # A group without a limit has the quota -1, or max.
+            with suppress(OSError, ValueError):
+                quota, period = map(float, " ".join((folder / file).read_text() for file in files).split())
+                if folder.is_relative_to(tree) and quota > 0:
+                    yield quota / period

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import ray
@@ -29,37 +28,25 @@ def assigned_device() -> torch.device:
     hides no GPU from a process that it assigned none. In a process that Ray did not start it is a GPU if there is one.
 
     Raises:
-        DeviceError: if torch cannot use the GPU.
+        DeviceError: if torch cannot use the GPU, or it is hidden from the process.
     """
     from stpm.method.device import local_device, set_up_device
 
-    if not (ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE):
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    if context is None or context.worker.mode != ray.WORKER_MODE:
         return local_device()
-    gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-    return set_up_device(gpu_index(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")))
-
-
-def gpu_index(assigned: Sequence[str], visible: str | None) -> int | None:
-    """Return the index, among the GPUs that torch sees, of the first one that Ray assigned; None if it assigned none.
-
-    Ray lets a process see the GPUs that it assigned to it alone, Ray Train those of all workers on a node.
-
-    Args:
-        assigned: ids of the GPUs that Ray assigned.
-        visible: the process's CUDA_VISIBLE_DEVICES; None if it is not set.
-
-    Raises:
-        DeviceError: if the GPU is hidden from the process.
-    """
+    assigned = context.get_accelerator_ids()["GPU"]
     if not assigned:
-        return None
+        return set_up_device(None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return int(assigned[0])
+        return set_up_device(int(assigned[0]))
+    # Ray lets a process see the GPUs that it assigned to it alone, Ray Train those of all workers on a node.
     if assigned[0] not in visible.split(","):
         raise DeviceError(
             f"Ray assigned GPU {assigned[0]}, which CUDA_VISIBLE_DEVICES={visible} hides; leave that variable to Ray"
         )
-    return visible.split(",").index(assigned[0])
+    return set_up_device(visible.split(",").index(assigned[0]))
 
 
 def examine_devices(*, gpus: bool) -> list[Capabilities]:
@@ -73,11 +60,9 @@ def examine_devices(*, gpus: bool) -> list[Capabilities]:
     """
     examine = ray.remote(num_cpus=0, num_gpus=_GPU_SHARE if gpus else 0)(_examine_device)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU" if gpus else "CPU", 0) > 0]
-    tasks = [
-        # The task of a node that is lost meanwhile runs on another.
-        examine.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)).remote(gpus)
-        for node in nodes
-    ]
+    # The task of a node that is lost meanwhile runs on another.
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes]
+    tasks = [examine.options(scheduling_strategy=place).remote(gpus) for place in places]
     if not tasks:
         raise CutOffError(f"all nodes that can work have left; {GO_ON}")
     ray.wait(tasks)

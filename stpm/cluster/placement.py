@@ -1,26 +1,26 @@
-"""Several machines: which paths they can reach, and whether one can work."""
+"""Several machines: which paths they can reach, whether one can work, and what each would run."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from tabulate import tabulate
 
 from stpm import storage
-from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, working_nodes
+from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, living_nodes, working_nodes
+from stpm.console import log_lines
 from stpm.errors import GO_ON, ConfigError, CutOffError, join_first
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
-
-_NodeKind = Literal["any", "gpu", "cpu"]
 
 _POLL_SECONDS = 2.0
 
@@ -31,18 +31,15 @@ def on_cluster(options: ClusterOptions, uris: Sequence[str]) -> Iterator[None]:
 
     Without a shared cluster, do nothing: Ray is started when there is something to run.
 
-    Args:
-        options: of the job.
-        uris: of everything that the job reads and writes.
-
     Raises:
-        ConfigError: if some nodes cannot reach a URI, or no node came in time.
+        ConfigError: if some nodes cannot reach one of the URIs that the job reads and writes, or no node came in time.
     """
     if not is_shared():
         yield
         return
     with connected():
-        if _several_machines():
+        # A head without CPUs means that workers come on demand.
+        if len(living_nodes()) > 1 or not working_nodes():
             check_reach(uris, options.mounted)
         if not options.plan:
             wait_for_nodes(options)
@@ -52,12 +49,8 @@ def on_cluster(options: ClusterOptions, uris: Sequence[str]) -> Iterator[None]:
 def check_reach(uris: Sequence[str], mounted: Sequence[str]) -> None:
     """Refuse local paths on several machines, except under folders that all of them mount.
 
-    Args:
-        uris: of everything that a job reads and writes; empty ones are ignored.
-        mounted: local folders that every machine mounts.
-
     Raises:
-        ConfigError: if some machines cannot reach a path.
+        ConfigError: if some machines cannot reach a path. Empty URIs are ignored.
     """
     roots = [os.path.normpath(storage.absolute(folder)) for folder in mounted]
     local = [os.path.normpath(storage.absolute(uri)) for uri in uris if uri and storage.is_local(uri)]
@@ -73,9 +66,6 @@ def wait_for_nodes(options: ClusterOptions) -> list[Resources]:
     """Return the resources of the nodes that can work.
 
     If there are none, or none of the kind that the options name, ask the autoscaler for one, and wait for it.
-
-    The autoscaler removes nodes that were idle while images were listed, or while another run held the lease: before
-    each plan call `nodes_for_plan`.
 
     Raises:
         ConfigError: if none came in time.
@@ -103,7 +93,7 @@ def wait_for_nodes(options: ClusterOptions) -> list[Resources]:
 
 
 def nodes_for_plan(options: ClusterOptions) -> list[Resources]:
-    """As `wait_for_nodes`, in a run that has begun.
+    """As `wait_for_nodes`, before each plan of a run that has begun: the autoscaler removes idle nodes meanwhile.
 
     Raises:
         CutOffError: if no node came in time.
@@ -114,20 +104,37 @@ def nodes_for_plan(options: ClusterOptions) -> list[Resources]:
         raise CutOffError(f"{error}; {GO_ON}") from error
 
 
-def first_bundle(kind: _NodeKind) -> dict[str, float]:
+def log_plan(columns: Mapping[str, Callable[[Resources], str]]) -> None:
+    """Log a table of the cluster's nodes: their resources, and what each would run.
+
+    Args:
+        columns: by heading, a function from a node's resources to what it would run.
+    """
+    with connected():
+        driver = ray.get_runtime_context().get_node_id()
+        rows = [
+            [
+                node["NodeManagerAddress"],
+                *(f"{node['Resources'].get(kind, 0):g}" for kind in ("CPU", "GPU")),
+                "driver" if node["NodeID"] == driver else "",
+                *(describe(node["Resources"]) for describe in columns.values()),
+            ]
+            for node in sorted(ray.nodes(), key=lambda node: node["NodeID"] != driver)
+            if node["Alive"]
+        ]
+        log_lines(tabulate(rows, ["node", "CPUs", "GPUs", "", *columns], disable_numparse=True))
+        log.info("Nodes that come later take work too. Nothing was started." if is_shared() else "Nothing was started.")
+
+
+def first_bundle(kind: Literal["any", "gpu", "cpu"]) -> dict[str, float]:
     """Return the resources to ask the autoscaler for."""
     return {"CPU": float(MIN_CPUS)} if kind == "cpu" else {"CPU": 1.0, "GPU": 1.0}
 
 
-def _nodes_with(kind: _NodeKind) -> list[Resources]:
+def _nodes_with(kind: Literal["any", "gpu", "cpu"]) -> list[Resources]:
     """Return the resources of the nodes that can work if one of this kind is among them; otherwise none.
 
     No other node comes to a cluster that this process has started: then the kind does not matter.
     """
     nodes = working_nodes()
     return nodes if kind != "gpu" or not is_shared() or any(node.get("GPU", 0) > 0 for node in nodes) else []
-
-
-def _several_machines() -> bool:
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return len(alive) > 1 or not working_nodes()

@@ -11,7 +11,7 @@ import ray
 
 from stpm import storage
 from stpm.cluster.ray_failures import cut_off_by_ray, results_of
-from stpm.console import ALL_DONE, SOME_FAILED, exit_code, log_lines
+from stpm.console import log_lines
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import defect_sheet, galleries
@@ -19,6 +19,7 @@ from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.exit_codes import ALL_DONE, SOME_FAILED, exit_code
 from stpm.metrics.category_metrics import measure_category
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore

@@ -27,26 +27,19 @@ class _TaskProgress:
     logged_at: float = float("-inf")
     ended: bool = False
 
-    @property
-    def cost_done(self) -> float:
-        if self.ended or not self.epochs:
-            return self.task.cost if self.ended else 0.0
-        return self._cost_until(self.epochs[-1].number)
-
-    @property
-    def cost_of_earlier_runs(self) -> float:
-        return self._cost_until(self.epochs[0].number - 1) if self.epochs else 0.0
-
-    def _cost_until(self, epoch: int) -> float:
+    def cost(self, *, earlier: bool = False) -> float:
+        """Return the cost of what is done, or of what earlier runs of the job did."""
+        if self.ended and not earlier:
+            return self.task.cost
+        number = (self.epochs[0].number - 1 if earlier else self.epochs[-1].number) if self.epochs else 0
         # The epochs are those of the first fit.
-        return self.task.cost * epoch / (self.task.recipe.epochs * self.task.fit_count)
+        return self.task.cost * number / (self.task.recipe.epochs * self.task.fit_count)
 
 
 class FitProgress:
     """Log events, and show a progress bar. Call it with each event, on one thread.
 
     Args:
-        tasks: all tasks of the run.
         show: shows the progress bar on a terminal. None: log the bar after each task, and as one line the epochs of a
             task that end within five seconds.
         clock: returns seconds; tests replace it.
@@ -117,12 +110,11 @@ class FitProgress:
         log.log(level, f"{task.key:<{max(map(len, self._tasks))}}  {text}", extra={"category": task.category})
 
     def _bar(self) -> str:
-        done = sum(progress.cost_done for progress in self._tasks.values())
-        total = sum(progress.task.cost for progress in self._tasks.values())
+        every = self._tasks.values()
+        done, total = sum(each.cost() for each in every), sum(each.task.cost for each in every)
         filled = int(_BAR_WIDTH * done / total)
-        ended = sum(progress.ended for progress in self._tasks.values())
-        bar = f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {ended}/{len(self._tasks)} ended"
-        done_here = done - sum(progress.cost_of_earlier_runs for progress in self._tasks.values())
+        bar = f"[{'#' * filled:.<{_BAR_WIDTH}}] {sum(each.ended for each in every)}/{len(every)} ended"
+        done_here = done - sum(each.cost(earlier=True) for each in every)
         if done_here > 0 and done < total:
             bar += f", about {duration((self._clock() - self._start) * (total - done) / done_here)} left"
         return bar

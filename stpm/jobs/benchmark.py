@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.cluster.placement import on_cluster
-from stpm.cluster.plan import log_plan
-from stpm.console import ALL_DONE
+from stpm.cluster.placement import log_plan, on_cluster
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
-from stpm.errors import CutOffError, RunDamagedError, with_remedy
+from stpm.errors import GO_ON, CutOffError, RunDamagedError, with_remedy
 from stpm.evaluation.evaluate import evaluate_categories, publish_report
 from stpm.evaluation.gate import read_gate
-from stpm.evaluation.options import MasksAt, ReportOptions
+from stpm.evaluation.options import BenchmarkOptions, MasksAt, ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.exit_codes import ALL_DONE
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
-from stpm.jobs.benchmark_options import BenchmarkOptions
-from stpm.lease import Fence, hold_lease
+from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
@@ -62,10 +60,8 @@ def run_benchmark(
     with on_cluster(cluster, [data, out]):
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
-            tasks = len(names) * len(options.seeds)
-            log_plan(
-                {"fits": partial(describe_workers, workers, tasks), "then scores": partial(describe_plan, scoring)}
-            )
+            fitting = partial(describe_workers, workers, len(names) * len(options.seeds))
+            log_plan({"fits": fitting, "then scores": partial(describe_plan, scoring)})
             return ALL_DONE
         with hold_lease(out, options.wait) as fence:
             if not options.data:
@@ -74,31 +70,49 @@ def run_benchmark(
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:
-                split = _TestSplit(data, categories, scoring, reporting.masks_at, cluster)
-                results, failed_fits = _fit_and_test(split, out, fence, options, recipe, workers)
-                failures += failed_fits
+                stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
+                test = TestSplit(data, categories, scoring, reporting.masks_at, cluster)
+                with connected():
+                    good_images = count_good_images(categories, recipe)
+                    warn_about_few_good_images(good_images, scoring.false_alarm_rate)
+                    fits = fit_categories(categories, recipe, stores, workers, cluster, options.wait)
+                    failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
+                    for seed, uri in stores.items():
+                        if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
+                            output = RunOutput.named(out, f"seed-{seed}", fence)
+                            results += test.results(records, ModelStore(uri), output)
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
             log.info(f"models, scores and heatmaps are in {out}")
             return code
 
 
 @dataclass(frozen=True)
-class _TestSplit:
-    """The test images of the categories, and how to score and evaluate them.
-
-    Args:
-        data: URI of the data set.
-        categories: of the data set.
-        options: how to score.
-        masks_at: the size at which masks and anomaly maps are compared.
-        cluster: what computes, and how to use a cluster.
-    """
+class TestSplit:
+    """The test images of a data set's categories, and how to score and evaluate them."""
 
     data: str
     categories: Sequence[Category]
     options: ScoreOptions
     masks_at: MasksAt
     cluster: ClusterOptions
+
+    def results(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> list[CategoryResult]:
+        """Score and evaluate the categories of these models. If the run's files are damaged, start it over, once.
+
+        Raises:
+            OtherRunError: if a file in its place is no run's.
+            RunDamagedError: if files of the new run are damaged, too.
+        """
+        files = f"{output.state_folder}, {output.heatmaps} and {output.scores}/{output.name}_*"
+        with with_remedy(f"remove {files}, or give another --out"):
+            try:
+                self.score(records, store, output)
+                return evaluate_categories(output, records, store, self.masks_at, output.folder)
+            except RunDamagedError as error:
+                log.warning(f"{error}; {output.name} is scored again")
+                output.clear()
+                self.score(records, store, output)
+                return evaluate_categories(output, records, store, self.masks_at, output.folder)
 
     def score(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> None:
         """Score the categories of these models; rows of an earlier run with the same configuration are kept.
@@ -120,48 +134,4 @@ class _TestSplit:
         run = ScoringRun(rows, config, store, self.options, output, cluster=self.cluster)
         result, _ = run_scoring(run, replace=True)
         if result.unfinished:
-            raise CutOffError(f"{result.unfinished} test images are not scored; run the same command again to go on")
-
-    def evaluate(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> list[CategoryResult]:
-        """Evaluate the categories of these models; see `evaluate_categories`."""
-        return evaluate_categories(output, records, store, self.masks_at, output.folder)
-
-
-def _fit_and_test(
-    split: _TestSplit, out: str, fence: Fence, options: BenchmarkOptions, recipe: Recipe, workers: WorkerOptions
-) -> tuple[list[CategoryResult], list[Failure]]:
-    """Fit all categories with each seed; score and evaluate their test images. Return the fits that failed, too."""
-    stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
-    results: list[CategoryResult] = []
-    with connected():
-        warn_about_few_good_images(count_good_images(split.categories, recipe), split.options.false_alarm_rate)
-        fits = fit_categories(split.categories, recipe, stores, workers, split.cluster, options.wait)
-        for seed, uri in stores.items():
-            if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
-                output = RunOutput.named(out, f"seed-{seed}", fence)
-                arguments = records, ModelStore(uri), output
-                results += _score_and_evaluate(
-                    output, partial(split.score, *arguments), partial(split.evaluate, *arguments)
-                )
-    return results, [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
-
-
-def _score_and_evaluate(
-    output: RunOutput, score: Callable[[], None], evaluate: Callable[[], list[CategoryResult]]
-) -> list[CategoryResult]:
-    """Score and evaluate a run. If its files are damaged, start it over, once: its rows can always be made again.
-
-    Raises:
-        OtherRunError: if a file in its place is no run's.
-        RunDamagedError: if files of the new run are damaged, too.
-    """
-    files = f"{output.state_folder}, {output.heatmaps} and {output.scores}/{output.name}_*"
-    with with_remedy(f"remove {files}, or give another --out"):
-        try:
-            score()
-            return evaluate()
-        except RunDamagedError as error:
-            log.warning(f"{error}; {output.name} is scored again")
-            output.clear()
-            score()
-            return evaluate()
+            raise CutOffError(f"{result.unfinished} test images are not scored; {GO_ON}")

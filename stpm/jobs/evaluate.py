@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Sequence
 
 from stpm import storage
 from stpm.cluster.connection import connected
@@ -43,7 +42,14 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
         with_remedy("score its images again: run the benchmark again, or the score job with --fresh"),
     ):
         runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
-        _check_seeds(run, [record for _, _, records in runs for record in records])
+        counts = Counter((record.category, record.recipe.seed) for _, _, records in runs for record in records)
+        for (category, seed), count in counts.items():
+            if count > 1:
+                # They would be averaged as seeds are.
+                raise DataError(
+                    f"{run}: {count} runs have scored {category} with seed {seed}; only runs of different seeds can be "
+                    "evaluated together"
+                )
         with connected():
             for output, store, records in runs:
                 results += evaluate_categories(output, records, store, reporting.masks_at, out)
@@ -56,24 +62,12 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
     return publish_report(Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at), out, gate)
 
 
-def _check_seeds(run: str, records: Sequence[ModelRecord]) -> None:
-    """Raise DataError if two runs have a category and seed in common: they would be averaged as seeds are."""
-    counts = Counter((record.category, record.recipe.seed) for record in records)
-    for (category, seed), count in counts.items():
-        if count > 1:
-            raise DataError(
-                f"{run}: {count} runs have scored {category} with seed {seed}; only runs of different seeds can be "
-                "evaluated together"
-            )
-
-
 def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:
     """Read the records of the models that scored a run.
 
     Args:
-        output: the run.
-        models: URI of its model store, or of the folder that has a store for each of several runs, by name; "": where
-            the store was when the run began.
+        models: URI of the run's model store, or of the folder that has a store for each of several runs, by name; "":
+            where the store was when the run began.
 
     Raises:
         DataError: if the run is not finished.

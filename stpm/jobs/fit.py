@@ -6,10 +6,9 @@ import logging
 from functools import partial
 
 from stpm import storage
-from stpm.cluster.placement import on_cluster
-from stpm.cluster.plan import log_plan
-from stpm.console import ALL_DONE, exit_code
+from stpm.cluster.placement import log_plan, on_cluster
 from stpm.errors import ConfigError
+from stpm.exit_codes import ALL_DONE, exit_code
 from stpm.feedback.add_good import add_good
 from stpm.feedback.marks import read_marks
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories

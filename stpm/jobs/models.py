@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.console import exit_code, log_lines
+from stpm.console import log_lines
 from stpm.errors import DataError, ModelError
+from stpm.exit_codes import exit_code
 from stpm.lease import hold_lease
 from stpm.method.calibration import threshold
 from stpm.models.options import ModelsOptions

@@ -9,10 +9,9 @@ from dataclasses import replace
 from functools import partial
 
 from stpm import storage
-from stpm.cluster.placement import on_cluster
-from stpm.cluster.plan import log_plan
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
+from stpm.cluster.placement import log_plan, on_cluster
 from stpm.errors import ConfigError, WebhookError
+from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
 from stpm.monitoring.housekeeping import remove_nights_before
 from stpm.monitoring.nightly_json import JSON_FILE, PAGE_FILE, nightly_json, webhook_message

@@ -12,10 +12,9 @@ from typing import IO
 import pyarrow as pa
 
 from stpm import storage
-from stpm.cluster.placement import on_cluster
-from stpm.cluster.plan import log_plan
-from stpm.console import ALL_DONE, NOTHING_DONE, SOME_FAILED
+from stpm.cluster.placement import log_plan, on_cluster
 from stpm.errors import with_remedy
+from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
@@ -76,19 +75,15 @@ def run_score(
                 cluster=cluster,
                 fdr=collection.fdr,
             )
-            return _score(run, collection)
-
-
-def _score(run: ScoringRun, collection: CollectionOptions) -> int:
-    if collection.dry_run:
-        dry_run(run)
-        return ALL_DONE
-    with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
-        result, models = run_scoring(run, start_over=collection.fresh)
+            if collection.dry_run:
+                dry_run(run)
+                return ALL_DONE
+            with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
+                result, models = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
         return SOME_FAILED
     counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items()}
-    warn_about_few_good_images(counts, run.config.false_alarm_rate)
+    warn_about_few_good_images(counts, scoring.false_alarm_rate)
     _log_result(result, run.output)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE

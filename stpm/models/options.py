@@ -1,7 +1,4 @@
-"""Options of the job that lists models, rolls back and forward, and removes old ones.
-
-They import nothing heavy: the command line reads them first.
-"""
+"""Options of the job `models`. They import nothing heavy: the command line reads them first."""
 
 from __future__ import annotations
 
@@ -16,11 +13,7 @@ _ALL = "*"
 
 @dataclass(frozen=True)
 class ModelsOptions(Options):
-    """A model store, and what to change in it.
-
-    Raises:
-        ConfigError: if a required option is missing, a value is out of range, or two options exclude each other.
-    """
+    """A model store, and what to change in it."""
 
     models: str = option("", "model store: a folder or a URI", required=True)
     categories: Names = option(

@@ -1,38 +1,50 @@
-"""The progress of a run: stages report to an actor, and the driver reads it."""
+"""The progress of a run: stages report to an actor; the driver reads it once a second, and shows it.
+
+On a terminal it is a line at the bottom, in a log a line every five seconds.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import ray
+from ray.exceptions import RayError
 
+from stpm.cluster.connection import on_driver_node
+from stpm.console import is_terminal, show_progress
 from stpm.errors import CutOffError
 from stpm.models.libraries import NodeVersions, VersionCheck, installed_versions
-from stpm.scoring.circuit_breaker import CircuitBreaker
 from stpm.scoring.prometheus import Stage
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
+from stpm.times import duration
 
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 1.0
+_LOG_SECONDS = 5.0
 # Seconds between the times at which the number of finished images is kept, at least.
 _MARK_SECONDS = 1.0
+# A run stops once more than half of this number of images failed, the latest ones of a stage.
+_LATEST = 256
 # Number of unfinished images, and of warnings, that the actor keeps to show.
 _MAX_UNFINISHED = 10
 _MAX_WARNINGS = 10
 
 
 class Snapshot(NamedTuple):
-    """The state of a run.
+    """The state of a run: the sum of all reports, and the first ten images that are left to the next run.
 
     Args:
-        statistics: sum of all reports.
-        unfinished: the first images that are left to the next run.
         stop_reason: why the run should stop, or "".
-        warnings: the first different warnings of the scorers, in the order in which they came.
+        warnings: the first ten different warnings of the scorers, in the order in which they came.
         more_warnings: the number of others that came after them, equal ones included.
     """
 
@@ -44,14 +56,10 @@ class Snapshot(NamedTuple):
 
 
 class BatchReport(NamedTuple):
-    """What a stage reports of one batch.
+    """What a stage reports of one batch: of the images attempted, those left to the next run are unfinished.
 
     Args:
-        stage: that processed the batch.
-        statistics: of the batch.
-        attempted: images that the stage tried to process.
         external_errors: errors that may have a cause outside the image.
-        unfinished: images that are left to the next run.
         origin: the process that processed the batch; `ProgressReporter` adds it.
     """
 
@@ -68,8 +76,8 @@ class ProgressActor:
 
     Args:
         clock: returns seconds; injected by tests.
-        stop_on_failures: decide to stop the run when most images fail. Each stage has a circuit breaker of its own,
-            because the first stages run ahead of the last.
+        stop_on_failures: decide to stop the run when most images fail for a reason outside them. Each stage counts for
+            itself, because the first stages run ahead of the last.
         versions: of the libraries that the run was started with, by name; None: those of the first node.
     """
 
@@ -83,7 +91,8 @@ class ProgressActor:
         self._stop_on_failures = stop_on_failures
         self._statistics = RunStatistics()
         self._unfinished: list[UnfinishedImage] = []
-        self._breakers: defaultdict[Stage, CircuitBreaker] = defaultdict(CircuitBreaker)
+        # The errors of each stage's latest images, "" where there was none.
+        self._latest: defaultdict[Stage, deque[str]] = defaultdict(lambda: deque(maxlen=_LATEST))
         self._stop_reason = ""
         self._versions = VersionCheck(versions)
         self._warnings: list[str] = []
@@ -99,10 +108,14 @@ class ProgressActor:
             self.warn(mixture)
         self._unfinished += report.unfinished[: _MAX_UNFINISHED - len(self._unfinished)]
         if report.attempted and self._stop_on_failures:
-            breaker = self._breakers[report.stage]
-            breaker.add(report.attempted, report.external_errors)
-            if breaker.is_open:
-                self.stop(f"{breaker}. With --accept-errors such errors become rows")
+            latest, errors = self._latest[report.stage], report.external_errors
+            latest.extend([*errors, *[""] * (report.attempted - len(errors))])
+            failed = [error for error in latest if error]
+            if len(latest) == _LATEST and 2 * len(failed) > _LATEST:
+                self.stop(
+                    f"{len(failed)} of the latest {_LATEST} images failed, the last one with {failed[-1]}. With "
+                    "--accept-errors such errors become rows"
+                )
         self._last_report = self._clock()
         if report.statistics.images and (not self._marks or self._last_report - self._marks[-1][0] >= _MARK_SECONDS):
             self._marks.append((self._last_report, self._statistics.images))
@@ -138,11 +151,7 @@ class ProgressActor:
 
 
 class ProgressReporter:
-    """The stages' and the driver's handle of the progress actor.
-
-    Args:
-        actor: a handle of a `ProgressActor`.
-    """
+    """The stages' and the driver's handle of a `ProgressActor`."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -177,22 +186,87 @@ def _this_process() -> NodeVersions:
 
 
 class WarningRelay(logging.Handler):
-    """Send a scorer's warnings to the driver, which logs them.
-
-    Errors are not sent: their tracebacks are in the scorer's own log.
-
-    Args:
-        progress: of the run.
-    """
+    """Send a scorer's warnings to the driver, which logs them. Tracebacks of errors are in the scorer's own log."""
 
     def __init__(self, progress: ProgressReporter) -> None:
         super().__init__(logging.WARNING)
+        self.addFilter(lambda record: record.levelno == logging.WARNING)
         self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno != logging.WARNING:
-            return
         try:
             self._progress.warn(record.getMessage())
         except Exception:  # noqa: BLE001  a message must never end the scoring that it is about
             self.handleError(record)
+
+
+class ProgressDisplay:
+    """Show the progress of a run: at the bottom of a terminal, or as a line every five seconds in a log.
+
+    Args:
+        total: images to score.
+        show: rewrites the line at the bottom of the terminal; None if the output is a log.
+    """
+
+    def __init__(
+        self, total: int, show: Callable[[str], None] | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total = total
+        self._show = show
+        self._clock = clock
+        self._last_logged = clock()
+        self._warning_count = 0
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Show the latest statistics, and log the warnings that are new."""
+        for message in snapshot.warnings[self._warning_count :]:
+            log.warning(message)
+        self._warning_count = len(snapshot.warnings)
+        statistics = snapshot.statistics
+        images, speed = min(statistics.images, self._total), statistics.steady_images_per_second
+        line = f"{images}/{self._total} images, {statistics.errors} errors, {statistics.anomalous} anomalous"
+        if speed:
+            line += f", {speed:.0f} images/s, about {duration((self._total - images) / speed)} left"
+        if self._show:
+            self._show(line)
+        elif self._clock() - self._last_logged >= _LOG_SECONDS:
+            self._last_logged = self._clock()
+            log.info(line)
+
+    def end(self, snapshot: Snapshot) -> None:
+        """Show the last statistics, and how many warnings were not shown."""
+        self.update(snapshot)
+        if snapshot.more_warnings:
+            log.warning(f"and {snapshot.more_warnings} more warnings")
+
+
+@contextmanager
+def show_scoring_progress(
+    total: int, versions: Mapping[str, str] | None = None, *, stop_on_failures: bool
+) -> Iterator[ProgressReporter]:
+    """Start a progress actor for as many images, and show the progress while the block runs; see `ProgressActor`."""
+    actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(ProgressActor).remote(
+        versions=versions, stop_on_failures=stop_on_failures
+    )
+    progress = ProgressReporter(actor)
+    display = ProgressDisplay(total, show_progress if is_terminal() else None)
+    ended = threading.Event()
+
+    def poll() -> None:
+        # If Ray lost the actor, the run's next report raises the error.
+        with suppress(RayError):
+            while not ended.wait(_POLL_SECONDS):
+                display.update(progress.read())
+
+    thread = threading.Thread(target=poll, name="score-progress", daemon=True)
+    thread.start()
+    try:
+        try:
+            yield progress
+        finally:
+            ended.set()
+            thread.join()
+        # It may have warnings of the last second.
+        display.end(progress.read())
+    finally:
+        ray.kill(actor)

@@ -5,7 +5,6 @@ Ray adds the prefix `ray_` and the suffix `_total` to their names. An image that
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from typing import Literal
@@ -40,16 +39,10 @@ def count_images(rows: Iterable[tuple[str, str, bool]]) -> None:
 
     The category of an image without a model must be "": category names come from data, and may be as many as images.
     """
-    images: Counter[tuple[str, str]] = Counter()
-    anomalies: Counter[str] = Counter()
     for category, error_kind, anomalous in rows:
-        images[category, error_kind] += 1
-        anomalies[category] += anomalous
-    for (category, error_kind), number in images.items():
-        _counter(IMAGES).inc(number, {"category": category, "error_kind": error_kind})
-    for category, number in anomalies.items():
-        if number:
-            _counter(ANOMALIES).inc(number, {"category": category})
+        _counter(IMAGES).inc(tags={"category": category, "error_kind": error_kind})
+        if anomalous:
+            _counter(ANOMALIES).inc(tags={"category": category})
 
 
 def count_stage_seconds(stage: Stage, seconds: float) -> None:

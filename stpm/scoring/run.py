@@ -15,8 +15,7 @@ from stpm.errors import RunDamagedError
 from stpm.method.false_discovery import find_discoveries
 from stpm.scoring.inputs.manifest import Manifest, Shard, read_shard
 from stpm.scoring.pipeline import score_shards
-from stpm.scoring.progress import Snapshot
-from stpm.scoring.progress_display import show_scoring_progress
+from stpm.scoring.progress import Snapshot, show_scoring_progress
 from stpm.scoring.resuming.remaining import remaining_shards
 from stpm.scoring.resuming.resume import resume_or_start
 from stpm.scoring.resuming.segments import (

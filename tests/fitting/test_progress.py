@@ -30,25 +30,28 @@ def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> li
     return shown
 
 
-def test_terminal_shows_a_line_per_epoch(caplog: pytest.LogCaptureFixture) -> None:
-    follow(terminal=True, seconds_per_epoch=0.1)
+def test_terminal_shows_a_line_per_epoch_and_a_bar_with_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
+    shown = follow(terminal=True, seconds_per_epoch=1.0)
     assert sum("epoch" in line for line in caplog.messages) == 100
     second = caplog.messages[1]
     assert "epoch   2/100  train loss 0.5000  validation loss 1.0000  50 images/s  16 s of this training left" in second
+    assert not any("ended" in line for line in caplog.messages)
+    assert len(shown) == 101
+    assert shown[19] == "[##..................] 0/2 ended, about 3 min left"
+    assert shown[-1] == "[##########..........] 1/2 ended, about 2 min left"
 
 
-def test_log_has_few_lines_and_every_loss(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_has_few_lines_with_every_loss_unless_epochs_are_slow(caplog: pytest.LogCaptureFixture) -> None:
     follow(terminal=False, seconds_per_epoch=0.1)
     lines = [line for line in caplog.messages if "epoch" in line]
     assert len(lines) <= 5
     for kind, scale in (("train", 1), ("validation", 2)):
         losses = " ".join(line.split(f"{kind} loss ")[1].split("  ")[0] for line in lines).split()
         assert losses == [f"{scale / n:.4f}" for n in range(1, 101)]
-
-
-def test_log_has_a_line_per_slow_epoch(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.clear()
     follow(terminal=False, seconds_per_epoch=6.0)
     assert sum("epoch" in line for line in caplog.messages) == 100
+    assert caplog.messages[-1] == "[##########..........] 1/2 ended, about 10 min left"
 
 
 def test_gathered_epochs_are_logged_before_the_result(caplog: pytest.LogCaptureFixture) -> None:
@@ -60,24 +63,12 @@ def test_gathered_epochs_are_logged_before_the_result(caplog: pytest.LogCaptureF
 
 
 def test_epochs_after_a_restart_are_a_line_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    shown = FitProgress([TASK], None, Clock())
+    progress = FitProgress([TASK], None, Clock())
     for number in (1, 2, 3, 2, 3):
-        shown((TASK.key, Epoch(number, 0.5, 0.5, 10.0)))
-    shown(FitResult(TASK, reason="x"))
+        progress((TASK.key, Epoch(number, 0.5, 0.5, 10.0)))
+    progress(FitResult(TASK, reason="x"))
     lines = [line.split("epoch ")[1].split("/")[0].strip() for line in caplog.messages if "epoch " in line]
     assert lines == ["1", "2-3", "2-3"]
-
-
-def test_bar_shows_all_tasks_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
-    shown = follow(terminal=True, seconds_per_epoch=1.0)
-    assert not any("ended" in line for line in caplog.messages)
-    assert len(shown) == 101
-    assert shown[19] == "[##..................] 0/2 ended, about 3 min left"
-    assert shown[-1] == "[##########..........] 1/2 ended, about 2 min left"
-    caplog.clear()
-    follow(terminal=False, seconds_per_epoch=1.0)
-    assert caplog.messages[-1] == "[##########..........] 1/2 ended, about 2 min left"
 
 
 def test_time_left_after_a_resume_counts_the_epochs_of_this_run() -> None:

@@ -17,9 +17,8 @@ from stpm.evaluation.evaluate import evaluate_category, find_labels_without_mode
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.jobs import benchmark
 from stpm.jobs import evaluate as evaluate_job
-from stpm.jobs.benchmark import _score_and_evaluate as score_and_evaluate
-from stpm.jobs.benchmark import _TestSplit as Split
 from stpm.jobs.evaluate import run_evaluate
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
@@ -46,28 +45,21 @@ def finish_run(output: RunOutput, model_id: str, store: str) -> None:
     storage.publish(f"{output.state_folder}/_SUCCESS", b"")
 
 
-def test_a_missing_run_folder_is_reported(tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
+        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
     with pytest.raises(DataError, match="nowhere: no scores here"):
         evaluate(run=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="--run is missing"):
-        EvaluateOptions()
-
-
-def test_a_run_without_models_is_reported(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
     with pytest.raises(DataError, match="no record of a scored run"):
         evaluate(run=output.folder)
-
-
-def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
-    output = scored_run(tmp_path).output
     finish_run(output, "nut-before", str(tmp_path / "models"))
+    # Only the models that scored the run are used.
+    with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
+        evaluate(run=output.folder)
     (Path(output.state_folder) / "_SUCCESS").unlink()
     with pytest.raises(DataError, match="this run is not finished"):
-        evaluate(run=output.folder)
-    (Path(output.state_folder) / "_SUCCESS").touch()
-    with pytest.raises(ModelError, match="models: no model nut-before for category 'nut'"):
         evaluate(run=output.folder)
 
 
@@ -146,25 +138,33 @@ def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
         evaluate(run=output.folder)
 
 
-def test_the_benchmark_starts_a_damaged_run_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def split() -> benchmark.TestSplit:
+    return benchmark.TestSplit("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions())
+
+
+def test_the_benchmark_starts_a_damaged_run_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = scored_run(tmp_path).output
     RunState(output.state_folder).start(ScoringConfig((), 0.01))
     caplog.set_level("INFO")
     steps: list[str] = []
 
-    def score() -> None:
+    def score(*_: object) -> None:
         steps.append("score")
         if not output.files():
             write_rows(output, make_output(1))
 
-    def evaluate_rows() -> list[CategoryResult]:
+    def evaluate_rows(*_: object) -> list[CategoryResult]:
         steps.append("evaluate")
         open_rows(output).to_table()
         return [result("nut", 0, None, None)]
 
     (file,) = output.files()
     storage.publish(file, b"PAR1")
-    assert len(score_and_evaluate(output, score, evaluate_rows)) == 1
+    monkeypatch.setattr(benchmark.TestSplit, "score", score)
+    monkeypatch.setattr(benchmark, "evaluate_categories", evaluate_rows)
+    assert len(split().results([], ModelStore("models"), output)) == 1
     assert steps == ["score", "evaluate", "score", "evaluate"]
     assert f"{file} is damaged: " in caplog.text
     assert "; seed-0 is scored again" in caplog.text
@@ -172,42 +172,29 @@ def test_the_benchmark_starts_a_damaged_run_over(tmp_path: Path, caplog: pytest.
     assert RunOutput.named(output.folder, "seed-1").files()
 
 
-def test_the_benchmark_replaces_no_file_that_is_not_its_own(tmp_path: Path) -> None:
+def test_the_benchmark_replaces_no_file_that_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = scored_run(tmp_path).output
     state = f"{output.state_folder}/run.json"
+    arguments = [result("nut", 0, None, None).model], ModelStore(str(tmp_path / "models")), output
+    with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another --out"):
+        split().results(*arguments)
     storage.publish(state, b"mine")
+    monkeypatch.setattr(benchmark.TestSplit, "score", lambda *_: print(RunState(output.state_folder).is_finished()))
     with pytest.raises(
         OtherRunError,
         match=rf"run\.json is not the record of a run .*; remove {output.state_folder}, .* --out$",
     ):
-        score_and_evaluate(output, lambda: print(RunState(output.state_folder).is_finished()), list)
+        split().results(*arguments)
     assert storage.read(state) == b"mine"
     assert output.files()
-
-
-def test_an_unreadable_baseline_is_reported_first() -> None:
-    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
-        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
 
 
 def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     output = RunOutput.named(str(tmp_path / "run"), "seed-0")
     model = result("nut", 0, None, None).model
-    store = ModelStore(str(tmp_path / "models"))
-    # The benchmark scores nothing.
-    Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions()).score([model], store, output)
+    split().score([model], ModelStore(str(tmp_path / "models")), output)
+    assert not output.files()
     report = Report("data", [evaluate_category(output, model, {}, "model")[0]])
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()
-
-
-def test_a_run_without_test_images_removes_no_file_that_no_run_wrote(tmp_path: Path) -> None:
-    output = scored_run(tmp_path).output
-    model = result("nut", 0, None, None).model
-    store = ModelStore(str(tmp_path / "models"))
-    with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another --out"):
-        Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions()).score(
-            [model], store, output
-        )
-    assert output.files()

@@ -7,37 +7,34 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from stpm.models.libraries import NodeVersions
-from stpm.scoring.circuit_breaker import CircuitBreaker
-from stpm.scoring.progress import BatchReport, ProgressActor, ProgressReporter, Snapshot, WarningRelay
-from stpm.scoring.progress_display import ProgressDisplay
+from stpm.scoring.progress import (
+    BatchReport,
+    ProgressActor,
+    ProgressDisplay,
+    ProgressReporter,
+    Snapshot,
+    WarningRelay,
+)
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from tests.conftest import Clock
 
 
-def shown_lines(caplog: pytest.LogCaptureFixture, *, terminal: bool) -> list[str]:
-    """Show 20 seconds of progress, and return the lines on the terminal or in the log."""
-    shown: list[str] = []
-    clock = Clock()
-    display = ProgressDisplay(1000, shown.append if terminal else None, clock)
-    for second in range(1, 21):
-        clock.now = second
-        speed = 50.0 if second > 10 else 0.0
-        statistics = RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed)
-        display.update(Snapshot(statistics, [], "", []))
-    return shown if terminal else caplog.messages
-
-
-def test_progress_is_shown_at_each_update_on_a_terminal_and_every_five_seconds_in_a_log(
+def test_progress_is_a_line_at_each_update_on_a_terminal_and_every_five_seconds_in_a_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert len(shown_lines(caplog, terminal=True)) == 20
-    assert len(shown_lines(caplog, terminal=False)) == 4
-
-
-def test_progress_names_the_speed_once_it_is_known(caplog: pytest.LogCaptureFixture) -> None:
-    first, *_, last = shown_lines(caplog, terminal=True)
-    assert first == "0/1000 images, 2 errors, 1 anomalous"
-    assert last == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
+    shown: list[str] = []
+    clock = Clock()
+    for display in (ProgressDisplay(1000, shown.append, clock), ProgressDisplay(1000, None, clock)):
+        start = clock.now
+        for second in range(1, 21):
+            clock.now = start + second
+            # The speed is not known from the beginning.
+            speed = 50.0 if second > 10 else 0.0
+            statistics = RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed)
+            display.update(Snapshot(statistics, [], "", []))
+    assert (len(shown), len(caplog.messages)) == (20, 4)
+    assert shown[0] == "0/1000 images, 2 errors, 1 anomalous"
+    assert shown[-1] == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
 
 
 def test_progress_actor_adds_up_statistics() -> None:
@@ -57,7 +54,7 @@ def test_a_node_with_other_versions_than_the_run_began_with_is_a_warning() -> No
     assert warning.startswith("this run began with torch 1.0, but node 10.0.0.2 has torch 2.0: ")
 
 
-def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() -> None:
+def test_progress_actor_stops_the_run_once_most_of_the_latest_images_of_a_stage_failed() -> None:
     actor, patient = ProgressActor(), ProgressActor(stop_on_failures=False)
     unfinished = [UnfinishedImage(f"{i}.png", "unreadable", "expired") for i in range(64)]
     reasons = []
@@ -68,9 +65,27 @@ def test_progress_actor_stops_the_run_once_most_of_the_latest_images_failed() ->
         reasons.append(actor.add(failed))
         assert patient.add(failed) == ""
     assert reasons[:3] == ["", "", ""]
-    assert reasons[3].startswith("256 of the latest 256 images failed, the last one with unreadable: expired")
+    assert reasons[3].startswith("256 of the latest 256 images failed, the last one with unreadable: expired. With ")
     assert actor.read().unfinished == unfinished[:10]
+    # The decision stays, whatever comes.
+    actor.add(BatchReport("decode", RunStatistics(), attempted=1000))
     assert actor.read().stop_reason == reasons[-1]
+
+
+@pytest.mark.parametrize(("fraction", "stops"), [(0.4, False), (0.6, True)])
+def test_progress_actor_stops_above_half_of_the_latest_images(fraction: float, stops: bool) -> None:
+    actor = ProgressActor()
+    for i in range(1000):
+        errors = ["error"] * (int((i + 1) * fraction) - int(i * fraction))
+        actor.add(BatchReport("score", RunStatistics(), 1, errors))
+    assert bool(actor.read().stop_reason) == stops
+
+
+def test_progress_actor_that_stops_at_a_good_batch_names_the_last_error() -> None:
+    actor = ProgressActor()
+    assert actor.add(BatchReport("score", RunStatistics(), 200, [*["first"] * 199, "last"])) == ""
+    reason = actor.add(BatchReport("score", RunStatistics(), attempted=60))
+    assert reason.startswith("196 of the latest 256 images failed, the last one with last. With --accept-errors ")
 
 
 class LocalReporter(ProgressReporter):
@@ -107,29 +122,6 @@ def test_a_warning_that_cannot_be_sent_raises_nothing(capsys: pytest.CaptureFixt
     log.addHandler(WarningRelay(Mock(warn=Mock(side_effect=ActorDiedError()))))
     log.warning("many images")
     assert "ActorDiedError" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("fraction", "opens"), [(0.4, False), (0.6, True)])
-def test_circuit_breaker_opens_above_half_of_a_window_and_stays_open(fraction: float, opens: bool) -> None:
-    breaker = CircuitBreaker(window=100)
-    for i in range(99):
-        breaker.add(1, ["error"])
-        assert not breaker.is_open, i
-    breaker = CircuitBreaker(window=100)
-    for i in range(1000):
-        breaker.add(1, ["error"] * (int((i + 1) * fraction) - int(i * fraction)))
-    assert breaker.is_open == opens
-    for _ in range(1000):
-        breaker.add(1, [])
-    assert breaker.is_open == opens
-
-
-def test_circuit_breaker_that_opens_on_a_good_batch_names_the_last_error() -> None:
-    breaker = CircuitBreaker(window=100)
-    breaker.add(90, ["error"] * 90)
-    breaker.add(20, [])
-    assert breaker.is_open
-    assert str(breaker) == "80 of the latest 100 images failed, the last one with error"
 
 
 def test_steady_speed_excludes_the_first_quarter() -> None:
