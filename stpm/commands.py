@@ -15,9 +15,9 @@ from stpm.console import ALL_DONE, COULD_NOT_RUN
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.benchmark_options import BenchmarkOptions, demo_defaults
+from stpm.line.options import MonitoringOptions, NightlyOptions
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
-from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.names import hide_urls
 from stpm.options import ClusterOptions
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions

@@ -22,17 +22,18 @@ import pytest
 from stpm import storage
 from stpm.errors import ConfigError, CutOffError, ModelUnreadableError
 from stpm.jobs import nightly
+from stpm.line import drift, night_record, score_nights
+from stpm.line.change import Verdict
+from stpm.line.night import Night
+from stpm.line.night_folder import NightFolder
+from stpm.line.score_nights import NightlyJob
 from stpm.models.store import ModelStore
-from stpm.monitoring import judging, score_nights, update_records
-from stpm.monitoring.drift import Verdict
-from stpm.monitoring.night_folder import NightFolder
-from stpm.monitoring.nights import Night, read_night
 from stpm.scoring import run as run_module
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_state import RunState
 from tests.conftest import TINY
+from tests.line.nightly_runs import DATE, Nightly, cut_off_after, job
 from tests.models.test_store import save
-from tests.monitoring.nightly_runs import DATE, Nightly, cut_off_after, job
 
 __all__ = ["job"]
 
@@ -43,7 +44,7 @@ OVER = "--date 2026-11-23 --fresh, which removes the night's rows and scores it 
 
 
 def record(job: Nightly, date: datetime.date = DATE) -> Night:
-    found = read_night(NightFolder.of(job.out, date))
+    found = NightFolder.of(job.out, date).read()
     assert found
     return found
 
@@ -99,7 +100,7 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     assert job() == 0
     before = job.rows(), record(job)
     monkeypatch.setattr(score_nights, "connected", lambda: pytest.fail("Ray was started"))
-    monkeypatch.setattr(update_records, "make_record", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(night_record, "make_record", lambda *_: pytest.fail("rows were read"))
     assert job() == 0
     assert (job.rows(), record(job)) == before
     assert job.starts == 1
@@ -351,15 +352,15 @@ def test_a_damaged_run_of_the_night_itself_is_started_over_as_its_problem_says(j
 
 
 def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
-    def summarize(folder: NightFolder, *others: Any) -> Night:
+    def summarize(options: NightlyJob, folder: NightFolder, *others: Any) -> Night:
         if folder.date == BEFORE:
             raise OSError("503 Slow Down \udcff")
-        return plain(folder, *others)
+        return plain(options, folder, *others)
 
-    plain = update_records.make_record
+    plain = night_record.make_record
     job.dump(BEFORE, "a")
     job.dump(DATE, "b")
-    monkeypatch.setattr(update_records, "make_record", summarize)
+    monkeypatch.setattr(night_record, "make_record", summarize)
     assert job(DATE) == 2
     assert record(job).images == 1
     # A name that is not UTF-8 fits on the page.
@@ -475,7 +476,7 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
 def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
     save(ModelStore(str(job.root / "models")), TINY, "bolt")
     judged = Mock(return_value=Verdict("fine", ()))
-    monkeypatch.setattr(judging, "judge", judged)
+    monkeypatch.setattr(drift, "judge", judged)
     job.dump(DATE, "a")
     storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))
     job(nights=7)
