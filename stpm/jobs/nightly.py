@@ -48,14 +48,7 @@ def run_nightly(
     Raises:
         ConfigError: if the options are invalid, or the folder is in use.
     """
-    job = NightlyJob(
-        options=options,
-        monitoring=monitoring,
-        output=output,
-        scoring=scoring,
-        cluster=cluster,
-        out=storage.output_folder(options.out),
-    )
+    job = NightlyJob(options, monitoring, output, scoring, cluster)
     date = options.night(datetime.datetime.now(datetime.timezone.utc))
     with on_cluster(cluster, [options.models, job.out, *options.allow, *job.sources(date)]):
         if cluster.plan:

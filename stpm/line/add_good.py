@@ -35,14 +35,9 @@ log = logging.getLogger(__name__)
 
 
 class _NewImage(NamedTuple):
-    """An image that a model has not seen, and what the model makes of it.
+    """An image that is new to a model, by the SHA-256 of its file and where copies of it are.
 
-    Args:
-        digest: SHA-256 of its file.
-        uris: where the file is; several may be copies of one.
-        score: of the image.
-        peak: largest value of its anomaly map.
-        statistics: of the image, in the order of `stpm.data.image_statistics.COMPARED`.
+    `peak` is the largest value of its anomaly map; the statistics are in the order of COMPARED.
     """
 
     digest: str
@@ -57,18 +52,13 @@ def add_good(
 ) -> tuple[int, int]:
     """Add marked images to the calibration of their categories' current models.
 
-    Args:
-        store: the models; their folder is held meanwhile.
-        marks: the images, and how a person marked them.
-        false_alarm_rate: rate of the thresholds that the log compares.
-        backend: what computes features on a CPU.
-        wait: if another run holds the store, wait for its end instead of raising an error.
+    The log compares the thresholds before and after at the false-alarm rate. `backend` computes features on a CPU.
 
     Returns:
         The number of images marked as good that the models now have, and the number of the others.
 
     Raises:
-        ConfigError: if another run holds the store.
+        ConfigError: if another run holds the store, unless `wait`.
     """
     done, refused = 0, dict(marks.refused)
     with hold_lease(store.uri, wait):
@@ -105,11 +95,7 @@ def _add_to_category(
 
 
 def _score_new(detector: Detector, uris: Sequence[str]) -> tuple[list[_NewImage], dict[str, str]]:
-    """Fetch images, and score those that were not added to the detector's model before.
-
-    Returns:
-        The new images, each once; and by URI, why an image cannot be used.
-    """
+    """Return the images that were not added to the detector's model before, each once; and why others cannot be."""
     before = {image.digest for image in detector.record.added_images}
     copies: dict[str, list[str]] = {}
     refused: dict[str, str] = {}

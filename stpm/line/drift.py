@@ -111,14 +111,9 @@ def judge_categories(
     earlier: Sequence[Night],
     options: MonitoringOptions,
 ) -> dict[str, CategoryNight]:
-    """Return the categories of a night with their verdicts. Images whose model cannot be read are a reason to act.
+    """Return the categories of a night with their verdicts, given those of the nights before it, oldest first.
 
-    Args:
-        night: with all its categories, without verdicts.
-        samples: of each category's rows with a score.
-        references: of each category's model, or why there is none.
-        earlier: the nights before, of which the last `EARLIER` are compared.
-        options: the number of nights, and the rate of false verdicts.
+    A reference is text if there are no good images of the category's model: images without a model are a reason to act.
     """
     categories = night.categories
     is_idle = sum(not each.images for each in categories.values()) > len(categories) / 2 and len(categories) > 1
@@ -160,7 +155,7 @@ def judge(
     Args:
         night: the counts of all its rows.
         sample: of its rows with a score.
-        earlier: the nights before it, by date; images are compared with the model's alone.
+        earlier: the category's nights before it by date, for what is counted; images are compared with the model's.
         reference: of the model that scored the night; None if there is none.
         date: of the night.
         is_idle: most categories have no images on this night.
@@ -189,8 +184,8 @@ def _images_and_scores(
     """Compare images, alarms and scores with the model's good images."""
     if not len(sample.p_values):
         return
-    distinct, commonest = image_drift.distinct_rows(sample.statistics)
-    if repeated := image_drift.repeated_picture(night.scored, len(sample.p_values), commonest):
+    distinct, repeated = image_drift.find_copies(sample.statistics, night.scored)
+    if repeated:
         yield repeated
         if repeated.level == "act":
             # The other changes follow from that.

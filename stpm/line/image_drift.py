@@ -80,40 +80,27 @@ _STATISTICS = {
 }
 
 
-def distinct_rows(statistics: Mapping[str, FloatArray]) -> tuple[npt.NDArray[np.intp], int]:
-    """Return the index of one image of each picture, ascending, and how many images show the commonest picture.
+def find_copies(statistics: Mapping[str, FloatArray], images: int) -> tuple[npt.NDArray[np.intp], Change | None]:
+    """Find images that show the same picture, among one image or more: a random sample of a night's.
 
-    All statistics are equal to the last bit for two copies of one picture, and never for two pictures. There is one
-    image or more.
+    All statistics are equal to the last bit for two copies of one picture, and never for two pictures.
+
+    Returns:
+        The index of one image of each picture, ascending; and the change that many of the night's images are copies.
     """
     rows = np.stack([statistics[name] for name in COMPARED], axis=1)
     _, first, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
-    return np.sort(first), int(counts.max())
-
-
-def repeated_picture(images: int, sampled: int, commonest: int) -> Change | None:
-    """Return the change that many of a night's images show one picture, or None.
-
-    Args:
-        images: number of images of the night.
-        sampled: number of those whose statistics are known.
-        commonest: how many of them show the commonest picture.
-    """
-    fraction = commonest / sampled
+    distinct, commonest = np.sort(first), int(counts.max())
+    fraction = commonest / len(rows)
     if commonest < _MIN_REPEATED or _REPEATED.level(fraction) == "fine":
-        return None
-    count = "all" if commonest == sampled else f"{round(fraction * images):,} of"
+        return distinct, None
+    count = "all" if commonest == len(rows) else f"{round(fraction * images):,} of"
     text = f"{count} {images:,} images are the same picture: does the camera deliver new ones?"
-    return _REPEATED.change("repeated", fraction, 0.0, text)
+    return distinct, _REPEATED.change("repeated", fraction, 0.0, text)
 
 
 def compare_statistics(night: Mapping[str, FloatArray], good: Mapping[str, FloatArray]) -> Iterator[Change]:
-    """Compare a night's images with good images, a statistic at a time; each p-value is that of one test.
-
-    Args:
-        night: one value for each distinct image, of which there is one or more.
-        good: one value for each good image, of which there is one or more.
-    """
+    """Compare a night's images, one or more, with good ones, a statistic at a time; a p-value is that of one test."""
     for name, statistic in _STATISTICS.items():
         values, usual = night[name], good[name]
         if whole := _whole_night(name, statistic, values, usual):

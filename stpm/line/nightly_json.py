@@ -19,13 +19,7 @@ _MAX_CATEGORIES = 100
 
 
 def nightly_json(nights: Sequence[Night], out: str, created: str) -> bytes:
-    """Write nightly.json.
-
-    Args:
-        nights: one or more, oldest first.
-        out: URI of the folder of all nights.
-        created: time of writing.
-    """
+    """Write nightly.json about one night or more, oldest first, that are in the folder with this URI."""
     values = {"format": _FORMAT, "created": created, "out": out, "nights": [_night(night, out) for night in nights]}
     return json.dumps(values, indent=1, ensure_ascii=False).encode()
 

@@ -36,12 +36,9 @@ class Trend(NamedTuple):
 
 
 def page(nights: Sequence[Night], out: str, created: str) -> str:
-    """Render the page. Text from data is escaped, nothing is loaded, and no script runs but the page's own.
+    """Render the page about one night or more, oldest first, that are in the folder with this URI.
 
-    Args:
-        nights: one or more, oldest first.
-        out: URI of the folder of all nights.
-        created: time of writing, for people.
+    Text from data is escaped, nothing is loaded, and no script runs but the page's own.
     """
     ordered = nights[-1].ordered_categories()
     flagged = [(name, category) for name, category in ordered if category.level in ("act", "watch")]
@@ -76,10 +73,11 @@ def _card_trends(nights: Sequence[Night], name: str) -> list[Trend]:
 def alarm_trend(nights: Sequence[Night], name: str) -> Trend:
     """Draw a category's alarm rate, with the requested rate as the expected one."""
     rate = nights[-1].categories[name].false_alarm_rate
-    shown = (0, min(_RATE_RANGE * rate, 1))
-    return _trend(
-        nights, name, "alarm rate", lambda night: night.alarm_rate and night.alarm_rate.value, percent, shown, rate
-    )
+
+    def value(night: CategoryNight) -> float | None:
+        return night.alarm_rate and night.alarm_rate.value
+
+    return _trend(nights, name, "alarm rate", value, percent, (0, min(_RATE_RANGE * rate, 1)), rate)
 
 
 def _median_trend(nights: Sequence[Night], name: str, statistic: str, expected: float) -> Trend:
@@ -93,7 +91,7 @@ def _trend(
     what: str,
     value: Callable[[CategoryNight], float | None],
     show: Callable[[float], str],
-    shown: Sequence[float],
+    scale: Sequence[float],
     expected: float | None = None,
 ) -> Trend:
     """Draw a number over nights, by date; a night without it interrupts the line.
@@ -103,13 +101,13 @@ def _trend(
         name: of the category.
         what: the number's name.
         value: the number of a night; None for none.
-        show: formats it.
-        shown: values that the scale has in any case.
+        show: writes it as text.
+        scale: numbers that are on the scale even if no night has them.
         expected: the number on good nights; None if there is none.
     """
     found = [night.categories.get(name) for night in nights]
     values = [value(each) if each else None for each in found]
-    ends = [end for end in (*values, expected, *shown) if end is not None] or [0.0]
+    ends = [end for end in (*values, expected, *scale) if end is not None] or [0.0]
     low, high = min(ends), max(ends)
     if low == high:
         low, high = low - 1, high + 1

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
@@ -50,17 +50,21 @@ from stpm.times import duration
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class NightlyJob:
-    """The options of the job, the URI of the folder of all nights, and the lease of that folder."""
+    """The options of the job, and its lease of the folder of all nights."""
 
     options: NightlyOptions
     monitoring: MonitoringOptions
     output: OutputOptions
     scoring: ScoreOptions
     cluster: ClusterOptions
-    out: str
     fence: Fence | None = None
+
+    @cached_property
+    def out(self) -> str:
+        """The absolute URI of the folder of all nights."""
+        return storage.output_folder(self.options.out)
 
     @property
     def store(self) -> ModelStore:

@@ -33,14 +33,9 @@ class Nights:
     def __init__(self, root: Path) -> None:
         self.root, self.rng = root, np.random.default_rng(0)
         self.store = ModelStore(str(root / "models"))
-        self.job = NightlyJob(
-            options=NightlyOptions(models=self.store.uri, images=Names(["/no/dump/{date}"]), out="nights"),
-            monitoring=MonitoringOptions(),
-            output=OutputOptions(),
-            scoring=ScoreOptions(false_alarm_rate=0.25),
-            cluster=ClusterOptions(),
-            out=str(root / "nights"),
-        )
+        options = NightlyOptions(models=self.store.uri, images=Names(["/no/dump/{date}"]), out=str(root / "nights"))
+        scoring = ScoreOptions(false_alarm_rate=0.25)
+        self.job = NightlyJob(options, MonitoringOptions(), OutputOptions(), scoring, ClusterOptions())
         record = test_store.save(self.store, TINY)
         self.model_id = record.model_id
         self.nights: list[Night] = []
