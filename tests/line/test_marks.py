@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stpm import storage
 from stpm.errors import DataError
 from stpm.line.marks import read_marks
 
@@ -20,6 +21,9 @@ ROWS = [
     ("g.png", "nut", "Good"),
     ("h.png", "nut", ""),
 ]
+
+# Whose rows hold the images themselves.
+IMAGES = storage.encode_parquet(pa.table({"image": [b"x"], "label": ["good"]}))
 
 
 def write(path: Path, rows: Sequence[tuple[str, str, str]]) -> str:
@@ -97,6 +101,7 @@ def test_an_image_that_is_good_and_something_else_is_refused(tmp_path: Path) -> 
         ("marks.jsonl", b"{", "this table cannot be read"),
         ("marks.csv", b"name,label\na.png,good\n", "no column `uri`"),
         ("marks.parquet", b"", "this table cannot be read"),
+        ("images.parquet", IMAGES, "no column `uri`; its columns are label"),
         ("nowhere.jsonl", None, "this table cannot be read"),
     ],
 )
@@ -107,9 +112,3 @@ def test_a_table_that_cannot_be_read_is_one_error(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_marks(str(tmp_path / name))
-
-
-def test_a_parquet_file_of_images_is_no_table_of_marks(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [b"x"], "label": ["good"]}), tmp_path / "images.parquet")
-    with pytest.raises(DataError, match="no column `uri`; its columns are label"):
-        read_marks(str(tmp_path / "images.parquet"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stpm.line.night import Night
@@ -48,37 +49,30 @@ def test_what_is_to_be_looked_at_is_on_top_and_every_category_in_the_table() -> 
 
 
 @pytest.mark.parametrize(
-    ("problem", "shown"), [("", "There are no images to judge."), ("storage is down", "The night has not been judged.")]
-)
-def test_a_night_without_images_has_a_page(problem: str, shown: str) -> None:
-    text = page([Night("2026-11-24", ("s3://dump",), problem=problem)], "s3://nights", CREATED)
-    assert shown in text
-    assert "No image has a score." in text
-
-
-@pytest.mark.parametrize(
-    ("is_judged", "unfinished", "problem", "shown"),
+    ("categories", "is_judged", "unfinished", "problem", "shown"),
     [
-        (True, 0, "", "None: every category is fine."),
-        (True, 0, "the dump is not mounted", "None: every category is fine."),
-        (False, 2, "", "The night has not been judged."),
-        (False, 0, "storage is down", "The night has not been judged."),
+        (2, True, 0, "", "None: every category is fine."),
+        (2, True, 0, "the dump is not mounted", "None: every category is fine."),
+        (2, False, 2, "", "The night has not been judged."),
+        (2, False, 0, "storage is down", "The night has not been judged."),
+        (0, False, 0, "storage is down", "The night has not been judged."),
+        (0, False, 0, "", "There are no images to judge."),
     ],
 )
 def test_a_night_without_a_category_to_look_at_tells_whether_it_is_judged(
-    is_judged: bool, unfinished: int, problem: str, shown: str
+    categories: int, is_judged: bool, unfinished: int, problem: str, shown: str
 ) -> None:
     (night,) = make_nights(["a", "b"], 1, act=0, watch=0)
-    night = replace(night, unfinished=unfinished, problem=problem)
-    if not is_judged:
-        night = replace(night, categories={name: replace(r, verdict=None) for name, r in night.categories.items()})
+    records = {name: each if is_judged else replace(each, verdict=None) for name, each in night.categories.items()}
+    night = replace(night, unfinished=unfinished, problem=problem, categories=records)
+    text = page([night if categories else Night(night.date, (), problem=problem)], "s3://nights", CREATED)
     texts = {
         "None: every category is fine.",
         "The night has not been judged.",
         "There are no images to judge.",
     }
-    text = page([night], "s3://nights", CREATED)
     assert [each for each in texts if each in text] == [shown]
+    assert ("No image has a score." in text) == (not categories)
 
 
 def test_the_links_lead_to_files_of_the_nights() -> None:
@@ -89,23 +83,18 @@ def test_the_links_lead_to_files_of_the_nights() -> None:
     assert links == {"nightly.json", *runs, *(f"{night}/scores/" for night in nights)}
 
 
-def test_a_trend_has_a_point_per_night_by_its_date() -> None:
-    nights = make_nights(["nut"], 4, act=0, watch=1)
+def test_a_trend_has_a_point_per_night_by_its_date_and_larger_rates_are_higher_up() -> None:
+    nights = make_nights(["nut"], 5, act=0, watch=1)
     del nights[1]
-    trend = alarm_trend(nights, "nut")
-    ((first, second, third),) = [line.split() for line in trend.lines]
-    assert [float(point.split(",")[0]) for point in (first, second, third)] == [4.0, 132.0, 196.0]
-    assert [level for _, _, level, _ in trend.dots] == ["watch", "watch"]
-    # Larger rates are higher up.
-    heights = {rate: float(point.split(",")[1]) for rate, point in zip((0, 1, 2), (first, second, third), strict=True)}
-    rates = [night.categories["nut"].alarms for night in nights]
-    assert sorted(heights, key=lambda i: -heights[i]) == sorted(range(3), key=lambda i: rates[i])
-
-
-def test_a_night_that_knows_nothing_of_a_category_interrupts_its_trend() -> None:
-    nights = make_nights(["nut"], 4, act=0, watch=1)
+    # A night that knows nothing of a category interrupts its trend.
     nights[1] = replace(nights[1], categories={}, problem="storage is down")
-    assert [len(line.split()) for line in alarm_trend(nights, "nut").lines] == [1, 2]
+    trend = alarm_trend(nights, "nut")
+    points = [[tuple(map(float, point.split(","))) for point in line.split()] for line in trend.lines]
+    assert [[x for x, _ in line] for line in points] == [[4.0], [148.0, 196.0]]
+    assert [level for _, _, level, _ in trend.dots] == ["watch", "watch"]
+    heights = [44 - y for line in points for _, y in line]
+    alarms = [nights[i].categories["nut"].alarms for i in (0, 2, 3)]
+    assert np.argsort(heights).tolist() == np.argsort(alarms).tolist()
 
 
 @pytest.fixture(scope="module")

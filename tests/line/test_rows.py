@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from stpm import storage
@@ -36,20 +38,30 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int) -> RunOutput:
-    schema = output_rows([]).schema
+def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int, partitioned: bool = False) -> RunOutput:
+    table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
     for start in range(0, len(rows), size):
-        chunk = output_rows([]).from_pylist(rows[start : start + size], schema=schema)
-        storage.publish(f"{folder}/scores/{name}_{start:04}.parquet", storage.encode_parquet(chunk), durable=False)
+        chunk = table.slice(start, size)
+        for category in ("c0", "c1", "c2") if partitioned else ("",):
+            uri = f"{folder}/scores/{f'category={category}/' if category else ''}{name}_{start:04}.parquet"
+            if category:
+                storage.publish(
+                    uri, storage.encode_parquet(chunk.filter(pc.field("category") == category).drop_columns("category"))
+                )
+            else:
+                storage.publish(uri, storage.encode_parquet(chunk), durable=False)
     return RunOutput.named(str(folder), name)
 
 
-@pytest.mark.parametrize("batch", [7, 100_000])
-def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch", "partitioned"), [(7, False), (7, True), (100_000, False)])
+def test_counts_and_samples_are_those_of_all_rows_in_any_order(
+    tmp_path: Path, batch: int, partitioned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run of a night may be partitioned, and another not."""
     monkeypatch.setattr(rows_module, "_BATCH", batch)
     monkeypatch.setattr(rows_module, "SAMPLE", 20)
     first, second = make_rows(200, 0), make_rows(30, 1)
-    categories, found = read_rows([write(tmp_path, "001", first, 13), write(tmp_path, "002", second, 30)])
+    categories, found = read_rows([write(tmp_path, "001", first, 13, partitioned), write(tmp_path, "002", second, 30)])
     assert sorted(categories) == ["c0", "c1", "c2"]
     for name, counted in categories.items():
         own = [row for row in first + second if row["category"] == name]
@@ -57,6 +69,7 @@ def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, mo
         assert (counted.images, counted.alarms) == (len(own), sum(row["is_anomalous"] for row in scored))
         assert counted.errors == Counter(row["error_kind"] for row in own if row["error_kind"])
         assert counted.models == Counter(row["model_id"] for row in scored)
+        assert counted.p_values == Counter(row["p_value"] for row in scored)
         p_values, statistics = counted.sample()
         np.testing.assert_array_equal(p_values, np.array([row["p_value"] for row in scored[:20]], np.float32))
         assert list(statistics) == list(COMPARED)
@@ -65,35 +78,4 @@ def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, mo
     examples = Counter(example.kind for example in found)
     assert examples == dict.fromkeys(KINDS, 3)
     assert [example.kind for example in found] == sorted(examples.elements())
-
-
-def test_one_run_of_a_night_may_be_partitioned_and_another_not(tmp_path: Path) -> None:
-    first, second = make_rows(40, 0), make_rows(30, 1)
-    for name in ("c0", "c1", "c2"):
-        chosen = output_rows([]).from_pylist(
-            [row for row in first if row["category"] == name], schema=output_rows([]).schema
-        )
-        storage.publish(
-            f"{tmp_path}/scores/category={name}/001_0.parquet", storage.encode_parquet(chosen.drop_columns("category"))
-        )
-    categories, _ = read_rows([RunOutput.named(str(tmp_path), "001"), write(tmp_path, "002", second, 30)])
-    counts = {name: counted.images for name, counted in categories.items()}
-    assert counts == Counter(row["category"] for row in first + second)
-
-
-def test_the_sample_does_not_depend_on_the_order_of_the_rows(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows_module, "SAMPLE", 20)
-    rows = make_rows(300, 0)
-    shuffled = [rows[i] for i in rng.permutation(len(rows))]
-    one, _ = read_rows([write(tmp_path / "one", "001", rows, 300)])
-    other, _ = read_rows(
-        [write(tmp_path / "other", "001", shuffled[:100], 9), write(tmp_path / "other", "002", shuffled[100:], 50)]
-    )
-    for name, counted in one.items():
-        np.testing.assert_array_equal(counted.sample()[0], other[name].sample()[0])
-
-
-def test_a_night_without_rows_has_no_category(tmp_path: Path) -> None:
-    assert read_rows([RunOutput.named(str(tmp_path), "001")]) == ({}, ())
+    assert read_rows([RunOutput.named(str(tmp_path), "003")]) == ({}, ())

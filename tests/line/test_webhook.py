@@ -61,18 +61,15 @@ def server() -> Iterator[Server]:
         made.shutdown()
 
 
-def test_the_message_arrives_once_signed_and_with_the_users_credentials(server: Server) -> None:
-    post(server.url, BODY, "a key")
+@pytest.mark.parametrize("key", [b"a key", b"\xff\x00k\xe9", b""])
+def test_the_message_arrives_once_signed_and_with_the_users_credentials(server: Server, key: bytes) -> None:
+    post(server.url, BODY, os.fsdecode(key))
     ((path, headers, body),) = server.received
     assert (path, body) == ("/hooks/T0ken?key=key-9", BODY)
     assert headers["Content-Type"] == "application/json"
     assert headers["Authorization"] == "Basic bWU6cGFzcy13b3Jk"
-    assert headers[SIGNATURE] == "sha256=" + hmac.new(b"a key", body, hashlib.sha256).hexdigest()
-
-
-def test_without_a_key_there_is_no_signature(server: Server) -> None:
-    post(server.url, BODY, "")
-    assert SIGNATURE not in server.received[0][1]
+    expected = f"sha256={hmac.new(key, BODY, hashlib.sha256).hexdigest()}"
+    assert headers.get(SIGNATURE) == (expected if key else None)
 
 
 def test_temporary_failures_are_tried_again(server: Server) -> None:
@@ -81,16 +78,23 @@ def test_temporary_failures_are_tried_again(server: Server) -> None:
     assert len(server.received) == 4
 
 
-@pytest.mark.parametrize(("answers", "tries", "reason"), [([500] * 9, 4, "500"), ([404], 1, "404"), ([302], 1, "302")])
-def test_a_server_that_refuses_is_named_without_secrets(
+@pytest.mark.parametrize(
+    ("answers", "tries", "reason"),
+    [
+        ([500] * 9, 4, "it answered 500"),
+        ([404], 1, "it answered 404"),
+        ([302], 1, "it answered 302"),
+        ([0] * 9, 4, "it did not answer in time"),
+    ],
+)
+def test_a_server_that_refuses_or_hangs_is_named_without_secrets(
     server: Server, answers: list[int], tries: int, reason: str
 ) -> None:
     server.answers = answers
     with pytest.raises(WebhookError) as caught:
-        post(server.url, BODY, "k", pause=0.01)
-    assert str(caught.value) == (
-        f"the webhook at http://127.0.0.1:{server.server_port}/... did not take the message: it answered {reason}"
-    )
+        post(server.url, BODY, "k", timeout=0.2, pause=0.01)
+    host = f"http://127.0.0.1:{server.server_port}"
+    assert str(caught.value) == f"the webhook at {host}/... did not take the message: {reason}"
     assert len(server.received) == tries
 
 
@@ -111,16 +115,3 @@ def test_no_error_shows_a_secret(url: str, reason: str) -> None:
     assert shown.__cause__ is None
     assert shown.__suppress_context__
     assert not any(secret in str(shown) for secret in SECRETS)
-
-
-def test_the_key_may_have_any_bytes(server: Server) -> None:
-    key = b"\xff\x00k\xe9"
-    post(server.url, BODY, os.fsdecode(key))
-    ((_, headers, _),) = server.received
-    assert headers[SIGNATURE] == f"sha256={hmac.new(key, BODY, hashlib.sha256).hexdigest()}"
-
-
-def test_a_server_that_hangs_is_given_up(server: Server) -> None:
-    server.answers = [0] * 9
-    with pytest.raises(WebhookError, match=r"did not answer in time|timed out"):
-        post(server.url, BODY, "k", timeout=0.05, pause=0.01)
