@@ -122,9 +122,8 @@ def test_missed_nights_are_caught_up_and_all_nights_are_one_table(job: Nightly) 
     job.dump(DATE, "b")
     assert job(AFTER) == 3
     assert (job.names(BEFORE), job.names(DATE)) == (["a", "c"], ["b"])
-    verdict = record(job, AFTER).categories["nut"].verdict
-    assert verdict
-    assert verdict.reasons == ("no images; 2 nights before had some",)
+    category = record(job, AFTER).categories["nut"]
+    assert (category.images, category.verdict) == (0, Verdict("fine"))
     rows = duckdb.read_parquet(f"{job.out}/date=*/scores/*.parquet", hive_partitioning=True)
     assert sorted(rows.aggregate("date, count(*)").fetchall()) == [(BEFORE, 2), (DATE, 1)]
 
@@ -276,7 +275,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
     assert night.categories["nut"].verdict is None
     assert job() == 0
     assert record(job).problem == ""
-    assert record(job).categories["nut"].verdict == Verdict("fine", ())
+    assert record(job).categories["nut"].verdict == Verdict("fine")
 
 
 def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
@@ -434,7 +433,7 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
 
 def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
     save(ModelStore(str(job.root / "models")), TINY, "bolt")
-    judged = Mock(return_value=Verdict("fine", ()))
+    judged = Mock(return_value=Verdict("fine"))
     monkeypatch.setattr(drift, "judge", judged)
     job.dump(DATE, "a")
     storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))

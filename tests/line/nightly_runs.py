@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,7 @@ import pytest
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.jobs import nightly
-from stpm.line import drift, score_nights
-from stpm.line.change import Change, Verdict
-from stpm.line.drift import Reference, Sample
-from stpm.line.night import CategoryNight
+from stpm.line import score_nights
 from stpm.line.night_folder import NightFolder
 from stpm.line.options import MonitoringOptions, NightlyOptions
 from stpm.models.store import ModelStore
@@ -131,20 +128,6 @@ class Nightly:
 _plain_publish = storage.publish
 
 
-def judge(
-    night: CategoryNight,
-    sample: Sample,
-    earlier: Mapping[datetime.date, CategoryNight],
-    reference: Reference | None,
-    **_: Any,
-) -> Verdict:
-    """Stand for `drift.judge`: a night without images where others had some is a reason to act."""
-    if night.images or not any(past.images for past in earlier.values()):
-        return Verdict("fine", ())
-    text = f"no images; {len(earlier)} nights before had some"
-    return Verdict("act", (Change("images", "act", p_value=0.0, size=1.0, text=text),))
-
-
 def remaining_shards(
     earlier: RunOutput, output: RunOutput, segments: Sequence[Segment], max_ranked: int
 ) -> list[tuple[Shard, ...]]:
@@ -173,7 +156,6 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     monkeypatch.setattr(run_module, "remaining_shards", remaining_shards)
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda *_, stop_on_failures: nullcontext(Progress()))
     monkeypatch.setattr(run_module, "score_shards", made.score)
-    monkeypatch.setattr(drift, "judge", judge)
     return made
 
 

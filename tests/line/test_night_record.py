@@ -115,7 +115,7 @@ def test_images_that_no_model_scores_are_a_reason_to_act(nights: Nights) -> None
     assert (night.images, night.errors) == (5, {"no_model": 5})
 
 
-def test_a_model_that_was_removed_is_named(nights: Nights) -> None:
+def test_a_model_that_was_removed_is_named_while_images_come(nights: Nights) -> None:
     nights.add(300)
     storage.remove(nights.store.folder("nut"))
     night = nights.add(300)
@@ -124,12 +124,6 @@ def test_a_model_that_was_removed_is_named(nights: Nights) -> None:
     assert verdict
     assert f"no model {nights.model_id}" in verdict.reasons[0]
     assert night.categories["nut"].training_medians == {}
-
-
-def test_a_product_that_is_no_longer_made_leaves_the_page(nights: Nights) -> None:
-    """Whether its model is still there or not."""
-    nights.add(300)
-    storage.remove(nights.store.folder("nut"))
-    # None of one earlier night may be chance.
+    # A product that is no longer made leaves the page. None of one earlier night may be chance.
     assert [reasons(nights.add(0)) for _ in range(30)] == [("fine", [])] * 30
     assert nights.add(0).categories == {}

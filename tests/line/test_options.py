@@ -57,7 +57,6 @@ def test_a_date_that_is_yet_to_come_in_the_time_zone_is_refused() -> None:
         ({"images": "s3://dump"}, r"images is 's3://dump', the same on different days; put \{date\}"),
         ({"images": "s3://dump/{date:%Y/%m}"}, "the same on different days"),
         ({"images": "s3://dump/{date:week %V}"}, "the same on different days"),
-        ({"images": "s3://dump/{date:latest}"}, "the same on different days"),
         ({"images": "s3://dump/{date:%a}", "look_back": 7}, "the same on different days"),
         ({"images": "s3://dump/{date},s3://dump"}, r"images is 's3://dump'"),
         ({"date": "24.11.2026"}, "date is '24.11.2026'; give it as 2026-11-24"),
@@ -66,7 +65,6 @@ def test_a_date_that_is_yet_to_come_in_the_time_zone_is_refused() -> None:
         ({"date": "0026-11-24", "keep_days": 36500}, "date is 0026-11-24, too early"),
         ({"timezone": "Mars/Olympus"}, "timezone is 'Mars/Olympus', which this machine does not know"),
         ({"timezone": "../UTC"}, "timezone is '../UTC'"),
-        ({"look_back": -1}, "look-back is -1"),
         ({"look_back": 1_000_000}, "look-back is 1000000; give at least 0 and at most 36500"),
         ({"keep_days": 1_000_000}, "keep-days is 1000000; give at most 36500"),
         ({"keep_days": 3}, "keep-days is 3; give 0, or more than --look-back 3"),
@@ -87,10 +85,9 @@ def test_an_invalid_webhook_is_not_shown(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"nights": 0}, {"top": 0}, {"fdr": -0.1}, {"fdr": 1.0}, {"false_verdict_rate": 0.0}, {"false_verdict_rate": 1.0}],
+    ("name", "value"),
+    [("nights", 0), ("top", 0), ("fdr", -0.1), ("fdr", 1.0), ("false_verdict_rate", 0.0), ("false_verdict_rate", 1.0)],
 )
-def test_values_out_of_range_are_named(option: dict[str, Any]) -> None:
-    ((name, value),) = option.items()
+def test_values_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name.replace('_', '-')} is {value}"):
-        MonitoringOptions(**option)
+        MonitoringOptions(**{name: value})
