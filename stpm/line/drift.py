@@ -150,14 +150,13 @@ def judge(
     tests: int,
     false_verdict_rate: float,
 ) -> Verdict:
-    """Judge a night of one category.
+    """Judge a night of one category, by the counts of all its rows and a sample of those with a score.
 
     Args:
-        night: the counts of all its rows.
-        sample: of its rows with a score.
+        night, sample: what is judged.
         earlier: the category's nights before it by date, for what is counted; images are compared with the model's.
-        reference: of the model that scored the night; None if there is none.
-        date: of the night.
+        reference: the good images of the model that scored the night; None if there are none.
+        date: of the night, for its weekday.
         is_idle: most categories have no images on this night.
         tests: number of verdicts that are given together (categories × nights).
         false_verdict_rate: probability, in (0, 1), that any of these verdicts is not `fine` though nothing changed.

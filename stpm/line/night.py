@@ -93,13 +93,13 @@ class Night:
 
     Args:
         date: such as 2026-11-24, as in the folder's name.
-        sources: of the images.
+        sources: absolute URIs of folders, archives or tables of images.
         runs: names of the runs. If there are others, the record is made anew.
         unfinished: images that a run lists and that have no row.
         problem: why something of the night is missing, "" if nothing is.
         categories: by name.
         error_examples: a few of each kind.
-        top: the most anomalous images first.
+        top: the most anomalous images, in that order.
         discoveries: among all images of the night; None if the job does not look for them.
         pages: names of the runs that have a triage.html: an unfinished run has none.
     """

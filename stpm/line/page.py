@@ -94,12 +94,12 @@ def _trend(
     scale: Sequence[float],
     expected: float | None = None,
 ) -> Trend:
-    """Draw a number over nights, by date; a night without it interrupts the line.
+    """Draw a number of a category over nights, by date; a night without it interrupts the line.
 
     Args:
         nights: oldest first.
-        name: of the category.
-        what: the number's name.
+        name: the category.
+        what: what the number is.
         value: the number of a night; None for none.
         show: writes it as text.
         scale: numbers that are on the scale even if no night has them.

@@ -21,7 +21,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 
 class Rate(NamedTuple):
-    """The number of alarms or errors among the images, of which there is at least one."""
+    """The number of alarms or errors among the images, of which there is one or more."""
 
     events: int
     total: int
