@@ -106,9 +106,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["evil", "many"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [("evil", 390, "light"), ("evil", 1440, "dark"), ("many", 390, "dark"), ("many", 1440, "light")],
+)
 def test_in_a_browser_no_markup_from_data_runs_and_nothing_overflows(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:
