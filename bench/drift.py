@@ -34,10 +34,12 @@ from tabulate import tabulate
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.detector import load
+from stpm.line.change import Verdict
+from stpm.line.drift import Reference, Sample, judge
+from stpm.line.night import CategoryNight
+from stpm.line.significance import FloatArray
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
-from stpm.monitoring.drift import Counts, Reference, Sample, Verdict, judge
-from stpm.monitoring.significance import FloatArray
 
 Transform = Callable[[Image.Image], Image.Image]
 
@@ -147,9 +149,9 @@ def make_p_values(store: ModelStore, name: str) -> Callable[[Sequence[Image.Imag
 class Planted(NamedTuple):
     """A night of one product at random, and what it is judged against."""
 
-    night: Counts
+    night: CategoryNight
     sample: Sample
-    earlier: Mapping[datetime.date, Counts]
+    earlier: Mapping[datetime.date, CategoryNight]
     reference: Reference
 
     def judge(self) -> Verdict:
@@ -204,14 +206,14 @@ class Nights:
         p_values = self._rng.choice(clean.sample.p_values, len(product.test))
         return Planted(clean.night, Sample(p_values, by_name(product.test)), {}, reference)
 
-    def _night(self, defects: float) -> tuple[Counts, Sample]:
+    def _night(self, defects: float) -> tuple[CategoryNight, Sample]:
         rng = self._rng
         at_least = _CALIBRATION - np.searchsorted(self._calibration, rng.random(_NIGHT))
         p_values = (1 + at_least) / (_CALIBRATION + 1)
         bad = rng.random(_NIGHT) < defects
         p_values[bad] = rng.choice(self._product.defects, int(bad.sum()))
         limit = threshold_rank(_CALIBRATION, _FALSE_ALARM_RATE) / (_CALIBRATION + 1)
-        counts = Counts(
+        counts = CategoryNight(
             model_id="model",
             images=_NIGHT,
             errors={},

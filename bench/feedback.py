@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--false-alarm-rate", type=float, default=0.05, help="of the thresholds (default: 0.05)")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("stpm.feedback").setLevel(logging.INFO)
+    logging.getLogger("stpm.line").setLevel(logging.INFO)
     recipe = replace(PRESETS["default"], teacher=arguments.teacher, student=arguments.student)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -34,12 +34,11 @@ from scipy import stats
 from tabulate import tabulate
 
 from stpm.data.image_statistics import COMPARED
+from stpm.line.change import Verdict
+from stpm.line.drift import EARLIER, Reference, Sample, judge_categories
+from stpm.line.night import CategoryNight, Night
+from stpm.line.options import MonitoringOptions
 from stpm.method.calibration import threshold_rank
-from stpm.monitoring.drift import Reference, Sample, Verdict
-from stpm.monitoring.judging import EARLIER, judge_categories
-from stpm.monitoring.nights import CategoryRecord, Night
-from stpm.monitoring.options import MonitoringOptions
-from stpm.monitoring.references import ModelReference
 
 _OPTIONS = MonitoringOptions()
 _MONTH = 30
@@ -116,9 +115,9 @@ class Line:
         self._models += 1
         count = int(rng.choice([50, 100, 200, 500]))
         self._calibration = np.sort(rng.random(count))
-        self.reference = ModelReference(Reference(count, self._statistics(_GOOD)), "")
+        self.reference = Reference(count, self._statistics(_GOOD))
 
-    def night(self, date: datetime.date, fault: Fault = Fault()) -> tuple[CategoryRecord, Sample]:  # noqa: B008
+    def night(self, date: datetime.date, fault: Fault = Fault()) -> tuple[CategoryNight, Sample]:  # noqa: B008
         """Make a night, without a verdict."""
         rng, product = self._rng, self.product
         mean = product.images * product.week[date.weekday()] * fault.images
@@ -131,7 +130,7 @@ class Line:
         found = rng.random(scored)
         scores = np.where(found < share, 2.0, rng.random(scored) * calibration[-rank])
         p_values = (1 + len(calibration) - np.searchsorted(calibration, scores)) / (len(calibration) + 1)
-        record = CategoryRecord(
+        record = CategoryNight(
             model_id=f"model-{self._models}",
             images=images,
             alarms=int((found < share).sum()),
@@ -198,7 +197,7 @@ def draw_product(rng: np.random.Generator) -> Product:
 
 def judged(
     lines: Mapping[str, Line],
-    made: Mapping[str, tuple[CategoryRecord, Sample]],
+    made: Mapping[str, tuple[CategoryNight, Sample]],
     date: datetime.date,
     earlier: Sequence[Night],
     options: MonitoringOptions,
@@ -276,7 +275,7 @@ def named_by(trial: Trial, seed: int) -> int:
         if number == EARLIER - _MODEL_NIGHTS:
             line.refit()
         record, _ = line.night(date)
-        fine = replace(record, verdict=Verdict("fine", ()))
+        fine = replace(record, verdict=Verdict("fine"))
         earlier.append(Night(date.isoformat(), (), categories={"product": fine}))
     for number, date in enumerate(dates[-_NAMED:], 1):
         night = judged({"product": line}, {"product": line.night(date, trial.fault)}, date, earlier, options)

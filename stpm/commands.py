@@ -14,9 +14,9 @@ from stpm.cli import Job, run_job
 from stpm.evaluation.options import BenchmarkOptions, EvaluateOptions, ReportOptions
 from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN
 from stpm.fitting.options import FitOptions, WorkerOptions
+from stpm.line.options import MonitoringOptions, NightlyOptions
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
-from stpm.monitoring.options import MonitoringOptions, NightlyOptions
 from stpm.names import hide_urls
 from stpm.options import ClusterOptions, Size
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.lease import Holder
+from stpm.line.night import CategoryNight, Night
 from stpm.method.false_discovery import Discoveries
 from stpm.models.versions import Version, Versions
-from stpm.monitoring.nights import CategoryRecord, Night
 from stpm.records import convert, from_json, to_json
 from stpm.scoring.inputs.manifest import Manifest
 from stpm.scoring.row_summary import RankedImage, RowSummary
@@ -31,7 +31,7 @@ RECORDS = [
     Night(
         "2026-11-24",
         ("dump",),
-        categories={"nut": CategoryRecord(model_id="nut-1", images=2, alarms=1, errors={}, false_alarm_rate=0.01)},
+        categories={"nut": CategoryNight(model_id="nut-1", images=2, alarms=1, errors={}, false_alarm_rate=0.01)},
     ),
     Holder("a", "host", "machine", 7, "1", "stpm score"),
     result("nut", 0, None, None).model,

@@ -9,11 +9,11 @@ from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.errors import ConfigError
 from stpm.exit_codes import ALL_DONE, exit_code
-from stpm.feedback.add_good import add_good
-from stpm.feedback.marks import read_marks
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
+from stpm.line.add_good import add_good
+from stpm.line.marks import read_marks
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore

@@ -13,14 +13,13 @@ from stpm.cluster.placement import log_plan, on_cluster
 from stpm.errors import ConfigError, WebhookError
 from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
-from stpm.monitoring.housekeeping import remove_nights_before
-from stpm.monitoring.nightly_json import JSON_FILE, PAGE_FILE, nightly_json, webhook_message
-from stpm.monitoring.nights import Night, headline
-from stpm.monitoring.options import MonitoringOptions, NightlyOptions
-from stpm.monitoring.page import page
-from stpm.monitoring.score_nights import NightlyJob, score_nights
-from stpm.monitoring.update_records import update_records
-from stpm.monitoring.webhook import post
+from stpm.line.night_folder import remove_nights_before
+from stpm.line.night_record import update_records
+from stpm.line.nightly_json import JSON_FILE, PAGE_FILE, nightly_json, webhook_message
+from stpm.line.options import MonitoringOptions, NightlyOptions
+from stpm.line.page import page
+from stpm.line.score_nights import NightlyJob, score_nights
+from stpm.line.webhook import post
 from stpm.options import ClusterOptions
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.run_statistics import too_many_errors
@@ -48,14 +47,7 @@ def run_nightly(
     Raises:
         ConfigError: if the options are invalid, or the folder is in use.
     """
-    job = NightlyJob(
-        options=options,
-        monitoring=monitoring,
-        output=output,
-        scoring=scoring,
-        cluster=cluster,
-        out=storage.output_folder(options.out),
-    )
+    job = NightlyJob(options, monitoring, output, scoring, cluster)
     date = options.night(datetime.datetime.now(datetime.timezone.utc))
     with on_cluster(cluster, [options.models, job.out, *options.allow, *job.sources(date)]):
         if cluster.plan:
@@ -71,14 +63,20 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     problems = score_nights(job, dates)
     nights = update_records(job, sorted(dates), problems)
     night = nights[date]
-    log.info(headline(night))
+    log.info(night.headline())
     failed = any(nights[day].problem or nights[day].unfinished for day in dates if day in nights)
     if reason := too_many_errors(night.error_count, night.images, job.options.max_error_rate):
         log.error(reason)
         failed = True
     if job.options.keep_days and night.scored:
         # Remove nothing after a night without images: --date may be mistyped.
-        failed |= not _remove_old_nights(job, date, nights)
+        first = date - datetime.timedelta(days=job.options.keep_days)
+        try:
+            remove_nights_before(job.out, first)
+            nights = {day: each for day, each in nights.items() if day >= first}
+        except (ConfigError, OSError) as error:
+            log.error(f"old nights are not all removed: {error}")
+            failed = True
     for day in sorted(nights):
         if day < min(dates) and nights[day].unfinished:
             log.warning(
@@ -90,35 +88,15 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
     storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created).encode())
     log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
-    failed |= not _post_webhook(job.monitoring.webhook, webhook_message(night, job.out, created))
+    if job.monitoring.webhook:
+        key = os.environ.get(_SECRET, "")
+        if not key:
+            log.warning(f"the webhook's message is not signed: {_SECRET} is not set")
+        try:
+            post(job.monitoring.webhook, webhook_message(night, job.out, created), key)
+        except WebhookError as error:
+            log.error(f"{error}; start the job again to post it again")
+            failed = True
     if not night.scored:
         return NOTHING_DONE
     return SOME_FAILED if failed else ALL_DONE
-
-
-def _remove_old_nights(job: NightlyJob, date: datetime.date, nights: dict[datetime.date, Night]) -> bool:
-    """Remove nights that are too old, also from `nights`; return whether that worked."""
-    first = date - datetime.timedelta(days=job.options.keep_days)
-    try:
-        remove_nights_before(job.out, first)
-    except (ConfigError, OSError) as error:
-        log.error(f"old nights are not all removed: {error}")
-        return False
-    for day in [day for day in nights if day < first]:
-        del nights[day]
-    return True
-
-
-def _post_webhook(webhook: str, message: bytes) -> bool:
-    """Post the message, if there is a webhook; return whether it was taken."""
-    if not webhook:
-        return True
-    key = os.environ.get(_SECRET, "")
-    if not key:
-        log.warning(f"the webhook's message is not signed: {_SECRET} is not set")
-    try:
-        post(webhook, message, key)
-    except WebhookError as error:
-        log.error(f"{error}; start the job again to post it again")
-        return False
-    return True

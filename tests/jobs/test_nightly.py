@@ -22,17 +22,18 @@ import pytest
 from stpm import storage
 from stpm.errors import ConfigError, CutOffError, ModelUnreadableError
 from stpm.jobs import nightly
+from stpm.line import drift, night_record, score_nights
+from stpm.line.change import Verdict
+from stpm.line.night import Night
+from stpm.line.night_folder import NightFolder
+from stpm.line.score_nights import NightlyJob
 from stpm.models.store import ModelStore
-from stpm.monitoring import judging, score_nights, update_records
-from stpm.monitoring.drift import Verdict
-from stpm.monitoring.night_folder import NightFolder
-from stpm.monitoring.nights import Night, read_night
 from stpm.scoring import run as run_module
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_state import RunState
 from tests.conftest import TINY
+from tests.line.nightly_runs import DATE, Nightly, cut_off_after, job
 from tests.models.test_store import save
-from tests.monitoring.nightly_runs import DATE, Nightly, cut_off_after, job
 
 __all__ = ["job"]
 
@@ -43,7 +44,7 @@ OVER = "--date 2026-11-23 --fresh, which removes the night's rows and scores it 
 
 
 def record(job: Nightly, date: datetime.date = DATE) -> Night:
-    found = read_night(NightFolder.of(job.out, date))
+    found = NightFolder.of(job.out, date).read()
     assert found
     return found
 
@@ -64,16 +65,6 @@ def test_a_night_is_scored_into_its_folder_and_reported(job: Nightly) -> None:
     assert b"Night of 2026-11-24" in storage.read(f"{job.out}/nightly.html")
     # No folder is made for nights that have nothing.
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
-
-
-def test_all_nights_are_one_table(job: Nightly) -> None:
-    job.dump(BEFORE, "a", "b")
-    job.dump(DATE, "c")
-    assert job() == 0
-    found = duckdb.read_parquet(f"{job.out}/date=*/scores/*.parquet", hive_partitioning=True).aggregate(
-        "date, count(*)"
-    )
-    assert sorted(found.fetchall()) == [(BEFORE, 2), (DATE, 1)]
 
 
 def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
@@ -99,7 +90,7 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     assert job() == 0
     before = job.rows(), record(job)
     monkeypatch.setattr(score_nights, "connected", lambda: pytest.fail("Ray was started"))
-    monkeypatch.setattr(update_records, "make_record", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(night_record, "make_record", lambda *_: pytest.fail("rows were read"))
     assert job() == 0
     assert (job.rows(), record(job)) == before
     assert job.starts == 1
@@ -126,14 +117,15 @@ def test_late_files_are_scored_into_their_night_by_a_run_of_their_own(job: Night
     assert job.names(BEFORE) == ["a", "b", "late"]
 
 
-def test_missed_nights_are_caught_up(job: Nightly) -> None:
-    job.dump(BEFORE, "a")
+def test_missed_nights_are_caught_up_and_all_nights_are_one_table(job: Nightly) -> None:
+    job.dump(BEFORE, "a", "c")
     job.dump(DATE, "b")
     assert job(AFTER) == 3
-    assert (job.names(BEFORE), job.names(DATE)) == (["a"], ["b"])
-    verdict = record(job, AFTER).categories["nut"].verdict
-    assert verdict
-    assert verdict.reasons == ("no images; 2 nights before had some",)
+    assert (job.names(BEFORE), job.names(DATE)) == (["a", "c"], ["b"])
+    category = record(job, AFTER).categories["nut"]
+    assert (category.images, category.verdict) == (0, Verdict("fine"))
+    rows = duckdb.read_parquet(f"{job.out}/date=*/scores/*.parquet", hive_partitioning=True)
+    assert sorted(rows.aggregate("date, count(*)").fetchall()) == [(BEFORE, 2), (DATE, 1)]
 
 
 def test_a_new_model_scores_what_is_new_and_leaves_the_rows_that_are_there(job: Nightly) -> None:
@@ -150,17 +142,22 @@ def test_a_new_model_scores_what_is_new_and_leaves_the_rows_that_are_there(job: 
     assert record(job).runs == ("001",)
 
 
-def test_unreadable_images_are_tried_again_and_hold_up_no_late_files(job: Nightly) -> None:
-    job.dump(DATE, "a", "b", "denied")
-    job.unreadable = {f"{job.root}/dump/{DATE}/nut/denied.png"}
-    assert job() == 2
-    assert (job.names(), record(job).unfinished) == (["a", "b"], 1)
-    job.dump(DATE, "late")
-    assert job() == 2
-    assert (job.names(), record(job).unfinished) == (["a", "b", "late"], 1)
+def test_unreadable_images_are_tried_again_and_hold_up_no_late_files(
+    job: Nightly, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.dump(BEFORE, "a", "b", "denied")
+    job.unreadable = {f"{job.root}/dump/{BEFORE}/nut/denied.png"}
+    assert job(BEFORE) == 2
+    assert (job.names(BEFORE), record(job, BEFORE).unfinished) == (["a", "b"], 1)
+    job.dump(BEFORE, "late")
+    assert job(BEFORE) == 2
+    assert (job.names(BEFORE), record(job, BEFORE).unfinished) == (["a", "b", "late"], 1)
     job.unreadable = set()
+    job.dump(DATE, "c")
+    assert job(look_back=0) == 0
+    assert "1 images of 2026-11-23 have no row, and --look-back does not reach it" in caplog.text
     assert job() == 0
-    assert (job.names(), record(job).unfinished) == (["a", "b", "denied", "late"], 0)
+    assert (job.names(BEFORE), record(job, BEFORE).unfinished) == (["a", "b", "denied", "late"], 0)
 
 
 def test_a_file_that_is_being_copied_is_left_to_the_next_start(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
@@ -197,17 +194,25 @@ def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
 
 
-def test_a_damaged_record_is_named_and_written_over_only_by_fresh(job: Nightly) -> None:
-    job.dump(DATE, "a")
-    uri = f"{NightFolder.of(job.out, DATE).uri}/night.json"
-    storage.publish(uri, b"mine")
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [("night.json", "night.json is not a record of a night"), ("runs/001/manifest/manifest.json", "is damaged")],
+)
+def test_a_damaged_night_is_named_and_written_over_only_by_fresh_as_its_problem_says(
+    job: Nightly, file: str, problem: str
+) -> None:
+    job.dump(DATE, "a", "b")
+    assert job() == 0
+    uri = f"{NightFolder.of(job.out, DATE).uri}/{file}"
+    storage.publish(uri, b"{}")
     assert job() == 3
-    assert storage.read(uri) == b"mine"
+    assert storage.read(uri) == b"{}"
     html = storage.read(f"{job.out}/nightly.html").decode()
-    assert "night.json is not a record of a night" in html
+    assert problem in html
     assert "run the same command with --date 2026-11-24 --fresh" in html
+    assert "--out" not in html
     assert job(fresh=True) == 0
-    assert record(job).images == 1
+    assert (job.names(), record(job).images) == (["a", "b"], 2)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +220,7 @@ def test_a_damaged_record_is_named_and_written_over_only_by_fresh(job: Nightly) 
     [
         ("no images", "there are no images in "),
         ("no model", "no model for category 'botle'"),
+        ("a damaged model", "model.json"),
         ("storage fails after the first images", "503 Slow Down"),
     ],
 )
@@ -229,6 +235,9 @@ def test_fresh_keeps_the_rows_where_they_cannot_be_made_again(
         shutil.move(job.root / "dump", job.root / "unmounted")
     elif cause == "no model":
         options = {"category": "botle", "category_from": ""}
+    elif cause == "a damaged model":
+        (uri,) = (uri for uri in storage.files(f"{job.root}/models/nut") if uri.endswith("/model.json"))
+        storage.publish(uri, b"{}")
     else:
         list_images = score_nights.image_rows
 
@@ -241,23 +250,19 @@ def test_fresh_keeps_the_rows_where_they_cannot_be_made_again(
     assert job.rows() == before
     assert problem in record(job).problem
     assert "503" in problem or "--fresh left the rows as they are" in record(job).problem
-    assert record(job).categories["nut"].verdict
     # It was judged before.
     assert "None: every category is fine." in storage.read(f"{job.out}/nightly.html").decode()
 
 
 def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly) -> None:
+    assert job() == 3
+    assert "There are no images to judge." in storage.read(f"{job.out}/nightly.html").decode()
     job.dump(DATE, "a")
     assert job() == 0
     assert job(datetime.date(2016, 11, 24)) == 3
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
     with pytest.raises(ConfigError, match="date is 2126-11-24, and today is"):
         job(datetime.date(2126, 11, 24))
-
-
-def test_a_first_start_that_finds_no_image_says_so(job: Nightly) -> None:
-    assert job() == 3
-    assert "There are no images to judge." in storage.read(f"{job.out}/nightly.html").decode()
 
 
 def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +278,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
     assert night.categories["nut"].verdict is None
     assert job() == 0
     assert record(job).problem == ""
-    assert record(job).categories["nut"].verdict == Verdict("fine", ())
+    assert record(job).categories["nut"].verdict == Verdict("fine")
 
 
 def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
@@ -302,89 +307,45 @@ def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
     assert missed in caplog.messages
 
 
-@pytest.mark.parametrize("part", ["scores", "runs/001/manifest"])
-def test_a_damaged_file_of_one_night_is_its_problem(job: Nightly, part: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("scores/", b"PAR1 damaged"),
+        ("runs/001/manifest/000000-000000.parquet", b"PAR1 damaged"),
+        ("runs/001/manifest/000000-000000.parquet", storage.encode_parquet(pa.table({"x": [1]}))),
+        ("runs/001/manifest/manifest.json", b""),
+        ("runs/001/run.json", b"[" * 200_000),
+    ],
+)
+def test_a_damaged_file_of_one_night_is_its_problem_alone(job: Nightly, file: str, content: bytes) -> None:
     job.dump(BEFORE, "a", "b")
     assert job(BEFORE) == 0
     job.dump(BEFORE, "late")
     job.dump(DATE, "c")
-    files = [uri for uri in storage.files(f"{job.out}/date={BEFORE}/{part}") if uri.endswith(".parquet")]
-    storage.publish(files[0], b"PAR1 damaged", durable=False)
+    uri = next(uri for uri in storage.files(f"{job.out}/date={BEFORE}") if f"/{file}" in uri)
+    # Or a list of images that names no category.
+    storage.publish(uri, content or storage.read(uri).replace(b'["nut"]', b"[]"), durable=False)
     assert job(DATE) == 2
     assert record(job).images == 1
-    nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
-    assert files[0].removeprefix("/") in nights[0]["problem"]
-    assert nights[0]["problem"].endswith(f"; restore the files, or run the same command with {OVER}")
-
-
-@pytest.mark.parametrize("file", ["run.json", "manifest/000000-000000.parquet", "manifest/manifest.json"])
-def test_a_wrong_file_of_an_earlier_night_is_its_problem_alone(job: Nightly, file: str) -> None:
-    job.dump(BEFORE, "a", "b")
-    assert job(BEFORE) == 0
-    job.dump(BEFORE, "late")
-    job.dump(DATE, "c")
-    uri = f"{NightFolder.of(job.out, BEFORE).uri}/runs/001/{file}"
-    contents = {
-        "run.json": b"[" * 200_000,
-        "manifest/000000-000000.parquet": storage.encode_parquet(pa.table({"x": [1]})),
-        "manifest/manifest.json": storage.read(uri).replace(b'["nut"]', b"[]"),
-    }
-    storage.publish(uri, contents[file], durable=False)
-    assert job(DATE) == 2
-    assert record(job).images == 1
-    nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
-    assert uri.removeprefix("/") in nights[0]["problem"]
-    assert nights[0]["problem"].endswith(f" run the same command with {OVER}")
-
-
-def test_a_damaged_run_of_the_night_itself_is_started_over_as_its_problem_says(job: Nightly) -> None:
-    job.dump(DATE, "a", "b")
-    assert job() == 0
-    storage.publish(f"{NightFolder.of(job.out, DATE).uri}/runs/001/manifest/manifest.json", b"{}")
-    assert job() == 3
-    text = storage.read(f"{job.out}/nightly.html").decode()
-    assert "manifest.json is damaged" in text
-    assert "run the same command with --date 2026-11-24 --fresh" in text
-    assert "--out" not in text
-    assert job(fresh=True) == 0
-    assert job.names() == ["a", "b"]
+    problem = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"][0]["problem"]
+    assert uri.removeprefix("/") in problem
+    assert problem.endswith(f" run the same command with {OVER}")
 
 
 def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
-    def summarize(folder: NightFolder, *others: Any) -> Night:
+    def summarize(options: NightlyJob, folder: NightFolder, *others: Any) -> Night:
         if folder.date == BEFORE:
             raise OSError("503 Slow Down \udcff")
-        return plain(folder, *others)
+        return plain(options, folder, *others)
 
-    plain = update_records.make_record
+    plain = night_record.make_record
     job.dump(BEFORE, "a")
     job.dump(DATE, "b")
-    monkeypatch.setattr(update_records, "make_record", summarize)
+    monkeypatch.setattr(night_record, "make_record", summarize)
     assert job(DATE) == 2
     assert record(job).images == 1
     # A name that is not UTF-8 fits on the page.
     assert "503 Slow Down %FF" in storage.read(f"{job.out}/nightly.html").decode()
-
-
-def test_a_night_keeps_the_rate_that_its_first_run_requested(job: Nightly) -> None:
-    job.dump(BEFORE, "a", "b")
-    assert job(BEFORE, rate=0.01) == 0
-    job.dump(BEFORE, "late")
-    job.dump(DATE, "c")
-    assert job(DATE, rate=0.05) == 0
-    rates = {date: record(job, date).categories["nut"].false_alarm_rate for date in (BEFORE, DATE)}
-    assert rates == {BEFORE: 0.01, DATE: 0.05}
-    assert record(job, BEFORE).runs == ("001", "002")
-
-
-def test_images_without_a_row_beyond_look_back_are_told(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
-    job.dump(BEFORE, "a", "b")
-    job.unreadable = {f"{job.root}/dump/{BEFORE}/nut/a.png"}
-    assert job(BEFORE) == 2
-    job.unreadable = set()
-    job.dump(DATE, "c")
-    assert job(DATE, look_back=0) == 0
-    assert "1 images of 2026-11-23 have no row, and --look-back does not reach it" in caplog.text
 
 
 def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
@@ -444,16 +405,17 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
     assert steps > min(last, 20)
 
 
-def test_late_images_are_partitioned_as_their_night_is(job: Nightly) -> None:
+def test_late_images_follow_the_first_run_of_their_night(job: Nightly) -> None:
     """The rows of a night are one table, which has the column `category` in the files or in their path."""
     job.dump(DATE, "a")
-    assert job() == 0
+    assert job(rate=0.01) == 0
     job.dump(DATE, "late")
-    assert job(output=OutputOptions(partition_by="category", heatmaps="none")) == 0
+    assert job(rate=0.05, output=OutputOptions(partition_by="category", heatmaps="none")) == 0
     runs = [RunState(output.state_folder) for output in NightFolder.of(job.out, DATE).outputs()]
     assert [run.partition_by() for run in runs] == ["none", "none"]
     config = json.loads(storage.read(runs[1].uri))["config"]
-    assert config["heatmaps"] == "none"
+    assert (config["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
+    assert (record(job).runs, record(job).categories["nut"].false_alarm_rate) == (("001", "002"), 0.01)
 
 
 def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
@@ -474,8 +436,8 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
 
 def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
     save(ModelStore(str(job.root / "models")), TINY, "bolt")
-    judged = Mock(return_value=Verdict("fine", ()))
-    monkeypatch.setattr(judging, "judge", judged)
+    judged = Mock(return_value=Verdict("fine"))
+    monkeypatch.setattr(drift, "judge", judged)
     job.dump(DATE, "a")
     storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))
     job(nights=7)

@@ -11,7 +11,7 @@ import pytest
 from stpm import storage
 from stpm.errors import RunDamagedError
 from stpm.evaluation.category import ScoredCategory, read_scores
-from stpm.monitoring.rows import read_rows
+from stpm.line.rows import read_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows
@@ -82,7 +82,7 @@ def read_ranked(run: RunOutput) -> Any:
         lambda run: most_anomalous(run, 50),
         read_ranked,
     ],
-    ids=["evaluation", "monitoring", "scan", "triage", "ranked"],
+    ids=["evaluation", "line", "scan", "triage", "ranked"],
 )
 def test_a_file_of_other_columns_is_named(
     tmp_path: Path, read: Callable[[RunOutput], Any], problem: str, number: int

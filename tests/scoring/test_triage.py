@@ -13,7 +13,7 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data.heatmaps import palette_png
-from stpm.feedback.marks import read_marks
+from stpm.line.marks import read_marks
 from stpm.method.false_discovery import Discoveries
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows

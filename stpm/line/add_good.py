@@ -1,0 +1,197 @@
+"""Add images that a person marked as good to the calibration of models, without fitting them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from stpm import storage
+from stpm.data import image_files
+from stpm.data.image_statistics import COMPARED
+from stpm.detector import Detector, load
+from stpm.errors import DataError, ImageError, ModelError, join_first
+from stpm.lease import hold_lease
+from stpm.line.marks import Marks
+from stpm.method.calibration import threshold
+from stpm.method.scales import HeatmapScale
+from stpm.models.libraries import installed_versions
+from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, AddedImage, ModelRecord
+from stpm.models.store import ModelStore, describe_files
+from stpm.names import safe_name
+from stpm.options import WantedBackend
+from stpm.times import timestamp
+
+# Files that are fetched at a time.
+_BATCH_SIZE = 16
+# Maximum number of added images that the log names.
+_NAMED = 3
+
+log = logging.getLogger(__name__)
+
+
+class _NewImage(NamedTuple):
+    """An image that is new to a model, by the SHA-256 of its file and where copies of it are.
+
+    `peak` is the largest value of its anomaly map; the statistics are in the order of COMPARED.
+    """
+
+    digest: str
+    uris: list[str]
+    score: float
+    peak: float
+    statistics: tuple[float, ...]
+
+
+def add_good(
+    store: ModelStore, marks: Marks, false_alarm_rate: float, backend: WantedBackend, *, wait: bool
+) -> tuple[int, int]:
+    """Add marked images to the calibration of their categories' current models.
+
+    The log compares the thresholds before and after at the false-alarm rate. `backend` computes features on a CPU.
+
+    Returns:
+        The number of images marked as good that the models now have, and the number of the others.
+
+    Raises:
+        ConfigError: if another run holds the store, unless `wait`.
+    """
+    done, refused = 0, dict(marks.refused)
+    with hold_lease(store.uri, wait):
+        for category, uris in marks.good.items():
+            problems = _add_to_category(store, category, uris, false_alarm_rate, backend)
+            done += len(uris) - len(problems)
+            refused |= problems
+    if marks.other:
+        counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
+        log.info(f"left out, since only images with label 'good' are added: {counts}")
+    if refused:
+        reasons = join_first([f"{uri}: {reason}" for uri, reason in refused.items()])
+        log.error(f"left out, since they cannot be used: {len(refused)}: {reasons}")
+    return done, len(refused)
+
+
+def _add_to_category(
+    store: ModelStore, category: str, uris: Sequence[str], false_alarm_rate: float, backend: WantedBackend
+) -> dict[str, str]:
+    """Add images to a category's model; return by URI why an image cannot be added. Those added before stay."""
+    try:
+        detector = load(store.uri, safe_name(category, "category"), backend=backend)
+        new, refused = _score_new(detector, uris)
+    except (DataError, ModelError) as error:
+        return dict.fromkeys(uris, str(error))
+    if not new:
+        _log(category, "none of the images is new to its model")
+        return refused
+    try:
+        _recalibrate(store, detector.record, new, false_alarm_rate)
+    except ModelError as error:
+        return refused | {uri: str(error) for image in new for uri in image.uris}
+    return refused
+
+
+def _score_new(detector: Detector, uris: Sequence[str]) -> tuple[list[_NewImage], dict[str, str]]:
+    """Return the images that were not added to the detector's model before, each once; and why others cannot be."""
+    before = {image.digest for image in detector.record.added_images}
+    copies: dict[str, list[str]] = {}
+    refused: dict[str, str] = {}
+
+    def new_files() -> Iterator[bytes]:
+        for start in range(0, len(uris), _BATCH_SIZE):
+            batch = uris[start : start + _BATCH_SIZE]
+            for uri, data in zip(batch, storage.in_parallel(_fetch, batch), strict=True):
+                if isinstance(data, ImageError):
+                    refused[uri] = str(data)
+                elif (digest := storage.digest(data)) in copies:
+                    copies[digest].append(uri)
+                elif digest not in before:
+                    copies[digest] = [uri]
+                    yield data
+
+    # Of each result, keep a few numbers: a map for each of many images would not fit the memory.
+    outcomes = [
+        result.error or (result.score, float(result.model_map.max()), (*result.size, *(result.statistics or ())))
+        for result in detector.score(new_files())
+    ]
+    found = []
+    for (digest, same), outcome in zip(copies.items(), outcomes, strict=True):
+        if isinstance(outcome, ImageError):
+            refused |= dict.fromkeys(same, str(outcome))
+        else:
+            found.append(_NewImage(digest, same, *outcome))
+    return found, refused
+
+
+def _fetch(uri: str) -> bytes | ImageError:
+    try:
+        return image_files.read_uri(uri)
+    except ImageError as error:
+        return error
+
+
+def _recalibrate(store: ModelStore, record: ModelRecord, new: Sequence[_NewImage], false_alarm_rate: float) -> None:
+    """Add the scores of new images to the calibration of a category's current model, and make the result current.
+
+    Keep the scales of the model's parts, so that no score changes, and the lower end of the heatmap scale. Its
+    `good_max` rises to the largest pixel of the new images.
+
+    Raises:
+        ModelError: if a file of the current model is missing or damaged.
+    """
+    category, versions = record.category, store.versions(record.category)
+    before, statistics = store.calibration_scores(record), store.image_statistics(record)
+    scores = pa.table({"score": [image.score for image in new], "is_added": [True] * len(new)}, before.schema)
+    after = pa.concat_tables([before, scores]).sort_by("score")
+    columns = np.array([image.statistics for image in new], np.float32).T
+    added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
+    files = store.read_files(record) | {
+        CALIBRATION: storage.encode_parquet(after),
+        IMAGE_STATISTICS: storage.encode_parquet(pa.concat_tables([statistics, added])),
+    }
+    scale = record.heatmap_scale
+    changed = dataclasses.replace(
+        record,
+        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(image.peak for image in new)])),
+        fit=dataclasses.replace(record.fit, calibration_count=len(after)),
+        added_images=(*record.added_images, *(AddedImage(image.digest, image.uris[0]) for image in new)),
+        files=describe_files(files),
+        library_versions=installed_versions(),
+        created=timestamp(),
+    )
+    # Before the model becomes current: a change that the log does not tell would be hard to notice.
+    _log_change(category, before, after, new, false_alarm_rate)
+    if replaced := versions.describe_replaced(changed.model_id):
+        _log(category, replaced)
+    store.save(changed, files, versions.current.data_fingerprint)
+    undo = store.roll_command(category, "--roll-back")
+    _log(category, f"{changed.model_id} is now current instead of {record.model_id}. To undo this: {undo}")
+
+
+def _log_change(
+    category: str, before: pa.Table, after: pa.Table, new: Sequence[_NewImage], false_alarm_rate: float
+) -> None:
+    """Compare two calibrations of a model by their thresholds, and by the good images that score above them."""
+    was, now = (threshold(each["score"].to_numpy(), false_alarm_rate) for each in (before, after))
+    held_out = before.filter(~before["is_added"].to_numpy())["score"].to_numpy()
+    added = np.array([image.score for image in new], np.float32)
+    above = [
+        f"{(scores > was).sum()} of {len(scores)} before, {(scores > now).sum()} of {len(scores)} after"
+        for scores in (held_out, added)
+    ]
+    _log(
+        category,
+        f"calibrated again: threshold {was:.4g} before, {now:.4g} after; held-out good images above it {above[0]}; "
+        f"added good images above it {above[1]}",
+    )
+    # A defect that is marked as good by mistake hides all others like it.
+    highest = sorted(new, key=lambda image: -image.score)[:_NAMED]
+    if over := [f"{image.uris[0]} ({image.score:.4g})" for image in highest if image.score > was]:
+        _log(category, f"look again at the added images that scored highest: {join_first(over)}")
+
+
+def _log(category: str, message: str) -> None:
+    log.info(f"{category}: {message}", extra={"category": category})

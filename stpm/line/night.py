@@ -1,0 +1,181 @@
+"""The record of one night of all categories, as it is stored: counts of its rows, verdicts, pictures."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from dataclasses import dataclass, field
+
+from stpm.errors import join_first
+from stpm.line.change import LEVELS, Level, Verdict
+from stpm.line.significance import Rate
+from stpm.method.false_discovery import Discoveries
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoryNight:
+    """One category's rows of one night.
+
+    Args:
+        model_id: of the model that scored most of the images; "" if none did.
+        images: number of rows.
+        alarms: how many of them are anomalous.
+        errors: how many of them have no score, by error kind.
+        false_alarm_rate: that was requested.
+        median_p_value: about 0.5 on a night of good images; None without scores.
+        medians: of image statistics, by name; empty without scores.
+        training_medians: the same of the training images; empty if unknown.
+        verdict: None until it is given.
+    """
+
+    model_id: str
+    images: int
+    alarms: int
+    errors: dict[str, int]
+    false_alarm_rate: float
+    median_p_value: float | None = None
+    medians: dict[str, float] = field(default_factory=dict)
+    training_medians: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+    @property
+    def error_count(self) -> int:
+        """The number of rows without a score."""
+        return sum(self.errors.values())
+
+    @property
+    def scored(self) -> int:
+        """The number of rows with a score."""
+        return self.images - self.error_count
+
+    @property
+    def alarm_rate(self) -> Rate | None:
+        """The alarms among the rows with a score; None if there are none."""
+        return Rate(self.alarms, self.scored) if self.scored else None
+
+    @property
+    def error_rate(self) -> Rate | None:
+        """The errors among all rows; None if there are none."""
+        return Rate(self.error_count, self.images) if self.images else None
+
+    @property
+    def level(self) -> Level | None:
+        """That of the verdict; None until it is given."""
+        return self.verdict.level if self.verdict else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorExample:
+    """An image that has no score."""
+
+    kind: str
+    category: str
+    uri: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopImage:
+    """One of the most anomalous images; `picture` is a data URI, "" if the image or its model can no longer be read."""
+
+    uri: str
+    category: str
+    score: float
+    threshold: float
+    p_value: float
+    is_anomalous: bool
+    picture: str
+
+
+@dataclass(frozen=True)
+class Night:
+    """The contents of night.json: one night of all categories, and the mark that this job wrote the night's folder.
+
+    Args:
+        date: such as 2026-11-24, as in the folder's name.
+        sources: absolute URIs of folders, archives or tables of images.
+        runs: names of the runs. If there are others, the record is made anew.
+        unfinished: images that a run lists and that have no row.
+        problem: why something of the night is missing, "" if nothing is.
+        categories: by name.
+        error_examples: a few of each kind.
+        top: the most anomalous images, in that order.
+        discoveries: among all images of the night; None if the job does not look for them.
+        pages: names of the runs that have a triage.html: an unfinished run has none.
+    """
+
+    date: str
+    sources: tuple[str, ...]
+    runs: tuple[str, ...] = ()
+    unfinished: int = 0
+    problem: str = ""
+    categories: dict[str, CategoryNight] = field(default_factory=dict)
+    error_examples: tuple[ErrorExample, ...] = ()
+    top: tuple[TopImage, ...] = ()
+    discoveries: Discoveries | None = None
+    pages: tuple[str, ...] = ()
+
+    @property
+    def day(self) -> datetime.date:
+        """The date."""
+        return datetime.date.fromisoformat(self.date)
+
+    @property
+    def images(self) -> int:
+        """The number of rows."""
+        return sum(category.images for category in self.categories.values())
+
+    @property
+    def scored(self) -> int:
+        """The number of rows with a score."""
+        return self.images - self.error_count
+
+    @property
+    def alarms(self) -> int:
+        """The number of anomalous images."""
+        return sum(category.alarms for category in self.categories.values())
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """The number of rows without a score by error kind, the most frequent first."""
+        return dict(sum((Counter(each.errors) for each in self.categories.values()), Counter[str]()).most_common())
+
+    @property
+    def error_count(self) -> int:
+        """The number of rows without a score."""
+        return sum(self.errors.values())
+
+    @property
+    def levels(self) -> dict[str, int]:
+        """The number of categories by level, those to act on first."""
+        found = Counter(category.level for category in self.categories.values())
+        return {level: found[level] for level in reversed(LEVELS)}
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether all images of its runs have a row, and every category a verdict."""
+        return bool(self.runs) and not self.unfinished and all(each.verdict for each in self.categories.values())
+
+    def ordered_categories(self) -> list[tuple[str, CategoryNight]]:
+        """List the categories: those to act on, to watch, not judged, and fine; large changes before small ones."""
+        levels = ("act", "watch", None, "fine")
+
+        def key(item: tuple[str, CategoryNight]) -> tuple[int, float, str]:
+            name, category = item
+            changes = category.verdict.changes if category.verdict else ()
+            return levels.index(category.level), -max((change.size for change in changes), default=0.0), name
+
+        return sorted(self.categories.items(), key=key)
+
+    def headline(self) -> str:
+        """Describe the night in one line."""
+        parts = [f"{self.images} images, {self.alarms} alarms, {self.error_count} errors"]
+        if self.unfinished:
+            parts.append(f"{self.unfinished} images without a row")
+        for level in ("act", "watch"):
+            if names := [name for name, category in self.categories.items() if category.level == level]:
+                parts.append(f"{level}: {join_first(names, separator=', ')}")
+        parts.append(f"categories fine: {self.levels['fine']}")
+        if self.problem:
+            parts.append(self.problem)
+        return f"{self.date}: {'; '.join(parts)}"

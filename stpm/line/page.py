@@ -1,0 +1,142 @@
+"""nightly.html: the nights as one page that needs no network. Categories to look at are on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stpm.data.image_statistics import COMPARED
+from stpm.line.change import percent
+from stpm.line.night import CategoryNight, Night
+from stpm.pages import render
+
+_WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
+# Maximum number of categories to act on or to watch that have a card; the table has all.
+_MAX_CARDS = 60
+# A trend of rates reaches this many times the requested rate or higher, so that noise does not look like a change.
+_RATE_RANGE = 3.0
+
+
+class Trend(NamedTuple):
+    """A drawing of one number over nights, as SVG.
+
+    Args:
+        label: what is drawn, and its last value.
+        lines: of its polylines, the points; a night without a value interrupts them.
+        dots: x, y, level and title of the nights that were not fine, and of the last one.
+        expected: height of the line where good nights are, None for no line.
+    """
+
+    label: str
+    lines: list[str]
+    dots: list[tuple[float, float, str, str]]
+    expected: float | None
+
+
+def page(nights: Sequence[Night], out: str, created: str) -> str:
+    """Render the page about one night or more, oldest first, that are in the folder with this URI.
+
+    Text from data is escaped, nothing is loaded, and no script runs but the page's own.
+    """
+    ordered = nights[-1].ordered_categories()
+    flagged = [(name, category) for name, category in ordered if category.level in ("act", "watch")]
+    return render(
+        "line/nightly.html",
+        nights=nights,
+        latest=nights[-1],
+        out=out,
+        created=created,
+        cards=[(name, category, _card_trends(nights, name)) for name, category in flagged[:_MAX_CARDS]],
+        more_flagged=max(len(flagged) - _MAX_CARDS, 0),
+        rows=[(name, category, alarm_trend(nights, name)) for name, category in ordered],
+        percent=percent,
+        width=_WIDTH,
+        height=_HEIGHT,
+    )
+
+
+def _card_trends(nights: Sequence[Night], name: str) -> list[Trend]:
+    """Draw a category's alarm rate, number of images, median p-value, and the image statistics that changed."""
+    latest = nights[-1].categories[name]
+    changes = latest.verdict.changes if latest.verdict else ()
+    changed = [each.name for each in changes if each.name in COMPARED and each.name in latest.training_medians]
+    return [
+        alarm_trend(nights, name),
+        _trend(nights, name, "images", lambda night: night.images, "{:,.0f}".format, (0,)),
+        _trend(nights, name, "median p-value", lambda night: night.median_p_value, _short, (0, 1), 0.5),
+        *(_median_trend(nights, name, statistic, latest.training_medians[statistic]) for statistic in changed[:2]),
+    ]
+
+
+def alarm_trend(nights: Sequence[Night], name: str) -> Trend:
+    """Draw a category's alarm rate, with the requested rate as the expected one."""
+    rate = nights[-1].categories[name].false_alarm_rate
+
+    def value(night: CategoryNight) -> float | None:
+        return night.alarm_rate and night.alarm_rate.value
+
+    return _trend(nights, name, "alarm rate", value, percent, (0, min(_RATE_RANGE * rate, 1)), rate)
+
+
+def _median_trend(nights: Sequence[Night], name: str, statistic: str, expected: float) -> Trend:
+    what = statistic.replace("_", " ")
+    return _trend(nights, name, what, lambda night: night.medians.get(statistic), _short, (), expected)
+
+
+def _trend(
+    nights: Sequence[Night],
+    name: str,
+    what: str,
+    value: Callable[[CategoryNight], float | None],
+    show: Callable[[float], str],
+    scale: Sequence[float],
+    expected: float | None = None,
+) -> Trend:
+    """Draw a number of a category over nights, by date; a night without it interrupts the line.
+
+    Args:
+        nights: oldest first.
+        name: the category.
+        what: what the number is.
+        value: the number of a night; None for none.
+        show: writes it as text.
+        scale: numbers that are on the scale even if no night has them.
+        expected: the number on good nights; None if there is none.
+    """
+    found = [night.categories.get(name) for night in nights]
+    values = [value(each) if each else None for each in found]
+    ends = [end for end in (*values, expected, *scale) if end is not None] or [0.0]
+    low, high = min(ends), max(ends)
+    if low == high:
+        low, high = low - 1, high + 1
+    days = [night.day.toordinal() for night in nights]
+
+    def x(day: int) -> float:
+        # A single night is at the right.
+        return round(float(np.interp(day, [min(days[0], days[-1] - 1), days[-1]], [_MARGIN, _WIDTH - _MARGIN])), 1)
+
+    def y(number: float) -> float:
+        return round(float(np.interp(number, [low, high], [_HEIGHT - _MARGIN, _MARGIN])), 1)
+
+    lines = [""]
+    dots: list[tuple[float, float, str, str]] = []
+    for night, day, category, number in zip(nights, days, found, values, strict=True):
+        if category is None or number is None:
+            lines.append("")
+            continue
+        lines[-1] += f" {x(day)},{y(number)}"
+        if category.level != "fine" or night is nights[-1]:
+            dots.append((x(day), y(number), category.level or "none", f"{night.date}: {show(number)}"))
+    last = values[-1]
+    return Trend(
+        label=f"{what} {'unknown' if last is None else show(last)}",
+        lines=lines,
+        dots=dots,
+        expected=None if expected is None else y(expected),
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,1 +1,0 @@
-"""Nights of a production line: has a category changed since its model was fitted?"""

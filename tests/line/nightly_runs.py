@@ -1,0 +1,180 @@
+"""The nightly job without Ray: each image is scored by its name, two rows to a file."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stpm import storage
+from stpm.data.image_statistics import COMPARED
+from stpm.jobs import nightly
+from stpm.line import score_nights
+from stpm.line.night_folder import NightFolder
+from stpm.line.options import MonitoringOptions, NightlyOptions
+from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions, Names
+from stpm.scoring import run as run_module
+from stpm.scoring.inputs.manifest import Segment, Shard
+from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.progress import Snapshot
+from stpm.scoring.resuming.remaining import write_remaining
+from stpm.scoring.resuming.row_checkpoints import summary_of
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
+from stpm.scoring.scoring_run import ScoringRun
+from tests.conftest import TINY
+from tests.datasets import encode_image, make_output
+from tests.models.test_store import save
+
+DATE = datetime.date(2026, 11, 24)
+
+
+def output_rows(rows: list[dict[str, Any]], model_id: str = "nut-1") -> pa.Table:
+    """Make a table of the output's schema: a hash of its path scores an image; one named `bad` has an error."""
+    values = make_output(len(rows)).to_pydict()
+    for i, row in enumerate(rows):
+        path = Path(row["uri"])
+        # The path of the test's folder would make other scores in each run of the tests.
+        fraction = int(storage.digest("/".join(path.parts[-3:]).encode())[:8], 16) / 2**32
+        bad = path.stem == "bad"
+        scored = dict.fromkeys(("score", "memory_score", *COMPARED[2:]), 0.5 + fraction)
+        scored |= {"threshold": 1.4, "p_value": 1 - fraction, "is_anomalous": fraction > 0.9, "width": 40, "height": 48}
+        made = {name: row[name] for name in ("image_id", "uri", "category")}
+        made |= {"error_kind": "damaged", "error_message": "cut off"} if bad else scored | {"model_id": model_id}
+        for name, value in made.items():
+            values[name][i] = value
+    return make_output(len(rows), **values)
+
+
+class Nightly:
+    """The job on a folder of dumps, one folder per night, and what it writes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.out = str(root / "nights")
+        self.unreadable: set[str] = set()
+        self.starts = 0
+
+    def dump(self, date: datetime.date, *names: str) -> None:
+        """Write images of one grey level each to a night's folder."""
+        for name in names:
+            image = encode_image(np.full((12, 10, 3), len(name), np.uint8))
+            storage.publish(f"{self.root}/dump/{date}/nut/{name}.png", image, durable=False)
+
+    def __call__(
+        self,
+        date: datetime.date = DATE,
+        *,
+        webhook: str = "",
+        nights: int = 30,
+        fdr: float = 0.0,
+        rate: float = 0.01,
+        output: OutputOptions = OutputOptions(),  # noqa: B008  it is frozen
+        **options: Any,
+    ) -> int:
+        """Run the job, and return its exit code."""
+        values: dict[str, Any] = {
+            "models": str(self.root / "models"),
+            "images": Names([f"{self.root}/dump/{{date}}"]),
+            "out": self.out,
+            "date": date.isoformat(),
+            "settle": 0,
+            "category_from": "{category}/{name}",
+        }
+        monitoring = MonitoringOptions(webhook=webhook, nights=nights, fdr=fdr)
+        scoring = ScoreOptions(false_alarm_rate=rate)
+        return nightly.run_nightly(NightlyOptions(**values | options), monitoring, output, scoring, ClusterOptions())
+
+    def score(self, run: ScoringRun, shards: Any, checkpoints: str, models: Any, progress: Any, _: Any) -> None:
+        """Stand for `score_shards`: write the rows, and a checkpoint after each file."""
+        self.starts += 1
+        for uri, _ in shards:
+            rows = storage.read_table(uri).to_pylist()
+            for start in range(0, len(rows), 2):
+                chunk = [row for row in rows[start : start + 2] if row["uri"] not in self.unreadable]
+                failed = [row["uri"] for row in rows[start : start + 2] if row["uri"] in self.unreadable]
+                progress.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
+                if chunk:
+                    made = pa.concat_tables([output_rows([row], models[row["category"]].model_id) for row in chunk])
+                    task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
+                    # Ray commits a file and its checkpoint together, or removes the file.
+                    storage.publish(
+                        f"{run.output.scores}/{task}-0.parquet", storage.encode_parquet(made), durable=False
+                    )
+                    ids = f"{checkpoints}/{task}.parquet"
+                    summary = RowSummary.of_rows(made, task, run.triage_images)
+                    _plain_publish(summary_of(ids), summary.to_json(), durable=False)
+                    _plain_publish(ids, storage.encode_parquet(made.select(["image_id"])), durable=False)
+
+    def rows(self, date: datetime.date = DATE) -> list[dict[str, Any]]:
+        """Return the rows of a night, by URI."""
+        files = storage.files(f"{NightFolder.of(self.out, date).uri}/scores")
+        rows = [row for uri in files for row in storage.read_table(uri).to_pylist()]
+        return sorted(rows, key=lambda row: str(row["uri"]))
+
+    def names(self, date: datetime.date = DATE) -> list[str]:
+        """Return the names of the images that have a row, sorted."""
+        return [Path(row["uri"]).stem for row in self.rows(date)]
+
+
+_plain_publish = storage.publish
+
+
+def remaining_shards(
+    earlier: RunOutput, output: RunOutput, segments: Sequence[Segment], max_ranked: int
+) -> list[tuple[Shard, ...]]:
+    """Stand for the function of this name, without Ray."""
+    return [write_remaining(earlier, output, each, max_ranked) for each in segments]
+
+
+class Progress:
+    """Stands for `ProgressReporter`."""
+
+    def __init__(self) -> None:
+        self.unfinished: list[UnfinishedImage] = []
+
+    def read(self) -> Snapshot:
+        return Snapshot(RunStatistics(), self.unfinished, "", [])
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
+    """The job with a model for the category `nut`."""
+    save(ModelStore(str(tmp_path / "models")), TINY)
+    made = Nightly(tmp_path)
+    monkeypatch.setattr(run_module, "connected", nullcontext)
+    monkeypatch.setattr(score_nights, "connected", nullcontext)
+    monkeypatch.setattr(nightly, "hold_lease", lambda folder, wait: nullcontext())
+    monkeypatch.setattr(run_module, "remaining_shards", remaining_shards)
+    monkeypatch.setattr(run_module, "show_scoring_progress", lambda *_, stop_on_failures: nullcontext(Progress()))
+    monkeypatch.setattr(run_module, "score_shards", made.score)
+    return made
+
+
+@contextmanager
+def cut_off_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Interrupt the block at the write or removal after this number of them; yield a function that counts them."""
+    done = 0
+
+    def counted(act: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: Any, **options: Any) -> None:
+            nonlocal done
+            if done == steps:
+                raise KeyboardInterrupt
+            done += 1
+            act(*arguments, **options)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for name in ("publish", "remove"):
+            patch.setattr(storage, name, counted(getattr(storage, name)))
+        yield lambda: done

@@ -1,0 +1,129 @@
+"""Records of nights from rows, with the verdicts of `drift.judge` itself."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stpm import storage
+from stpm.data.image_statistics import COMPARED
+from stpm.line.night import Night
+from stpm.line.night_folder import NightFolder
+from stpm.line.night_record import make_record
+from stpm.line.options import MonitoringOptions, NightlyOptions
+from stpm.line.score_nights import NightlyJob
+from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions, Names
+from stpm.scoring.inputs.manifest import write_manifest
+from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.run_state import RunState, ScoringConfig
+from tests.conftest import TINY
+from tests.line.nightly_runs import DATE, output_rows
+from tests.models import test_store
+
+
+class Nights:
+    """Nights of one category, whose images look as those of its model."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.rng = root, np.random.default_rng(0)
+        self.store = ModelStore(str(root / "models"))
+        options = NightlyOptions(models=self.store.uri, images=Names(["/no/dump/{date}"]), out=str(root / "nights"))
+        scoring = ScoreOptions(false_alarm_rate=0.25)
+        self.job = NightlyJob(options, MonitoringOptions(), OutputOptions(), scoring, ClusterOptions())
+        record = test_store.save(self.store, TINY)
+        self.model_id = record.model_id
+        self.nights: list[Night] = []
+
+    def add(self, count: int, category: str = "nut", model_id: str = "", problem: str = "", **changed: float) -> Night:
+        """Write and judge the next night; `changed` is added to the values of some columns."""
+        date = DATE + datetime.timedelta(days=len(self.nights))
+        folder = NightFolder.of(str(self.root / "nights"), date)
+        uris = [{"image_id": i, "uri": f"/no/dump/{date}/{i}.png", "category": category} for i in range(count)]
+        rows = output_rows(uris, self.model_id if model_id == "" else "").to_pylist()
+        for row in rows:
+            # As in tests/models/test_store.py: column i has the values i to i + 7.
+            row |= {name: float(i + self.rng.integers(8)) for i, name in enumerate(COMPARED)}
+            row |= {"width": int(row["width"]), "height": int(row["height"])}
+            row |= {name: row[name] + value for name, value in changed.items()}
+            row |= {"p_value": float(self.rng.integers(1, 5)) / 4, "is_anomalous": False}
+            if model_id:
+                row.update(dict.fromkeys(("score", "p_value", "is_anomalous", *COMPARED)), error_kind="no_model")
+        if count:
+            output = folder.output(1)
+            state = RunState(output.state_folder)
+            state.start(ScoringConfig(("/no/dump",), 0.25))
+            state.bind_models({} if model_id else {category: self.model_id}, self.store.uri)
+            table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
+            storage.publish(f"{output.scores}/{output.name}_0.parquet", storage.encode_parquet(table), durable=False)
+            write_manifest([], output.manifest)
+        made = make_record(self.job, folder, self.nights, problem)
+        self.nights.append(made)
+        return made
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Nights:
+    return Nights(tmp_path)
+
+
+def reasons(night: Night, category: str = "nut") -> Any:
+    verdict = night.categories[category].verdict
+    return verdict and (verdict.level, [change.name for change in verdict.changes])
+
+
+def test_equal_nights_are_fine_and_a_change_is_named(nights: Nights) -> None:
+    for _ in range(4):
+        night = nights.add(300)
+        assert reasons(night) == ("fine", [])
+    record = night.categories["nut"]
+    assert record.model_id == nights.model_id
+    assert record.training_medians["brightness"] == COMPARED.index("brightness") + 3.5
+    assert abs(record.medians["brightness"] - record.training_medians["brightness"]) <= 1.5
+    level, names = reasons(nights.add(300, brightness=30.0))
+    assert (level, names[0]) == ("act", "brightness")
+
+
+def test_a_night_without_images_is_compared_with_earlier_ones(nights: Nights) -> None:
+    assert nights.add(0).categories == {}
+    for _ in range(7):
+        nights.add(300)
+    night = nights.add(0)
+    assert reasons(night) == ("act", ["images"])
+    assert (night.categories["nut"].images, night.categories["nut"].model_id) == (0, nights.model_id)
+
+
+def test_a_night_with_a_problem_is_counted_and_not_judged(nights: Nights) -> None:
+    nights.add(300)
+    night = nights.add(10, problem="storage is down")
+    assert (night.images, reasons(night)) == (10, None)
+    assert nights.add(0, problem="storage is down").categories == {}
+    # Neither are its images, which are perhaps not all, compared with those of later nights.
+    for _ in range(7):
+        nights.add(300)
+    assert reasons(nights.add(0)) == ("act", ["images"])
+
+
+def test_images_that_no_model_scores_are_a_reason_to_act(nights: Nights) -> None:
+    night = nights.add(5, category="bolt", model_id="none")
+    assert reasons(night, "bolt") == ("act", ["model"])
+    assert (night.images, night.errors) == (5, {"no_model": 5})
+
+
+def test_a_model_that_was_removed_is_named_while_images_come(nights: Nights) -> None:
+    nights.add(300)
+    storage.remove(nights.store.folder("nut"))
+    night = nights.add(300)
+    assert reasons(night) == ("act", ["model"])
+    verdict = night.categories["nut"].verdict
+    assert verdict
+    assert f"no model {nights.model_id}" in verdict.reasons[0]
+    assert night.categories["nut"].training_medians == {}
+    # A product that is no longer made leaves the page. None of one earlier night may be chance.
+    assert [reasons(nights.add(0)) for _ in range(30)] == [("fine", [])] * 30
+    assert nights.add(0).categories == {}

@@ -1,0 +1,126 @@
+"""nightly.html: as text, and in a real browser where one is installed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stpm.line.night import Night
+from stpm.line.page import alarm_trend, page
+from tests.browser import Tags, check_page
+from tests.line.synthetic import make_nights
+
+EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
+CREATED = "2026-11-25T02:30:00+00:00"
+MANY = [f"product {number:03}" for number in range(500)]
+
+
+def evil_page() -> str:
+    """Render a page whose every text from data is markup."""
+    return page(make_nights([EVIL, "b", "bottle", "d"], 5, act=1, watch=2, text=EVIL), EVIL, CREATED)
+
+
+def test_text_from_data_is_escaped_and_nothing_is_loaded() -> None:
+    tags = Tags(evil_page()).found
+    assert [tag for tag, _ in tags].count("script") == 1
+    for tag, attributes in tags:
+        assert not any(name.startswith("on") for name in attributes), tag
+        assert tag != "img" or str(attributes["src"]).startswith("data:image/jpeg;base64,")
+        assert tag == "a" or "href" not in attributes
+
+
+def test_what_is_to_be_looked_at_is_on_top_and_every_category_in_the_table() -> None:
+    nights = make_nights(MANY, 30, act=3, watch=70)
+    text = page(nights, "s3://plant/nights", CREATED)
+    cards = re.findall(r"<h3>(product \d+) <span class=\"level\">(\w+)", text)
+    assert [level for _, level in cards] == ["act"] * 3 + ["watch"] * 57
+    assert "13 more are in the table of all categories" in text
+    assert text.index("Categories to look at") < text.index("Most anomalous images") < text.index("All 500 categories")
+    rows = re.findall(r"<tr><td>(product \d+)</td>", text)
+    assert sorted(rows) == MANY
+    assert rows[:3] == MANY[:3]
+    # A page that opens at once.
+    assert len(text) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("categories", "is_judged", "unfinished", "problem", "shown"),
+    [
+        (2, True, 0, "", "None: every category is fine."),
+        (2, True, 0, "the dump is not mounted", "None: every category is fine."),
+        (2, False, 2, "", "The night has not been judged."),
+        (2, False, 0, "storage is down", "The night has not been judged."),
+        (0, False, 0, "storage is down", "The night has not been judged."),
+        (0, False, 0, "", "There are no images to judge."),
+    ],
+)
+def test_a_night_without_a_category_to_look_at_tells_whether_it_is_judged(
+    categories: int, is_judged: bool, unfinished: int, problem: str, shown: str
+) -> None:
+    (night,) = make_nights(["a", "b"], 1, act=0, watch=0)
+    records = {name: each if is_judged else replace(each, verdict=None) for name, each in night.categories.items()}
+    night = replace(night, unfinished=unfinished, problem=problem, categories=records)
+    text = page([night if categories else Night(night.date, (), problem=problem)], "s3://nights", CREATED)
+    texts = {
+        "None: every category is fine.",
+        "The night has not been judged.",
+        "There are no images to judge.",
+    }
+    assert [each for each in texts if each in text] == [shown]
+    assert ("No image has a score." in text) == (not categories)
+
+
+def test_the_links_lead_to_files_of_the_nights() -> None:
+    links = {attributes["href"] for tag, attributes in Tags(evil_page()).found if tag == "a"}
+    nights = [f"date=2026-11-{day}" for day in (20, 21, 22, 23, 24)]
+    # The second run of a night is unfinished.
+    runs = {f"{night}/runs/001/triage.html" for night in nights}
+    assert links == {"nightly.json", *runs, *(f"{night}/scores/" for night in nights)}
+
+
+def test_a_trend_has_a_point_per_night_by_its_date_and_larger_rates_are_higher_up() -> None:
+    nights = make_nights(["nut"], 5, act=0, watch=1)
+    del nights[1]
+    # A night that knows nothing of a category interrupts its trend.
+    nights[1] = replace(nights[1], categories={}, problem="storage is down")
+    trend = alarm_trend(nights, "nut")
+    points = [[tuple(map(float, point.split(","))) for point in line.split()] for line in trend.lines]
+    assert [[x for x, _ in line] for line in points] == [[4.0], [148.0, 196.0]]
+    assert [level for _, _, level, _ in trend.dots] == ["watch", "watch"]
+    heights = [44 - y for line in points for _, y in line]
+    alarms = [nights[i].categories["nut"].alarms for i in (0, 2, 3)]
+    assert np.argsort(heights).tolist() == np.argsort(alarms).tolist()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("page")
+    texts = {"evil": evil_page(), "many": page(make_nights(MANY, 30, act=3, watch=12), "s3://plant/nights", CREATED)}
+    for name, text in texts.items():
+        (folder / f"{name}.html").write_text(text)
+    return {name: folder / f"{name}.html" for name in texts}
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [("evil", 390, "light"), ("evil", 1440, "dark"), ("many", 390, "dark"), ("many", 1440, "light")],
+)
+def test_in_a_browser_no_markup_from_data_runs_and_nothing_overflows(
+    browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
+) -> None:
+    check_page(browser, pages[name].as_uri(), width, scheme)
+
+
+def test_in_a_browser_the_search_finds_a_category(browser: Any, pages: dict[str, Path]) -> None:
+    tab = browser.new_page()
+    tab.goto(pages["many"].as_uri())
+    assert tab.locator("#categories tbody tr:visible").count() == 0
+    for wanted, count in (("product 49", 10), ("watch", 12), ("nothing", 0), ("", 500)):
+        tab.fill("#find", wanted)
+        assert tab.locator("#categories tbody tr:visible").count() == count
+    tab.close()

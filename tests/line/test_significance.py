@@ -1,0 +1,117 @@
+"""Each test rejects as often as its p-value says, though both sides are samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from stpm.line.significance import (
+    Rate,
+    compare_counts,
+    compare_rates,
+    compare_samples,
+    compare_scores,
+    exceedances,
+)
+from stpm.method.calibration import Calibration, threshold_rank
+from stpm.method.scales import HeatmapScale
+
+NIGHTS = 1000
+
+
+def most(rate: float) -> float:
+    """Return the number of rejections among NIGHTS that a test at this rate exceeds once in a thousand times."""
+    return float(stats.binom.ppf(0.999, NIGHTS, rate))
+
+
+def conformal(rng: np.random.Generator, calibration: int, images: int) -> tuple[np.ndarray, np.ndarray, Calibration]:
+    """Draw a calibration and a night of one distribution; return scores and p-values of the night."""
+    scores = rng.gamma(2.0, size=images).astype(np.float32)
+    fitted = Calibration(np.sort(rng.gamma(2.0, size=calibration)).astype(np.float32), HeatmapScale(0.0, 1.0))
+    return scores, fitted.p_values(scores), fitted
+
+
+@pytest.mark.parametrize(("calibration", "images"), [(10, 12), (10, 1000), (50, 60), (50, 2000), (100, 400)])
+def test_p_values_of_good_nights_are_uniform_given_that_their_calibration_is_a_sample(
+    calibration: int, images: int, rng: np.random.Generator
+) -> None:
+    nights = [conformal(rng, calibration, images)[1] for _ in range(NIGHTS)]
+    found = np.array([compare_scores(p_values, calibration)[1] for p_values in nights])
+    for rate in (0.05, 0.01, 0.001):
+        assert (found <= rate).sum() <= most(rate)
+    if images >= 400:
+        # A test that takes the calibration for exact calls most good nights bad.
+        naive = np.array([stats.kstest(p_values, "uniform").pvalue for p_values in nights[:100]])
+        assert (naive <= 0.01).mean() > 0.5
+
+
+def test_scores_are_compared_as_the_scores_themselves_would_be(rng: np.random.Generator) -> None:
+    scores, p_values, calibration = conformal(rng, 40, 300)
+    expected = stats.ks_2samp(scores, calibration.scores, method="exact")
+    assert compare_scores(p_values, 40) == pytest.approx((expected.statistic, expected.pvalue))
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.data())
+def test_exceedances_are_beta_binomial(reference: int, total: int, data: st.DataObject) -> None:
+    rank, count = data.draw(st.integers(1, reference)), data.draw(st.integers(0, total))
+    expected = stats.betabinom.sf(count - 1, total, rank, reference - rank + 1)
+    assert exceedances(count, total, reference, rank) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("false_alarm_rate", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("calibration", [10, 60])
+def test_alarms_of_good_nights_exceed_their_calibration_as_often_as_stated(
+    calibration: int, false_alarm_rate: float, rng: np.random.Generator
+) -> None:
+    found = []
+    for _ in range(NIGHTS):
+        scores, _, fitted = conformal(rng, calibration, 200)
+        alarms = int((scores > fitted.threshold(false_alarm_rate)).sum())
+        found.append(exceedances(alarms, 200, calibration, threshold_rank(calibration, false_alarm_rate)))
+    for rate in (0.05, 0.01):
+        assert (np.array(found) <= rate).sum() <= most(rate)
+
+
+def test_nights_that_do_not_differ_are_compared_by_the_exact_tests_of_counts() -> None:
+    """Except that how much they differ is an estimate of four degrees of freedom."""
+
+    def expected(events: int, usual: int, alternative: str) -> float:
+        exact = stats.binomtest(events, events + usual, 1 / 6, alternative).pvalue
+        return float(stats.t.cdf(stats.norm.ppf(exact), 4))
+
+    assert compare_rates([Rate(24, 300)], [Rate(9, 300)] * 5) == pytest.approx(expected(24, 45, "greater"))
+    assert compare_rates([Rate(9, 300)], [Rate(0, 300)] * 5) == pytest.approx(expected(9, 0, "greater"))
+    assert compare_counts([(0, 60)], {0: [100] * 5}) == pytest.approx(expected(60, 500, "less"))
+    assert compare_rates([Rate(300, 300)], [Rate(0, 300)]) == 1
+
+
+@pytest.mark.parametrize("nights", [2, 3, 6, 30])
+def test_a_healthy_night_stands_out_of_few_or_many_as_often_as_stated(nights: int, rng: np.random.Generator) -> None:
+    """Rates and numbers of images differ from night to night by a third, and numbers of images also by weekday."""
+    rates, counts = [], []
+    week = np.array([1, 1, 1.1, 1, 0.8, 0.2, 0])[np.arange(nights + 7) % 7]
+    for _ in range(NIGHTS):
+        mean = 30 * rng.gamma(9, 1 / 9, nights + 7)
+        *usual, night = [Rate(int(alarms), 1000) for alarms in rng.poisson(mean[: nights + 1])]
+        rates.append(compare_rates([night], usual))
+        images = rng.poisson(10 * mean * week).tolist()
+        by_weekday = {day: images[day:-1:7] for day in range(7)}
+        counts.append(compare_counts([((nights + 6) % 7, images[-1])], by_weekday))
+    for found in (rates, counts):
+        for rate in (0.01, 0.001):
+            assert (np.array(found) <= rate).sum() <= most(2 * rate)
+
+
+@given(st.integers(1, 100_000), st.floats(0, 1), st.sampled_from([0.9, 0.95, 0.99]))
+def test_the_interval_of_a_rate_is_that_of_clopper_and_pearson(total: int, share: float, confidence: float) -> None:
+    events = round(share * total)
+    expected = stats.binomtest(events, total).proportion_ci(confidence, method="exact")
+    assert Rate(events, total).interval(confidence) == pytest.approx(tuple(expected), rel=1e-6)
+
+
+def test_samples_without_any_spread_can_be_compared() -> None:
+    assert compare_samples(np.ones(9), np.ones(30)) == (0.0, 1.0)
+    assert compare_samples(np.ones(9), np.zeros(30))[0] == 1.0
