@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING, docs and results name options, paths and links that exist; CI runs the test line of the README."""
+"""All pages name options, paths and links that exist; CI runs the test line of the README."""
 
 from __future__ import annotations
 
