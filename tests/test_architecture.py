@@ -1,4 +1,4 @@
-"""docs/architecture.md names folders, files and functions that exist, and the import order that CI enforces."""
+"""docs/architecture.md names folders, files and functions that exist."""
 
 from __future__ import annotations
 
@@ -57,12 +57,6 @@ def test_ten_questions_are_answered_by_one_file_each() -> None:
     rows = re.findall(r"^\| (.+\?) \| `(\S+\.py)` \|$", section("Ten questions"), flags=re.MULTILINE)
     assert len(rows) == 10
     assert len(set(rows)) == 10
-
-
-def test_import_order_is_that_of_the_import_linter() -> None:
-    order = section("Import order").split("```\n")[1].splitlines()
-    layers = (REPOSITORY / "pyproject.toml").read_text().split("layers = [")[1].split("]")[0]
-    assert order == re.findall(r'"(.+?)"', layers)
 
 
 def test_every_part_is_in_the_table() -> None:

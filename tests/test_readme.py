@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs name options, paths and links that exist; CI runs the test line of the README."""
+"""All pages name options, paths and links that exist; CI runs the test line of the README."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
+RESULTS = sorted((REPOSITORY / "bench").glob("*.md"))
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS, *RESULTS]
 # They show how to start a job.
-NAMED = ("scoring", "nightly", "feedback")
-MAX_README_LINES = 150
+NAMED = ("tutorial", "scoring", "nightly", "feedback")
+# A line of text.
+MAX_CELL = 100
 # Options of other programs, and of `stpm` itself.
 OTHER_OPTIONS = {"--complete", "--working-dir", "--address", "--generate", "--check", "--dist"}
 
 
 def name_of(page: Path) -> str:
-    return page.name
+    return str(page.relative_to(REPOSITORY))
 
 
 def test_ci_runs_the_test_line_as_printed() -> None:
     lines = re.findall(r"^pip install .*pytest.*$", README, flags=re.MULTILINE)
     assert lines == ["pip install -e '.[demo,test]' -c deploy/constraints.txt && python -m pytest -n 2 --dist loadfile"]
     assert r"grep -m1 -E '^pip install .*pytest' README.md" in (REPOSITORY / ".ci" / "run").read_text()
-
-
-def test_readme_is_short() -> None:
-    assert len(README.splitlines()) <= MAX_README_LINES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -63,12 +61,26 @@ def test_paths_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target, anchor in re.findall(r"\]\((?!https?:)([\w/.]*)#?([\w-]*)\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\((?!https?:)([\w/.-]*)#?([\w-]*)\)", page.read_text()):
         file = page.parent / target if target else page
         assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_cells_of_tables_are_short(page: Path) -> None:
+    """A cell is read at a glance; the name of a test may be longer."""
+    for row in re.findall(r"^\|(.*)\|$", page.read_text(), flags=re.MULTILINE):
+        for cell in map(str.strip, row.split("|")):
+            assert len(cell) <= MAX_CELL or re.fullmatch(r"`\S+`", cell), cell
+
+
+def test_every_picture_is_shown() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for picture in (REPOSITORY / "docs").glob("*.jpg"):
+        assert f"{picture.name})" in text
 
 
 def test_the_index_names_every_page() -> None:
@@ -78,7 +90,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_every_benchmark_is_named_in_the_docs_or_used_by_another() -> None:
-    docs = "".join(page.read_text() for page in DOCS)
+    docs = "".join(page.read_text() for page in (*DOCS, *RESULTS))
     code = {file: file.read_text() for file in sorted((REPOSITORY / "bench").glob("*.py"))}
     for file, own in code.items():
         others = "".join(text for other, text in code.items() if other != file)

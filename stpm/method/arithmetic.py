@@ -18,8 +18,8 @@ from stpm.options import Backend, WantedBackend
 class Arithmetic:
     """What computes features: one for all devices of a run.
 
-    Scores have the same bits where it is equal, with as many threads on the same kind of device. See docs/speed.md for
-    how much they differ elsewhere.
+    Scores have the same bits where it is equal, with as many threads on the same kind of device. See docs/recipes.md
+    for how much they differ elsewhere.
 
     Args:
         backend: PyTorch, or on CPUs OpenVINO.

@@ -1,4 +1,4 @@
-"""The benchmark, at small size: the score job is as near to its bare loop as docs/speed.md states, within a quarter."""
+"""The benchmark, at small size: the score job is nearly as near to its bare loop as bench/RESULTS-speed.md states."""
 
 from __future__ import annotations
 
