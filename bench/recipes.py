@@ -36,7 +36,7 @@ from stpm import storage
 from stpm.data import images, mvtec
 from stpm.data.encode import encode_png
 from stpm.method.recipe import PRESETS, Recipe
-from stpm.metrics.pixels import Mask
+from stpm.metrics.pixel_metrics import Mask
 
 _KINDS = ("real", "drawn")
 # What a variant may change of a recipe: what is used after the fit.

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from stpm.data import pictures
-from stpm.data.images import Decoded
+from stpm.data.images import Decoded, decode
 from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD, TestImage, read_tests
 from stpm.data.pictures import Picture
@@ -239,7 +239,7 @@ class Detector:
 
     def _decode(self, image: Picture) -> Decoded | ImageError:
         try:
-            return pictures.decode(pictures.fetch(image), self.teacher.preprocessing)
+            return decode(pictures.fetch(image), self.teacher.preprocessing)
         except ImageError as error:
             name = pictures.name_of(image)
             return ImageError(error.kind, f"{name}: {error}" if name else str(error))

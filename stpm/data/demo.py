@@ -53,17 +53,20 @@ def _texture(name: str) -> Grey:
 
 
 def _make_category(folder: str, texture: Grey, other: Grey, rng: np.random.Generator) -> None:
+    def write(name: str, pixels: Grey) -> None:
+        storage.publish(storage.join(folder, name), encode_png(Image.fromarray(pixels)))
+
     edge = texture.shape[1] - CROP - CROP // 4
     train, test = texture[:, :edge], texture[:, edge:]
     for i in range(TRAIN_IMAGES):
-        _write(f"{folder}/train/good/{i:03}.png", _crop(rng, train))
+        write(f"train/good/{i:03}.png", _crop(rng, train))
     for i in range(GOOD_IMAGES):
-        _write(f"{folder}/test/good/{i:03}.png", _crop(rng, test))
+        write(f"test/good/{i:03}.png", _crop(rng, test))
     for kind, draw in _DEFECTS.items():
         for i in range(IMAGES_PER_DEFECT):
             image, mask = draw(rng, _crop(rng, test), _crop(rng, other))
-            _write(f"{folder}/test/{kind}/{i:03}.png", image)
-            _write(f"{folder}/ground_truth/{kind}/{i:03}_mask.png", mask)
+            write(f"test/{kind}/{i:03}.png", image)
+            write(f"ground_truth/{kind}/{i:03}_mask.png", mask)
 
 
 def _crop(rng: np.random.Generator, texture: Grey) -> Grey:
@@ -121,7 +124,3 @@ def _blend(image: Grey, other: Grey, mask: Grey, softness: float) -> Grey:
     """Replace the image by another where the mask is, with a border blurred by `softness` pixels."""
     weight = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(softness))) / 255.0
     return np.round(image * (1 - weight) + other * weight).astype(np.uint8)
-
-
-def _write(uri: str, image: Grey) -> None:
-    storage.publish(uri, encode_png(Image.fromarray(image)))

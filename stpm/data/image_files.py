@@ -176,7 +176,8 @@ def read_uri(uri: str) -> bytes:
         return read(ImageRef(uri))
     if not _is_tar(archive):
         return _read_parquet_row(archive, int(member), MAX_BYTES)
-    if image := _tar_members.get(_version(archive)).get(uri):
+    fs, path = storage.filesystem(archive)
+    if image := _tar_members.get((archive, str(fs.ukey(path)))).get(uri):
         return read(image)
     raise ImageError("missing", f"{uri}: no such image in the archive")
 
@@ -221,9 +222,8 @@ def _read_row_counts(uri: str) -> tuple[int, ...]:
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
-def _read_row_group(key: tuple[str, int]) -> pa.ChunkedArray:
-    """Read the images of one row group, given the URI of its file and its number."""
-    uri, group = key
+def _read_row_group(uri_and_group: tuple[str, int]) -> pa.ChunkedArray:
+    uri, group = uri_and_group
     filesystem, path = storage.arrow_filesystem(uri)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         name = image_column(file.schema_arrow)
@@ -234,18 +234,10 @@ def _read_row_group(key: tuple[str, int]) -> pa.ChunkedArray:
     return column
 
 
-def _version(uri: str) -> tuple[str, str]:
-    """Return a URI with a key that changes when its bytes do."""
-    fs, path = storage.filesystem(uri)
-    return uri, str(fs.ukey(path))
-
-
-def _read_tar_members(version: tuple[str, str]) -> dict[str, ImageRef]:
-    images, _ = tar_images(version[0])
-    return {image.uri: image for image in images}
-
-
-_tar_members = SharedReads(_read_tar_members, max_results=2)
+# Of a tar, by its URI and a key that changes when its bytes do.
+_tar_members = SharedReads[tuple[str, str], dict[str, ImageRef]](
+    lambda version: {image.uri: image for image in tar_images(version[0])[0]}, max_results=2
+)
 _row_counts = SharedReads(_read_row_counts, max_results=64)
 _row_groups = SharedReads(_read_row_group, max_results=2)
 

@@ -1,4 +1,4 @@
-"""Images as a person has them: paths, URIs, bytes, PIL images and arrays, decoded as image files are."""
+"""Images as a person has them: paths, URIs, bytes, PIL images and arrays."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data import image_files, images
-from stpm.data.images import Decoded
+from stpm.data.images import Fetched
 from stpm.errors import ImageError
-from stpm.method.preprocessing import Preprocessing
 
 # A path or URI, the bytes of an image file, a PIL image, or an array of uint8 or uint16: (H, W) or (H, W, 1) grey,
 # (H, W, 3) RGB or (H, W, 4) RGBA.
 Picture = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
-Fetched = bytes | Image.Image
 
 _KINDS = "give uint8 or uint16, (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA"
 
@@ -37,28 +35,6 @@ def fetch(picture: Picture) -> Fetched:
     if isinstance(picture, str | os.PathLike):
         return image_files.read_uri(storage.absolute(os.fspath(picture)))
     return _from_array(picture) if isinstance(picture, np.ndarray) else picture
-
-
-def decode(fetched: Fetched, preprocessing: Preprocessing) -> Decoded:
-    """Bring an image to model size, see `stpm.data.images.decode`; raise as it does."""
-    if isinstance(fetched, bytes):
-        return images.decode(fetched, preprocessing)
-    return images.prepare(fetched, preprocessing, 0)
-
-
-def read_size(fetched: Fetched) -> tuple[int, int]:
-    """Return width and height in pixels; of a file, from its header alone, see `stpm.data.images.read_size`."""
-    return images.read_size(fetched) if isinstance(fetched, bytes) else fetched.size
-
-
-def open_rgb(picture: Picture) -> Image.Image:
-    """Return a picture's own pixels as an RGB image.
-
-    Raises:
-        ImageError: if it cannot be read or decoded.
-    """
-    fetched = fetch(picture)
-    return images.open_rgb(fetched) if isinstance(fetched, bytes) else images.as_rgb(fetched)
 
 
 def _from_array(pixels: npt.NDArray[Any]) -> Image.Image:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from stpm.data import images
-from stpm.data.masks import read_mask
+from stpm.data.heatmaps import resize_map
+from stpm.data.masks import crop_mask, read_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
 from stpm.evaluation.options import MasksAt
@@ -128,5 +128,5 @@ def _masked_map(category: ScoredCategory, data: bytes | None, row: Mapping[str, 
         ) from error
     if masks_at == "model":
         return MaskedMap.at_model_size(row["label"], anomaly_map, mask, row["mask"], preprocessing)
-    cropped = images.crop_mask(mask, preprocessing)
-    return MaskedMap(row["label"], images.resize_map(anomaly_map, *cropped.shape), cropped)
+    cropped = crop_mask(mask, preprocessing)
+    return MaskedMap(row["label"], resize_map(anomaly_map, *cropped.shape), cropped)

@@ -34,14 +34,7 @@ AUPRO_LIMITS = {"pixel_aupro": 0.3, "pixel_aupro_05": 0.05}
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric.
-
-    Args:
-        value: in [0, 1]; None if it is undefined.
-        interval: 95 % confidence interval of an image metric.
-        max_error: largest error of a pixel metric.
-        undefined: why there is no value, or "".
-    """
+    """A metric in [0, 1], or why it is undefined. One of images has a 95 % interval, one of pixels a largest error."""
 
     value: float | None = None
     interval: Interval | None = None
@@ -60,10 +53,7 @@ class CategoryMetrics:
         metrics: each of METRICS.
         good_count: number of good images.
         defect_count: number of defective images.
-        error_count: number of images with a label that could not be scored.
-        unlabelled_count: number of images without a label.
-        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
-        problems: one line each.
+        error_count: as in `LabelledScores`, and so are the fields up to `problems`.
         defects: metrics of each defect type.
     """
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stpm.data.images import crop_mask, resize_mask
+from stpm.data.masks import crop_mask, resize_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, UndefinedMetricError
 from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.intervals import Flags, Scores
-from stpm.metrics.pixels import Map, Mask, PixelCounts, count_pixels
+from stpm.metrics.pixel_metrics import Map, Mask, PixelCounts, count_pixels
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,7 @@ class LabelledScores:
 
 
 class MaskedMap(NamedTuple):
-    """The anomaly map and the mask of an image, of one size.
-
-    Args:
-        label: "good" or a defect type.
-        anomaly_map: (H, W) float32.
-        mask: (H, W), true at the defect.
-        vanished_mask: URI of the mask, if its defect is too small for the map; or "".
-    """
+    """The anomaly map and the mask of an image, (H, W) both; the mask's URI if its defect is too small for the map."""
 
     label: str
     anomaly_map: Map
@@ -129,10 +122,7 @@ class LabelledPixels:
 
 
 def require_masks(masks: Mapping[str, str]) -> None:
-    """Refuse to count pixels unless every defect has a mask.
-
-    Args:
-        masks: URI of the mask of each defective image, by the image's own; "": it has none.
+    """Refuse to count pixels unless every defect has a mask; `masks` has its URI or "", by that of the image.
 
     Raises:
         UndefinedMetricError: if no defect has one.

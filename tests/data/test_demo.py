@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from stpm import storage
-from stpm.data import demo, images, mvtec
+from stpm.data import demo, mvtec
+from stpm.data.masks import decode_mask
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def test_demo_set_is_complete_and_reproducible(tmp_path: Path) -> None:
         assert len(category.test) - len(defects) == demo.GOOD_IMAGES
         assert {image.label for image in defects} == {"foreign", "hole", "smear", "stain"}
         for image in defects:
-            mask = images.decode_mask(storage.read(image.mask))
+            mask = decode_mask(storage.read(image.mask))
             assert mask.shape == (demo.CROP, demo.CROP)
             assert 0.005 < mask.mean() < 0.2
             assert storage.read(image.uri) == storage.read(image.uri.replace("/one/", "/two/"))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stpm.data import images
-from stpm.data.images import crop_mask, decode, decode_mask, decode_picture, read_size, resize_mask
+from stpm.data.images import decode, decode_picture, read_size
+from stpm.data.masks import crop_mask, decode_mask, resize_mask
 from stpm.errors import FINAL_ERRORS, ImageError
 from stpm.method.preprocessing import Resize
 from tests.conftest import make_preprocessing

@@ -11,10 +11,10 @@ from PIL import Image
 from scipy.ndimage import zoom
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from stpm.data import images
+from stpm.data.heatmaps import resize_map
+from stpm.data.masks import resize_mask
 from stpm.errors import RunDamagedError
 from stpm.evaluation.category import MasksAt, ScoredCategory
-from stpm.evaluation.page import page
 from stpm.evaluation.report import Report
 from stpm.method.preprocessing import Resize
 from stpm.metrics.category_metrics import METRICS
@@ -35,7 +35,7 @@ def mask_of(row: dict[str, object]) -> np.ndarray:
 
 
 def resized_mask(row: dict[str, object]) -> np.ndarray:
-    return images.resize_mask(mask_of(row), PREPROCESSING)
+    return resize_mask(mask_of(row), PREPROCESSING)
 
 
 def test_metrics_agree_with_sklearn(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_mask_that_vanishes_at_model_size_is_reported(tmp_path: Path) -> None:
     report = Report("data", [made])
     note = f"nut: 1 masks vanish at model size, and no pixel metric counts their defects: {mask}; give --masks-at orig"
     assert note in report.text()
-    assert note in page(report)
+    assert note in report.page()
     assert report.contents["notes"] == report.notes
 
 
@@ -149,7 +149,7 @@ def test_pixels_are_compared_at_original_size_on_request(tmp_path: Path) -> None
     for row in rows_of(category):
         truth.append(mask_of(row))
         anomaly_map = np.frombuffer(row["anomaly_map"], np.float32).reshape(SIZE, SIZE)  # type: ignore[call-overload]
-        maps.append(images.resize_map(anomaly_map, 48, 40))
+        maps.append(resize_map(anomaly_map, 48, 40))
     assert metrics.values["pixel_auroc"] == pytest.approx(roc_auc_score(np.ravel(truth), np.ravel(maps)))
     assert metrics.values["pixel_auroc"] != measured(category).values["pixel_auroc"]
 
@@ -178,7 +178,7 @@ def test_pixels_outside_the_models_input_are_not_counted(tmp_path: Path, resize:
 
 def test_a_map_is_enlarged_linearly() -> None:
     small = np.random.default_rng(0).random((8, 8), np.float32)
-    large = images.resize_map(small, 80, 80)
+    large = resize_map(small, 80, 80)
     expected = zoom(small, 10, order=1, mode="nearest", grid_mode=True)
     assert large == pytest.approx(expected, abs=1e-5)
 

@@ -15,7 +15,6 @@ from stpm.data.encode import encode_jpeg
 from stpm.evaluation.category import read_scores
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import Tile, galleries
-from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.metrics.category_metrics import Metric
 from stpm.metrics.labelled import LabelledScores
@@ -31,7 +30,7 @@ HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 
 def evil_report() -> Report:
     """Render a page whose every text from data is markup, also where `safe_name` would refuse it."""
     picture = encode_jpeg(Image.new("RGB", (328, 160)))
-    tile = Tile(f"s3://b/{EVIL}/{EVIL}.png", EVIL, 0.5, EVIL, is_anomalous=True, picture=picture)
+    tile = Tile(f"{EVIL}/{EVIL}.png", f"{EVIL}, score 0.5 = {EVIL}, anomalous", picture)
     scores = LabelledScores(
         labels=np.array(["good", "good", EVIL]),
         scores=np.array([0.1, 0.2, 0.9], np.float32),
@@ -58,7 +57,7 @@ def evil_report() -> Report:
 
 
 def test_text_from_data_is_escaped() -> None:
-    tags = Tags(page(evil_report(), [EVIL])).found
+    tags = Tags(evil_report().page([EVIL])).found
     assert [tag for tag, _ in tags].count("script") == 1
     for tag, attributes in tags:
         assert not any(name.startswith("on") for name in attributes), tag
@@ -66,7 +65,7 @@ def test_text_from_data_is_escaped() -> None:
 
 
 def test_the_page_loads_nothing() -> None:
-    text = page(evil_report())
+    text = evil_report().page()
     for tag, attributes in Tags(text).found:
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name) or ""
@@ -75,28 +74,28 @@ def test_the_page_loads_nothing() -> None:
 
 
 def test_ids_in_charts_are_unique() -> None:
-    ids = [attributes["id"] for _, attributes in Tags(page(evil_report())).found if attributes.get("id")]
+    ids = [attributes["id"] for _, attributes in Tags(evil_report().page()).found if attributes.get("id")]
     defined = [name for name in ids if name and not name.startswith(("figure", "axes", "patch", "line", "text"))]
     drawn = [name for name in defined if not name.startswith(("matplotlib", "xtick", "ytick", "legend", "PathColl"))]
     assert len(drawn) == len(set(drawn))
 
 
 def test_an_empty_report_is_rendered() -> None:
-    assert "1 failed" in page(Report("data", [], [Failure("c", "gone")]))
+    assert "1 failed" in Report("data", [], [Failure("c", "gone")]).page()
 
 
 def test_the_weight_of_the_student_is_shown_where_there_is_a_memory_too() -> None:
     made = result("nut", 0, 0.5, 0.5)
     for name, recipe in MODELS.items():
         found = dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe))
-        assert ("<dt>student weight</dt>" in page(Report("data", [found]))) == (name == "student and memory")
+        assert ("<dt>student weight</dt>" in Report("data", [found]).page()) == (name == "student and memory")
 
 
 def test_a_scored_run_is_rendered(tmp_path: Path) -> None:
     category = scored_run(tmp_path)
     charts = draw_charts(read_scores(category), HISTORY, 2, salt="")
     found = CategoryResult(result("nut", 0, 0.5, 0.5).model, measured(category), charts, galleries(category))
-    text = page(Report("data", [found]))
+    text = Report("data", [found]).page()
     tags = [tag for tag, _ in Tags(text).found]
     assert tags.count("svg") == 3
     assert tags.count("img") >= 4
@@ -109,9 +108,11 @@ def test_the_parts_of_a_score_are_shown(tmp_path: Path) -> None:
     made = without_student(result("nut", 0, 0.5, 0.5))
     found = CategoryResult(made.model, measured(category), charts, galleries(category))
     (worst, *_) = found.galleries["Largest scores"]
-    assert worst.parts == f"student {0.25 * worst.score:.3g} + memory {0.75 * worst.score:.3g}"
-    text = page(Report("data", [found]))
-    assert f"{worst.score:.3g} = {worst.parts}" in text
+    score = max(row["score"] for row in category.rows().to_pylist())
+    parts = f"student {0.25 * score:.3g} + memory {0.75 * score:.3g}"
+    assert f"score {score:.3g} = {parts}" in worst.found
+    text = Report("data", [found]).page()
+    assert worst.found in text
     # There are no losses to draw.
     assert [tag for tag, _ in Tags(text).found].count("svg") == 2
 
@@ -119,7 +120,7 @@ def test_the_parts_of_a_score_are_shown(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(page(evil_report()))
+    path.write_text(evil_report().page())
     return path.as_uri()
 
 
