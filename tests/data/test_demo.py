@@ -11,12 +11,10 @@ from stpm.data import demo, mvtec
 from stpm.data.masks import decode_mask
 
 
-@pytest.fixture(autouse=True)
-def few_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_set_is_complete_and_reproducible_and_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 5)
-
-
-def test_demo_set_is_complete_and_reproducible(tmp_path: Path) -> None:
     for name in ("one", "two"):
         demo.make(str(tmp_path / name))
     assert mvtec.find_categories(str(tmp_path / "one")) == ["brick", "grass", "gravel"]
@@ -31,6 +29,10 @@ def test_demo_set_is_complete_and_reproducible(tmp_path: Path) -> None:
             assert mask.shape == (demo.CROP, demo.CROP)
             assert 0.005 < mask.mean() < 0.2
             assert storage.read(image.uri) == storage.read(image.uri.replace("/one/", "/two/"))
+    changed = tmp_path / "one" / "brick" / "train" / "good" / "000.png"
+    Image.new("L", (1, 1)).save(changed)
+    demo.make(str(tmp_path / "one"))
+    assert Image.open(changed).size == (1, 1)
 
 
 def test_demo_defects_change_images_inside_their_masks() -> None:
@@ -39,11 +41,3 @@ def test_demo_defects_change_images_inside_their_masks() -> None:
         image, mask = draw(np.random.default_rng(1), texture, texture[::-1])
         change = np.abs(image.astype(int) - texture)
         assert change[mask > 0].mean() > 10 * change[mask == 0].mean()
-
-
-def test_demo_set_is_not_overwritten(tmp_path: Path) -> None:
-    demo.make(str(tmp_path))
-    changed = tmp_path / "brick" / "train" / "good" / "000.png"
-    Image.new("L", (1, 1)).save(changed)
-    demo.make(str(tmp_path))
-    assert Image.open(changed).size == (1, 1)

@@ -4,9 +4,11 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from scipy.ndimage import zoom
 
-from stpm.data.heatmaps import jet_palette, overlay, palette_png, read_overlay
+from stpm.data.heatmaps import jet_palette, overlay, palette_png, read_overlay, resize_map
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image
 
@@ -38,3 +40,9 @@ def test_the_heatmap_of_a_row_is_scaled_to_its_image(rng: np.random.Generator, t
     _, overlaid = read_overlay(row, "", make_preprocessing(64), 8, 12)
     assert overlaid is not None
     np.testing.assert_array_equal(overlaid, overlay(pixels, np.full((8, 12), 200, np.uint8)))
+
+
+def test_a_map_is_enlarged_linearly(rng: np.random.Generator) -> None:
+    small = rng.random((8, 8), np.float32)
+    expected = zoom(small, 10, order=1, mode="nearest", grid_mode=True)
+    assert resize_map(small, 80, 80) == pytest.approx(expected, abs=1e-5)
