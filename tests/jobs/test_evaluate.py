@@ -46,22 +46,17 @@ def finish_run(output: RunOutput, model_id: str, store: str) -> None:
     storage.publish(f"{output.state_folder}/_SUCCESS", b"")
 
 
-def test_a_missing_run_folder_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere: no scores here"):
-        evaluate(run=str(tmp_path / "nowhere"))
+def test_a_run_that_is_missing_unfinished_or_without_its_models_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--run is missing"):
         EvaluateOptions()
-
-
-def test_a_run_without_models_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
+        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
+    with pytest.raises(DataError, match="nowhere: no scores here"):
+        evaluate(run=str(tmp_path / "nowhere"))
     output = scored_run(tmp_path).output
     Path(output.state_folder).mkdir(parents=True)
     with pytest.raises(DataError, match="no record of a scored run"):
         evaluate(run=output.folder)
-
-
-def test_only_the_models_that_scored_the_run_are_used(tmp_path: Path) -> None:
-    output = scored_run(tmp_path).output
     finish_run(output, "nut-before", str(tmp_path / "models"))
     (Path(output.state_folder) / "_SUCCESS").unlink()
     with pytest.raises(DataError, match="this run is not finished"):
@@ -134,14 +129,13 @@ def test_a_damaged_run_is_to_be_scored_again(tmp_path: Path, content: str) -> No
 
 
 def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = scored_run(tmp_path).output
+    store = ModelStore(str(tmp_path / "models"))
+    finish_run(output, save(store, tiny).model_id, store.uri)
     storage.publish(f"{output.scores}/seed-0_1.parquet", b"PAR1")
-    Path(output.state_folder).mkdir(parents=True)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
-    monkeypatch.setattr(evaluate_job, "_read_models", lambda output, _: (None, []))
-    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda output, *_: open_rows(output))
     with pytest.raises(RunDamagedError, match=r"^/.*seed-0_1\.parquet is damaged: .*; restore the files, or score .*$"):
         evaluate(run=output.folder)
 
@@ -185,29 +179,21 @@ def test_the_benchmark_replaces_no_file_that_is_not_its_own(tmp_path: Path) -> N
     assert output.files()
 
 
-def test_an_unreadable_baseline_is_reported_first() -> None:
-    with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
-        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
+def score_nothing(output: RunOutput, model: ModelRecord, store: str) -> None:
+    """Score as the benchmark does, without any test image."""
+    split = Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions())
+    split.score([model], ModelStore(store), output)
 
 
-def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
-    output = RunOutput.named(str(tmp_path / "run"), "seed-0")
+def test_without_test_images_metrics_are_undefined_and_no_file_is_removed_that_no_run_wrote(tmp_path: Path) -> None:
+    output = RunOutput.named(str(tmp_path / "empty"), "seed-0")
     model = result("nut", 0, None, None).model
-    store = ModelStore(str(tmp_path / "models"))
-    # The benchmark scores nothing.
-    Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions()).score([model], store, output)
+    score_nothing(output, model, str(tmp_path / "models"))
     report = Report("data", [evaluate_category(output, model, {}, "model")[0]])
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()
-
-
-def test_a_run_without_test_images_removes_no_file_that_no_run_wrote(tmp_path: Path) -> None:
     output = scored_run(tmp_path).output
-    model = result("nut", 0, None, None).model
-    store = ModelStore(str(tmp_path / "models"))
     with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another --out"):
-        Split("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions()).score(
-            [model], store, output
-        )
+        score_nothing(output, model, str(tmp_path / "models"))
     assert output.files()
