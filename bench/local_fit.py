@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from stpm import storage
 from stpm.cluster.device import assigned_device
-from stpm.data import images, mvtec
+from stpm.data import decoding, mvtec
 from stpm.data.masks import resize_mask
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
@@ -149,7 +149,7 @@ def compare(detector: Detector, files: Sequence[tuple[bytes, Mask | None]]) -> C
     teacher = detector.teacher
     results, boxes, truth = [], [], []
     for start in range(0, len(files), _BATCH):
-        decoded = [images.decode(data, teacher.preprocessing) for data, _ in files[start : start + _BATCH]]
+        decoded = [decoding.decode(data, teacher.preprocessing) for data, _ in files[start : start + _BATCH]]
         content = teacher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
         inputs = teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
         results.append(detector.distances(inputs, content))

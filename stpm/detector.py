@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from stpm.data import pictures
-from stpm.data.images import Decoded, decode
+from stpm.data.decoding import Decoded, decode
 from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD, TestImage, read_tests
 from stpm.data.pictures import Picture

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stpm.data import images, pictures
+from stpm.data import decoding, pictures
+from stpm.data.decoding import Pixels
 from stpm.data.heatmaps import coloured, overlay, resize_map
 from stpm.data.image_statistics import ImageStatistics
-from stpm.data.images import Pixels
 from stpm.data.pictures import Picture
 from stpm.errors import ImageError
 from stpm.method.scales import HeatmapScale
@@ -116,7 +116,7 @@ class Result:
         """
         if self.picture is None:
             raise ImageError("missing", "the result has no picture")
-        return np.asarray(images.open_rgb(pictures.fetch(self.picture)))
+        return np.asarray(decoding.open_rgb(pictures.fetch(self.picture)))
 
     def heatmap(self) -> Pixels:
         """Return the heatmap's grey levels in the image's own pixels, (height, width) uint8, 0 where nothing is seen.

@@ -13,10 +13,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from stpm import storage
-from stpm.data import image_files, images
+from stpm.data import decoding, image_files
+from stpm.data.decoding import Pixels
 from stpm.data.encode import encode_png
 from stpm.data.image_files import ImageRef
-from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
 
 # Of several threads, one decodes images of more pixels than this: one of MAX_PIXELS takes 0.8 GB, and each thread keeps
@@ -80,12 +80,12 @@ def read_overlay(
 def _read_picture(row: Mapping[str, Any], preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     image = ImageRef.of_row(row)
     data = image_files.read_small(image)
-    if data is not None and math.prod(images.read_size(data)) <= _SMALL_PIXELS:
-        return images.decode_picture(data, preprocessing, shorter, longest)
+    if data is not None and math.prod(decoding.read_size(data)) <= _SMALL_PIXELS:
+        return decoding.decode_picture(data, preprocessing, shorter, longest)
 
     def decode() -> Pixels:
         whole = image_files.read(image) if data is None else data
-        return images.decode_picture(whole, preprocessing, shorter, longest)
+        return decoding.decode_picture(whole, preprocessing, shorter, longest)
 
     return _LARGE.submit(decode).result()
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.data.images import MAX_BYTES, SUFFIXES
+from stpm.data.decoding import MAX_BYTES, SUFFIXES
 from stpm.data.shared_reads import SharedReads
 from stpm.errors import DataError, ImageError, TooLongError, UriError
 from stpm.names import as_utf8

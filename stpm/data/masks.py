@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from stpm.data.decoding import open_grey
 from stpm.data.image_files import read_uri
-from stpm.data.images import open_grey
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, ImageError
 from stpm.method.preprocessing import Preprocessing

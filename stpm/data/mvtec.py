@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from stpm import storage
-from stpm.data.images import SUFFIXES
+from stpm.data.decoding import SUFFIXES
 from stpm.errors import DataError
 from stpm.names import is_utf8, other_form, safe_name
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from stpm import storage
-from stpm.data import image_files, images
-from stpm.data.images import Fetched
+from stpm.data import decoding, image_files
+from stpm.data.decoding import Fetched
 from stpm.errors import ImageError
 
 # A path or URI, the bytes of an image file, a PIL image, or an array of uint8 or uint16: (H, W) or (H, W, 1) grey,
@@ -43,8 +43,8 @@ def _from_array(pixels: npt.NDArray[Any]) -> Image.Image:
     shape = pixels.shape[:2] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels.shape
     if not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))) or 0 in shape:
         raise ImageError("unsupported", f"an array of shape {pixels.shape} is no image; {_KINDS}")
-    if shape[0] * shape[1] > images.MAX_PIXELS:
-        raise ImageError("too_large", f"{shape[1]}×{shape[0]} pixels, at most {images.MAX_PIXELS:,} are allowed")
+    if shape[0] * shape[1] > decoding.MAX_PIXELS:
+        raise ImageError("too_large", f"{shape[1]}×{shape[0]} pixels, at most {decoding.MAX_PIXELS:,} are allowed")
     pixels = np.ascontiguousarray(pixels.reshape(shape))
     if pixels.dtype == np.uint16 and len(shape) == 3:
         # As Pillow reads files with 16 bits per colour.

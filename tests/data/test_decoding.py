@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stpm.data import images
-from stpm.data.images import decode, decode_picture, read_size
+from stpm.data import decoding
+from stpm.data.decoding import decode, decode_picture, read_size
 from stpm.data.masks import crop_mask, decode_mask, resize_mask
 from stpm.errors import FINAL_ERRORS, ImageError
 from stpm.method.preprocessing import Resize
@@ -59,7 +59,7 @@ def test_decode_raises_only_image_errors(data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(original)))
     try:
         # A damaged header may claim a size that takes long to decode.
-        with patch.object(images, "MAX_PIXELS", 1_000_000):
+        with patch.object(decoding, "MAX_PIXELS", 1_000_000):
             assert decode(bytes(original[:cut]), make_preprocessing(32)).pixels.shape == (32, 32, 3)
     except ImageError as error:
         assert error.kind in FINAL_ERRORS

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from stpm import storage
-from stpm.data import images
+from stpm.data import decoding
 from stpm.errors import DataError, ImageError
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.recipe import Recipe
@@ -55,13 +55,13 @@ def test_the_advice_fits_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
 ) -> None:
     uris = make_images(tmp_path)
-    monkeypatch.setattr(images, "decode", Mock(side_effect=error))
+    monkeypatch.setattr(decoding, "decode", Mock(side_effect=error))
     with pytest.raises(DataError, match=rf"9 of 9 training images cannot be read: .*000.png.*; {advice}$"):
         load_images(uris, make_preprocessing(64), 2**30)
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uris, decode = make_images(tmp_path), images.decode
+    uris, decode = make_images(tmp_path), decoding.decode
     at_once, most = 0, 0
 
     def counted(*args: Any) -> Any:
@@ -72,10 +72,10 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pyt
         at_once -= 1
         return decode(*args)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(decoding, "decode", counted)
     load_images(uris, make_preprocessing(64), 2**30)
     assert most > 1
-    monkeypatch.setattr(images, "read_size", lambda data: (10_000, 5_000))
+    monkeypatch.setattr(decoding, "read_size", lambda data: (10_000, 5_000))
     most = 0
     load_images(uris, make_preprocessing(64), 2**30)
     assert most == 1
