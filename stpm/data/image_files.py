@@ -73,13 +73,8 @@ def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
     """List the images of a tar archive from its headers. Images longer than `_TAR_BYTES` are not read.
 
     Of several members with one name the last counts, as it would after unpacking. A hard link stands for the file that
-    it points to. Bytes of a name that are not UTF-8 are written %XX.
-
-    Returns:
-        The images; and an error if the archive is damaged or compressed, behind the last of them.
-
-    Raises:
-        DataError: if storage does not give the archive.
+    it points to. Bytes of a name that are not UTF-8 are written %XX. Return also an error if the archive is damaged
+    behind the last image, or compressed. Raise DataError if storage does not give it.
     """
     fs, path = storage.filesystem(uri)
     files: dict[str, ImageRef] = {}
@@ -144,11 +139,7 @@ def _as_image_errors() -> Iterator[None]:
 
 @_as_image_errors()
 def read(image: ImageRef, max_bytes: int = MAX_BYTES) -> bytes:
-    """Read the file of an image. Of a file longer than `max_bytes` only the first bytes are fetched.
-
-    Raises:
-        ImageError: whatever goes wrong; nothing else is raised.
-    """
+    """Read the file of an image; of one longer than `max_bytes`, only its beginning. Raise nothing but ImageError."""
     if image.length < 0:
         return storage.read_at_most(image.uri, max_bytes)
     archive, _ = split_uri(image.uri)

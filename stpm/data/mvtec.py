@@ -67,8 +67,7 @@ def read_category(root: str, name: str) -> Category:
     """List the images of one category.
 
     Raises:
-        DataError: if the category's name is not allowed in a path, there is no training image, or a training image's
-            name is not UTF-8.
+        DataError: if its name is not allowed in a path, or there is no training image, or one whose name is not UTF-8.
     """
     safe_name(name, "category")
     folder = storage.join(root, name)
@@ -84,11 +83,7 @@ def read_category(root: str, name: str) -> Category:
 
 
 def read_tests(folder: str) -> tuple[TestImage, ...]:
-    """List the test images in a category's folder `test`, sorted by URI, with the masks beside it.
-
-    Raises:
-        DataError: if there are none.
-    """
+    """List the images in a category's folder `test`, with the masks beside it. Raise DataError if there are none."""
     uri = storage.absolute(folder)
     category, _, name = uri.rpartition("/")
     _, tests = _list_images(category) if name == "test" else ((), ())

@@ -60,11 +60,7 @@ class Gate:
 
 
 def read_gate(options: ReportOptions) -> Gate:
-    """Read the requirements and the baseline, before any work is done.
-
-    Raises:
-        ConfigError: if a requirement or the baseline cannot be read.
-    """
+    """Read the requirements and the baseline, before any work is done. Raise ConfigError if one cannot be read."""
     requirements = [_parse_requirement(text) for text in options.require]
     if not options.baseline:
         return Gate(tuple(requirements), {})

@@ -22,12 +22,10 @@ from stpm.metrics.pixel_metrics import Map, Mask, PixelCounts, count_pixels
 
 @dataclass(frozen=True)
 class LabelledScores:
-    """The scored images of one category that have a label.
+    """The N scored images of one category that have a label: "good" or a defect type.
 
     Args:
-        labels: (N,), "good" or a defect type.
-        scores: (N,), larger is more anomalous.
-        is_anomalous: (N,), true above the threshold.
+        scores: larger is more anomalous.
         threshold: of the model; NaN without images.
         pixels: pixel counts by label.
         no_pixels: why there are no pixel counts, or "".
@@ -59,11 +57,7 @@ class LabelledScores:
         return sorted({*self.labels.tolist()} - {GOOD})
 
     def pixel_counts(self) -> PixelCounts:
-        """Add up the counts over all labels.
-
-        Raises:
-            UndefinedMetricError: if there are none.
-        """
+        """Add up the counts over all labels. Raise UndefinedMetricError if there are none."""
         if self.no_pixels:
             raise UndefinedMetricError(self.no_pixels)
         return reduce(add, self.pixels.values(), PixelCounts.empty())
@@ -109,11 +103,7 @@ class LabelledPixels:
         self.vanished: list[str] = []
 
     def add(self, batch: Iterable[MaskedMap]) -> None:
-        """Count the pixels of some images.
-
-        Raises:
-            UndefinedMetricError: if a value of a map is not finite.
-        """
+        """Count the pixels of some images. Raise UndefinedMetricError if a value of a map is not finite."""
         images = sorted(batch, key=attrgetter("label"))
         self.vanished += [image.vanished_mask for image in images if image.vanished_mask]
         for label, some in groupby(images, attrgetter("label")):
@@ -122,11 +112,9 @@ class LabelledPixels:
 
 
 def require_masks(masks: Mapping[str, str]) -> None:
-    """Refuse to count pixels unless every defect has a mask; `masks` has its URI or "", by that of the image.
+    """Raise UndefinedMetricError if no defect has a mask, and DataError if only some have one.
 
-    Raises:
-        UndefinedMetricError: if no defect has one.
-        DataError: if only some have one.
+    `masks` has the URI of the mask of each defective image, or "", by that of the image.
     """
     unmasked = [uri for uri, mask in masks.items() if not mask]
     if len(unmasked) == len(masks):

@@ -37,11 +37,7 @@ def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | Non
 
 
 def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
-    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time.
-
-    Raises:
-        RunDamagedError: if a file is damaged, or has other columns.
-    """
+    """Summarize all rows that a run wrote by reading them, without their pictures. Raise RunDamagedError."""
     dataset = open_rows(output, COLUMNS)
     with blaming_damaged_file(output):
         return RowSummary.total(

@@ -35,12 +35,7 @@ def write_triage(
 ) -> None:
     """Write the page, with its pictures embedded, to the state folder of a run that has scored all images.
 
-    Args:
-        output: of the run.
-        summary: of all its rows.
-        max_images: images on the page.
-        preprocessing: of each category's model.
-        discoveries: to mark; None if the run does not look for them.
+    It takes a summary of all rows, each category's preprocessing, and the discoveries, if the run looks for them.
     """
     rows = most_anomalous(output, max_images, summary)
     cut_off = discoveries.cut_off if discoveries else 0.0

@@ -183,14 +183,13 @@ def test_regions_touch_at_corners_and_never_across_images() -> None:
 
 def test_the_state_does_not_grow_with_the_number_of_images() -> None:
     rng = np.random.default_rng(0)
-    sizes = []
     counts = PixelCounts.empty()
-    for _ in range(60):
+    for _ in range(20):
         maps = rng.lognormal(0, 1, (4, 64, 64)).astype(np.float32)
         counts += count_pixels(maps, rng.random(maps.shape) < 0.01)
-        sizes.append(len(pickle.dumps(counts)))
-    assert max(sizes) < 2**17 * 28 + 10_000
-    assert counts.sums[:2].sum() == 60 * 4 * 64 * 64
+        assert len(pickle.dumps(counts)) < 2**17 * 28 + 10_000
+    assert counts.lost_bits > 0
+    assert counts.sums[:2].sum() == 20 * 4 * 64 * 64
 
 
 def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
@@ -213,8 +212,5 @@ def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
 def test_an_undefined_metric_has_a_reason(maps: list[list[float]], masks: list[list[bool]], reason: str) -> None:
     with pytest.raises(UndefinedMetricError, match=reason):
         count_pixels(np.array([maps], np.float32), np.array([masks])).aupro(0.3)
-
-
-def test_maps_and_masks_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
-        count_pixels(np.zeros((1, 2, 2), np.float32), np.zeros((1, 2, 3), bool))
+        count_pixels(np.zeros((1, 2, 2), np.float32), np.array([masks]))
