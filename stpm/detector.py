@@ -36,8 +36,14 @@ from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale
 from stpm.method.teacher import FeatureExtractor, Teacher, spatial_shape
-from stpm.metrics.category_metrics import CategoryMetrics, measure_category
-from stpm.metrics.labelled import LabelledPixels, LabelledScores, MaskedMap, require_masks
+from stpm.metrics.category_metrics import (
+    CategoryMetrics,
+    LabelledPixels,
+    LabelledScores,
+    MaskedMap,
+    measure_category,
+    require_masks,
+)
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend

@@ -17,7 +17,7 @@ from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
 from stpm.evaluation.options import MasksAt
 from stpm.method.preprocessing import Preprocessing
-from stpm.metrics.labelled import LabelledPixels, LabelledScores, MaskedMap, require_masks
+from stpm.metrics.category_metrics import LabelledPixels, LabelledScores, MaskedMap, require_masks
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import blaming_damaged_file, open_rows, read_batches
 

@@ -18,9 +18,8 @@ from sklearn.metrics import roc_curve
 
 from stpm.data.mvtec import GOOD
 from stpm.errors import UndefinedMetricError
-from stpm.metrics.category_metrics import AUPRO_LIMITS
+from stpm.metrics.category_metrics import AUPRO_LIMITS, LabelledScores
 from stpm.metrics.intervals import Scores, require_both_classes
-from stpm.metrics.labelled import LabelledScores
 from stpm.metrics.pixel_metrics import Curve
 
 # The page's own colour replaces it. No series has it.

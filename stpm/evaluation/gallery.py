@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,8 +48,8 @@ def defect_sheet(category: ScoredCategory) -> bytes | None:
     for row in category.rows(_COLUMNS).to_pylist():
         if _is_defect(row) and (row["heatmap"] or row["heatmap_png"]):
             by_type.setdefault(row["label"], []).append(row)
-    turns = sorted((turn, label) for label, rows in by_type.items() for turn in range(len(rows)))
-    rows = [by_type[label][turn] for turn, label in turns]
+    turns = zip_longest(*(by_type[label] for label in sorted(by_type)))
+    rows = [row for turn in turns for row in turn if row]
     width, height = 2 * _SHEET_SIZE + _GAP, _SHEET_SIZE + _CAPTION
     sheet = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)

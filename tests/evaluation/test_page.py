@@ -16,8 +16,7 @@ from stpm.evaluation.category import read_scores
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.metrics.category_metrics import Metric
-from stpm.metrics.labelled import LabelledScores
+from stpm.metrics.category_metrics import LabelledScores, Metric
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import MODELS
 from tests.evaluation.runs import measured, result, scored_run, without_student
