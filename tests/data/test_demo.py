@@ -14,7 +14,8 @@ from stpm.data.masks import decode_mask
 def test_demo_set_is_complete_and_reproducible_and_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "TRAIN_IMAGES", 5)
+    for name, count in (("TRAIN_IMAGES", 5), ("GOOD_IMAGES", 3), ("IMAGES_PER_DEFECT", 2)):
+        monkeypatch.setattr(demo, name, count)
     for name in ("one", "two"):
         demo.make(str(tmp_path / name))
     assert mvtec.find_categories(str(tmp_path / "one")) == ["brick", "grass", "gravel"]

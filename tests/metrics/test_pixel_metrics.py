@@ -104,7 +104,7 @@ def test_with_fewer_keys_the_exact_value_is_within_the_bound(seed: int) -> None:
         assert abs(value - figure(exact).value) <= error + 1e-12
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(1, 200)), min_size=2, max_size=12),
     st.integers(1, 6),
