@@ -61,9 +61,9 @@ class PixelCounts:
     def __add__(self, other: PixelCounts) -> PixelCounts:
         """Add up the counts of two sets of images."""
         lost_bits = max(self.lost_bits, other.lost_bits)
-        keys = np.concatenate([each.keys >> np.uint32(lost_bits - each.lost_bits) for each in (self, other)])
-        sums = np.concatenate([self.sums, other.sums], axis=1)
-        return PixelCounts(keys, sums, self.regions + other.regions, lost_bits, self.max_keys)._merged()
+        one, two = self._with_lost_bits(lost_bits), other._with_lost_bits(lost_bits)
+        keys, sums = np.concatenate([one.keys, two.keys]), np.concatenate([one.sums, two.sums], axis=1)
+        return PixelCounts(keys, sums, one.regions + two.regions, lost_bits, self.max_keys)._merged()
 
     def auroc(self) -> Bounded:
         """Compute the area under the ROC curve over pixels, ties counting half."""
@@ -139,14 +139,17 @@ class PixelCounts:
         """Return a metric with its error, which is 0 if no bit is lost: all ties are then real."""
         return Bounded(float(value), float(error) if self.lost_bits else 0.0)
 
+    def _with_lost_bits(self, lost_bits: int) -> PixelCounts:
+        if lost_bits == self.lost_bits:
+            return self
+        return replace(self, keys=self.keys >> np.uint32(lost_bits - self.lost_bits), lost_bits=lost_bits)._merged()
+
     def _merged(self) -> PixelCounts:
         """Add up the sums of equal keys, and drop bits of the keys until they are few enough."""
         distinct, inverse = np.unique(self.keys, return_inverse=True)
         sums = np.stack([np.bincount(inverse, each, len(distinct)).astype(np.float64) for each in self.sums])
         counts = replace(self, keys=distinct, sums=sums)
-        if len(distinct) <= self.max_keys:
-            return counts
-        return replace(counts, keys=distinct >> np.uint32(1), lost_bits=self.lost_bits + 1)._merged()
+        return counts if len(distinct) <= self.max_keys else counts._with_lost_bits(self.lost_bits + 1)
 
 
 def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_keys: int = MAX_KEYS) -> PixelCounts:
