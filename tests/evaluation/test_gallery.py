@@ -44,16 +44,12 @@ def test_galleries_show_missed_defects_and_false_alarms(tmp_path: Path) -> None:
         assert (image.format, image.size) == ("JPEG", (328, 160))
 
 
-def test_an_image_without_a_label_is_neither_a_missed_defect_nor_in_the_sheet(tmp_path: Path) -> None:
+def test_images_without_a_label_or_that_are_gone_are_left_out(tmp_path: Path) -> None:
     category = scored_run(tmp_path, unlabelled=12)
     found = galleries(category, max_tiles=20)
     assert (len(found["Largest scores"]), found["Missed defects"], found["False alarms"]) == (12, [], [])
     assert defect_sheet(category) is None
-
-
-def test_a_missing_image_is_left_out_of_the_galleries_and_counted(tmp_path: Path) -> None:
-    category = scored_run(tmp_path)
     for row in category.rows().to_pylist()[:3]:
         Path(str(row["uri"])).unlink()
     assert len(galleries(category, max_tiles=20)["Largest scores"]) == 9
-    assert measured(category).good_count == 6
+    assert measured(category).unlabelled_count == 12

@@ -19,7 +19,7 @@ from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.metrics.category_metrics import LabelledScores, Metric
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import MODELS
-from tests.evaluation.runs import measured, result, scored_run, without_student
+from tests.evaluation.runs import REPORT, measured, result, scored_run, without_student
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
 HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 0.2]}
@@ -74,15 +74,16 @@ def test_ids_in_charts_are_unique() -> None:
     assert len(referred) == len(set(referred))
 
 
-def test_an_empty_report_is_rendered() -> None:
-    assert "1 failed" in Report("data", [], [Failure("c", "gone")]).page()
-
-
 def test_the_weight_of_the_student_is_shown_where_there_is_a_memory_too() -> None:
     made = result("nut", 0, 0.5, 0.5)
     for name, recipe in MODELS.items():
         found = dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe))
         assert ("<dt>student weight</dt>" in Report("data", [found]).page()) == (name == "student and memory")
+
+
+def test_below_a_value_is_its_interval_or_with_several_seeds_its_deviation() -> None:
+    assert "0.500<small>0.400 to 0.600</small>" in Report("data", [result("nut", 0, 0.5, 0.5)]).page()
+    assert "0.500<small>± 0.354</small>" in REPORT.page()
 
 
 @pytest.mark.parametrize("parts", [False, True])

@@ -53,6 +53,7 @@ def test_the_text_names_undefined_metrics_and_failures() -> None:
 def test_an_empty_report_is_written() -> None:
     empty = Report("data", [], [Failure("c", "gone")])
     assert empty.text() == "c: failed: gone"
+    assert "1 failed" in empty.page()
     assert empty.contents["mean"]["image_auroc"] is None
     assert rows_of(empty) == []
 

@@ -102,20 +102,20 @@ def test_two_runs_of_a_category_and_seed_are_refused(tmp_path: Path, tiny: Recip
         evaluate(run=str(tmp_path))
 
 
-def test_labels_without_a_model_are_failures(tmp_path: Path) -> None:
-    output = scored_run(tmp_path).output
+def test_labels_without_a_model_are_failures_and_a_run_without_labels_is_reported(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = scored_run(tmp_path / "labelled").output
     assert find_labels_without_model(output, {"nut"}) == []
     assert find_labels_without_model(output, {"bolt"}) == [Failure("nut", "no model scored its 12 images with a label")]
-
-
-def test_a_run_without_labels_is_reported(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     output = scored_run(tmp_path, unlabelled=12).output
     store = ModelStore(str(tmp_path / "models"))
-    finish_run(output, save(store, tiny).model_id, store.uri)
-    empty = result("nut", 0, None, None)
-    empty = dataclasses.replace(empty, metrics=dataclasses.replace(empty.metrics, good_count=0, defect_count=0))
+    record = save(store, tiny)
+    finish_run(output, record.model_id, store.uri)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
-    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda *_: [empty])
+    monkeypatch.setattr(
+        evaluate_job, "evaluate_categories", lambda *_: [evaluate_category(output, record, {}, "model")[0]]
+    )
     with pytest.raises(DataError, match="no image has a label; score a table that has the column `label`"):
         evaluate(run=output.folder)
 
