@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from stpm import storage
-from stpm.data import images
+from stpm.data import decoding
 
 
 def open_image(uri: str) -> Image.Image:
     """Read an image file as RGB."""
-    return Image.open(io.BytesIO(storage.read(uri)), formats=images.FORMATS).convert("RGB")
+    return Image.open(io.BytesIO(storage.read(uri)), formats=decoding.FORMATS).convert("RGB")
 
 
 def brighten(image: Image.Image, factor: float) -> Image.Image:

@@ -18,7 +18,8 @@ from sklearn.metrics import roc_auc_score
 
 from stpm import storage
 from stpm.cluster.device import assigned_device
-from stpm.data import images, mvtec
+from stpm.data import decoding, mvtec
+from stpm.data.masks import resize_mask
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.fit_category import WorkerSettings, fit_category
@@ -39,7 +40,7 @@ from stpm.method.scales import fit_distance_scale
 from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.metrics.category_metrics import AUPRO_LIMITS
-from stpm.metrics.pixels import Mask, PixelCounts, count_pixels
+from stpm.metrics.pixel_metrics import Mask, PixelCounts, count_pixels
 from stpm.models.store import ModelStore
 from stpm.options import Integers, WantedBackend
 
@@ -148,14 +149,14 @@ def compare(detector: Detector, files: Sequence[tuple[bytes, Mask | None]]) -> C
     teacher = detector.teacher
     results, boxes, truth = [], [], []
     for start in range(0, len(files), _BATCH):
-        decoded = [images.decode(data, teacher.preprocessing) for data, _ in files[start : start + _BATCH]]
+        decoded = [decoding.decode(data, teacher.preprocessing) for data, _ in files[start : start + _BATCH]]
         content = teacher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
         inputs = teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
         results.append(detector.distances(inputs, content))
         boxes.append(content)
     for (_, mask), (left, top, right, bottom) in zip(files, np.concatenate(boxes).tolist(), strict=True):
         empty = np.zeros((bottom - top, right - left), bool)
-        truth.append(empty if mask is None else images.resize_mask(mask, teacher.preprocessing))
+        truth.append(empty if mask is None else resize_mask(mask, teacher.preprocessing))
     is_defect = np.array([mask.any() for mask in truth])
     return ComparedImages(concatenate(results), np.concatenate(boxes), is_defect, truth)
 

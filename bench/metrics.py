@@ -9,10 +9,11 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from stpm import storage
-from stpm.data import images, mvtec
+from stpm.data import mvtec
+from stpm.data.masks import decode_mask, resize_mask
 from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.category_metrics import AUPRO_LIMITS
-from stpm.metrics.pixels import Map, Mask, PixelCounts, count_pixels
+from stpm.metrics.pixel_metrics import Map, Mask, PixelCounts, count_pixels
 
 _MAPS_AT_ONCE = 16
 
@@ -30,7 +31,7 @@ METRICS = MapMetrics._fields
 
 def read_mask(uri: str) -> Mask | None:
     """Return a test image's ground truth at its own resolution, or None if there is no URI."""
-    return images.decode_mask(storage.read(uri)) if uri else None
+    return decode_mask(storage.read(uri)) if uri else None
 
 
 def map_metrics(
@@ -49,7 +50,7 @@ def map_metrics(
         masks = []
         for test, each in zip(tests[start : start + _MAPS_AT_ONCE], batch, strict=True):
             mask = read_mask(test.mask)
-            masks.append(np.zeros(each.shape, bool) if mask is None else images.resize_mask(mask, preprocessing))
+            masks.append(np.zeros(each.shape, bool) if mask is None else resize_mask(mask, preprocessing))
         counts += count_pixels(batch, masks)
     aupro = counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
     return MapMetrics(image_auroc, counts.auroc().value, aupro)

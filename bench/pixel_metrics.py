@@ -19,7 +19,7 @@ import numpy.typing as npt
 from commands import integers, make_parser
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from stpm.metrics.pixels import PixelCounts, count_pixels
+from stpm.metrics.pixel_metrics import PixelCounts, count_pixels
 
 _SIZE = 256
 _MAPS_AT_ONCE = 16

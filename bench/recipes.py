@@ -33,10 +33,10 @@ from results import Results
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.data import images, mvtec
+from stpm.data import decoding, mvtec
 from stpm.data.encode import encode_png
 from stpm.method.recipe import PRESETS, Recipe
-from stpm.metrics.pixels import Mask
+from stpm.metrics.pixel_metrics import Mask
 
 _KINDS = ("real", "drawn")
 # What a variant may change of a recipe: what is used after the fit.
@@ -74,7 +74,7 @@ def draw_defects(files: Sequence[bytes]) -> list[tuple[bytes, Mask | None]]:
     results: list[tuple[bytes, Mask | None]] = []
     for data in files:
         results.append((data, None))
-        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=decoding.FORMATS) as image:
             pixels = np.asarray(image.convert("RGB"))
         for _ in range(_DRAWN_PER_IMAGE):
             drawn, mask = _draw(rng, pixels)
@@ -82,7 +82,7 @@ def draw_defects(files: Sequence[bytes]) -> list[tuple[bytes, Mask | None]]:
     return results
 
 
-def _draw(rng: np.random.Generator, image: images.Pixels) -> tuple[images.Pixels, Mask]:
+def _draw(rng: np.random.Generator, image: decoding.Pixels) -> tuple[decoding.Pixels, Mask]:
     """Draw a scratch, or a piece from elsewhere in the image, with random opacity."""
     height, width = image.shape[:2]
     size = min(height, width)

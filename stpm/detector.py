@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from stpm.data import pictures
-from stpm.data.images import Decoded
+from stpm.data.decoding import Decoded, decode
 from stpm.data.masks import read_mask
 from stpm.data.mvtec import GOOD, TestImage, read_tests
 from stpm.data.pictures import Picture
@@ -36,8 +36,14 @@ from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale
 from stpm.method.teacher import FeatureExtractor, Teacher, spatial_shape
-from stpm.metrics.category_metrics import CategoryMetrics, measure_category
-from stpm.metrics.labelled import LabelledPixels, LabelledScores, MaskedMap, require_masks
+from stpm.metrics.category_metrics import (
+    CategoryMetrics,
+    LabelledPixels,
+    LabelledScores,
+    MaskedMap,
+    measure_category,
+    require_masks,
+)
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend
@@ -249,7 +255,7 @@ class Detector:
 
     def _decode(self, image: Picture) -> Decoded | ImageError:
         try:
-            return pictures.decode(pictures.fetch(image), self.teacher.preprocessing)
+            return decode(pictures.fetch(image), self.teacher.preprocessing)
         except ImageError as error:
             name = pictures.name_of(image)
             return ImageError(error.kind, f"{name}: {error}" if name else str(error))

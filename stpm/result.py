@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stpm.data import images, pictures
-from stpm.data.heatmaps import coloured, overlay
+from stpm.data import decoding, pictures
+from stpm.data.decoding import Pixels
+from stpm.data.heatmaps import coloured, overlay, resize_map
 from stpm.data.image_statistics import ImageStatistics
-from stpm.data.images import Pixels
 from stpm.data.pictures import Picture
 from stpm.errors import ImageError
 from stpm.method.scales import HeatmapScale
@@ -78,7 +78,7 @@ class Result:
         width, height = self.size
         left, top, right, bottom = self.seen
         whole = np.full((height, width), np.nan, np.float32)
-        whole[top:bottom, left:right] = images.resize_map(self.model_map, bottom - top, right - left)
+        whole[top:bottom, left:right] = resize_map(self.model_map, bottom - top, right - left)
         return whole
 
     def plot(self) -> npt.NDArray[np.object_]:
@@ -113,7 +113,7 @@ class Result:
         """
         if self.picture is None:
             raise ImageError("missing", "the result has no picture")
-        return np.asarray(pictures.open_rgb(self.picture))
+        return np.asarray(decoding.open_rgb(pictures.fetch(self.picture)))
 
     def heatmap(self) -> Pixels:
         """Return the heatmap's grey levels in the image's own pixels, (height, width) uint8, 0 where nothing is seen.

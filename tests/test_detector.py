@@ -19,7 +19,8 @@ from sklearn.metrics import roc_auc_score
 
 import stpm
 from stpm import storage
-from stpm.data import images, mvtec
+from stpm.data import mvtec
+from stpm.data.masks import decode_mask, resize_mask
 from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
@@ -220,7 +221,7 @@ def test_evaluate_measures_what_scikit_learn_does(nut: Detector, run: Path) -> N
     assert found.values["image_auroc"] == roc_auc_score(is_defect, [result.score for result in results])
     preprocessing = nut.teacher.preprocessing
     masks = [
-        images.resize_mask(images.decode_mask(storage.read(test.mask)), preprocessing)
+        resize_mask(decode_mask(storage.read(test.mask)), preprocessing)
         if test.mask
         else np.zeros(result.model_map.shape, bool)
         for test, result in zip(tests, results, strict=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from stpm.data.images import decode
+from stpm.data.decoding import decode
 from stpm.errors import ImageError
 from tests.conftest import REPOSITORY, make_preprocessing
 

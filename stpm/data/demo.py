@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from stpm import storage
+from stpm.data.decoding import open_grey
 from stpm.data.encode import encode_png
 from stpm.errors import ConfigError
 
@@ -30,11 +31,7 @@ CROP = 128
 
 
 def make(root: str) -> None:
-    """Write the demo set under a folder, unless the folder has it.
-
-    Raises:
-        ConfigError: if scikit-image is not installed.
-    """
+    """Write the demo set under a folder, unless the folder has it. Raise ConfigError if scikit-image is missing."""
     marker = storage.join(root, ".demo-v1")
     if storage.exists(marker):
         return
@@ -48,22 +45,24 @@ def _texture(name: str) -> Grey:
         import skimage
     except ImportError as error:
         raise ConfigError("the demo data set needs scikit-image; pip install 'stpm[demo]', or give --data") from error
-    with Image.open(Path(skimage.__file__).parent / "data" / f"{name}.png", formats=["PNG"]) as image:
-        return np.asarray(image.convert("L"))
+    return np.asarray(open_grey((Path(skimage.__file__).parent / "data" / f"{name}.png").read_bytes()))
 
 
 def _make_category(folder: str, texture: Grey, other: Grey, rng: np.random.Generator) -> None:
+    def write(name: str, pixels: Grey) -> None:
+        storage.publish(storage.join(folder, name), encode_png(Image.fromarray(pixels)))
+
     edge = texture.shape[1] - CROP - CROP // 4
     train, test = texture[:, :edge], texture[:, edge:]
     for i in range(TRAIN_IMAGES):
-        _write(f"{folder}/train/good/{i:03}.png", _crop(rng, train))
+        write(f"train/good/{i:03}.png", _crop(rng, train))
     for i in range(GOOD_IMAGES):
-        _write(f"{folder}/test/good/{i:03}.png", _crop(rng, test))
+        write(f"test/good/{i:03}.png", _crop(rng, test))
     for kind, draw in _DEFECTS.items():
         for i in range(IMAGES_PER_DEFECT):
             image, mask = draw(rng, _crop(rng, test), _crop(rng, other))
-            _write(f"{folder}/test/{kind}/{i:03}.png", image)
-            _write(f"{folder}/ground_truth/{kind}/{i:03}_mask.png", mask)
+            write(f"test/{kind}/{i:03}.png", image)
+            write(f"ground_truth/{kind}/{i:03}_mask.png", mask)
 
 
 def _crop(rng: np.random.Generator, texture: Grey) -> Grey:
@@ -77,27 +76,27 @@ def _crop(rng: np.random.Generator, texture: Grey) -> Grey:
 
 def _foreign(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
     """Draw a piece of another texture."""
-    mask = _blob(rng, radius=rng.uniform(0.12, 0.18) * CROP)
+    mask = _blob(rng, 0.12, 0.18)
     return _blend(image, other, mask, softness=0.6), mask
 
 
-def _stain(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
+def _stain(rng: np.random.Generator, image: Grey, _: Grey) -> tuple[Grey, Grey]:
     """Draw a soft dark spot through which the texture still shows."""
-    mask = _blob(rng, radius=rng.uniform(0.10, 0.16) * CROP)
+    mask = _blob(rng, 0.10, 0.16)
     return _blend(image, (image * 0.25).astype(np.uint8), mask, softness=2.0), mask
 
 
-def _hole(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
+def _hole(rng: np.random.Generator, image: Grey, _: Grey) -> tuple[Grey, Grey]:
     """Draw a black hole with a bright rim."""
-    mask = _blob(rng, radius=rng.uniform(0.10, 0.15) * CROP)
+    mask = _blob(rng, 0.10, 0.15)
     inner = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(5)))
     rim = _blend(image, np.full_like(image, 235), mask, softness=0.6)
     return _blend(rim, np.full_like(image, 5), inner, softness=0.6), mask
 
 
-def _smear(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Grey]:
+def _smear(rng: np.random.Generator, image: Grey, _: Grey) -> tuple[Grey, Grey]:
     """Blur the texture within a region, which keeps its brightness."""
-    mask = _blob(rng, radius=rng.uniform(0.14, 0.20) * CROP)
+    mask = _blob(rng, 0.14, 0.20)
     smooth = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(6)))
     return _blend(image, smooth, mask, softness=1.5), mask
 
@@ -105,8 +104,9 @@ def _smear(rng: np.random.Generator, image: Grey, other: Grey) -> tuple[Grey, Gr
 _DEFECTS: dict[str, Draw] = {"foreign": _foreign, "hole": _hole, "smear": _smear, "stain": _stain}
 
 
-def _blob(rng: np.random.Generator, radius: float) -> Grey:
-    """Draw an uneven round region as a mask."""
+def _blob(rng: np.random.Generator, smallest: float, largest: float) -> Grey:
+    """Draw an uneven round region as a mask, with a mean radius between these fractions of the crop."""
+    radius = rng.uniform(smallest, largest) * CROP
     centre = rng.uniform(0.25, 0.75, 2) * CROP
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     phases = rng.uniform(0, 2 * np.pi, 2)
@@ -121,7 +121,3 @@ def _blend(image: Grey, other: Grey, mask: Grey, softness: float) -> Grey:
     """Replace the image by another where the mask is, with a border blurred by `softness` pixels."""
     weight = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(softness))) / 255.0
     return np.round(image * (1 - weight) + other * weight).astype(np.uint8)
-
-
-def _write(uri: str, image: Grey) -> None:
-    storage.publish(uri, encode_png(Image.fromarray(image)))

@@ -1,4 +1,4 @@
-"""Heatmaps as pictures: their colours, their PNG, the images that people see, and how heatmaps lie over them."""
+"""Anomaly maps as pictures: the heatmap's colours, its PNG, and how it lies over the image."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from stpm import storage
-from stpm.data import image_files, images
+from stpm.data import decoding, image_files
+from stpm.data.decoding import Pixels
 from stpm.data.encode import encode_png
 from stpm.data.image_files import ImageRef
-from stpm.data.images import Pixels
 from stpm.method.preprocessing import Preprocessing
 
-# See `encode_png`.
-_COMPRESSION = 1
-# Images of more pixels than this are decoded one at a time: one of MAX_PIXELS takes 0.8 GB. They have a thread of their
-# own, since each thread keeps the memory that it has freed.
+# Of several threads, one decodes images of more pixels than this: one of MAX_PIXELS takes 0.8 GB, and each thread keeps
+# the memory that it has freed.
 _SMALL_PIXELS = 2**22
 _LARGE = ThreadPoolExecutor(1)
 
@@ -46,45 +44,48 @@ def palette_png(levels: Pixels) -> bytes:
     """Encode (H, W) uint8 grey levels as a palette PNG, in which the index of a pixel is its grey level."""
     image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
     image.putpalette(_PALETTE.tobytes())
-    return encode_png(image, _COMPRESSION)
+    return encode_png(image, compress_level=1)
 
 
 def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
-    """Draw a heatmap over an image at half opacity.
-
-    Args:
-        pixels: (H, W, 3) uint8 RGB.
-        levels: (H, W) uint8 grey levels.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
+    """Draw a heatmap, (H, W) uint8 grey levels, over an image at half opacity; both image and result are (H, W, 3)."""
     colours = coloured(levels)
     # The mean, rounded up, of bytes: several times as fast as a sum of wider integers.
     return (pixels | colours) - ((pixels ^ colours) >> 1)
 
 
-def overlay_heatmap(pixels: Pixels, heatmap_png: bytes) -> Pixels:
-    """Draw a heatmap made by `palette_png` over an image of any size, (H, W, 3) uint8 RGB."""
-    with Image.open(io.BytesIO(heatmap_png), formats=["PNG"]) as image:
-        levels = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
-    return overlay(pixels, np.asarray(levels))
+def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
+    """Resize an anomaly map bilinearly: (height, width) float32."""
+    return np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def read_picture(row: Mapping[str, Any], preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
-    """Read the image of a row of OUTPUT, as `decode_picture` does. Of several threads, one decodes a large image.
+def read_overlay(
+    row: Mapping[str, Any], out: str, preprocessing: Preprocessing, shorter: int, longest: int
+) -> tuple[Pixels, Pixels | None]:
+    """Read the image of a row of OUTPUT, see `decode_picture`, and draw its heatmap over it, if it has one.
 
     Raises:
-        ImageError: if it cannot be read.
+        ImageError: if the image cannot be read.
+        OSError: if the heatmap cannot be read.
     """
+    pixels = _read_picture(row, preprocessing, shorter, longest)
+    png = read_heatmap(out, row)
+    if not png:
+        return pixels, None
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        levels = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
+    return pixels, overlay(pixels, np.asarray(levels))
+
+
+def _read_picture(row: Mapping[str, Any], preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     image = ImageRef.of_row(row)
     data = image_files.read_small(image)
-    if data is not None and math.prod(images.read_size(data)) <= _SMALL_PIXELS:
-        return images.decode_picture(data, preprocessing, shorter, longest)
+    if data is not None and math.prod(decoding.read_size(data)) <= _SMALL_PIXELS:
+        return decoding.decode_picture(data, preprocessing, shorter, longest)
 
     def decode() -> Pixels:
         whole = image_files.read(image) if data is None else data
-        return images.decode_picture(whole, preprocessing, shorter, longest)
+        return decoding.decode_picture(whole, preprocessing, shorter, longest)
 
     return _LARGE.submit(decode).result()
 

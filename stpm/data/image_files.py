@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stpm import storage
-from stpm.data.images import MAX_BYTES, SUFFIXES
+from stpm.data.decoding import MAX_BYTES, SUFFIXES
 from stpm.data.shared_reads import SharedReads
 from stpm.errors import DataError, ImageError, TooLongError, UriError
 from stpm.names import as_utf8
@@ -73,13 +73,8 @@ def tar_images(uri: str) -> tuple[list[ImageRef], ImageError | None]:
     """List the images of a tar archive from its headers. Images longer than `_TAR_BYTES` are not read.
 
     Of several members with one name the last counts, as it would after unpacking. A hard link stands for the file that
-    it points to. Bytes of a name that are not UTF-8 are written %XX.
-
-    Returns:
-        The images; and an error if the archive is damaged or compressed, behind the last of them.
-
-    Raises:
-        DataError: if storage does not give the archive.
+    it points to. Bytes of a name that are not UTF-8 are written %XX. Return also an error if the archive is damaged
+    behind the last image, or compressed. Raise DataError if storage does not give it.
     """
     fs, path = storage.filesystem(uri)
     files: dict[str, ImageRef] = {}
@@ -144,11 +139,7 @@ def _as_image_errors() -> Iterator[None]:
 
 @_as_image_errors()
 def read(image: ImageRef, max_bytes: int = MAX_BYTES) -> bytes:
-    """Read the file of an image. Of a file longer than `max_bytes` only the first bytes are fetched.
-
-    Raises:
-        ImageError: whatever goes wrong; nothing else is raised.
-    """
+    """Read the file of an image; of one longer than `max_bytes`, only its beginning. Raise nothing but ImageError."""
     if image.length < 0:
         return storage.read_at_most(image.uri, max_bytes)
     archive, _ = split_uri(image.uri)
@@ -176,7 +167,8 @@ def read_uri(uri: str) -> bytes:
         return read(ImageRef(uri))
     if not _is_tar(archive):
         return _read_parquet_row(archive, int(member), MAX_BYTES)
-    if image := _tar_members.get(_version(archive)).get(uri):
+    fs, path = storage.filesystem(archive)
+    if image := _tar_members.get((archive, str(fs.ukey(path)))).get(uri):
         return read(image)
     raise ImageError("missing", f"{uri}: no such image in the archive")
 
@@ -221,9 +213,8 @@ def _read_row_counts(uri: str) -> tuple[int, ...]:
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
-def _read_row_group(key: tuple[str, int]) -> pa.ChunkedArray:
-    """Read the images of one row group, given the URI of its file and its number."""
-    uri, group = key
+def _read_row_group(uri_and_group: tuple[str, int]) -> pa.ChunkedArray:
+    uri, group = uri_and_group
     filesystem, path = storage.arrow_filesystem(uri)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         name = image_column(file.schema_arrow)
@@ -234,18 +225,10 @@ def _read_row_group(key: tuple[str, int]) -> pa.ChunkedArray:
     return column
 
 
-def _version(uri: str) -> tuple[str, str]:
-    """Return a URI with a key that changes when its bytes do."""
-    fs, path = storage.filesystem(uri)
-    return uri, str(fs.ukey(path))
-
-
-def _read_tar_members(version: tuple[str, str]) -> dict[str, ImageRef]:
-    images, _ = tar_images(version[0])
-    return {image.uri: image for image in images}
-
-
-_tar_members = SharedReads(_read_tar_members, max_results=2)
+# Of a tar, by its URI and a key that changes when its bytes do.
+_tar_members = SharedReads[tuple[str, str], dict[str, ImageRef]](
+    lambda version: {image.uri: image for image in tar_images(version[0])[0]}, max_results=2
+)
 _row_counts = SharedReads(_read_row_counts, max_results=64)
 _row_groups = SharedReads(_read_row_group, max_results=2)
 

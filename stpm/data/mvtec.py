@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from stpm import storage
-from stpm.data.images import SUFFIXES
+from stpm.data.decoding import SUFFIXES
 from stpm.errors import DataError
 from stpm.names import is_utf8, other_form, safe_name
 
@@ -24,13 +24,9 @@ GOOD = "good"
 
 @dataclass(frozen=True)
 class TestImage:
-    """One test image.
+    """A test image: its URI, label ("good" or a defect type), and the URI of its mask, "" if there is none.
 
-    Args:
-        uri: of the image.
-        label: "good" or a defect type.
-        mask: a URI, or "" if there is none.
-        versions: of the image and of its mask, from `stpm.storage.file_versions`.
+    `versions` are those of both files, from `storage.file_versions`.
     """
 
     __test__ = False
@@ -71,8 +67,7 @@ def read_category(root: str, name: str) -> Category:
     """List the images of one category.
 
     Raises:
-        DataError: if the category's name is not allowed in a path, there is no training image, or a training image's
-            name is not UTF-8.
+        DataError: if its name is not allowed in a path, or there is no training image, or one whose name is not UTF-8.
     """
     safe_name(name, "category")
     folder = storage.join(root, name)
@@ -88,11 +83,7 @@ def read_category(root: str, name: str) -> Category:
 
 
 def read_tests(folder: str) -> tuple[TestImage, ...]:
-    """List the test images in a category's folder `test`, sorted by URI, with the masks beside it.
-
-    Raises:
-        DataError: if there are none.
-    """
+    """List the images in a category's folder `test`, with the masks beside it. Raise DataError if there are none."""
     uri = storage.absolute(folder)
     category, _, name = uri.rpartition("/")
     _, tests = _list_images(category) if name == "test" else ((), ())
@@ -103,26 +94,25 @@ def read_tests(folder: str) -> tuple[TestImage, ...]:
 
 def _list_images(folder: str) -> tuple[tuple[tuple[str, str], ...], tuple[TestImage, ...]]:
     """List a category's training images with their versions, and its test images."""
-    train, test, masks = [], [], {}
+    train, tests, masks = [], [], {}
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     versions = dict(storage.file_versions(folder))
     for uri, version in versions.items():
         parts = PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]
-        if not is_image(parts):
+        if len(parts) < 3 or not is_image(parts):
             continue
+        stem = str(PurePosixPath(*parts[2:]).with_suffix(""))
         match parts:
-            case ("train", "good", _, *_):
+            case ("train", "good", *_):
                 train.append((uri, version))
-            case ("test", label, *file) if file:
-                test.append((uri, label, _stem(file)))
-            case ("ground_truth", label, *file) if file:
-                masks[label, _stem(file).removesuffix("_mask")] = uri
-
-    def test_image(uri: str, label: str, stem: str) -> TestImage:
-        mask = masks.get((label, stem), "")
-        return TestImage(uri, label, mask, tuple(versions[each] for each in (uri, mask) if each))
-
-    return tuple(train), tuple(test_image(*each) for each in test)
+            case ("test", label, *_):
+                tests.append((uri, label, stem))
+            case ("ground_truth", label, *_):
+                masks[label, stem.removesuffix("_mask")] = uri
+    found = [(uri, label, masks.get((label, stem), "")) for uri, label, stem in tests]
+    return tuple(train), tuple(
+        TestImage(uri, label, mask, tuple(versions[each] for each in (uri, mask) if each)) for uri, label, mask in found
+    )
 
 
 def is_image(parts: Sequence[str]) -> bool:
@@ -132,8 +122,3 @@ def is_image(parts: Sequence[str]) -> bool:
     """
     hidden = parts[-1].startswith(".") or any(part.startswith((".", "@", "#")) for part in parts[:-1])
     return parts[-1].lower().endswith(SUFFIXES) and not hidden
-
-
-def _stem(parts: Sequence[str]) -> str:
-    """Join the parts of a path, without the file's suffix."""
-    return str(PurePosixPath(*parts).with_suffix(""))

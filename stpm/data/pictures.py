@@ -1,4 +1,4 @@
-"""Images as a person has them: paths, URIs, bytes, PIL images and arrays, decoded as image files are."""
+"""Images as a person has them: paths, URIs, bytes, PIL images and arrays."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from stpm import storage
-from stpm.data import image_files, images
-from stpm.data.images import Decoded
+from stpm.data import decoding, image_files
+from stpm.data.decoding import Fetched
 from stpm.errors import ImageError
-from stpm.method.preprocessing import Preprocessing
 
 # A path or URI, the bytes of an image file, a PIL image, or an array of uint8 or uint16: (H, W) or (H, W, 1) grey,
 # (H, W, 3) RGB or (H, W, 4) RGBA.
 Picture = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
-Fetched = bytes | Image.Image
 
 _KINDS = "give uint8 or uint16, (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA"
 
@@ -39,36 +37,14 @@ def fetch(picture: Picture) -> Fetched:
     return _from_array(picture) if isinstance(picture, np.ndarray) else picture
 
 
-def decode(fetched: Fetched, preprocessing: Preprocessing) -> Decoded:
-    """Bring an image to model size, see `stpm.data.images.decode`; raise as it does."""
-    if isinstance(fetched, bytes):
-        return images.decode(fetched, preprocessing)
-    return images.prepare(fetched, preprocessing, 0)
-
-
-def read_size(fetched: Fetched) -> tuple[int, int]:
-    """Return width and height in pixels; of a file, from its header alone, see `stpm.data.images.read_size`."""
-    return images.read_size(fetched) if isinstance(fetched, bytes) else fetched.size
-
-
-def open_rgb(picture: Picture) -> Image.Image:
-    """Return a picture's own pixels as an RGB image.
-
-    Raises:
-        ImageError: if it cannot be read or decoded.
-    """
-    fetched = fetch(picture)
-    return images.open_rgb(fetched) if isinstance(fetched, bytes) else images.as_rgb(fetched)
-
-
 def _from_array(pixels: npt.NDArray[Any]) -> Image.Image:
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ImageError("unsupported", f"an array of {pixels.dtype} has no fixed range; {_KINDS}")
     shape = pixels.shape[:2] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels.shape
     if not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))) or 0 in shape:
         raise ImageError("unsupported", f"an array of shape {pixels.shape} is no image; {_KINDS}")
-    if shape[0] * shape[1] > images.MAX_PIXELS:
-        raise ImageError("too_large", f"{shape[1]}×{shape[0]} pixels, at most {images.MAX_PIXELS:,} are allowed")
+    if shape[0] * shape[1] > decoding.MAX_PIXELS:
+        raise ImageError("too_large", f"{shape[1]}×{shape[0]} pixels, at most {decoding.MAX_PIXELS:,} are allowed")
     pixels = np.ascontiguousarray(pixels.reshape(shape))
     if pixels.dtype == np.uint16 and len(shape) == 3:
         # As Pillow reads files with 16 bits per colour.

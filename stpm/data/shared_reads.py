@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -27,13 +27,21 @@ class SharedReads(Generic[K, T]):
         self._max_results = max_results
         self._max_seconds = max_seconds
         self._lock = threading.Lock()
-        self._reads: OrderedDict[K, tuple[Future[T], float]] = OrderedDict()
+        # With the time at which each began; the most recently used is the last.
+        self._reads: dict[K, tuple[Future[T], float]] = {}
 
     def get(self, key: K) -> T:
         """Return the value of a key. What `read` raises is raised in every thread that waited for it."""
+        now = time.monotonic()
         with self._lock:
-            future, is_new = self._find_or_add(key)
-        if is_new:
+            future, began = self._reads.pop(key, (Future[T](), -math.inf))
+            reads_now = not future.done() and now - began > self._max_seconds
+            if reads_now:
+                future, began = Future(), now
+            self._reads[key] = future, began
+            if len(self._reads) > self._max_results:
+                del self._reads[next(iter(self._reads))]
+        if reads_now:
             try:
                 future.set_result(self._read(key))
             except BaseException as error:  # noqa: BLE001
@@ -42,15 +50,3 @@ class SharedReads(Generic[K, T]):
                         del self._reads[key]
                 future.set_exception(error)
         return future.result()
-
-    def _find_or_add(self, key: K) -> tuple[Future[T], bool]:
-        now = time.monotonic()
-        future, began = self._reads.get(key, (None, now))
-        is_new = future is None or (not future.done() and now - began > self._max_seconds)
-        if future is None or is_new:
-            future = Future()
-            self._reads[key] = future, now
-        self._reads.move_to_end(key)
-        while len(self._reads) > self._max_results:
-            self._reads.popitem(last=False)
-        return future, is_new

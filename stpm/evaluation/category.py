@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from stpm.data import images
-from stpm.data.masks import read_mask
+from stpm.data.heatmaps import resize_map
+from stpm.data.masks import crop_mask, read_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
 from stpm.evaluation.options import MasksAt
 from stpm.method.preprocessing import Preprocessing
-from stpm.metrics.labelled import LabelledPixels, LabelledScores, MaskedMap, require_masks
+from stpm.metrics.category_metrics import LabelledPixels, LabelledScores, MaskedMap, require_masks
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import blaming_damaged_file, open_rows, read_batches
 
@@ -50,10 +50,8 @@ class ScoredCategory:
 def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> LabelledScores:
     """Read the scores of a category's labelled images, and count their pixels by score, which needs raw maps.
 
-    Args:
-        category: to read.
-        masks_at: where pixels are compared. `model`: masks are brought to model size by nearest neighbour, as the
-            paper's authors do. `original`: maps are brought linearly to the size of the cropped image.
+    At `model` size, masks are brought to it by nearest neighbour, as the paper's authors do. At `original` size, maps
+    are brought linearly to that of the cropped image.
 
     Raises:
         RunDamagedError: if a file of rows is damaged, or a row without an error lacks a value or has a wrong map.
@@ -62,7 +60,10 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     rows = every.filter(pc.not_equal(every["label"], ""))
     is_scored = pc.equal(rows["error_kind"], "")
     scored, failed = rows.filter(is_scored), rows.filter(pc.invert(is_scored))
-    _check_values(category, scored)
+    for name in _VALUES:
+        if scored[name].null_count:
+            uri = scored.filter(pc.is_null(scored[name]))["uri"][0]
+            raise RunDamagedError(f"{category.output.scores}: the row of {uri} has neither an error nor a {name}")
     problems = [f"{r['uri']}: {r['error_kind']}: {r['error_message']}" for r in failed.to_pylist()]
     pixels, no_pixels = LabelledPixels(), ""
     try:
@@ -86,17 +87,9 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     )
 
 
-def _check_values(category: ScoredCategory, scored: pa.Table) -> None:
-    """Raise RunDamagedError if a row without an error lacks a value."""
-    for name in _VALUES:
-        if scored[name].null_count:
-            uri = scored.filter(pc.is_null(scored[name]))["uri"][0]
-            raise RunDamagedError(f"{category.output.scores}: the row of {uri} has neither an error nor a {name}")
-
-
 def _count_pixels(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt) -> LabelledPixels:
     """Count pixels by label, with a few maps in memory at a time."""
-    by_uri: dict[str, dict[str, Any]] = {row["uri"]: row for row in scored.to_pylist()}
+    by_uri = {row["uri"]: row for row in scored.to_pylist()}
     require_masks({uri: row["mask"] for uri, row in by_uri.items() if row["label"] != GOOD})
     chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
     pixels = LabelledPixels()
@@ -109,12 +102,7 @@ def _count_pixels(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt)
 
 
 def _masked_map(category: ScoredCategory, data: bytes | None, row: Mapping[str, Any], masks_at: MasksAt) -> MaskedMap:
-    """Bring an image's map, float32 as bytes, and its mask to one size.
-
-    Raises:
-        UndefinedMetricError: if there is no map.
-        RunDamagedError: if the map is of another size than the image gives.
-    """
+    """Bring an image's map, float32 as bytes, and its mask to one size."""
     if data is None:
         raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
     preprocessing = category.preprocessing
@@ -128,5 +116,5 @@ def _masked_map(category: ScoredCategory, data: bytes | None, row: Mapping[str, 
         ) from error
     if masks_at == "model":
         return MaskedMap.at_model_size(row["label"], anomaly_map, mask, row["mask"], preprocessing)
-    cropped = images.crop_mask(mask, preprocessing)
-    return MaskedMap(row["label"], images.resize_map(anomaly_map, *cropped.shape), cropped)
+    cropped = crop_mask(mask, preprocessing)
+    return MaskedMap(row["label"], resize_map(anomaly_map, *cropped.shape), cropped)

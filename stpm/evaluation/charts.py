@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import matplotlib as mpl
 import numpy as np
@@ -18,10 +18,9 @@ from sklearn.metrics import roc_curve
 
 from stpm.data.mvtec import GOOD
 from stpm.errors import UndefinedMetricError
-from stpm.metrics.category_metrics import AUPRO_LIMITS
+from stpm.metrics.category_metrics import AUPRO_LIMITS, LabelledScores
 from stpm.metrics.intervals import Scores, require_both_classes
-from stpm.metrics.labelled import LabelledScores
-from stpm.metrics.pixels import Curve
+from stpm.metrics.pixel_metrics import Curve
 
 # The page's own colour replaces it. No series has it.
 _INK = "#010203"
@@ -38,8 +37,8 @@ _STYLE = {
     # A label may hold dollar signs.
     "text.parse_math": False,
 }
-_BEFORE_SVG = re.compile(r"^.*?(?=<svg)", re.DOTALL)
-_METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
+# What matplotlib would write about the file: the date, and links.
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 _BINS = 30
 # Ratio of the largest to the smallest score above which the bins are equally wide in the logarithm.
@@ -52,19 +51,18 @@ def draw_charts(
     """Draw curves, score histogram and losses of a category as SVG by title, without those that would be empty.
 
     Args:
-        scores: of the category's labelled images.
-        history: loss per epoch, by column; empty if there is no student.
-        kept_epoch: number of the epoch that was kept.
+        scores: of labelled images.
+        history: columns `number`, `train_loss` and `validation_loss`, an entry per epoch; empty without a student.
+        kept_epoch: number of the epoch whose weights were kept.
         salt: makes the ids in these charts differ from those of other charts on the same page.
     """
-    charts: dict[str, Callable[[Axes], None]] = {}
-    if curves := roc_curves(scores):
-        charts["Curves"] = lambda axes: _draw_curves(axes, curves)
-    if len(scores.scores):
-        charts["Scores of test images"] = lambda axes: _draw_histogram(axes, scores)
-    if history:
-        charts["Loss"] = lambda axes: _draw_losses(axes, history, kept_epoch)
-    return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items()}
+    curves = roc_curves(scores)
+    charts: dict[str, Callable[[Axes], None] | None] = {
+        "Curves": partial(_draw_curves, curves=curves) if curves else None,
+        "Scores of test images": partial(_draw_histogram, scores=scores) if len(scores.scores) else None,
+        "Loss": partial(_draw_losses, history=history, kept_epoch=kept_epoch) if history else None,
+    }
+    return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items() if draw}
 
 
 def roc_curves(scores: LabelledScores) -> dict[str, Curve]:
@@ -83,10 +81,8 @@ def histogram_bins(scores: Scores, threshold: float) -> tuple[npt.NDArray[np.flo
     """Choose edges that hold every score and the threshold, and whether the scale is logarithmic."""
     low, high = float(min(scores.min(), threshold)), float(max(scores.max(), threshold))
     logarithmic = low > 0 and high / low > _LOG_SCALE_FROM
-    # A single value gets a range of 1.
+    # Both have exact ends. A single value gets a range of 1.
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high + (high == low), _BINS + 1)
-    # Include the smallest and the largest score in spite of rounding.
-    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     return edges, logarithmic
 
 
@@ -112,30 +108,24 @@ def _draw_histogram(axes: Axes, scores: LabelledScores) -> None:
     axes.legend(fontsize=7)
 
 
+def _draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch: int) -> None:
+    """Draw training and validation loss over epochs, and mark the kept epoch."""
+    # A single epoch makes no line.
+    marker = "." if len(history["number"]) == 1 else None
+    for name in ("train_loss", "validation_loss"):
+        axes.plot(history["number"], history[name], label=name.replace("_", " "), marker=marker)
+    axes.axvline(kept_epoch, color=_INK, linestyle="--", linewidth=1, label="kept")
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+
+
 def _svg(draw: Callable[[Axes], None], salt: str) -> str:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
         figure = Figure((3.6, 2.7), layout="constrained")
         draw(figure.subplots())
         sink = io.StringIO()
-        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
-    svg = _METADATA.sub("", _BEFORE_SVG.sub("", sink.getvalue()))
-    return svg.replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
-
-
-def _draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch: int) -> None:
-    """Draw training and validation loss over epochs, and mark the kept epoch.
-
-    Args:
-        axes: empty axes.
-        history: columns `number`, `train_loss` and `validation_loss`, one entry per epoch.
-        kept_epoch: number of the epoch whose weights were kept.
-    """
-    # A single epoch makes no line.
-    marker = "." if len(history["number"]) == 1 else None
-    for name in ("train_loss", "validation_loss"):
-        axes.plot(history["number"], history[name], label=name.replace("_", " "), marker=marker)
-    axes.axvline(kept_epoch, color=mpl.rcParams["text.color"], linestyle="--", linewidth=1, label="kept")
-    axes.set(xlabel="epoch", ylabel="loss")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+        figure.savefig(sink, format="svg", transparent=True, metadata=_NO_METADATA)
+    _, _, svg = sink.getvalue().replace(_INK, "currentColor").partition("<svg ")
+    return f'<svg role="img" {svg}'

@@ -17,7 +17,6 @@ from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import defect_sheet, galleries
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
-from stpm.evaluation.page import page
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.exit_codes import ALL_DONE, SOME_FAILED, exit_code
 from stpm.metrics.category_metrics import measure_category
@@ -68,13 +67,9 @@ def find_labels_without_model(output: RunOutput, categories: Collection[str]) ->
 def evaluate_category(
     output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
 ) -> tuple[CategoryResult, bytes | None]:
-    """Measure one category and draw its charts and pictures. Return its sheet of defects, too, a PNG; None if empty.
+    """Measure one category, and draw its charts, pictures, and sheet of defects, a PNG; None if it has no defects.
 
-    Args:
-        output: the run that scored the category's images.
-        record: of the model that scored them.
-        history: loss per epoch, by column; empty if there is no student.
-        masks_at: the size at which masks and anomaly maps are compared.
+    Its images are those that a run scored with the model of this record. `history` is as in `draw_charts`.
     """
     category = ScoredCategory(output, record.category, record.preprocessing)
     # First: it finds rows that the pictures cannot be drawn from.
@@ -91,7 +86,7 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
         The exit code: 0 all done, 2 something failed or fell short, 3 nothing could be evaluated.
     """
     shortfalls = gate.shortfalls(report.contents)
-    for name, content in {**report.files(), "report.html": page(report, shortfalls).encode()}.items():
+    for name, content in {**report.files(), "report.html": report.page(shortfalls).encode()}.items():
         storage.publish(storage.join(out, name), content)
     log_lines(report.text())
     for line in shortfalls:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from stpm.data import images
 from stpm.data.encode import encode_jpeg, encode_png
-from stpm.data.heatmaps import overlay_heatmap, read_heatmap, read_picture
-from stpm.data.masks import read_mask
+from stpm.data.heatmaps import read_overlay
+from stpm.data.masks import crop_mask, read_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError
 from stpm.evaluation.category import MASK_COLUMNS, ScoredCategory
-from stpm.method.preprocessing import Preprocessing
 from stpm.pages import score_parts
 
 _COUNT = 4
 # Pixels: sides of an image in the sheet and in a gallery, space between images, height of a caption.
-_SHEET_SIZE, _GALLERY_SIZE, _GAP, _CAPTION = 256, 160, 8, 22
+_SHEET_SIZE, _GALLERY_SIZE, _GAP, _CAPTION = 256, 160, 8, 40
 _OUTLINE = (0, 255, 255)
 _SCORES = ("score", "student_score", "memory_score", "is_anomalous")
 _COLUMNS = (*MASK_COLUMNS, "archive_start", "archive_length", *_SCORES, "heatmap", "heatmap_png")
@@ -35,15 +31,11 @@ Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One image of a gallery, with a JPEG of it beside its heatmap, and the parts of its score as text."""
+class Tile(NamedTuple):
+    """One image of a gallery: its name, what was found, and a JPEG of it beside its heatmap."""
 
-    uri: str
-    label: str
-    score: float
-    parts: str
-    is_anomalous: bool
+    name: str
+    found: str
     picture: bytes
 
 
@@ -56,8 +48,8 @@ def defect_sheet(category: ScoredCategory) -> bytes | None:
     for row in category.rows(_COLUMNS).to_pylist():
         if _is_defect(row) and (row["heatmap"] or row["heatmap_png"]):
             by_type.setdefault(row["label"], []).append(row)
-    turns = sorted((turn, label) for label, rows in by_type.items() for turn in range(len(rows)))
-    rows = [by_type[label][turn] for turn, label in turns]
+    turns = zip_longest(*(by_type[label] for label in sorted(by_type)))
+    rows = [row for turn in turns for row in turn if row]
     width, height = 2 * _SHEET_SIZE + _GAP, _SHEET_SIZE + _CAPTION
     sheet = Image.new("RGB", (2 * width + 3 * _GAP, 2 * height + 3 * _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
@@ -65,9 +57,7 @@ def defect_sheet(category: ScoredCategory) -> bytes | None:
     for number, (row, pair) in enumerate(cells):
         left, top = _GAP + number % 2 * (width + _GAP), _GAP + number // 2 * (height + _GAP)
         sheet.paste(pair, (left, top))
-        found = "anomalous" if row["is_anomalous"] else "missed at this threshold"
-        caption = f"{row['label']}/{row['uri'].rsplit('/', 1)[-1]}   score {row['score']:.3g}   {found}"
-        draw.text((left + 2, top + pair.height + 3), caption, fill="black", font=font)
+        draw.text((left + 2, top + pair.height + 3), "\n".join(_caption(row)), fill="black", font=font)
     return encode_png(sheet) if cells else None
 
 
@@ -82,7 +72,7 @@ def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, li
     }
     return {
         title: [
-            Tile(row["uri"], row["label"], row["score"], score_parts(row), row["is_anomalous"], encode_jpeg(pair))
+            Tile(*_caption(row), encode_jpeg(pair))
             for row, pair in islice(_pairs(category, rows, _GALLERY_SIZE), max_tiles)
         ]
         for title, rows in chosen.items()
@@ -91,6 +81,14 @@ def galleries(category: ScoredCategory, max_tiles: int = _COUNT) -> dict[str, li
 
 def _is_defect(row: Row) -> bool:
     return row["label"] not in ("", GOOD)
+
+
+def _caption(row: Row) -> tuple[str, str]:
+    """Name an image by its folder and file, and say what was found."""
+    parts = score_parts(row)
+    verdict = "anomalous" if row["is_anomalous"] else "not anomalous"
+    found = f"{row['label']}, score {row['score']:.3g}{parts and f' = {parts}'}, {verdict}"
+    return "/".join(row["uri"].split("/")[-2:]), found
 
 
 def _pairs(category: ScoredCategory, rows: Sequence[Row], size: int) -> Iterator[tuple[Row, Image.Image]]:
@@ -109,26 +107,19 @@ def _pair(category: ScoredCategory, row: Row, size: int) -> Image.Image:
 
     Each is in the middle of a square, in the image's proportions.
     """
-    pair = Image.new("RGB", (2 * size + _GAP, size), "white")
-    pixels = read_picture(row, category.preprocessing, size, size)
-    height, width = pixels.shape[:2]
-    left, top = (size - width) // 2, (size - height) // 2
-    if heatmap := read_heatmap(category.output.folder, row):
-        pair.paste(Image.fromarray(overlay_heatmap(pixels, heatmap)), (size + _GAP + left, top))
-    outlined = pixels.copy()
-    outlined[_outline(row, category.preprocessing, width, height)] = _OUTLINE
-    pair.paste(Image.fromarray(outlined), (left, top))
-    return pair
-
-
-def _outline(row: Row, preprocessing: Preprocessing, width: int, height: int) -> npt.NDArray[np.bool_]:
-    """Find the edge of a row's mask, (height, width); nowhere if there is no mask."""
+    pixels, overlaid = read_overlay(row, category.output.folder, category.preprocessing, size, size)
+    outlined = Image.fromarray(pixels)
     try:
-        mask = images.crop_mask(read_mask(*(row[name] for name in MASK_COLUMNS)), preprocessing)
+        mask = crop_mask(read_mask(*(row[name] for name in MASK_COLUMNS)), category.preprocessing)
     except DataError:
         # The category's problems already name it.
-        return np.zeros((height, width), bool)
-    resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    inside = np.asarray(resized) > 0
-    edge: npt.NDArray[np.bool_] = inside & ~binary_erosion(inside, iterations=2)
-    return edge
+        mask = np.zeros((1, 1), bool)
+    inside = Image.fromarray(mask).resize(outlined.size, Image.Resampling.NEAREST)
+    edge = np.asarray(inside) & ~binary_erosion(inside, iterations=2)
+    outlined.paste(_OUTLINE, mask=Image.fromarray(edge))
+    pair = Image.new("RGB", (2 * size + _GAP, size), "white")
+    left, top = (size - outlined.width) // 2, (size - outlined.height) // 2
+    pair.paste(outlined, (left, top))
+    if overlaid is not None:
+        pair.paste(Image.fromarray(overlaid), (size + _GAP + left, top))
+    return pair

@@ -12,14 +12,13 @@ from stpm.evaluation.options import ReportOptions
 from stpm.metrics.category_metrics import LOWER_IS_BETTER, METRICS
 from stpm.records import parse_json
 
-_MEAN = "mean"
 # Entries of the protocol that do not change what a value means.
 _NOT_COMPARED = frozenset({"versions", "pixel_metrics", "intervals"})
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A value that a metric of a category, or of the mean, must reach, within a tolerance."""
+    """A value that a metric of a category, or of the `mean`, must reach, within a tolerance."""
 
     category: str
     metric: str
@@ -28,7 +27,7 @@ class Requirement:
 
     def shortfall(self, report: Mapping[str, Any]) -> str:
         """Describe how the content of a report.json falls short, or return ""."""
-        values = report[_MEAN] if self.category == _MEAN else report["categories"].get(self.category)
+        values = {**report["categories"], "mean": report["mean"]}.get(self.category)
         name = f"{self.category}.{self.metric}"
         if values is None:
             return f"{name}: the category is not in the report; {self.value:.4f} was required"
@@ -61,21 +60,16 @@ class Gate:
 
 
 def read_gate(options: ReportOptions) -> Gate:
-    """Read the requirements and the baseline, before any work is done.
-
-    Raises:
-        ConfigError: if a requirement or the baseline cannot be read.
-    """
-    requirements = [parse_requirement(text) for text in options.require]
+    """Read the requirements and the baseline, before any work is done. Raise ConfigError if one cannot be read."""
+    requirements = [_parse_requirement(text) for text in options.require]
     if not options.baseline:
         return Gate(tuple(requirements), {})
     try:
         report = parse_json(storage.read(storage.absolute(options.baseline)))
-        groups = {**report["categories"], _MEAN: report[_MEAN]}
         protocol: dict[str, Any] = dict(report["protocol"])
         requirements += [
             Requirement(category, metric, float(values[metric]), options.tolerance)
-            for category, values in groups.items()
+            for category, values in {**report["categories"], "mean": report["mean"]}.items()
             for metric in METRICS
             if values.get(metric) is not None
         ]
@@ -86,12 +80,8 @@ def read_gate(options: ReportOptions) -> Gate:
     return Gate(tuple(requirements), protocol)
 
 
-def parse_requirement(text: str) -> Requirement:
-    """Parse a requirement such as `bottle.image_auroc=0.97`.
-
-    Raises:
-        ConfigError: if it has another form, or an unknown metric.
-    """
+def _parse_requirement(text: str) -> Requirement:
+    """Parse a requirement such as `bottle.image_auroc=0.97`."""
     name, _, number = text.partition("=")
     category, _, metric = name.strip().rpartition(".")
     try:

@@ -1,4 +1,4 @@
-"""The report: metrics per category and seed, their means, and the files that hold them."""
+"""The report: metrics per category and seed, their means, and the files and the page that show them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
 from stpm.models.libraries import installed_versions
 from stpm.models.record import ModelRecord
+from stpm.pages import render
 from stpm.times import timestamp
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
@@ -40,6 +41,8 @@ _REPORT_SCHEMA = pa.schema(
         **dict.fromkeys(("input_size", "precision", "device", "model_id"), pa.string()),
     }
 )
+# Columns of the printed table, and the metrics that they show.
+_TABLE_METRICS = {"image AUROC": "image_auroc", "pixel AUROC": "pixel_auroc", "AUPRO": "pixel_aupro"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class CategoryResult:
     galleries: Mapping[str, Sequence[Tile]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """Make the row of report.parquet."""
+        """Make the row of report.parquet, and the interval of each metric that has one."""
         fit = asdict(self.model.fit)
         return {
             **self._metrics_row(self.metrics),
@@ -73,6 +76,7 @@ class CategoryResult:
             "category": self.model.category,
             "seed": self.model.recipe.seed,
             **metrics.values,
+            **{f"{name}_interval": metric.interval for name, metric in metrics.metrics.items() if metric.interval},
             "pixel_error": metrics.pixel_error,
             "good_count": metrics.good_count,
             "defect_count": metrics.defect_count,
@@ -108,7 +112,7 @@ class Report:
         return [
             f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
             f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
-            for name, results in self.by_category().items()
+            for name, results in self.by_category.items()
             if (masks := results[0].metrics.vanished_masks)
         ]
 
@@ -117,8 +121,9 @@ class Report:
         """The seeds, ascending."""
         return sorted({result.model.recipe.seed for result in self.results})
 
+    @cached_property
     def by_category(self) -> dict[str, list[CategoryResult]]:
-        """Group the results by category, and sort categories and seeds."""
+        """The results by category; categories and seeds are sorted."""
         groups: dict[str, list[CategoryResult]] = {}
         for result in sorted(self.results, key=lambda result: (result.model.category, result.model.recipe.seed)):
             groups.setdefault(result.model.category, []).append(result)
@@ -131,7 +136,7 @@ class Report:
         `categories.<name>` and `mean` hold means over seeds. Beside a metric, `_std` is its standard deviation over
         seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval.
         """
-        categories = {name: _category_values(results) for name, results in self.by_category().items()}
+        categories = {name: _category_values(results) for name, results in self.by_category.items()}
         mean = {key: _mean([values[key] for values in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
         std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
         return {
@@ -145,8 +150,49 @@ class Report:
             "failures": [asdict(failure) for failure in self.failures],
         }
 
-    def table(self, tablefmt: Literal["simple", "pipe"] = "simple") -> str:
+    def text(self) -> str:
+        """Make the text that is printed: the table, undefined metrics, notes, failures."""
+        return "\n".join(filter(None, [self._table("simple"), *self._remarks()]))
+
+    def markdown(self) -> str:
+        """Make report.md: the same, and what the values mean."""
+        protocol = self.contents["protocol"]
+        meaning = (
+            f"Seeds {', '.join(map(str, self.seeds)) or 'none'}; "
+            f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
+            f"AUPRO: {protocol['aupro']}."
+        )
+        return "\n\n".join([self._table("pipe"), meaning, *(f"- {_escape(line)}" for line in self._remarks())]) + "\n"
+
+    def page(self, shortfalls: Sequence[str] = ()) -> str:
+        """Make report.html, with the charts and pictures of the first seed, and the shortfalls from the gate.
+
+        Text from data is escaped. Nothing is loaded, and no script runs but the page's own.
+        """
+        return render(
+            "evaluation/report.html",
+            report=self.contents,
+            metrics=METRICS,
+            first_seed={name: results[0] for name, results in self.by_category.items()},
+            seeds=self.seeds,
+            shortfalls=shortfalls,
+        )
+
+    def files(self) -> dict[str, bytes]:
+        """Make report.json, report.parquet (a row per category and seed), defects.parquet and report.md, by name."""
+        results = [result for group in self.by_category.values() for result in group]
+        rows = [result.row() for result in results]
+        defect_rows = [row for result in results for row in result.defect_rows()]
+        return {
+            "report.json": json.dumps(self.contents, indent=2, ensure_ascii=False, allow_nan=False).encode(),
+            "report.parquet": storage.encode_parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
+            "defects.parquet": storage.encode_parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
+            "report.md": self.markdown().encode(),
+        }
+
+    def _table(self, tablefmt: Literal["simple", "pipe"]) -> str:
         """Make a table with a line per category, and their mean; "" without results. `pipe` is Markdown."""
+        mean = self.contents["mean"]
         lines = [
             {
                 "category": _escape(name) if tablefmt == "pipe" else name,
@@ -162,55 +208,26 @@ class Report:
         ]
         if not lines:
             return ""
-        mean = self.contents["mean"]
         lines.append({"category": "mean", **_table_metrics(mean), "fit s": f"{mean['fit_seconds']:.1f}"})
         align = ("left", *("right",) * (len(lines[0]) - 1))
-        text: str = tabulate(lines, "keys", tablefmt, disable_numparse=True, colalign=align)
-        return text
+        return str(tabulate(lines, "keys", tablefmt, disable_numparse=True, colalign=align))
 
-    def text(self) -> str:
-        """Make the text that is printed: the table, undefined metrics, notes, failures."""
+    def _remarks(self) -> list[str]:
         undefined: dict[tuple[str, str], list[str]] = {}
         for name, values in self.contents["categories"].items():
             for metric, reason in values["undefined"].items():
                 undefined.setdefault((name, reason), []).append(metric)
         reasons = [f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()]
-        failures = [f"{failure.category}: failed: {failure.reason}" for failure in self.failures]
-        return "\n".join(filter(None, [self.table(), *reasons, *self.notes, *failures]))
-
-    def markdown(self) -> str:
-        """Make report.md: the table, what its values mean, notes, failures."""
-        protocol = self.contents["protocol"]
-        lines = [
-            f"Seeds {', '.join(map(str, self.seeds)) or 'none'}; "
-            f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
-            f"AUPRO: {protocol['aupro']}.",
-            *(f"- {_escape(note)}" for note in self.notes),
-            *(f"- {_escape(failure.category)}: failed: {_escape(failure.reason)}" for failure in self.failures),
-        ]
-        return "\n\n".join([self.table("pipe"), *lines]) + "\n"
-
-    def files(self) -> dict[str, bytes]:
-        """Make report.json, report.parquet (a row per category and seed), defects.parquet and report.md, by name."""
-        results = [result for group in self.by_category().values() for result in group]
-        rows = [result.row() for result in results]
-        defect_rows = [row for result in results for row in result.defect_rows()]
-        return {
-            "report.json": json.dumps(self.contents, indent=2, ensure_ascii=False, allow_nan=False).encode(),
-            "report.parquet": storage.encode_parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
-            "defects.parquet": storage.encode_parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
-            "report.md": self.markdown().encode(),
-        }
+        return [*reasons, *self.notes, *(f"{failure.category}: failed: {failure.reason}" for failure in self.failures)]
 
     def _std_of_mean(self, metric: str) -> float | None:
         """Compute the std over seeds of the mean over categories; None unless every category has every seed."""
-        by_seed: dict[int, list[float | None]] = {seed: [] for seed in self.seeds}
+        by_seed: dict[int, list[float]] = {seed: [] for seed in self.seeds}
         for result in self.results:
-            by_seed[result.model.recipe.seed].append(result.metrics.metrics[metric].value)
-        categories = len(self.by_category())
-        if any(len(values) < categories or None in values for values in by_seed.values()):
-            return None
-        return _std([_mean(values) for values in by_seed.values()])
+            if (value := result.metrics.values[metric]) is not None:
+                by_seed[result.model.recipe.seed].append(value)
+        complete = all(len(values) == len(self.by_category) for values in by_seed.values())
+        return _std([_mean(values) for values in by_seed.values()]) if complete else None
 
     def _protocol(self) -> dict[str, Any]:
         models = _in_common(_model_protocol(result.model) for result in self.results)
@@ -228,44 +245,31 @@ class Report:
 
 
 def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
+    first = results[0].metrics
     rows = [result.row() for result in results]
-    metrics = [result.metrics for result in results]
+    defect_rows = [row for result in results for row in result.defect_rows()]
     return {
-        **_over_seeds(metrics),
+        **_over_seeds(rows),
+        "undefined": first.undefined,
         **{key: _mean([row[key] for row in rows]) for key in _FIT_METRICS},
         **{key: rows[0][key] for key in (*_COUNTS, "input_size")},
         "defects": {
-            name: _over_seeds([of_seed.defects[name] for of_seed in metrics if name in of_seed.defects])
-            for name in metrics[0].defects
+            name: _over_seeds([row for row in defect_rows if row["defect"] == name]) | {"undefined": metrics.undefined}
+            for name, metrics in first.defects.items()
         },
-        "seeds": {
-            str(row["seed"]): {key: value for key, value in row.items() if key not in _COUNTS} | _intervals([of_seed])
-            for row, of_seed in zip(rows, metrics, strict=True)
-        },
+        "seeds": {str(row["seed"]): {key: row[key] for key in row if key not in _COUNTS} for row in rows},
     }
 
 
-def _over_seeds(seeds: Sequence[CategoryMetrics]) -> dict[str, Any]:
-    """Compute means and standard deviations over seeds; counts and reasons are those of the first seed."""
-    values = {name: [seed.values[name] for seed in seeds] for name in METRICS}
-    return {
-        **{name: _mean(by_seed) for name, by_seed in values.items()},
-        **{f"{name}_std": _std(by_seed) for name, by_seed in values.items()},
-        **_intervals(seeds),
-        "good_count": seeds[0].good_count,
-        "defect_count": seeds[0].defect_count,
-        "undefined": seeds[0].undefined,
-    }
-
-
-def _intervals(seeds: Sequence[CategoryMetrics]) -> dict[str, list[float]]:
-    """Compute the ends of each metric's interval, as means over seeds."""
-    intervals = {name: [i for seed in seeds if (i := seed.metrics[name].interval)] for name in METRICS}
-    return {
-        f"{name}_interval": [statistics.fmean(ends) for ends in zip(*by_seed, strict=True)]
-        for name, by_seed in intervals.items()
-        if by_seed
-    }
+def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compute means and standard deviations over seeds; counts are those of the first seed."""
+    values: dict[str, Any] = {key: rows[0][key] for key in ("good_count", "defect_count")}
+    for metric in METRICS:
+        by_seed = [row[metric] for row in rows]
+        values |= {metric: _mean(by_seed), f"{metric}_std": _std(by_seed)}
+        if intervals := [row[f"{metric}_interval"] for row in rows if f"{metric}_interval" in row]:
+            values[f"{metric}_interval"] = [statistics.fmean(ends) for ends in zip(*intervals, strict=True)]
+    return values
 
 
 def _model_protocol(model: ModelRecord) -> dict[str, str]:
@@ -301,15 +305,11 @@ def _std(values: Sequence[float | None]) -> float | None:
 
 
 def _table_metrics(values: Mapping[str, Any]) -> dict[str, str]:
-    """Make the columns of the table that show metrics."""
-    titles = {"image AUROC": "image_auroc", "pixel AUROC": "pixel_auroc", "AUPRO": "pixel_aupro"}
-    return {title: _with_std(values[metric], values[f"{metric}_std"]) for title, metric in titles.items()}
-
-
-def _with_std(value: float | None, std: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if std is None else f"{value:.4f} ± {std:.4f}"
+    cells = {}
+    for title, metric in _TABLE_METRICS.items():
+        value, std = values[metric], values[f"{metric}_std"]
+        cells[title] = "–" if value is None else f"{value:.4f}" + ("" if std is None else f" ± {std:.4f}")
+    return cells
 
 
 def _escape(text: str) -> str:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stpm import storage
 from stpm.data import pictures
-from stpm.data.images import SUFFIXES
+from stpm.data.decoding import SUFFIXES
 from stpm.data.mvtec import is_image
 from stpm.data.pictures import Picture
 from stpm.detector import Detector, TeacherSpec, share_teacher

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
-from stpm.data import images, pictures
+from stpm.data import decoding, pictures
+from stpm.data.decoding import Fetched, Pixels
 from stpm.data.image_statistics import COMPARED
-from stpm.data.images import Pixels
-from stpm.data.pictures import Fetched, Picture
+from stpm.data.pictures import Picture
 from stpm.errors import DataError, ImageError, join_first
 from stpm.method.backbones import resolve_data_config
 from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_input_shape
@@ -116,7 +116,7 @@ def _read_some_sizes(training: Sequence[Picture]) -> list[tuple[int, int]]:
     """Read width and height of up to 32 images, evenly spaced in the list."""
     chosen = np.unique(np.linspace(0, len(training) - 1, min(_MAX_HEADERS_READ, len(training))).round().astype(int))
     sizes: list[tuple[int, int]] = []
-    errors = _read_all([training[i] for i in chosen], lambda _, fetched: sizes.append(pictures.read_size(fetched)))
+    errors = _read_all([training[i] for i in chosen], lambda _, fetched: sizes.append(decoding.read_size(fetched)))
     if not sizes:
         raise _unreadable(errors, len(chosen))
     return sizes
@@ -135,9 +135,9 @@ def load_images(training: Sequence[Picture], preprocessing: Preprocessing, budge
     one_large_image = Lock()
 
     def decode(index: int, fetched: Fetched) -> None:
-        is_large = math.prod(pictures.read_size(fetched)) > images.MAX_PIXELS // (_READERS // 2)
+        is_large = math.prod(decoding.read_size(fetched)) > decoding.MAX_PIXELS // (_READERS // 2)
         with one_large_image if is_large else nullcontext():
-            decoded = pictures.decode(fetched, preprocessing)
+            decoded = decoding.decode(fetched, preprocessing)
         pixels[index] = decoded.pixels
         content[index] = preprocessing.content_box(decoded.width, decoded.height)
         statistics[index] = decoded.width, decoded.height, *decoded.statistics
@@ -155,7 +155,7 @@ def _read_all(training: Sequence[Picture], use: Callable[[int, Fetched], None]) 
         picture = training[index]
         try:
             if isinstance(picture, str):
-                use(index, storage.read_at_most(picture, images.MAX_BYTES))
+                use(index, storage.read_at_most(picture, decoding.MAX_BYTES))
             else:
                 use(index, pictures.fetch(picture))
         except (ImageError, DataError, OSError) as error:

@@ -1,18 +1,25 @@
-"""The metrics of one category: which there are, and how they are measured."""
+"""One category: its labelled scores and pixel counts, which metrics there are, and how they are measured."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import groupby
+from operator import add, attrgetter
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tabulate import tabulate
 
-from stpm.errors import UndefinedMetricError
+from stpm.data.masks import crop_mask, resize_mask
+from stpm.data.mvtec import GOOD
+from stpm.errors import DataError, UndefinedMetricError
+from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
-from stpm.metrics.labelled import LabelledScores
+from stpm.metrics.pixel_metrics import Map, Mask, PixelCounts, count_pixels
 
 # Title of each metric, in the order of the report's table: first those that papers compare.
 METRICS = {
@@ -33,15 +40,113 @@ AUPRO_LIMITS = {"pixel_aupro": 0.3, "pixel_aupro_05": 0.05}
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A metric.
+class LabelledScores:
+    """The N scored images of one category that have a label: "good" or a defect type.
 
     Args:
-        value: in [0, 1]; None if it is undefined.
-        interval: 95 % confidence interval of an image metric.
-        max_error: largest error of a pixel metric.
-        undefined: why there is no value, or "".
+        scores: larger is more anomalous.
+        threshold: of the model; NaN without images.
+        pixels: pixel counts by label.
+        no_pixels: why there are no pixel counts, or "".
+        error_count: number of images with a label that could not be scored.
+        unlabelled_count: number of images without a label.
+        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
+        problems: one line each.
     """
+
+    labels: npt.NDArray[np.str_]
+    scores: Scores
+    is_anomalous: Flags
+    threshold: float
+    pixels: Mapping[str, PixelCounts]
+    no_pixels: str
+    error_count: int
+    unlabelled_count: int
+    vanished_masks: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def is_defect(self) -> Flags:
+        """True for a defect, (N,)."""
+        return np.asarray(self.labels != GOOD)
+
+    @property
+    def defect_types(self) -> list[str]:
+        """The labels of defects, sorted."""
+        return sorted({*self.labels.tolist()} - {GOOD})
+
+    def pixel_counts(self) -> PixelCounts:
+        """Add up the counts over all labels. Raise UndefinedMetricError if there are none."""
+        if self.no_pixels:
+            raise UndefinedMetricError(self.no_pixels)
+        return reduce(add, self.pixels.values(), PixelCounts.empty())
+
+    def of_defect(self, defect_type: str) -> LabelledScores:
+        """Select one defect type and all good images."""
+        chosen = np.isin(self.labels, (GOOD, defect_type))
+        return replace(
+            self,
+            labels=self.labels[chosen],
+            scores=self.scores[chosen],
+            is_anomalous=self.is_anomalous[chosen],
+            pixels={label: counts for label, counts in self.pixels.items() if label in (GOOD, defect_type)},
+        )
+
+
+class MaskedMap(NamedTuple):
+    """The anomaly map and the mask of an image, (H, W) both; the mask's URI if its defect is too small for the map."""
+
+    label: str
+    anomaly_map: Map
+    mask: Mask
+    vanished_mask: str = ""
+
+    @classmethod
+    def at_model_size(
+        cls, label: str, anomaly_map: Map, mask: Mask, mask_uri: str, preprocessing: Preprocessing
+    ) -> MaskedMap:
+        """Bring the mask of an image to the map's size by nearest neighbour, as the paper's authors do."""
+        resized = resize_mask(mask, preprocessing)
+        is_vanished = crop_mask(mask, preprocessing).any() and not resized.any()
+        return cls(label, anomaly_map, resized, mask_uri if is_vanished else "")
+
+
+class LabelledPixels:
+    """Counts the pixels of labelled images, a batch after the other, so that few maps are in memory.
+
+    `counts` has the pixel counts by label, and `vanished` the URIs of masks whose defects are too small for the map.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, PixelCounts] = {}
+        self.vanished: list[str] = []
+
+    def add(self, batch: Iterable[MaskedMap]) -> None:
+        """Count the pixels of some images. Raise UndefinedMetricError if a value of a map is not finite."""
+        images = sorted(batch, key=attrgetter("label"))
+        self.vanished += [image.vanished_mask for image in images if image.vanished_mask]
+        for label, some in groupby(images, attrgetter("label")):
+            _, maps, masks, _ = zip(*some, strict=True)
+            self.counts[label] = self.counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
+
+
+def require_masks(masks: Mapping[str, str]) -> None:
+    """Raise UndefinedMetricError if no defect has a mask, and DataError if only some have one.
+
+    `masks` has the URI of the mask of each defective image, or "", by that of the image.
+    """
+    unmasked = [uri for uri, mask in masks.items() if not mask]
+    if len(unmasked) == len(masks):
+        raise UndefinedMetricError("no masks")
+    if unmasked:
+        raise DataError(
+            f"{len(unmasked)} of {len(masks)} defects have no mask, {unmasked[0]} among them; add or remove masks"
+        )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric in [0, 1], or why it is undefined. One of images has a 95 % interval, one of pixels a largest error."""
 
     value: float | None = None
     interval: Interval | None = None
@@ -60,10 +165,7 @@ class CategoryMetrics:
         metrics: each of METRICS.
         good_count: number of good images.
         defect_count: number of defective images.
-        error_count: number of images with a label that could not be scored.
-        unlabelled_count: number of images without a label.
-        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
-        problems: one line each.
+        error_count: as in `LabelledScores`, and so are the fields up to `problems`.
         defects: metrics of each defect type.
     """
 
@@ -110,7 +212,7 @@ class CategoryMetrics:
 
 def measure_category(scores: LabelledScores) -> CategoryMetrics:
     """Measure a category and each of its defect types."""
-    return dataclasses.replace(
+    return replace(
         _measure(scores),
         error_count=scores.error_count,
         unlabelled_count=scores.unlabelled_count,

@@ -27,13 +27,8 @@ def bootstrap_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> dict
     the interval has no width. To resample counts by score takes 0.1 s for 120 images; scipy.stats.bootstrap with
     scikit-learn takes 30 s.
 
-    Args:
-        is_defect: (N,), true for a defect.
-        scores: (N,), larger for what is more anomalous.
-        seed: of the resampling; the same for every category, so that a report can be reproduced.
-
-    Returns:
-        The interval of each of RANK_METRICS.
+    Return the interval of each of RANK_METRICS, of (N,) flags and scores. With one seed for every category, a report
+    can be reproduced.
 
     Raises:
         UndefinedMetricError: if there is only one class, or a score is not finite.

@@ -28,12 +28,15 @@ def render(template: str, /, **values: Any) -> str:
     return page.replace("SCRIPT-HASH", f"sha256-{digest}", 1)
 
 
+def jpeg_uri(jpeg: bytes) -> str:
+    """Write a JPEG as a data URI."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
 def score_parts(row: Mapping[str, Any]) -> str:
     """Write what student and memory add to an image's score; "" if the score is not their sum."""
     parts = {name: row[f"{name}_score"] for name in ("student", "memory")}
     return " + ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
 
 
-def jpeg_uri(jpeg: bytes) -> str:
-    """Write a JPEG as a data URI."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+_TEMPLATES.filters["jpeg_uri"] = jpeg_uri

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -20,17 +20,16 @@ _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_
 _COLUMNS = ["image_id", "uri", "archive_start", "archive_length", "category", "model_id", *_VALUES, *_HEATMAP]
 
 
-def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Read the most anomalous rows, in order, as `read_ranked` does; each gets a key `excess`, see `RankedImage`."""
-    return read_ranked(output, RowSummary.total(committed_summaries(output), max_images), max_images)
+def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | None = None) -> list[dict[str, Any]]:
+    """Read the most anomalous rows, in order; each gets a key `excess`, see `RankedImage`.
 
-
-def read_ranked(output: RunOutput, summary: RowSummary, max_images: int) -> list[dict[str, Any]]:
-    """Read the rows that a summary ranks first; if it ranks too few, scan all rows.
+    Take those that a summary of all rows ranks first: the sum of those of committed segments, if none is given. Scan
+    all rows if it ranks too few.
 
     Raises:
         RunDamagedError: if one of them is missing, or cannot be read.
     """
+    summary = summary or RowSummary.total(committed_summaries(output), max_images)
     if not summary.rows or summary.max_ranked < max_images:
         # No segment is committed yet, or the run was scored for a shorter page.
         summary = scan_rows(output, max_images)
@@ -38,11 +37,7 @@ def read_ranked(output: RunOutput, summary: RowSummary, max_images: int) -> list
 
 
 def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
-    """Summarize all rows that a run wrote by reading them, without their pictures, a file at a time.
-
-    Raises:
-        RunDamagedError: if a file is damaged, or has other columns.
-    """
+    """Summarize all rows that a run wrote by reading them, without their pictures. Raise RunDamagedError."""
     dataset = open_rows(output, COLUMNS)
     with blaming_damaged_file(output):
         return RowSummary.total(
@@ -61,20 +56,17 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
         wanted[image.task].append(image.image_id)
     rows: dict[int, dict[str, Any]] = {}
     for uri in output.files():
-        if ids := wanted.get(task_of(uri)):
-            with blaming_damaged_file(output, [uri]):
-                rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
+        if not (ids := wanted.get(task_of(uri))):
+            continue
+        is_wanted = ds.field("image_id").isin(ids)
+        with blaming_damaged_file(output, [uri]):
+            dataset = open_rows(output, _COLUMNS, [uri])
+            for group in (group for file in dataset.get_fragments() for group in file.split_by_row_group()):
+                if group.count_rows(filter=is_wanted):
+                    found = group.to_table(dataset.schema, columns=_COLUMNS, filter=is_wanted)
+                    rows |= {row["image_id"]: row for row in found.to_pylist()}
     if missing := sum(image.image_id not in rows for image in images):
         raise RunDamagedError(
             f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing"
         )
     return [rows[image.image_id] | {"excess": image.excess} for image in images]
-
-
-def _read_rows(output: RunOutput, uri: str, image_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    dataset = open_rows(output, _COLUMNS, [uri])
-    is_wanted = ds.field("image_id").isin(image_ids)
-    for file in dataset.get_fragments():
-        for row_group in file.split_by_row_group():
-            if row_group.count_rows(filter=is_wanted):
-                yield from row_group.to_table(dataset.schema, columns=_COLUMNS, filter=is_wanted).to_pylist()

@@ -10,12 +10,12 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data.encode import encode_jpeg
-from stpm.data.heatmaps import overlay_heatmap, read_heatmap, read_picture
+from stpm.data.heatmaps import read_overlay
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import jpeg_uri, render, score_parts
 from stpm.scoring.output import RunOutput
-from stpm.scoring.ranked_rows import read_ranked
+from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.row_summary import RowSummary
 
 # Maximum pixels of a picture's shorter and longer side.
@@ -33,16 +33,11 @@ def write_triage(
     preprocessing: Mapping[str, Preprocessing],
     discoveries: Discoveries | None = None,
 ) -> None:
-    """Write the page, with its pictures embedded, to the run's state folder.
+    """Write the page, with its pictures embedded, to the state folder of a run that has scored all images.
 
-    Args:
-        output: of a run that has scored all images.
-        summary: of all rows.
-        max_images: images on the page.
-        preprocessing: of each category's model.
-        discoveries: to mark; None if the run does not look for them.
+    It takes a summary of all rows, each category's preprocessing, and the discoveries, if the run looks for them.
     """
-    rows = read_ranked(output, summary, max_images)
+    rows = most_anomalous(output, max_images, summary)
     cut_off = discoveries.cut_off if discoveries else 0.0
     pictures = storage.in_parallel(lambda row: picture(output, row, preprocessing[row["category"]]), rows, THREADS)
     shown = [
@@ -56,9 +51,8 @@ def write_triage(
 def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
     """Draw an image with its heatmap, if there is one, as a data URI; return "" if the image cannot be read."""
     try:
-        pixels = read_picture(row, preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
-        heatmap = read_heatmap(output.folder, row)
-        return jpeg_uri(encode_jpeg(Image.fromarray(overlay_heatmap(pixels, heatmap) if heatmap else pixels)))
+        pixels, overlaid = read_overlay(row, output.folder, preprocessing, _MAX_SHORT_SIDE, _MAX_LONG_SIDE)
+        return jpeg_uri(encode_jpeg(Image.fromarray(pixels if overlaid is None else overlaid)))
     except Exception as error:  # noqa: BLE001
         log.warning("%s is not shown: %s: %s", row["uri"], type(error).__name__, error)
         return ""

@@ -7,15 +7,15 @@ import pytest
 from PIL import Image
 
 from stpm import storage
-from stpm.data import demo, images, mvtec
+from stpm.data import demo, mvtec
+from stpm.data.masks import decode_mask
 
 
-@pytest.fixture(autouse=True)
-def few_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "TRAIN_IMAGES", 5)
-
-
-def test_demo_set_is_complete_and_reproducible(tmp_path: Path) -> None:
+def test_demo_set_is_complete_and_reproducible_and_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("TRAIN_IMAGES", 5), ("GOOD_IMAGES", 3), ("IMAGES_PER_DEFECT", 2)):
+        monkeypatch.setattr(demo, name, count)
     for name in ("one", "two"):
         demo.make(str(tmp_path / name))
     assert mvtec.find_categories(str(tmp_path / "one")) == ["brick", "grass", "gravel"]
@@ -26,10 +26,14 @@ def test_demo_set_is_complete_and_reproducible(tmp_path: Path) -> None:
         assert len(category.test) - len(defects) == demo.GOOD_IMAGES
         assert {image.label for image in defects} == {"foreign", "hole", "smear", "stain"}
         for image in defects:
-            mask = images.decode_mask(storage.read(image.mask))
+            mask = decode_mask(storage.read(image.mask))
             assert mask.shape == (demo.CROP, demo.CROP)
             assert 0.005 < mask.mean() < 0.2
             assert storage.read(image.uri) == storage.read(image.uri.replace("/one/", "/two/"))
+    changed = tmp_path / "one" / "brick" / "train" / "good" / "000.png"
+    Image.new("L", (1, 1)).save(changed)
+    demo.make(str(tmp_path / "one"))
+    assert Image.open(changed).size == (1, 1)
 
 
 def test_demo_defects_change_images_inside_their_masks() -> None:
@@ -38,11 +42,3 @@ def test_demo_defects_change_images_inside_their_masks() -> None:
         image, mask = draw(np.random.default_rng(1), texture, texture[::-1])
         change = np.abs(image.astype(int) - texture)
         assert change[mask > 0].mean() > 10 * change[mask == 0].mean()
-
-
-def test_demo_set_is_not_overwritten(tmp_path: Path) -> None:
-    demo.make(str(tmp_path))
-    changed = tmp_path / "brick" / "train" / "good" / "000.png"
-    Image.new("L", (1, 1)).save(changed)
-    demo.make(str(tmp_path))
-    assert Image.open(changed).size == (1, 1)

@@ -51,21 +51,18 @@ def scored_run(
     for i, label in enumerate(columns["label"]):
         anomaly_map = rng.random(shape, np.float32)
         anomaly_map[14:34, 14:34] += 0.3 if label != "good" else 0.0
-        failed = i < broken
-        heatmap = f"heatmaps/{i}.png"
+        score, heatmap = float(anomaly_map.max()), f"heatmaps/{i}.png"
         storage.publish(f"{output.folder}/{heatmap}", palette_png(np.full(shape, 255, np.uint8)))
-        columns["anomaly_map"][i] = None if failed or not maps else anomaly_map.tobytes()
-        columns["label"][i] = "" if i < unlabelled else label if label == "good" else types[i % len(types)]
-        columns["threshold"][i] = None if failed else 1.0
-        columns["score"][i] = None if failed else float(anomaly_map.max())
-        if parts and not failed:
-            columns["student_score"][i] = 0.25 * float(anomaly_map.max())
-            columns["memory_score"][i] = 0.75 * float(anomaly_map.max())
-        columns["is_anomalous"][i] = None if failed else bool(anomaly_map.max() > 1.0)
-        columns["width"][i], columns["height"][i] = 40, 48
-        columns["error_kind"][i] = "damaged" if failed else ""
-        columns["error_message"][i] = "cut off" if failed else ""
-        columns["heatmap"][i] = "" if failed else heatmap
+        row: dict[str, object] = {"width": 40, "height": 48, "error_kind": "", "error_message": "", "heatmap": heatmap}
+        row |= {"score": score, "threshold": 1.0, "is_anomalous": score > 1.0}
+        row |= {"student_score": 0.25 * score, "memory_score": 0.75 * score} if parts else {}
+        row["anomaly_map"] = anomaly_map.tobytes() if maps else None
+        if i < broken:
+            row |= dict.fromkeys(("score", "threshold", "is_anomalous", "anomaly_map"))
+            row |= {"error_kind": "damaged", "error_message": "cut off", "heatmap": ""}
+        row["label"] = "" if i < unlabelled else label if label == "good" else types[i % len(types)]
+        for name, value in row.items():
+            columns[name][i] = value
     # The other run in the same folder must not be read.
     for run in (output, RunOutput.named(output.folder, "seed-1")):
         write_rows(run, make_output(manifest.num_rows, **columns))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,8 +14,12 @@ from tests.conftest import make_preprocessing
 from tests.evaluation.runs import REPORT, result, without_student
 
 
+def rows_of(report: Report, name: str = "report.parquet") -> list[dict[str, Any]]:
+    return pq.read_table(io.BytesIO(report.files()[name])).to_pylist()
+
+
 def test_the_report_averages_over_seeds_and_then_over_categories() -> None:
-    report = json.loads(json.dumps(REPORT.contents, allow_nan=False))
+    report = json.loads(REPORT.files()["report.json"])
     a, b = report["categories"]["a"], report["categories"]["b"]
     assert (a["image_auroc"], a["pixel_auroc"], a["fit_seconds"]) == (0.5, pytest.approx(0.8), 2.5)
     assert a["image_auroc_std"] == pytest.approx(np.std([0.25, 0.75], ddof=1))
@@ -22,20 +27,20 @@ def test_the_report_averages_over_seeds_and_then_over_categories() -> None:
     assert b["undefined"]["pixel_auroc"] == "no masks"
     assert report["mean"]["image_auroc"] == 0.5
     assert report["mean"]["pixel_auroc"] == pytest.approx(0.8)
+    assert report["mean"]["categories"] == 2
     assert list(a["seeds"]) == ["0", "1"]
     assert a["seeds"]["1"]["model_id"] == result("a", 1, None, None).model.model_id
+    assert a["image_auroc_interval"] == pytest.approx([0.4, 0.6])
+    assert a["seeds"]["1"]["image_auroc_interval"] == pytest.approx([0.65, 0.85])
+    assert (a["defects"]["dent"]["image_auroc"], a["defects"]["dent"]["defect_count"]) == (0.5, 5)
+    assert report["recipe"]["size"] == "64x64"
     assert report["failures"] == [{"category": "c", "reason": "/data/c: no images"}]
 
 
-def test_the_table_has_a_row_per_category_and_seed() -> None:
-    files = REPORT.files()
-    rows = pq.read_table(io.BytesIO(files["report.parquet"])).to_pylist()
-    assert [(row["category"], row["seed"], row["image_auroc"]) for row in rows] == [
-        ("a", 0, 0.25),
-        ("a", 1, 0.75),
-        ("b", 0, 0.5),
-    ]
-    assert json.loads(files["report.json"])["mean"]["categories"] == 2
+@pytest.mark.parametrize(("name", "defect"), [("report.parquet", None), ("defects.parquet", "dent")])
+def test_the_tables_have_a_row_per_category_and_seed_and_one_per_defect_type(name: str, defect: str | None) -> None:
+    found = [(row["category"], row["seed"], row.get("defect"), row["image_auroc"]) for row in rows_of(REPORT, name)]
+    assert found == [("a", 0, defect, 0.25), ("a", 1, defect, 0.75), ("b", 0, defect, 0.5)]
 
 
 def test_the_text_names_undefined_metrics_and_failures() -> None:
@@ -48,8 +53,9 @@ def test_the_text_names_undefined_metrics_and_failures() -> None:
 def test_an_empty_report_is_written() -> None:
     empty = Report("data", [], [Failure("c", "gone")])
     assert empty.text() == "c: failed: gone"
+    assert "1 failed" in empty.page()
     assert empty.contents["mean"]["image_auroc"] is None
-    assert pq.read_table(io.BytesIO(empty.files()["report.parquet"])).num_rows == 0
+    assert rows_of(empty) == []
 
 
 def test_an_image_that_fails_with_each_seed_is_one_failure() -> None:
@@ -59,14 +65,6 @@ def test_an_image_that_fails_with_each_seed_is_one_failure() -> None:
         dataclasses.replace(each, metrics=dataclasses.replace(each.metrics, problems=(problem,))) for each in seeds
     ]
     assert Report("data", damaged).failures == [Failure("a", problem)]
-
-
-def test_the_report_has_intervals_and_defect_types() -> None:
-    a = REPORT.contents["categories"]["a"]
-    assert a["image_auroc_interval"] == pytest.approx([0.4, 0.6])
-    assert a["seeds"]["1"]["image_auroc_interval"] == pytest.approx([0.65, 0.85])
-    assert (a["defects"]["dent"]["image_auroc"], a["defects"]["dent"]["defect_count"]) == (0.5, 5)
-    assert REPORT.contents["recipe"]["size"] == "64x64"
 
 
 def test_the_protocol_has_the_inputs_values_in_common() -> None:
@@ -79,19 +77,8 @@ def test_the_protocol_has_the_inputs_values_in_common() -> None:
     both = Report("data", [result("a", 0, 0.5, None), long], [])
     assert both.contents["protocol"]["input_size"] == "varies"
     assert [both.contents["categories"][name]["input_size"] for name in ("a", "long")] == ["64x64", "96x32"]
-    assert pq.read_table(io.BytesIO(both.files()["report.parquet"]))["input_size"].to_pylist() == ["64x64", "96x32"]
+    assert [row["input_size"] for row in rows_of(both)] == ["64x64", "96x32"]
     assert "input varies, stretch, bilinear" in both.markdown()
-
-
-def test_a_model_without_a_student_is_reported_without_losses() -> None:
-    report = Report("data", [without_student(result("a", seed, 0.5, None)) for seed in (0, 1)], [])
-    values = json.loads(json.dumps(report.contents, allow_nan=False))
-    a = values["categories"]["a"]
-    assert (a["train_loss"], a["validation_loss"]) == (None, None)
-    assert (values["recipe"]["student"], values["recipe"]["memory"]) == ("none", 50)
-    assert pq.read_table(io.BytesIO(report.files()["report.parquet"]))["train_loss"].to_pylist() == [None, None]
-    assert "0.5000" in report.text()
-    assert "0.5000" in report.markdown()
 
 
 @pytest.mark.parametrize(
@@ -111,14 +98,14 @@ def test_the_protocol_describes_the_image_score(fractions: list[float], words: s
     assert Report("data", results, []).contents["protocol"]["image_score"] == words
 
 
-def test_defect_types_are_a_table_of_their_own() -> None:
-    files = REPORT.files()
-    rows = pq.read_table(io.BytesIO(files["defects.parquet"])).to_pylist()
-    assert [(row["category"], row["seed"], row["defect"], row["image_auroc"]) for row in rows] == [
-        ("a", 0, "dent", 0.25),
-        ("a", 1, "dent", 0.75),
-        ("b", 0, "dent", 0.5),
-    ]
+def test_a_model_without_a_student_is_reported_without_losses() -> None:
+    report = Report("data", [without_student(result("a", seed, 0.5, None)) for seed in (0, 1)], [])
+    values = json.loads(report.files()["report.json"])
+    a = values["categories"]["a"]
+    assert (a["train_loss"], a["validation_loss"]) == (None, None)
+    assert (values["recipe"]["student"], values["recipe"]["memory"]) == ("none", 50)
+    assert [row["train_loss"] for row in rows_of(report)] == [None, None]
+    assert "0.5000" in report.text()
 
 
 def test_the_markdown_table_escapes_names() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stpm import storage
-from stpm.data import images
+from stpm.data import decoding
 from stpm.data.image_statistics import COMPARED
 from stpm.errors import DataError, ImageError
 from stpm.fitting.training_images import TrainingImages, load_images, preprocessing_for
@@ -49,14 +49,14 @@ def test_unreadable_files_are_named_with_advice_that_fits_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
 ) -> None:
     uris = make_images(tmp_path)
-    decoded = images.decode(Path(uris[0]).read_bytes(), make_preprocessing(64))
-    monkeypatch.setattr(images, "decode", Mock(side_effect=[error] * 7 + [decoded] * 2))
+    decoded = decoding.decode(Path(uris[0]).read_bytes(), make_preprocessing(64))
+    monkeypatch.setattr(decoding, "decode", Mock(side_effect=[error] * 7 + [decoded] * 2))
     with pytest.raises(DataError, match=rf"7 of 9 training images cannot be read: .*00\d.png.*; and 2 more; {advice}$"):
         load_images(uris, make_preprocessing(64), 2**30)
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uris, decode = make_images(tmp_path), images.decode
+    uris, decode = make_images(tmp_path), decoding.decode
     at_once, most = 0, 0
 
     def counted(*args: Any) -> Any:
@@ -67,10 +67,10 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pyt
         at_once -= 1
         return decode(*args)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(decoding, "decode", counted)
     load_images(uris, make_preprocessing(64), 2**30)
     assert most > 1
-    monkeypatch.setattr(images, "read_size", lambda data: (10_000, 5_000))
+    monkeypatch.setattr(decoding, "read_size", lambda data: (10_000, 5_000))
     most = 0
     load_images(uris, make_preprocessing(64), 2**30)
     assert most == 1

@@ -99,20 +99,20 @@ def test_two_runs_of_a_category_and_seed_are_refused(tmp_path: Path, tiny: Recip
         evaluate(run=str(tmp_path))
 
 
-def test_labels_without_a_model_are_failures(tmp_path: Path) -> None:
-    output = scored_run(tmp_path).output
+def test_labels_without_a_model_are_failures_and_a_run_without_labels_is_reported(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = scored_run(tmp_path / "labelled").output
     assert find_labels_without_model(output, {"nut"}) == []
     assert find_labels_without_model(output, {"bolt"}) == [Failure("nut", "no model scored its 12 images with a label")]
-
-
-def test_a_run_without_labels_is_reported(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     output = scored_run(tmp_path, unlabelled=12).output
     store = ModelStore(str(tmp_path / "models"))
-    finish_run(output, save(store, tiny).model_id, store.uri)
-    empty = result("nut", 0, None, None)
-    empty = dataclasses.replace(empty, metrics=dataclasses.replace(empty.metrics, good_count=0, defect_count=0))
+    record = save(store, tiny)
+    finish_run(output, record.model_id, store.uri)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
-    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda *_: [empty])
+    monkeypatch.setattr(
+        evaluate_job, "evaluate_categories", lambda *_: [evaluate_category(output, record, {}, "model")[0]]
+    )
     with pytest.raises(DataError, match="no image has a label; score a table that has the column `label`"):
         evaluate(run=output.folder)
 
@@ -126,14 +126,13 @@ def test_a_damaged_run_is_to_be_scored_again(tmp_path: Path, content: str) -> No
 
 
 def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = scored_run(tmp_path).output
+    store = ModelStore(str(tmp_path / "models"))
+    finish_run(output, save(store, tiny).model_id, store.uri)
     storage.publish(f"{output.scores}/seed-0_1.parquet", b"PAR1")
-    Path(output.state_folder).mkdir(parents=True)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
-    monkeypatch.setattr(evaluate_job, "_read_models", lambda output, _: (None, []))
-    monkeypatch.setattr(evaluate_job, "evaluate_categories", lambda output, *_: open_rows(output))
     with pytest.raises(RunDamagedError, match=r"^/.*seed-0_1\.parquet is damaged: .*; restore the files, or score .*$"):
         evaluate(run=output.folder)
 
@@ -198,3 +197,7 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()
+    output = scored_run(tmp_path).output
+    with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another --out"):
+        split().score([model], ModelStore(str(tmp_path / "models")), output)
+    assert output.files()

@@ -10,8 +10,8 @@ from itertools import islice
 import pyarrow as pa
 
 from stpm import storage
+from stpm.data.decoding import SUFFIXES
 from stpm.data.image_files import TAR, ImageRef, tar_images
-from stpm.data.images import SUFFIXES
 from stpm.errors import ImageError, NoImagesError
 from stpm.names import as_utf8
 from stpm.scoring.inputs import tables

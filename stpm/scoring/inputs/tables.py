@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stpm import storage
+from stpm.data.decoding import SUFFIXES as IMAGE_SUFFIXES
 from stpm.data.image_files import IMAGE_COLUMNS, PARQUET, image_column
-from stpm.data.images import SUFFIXES as IMAGE_SUFFIXES
 from stpm.errors import DataError, NoImagesError
 from stpm.scoring.schema import INPUT_COLUMNS
 

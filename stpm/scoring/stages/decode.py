@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from stpm.data import image_files, images
+from stpm.data import decoding, image_files
+from stpm.data.decoding import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.data.image_files import ImageRef
 from stpm.data.image_statistics import NAMES
-from stpm.data.images import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
@@ -158,7 +158,7 @@ class _ImageTask:
                     self._since = math.inf
                     check_in_child(data, self.preprocessing, self.limit)
                 self._begin("decode")
-                return images.decode(data, self.preprocessing)
+                return decoding.decode(data, self.preprocessing)
         except ImageError as error:
             return error
 

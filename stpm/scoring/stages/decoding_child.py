@@ -12,7 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
-from stpm.data import images
+from stpm.data import decoding
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.records import from_json, to_json
@@ -54,4 +54,4 @@ def check_in_child(data: bytes, preprocessing: Preprocessing, seconds: float) ->
 
 if __name__ == "__main__":
     with suppress(ImageError):
-        images.decode(sys.stdin.buffer.read(), from_json(Preprocessing, sys.argv[1].encode()))
+        decoding.decode(sys.stdin.buffer.read(), from_json(Preprocessing, sys.argv[1].encode()))

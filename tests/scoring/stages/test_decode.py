@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.data import image_files, images, mvtec
+from stpm.data import decoding, image_files, mvtec
+from stpm.data.decoding import Decoded
 from stpm.data.image_statistics import COMPARED
-from stpm.data.images import Decoded
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import MANIFEST
@@ -46,14 +46,14 @@ def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
     rows = manifest(run).slice(0, 12)
     hanging = [Path(rows["uri"][i].as_py()).read_bytes() for i in (0, 5)]
     release = threading.Event()
-    original = images.decode
+    original = decoding.decode
 
     def decode_slowly(data: bytes, preprocessing: Preprocessing) -> Decoded:
         if data in hanging:
             release.wait(60)
         return original(data, preprocessing)
 
-    monkeypatch.setattr(images, "decode", decode_slowly)
+    monkeypatch.setattr(decoding, "decode", decode_slowly)
     out = Decode(PREPROCESSING, seconds=1.0)(rows)
     release.set()
     assert out["error_kind"].to_pylist() == ["decode_timeout" if i in (0, 5) else "" for i in range(12)]
@@ -64,7 +64,7 @@ def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
 ) -> None:
     # The eight images take several times the limit of each.
     turn = threading.Lock()
-    original = images.decode
+    original = decoding.decode
 
     def decode_slowly(data: bytes, preprocessing: Preprocessing) -> Decoded:
         assert turn.acquire(blocking=False), "two images are decoded at the same time"
@@ -72,7 +72,7 @@ def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
         turn.release()
         return original(data, preprocessing)
 
-    monkeypatch.setattr(images, "decode", decode_slowly)
+    monkeypatch.setattr(decoding, "decode", decode_slowly)
     out = Decode(PREPROCESSING, seconds=1.0)(manifest(run).slice(0, 8))
     assert out["error_kind"].to_pylist() == [""] * 8
 

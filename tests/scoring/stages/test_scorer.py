@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stpm import storage
-from stpm.data import images
+from stpm.data import decoding
 from stpm.detector import TeacherSpec
 from stpm.errors import ImageError
 from stpm.method.arithmetic import Arithmetic, Capabilities
@@ -44,7 +44,7 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
     models = DetectorCache(store, torch.device("cpu"), 2**30, current_ids(store), Arithmetic())
     for row in score(run, mixed).to_pylist():
         detector = models.detector(row["category"])
-        pixels = images.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
+        pixels = decoding.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
         whole = np.array([[0, 0, 64, 64]], np.int32)
         inputs = detector.teacher.inputs(torch.from_numpy(pixels[None].copy()))
         (expected,) = detector.anomaly_maps(detector.distances(inputs, whole), whole)

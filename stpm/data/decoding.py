@@ -22,6 +22,8 @@ from stpm.errors import ImageError, one_line
 from stpm.method.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
+# The bytes of an image file; or an image of any mode that a file can have.
+Fetched = bytes | Image.Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Formats are read from a file's contents, not its name. Pillow knows more, and starts other programs for some of them.
@@ -42,10 +44,8 @@ class Decoded:
 
     Args:
         pixels: (H, W, 3) uint8 RGB at model size, padding included.
-        width: of the file's own image, in pixels.
-        height: of the file's own image, in pixels.
-        bytes: size of the file.
-        statistics: of the file's own pixels.
+        width: of the image itself, pixels, as are its height and statistics.
+        bytes: size of the file; 0 if there is none.
     """
 
     pixels: Pixels
@@ -69,29 +69,15 @@ def _decoding_errors() -> Iterator[None]:
 
 
 @_decoding_errors()
-def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
-    """Decode an image, cut out the part that the model sees, and resize it to the model's input, with antialiasing.
-
-    Raises:
-        ImageError: if it cannot be decoded; no bytes cause any other exception.
-    """
-    return prepare(_open(data), preprocessing, len(data))
-
-
-@_decoding_errors()
-def prepare(image: Image.Image, preprocessing: Preprocessing, file_bytes: int) -> Decoded:
+def decode(fetched: Fetched, preprocessing: Preprocessing) -> Decoded:
     """Cut out the part of an image that the model sees, and resize it to the model's input, with antialiasing.
 
-    Args:
-        image: of any mode that a file can have.
-        preprocessing: the model's preprocessing.
-        file_bytes: size of the file; 0 if it has none.
-
     Raises:
-        ImageError: if its pixels have no fixed range.
+        ImageError: if it cannot be decoded, or its pixels have no fixed range; nothing else is raised.
     """
+    image = _open(fetched)
     width, height = image.size
-    rgb = as_rgb(image)
+    rgb = _as_rgb(image)
     statistics = compute_statistics(rgb)
     content = preprocessing.content_shape(width, height)
     if rgb.size != content[::-1]:
@@ -101,6 +87,7 @@ def prepare(image: Image.Image, preprocessing: Preprocessing, file_bytes: int) -
         padded = Image.new("RGB", (preprocessing.width, preprocessing.height), preprocessing.padding_colour)
         padded.paste(rgb, preprocessing.content_box(width, height))
         rgb = padded
+    file_bytes = len(fetched) if isinstance(fetched, bytes) else 0
     return Decoded(np.asarray(rgb), width, height, file_bytes, statistics)
 
 
@@ -108,14 +95,7 @@ def prepare(image: Image.Image, preprocessing: Preprocessing, file_bytes: int) -
 def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     """Decode the part of an image that the model sees, in the image's own proportions: (H, W, 3) uint8 RGB.
 
-    Args:
-        data: the image file.
-        preprocessing: the model's preprocessing.
-        shorter: wanted pixels of the shorter side; it has fewer where the longer side would exceed `longest`.
-        longest: largest number of pixels of the longer side.
-
-    Raises:
-        ImageError: if the image cannot be decoded.
+    Its shorter side has `shorter` pixels, or fewer where the longer side would exceed `longest`. Raises ImageError.
     """
     image = _open_header(data)
     size = preprocessing.picture_size(*image.size, shorter, longest)
@@ -124,58 +104,26 @@ def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, long
     whole = np.array(image.size)
     image.draft(None, tuple(np.ceil(2 * np.array(size) * whole / (box[1] - box[0])).astype(int)))
     box = np.minimum(box * image.size / whole, image.size)
-    return np.asarray(as_rgb(_load(image)).resize(size, Image.Resampling.BILINEAR, box=tuple(box.ravel())))
+    return np.asarray(_as_rgb(_load(image)).resize(size, Image.Resampling.BILINEAR, box=tuple(box.ravel())))
 
 
 @_decoding_errors()
-def open_rgb(data: bytes) -> Image.Image:
-    """Decode an image at its own size.
-
-    Raises:
-        ImageError: if it cannot be decoded.
-    """
-    return as_rgb(_open(data))
+def open_rgb(fetched: Fetched) -> Image.Image:
+    """Decode an image at its own size. Raises ImageError."""
+    return _as_rgb(_open(fetched))
 
 
 @_decoding_errors()
-def read_size(data: bytes) -> tuple[int, int]:
-    """Read an image's width and height from its header alone.
-
-    Raises:
-        ImageError: if the header cannot be read.
-    """
-    return _open_header(data).size
-
-
-@_decoding_errors()
-def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
-    """Decode a ground-truth mask at its own size: (height, width) bool, true where the value is above 0.
-
-    Raises:
-        ImageError: if the mask cannot be decoded.
-    """
+def open_grey(data: bytes) -> Image.Image:
+    """Decode a file to one channel, of 16 or 32 bits if the file has them, at its own size. Raises ImageError."""
     image = _open(data)
-    values = np.asarray(image if image.mode in ("L", "1") or image.mode.startswith("I") else image.convert("L"))
-    return values > 0
+    return image if image.mode in ("L", "1") or image.mode.startswith("I") else image.convert("L")
 
 
-def resize_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
-    """Cut out the part of a mask that the model sees, and resize it to the anomaly map by nearest neighbour."""
-    image = Image.fromarray(mask.astype(np.uint8))
-    height, width = preprocessing.content_shape(*image.size)
-    box = preprocessing.source_box(*image.size)
-    return np.asarray(image.resize((width, height), Image.Resampling.NEAREST, box=box)) > 0
-
-
-def crop_mask(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing) -> npt.NDArray[np.bool_]:
-    """Cut out the part of a mask that the model sees, at the mask's own resolution."""
-    left, top, right, bottom = preprocessing.seen_box(mask.shape[1], mask.shape[0])
-    return mask[top:bottom, left:right]
-
-
-def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
-    """Resize an anomaly map bilinearly: (height, width) float32."""
-    return np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
+@_decoding_errors()
+def read_size(fetched: Fetched) -> tuple[int, int]:
+    """Read width and height; of a file, from its header alone. Raises ImageError."""
+    return _open_header(fetched).size if isinstance(fetched, bytes) else fetched.size
 
 
 def _open_header(data: bytes) -> Image.Image:
@@ -199,8 +147,8 @@ def _open_header(data: bytes) -> Image.Image:
     return image
 
 
-def _open(data: bytes) -> Image.Image:
-    return _load(_open_header(data))
+def _open(fetched: Fetched) -> Image.Image:
+    return _load(_open_header(fetched) if isinstance(fetched, bytes) else fetched)
 
 
 def _load(image: Image.Image) -> Image.Image:
@@ -214,17 +162,14 @@ def _load(image: Image.Image) -> Image.Image:
     return image
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8 bits per colour, see the module's conventions.
-
-    Raises:
-        ImageError: if its pixels have no fixed range.
-    """
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8 bits per colour, see the module's conventions."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255, and almost all of the image would be white.
-        divisor = np.uint16(16 if _bits_per_sample(image) == 12 else 257)
+        # Pillow's own conversion clips at 255, and almost all of the image would be white. Only TIFF has other depths.
+        bits = image.tag_v2[_BITS_PER_SAMPLE][0] if isinstance(image, TiffImageFile) else 16
+        divisor = np.uint16(16 if bits == 12 else 257)
         return Image.fromarray((np.asarray(image) // divisor).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(
@@ -234,8 +179,3 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except Exception as error:
         raise ImageError("unsupported", f"{image.format} in mode {image.mode}: {error}") from error
-
-
-def _bits_per_sample(image: Image.Image) -> int:
-    """Return the bits of a TIFF's first channel; 16 for other formats, whose wide images have no other depth."""
-    return image.tag_v2[_BITS_PER_SAMPLE][0] if isinstance(image, TiffImageFile) else 16

@@ -1,9 +1,9 @@
-"""Pixel-level metrics from a mergeable state, whose size does not grow with the number of images.
+"""AUROC, average precision, F1-max and AUPRO of pixels, from a state that does not grow with the number of images.
 
-The state counts pixels by key: a float32 score, read as an integer of the same order. It is exact while the distinct
-keys are few. When they exceed a limit, drop the last bit of all keys, and repeat until they do not: neighbouring scores
-then tie. The number of lost bits depends only on the set of scores, so that states may be merged in any order and
-grouping. Each metric has a bound on what ties may have changed, computed from the counts.
+It counts pixels by key: a float32 score, read as an integer of the same order. It is exact while the distinct keys are
+few. When they exceed a limit, drop the last bit of all keys, and repeat until they do not: neighbouring scores tie. The
+number of lost bits depends only on the set of scores, so that states may be merged in any order and grouping. Each
+metric has a bound on what ties may have changed, computed from the counts.
 """
 
 from __future__ import annotations
@@ -41,18 +41,14 @@ class PixelCounts:
 
     Args:
         keys: (K,) uint32, ascending: order-preserving bits of the score, without the last `lost_bits`.
-        good: (K,) int64, number of good pixels.
-        defect: (K,) int64, number of defective pixels.
-        overlap: (K,) float64, sum over defect regions of the fraction of each region's pixels.
+        sums: (3, K) float64: numbers of good and of defective pixels, which are exact up to 2^53; and the sum over
+            defect regions of the fraction of each region's pixels.
         regions: number of defect regions.
-        lost_bits: number of bits that the keys have lost.
         max_keys: maximum number of keys.
     """
 
     keys: npt.NDArray[np.uint32]
-    good: npt.NDArray[np.int64]
-    defect: npt.NDArray[np.int64]
-    overlap: npt.NDArray[np.float64]
+    sums: npt.NDArray[np.float64]
     regions: int
     lost_bits: int = 0
     max_keys: int = MAX_KEYS
@@ -64,17 +60,10 @@ class PixelCounts:
 
     def __add__(self, other: PixelCounts) -> PixelCounts:
         """Add up the counts of two sets of images."""
-        lost = max(self.lost_bits, other.lost_bits)
-        one, two = self._with_lost_bits(lost), other._with_lost_bits(lost)
-        joined = replace(
-            one,
-            keys=np.concatenate([one.keys, two.keys]),
-            good=np.concatenate([one.good, two.good]),
-            defect=np.concatenate([one.defect, two.defect]),
-            overlap=np.concatenate([one.overlap, two.overlap]),
-            regions=one.regions + two.regions,
-        )
-        return joined._merged()._within_max_keys()
+        lost_bits = max(self.lost_bits, other.lost_bits)
+        one, two = self._with_lost_bits(lost_bits), other._with_lost_bits(lost_bits)
+        keys, sums = np.concatenate([one.keys, two.keys]), np.concatenate([one.sums, two.sums], axis=1)
+        return PixelCounts(keys, sums, one.regions + two.regions, lost_bits, self.max_keys)._merged()
 
     def auroc(self) -> Bounded:
         """Compute the area under the ROC curve over pixels, ties counting half."""
@@ -83,7 +72,7 @@ class PixelCounts:
 
     def average_precision(self) -> Bounded:
         """Compute average precision, as scikit-learn does."""
-        good, defect = self._descending()
+        good, defect, _ = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
         recall = defect / tp[-1]
         value = (recall * tp / (tp + fp)).sum()
@@ -97,7 +86,7 @@ class PixelCounts:
 
     def f1_max(self) -> Bounded:
         """Find the largest F1 of any threshold."""
-        good, defect = self._descending()
+        good, defect, _ = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
         value = (2 * tp / (tp[-1] + tp + fp)).max()
         highest = (2 * tp / (tp[-1] + tp + fp - good)).max()
@@ -113,15 +102,15 @@ class PixelCounts:
         Args:
             limit: largest false positive rate, in (0, 1].
         """
-        x, y, cut = self._pro(limit)
+        x, y, cut_rise = self._pro(limit)
         # The whole rise of the bin that the limit cuts may be before the limit.
         rises = np.diff(y)
-        rises[-1] = max(rises[-1], self._rise_at(cut))
+        rises[-1] = max(rises[-1], 2 * cut_rise)
         return self._with_error(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
 
     def roc_curve(self) -> Curve:
         """Compute false positive rate and recall over pixels, both ascending from 0 to 1."""
-        good, defect = self._descending()
+        good, defect, _ = self._descending()
         return _curve(good / good.sum()), _curve(defect / defect.sum())
 
     def pro_curve(self, limit: float) -> Curve:
@@ -129,51 +118,38 @@ class PixelCounts:
         x, y, _ = self._pro(limit)
         return x, y
 
-    def _pro(self, limit: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
-        """Compute the curve up to the limit, and the number of its points that are not beyond the limit."""
-        good, _ = self._descending()
-        x, y = _curve(good / good.sum()), _curve(self.overlap[::-1] / self.regions)
+    def _pro(self, limit: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
+        """Compute the curve up to the limit, and the whole rise of the bin that the limit cuts; 0 if there is none."""
+        good, _, overlap = self._descending()
+        x, y = _curve(good / good.sum()), _curve(overlap / self.regions)
         inside = int(np.searchsorted(x, limit, side="right"))
-        at_limit = np.interp(limit, x, y) if inside < len(x) else y[-1]
-        return np.append(x[:inside], limit), np.append(y[:inside], at_limit), inside
+        # The curve has one point more than there are bins: its first, (0, 0).
+        at_limit, cut_rise = (np.interp(limit, x, y), np.diff(y)[inside - 1]) if inside < len(x) else (y[-1], 0.0)
+        return np.append(x[:inside], limit), np.append(y[:inside], at_limit), float(cut_rise)
+
+    def _descending(self) -> npt.NDArray[np.float64]:
+        good, defect, _ = self.sums
+        if not defect.any():
+            raise UndefinedMetricError("no defective pixels")
+        if not good.any():
+            raise UndefinedMetricError("no good pixels")
+        return self.sums[:, ::-1]
 
     def _with_error(self, value: float, error: float) -> Bounded:
         """Return a metric with its error, which is 0 if no bit is lost: all ties are then real."""
         return Bounded(float(value), float(error) if self.lost_bits else 0.0)
 
-    def _rise_at(self, inside: int) -> float:
-        overlap = self.overlap[::-1]
-        return float(2 * overlap[inside - 1] / self.regions) if 0 < inside <= len(overlap) else 0.0
-
-    def _descending(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        if not self.defect.any():
-            raise UndefinedMetricError("no defective pixels")
-        if not self.good.any():
-            raise UndefinedMetricError("no good pixels")
-        return self.good[::-1], self.defect[::-1]
-
-    def _within_max_keys(self) -> PixelCounts:
-        counts = self
-        while len(counts.keys) > self.max_keys:
-            counts = counts._with_lost_bits(counts.lost_bits + 1)
-        return counts
-
     def _with_lost_bits(self, lost_bits: int) -> PixelCounts:
         if lost_bits == self.lost_bits:
             return self
-        keys = self.keys >> np.uint32(lost_bits - self.lost_bits)
-        return replace(self, keys=keys, lost_bits=lost_bits)._merged()
+        return replace(self, keys=self.keys >> np.uint32(lost_bits - self.lost_bits), lost_bits=lost_bits)._merged()
 
     def _merged(self) -> PixelCounts:
-        """Add up the counts of equal keys."""
+        """Add up the sums of equal keys, and drop bits of the keys until they are few enough."""
         distinct, inverse = np.unique(self.keys, return_inverse=True)
-
-        def summed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return np.bincount(inverse, values, minlength=len(distinct))
-
-        # Sums of whole numbers are exact in float64 up to 2^53 pixels.
-        good, defect = summed(self.good).astype(np.int64), summed(self.defect).astype(np.int64)
-        return replace(self, keys=distinct, good=good, defect=defect, overlap=summed(self.overlap))
+        sums = np.stack([np.bincount(inverse, each, len(distinct)).astype(np.float64) for each in self.sums])
+        counts = replace(self, keys=distinct, sums=sums)
+        return counts if len(distinct) <= self.max_keys else counts._with_lost_bits(self.lost_bits + 1)
 
 
 def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_keys: int = MAX_KEYS) -> PixelCounts:
@@ -198,9 +174,8 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
         raise UndefinedMetricError("a score is not finite")
     weights, regions = zip(*map(_region_weights, masks), strict=True) if len(masks) else ((), ())
     defect = _joined(masks, np.bool_)
-    overlap = _joined(weights, np.float64)
-    counts = PixelCounts(_ordered_bits(scores), ~defect, defect, overlap, sum(regions), max_keys=max_keys)
-    return counts._merged()._within_max_keys()
+    sums = np.stack([~defect, defect, _joined(weights, np.float64)])
+    return PixelCounts(_ordered_bits(scores), sums, sum(regions), max_keys=max_keys)._merged()
 
 
 def _ordered_bits(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import struct
 from unittest.mock import patch
 
@@ -10,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stpm.data import images
-from stpm.data.images import crop_mask, decode, decode_mask, decode_picture, read_size, resize_mask
+from stpm.data import decoding
+from stpm.data.decoding import decode, decode_picture, read_size
+from stpm.data.masks import crop_mask, decode_mask, resize_mask
 from stpm.errors import FINAL_ERRORS, ImageError
 from stpm.method.preprocessing import Resize
 from tests.conftest import make_preprocessing
@@ -21,22 +23,13 @@ GRADIENT = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
 COLOURS = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
 
 
-def test_decode_returns_rgb_at_model_size_and_original_size() -> None:
-    decoded = decode(encode_image(COLOURS), make_preprocessing(64))
-    assert decoded.pixels.shape == (64, 64, 3)
-    assert decoded.pixels.dtype == np.uint8
-    assert (decoded.width, decoded.height) == (40, 30)
-
-
-def test_decode_keeps_pixels_at_model_size() -> None:
+def test_decode_keeps_pixels_at_model_size_and_repeats_grey_in_three_channels() -> None:
     pixels = COLOURS[:30, :30]
     np.testing.assert_array_equal(decode(encode_image(pixels), make_preprocessing(30)).pixels, pixels)
-
-
-def test_decode_repeats_grey_in_three_channels() -> None:
-    pixels = decode(encode_image(GRADIENT), make_preprocessing(64)).pixels
-    assert (pixels[..., 0] == pixels[..., 1]).all()
-    assert (pixels[..., 0] == pixels[..., 2]).all()
+    data = encode_image(GRADIENT)
+    decoded = decode(data, make_preprocessing(30, 40))
+    assert (decoded.width, decoded.height, decoded.bytes) == (40, 30, len(data))
+    np.testing.assert_array_equal(decoded.pixels, np.repeat(GRADIENT[..., None], 3, axis=2))
 
 
 def tiff_of_12_bits(values: np.ndarray) -> bytes:
@@ -66,10 +59,12 @@ def test_decode_raises_only_image_errors(data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(original)))
     try:
         # A damaged header may claim a size that takes long to decode.
-        with patch.object(images, "MAX_PIXELS", 1_000_000):
+        with patch.object(decoding, "MAX_PIXELS", 1_000_000):
             assert decode(bytes(original[:cut]), make_preprocessing(32)).pixels.shape == (32, 32, 3)
     except ImageError as error:
         assert error.kind in FINAL_ERRORS
+        sent = pickle.loads(pickle.dumps(error))
+        assert (sent.kind, str(sent)) == (error.kind, str(error))
 
 
 def test_decode_mask_keeps_size_and_resize_mask_uses_nearest_neighbour() -> None:
@@ -80,24 +75,17 @@ def test_decode_mask_keeps_size_and_resize_mask_uses_nearest_neighbour() -> None
     np.testing.assert_array_equal(resize_mask(read, make_preprocessing(10)), np.tile(np.arange(10) >= 5, (10, 1)))
 
 
-def test_image_error_pickles() -> None:
-    import pickle
-
-    error = pickle.loads(pickle.dumps(ImageError("empty", "no bytes")))
-    assert (error.kind, str(error)) == ("empty", "no bytes")
-
-
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (33, 32)])
 def test_decode_crops_central_square(width: int, height: int) -> None:
-    pixels = COLOURS.repeat(2, axis=0)[:height, :width] if height > 30 else COLOURS[:height, :width]
-    side = min(pixels.shape[:2])
-    top, left = ((n - side) // 2 for n in pixels.shape[:2])
-    square = pixels[top : top + side, left : left + side]
+    pixels = np.tile(COLOURS, (2, 1, 1))[:height, :width]
+    side = min(width, height)
     crop = make_preprocessing(side, resize="crop")
-    if (pixels.shape[0] - side) % 2 == (pixels.shape[1] - side) % 2 == 0:
+    left, top, right, bottom = crop.source_box(width, height)
+    assert (right - left, bottom - top) == (side, side)
+    assert (left, top) == ((width - side) / 2, (height - side) / 2)
+    if left.is_integer() and top.is_integer():
+        square = pixels[int(top) : int(bottom), int(left) : int(right)]
         np.testing.assert_array_equal(decode(encode_image(pixels), crop).pixels, square)
-    left, _, right, _ = crop.source_box(*pixels.shape[1::-1])
-    assert right - left == side
 
 
 RESIZES = st.sampled_from(["stretch", "crop", "fit"])
@@ -142,7 +130,7 @@ def test_resize_mask_has_shape_of_map(resize: Resize, width: int, height: int, r
         assert crop_mask(mask, made).size > 0
 
 
-def test_decode_fit_pads_with_mean_and_keeps_proportions() -> None:
+def test_decode_fit_pads_with_mean_and_stretches_only_similar_proportions() -> None:
     pixels = np.full((50, 200, 3), 250, np.uint8)
     made = make_preprocessing(64, resize="fit")
     decoded = decode(encode_image(pixels), made)
@@ -152,10 +140,6 @@ def test_decode_fit_pads_with_mean_and_keeps_proportions() -> None:
     assert (decoded.pixels[top:bottom] == 250).all()
     padding = np.delete(decoded.pixels, slice(top, bottom), axis=0)
     assert (padding == made.padding_colour).all()
-
-
-def test_decode_fit_stretches_similar_proportions() -> None:
-    made = make_preprocessing(64, resize="fit")
     for width, height in ((50, 50), (50, 54), (54, 50)):
         pixels = np.full((height, width, 3), 250, np.uint8)
         assert (decode(encode_image(pixels), made).pixels == 250).all()
