@@ -12,7 +12,7 @@ from stpm import storage
 from stpm.data import image_files
 from stpm.errors import ConfigError, DataError, UriError
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.inputs.sources import image_rows, stored_list
 from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed
 from stpm.scoring.schema import MANIFEST
 from tests.scoring.inputs.helpers import NUT, rows, write_table
@@ -208,3 +208,21 @@ def test_a_folder_may_hold_images_and_archives(tmp_path: Path) -> None:
         (f"{tmp_path}/s.tar#nut/1.png", 1),
         (f"{tmp_path}/x.png", -1),
     ]
+
+
+def test_a_list_keeps_odd_names() -> None:
+    lines = ["a.png", "b\udcff.png", "~$draft.png", "~nosuchuser/x.png", "file://~x/a.png"]
+    with stored_list(lines) as (file, digest):
+        file.seek(0)
+        assert file.read().splitlines() == lines
+    assert digest.startswith("5 lines, ")
+
+
+def test_the_digest_is_of_the_uris_alone() -> None:
+    lines = ["a.png", "s3://b/c.png", "d.png"]
+    with stored_list(lines) as (_, digest), stored_list([*(f" {line}\n" for line in lines[::-1]), ""]) as (_, other):
+        assert other == digest
+    with stored_list(lines[:2]) as (_, other):
+        assert other != digest
+    with stored_list(["", "\n"]) as (_, other):
+        assert other == ""
