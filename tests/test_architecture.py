@@ -10,8 +10,6 @@ import pytest
 from tests.conftest import REPOSITORY
 
 TEXT = (REPOSITORY / "docs" / "architecture.md").read_text()
-MAX_IMAGE_STEPS = 11
-MAX_CATEGORY_STEPS = 10
 
 
 def section(title: str) -> str:
@@ -39,18 +37,6 @@ def test_function_exists(reference: str) -> None:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:\w+/)+(?:[\w.]+)?|[\w.]+\.(?:toml|yaml))`", TEXT))))
 def test_path_exists(path: str) -> None:
     assert (REPOSITORY / path).exists()
-
-
-def test_paths_are_short() -> None:
-    """A path of one file per step; no file comes twice."""
-    for title, max_steps in (
-        ("An image, from URI to row", MAX_IMAGE_STEPS),
-        ("A category, from folder to model", MAX_CATEGORY_STEPS),
-    ):
-        steps = re.findall(r"^(\d+)\. `(\S+\.py)::", section(title), flags=re.MULTILINE)
-        assert [int(number) for number, _ in steps] == list(range(1, len(steps) + 1))
-        assert 5 < len(steps) <= max_steps
-        assert len({file for _, file in steps}) == len(steps)
 
 
 def test_ten_questions_are_answered_by_one_file_each() -> None:
