@@ -25,6 +25,23 @@ def written() -> dict[str, int]:
     return {str(path.relative_to("run")): path.stat().st_mtime_ns for path in found}
 
 
+def check_again(images: list[str]) -> None:
+    """Check that the same options do nothing, and that others change what depends on them, or are refused."""
+    before = written()
+    again = call_job("score", *SCORE, *images)
+    assert again.returncode == 0
+    assert "all images of this run are scored already" in again.stdout
+    assert written() == before
+    shorter = call_job("score", *SCORE, *images, "--top", "3", "--fdr", "0.5")
+    assert shorter.returncode == 0
+    assert "among 8 images at a false discovery rate of 0.5" in shorter.stdout
+    assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
+    assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
+    other = call_job("score", *SCORE, *images, "--heatmaps", "none")
+    assert other.returncode == 1
+    assert "heatmaps was 'all' and is 'none'" in other.stderr
+
+
 def check_fresh(images: list[str]) -> None:
     """Score from the start, with an empty file among the images."""
     Path("data/nut/test/good/zero.png").write_bytes(b"")
@@ -94,20 +111,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path, ray_here: None
     assert "all 8 images: about" in dry.stdout
     assert not list(Path("dry").rglob("*.*"))
 
-    # The same options again do nothing; other options change what depends on them, or are refused.
-    before = written()
-    again = call_job("score", *SCORE, *images)
-    assert again.returncode == 0
-    assert "all images of this run are scored already" in again.stdout
-    assert written() == before
-    shorter = call_job("score", *SCORE, *images, "--top", "3", "--fdr", "0.5")
-    assert shorter.returncode == 0
-    assert "among 8 images at a false discovery rate of 0.5" in shorter.stdout
-    assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
-    assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
-    other = call_job("score", *SCORE, *images, "--heatmaps", "none")
-    assert other.returncode == 1
-    assert "heatmaps was 'all' and is 'none'" in other.stderr
+    check_again(images)
     assert read_rows("run") == rows
 
     check_fresh(images)
