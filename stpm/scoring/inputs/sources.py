@@ -143,10 +143,9 @@ def _images_in(files: Iterator[str]) -> Iterator[tuple[ImageRef, ImageError | No
 
 
 def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: CategoryRule) -> Iterator[pa.Table]:
-    def row(image: ImageRef, error: ImageError | None) -> ManifestRow:
-        # A pattern describes image paths, and a damaged archive is not an image.
-        category = rule.fixed if error else rule.category(as_utf8(image.path))
-        return ManifestRow(image, category, error=error)
-
     while some := list(islice(images, SHARD_ROWS)):
-        yield make_rows([row(image, error) for image, error in some])
+        # A pattern describes image paths, and a damaged archive is not an image.
+        chosen = (rule.fixed if error else rule.category(as_utf8(image.path)) for image, error in some)
+        yield make_rows(
+            [ManifestRow(image, category, error=error) for (image, error), category in zip(some, chosen, strict=True)]
+        )

@@ -100,14 +100,9 @@ def _read_parquet(uri: str) -> Iterator[pa.Table]:
         images = "" if "uri" in names else image_column(parquet.schema_arrow)
         if not images:
             _require_uri(uri, names)
-        if names == [images]:
-            # Arrow's batches without columns do not know their number of rows: give them an empty column.
-            rows = parquet.metadata.num_rows
-            for start in range(0, rows, SHARD_ROWS):
-                yield pa.table({"label": pa.nulls(min(SHARD_ROWS, rows - start))})
-            return
         is_listing = not images and _is_listing(names)
-        for batch in parquet.iter_batches(SHARD_ROWS, columns=[name for name in names if name != images]):
+        wanted = {*_LISTING_COLUMNS, *_VERSION_COLUMNS} if is_listing else {*names} - {images}
+        for batch in parquet.iter_batches(SHARD_ROWS, columns=[name for name in names if name in wanted]):
             part = pa.Table.from_batches([batch])
             yield _with_uris(part, uri) if is_listing else part
 
