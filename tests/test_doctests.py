@@ -44,8 +44,8 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def short_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fit by the default recipe in a twentieth of its epochs, in an empty folder."""
-    short = dataclasses.replace(stpm.PRESETS["default"], epochs=1, warmup_epochs=0, min_steps=0)
+    """Work in an empty folder, and let the default recipe take seconds: one epoch, and a small memory."""
+    short = dataclasses.replace(stpm.PRESETS["default"], epochs=1, warmup_epochs=0, min_steps=0, memory=200)
     monkeypatch.setitem(stpm.PRESETS, "default", short)
     monkeypatch.chdir(tmp_path)
 
