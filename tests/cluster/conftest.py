@@ -36,18 +36,8 @@ from tests.conftest import REPOSITORY, SETTINGS, TINY
 from tests.datasets import encode_image
 
 # A recipe that fits in seconds.
-TINY_RECIPE = [
-    "--preset",
-    "paper",
-    "--teacher",
-    "test_resnet",
-    "--teacher-weights",
-    "random",
-    "--size",
-    "64",
-    "--batch-size",
-    "4",
-]
+TINY_RECIPE = ["--preset", "paper", "--teacher", "test_resnet", "--teacher-weights", "random", "--size", "64"]
+TINY_RECIPE += ["--batch-size", "4"]
 
 BIN = Path(sys.executable).parent
 # Seconds after which a job hangs: the longest takes two minutes, on a machine that does nothing else.
@@ -75,7 +65,11 @@ def start_job(name: str, *options: str, **extra: str) -> subprocess.Popen[str]:
 
 
 def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    process = start_job(name, *options, **extra)
+    return wait_for(start_job(name, *options, **extra))
+
+
+def wait_for(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a job, and show what it printed."""
     try:
         out, err = process.communicate(timeout=HANGS)
     except subprocess.TimeoutExpired:
@@ -84,6 +78,13 @@ def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProce
         raise
     print(out, err, sep="\n")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for_success(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a job, check that it succeeded, and return its standard output."""
+    ran = wait_for(process)
+    assert ran.returncode == 0
+    return ran.stdout
 
 
 def call_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -100,14 +101,6 @@ def call_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     print(out.getvalue(), err.getvalue(), sep="\n")
     assert isinstance(ended.value.code, int)
     return subprocess.CompletedProcess([name, *options], ended.value.code, out.getvalue(), err.getvalue())
-
-
-def wait_for_success(process: subprocess.Popen[str]) -> str:
-    """Wait for the end of a job, check that it succeeded, and return its standard output."""
-    out, err = process.communicate(timeout=HANGS)
-    print(out, err, sep="\n")
-    assert process.returncode == 0
-    return out
 
 
 def fit(data: object, models: object, category: str = "nut", **changes: Any) -> None:

@@ -22,6 +22,7 @@ from tests.cluster.conftest import (
     kill_tree,
     run_job,
     start_job,
+    wait_for,
     wait_for_success,
 )
 from tests.conftest import REPOSITORY
@@ -87,10 +88,10 @@ def test_a_fit_after_a_killed_driver_gives_the_same_models(
     """The fit is stopped by a signal, and started again; killed with all its processes; and then the driver alone."""
     stopped = start_fit(data, tmp_path, 1.3)
     stopped.send_signal(signal.SIGINT)
-    out, err = stopped.communicate(timeout=HANGS)
-    assert stopped.returncode == 128 + signal.SIGINT, err
-    assert out.splitlines()[-1] == f"stopped by SIGINT: {GO_ON}"
-    assert err == ""
+    ended = wait_for(stopped)
+    assert ended.returncode == 128 + signal.SIGINT
+    assert ended.stdout.splitlines()[-1] == f"stopped by SIGINT: {GO_ON}"
+    assert ended.stderr == ""
 
     kill_tree(start_fit(data, tmp_path, 1.3))
     # Of a driver that is killed alone, the processes that it started go on for a moment.
