@@ -98,6 +98,9 @@ def test_a_large_table_is_read_in_parts(tmp_path: Path) -> None:
     counts = [part.num_rows for part in image_rows([f"{tmp_path}/m.parquet"], NUT)]
     assert max(counts) <= SHARD_ROWS
     assert sum(counts) == 25_000
+    pq.write_table(pa.table({"image": [b""] * 10_000}), tmp_path / "images.parquet")
+    found = pa.concat_tables(image_rows([f"{tmp_path}/images.parquet"], NUT))
+    assert found["archive_start"].to_pylist() == list(range(10_000))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
