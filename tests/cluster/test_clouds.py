@@ -6,12 +6,13 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stpm import storage
-from tests.cluster.conftest import call_job, fit, free_port, read_rows, wait_until
+from tests.cluster.conftest import call_job, fit, free_port, read_rows, run_job, wait_until
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -19,6 +20,14 @@ pytestmark = pytest.mark.cluster
 # The account that Azurite always has; its key is public.
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("fit"))
+    make_category(f"{root}/data", "nut")
+    fit(f"{root}/data", f"{root}/models")
+    return f"{root}/models"
 
 
 @pytest.fixture
@@ -70,21 +79,23 @@ def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("cloud", ["google", "azure"])
-def test_a_collection_in_a_cloud_is_scored_into_the_same_cloud(cloud: str, request: pytest.FixtureRequest) -> None:
+def test_a_collection_in_a_cloud_is_scored_into_the_same_cloud(
+    cloud: str, models: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     root: str = request.getfixturevalue(cloud)
-    # Its processes take the client's settings from this one.
-    request.getfixturevalue("ray_here")
     make_category(f"{root}/data", "nut")
-    fit(f"{root}/data", f"{root}/models")
-    score = ["--models", f"{root}/models", "--images", f"{root}/data/nut/train,{root}/data/nut/test/**/*.png"]
-    score += ["--category", "nut", "--scorers", "1", "--out"]
-    assert call_job("score", *score, f"{root}/run").returncode == 0
+    for uri in storage.files(models):
+        storage.publish(f"{root}/models/{uri.removeprefix(f'{models}/')}", storage.read(uri))
+    images = [f"{root}/data/nut/train", f"{root}/data/nut/test/**/*.png"]
+    score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut", "--scorers", "1"]
+    assert run_job("score", *score, "--out", f"{root}/run").returncode == 0
     rows = read_rows(f"{root}/run", "uri", "error_kind", "heatmap")
     scored = [uri for uri in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
     assert sorted(row["uri"] for row in rows) == sorted(scored)
     assert all(uri.startswith(f"{root}/data/nut/") for uri in scored)
     assert all(storage.read(f"{root}/run/{row['heatmap']}") and not row["error_kind"] for row in rows)
-    assert "scored already" in call_job("score", *score, f"{root}/run").stdout
-    no_bucket = call_job("score", *score, f"{root.replace('bucket', 'nobucket')}/run")
+    again = call_job("score", *score, "--out", f"{root}/run")
+    assert "scored already" in again.stdout
+    no_bucket = call_job("score", *score, "--out", f"{root.replace('bucket', 'nobucket')}/run")
     assert no_bucket.returncode == 1
     assert "no such bucket or container" in no_bucket.stderr.splitlines()[-1]
