@@ -28,10 +28,13 @@ def test_the_file_is_valid_for_ray(config: dict[str, Any]) -> None:
         validate_config(config)
 
 
-def test_the_head_runs_no_tasks(config: dict[str, Any]) -> None:
+def test_the_head_runs_no_tasks_and_every_node_requires_the_token(config: dict[str, Any]) -> None:
     head = config["available_node_types"][config["head_node_type"]]
     assert head["resources"] == {"CPU": 0}
     assert any("--num-cpus=0" in command for command in config["head_start_ray_commands"])
+    assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
+    commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in command for command in commands if " start " in command)
 
 
 def test_fit_workers_and_scorers_fit_the_gpu_nodes(config: dict[str, Any]) -> None:
@@ -71,9 +74,3 @@ def test_cpu_nodes_fetch_and_decode(config: dict[str, Any]) -> None:
     assert cpu["resources"]["CPU"] >= 8 * pool.task_cpus
     nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}]
     assert scaling_config(WorkerOptions(), WorkerResources(1, 1.0), nodes, 9, elastic=False).num_workers == 1
-
-
-def test_every_node_requires_the_token(config: dict[str, Any]) -> None:
-    assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
-    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
-        assert all("RAY_AUTH_MODE=token" in command for command in commands if " start " in command)

@@ -24,11 +24,14 @@ RAYJOB = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
 CLUSTER = RAYJOB["spec"]["rayClusterSpec"]
 
 
-def resources(group: dict[str, Any]) -> dict[str, Any]:
-    (container,) = group["template"]["spec"]["containers"]
-    requests, limits = container["resources"]["requests"], container["resources"]["limits"]
-    assert requests == limits, "Ray uses all CPUs that it sees, and must not be throttled"
-    return requests  # type: ignore[no-any-return]
+GROUPS = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
+CRON, *ACCESS = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
+NIGHTLY_POD = CRON["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+
+
+def container(group: dict[str, Any]) -> dict[str, Any]:
+    (found,) = group["template"]["spec"]["containers"]
+    return found  # type: ignore[no-any-return]
 
 
 def test_the_rayjob_has_the_fields_of_kuberay() -> None:
@@ -69,37 +72,26 @@ def test_a_night_that_is_partly_done_is_not_repeated(code: int, expected: int) -
 
 
 def test_only_the_drivers_pod_has_the_webhook_and_may_do_without() -> None:
-    (head,) = CLUSTER["headGroupSpec"]["template"]["spec"]["containers"]
+    head, *workers = map(container, GROUPS)
     assert [variable["name"] for variable in head["env"]] == ["STPM_WEBHOOK", "STPM_WEBHOOK_SECRET"]
     assert all(variable["valueFrom"]["secretKeyRef"]["optional"] for variable in head["env"])
-    for group in CLUSTER["workerGroupSpecs"]:
-        (worker,) = group["template"]["spec"]["containers"]
-        assert "env" not in worker
+    assert not any("env" in worker for worker in workers)
 
 
 def test_the_head_runs_no_tasks_and_the_groups_fit_the_first_node() -> None:
     assert CLUSTER["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
-    gpu, cpu = CLUSTER["workerGroupSpecs"]
-    for group, kind in ((gpu, "gpu"), (cpu, "cpu")):
+    for group, kind in zip(CLUSTER["workerGroupSpecs"], ("gpu", "cpu"), strict=True):
         assert group["groupName"] == kind
-        resource_amounts = {
-            "CPU": float(resources(group)["cpu"]),
-            "GPU": float(resources(group).get("nvidia.com/gpu", 0)),
-        }
-        assert all(resource_amounts[name] >= amount for name, amount in first_bundle(kind).items())  # type: ignore[arg-type]
+        requests, limits = container(group)["resources"]["requests"], container(group)["resources"]["limits"]
+        assert requests == limits, "Ray uses all CPUs that it sees, and must not be throttled"
+        amounts = {"CPU": float(requests["cpu"]), "GPU": float(requests.get("nvidia.com/gpu", 0))}
+        assert all(amounts[name] >= amount for name, amount in first_bundle(kind).items())  # type: ignore[arg-type]
 
 
-def test_every_pod_has_the_same_image() -> None:
-    groups = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
-    assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
-    assert len({group["template"]["spec"]["serviceAccountName"] for group in groups}) == 1
-
-
-def test_no_pod_runs_as_root_or_may_become_root() -> None:
-    (cron, *_) = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
-    nightly = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-    groups = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
-    pods = [nightly, *(group["template"]["spec"] for group in groups)]
+def test_every_pod_has_the_same_image_and_none_runs_as_root_or_may_become_root() -> None:
+    assert len({container(group)["image"] for group in GROUPS}) == 1
+    assert len({group["template"]["spec"]["serviceAccountName"] for group in GROUPS}) == 1
+    pods = [NIGHTLY_POD, *(group["template"]["spec"] for group in GROUPS)]
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["runAsUser"] > 0
@@ -121,23 +113,19 @@ def test_the_image_holds_the_package_alone() -> None:
 
 
 def test_the_nightly_cron_job_may_create_one_rayjob_and_nothing_else() -> None:
-    cron, account, role, binding = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
-    assert (cron["apiVersion"], cron["kind"]) == ("batch/v1", "CronJob")
-    assert cron["spec"]["schedule"] == "10 2 * * *"
-    assert cron["spec"]["concurrencyPolicy"] == "Forbid"
-    pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"
-    assert pod["serviceAccountName"] == account["metadata"]["name"] == binding["subjects"][0]["name"]
+    account, role, binding = ACCESS
+    assert (CRON["apiVersion"], CRON["kind"]) == ("batch/v1", "CronJob")
+    assert CRON["spec"]["schedule"] == "10 2 * * *"
+    assert CRON["spec"]["concurrencyPolicy"] == "Forbid"
+    assert NIGHTLY_POD["restartPolicy"] == "Never"
+    assert NIGHTLY_POD["serviceAccountName"] == account["metadata"]["name"] == binding["subjects"][0]["name"]
     assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
-    assert "YYYY-MM-DD" in pod["containers"][0]["command"][-1]
+    assert "YYYY-MM-DD" in NIGHTLY_POD["containers"][0]["command"][-1]
     assert RAYJOB["spec"]["entrypoint"].count("YYYY-MM-DD") == 1
-    assert cron["spec"]["jobTemplate"]["spec"]["backoffLimit"] == RAYJOB["spec"]["backoffLimit"] == 3
-    mounted = pod["volumes"][0]["configMap"]["name"]
-    kustomization = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
-    assert [(made["name"], made["files"]) for made in kustomization["configMapGenerator"]] == [
-        (mounted, ["rayjob.yaml"])
-    ]
+    assert CRON["spec"]["jobTemplate"]["spec"]["backoffLimit"] == RAYJOB["spec"]["backoffLimit"] == 3
+    (made,) = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())["configMapGenerator"]
+    assert (made["name"], made["files"]) == (NIGHTLY_POD["volumes"][0]["configMap"]["name"], ["rayjob.yaml"])
 
 
 KUBECTL = """#!/bin/sh
@@ -156,9 +144,7 @@ touch "$FOLDER/$name"
 
 def test_a_retried_night_creates_one_job(tmp_path: Path) -> None:
     """The command runs with a fake kubectl that remembers what it created."""
-    cron, *_ = yaml.safe_load_all((DEPLOY / "nightly.yaml").read_text())
-    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    command = [word.replace("/etc/stpm", str(DEPLOY)) for word in container["command"]]
+    command = [word.replace("/etc/stpm", str(DEPLOY)) for word in NIGHTLY_POD["containers"][0]["command"]]
     (tmp_path / "kubectl").write_text(KUBECTL)
     (tmp_path / "kubectl").chmod(0o755)
     answers = ["refusing", "dying", "well", "well"]
@@ -172,11 +158,9 @@ def test_a_retried_night_creates_one_job(tmp_path: Path) -> None:
     assert f"--date {created.removeprefix('stpm-nightly-')} " in given["spec"]["entrypoint"]
 
 
-@pytest.mark.parametrize(
-    "name", [prometheus.IMAGES, prometheus.ANOMALIES, prometheus.STAGE_SECONDS, prometheus.SCORER_WAIT_SECONDS]
-)
-def test_the_dashboard_draws_every_metric(name: str) -> None:
-    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
-    drawn = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
-    assert f"ray_{name}_total" in drawn
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+def test_the_dashboard_draws_every_metric() -> None:
+    panels = json.loads((DEPLOY / "grafana.json").read_text())["panels"]
+    drawn = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    metrics = (prometheus.IMAGES, prometheus.ANOMALIES, prometheus.STAGE_SECONDS, prometheus.SCORER_WAIT_SECONDS)
+    assert [name for name in metrics if f"ray_{name}_total" not in drawn] == []
+    assert len({panel["id"] for panel in panels}) == len(panels)

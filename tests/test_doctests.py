@@ -35,9 +35,25 @@ def test_examples_in_docstrings_are_correct(path: Path) -> None:
     assert failed == 0
 
 
-def test_examples_in_the_python_page_are_correct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    demo.make(str(folder))
+    return folder
+
+
+@pytest.fixture
+def short_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder, and let the default recipe take seconds: one epoch, and a small memory."""
+    short = dataclasses.replace(stpm.PRESETS["default"], epochs=1, warmup_epochs=0, min_steps=0, memory=200)
+    monkeypatch.setitem(stpm.PRESETS, "default", short)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("short_fits")
+def test_examples_in_the_python_page_are_correct(demo_data: Path) -> None:
     page = REPOSITORY / "docs" / "python.md"
+    Path("data").symlink_to(demo_data)
     # The end of a block would count as output.
     text = re.sub(r"^```.*$", "", page.read_text(), flags=re.MULTILINE)
     assert text.count("\n>>> ") == page.read_text().count(">>> ")
@@ -47,16 +63,14 @@ def test_examples_in_the_python_page_are_correct(tmp_path: Path, monkeypatch: py
     assert failed == 0
 
 
-def test_the_lines_in_the_readme_make_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    # A short fit makes a picture with other colours.
-    short = dataclasses.replace(stpm.PRESETS["default"], epochs=1, warmup_epochs=0, min_steps=0, memory=50)
-    monkeypatch.setitem(stpm.PRESETS, "default", short)
-    demo.make("runs/benchmark/demo-data")
-    readme = (REPOSITORY / "README.md").read_text()
-    (lines,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+@pytest.mark.usefixtures("short_fits")
+def test_the_lines_in_the_readme_make_its_picture(demo_data: Path) -> None:
+    Path("runs/benchmark").mkdir(parents=True)
+    Path("runs/benchmark/demo-data").symlink_to(demo_data)
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     Path("lines.py").write_text(lines)
     runpy.run_path("lines.py")
+    # A short fit makes a picture with other colours.
     with Image.open("found.jpg") as made, Image.open(REPOSITORY / "docs" / "found.jpg") as stored:
         assert made.size == stored.size
     assert stpm.load("models", "gravel").record.fit.train_count == 128

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stpm.commands import COMMANDS
+from stpm.method.recipe import PRESETS
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -23,8 +24,7 @@ MAX_CELL = 100
 OTHER_OPTIONS = {"--complete", "--working-dir", "--address", "--generate", "--check", "--dist"}
 
 
-def name_of(page: Path) -> str:
-    return str(page.relative_to(REPOSITORY))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 
 
 def test_ci_runs_the_test_line_as_printed() -> None:
@@ -33,7 +33,7 @@ def test_ci_runs_the_test_line_as_printed() -> None:
     assert r"grep -m1 -E '^pip install .*pytest' README.md" in (REPOSITORY / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@each_page
 def test_options_exist(page: Path) -> None:
     known = {flag for each in COMMANDS.values() for flag in each.flags()}
     # Benchmarks and uv have options of their own.
@@ -42,7 +42,7 @@ def test_options_exist(page: Path) -> None:
     assert named <= known | OTHER_OPTIONS, named - known - OTHER_OPTIONS
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@each_page
 def test_commands_parse(page: Path) -> None:
     text = page.read_text().replace("\\\n", " ")
     shown = r"^ *(?:.* (?:&&|--) +)?(?:stpm |python jobs/)(\w+)(?:\.py)?((?: .*)?)$"
@@ -52,14 +52,14 @@ def test_commands_parse(page: Path) -> None:
     assert commands or page not in (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in NAMED))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@each_page
 def test_paths_exist(page: Path) -> None:
     text = page.read_text()
     for name in re.findall(r"`((?:stpm|jobs|tests|bench|deploy)/[\w/.]*)`|(bench/\w+\.py)", text):
         assert (REPOSITORY / "".join(name)).exists(), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@each_page
 def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([\w/.-]*)#?([\w-]*)\)", page.read_text()):
         file = page.parent / target if target else page
@@ -69,7 +69,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@each_page
 def test_cells_of_tables_are_short(page: Path) -> None:
     """A cell is read at a glance; the name of a test may be longer."""
     for row in re.findall(r"^\|(.*)\|$", page.read_text(), flags=re.MULTILINE):
@@ -100,13 +100,10 @@ def test_every_benchmark_is_named_in_the_docs_or_used_by_another() -> None:
             assert f"from {file.stem} import" in others, file
 
 
-def test_every_extra_it_names_is_one() -> None:
+def test_every_extra_and_every_preset_is_named() -> None:
     project = (REPOSITORY / "pyproject.toml").read_text()
     for extra in ("demo", "test", "s3", "gcs", "azure"):
         assert f"\n{extra} = [" in project
         assert f"`{extra}`" in README or f"{extra}]" in README
-
-
-@pytest.mark.parametrize("preset", ["default", "paper", "notebook"])
-def test_the_presets_are_described(preset: str) -> None:
-    assert f"| `{preset}` |" in (REPOSITORY / "docs" / "recipes.md").read_text()
+    recipes = (REPOSITORY / "docs" / "recipes.md").read_text()
+    assert all(f"| `{preset}` |" in recipes for preset in PRESETS)

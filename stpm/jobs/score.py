@@ -21,8 +21,7 @@ from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows
-from stpm.scoring.inputs.uri_list import stored_list
+from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows, stored_list
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run import run_scoring

@@ -27,8 +27,7 @@ SAMPLE_SIZE = 200
 def dry_run(run: ScoringRun) -> None:
     """List all images, score a sample of them, and log an estimate for the whole.
 
-    Args:
-        run: to estimate. Its output is not touched, except for a folder in it that is removed again.
+    The run's output is not touched, except for a folder in it that is removed again.
 
     Raises:
         ConfigError: as `run_scoring` does.
@@ -58,13 +57,7 @@ def dry_run(run: ScoringRun) -> None:
 
 
 def describe_estimate(images: int, sample: RunResult, file_sizes: Sequence[int]) -> str:
-    """Estimate from a sample what a run takes; return one line.
-
-    Args:
-        images: of the whole run.
-        sample: the result of scoring the sample.
-        file_sizes: of the files that the sample wrote, bytes.
-    """
+    """Estimate what a run takes, in one line, from a sample of it. `file_sizes` are of the sample's files, in bytes."""
     speed = sample.steady_images_per_second
     start_seconds = max(sample.seconds - sample.rows / speed, 0.0)
     scale = images / sample.rows

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import OUTPUT
-from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.cluster.conftest import TINY_RECIPE, call_job, run_job
 from tests.datasets import encode_image, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.cluster
 SEEDS = (0, 1)
 MARKUP = "<img src=x onerror=alert(1)>"
 OPTIONS = ["--epochs", "3", "--seeds", "0,1", *TINY_RECIPE]
+FITTED = ("colour", "grey", "mismatch", "odd")
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,19 @@ class Finished:
         found: dict[str, Any] = json.loads((self.out / "report.json").read_text())
         return found
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = ds.dataset(self.out / "scores").to_table().to_pylist()
-        return found
+    def rows(self, seed: int, category: str = "") -> list[dict[str, Any]]:
+        files = list((self.out / "scores").glob(f"seed-{seed}_*.parquet"))
+        found: list[dict[str, Any]] = ds.dataset(files).to_table().to_pylist()
+        return [row for row in found if category in ("", row["category"])]
+
+    def store(self, seed: int) -> ModelStore:
+        return ModelStore(str(self.out / "models" / f"seed-{seed}"))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     root = tmp_path_factory.mktemp("benchmark")
-    data = root / "data"
+    data, out = root / "data", root / "out"
     make_category(str(data), "colour")
     make_category(str(data), "grey", masks=False, grey=True, kind="JPEG")
     make_category(str(data), "odd", train=6)
@@ -62,13 +66,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     make_category(str(data), "broken")
     (data / "broken" / "train" / "good" / "003.png").write_bytes(b"not an image")
     make_category(str(data), "mismatch")
-    (data / "mismatch" / "ground_truth" / "square" / "001_mask.png").write_bytes(
-        encode_image(np.zeros((9, 9), np.uint8))
-    )
+    mask = encode_image(np.zeros((9, 9), np.uint8))
+    (data / "mismatch" / "ground_truth" / "square" / "001_mask.png").write_bytes(mask)
     (data / "hollow").mkdir()
     make_category(str(data), MARKUP)
     (data / "license.txt").write_text("not a category")
-    out = root / "out"
     return Finished(data, out, run_job("benchmark", "--data", str(data), "--out", str(out), *OPTIONS))
 
 
@@ -89,53 +91,51 @@ def test_the_report_and_the_log_name_each_failure(run: Finished) -> None:
         assert path in run.process.stdout
 
 
-def test_both_losses_of_every_epoch_are_logged(run: Finished) -> None:
+def test_each_model_is_stored_with_the_losses_that_were_logged(run: Finished) -> None:
     for seed in SEEDS:
-        store = ModelStore(str(run.out / "models" / f"seed-{seed}"))
-        for category in fitted_categories(store.uri):
+        store = run.store(seed)
+        assert tuple(fitted_categories(store.uri)) == FITTED
+        for category in FITTED:
             lines = [line for line in run.process.stdout.splitlines() if line.startswith(f"{category} (seed {seed})")]
+            record = store.load(category).record
+            assert store.history(record).num_rows == 3
             for kind in ("train", "validation"):
                 logged = re.findall(rf"{kind} loss ((?:\d\.\d+ )+)", "\n".join(lines))
-                stored = store.history(store.record(category))[f"{kind}_loss"].to_pylist()
+                stored = store.history(record)[f"{kind}_loss"].to_pylist()
                 assert " ".join(logged).split() == [f"{loss:.4f}" for loss in stored]
+            assert {row["model_id"] for row in run.rows(seed, category)} - {""} == {record.model_id}
+    assert not (run.out / "models" / "seed-0" / ".train").exists()
 
 
-def test_every_test_image_has_one_row_per_seed(run: Finished) -> None:
-    images = {
-        str(path)
-        for category in ("colour", "grey", "odd", "mismatch")
-        for path in (run.data / category / "test").rglob("*.*")
-    }
-    for seed in SEEDS:
-        paths = list((run.out / "scores").glob(f"seed-{seed}_*.parquet"))
-        assert paths
-        assert sorted(ds.dataset(paths).to_table()["uri"].to_pylist()) == sorted(images)
-    errors = [row for row in run.rows if row["error_kind"]]
-    assert {(row["uri"].rsplit("/", 1)[-1], row["error_kind"]) for row in errors} == {("cut.jpg", "damaged")}
-    assert all(row["score"] is None for row in errors)
-
-
-def test_the_schema_is_written_with_its_descriptions(run: Finished) -> None:
+def test_every_test_image_has_one_row_and_a_heatmap_per_seed(run: Finished) -> None:
+    images = {str(path) for category in FITTED for path in (run.data / category / "test").rglob("*.*")}
     written = pq.read_schema(next((run.out / "scores").glob("*.parquet")))
-    assert written.names == OUTPUT.names
-    assert written.types == OUTPUT.types
+    assert (written.names, written.types) == (OUTPUT.names, OUTPUT.types)
     assert all(field.metadata[b"description"] for field in written)
+    for seed in SEEDS:
+        rows = run.rows(seed)
+        assert sorted(row["uri"] for row in rows) == sorted(images)
+        (error,) = (row for row in rows if row["error_kind"])
+        assert (Path(error["uri"]).name, error["error_kind"], error["score"]) == ("cut.jpg", "damaged", None)
+        for row in rows:
+            if row != error:
+                with Image.open(run.out / row["heatmap"]) as image:
+                    assert image.size == (64, 64)
+        with Image.open(run.out / "gallery" / f"seed-{seed}" / "colour.png") as image:
+            assert image.width > 1000
 
 
 def test_duckdb_and_pandas_find_the_most_anomalous_images_of_each_category(run: Finished) -> None:
     expected = {}
-    for category in ("colour", "grey", "odd", "mismatch"):
-        rows = [
-            row for row in run.rows if row["category"] == category and row["seed"] == 0 and row["score"] is not None
-        ]
+    for category in FITTED:
+        rows = [row for row in run.rows(0, category) if row["score"] is not None]
         expected[category] = [row["uri"] for row in sorted(rows, key=lambda row: -row["score"])[:3]]
-    files = str(run.out / "scores" / "seed-0_*.parquet")
     query = (
         "select category, uri from read_parquet(?) where error_kind = '' "
         "qualify row_number() over (partition by category order by score desc) <= 3 order by score desc"
     )
     found: dict[str, list[str]] = {}
-    for category, uri in duckdb.execute(query, [files]).fetchall():
+    for category, uri in duckdb.execute(query, [str(run.out / "scores" / "seed-0_*.parquet")]).fetchall():
         found.setdefault(category, []).append(uri)
     assert found == expected
     frame = pd.concat([pd.read_parquet(path) for path in sorted((run.out / "scores").glob("seed-0_*.parquet"))])
@@ -144,14 +144,12 @@ def test_duckdb_and_pandas_find_the_most_anomalous_images_of_each_category(run: 
 
 
 def test_metrics_in_the_report_agree_with_the_rows(run: Finished) -> None:
-    for category in ("colour", "grey", "odd", "mismatch"):
-        for seed in SEEDS:
-            rows = [r for r in run.rows if r["category"] == category and r["seed"] == seed]
-            labels = [row["label"] != "good" for row in rows]
-            expected = roc_auc_score(labels, [row["score"] for row in rows])
-            found = run.report["categories"][category]["seeds"][str(seed)]
-            assert found["image_auroc"] == pytest.approx(expected)
     categories = run.report["categories"]
+    for category in FITTED:
+        for seed in SEEDS:
+            rows = [row for row in run.rows(seed, category) if not row["error_kind"]]
+            expected = roc_auc_score([row["label"] != "good" for row in rows], [row["score"] for row in rows])
+            assert categories[category]["seeds"][str(seed)]["image_auroc"] == pytest.approx(expected)
     assert categories["colour"]["pixel_auroc"] is not None
     assert categories["grey"]["undefined"]["pixel_auroc"] == "no masks"
     assert "9×9" in categories["mismatch"]["undefined"]["pixel_auroc"]
@@ -167,37 +165,15 @@ def test_the_report_is_also_written_as_html_markdown_and_a_table_of_defects(run:
     assert MARKUP not in page
     assert page.count("<svg") == 3 * 4
     lines = (run.out / "report.md").read_text().splitlines()
-    assert sum(line.startswith(("| colour", "| grey", "| odd", "| mismatch", "| mean")) for line in lines) == 5
+    assert sum(line.startswith(tuple(f"| {name}" for name in (*FITTED, "mean"))) for line in lines) == 5
     types = pq.read_table(run.out / "defects.parquet").to_pylist()
-    assert {(row["category"], row["defect"]) for row in types} == {
-        (name, "square") for name in ("colour", "grey", "odd", "mismatch")
-    }
+    assert {(row["category"], row["defect"]) for row in types} == {(name, "square") for name in FITTED}
 
 
-def test_heatmaps_galleries_and_models_are_written(run: Finished) -> None:
-    for row in run.rows:
-        if not row["error_kind"]:
-            with Image.open(run.out / row["heatmap"]) as image:
-                assert image.size == (64, 64)
-    for seed in SEEDS:
-        with Image.open(run.out / "gallery" / f"seed-{seed}" / "colour.png") as image:
-            assert image.width > 1000
-        store = ModelStore(str(run.out / "models" / f"seed-{seed}"))
-        assert fitted_categories(store.uri) == ["colour", "grey", "mismatch", "odd"]
-        for category in fitted_categories(store.uri):
-            model = store.load(category)
-            assert store.history(model.record).num_rows == 3
-            assert {r["model_id"] for r in run.rows if r["category"] == category and r["seed"] == seed} - {""} == {
-                model.record.model_id
-            }
-    assert not (run.out / "models" / "seed-0" / ".train").exists()
-
-
-def test_a_second_run_fits_nothing_and_gets_the_same_metrics(run: Finished) -> None:
+def test_a_second_run_fits_nothing_and_gets_the_same_metrics(run: Finished, ray_here: None) -> None:
     before = run.report["categories"]
-    again = run_job(
-        "benchmark", "--data", str(run.data), "--out", str(run.out), "--categories", "colour,grey", *OPTIONS
-    )
+    some = ["--data", str(run.data), "--out", str(run.out), "--categories", "colour,grey"]
+    again = call_job("benchmark", *some, *OPTIONS)
     assert again.returncode == 0
     assert again.stdout.count("is there already") == 4
     assert "epoch" not in again.stdout
@@ -206,4 +182,4 @@ def test_a_second_run_fits_nothing_and_gets_the_same_metrics(run: Finished) -> N
     for category, values in after.items():
         for metric in ("image_auroc", "pixel_auroc"):
             assert values[metric] == pytest.approx(before[category][metric])
-    assert len(run.rows) == 2 * 2 * 8
+    assert len(run.rows(0) + run.rows(1)) == 2 * 2 * 8

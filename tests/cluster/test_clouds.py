@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stpm import storage
-from tests.cluster.conftest import fit, free_port, read_rows, run_job, wait_until
+from tests.cluster.conftest import call_job, fit, free_port, read_rows, run_job, wait_until
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -87,15 +87,15 @@ def test_a_collection_in_a_cloud_is_scored_into_the_same_cloud(
     for uri in storage.files(models):
         storage.publish(f"{root}/models/{uri.removeprefix(f'{models}/')}", storage.read(uri))
     images = [f"{root}/data/nut/train", f"{root}/data/nut/test/**/*.png"]
-    score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut"]
+    score = ["--models", f"{root}/models", "--images", ",".join(images), "--category", "nut", "--scorers", "1"]
     assert run_job("score", *score, "--out", f"{root}/run").returncode == 0
     rows = read_rows(f"{root}/run", "uri", "error_kind", "heatmap")
     scored = [uri for uri in storage.files(f"{root}/data/nut") if "/ground_truth/" not in uri]
     assert sorted(row["uri"] for row in rows) == sorted(scored)
     assert all(uri.startswith(f"{root}/data/nut/") for uri in scored)
     assert all(storage.read(f"{root}/run/{row['heatmap']}") and not row["error_kind"] for row in rows)
-    again = run_job("score", *score, "--out", f"{root}/run")
+    again = call_job("score", *score, "--out", f"{root}/run")
     assert "scored already" in again.stdout
-    no_bucket = run_job("score", *score, "--out", f"{root.replace('bucket', 'nobucket')}/run")
+    no_bucket = call_job("score", *score, "--out", f"{root.replace('bucket', 'nobucket')}/run")
     assert no_bucket.returncode == 1
     assert "no such bucket or container" in no_bucket.stderr.splitlines()[-1]

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from stpm.errors import GO_ON
 from tests.cluster.conftest import (
     FIT_WORKER,
     HANGS,
@@ -22,6 +22,7 @@ from tests.cluster.conftest import (
     kill_tree,
     run_job,
     start_job,
+    wait_for,
     wait_for_success,
 )
 from tests.conftest import REPOSITORY
@@ -56,15 +57,15 @@ def models(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.name in FILES}
 
 
-def start_fit(data: str, store: Path) -> subprocess.Popen[str]:
-    """Start a fit, and wait for a random time after its first epoch."""
+def start_fit(data: str, store: Path, seconds: float) -> subprocess.Popen[str]:
+    """Start a fit, and wait for a random time after its first epoch, at most so many seconds."""
     process = start_job("fit", "--data", data, "--models", str(store), *LONG)
     assert process.stdout
     for line in process.stdout:
         print(line, end="")
         if "epoch" in line:
             break
-    time.sleep(random.uniform(0, 4))
+    time.sleep(random.uniform(0, seconds))
     return process
 
 
@@ -72,7 +73,7 @@ def start_fit(data: str, store: Path) -> subprocess.Popen[str]:
 def test_a_fit_with_a_killed_worker_gives_the_same_models(
     kill: int, data: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = start_fit(data, tmp_path)
+    process = start_fit(data, tmp_path, 4)
     workers = children(process.pid, FIT_WORKER)
     assert workers, "the fit ended before the kill"
     random.choice(workers).kill()
@@ -80,31 +81,24 @@ def test_a_fit_with_a_killed_worker_gives_the_same_models(
     assert models(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_a_fit_in_one_line(name: str, data: str, tmp_path: Path) -> None:
-    process = start_fit(data, tmp_path)
-    number = signal.Signals[name]
-    process.send_signal(number)
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == 128 + number, err
-    assert out.splitlines()[-1] == f"stopped by {name}: what was done is kept; run the same command again to go on"
-    assert err == ""
-
-
-# Of a driver that is killed alone, the processes that it started go on for a moment.
-@pytest.mark.parametrize("end", [kill_tree, subprocess.Popen.kill], ids=["all its processes", "alone"])
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_fit_after_a_killed_driver_gives_the_same_models(
-    kill: int,
-    end: Callable[[subprocess.Popen[str]], None],
-    data: str,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
+    kill: int, data: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = start_fit(data, tmp_path)
-    end(process)
+    """The fit is stopped by a signal, and started again; killed with all its processes; and then the driver alone."""
+    stopped = start_fit(data, tmp_path, 1.3)
+    stopped.send_signal(signal.SIGINT)
+    ended = wait_for(stopped)
+    assert ended.returncode == 128 + signal.SIGINT
+    assert ended.stdout.splitlines()[-1] == f"stopped by SIGINT: {GO_ON}"
+    assert ended.stderr == ""
+
+    kill_tree(start_fit(data, tmp_path, 1.3))
+    # Of a driver that is killed alone, the processes that it started go on for a moment.
+    orphans = start_fit(data, tmp_path, 1.3)
+    orphans.kill()
     again = run_job("fit", "--data", data, "--models", str(tmp_path), *LONG)
-    process.communicate()
+    orphans.communicate()
     assert again.returncode == 0
     assert again.stdout.count("is there already") < len(CATEGORIES), "the fit ended before the kill"
     assert models(tmp_path) == undisturbed

@@ -2,116 +2,101 @@
 
 from __future__ import annotations
 
-import http.client
+import io
 import random
 import socket
 import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
-from urllib.parse import urlsplit
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.server import MotoRequestHandler
+from werkzeug.serving import make_server
+from werkzeug.test import run_wsgi_app
 
 from stpm import storage
-from tests.cluster.conftest import HANGS, fit, read_rows, run_job, start_job, wait_until
+from stpm.errors import GO_ON
+from tests.cluster.conftest import fit, read_rows, run_job, start_job, wait_for, wait_until
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
 FAULT_FRACTION, REFUSING_SECONDS = 0.05, 30.0
 # Enough that most are still to be decoded when the run stops.
-IMAGES = 2000
+IMAGES = 1200
+ERRORS = {
+    "403": "<Error><Code>ExpiredToken</Code><Message>The token is expired.</Message></Error>",
+    "500": "<Error><Code>SlowDown</Code></Error>",
+    "501": "<Error><Code>NotImplemented</Code></Error>",
+    "503": "<Error><Code>SlowDown</Code></Error>",
+}
 
 
-class FlakyProxy(BaseHTTPRequestHandler):
-    """Forward requests, but answer some with 500, with 503, late, with a reset, or with half of the body."""
+class Flaky:
+    """The application of the S3 server, but some requests are answered with an error, late, cut off or with a reset."""
 
-    protocol_version = "HTTP/1.1"
-    upstream = ""
-    fault_fraction = 0.0
-    refuses_until = 0.0
-    # Requests whose path has this part are denied, after this number of them.
-    denied: ClassVar[tuple[str, int]] = ("", 0)
-    knows_conditions = True
-    counts: ClassVar[Counter[str]] = Counter()
-    rng = random.Random(0)
+    def __init__(self) -> None:
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.fault_fraction = self.refuses_until = 0.0
+        # Requests whose path has this part are denied, after this number of them.
+        self.denied = "", 0
+        self.knows_conditions = True
+        self.counts: Counter[str] = Counter()
+        self.environment: dict[str, str] = {}
+        self.rng = random.Random(0)
 
-    def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = ""
-        if self.rng.random() < self.fault_fraction:
-            fault = self.rng.choice(["500", "503", "slow", "reset", "cut"])
-        if self.command in ("PUT", "POST") and time.monotonic() < self.refuses_until:
-            fault = "503"
-        if "If-None-Match" in self.headers and not self.knows_conditions:
-            fault = "501"
-        self.counts[fault or "forwarded"] += 1
+    def choose_fault(self, request: dict[str, Any]) -> str:
         part, allowed = self.denied
-        if part and part in self.path:
+        if part and part in request["PATH_INFO"]:
             self.counts["deniable"] += 1
             if self.counts["deniable"] > allowed:
-                error = b"<Error><Code>ExpiredToken</Code><Message>The token is expired.</Message></Error>"
-                self._answer(403, error, {"Content-Type": "application/xml"})
-                return
-        if fault.isdecimal():
-            code = "NotImplemented" if fault == "501" else "SlowDown"
-            error = f"<Error><Code>{code}</Code></Error>".encode()
-            self._answer(int(fault), error, {"Content-Type": "application/xml"})
-            return
+                return "403"
+        if "HTTP_IF_NONE_MATCH" in request and not self.knows_conditions:
+            return "501"
+        if request["REQUEST_METHOD"] in ("PUT", "POST") and time.monotonic() < self.refuses_until:
+            return "503"
+        is_faulty = self.rng.random() < self.fault_fraction
+        return self.rng.choice(["500", "503", "slow", "reset", "cut"]) if is_faulty else ""
+
+    def __call__(self, request: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        fault = self.choose_fault(request)
+        self.counts[fault or "answered"] += 1
+        # A request that is not read to its end would be reset.
+        request["wsgi.input"] = io.BytesIO(request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0)))
+        if fault in ERRORS:
+            start_response(
+                f"{fault} -", [("Content-Type", "application/xml"), ("Content-Length", str(len(ERRORS[fault])))]
+            )
+            return [ERRORS[fault].encode()]
         if fault == "reset":
-            # Closing without lingering sends RST.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-            self.close_connection = True
-            return
+            # Closing without lingering sends RST. Its descriptor is closed: the server's handler holds the socket.
+            connection = request["werkzeug.socket"]
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            socket.close(connection.detach())
+            raise ConnectionAbortedError
         if fault == "slow":
             time.sleep(2)
-        server = http.client.HTTPConnection(self.upstream, timeout=60)
-        server.request(self.command, self.path, body, dict(self.headers))
-        answer = server.getresponse()
-        data = answer.read()
-        kept = {k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "transfer-encoding", "server")}
-        self._answer(answer.status, data, kept, cut=fault == "cut" and len(data) > 1)
-        server.close()
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815
-
-    def _answer(self, status: int, data: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
-        self.send_response_only(status)
-        if self.command != "HEAD":
-            headers = {k: v for k, v in headers.items() if k.lower() != "content-length"} | {
-                "Content-Length": str(len(data))
-            }
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if cut else data)
-        if cut:
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        """Print no line per request."""
+        body, status, headers = run_wsgi_app(self.app, request, buffered=True)
+        start_response(status, list(headers))
+        data = b"".join(body)
+        return [data[: len(data) // 2] if fault == "cut" and len(data) > 1 else data]
 
 
 @pytest.fixture
-def proxy(s3: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Start a proxy without faults; yield the environment in which s3:// goes through it."""
-    FlakyProxy.upstream = urlsplit(s3["AWS_ENDPOINT_URL"]).netloc
-    FlakyProxy.counts.clear()
-    FlakyProxy.fault_fraction = FlakyProxy.refuses_until = 0.0
-    FlakyProxy.denied = "", 0
-    FlakyProxy.knows_conditions = True
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyProxy)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
-    server.shutdown()
-    server.server_close()
+def flaky(s3: dict[str, str]) -> Iterator[Flaky]:
+    """Start another server with the bucket of `s3`, without faults yet. `start_job(**flaky.environment)` uses it."""
+    server = Flaky()
+    serving = make_server("127.0.0.1", 0, server, threaded=True, request_handler=MotoRequestHandler)
+    # After a reset its thread finds no connection, and would print that.
+    serving.handle_error = lambda *_: None  # type: ignore[method-assign]
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    server.environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{serving.server_port}"}
+    yield server
+    serving.shutdown()
 
 
 @pytest.fixture
@@ -120,16 +105,8 @@ def options(s3: dict[str, str]) -> list[str]:
     if not storage.exists("s3://bucket/models"):
         make_category("s3://bucket/data", "nut", good=150, defects=50)
         fit("s3://bucket/data", "s3://bucket/models")
-    return [
-        "--models",
-        "s3://bucket/models",
-        "--images",
-        "s3://bucket/data/nut/test",
-        "--category",
-        "nut",
-        "--scorers",
-        "1",
-    ]
+    models, images = "s3://bucket/models", "s3://bucket/data/nut/test"
+    return ["--models", models, "--images", images, "--category", "nut", "--scorers", "1"]
 
 
 def check_rows(out: str) -> None:
@@ -138,70 +115,68 @@ def check_rows(out: str) -> None:
     assert {row["error_kind"] for row in rows} == {""}
 
 
-def test_random_faults_lose_no_row(proxy: dict[str, str], options: list[str]) -> None:
-    FlakyProxy.fault_fraction = FAULT_FRACTION
-    ran = run_job("score", *options, "--out", "s3://bucket/out", **proxy)
+def test_random_faults_lose_no_row(flaky: Flaky, options: list[str]) -> None:
+    flaky.fault_fraction = FAULT_FRACTION
+    ran = run_job("score", *options, "--out", "s3://bucket/out", **flaky.environment)
     assert ran.returncode == 0, ran.stdout
-    assert sum(number for fault, number in FlakyProxy.counts.items() if fault != "forwarded") > 20, FlakyProxy.counts
+    assert sum(number for fault, number in flaky.counts.items() if fault != "answered") > 20, flaky.counts
     check_rows("s3://bucket/out")
 
 
 @pytest.mark.faults
-def test_refused_writes_for_half_a_minute_lose_no_row(proxy: dict[str, str], options: list[str]) -> None:
+def test_refused_writes_for_half_a_minute_lose_no_row(flaky: Flaky, options: list[str]) -> None:
     out = "s3://bucket/refused"
-    process = start_job("score", *options, "--out", out, **proxy)
+    process = start_job("score", *options, "--out", out, **flaky.environment)
     wait_until(lambda: bool(storage.files(f"{out}/heatmaps")), "no heatmap was written")
-    FlakyProxy.refuses_until = time.monotonic() + REFUSING_SECONDS
-    stdout, stderr = process.communicate(timeout=HANGS)
-    print(stdout, stderr)
-    assert FlakyProxy.counts["503"] > 5, FlakyProxy.counts
-    if process.returncode:
+    flaky.refuses_until = time.monotonic() + REFUSING_SECONDS
+    ran = wait_for(process)
+    assert flaky.counts["503"] > 5, flaky.counts
+    if ran.returncode:
         # Retries ended before storage came back: one line reports it, and the same command goes on.
-        assert process.returncode == 2
-        assert "what was done is kept; run the same command again" in stderr
-        assert "Traceback" not in stderr
-        assert run_job("score", *options, "--out", out, **proxy).returncode == 0
+        assert ran.returncode == 2
+        assert GO_ON in ran.stderr
+        assert "Traceback" not in ran.stderr
+        assert run_job("score", *options, "--out", out, **flaky.environment).returncode == 0
     check_rows(out)
 
 
-def test_a_store_without_conditional_writes_is_named_at_once(proxy: dict[str, str]) -> None:
-    FlakyProxy.knows_conditions = False
+def test_a_store_without_conditional_writes_is_named_at_once(flaky: Flaky) -> None:
+    flaky.knows_conditions = False
     options = ["--models", "s3://bucket/models", "--images", "s3://bucket/images", "--category", "nut"]
-    ran = run_job("score", *options, "--out", "s3://bucket/unconditional", **proxy)
+    ran = run_job("score", *options, "--out", "s3://bucket/unconditional", **flaky.environment)
     assert ran.returncode == 1
     (line,) = ran.stderr.splitlines()
     problem = "s3://bucket/unconditional/.lease/0.json: this store answers 501 to a conditional write"
     assert line.startswith(f"error: {problem}")
     assert line.endswith("such as Amazon S3, Google Cloud Storage or Azure, or on a disk")
-    assert FlakyProxy.counts["501"] == 1
+    assert flaky.counts["501"] == 1
 
 
-def test_expired_credentials_stop_a_run_and_write_no_error_rows(proxy: dict[str, str], options: list[str]) -> None:
+def test_expired_credentials_stop_a_run_and_write_no_error_rows(flaky: Flaky, options: list[str]) -> None:
     images, out = "s3://bucket/many", "s3://bucket/expired"
     data = storage.read(storage.files("s3://bucket/data/nut/test")[0])
-    for i in range(IMAGES):
-        storage.publish(f"{images}/{i:04}.png", data)
+    storage.in_parallel(lambda i: storage.publish(f"{images}/{i:04}.png", data), range(IMAGES))
     options[options.index("--images") + 1] = images
     options += ["--out", out, "--heatmaps", "none", "--rows-per-file", "32"]
 
     # All are denied soon after the start.
-    FlakyProxy.denied = "/many/", 150
-    ran = run_job("score", *options, **proxy)
+    flaky.denied = "/many/", 150
+    ran = run_job("score", *options, **flaky.environment)
     assert ran.returncode == 2
     assert "of the latest 2" in ran.stderr
     assert "unreadable: PermissionError: The token is expired" in ran.stderr
     assert "Traceback" not in ran.stderr
-    assert FlakyProxy.counts["deniable"] < IMAGES / 2
+    assert flaky.counts["deniable"] < 0.75 * IMAGES
     assert not storage.exists(f"{out}/_SUCCESS")
 
     # A few of the last are denied: they stay unfinished, unless errors are accepted.
-    FlakyProxy.denied = "/many/199", 0
-    ran = run_job("score", *options, **proxy)
+    flaky.denied = "/many/119", 0
+    ran = run_job("score", *options, **flaky.environment)
     assert ran.returncode == 2
     assert "10 images are unfinished" in ran.stdout
-    assert "s3://bucket/many/1990.png: unreadable: PermissionError" in ran.stdout
+    assert "s3://bucket/many/1190.png: unreadable: PermissionError" in ran.stdout
     assert not storage.exists(f"{out}/_SUCCESS")
-    ran = run_job("score", *options, "--accept-errors", **proxy)
+    ran = run_job("score", *options, "--accept-errors", **flaky.environment)
     assert ran.returncode == 0
     assert f"{IMAGES} rows" in ran.stdout
     assert "10 with an error (10 unreadable)" in ran.stdout

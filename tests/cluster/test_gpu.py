@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,34 +10,30 @@ import torch
 from ray.cluster_utils import Cluster
 
 from stpm import storage
+from stpm.fitting import fit_categories
+from stpm.method.arithmetic import Capabilities
 from stpm.models.store import ModelStore
-from tests.cluster.conftest import HANGS, TINY_RECIPE, environment, fit
-from tests.conftest import REPOSITORY
+from stpm.scoring import run_arithmetic
+from tests.cluster.conftest import TINY_RECIPE, call_job, fit
 from tests.datasets import make_category
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU of this machine"),
+    pytest.mark.usefixtures("cluster"),
 ]
 
 REASON = f"torch {torch.__version__} cannot use the GPU of "
-# The driver believes that the nodes' GPUs work: then they are lost before a worker or a scorer starts.
-TRUSTING = """
-import runpy, sys
-import {module} as module
-from stpm.method.arithmetic import Capabilities
-module.examine_devices = lambda gpus: [Capabilities(True, True, False)]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-MODULES = {"fit": "stpm.fitting.fit_categories", "score": "stpm.scoring.run_arithmetic"}
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[dict[str, str]]:
+def cluster() -> Iterator[None]:
+    """Start a node with a GPU, for the jobs of this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
-        yield {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield
         cluster.shutdown()
 
 
@@ -58,33 +52,32 @@ def options(name: str, root: Path, out: Path) -> list[str]:
     return ["--models", str(root / "models"), "--images", images, "--category", "nut", "--out", str(out)]
 
 
-def run(name: str, argv: list[str], client: dict[str, str], *, trusting: bool) -> subprocess.CompletedProcess[str]:
-    job = str(REPOSITORY / "jobs" / f"{name}.py")
-    script = f"import sys; del sys.argv[0]; exec({TRUSTING.format(module=MODULES[name])!r})"
-    command = [sys.executable, *(["-c", script] if trusting else []), job, *argv]
-    ran = subprocess.run(command, env=environment(**client), capture_output=True, text=True, timeout=HANGS, check=False)
-    print(ran.stdout, ran.stderr, sep="\n")
-    return ran
-
-
 @pytest.mark.parametrize("trusting", [False, True])
 @pytest.mark.parametrize("name", ["fit", "score"])
 def test_a_gpu_that_torch_cannot_use_ends_the_job_with_one_line(
-    name: str, trusting: bool, root: Path, tmp_path: Path, client: dict[str, str]
+    name: str,
+    trusting: bool,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    ended = run(name, options(name, root, tmp_path / "out"), client, trusting=trusting)
+    if trusting:
+        # The driver believes that the nodes' GPUs work: then they are lost before a worker or a scorer starts.
+        for module in (fit_categories, run_arithmetic):
+            monkeypatch.setattr(module, "examine_devices", lambda gpus: [Capabilities(True, True, False)])
+    ended = call_job(name, *options(name, root, tmp_path / "out"))
     # Of a fit that has begun, each category has its line in the log. Ray Data has lines of its own about a lost scorer.
     in_log = name == "fit" and trusting
     found = [line for line in (ended.stdout if in_log else ended.stderr).splitlines() if REASON in line]
     assert len(found) == 1
     assert "install a torch that is built for CUDA" in found[0]
     assert trusting or ended.stderr.splitlines() == found
-    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "Traceback" not in "".join(capfd.readouterr())
     assert ended.returncode == (3 if in_log else 2)
     assert not storage.files(f"{tmp_path}/out/scores")
 
 
-def test_without_gpus_per_worker_a_fit_computes_on_cpus(root: Path, tmp_path: Path, client: dict[str, str]) -> None:
-    ended = run("fit", [*options("fit", root, tmp_path), "--gpus-per-worker", "0"], client, trusting=False)
-    assert ended.returncode == 0
+def test_without_gpus_per_worker_a_fit_computes_on_cpus(root: Path, tmp_path: Path) -> None:
+    assert call_job("fit", *options("fit", root, tmp_path), "--gpus-per-worker", "0").returncode == 0
     assert ModelStore(str(tmp_path)).record("nut").fit.device.startswith("cpu, ")

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from stpm import __version__
-from tests.cluster.conftest import TINY_RECIPE, read_rows, run_job
+from tests.cluster.conftest import TINY_RECIPE, call_job, read_rows, run_job
 from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
 TINY_FIT = ["--epochs", "2", *TINY_RECIPE]
+SCORE = ["--models", "models", "--category", "nut"]
 
 
 def written() -> dict[str, int]:
@@ -24,11 +25,27 @@ def written() -> dict[str, int]:
     return {str(path.relative_to("run")): path.stat().st_mtime_ns for path in found}
 
 
+def check_again(images: list[str]) -> None:
+    """Check that the same options do nothing, and that others change what depends on them, or are refused."""
+    before = written()
+    again = call_job("score", *SCORE, *images)
+    assert again.returncode == 0
+    assert "all images of this run are scored already" in again.stdout
+    assert written() == before
+    shorter = call_job("score", *SCORE, *images, "--top", "3", "--fdr", "0.5")
+    assert shorter.returncode == 0
+    assert "among 8 images at a false discovery rate of 0.5" in shorter.stdout
+    assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
+    assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
+    other = call_job("score", *SCORE, *images, "--heatmaps", "none")
+    assert other.returncode == 1
+    assert "heatmaps was 'all' and is 'none'" in other.stderr
+
+
 def check_fresh(images: list[str]) -> None:
     """Score from the start, with an empty file among the images."""
     Path("data/nut/test/good/zero.png").write_bytes(b"")
-    fresh = ["--fresh", "--heatmaps", "none", "--raw-maps"]
-    some = run_job("score", "--models", "models", *images, *fresh)
+    some = call_job("score", *SCORE, *images, "--fresh", "--heatmaps", "none", "--raw-maps")
     assert some.returncode == 2
     assert "zero.png: empty: the file has no bytes" in some.stdout
     rows = read_rows("run")
@@ -41,15 +58,16 @@ def check_fresh(images: list[str]) -> None:
 def check_feedback() -> None:
     """Add a marked image to the models here, and list them."""
     Path("marks.csv").write_text("uri,category,label\ndata/nut/test/good/000.png,nut,good\n")
-    feedback = run_job("fit", "--models", "models", "--add-good", "marks.csv")
+    feedback = call_job("fit", "--models", "models", "--add-good", "marks.csv")
     assert feedback.returncode == 0
     assert "1 of 1 images that are marked as good belong to models in models" in feedback.stdout
-    listed = run_job("models", "--models", "models")
+    listed = call_job("models", "--models", "models")
     assert listed.returncode == 0
     assert [place in listed.stdout for place in (" current ", " 1 before ", " 2 before ")] == [True, True, False]
 
 
-def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
+def test_fit_then_score_with_relative_paths(working_folder: Path, ray_here: None) -> None:
+    """The first fit and the first scoring run are processes; what follows checks what they left."""
     make_category("data", "nut")
     make_category("data", "bolt")
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -65,12 +83,9 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     assert fitted_categories("models") == ["nut"]
 
     # A run without rows may be replaced.
-    assert (
-        run_job("score", "--models", "models", "--images", "nothing", "--out", "run", "--category", "nut").returncode
-        == 3
-    )
-    images = ["--images", "data/nut/test", "--out", "run", "--category", "nut"]
-    score = run_job("score", "--models", "models", *images)
+    assert call_job("score", *SCORE, "--images", "nothing", "--out", "run").returncode == 3
+    images = ["--images", "data/nut/test", "--out", "run"]
+    score = run_job("score", *SCORE, *images)
     assert score.returncode == 0
     # The first line is the job's own, and none is Ray's.
     for name, ran in (("fit", fit), ("score", score)):
@@ -79,55 +94,31 @@ def test_fit_then_score_with_relative_paths(working_folder: Path) -> None:
     assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333 or more" in score.stdout
     rows = read_rows("run")
     assert len(rows) == 8
-    assert all((working_folder / "run" / row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
+    assert all(Path("run", row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 8
-    run = json.loads((working_folder / "run/run.json").read_text())
+    run = json.loads(Path("run/run.json").read_text())
     assert run["result"]["rows"] == 8
     assert 0 < run["result"]["statistics"]["score_seconds"] < 2 * run["result"]["seconds"]
     assert run["result"]["statistics"]["openvino_images"] == (8 if find_spec("openvino") else 0)
     assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
-    assert {path.name for path in (working_folder / "run").iterdir()} == {
-        ".lease",
-        "_SUCCESS",
-        "heatmaps",
-        "manifest",
-        "run.json",
-        "scores",
-        "segments",
-        "triage.html",
-    }
+    names = {path.name for path in Path("run").iterdir()}
+    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "segments", "triage.html"}
 
     # A dry run in another folder measures, and writes nothing.
-    dry = run_job("score", "--models", "models", *images[:2], "--out", "dry", "--category", "nut", "--dry-run")
+    dry = call_job("score", *SCORE, "--images", "data/nut/test", "--out", "dry", "--dry-run")
     assert dry.returncode == 0
     assert "all 8 images: about" in dry.stdout
     assert not list(Path("dry").rglob("*.*"))
 
-    # The same options again do nothing; other options change what depends on them, or are refused.
-    before = written()
-    again = run_job("score", "--models", "models", *images)
-    assert again.returncode == 0
-    assert "all images of this run are scored already" in again.stdout
-    assert written() == before
-    shorter = run_job("score", "--models", "models", *images, "--top", "3", "--fdr", "0.5")
-    assert shorter.returncode == 0
-    assert "among 8 images at a false discovery rate of 0.5" in shorter.stdout
-    assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
-    assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
-    other = run_job("score", "--models", "models", *images, "--heatmaps", "none")
-    assert other.returncode == 1
-    assert "heatmaps was 'all' and is 'none'" in other.stderr
+    check_again(images)
     assert read_rows("run") == rows
 
     check_fresh(images)
     check_feedback()
 
-
-def test_workers_that_do_not_fit_the_cluster_are_refused(working_folder: Path) -> None:
-    make_category("data", "nut", train=2, good=0, defects=0)
-    process = run_job("fit", "--data", "data", "--models", "m", *TINY_RECIPE, "--cpus-per-worker", "99")
-    assert process.returncode == 1
-    assert "do not fit the cluster" in process.stderr
-    assert len(process.stderr.splitlines()) == 1
-    assert not list(Path("m").rglob("model.json"))
+    refused = call_job("fit", *options, "--categories", "bolt", "--cpus-per-worker", "99")
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert "do not fit the cluster" in line
+    assert fitted_categories("models") == ["nut"]

@@ -1,4 +1,4 @@
-"""A hundred categories that take a second or less each."""
+"""Many categories that take a second or less each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
-COUNT = 100
+COUNT = 60
 
 
 def test_the_drivers_memory_stays_constant_and_workers_do_not_wait_for_it(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from tests.cluster.conftest import TINY_RECIPE, run_job
+from tests.cluster.conftest import TINY_RECIPE, call_job, run_job
 from tests.datasets import make_category, make_output
 
 pytestmark = pytest.mark.cluster
@@ -92,7 +92,7 @@ def test_a_benchmark_writes_to_s3_and_a_fit_reuses_its_models(s3: dict[str, str]
     assert not [uri for uri in storage.files(models) if "checkpoint" in uri or ".train" in uri]
 
     first = storage.files(f"{models}/nut"), storage.read(f"{models}/nut/current.json")
-    again = run_job("fit", "--models", models, *recipe)
+    again = call_job("fit", "--models", models, *recipe)
     assert again.returncode == 0
     assert again.stdout.count("is there already") == 2
     assert (storage.files(f"{models}/nut"), storage.read(f"{models}/nut/current.json")) == first
@@ -100,7 +100,7 @@ def test_a_benchmark_writes_to_s3_and_a_fit_reuses_its_models(s3: dict[str, str]
     written = b"".join(storage.read(uri) for uri in storage.files(out) if uri.endswith((".json", ".parquet")))
     options = ["--models", models, "--category", "nut"]
     for images, run in ((f"{data}/nut/test", "s3://nobucket/run"), ("s3://nobucket/images", f"{out}/other")):
-        no_bucket = run_job("score", *options, "--images", images, "--out", run)
+        no_bucket = call_job("score", *options, "--images", images, "--out", run)
         assert no_bucket.returncode == 1
         assert len(no_bucket.stderr.splitlines()) == 1
         assert "s3://nobucket/" in no_bucket.stderr

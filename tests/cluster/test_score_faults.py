@@ -51,9 +51,9 @@ pytestmark = pytest.mark.cluster
 # Every pair if kills are repeated, otherwise each victim and each store once.
 VICTIMS = [(SCORER, "s3"), (DECODER, "local"), *([(SCORER, "local"), (DECODER, "s3")] if len(KILLS) > 1 else [])]
 END_OF_DRIVER = {DECODER: kill_tree, SCORER: subprocess.Popen.kill}
-IMAGES = 1000
+IMAGES = 600
 # With few rows per file and two segments, a kill finds some of them written, some half written and some not begun.
-OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--segment-rows", "600"]
+OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--segment-rows", "360"]
 OPTIONS += ["--scoring-batch-size", "4", "--max-error-rate", "1"]
 # Files of a segment, at least: so many are counted for a committed one.
 SEGMENT_FILES = 2
@@ -68,18 +68,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_category(str(root / "data"), "nut")
     fit(root / "data", root / "models")
     make_images(str(root / "images"), IMAGES, broken=range(0, IMAGES, 50))
-    score(root, root / "undisturbed")
+    assert run_job("score", *arguments(root, root / "undisturbed")).returncode == 0
     return root
 
 
 def arguments(root: Path, out: object) -> list[str]:
     return ["--models", str(root / "models"), "--images", str(root / "images"), "--out", str(out), *OPTIONS]
-
-
-def score(root: Path, out: object) -> str:
-    process = run_job("score", *arguments(root, out))
-    assert process.returncode == 0
-    return process.stdout
 
 
 def rows_by_id(out: object) -> dict[int, dict[str, Any]]:
@@ -125,10 +119,6 @@ def count_files(out: str) -> int:
     return len(checkpoints(RunOutput.single(out))) + SEGMENT_FILES * len(segments)
 
 
-def wait_for_files(out: str, count: int) -> None:
-    wait_until(lambda: count_files(out) >= count, "no rows were written")
-
-
 def kill_one(driver: int, title: str) -> None:
     """Kill a process of the job, by its title, at a random one of its first 20 sightings."""
     sightings = random.randint(1, 20)
@@ -167,7 +157,8 @@ def test_a_second_run_is_refused_and_after_kills_each_row_is_there_once(
     assert loser.returncode == 1
     assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
 
-    wait_for_files(out, random.randint(1, MAX_FILES))
+    files = random.randint(1, MAX_FILES)
+    wait_until(lambda: count_files(out) >= files, "no rows were written")
     time.sleep(random.uniform(0, 0.5))
     END_OF_DRIVER[victim](winner)
     assert not storage.exists(f"{out}/_SUCCESS")
@@ -254,10 +245,8 @@ def test_an_image_that_crashes_the_decoder_becomes_a_row(run: Path, tmp_path: Pa
     make_images(str(images), 5)
     storage.publish(f"{images}/crash.png", crashing_image())
     options = ["--models", str(run / "models"), "--images", str(images), "--category", "nut", "--out", str(out)]
-    scored = run_job(
-        "score", *options, "--scorers", "1", "--max-error-rate", "1", PYTHONPATH=f"{tmp_path}:{REPOSITORY}"
-    )
-    assert scored.returncode == 0
+    options += ["--scorers", "1", "--max-error-rate", "1"]
+    assert run_job("score", *options, PYTHONPATH=f"{tmp_path}:{REPOSITORY}").returncode == 0
     errors = {Path(row["uri"]).name: row["error_message"] for row in read_rows(out) if row["error_kind"]}
     assert errors == {"crash.png": "decoding it crashes the process with SIGSEGV; repair or remove the file"}
     assert len(read_rows(out)) == 6

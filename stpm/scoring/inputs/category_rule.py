@@ -9,7 +9,6 @@ from functools import cached_property
 from stpm.errors import ConfigError
 
 _FIELD = re.compile(r"\{(\w+)\}")
-_EXAMPLE = "as in {category}/{date}/{name}"
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,15 @@ class CategoryRule:
     def __post_init__(self) -> None:
         if self.fixed and self.pattern:
             raise ConfigError("--category and --category-from are both given; give one")
-        names = _FIELD.findall(self.pattern)
+        names, problem = _FIELD.findall(self.pattern), ""
         if invalid := [name for name in names if not name.isidentifier()]:
-            raise ConfigError(
-                f"--category-from is {self.pattern!r}; {{{invalid[0]}}} is not a name: begin it with a letter, "
-                f"{_EXAMPLE}"
-            )
-        if re.search("[{}]", _FIELD.sub("", self.pattern)):
-            raise ConfigError(
-                f"--category-from is {self.pattern!r}; a name in braces has only letters, digits and _, {_EXAMPLE}"
-            )
-        if self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
-            raise ConfigError(
-                f"--category-from is {self.pattern!r}; use {{category}} exactly once, and every other name at most "
-                f"once, {_EXAMPLE}"
-            )
+            problem = f"{{{invalid[0]}}} is not a name: begin it with a letter"
+        elif re.search("[{}]", _FIELD.sub("", self.pattern)):
+            problem = "a name in braces has only letters, digits and _"
+        elif self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
+            problem = "use {category} exactly once, and every other name at most once"
+        if problem:
+            raise ConfigError(f"--category-from is {self.pattern!r}; {problem}, as in {{category}}/{{date}}/{{name}}")
 
     def category(self, path: str) -> str:
         """Return the category of the image at a path, or "" if the pattern does not match."""
@@ -56,8 +49,6 @@ class CategoryRule:
     @cached_property
     def _expression(self) -> re.Pattern[str]:
         parts = _FIELD.split(self.pattern.strip("/"))
-        literal, names = parts[::2], parts[1::2]
-        text = re.escape(literal[0])
-        for name, after in zip(names, literal[1:], strict=True):
-            text += f"(?P<{name}>[^/]+)" + re.escape(after)
-        return re.compile(f"(?:^|/){text}$")
+        # Every second part is the name of a field.
+        texts = (f"(?P<{part}>[^/]+)" if number % 2 else re.escape(part) for number, part in enumerate(parts))
+        return re.compile(f"(?:^|/){''.join(texts)}$")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack
 from functools import cached_property
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +16,16 @@ from stpm.scoring.schema import Int64Array
 _PARTS = 64
 
 
-class DuplicateFinder:
-    """Ids with the numbers of their rows, in temporary files: 16 bytes a row on disk, and one bit in memory.
+class DuplicateFinder(ExitStack):
+    """Ids with the numbers of their rows, in temporary files: 17 bytes a row on disk.
 
     Use it as a context manager, which removes the files. The files have no names: a killed process leaves none.
     """
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._files = [self._stack.enter_context(tempfile.TemporaryFile()) for _ in range(_PARTS)]  # noqa: SIM115
+        super().__init__()
+        self._files = [self._open_file() for _ in range(_PARTS)]
         self._rows = 0
-
-    def __enter__(self) -> DuplicateFinder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def add(self, ids: Int64Array) -> None:
         """Add the ids of the next rows."""
@@ -38,33 +33,26 @@ class DuplicateFinder:
         self._rows += len(ids)
         # Ids are hashes: any of their bits split them evenly.
         parts = ids % _PARTS
-        order = np.argsort(parts, kind="stable")
-        ends = np.searchsorted(parts[order], np.arange(_PARTS), side="right")
-        for file, part in zip(self._files, np.split(entries[order], ends[:-1]), strict=True):
-            file.write(part.tobytes())
+        for number, file in enumerate(self._files):
+            file.write(entries[parts == number].tobytes())
+
+    def _open_file(self) -> IO[bytes]:
+        return self.enter_context(tempfile.TemporaryFile())
 
     def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Return whether each of the rows from `start` to before `stop` has the id of an earlier row.
 
         After the first call no row can be added any more.
         """
-        first = start // 8
-        flags = np.unpackbits(self._bits[first : -(-stop // 8)])
-        return flags[start - 8 * first : stop - 8 * first].astype(bool)
+        return self._is_duplicate[start:stop]
 
     @cached_property
-    def _bits(self) -> npt.NDArray[np.uint8]:
-        """One bit for each row, packed as `numpy.packbits` does."""
-        bits = np.zeros(-(-self._rows // 8), np.uint8)
+    def _is_duplicate(self) -> npt.NDArray[np.bool_]:
+        # An array cannot be mapped to a file of no bytes.
+        flags = np.memmap(self._open_file(), bool, "w+", shape=max(self._rows, 1))
         for file in self._files:
             file.seek(0)
-            rows = _repeated(np.frombuffer(file.read(), np.int64).reshape(-1, 2))
-            np.bitwise_or.at(bits, rows >> 3, (128 >> (rows & 7)).astype(np.uint8))
-        return bits
-
-
-def _repeated(entries: Int64Array) -> Int64Array:
-    """Return the numbers of the rows whose id an earlier row has, given (id, row) pairs in ascending order of rows."""
-    ordered = entries[np.argsort(entries[:, 0], kind="stable")]
-    repeated: Int64Array = ordered[1:][ordered[1:, 0] == ordered[:-1, 0], 1]
-    return repeated
+            ids, rows = np.frombuffer(file.read(), np.int64).reshape(-1, 2).T
+            order = np.argsort(ids, kind="stable")
+            flags[rows[order[1:]][ids[order[1:]] == ids[order[:-1]]]] = True
+        return flags

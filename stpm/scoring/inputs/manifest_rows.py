@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stpm.data.image_files import ImageRef
 from stpm.data.mvtec import Category
@@ -53,30 +52,6 @@ def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
         "error_message": [str(error) if error else "" for error in errors],
         "archive_start": [row.image.start for row in rows],
         "archive_length": [row.image.length for row in rows],
-    }
-    return table(columns, MANIFEST)
-
-
-def make_rows_from_columns(
-    uris: pa.ChunkedArray,
-    categories: pa.ChunkedArray,
-    labels: pa.ChunkedArray,
-    masks: pa.ChunkedArray,
-    starts: Int64Array,
-    lengths: Int64Array,
-) -> pa.Table:
-    """Make a table of schema MANIFEST from its columns. Only a row without a category gets an error."""
-    has_category = pc.not_equal(categories, "")
-    columns = {
-        "image_id": _image_ids(uris.to_pylist()),
-        "uri": uris,
-        "category": categories,
-        "label": labels,
-        "mask": masks,
-        "error_kind": pc.if_else(has_category, "", _NO_CATEGORY.kind),
-        "error_message": pc.if_else(has_category, "", str(_NO_CATEGORY)),
-        "archive_start": starts,
-        "archive_length": lengths,
     }
     return table(columns, MANIFEST)
 

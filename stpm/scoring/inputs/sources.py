@@ -1,11 +1,14 @@
-"""Turn sources of images (folders, globs, archives, tables, lists) into manifest rows, a chunk at a time."""
+"""Turn sources of images (folders, globs, archives, tables, lists) into manifest rows."""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from glob import has_magic
 from itertools import islice
+from typing import IO
 
 import pyarrow as pa
 
@@ -16,10 +19,10 @@ from stpm.errors import ImageError, NoImagesError
 from stpm.names import as_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
+from stpm.scoring.inputs.manifest import SHARD_ROWS
+from stpm.scoring.inputs.manifest_rows import ManifestRow, image_id, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
-from stpm.scoring.inputs.tables import CHUNK_ROWS
 from stpm.scoring.output import is_picture
 
 STANDARD_INPUT = "-"
@@ -36,7 +39,7 @@ def image_rows(
     lines: Iterable[str] = (),
     settle: storage.Settle | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield the manifest rows of several sources, at most `CHUNK_ROWS` at a time. Duplicates are still among them.
+    """Yield the manifest rows of several sources, at most SHARD_ROWS at a time. Duplicates are still among them.
 
     Args:
         sources: folders, prefixes, globs, tar archives, tables (Parquet, CSV, JSON lines), Parquet files that hold
@@ -61,6 +64,22 @@ def image_rows(
             raise NoImagesError(
                 f"{source}: no images here (of {', '.join(SUFFIXES)}, or in {TAR}); is the path right, and mounted?"
             )
+
+
+@contextmanager
+def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
+    """Keep a list of URIs that can be read once, as on standard input, in a temporary file.
+
+    Yields:
+        The file; and the number of lines with a digest that does not depend on their order, or "" without lines.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape") as file:
+        count = total = 0
+        for line in filter(None, map(str.strip, lines)):
+            count += 1
+            total += image_id(as_utf8(storage.absolute(line)))
+            print(line, file=file)
+        yield file, f"{count} lines, digest {total % 2**64:016x}" if count else ""
 
 
 def _source_rows(
@@ -124,10 +143,9 @@ def _images_in(files: Iterator[str]) -> Iterator[tuple[ImageRef, ImageError | No
 
 
 def _file_rows(images: Iterator[tuple[ImageRef, ImageError | None]], rule: CategoryRule) -> Iterator[pa.Table]:
-    def row(image: ImageRef, error: ImageError | None) -> ManifestRow:
+    while some := list(islice(images, SHARD_ROWS)):
         # A pattern describes image paths, and a damaged archive is not an image.
-        category = rule.fixed if error else rule.category(as_utf8(image.path))
-        return ManifestRow(image, category, error=error)
-
-    while chunk := list(islice(images, CHUNK_ROWS)):
-        yield make_rows([row(image, error) for image, error in chunk])
+        chosen = (rule.fixed if error else rule.category(as_utf8(image.path)) for image, error in some)
+        yield make_rows(
+            [ManifestRow(image, category, error=error) for (image, error), category in zip(some, chosen, strict=True)]
+        )

@@ -1,4 +1,4 @@
-"""Read a user's tables (Parquet, CSV, JSON lines) in chunks."""
+"""Read a user's tables (Parquet, CSV, JSON lines), a part at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from stpm import storage
 from stpm.data.decoding import SUFFIXES as IMAGE_SUFFIXES
 from stpm.data.image_files import IMAGE_COLUMNS, PARQUET, image_column
 from stpm.errors import DataError, NoImagesError
+from stpm.scoring.inputs.manifest import SHARD_ROWS
 from stpm.scoring.schema import INPUT_COLUMNS
 
 SUFFIXES = (PARQUET, ".csv", ".jsonl", ".ndjson")
-CHUNK_ROWS = 10_000
 
 # Columns of a stored listing of a bucket.
 _LISTING_COLUMNS = ["bucket", "key"]
@@ -32,7 +32,7 @@ _IMAGE = rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 
 
 def read(uri: str) -> Iterator[pa.Table]:
-    """Read a table, at most `CHUNK_ROWS` rows at a time. A table without a column `uri` has an image in each row.
+    """Read a table, at most SHARD_ROWS at a time. A table without a column `uri` has an image in each row.
 
     A stored listing of a bucket, as S3 Inventory writes, has columns `bucket` and `key` instead of `uri`. Those of its
     objects that are images are returned, and no other column. Older versions and deleted objects are left out.
@@ -54,15 +54,11 @@ def read(uri: str) -> Iterator[pa.Table]:
         raise DataError(f"{uri}: this table cannot be read: {error}") from error
 
 
-def input_columns(table: pa.Table) -> list[pa.ChunkedArray]:
-    """Return the INPUT_COLUMNS, with "" in each row for a column that is missing."""
-    missing = pa.chunked_array([pa.repeat("", table.num_rows)])
-    return [table[name] if name in table.schema.names else missing for name in INPUT_COLUMNS]
-
-
 def input_values(table: pa.Table) -> Iterator[tuple[str, ...]]:
     """Return the values of INPUT_COLUMNS for each row, "" for a column that is missing."""
-    return zip(*(column.to_pylist() for column in input_columns(table)), strict=True)
+    missing = [""] * table.num_rows
+    columns = (table[name].to_pylist() if name in table.schema.names else missing for name in INPUT_COLUMNS)
+    return zip(*columns, strict=True)
 
 
 def _is_listing(names: Collection[str]) -> bool:
@@ -89,10 +85,9 @@ def _with_text(table: pa.Table) -> pa.Table:
         pa.ArrowInvalid: if a string is not UTF-8.
     """
     table.validate(full=True)
-    for name in INPUT_COLUMNS:
-        if name in table.schema.names:
-            texts = table[name].cast(pa.string()).fill_null("")
-            table = table.set_column(table.schema.get_field_index(name), name, texts)
+    for number, name in enumerate(table.schema.names):
+        if name in INPUT_COLUMNS:
+            table = table.set_column(number, name, table[name].cast(pa.string()).fill_null(""))
     return table
 
 
@@ -100,38 +95,31 @@ def _read_parquet(uri: str) -> Iterator[pa.Table]:
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_file(path) as file:
         parquet = pq.ParquetFile(file)
-        schema = parquet.schema_arrow
-        _require_distinct(schema.names)
-        images = "" if "uri" in schema.names else image_column(schema)
+        names = parquet.schema_arrow.names
+        _require_distinct(names)
+        images = "" if "uri" in names else image_column(parquet.schema_arrow)
         if not images:
-            _require_uri(uri, schema.names)
-        if not images and _is_listing(schema.names):
-            columns = [name for name in (*_LISTING_COLUMNS, *_VERSION_COLUMNS) if name in schema.names]
-            for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
-                yield _with_uris(pa.Table.from_batches([batch]), uri)
-        elif names := [name for name in schema.names if name != images]:
-            for batch in parquet.iter_batches(CHUNK_ROWS, columns=names):
-                yield pa.Table.from_batches([batch])
-        else:
-            # Arrow's batches without columns do not know their number of rows: give them an empty column.
-            rows = parquet.metadata.num_rows
-            for start in range(0, rows, CHUNK_ROWS):
-                yield pa.table({"label": pa.nulls(min(CHUNK_ROWS, rows - start))})
+            _require_uri(uri, names)
+        is_listing = not images and _is_listing(names)
+        wanted = {*_LISTING_COLUMNS, *_VERSION_COLUMNS} if is_listing else {*names} - {images}
+        for batch in parquet.iter_batches(SHARD_ROWS, columns=[name for name in names if name in wanted]):
+            part = pa.Table.from_batches([batch])
+            yield _with_uris(part, uri) if is_listing else part
 
 
 def _read_text(uri: str) -> Iterator[pa.Table]:
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
         records = _read_csv(file) if uri.lower().endswith(".csv") else _read_json_lines(file)
-        is_first, is_listing = True, False
-        while chunk := list(islice(records, CHUNK_ROWS)):
-            names = dict.fromkeys(name for record in chunk for name in record)
-            if is_first:
+        added: Sequence[str] = ()
+        while some := list(islice(records, SHARD_ROWS)):
+            names = dict.fromkeys(name for record in some for name in record)
+            if not added:
                 _require_uri(uri, names)
-                is_first, is_listing = False, _is_listing(names)
-            names |= dict.fromkeys(_LISTING_COLUMNS if is_listing else ["uri"])
-            table = pa.table({name: pa.array([record.get(name) for record in chunk], pa.string()) for name in names})
-            yield _with_uris(table, uri) if is_listing else table
+                added = _LISTING_COLUMNS if _is_listing(names) else ["uri"]
+            names |= dict.fromkeys(added)
+            part = pa.table({name: pa.array([record.get(name) for record in some], pa.string()) for name in names})
+            yield _with_uris(part, uri) if added is _LISTING_COLUMNS else part
 
 
 def _read_csv(file: TextIO) -> Iterator[dict[str, str | None]]:
