@@ -20,8 +20,8 @@ from stpm.monitoring.rows import RowCounter, read_rows
 from stpm.monitoring.significance import FloatArray
 from stpm.monitoring.top_images import top_images
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.written_rows import committed_summaries
 
 
 def make_record(

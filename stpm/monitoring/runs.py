@@ -14,9 +14,8 @@ import pyarrow as pa
 
 from stpm import storage
 from stpm.monitoring.night_folder import NightFolder
-from stpm.scoring.inputs.manifest import Manifest, read_shard
+from stpm.scoring.inputs.manifest import Manifest, contains, read_shard
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.remaining import contains
 from stpm.scoring.schema import Int64Array
 
 

@@ -31,7 +31,7 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.resume import read_models
+from stpm.scoring.resume import read_models
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun

@@ -26,7 +26,7 @@ def top_images(outputs: Sequence[RunOutput], store: ModelStore) -> tuple[TopImag
         outputs: of the night's runs.
         store: the models, which say how an image was cut for its heatmap.
     """
-    found = [(row["excess"], row["uri"], output, row) for output in outputs for row in most_anomalous(output, _COUNT)]
+    found = [(row["margin"], row["uri"], output, row) for output in outputs for row in most_anomalous(output, _COUNT)]
     best = sorted(found, key=lambda item: item[:2], reverse=True)[:_COUNT]
 
     @cache

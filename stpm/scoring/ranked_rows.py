@@ -10,10 +10,9 @@ import pyarrow.dataset as ds
 
 from stpm.errors import RunDamagedError
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import blaming_damaged_file, open_rows
-from stpm.scoring.resuming.row_checkpoints import task_of
-from stpm.scoring.resuming.segments import committed_summaries
-from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary
+from stpm.scoring.output_rows import naming_damaged_file, open_rows
+from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary, task_of
+from stpm.scoring.written_rows import committed_summaries
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
@@ -21,7 +20,7 @@ _COLUMNS = ["image_id", "uri", "archive_start", "archive_length", "category", "m
 
 
 def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
-    """Read the most anomalous rows, in order, as `read_ranked` does; each gets a key `excess`, see `RankedImage`."""
+    """Read the most anomalous rows, in order, as `read_ranked` does; each gets a key `margin`, see `RankedImage`."""
     return read_ranked(output, RowSummary.total(committed_summaries(output), max_images), max_images)
 
 
@@ -32,7 +31,7 @@ def read_ranked(output: RunOutput, summary: RowSummary, max_images: int) -> list
         RunDamagedError: if one of them is missing, or cannot be read.
     """
     if not summary.rows or summary.max_ranked < max_images:
-        # No segment is committed yet, or the run was scored for a shorter page.
+        # No row is written yet, or the run was scored for a shorter page.
         summary = scan_rows(output, max_images)
     return _read_images(output, summary.ranked)
 
@@ -44,7 +43,7 @@ def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
         RunDamagedError: if a file is damaged, or has other columns.
     """
     dataset = open_rows(output, COLUMNS)
-    with blaming_damaged_file(output):
+    with naming_damaged_file(output):
         return RowSummary.total(
             (
                 RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
@@ -62,13 +61,13 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
     rows: dict[int, dict[str, Any]] = {}
     for uri in output.files():
         if ids := wanted.get(task_of(uri)):
-            with blaming_damaged_file(output, [uri]):
+            with naming_damaged_file(output, [uri]):
                 rows |= {row["image_id"]: row for row in _read_rows(output, uri, ids)}
     if missing := sum(image.image_id not in rows for image in images):
         raise RunDamagedError(
             f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing"
         )
-    return [rows[image.image_id] | {"excess": image.excess} for image in images]
+    return [rows[image.image_id] | {"margin": image.margin} for image in images]
 
 
 def _read_rows(output: RunOutput, uri: str, image_ids: Sequence[int]) -> Iterator[dict[str, Any]]:

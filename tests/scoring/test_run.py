@@ -36,6 +36,7 @@ from stpm.method.recipe import Recipe
 from stpm.models import libraries
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
+from stpm.scoring import resume as resume_module
 from stpm.scoring import run as run_module
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Shard
@@ -43,9 +44,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
-from stpm.scoring.resuming import resume as resume_module
-from stpm.scoring.resuming.resume import resume_or_start
-from stpm.scoring.resuming.row_checkpoints import summary_of
+from stpm.scoring.resume import resume_or_start
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import RunState, ScoringConfig
@@ -184,9 +183,8 @@ def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
     values = {name: each * count for name, each in same.items()} | {"score": range(count)}
     rows = make_output(count, uri=uris_in(output)[:count], **values | columns)
     storage.publish(f"{output.scores}/scores_0-0.parquet", storage.encode_parquet(rows))
-    checkpoint = f"{output.segment_checkpoints(0)}/scores_0.parquet"
-    storage.publish(summary_of(checkpoint), RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json())
-    storage.publish(checkpoint, storage.encode_parquet(rows.select(["image_id"])))
+    summary = RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json()
+    storage.publish(f"{output.task_summaries(0)}/scores_0.json", summary)
 
 
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:
@@ -194,7 +192,6 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., Non
     images = [UnfinishedImage(uri, "unreadable", "expired") for uri in unfinished]
     progress = SimpleNamespace(read=lambda: Snapshot(RunStatistics(images=2), images, "", []))
     monkeypatch.setattr(run_module, "connected", nullcontext)
-    monkeypatch.setattr(run_module, "remaining_shards", lambda _, __, segments, ___: [each.shards for each in segments])
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda *_, stop_on_failures: nullcontext(progress))
     monkeypatch.setattr(run_module, "score_shards", score_shards)
 
@@ -228,7 +225,7 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
         "000000-000000.parquet",
         "manifest.json",
         "run.json",
-        "000000-000000.json",
+        "000000.json",
         "scores_0-0.parquet",
         "triage.html",
         "_SUCCESS",
@@ -254,10 +251,10 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     assert "2 discoveries among 2 images at a false discovery rate of 0.2 (p ≤ 0.1): nut 2" in caplog.text
     score()
     assert state().result().discoveries is None
-    storage.remove(f"{tmp_path}/run/segments/000000-000000.json")
+    storage.remove(f"{tmp_path}/run/summaries/000000/000000.json")
     with pytest.raises(
         DataError,
-        match=rf"/segments are of 0 rows, .*; restore the files, or give another --out{OR_FRESH}$",
+        match=rf"/summaries are of 0 rows, .*; restore the files, or give another --out{OR_FRESH}$",
     ):
         score(fdr=0.2)
 
@@ -368,7 +365,7 @@ def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_
     """The same command, which goes on after a cut-off, would fail again."""
 
     def score_shards(run: ScoringRun, shards: list[Shard], *_: Any) -> None:
-        ((uri, _rows),) = shards
+        ((uri, *_),) = shards
         if isinstance(damage, OSError):
             fail_to_read(monkeypatch, damage, [uri])
         elif damage:
@@ -398,11 +395,10 @@ def internal_error() -> Exception:
         (internal_error(), "a queue is not empty"),
     ],
 )
-@pytest.mark.parametrize("step", ["remaining_shards", "score_shards"])
 def test_a_failure_of_ray_cuts_the_run_off(
-    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str, failure: Exception, reason: str
+    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
-    monkeypatch.setattr(run_module, step, Mock(side_effect=failure))
+    monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=failure))
     with pytest.raises(CutOffError, match=f"^scoring was cut off: {reason}; what was done is kept; run the same "):
         score()
 
@@ -425,7 +421,7 @@ def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("no_models")
 def test_files_that_no_run_wrote_are_never_removed(tmp_path: Path) -> None:
     run = make_run(tmp_path, "/a.png")
-    for name in ("checkpoints/epoch5.pt", "manifest/list.csv", "triage.html"):
+    for name in ("summaries/epoch5.json", "manifest/list.csv", "triage.html"):
         storage.publish(f"{run.output.folder}/{name}", b"precious")
         for start_over in (False, True):
             with pytest.raises(ConfigError, match=r"exists, but no .*run.json shows that a run wrote it"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
@@ -16,7 +18,7 @@ from stpm.lease import Fence, check
 from stpm.records import from_json, to_json
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.options import ScoreOptions
-from stpm.scoring.schema import MANIFEST, passthrough_columns
+from stpm.scoring.schema import MANIFEST, Int64Array
 
 _SUMMARY = "manifest.json"
 # Images of one decoding task.
@@ -28,14 +30,21 @@ _WRITERS = 8
 
 
 class Shard(NamedTuple):
-    """A Parquet file of the manifest, and the number of its rows."""
+    """A Parquet file of the manifest, or its rows that are still to be scored.
+
+    Args:
+        uri: of the file.
+        rows: their number, without the written ones.
+        written: sorted ids of the rows in it that are written; None if there are none.
+    """
 
     uri: str
     rows: int
+    written: Int64Array | None = None
 
 
 class Segment(NamedTuple):
-    """Consecutive shards of a manifest, which are scored by one execution of Ray Data and committed together."""
+    """Consecutive shards of a manifest, which one execution of Ray Data scores."""
 
     number: int
     shards: tuple[Shard, ...]
@@ -89,7 +98,7 @@ def write_manifest(
     attempt: int = 0,
     fence: Fence | None = None,
 ) -> Manifest:
-    """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`: without it nothing counts.
+    """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`, which makes it valid.
 
     Shards that an unfinished attempt left are removed first. Of several rows with one id the first is kept.
 
@@ -107,23 +116,30 @@ def write_manifest(
     storage.remove(folder)
     categories: Counter[str] = Counter()
     with ThreadPoolExecutor(_WRITERS) as pool, DuplicateFinder() as ids:
-        shards = _Shards(folder, attempt, min(SHARD_ROWS, segment_rows), pool)
-        for chunk in chunks:
-            ids.add(chunk["image_id"].to_numpy())
-            categories.update(_count_categories(chunk))
-            shards.add(chunk)
-        shards.end()
+        shards = _ShardWriter(folder, attempt, pool)
+
+        def counted() -> Iterator[pa.Table]:
+            for chunk in chunks:
+                ids.add(chunk["image_id"].to_numpy())
+                categories.update(_count_categories(chunk))
+                shards.add_columns(chunk.schema)
+                yield chunk
+
+        for rows in _cut(counted(), min(SHARD_ROWS, segment_rows)):
+            shards.write(len(shards.rows), rows)
+        shards.wait()
         end = 0
-        for number in range(len(shards)):
-            start, end = end, end + shards.rows(number)
+        for number, count in enumerate(shards.rows):
+            start, end = end, end + count
             is_duplicate = ids.mask(start, end)
             if is_duplicate.any() or shards.lacks_columns(number):
                 shard = storage.read_table(_shard_uri(folder, attempt, number))
                 categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))
                 shards.write(number, shard.filter(pa.array(~is_duplicate)))
-        shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
-    rows = sum(shard_rows)
-    manifest = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows, attempt)
+        shards.wait()
+    rows_left = sum(shards.rows)
+    names = tuple(sorted(+categories))
+    manifest = Manifest(rows_left, end - rows_left, names, tuple(shards.rows), segment_rows, attempt)
     check(fence)
     storage.publish(storage.join(folder, _SUMMARY), to_json(manifest, indent=None))
     return manifest
@@ -138,100 +154,75 @@ def _count_categories(rows: pa.Table) -> dict[str, int]:
     return {each["values"]: each["counts"] for each in counted}
 
 
-class _Written(NamedTuple):
-    """A shard that is written: the number of its rows, and of the user's columns in it whose type is known."""
+def _cut(chunks: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
+    """Cut the rows of all chunks into tables of this length; the last one may be shorter."""
+    waiting: list[pa.Table] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(table.num_rows for table in waiting) >= length:
+            rows = pa.concat_tables(waiting, promote_options="default")
+            end = rows.num_rows - rows.num_rows % length
+            yield from (rows.slice(start, length) for start in range(0, end, length))
+            waiting = [rows.slice(end)]
+    if any(table.num_rows for table in waiting):
+        yield pa.concat_tables(waiting, promote_options="default")
 
-    rows: int
-    user_columns: int
 
-
-class _Shards:
-    """Cut tables into shards of equal length, and write several of them at the same time.
+class _ShardWriter:
+    """Write several shards at the same time, each with all of the user's columns that are known by then.
 
     Args:
         folder: URI to write to.
         attempt: number of the attempt that writes.
-        length: rows of each shard but the last.
         pool: of the threads that write.
     """
 
-    def __init__(self, folder: str, attempt: int, length: int, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, folder: str, attempt: int, pool: ThreadPoolExecutor) -> None:
         self._folder = folder
         self._attempt = attempt
-        self._length = length
         self._pool = pool
-        self._waiting: list[pa.Table] = []
-        self._written: list[Future[_Written]] = []
-        self._user_types: dict[str, pa.DataType] = {}
+        self._schema = MANIFEST
+        self._schemas: dict[int, pa.Schema] = {}
+        self._writing: list[Future[None]] = []
+        # Of each shard.
+        self.rows: list[int] = []
 
-    def __len__(self) -> int:
-        """Return the number of shards."""
-        return len(self._written)
-
-    def add(self, chunk: pa.Table) -> None:
-        """Add rows. Raise ConfigError if a column of the user's has another type than before."""
-        for name in passthrough_columns(chunk.schema):
-            kind = chunk.schema.field(name).type
-            known = self._user_types.get(name, pa.null())
-            if pa.types.is_null(known):
-                self._user_types[name] = kind
-            elif kind not in (known, pa.null()):
-                raise ConfigError(f"column {name} is {known} in one table and {kind} in another; give it one type")
-        self._waiting.append(chunk)
-        if sum(table.num_rows for table in self._waiting) >= self._length:
-            rows = self._take()
-            end = rows.num_rows - rows.num_rows % self._length
-            for start in range(0, end, self._length):
-                self.write(len(self), rows.slice(start, self._length))
-            self._waiting = [rows.slice(end)]
-
-    def end(self) -> None:
-        """Write the rows that are left."""
-        if any(table.num_rows for table in self._waiting):
-            self.write(len(self), self._take())
+    def add_columns(self, schema: pa.Schema) -> None:
+        """Take up the columns of a chunk. Raise ConfigError if one of the user's has another type than before."""
+        for field in schema:
+            known = self._schema.field(field.name).type if field.name in self._schema.names else pa.null()
+            if pa.null() not in (known, field.type) and known != field.type:
+                raise ConfigError(
+                    f"column {field.name} is {known} in one table and {field.type} in another; give it one type"
+                )
+        self._schema = pa.unify_schemas([self._schema, schema])
 
     def write(self, number: int, rows: pa.Table) -> None:
         """Write the next shard, or replace an earlier one; without rows, remove it."""
-        rows = _with_user_columns(rows, self._user_types)
-        future = self._pool.submit(_write_shard, _shard_uri(self._folder, self._attempt, number), rows)
-        self._written[number : number + 1] = [future]
-        # Rows that wait for a writer take memory.
-        self._written[max(number - 2 * _WRITERS, 0)].result()
+        # Columns that its source lacks, or has only nulls in, are null.
+        rows = pa.concat_tables([self._schema.empty_table(), rows], promote_options="default")
+        self.rows[number : number + 1] = [rows.num_rows]
+        self._schemas[number] = self._schema
+        self._writing.append(self._pool.submit(_write_shard, _shard_uri(self._folder, self._attempt, number), rows))
+        if len(self._writing) > 2 * _WRITERS:
+            # Rows that wait for a writer take memory.
+            self._writing.pop(0).result()
 
-    def rows(self, number: int) -> int:
-        return self._written[number].result().rows
+    def wait(self) -> None:
+        """Wait until all shards are written."""
+        while self._writing:
+            self._writing.pop(0).result()
 
     def lacks_columns(self, number: int) -> bool:
         """Return whether a column of the user's was unknown, or its type, when the shard was written."""
-        return self._written[number].result().user_columns < _count_known(self._user_types.values())
-
-    def _take(self) -> pa.Table:
-        rows = pa.concat_tables([_with_user_columns(table, self._user_types) for table in self._waiting])
-        self._waiting = []
-        return rows
+        return bool(self._schemas[number] != self._schema)
 
 
-def _write_shard(uri: str, rows: pa.Table) -> _Written:
+def _write_shard(uri: str, rows: pa.Table) -> None:
     if rows.num_rows:
         storage.publish(uri, storage.encode_parquet(rows))
     else:
         storage.remove(uri)
-    types = [rows.schema.field(name).type for name in passthrough_columns(rows.schema)]
-    return _Written(rows.num_rows, _count_known(types))
-
-
-def _count_known(types: Iterable[pa.DataType]) -> int:
-    """Count types, without that of a column with nulls alone: other tables may know the column's type."""
-    return sum(not pa.types.is_null(each) for each in types)
-
-
-def _with_user_columns(rows: pa.Table, user_types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Give rows all of the user's columns, in one order: null where their source has none, or only nulls."""
-    result = rows.select(MANIFEST.names)
-    for name, kind in user_types.items():
-        is_there = name in rows.schema.names and not pa.types.is_null(rows.schema.field(name).type)
-        result = result.append_column(name, rows[name] if is_there else pa.nulls(rows.num_rows, kind))
-    return result
 
 
 def read_manifest(folder: str) -> Manifest | None:
@@ -266,3 +257,11 @@ def read_shard(uri: str) -> pa.Table:
         return storage.read_columns(uri, MANIFEST)
     except (DataError, FileNotFoundError) as error:
         raise RunDamagedError(f"{uri}, which lists images of this run, is damaged or missing ({error})") from error
+
+
+def contains(ordered: Int64Array, ids: Int64Array) -> npt.NDArray[np.bool_]:
+    """Return whether each id is in a sorted array."""
+    if not len(ordered):
+        return np.zeros(len(ids), bool)
+    found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)] == ids
+    return found

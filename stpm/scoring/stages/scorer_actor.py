@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import pyarrow as pa
 import ray
 
 from stpm.errors import DeviceError
 from stpm.method.arithmetic import Arithmetic
+from stpm.models.store import ModelStore
+from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.progress import ProgressReporter, WarningRelay
-
-
-@dataclass(frozen=True)
-class ScorerSettings:
-    """How a scorer works.
-
-    Args:
-        store: URI of the model store.
-        model_ids: the model of each category.
-        false_alarm_rate: for the thresholds.
-        raw_maps: keep the anomaly maps.
-        overlays: keep the pixels, for the overlays.
-        batch_size: images per forward pass; 0: chosen by measuring on the device.
-        model_ram: maximum bytes of the models that stay loaded.
-        accept_errors: keep the rows with an error of RETRIED_ERRORS.
-        arithmetic: what computes the features.
-    """
-
-    store: str
-    model_ids: Mapping[str, str]
-    false_alarm_rate: float
-    raw_maps: bool = False
-    overlays: bool = False
-    batch_size: int = 0
-    model_ram: int = 2**30
-    accept_errors: bool = False
-    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+from stpm.scoring.scoring_run import ModelRecords
 
 
 class ScorerActor:
@@ -48,7 +22,15 @@ class ScorerActor:
     the traceback of an actor that does not start.
     """
 
-    def __init__(self, settings: ScorerSettings, progress: ProgressReporter) -> None:
+    def __init__(
+        self,
+        store: ModelStore,
+        models: ModelRecords,
+        options: ScoreOptions,
+        output: OutputOptions,
+        arithmetic: Arithmetic,
+        progress: ProgressReporter,
+    ) -> None:
         import torch
 
         from stpm.scoring.stages.scorer import Scorer
@@ -57,7 +39,7 @@ class ScorerActor:
         torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
         self._broken: DeviceError | None = None
         try:
-            self._scorer = Scorer(settings, progress)
+            self._scorer = Scorer(store, models, options, output, arithmetic, progress)
         except DeviceError as error:
             progress.stop(str(error))
             self._broken = error

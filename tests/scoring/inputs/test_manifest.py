@@ -81,7 +81,7 @@ def test_an_error_names_a_damaged_manifest(folder: str, content: bytes | tuple[s
 
 @pytest.mark.parametrize("content", [b"PAR1", None])
 def test_an_error_names_a_damaged_shard(folder: str, content: bytes | None) -> None:
-    ((uri, _),) = write_manifest([chunk(["a"])], folder).segments(folder)[0].shards
+    ((uri, *_),) = write_manifest([chunk(["a"])], folder).segments(folder)[0].shards
     storage.remove(uri)
     if content:
         storage.publish(uri, content)
@@ -118,14 +118,14 @@ def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], seg
     for number, segment in enumerate(written.segments("memory://list")):
         assert segment.number == number
         assert 0 < segment.rows <= segment_rows
-        for uri, rows in segment.shards:
+        for uri, rows, _ in segment.shards:
             uris = storage.read_table(uri)["uri"].to_pylist()
             assert len(uris) == rows
             found += uris
     distinct = dict.fromkeys(f"{i}.png" for ids in chunks for i in ids)
     assert found == list(distinct)
     assert written.rows == len(distinct)
-    shards = [uri for segment in written.segments("memory://list") for uri, _ in segment.shards]
+    shards = [uri for segment in written.segments("memory://list") for uri, *_ in segment.shards]
     assert storage.files("memory://list") == [*shards, "memory://list/manifest.json"]
 
 

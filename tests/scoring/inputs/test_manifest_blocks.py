@@ -16,8 +16,8 @@ from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 def test_rows_are_divided_evenly_in_their_order(lengths: list[int], max_rows: int) -> None:
     shards = [Shard(f"{number}.parquet", rows) for number, rows in enumerate(lengths)]
     parts = divide_evenly(shards, max_rows)
-    rows = [[(uri, row) for uri, start, stop in part for row in range(start, stop)] for part in parts]
-    assert list(chain.from_iterable(rows)) == [(uri, row) for uri, length in shards for row in range(length)]
+    rows = [[(s.uri, row) for s, inside in part for row in range(inside.start, inside.stop)] for part in parts]
+    assert list(chain.from_iterable(rows)) == [(uri, row) for uri, length, _ in shards for row in range(length)]
     assert len(parts) == -(-sum(lengths) // max_rows)
     if parts:
         sizes = [len(part) for part in rows]

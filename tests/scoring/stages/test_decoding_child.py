@@ -56,5 +56,5 @@ def test_only_a_task_that_was_repeated_twice_tries_images_in_children(
 ) -> None:
     check = Mock()
     monkeypatch.setattr(decode_stage, "check_in_child", check)
-    Decode(PREPROCESSING, count_repetitions=lambda: repetitions)(manifest(run).slice(0, 3))
+    Decode(PREPROCESSING, repetitions=lambda: repetitions)(manifest(run).slice(0, 3))
     assert check.call_count == images

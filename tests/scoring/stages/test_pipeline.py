@@ -165,7 +165,7 @@ def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, m
     (task,) = ManifestBlocks(shards).get_read_tasks(1)
     (ordered,) = task.read_fn()
     # Room for one of the three models.
-    score_block = scorer(run, model_ram=1)
+    score_block = scorer(run, model_ram_gib=2**-30)
     scored = [score_block(decode(ordered.slice(start, BLOCK_ROWS))) for start in range(0, len(rows), BLOCK_ROWS)]
     assert sorted(loaded) == sorted(PREPROCESSING)
     assert sorted(id for block in scored for id in block["image_id"].to_pylist()) == list(range(len(rows)))

@@ -5,7 +5,7 @@ import gc
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,21 +14,17 @@ import torch
 
 from stpm import storage
 from stpm.data import images
-from stpm.detector import TeacherSpec
-from stpm.errors import ImageError
 from stpm.method.arithmetic import Arithmetic, Capabilities
 from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages.detector_cache import DetectorCache
-from stpm.scoring.stages.scorer import Scorer
-from stpm.scoring.stages.scorer_actor import ScorerSettings
 from tests.conftest import MODELS, fail_to_read
 from tests.scoring.stages.helpers import (
     CATEGORIES,
     KINDS,
     PREPROCESSING,
-    current_ids,
+    current_models,
     decode,
     fit,
     manifest,
@@ -41,7 +37,7 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
     rows = manifest(run)
     mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
     store = ModelStore(str(run / "models"))
-    models = DetectorCache(store, torch.device("cpu"), 2**30, current_ids(store), Arithmetic())
+    models = DetectorCache(store, current_models(store), torch.device("cpu"), Arithmetic(), 2**30)
     for row in score(run, mixed).to_pylist():
         detector = models.detector(row["category"])
         pixels = images.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
@@ -96,23 +92,13 @@ def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
     assert score(run, rows)["error_kind"].to_pylist() == ["no_model", "no_model"]
 
 
-def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> None:
-    class Loader:
-        def teacher_spec(self, category: str) -> TeacherSpec:
-            raise ImageError("model_unreadable", f"the loader has no {category}")
-
-    settings = ScorerSettings("nowhere", {}, 0.3, accept_errors=True)
-    out = Scorer(settings, detectors=cast(Any, Loader()))(decode(manifest(run)))
-    assert set(out["error_message"].to_pylist()) == {f"the loader has no {name}" for name in CATEGORIES}
-
-
 def test_a_model_that_could_not_be_read_is_tried_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = decode(manifest(run))
+    decoded, stage = decode(manifest(run)), scorer(run, accept_errors=True)
     down = {"student", "model.json", "teachers"}
     fail_to_read(monkeypatch, OSError("503 Slow Down"), down)
     monkeypatch.setattr("stpm.scoring.stages.detector_cache._RETRY_SECONDS", 0.0)
-    stage = scorer(run, accept_errors=True)
     for name, kinds in (
+        ("model.json", {"model_unreadable"}),
         ("model.json", {"model_unreadable"}),
         ("teachers", {"model_unreadable"}),
         ("student", {"", "model_unreadable"}),
@@ -138,7 +124,7 @@ def test_a_damaged_model_makes_only_its_own_rows_errors(run: Path, tmp_path: Pat
 def test_a_category_that_is_fitted_again_keeps_the_model_that_its_run_began_with(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     store = ModelStore(str(tmp_path / "models"))
-    model_ids = current_ids(store)
+    model_ids = {name: record.model_id for name, record in current_models(store).items()}
     decoded = decode(manifest(run))
     stage = scorer(tmp_path)
     before = stage(decoded.slice(0, 1))

@@ -31,8 +31,7 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
         StpmError: as `stpm.scoring.run.run_scoring` does.
     """
     state = run.output.state
-    found = None if start_over else _resume(run, state, replace=replace)
-    manifest, models = found or _start(run, state)
+    manifest, models = (None if start_over else _resume(run, state, replace=replace)) or _start(run, state)
     state.bind_models(_model_ids(models), run.store.uri)
     return state, manifest, models
 
