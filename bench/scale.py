@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -186,7 +187,7 @@ def start(output: RunOutput) -> RunState:
     """Record the run, and that its first attempt counts."""
     state = output.state
     state.start(ScoringConfig((), ScoreOptions.false_alarm_rate))
-    state.record_attempt(output.attempt)
+    state.write(replace(state.record, attempt=output.attempt))
     return state
 
 

@@ -41,7 +41,7 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
     differences = state.config_differences(run.config)
     if not differences:
         # An unfinished run goes on with its models, even if newer ones are current.
-        model_ids = None if replace or state.is_finished() else state.model_ids()
+        model_ids = None if replace or state.is_finished() else state.record.models
         manifest, models = _read_inputs(run, state, model_ids)
         differences = state.model_differences(_model_ids(models))
         if not differences:

@@ -55,7 +55,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     """
     state, manifest, models = resume_or_start(run, start_over=start_over, replace=replace)
     finished = state.result() if state.is_finished() else None
-    attempt = state.attempt() if finished else state.next_attempt()
+    attempt = state.record.attempt if finished else state.next_attempt()
     run = dataclasses.replace(run, output=run.output.with_attempt(attempt))
     if finished:
         log.info(
@@ -69,15 +69,15 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         return scored, models
     remove_leftovers(run.output)
     result = _find_discoveries(run, scored, models)
-    if run.triage_images and (run.triage_images != state.triage_images() or result != scored):
+    if run.triage_images and (run.triage_images != state.record.triage_images or result != scored):
         total = total_of_finished(run.output, result.rows, run.triage_images)
         preprocessing = {name: record.preprocessing for name, record in models.items()}
         write_triage(run.output, total, run.triage_images, preprocessing, result.discoveries)
-        state.record_triage(run.triage_images)
+        state.write(dataclasses.replace(state.record, triage_images=run.triage_images))
     if not finished:
         state.finish(result)
     elif result != finished:
-        state.update_result(result)
+        state.write(dataclasses.replace(state.record, result=result))
     return result, models
 
 
@@ -137,7 +137,8 @@ def _score_segments(
     if rows < manifest.rows:
         log.info(f"{manifest.rows - rows} images are scored already, {rows} remain")
     total = RowSummary()
-    with show_scoring_progress(rows, state.versions(), stop_on_failures=not run.options.accept_errors) as progress:
+    versions, accept_errors = state.record.versions, run.options.accept_errors
+    with show_scoring_progress(rows, versions, stop_on_failures=not accept_errors) as progress:
         for segment in segments:
             summary = written.pop(segment.number, RowSummary())
             if summary.rows < segment.rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from stpm.cluster.device import examine_devices
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
@@ -13,25 +14,19 @@ log = logging.getLogger(__name__)
 
 
 def settle_arithmetic(run: ScoringRun, state: RunState, models: ModelRecords, *, gpus: bool) -> Arithmetic:
-    """Choose what computes the features from now on, and record it. Needs a connection to Ray.
+    """Choose what computes the features from now on, on GPUs or on CPUs, and record it. Needs a connection to Ray.
 
     Warn if that changes during the run, and where models were calibrated otherwise.
-
-    Args:
-        run: its options may ask for a backend.
-        state: of the run.
-        models: by category.
-        gpus: GPUs compute, not CPUs.
 
     Raises:
         ConfigError: if OpenVINO is wanted and not installed.
         DeviceError: if torch cannot use a GPU that Ray assigns.
     """
-    before = state.arithmetic()
+    before = state.record.arithmetic
     found = choose_arithmetic(examine_devices(gpus=gpus), run.cluster.backend, before=before)
     if found == before:
         return found
-    state.record_arithmetic(found)
+    state.write(replace(state.record, arithmetic=found))
     if before:
         log.warning(f"the remaining images may get slightly other scores: {before} has computed them, and now {found}")
     calibrated = [(record.fit.backend, record.precision) for record in models.values()]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, product
 
 import numpy as np
@@ -69,7 +70,7 @@ def _read_summary(uri: str) -> RowSummary:
 
 def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
     """Read the summaries of all rows that count, a few at a time."""
-    counted = output.with_attempt(output.state.attempt())
+    counted = output.with_attempt(output.state.record.attempt)
     return chain.from_iterable(map(read_summaries, summaries_by_segment(counted).values()))
 
 
@@ -98,10 +99,10 @@ def take_over(
     Raises:
         RunDamagedError: as `add_up` does.
     """
-    earlier = summaries_by_segment(output.with_attempt(state.attempt()))
+    earlier = summaries_by_segment(output.with_attempt(state.record.attempt))
     begun = [segment for segment in segments if segment.number in earlier]
     sums = {each.number: add_up(output, options, each, earlier[each.number], max_ranked) for each in begun}
-    state.record_attempt(output.attempt)
+    state.write(replace(state.record, attempt=output.attempt))
     return sums
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def read_ranked(run: RunOutput) -> Any:
     summaries = [RowSummary.of_rows(GOOD, task_of(uri), 50) for uri in run.files()]
     state = run.state
     state.start(ScoringConfig((), 0.01))
-    state.record_attempt(run.attempt)
+    state.write(replace(state.record, attempt=0))
     storage.publish(run.segment_summary(0), RowSummary.total(summaries, 50).to_json(), durable=False)
     return most_anomalous(run, 50)
 

@@ -281,7 +281,7 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
     second = save(run.store, dataclasses.replace(tiny, seed=7))
     state, _, models = resume_or_start(run, start_over=False, replace=False)
     assert models["nut"].model_id == first.model_id != second.model_id
-    assert state.model_ids() == {"nut": first.model_id}
+    assert state.record.models == {"nut": first.model_id}
     storage.remove(f"{run.store.uri}/nut/{first.model_id}")
     with pytest.raises(RunDamagedError, match=rf"no model {first.model_id} .*; this run began with that model$"):
         resume_or_start(run, start_over=False, replace=False)

@@ -33,7 +33,7 @@ def test_a_run_records_what_computes_it_and_warns_once_where_that_changes(
         caplog.clear()
         monkeypatch.setattr(run_arithmetic, "examine_devices", lambda gpus: [device])
         found = settle_arithmetic(RUN, RunState(str(tmp_path)), models, gpus=False)
-        assert RunState(str(tmp_path)).arithmetic() == found
+        assert RunState(str(tmp_path)).record.arithmetic == found
         return [str(found), *caplog.messages]
 
     first, *warnings = settle(CPU)

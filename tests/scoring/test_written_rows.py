@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -37,7 +38,7 @@ def output(memory: str) -> RunOutput:
     """A run whose attempt 0 counts."""
     state = RunState(memory)
     state.start(ScoringConfig((), 0.01))
-    state.record_attempt(0)
+    state.write(replace(state.record, attempt=0))
     return RunOutput.single(memory)
 
 
@@ -164,7 +165,7 @@ def test_rows_that_are_lost_or_left_over_are_an_error(
         uris_left(output, segments)
     storage.publish(file, b"")
     with pytest.raises(RunDamagedError, match=rf"{file} is damaged"):
-        uris_left(output.with_attempt(output.state.attempt()), segments)
+        uris_left(output.with_attempt(output.state.record.attempt), segments)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", {"nut": {"0.5": "1"}}])

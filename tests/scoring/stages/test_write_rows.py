@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
     state = RunState(output.state_folder)
     state.start(ScoringConfig((), 0.01))
-    state.record_attempt(0)
+    state.write(replace(state.record, attempt=0))
     files = RowWriter(output, options, 0, rows_per_file=20, max_ranked=5)
     for task, bounds in enumerate([(0, 30), (30, 31), (31, 100)]):
         context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task)
