@@ -12,7 +12,6 @@ from stpm.lease import Fence, check
 from stpm.names import safe_name
 from stpm.scoring.run_state import RunState
 
-_RUNS = "runs"
 # Under any run folder, what `picture_path` returns.
 _PICTURE = re.compile(r"/heatmaps/[^/]+/[^/]+/([0-9a-f]{2})/\1[0-9a-f]{14}(?:\.png|_overlay\.jpg)$")
 
@@ -50,14 +49,12 @@ class RunOutput:
     @classmethod
     def named(cls, folder: str, name: str, fence: Fence | None = None) -> RunOutput:
         """Return the output of one of several runs in a folder."""
-        return cls(folder, name, storage.join(folder, _RUNS, name), fence)
+        return cls(folder, name, storage.join(folder, "runs", name), fence)
 
     @classmethod
     def all_named(cls, folder: str) -> list[RunOutput]:
         """List the outputs of all named runs in a folder, by name."""
-        parent = storage.join(folder, _RUNS)
-        names = storage.subfolders(parent) if storage.exists(parent) else []
-        return [cls.named(folder, name) for name in names]
+        return [cls.named(folder, name) for name in _subfolders(storage.join(folder, "runs"))]
 
     @classmethod
     def find_all(cls, folder: str) -> list[RunOutput]:
@@ -72,6 +69,10 @@ class RunOutput:
         if not output.files():
             raise DataError(f"{folder}: no scores here; give the run folder of the score or benchmark job")
         return [output]
+
+    def with_attempt(self, attempt: int) -> RunOutput:
+        """Return the output as another attempt writes it."""
+        return replace(self, attempt=attempt)
 
     @property
     def is_named(self) -> bool:
@@ -89,20 +90,15 @@ class RunOutput:
         return storage.join(self.folder, "scores")
 
     @property
-    def heatmaps_relative(self) -> str:
-        """The folder of the heatmaps, relative to the run folder."""
-        return f"heatmaps/{self.name}"
-
-    @property
     def heatmaps(self) -> str:
         """The folder of the heatmaps."""
-        return storage.join(self.folder, self.heatmaps_relative)
+        return storage.join(self.folder, "heatmaps", self.name)
 
     def picture_path(self, category: str, image_id: int, suffix: Literal[".png", "_overlay.jpg"]) -> str:
         """Return the path of an image's heatmap or overlay, relative to the run folder."""
         name = f"{image_id & (2**64 - 1):016x}"
         # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
-        return f"{self.heatmaps_relative}/{safe_name(category, 'category')}/{name[:2]}/{name}{suffix}"
+        return f"heatmaps/{self.name}/{safe_name(category, 'category')}/{name[:2]}/{name}{suffix}"
 
     @property
     def manifest(self) -> str:
@@ -116,7 +112,7 @@ class RunOutput:
 
     @property
     def summaries(self) -> str:
-        """The folder of the summaries of written rows; see `stpm.scoring.written_rows`."""
+        """The folder of the summaries of written rows, of all attempts; see `stpm.scoring.written_rows`."""
         return storage.join(self.state_folder, "summaries")
 
     @property
@@ -124,17 +120,13 @@ class RunOutput:
         """The folder of the summaries that count for this attempt."""
         return storage.join(self.summaries, f"{self.attempt:06}")
 
-    def segment_summary(self, number: int) -> str:
-        """The sum of several summaries of a segment's rows."""
-        return storage.join(self.attempt_summaries, f"{number:06}.json")
-
-    def task_summaries(self, number: int) -> str:
+    def task_summaries(self, segment: int) -> str:
         """The folder of the summaries of a segment's rows, one for each task that wrote some."""
-        return storage.join(self.attempt_summaries, f"{number:06}")
+        return storage.join(self.attempt_summaries, f"{segment:06}")
 
-    def with_attempt(self, attempt: int) -> RunOutput:
-        """Return the output as another attempt writes it."""
-        return replace(self, attempt=attempt)
+    def segment_summary(self, segment: int) -> str:
+        """The sum of several summaries of a segment's rows."""
+        return f"{self.task_summaries(segment)}.json"
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""
@@ -170,8 +162,11 @@ class RunOutput:
 
     def remove_earlier_attempts(self) -> None:
         """Remove the summaries that counted for earlier attempts."""
-        names = storage.subfolders(self.summaries) if storage.exists(self.summaries) else []
-        for name in names:
+        for name in _subfolders(self.summaries):
             # In a store, the folder itself may be an object among its children.
             if name.isdecimal() and int(name) < self.attempt:
                 storage.remove(storage.join(self.summaries, name))
+
+
+def _subfolders(folder: str) -> list[str]:
+    return storage.subfolders(folder) if storage.exists(folder) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
@@ -11,12 +12,13 @@ from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
 from ray.exceptions import RayError
 
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
+from stpm.cluster.device import examine_devices
 from stpm.cluster.placement import nodes_for_plan
 from stpm.errors import CutOffError
+from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
 from stpm.scoring.progress import ProgressReporter
-from stpm.scoring.run_arithmetic import settle_arithmetic
 from stpm.scoring.run_state import RunState
 from stpm.scoring.scorer_pool import ScorerPool, count_scorers
 from stpm.scoring.scoring_run import ModelRecords, ScoringRun
@@ -113,6 +115,28 @@ def score_shards(
                     "is kept"
                 ) from error
             raise
+
+
+def settle_arithmetic(run: ScoringRun, state: RunState, models: ModelRecords, *, gpus: bool) -> Arithmetic:
+    """Choose what computes the features from now on, on GPUs or on CPUs, and record it. Needs a connection to Ray.
+
+    Warn if that changes during the run, and where models were calibrated otherwise.
+
+    Raises:
+        ConfigError: if OpenVINO is wanted and not installed.
+        DeviceError: if torch cannot use a GPU that Ray assigns.
+    """
+    before = state.record.arithmetic
+    found = choose_arithmetic(examine_devices(gpus=gpus), run.cluster.backend, before=before)
+    if found == before:
+        return found
+    state.write(replace(state.record, arithmetic=found))
+    if before:
+        log.warning(f"the remaining images may get slightly other scores: {before} has computed them, and now {found}")
+    calibrated = [(record.fit.backend, record.precision) for record in models.values()]
+    if warning := warn_of_other_arithmetic(found, calibrated):
+        log.warning(warning)
+    return found
 
 
 def patch_ray_to_count_all_cpus() -> None:

@@ -31,7 +31,7 @@ from stpm.method.arithmetic import Capabilities
 module.examine_devices = lambda gpus: [Capabilities(True, True, False)]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-MODULES = {"fit": "stpm.fitting.fit_categories", "score": "stpm.scoring.run_arithmetic"}
+MODULES = {"fit": "stpm.fitting.fit_categories", "score": "stpm.scoring.pipeline"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from stpm.data.image_files import ImageRef
 from stpm.data.mvtec import Category
 from stpm.errors import ImageError
 from stpm.names import as_utf8, is_utf8
-from stpm.scoring.schema import MANIFEST, Int64Array, table
+from stpm.scoring.schema import MANIFEST, Int64Array, error_columns, table
 
 _NO_CATEGORY = ImageError("no_model", "the image has no category; see --category and --category-from")
 
@@ -42,19 +42,13 @@ def _image_ids(uris: Sequence[str]) -> Int64Array:
 def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
     """Make a table of schema MANIFEST."""
     uris = [as_utf8(row.image.uri) for row in rows]
-    errors = [row.error or _error(row) for row in rows]
-    columns = {
-        "image_id": _image_ids(uris),
-        "uri": uris,
-        "category": [as_utf8(row.category) for row in rows],
-        "label": [as_utf8(row.label) for row in rows],
-        "mask": [as_utf8(row.mask) for row in rows],
-        "error_kind": [error.kind if error else "" for error in errors],
-        "error_message": [str(error) if error else "" for error in errors],
+    texts = {name: [as_utf8(getattr(row, name)) for row in rows] for name in ("category", "label", "mask")}
+    position = {
         "archive_start": [row.image.start for row in rows],
         "archive_length": [row.image.length for row in rows],
     }
-    return table(columns, MANIFEST)
+    errors = error_columns([row.error or _error(row) for row in rows])
+    return table({"image_id": _image_ids(uris), "uri": uris} | texts | errors | position, MANIFEST)
 
 
 def make_rows_from_columns(

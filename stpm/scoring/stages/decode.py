@@ -21,10 +21,9 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
 from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import BatchReport, ProgressReporter
-from stpm.scoring.run_statistics import RunStatistics
-from stpm.scoring.schema import DECODED, MANIFEST, table, with_passthrough
-from stpm.scoring.stages.decoding_child import check_in_child
-from stpm.scoring.stages.outcomes import error_columns, external_errors, timeout_error
+from stpm.scoring.run_statistics import RunStatistics, external_errors
+from stpm.scoring.schema import DECODED, MANIFEST, error_columns, table, with_passthrough
+from stpm.scoring.stages.decoding_child import check_in_child, timeout_error
 
 _FETCHERS = 8
 # From this repetition of a task on, an image may have crashed its process: decode each in a child process first.

@@ -6,10 +6,9 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,17 +26,20 @@ from stpm.result import Result
 from stpm.scoring import prometheus
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.progress import BatchReport, ProgressReporter
-from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
-from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage, external_errors
+from stpm.scoring.schema import DECODED, SCORED, error_columns, table, with_passthrough
 from stpm.scoring.scoring_run import ModelRecords
 from stpm.scoring.stages.batch_size import BatchSize
 from stpm.scoring.stages.detector_cache import DetectorCache
-from stpm.scoring.stages.outcomes import error_columns, external_errors
 
 log = logging.getLogger(__name__)
 
 # Columns of SCORED that are fields of a result.
-_COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", "threshold", "area", "seed")
+_COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
+
+
+# Columns that a row with an error has, too.
+_OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
 
 class DecodedImage(NamedTuple):
@@ -52,15 +54,8 @@ class DecodedImage(NamedTuple):
     pixels: pa.LargeBinaryScalar
 
 
-class ScoredImage(NamedTuple):
-    """An image's result without its map, the grey levels of its heatmap, and the map itself if rows keep it."""
-
-    result: Result
-    heatmap_levels: memoryview
-    anomaly_map: memoryview | None
-
-
-Outcome = ScoredImage | ImageError
+# The values of an image in the columns that SCORED adds to DECODED, or why it has none.
+Outcome = Mapping[str, Any] | ImageError
 
 
 class Scorer:
@@ -122,20 +117,17 @@ class Scorer:
             (image.category, each.error_kind, False) for image, each in zip(images, unfinished, strict=True) if each
         )
         if self._progress:
-            results = [outcome.result for outcome in outcomes if isinstance(outcome, ScoredImage)]
+            scored = [outcome for outcome in outcomes if not isinstance(outcome, ImageError)]
             statistics = RunStatistics(
                 images=len(images),
-                errors=len(images) - len(results),
-                anomalous=sum(result.is_anomalous for result in results),
+                errors=len(images) - len(scored),
+                anomalous=sum(values["is_anomalous"] for values in scored),
                 openvino_images=openvino_images,
                 score_seconds=seconds,
             )
             tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
-            self._progress.report(
-                BatchReport(
-                    "score", statistics, len(tried), external_errors(tried), [each for each in unfinished if each]
-                )
-            )
+            left = [each for each in unfinished if each]
+            self._progress.report(BatchReport("score", statistics, len(tried), external_errors(tried), left))
         self._idle_since = time.perf_counter()
         return result.filter(pa.array([not each for each in unfinished])) if any(unfinished) else result
 
@@ -219,24 +211,22 @@ class Scorer:
         except ImageError as error:
             return [error] * len(sizes)
         results = detector.score_inputs(inputs, sizes, self._options.false_alarm_rate, features)
-        return [_without_map(result, keep=self._output.raw_maps) for result in results]
+        return [self._columns(result) for result in results]
+
+    def _columns(self, result: Result) -> dict[str, Any]:
+        """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
+        return {name: getattr(result, name) for name in _COPIED} | {
+            "peak_x": result.peak[0],
+            "peak_y": result.peak[1],
+            "heatmap_levels": result.heatmap_scale.apply(result.model_map).data.cast("B"),
+            "anomaly_map": result.model_map.data.cast("B") if self._output.raw_maps else None,
+        }
 
     def _scored_table(self, batch: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
-        """Add the columns of SCORED that follow from the outcomes; those of a row with an error are null or empty."""
-
-        def column(value: Callable[[ScoredImage], Any], default: Any = None) -> list[Any]:
-            return [value(outcome) if isinstance(outcome, ScoredImage) else default for outcome in outcomes]
-
-        columns = {name: batch[name] for name in DECODED.names}
-        columns |= {name: column(attrgetter(f"result.{name}")) for name in _COPIED}
-        columns |= {
-            "peak_x": column(lambda image: image.result.peak[0]),
-            "peak_y": column(lambda image: image.result.peak[1]),
-            "model_id": column(lambda image: image.result.model_id, ""),
-            "anomaly_map": column(lambda image: image.anomaly_map),
-            "heatmap_levels": column(lambda image: image.heatmap_levels, b""),
-        }
-        columns |= error_columns(outcomes)
+        columns = {name: batch[name] for name in DECODED.names} | error_columns(outcomes)
+        for name in (name for name in SCORED.names if name not in columns):
+            empty = _OF_ERROR.get(name)
+            columns[name] = [empty if isinstance(each, ImageError) else each[name] for each in outcomes]
         if not self._output.overlay:
             columns["pixels"] = [b""] * len(outcomes)
         return with_passthrough(table(columns, SCORED), batch)
@@ -252,10 +242,3 @@ def _end_with_broken_gpu() -> None:
     except RuntimeError:
         log.exception("the GPU is lost to this process, which ends")
         os._exit(1)
-
-
-def _without_map(result: Result, *, keep: bool) -> ScoredImage:
-    """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
-    levels = result.heatmap_scale.apply(result.model_map).data.cast("B")
-    raw_map = result.model_map.data.cast("B") if keep else None
-    return ScoredImage(replace(result, model_map=np.zeros((0, 0), np.float32)), levels, raw_map)
