@@ -62,8 +62,7 @@ from stpm.method.recipe import PRESETS, Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Size, WantedBackend
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import write_manifest
-from stpm.scoring.inputs.manifest_rows import labelled_rows
+from stpm.scoring.inputs.manifest import labelled_rows, write_manifest
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput

@@ -112,7 +112,7 @@ class StubDecode:
 
 
 class Identity:
-    """Takes the place of `ScorerActor` and of `DrawHeatmaps`."""
+    """Takes the place of `Scorer` and of `DrawHeatmaps`."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -193,7 +193,7 @@ def start(output: RunOutput) -> RunState:
 
 def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], step: str) -> None:
     """Score segments with the stub stage, to their end or to the first block."""
-    stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "DrawHeatmaps": Identity}
+    stubs = {"Decode": partial(StubDecode, step == "plan"), "Scorer": Identity, "DrawHeatmaps": Identity}
     for name, stub in stubs.items():
         setattr(pipeline, name, stub)
     run = ScoringRun(

@@ -19,7 +19,7 @@ LIGHT = [
     "stpm.scoring.stages.decode",
     "stpm.scoring.stages.draw_heatmaps",
     "stpm.scoring.progress",
-    "stpm.scoring.stages.scorer_actor",
+    "stpm.scoring.stages.scorer",
 ]
 
 

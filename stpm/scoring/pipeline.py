@@ -25,7 +25,7 @@ from stpm.scoring.scoring_run import ModelRecords, ScoringRun
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
-from stpm.scoring.stages.scorer_actor import ScorerActor
+from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.write_rows import RowWriter
 
 # Tasks that read the manifest at the same time.
@@ -88,7 +88,7 @@ def score_shards(
             memory=task_ram,
         )
         rows = rows.map_batches(
-            ScorerActor,
+            Scorer,
             fn_constructor_args=(run.store, models, options, config.output, arithmetic, progress),
             compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
             batch_format="pyarrow",

@@ -51,7 +51,7 @@ BIN = Path(sys.executable).parent
 # Seconds after which a job hangs: the longest takes two minutes, on a machine that does nothing else.
 HANGS = 1200
 # Titles that Ray gives to its processes.
-SCORER, DECODER, FIT_WORKER = "MapWorker(MapBatches(ScorerActor))", "MapBatches(Decode", "TrainWorker"
+SCORER, DECODER, FIT_WORKER = "MapWorker(MapBatches(Scorer))", "MapBatches(Decode", "TrainWorker"
 # How often the tests that kill processes at random moments are repeated.
 KILLS = range(int(os.environ.get("STPM_TEST_KILLS", "1")))
 

@@ -13,9 +13,8 @@ from stpm import storage
 from stpm.data.image_files import ImageRef
 from stpm.errors import CutOffError, RunDamagedError
 from stpm.lease import Fence
-from stpm.scoring.inputs.manifest import Segment, read_shard, write_manifest
+from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows, read_shard, write_manifest
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
-from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.row_summary import RowSummary

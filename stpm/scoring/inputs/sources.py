@@ -16,7 +16,7 @@ from stpm.errors import ImageError, NoImagesError
 from stpm.names import as_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
+from stpm.scoring.inputs.manifest import ManifestRow, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.scoring.inputs.tables import CHUNK_ROWS

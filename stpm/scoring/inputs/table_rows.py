@@ -13,7 +13,7 @@ from stpm.errors import ConfigError, ImageError, NoImagesError, UriError
 from stpm.names import as_utf8, is_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows, make_rows_from_columns
+from stpm.scoring.inputs.manifest import ManifestRow, make_rows, make_rows_from_columns
 from stpm.scoring.inputs.table_uris import check_allowed, resolve, resolve_plain
 from stpm.scoring.schema import INPUT_COLUMNS, Int64Array, reserved_columns, with_passthrough
 

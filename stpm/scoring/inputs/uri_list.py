@@ -9,7 +9,7 @@ from typing import IO
 
 from stpm import storage
 from stpm.names import as_utf8
-from stpm.scoring.inputs.manifest_rows import image_id
+from stpm.scoring.inputs.manifest import image_id
 
 
 @contextmanager

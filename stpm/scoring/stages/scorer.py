@@ -1,4 +1,7 @@
-"""Second stage: score decoded images with the models of their categories."""
+"""Second stage: score decoded images with the models of their categories.
+
+The driver imports this module, so it does not import torch at the top.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,35 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
+import ray
 
 from stpm.cluster.device import assigned_device
-from stpm.detector import TeacherSpec
-from stpm.errors import RETRIED_ERRORS, ImageError, one_line
+from stpm.errors import RETRIED_ERRORS, DeviceError, ImageError, one_line
 from stpm.method.arithmetic import Arithmetic
-from stpm.method.device import device_capabilities, is_out_of_memory
-from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
-from stpm.result import Result
 from stpm.scoring import prometheus
 from stpm.scoring.options import OutputOptions, ScoreOptions
-from stpm.scoring.progress import BatchReport, ProgressReporter
+from stpm.scoring.progress import BatchReport, ProgressReporter, WarningRelay
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage, external_errors
 from stpm.scoring.schema import DECODED, SCORED, error_columns, table, with_passthrough
 from stpm.scoring.scoring_run import ModelRecords
 from stpm.scoring.stages.batch_size import BatchSize
-from stpm.scoring.stages.detector_cache import DetectorCache
+
+if TYPE_CHECKING:
+    import torch
+
+    from stpm.detector import TeacherSpec
+    from stpm.method.teacher import Teacher
+    from stpm.result import Result
 
 log = logging.getLogger(__name__)
 
 # Columns of SCORED that are fields of a result.
 _COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
-
-
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
@@ -64,13 +67,16 @@ class Scorer:
     The rows of a model that cannot be loaded become errors. Drop the rows with an error of RETRIED_ERRORS, unless the
     options accept them: the next run scores the images that have no row.
 
+    As an actor of Ray it computes in as many threads as Ray assigned CPUs to it, at least one.
+
     Args:
         store: of the models.
         models: by category, of all images that are decoded.
         options: how to score.
         output: whether rows keep anomaly maps, and the pixels for overlays.
         arithmetic: what computes the features.
-        progress: gets the report of each batch.
+        progress: gets the report of each batch, and warnings. If torch cannot use the actor's GPU, it stops the run.
+            The first batch then raises DeviceError: Ray Data would print the traceback of an actor that does not start.
     """
 
     def __init__(
@@ -82,21 +88,39 @@ class Scorer:
         arithmetic: Arithmetic,
         progress: ProgressReporter | None = None,
     ) -> None:
-        device = assigned_device()
+        import torch
+
+        from stpm.method.device import device_capabilities
+        from stpm.scoring.stages.detector_cache import DetectorCache
+
+        self._options = options
+        self._output = output
+        self._progress = progress
+        self._idle_since = 0.0
+        self._broken: DeviceError | None = None
+        if ray.is_initialized() and progress:
+            logging.getLogger("stpm").addHandler(WarningRelay(progress))
+            torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
+        try:
+            device = assigned_device()
+        except DeviceError as error:
+            if not progress:
+                raise
+            progress.stop(str(error))
+            self._broken = error
+            return
         if arithmetic.precision == "bfloat16" and not device_capabilities(device).has_bfloat16:
             # A node that came after the run had begun.
             log.warning("a node's device has no bfloat16, which the run computes in: there float32 computes, slower")
             arithmetic = replace(arithmetic, precision="float32")
-        self._options = options
-        self._output = output
-        self._progress = progress
         self._detectors = DetectorCache(store, models, device, arithmetic, int(options.model_ram_gib * 2**30))
         self._batch_size = BatchSize(options.scoring_batch_size, grows=device.type != "cpu")
         # Other processes share a CPU: count this one's time. A GPU is occupied all the time.
         self._clock = time.process_time if device.type == "cpu" else time.perf_counter
-        self._idle_since = 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._broken:
+            raise self._broken
         if self._idle_since:
             prometheus.count_wait_seconds(time.perf_counter() - self._idle_since)
         start = self._clock()
@@ -106,7 +130,7 @@ class Scorer:
         result = self._scored_table(batch, outcomes)
         seconds = self._clock() - start
         prometheus.count_stage_seconds("score", seconds)
-        dropped = frozenset[str]() if self._options.accept_errors else frozenset(RETRIED_ERRORS)
+        dropped = () if self._options.accept_errors else RETRIED_ERRORS
         unfinished = [
             UnfinishedImage(image.uri, outcome.kind, str(outcome))
             if isinstance(outcome, ImageError) and outcome.kind in dropped
@@ -169,8 +193,13 @@ class Scorer:
 
     def _score_batch(self, teacher: Teacher, batch: Sequence[DecodedImage]) -> list[Outcome]:
         """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
+        import torch
+
+        from stpm.method.device import is_out_of_memory
+
         try:
-            return self._forward(teacher, batch)
+            with torch.inference_mode():
+                return self._forward(teacher, batch)
         except Exception as error:
             log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
             kind = "out_of_memory" if is_out_of_memory(error) else "forward_failed"
@@ -184,9 +213,10 @@ class Scorer:
         middle = len(batch) // 2
         return self._score_batch(teacher, batch[:middle]) + self._score_batch(teacher, batch[middle:])
 
-    @torch.inference_mode()
     def _forward(self, teacher: Teacher, images: Sequence[DecodedImage]) -> list[Outcome]:
         """Score images of one batch, which are sorted by category. The teacher runs once."""
+        import torch
+
         pixels = np.stack([np.frombuffer(image.pixels.as_buffer(), np.uint8) for image in images])
         pixels = pixels.reshape(len(images), *teacher.preprocessing.input_shape, 3)
         inputs = teacher.inputs(torch.from_numpy(pixels))
@@ -237,6 +267,8 @@ def _end_with_broken_gpu() -> None:
 
     This process would make every further image an error.
     """
+    import torch
+
     try:
         torch.cuda.synchronize()
     except RuntimeError:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from stpm import storage
 from stpm.data.image_files import ImageRef
 from stpm.errors import ConfigError, RunDamagedError
-from stpm.scoring.inputs.manifest import read_manifest, read_shard, write_manifest
-from stpm.scoring.inputs.manifest_rows import ManifestRow, image_id, make_rows
+from stpm.scoring.inputs.manifest import ManifestRow, image_id, make_rows, read_manifest, read_shard, write_manifest
 from stpm.scoring.schema import MANIFEST, with_passthrough
 
 
@@ -136,3 +135,10 @@ def test_a_summary_that_contradicts_itself_is_damaged(folder: str, change: dict[
     storage.publish(uri, json.dumps(json.loads(storage.read(uri)) | change).encode())
     with pytest.raises(RunDamagedError, match=r"manifest\.json is damaged, .*$"):
         read_manifest(folder)
+
+
+def test_image_ids_are_stable_64_bit_and_distinct() -> None:
+    assert image_id("s3://bucket/a.png") == -520363251256440237
+    ids = {image_id(f"file-{i}") for i in range(10_000)}
+    assert len(ids) == 10_000
+    assert all(-(2**63) <= i < 2**63 for i in ids)

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from stpm import storage
 from stpm.data.image_files import ImageRef
-from stpm.scoring.inputs.manifest import Shard
+from stpm.scoring.inputs.manifest import ManifestRow, Shard, make_rows
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks, divide_evenly
-from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 
 
 @given(st.lists(st.integers(0, 40), max_size=10), st.integers(1, 30))

@@ -19,7 +19,7 @@ from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs.manifest_rows import ManifestRow, labelled_rows, make_rows
+from stpm.scoring.inputs.manifest import ManifestRow, labelled_rows, make_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter

@@ -26,9 +26,8 @@ from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Size
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard, labelled_rows
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
-from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED

@@ -201,7 +201,7 @@ def test_a_model_in_bfloat16_is_scored_in_float32_where_that_is_not_native(
     found = {}
     for native in (True, False):
         capabilities = Capabilities(False, native, has_openvino=True)
-        monkeypatch.setattr("stpm.scoring.stages.scorer.device_capabilities", lambda device, found=capabilities: found)
+        monkeypatch.setattr("stpm.method.device.device_capabilities", lambda device, found=capabilities: found)
         stage = scorer(tmp_path, raw_maps=True, overlays=True, arithmetic=Arithmetic(precision="bfloat16"))
         found[native] = stage(rows).equals(in_float32)
         assert ("device has no bfloat16" in caplog.text) != native
