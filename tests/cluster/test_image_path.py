@@ -9,7 +9,7 @@ import pytest
 from stpm import storage
 from tests.cluster.conftest import fit, read_rows, run_job
 from tests.conftest import REPOSITORY
-from tests.datasets import encode_image, make_category
+from tests.datasets import make_category
 from tests.test_architecture import section
 
 pytestmark = pytest.mark.cluster

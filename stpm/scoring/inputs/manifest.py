@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,31 +194,53 @@ def write_manifest(
     """
     storage.remove(folder)
     categories: Counter[str] = Counter()
-    with ThreadPoolExecutor(_WRITERS) as pool, DuplicateFinder() as ids:
-        shards = _ShardWriter(folder, attempt, pool)
+    # Of all chunks until now, and those with which each shard was written.
+    schema, schemas = MANIFEST, []
+    ends = [0]
+
+    def write(numbered: tuple[int, pa.Table]) -> int:
+        number, rows = numbered
+        uri = _shard_uri(folder, attempt, number)
+        if rows.num_rows:
+            # The user's columns that its source lacks, or has only nulls in, are null.
+            rows = pa.concat_tables([schema.empty_table(), rows], promote_options="default")
+            storage.publish(uri, storage.encode_parquet(rows))
+        else:
+            storage.remove(uri)
+        return int(rows.num_rows)
+
+    def read(number: int) -> pa.Table:
+        return storage.read_table(_shard_uri(folder, attempt, number))
+
+    with DuplicateFinder() as ids:
 
         def counted() -> Iterator[pa.Table]:
+            nonlocal schema
             for chunk in chunks:
                 ids.add(chunk["image_id"].to_numpy())
                 categories.update(_count_categories(chunk))
-                shards.add_columns(chunk.schema)
+                schema = _add_columns(schema, chunk.schema)
                 yield chunk
 
-        for rows in _cut(counted(), min(SHARD_ROWS, segment_rows)):
-            shards.write(len(shards.rows), rows)
-        shards.wait()
-        end = 0
-        for number, count in enumerate(shards.rows):
-            start, end = end, end + count
-            is_duplicate = ids.mask(start, end)
-            if is_duplicate.any() or shards.lacks_columns(number):
-                shard = storage.read_table(_shard_uri(folder, attempt, number))
-                categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))
-                shards.write(number, shard.filter(pa.array(~is_duplicate)))
-        shards.wait()
-    rows_left = sum(shards.rows)
-    names = tuple(sorted(+categories))
-    manifest = Manifest(rows_left, end - rows_left, names, tuple(shards.rows), segment_rows, attempt)
+        tables = enumerate(_cut(counted(), min(SHARD_ROWS, segment_rows)))
+        while some := list(islice(tables, _WRITERS)):
+            for rows in storage.in_parallel(write, some):
+                ends.append(ends[-1] + rows)
+                schemas.append(schema)
+        shard_rows = [end - start for start, end in pairwise(ends)]
+        duplicates = (ids.mask(start, end) for start, end in pairwise(ends))
+        written = zip(enumerate(schemas), duplicates, strict=True)
+        incomplete = ((n, mask) for (n, known), mask in written if mask.any() or known != schema)
+        while some_again := list(islice(incomplete, _WRITERS)):
+            numbers = [number for number, _ in some_again]
+            left = []
+            for (number, mask), shard in zip(some_again, storage.in_parallel(read, numbers), strict=True):
+                categories.subtract(_count_categories(shard.filter(pa.array(mask))))
+                left.append((number, shard.filter(pa.array(~mask))))
+            for number, rows in zip(numbers, storage.in_parallel(write, left), strict=True):
+                shard_rows[number] = rows
+    rows = sum(shard_rows)
+    manifest = Manifest(rows, ends[-1] - rows, tuple(sorted(+categories)), tuple(shard_rows), segment_rows, attempt)
     check(fence)
     storage.publish(storage.join(folder, _SUMMARY), to_json(manifest, indent=None))
     return manifest
@@ -233,6 +255,17 @@ def _count_categories(rows: pa.Table) -> dict[str, int]:
     return {each["values"]: each["counts"] for each in counted}
 
 
+def _add_columns(known: pa.Schema, schema: pa.Schema) -> pa.Schema:
+    """Add the columns of a chunk to those known. Raise ConfigError if one has another type than before."""
+    for field in schema:
+        before = known.field(field.name).type if field.name in known.names else pa.null()
+        if pa.null() not in (before, field.type) and before != field.type:
+            raise ConfigError(
+                f"column {field.name} is {before} in one table and {field.type} in another; give it one type"
+            )
+    return pa.unify_schemas([known, schema])
+
+
 def _cut(chunks: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
     """Cut the rows of all chunks into tables of this length; the last one may be shorter."""
     waiting: list[pa.Table] = []
@@ -245,63 +278,6 @@ def _cut(chunks: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
             waiting = [rows.slice(end)]
     if any(table.num_rows for table in waiting):
         yield pa.concat_tables(waiting, promote_options="default")
-
-
-class _ShardWriter:
-    """Write several shards at the same time, each with all of the user's columns that are known by then.
-
-    Args:
-        folder: URI to write to.
-        attempt: number of the attempt that writes.
-        pool: of the threads that write.
-    """
-
-    def __init__(self, folder: str, attempt: int, pool: ThreadPoolExecutor) -> None:
-        self._folder = folder
-        self._attempt = attempt
-        self._pool = pool
-        self._schema = MANIFEST
-        self._schemas: dict[int, pa.Schema] = {}
-        self._writing: list[Future[None]] = []
-        # Of each shard.
-        self.rows: list[int] = []
-
-    def add_columns(self, schema: pa.Schema) -> None:
-        """Take up the columns of a chunk. Raise ConfigError if one of the user's has another type than before."""
-        for field in schema:
-            known = self._schema.field(field.name).type if field.name in self._schema.names else pa.null()
-            if pa.null() not in (known, field.type) and known != field.type:
-                raise ConfigError(
-                    f"column {field.name} is {known} in one table and {field.type} in another; give it one type"
-                )
-        self._schema = pa.unify_schemas([self._schema, schema])
-
-    def write(self, number: int, rows: pa.Table) -> None:
-        """Write the next shard, or replace an earlier one; without rows, remove it."""
-        # Columns that its source lacks, or has only nulls in, are null.
-        rows = pa.concat_tables([self._schema.empty_table(), rows], promote_options="default")
-        self.rows[number : number + 1] = [rows.num_rows]
-        self._schemas[number] = self._schema
-        self._writing.append(self._pool.submit(_write_shard, _shard_uri(self._folder, self._attempt, number), rows))
-        if len(self._writing) > 2 * _WRITERS:
-            # Rows that wait for a writer take memory.
-            self._writing.pop(0).result()
-
-    def wait(self) -> None:
-        """Wait until all shards are written."""
-        while self._writing:
-            self._writing.pop(0).result()
-
-    def lacks_columns(self, number: int) -> bool:
-        """Return whether a column of the user's was unknown, or its type, when the shard was written."""
-        return bool(self._schemas[number] != self._schema)
-
-
-def _write_shard(uri: str, rows: pa.Table) -> None:
-    if rows.num_rows:
-        storage.publish(uri, storage.encode_parquet(rows))
-    else:
-        storage.remove(uri)
 
 
 def read_manifest(folder: str) -> Manifest | None:

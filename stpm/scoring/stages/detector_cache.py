@@ -24,14 +24,9 @@ T = TypeVar("T")
 
 
 class DetectorCache:
-    """Detectors of a store's models, by category.
+    """Detectors by category, on a device.
 
-    Args:
-        store: to load from.
-        models: the model of each category.
-        device: to load onto.
-        arithmetic: what computes features.
-        max_bytes: maximum bytes of models and teachers. The most recently used models stay, at least one.
+    The models that were used most recently stay: at least one, and as many as fit `max_bytes` with their teachers.
     """
 
     def __init__(

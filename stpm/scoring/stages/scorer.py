@@ -75,8 +75,8 @@ class Scorer:
         options: how to score.
         output: whether rows keep anomaly maps, and the pixels for overlays.
         arithmetic: what computes the features.
-        progress: gets the report of each batch, and warnings. If torch cannot use the actor's GPU, it stops the run.
-            The first batch then raises DeviceError: Ray Data would print the traceback of an actor that does not start.
+        progress: gets the report of each batch, and warnings. If torch cannot use the actor's GPU, it stops the run;
+            the first batch then raises DeviceError, since of an actor that does not start Ray prints the traceback.
     """
 
     def __init__(

@@ -25,12 +25,12 @@ _ROW_GROUP_ROWS = 512
 
 
 class RowWriter(ParquetDatasink):  # type: ignore[misc]
-    """Write the rows of each task as Parquet files, and a summary of them.
+    """Write the rows of each task of a segment as Parquet files, and a summary of them.
 
     Args:
         output: of the run, with the attempt that writes.
         options: whether files are divided by category, and hold raw maps.
-        segment: number of the segment whose rows are written.
+        segment: its number.
         rows_per_file: minimum rows of a file.
         max_ranked: number of the most anomalous images that a summary names.
     """
