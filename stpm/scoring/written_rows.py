@@ -132,7 +132,8 @@ def add_up(
         raise RunDamagedError(
             f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}"
         )
-    if summary.rows == segment.rows and len(uris) > 1:
+    is_sum_alone = [uri.rsplit("/", 1)[-1] for uri in uris] == [f"{segment.number:06}.json"]
+    if summary.rows == segment.rows and not is_sum_alone:
         _check_count(output, segment, summary, count_rows(output, _files_of(output, options, summary.tasks)))
         # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
         storage.sync(output.scores)

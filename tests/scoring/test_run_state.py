@@ -102,7 +102,7 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(OtherRunError, match="is not the record of a run"):
         state.config_differences(CONFIG)
-    # It does not keep --fresh from replacing it.
+    # That does not keep --fresh from replacing it.
     state.clear()
     assert RunState(str(tmp_path)).config_differences(CONFIG)
 

@@ -147,14 +147,21 @@ def test_rows_that_are_written_twice_are_an_error(output: RunOutput, segments: l
         finish_segment(output, OPTIONS, segments[0], 3)
 
 
-@pytest.mark.parametrize("stop", [7, 8])
+def test_lost_rows_of_a_segment_with_one_file_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
+    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}-0.parquet")
+    with pytest.raises(RunDamagedError, match=r"0 rows in the files of .*, where 2 of segment 1 were written"):
+        finish_segment(output, OPTIONS, segments[1], 3)
+
+
+@pytest.mark.parametrize("stop", [3, 7, 8])
 @pytest.mark.parametrize(("count", "found"), [(0, -3), (5, 2)])
 def test_rows_that_are_lost_or_left_over_are_an_error(
     output: RunOutput, segments: list[Segment], stop: int, count: int, found: int
 ) -> None:
     """A power failure keeps a summary and loses rows. That is noticed whether all rows were written, or not."""
     file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}-0.parquet"
-    write_task(output, segments[0], slice(3, stop))
+    if stop > 3:
+        write_task(output, segments[0], slice(3, stop))
     storage.remove(file)
     if count:
         storage.publish(file, storage.encode_parquet(make_output(count)))

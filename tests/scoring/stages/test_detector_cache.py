@@ -47,11 +47,6 @@ def test_detector_cache_keeps_the_models_used_last_within_its_budget(
         assert " ".join(loaded) == expected
 
 
-def test_categories_with_one_teacher_share_it(run: Path) -> None:
-    models = make_cache(run)
-    assert len({models.teacher(name) for name in CATEGORIES}) == 1
-
-
 def test_a_teacher_is_built_once_and_dropped_with_the_last_model_that_uses_it(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     fit(tmp_path, "nut", dataclasses.replace(MODELS[KINDS["nut"]], precision="bfloat16", epochs=1))

@@ -17,7 +17,6 @@ from stpm.data import images
 from stpm.method.arithmetic import Arithmetic, Capabilities
 from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
-from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages.detector_cache import DetectorCache
 from tests.conftest import MODELS, fail_to_read
 from tests.scoring.stages.helpers import (
@@ -70,26 +69,13 @@ def test_an_image_has_the_same_score_in_any_batch(run: Path) -> None:
     np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
-def test_pixels_are_kept_only_for_overlays(run: Path) -> None:
+def test_pixels_and_anomaly_maps_are_kept_only_if_asked_for(run: Path) -> None:
     decoded = decode(manifest(run))
     kept, dropped = (scorer(run, overlays=overlays)(decoded) for overlays in (True, False))
     assert kept["pixels"].equals(decoded["pixels"])
     assert kept.drop(["pixels"]).equals(dropped.drop(["pixels"]))
     assert set(dropped["pixels"].to_pylist()) == {b""}
-
-
-def test_anomaly_maps_are_kept_only_if_asked_for(run: Path) -> None:
-    decoded = decode(manifest(run))
-    assert scorer(run)(decoded)["anomaly_map"].null_count == decoded.num_rows
-
-
-def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
-    rows = (
-        manifest(run)
-        .slice(0, 2)
-        .set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), pa.array(["x", "x"]))
-    )
-    assert score(run, rows)["error_kind"].to_pylist() == ["no_model", "no_model"]
+    assert dropped["anomaly_map"].null_count == decoded.num_rows
 
 
 def test_a_model_that_could_not_be_read_is_tried_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +84,6 @@ def test_a_model_that_could_not_be_read_is_tried_again(run: Path, monkeypatch: p
     fail_to_read(monkeypatch, OSError("503 Slow Down"), down)
     monkeypatch.setattr("stpm.scoring.stages.detector_cache._RETRY_SECONDS", 0.0)
     for name, kinds in (
-        ("model.json", {"model_unreadable"}),
         ("model.json", {"model_unreadable"}),
         ("teachers", {"model_unreadable"}),
         ("student", {"", "model_unreadable"}),
@@ -150,8 +135,9 @@ def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkey
     assert kinds == ["forward_failed" if i == 3 else "" for i in range(len(kinds))]
 
 
-@pytest.mark.parametrize("fits", [1, 3, 5])
+@pytest.mark.parametrize("fits", [0, 1, 3, 5])
 def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that does not fit alone is an error."""
     decoded = decode(manifest(run))
     expected = scorer(run)(decoded).to_pylist()
     original, tried = Teacher.compute, []
@@ -163,11 +149,12 @@ def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monke
         return original(teacher, backbone, inputs)
 
     monkeypatch.setattr(Teacher, "compute", compute)
-    out = scorer(run)(decoded).to_pylist()
+    out = scorer(run, accept_errors=True)(decoded).to_pylist()
     assert max(tried) > fits
     for row, other in zip(out, expected, strict=True):
-        assert row["error_kind"] == ""
-        assert row["score"] == pytest.approx(other["score"], rel=1e-3)
+        error = ("", "") if fits else ("out_of_memory", "OutOfMemoryError: 1 images")
+        assert (row["error_kind"], row["error_message"]) == error
+        assert row["score"] == (pytest.approx(other["score"], rel=1e-3) if fits else None)
 
 
 def test_a_teacher_that_does_not_fit_beside_another_is_loaded_after_it(
@@ -206,15 +193,3 @@ def test_a_model_in_bfloat16_is_scored_in_float32_where_that_is_not_native(
         found[native] = stage(rows).equals(in_float32)
         assert ("device has no bfloat16" in caplog.text) != native
     assert found == {True: False, False: True}
-
-
-def test_an_image_that_does_not_fit_alone_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = decode(manifest(run).slice(0, 3))
-
-    def compute(teacher: Teacher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
-        raise torch.cuda.OutOfMemoryError("no memory at all")
-
-    monkeypatch.setattr(Teacher, "compute", compute)
-    for row in scorer(run, accept_errors=True)(decoded).to_pylist():
-        assert (row["error_kind"], row["score"]) == ("out_of_memory", None)
-        assert row["error_message"] == "OutOfMemoryError: no memory at all"
