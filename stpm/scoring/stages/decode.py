@@ -35,7 +35,7 @@ T = TypeVar("T")
 Outcome = Decoded | ImageError
 
 
-def count_repetitions() -> int:
+def times_repeated() -> int:
     """Return how often Ray has repeated the task that this process runs; 0 outside of one."""
     if not ray.is_initialized():
         return 0
@@ -59,7 +59,7 @@ class Decode:
         seconds: float = IMAGE_SECONDS,
         fetchers: int = _FETCHERS,
         progress: ProgressReporter | None = None,
-        repetitions: Callable[[], int] = count_repetitions,
+        repetitions: Callable[[], int] = times_repeated,
     ) -> None:
         self._preprocessing = dict(preprocessing)
         self._seconds = seconds
