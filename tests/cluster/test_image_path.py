@@ -22,7 +22,7 @@ LIBRARIES = ("stpm/method/", "stpm/storage/", "stpm/names.py")
 HOOK = """
 import sys, threading
 ROOT, OUT, NAME = {root!r}, {out!r}, {name!r}
-files, seen = {{}}, set()
+seen = set()
 
 def carries(value, depth=0):
     kind = type(value).__name__
@@ -35,15 +35,13 @@ def carries(value, depth=0):
 
 def hook(frame, event, value):
     code = frame.f_code
-    if code not in files:
-        files[code] = code.co_filename.removeprefix(ROOT) if code.co_filename.startswith(ROOT + "stpm/") else ""
-    if not files[code] or files[code] in seen or event not in ("call", "return"):
+    if code.co_filename in seen or not code.co_filename.startswith(ROOT + "stpm/") or event not in ("call", "return"):
         return
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     if carries(value) if event == "return" else any(carries(frame.f_locals.get(each)) for each in arguments):
-        seen.add(files[code])
+        seen.add(code.co_filename)
         with open(OUT, "a") as file:
-            file.write(files[code] + "\\n")
+            file.write(code.co_filename.removeprefix(ROOT) + "\\n")
 
 sys.setprofile(hook)
 threading.setprofile(hook)
