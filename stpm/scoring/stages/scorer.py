@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,18 +45,11 @@ _COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", 
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
 
-class DecodedImage(NamedTuple):
-    """The columns of DECODED that the scorer reads."""
+# The columns of DECODED that the scorer reads, beside the pixels.
+_READ = ("uri", "category", "width", "height", "error_kind", "error_message")
 
-    uri: str
-    category: str
-    width: int
-    height: int
-    error_kind: str
-    error_message: str
-    pixels: pa.LargeBinaryScalar
-
-
+# A row of DECODED: the columns above, and "pixels", which stay in Arrow's memory.
+Row = Mapping[str, Any]
 # The values of an image in the columns that SCORED adds to DECODED, or why it has none.
 Outcome = Mapping[str, Any] | ImageError
 
@@ -124,21 +117,22 @@ class Scorer:
         if self._idle_since:
             prometheus.count_wait_seconds(time.perf_counter() - self._idle_since)
         start = self._clock()
-        columns = [batch[name].to_pylist() for name in DecodedImage._fields[:-1]]
-        images = list(map(DecodedImage, *columns, batch["pixels"]))
+        images = batch.select(_READ).to_pylist()
+        for image, pixels in zip(images, batch["pixels"], strict=True):
+            image["pixels"] = pixels.as_buffer()
         outcomes, openvino_images = self._score(images)
         result = self._scored_table(batch, outcomes)
         seconds = self._clock() - start
         prometheus.count_stage_seconds("score", seconds)
         dropped = () if self._options.accept_errors else RETRIED_ERRORS
         unfinished = [
-            UnfinishedImage(image.uri, outcome.kind, str(outcome))
+            UnfinishedImage(image["uri"], outcome.kind, str(outcome))
             if isinstance(outcome, ImageError) and outcome.kind in dropped
             else None
             for image, outcome in zip(images, outcomes, strict=True)
         ]
         prometheus.count_images(
-            (image.category, each.error_kind, False) for image, each in zip(images, unfinished, strict=True) if each
+            (image["category"], each.error_kind, False) for image, each in zip(images, unfinished, strict=True) if each
         )
         if self._progress:
             scored = [outcome for outcome in outcomes if not isinstance(outcome, ImageError)]
@@ -149,29 +143,31 @@ class Scorer:
                 openvino_images=openvino_images,
                 score_seconds=seconds,
             )
-            tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
+            tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image["error_kind"]]
             left = [each for each in unfinished if each]
             self._progress.report(BatchReport("score", statistics, len(tried), external_errors(tried), left))
         self._idle_since = time.perf_counter()
         return result.filter(pa.array([not each for each in unfinished])) if any(unfinished) else result
 
-    def _score(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], int]:
+    def _score(self, images: Sequence[Row]) -> tuple[list[Outcome], int]:
         """Score the images that have no error yet, those with one teacher together; count those by OpenVINO.
 
         Load a teacher when it is the turn of its images: the memory may not hold the teachers of all of them.
         """
         outcomes: dict[int, Outcome] = {
-            i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
+            i: ImageError(image["error_kind"], image["error_message"])
+            for i, image in enumerate(images)
+            if image["error_kind"]
         }
         by_teacher: defaultdict[TeacherSpec, list[int]] = defaultdict(list)
         # Sort by category: the images of one model are then a slice of a batch, not a copy.
-        for i in sorted(range(len(images)), key=lambda i: images[i].category):
+        for i in sorted(range(len(images)), key=lambda i: images[i]["category"]):
             if i not in outcomes:
-                by_teacher[self._detectors.teacher_spec(images[i].category)].append(i)
+                by_teacher[self._detectors.teacher_spec(images[i]["category"])].append(i)
         openvino_images = 0
         for spec, members in by_teacher.items():
             try:
-                teacher = self._detectors.teacher(images[members[0]].category)
+                teacher = self._detectors.teacher(images[members[0]]["category"])
             except ImageError as error:
                 outcomes |= dict.fromkeys(members, error)
                 continue
@@ -181,7 +177,7 @@ class Scorer:
             del teacher
         return [outcomes[i] for i in range(len(images))], openvino_images
 
-    def _score_shared(self, teacher: Teacher, images: Sequence[DecodedImage]) -> list[Outcome]:
+    def _score_shared(self, teacher: Teacher, images: Sequence[Row]) -> list[Outcome]:
         """Score images whose models share a teacher, batch by batch."""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(images):
@@ -191,7 +187,7 @@ class Scorer:
             self._batch_size.update(len(batch), time.perf_counter() - began)
         return outcomes
 
-    def _score_batch(self, teacher: Teacher, batch: Sequence[DecodedImage]) -> list[Outcome]:
+    def _score_batch(self, teacher: Teacher, batch: Sequence[Row]) -> list[Outcome]:
         """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
         import torch
 
@@ -201,7 +197,7 @@ class Scorer:
             with torch.inference_mode():
                 return self._forward(teacher, batch)
         except Exception as error:
-            log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
+            log.exception("the forward pass of %d images from %s failed", len(batch), batch[0]["uri"])
             kind = "out_of_memory" if is_out_of_memory(error) else "forward_failed"
             if kind == "forward_failed" and teacher.device.type == "cuda":
                 _end_with_broken_gpu()
@@ -213,17 +209,17 @@ class Scorer:
         middle = len(batch) // 2
         return self._score_batch(teacher, batch[:middle]) + self._score_batch(teacher, batch[middle:])
 
-    def _forward(self, teacher: Teacher, images: Sequence[DecodedImage]) -> list[Outcome]:
+    def _forward(self, teacher: Teacher, images: Sequence[Row]) -> list[Outcome]:
         """Score images of one batch, which are sorted by category. The teacher runs once."""
         import torch
 
-        pixels = np.stack([np.frombuffer(image.pixels.as_buffer(), np.uint8) for image in images])
+        pixels = np.stack([np.frombuffer(image["pixels"], np.uint8) for image in images])
         pixels = pixels.reshape(len(images), *teacher.preprocessing.input_shape, 3)
         inputs = teacher.inputs(torch.from_numpy(pixels))
         features = teacher(inputs)
         outcomes: list[Outcome] = []
-        for category, group in groupby(images, key=lambda image: image.category):
-            sizes = [(image.width, image.height) for image in group]
+        for category, group in groupby(images, key=lambda image: image["category"]):
+            sizes = [(image["width"], image["height"]) for image in group]
             part = slice(len(outcomes), len(outcomes) + len(sizes))
             outcomes += self._score_category(category, inputs[part], sizes, [level[part] for level in features])
         return outcomes
