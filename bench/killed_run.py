@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -26,12 +25,12 @@ from commands import kill_after, make_parser, run_job
 from stpm import storage
 from stpm.data import demo, mvtec
 from stpm.data.encode import encode_jpeg
+from stpm.errors import RunDamagedError
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from stpm.scoring.ranked_rows import scan_rows
-from stpm.scoring.resuming.row_checkpoints import committed_checkpoints
-from stpm.scoring.resuming.segments import committed_summaries
 from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.written_rows import committed_summaries
 
 _KILLS = 3
 _CATEGORY = "grass"
@@ -64,17 +63,14 @@ def make_images(folder: str, data: str, count: int) -> None:
 
 def count_committed(output: RunOutput) -> int:
     """Count the rows of an unfinished run that no later run scores again."""
-    attempt = replace(output, attempt=output.state.attempt())
-    begun = [attempt.segment_checkpoints(number) for number in attempt.segments_with_checkpoints()]
-    rows = sum(storage.count_rows(uri) for folder in begun for uri in committed_checkpoints(folder))
-    return rows + sum(summary.rows for summary in committed_summaries(output))
+    return sum(summary.rows for summary in committed_summaries(output))
 
 
 def has_rows(output: RunOutput, rows: int) -> bool:
     """Return whether a run that goes on has committed this number of rows."""
-    with suppress(FileNotFoundError):
+    with suppress(RunDamagedError):
         return count_committed(output) >= rows
-    # A segment was committed meanwhile.
+    # Its summaries were added up meanwhile.
     return False
 
 

@@ -62,16 +62,14 @@ from stpm.method.recipe import PRESETS, Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Size, WantedBackend
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import write_manifest
-from stpm.scoring.inputs.manifest_rows import labelled_rows
+from stpm.scoring.inputs.manifest import labelled_rows, write_manifest
 from stpm.scoring.inputs.sources import image_rows
-from stpm.scoring.options import OutputOptions
+from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run_state import RunState
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
 from stpm.scoring.stages.scorer import Scorer
-from stpm.scoring.stages.scorer_actor import ScorerSettings
 
 T = TypeVar("T")
 
@@ -166,7 +164,7 @@ def loop_speed(bench: Bench, models: Path, images: Path, processes: int) -> tupl
     folder = str(out / "manifest")
     manifest = write_manifest(image_rows([str(images)], CategoryRule(bench.category.name)), folder)
     rows = pa.concat_tables(
-        storage.read_table(uri) for segment in manifest.segments(folder) for uri, _ in segment.shards
+        storage.read_table(uri) for segment in manifest.segments(folder) for uri, *_ in segment.shards
     )
     length = -(-rows.num_rows // processes)
     tasks = [
@@ -184,13 +182,12 @@ def run_loop(models: str, rows: pa.Table, out: str, category: str, arithmetic: A
         Images per second, once warm; and CPU seconds of this process, imports included.
     """
     torch.set_num_threads(1)
-    record = ModelStore(models).record(category)
+    store, output = ModelStore(models), OutputOptions(overlay=True)
+    record = store.record(category)
     preprocessing = {category: record.preprocessing}
     decode = Decode(preprocessing, fetchers=1)
-    model_ids = {category: record.model_id}
-    settings = ScorerSettings(models, model_ids, 0.01, overlays=True, batch_size=_LOOP_BATCH, arithmetic=arithmetic)
-    scorer = Scorer(settings)
-    write = DrawHeatmaps(RunOutput.single(out), OutputOptions(overlay=True), preprocessing)
+    scorer = Scorer(store, {category: record}, ScoreOptions(scoring_batch_size=_LOOP_BATCH), output, arithmetic)
+    write = DrawHeatmaps(RunOutput.single(out), output, preprocessing)
     batches = [rows.slice(i, _LOOP_BATCH) for i in range(0, rows.num_rows, _LOOP_BATCH)]
     for batch in batches[:_WARM_BATCHES]:
         write(scorer(decode(batch)))
@@ -220,10 +217,11 @@ def measure_fit(bench: Bench) -> Iterator[Measured]:
 
 def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:
     """Return metrics of a model of ours on the category's test images, by the stages of the score job."""
-    record = ModelStore(str(models)).record(bench.category.name)
-    preprocessing, name = record.preprocessing, bench.category.name
-    settings = ScorerSettings(str(models), {name: record.model_id}, 0.01, raw_maps=True, arithmetic=bench.arithmetic)
-    rows = Scorer(settings)(Decode({name: preprocessing})(pa.concat_tables(labelled_rows([bench.category]))))
+    store, name = ModelStore(str(models)), bench.category.name
+    record = store.record(name)
+    preprocessing = record.preprocessing
+    scorer = Scorer(store, {name: record}, ScoreOptions(), OutputOptions(raw_maps=True), bench.arithmetic)
+    rows = scorer(Decode({name: preprocessing})(pa.concat_tables(labelled_rows([bench.category]))))
     scored = rows.to_pylist()
     shapes = [preprocessing.content_shape(row["width"], row["height"]) for row in scored]
     maps = [np.frombuffer(row["anomaly_map"], np.float32).reshape(s) for row, s in zip(scored, shapes, strict=True)]

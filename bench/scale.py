@@ -14,8 +14,7 @@ earlier steps are generated.
 - manifest: from a Parquet table of URIs, of which a hundredth are duplicates.
 - plan: from the start of Ray Data until the first block reaches the stub stage, for the first segment.
 - stub: all rows through Ray Data, with the stub stage; only up to `--stub-rows`.
-- resume10, resume90: which rows remain, with 10 % and 90 % done. Only those of the segment that was begun are read; a
-  run does this in a task, and here the driver does.
+- resume10, resume90: which rows remain, with 10 % and 90 % done. Only the ids of the segment that was begun are read.
 - commit: the end of all segments, and of the run: adds up what the tasks reported, and ranks the images.
 """
 
@@ -58,13 +57,11 @@ from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.ranked_rows import most_anomalous
-from stpm.scoring.resuming.remaining import write_remaining
-from stpm.scoring.resuming.row_checkpoints import summary_of
-from stpm.scoring.resuming.segments import commit_segment, committed_summaries
 from stpm.scoring.row_summary import RowSummary
-from stpm.scoring.run_state import ScoringConfig
+from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.scoring_run import ScoringRun
+from stpm.scoring.written_rows import committed_summaries, finish_segment, take_over, unwritten_shards
 
 _FILES_PER_PREFIX = 1000
 _DUPLICATES = 100
@@ -105,7 +102,7 @@ class FirstBlock(Exception):  # noqa: N818
 class StubDecode:
     """Takes the place of `Decode`: makes output rows, or ends the execution at the first block."""
 
-    def __init__(self, stop: bool, *_: object, progress: object) -> None:
+    def __init__(self, stop: bool, *_: object, **__: object) -> None:
         self._stop = stop
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -115,7 +112,7 @@ class StubDecode:
 
 
 class Identity:
-    """Takes the place of `ScorerActor` and of `DrawHeatmaps`."""
+    """Takes the place of `Scorer` and of `DrawHeatmaps`."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -186,9 +183,17 @@ def measure_manifest(output: RunOutput, rows: int) -> None:
     measure("manifest", rows, lambda: write_manifest(image_rows([source], CategoryRule("nut")), output.manifest))
 
 
+def start(output: RunOutput) -> RunState:
+    """Record the run, and that its first attempt counts."""
+    state = output.state
+    state.start(ScoringConfig((), ScoreOptions.false_alarm_rate))
+    state.write(replace(state.record, attempt=output.attempt))
+    return state
+
+
 def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], step: str) -> None:
     """Score segments with the stub stage, to their end or to the first block."""
-    stubs = {"Decode": partial(StubDecode, step == "plan"), "ScorerActor": Identity, "DrawHeatmaps": Identity}
+    stubs = {"Decode": partial(StubDecode, step == "plan"), "Scorer": Identity, "DrawHeatmaps": Identity}
     for name, stub in stubs.items():
         setattr(pipeline, name, stub)
     run = ScoringRun(
@@ -201,11 +206,12 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
         cluster=ClusterOptions(backend="pytorch"),
     )
 
+    state = start(output)
+
     def score() -> None:
         for segment in segments:
-            checkpoints = output.segment_checkpoints(segment.number)
-            pipeline.score_shards(run, segment.shards, checkpoints, {}, progress, output.state)
-            commit_segment(output, OutputOptions(), segment, _TOP)
+            pipeline.score_shards(run, segment.shards, segment.number, {}, progress, state)
+            finish_segment(output, OutputOptions(), segment, _TOP)
 
     def to_first_block() -> None:
         with suppress(RayTaskError):
@@ -219,27 +225,25 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
 
 
 def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
-    """Leave what tasks write and report of a fraction of a segment's rows."""
+    """Leave what tasks write of a fraction of a segment's rows."""
     task = 0
-    for uri, rows in segment.shards:
+    for uri, rows, _ in segment.shards:
         done = storage.read_table(uri).slice(0, round(rows * fraction))
         for start in range(0, done.num_rows, _ROWS_PER_FILE):
             name = f"{output.name}_{segment.number:06}_{task:012}"
             written = output_rows(done.slice(start, _ROWS_PER_FILE))
-            checkpoint = storage.join(output.segment_checkpoints(segment.number), f"{name}.parquet")
-            summary = RowSummary.of_rows(written, name, _TOP)
-            storage.publish(summary_of(checkpoint), summary.to_json(), durable=False)
             storage.publish(
                 storage.join(output.scores, f"{name}-0.parquet"), storage.encode_parquet(written), durable=False
             )
-            storage.publish(checkpoint, storage.encode_parquet(written.select(["image_id"])), durable=False)
+            summary = storage.join(output.task_summaries(segment.number), f"{name}.json")
+            storage.publish(summary, RowSummary.of_rows(written, name, _TOP).to_json(), durable=False)
             task += 1
 
 
 def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
     """Find the remaining rows of a run of which a fraction of the segments, and of the next one, is done."""
     segments = images.segments(output.manifest)
-    done = int(len(segments) * fraction)
+    state, done = start(output), int(len(segments) * fraction)
     begun = segments[done]
     make_up_rows(output, begun, len(segments) * fraction - done)
     summary = RowSummary.of_rows(output_rows(storage.read_table(begun.shards[0].uri)), "scores", _TOP)
@@ -247,20 +251,21 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
         storage.publish(output.segment_summary(segment.number), summary.to_json())
 
     def act() -> None:
-        RowSummary.total(committed_summaries(output), _TOP)
-        write_remaining(output, replace(output, attempt=1), begun, _TOP)
+        written = take_over(output.with_attempt(1), state, OutputOptions(), segments, _TOP)
+        unwritten_shards(output.with_attempt(1), OutputOptions(), begun, written.get(begun.number, RowSummary()))
 
     measure(f"resume{fraction * 100:.0f}", images.rows, act, begun.rows)
 
 
 def commit(output: RunOutput, images: Manifest) -> None:
     segments = images.segments(output.manifest)
+    start(output)
     for segment in segments:
         make_up_rows(output, segment, 1.0)
 
     def act() -> None:
         for segment in segments:
-            commit_segment(output, OutputOptions(), segment, _TOP)
+            finish_segment(output, OutputOptions(), segment, _TOP)
         assert RowSummary.total(committed_summaries(output), _TOP).rows == images.rows
 
     measure("commit", images.rows, act)
@@ -277,7 +282,7 @@ def run_step(step: str, rows: int, max_files: int, max_stub_rows: int, folder: P
     else:
         images = read_manifest(output.manifest)
         assert images
-        for leftover in (output.segments, output.checkpoints, output.remaining, output.scores):
+        for leftover in (output.summaries, output.scores, output.state.uri):
             storage.remove(leftover)
         if step in ("plan", "stub"):
             segments = images.segments(output.manifest)

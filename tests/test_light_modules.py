@@ -15,13 +15,11 @@ LIGHT = [
     "stpm.fitting.task_queue",
     "stpm.fitting.task",
     "stpm.scoring.inputs.manifest_blocks",
-    "stpm.scoring.resuming.row_checkpoints",
     "stpm.scoring.stages.write_rows",
     "stpm.scoring.stages.decode",
     "stpm.scoring.stages.draw_heatmaps",
     "stpm.scoring.progress",
-    "stpm.scoring.resuming.remaining",
-    "stpm.scoring.stages.scorer_actor",
+    "stpm.scoring.stages.scorer",
 ]
 
 

@@ -19,7 +19,7 @@ from stpm.evaluation.options import MasksAt
 from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.category_metrics import LabelledPixels, LabelledScores, MaskedMap, require_masks
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import blaming_damaged_file, open_rows, read_batches
+from stpm.scoring.output_rows import naming_damaged_file, open_rows, read_batches
 
 # The columns that `read_mask` takes, in its order.
 MASK_COLUMNS = ("uri", "label", "mask", "width", "height")
@@ -40,7 +40,7 @@ class ScoredCategory:
 
     def rows(self, columns: Sequence[str] = _COLUMNS) -> pa.Table:
         """Read the category's rows, sorted by URI."""
-        with blaming_damaged_file(self.output):
+        with naming_damaged_file(self.output):
             rows = open_rows(self.output, columns).to_table(
                 columns=list(columns), filter=ds.field("category") == self.name
             )

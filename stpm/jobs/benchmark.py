@@ -27,7 +27,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
-from stpm.scoring.inputs.manifest_rows import labelled_rows
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run import run_scoring

@@ -199,7 +199,7 @@ def _discoveries(
 def _top_images(outputs: Sequence[RunOutput], store: ModelStore) -> tuple[TopImage, ...]:
     """Select the most anomalous images of a night, and draw each with its heatmap."""
     found = [(row, output) for output in outputs for row in most_anomalous(output, _TOP_IMAGES)]
-    found = sorted(found, key=lambda item: (item[0]["excess"], item[0]["uri"]), reverse=True)[:_TOP_IMAGES]
+    found = sorted(found, key=lambda item: (item[0]["margin"], item[0]["uri"]), reverse=True)[:_TOP_IMAGES]
 
     @cache
     def preprocessing(category: str, model_id: str) -> Preprocessing:

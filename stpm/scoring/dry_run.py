@@ -74,7 +74,7 @@ def sample_evenly(manifest: Manifest, folder: str, size: int) -> Iterator[pa.Tab
     chosen = np.unique(np.linspace(0, manifest.rows - 1, min(size, manifest.rows)).round().astype(np.int64))
     first = 0
     for segment in manifest.segments(folder):
-        for uri, rows in segment.shards:
+        for uri, rows, _ in segment.shards:
             inside = chosen[(chosen >= first) & (chosen < first + rows)] - first
             first += rows
             if len(inside):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from stpm import storage
@@ -12,7 +12,6 @@ from stpm.lease import Fence, check
 from stpm.names import safe_name
 from stpm.scoring.run_state import RunState
 
-_RUNS = "runs"
 # Under any run folder, what `picture_path` returns.
 _PICTURE = re.compile(r"/heatmaps/[^/]+/[^/]+/([0-9a-f]{2})/\1[0-9a-f]{14}(?:\.png|_overlay\.jpg)$")
 
@@ -31,7 +30,7 @@ class RunOutput:
     Args:
         folder: URI of the run folder.
         name: of the run, unique in the folder.
-        state_folder: URI of the folder for run.json, the manifest and the checkpoints.
+        state_folder: URI of the folder for run.json, the manifest and the summaries.
         fence: of the process that writes; None: it only reads, or takes no lease.
         attempt: number of the attempt that writes. Later attempts of a run have higher numbers.
     """
@@ -50,14 +49,12 @@ class RunOutput:
     @classmethod
     def named(cls, folder: str, name: str, fence: Fence | None = None) -> RunOutput:
         """Return the output of one of several runs in a folder."""
-        return cls(folder, name, storage.join(folder, _RUNS, name), fence)
+        return cls(folder, name, storage.join(folder, "runs", name), fence)
 
     @classmethod
     def all_named(cls, folder: str) -> list[RunOutput]:
         """List the outputs of all named runs in a folder, by name."""
-        parent = storage.join(folder, _RUNS)
-        names = storage.subfolders(parent) if storage.exists(parent) else []
-        return [cls.named(folder, name) for name in names]
+        return [cls.named(folder, name) for name in _subfolders(storage.join(folder, "runs"))]
 
     @classmethod
     def find_all(cls, folder: str) -> list[RunOutput]:
@@ -72,6 +69,10 @@ class RunOutput:
         if not output.files():
             raise DataError(f"{folder}: no scores here; give the run folder of the score or benchmark job")
         return [output]
+
+    def with_attempt(self, attempt: int) -> RunOutput:
+        """Return the output as another attempt writes it."""
+        return replace(self, attempt=attempt)
 
     @property
     def is_named(self) -> bool:
@@ -89,20 +90,15 @@ class RunOutput:
         return storage.join(self.folder, "scores")
 
     @property
-    def heatmaps_relative(self) -> str:
-        """The folder of the heatmaps, relative to the run folder."""
-        return f"heatmaps/{self.name}"
-
-    @property
     def heatmaps(self) -> str:
         """The folder of the heatmaps."""
-        return storage.join(self.folder, self.heatmaps_relative)
+        return storage.join(self.folder, "heatmaps", self.name)
 
     def picture_path(self, category: str, image_id: int, suffix: Literal[".png", "_overlay.jpg"]) -> str:
         """Return the path of an image's heatmap or overlay, relative to the run folder."""
         name = f"{image_id & (2**64 - 1):016x}"
         # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
-        return f"{self.heatmaps_relative}/{safe_name(category, 'category')}/{name[:2]}/{name}{suffix}"
+        return f"heatmaps/{self.name}/{safe_name(category, 'category')}/{name[:2]}/{name}{suffix}"
 
     @property
     def manifest(self) -> str:
@@ -115,35 +111,22 @@ class RunOutput:
         return storage.join(self.state_folder, "triage.html")
 
     @property
-    def segments(self) -> str:
-        """The folder of the summaries of committed segments."""
-        return storage.join(self.state_folder, "segments")
+    def summaries(self) -> str:
+        """The folder of the summaries of written rows, of all attempts; see `stpm.scoring.written_rows`."""
+        return storage.join(self.state_folder, "summaries")
 
     @property
-    def checkpoints(self) -> str:
-        """The folder of the ids and summaries of written rows, by attempt and segment; removed at the end."""
-        return storage.join(self.state_folder, "checkpoints")
+    def attempt_summaries(self) -> str:
+        """The folder of the summaries that count for this attempt."""
+        return storage.join(self.summaries, f"{self.attempt:06}")
 
-    @property
-    def remaining(self) -> str:
-        """The folder of the manifest shards that are yet to be scored, by attempt; removed when the run is finished."""
-        return storage.join(self.state_folder, "remaining")
+    def task_summaries(self, segment: int) -> str:
+        """The folder of the summaries of a segment's rows, one for each task that wrote some."""
+        return storage.join(self.attempt_summaries, f"{segment:06}")
 
-    def segment_summary(self, number: int) -> str:
-        """The summary of a segment that this attempt commits."""
-        return storage.join(self.segments, f"{number:06}-{self.attempt:06}.json")
-
-    def segment_checkpoints(self, number: int) -> str:
-        """The folder of the ids and summaries of a segment's rows that count for this attempt."""
-        return storage.join(self.checkpoints, f"{self.attempt:06}", f"{number:06}")
-
-    def segment_remaining(self, number: int) -> str:
-        """The folder of the shards of a segment that this attempt has yet to score."""
-        return storage.join(self.remaining, f"{self.attempt:06}", f"{number:06}")
-
-    def segments_with_checkpoints(self) -> set[int]:
-        """Return the numbers of the segments that have checkpoints of this attempt."""
-        return set(_numbered(storage.join(self.checkpoints, f"{self.attempt:06}")))
+    def segment_summary(self, segment: int) -> str:
+        """The sum of several summaries of a segment's rows."""
+        return f"{self.task_summaries(segment)}.json"
 
     def files(self) -> list[str]:
         """List the URIs of the Parquet files that the run wrote."""
@@ -152,7 +135,7 @@ class RunOutput:
 
     def written_uris(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""
-        names = (self.manifest, self.segments, self.checkpoints, self.remaining, self.triage, self.heatmaps)
+        names = (self.manifest, self.summaries, self.triage, self.heatmaps)
         return [*self.files(), *(uri for uri in names if storage.exists(uri))]
 
     def clear(self) -> None:
@@ -177,17 +160,13 @@ class RunOutput:
         self.clear()
         self.state.forget()
 
-    def clear_attempts(self, end: int) -> None:
-        """Remove the checkpoints, and the shards of remaining rows, of the attempts before this number."""
-        for folder in (self.checkpoints, self.remaining):
-            for number, name in _numbered(folder).items():
-                if number < end:
-                    storage.remove(storage.join(folder, name))
-            storage.remove_empty_folders(folder)
+    def remove_earlier_attempts(self) -> None:
+        """Remove the summaries that counted for earlier attempts."""
+        for name in _subfolders(self.summaries):
+            # In a store, the folder itself may be an object among its children.
+            if name.isdecimal() and int(name) < self.attempt:
+                storage.remove(storage.join(self.summaries, name))
 
 
-def _numbered(folder: str) -> dict[int, str]:
-    """List the folders in a folder whose names are numbers."""
-    names = storage.subfolders(folder) if storage.exists(folder) else []
-    # In a store, the folder itself may be an object among its children.
-    return {int(name): name for name in names if name.isdecimal()}
+def _subfolders(folder: str) -> list[str]:
+    return storage.subfolders(folder) if storage.exists(folder) else []

@@ -18,22 +18,16 @@ _HIVE = ds.partitioning(pa.schema([("category", pa.string())]), flavor="hive")
 
 
 def open_rows(output: RunOutput, columns: Collection[str] = (), files: Sequence[str] | None = None) -> ds.Dataset:
-    """Open the rows that the run wrote, or those in some of its files.
+    """Open the rows that the run wrote, or those in some of its files, to read these columns and any that have no null.
 
-    Reads every file's footer now, and never again. Read the rows inside `blaming_damaged_file`: it turns pyarrow's
-    errors into errors that name the file.
-
-    Args:
-        output: of the run.
-        columns: that will be read.
-        files: of the run; None: all.
+    Reads every file's footer now, and never again. Read the rows inside `naming_damaged_file`.
 
     Raises:
         RunDamagedError: if the footer of a file is damaged, or it lacks a column or has one of another type.
     """
     filesystem, folder = storage.arrow_filesystem(output.scores)
     names = [uri.removeprefix(f"{output.scores}/") for uri in (output.files() if files is None else files)]
-    with blaming_damaged_file(output, files):
+    with naming_damaged_file(output, files):
         dataset = ds.dataset(
             [f"{folder}/{name}" for name in names],
             schema=None if names else OUTPUT,
@@ -54,42 +48,41 @@ def open_rows(output: RunOutput, columns: Collection[str] = (), files: Sequence[
 def read_batches(
     output: RunOutput, columns: Sequence[str], chosen: ds.Expression | None = None, batch_size: int = 131_072
 ) -> Iterator[pa.RecordBatch]:
-    """Read columns of the rows that the run wrote, a batch at a time.
-
-    Args:
-        output: of the run.
-        columns: to read.
-        chosen: condition for rows; None: all.
-        batch_size: rows of a batch, at most.
+    """Read columns of the rows that the run wrote, and that fulfil a condition, at most `batch_size` at a time.
 
     Raises:
         RunDamagedError: if a file is damaged, or has other columns.
     """
-    with blaming_damaged_file(output):
+    with naming_damaged_file(output):
         yield from open_rows(output, columns).to_batches(list(columns), filter=chosen, batch_size=batch_size)
 
 
+def count_rows(output: RunOutput, files: Sequence[str] | None = None) -> int:
+    """Count the rows that the run wrote, or those in some of its files, from the footers alone.
+
+    Raises:
+        RunDamagedError: if a file is damaged.
+    """
+    with naming_damaged_file(output, files):
+        return int(open_rows(output, files=files).count_rows())
+
+
 def check_row_count(output: RunOutput) -> None:
-    """Compare the number of rows in the files with that of the run, if it is finished. Reads footers alone.
+    """Compare the number of rows in the files with that of the run, if it is finished.
 
     Raises:
         RunDamagedError: if rows are missing or doubled, or a file is damaged.
     """
     state = output.state
-    if not state.is_finished():
-        return
-    rows = state.result().rows
-    with blaming_damaged_file(output):
-        found = open_rows(output).count_rows()
-    if found != rows:
+    if state.is_finished() and (found := count_rows(output)) != (rows := state.result().rows):
         raise RunDamagedError(f"{found} rows in {output.scores}/{output.name}_*, where the run wrote {rows}")
 
 
 @contextmanager
-def blaming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) -> Iterator[None]:
-    """Turn pyarrow's errors, which seldom name the file, into errors that do.
+def naming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) -> Iterator[None]:
+    """Turn pyarrow's errors in the block, which seldom name the file, into errors that do.
 
-    On an error, each of `files` (None: all of the run) is read again to find the damaged one.
+    After an error, read each of `files` (None: all of the run) again to find the damaged one.
 
     Raises:
         RunDamagedError: if a file of rows is damaged.
@@ -110,12 +103,7 @@ def blaming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) 
 
 
 def _find_problem(file: ds.ParquetFileFragment, columns: Collection[str]) -> str:
-    """Say which column a file of rows should have and has not, "" if none.
-
-    Args:
-        file: whose footer is read.
-        columns: of OUTPUT that are needed; it needs those without nulls in any case.
-    """
+    """Say which column a file of rows should have and has not, "" if none: of OUTPUT, these and those without nulls."""
     schema, in_path = file.physical_schema, ds.get_partition_keys(file.partition_expression)
     for column in OUTPUT:
         index = schema.get_field_index(column.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
@@ -11,20 +12,20 @@ from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
 from ray.exceptions import RayError
 
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
+from stpm.cluster.device import examine_devices
 from stpm.cluster.placement import nodes_for_plan
 from stpm.errors import CutOffError
+from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
 from stpm.scoring.progress import ProgressReporter
-from stpm.scoring.resuming.row_checkpoints import checkpoint_config
-from stpm.scoring.run_arithmetic import settle_arithmetic
 from stpm.scoring.run_state import RunState
 from stpm.scoring.scorer_pool import ScorerPool, count_scorers
 from stpm.scoring.scoring_run import ModelRecords, ScoringRun
 from stpm.scoring.stages.batch_size import MAX_BATCH
 from stpm.scoring.stages.decode import TASK_BYTES, Decode
 from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
-from stpm.scoring.stages.scorer_actor import ScorerActor, ScorerSettings
+from stpm.scoring.stages.scorer import Scorer
 from stpm.scoring.stages.write_rows import RowWriter
 
 # Tasks that read the manifest at the same time.
@@ -38,22 +39,22 @@ log = logging.getLogger(__name__)
 def score_shards(
     run: ScoringRun,
     shards: Sequence[Shard],
-    checkpoints: str,
+    segment: int,
     models: ModelRecords,
     progress: ProgressReporter,
     state: RunState,
 ) -> None:
-    """Score all rows of some manifest shards and write one output row for each. Needs a connection to Ray.
+    """Score the rows of a segment that have no output row yet, and write one for each. Needs a connection to Ray.
 
     An image that failed because of storage, a model or a device gets no row, unless the options accept such errors.
 
     Args:
         run: how to score, and where to write.
-        shards: Parquet files of schema MANIFEST, with passthrough columns.
-        checkpoints: URI of the folder for the ids and the summaries of written rows.
-        models: by category; rows of other categories become rows with an error.
+        shards: of the segment, with rows to score.
+        segment: its number.
+        models: rows of other categories become rows with an error.
         progress: gets the statistics and the images without a row.
-        state: of the run; gets what computes the features.
+        state: gets what computes the features.
 
     Raises:
         ConfigError: if the scorers do not fit the cluster, or OpenVINO is wanted and not installed.
@@ -66,22 +67,11 @@ def score_shards(
     preprocessing = {name: record.preprocessing for name, record in models.items()}
     pool = ScorerPool.for_nodes(options.scorers, nodes_for_plan(run.cluster), len(blocks), grows=is_shared())
     task_ram = pool.ram_for(TASK_BYTES)
-    settings = ScorerSettings(
-        store=run.store.uri,
-        model_ids={name: record.model_id for name, record in models.items()},
-        false_alarm_rate=config.false_alarm_rate,
-        raw_maps=config.output.raw_maps,
-        overlays=config.output.overlay,
-        batch_size=options.scoring_batch_size,
-        model_ram=int(options.model_ram_gib * 2**30),
-        accept_errors=options.accept_errors,
-        arithmetic=settle_arithmetic(run, state, models, gpus=pool.scorer_gpus > 0),
-    )
-    log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.scorer_gpus else 'CPUs'}, {settings.arithmetic}")
+    arithmetic = settle_arithmetic(run, state, models, gpus=pool.scorer_gpus > 0)
+    log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.scorer_gpus else 'CPUs'}, {arithmetic}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
-    context.checkpoint_config = checkpoint_config(checkpoints)
-    count_on_all_nodes()
+    patch_ray_to_count_all_cpus()
     with DataContext.current(context):
         rows = ray.data.read_datasource(
             blocks,
@@ -91,17 +81,15 @@ def score_shards(
             concurrency=min(_READING_TASKS, blocks.task_count),
         )
         rows = rows.map_batches(
-            Decode(
-                preprocessing, options.image_seconds, progress=progress, count_repetitions=count_repetitions
-            ).__call__,
+            Decode(preprocessing, options.image_seconds, progress=progress).__call__,
             batch_format="pyarrow",
             batch_size=_WHOLE_BLOCK,
             num_cpus=pool.task_cpus,
             memory=task_ram,
         )
         rows = rows.map_batches(
-            ScorerActor,
-            fn_constructor_args=(settings, progress),
+            Scorer,
+            fn_constructor_args=(run.store, models, options, config.output, arithmetic, progress),
             compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.max_size),
             batch_format="pyarrow",
             batch_size=MAX_BATCH if pool.scorer_gpus else _WHOLE_BLOCK,
@@ -117,7 +105,7 @@ def score_shards(
         )
         try:
             rows.write_datasink(
-                RowWriter(output, config.output, checkpoints, options.rows_per_file, run.triage_images),
+                RowWriter(output, config.output, segment, options.rows_per_file, run.triage_images),
                 ray_remote_args={"num_cpus": pool.task_cpus},
             )
         except RayError as error:
@@ -129,18 +117,35 @@ def score_shards(
             raise
 
 
-def count_repetitions() -> int:
-    """Return how often Ray has repeated the current task."""
-    attempt: int = ray._private.worker.global_worker.core_worker.get_current_task_attempt_number()
-    return attempt
+def settle_arithmetic(run: ScoringRun, state: RunState, models: ModelRecords, *, gpus: bool) -> Arithmetic:
+    """Choose what computes the features from now on, on GPUs or on CPUs, and record it. Needs a connection to Ray.
+
+    Warn if that changes during the run, and where models were calibrated otherwise.
+
+    Raises:
+        ConfigError: if OpenVINO is wanted and not installed.
+        DeviceError: if torch cannot use a GPU that Ray assigns.
+    """
+    before = state.record.arithmetic
+    found = choose_arithmetic(examine_devices(gpus=gpus), run.cluster.backend, before=before)
+    if found == before:
+        return found
+    state.write(replace(state.record, arithmetic=found))
+    if before:
+        log.warning(f"the remaining images may get slightly other scores: {before} has computed them, and now {found}")
+    calibrated = [(record.fit.backend, record.precision) for record in models.values()]
+    if warning := warn_of_other_arithmetic(found, calibrated):
+        log.warning(warning)
+    return found
 
 
-def count_on_all_nodes() -> None:
-    """Let Ray Data count on all resources of all nodes.
+def patch_ray_to_count_all_cpus() -> None:
+    """Replace a method of Ray Data, so that it counts on all resources of all nodes.
 
-    By default it counts on what its `AutoscalingCoordinator` leaves it. In Ray 2.60 that is what it has requested, and
-    of the CPUs that are free on a node, whole ones only. Where scorers take nearly all CPUs, that leaves none for the
-    last stage, which then draws and writes nothing before all images are scored.
+    By default it counts on what its `AutoscalingCoordinator` leaves it, which came with ray-project/ray#59353. In Ray
+    2.60 that is what it has requested, and of the CPUs that are free on a node, whole ones only. Where scorers take
+    nearly all CPUs, that leaves none for the last stage, which then draws and writes nothing before all images are
+    scored.
     """
     RateBasedClusterAutoscaler.get_total_resources = _total_resources
 

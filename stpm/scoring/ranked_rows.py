@@ -10,10 +10,9 @@ import pyarrow.dataset as ds
 
 from stpm.errors import RunDamagedError
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import blaming_damaged_file, open_rows
-from stpm.scoring.resuming.row_checkpoints import task_of
-from stpm.scoring.resuming.segments import committed_summaries
-from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary
+from stpm.scoring.output_rows import naming_damaged_file, open_rows
+from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary, task_of
+from stpm.scoring.written_rows import committed_summaries
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
@@ -21,7 +20,7 @@ _COLUMNS = ["image_id", "uri", "archive_start", "archive_length", "category", "m
 
 
 def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | None = None) -> list[dict[str, Any]]:
-    """Read the most anomalous rows, in order; each gets a key `excess`, see `RankedImage`.
+    """Read the most anomalous rows, in order; each gets a key `margin`, see `RankedImage`.
 
     Take those that a summary of all rows ranks first: the sum of those of committed segments, if none is given. Scan
     all rows if it ranks too few.
@@ -31,7 +30,7 @@ def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | Non
     """
     summary = summary or RowSummary.total(committed_summaries(output), max_images)
     if not summary.rows or summary.max_ranked < max_images:
-        # No segment is committed yet, or the run was scored for a shorter page.
+        # No row is written yet, or the run was scored for a shorter page.
         summary = scan_rows(output, max_images)
     return _read_images(output, summary.ranked)
 
@@ -39,7 +38,7 @@ def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | Non
 def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
     """Summarize all rows that a run wrote by reading them, without their pictures. Raise RunDamagedError."""
     dataset = open_rows(output, COLUMNS)
-    with blaming_damaged_file(output):
+    with naming_damaged_file(output):
         return RowSummary.total(
             (
                 RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
@@ -59,7 +58,7 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
         if not (ids := wanted.get(task_of(uri))):
             continue
         is_wanted = ds.field("image_id").isin(ids)
-        with blaming_damaged_file(output, [uri]):
+        with naming_damaged_file(output, [uri]):
             dataset = open_rows(output, _COLUMNS, [uri])
             for group in (group for file in dataset.get_fragments() for group in file.split_by_row_group()):
                 if group.count_rows(filter=is_wanted):
@@ -69,4 +68,4 @@ def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[
         raise RunDamagedError(
             f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing"
         )
-    return [rows[image.image_id] | {"excess": image.excess} for image in images]
+    return [rows[image.image_id] | {"margin": image.margin} for image in images]

@@ -6,9 +6,11 @@ Each task summarizes the rows that it writes. Summaries add up, so that a run of
 from __future__ import annotations
 
 import heapq
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -30,18 +32,25 @@ _VALUES = ["score", *SCORE_PARTS, "p_value", "threshold", "is_anomalous"]
 COLUMNS = [*_ERROR_COLUMNS, *_VALUES, "image_id", "category", "bytes"]
 # Thresholds are at least this in the division by them.
 _MIN_THRESHOLD = 1e-30
+# Arrow adds a number to the task's name in the name of a file of rows.
+_FILE_NUMBER = re.compile(r"-\d+$")
+
+
+def task_of(uri: str) -> str:
+    """Return the name of the task that wrote a file of rows."""
+    return _FILE_NUMBER.sub("", PurePosixPath(uri).name.removesuffix(".parquet"))
 
 
 class RankedImage(NamedTuple):
     """An image with a score.
 
     Args:
-        excess: how far its score is above its threshold, comparable over models.
+        margin: how far its score is above its threshold, comparable over models.
         image_id: breaks ties.
         task: name of the task that wrote its row.
     """
 
-    excess: float
+    margin: float
     image_id: int
     task: str
 
@@ -81,13 +90,7 @@ class RowSummary:
 
     @classmethod
     def of_rows(cls, rows: pa.Table, task: str, max_ranked: int) -> RowSummary:
-        """Summarize rows of schema OUTPUT, of which COLUMNS are read.
-
-        Args:
-            rows: to summarize.
-            task: name of the task that wrote them.
-            max_ranked: number of the most anomalous images to name.
-        """
+        """Summarize rows of schema OUTPUT that one task wrote, of which COLUMNS are read; rank this many images."""
         sums = [([], "count_all"), ("is_anomalous", "sum"), ("bytes", "sum")]
         categories: defaultdict[str, CategoryCounts] = defaultdict(CategoryCounts)
         errors: Counter[str] = Counter()
@@ -99,14 +102,20 @@ class RowSummary:
             errors[group["error_kind"]] += failed
             bytes_read += group["bytes_sum"] or 0
         failures = rows.select(_ERROR_COLUMNS).filter(pc.field("error_kind") != "").to_pylist()
+        counted = rows.group_by(["category", "p_value"]).aggregate([([], "count_all")]).sort_by("p_value")
+        p_values: defaultdict[str, dict[float, int]] = defaultdict(dict)
+        for group in counted.filter(pc.field("p_value").is_valid()).to_pylist():
+            p_values[group["category"]][group["p_value"]] = group["count_all"]
+        scored = rows.select(["image_id", *_VALUES]).filter(pc.field("score").is_valid())
+        images = zip(_margins(scored).tolist(), scored["image_id"].to_pylist(), strict=True)
         return cls(
             categories=_by_name(categories),
             errors=_by_name(dict(+errors)),
             error_examples=_first_examples(": ".join(row[name] for name in _ERROR_COLUMNS) for row in failures),
-            p_values=_count_p_values(rows),
+            p_values=_by_name(p_values),
             bytes_read=bytes_read,
             max_ranked=max_ranked,
-            ranked=_rank(rows, task, max_ranked),
+            ranked=[RankedImage(*image, task) for image in heapq.nlargest(max_ranked, images)],
             tasks=[task],
         )
 
@@ -120,7 +129,7 @@ class RowSummary:
         categories: defaultdict[str, CategoryCounts] = defaultdict(CategoryCounts)
         errors: Counter[str] = Counter()
         examples: list[str] = []
-        p_values: dict[str, Counter[float]] = {}
+        p_values: defaultdict[str, Counter[float]] = defaultdict(Counter)
         bytes_read = 0
         ranked: list[RankedImage] = []
         tasks: set[str] = set()
@@ -129,7 +138,7 @@ class RowSummary:
                 categories[name] += counts
             errors.update(each.errors)
             for name, counted in each.p_values.items():
-                p_values.setdefault(name, Counter()).update(counted)
+                p_values[name].update(counted)
             examples = _first_examples([*examples, *each.error_examples])
             bytes_read += each.bytes_read
             max_ranked = min(max_ranked, each.max_ranked)
@@ -163,23 +172,7 @@ def _first_examples(examples: Iterable[str]) -> list[str]:
     return heapq.nsmallest(_ERROR_EXAMPLES, examples)
 
 
-def _count_p_values(rows: pa.Table) -> dict[str, dict[float, int]]:
-    scored = rows.select(["category", "p_value"]).filter(pc.field("p_value").is_valid())
-    groups = scored.group_by(["category", "p_value"]).aggregate([([], "count_all")]).sort_by("p_value").to_pylist()
-    counts: dict[str, dict[float, int]] = {}
-    for group in groups:
-        counts.setdefault(group["category"], {})[group["p_value"]] = group["count_all"]
-    return _by_name(counts)
-
-
-def _rank(rows: pa.Table, task: str, max_ranked: int) -> list[RankedImage]:
-    """Select the rows whose scores exceed their model's threshold the most."""
-    scored = rows.select(["image_id", "score", "threshold", *SCORE_PARTS]).filter(pc.field("score").is_valid())
-    images = zip(excess(scored).tolist(), scored["image_id"].to_pylist(), strict=True)
-    return [RankedImage(*image, task) for image in heapq.nlargest(max_ranked, images)]
-
-
-def excess(scored: pa.Table) -> npt.NDArray[np.float64]:
+def _margins(scored: pa.Table) -> npt.NDArray[np.float64]:
     """Compute how far scores are above their thresholds, comparable over models.
 
     Take the difference where the score is a sum of parts, which has the same scale in all models. Otherwise divide the

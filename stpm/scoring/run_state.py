@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
 from stpm import storage
 from stpm.errors import DataError, OtherRunError, RunDamagedError
@@ -18,19 +18,6 @@ from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.run_statistics import RunResult
 from stpm.times import timestamp
 
-_RUN = "run.json"
-_SUCCESS = "_SUCCESS"
-# Types of the values that are read back.
-_TYPES = {
-    "config": dict[str, Any],
-    "versions": dict[str, str],
-    "models": dict[str, str],
-    "store": str,
-    "arithmetic": Arithmetic,
-    "result": RunResult,
-    "triage_images": int,
-    "attempt": int,
-}
 # The content of run.json while the run's files are being removed.
 _CLEARED: dict[str, Any] = {"cleared": True}
 
@@ -67,6 +54,35 @@ class ScoringConfig:
         return flat
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of run.json; a run fills in one field after the other.
+
+    Args:
+        config: `ScoringConfig.to_json` of the run; empty: there is no run to resume.
+        started: time of its start.
+        versions: of the libraries at its start, by name.
+        models: the model id of each category that has one; None: no models are bound yet.
+        store: URI of the model store, which may change between runs.
+        attempt: number of the attempt whose rows count; -1: none has begun to score.
+        arithmetic: what has computed the scores until now.
+        triage_images: number of images that triage.html was made for.
+        result: of the finished run.
+        ended: time of its end.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    versions: dict[str, str] | None = None
+    models: dict[str, str] | None = None
+    store: str | None = None
+    attempt: int = -1
+    arithmetic: Arithmetic | None = None
+    triage_images: int = 0
+    result: RunResult | None = None
+    ended: str = ""
+
+
 class RunState:
     """The state of one run. run.json is read once, at first use: only the process that holds the lease changes it.
 
@@ -81,43 +97,46 @@ class RunState:
 
     def __init__(self, folder: str, fence: Fence | None = None) -> None:
         self._fence = fence
-        self.uri = storage.join(folder, _RUN)
-        self._success_uri = storage.join(folder, _SUCCESS)
+        self.uri = storage.join(folder, "run.json")
+        self._success_uri = storage.join(folder, "_SUCCESS")
 
     def exists(self) -> bool:
         """Return whether there is a run.json, even of a run whose files are being removed."""
         return storage.exists(self.uri)
 
+    @property
+    def record(self) -> RunRecord:
+        """The content of run.json; that of no run if there is none."""
+        return self._content[0]
+
+    def is_cleared(self) -> bool:
+        """Return whether the removal of the run's files was cut off."""
+        return self._content[1]
+
     def config_differences(self, config: ScoringConfig) -> list[str]:
         """List how the run differs from a configuration; one line if there is no run to resume."""
-        if "config" not in self._values:
+        if not self.record.config:
             return [f"{self.uri} is missing"]
-        return _differences(self._values["config"], config.to_json())
-
-    def false_alarm_rate(self) -> float | None:
-        """Return the rate that the run requested; None if there is no run to resume."""
-        rate: float | None = self._values.get("config", {}).get("false_alarm_rate")
-        self._check(float | None, rate, "config.false_alarm_rate")
-        return rate
+        return _differences(self.record.config, config.to_json())
 
     def model_differences(self, models: Mapping[str, str]) -> list[str]:
         """List how the model ids of the run differ from others, by category; none if no models are bound yet."""
-        return _differences(self._values.get("models", models), models)
+        bound = self.record.models
+        return [] if bound is None else _differences(bound, models)
+
+    def false_alarm_rate(self) -> float | None:
+        """Return the rate that the run requested; None if there is no run to resume."""
+        rate: float | None = self._check(float | None, self.record.config.get("false_alarm_rate"), "false_alarm_rate")
+        return rate
 
     def partition_by(self) -> PartitionBy | None:
         """Return how the run's rows are partitioned; None if there is no run to resume."""
-        value: PartitionBy | None = self._values.get("config", {}).get("partition_by")
-        if value is not None:
-            self._check(PartitionBy, value, "config.partition_by")
-        return value
-
-    def versions(self) -> dict[str, str] | None:
-        """Return the versions of the libraries that the run was started with, by name; None if they are unknown."""
-        return self._values.get("versions")
+        value: PartitionBy | None = self.record.config.get("partition_by")
+        return value and self._check(PartitionBy, value, "partition_by")
 
     def model_ids(self) -> dict[str, str] | None:
         """Return the model id of each category that has one; None if no models are bound yet."""
-        return self._values.get("models")
+        return self.record.models
 
     def store_and_model_ids(self) -> tuple[str, dict[str, str]]:
         """Return the URI of the model store, and the model id of each category.
@@ -125,13 +144,14 @@ class RunState:
         Raises:
             DataError: if no models are bound yet.
         """
-        if not {"models", "store"} <= self._values.keys():
+        record = self.record
+        if record.models is None or record.store is None:
             raise DataError(f"{self.uri}: no record of a scored run; run the score job first")
-        return self._values["store"], self._values["models"]
+        return record.store, record.models
 
     def is_finished(self) -> bool:
         """Return whether all rows are written."""
-        return "result" in self._values and storage.exists(self._success_uri)
+        return bool(self.record.result) and storage.exists(self._success_uri)
 
     def result(self) -> RunResult:
         """Return the result of a finished run.
@@ -139,63 +159,36 @@ class RunState:
         Raises:
             DataError: if the run is not finished.
         """
-        if "result" not in self._values:
+        if not self.record.result:
             raise DataError(f"{self.uri}: no record of a finished run; run the score job first")
-        result: RunResult = self._check(RunResult, self._values["result"], "result")
-        return result
-
-    def attempt(self) -> int:
-        """Return the number of the attempt whose checkpoints count; -1 if no row was to be written yet."""
-        number: int = self._values.get("attempt", -1)
-        return number
+        return self.record.result
 
     def next_attempt(self) -> int:
         """Number this process's attempt as its lease, or higher if that is used, as where leases were removed."""
-        return max(self._fence.number if self._fence else 0, self.attempt() + 1)
-
-    def record_attempt(self, number: int) -> None:
-        """Record that from now on only the checkpoints of this attempt count."""
-        self._write(self._values | {"attempt": number})
-
-    def triage_images(self) -> int:
-        """Return the number of images that triage.html was made for; 0 if it was not made."""
-        images: int = self._values.get("triage_images", 0)
-        return images
+        return max(self._fence.number if self._fence else 0, self.record.attempt + 1)
 
     def start(self, config: ScoringConfig) -> None:
         """Record the start of a run."""
-        self._write({"config": config.to_json(), "started": timestamp(), "versions": installed_versions()})
+        self.write(RunRecord(config.to_json(), timestamp(), installed_versions()))
 
     def bind_models(self, models: Mapping[str, str], store: str) -> None:
-        """Record the model id of each category, and the URI of their store, which may change between runs."""
-        bound = {"models": dict(models), "store": store}
-        if not bound.items() <= self._values.items():
-            self._write(self._values | bound)
-
-    def arithmetic(self) -> Arithmetic | None:
-        """Return what has computed the run's scores until now; None if nothing was scored yet."""
-        value = self._values.get("arithmetic")
-        return value and convert(Arithmetic, value, "arithmetic")
-
-    def record_arithmetic(self, arithmetic: Arithmetic) -> None:
-        """Record what computes the run's scores from now on."""
-        self._write(self._values | {"arithmetic": asdict(arithmetic)})
-
-    def record_triage(self, images: int) -> None:
-        """Record that triage.html was made for a number of images."""
-        self._write(self._values | {"triage_images": images})
-
-    def update_result(self, result: RunResult) -> None:
-        """Record another result of the finished run."""
-        self._write(self._values | {"result": asdict(result)})
+        """Record the model id of each category, and the URI of their store."""
+        bound = replace(self.record, models=dict(models), store=store)
+        if bound != self.record:
+            self.write(bound)
 
     def finish(self, result: RunResult) -> None:
         """Record the result of the finished run, and write `_SUCCESS` last."""
-        self._write(self._values | {"result": asdict(result), "ended": timestamp()})
+        self.write(replace(self.record, result=result, ended=timestamp()))
         # Other processes wrote the rows and heatmaps: they must not be lost if `_SUCCESS` survives a power failure.
         storage.sync(self.uri)
         check(self._fence)
         storage.publish(self._success_uri, b"")
+
+    def write(self, record: RunRecord) -> None:
+        """Replace the content of run.json, for instance by `replace(state.record, attempt=2)`."""
+        self._publish({name: value for name, value in asdict(record).items() if value is not None})
+        self._content = record, False
 
     def clear(self) -> None:
         """Forget the run, but keep a mark that a run wrote the remaining files: they may be removed.
@@ -203,35 +196,32 @@ class RunState:
         Replace run.json first: without it nothing can be resumed. Remove `_SUCCESS` next, before any row.
         """
         if self.exists():
-            self._write(_CLEARED)
+            self._publish(_CLEARED)
+            self._content = RunRecord(), True
         storage.remove(self._success_uri)
-
-    def is_cleared(self) -> bool:
-        """Return whether the removal of the run's files was cut off."""
-        return self._values == _CLEARED
 
     def forget(self) -> None:
         """Remove run.json, after all other files of the run."""
         storage.remove(self.uri)
 
     @cached_property
-    def _values(self) -> dict[str, Any]:
-        """The content of run.json; empty if there is none."""
+    def _content(self) -> tuple[RunRecord, bool]:
+        """What run.json says, and whether its run is cleared."""
         try:
             values = parse_json(storage.read(self.uri))
         except FileNotFoundError:
-            return {}
+            return RunRecord(), False
         except (ValueError, IsADirectoryError) as error:
             raise OtherRunError(f"{self.uri} is not the record of a run ({error})") from error
-        if not isinstance(values, dict) or not ("config" in values or values == _CLEARED):
+        if values == _CLEARED:
+            return RunRecord(), True
+        if not isinstance(values, dict) or "config" not in values:
             raise OtherRunError(f"{self.uri} is not the record of a run")
-        try:
-            _encode(values)
-        except (UnicodeEncodeError, RecursionError) as error:
-            raise RunDamagedError(f"{self.uri} is damaged: no run writes such values ({error})") from error
-        for name in _TYPES.keys() & values.keys():
-            self._check(_TYPES[name], values[name], name)
-        return values
+        types = get_type_hints(RunRecord)
+        # Other versions have other fields.
+        return RunRecord(
+            **{name: self._check(types[name], values[name], name) for name in types.keys() & values}
+        ), False
 
     def _check(self, kind: Any, value: Any, name: str) -> Any:
         """Convert a value of run.json. Raise RunDamagedError if it is of another type."""
@@ -240,14 +230,9 @@ class RunState:
         except ValueError as error:
             raise RunDamagedError(f"{self.uri} is damaged: {error}") from error
 
-    def _write(self, values: dict[str, Any]) -> None:
+    def _publish(self, values: dict[str, Any]) -> None:
         check(self._fence)
-        storage.publish(self.uri, _encode(values))
-        self._values = values
-
-
-def _encode(values: dict[str, Any]) -> bytes:
-    return json.dumps(values, indent=2, ensure_ascii=False).encode()
+        storage.publish(self.uri, json.dumps(values, indent=2, ensure_ascii=False).encode())
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

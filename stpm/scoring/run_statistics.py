@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import NamedTuple
 
+from stpm.errors import EXTERNAL_ERRORS, ImageError
 from stpm.method.false_discovery import Discoveries
 
 
@@ -35,7 +37,6 @@ class RunStatistics:
     steady_images_per_second: float = 0.0
 
     def __add__(self, other: RunStatistics) -> RunStatistics:
-        """Add up all fields."""
         return RunStatistics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
@@ -47,18 +48,18 @@ class UnfinishedImage(NamedTuple):
     error_message: str
 
     def __str__(self) -> str:
-        return f"{self.uri}: {self.error_kind}: {self.error_message}"
+        return ": ".join(self)
+
+
+def external_errors(outcomes: Sequence[object]) -> list[str]:
+    """Describe those outcomes of images that are errors, and may have a cause outside the image."""
+    errors = [each for each in outcomes if isinstance(each, ImageError) and each.kind in EXTERNAL_ERRORS]
+    return [f"{error.kind}: {error}" for error in errors]
 
 
 @dataclass(frozen=True)
 class CategoryCounts:
-    """Counts of the rows of a category. They add up.
-
-    Args:
-        rows: number of rows.
-        anomalous: how many of them are anomalous.
-        errors: how many of them have no score.
-    """
+    """The number of a category's rows, of anomalous ones, and of those without a score. Counts add up."""
 
     rows: int = 0
     anomalous: int = 0

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stpm.errors import ImageError
+
 # Ids of images, or numbers of rows.
 Int64Array = npt.NDArray[np.int64]
 
@@ -142,6 +144,15 @@ def table(columns: Mapping[str, Sequence[Any] | pa.ChunkedArray], schema: pa.Sch
         return _binary(values) if field.type == pa.large_binary() else pa.array(values, field.type)
 
     return pa.table([column(field) for field in schema], schema=schema)
+
+
+def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:
+    """Return the columns `error_kind` and `error_message`, "" for images whose outcome is not an ImageError."""
+    errors = [outcome if isinstance(outcome, ImageError) else None for outcome in outcomes]
+    return {
+        "error_kind": [error.kind if error else "" for error in errors],
+        "error_message": [str(error) if error else "" for error in errors],
+    }
 
 
 def _binary(values: Sequence[bytes | memoryview | None]) -> pa.Array:

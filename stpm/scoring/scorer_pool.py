@@ -26,14 +26,11 @@ _UNITS_PER_CPU = 10_000
 
 @dataclass(frozen=True)
 class ScorerPool:
-    """The actors that score, and the resources of each stage.
+    """The actors that score, and the resources of each scorer and of each task that fetches, decodes or writes.
 
     Args:
-        size: number of actors at the start.
-        max_size: maximum number of actors after nodes have been added.
-        scorer_cpus: per scorer.
-        scorer_gpus: per scorer.
-        task_cpus: per task that fetches, decodes or writes.
+        size: number of scorers at the start.
+        max_size: maximum number of scorers after nodes have been added.
         reserved_fraction: of the cluster, reserved for the stages in equal parts.
         node_ram: of the smallest node, in bytes.
     """

@@ -23,8 +23,8 @@ class ScoringRun:
     """What to score, with which models, and where to write.
 
     Args:
-        rows: makes the manifest's rows. It is not called if an earlier run wrote the manifest, and called twice if rows
-            of an earlier run are replaced: first to see that there is something to score.
+        rows: lists the images, as rows for the manifest. It is not called if an earlier run wrote the manifest, and
+            called twice if rows of an earlier run are replaced: first to see that there is something to score.
         config: all that decides the rows, except the models.
         store: the models.
         options: how to score.

@@ -26,12 +26,14 @@ from stpm import cli, storage
 from stpm.cluster.connection import connected
 from stpm.commands import COMMANDS
 from stpm.data.mvtec import read_category
+from stpm.errors import RunDamagedError
 from stpm.fitting.fit_category import fit_category
 from stpm.fitting.task import FitTask
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
+from stpm.scoring.written_rows import committed_summaries
 from tests.conftest import REPOSITORY, SETTINGS, TINY
 from tests.datasets import encode_image
 
@@ -43,7 +45,7 @@ BIN = Path(sys.executable).parent
 # Seconds after which a job hangs: the longest takes two minutes, on a machine that does nothing else.
 HANGS = 1200
 # Titles that Ray gives to its processes.
-SCORER, DECODER, FIT_WORKER = "MapWorker(MapBatches(ScorerActor))", "MapBatches(Decode", "TrainWorker"
+SCORER, DECODER, FIT_WORKER = "MapWorker(MapBatches(Scorer))", "MapBatches(Decode", "TrainWorker"
 # How often the tests that kill processes at random moments are repeated.
 KILLS = range(int(os.environ.get("STPM_TEST_KILLS", "1")))
 
@@ -130,11 +132,12 @@ def read_rows(out: object, *columns: str) -> list[dict[str, Any]]:
     return rows
 
 
-def checkpoints(run: RunOutput) -> list[str]:
-    """List the files that mark rows of an unfinished run as written."""
-    files = storage.files(run.checkpoints)
-    # In a store the folder itself may be an object.
-    return [uri for uri in files if uri.endswith(".parquet") and not uri.endswith(".pending.parquet")]
+def written_tasks(run: RunOutput) -> list[str]:
+    """Name the tasks whose rows no later run scores again."""
+    while True:
+        # The run may add its summaries up meanwhile.
+        with contextlib.suppress(RunDamagedError):
+            return [task for summary in committed_summaries(run) for task in summary.tasks]
 
 
 def wait_until(condition: Callable[[], bool], failure: str, seconds: float = 300) -> None:

@@ -13,7 +13,7 @@ from stpm import storage
 from stpm.fitting import fit_categories
 from stpm.method.arithmetic import Capabilities
 from stpm.models.store import ModelStore
-from stpm.scoring import run_arithmetic
+from stpm.scoring import pipeline
 from tests.cluster.conftest import TINY_RECIPE, call_job, fit
 from tests.datasets import make_category
 
@@ -64,7 +64,7 @@ def test_a_gpu_that_torch_cannot_use_ends_the_job_with_one_line(
 ) -> None:
     if trusting:
         # The driver believes that the nodes' GPUs work: then they are lost before a worker or a scorer starts.
-        for module in (fit_categories, run_arithmetic):
+        for module in (fit_categories, pipeline):
             monkeypatch.setattr(module, "examine_devices", lambda gpus: [Capabilities(True, True, False)])
     ended = call_job(name, *options(name, root, tmp_path / "out"))
     # Of a fit that has begun, each category has its line in the log. Ray Data has lines of its own about a lost scorer.

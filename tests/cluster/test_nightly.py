@@ -14,7 +14,6 @@ from stpm import storage
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from tests.cluster.conftest import (
-    checkpoints,
     fit,
     kill_tree,
     make_images,
@@ -22,6 +21,7 @@ from tests.cluster.conftest import (
     start_job,
     wait_for_success,
     wait_until,
+    written_tasks,
 )
 from tests.datasets import make_category
 
@@ -82,7 +82,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
     assert loser.returncode == 1
     assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
     run = RunOutput.named(f"{out}/date={NIGHT}", "001")
-    wait_until(lambda: bool(checkpoints(run)), "no rows were written")
+    wait_until(lambda: bool(written_tasks(run)), "no rows were written")
     kill_tree(winner)
     assert not (out / "nightly.html").exists()
 

@@ -23,13 +23,13 @@ from tests.cluster.conftest import (
     BIN,
     HANGS,
     TINY_RECIPE,
-    checkpoints,
     environment,
     free_port,
     kill_tree,
     make_images,
     read_rows,
     wait_until,
+    written_tasks,
 )
 from tests.conftest import REPOSITORY
 from tests.datasets import fitted_categories, make_category
@@ -161,7 +161,7 @@ def test_a_stopped_job_is_continued_by_the_next_one(cluster: dict[str, str]) -> 
     options += ["--rows-per-file", "32", "--scoring-batch-size", "1", "--scorers", "1"]
     command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
-    wait_until(lambda: bool(checkpoints(RunOutput.single(out))), "no rows were written")
+    wait_until(lambda: bool(written_tasks(RunOutput.single(out))), "no rows were written")
     assert ray_job(cluster, "stop", "night").returncode == 0
     assert f"stopped by SIGTERM: {GO_ON}" in ray_job(cluster, "logs", "night").stdout
     assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout

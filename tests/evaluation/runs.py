@@ -16,7 +16,7 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.method.scales import HeatmapScale
 from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
 from stpm.models.record import FitRecord, ModelRecord, StoredFile
-from stpm.scoring.inputs.manifest_rows import labelled_rows
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
 from tests.conftest import MODELS, TINY, make_preprocessing
 from tests.datasets import make_category, make_output, write_rows

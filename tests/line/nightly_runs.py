@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,8 @@ from stpm.line.options import MonitoringOptions, NightlyOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 from stpm.scoring import run as run_module
-from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions, ScoreOptions
-from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
-from stpm.scoring.resuming.remaining import write_remaining
-from stpm.scoring.resuming.row_checkpoints import summary_of
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.scoring_run import ScoringRun
@@ -93,11 +89,12 @@ class Nightly:
         scoring = ScoreOptions(false_alarm_rate=rate)
         return nightly.run_nightly(NightlyOptions(**values | options), monitoring, output, scoring, ClusterOptions())
 
-    def score(self, run: ScoringRun, shards: Any, checkpoints: str, models: Any, progress: Any, _: Any) -> None:
-        """Stand for `score_shards`: write the rows, and a checkpoint after each file."""
+    def score(self, run: ScoringRun, shards: Any, segment: int, models: Any, progress: Any, _: Any) -> None:
+        """Stand for `score_shards`: write the rows, and a summary after each file."""
         self.starts += 1
-        for uri, _ in shards:
-            rows = storage.read_table(uri).to_pylist()
+        for shard in shards:
+            written = set() if shard.written is None else set(shard.written.tolist())
+            rows = [row for row in storage.read_table(shard.uri).to_pylist() if row["image_id"] not in written]
             for start in range(0, len(rows), 2):
                 chunk = [row for row in rows[start : start + 2] if row["uri"] not in self.unreadable]
                 failed = [row["uri"] for row in rows[start : start + 2] if row["uri"] in self.unreadable]
@@ -105,14 +102,12 @@ class Nightly:
                 if chunk:
                     made = pa.concat_tables([output_rows([row], models[row["category"]].model_id) for row in chunk])
                     task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
-                    # Ray commits a file and its checkpoint together, or removes the file.
                     storage.publish(
                         f"{run.output.scores}/{task}-0.parquet", storage.encode_parquet(made), durable=False
                     )
-                    ids = f"{checkpoints}/{task}.parquet"
-                    summary = RowSummary.of_rows(made, task, run.triage_images)
-                    _plain_publish(summary_of(ids), summary.to_json(), durable=False)
-                    _plain_publish(ids, storage.encode_parquet(made.select(["image_id"])), durable=False)
+                    summary = RowSummary.of_rows(made, task, run.triage_images).to_json()
+                    uri = f"{run.output.task_summaries(segment)}/{task}.json"
+                    storage.publish(uri, summary, durable=False)
 
     def rows(self, date: datetime.date = DATE) -> list[dict[str, Any]]:
         """Return the rows of a night, by URI."""
@@ -123,16 +118,6 @@ class Nightly:
     def names(self, date: datetime.date = DATE) -> list[str]:
         """Return the names of the images that have a row, sorted."""
         return [Path(row["uri"]).stem for row in self.rows(date)]
-
-
-_plain_publish = storage.publish
-
-
-def remaining_shards(
-    earlier: RunOutput, output: RunOutput, segments: Sequence[Segment], max_ranked: int
-) -> list[tuple[Shard, ...]]:
-    """Stand for the function of this name, without Ray."""
-    return [write_remaining(earlier, output, each, max_ranked) for each in segments]
 
 
 class Progress:
@@ -153,7 +138,6 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
     monkeypatch.setattr(run_module, "connected", nullcontext)
     monkeypatch.setattr(score_nights, "connected", nullcontext)
     monkeypatch.setattr(nightly, "hold_lease", lambda folder, wait: nullcontext())
-    monkeypatch.setattr(run_module, "remaining_shards", remaining_shards)
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda *_, stop_on_failures: nullcontext(Progress()))
     monkeypatch.setattr(run_module, "score_shards", made.score)
     return made

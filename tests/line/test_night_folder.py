@@ -27,7 +27,7 @@ def make_night(out: str, date: datetime.date, runs: int = 2) -> NightFolder:
         state = RunState(output.state_folder)
         state.start(ScoringConfig(("s3://dump",), 0.01))
         write_manifest([], output.manifest)
-        for name in ("scores/{}_0.parquet", "heatmaps/{}/nut/0.png", "runs/{}/triage.html", "runs/{}/checkpoints/0"):
+        for name in ("scores/{}_0.parquet", "heatmaps/{}/nut/0.png", "runs/{}/triage.html", "runs/{}/summaries/0"):
             storage.publish(f"{folder.uri}/{name.format(output.name)}", b"x", durable=False)
         state.finish(RunResult())
     return folder

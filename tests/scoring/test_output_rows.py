@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from stpm.line.rows import read_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows
-from stpm.scoring.resuming.row_checkpoints import task_of
-from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.row_summary import RowSummary, task_of
+from stpm.scoring.run_state import ScoringConfig
 from tests.conftest import make_preprocessing
 from tests.datasets import make_output, write_rows
 
@@ -67,6 +68,9 @@ FOREIGN = {
 def read_ranked(run: RunOutput) -> Any:
     """Read the most anomalous images as their summaries name them, without a scan."""
     summaries = [RowSummary.of_rows(GOOD, task_of(uri), 50) for uri in run.files()]
+    state = run.state
+    state.start(ScoringConfig((), 0.01))
+    state.write(replace(state.record, attempt=0))
     storage.publish(run.segment_summary(0), RowSummary.total(summaries, 50).to_json(), durable=False)
     return most_anomalous(run, 50)
 

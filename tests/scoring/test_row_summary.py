@@ -37,7 +37,7 @@ def make_rows(drawn: list[tuple[str, float | None, float, bool]]) -> list[dict[s
     ]
 
 
-def excess(row: dict[str, Any]) -> float:
+def margin(row: dict[str, Any]) -> float:
     above: float = row["score"] - row["threshold"]
     return above if row["student_score"] is not None else above / max(abs(row["threshold"]), 1e-30)
 
@@ -73,8 +73,8 @@ def test_summaries_of_parts_add_up_to_what_a_scan_counts(
     for category in ("nut", "bolt"):
         p_values = Counter(row["p_value"] for row in scored if row["category"] == category)
         assert total.p_values.get(category, {}) == p_values
-    expected = sorted(((excess(row), row["image_id"]) for row in scored), reverse=True)[:max_ranked]
-    assert [(image.excess, image.image_id) for image in total.ranked] == expected
+    expected = sorted(((margin(row), row["image_id"]) for row in scored), reverse=True)[:max_ranked]
+    assert [(image.margin, image.image_id) for image in total.ranked] == expected
     for image in total.ranked:
         (part,) = (part for part in parts if image in part.ranked)
         assert image.task == f"task {parts.index(part)}"

@@ -36,6 +36,7 @@ from stpm.method.recipe import Recipe
 from stpm.models import libraries
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
+from stpm.scoring import resume as resume_module
 from stpm.scoring import run as run_module
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Shard
@@ -43,9 +44,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
-from stpm.scoring.resuming import resume as resume_module
-from stpm.scoring.resuming.resume import resume_or_start
-from stpm.scoring.resuming.row_checkpoints import summary_of
+from stpm.scoring.resume import resume_or_start
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import RunState, ScoringConfig
@@ -142,17 +141,6 @@ def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, mon
         assert RunState(run.output.state_folder).is_finished()
 
 
-@pytest.mark.usefixtures("no_models")
-def test_rows_without_a_run_json_are_kept_and_the_message_says_what_helps(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "/a.png")
-    finish(run)
-    storage.remove(RunState(run.output.state_folder).uri)
-    for start_over in (False, True):
-        with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another"):
-            resume_or_start(run, start_over=start_over, replace=False)
-    assert len(run.output.files()) == 2
-
-
 def score_standard_input(root: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run a score job that reads a list until Ray would start, and return the images of its manifest."""
 
@@ -184,9 +172,8 @@ def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
     values = {name: each * count for name, each in same.items()} | {"score": range(count)}
     rows = make_output(count, uri=uris_in(output)[:count], **values | columns)
     storage.publish(f"{output.scores}/scores_0-0.parquet", storage.encode_parquet(rows))
-    checkpoint = f"{output.segment_checkpoints(0)}/scores_0.parquet"
-    storage.publish(summary_of(checkpoint), RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json())
-    storage.publish(checkpoint, storage.encode_parquet(rows.select(["image_id"])))
+    summary = RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json()
+    storage.publish(f"{output.task_summaries(0)}/scores_0.json", summary)
 
 
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:
@@ -194,7 +181,6 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., Non
     images = [UnfinishedImage(uri, "unreadable", "expired") for uri in unfinished]
     progress = SimpleNamespace(read=lambda: Snapshot(RunStatistics(images=2), images, "", []))
     monkeypatch.setattr(run_module, "connected", nullcontext)
-    monkeypatch.setattr(run_module, "remaining_shards", lambda _, __, segments, ___: [each.shards for each in segments])
     monkeypatch.setattr(run_module, "show_scoring_progress", lambda *_, stop_on_failures: nullcontext(progress))
     monkeypatch.setattr(run_module, "score_shards", score_shards)
 
@@ -228,7 +214,7 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
         "000000-000000.parquet",
         "manifest.json",
         "run.json",
-        "000000-000000.json",
+        "000000.json",
         "scores_0-0.parquet",
         "triage.html",
         "_SUCCESS",
@@ -254,10 +240,10 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     assert "2 discoveries among 2 images at a false discovery rate of 0.2 (p ≤ 0.1): nut 2" in caplog.text
     score()
     assert state().result().discoveries is None
-    storage.remove(f"{tmp_path}/run/segments/000000-000000.json")
+    storage.remove(f"{tmp_path}/run/summaries/000000/000000.json")
     with pytest.raises(
         DataError,
-        match=rf"/segments are of 0 rows, .*; restore the files, or give another --out{OR_FRESH}$",
+        match=rf"/summaries are of 0 rows, .*; restore the files, or give another --out{OR_FRESH}$",
     ):
         score(fdr=0.2)
 
@@ -284,7 +270,7 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
     second = save(run.store, dataclasses.replace(tiny, seed=7))
     state, _, models = resume_or_start(run, start_over=False, replace=False)
     assert models["nut"].model_id == first.model_id != second.model_id
-    assert state.model_ids() == {"nut": first.model_id}
+    assert state.record.models == {"nut": first.model_id}
     storage.remove(f"{run.store.uri}/nut/{first.model_id}")
     with pytest.raises(RunDamagedError, match=rf"no model {first.model_id} .*; this run began with that model$"):
         resume_or_start(run, start_over=False, replace=False)
@@ -368,7 +354,7 @@ def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_
     """The same command, which goes on after a cut-off, would fail again."""
 
     def score_shards(run: ScoringRun, shards: list[Shard], *_: Any) -> None:
-        ((uri, _rows),) = shards
+        ((uri, *_),) = shards
         if isinstance(damage, OSError):
             fail_to_read(monkeypatch, damage, [uri])
         elif damage:
@@ -396,20 +382,17 @@ def internal_error() -> Exception:
         (RayError(), "RayError"),
         (ExecutionTimeoutError("no progress"), "no progress"),
         (internal_error(), "a queue is not empty"),
+        (AssertionError("a bug of ours"), ""),
     ],
 )
-@pytest.mark.parametrize("step", ["remaining_shards", "score_shards"])
 def test_a_failure_of_ray_cuts_the_run_off(
-    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str, failure: Exception, reason: str
+    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
-    monkeypatch.setattr(run_module, step, Mock(side_effect=failure))
-    with pytest.raises(CutOffError, match=f"^scoring was cut off: {reason}; what was done is kept; run the same "):
-        score()
-
-
-def test_an_error_of_our_own_is_no_cut_off(score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=AssertionError("a bug")))
-    with pytest.raises(AssertionError, match="a bug"):
+    monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=failure))
+    cut_off = rf"^scoring was cut off: {reason}; what was done is kept; run the same "
+    with pytest.raises(
+        *((CutOffError,) if reason else (AssertionError,)), match=cut_off if reason else "a bug of ours"
+    ):
         score()
 
 
@@ -425,10 +408,12 @@ def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("no_models")
 def test_files_that_no_run_wrote_are_never_removed(tmp_path: Path) -> None:
     run = make_run(tmp_path, "/a.png")
-    for name in ("checkpoints/epoch5.pt", "manifest/list.csv", "triage.html"):
+    for name in ("summaries/epoch5.json", "manifest/list.csv", "triage.html", "scores/scores_0.parquet"):
         storage.publish(f"{run.output.folder}/{name}", b"precious")
         for start_over in (False, True):
-            with pytest.raises(ConfigError, match=r"exists, but no .*run.json shows that a run wrote it"):
+            with pytest.raises(
+                ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another"
+            ):
                 resume_or_start(run, start_over=start_over, replace=True)
         assert storage.read(f"{run.output.folder}/{name}") == b"precious"
         storage.remove(f"{run.output.folder}/{name.partition('/')[0]}")

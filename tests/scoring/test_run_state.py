@@ -102,7 +102,7 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(OtherRunError, match="is not the record of a run"):
         state.config_differences(CONFIG)
-    # It does not keep --fresh from replacing it.
+    # That does not keep --fresh from replacing it.
     state.clear()
     assert RunState(str(tmp_path)).config_differences(CONFIG)
 
@@ -110,7 +110,6 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
 @pytest.mark.parametrize(
     "change",
     [
-        {"result": None},
         {"result": {}},
         {"result": {"statistics": {"image": 1}}},
         {"result": {"statistics": {}, "row": 1}},
@@ -122,18 +121,16 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
         {"config.false_alarm_rate": "much"},
         {"models": ["nut-1"]},
         {"models.nut": 1},
-        {"store": None},
         {"triage_images": "many"},
         {"arithmetic": "pytorch"},
         {"arithmetic.precision": "float16"},
-        {"more": "\ud800"},
+        {"store": 5},
     ],
 )
 def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, change: dict[str, object]) -> None:
     state.start(CONFIG)
     state.bind_models(MODELS, "store")
-    state.record_triage(50)
-    state.record_arithmetic(Arithmetic())
+    state.write(dataclasses.replace(state.record, triage_images=50, arithmetic=Arithmetic()))
     state.finish(RunResult(10))
     values = json.loads((tmp_path / "run.json").read_text())
     ((path, new),) = change.items()
@@ -143,7 +140,7 @@ def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, ch
         inner = inner[parent]
     inner[name] = new
     (tmp_path / "run.json").write_text(json.dumps(values))
-    with pytest.raises(RunDamagedError, match=rf"run\.json is damaged: ({path.split('.')[0]}|no run).*$"):
+    with pytest.raises(RunDamagedError, match=rf"run\.json is damaged: .*{name}.*$"):
         RunState(str(tmp_path)).false_alarm_rate()
 
 

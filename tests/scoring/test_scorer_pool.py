@@ -12,7 +12,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from stpm.errors import ConfigError
 from stpm.scoring import pipeline, scorer_pool
 from stpm.scoring.options import ScoreOptions
-from stpm.scoring.pipeline import count_on_all_nodes
+from stpm.scoring.pipeline import patch_ray_to_count_all_cpus
 from stpm.scoring.scorer_pool import ScorerPool, describe_plan
 
 
@@ -98,7 +98,7 @@ def test_the_writing_stage_has_reserved_cpus(cpus: int, gpus: int, count: int) -
 
 
 def test_what_rays_coordinator_leaves_starves_the_writing_stage() -> None:
-    """If this fails, Ray is mended: delete `count_on_all_nodes`."""
+    """If this fails, Ray is mended: delete `patch_ray_to_count_all_cpus`."""
     nodes = [{"CPU": 1.0}] * 3
     pool = ScorerPool.for_nodes(0, nodes, blocks=10_000, grows=True)
     task, scorer = {"CPU": pool.task_cpus}, {"CPU": pool.scorer_cpus}
@@ -111,7 +111,7 @@ def test_what_rays_coordinator_leaves_starves_the_writing_stage() -> None:
 def test_ray_data_counts_on_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RateBasedClusterAutoscaler, "get_total_resources", None)
     monkeypatch.setattr(pipeline, "working_nodes", lambda: [{"CPU": 8.0, "GPU": 1.0, "memory": 8e9}, {"CPU": 16.0}])
-    count_on_all_nodes()
+    patch_ray_to_count_all_cpus()
     autoscaler = object.__new__(RateBasedClusterAutoscaler)
     assert autoscaler.get_total_resources() == ExecutionResources(cpu=24, gpu=1, memory=8e9)
 

@@ -1,24 +1,34 @@
-"""The manifest: the images of a run, each once, written in shards before scoring starts."""
+"""The manifest: the images of a run, each once, with the id that everything written names it by.
+
+It is written in shards before scoring starts.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stpm import storage
-from stpm.errors import ConfigError, DataError, RunDamagedError
+from stpm.data.image_files import ImageRef
+from stpm.data.mvtec import Category
+from stpm.errors import ConfigError, DataError, ImageError, RunDamagedError
 from stpm.lease import Fence, check
+from stpm.names import as_utf8, is_utf8
 from stpm.records import from_json, to_json
 from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.options import ScoreOptions
-from stpm.scoring.schema import MANIFEST, passthrough_columns
+from stpm.scoring.schema import MANIFEST, Int64Array, error_columns, table
 
 _SUMMARY = "manifest.json"
+_NO_CATEGORY = ImageError("no_model", "the image has no category; see --category and --category-from")
 # Images of one decoding task.
 BLOCK_ROWS = 64
 # A shard is read at once, by one task: enough rows that few tasks need planning, few enough for a small file.
@@ -27,15 +37,68 @@ SHARD_ROWS = 128 * BLOCK_ROWS
 _WRITERS = 8
 
 
+class ManifestRow(NamedTuple):
+    """One image to score: `label` and `mask` are "" if unknown, `error` says why it cannot be scored."""
+
+    image: ImageRef
+    category: str
+    label: str = ""
+    mask: str = ""
+    error: ImageError | None = None
+
+
+def image_id(uri: str) -> int:
+    """Hash a URI to a signed 64-bit integer, which identifies the image in everything that is written."""
+    return int(_image_ids([uri])[0])
+
+
+def _image_ids(uris: Sequence[str]) -> Int64Array:
+    digests = b"".join([hashlib.blake2b(uri.encode(), digest_size=8).digest() for uri in uris])
+    return np.frombuffer(digests, ">i8").astype(np.int64)
+
+
+def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
+    """Make a table of schema MANIFEST."""
+    uris = [as_utf8(row.image.uri) for row in rows]
+    texts = {name: [as_utf8(getattr(row, name)) for row in rows] for name in ("category", "label", "mask")}
+    position = {
+        "archive_start": [row.image.start for row in rows],
+        "archive_length": [row.image.length for row in rows],
+    }
+    errors = error_columns([row.error or _error(row) for row in rows])
+    return table({"image_id": _image_ids(uris), "uri": uris} | texts | errors | position, MANIFEST)
+
+
+def _error(row: ManifestRow) -> ImageError | None:
+    if not is_utf8(row.image.uri):
+        return ImageError("bad_name", "the name is not UTF-8, bytes outside it are written %XX here; rename the file")
+    return None if row.category else _NO_CATEGORY
+
+
+def labelled_rows(categories: Sequence[Category]) -> Iterator[pa.Table]:
+    """Yield a table of manifest rows for the labelled test images of each category."""
+    for category in categories:
+        yield make_rows(
+            [ManifestRow(ImageRef(image.uri), category.name, image.label, image.mask) for image in category.test]
+        )
+
+
 class Shard(NamedTuple):
-    """A Parquet file of the manifest, and the number of its rows."""
+    """A Parquet file of the manifest, or its rows that are still to be scored.
+
+    Args:
+        uri: of the file.
+        rows: their number, without the written ones.
+        written: sorted ids of the rows in it that are written; None if there are none.
+    """
 
     uri: str
     rows: int
+    written: Int64Array | None = None
 
 
 class Segment(NamedTuple):
-    """Consecutive shards of a manifest, which are scored by one execution of Ray Data and committed together."""
+    """Consecutive shards of a manifest, which one execution of Ray Data scores."""
 
     number: int
     shards: tuple[Shard, ...]
@@ -89,7 +152,7 @@ def write_manifest(
     attempt: int = 0,
     fence: Fence | None = None,
 ) -> Manifest:
-    """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`: without it nothing counts.
+    """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`, which makes it valid.
 
     Shards that an unfinished attempt left are removed first. Of several rows with one id the first is kept.
 
@@ -106,24 +169,53 @@ def write_manifest(
     """
     storage.remove(folder)
     categories: Counter[str] = Counter()
-    with ThreadPoolExecutor(_WRITERS) as pool, DuplicateFinder() as ids:
-        shards = _Shards(folder, attempt, min(SHARD_ROWS, segment_rows), pool)
-        for chunk in chunks:
-            ids.add(chunk["image_id"].to_numpy())
-            categories.update(_count_categories(chunk))
-            shards.add(chunk)
-        shards.end()
-        end = 0
-        for number in range(len(shards)):
-            start, end = end, end + shards.rows(number)
-            is_duplicate = ids.mask(start, end)
-            if is_duplicate.any() or shards.lacks_columns(number):
-                shard = storage.read_table(_shard_uri(folder, attempt, number))
-                categories.subtract(_count_categories(shard.filter(pa.array(is_duplicate))))
-                shards.write(number, shard.filter(pa.array(~is_duplicate)))
-        shard_rows = tuple(shards.rows(number) for number in range(len(shards)))
+    # Of all chunks until now, and those with which each shard was written.
+    schema, schemas = MANIFEST, []
+    ends = [0]
+
+    def write(numbered: tuple[int, pa.Table]) -> int:
+        number, rows = numbered
+        uri = _shard_uri(folder, attempt, number)
+        if rows.num_rows:
+            # The user's columns that its source lacks, or has only nulls in, are null.
+            rows = pa.concat_tables([schema.empty_table(), rows], promote_options="default")
+            storage.publish(uri, storage.encode_parquet(rows))
+        else:
+            storage.remove(uri)
+        return int(rows.num_rows)
+
+    def read(number: int) -> pa.Table:
+        return storage.read_table(_shard_uri(folder, attempt, number))
+
+    with DuplicateFinder() as ids:
+
+        def counted() -> Iterator[pa.Table]:
+            nonlocal schema
+            for chunk in chunks:
+                ids.add(chunk["image_id"].to_numpy())
+                categories.update(_count_categories(chunk))
+                schema = _add_columns(schema, chunk.schema)
+                yield chunk
+
+        tables = enumerate(_cut(counted(), min(SHARD_ROWS, segment_rows)))
+        while some := list(islice(tables, _WRITERS)):
+            for rows in storage.in_parallel(write, some):
+                ends.append(ends[-1] + rows)
+                schemas.append(schema)
+        shard_rows = [end - start for start, end in pairwise(ends)]
+        duplicates = (ids.mask(start, end) for start, end in pairwise(ends))
+        written = zip(enumerate(schemas), duplicates, strict=True)
+        incomplete = ((n, mask) for (n, known), mask in written if mask.any() or known != schema)
+        while some_again := list(islice(incomplete, _WRITERS)):
+            numbers = [number for number, _ in some_again]
+            left = []
+            for (number, mask), shard in zip(some_again, storage.in_parallel(read, numbers), strict=True):
+                categories.subtract(_count_categories(shard.filter(pa.array(mask))))
+                left.append((number, shard.filter(pa.array(~mask))))
+            for number, rows in zip(numbers, storage.in_parallel(write, left), strict=True):
+                shard_rows[number] = rows
     rows = sum(shard_rows)
-    manifest = Manifest(rows, end - rows, tuple(sorted(+categories)), shard_rows, segment_rows, attempt)
+    manifest = Manifest(rows, ends[-1] - rows, tuple(sorted(+categories)), tuple(shard_rows), segment_rows, attempt)
     check(fence)
     storage.publish(storage.join(folder, _SUMMARY), to_json(manifest, indent=None))
     return manifest
@@ -138,100 +230,29 @@ def _count_categories(rows: pa.Table) -> dict[str, int]:
     return {each["values"]: each["counts"] for each in counted}
 
 
-class _Written(NamedTuple):
-    """A shard that is written: the number of its rows, and of the user's columns in it whose type is known."""
-
-    rows: int
-    user_columns: int
-
-
-class _Shards:
-    """Cut tables into shards of equal length, and write several of them at the same time.
-
-    Args:
-        folder: URI to write to.
-        attempt: number of the attempt that writes.
-        length: rows of each shard but the last.
-        pool: of the threads that write.
-    """
-
-    def __init__(self, folder: str, attempt: int, length: int, pool: ThreadPoolExecutor) -> None:
-        self._folder = folder
-        self._attempt = attempt
-        self._length = length
-        self._pool = pool
-        self._waiting: list[pa.Table] = []
-        self._written: list[Future[_Written]] = []
-        self._user_types: dict[str, pa.DataType] = {}
-
-    def __len__(self) -> int:
-        """Return the number of shards."""
-        return len(self._written)
-
-    def add(self, chunk: pa.Table) -> None:
-        """Add rows. Raise ConfigError if a column of the user's has another type than before."""
-        for name in passthrough_columns(chunk.schema):
-            kind = chunk.schema.field(name).type
-            known = self._user_types.get(name, pa.null())
-            if pa.types.is_null(known):
-                self._user_types[name] = kind
-            elif kind not in (known, pa.null()):
-                raise ConfigError(f"column {name} is {known} in one table and {kind} in another; give it one type")
-        self._waiting.append(chunk)
-        if sum(table.num_rows for table in self._waiting) >= self._length:
-            rows = self._take()
-            end = rows.num_rows - rows.num_rows % self._length
-            for start in range(0, end, self._length):
-                self.write(len(self), rows.slice(start, self._length))
-            self._waiting = [rows.slice(end)]
-
-    def end(self) -> None:
-        """Write the rows that are left."""
-        if any(table.num_rows for table in self._waiting):
-            self.write(len(self), self._take())
-
-    def write(self, number: int, rows: pa.Table) -> None:
-        """Write the next shard, or replace an earlier one; without rows, remove it."""
-        rows = _with_user_columns(rows, self._user_types)
-        future = self._pool.submit(_write_shard, _shard_uri(self._folder, self._attempt, number), rows)
-        self._written[number : number + 1] = [future]
-        # Rows that wait for a writer take memory.
-        self._written[max(number - 2 * _WRITERS, 0)].result()
-
-    def rows(self, number: int) -> int:
-        return self._written[number].result().rows
-
-    def lacks_columns(self, number: int) -> bool:
-        """Return whether a column of the user's was unknown, or its type, when the shard was written."""
-        return self._written[number].result().user_columns < _count_known(self._user_types.values())
-
-    def _take(self) -> pa.Table:
-        rows = pa.concat_tables([_with_user_columns(table, self._user_types) for table in self._waiting])
-        self._waiting = []
-        return rows
+def _add_columns(known: pa.Schema, schema: pa.Schema) -> pa.Schema:
+    """Add the columns of a chunk to those known. Raise ConfigError if one has another type than before."""
+    for field in schema:
+        before = known.field(field.name).type if field.name in known.names else pa.null()
+        if pa.null() not in (before, field.type) and before != field.type:
+            raise ConfigError(
+                f"column {field.name} is {before} in one table and {field.type} in another; give it one type"
+            )
+    return pa.unify_schemas([known, schema])
 
 
-def _write_shard(uri: str, rows: pa.Table) -> _Written:
-    if rows.num_rows:
-        storage.publish(uri, storage.encode_parquet(rows))
-    else:
-        storage.remove(uri)
-    types = [rows.schema.field(name).type for name in passthrough_columns(rows.schema)]
-    return _Written(rows.num_rows, _count_known(types))
-
-
-def _count_known(types: Iterable[pa.DataType]) -> int:
-    """Count types, without that of a column with nulls alone: other tables may know the column's type."""
-    return sum(not pa.types.is_null(each) for each in types)
-
-
-def _with_user_columns(rows: pa.Table, user_types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Give rows all of the user's columns, in one order: null where their source has none, or only nulls."""
-    result = rows.select(MANIFEST.names)
-    for name, kind in user_types.items():
-        is_there = name in rows.schema.names and not pa.types.is_null(rows.schema.field(name).type)
-        result = result.append_column(name, rows[name] if is_there else pa.nulls(rows.num_rows, kind))
-    return result
+def _cut(chunks: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
+    """Cut the rows of all chunks into tables of this length; the last one may be shorter."""
+    waiting: list[pa.Table] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(table.num_rows for table in waiting) >= length:
+            rows = pa.concat_tables(waiting, promote_options="default")
+            end = rows.num_rows - rows.num_rows % length
+            yield from (rows.slice(start, length) for start in range(0, end, length))
+            waiting = [rows.slice(end)]
+    if any(table.num_rows for table in waiting):
+        yield pa.concat_tables(waiting, promote_options="default")
 
 
 def read_manifest(folder: str) -> Manifest | None:
@@ -266,3 +287,11 @@ def read_shard(uri: str) -> pa.Table:
         return storage.read_columns(uri, MANIFEST)
     except (DataError, FileNotFoundError) as error:
         raise RunDamagedError(f"{uri}, which lists images of this run, is damaged or missing ({error})") from error
+
+
+def contains(ordered: Int64Array, ids: Int64Array) -> npt.NDArray[np.bool_]:
+    """Return whether each id is in a sorted array."""
+    if not len(ordered):
+        return np.zeros(len(ids), bool)
+    found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)] == ids
+    return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,28 +18,19 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from stpm import storage
-from stpm.scoring.inputs.manifest import BLOCK_ROWS, SHARD_ROWS, Shard, read_shard
+from stpm.scoring.inputs.manifest import BLOCK_ROWS, SHARD_ROWS, Shard, contains, read_shard
 
 # Rows that are ordered by category together: many times those of a block, and few megabytes.
 _TASK_ROWS = 8 * SHARD_ROWS
 # Estimate of a row's bytes. Without it Ray assumes that each task returns its largest block, and runs few tasks.
 _ROW_BYTES = 200
 
-
-class ShardSlice(NamedTuple):
-    """The rows of a shard from `start` to before `stop`."""
-
-    uri: str
-    start: int
-    stop: int
+# A shard, and which of its rows that are still to be scored.
+Part = tuple[Shard, slice]
 
 
 class ManifestBlocks(Datasource):  # type: ignore[misc]
-    """Rows of manifest shards, in blocks of at most `BLOCK_ROWS`.
-
-    Args:
-        shards: Parquet files, with the number of rows in each.
-    """
+    """Rows of manifest shards that are still to be scored, in blocks of at most `BLOCK_ROWS`."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__()
@@ -57,7 +49,7 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
     @property
     def parallelism(self) -> int:
         """The number to request from Ray, which then splits the rows of each task into blocks."""
-        longest = max((_count_rows(slices) for slices in self._tasks), default=0)
+        longest = max(map(_count_rows, self._tasks), default=0)
         return self.task_count * -(-longest // BLOCK_ROWS)
 
     def get_name(self) -> str:
@@ -71,52 +63,50 @@ class ManifestBlocks(Datasource):  # type: ignore[misc]
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """Return the tasks."""
+
+        def metadata(rows: int) -> BlockMetadata:
+            return BlockMetadata(num_rows=rows, size_bytes=rows * _ROW_BYTES, exec_stats=None, input_files=None)
+
         return [
-            ReadTask(
-                partial(_read, slices),
-                BlockMetadata(
-                    num_rows=_count_rows(slices),
-                    size_bytes=_count_rows(slices) * _ROW_BYTES,
-                    exec_stats=None,
-                    input_files=None,
-                ),
-                per_task_row_limit=per_task_row_limit,
-            )
-            for slices in self._tasks
+            ReadTask(partial(_read, parts), metadata(_count_rows(parts)), per_task_row_limit=per_task_row_limit)
+            for parts in self._tasks
         ]
 
 
-def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[ShardSlice]]:
+def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[Part]]:
     """Divide the rows of all shards, in order, into the fewest tasks of at most `max_rows` rows.
 
     The lengths of the tasks differ by at most one row: Ray splits each into the same number of blocks.
     """
     total = sum(shard.rows for shard in shards)
     count = -(-total // max_rows)
-    ends = [total * number // count for number in range(1, count + 1)]
-    divided: list[list[ShardSlice]] = [[]] if ends else []
-    position = 0
-    for uri, rows in shards:
-        start = 0
-        while start < rows:
-            if position == ends[len(divided) - 1]:
-                divided.append([])
-            stop = min(rows, start + ends[len(divided) - 1] - position)
-            divided[-1].append(ShardSlice(uri, start, stop))
-            position += stop - start
-            start = stop
-    return divided
+    bounds = [total * number // count for number in range(count + 1)] if count else []
+    tasks: list[list[Part]] = []
+    for start, stop in pairwise(bounds):
+        parts, first = [], 0
+        for shard in shards:
+            inside = slice(max(start - first, 0), min(stop - first, shard.rows))
+            if inside.start < inside.stop:
+                parts.append((shard, inside))
+            first += shard.rows
+        tasks.append(parts)
+    return tasks
 
 
-def _count_rows(slices: Sequence[ShardSlice]) -> int:
-    return sum(stop - start for _, start, stop in slices)
+def _count_rows(parts: Sequence[Part]) -> int:
+    return sum(inside.stop - inside.start for _, inside in parts)
 
 
-def _read(slices: Sequence[ShardSlice]) -> Iterator[pa.Table]:
-    def read(part: ShardSlice) -> pa.Table:
-        return read_shard(part.uri).slice(part.start, part.stop - part.start)
+def _read(parts: Sequence[Part]) -> Iterator[pa.Table]:
+    yield _by_category(pa.concat_tables(storage.in_parallel(_read_part, parts)))
 
-    yield _by_category(pa.concat_tables(storage.in_parallel(read, slices)))
+
+def _read_part(part: Part) -> pa.Table:
+    shard, inside = part
+    rows = read_shard(shard.uri)
+    if shard.written is not None:
+        rows = rows.filter(pa.array(~contains(shard.written, rows["image_id"].to_numpy())))
+    return rows.slice(inside.start, inside.stop - inside.start)
 
 
 def _by_category(rows: pa.Table) -> pa.Table:

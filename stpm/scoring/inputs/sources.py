@@ -19,8 +19,7 @@ from stpm.errors import ImageError, NoImagesError
 from stpm.names import as_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import SHARD_ROWS
-from stpm.scoring.inputs.manifest_rows import ManifestRow, image_id, make_rows
+from stpm.scoring.inputs.manifest import SHARD_ROWS, ManifestRow, image_id, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.scoring.output import is_picture

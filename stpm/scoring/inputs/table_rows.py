@@ -10,7 +10,7 @@ from stpm.data.image_files import ImageRef
 from stpm.errors import ConfigError, ImageError, NoImagesError, UriError
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
+from stpm.scoring.inputs.manifest import ManifestRow, make_rows
 from stpm.scoring.inputs.table_uris import check_allowed, resolve
 from stpm.scoring.schema import reserved_columns, with_passthrough
 

@@ -16,10 +16,14 @@ from stpm.data import decoding
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
 from stpm.records import from_json, to_json
-from stpm.scoring.stages.outcomes import timeout_error
 
 # Other signals come from outside, such as SIGKILL when memory is short.
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+
+
+def timeout_error(step: str, seconds: float) -> ImageError:
+    """Return the error of an image whose step, `fetch` or `decode`, took longer than its limit."""
+    return ImageError(f"{step}_timeout", f"took more than {seconds:g} s; see --image-seconds")
 
 
 def check_in_child(data: bytes, preprocessing: Preprocessing, seconds: float) -> None:

@@ -24,84 +24,55 @@ T = TypeVar("T")
 
 
 class DetectorCache:
-    """Detectors of a store's models, by category.
+    """Detectors by category, on a device.
 
-    Args:
-        store: the store to load from.
-        device: the device to load onto.
-        max_bytes: maximum bytes of models and teachers. The most recently used models stay, at least one.
-        model_ids: the model of each category.
-        arithmetic: what computes features.
+    The models that were used most recently stay: at least one, and as many as fit `max_bytes` with their teachers.
     """
 
     def __init__(
         self,
         store: ModelStore,
+        models: Mapping[str, ModelRecord],
         device: torch.device,
-        max_bytes: int,
-        model_ids: Mapping[str, str],
         arithmetic: Arithmetic,
+        max_bytes: int,
     ) -> None:
         self._store = store
+        self._models = models
         self._device = device
-        self._max_bytes = max_bytes
-        self._model_ids = model_ids
         self._arithmetic = arithmetic
-        self._records: dict[str, ModelRecord] = {}
+        self._max_bytes = max_bytes
         # A detector keeps its teacher in memory.
         self._detectors: OrderedDict[str, Detector] = OrderedDict()
-        self._failures: dict[str, tuple[str, str, float]] = {}
+        self._failures: dict[str, tuple[ImageError, float]] = {}
 
     def teacher_spec(self, category: str) -> TeacherSpec:
-        """Return what the teacher of a category is made from. Categories of one spec share it.
-
-        Raises:
-            ImageError: if the record cannot be loaded.
-        """
-        return self._load(category, self._teacher_spec)
+        """Return what the teacher of a category is made from. Categories of one spec share it."""
+        return TeacherSpec.of_model(self._models[category], self._device, self._arithmetic)
 
     def teacher(self, category: str) -> Teacher:
-        """Return the teacher of a category, see `teacher_spec`.
-
-        Raises:
-            ImageError: if the record or the teacher cannot be loaded.
-        """
+        """Return the teacher of a category, see `teacher_spec`. Raise ImageError if it cannot be loaded."""
         return self._load(category, self._load_teacher)
 
     def detector(self, category: str) -> Detector:
-        """Return the detector of a category.
-
-        Raises:
-            ImageError: if it cannot be loaded.
-        """
-        return self._load(category, self._load_detector)
-
-    def _teacher_spec(self, category: str) -> TeacherSpec:
-        return TeacherSpec.of_model(self._record(category), self._device, self._arithmetic)
+        """Return the detector of a category. Raise ImageError if it cannot be loaded."""
+        detector = self._detectors.get(category) or self._load(category, self._load_detector)
+        self._detectors[category] = detector
+        self._detectors.move_to_end(category)
+        while len(self._detectors) > 1 and self._nbytes() > self._max_bytes:
+            self._detectors.popitem(last=False)
+        return detector
 
     def _load_teacher(self, category: str) -> Teacher:
-        return load_teacher(self._store, self._teacher_spec(category))
+        return load_teacher(self._store, TeacherSpec.of_model(self._models[category], self._device, self._arithmetic))
 
     def _load_detector(self, category: str) -> Detector:
-        if category not in self._detectors:
-            teacher = self._load_teacher(category)
-            model = self._store.load(category, self._record(category).model_id)
-            self._detectors[category] = Detector.from_model(model, teacher)
-            while len(self._detectors) > 1 and self._nbytes() > self._max_bytes:
-                self._detectors.popitem(last=False)
-        self._detectors.move_to_end(category)
-        return self._detectors[category]
+        teacher = self._load_teacher(category)
+        return Detector.from_model(self._store.load(category, self._models[category].model_id), teacher)
 
     def _nbytes(self) -> int:
         teachers = {detector.teacher for detector in self._detectors.values()}
-        return sum(detector.nbytes for detector in self._detectors.values()) + sum(
-            teacher.backbone.nbytes for teacher in teachers
-        )
-
-    def _record(self, category: str) -> ModelRecord:
-        if category not in self._records:
-            self._records[category] = self._store.record(category, self._model_ids[category])
-        return self._records[category]
+        return sum(each.nbytes for each in self._detectors.values()) + sum(each.backbone.nbytes for each in teachers)
 
     def _load(self, category: str, load: Callable[[str], T]) -> T:
         """Load something of a category. If the memory does not suffice, drop all models and try once more.
@@ -109,9 +80,10 @@ class DetectorCache:
         Raises:
             ImageError: if it cannot be loaded. For a minute, this is repeated instead of loading again.
         """
-        kind, message, since = self._failures.get(category, ("", "", 0.0))
-        if kind and time.monotonic() - since < _RETRY_SECONDS:
-            raise ImageError(kind, message)
+        if category in self._failures:
+            failure, since = self._failures[category]
+            if time.monotonic() - since < _RETRY_SECONDS:
+                raise ImageError(failure.kind, str(failure))
         try:
             try:
                 return load(category)
@@ -129,5 +101,5 @@ class DetectorCache:
             if not is_out_of_memory(error):
                 raise
             failure = ImageError("out_of_memory", f"no memory for the model of {category}: {one_line(error)}")
-        self._failures[category] = failure.kind, str(failure), time.monotonic()
+        self._failures[category] = failure, time.monotonic()
         raise failure

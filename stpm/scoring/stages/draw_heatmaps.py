@@ -47,11 +47,7 @@ class Pictures(NamedTuple):
 class DrawHeatmaps:
     """Turn SCORED rows into OUTPUT rows. Draw a palette PNG of each scored image, as a file or as bytes in its row.
 
-    Args:
-        output: of the run.
-        options: which pictures are written, and where.
-        preprocessing: of each category's model.
-        progress: gets the CPU time of each batch.
+    `preprocessing` is that of each category's model; `progress` gets the CPU time of each batch.
     """
 
     def __init__(

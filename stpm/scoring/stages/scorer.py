@@ -1,4 +1,7 @@
-"""Second stage: score decoded images with the models of their categories."""
+"""Second stage: score decoded images with the models of their categories.
+
+The driver imports this module, so it does not import torch at the top.
+"""
 
 from __future__ import annotations
 
@@ -6,181 +9,195 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
+import ray
 
 from stpm.cluster.device import assigned_device
-from stpm.detector import TeacherSpec
-from stpm.errors import RETRIED_ERRORS, ImageError, one_line
-from stpm.method.device import device_capabilities, is_out_of_memory
-from stpm.method.teacher import Teacher
+from stpm.errors import RETRIED_ERRORS, DeviceError, ImageError, one_line
+from stpm.method.arithmetic import Arithmetic
 from stpm.models.store import ModelStore
-from stpm.result import Result
 from stpm.scoring import prometheus
-from stpm.scoring.progress import BatchReport, ProgressReporter
-from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
-from stpm.scoring.schema import DECODED, SCORED, table, with_passthrough
+from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.progress import BatchReport, ProgressReporter, WarningRelay
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage, external_errors
+from stpm.scoring.schema import DECODED, SCORED, error_columns, table, with_passthrough
+from stpm.scoring.scoring_run import ModelRecords
 from stpm.scoring.stages.batch_size import BatchSize
-from stpm.scoring.stages.detector_cache import DetectorCache
-from stpm.scoring.stages.outcomes import error_columns, external_errors
-from stpm.scoring.stages.scorer_actor import ScorerSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from stpm.detector import TeacherSpec
+    from stpm.method.teacher import Teacher
+    from stpm.result import Result
 
 log = logging.getLogger(__name__)
 
-
 # Columns of SCORED that are fields of a result.
-_COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", "threshold", "area", "seed")
+_COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
+# Columns that a row with an error has, too.
+_OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
 
-class DecodedImage(NamedTuple):
-    """The columns of DECODED that the scorer reads."""
+# The columns of DECODED that the scorer reads, beside the pixels.
+_READ = ("uri", "category", "width", "height", "error_kind", "error_message")
 
-    uri: str
-    category: str
-    width: int
-    height: int
-    error_kind: str
-    error_message: str
-    pixels: pa.LargeBinaryScalar
-
-
-class ScoredImage(NamedTuple):
-    """An image's result without its map, the grey levels of its heatmap, and the map itself if rows keep it."""
-
-    result: Result
-    heatmap_levels: memoryview
-    anomaly_map: memoryview | None
-
-
-Outcome = ScoredImage | ImageError
+# A row of DECODED: the columns above, and "pixels", which stay in Arrow's memory.
+Row = Mapping[str, Any]
+# The values of an image in the columns that SCORED adds to DECODED, or why it has none.
+Outcome = Mapping[str, Any] | ImageError
 
 
 class Scorer:
     """Turn DECODED rows into SCORED rows. The teacher runs once per forward pass, each model on its own rows.
 
-    The rows of a model that cannot be loaded become errors. Drop the rows with an error of RETRIED_ERRORS: the next run
-    scores the images that have no row.
+    The rows of a model that cannot be loaded become errors. Drop the rows with an error of RETRIED_ERRORS, unless the
+    options accept them: the next run scores the images that have no row.
+
+    As an actor of Ray it computes in as many threads as Ray assigned CPUs to it, at least one.
 
     Args:
-        settings: see `ScorerSettings`.
-        progress: gets the report of each batch.
-        detectors: loads teachers and models; None: from the settings' store.
+        store: of the models.
+        models: by category, of all images that are decoded.
+        options: how to score.
+        output: whether rows keep anomaly maps, and the pixels for overlays.
+        arithmetic: what computes the features.
+        progress: gets the report of each batch, and warnings. If torch cannot use the actor's GPU, it stops the run;
+            the first batch then raises DeviceError, since of an actor that does not start Ray prints the traceback.
     """
 
     def __init__(
-        self, settings: ScorerSettings, progress: ProgressReporter | None = None, detectors: DetectorCache | None = None
+        self,
+        store: ModelStore,
+        models: ModelRecords,
+        options: ScoreOptions,
+        output: OutputOptions,
+        arithmetic: Arithmetic,
+        progress: ProgressReporter | None = None,
     ) -> None:
-        device, arithmetic = assigned_device(), settings.arithmetic
+        import torch
+
+        from stpm.method.device import device_capabilities
+        from stpm.scoring.stages.detector_cache import DetectorCache
+
+        self._options = options
+        self._output = output
+        self._progress = progress
+        self._idle_since = 0.0
+        self._broken: DeviceError | None = None
+        if ray.is_initialized() and progress:
+            logging.getLogger("stpm").addHandler(WarningRelay(progress))
+            torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
+        try:
+            device = assigned_device()
+        except DeviceError as error:
+            if not progress:
+                raise
+            progress.stop(str(error))
+            self._broken = error
+            return
         if arithmetic.precision == "bfloat16" and not device_capabilities(device).has_bfloat16:
             # A node that came after the run had begun.
             log.warning("a node's device has no bfloat16, which the run computes in: there float32 computes, slower")
             arithmetic = replace(arithmetic, precision="float32")
-        self._settings = settings
-        self._progress = progress
-        self._detectors = detectors or DetectorCache(
-            ModelStore(settings.store), device, settings.model_ram, settings.model_ids, arithmetic
-        )
-        self._dropped_errors = frozenset() if settings.accept_errors else frozenset(RETRIED_ERRORS)
-        self._batch_size = BatchSize(settings.batch_size, grows=device.type != "cpu")
+        self._detectors = DetectorCache(store, models, device, arithmetic, int(options.model_ram_gib * 2**30))
+        self._batch_size = BatchSize(options.scoring_batch_size, grows=device.type != "cpu")
         # Other processes share a CPU: count this one's time. A GPU is occupied all the time.
         self._clock = time.process_time if device.type == "cpu" else time.perf_counter
-        self._idle_since = 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._broken:
+            raise self._broken
         if self._idle_since:
             prometheus.count_wait_seconds(time.perf_counter() - self._idle_since)
         start = self._clock()
-        columns = [batch[name].to_pylist() for name in DecodedImage._fields[:-1]]
-        images = list(map(DecodedImage, *columns, batch["pixels"]))
+        images = batch.select(_READ).to_pylist()
+        for image, pixels in zip(images, batch["pixels"], strict=True):
+            image["pixels"] = pixels.as_buffer()
         outcomes, openvino_images = self._score(images)
-        result = _scored_table(batch, outcomes, self._settings)
+        result = self._scored_table(batch, outcomes)
         seconds = self._clock() - start
         prometheus.count_stage_seconds("score", seconds)
-        unfinished = {
-            i: outcome
-            for i, outcome in enumerate(outcomes)
-            if isinstance(outcome, ImageError) and outcome.kind in self._dropped_errors
-        }
-        prometheus.count_images((images[i].category, error.kind, False) for i, error in unfinished.items())
+        dropped = () if self._options.accept_errors else RETRIED_ERRORS
+        unfinished = [
+            UnfinishedImage(image["uri"], outcome.kind, str(outcome))
+            if isinstance(outcome, ImageError) and outcome.kind in dropped
+            else None
+            for image, outcome in zip(images, outcomes, strict=True)
+        ]
+        prometheus.count_images(
+            (image["category"], each.error_kind, False) for image, each in zip(images, unfinished, strict=True) if each
+        )
         if self._progress:
-            scores = [outcome.result for outcome in outcomes if isinstance(outcome, ScoredImage)]
+            scored = [outcome for outcome in outcomes if not isinstance(outcome, ImageError)]
             statistics = RunStatistics(
                 images=len(images),
-                errors=len(images) - len(scores),
-                anomalous=sum(score.is_anomalous for score in scores),
+                errors=len(images) - len(scored),
+                anomalous=sum(values["is_anomalous"] for values in scored),
                 openvino_images=openvino_images,
                 score_seconds=seconds,
             )
-            tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image.error_kind]
-            self._progress.report(
-                BatchReport(
-                    "score",
-                    statistics,
-                    attempted=len(tried),
-                    external_errors=external_errors(tried),
-                    unfinished=[
-                        UnfinishedImage(images[i].uri, error.kind, str(error)) for i, error in unfinished.items()
-                    ],
-                )
-            )
+            tried = [outcome for image, outcome in zip(images, outcomes, strict=True) if not image["error_kind"]]
+            left = [each for each in unfinished if each]
+            self._progress.report(BatchReport("score", statistics, len(tried), external_errors(tried), left))
         self._idle_since = time.perf_counter()
-        return result.filter(pa.array([i not in unfinished for i in range(len(images))])) if unfinished else result
+        return result.filter(pa.array([not each for each in unfinished])) if any(unfinished) else result
 
-    def _score(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], int]:
+    def _score(self, images: Sequence[Row]) -> tuple[list[Outcome], int]:
         """Score the images that have no error yet, those with one teacher together; count those by OpenVINO.
 
         Load a teacher when it is the turn of its images: the memory may not hold the teachers of all of them.
         """
         outcomes: dict[int, Outcome] = {
-            i: ImageError(image.error_kind, image.error_message) for i, image in enumerate(images) if image.error_kind
+            i: ImageError(image["error_kind"], image["error_message"])
+            for i, image in enumerate(images)
+            if image["error_kind"]
         }
-        # Sort by category: the images of one model are then a slice of a batch, not a copy.
-        rows = sorted((i for i in range(len(images)) if i not in outcomes), key=lambda i: images[i].category)
         by_teacher: defaultdict[TeacherSpec, list[int]] = defaultdict(list)
-        for category, group in groupby(rows, key=lambda i: images[i].category):
-            members = list(group)
+        # Sort by category: the images of one model are then a slice of a batch, not a copy.
+        for i in sorted(range(len(images)), key=lambda i: images[i]["category"]):
+            if i not in outcomes:
+                by_teacher[self._detectors.teacher_spec(images[i]["category"])].append(i)
+        openvino_images = 0
+        for spec, members in by_teacher.items():
             try:
-                by_teacher[self._detectors.teacher_spec(category)] += members
+                teacher = self._detectors.teacher(images[members[0]]["category"])
             except ImageError as error:
                 outcomes |= dict.fromkeys(members, error)
-        openvino_images = 0
-        for members in by_teacher.values():
-            found, backend = self._score_shared([images[i] for i in members])
-            outcomes |= zip(members, found, strict=True)
-            openvino_images += len(members) if backend == "openvino" else 0
+                continue
+            outcomes |= zip(members, self._score_shared(teacher, [images[i] for i in members]), strict=True)
+            openvino_images += len(members) if spec.backend == "openvino" else 0
+            # The next one may need its memory.
+            del teacher
         return [outcomes[i] for i in range(len(images))], openvino_images
 
-    def _score_shared(self, images: Sequence[DecodedImage]) -> tuple[list[Outcome], str]:
-        """Score images whose models share a teacher, batch by batch.
-
-        Returns:
-            The outcomes, and the backend that computed the features; "" if the teacher cannot be loaded.
-        """
-        try:
-            teacher = self._detectors.teacher(images[0].category)
-        except ImageError as error:
-            return [error] * len(images), ""
+    def _score_shared(self, teacher: Teacher, images: Sequence[Row]) -> list[Outcome]:
+        """Score images whose models share a teacher, batch by batch."""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(images):
             batch = images[len(outcomes) : len(outcomes) + self._batch_size.current]
             began = time.perf_counter()
             outcomes += self._score_batch(teacher, batch)
             self._batch_size.update(len(batch), time.perf_counter() - began)
-        return outcomes, teacher.backend
+        return outcomes
 
-    def _score_batch(self, teacher: Teacher, batch: Sequence[DecodedImage]) -> list[Outcome]:
+    def _score_batch(self, teacher: Teacher, batch: Sequence[Row]) -> list[Outcome]:
         """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
+        import torch
+
+        from stpm.method.device import is_out_of_memory
+
         try:
-            return self._forward(teacher, batch)
+            with torch.inference_mode():
+                return self._forward(teacher, batch)
         except Exception as error:
-            log.exception("the forward pass of %d images from %s failed", len(batch), batch[0].uri)
+            log.exception("the forward pass of %d images from %s failed", len(batch), batch[0]["uri"])
             kind = "out_of_memory" if is_out_of_memory(error) else "forward_failed"
             if kind == "forward_failed" and teacher.device.type == "cuda":
                 _end_with_broken_gpu()
@@ -192,16 +209,17 @@ class Scorer:
         middle = len(batch) // 2
         return self._score_batch(teacher, batch[:middle]) + self._score_batch(teacher, batch[middle:])
 
-    @torch.inference_mode()
-    def _forward(self, teacher: Teacher, images: Sequence[DecodedImage]) -> list[Outcome]:
+    def _forward(self, teacher: Teacher, images: Sequence[Row]) -> list[Outcome]:
         """Score images of one batch, which are sorted by category. The teacher runs once."""
-        pixels = np.stack([np.frombuffer(image.pixels.as_buffer(), np.uint8) for image in images])
+        import torch
+
+        pixels = np.stack([np.frombuffer(image["pixels"], np.uint8) for image in images])
         pixels = pixels.reshape(len(images), *teacher.preprocessing.input_shape, 3)
         inputs = teacher.inputs(torch.from_numpy(pixels))
         features = teacher(inputs)
         outcomes: list[Outcome] = []
-        for category, group in groupby(images, key=lambda image: image.category):
-            sizes = [(image.width, image.height) for image in group]
+        for category, group in groupby(images, key=lambda image: image["category"]):
+            sizes = [(image["width"], image["height"]) for image in group]
             part = slice(len(outcomes), len(outcomes) + len(sizes))
             outcomes += self._score_category(category, inputs[part], sizes, [level[part] for level in features])
         return outcomes
@@ -218,8 +236,26 @@ class Scorer:
             detector = self._detectors.detector(category)
         except ImageError as error:
             return [error] * len(sizes)
-        results = detector.score_inputs(inputs, sizes, self._settings.false_alarm_rate, features)
-        return [_without_map(result, keep=self._settings.raw_maps) for result in results]
+        results = detector.score_inputs(inputs, sizes, self._options.false_alarm_rate, features)
+        return [self._columns(result) for result in results]
+
+    def _columns(self, result: Result) -> dict[str, Any]:
+        """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
+        return {name: getattr(result, name) for name in _COPIED} | {
+            "peak_x": result.peak[0],
+            "peak_y": result.peak[1],
+            "heatmap_levels": result.heatmap_scale.apply(result.model_map).data.cast("B"),
+            "anomaly_map": result.model_map.data.cast("B") if self._output.raw_maps else None,
+        }
+
+    def _scored_table(self, batch: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+        columns = {name: batch[name] for name in DECODED.names} | error_columns(outcomes)
+        for name in (name for name in SCORED.names if name not in columns):
+            empty = _OF_ERROR.get(name)
+            columns[name] = [empty if isinstance(each, ImageError) else each[name] for each in outcomes]
+        if not self._output.overlay:
+            columns["pixels"] = [b""] * len(outcomes)
+        return with_passthrough(table(columns, SCORED), batch)
 
 
 def _end_with_broken_gpu() -> None:
@@ -227,36 +263,10 @@ def _end_with_broken_gpu() -> None:
 
     This process would make every further image an error.
     """
+    import torch
+
     try:
         torch.cuda.synchronize()
     except RuntimeError:
         log.exception("the GPU is lost to this process, which ends")
         os._exit(1)
-
-
-def _scored_table(batch: pa.Table, outcomes: Sequence[Outcome], settings: ScorerSettings) -> pa.Table:
-    """Add the columns of SCORED that follow from the outcomes; those of a row with an error are null or empty."""
-
-    def column(value: Callable[[ScoredImage], Any], default: Any = None) -> list[Any]:
-        return [value(outcome) if isinstance(outcome, ScoredImage) else default for outcome in outcomes]
-
-    columns = {name: batch[name] for name in DECODED.names}
-    columns |= {name: column(attrgetter(f"result.{name}")) for name in _COPIED}
-    columns |= {
-        "peak_x": column(lambda image: image.result.peak[0]),
-        "peak_y": column(lambda image: image.result.peak[1]),
-        "model_id": column(lambda image: image.result.model_id, ""),
-        "anomaly_map": column(lambda image: image.anomaly_map),
-        "heatmap_levels": column(lambda image: image.heatmap_levels, b""),
-    }
-    columns |= error_columns(outcomes)
-    if not settings.overlays:
-        columns["pixels"] = [b""] * len(outcomes)
-    return with_passthrough(table(columns, SCORED), batch)
-
-
-def _without_map(result: Result, *, keep: bool) -> ScoredImage:
-    """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
-    levels = result.heatmap_scale.apply(result.model_map).data.cast("B")
-    raw_map = result.model_map.data.cast("B") if keep else None
-    return ScoredImage(replace(result, model_map=np.zeros((0, 0), np.float32)), levels, raw_map)

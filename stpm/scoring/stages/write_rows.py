@@ -1,4 +1,4 @@
-"""Last stage: write rows as Parquet files, and a summary of them beside the checkpoint of each task."""
+"""Last stage: write rows as Parquet files, and then a summary of them, without which they do not count."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from stpm.lease import check
 from stpm.scoring.inputs.manifest import BLOCK_ROWS
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.resuming.row_checkpoints import summary_of, task_of
-from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.row_summary import RowSummary, task_of
 
 # The name under which Ray gives a write task the id of its execution.
 _WRITE_UUID = "write_uuid"
@@ -26,18 +25,18 @@ _ROW_GROUP_ROWS = 512
 
 
 class RowWriter(ParquetDatasink):  # type: ignore[misc]
-    """Write the rows of each task as Parquet files, and a summary of them beside the task's checkpoint.
+    """Write the rows of each task of a segment as Parquet files, and a summary of them.
 
     Args:
-        output: of the run.
+        output: of the run, with the attempt that writes.
         options: whether files are divided by category, and hold raw maps.
-        checkpoints: URI of the folder of the checkpoints.
+        segment: its number.
         rows_per_file: minimum rows of a file.
         max_ranked: number of the most anomalous images that a summary names.
     """
 
     def __init__(
-        self, output: RunOutput, options: OutputOptions, checkpoints: str, rows_per_file: int, max_ranked: int
+        self, output: RunOutput, options: OutputOptions, segment: int, rows_per_file: int, max_ranked: int
     ) -> None:
         filesystem, path = storage.arrow_filesystem(output.scores)
         super().__init__(
@@ -50,20 +49,20 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
             arrow_parquet_args={"row_group_size": _ROW_GROUP_ROWS},
         )
         self._output = output
-        self._checkpoints = checkpoints
+        self._summaries = output.task_summaries(segment)
         self._max_ranked = max_ranked
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
-        """Write the rows of a task, then their summary. Ray commits the checkpoint after that.
+        """Write the rows of a task, then their summary.
 
         Raises:
             CutOffError: if another run has taken the lease; then the task leaves no rows.
         """
         tables = [block for block in blocks if block.num_rows]
-        name = self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx)
-        checkpoint = storage.join(self._checkpoints, name)
-        # Ray repeats a task whose node was lost after the commit: keep the rows, which are complete.
-        if not tables or storage.exists(checkpoint):
+        task = task_of(self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx))
+        summary_uri = storage.join(self._summaries, f"{task}.json")
+        # Ray repeats a task whose node was lost after it ended: keep the rows, which are complete.
+        if not tables or storage.exists(summary_uri):
             return
         check(self._output.fence)
         super().write(tables, ctx)
@@ -72,8 +71,8 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         except CutOffError:
             # The run that holds the lease now may have ended, and removes no more files.
             for uri in self._output.files():
-                if task_of(uri) == task_of(name):
+                if task_of(uri) == task:
                     storage.remove(uri)
             raise
-        summaries = (RowSummary.of_rows(table, task_of(name), self._max_ranked) for table in tables)
-        storage.publish(summary_of(checkpoint), RowSummary.total(summaries, self._max_ranked).to_json())
+        summaries = (RowSummary.of_rows(table, task, self._max_ranked) for table in tables)
+        storage.publish(summary_uri, RowSummary.total(summaries, self._max_ranked).to_json())

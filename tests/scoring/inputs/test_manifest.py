@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from stpm import storage
 from stpm.data.image_files import ImageRef
 from stpm.errors import ConfigError, RunDamagedError
-from stpm.scoring.inputs.manifest import read_manifest, read_shard, write_manifest
-from stpm.scoring.inputs.manifest_rows import ManifestRow, image_id, make_rows
+from stpm.scoring.inputs.manifest import ManifestRow, image_id, make_rows, read_manifest, read_shard, write_manifest
 from stpm.scoring.schema import MANIFEST, with_passthrough
 
 
@@ -81,7 +80,7 @@ def test_an_error_names_a_damaged_manifest(folder: str, content: bytes | tuple[s
 
 @pytest.mark.parametrize("content", [b"PAR1", None])
 def test_an_error_names_a_damaged_shard(folder: str, content: bytes | None) -> None:
-    ((uri, _),) = write_manifest([chunk(["a"])], folder).segments(folder)[0].shards
+    ((uri, *_),) = write_manifest([chunk(["a"])], folder).segments(folder)[0].shards
     storage.remove(uri)
     if content:
         storage.publish(uri, content)
@@ -118,14 +117,14 @@ def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], seg
     for number, segment in enumerate(written.segments("memory://list")):
         assert segment.number == number
         assert 0 < segment.rows <= segment_rows
-        for uri, rows in segment.shards:
+        for uri, rows, _ in segment.shards:
             uris = storage.read_table(uri)["uri"].to_pylist()
             assert len(uris) == rows
             found += uris
     distinct = dict.fromkeys(f"{i}.png" for ids in chunks for i in ids)
     assert found == list(distinct)
     assert written.rows == len(distinct)
-    shards = [uri for segment in written.segments("memory://list") for uri, _ in segment.shards]
+    shards = [uri for segment in written.segments("memory://list") for uri, *_ in segment.shards]
     assert storage.files("memory://list") == [*shards, "memory://list/manifest.json"]
 
 
@@ -136,3 +135,10 @@ def test_a_summary_that_contradicts_itself_is_damaged(folder: str, change: dict[
     storage.publish(uri, json.dumps(json.loads(storage.read(uri)) | change).encode())
     with pytest.raises(RunDamagedError, match=r"manifest\.json is damaged, .*$"):
         read_manifest(folder)
+
+
+def test_image_ids_are_stable_64_bit_and_distinct() -> None:
+    assert image_id("s3://bucket/a.png") == -520363251256440237
+    ids = {image_id(f"file-{i}") for i in range(10_000)}
+    assert len(ids) == 10_000
+    assert all(-(2**63) <= i < 2**63 for i in ids)

@@ -7,17 +7,16 @@ from hypothesis import strategies as st
 
 from stpm import storage
 from stpm.data.image_files import ImageRef
-from stpm.scoring.inputs.manifest import Shard
+from stpm.scoring.inputs.manifest import ManifestRow, Shard, make_rows
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks, divide_evenly
-from stpm.scoring.inputs.manifest_rows import ManifestRow, make_rows
 
 
 @given(st.lists(st.integers(0, 40), max_size=10), st.integers(1, 30))
 def test_rows_are_divided_evenly_in_their_order(lengths: list[int], max_rows: int) -> None:
     shards = [Shard(f"{number}.parquet", rows) for number, rows in enumerate(lengths)]
     parts = divide_evenly(shards, max_rows)
-    rows = [[(uri, row) for uri, start, stop in part for row in range(start, stop)] for part in parts]
-    assert list(chain.from_iterable(rows)) == [(uri, row) for uri, length in shards for row in range(length)]
+    rows = [[(s.uri, row) for s, inside in part for row in range(inside.start, inside.stop)] for part in parts]
+    assert list(chain.from_iterable(rows)) == [(uri, row) for uri, length, _ in shards for row in range(length)]
     assert len(parts) == -(-sum(lengths) // max_rows)
     if parts:
         sizes = [len(part) for part in rows]

@@ -13,19 +13,19 @@ from stpm.data import mvtec
 from stpm.data.image_files import ImageRef
 from stpm.fitting.fit_category import fit_category, last_teacher
 from stpm.fitting.task import FitTask
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.scoring.inputs.manifest_rows import ManifestRow, labelled_rows, make_rows
-from stpm.scoring.options import OutputOptions
+from stpm.scoring.inputs.manifest import ManifestRow, labelled_rows, make_rows
+from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
 from stpm.scoring.stages.scorer import Scorer
-from stpm.scoring.stages.scorer_actor import ScorerSettings
 from tests.conftest import MODELS, SETTINGS, TINY, make_preprocessing
 from tests.datasets import make_category
 
@@ -66,15 +66,23 @@ def nut_rows(uris: Sequence[str], positions: Sequence[tuple[int, int]] = ()) -> 
     return make_rows([ManifestRow(image, "nut") for image in images])
 
 
-def current_ids(store: ModelStore) -> dict[str, str]:
+def current_models(store: ModelStore) -> dict[str, ModelRecord]:
     """Return the current model of each category of a local store."""
-    names = [path.parent.name for path in Path(store.uri).glob("*/current.json")]
-    return {name: store.current(name).model_id for name in names}
+    return {path.parent.name: store.record(path.parent.name) for path in Path(store.uri).glob("*/current.json")}
 
 
-def scorer(root: Path, progress: ProgressReporter | None = None, **settings: Any) -> Scorer:
-    uri = str(root / "models")
-    return Scorer(ScorerSettings(uri, current_ids(ModelStore(uri)), 0.3, **settings), progress)
+def scorer(
+    root: Path,
+    progress: ProgressReporter | None = None,
+    *,
+    raw_maps: bool = False,
+    overlays: bool = False,
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008  it is frozen
+    **options: Any,
+) -> Scorer:
+    store = ModelStore(str(root / "models"))
+    output = OutputOptions(raw_maps=raw_maps, overlay=overlays)
+    return Scorer(store, current_models(store), ScoreOptions(0.3, **options), output, arithmetic, progress)
 
 
 def decode(rows: pa.Table) -> pa.Table:

@@ -11,6 +11,7 @@ import pytest
 from stpm import storage
 from stpm.data import decoding, image_files, mvtec
 from stpm.data.decoding import Decoded
+from stpm.data.image_files import ImageRef
 from stpm.data.image_statistics import COMPARED
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
@@ -22,9 +23,7 @@ from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, nut_ro
 def test_a_parquet_file_that_hangs_delays_no_other(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = Path(manifest(run)["uri"][0].as_py()).read_bytes()
     for name in ("hangs", "works"):
-        storage.publish(
-            f"{tmp_path}/{name}.parquet", storage.encode_parquet(pa.table({"image": pa.array([good, good])}))
-        )
+        storage.publish(f"{tmp_path}/{name}.parquet", storage.encode_parquet(pa.table({"image": pa.array([good] * 3)})))
     release = threading.Event()
     original = image_files.pq.ParquetFile
 
@@ -34,10 +33,12 @@ def test_a_parquet_file_that_hangs_delays_no_other(run: Path, tmp_path: Path, mo
         return original(file, **options)
 
     monkeypatch.setattr(image_files.pq, "ParquetFile", open_parquet)
-    uris = [f"{tmp_path}/{name}.parquet#{row}" for row in range(2) for name in ("hangs", "works")]
-    out = Decode(PREPROCESSING, seconds=1.0)(nut_rows(uris, [(0, 1), (0, 1), (1, 1), (1, 1)]))
+    # More images hang than are fetched at the same time: without new threads the last ones would never start.
+    rows = [(name, row) for row in range(3) for name in ("hangs", "works")]
+    uris = [f"{tmp_path}/{name}.parquet#{row}" for name, row in rows]
+    out = Decode(PREPROCESSING, seconds=1.0, fetchers=2)(nut_rows(uris, [(row, 1) for _, row in rows]))
     release.set()
-    assert out["error_kind"].to_pylist() == ["fetch_timeout", "", "fetch_timeout", ""]
+    assert out["error_kind"].to_pylist() == ["fetch_timeout", ""] * 3
 
 
 def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
@@ -62,6 +63,17 @@ def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
 def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No more of them are fetched at the same time than `fetchers`."""
+    fetching = threading.BoundedSemaphore(3)
+    read_small = image_files.read_small
+
+    def fetch(image: ImageRef) -> bytes | None:
+        assert fetching.acquire(blocking=False), "more images are fetched at the same time"
+        time.sleep(0.02)
+        fetching.release()
+        return read_small(image)
+
+    monkeypatch.setattr(image_files, "read_small", fetch)
     # The eight images take several times the limit of each.
     turn = threading.Lock()
     original = decoding.decode
@@ -73,7 +85,7 @@ def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
         return original(data, preprocessing)
 
     monkeypatch.setattr(decoding, "decode", decode_slowly)
-    out = Decode(PREPROCESSING, seconds=1.0)(manifest(run).slice(0, 8))
+    out = Decode(PREPROCESSING, seconds=1.0, fetchers=3)(manifest(run).slice(0, 8))
     assert out["error_kind"].to_pylist() == [""] * 8
 
 

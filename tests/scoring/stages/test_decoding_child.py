@@ -33,14 +33,12 @@ def test_a_crash_of_the_child_is_an_error_of_the_image(tmp_path: Path, monkeypat
     check_in_child(IMAGE, make_preprocessing(64), seconds=60)
 
 
-@pytest.mark.parametrize("ended", [-signal.SIGKILL, -signal.SIGTERM, 1])
-def test_what_comes_from_outside_is_no_error_of_the_image(monkeypatch: pytest.MonkeyPatch, ended: int) -> None:
-    monkeypatch.setattr(subprocess, "run", Mock(return_value=Mock(returncode=ended)))
-    check_in_child(IMAGE, make_preprocessing(64), seconds=60)
-
-
-def test_a_child_that_cannot_start_is_no_error_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", Mock(side_effect=BlockingIOError("no more processes")))
+@pytest.mark.parametrize("ended", [-signal.SIGKILL, -signal.SIGTERM, 1, BlockingIOError("no more processes")])
+def test_what_comes_from_outside_is_no_error_of_the_image(
+    monkeypatch: pytest.MonkeyPatch, ended: int | OSError
+) -> None:
+    outcome = Mock(returncode=ended) if isinstance(ended, int) else ended
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=[outcome]))
     check_in_child(IMAGE, make_preprocessing(64), seconds=60)
 
 
@@ -56,5 +54,5 @@ def test_only_a_task_that_was_repeated_twice_tries_images_in_children(
 ) -> None:
     check = Mock()
     monkeypatch.setattr(decode_stage, "check_in_child", check)
-    Decode(PREPROCESSING, count_repetitions=lambda: repetitions)(manifest(run).slice(0, 3))
+    Decode(PREPROCESSING, repetitions=lambda: repetitions)(manifest(run).slice(0, 3))
     assert check.call_count == images

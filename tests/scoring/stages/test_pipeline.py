@@ -26,9 +26,8 @@ from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Size
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard
+from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard, labelled_rows
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
-from stpm.scoring.inputs.manifest_rows import labelled_rows
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
@@ -165,7 +164,7 @@ def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, m
     (task,) = ManifestBlocks(shards).get_read_tasks(1)
     (ordered,) = task.read_fn()
     # Room for one of the three models.
-    score_block = scorer(run, model_ram=1)
+    score_block = scorer(run, model_ram_gib=2**-30)
     scored = [score_block(decode(ordered.slice(start, BLOCK_ROWS))) for start in range(0, len(rows), BLOCK_ROWS)]
     assert sorted(loaded) == sorted(PREPROCESSING)
     assert sorted(id for block in scored for id in block["image_id"].to_pylist()) == list(range(len(rows)))

@@ -5,7 +5,7 @@ import gc
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,21 +14,16 @@ import torch
 
 from stpm import storage
 from stpm.data import decoding
-from stpm.detector import TeacherSpec
-from stpm.errors import ImageError
 from stpm.method.arithmetic import Arithmetic, Capabilities
 from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
-from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages.detector_cache import DetectorCache
-from stpm.scoring.stages.scorer import Scorer
-from stpm.scoring.stages.scorer_actor import ScorerSettings
 from tests.conftest import MODELS, fail_to_read
 from tests.scoring.stages.helpers import (
     CATEGORIES,
     KINDS,
     PREPROCESSING,
-    current_ids,
+    current_models,
     decode,
     fit,
     manifest,
@@ -41,7 +36,7 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
     rows = manifest(run)
     mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
     store = ModelStore(str(run / "models"))
-    models = DetectorCache(store, torch.device("cpu"), 2**30, current_ids(store), Arithmetic())
+    models = DetectorCache(store, current_models(store), torch.device("cpu"), Arithmetic(), 2**30)
     for row in score(run, mixed).to_pylist():
         detector = models.detector(row["category"])
         pixels = decoding.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
@@ -74,44 +69,20 @@ def test_an_image_has_the_same_score_in_any_batch(run: Path) -> None:
     np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
-def test_pixels_are_kept_only_for_overlays(run: Path) -> None:
+def test_pixels_and_anomaly_maps_are_kept_only_if_asked_for(run: Path) -> None:
     decoded = decode(manifest(run))
     kept, dropped = (scorer(run, overlays=overlays)(decoded) for overlays in (True, False))
     assert kept["pixels"].equals(decoded["pixels"])
     assert kept.drop(["pixels"]).equals(dropped.drop(["pixels"]))
     assert set(dropped["pixels"].to_pylist()) == {b""}
-
-
-def test_anomaly_maps_are_kept_only_if_asked_for(run: Path) -> None:
-    decoded = decode(manifest(run))
-    assert scorer(run)(decoded)["anomaly_map"].null_count == decoded.num_rows
-
-
-def test_a_batch_without_any_model_is_all_errors(run: Path) -> None:
-    rows = (
-        manifest(run)
-        .slice(0, 2)
-        .set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), pa.array(["x", "x"]))
-    )
-    assert score(run, rows)["error_kind"].to_pylist() == ["no_model", "no_model"]
-
-
-def test_scorer_takes_its_models_from_the_loader_that_it_is_given(run: Path) -> None:
-    class Loader:
-        def teacher_spec(self, category: str) -> TeacherSpec:
-            raise ImageError("model_unreadable", f"the loader has no {category}")
-
-    settings = ScorerSettings("nowhere", {}, 0.3, accept_errors=True)
-    out = Scorer(settings, detectors=cast(Any, Loader()))(decode(manifest(run)))
-    assert set(out["error_message"].to_pylist()) == {f"the loader has no {name}" for name in CATEGORIES}
+    assert dropped["anomaly_map"].null_count == decoded.num_rows
 
 
 def test_a_model_that_could_not_be_read_is_tried_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = decode(manifest(run))
+    decoded, stage = decode(manifest(run)), scorer(run, accept_errors=True)
     down = {"student", "model.json", "teachers"}
     fail_to_read(monkeypatch, OSError("503 Slow Down"), down)
     monkeypatch.setattr("stpm.scoring.stages.detector_cache._RETRY_SECONDS", 0.0)
-    stage = scorer(run, accept_errors=True)
     for name, kinds in (
         ("model.json", {"model_unreadable"}),
         ("teachers", {"model_unreadable"}),
@@ -138,7 +109,7 @@ def test_a_damaged_model_makes_only_its_own_rows_errors(run: Path, tmp_path: Pat
 def test_a_category_that_is_fitted_again_keeps_the_model_that_its_run_began_with(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     store = ModelStore(str(tmp_path / "models"))
-    model_ids = current_ids(store)
+    model_ids = {name: record.model_id for name, record in current_models(store).items()}
     decoded = decode(manifest(run))
     stage = scorer(tmp_path)
     before = stage(decoded.slice(0, 1))
@@ -164,8 +135,9 @@ def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkey
     assert kinds == ["forward_failed" if i == 3 else "" for i in range(len(kinds))]
 
 
-@pytest.mark.parametrize("fits", [1, 3, 5])
+@pytest.mark.parametrize("fits", [0, 1, 3, 5])
 def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that does not fit alone is an error."""
     decoded = decode(manifest(run))
     expected = scorer(run)(decoded).to_pylist()
     original, tried = Teacher.compute, []
@@ -177,11 +149,12 @@ def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monke
         return original(teacher, backbone, inputs)
 
     monkeypatch.setattr(Teacher, "compute", compute)
-    out = scorer(run)(decoded).to_pylist()
+    out = scorer(run, accept_errors=True)(decoded).to_pylist()
     assert max(tried) > fits
     for row, other in zip(out, expected, strict=True):
-        assert row["error_kind"] == ""
-        assert row["score"] == pytest.approx(other["score"], rel=1e-3)
+        error = ("", "") if fits else ("out_of_memory", "OutOfMemoryError: 1 images")
+        assert (row["error_kind"], row["error_message"]) == error
+        assert row["score"] == (pytest.approx(other["score"], rel=1e-3) if fits else None)
 
 
 def test_a_teacher_that_does_not_fit_beside_another_is_loaded_after_it(
@@ -215,20 +188,8 @@ def test_a_model_in_bfloat16_is_scored_in_float32_where_that_is_not_native(
     found = {}
     for native in (True, False):
         capabilities = Capabilities(False, native, has_openvino=True)
-        monkeypatch.setattr("stpm.scoring.stages.scorer.device_capabilities", lambda device, found=capabilities: found)
+        monkeypatch.setattr("stpm.method.device.device_capabilities", lambda device, found=capabilities: found)
         stage = scorer(tmp_path, raw_maps=True, overlays=True, arithmetic=Arithmetic(precision="bfloat16"))
         found[native] = stage(rows).equals(in_float32)
         assert ("device has no bfloat16" in caplog.text) != native
     assert found == {True: False, False: True}
-
-
-def test_an_image_that_does_not_fit_alone_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = decode(manifest(run).slice(0, 3))
-
-    def compute(teacher: Teacher, backbone: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
-        raise torch.cuda.OutOfMemoryError("no memory at all")
-
-    monkeypatch.setattr(Teacher, "compute", compute)
-    for row in scorer(run, accept_errors=True)(decoded).to_pylist():
-        assert (row["error_kind"], row["score"]) == ("out_of_memory", None)
-        assert row["error_message"] == "OutOfMemoryError: no memory at all"

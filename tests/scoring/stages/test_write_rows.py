@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,12 @@ from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from stpm.scoring.resuming.segments import commit_segment
 from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.stages.draw_heatmaps import with_folder_names
 from stpm.scoring.stages.write_rows import RowWriter
+from stpm.scoring.written_rows import finish_segment
 from tests.datasets import make_output
 
 
@@ -45,15 +47,16 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
-    files = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=20, max_ranked=5)
+    state = RunState(output.state_folder)
+    state.start(ScoringConfig((), 0.01))
+    state.write(replace(state.record, attempt=0))
+    files = RowWriter(output, options, 0, rows_per_file=20, max_ranked=5)
     for task, bounds in enumerate([(0, 30), (30, 31), (31, 100)]):
         context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task)
         rows = output_rows(*bounds)
         files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
-        name = f"{output.segment_checkpoints(0)}/scores_000000_uuid_{task:06}.parquet"
-        storage.publish(name, storage.encode_parquet(rows.select(["image_id"])))
     scanned = ranked_rows.scan_rows(output, max_ranked=5)
-    assert commit_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
+    assert finish_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100
     with monkeypatch.context() as patch:
         patch.setattr(ranked_rows, "scan_rows", lambda *_: pytest.fail("all rows were read"))
@@ -76,23 +79,23 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
     names = ["", "..", "a/b", "a=b", "%41", "é" * 100, "x" * 300, HIVE_NULL, "a\nb", "\0z", "~"]
     rows = output_rows(0, len(names))
     rows = rows.set_column(rows.schema.get_field_index("category"), OUTPUT.field("category"), [names])
-    files = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=20, max_ranked=0)
+    files = RowWriter(output, options, 0, rows_per_file=20, max_ranked=0)
     files.write([with_folder_names(rows)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=0))
     (summary,) = tmp_path.rglob("*.json")
     assert RowSummary.from_json(summary.read_bytes()).categories == ranked_rows.scan_rows(output, 0).categories
 
 
-def test_a_task_that_runs_again_after_its_commit_writes_nothing(tmp_path: Path) -> None:
+def test_a_task_that_runs_again_after_its_end_writes_nothing(tmp_path: Path) -> None:
     output = RunOutput.single(str(tmp_path))
-    files = RowWriter(output, OutputOptions(), output.segment_checkpoints(0), rows_per_file=1, max_ranked=5)
+    files = RowWriter(output, OutputOptions(), 0, rows_per_file=1, max_ranked=5)
     context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=7)
     files.write([output_rows(0, 9)], context)
-    # Until the commit it writes the same files.
+    (summary,) = tmp_path.rglob("*.json")
+    summary.unlink()
+    # Without a summary it writes the same files again.
     files.write([output_rows(0, 10)], context)
-    storage.publish(f"{output.segment_checkpoints(0)}/scores_000000_uuid_000007.parquet", b"ids")
     files.write([output_rows(0, 4)], context)
     assert open_rows(output).count_rows() == 10
-    (summary,) = tmp_path.rglob("*.json")
     assert RowSummary.from_json(summary.read_bytes()).rows == 10
 
 
@@ -103,7 +106,7 @@ def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
     folder, options = str(tmp_path), OutputOptions(partition_by=partition_by)
 
     def write(task: int) -> None:
-        writer = RowWriter(output, options, output.segment_checkpoints(0), rows_per_file=1, max_ranked=5)
+        writer = RowWriter(output, options, 0, rows_per_file=1, max_ranked=5)
         writer.write([output_rows(0, 9)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task))
 
     with hold_lease(folder, False) as fence:
@@ -122,5 +125,5 @@ def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
             with pytest.raises(CutOffError, match="lease 0 is lost, the latest is 1"):
                 write(task)
             assert storage.files(output.scores) == before
-        assert [path.stem for path in tmp_path.glob("checkpoints/**/*.json")] == ["scores_000000_uuid_000000"]
+        assert [path.stem for path in tmp_path.glob("summaries/**/*.json")] == ["scores_000000_uuid_000000"]
         storage.remove(f"{folder}/.lease/1.json")

@@ -31,8 +31,7 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
         StpmError: as `stpm.scoring.run.run_scoring` does.
     """
     state = run.output.state
-    found = None if start_over else _resume(run, state, replace=replace)
-    manifest, models = found or _start(run, state)
+    manifest, models = (None if start_over else _resume(run, state, replace=replace)) or _start(run, state)
     state.bind_models(_model_ids(models), run.store.uri)
     return state, manifest, models
 
@@ -42,7 +41,7 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
     differences = state.config_differences(run.config)
     if not differences:
         # An unfinished run goes on with its models, even if newer ones are current.
-        model_ids = None if replace or state.is_finished() else state.model_ids()
+        model_ids = None if replace or state.is_finished() else state.record.models
         manifest, models = _read_inputs(run, state, model_ids)
         differences = state.model_differences(_model_ids(models))
         if not differences:

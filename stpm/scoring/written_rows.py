@@ -1,0 +1,214 @@
+"""Which rows of a run are written: those of which a summary is in the folder of the attempt that counts.
+
+    summaries/<attempt>/<segment>/<task>.json    of the rows that one task wrote
+    summaries/<attempt>/<segment>.json           the sum of several: it names their tasks, which do not count again
+
+A task writes its files of rows first, and then their summary. `run.json` names the attempt whose folder counts. Each
+attempt first adds up, in a folder of its own, what the one before it has written until then, and has itself recorded.
+What a process of an earlier attempt writes after that, one that was suspended and wakes up, is in a folder that nobody
+reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, product
+
+import numpy as np
+
+from stpm import storage
+from stpm.errors import RunDamagedError
+from stpm.lease import check
+from stpm.scoring.inputs.manifest import Segment, Shard, contains, read_shard
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import count_rows, naming_damaged_file, open_rows
+from stpm.scoring.row_summary import RowSummary, task_of
+from stpm.scoring.run_state import RunState
+
+# Summaries that are in memory at a time: all of them may not fit.
+_READ_AT_ONCE = 16
+_SUMMARY = re.compile(r"/([0-9]{6,})(?:/[^/]+)?\.json$", re.ASCII)
+# The end of the name of a task that writes rows, after the name of the run: attempt, execution, number.
+_TASK = re.compile(r"(\d+)_[0-9a-f]{32}_\d+")
+
+
+def summaries_by_segment(output: RunOutput) -> dict[int, list[str]]:
+    """List the URIs of the summaries in the folder of this attempt, by segment; a sum of several comes first."""
+    found: defaultdict[int, list[str]] = defaultdict(list)
+    for uri in storage.files(output.attempt_summaries):
+        if name := _SUMMARY.match(uri, len(output.attempt_summaries)):
+            found[int(name[1])].append(uri)
+    return dict(found)
+
+
+def read_summaries(uris: Sequence[str]) -> Iterator[RowSummary]:
+    """Read the summaries of one segment, a few at a time, without those that its sum has.
+
+    Raises:
+        RunDamagedError: if a summary is damaged.
+    """
+    added_up: set[str] = set()
+    for start in range(0, len(uris), _READ_AT_ONCE):
+        for summary in storage.in_parallel(_read_summary, uris[start : start + _READ_AT_ONCE]):
+            if not added_up.issuperset(summary.tasks):
+                added_up.update(summary.tasks)
+                yield summary
+
+
+def _read_summary(uri: str) -> RowSummary:
+    try:
+        return RowSummary.from_json(storage.read(uri))
+    except (ValueError, FileNotFoundError) as error:
+        raise RunDamagedError(
+            f"{uri} is damaged or missing, and with it the counts of written rows ({error})"
+        ) from error
+
+
+def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
+    """Read the summaries of all rows that count, a few at a time."""
+    counted = output.with_attempt(output.state.record.attempt)
+    return chain.from_iterable(map(read_summaries, summaries_by_segment(counted).values()))
+
+
+def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowSummary:
+    """Add up the summaries of a run that has this number of rows, and name the most anomalous images.
+
+    Raises:
+        RunDamagedError: if a summary is damaged, or the summaries are of another number of rows.
+    """
+    total = RowSummary.total(committed_summaries(output), max_ranked)
+    if total.rows != rows:
+        raise RunDamagedError(
+            f"the summaries in {output.summaries} are of {total.rows} rows, and the run has {rows}: some are missing"
+        )
+    return total
+
+
+def take_over(
+    output: RunOutput, state: RunState, options: OutputOptions, segments: Sequence[Segment], max_ranked: int
+) -> dict[int, RowSummary]:
+    """Add up what the attempt that counts has written, and record that from now on this attempt counts.
+
+    Returns:
+        The sum for each segment of which rows are written, by its number.
+
+    Raises:
+        RunDamagedError: as `add_up` does.
+    """
+    earlier = summaries_by_segment(output.with_attempt(state.record.attempt))
+    begun = [segment for segment in segments if segment.number in earlier]
+    sums = {each.number: add_up(output, options, each, earlier[each.number], max_ranked) for each in begun}
+    state.write(replace(state.record, attempt=output.attempt))
+    return sums
+
+
+def finish_segment(output: RunOutput, options: OutputOptions, segment: Segment, max_ranked: int) -> RowSummary:
+    """Add up the summaries that tasks left of a segment's rows, and remove them.
+
+    Raises:
+        RunDamagedError: as `add_up` does.
+    """
+    uris = summaries_by_segment(output).get(segment.number, [])
+    summary = add_up(output, options, segment, uris, max_ranked)
+    storage.remove(output.task_summaries(segment.number))
+    return summary
+
+
+def add_up(
+    output: RunOutput, options: OutputOptions, segment: Segment, uris: Sequence[str], max_ranked: int
+) -> RowSummary:
+    """Add up summaries of a segment's rows in one file of this attempt. If that is all rows, check that they are there.
+
+    Raises:
+        RunDamagedError: if a summary or a file is damaged, there are more rows than images, or the files have another
+            number of rows than the summaries.
+    """
+    summary = RowSummary.total(read_summaries(uris), max_ranked)
+    if summary.rows > segment.rows:
+        raise RunDamagedError(
+            f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}"
+        )
+    is_sum_alone = [uri.rsplit("/", 1)[-1] for uri in uris] == [f"{segment.number:06}.json"]
+    if summary.rows == segment.rows and not is_sum_alone:
+        _check_count(output, segment, summary, count_rows(output, _files_of(output, options, summary.tasks)))
+        # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
+        storage.sync(output.scores)
+    check(output.fence)
+    storage.publish(output.segment_summary(segment.number), summary.to_json())
+    return summary
+
+
+def unwritten_shards(output: RunOutput, options: OutputOptions, segment: Segment, written: RowSummary) -> list[Shard]:
+    """List the shards of a segment that have rows to score, without the rows that are written.
+
+    Raises:
+        RunDamagedError: if a shard or a file of rows is damaged, or the files have another number of rows than their
+            summary.
+    """
+    if not written.rows:
+        return list(segment.shards)
+    files = _files_of(output, options, written.tasks)
+    with naming_damaged_file(output, files):
+        found = open_rows(output, files=files).to_table(columns=["image_id"])["image_id"].to_numpy()
+    _check_count(output, segment, written, len(found))
+    ids = np.sort(found)
+
+    def without_written(shard: Shard) -> Shard:
+        rows = read_shard(shard.uri)["image_id"].to_numpy()
+        done = np.sort(rows[contains(ids, rows)])
+        return Shard(shard.uri, shard.rows - len(done), done if len(done) else None)
+
+    return [shard for shard in storage.in_parallel(without_written, segment.shards) if shard.rows]
+
+
+def remove_leftovers(output: RunOutput) -> None:
+    """Remove the rows that do not count, which killed or suspended processes left, and what earlier attempts left.
+
+    Args:
+        output: of the run, with the attempt that counts.
+
+    Raises:
+        CutOffError: if another run has taken the lease.
+    """
+    tasks = {task for summary in committed_summaries(output) for task in summary.tasks}
+    leftovers = []
+    for uri in output.files():
+        attempt = _attempt_of(task_of(uri), output.name)
+        # Others may be the user's, or of a later attempt.
+        if attempt is not None and attempt <= output.attempt and task_of(uri) not in tasks:
+            leftovers.append(uri)
+    # What did not count while this process held the lease will not count for any later attempt.
+    check(output.fence)
+    storage.in_parallel(storage.remove, leftovers)
+    output.remove_earlier_attempts()
+
+
+def _attempt_of(task: str, run: str) -> int | None:
+    """Return the number of the attempt that a task of a run belongs to; None if the name is not one of a task."""
+    found = _TASK.fullmatch(task.removeprefix(f"{run}_"))
+    return int(found[1]) if found else None
+
+
+def _files_of(output: RunOutput, options: OutputOptions, tasks: Collection[str]) -> list[str]:
+    """List the files that tasks wrote, without listing those of other segments."""
+    # Ray names the tasks of one execution alike, but for a number at the end.
+    starts = sorted({f"{task.rpartition('_')[0]}_" for task in tasks})
+    folders = [output.scores]
+    if options.partition_by == "category" and storage.exists(output.scores):
+        folders = [storage.join(output.scores, name) for name in storage.subfolders(output.scores)]
+    listed = storage.in_parallel(lambda where: storage.files_starting(*where), product(folders, starts))
+    wanted = set(tasks)
+    return [uri for uris in listed for uri in uris if task_of(uri) in wanted]
+
+
+def _check_count(output: RunOutput, segment: Segment, summary: RowSummary, in_files: int) -> None:
+    """Raise RunDamagedError if files were lost: a power failure may keep the summary of rows and lose the rows."""
+    if in_files != summary.rows:
+        raise RunDamagedError(
+            f"{in_files} rows in the files of {output.scores}, where {summary.rows} of segment {segment.number} were "
+            "written"
+        )

@@ -1,0 +1,246 @@
+"""What killed and suspended runs left, and what the next one makes of it, without Ray."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pytest
+
+from stpm import storage
+from stpm.data.image_files import ImageRef
+from stpm.errors import CutOffError, RunDamagedError
+from stpm.lease import Fence
+from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows, read_shard, write_manifest
+from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
+from stpm.scoring.options import OutputOptions
+from stpm.scoring.output import RunOutput
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_state import RunState, ScoringConfig
+from stpm.scoring.written_rows import (
+    committed_summaries,
+    finish_segment,
+    remove_leftovers,
+    take_over,
+    total_of_finished,
+    unwritten_shards,
+)
+from tests.datasets import make_output
+
+OPTIONS = OutputOptions()
+
+
+@pytest.fixture
+def output(memory: str) -> RunOutput:
+    """A run whose attempt 0 counts."""
+    state = RunState(memory)
+    state.start(ScoringConfig((), 0.01))
+    state.write(replace(state.record, attempt=0))
+    return RunOutput.single(memory)
+
+
+@pytest.fixture
+def segments(output: RunOutput) -> list[Segment]:
+    """Two segments, of 8 and 2 images."""
+    rows = make_rows([ManifestRow(ImageRef(f"{number}.png"), "nut") for number in range(10)])
+    return write_manifest([rows], output.manifest, segment_rows=8).segments(output.manifest)
+
+
+def write_task(output: RunOutput, segment: Segment, rows: slice, *, summarized: bool = True) -> str:
+    """Leave what a task leaves that writes some rows of a segment, or is cut off before it ends; return its name."""
+    images = pa.concat_tables([read_shard(shard.uri) for shard in segment.shards]).slice(rows.start)
+    count = rows.stop - rows.start
+    made = make_output(count, **{name: images[name].to_pylist()[:count] for name in ("image_id", "uri", "category")})
+    task = f"scores_{output.attempt:06}_{32 * 'a'}_{10 * segment.number + rows.start:06}"
+    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(made))
+    if summarized:
+        summary = RowSummary.of_rows(made, task, 3).to_json()
+        storage.publish(f"{output.task_summaries(segment.number)}/{task}.json", summary)
+    return task
+
+
+def uris_left(output: RunOutput, segments: list[Segment]) -> list[list[str]]:
+    """Let the next attempt take over, and return the images that it is to score of each segment."""
+    later = output.with_attempt(output.attempt + 1)
+    written = take_over(later, output.state, OPTIONS, segments, 3)
+    found = []
+    for segment in segments:
+        shards = unwritten_shards(later, OPTIONS, segment, written.get(segment.number, RowSummary()))
+        tasks = ManifestBlocks(shards).get_read_tasks(1)
+        found.append([uri for task in tasks for rows in task.read_fn() for uri in rows["uri"].to_pylist()])
+    return found
+
+
+def names(output: RunOutput) -> list[str]:
+    return [PurePosixPath(uri).stem for uri in output.files()]
+
+
+def test_rows_that_are_written_are_not_scored_again(output: RunOutput, segments: list[Segment]) -> None:
+    for rows in (slice(1, 3), slice(4, 5)):
+        write_task(output, segments[0], rows)
+    write_task(output, segments[0], slice(6, 8), summarized=False)
+    assert uris_left(output, segments) == [["0.png", "3.png", "5.png", "6.png", "7.png"], ["8.png", "9.png"]]
+    later = output.with_attempt(1)
+    write_task(later, segments[0], slice(5, 8))
+    assert uris_left(later, segments) == [["0.png", "3.png"], ["8.png", "9.png"]]
+    for task in (slice(0, 1), slice(3, 4)):
+        write_task(output.with_attempt(2), segments[0], task)
+    assert uris_left(output.with_attempt(2), segments) == [[], ["8.png", "9.png"]]
+
+
+def test_the_summaries_of_a_segment_become_one(output: RunOutput, segments: list[Segment]) -> None:
+    first, second = segments
+    write_task(output, first, slice(0, 5))
+    assert finish_segment(output, OPTIONS, first, 3).rows == 5
+    write_task(output, first, slice(5, 8))
+    assert finish_segment(output, OPTIONS, first, 3).rows == 8
+    write_task(output, second, slice(0, 2))
+    summary = finish_segment(output, OPTIONS, second, 3)
+    assert storage.files(output.summaries) == [output.segment_summary(0), output.segment_summary(1)]
+    storage.publish(f"{output.summaries}/000000/notes.json", b"not one of ours")
+    storage.publish(f"{output.summaries}/000000/00000\N{SUPERSCRIPT TWO}.json", b"nor this")
+    assert list(committed_summaries(output))[1] == summary
+    assert total_of_finished(output, rows=10, max_ranked=3).rows == 10
+    storage.remove(output.segment_summary(1))
+    with pytest.raises(RunDamagedError, match=r"summaries in .*/summaries are of 8 rows, and the run has 10: some are"):
+        total_of_finished(output, rows=10, max_ranked=3)
+
+
+def test_a_summary_counts_once_if_adding_up_was_cut_off(
+    output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task(output, segments[0], slice(0, 4))
+    write_task(output, segments[0], slice(4, 7))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", lambda _: None)
+        finish_segment(output, OPTIONS, segments[0], 3)
+    write_task(output, segments[0], slice(7, 8))
+    assert sum(summary.rows for summary in committed_summaries(output)) == 8
+    assert finish_segment(output, OPTIONS, segments[0], 3).rows == 8
+
+
+def test_only_the_files_of_its_own_segment_are_listed(
+    output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files at each segment's end would make the end of a run quadratic."""
+    mine = [write_task(output, segments[0], slice(0, 5)), write_task(output, segments[0], slice(5, 8))]
+    write_task(output, segments[1], slice(0, 2))
+    for uri in output.files():
+        # Ray names the tasks of each execution alike.
+        other = uri.replace(32 * "a", 32 * "b")
+        storage.publish(other, storage.read(uri))
+    listed: list[str] = []
+    list_files = storage.files_starting
+    monkeypatch.setattr(storage, "files_starting", lambda *where: listed.extend(f := list_files(*where)) or f)
+    monkeypatch.setattr(RunOutput, "files", lambda _: pytest.fail("all files were listed"))
+    finish_segment(output, OPTIONS, segments[0], 3)
+    assert {*mine} <= {PurePosixPath(uri).stem.removesuffix("-0") for uri in listed}
+    assert not [uri for uri in listed if 32 * "b" in uri]
+
+
+def test_rows_that_are_written_twice_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
+    for rows in (slice(0, 8), slice(7, 8)):
+        write_task(output, segments[0], rows)
+    with pytest.raises(RunDamagedError, match=r"9 rows in .* for 8 images of segment 0$"):
+        finish_segment(output, OPTIONS, segments[0], 3)
+
+
+def test_lost_rows_of_a_segment_with_one_file_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
+    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}-0.parquet")
+    with pytest.raises(RunDamagedError, match=r"0 rows in the files of .*, where 2 of segment 1 were written"):
+        finish_segment(output, OPTIONS, segments[1], 3)
+
+
+@pytest.mark.parametrize("stop", [3, 7, 8])
+@pytest.mark.parametrize(("count", "found"), [(0, -3), (5, 2)])
+def test_rows_that_are_lost_or_left_over_are_an_error(
+    output: RunOutput, segments: list[Segment], stop: int, count: int, found: int
+) -> None:
+    """A power failure keeps a summary and loses rows. That is noticed whether all rows were written, or not."""
+    file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}-0.parquet"
+    if stop > 3:
+        write_task(output, segments[0], slice(3, stop))
+    storage.remove(file)
+    if count:
+        storage.publish(file, storage.encode_parquet(make_output(count)))
+    with pytest.raises(
+        RunDamagedError, match=rf"{stop + found} rows in the files of .*/scores, where {stop} of segment 0 "
+    ):
+        uris_left(output, segments)
+    storage.publish(file, b"")
+    with pytest.raises(RunDamagedError, match=rf"{file} is damaged"):
+        uris_left(output.with_attempt(output.state.record.attempt), segments)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", {"nut": {"0.5": "1"}}])
+def test_an_error_names_a_damaged_summary(
+    output: RunOutput, segments: list[Segment], content: bytes | dict[str, object]
+) -> None:
+    task = write_task(output, segments[0], slice(0, 8))
+    uri = f"{output.task_summaries(0)}/{task}.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(storage.read(uri)) | {"p_values": content}).encode()
+    storage.publish(uri, content)
+    with pytest.raises(RunDamagedError, match=rf"000000/{task}\.json is damaged or missing, and with it .*$"):
+        finish_segment(output, OPTIONS, segments[0], 3)
+
+
+OTHER_COLUMNS = [
+    (pa.table({"x": [1]}), "has no column image_id"),
+    (pa.table({"image_id": ["1"]}), "has a column image_id of type string"),
+    (pa.table({"image_id": pa.array([None], pa.int64())}), "has a row without image_id"),
+]
+
+
+@pytest.mark.parametrize(("rows", "problem"), OTHER_COLUMNS)
+def test_an_error_names_a_shard_of_other_columns(
+    output: RunOutput, segments: list[Segment], rows: pa.Table, problem: str
+) -> None:
+    write_task(output, segments[0], slice(0, 3))
+    storage.publish(segments[0].shards[0].uri, storage.encode_parquet(rows))
+    with pytest.raises(RunDamagedError, match=rf"000000\.parquet, which lists images .* {problem}\)$"):
+        uris_left(output, segments)
+
+
+def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, segments: list[Segment]) -> None:
+    """The attempts 4 and 6 are cut off, and go on after the next one has begun."""
+    first = segments[0]
+    old, stale, new = (RunOutput.single(output.folder, Fence(output.folder, n)).with_attempt(n) for n in (4, 6, 7))
+
+    def begin(run: RunOutput) -> list[str]:
+        storage.publish(f"{output.folder}/.lease/{run.attempt}.json", b"")
+        written = take_over(run, RunState(run.state_folder), OPTIONS, segments, 3)
+        shards = unwritten_shards(run, OPTIONS, first, written.get(0, RowSummary()))
+        return [
+            uri
+            for task in ManifestBlocks(shards).get_read_tasks(1)
+            for rows in task.read_fn()
+            for uri in rows["uri"].to_pylist()
+        ]
+
+    begin(old)
+    tasks = [write_task(old, first, slice(0, 2))]
+    assert len(begin(stale)) == 6
+    write_task(old, first, slice(2, 4))
+    tasks.append(write_task(stale, first, slice(2, 5)))
+    assert begin(new) == ["5.png", "6.png", "7.png"]
+    write_task(stale, first, slice(5, 8))
+    storage.publish(f"{output.scores}/scores_of_mine.parquet", b"the user's")
+    remove_leftovers(new)
+    assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
+    write_task(old, first, slice(5, 6))
+    write_task(stale, first, slice(5, 8))
+    tasks.append(write_task(new, first, slice(5, 8)))
+    # The suspended process does what it does at its end.
+    with pytest.raises(CutOffError, match="lease 6 is lost, the latest is 7"):
+        finish_segment(stale, OPTIONS, first, 3)
+    with pytest.raises(CutOffError, match="lease 6 is lost, the latest is 7"):
+        remove_leftovers(stale)
+    storage.publish(stale.segment_summary(0), b"late")
+    assert finish_segment(new, OPTIONS, first, 3).tasks == tasks
+    assert [summary.tasks for summary in committed_summaries(output)] == [tasks]
+    remove_leftovers(new)
+    assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
+    assert storage.files(output.summaries) == [new.segment_summary(0)]
