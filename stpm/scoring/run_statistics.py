@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import NamedTuple
 
-from stpm.errors import EXTERNAL_ERRORS, ImageError
 from stpm.method.false_discovery import Discoveries
 
 
@@ -49,12 +47,6 @@ class UnfinishedImage(NamedTuple):
 
     def __str__(self) -> str:
         return ": ".join(self)
-
-
-def external_errors(outcomes: Sequence[object]) -> list[str]:
-    """Describe those outcomes of images that are errors, and may have a cause outside the image."""
-    errors = [each for each in outcomes if isinstance(each, ImageError) and each.kind in EXTERNAL_ERRORS]
-    return [f"{error.kind}: {error}" for error in errors]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stpm.errors import ImageError
+from stpm.errors import EXTERNAL_ERRORS, ImageError
 
 # Ids of images, or numbers of rows.
 Int64Array = npt.NDArray[np.int64]
@@ -153,6 +153,12 @@ def error_columns(outcomes: Sequence[object]) -> dict[str, list[str]]:
         "error_kind": [error.kind if error else "" for error in errors],
         "error_message": [str(error) if error else "" for error in errors],
     }
+
+
+def external_errors(outcomes: Sequence[object]) -> list[str]:
+    """Describe those outcomes of images that are errors, and may have a cause outside the image."""
+    errors = [each for each in outcomes if isinstance(each, ImageError) and each.kind in EXTERNAL_ERRORS]
+    return [f"{error.kind}: {error}" for error in errors]
 
 
 def _binary(values: Sequence[bytes | memoryview | None]) -> pa.Array:

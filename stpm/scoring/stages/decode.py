@@ -21,8 +21,8 @@ from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
 from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import BatchReport, ProgressReporter
-from stpm.scoring.run_statistics import RunStatistics, external_errors
-from stpm.scoring.schema import DECODED, MANIFEST, error_columns, table, with_passthrough
+from stpm.scoring.run_statistics import RunStatistics
+from stpm.scoring.schema import DECODED, MANIFEST, error_columns, external_errors, table, with_passthrough
 from stpm.scoring.stages.decoding_child import check_in_child, timeout_error
 
 _FETCHERS = 8

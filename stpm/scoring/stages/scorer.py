@@ -25,8 +25,8 @@ from stpm.models.store import ModelStore
 from stpm.scoring import prometheus
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.progress import BatchReport, ProgressReporter, WarningRelay
-from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage, external_errors
-from stpm.scoring.schema import DECODED, SCORED, error_columns, table, with_passthrough
+from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
+from stpm.scoring.schema import DECODED, SCORED, error_columns, external_errors, table, with_passthrough
 from stpm.scoring.scoring_run import ModelRecords
 from stpm.scoring.stages.batch_size import BatchSize
 
