@@ -26,7 +26,7 @@ import yaml
 
 from stpm import __version__
 from stpm.console import LogFormat, start_logging, stop_on_signals, stop_signal
-from stpm.errors import GO_ON, ConfigError, StpmError, last_line
+from stpm.errors import HOW_TO_CONTINUE, ConfigError, StpmError, last_line
 from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN, STOPPED, exit_code_for
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, hide_urls, is_utf8
@@ -239,7 +239,7 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
     try:
         code = job(argv)
     except KeyboardInterrupt:
-        log.info(f"stopped by {stop_signal().name}: {GO_ON}")
+        log.info(f"stopped by {stop_signal().name}: {HOW_TO_CONTINUE}")
         code = STOPPED + stop_signal()
     except StpmError as error:
         log.critical("%s", error)

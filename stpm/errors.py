@@ -30,7 +30,7 @@ RETRIED_ERRORS = (
 EXTERNAL_ERRORS = frozenset((*RETRIED_ERRORS, "missing"))
 
 # How a message ends about work that the next run continues.
-GO_ON = "what was done is kept; run the same command again to go on"
+HOW_TO_CONTINUE = "finished work is kept; run the same command again to continue"
 
 # In characters. Some storage answers with whole pages.
 _MAX_MESSAGE = 1000
@@ -96,11 +96,11 @@ class WebhookError(StpmError):
     """A webhook did not accept a message."""
 
 
-class CutOffError(StpmError):
+class RunInterruptedError(StpmError):
     """Storage, a node or Ray interrupted the work. What was done is kept, and the next run continues."""
 
 
-class DeviceError(CutOffError):
+class DeviceError(RunInterruptedError):
     """Torch cannot use the GPU that Ray assigned to a process."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stpm.errors import CutOffError, DataError, ModelError
+from stpm.errors import DataError, ModelError, RunInterruptedError
 
 ALL_DONE = 0
 # An option, or something that the job needs to run, is missing or not valid.
@@ -22,6 +22,6 @@ def exit_code(done: int, failed: int) -> int:
 
 def exit_code_for(error: Exception) -> int:
     """Choose the exit code of a job that an error ended."""
-    if isinstance(error, CutOffError):
+    if isinstance(error, RunInterruptedError):
         return SOME_FAILED
     return NOTHING_DONE if isinstance(error, DataError | ModelError) else COULD_NOT_RUN

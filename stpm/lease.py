@@ -25,7 +25,7 @@ from pathlib import Path
 
 from stpm import storage
 from stpm.console import visible
-from stpm.errors import GO_ON, ConfigError, CutOffError
+from stpm.errors import HOW_TO_CONTINUE, ConfigError, RunInterruptedError
 from stpm.exit_codes import SOME_FAILED
 from stpm.names import hide_urls
 from stpm.records import from_json, to_json
@@ -113,13 +113,13 @@ class Fence:
 
 
 def check(fence: Fence | None) -> None:
-    """Raise CutOffError if another run has taken the lease since; None: there is no lease.
+    """Raise RunInterruptedError if another run has taken the lease since; None: there is no lease.
 
     This shortens the time in which a process that was suspended still writes. It does not end it: the process may be
     suspended between the check and the write.
     """
     if fence and (latest := max(_numbers(fence.folder), default=-1)) != fence.number:
-        raise _cut_off(f"{fence.folder}: lease {fence.number} is lost, the latest is {latest}")
+        raise _interrupted(f"{fence.folder}: lease {fence.number} is lost, the latest is {latest}")
 
 
 @dataclass
@@ -245,7 +245,7 @@ def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
     Raises:
         ConfigError: if the folder cannot be written to, or another process holds the lease and this one is not to
             `wait` for it.
-        CutOffError: if the lease was lost during the block.
+        RunInterruptedError: if the lease was lost during the block.
     """
     lease = Lease(storage.absolute(folder), Holder.this_process())
     try:
@@ -262,7 +262,7 @@ def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
         yield Fence(lease.folder, lease.number)
     except BaseException as error:
         if reason := lease.why_lost():
-            raise _cut_off(reason) from error
+            raise _interrupted(reason) from error
         raise
     finally:
         ended.set()
@@ -271,11 +271,11 @@ def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
         with suppress(OSError):
             lease.release()
     if reason := lease.why_lost():
-        raise _cut_off(reason)
+        raise _interrupted(reason)
 
 
-def _cut_off(reason: str) -> CutOffError:
-    return CutOffError(f"{reason}; this run has stopped: {GO_ON}")
+def _interrupted(reason: str) -> RunInterruptedError:
+    return RunInterruptedError(f"{reason}; this run has stopped: {HOW_TO_CONTINUE}")
 
 
 def _renew(lease: Lease, ended: threading.Event) -> None:
@@ -291,7 +291,7 @@ def _watch(lease: Lease, ended: threading.Event) -> None:
     if callable(signal.getsignal(signal.SIGTERM)):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     if not ended.wait(_MARGIN / 2):
-        print(visible(f"error: {_cut_off(lease.why_lost())}"), file=sys.stderr, flush=True)
+        print(visible(f"error: {_interrupted(lease.why_lost())}"), file=sys.stderr, flush=True)
         os._exit(SOME_FAILED)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,10 @@ from stpm.options import Integers, Size
 # Processes of tests share the cores, and threads that wait for each other spin. Jobs choose their own number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# A machine may be slow.
+hypothesis.settings.register_profile("stpm", deadline=None)
+hypothesis.settings.load_profile("stpm")
 
 # Tests check what jobs log.
 logging.getLogger("stpm").setLevel(logging.INFO)

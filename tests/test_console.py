@@ -157,7 +157,7 @@ finally:
 def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: int) -> None:
     text, as_json = stopped(name), stopped(name, "--log", "json")
     assert [(ran.returncode, ran.stderr) for ran in (text, as_json)] == [(code, "")] * 2
-    message = f"stopped by {name}: what was done is kept; run the same command again to go on"
+    message = f"stopped by {name}: finished work is kept; run the same command again to continue"
     assert text.stdout.splitlines() == [f"x of stpm {__version__} starts", message, "cleaned up"]
     *lines, last = as_json.stdout.splitlines()
     assert (json.loads(lines[-1])["message"], last) == (message, "cleaned up")

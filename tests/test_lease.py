@@ -210,7 +210,7 @@ def test_a_process_that_lost_its_lease_stops_writing(
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
-    assert "this run has stopped: what was done is kept; run the same command again to go on" in done.stderr
+    assert "this run has stopped: finished work is kept; run the same command again to continue" in done.stderr
     assert done.stderr.count("error: ") == 1
     assert (tmp_path / "written").read_text()
     if other:

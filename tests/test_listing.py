@@ -237,7 +237,7 @@ def put(folder: str, found: set[str]) -> None:
 _FOLDERS = count()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(found={"/".join(parts) for parts in product("xyz", repeat=4)})
 @given(found=st.sets(_NAMES, min_size=5, max_size=30))
 def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(

@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stpm.cluster.ray_failures import results_of
-from stpm.errors import GO_ON, CutOffError, DeviceError
+from stpm.errors import HOW_TO_CONTINUE, DeviceError, RunInterruptedError
 from stpm.method.arithmetic import Capabilities, cpu_capabilities
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def examine_devices(*, gpus: bool) -> list[Capabilities]:
 
     Raises:
         DeviceError: if torch cannot use a GPU that Ray assigns.
-        CutOffError: if there is no node.
+        RunInterruptedError: if there is no node.
     """
     examine = ray.remote(num_cpus=0, num_gpus=_GPU_SHARE if gpus else 0)(_examine_device)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU" if gpus else "CPU", 0) > 0]
@@ -64,7 +64,7 @@ def examine_devices(*, gpus: bool) -> list[Capabilities]:
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes]
     tasks = [examine.options(scheduling_strategy=place).remote(gpus) for place in places]
     if not tasks:
-        raise CutOffError(f"all nodes that can work have left; {GO_ON}")
+        raise RunInterruptedError(f"all nodes that can work have left; {HOW_TO_CONTINUE}")
     ray.wait(tasks)
     answered, late = ray.wait(tasks, num_returns=len(tasks), timeout=_ANSWER_SECONDS)
     for task in late:

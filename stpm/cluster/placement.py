@@ -17,7 +17,7 @@ from tabulate import tabulate
 from stpm import storage
 from stpm.cluster.connection import MIN_CPUS, Resources, connected, is_shared, living_nodes, working_nodes
 from stpm.console import log_lines
-from stpm.errors import GO_ON, ConfigError, CutOffError, join_first
+from stpm.errors import HOW_TO_CONTINUE, ConfigError, RunInterruptedError, join_first
 from stpm.options import ClusterOptions
 
 log = logging.getLogger(__name__)
@@ -96,12 +96,12 @@ def nodes_for_plan(options: ClusterOptions) -> list[Resources]:
     """As `wait_for_nodes`, before each plan of a run that has begun: the autoscaler removes idle nodes meanwhile.
 
     Raises:
-        CutOffError: if no node came in time.
+        RunInterruptedError: if no node came in time.
     """
     try:
         return wait_for_nodes(options)
     except ConfigError as error:
-        raise CutOffError(f"{error}; {GO_ON}") from error
+        raise RunInterruptedError(f"{error}; {HOW_TO_CONTINUE}") from error
 
 
 def log_plan(columns: Mapping[str, Callable[[Resources], str]]) -> None:

@@ -11,7 +11,7 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError, RayTaskError
 
-from stpm.errors import GO_ON, CutOffError, last_line
+from stpm.errors import HOW_TO_CONTINUE, RunInterruptedError, last_line
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ def results_of(tasks: Sequence[Any]) -> list[Any]:
 
 
 @contextmanager
-def cut_off_by_ray(work: str) -> Iterator[None]:
+def interrupted_by_ray(work: str) -> Iterator[None]:
     """Log a failure of Ray in the block with its traceback, and raise it as one line.
 
     Args:
         work: what the block does, for the message, such as "scoring".
 
     Raises:
-        CutOffError: if Ray failed. Other errors stay as they are.
+        RunInterruptedError: if Ray failed. Other errors stay as they are.
     """
     try:
         yield
@@ -49,4 +49,4 @@ def cut_off_by_ray(work: str) -> Iterator[None]:
         if not is_ray_failure(error):
             raise
         log.exception("Ray failed")
-        raise CutOffError(f"{work} was cut off: {last_line(error)}; {GO_ON}") from error
+        raise RunInterruptedError(f"{work} was interrupted: {last_line(error)}; {HOW_TO_CONTINUE}") from error

@@ -10,7 +10,7 @@ import pyarrow.dataset as ds
 import ray
 
 from stpm import storage
-from stpm.cluster.ray_failures import cut_off_by_ray, results_of
+from stpm.cluster.ray_failures import interrupted_by_ray, results_of
 from stpm.console import log_lines
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.charts import draw_charts
@@ -37,13 +37,13 @@ def evaluate_categories(
 
     Raises:
         RunDamagedError: if a file of rows is damaged, missing or doubled.
-        CutOffError: if a node or Ray failed.
+        RunInterruptedError: if a node or Ray failed.
     """
     check_row_count(output)
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
     tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
-    with cut_off_by_ray("evaluation"):
+    with interrupted_by_ray("evaluation"):
         evaluated = results_of(tasks)
     # The report may go to a path that only the driver reaches.
     for result, sheet in evaluated:

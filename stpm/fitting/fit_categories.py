@@ -12,7 +12,7 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.device import examine_devices
 from stpm.cluster.placement import nodes_for_plan
-from stpm.cluster.ray_failures import cut_off_by_ray
+from stpm.cluster.ray_failures import interrupted_by_ray
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError
@@ -93,7 +93,7 @@ def fit_categories(
         ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or OpenVINO is
             wanted and not installed.
         DeviceError: if torch cannot use a GPU that Ray assigns.
-        CutOffError: if no node came in time, or Ray failed.
+        RunInterruptedError: if no node came in time, or Ray failed.
     """
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
     # Raise the error of an unknown normalisation once, instead of in each category.
@@ -112,7 +112,7 @@ def fit_categories(
         unfinished = [task for task, result in zip(tasks, planned, strict=True) if not result]
         if unfinished:
             scratch = storage.join(next(iter(stores.values())), ".train")
-            with connected(), cut_off_by_ray("fitting"):
+            with connected(), interrupted_by_ray("fitting"):
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
                 resources = choose_worker_resources(workers, nodes_for_plan(cluster), len(tasks))
                 arithmetic = choose_arithmetic(examine_devices(gpus=resources.gpus > 0), cluster.backend)

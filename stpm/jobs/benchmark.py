@@ -12,7 +12,7 @@ from stpm.cluster.connection import connected
 from stpm.cluster.placement import log_plan, on_cluster
 from stpm.data import demo, mvtec
 from stpm.data.mvtec import Category
-from stpm.errors import GO_ON, CutOffError, RunDamagedError, with_remedy
+from stpm.errors import HOW_TO_CONTINUE, RunDamagedError, RunInterruptedError, with_remedy
 from stpm.evaluation.evaluate import evaluate_categories, publish_report
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import BenchmarkOptions, MasksAt, ReportOptions
@@ -118,7 +118,7 @@ class TestSplit:
         """Score the categories of these models; rows of an earlier run with the same configuration are kept.
 
         Raises:
-            CutOffError: if images are unfinished: metrics of a part would not be those of the test split.
+            RunInterruptedError: if images are unfinished: metrics of a part would not be those of the test split.
         """
         log.info(f"{output.name}: scoring the test images of {len(records)} categories")
         fitted = {record.category for record in records}
@@ -134,4 +134,4 @@ class TestSplit:
         run = ScoringRun(rows, config, store, self.options, output, cluster=self.cluster)
         result, _ = run_scoring(run, replace=True)
         if result.unfinished:
-            raise CutOffError(f"{result.unfinished} test images are not scored; {GO_ON}")
+            raise RunInterruptedError(f"{result.unfinished} test images are not scored; {HOW_TO_CONTINUE}")

@@ -22,11 +22,11 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.errors import (
     ConfigError,
-    CutOffError,
     DataError,
     ModelError,
     NoImagesError,
     NoModelError,
+    RunInterruptedError,
     join_first,
     with_remedy,
 )
@@ -101,14 +101,14 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                         _, models = run_scoring(run)
                         counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items()}
                         warn_about_few_good_images(counts, job.scoring.false_alarm_rate)
-            except (ConfigError, CutOffError, DataError, ModelError, OSError) as error:
+            except (ConfigError, RunInterruptedError, DataError, ModelError, OSError) as error:
                 problem = as_utf8(str(error))
                 problems[date] = problem
                 log.error(f"{date}: {problem}")
-                if isinstance(error, CutOffError):
+                if isinstance(error, RunInterruptedError):
                     # Storage, a node or Ray failed, and would fail again.
                     skipped = [day for day in dates if day < date]
-                    reason = f"not looked at, because {date} was cut off: {problem}"
+                    reason = f"not looked at, because {date} was interrupted: {problem}"
                     problems |= dict.fromkeys((day for day in skipped if day in known), reason)
                     # A night without a folder gets no record: perhaps it has no images.
                     if missed := [str(day) for day in skipped if day not in known]:

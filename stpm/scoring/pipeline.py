@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
 from stpm.cluster.device import examine_devices
 from stpm.cluster.placement import nodes_for_plan
-from stpm.errors import CutOffError
+from stpm.errors import RunInterruptedError
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
@@ -59,7 +59,7 @@ def score_shards(
     Raises:
         ConfigError: if the scorers do not fit the cluster, or OpenVINO is wanted and not installed.
         DeviceError: if torch cannot use a GPU that Ray assigns.
-        CutOffError: if too many images failed because of storage, a model or a device, or no node came in time.
+        RunInterruptedError: if too many images failed because of storage, a model or a device, or no node came in time.
         RayError: if a node or Ray failed.
     """
     options, config, output = run.options, run.config, run.output
@@ -110,8 +110,8 @@ def score_shards(
             )
         except RayError as error:
             if stop_reason := progress.read().stop_reason:
-                raise CutOffError(
-                    f"scoring was stopped: {stop_reason}. Repair that, and run the same command again: what was done "
+                raise RunInterruptedError(
+                    f"scoring was stopped: {stop_reason}. Repair that, and run the same command again: finished work "
                     "is kept"
                 ) from error
             raise

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from stpm.cluster.connection import on_driver_node
 from stpm.console import is_terminal, show_progress
-from stpm.errors import CutOffError
+from stpm.errors import RunInterruptedError
 from stpm.models.libraries import NodeVersions, VersionCheck, installed_versions
 from stpm.scoring.prometheus import Stage
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
@@ -160,11 +160,11 @@ class ProgressReporter:
         """Report one batch. Return without waiting, except if images failed.
 
         Raises:
-            CutOffError: if so many images failed that the run should stop.
+            RunInterruptedError: if so many images failed that the run should stop.
         """
         reply = self._actor.add.remote(batch_report._replace(origin=_this_process()))
         if batch_report.external_errors and (reason := ray.get(reply)):
-            raise CutOffError(reason)
+            raise RunInterruptedError(reason)
 
     def stop(self, reason: str) -> None:
         """Stop the run."""

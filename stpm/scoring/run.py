@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from stpm import storage
 from stpm.cluster.connection import connected
-from stpm.cluster.ray_failures import cut_off_by_ray, is_ray_failure
+from stpm.cluster.ray_failures import interrupted_by_ray, is_ray_failure
 from stpm.errors import RunDamagedError
 from stpm.method.false_discovery import find_discoveries
 from stpm.scoring.inputs.manifest import Manifest, read_shard
@@ -50,7 +50,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         DataError: if the sources cannot be read.
         ModelError: if no image's category has a model, or storage failed while a model was read.
         DeviceError: if torch cannot use a GPU that Ray assigns.
-        CutOffError: if storage, a node or Ray failed.
+        RunInterruptedError: if storage, a node or Ray failed.
     """
     state, manifest, models = resume_or_start(run, start_over=start_over, replace=replace)
     finished = state.result() if state.is_finished() else None
@@ -94,7 +94,7 @@ def _find_discoveries(run: ScoringRun, result: RunResult, models: ModelRecords) 
 def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, models: ModelRecords) -> RunResult:
     """Score the images without a row, segment by segment, and add up the summaries of all rows."""
     start = time.perf_counter()
-    with connected(), cut_off_by_ray("scoring"):
+    with connected(), interrupted_by_ray("scoring"):
         total, progress = _score_segments(run, state, manifest, models)
     # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only a local folder is listed.
     storage.remove_unfinished(run.output.heatmaps)

@@ -172,7 +172,7 @@ def remove_leftovers(output: RunOutput) -> None:
         output: of the run, with the attempt that counts.
 
     Raises:
-        CutOffError: if another run has taken the lease.
+        RunInterruptedError: if another run has taken the lease.
     """
     tasks = {task for summary in committed_summaries(output) for task in summary.tasks}
     leftovers = []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stpm.errors import GO_ON
+from stpm.errors import HOW_TO_CONTINUE
 from tests.cluster.conftest import (
     FIT_WORKER,
     HANGS,
@@ -90,7 +90,7 @@ def test_a_fit_after_a_killed_driver_gives_the_same_models(
     stopped.send_signal(signal.SIGINT)
     ended = wait_for(stopped)
     assert ended.returncode == 128 + signal.SIGINT
-    assert ended.stdout.splitlines()[-1] == f"stopped by SIGINT: {GO_ON}"
+    assert ended.stdout.splitlines()[-1] == f"stopped by SIGINT: {HOW_TO_CONTINUE}"
     assert ended.stderr == ""
 
     kill_tree(start_fit(data, tmp_path, 1.3))

@@ -19,7 +19,7 @@ from werkzeug.serving import make_server
 from werkzeug.test import run_wsgi_app
 
 from stpm import storage
-from stpm.errors import GO_ON
+from stpm.errors import HOW_TO_CONTINUE
 from tests.cluster.conftest import fit, read_rows, run_job, start_job, wait_for, wait_until
 from tests.datasets import make_category
 
@@ -134,7 +134,7 @@ def test_refused_writes_for_half_a_minute_lose_no_row(flaky: Flaky, options: lis
     if ran.returncode:
         # Retries ended before storage came back: one line reports it, and the same command goes on.
         assert ran.returncode == 2
-        assert GO_ON in ran.stderr
+        assert HOW_TO_CONTINUE in ran.stderr
         assert "Traceback" not in ran.stderr
         assert run_job("score", *options, "--out", out, **flaky.environment).returncode == 0
     check_rows(out)

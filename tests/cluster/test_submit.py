@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from stpm import storage
-from stpm.errors import GO_ON
+from stpm.errors import HOW_TO_CONTINUE
 from stpm.scoring.output import RunOutput
 from tests.cluster.conftest import (
     BIN,
@@ -163,7 +163,7 @@ def test_a_stopped_job_is_continued_by_the_next_one(cluster: dict[str, str]) -> 
     assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
     wait_until(lambda: bool(written_tasks(RunOutput.single(out))), "no rows were written")
     assert ray_job(cluster, "stop", "night").returncode == 0
-    assert f"stopped by SIGTERM: {GO_ON}" in ray_job(cluster, "logs", "night").stdout
+    assert f"stopped by SIGTERM: {HOW_TO_CONTINUE}" in ray_job(cluster, "logs", "night").stdout
     assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout
     assert not storage.exists(f"{out}/_SUCCESS")
     again = submit(cluster, "score", *options)

@@ -51,7 +51,7 @@ def test_decode_uses_the_range_of_12_bits_where_a_tiff_declares_them() -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 def test_decode_raises_only_image_errors(data: st.DataObject) -> None:
     original = bytearray(encode_image(COLOURS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]))))
     for position in data.draw(st.lists(st.integers(0, min(len(original), 200) - 1), max_size=8)):
@@ -93,7 +93,6 @@ SIDES = st.integers(1, 500)
 
 
 @given(RESIZES, SIDES, SIDES, st.integers(32, 90), st.integers(32, 90), st.floats(0, 1), st.floats(0, 1))
-@settings(deadline=None)
 def test_to_original_finds_a_planted_spot(
     resize: Resize, width: int, height: int, rows: int, columns: int, across: float, down: float
 ) -> None:
@@ -119,7 +118,6 @@ def test_to_original_finds_a_planted_spot(
 
 
 @given(RESIZES, SIDES, SIDES, st.integers(32, 90), st.integers(32, 90))
-@settings(deadline=None)
 def test_resize_mask_has_shape_of_map(resize: Resize, width: int, height: int, rows: int, columns: int) -> None:
     made = make_preprocessing(rows, columns, resize)
     for value in (False, True):

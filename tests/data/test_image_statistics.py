@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageFilter
@@ -22,7 +22,6 @@ def grey_square(x: int, y: int, side: int = 256, level: int = 180) -> np.ndarray
 
 
 @given(arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
-@settings(deadline=None)
 def test_every_image_has_finite_statistics_in_their_ranges(pixels: np.ndarray) -> None:
     found = compute(pixels)
     assert np.isfinite(found).all()

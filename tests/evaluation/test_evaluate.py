@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.exceptions import NodeDiedError
 
-from stpm.errors import CutOffError, RunDamagedError
+from stpm.errors import RunDamagedError, RunInterruptedError
 from stpm.evaluation.evaluate import evaluate_categories, evaluate_category, publish_report
 from stpm.evaluation.gate import Gate, Requirement
 from stpm.evaluation.report import Report
@@ -62,5 +62,5 @@ def test_a_node_lost_during_the_evaluation_cuts_it_off_in_one_line(
 ) -> None:
     output = scored_run(tmp_path).output
     monkeypatch.setattr(ray, "get", Mock(side_effect=NodeDiedError("its node died")))
-    with pytest.raises(CutOffError, match=r"^evaluation was cut off: its node died; what was done is kept; "):
+    with pytest.raises(RunInterruptedError, match=r"^evaluation was interrupted: its node died; finished work is kept"):
         evaluate_categories(output, [], ModelStore(str(tmp_path)), "model", str(tmp_path))

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError, CutOffError, ModelUnreadableError
+from stpm.errors import ConfigError, ModelUnreadableError, RunInterruptedError
 from stpm.jobs import nightly
 from stpm.line import drift, night_record, score_nights
 from stpm.line.change import Verdict
@@ -285,7 +285,7 @@ def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
     job: Nightly, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut_off(*_: object) -> None:
-        raise CutOffError("a node was lost")
+        raise RunInterruptedError("a node was lost")
 
     job.dump(BEFORE, "a", "b", "c", "d")
     job.unreadable = {f"{job.root}/dump/{BEFORE}/nut/{name}.png" for name in "abc"}
@@ -299,11 +299,11 @@ def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
     assert job(DATE) == 3
     assert record(job).problem == "a node was lost"
     before = record(job, BEFORE)
-    assert before.problem == "not looked at, because 2026-11-24 was cut off: a node was lost"
+    assert before.problem == "not looked at, because 2026-11-24 was interrupted: a node was lost"
     assert (before.unfinished, before.categories["nut"].verdict) == (3, None)
     assert len(NightFolder.find_all(job.out)) == 2
     # Those that have no folder.
-    missed = "2026-11-22, 2026-11-21: not looked at, because 2026-11-24 was cut off: a node was lost"
+    missed = "2026-11-22, 2026-11-21: not looked at, because 2026-11-24 was interrupted: a node was lost"
     assert missed in caplog.messages
 
 

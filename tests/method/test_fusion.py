@@ -102,7 +102,7 @@ def test_fuse_quantile_averages_student_and_memory_by_their_weights(
 
 
 @given(st.floats(0.3, 4.0), st.integers(13, 40), st.integers(13, 40))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_smoothed_matches_gaussian_with_repeated_borders(sigma: float, height: int, width: int) -> None:
     (maps,) = random_maps((height, width))
     image = maps[0].numpy()
@@ -154,7 +154,6 @@ def test_sample_distances_are_evenly_spaced_over_valid_positions() -> None:
 
 
 @given(boxes(), st.integers(0, 2**31), st.sampled_from(["product", "sum", "quantile"]))
-@settings(deadline=None)
 def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int, method: FusionMethod) -> None:
     input_shape, (left, top, right, bottom) = case
     shapes = [(-(-input_shape[0] // stride), -(-input_shape[1] // stride)) for stride in (4, 8, 16)]

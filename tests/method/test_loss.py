@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -46,7 +46,6 @@ def test_matching_loss_matches_paper() -> None:
     ),
     st.floats(0.01, 100.0),
 )
-@settings(deadline=None)
 def test_distance_map_is_bounded_symmetric_and_scale_invariant(pair: np.ndarray, scale: float) -> None:
     t, s = torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
     distance = distance_map(t, s)
@@ -92,7 +91,6 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
 
 
 @given(boxes(), st.integers(1, 16), st.integers(1, 16))
-@settings(deadline=None)
 def test_content_mask_marks_positions_with_centre_on_image(
     case: tuple[tuple[int, int], list[int]], rows: int, columns: int
 ) -> None:
@@ -109,7 +107,6 @@ def test_content_mask_marks_positions_with_centre_on_image(
 
 
 @given(boxes(), st.integers(0, 2**31))
-@settings(deadline=None)
 def test_matching_loss_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int) -> None:
     input_shape, box = case
     generator = torch.Generator().manual_seed(seed)

@@ -115,7 +115,7 @@ def test_window_size_is_the_smallest_of_the_strides_parity(
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 4, 8])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     input_shape=st.tuples(st.integers(32, 300), st.integers(32, 300)),
     corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
@@ -209,7 +209,6 @@ def radius(points: np.ndarray, chosen: list[int] | tuple[int, ...]) -> float:
 
 
 @given(st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20)), min_size=1, max_size=9), st.integers(1, 4))
-@settings(deadline=None)
 def test_greedy_coreset_radius_is_at_most_twice_the_best(coordinates: list[tuple[int, int]], count: int) -> None:
     points = np.array(coordinates, np.float32)
     chosen = greedy_coreset(torch.from_numpy(points), count, 0).tolist()

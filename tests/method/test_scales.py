@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.method.scales import (
@@ -25,7 +25,6 @@ def build_scale(maps: Sequence[np.ndarray]) -> HeatmapScale:
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 60), st.sampled_from([0, 1, 3]))
-@settings(deadline=None)
 def test_heatmap_scale_matches_quantile_and_maximum_of_all_pixels(
     seed: int, maps: int, side: int, decimals: int
 ) -> None:

@@ -104,7 +104,7 @@ def test_with_fewer_keys_the_exact_value_is_within_the_bound(seed: int) -> None:
         assert abs(value - figure(exact).value) <= error + 1e-12
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(1, 200)), min_size=2, max_size=12),
     st.integers(1, 6),
@@ -151,7 +151,6 @@ def test_the_bound_is_below_1e_4_on_maps_like_real_ones() -> None:
     assert abs(value - roc_auc_score(masks.ravel(), maps.ravel())) <= error
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(4, 200), st.data())
 def test_the_order_and_grouping_of_merges_do_not_matter(seed: int, max_keys: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)

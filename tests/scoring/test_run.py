@@ -21,12 +21,12 @@ from ray.exceptions import NodeDiedError, RayError
 from stpm import storage
 from stpm.errors import (
     ConfigError,
-    CutOffError,
     DataError,
     ModelError,
     ModelUnreadableError,
     OtherRunError,
     RunDamagedError,
+    RunInterruptedError,
     StpmError,
 )
 from stpm.jobs import score as score_job
@@ -345,7 +345,7 @@ def test_a_run_without_all_rows_is_unfinished(
             None,
             rf"000000\.parquet, which lists images of this run, is damaged or missing .*{OR_FRESH}$",
         ),
-        (OSError("503 Slow Down"), "a task failed; what was done is kept; run the same command again to go on"),
+        (OSError("503 Slow Down"), "a task failed; finished work is kept; run the same command again to continue"),
     ],
 )
 def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_over(
@@ -364,7 +364,7 @@ def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_
         raise RayError("a task failed")
 
     replace_ray(monkeypatch, score_shards)
-    with pytest.raises((RunDamagedError, CutOffError), match=message):
+    with pytest.raises((RunDamagedError, RunInterruptedError), match=message):
         score()
 
 
@@ -389,9 +389,9 @@ def test_a_failure_of_ray_cuts_the_run_off(
     score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
     monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=failure))
-    cut_off = rf"^scoring was cut off: {reason}; what was done is kept; run the same "
+    cut_off = rf"^scoring was interrupted: {reason}; finished work is kept; run the same "
     with pytest.raises(
-        *((CutOffError,) if reason else (AssertionError,)), match=cut_off if reason else "a bug of ours"
+        *((RunInterruptedError,) if reason else (AssertionError,)), match=cut_off if reason else "a bug of ours"
     ):
         score()
 

@@ -11,7 +11,7 @@ import pytest
 
 from stpm import storage
 from stpm.data.image_files import ImageRef
-from stpm.errors import CutOffError, RunDamagedError
+from stpm.errors import RunDamagedError, RunInterruptedError
 from stpm.lease import Fence
 from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows, read_shard, write_manifest
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
@@ -234,9 +234,9 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     write_task(stale, first, slice(5, 8))
     tasks.append(write_task(new, first, slice(5, 8)))
     # The suspended process does what it does at its end.
-    with pytest.raises(CutOffError, match="lease 6 is lost, the latest is 7"):
+    with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
         finish_segment(stale, OPTIONS, first, 3)
-    with pytest.raises(CutOffError, match="lease 6 is lost, the latest is 7"):
+    with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
         remove_leftovers(stale)
     storage.publish(stale.segment_summary(0), b"late")
     assert finish_segment(new, OPTIONS, first, 3).tasks == tasks

@@ -164,7 +164,7 @@ def write_manifest(
         fence: of this process; None: it takes no lease.
 
     Raises:
-        CutOffError: if another run has taken the lease meanwhile.
+        RunInterruptedError: if another run has taken the lease meanwhile.
         ConfigError: if a column of the user's has different types in different tables.
     """
     storage.remove(folder)

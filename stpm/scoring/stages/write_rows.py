@@ -11,7 +11,7 @@ from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
 from ray.data.datasource import FilenameProvider
 
 from stpm import storage
-from stpm.errors import CutOffError
+from stpm.errors import RunInterruptedError
 from stpm.lease import check
 from stpm.scoring.inputs.manifest import BLOCK_ROWS
 from stpm.scoring.options import OutputOptions
@@ -56,7 +56,7 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         """Write the rows of a task, then their summary.
 
         Raises:
-            CutOffError: if another run has taken the lease; then the task leaves no rows.
+            RunInterruptedError: if another run has taken the lease; then the task leaves no rows.
         """
         tables = [block for block in blocks if block.num_rows]
         task = task_of(self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx))
@@ -68,7 +68,7 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         super().write(tables, ctx)
         try:
             check(self._output.fence)
-        except CutOffError:
+        except RunInterruptedError:
             # The run that holds the lease now may have ended, and removes no more files.
             for uri in self._output.files():
                 if task_of(uri) == task:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm.scoring.inputs.duplicates import DuplicateFinder
@@ -19,7 +19,6 @@ def test_a_killed_process_leaves_no_ids_on_the_disk(tmp_path: Path, monkeypatch:
 
 
 @given(st.lists(st.lists(st.integers(-50, 50), max_size=30), max_size=12))
-@settings(deadline=None)
 def test_each_id_is_found_but_its_first_row(chunks: list[list[int]]) -> None:
     rows = [i for ids in chunks for i in ids]
     with DuplicateFinder() as finder:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import fsspec
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stpm import storage
@@ -107,7 +107,6 @@ def test_a_manifest_may_be_empty(folder: str) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(1, 12))
-@settings(deadline=None)
 def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], segment_rows: int) -> None:
     fsspec.filesystem("memory").store.clear()
     written = write_manifest(

@@ -32,7 +32,7 @@ ALLOWED = ["/plant", "s3://plant", "s3://plant/a/", "https://host", "abfs://box@
 @given(st.lists(RECORDS, min_size=1), st.sampled_from(RULES), st.sets(st.sampled_from(ALLOWED), min_size=1))
 @example([{"uri": "~\0", "mask": "", "category": "", "label": ""}], NUT, {"/plant"})
 @example([{"uri": "~\0://", "mask": "", "category": "", "label": ""}], NUT, {"/plant"})
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_a_table_names_is_allowed_and_without_a_secret_or_has_an_error(
     records: list[dict[str, str]], rule: CategoryRule, allow: set[str]
 ) -> None:

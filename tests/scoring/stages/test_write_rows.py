@@ -10,7 +10,7 @@ import pytest
 from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
 
 from stpm import storage
-from stpm.errors import CutOffError, DataError
+from stpm.errors import DataError, RunInterruptedError
 from stpm.lease import hold_lease
 from stpm.names import HIVE_NULL
 from stpm.scoring import ranked_rows
@@ -122,7 +122,7 @@ def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
 
         monkeypatch.setattr(ParquetDatasink, "write", suspended)
         for task in (1, 2):
-            with pytest.raises(CutOffError, match="lease 0 is lost, the latest is 1"):
+            with pytest.raises(RunInterruptedError, match="lease 0 is lost, the latest is 1"):
                 write(task)
             assert storage.files(output.scores) == before
         assert [path.stem for path in tmp_path.glob("summaries/**/*.json")] == ["scores_000000_uuid_000000"]
