@@ -7,6 +7,7 @@ import dataclasses
 import io
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -96,10 +97,12 @@ def call_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     """
     out, err = io.StringIO(), io.StringIO()
     package = logging.getLogger("stpm")
-    handlers = package.handlers
+    handlers, on_signal = package.handlers, {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
         cli.run_job(COMMANDS[name], options)
     package.handlers = handlers
+    for each, handler in on_signal.items():
+        signal.signal(each, handler)
     print(out.getvalue(), err.getvalue(), sep="\n")
     assert isinstance(ended.value.code, int)
     return subprocess.CompletedProcess([name, *options], ended.value.code, out.getvalue(), err.getvalue())
