@@ -117,7 +117,6 @@ class Detector:
 
     Args:
         teacher: the frozen teacher, with the preprocessing.
-        recipe: of the fit.
         student: the student in eval mode; None if the recipe has none.
         memory: the memory banks; empty if the recipe has none.
         distance_scales: scale of each distance map, in the order of `Distances.maps`; only fusion by quantiles has any.

@@ -37,8 +37,6 @@ class Result:
         size: width and height of the image itself, pixels.
         seen: left, top, right and bottom of the part of the image that the model sees, pixels of the image itself.
         model_map: (h, w) float32, the anomaly map of that part at model size, as the jobs store it.
-        heatmap_scale, seed, model_id: of the model.
-        statistics: of the image itself.
         picture: the image as it was given.
         error: why the image could not be scored; None if it was.
     """

@@ -51,7 +51,6 @@ def draw_charts(
     """Draw curves, score histogram and losses of a category as SVG by title, without those that would be empty.
 
     Args:
-        scores: of labelled images.
         history: columns `number`, `train_loss` and `validation_loss`, an entry per epoch; empty without a student.
         kept_epoch: number of the epoch whose weights were kept.
         salt: makes the ids in these charts differ from those of other charts on the same page.

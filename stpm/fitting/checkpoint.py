@@ -29,10 +29,8 @@ class FitState:
     The next step of the training changes its tensors.
 
     Args:
-        student: the student's weights.
         optimiser: the optimiser's tensors, by the index of their parameter and their name.
         best: weights of the epoch with the lowest validation loss; empty if the recipe keeps the last.
-        history: the epochs so far.
     """
 
     student: StateDict
@@ -45,7 +43,6 @@ class Checkpoint:
     """The checkpoint of one student's training.
 
     Args:
-        uri: of its object.
         fingerprint: digest of everything that the student depends on; a checkpoint with another one is ignored.
         interval: minimum seconds between two checkpoints.
         save_end: also save the end of the training, for tasks that train several students.

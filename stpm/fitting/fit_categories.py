@@ -82,9 +82,6 @@ def fit_categories(
         categories: with their training images.
         recipe: of all models; its seed is not used.
         stores: URI of the model store, by seed.
-        workers: number and resources of the workers.
-        cluster: what computes, and how to use a cluster.
-        wait: for other runs.
 
     Returns:
         One result per category and seed.

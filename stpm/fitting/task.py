@@ -16,7 +16,6 @@ class FitTask:
     """A model to fit.
 
     Args:
-        category: of the model.
         train: URI and version (see `stpm.storage.file_versions`) of each training image.
         recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
         store: URI of the store that the model goes to.

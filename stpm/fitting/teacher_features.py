@@ -21,7 +21,6 @@ class TeacherFeatures:
     Cached features are rounded to half precision, and clamped to its range.
 
     Args:
-        teacher: the frozen teacher.
         images: the category's decoded images.
         ram: bytes of RAM that images, cached features and what `ram_left` is used for may take together.
         gpu_ram: bytes that features may take on a GPU. All of them are cached, or none.

@@ -59,7 +59,6 @@ def run_worker_group(
         tasks: one or more.
         options: number of the workers, their RAM, and the time between checkpoints.
         resources: the CPU cores and GPUs that one worker takes.
-        arithmetic: of all workers.
         scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
         on_event: called with each event, on one thread that is not the caller's.
 

@@ -76,7 +76,6 @@ class Reference:
     """The good images of a category, from its model.
 
     Args:
-        calibration_count: number of calibration images.
         statistics: one value for each good image, by name: `stpm.data.image_statistics.COMPARED`.
         added: ranks of the calibration images that a person added, ascending; 1 is the highest score.
     """

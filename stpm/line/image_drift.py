@@ -31,7 +31,6 @@ class _Statistic(NamedTuple):
     """How a change of a statistic is measured and described.
 
     Args:
-        limits: of the change.
         subject: beginning of a sentence about the images.
         more: comparative for a rise.
         less: comparative for a fall.

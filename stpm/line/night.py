@@ -97,7 +97,6 @@ class Night:
         runs: names of the runs. If there are others, the record is made anew.
         unfinished: images that a run lists and that have no row.
         problem: why something of the night is missing, "" if nothing is.
-        categories: by name.
         error_examples: a few of each kind.
         top: the most anomalous images, in that order.
         discoveries: among all images of the night; None if the job does not look for them.

@@ -98,7 +98,6 @@ def _trend(
 
     Args:
         nights: oldest first.
-        name: the category.
         what: what the number is.
         value: the number of a night; None for none.
         show: writes it as text.

@@ -80,7 +80,6 @@ class MemoryBank:
     """Whitened descriptors of normal images at one pyramid level.
 
     Args:
-        spec: how the descriptors are made.
         mean: (C,) float32, mean of normal descriptors.
         whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
         vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.

@@ -55,7 +55,6 @@ class Preprocessing:
         height: height of the input, pixels.
         width: width of the input, pixels.
         resize: see `Recipe.resize`.
-        interpolation: of resizing.
         mean: mean per channel, of pixels in [0, 1].
         std: standard deviation per channel, of pixels in [0, 1].
     """

@@ -49,7 +49,6 @@ class LabelledScores:
         pixels: pixel counts by label.
         no_pixels: why there are no pixel counts, or "".
         error_count: number of images with a label that could not be scored.
-        unlabelled_count: number of images without a label.
         vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
         problems: one line each.
     """
@@ -163,8 +162,6 @@ class CategoryMetrics:
 
     Args:
         metrics: each of METRICS.
-        good_count: number of good images.
-        defect_count: number of defective images.
         error_count: as in `LabelledScores`, and so are the fields up to `problems`.
         defects: metrics of each defect type.
     """

@@ -43,8 +43,6 @@ class PixelCounts:
         keys: (K,) uint32, ascending: order-preserving bits of the score, without the last `lost_bits`.
         sums: (3, K) float64: numbers of good and of defective pixels, which are exact up to 2^53; and the sum over
             defect regions of the fraction of each region's pixels.
-        regions: number of defect regions.
-        max_keys: maximum number of keys.
     """
 
     keys: npt.NDArray[np.uint32]

@@ -86,7 +86,6 @@ class ModelRecord:
         files: all but model.json, by name.
         library_versions: of Python and of the libraries that made the model, by name.
         created: when the record was made, ISO 8601, UTC.
-        format: of model.json.
     """
 
     category: str

@@ -20,7 +20,6 @@ class Versions:
     """The contents of current.json. Rolling back and forward moves along `previous`, `current` and `next`.
 
     Args:
-        current: the category's current model.
         previous: the models that were current before it, the latest last.
         next: the models that were rolled back and not made current since, the nearest first.
     """

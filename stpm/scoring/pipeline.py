@@ -49,9 +49,7 @@ def score_shards(
     An image that failed because of storage, a model or a device gets no row, unless the options accept such errors.
 
     Args:
-        run: how to score, and where to write.
         shards: of the segment, with rows to score.
-        segment: its number.
         models: rows of other categories become rows with an error.
         progress: gets the statistics and the images without a row.
         state: gets what computes the features.

@@ -204,7 +204,6 @@ class ProgressDisplay:
     """Show the progress of a run: at the bottom of a terminal, or as a line every five seconds in a log.
 
     Args:
-        total: images to score.
         show: rewrites the line at the bottom of the terminal; None if the output is a log.
     """
 

@@ -85,7 +85,6 @@ def read_models(
     """Read the records of the models of those categories that have one.
 
     Args:
-        store: to read from.
         categories: names; "" is ignored.
         model_ids: the model of each category, and of no other; None: the current ones.
     """

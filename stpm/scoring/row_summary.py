@@ -66,7 +66,6 @@ class RowSummary:
         p_values: number of images by category and p-value. A category has at most as many p-values as images calibrate
             it, and one more.
         bytes_read: size of all image files.
-        max_ranked: maximum number of images in `ranked`.
         ranked: the most anomalous images, in that order.
         tasks: names of the tasks that wrote the rows, sorted.
     """

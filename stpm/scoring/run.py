@@ -36,7 +36,6 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     """Score all images that have no row yet, on Ray. Once all have one, find discoveries and write the triage page.
 
     Args:
-        run: what to do.
         start_over: remove what earlier runs wrote.
         replace: start over if the output holds a run with another configuration or other models, instead of refusing.
 

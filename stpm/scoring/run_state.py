@@ -60,15 +60,12 @@ class RunRecord:
 
     Args:
         config: `ScoringConfig.to_json` of the run; empty: there is no run to resume.
-        started: time of its start.
         versions: of the libraries at its start, by name.
         models: the model id of each category that has one; None: no models are bound yet.
         store: URI of the model store, which may change between runs.
         attempt: number of the attempt whose rows count; -1: none has begun to score.
         arithmetic: what has computed the scores until now.
         triage_images: number of images that triage.html was made for.
-        result: of the finished run.
-        ended: time of its end.
     """
 
     config: dict[str, Any] = field(default_factory=dict)

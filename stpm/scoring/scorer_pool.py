@@ -29,7 +29,6 @@ class ScorerPool:
     """The actors that score, and the resources of each scorer and of each task that fetches, decodes or writes.
 
     Args:
-        size: number of scorers at the start.
         max_size: maximum number of scorers after nodes have been added.
         reserved_fraction: of the cluster, reserved for the stages in equal parts.
         node_ram: of the smallest node, in bytes.
@@ -54,7 +53,6 @@ class ScorerPool:
         Args:
             scorers: requested number; 0: one per GPU, or without GPUs one per CPU core.
             nodes: the resources of each node that runs tasks.
-            blocks: number of blocks to score.
             grows: nodes may be added during the run.
 
         Raises:

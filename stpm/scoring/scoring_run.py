@@ -26,11 +26,7 @@ class ScoringRun:
         rows: lists the images, as rows for the manifest. It is not called if an earlier run wrote the manifest, and
             called twice if rows of an earlier run are replaced: first to see that there is something to score.
         config: all that decides the rows, except the models.
-        store: the models.
-        options: how to score.
-        output: where to write.
         triage_images: images on the page of the most anomalous ones; 0: no page.
-        cluster: what computes, and how to use a cluster.
         fdr: false discovery rate; 0: look for no discoveries.
     """
 

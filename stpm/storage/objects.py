@@ -111,8 +111,6 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
     Object stores are atomic per object. On a local disk, write a temporary file and rename it.
 
     Args:
-        uri: of the object.
-        data: its bytes.
         durable: wait until a local disk keeps it through a power cut.
 
     Raises:
@@ -156,7 +154,6 @@ def create(uri: str, data: bytes) -> bool:
     Azure). On a local disk a reader may find the object before its bytes.
 
     Args:
-        uri: of the object.
         data: bytes that no other caller writes. They show whose put succeeded if its answer was lost.
 
     Raises:

@@ -87,7 +87,6 @@ class Shard(NamedTuple):
     """A Parquet file of the manifest, or its rows that are still to be scored.
 
     Args:
-        uri: of the file.
         rows: their number, without the written ones.
         written: sorted ids of the rows in it that are written; None if there are none.
     """
@@ -116,7 +115,6 @@ class Manifest:
         rows: images in it.
         duplicates: images that were left out.
         categories: names, sorted.
-        shard_rows: rows of each shard, by its number.
         segment_rows: rows of a segment, at most.
         attempt: number of the attempt that wrote it; what earlier ones wrote does not belong to it.
     """
@@ -158,9 +156,7 @@ def write_manifest(
 
     Args:
         chunks: tables of schema MANIFEST, with the user's own columns.
-        folder: URI of the manifest's folder.
         segment_rows: rows of a segment, at most.
-        attempt: number of the attempt that writes.
         fence: of this process; None: it takes no lease.
 
     Raises:

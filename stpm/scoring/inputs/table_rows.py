@@ -19,7 +19,6 @@ def table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator
     """Yield the manifest rows of a table, a part of it at a time.
 
     Args:
-        uri: of the table.
         rule: chooses the category of rows that name none.
         allowed: prefixes of the URIs that the table may name.
 

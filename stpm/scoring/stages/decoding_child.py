@@ -30,7 +30,6 @@ def check_in_child(data: bytes, preprocessing: Preprocessing, seconds: float) ->
     """Decode an image in a child process, and discard the result. Do nothing if no process can be started.
 
     Args:
-        data: the image file.
         preprocessing: of the image's model.
         seconds: after which the child is killed.
 

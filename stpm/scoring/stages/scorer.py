@@ -63,9 +63,7 @@ class Scorer:
     As an actor of Ray it computes in as many threads as Ray assigned CPUs to it, at least one.
 
     Args:
-        store: of the models.
         models: by category, of all images that are decoded.
-        options: how to score.
         output: whether rows keep anomaly maps, and the pixels for overlays.
         arithmetic: what computes the features.
         progress: gets the report of each batch, and warnings. If torch cannot use the actor's GPU, it stops the run;

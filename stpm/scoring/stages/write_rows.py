@@ -30,7 +30,6 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
     Args:
         output: of the run, with the attempt that writes.
         options: whether files are divided by category, and hold raw maps.
-        segment: its number.
         rows_per_file: minimum rows of a file.
         max_ranked: number of the most anomalous images that a summary names.
     """
