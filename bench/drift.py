@@ -35,9 +35,9 @@ from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.detector import load
 from stpm.line.change import Verdict
-from stpm.line.drift import Reference, Sample, judge
 from stpm.line.night import CategoryNight
 from stpm.line.significance import FloatArray
+from stpm.line.verdict import Reference, Sample, judge
 from stpm.method.calibration import threshold_rank
 from stpm.models.store import ModelStore
 

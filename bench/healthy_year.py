@@ -35,9 +35,9 @@ from tabulate import tabulate
 
 from stpm.data.image_statistics import COMPARED
 from stpm.line.change import Verdict
-from stpm.line.drift import EARLIER, Reference, Sample, judge_categories
 from stpm.line.night import CategoryNight, Night
 from stpm.line.options import MonitoringOptions
+from stpm.line.verdict import EARLIER, Reference, Sample, judge_categories
 from stpm.method.calibration import threshold_rank
 
 _OPTIONS = MonitoringOptions()

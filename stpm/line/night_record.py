@@ -21,12 +21,12 @@ from stpm.errors import (
     ModelUnreadableError,
     with_remedy,
 )
-from stpm.line.drift import EARLIER, Reference, judge_categories
 from stpm.line.night import CategoryNight, Night, TopImage
 from stpm.line.night_folder import NightFolder
 from stpm.line.rows import RowCounter, read_rows
 from stpm.line.score_nights import NightlyJob
 from stpm.line.significance import FloatArray
+from stpm.line.verdict import EARLIER, Reference, judge_categories
 from stpm.method.false_discovery import Discoveries, find_discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stpm.data.image_statistics import COMPARED
-from stpm.line.drift import Sample
 from stpm.line.night import ErrorExample
+from stpm.line.verdict import Sample
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import read_batches
 

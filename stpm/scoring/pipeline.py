@@ -65,7 +65,7 @@ def score_shards(
     preprocessing = {name: record.preprocessing for name, record in models.items()}
     pool = ScorerPool.for_nodes(options.scorers, nodes_for_plan(run.cluster), len(blocks), grows=is_shared())
     task_ram = pool.ram_for(TASK_BYTES)
-    arithmetic = settle_arithmetic(run, state, models, gpus=pool.scorer_gpus > 0)
+    arithmetic = choose_and_record_arithmetic(run, state, models, gpus=pool.scorer_gpus > 0)
     log.info(f"{count_scorers(pool.size)} on {'GPUs' if pool.scorer_gpus else 'CPUs'}, {arithmetic}")
     context = DataContext.get_current().copy()
     context.op_resource_reservation_ratio = pool.reserved_fraction
@@ -115,7 +115,7 @@ def score_shards(
             raise
 
 
-def settle_arithmetic(run: ScoringRun, state: RunState, models: ModelRecords, *, gpus: bool) -> Arithmetic:
+def choose_and_record_arithmetic(run: ScoringRun, state: RunState, models: ModelRecords, *, gpus: bool) -> Arithmetic:
     """Choose what computes the features from now on, on GPUs or on CPUs, and record it. Needs a connection to Ray.
 
     Warn if that changes during the run, and where models were calibrated otherwise.

@@ -106,7 +106,7 @@ class RunState:
         """The content of run.json; that of no run if there is none."""
         return self._content[0]
 
-    def is_cleared(self) -> bool:
+    def is_half_removed(self) -> bool:
         """Return whether the removal of the run's files was cut off."""
         return self._content[1]
 

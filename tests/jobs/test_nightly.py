@@ -22,7 +22,7 @@ import pytest
 from stpm import storage
 from stpm.errors import ConfigError, ModelUnreadableError, RunInterruptedError
 from stpm.jobs import nightly
-from stpm.line import drift, night_record, score_nights
+from stpm.line import night_record, score_nights, verdict
 from stpm.line.change import Verdict
 from stpm.line.night import Night
 from stpm.line.night_folder import NightFolder
@@ -438,7 +438,7 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
 def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
     save(ModelStore(str(job.root / "models")), TINY, "bolt")
     judged = Mock(return_value=Verdict("fine"))
-    monkeypatch.setattr(drift, "judge", judged)
+    monkeypatch.setattr(verdict, "judge", judged)
     job.dump(DATE, "a")
     storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))
     job(nights=7)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from stpm.data.image_statistics import COMPARED
-from stpm.line.drift import Reference, Sample
 from stpm.line.night import CategoryNight
+from stpm.line.verdict import Reference, Sample
 from stpm.method.calibration import threshold_rank
 
 RATE = 0.01

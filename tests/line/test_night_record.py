@@ -1,4 +1,4 @@
-"""Records of nights from rows, with the verdicts of `drift.judge` itself."""
+"""Records of nights from rows, with the verdicts of `verdict.judge` itself."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from stpm.method.arithmetic import Capabilities
 from stpm.options import ClusterOptions
 from stpm.scoring import pipeline
-from stpm.scoring.pipeline import settle_arithmetic
+from stpm.scoring.pipeline import choose_and_record_arithmetic
 from stpm.scoring.run_state import RunState, ScoringConfig
 
 CPU, OLD_CPU = Capabilities(False, True, True), Capabilities(False, False, True)
@@ -32,7 +32,7 @@ def test_a_run_records_what_computes_it_and_warns_once_where_that_changes(
     def settle(device: Capabilities) -> list[str]:
         caplog.clear()
         monkeypatch.setattr(pipeline, "examine_devices", lambda gpus: [device])
-        found = settle_arithmetic(RUN, RunState(str(tmp_path)), models, gpus=False)
+        found = choose_and_record_arithmetic(RUN, RunState(str(tmp_path)), models, gpus=False)
         assert RunState(str(tmp_path)).record.arithmetic == found
         return [str(found), *caplog.messages]
 

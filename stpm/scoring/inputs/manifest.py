@@ -31,7 +31,7 @@ _SUMMARY = "manifest.json"
 _NO_CATEGORY = ImageError("no_model", "the image has no category; see --category and --category-from")
 # Images of one decoding task.
 BLOCK_ROWS = 64
-# A shard is read at once, by one task: enough rows that few tasks need planning, few enough for a small file.
+# Rows of a file that is written and read whole: enough that there are few files, few enough that one is small.
 SHARD_ROWS = 128 * BLOCK_ROWS
 # Shards that are being written at the same time.
 _WRITERS = 8

@@ -95,11 +95,11 @@ def _source_rows(
             yield from table_rows(table, rule, allowed_prefixes(table, allow))
         return
     files = storage.iter_files(name, settle) if name else _matching_files(uri, settle)
-    yield from _file_rows(_images_in(_meant(files, uri)), rule)
+    yield from _file_rows(_images_in(_without_hidden(files, uri)), rule)
 
 
-def _meant(files: Iterator[str], source: str) -> Iterator[str]:
-    """Leave out what nobody meant: names that begin with a dot, unless the source has them, and heatmaps of runs."""
+def _without_hidden(files: Iterator[str], source: str) -> Iterator[str]:
+    """Leave out heatmaps of runs, and names that begin with a dot, unless the source itself has as many."""
     named = source.count("/.")
     return (file for file in files if file.count("/.") <= named and not is_picture(file))
 

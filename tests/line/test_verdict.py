@@ -14,7 +14,7 @@ from scipy import stats
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.line.change import Verdict
-from stpm.line.drift import Reference, judge
+from stpm.line.verdict import Reference, judge
 from stpm.method.calibration import Calibration
 from stpm.method.scales import HeatmapScale
 from tests.line.nights import DrawnNight, Line
