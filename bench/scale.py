@@ -230,7 +230,7 @@ def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
     for uri, rows, _ in segment.shards:
         done = storage.read_table(uri).slice(0, round(rows * fraction))
         for start in range(0, done.num_rows, _ROWS_PER_FILE):
-            name = f"{output.name}_{segment.number:06}_{task:012}"
+            name = f"{output.name}_{segment.number:06}_{task:012}_try"
             written = output_rows(done.slice(start, _ROWS_PER_FILE))
             storage.publish(
                 storage.join(output.scores, f"{name}-0.parquet"), storage.encode_parquet(written), durable=False
@@ -251,7 +251,7 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
         storage.publish(output.segment_summary(segment.number), summary.to_json())
 
     def act() -> None:
-        written = take_over(output.with_attempt(1), state, OutputOptions(), segments, _TOP)
+        written = take_over(output.with_attempt(1), state, OutputOptions(), images, _TOP)
         unwritten_shards(output.with_attempt(1), OutputOptions(), begun, written.get(begun.number, RowSummary()))
 
     measure(f"resume{fraction * 100:.0f}", images.rows, act, begun.rows)

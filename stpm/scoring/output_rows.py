@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.errors import DataError, RunDamagedError
 from stpm.scoring.output import RunOutput
-from stpm.scoring.schema import OUTPUT
+from stpm.scoring.schema import OUTPUT, Int64Array
 
+_FILES_AT_ONCE = 256
 # Without this a category named 007 would be read as a number.
 _HIVE = ds.partitioning(pa.schema([("category", pa.string())]), flavor="hive")
 
@@ -64,7 +66,24 @@ def count_rows(output: RunOutput, files: Sequence[str] | None = None) -> int:
         RunDamagedError: if a file is damaged.
     """
     with naming_damaged_file(output, files):
-        return int(open_rows(output, files=files).count_rows())
+        return sum(dataset.count_rows() for dataset in _open_some(output, output.files() if files is None else files))
+
+
+def read_ids(output: RunOutput, files: Sequence[str]) -> Int64Array:
+    """Read the ids of the images in some files of rows, sorted.
+
+    Raises:
+        RunDamagedError: if a file is damaged.
+    """
+    with naming_damaged_file(output, files):
+        tables = [dataset.to_table(columns=["image_id"]) for dataset in _open_some(output, files)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *(table["image_id"].to_numpy() for table in tables)]))
+
+
+def _open_some(output: RunOutput, files: Sequence[str]) -> Iterator[ds.Dataset]:
+    """Open some files at a time: a dataset keeps each file's footer, which takes more memory than the file's ids."""
+    for start in range(0, len(files), _FILES_AT_ONCE):
+        yield open_rows(output, files=files[start : start + _FILES_AT_ONCE])
 
 
 def check_row_count(output: RunOutput) -> None:

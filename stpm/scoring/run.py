@@ -129,7 +129,7 @@ def _score_segments(
         The sum of the summaries of all rows, and the progress at the end.
     """
     output, options, segments = run.output, run.config.output, manifest.segments(run.output.manifest)
-    written = take_over(output, state, options, segments, run.triage_images)
+    written = take_over(output, state, options, manifest, run.triage_images)
     remove_leftovers(output)
     rows = manifest.rows - sum(summary.rows for summary in written.values())
     if rows < manifest.rows:
@@ -152,5 +152,6 @@ def _score_segments(
                             storage.in_parallel(lambda shard: read_shard(shard.uri).num_rows, shards)
                     raise
                 summary = finish_segment(output, options, segment, run.triage_images)
-            total = RowSummary.total([total, summary], 0)
+            # The names of all tasks may be many.
+            total = RowSummary.total([total, dataclasses.replace(summary, tasks=[])], 0)
         return total, progress.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, get_type_hints
@@ -18,8 +19,8 @@ from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.run_statistics import RunResult
 from stpm.times import timestamp
 
-# The content of run.json while the run's files are being removed.
-_CLEARED: dict[str, Any] = {"cleared": True}
+# In run.json while the run's files are being removed; beside it only the number of the attempt.
+_CLEARED = {"cleared": True}
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class RunState:
 
     def start(self, config: ScoringConfig) -> None:
         """Record the start of a run."""
-        self.write(RunRecord(config.to_json(), timestamp(), installed_versions()))
+        self.write(RunRecord(config.to_json(), timestamp(), installed_versions(), attempt=self.record.attempt))
 
     def bind_models(self, models: Mapping[str, str], store: str) -> None:
         """Record the model id of each category, and the URI of their store."""
@@ -193,8 +194,12 @@ class RunState:
         Replace run.json first: without it nothing can be resumed. Remove `_SUCCESS` next, before any row.
         """
         if self.exists():
-            self._publish(_CLEARED)
-            self._content = RunRecord(), True
+            attempt = -1
+            # Tasks of earlier attempts may still write: later attempts have higher numbers.
+            with suppress(OtherRunError, RunDamagedError):
+                attempt = self.record.attempt
+            self._publish(_CLEARED | {"attempt": attempt})
+            self._content = RunRecord(attempt=attempt), True
         storage.remove(self._success_uri)
 
     def forget(self) -> None:
@@ -210,15 +215,12 @@ class RunState:
             return RunRecord(), False
         except (ValueError, IsADirectoryError) as error:
             raise OtherRunError(f"{self.uri} is not the record of a run ({error})") from error
-        if values == _CLEARED:
-            return RunRecord(), True
-        if not isinstance(values, dict) or "config" not in values:
+        if not isinstance(values, dict) or not ("config" in values or _CLEARED.items() <= values.items()):
             raise OtherRunError(f"{self.uri} is not the record of a run")
         types = get_type_hints(RunRecord)
         # Other versions have other fields.
-        return RunRecord(
-            **{name: self._check(types[name], values[name], name) for name in types.keys() & values}
-        ), False
+        record = RunRecord(**{name: self._check(types[name], values[name], name) for name in types.keys() & values})
+        return record, "config" not in values
 
     def _check(self, kind: Any, value: Any, name: str) -> Any:
         """Convert a value of run.json. Raise RunDamagedError if it is of another type."""

@@ -1,12 +1,13 @@
 """Which rows of a run are written: those of which a summary is in the folder of the attempt that counts.
 
-    summaries/<attempt>/<segment>/<task>.json    of the rows that one task wrote
-    summaries/<attempt>/<segment>.json           the sum of several: it names their tasks, which do not count again
+    summaries/<attempt>/<segment>/<task>_<try>.json    of the rows that one task wrote
+    summaries/<attempt>/<segment>.json                 the sum of several: their tasks do not count again
 
-A task writes its files of rows first, and then their summary. `run.json` names the attempt whose folder counts. Each
-attempt first adds up, in a folder of its own, what the one before it has written until then, and has itself recorded.
-What a process of an earlier attempt writes after that, one that was suspended and wakes up, is in a folder that nobody
-reads.
+A task writes its files of rows first, and then their summary. Ray may repeat a task while the first try still writes:
+each try has files and a summary of its own, and one of them counts. `run.json` names the attempt whose folder counts.
+Each attempt first adds up, in a folder of its own, what the one before it has written until then, and has itself
+recorded. What a process of an earlier attempt writes after that, one that was suspended and wakes up, is in a folder
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ import numpy as np
 from stpm import storage
 from stpm.errors import RunDamagedError
 from stpm.lease import check
-from stpm.scoring.inputs.manifest import Segment, Shard, contains, read_shard
+from stpm.scoring.inputs.manifest import Manifest, Segment, Shard, contains, read_shard
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import count_rows, naming_damaged_file, open_rows
+from stpm.scoring.output_rows import count_rows, read_ids
 from stpm.scoring.row_summary import RowSummary, task_of
 from stpm.scoring.run_state import RunState
 
 # Summaries that are in memory at a time: all of them may not fit.
 _READ_AT_ONCE = 16
 _SUMMARY = re.compile(r"/([0-9]{6,})(?:/[^/]+)?\.json$", re.ASCII)
-# The end of the name of a task that writes rows, after the name of the run: attempt, execution, number.
-_TASK = re.compile(r"(\d+)_[0-9a-f]{32}_\d+")
+# The end of the name of a task that writes rows, after the name of the run: attempt, execution, number, try.
+_TASK = re.compile(r"(\d+)_[0-9a-f]{32}_\d+_[0-9a-f]{8}")
 
 
 def summaries_by_segment(output: RunOutput) -> dict[int, list[str]]:
@@ -46,7 +47,7 @@ def summaries_by_segment(output: RunOutput) -> dict[int, list[str]]:
 
 
 def read_summaries(uris: Sequence[str]) -> Iterator[RowSummary]:
-    """Read the summaries of one segment, a few at a time, without those that its sum has.
+    """Read the summaries of one segment, a few at a time, one for each task, without those that its sum has.
 
     Raises:
         RunDamagedError: if a summary is damaged.
@@ -54,8 +55,9 @@ def read_summaries(uris: Sequence[str]) -> Iterator[RowSummary]:
     added_up: set[str] = set()
     for start in range(0, len(uris), _READ_AT_ONCE):
         for summary in storage.in_parallel(_read_summary, uris[start : start + _READ_AT_ONCE]):
-            if not added_up.issuperset(summary.tasks):
-                added_up.update(summary.tasks)
+            tasks = {name.rpartition("_")[0] for name in summary.tasks}
+            if not added_up.issuperset(tasks):
+                added_up |= tasks
                 yield summary
 
 
@@ -69,18 +71,22 @@ def _read_summary(uri: str) -> RowSummary:
 
 
 def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
-    """Read the summaries of all rows that count, a few at a time."""
-    counted = output.with_attempt(output.state.record.attempt)
-    return chain.from_iterable(map(read_summaries, summaries_by_segment(counted).values()))
+    """Read the summaries of all rows that count, by run.json, a few at a time."""
+    return _summaries_of(output.with_attempt(output.state.record.attempt))
+
+
+def _summaries_of(output: RunOutput) -> Iterator[RowSummary]:
+    # Not by run.json: a late request of a suspended process may have written that.
+    return chain.from_iterable(map(read_summaries, summaries_by_segment(output).values()))
 
 
 def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowSummary:
-    """Add up the summaries of a run that has this number of rows, and name the most anomalous images.
+    """Add up the summaries of an attempt at a run that has this number of rows, and name the most anomalous images.
 
     Raises:
         RunDamagedError: if a summary is damaged, or the summaries are of another number of rows.
     """
-    total = RowSummary.total(committed_summaries(output), max_ranked)
+    total = RowSummary.total(_summaries_of(output), max_ranked)
     if total.rows != rows:
         raise RunDamagedError(
             f"the summaries in {output.summaries} are of {total.rows} rows, and the run has {rows}: some are missing"
@@ -89,9 +95,11 @@ def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowS
 
 
 def take_over(
-    output: RunOutput, state: RunState, options: OutputOptions, segments: Sequence[Segment], max_ranked: int
+    output: RunOutput, state: RunState, options: OutputOptions, manifest: Manifest, max_ranked: int
 ) -> dict[int, RowSummary]:
     """Add up what the attempt that counts has written, and record that from now on this attempt counts.
+
+    An attempt before that which wrote the manifest had another list of images.
 
     Returns:
         The sum for each segment of which rows are written, by its number.
@@ -99,8 +107,9 @@ def take_over(
     Raises:
         RunDamagedError: as `add_up` does.
     """
-    earlier = summaries_by_segment(output.with_attempt(state.record.attempt))
-    begun = [segment for segment in segments if segment.number in earlier]
+    counted = state.record.attempt
+    earlier = summaries_by_segment(output.with_attempt(counted)) if counted >= manifest.attempt else {}
+    begun = [segment for segment in manifest.segments(output.manifest) if segment.number in earlier]
     sums = {each.number: add_up(output, options, each, earlier[each.number], max_ranked) for each in begun}
     state.write(replace(state.record, attempt=output.attempt))
     return sums
@@ -151,11 +160,8 @@ def unwritten_shards(output: RunOutput, options: OutputOptions, segment: Segment
     """
     if not written.rows:
         return list(segment.shards)
-    files = _files_of(output, options, written.tasks)
-    with naming_damaged_file(output, files):
-        found = open_rows(output, files=files).to_table(columns=["image_id"])["image_id"].to_numpy()
-    _check_count(output, segment, written, len(found))
-    ids = np.sort(found)
+    ids = read_ids(output, _files_of(output, options, written.tasks))
+    _check_count(output, segment, written, len(ids))
 
     def without_written(shard: Shard) -> Shard:
         rows = read_shard(shard.uri)["image_id"].to_numpy()
@@ -174,7 +180,7 @@ def remove_leftovers(output: RunOutput) -> None:
     Raises:
         RunInterruptedError: if another run has taken the lease.
     """
-    tasks = {task for summary in committed_summaries(output) for task in summary.tasks}
+    tasks = {task for summary in _summaries_of(output) for task in summary.tasks}
     leftovers = []
     for uri in output.files():
         attempt = _attempt_of(task_of(uri), output.name)
@@ -195,8 +201,8 @@ def _attempt_of(task: str, run: str) -> int | None:
 
 def _files_of(output: RunOutput, options: OutputOptions, tasks: Collection[str]) -> list[str]:
     """List the files that tasks wrote, without listing those of other segments."""
-    # Ray names the tasks of one execution alike, but for a number at the end.
-    starts = sorted({f"{task.rpartition('_')[0]}_" for task in tasks})
+    # Ray names the tasks of one execution alike, but for number and try at the end.
+    starts = sorted({f"{task.rsplit('_', 2)[0]}_" for task in tasks})
     folders = [output.scores]
     if options.partition_by == "category" and storage.exists(output.scores):
         folders = [storage.join(output.scores, name) for name in storage.subfolders(output.scores)]

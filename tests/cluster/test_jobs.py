@@ -103,7 +103,7 @@ def test_fit_then_score_with_relative_paths(working_folder: Path, ray_here: None
     assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
     names = {path.name for path in Path("run").iterdir()}
-    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "segments", "triage.html"}
+    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "summaries", "triage.html"}
 
     # A dry run in another folder measures, and writes nothing.
     dry = call_job("score", *SCORE, "--images", "data/nut/test", "--out", "dry", "--dry-run")

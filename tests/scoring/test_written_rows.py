@@ -13,7 +13,15 @@ from stpm import storage
 from stpm.data.image_files import ImageRef
 from stpm.errors import RunDamagedError, RunInterruptedError
 from stpm.lease import Fence
-from stpm.scoring.inputs.manifest import ManifestRow, Segment, make_rows, read_shard, write_manifest
+from stpm.scoring.inputs.manifest import (
+    Manifest,
+    ManifestRow,
+    Segment,
+    make_rows,
+    read_manifest,
+    read_shard,
+    write_manifest,
+)
 from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
@@ -53,7 +61,7 @@ def write_task(output: RunOutput, segment: Segment, rows: slice, *, summarized: 
     images = pa.concat_tables([read_shard(shard.uri) for shard in segment.shards]).slice(rows.start)
     count = rows.stop - rows.start
     made = make_output(count, **{name: images[name].to_pylist()[:count] for name in ("image_id", "uri", "category")})
-    task = f"scores_{output.attempt:06}_{32 * 'a'}_{10 * segment.number + rows.start:06}"
+    task = f"scores_{output.attempt:06}_{32 * 'a'}_{10 * segment.number + rows.start:06}_{8 * 'c'}"
     storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(made))
     if summarized:
         summary = RowSummary.of_rows(made, task, 3).to_json()
@@ -61,10 +69,16 @@ def write_task(output: RunOutput, segment: Segment, rows: slice, *, summarized: 
     return task
 
 
+def manifest_of(output: RunOutput) -> Manifest:
+    manifest = read_manifest(output.manifest)
+    assert manifest
+    return manifest
+
+
 def uris_left(output: RunOutput, segments: list[Segment]) -> list[list[str]]:
     """Let the next attempt take over, and return the images that it is to score of each segment."""
     later = output.with_attempt(output.attempt + 1)
-    written = take_over(later, output.state, OPTIONS, segments, 3)
+    written = take_over(later, output.state, OPTIONS, manifest_of(output), 3)
     found = []
     for segment in segments:
         shards = unwritten_shards(later, OPTIONS, segment, written.get(segment.number, RowSummary()))
@@ -211,7 +225,7 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
 
     def begin(run: RunOutput) -> list[str]:
         storage.publish(f"{output.folder}/.lease/{run.attempt}.json", b"")
-        written = take_over(run, RunState(run.state_folder), OPTIONS, segments, 3)
+        written = take_over(run, RunState(run.state_folder), OPTIONS, manifest_of(run), 3)
         shards = unwritten_shards(run, OPTIONS, first, written.get(0, RowSummary()))
         return [
             uri
@@ -244,3 +258,40 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     remove_leftovers(new)
     assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
     assert storage.files(output.summaries) == [new.segment_summary(0)]
+
+
+def test_a_late_request_of_a_suspended_driver_removes_no_rows(output: RunOutput, segments: list[Segment]) -> None:
+    """It replaces run.json by what was right for that driver: its attempt, whose summaries are removed."""
+    suspended = RunState(output.state_folder)
+    stale = suspended.record
+    later = output.with_attempt(1)
+    assert uris_left(output, segments)
+    for segment in segments:
+        write_task(later, segment, slice(0, segment.rows))
+        finish_segment(later, OPTIONS, segment, 3)
+    suspended.write(stale)
+    remove_leftovers(later)
+    assert total_of_finished(later, 10).rows == 10
+    assert len(later.files()) == 2
+
+
+def test_a_run_that_starts_over_takes_no_rows_of_tasks_that_still_write(
+    output: RunOutput, segments: list[Segment]
+) -> None:
+    """Also if the same process starts it over, under the same lease."""
+    output.clear()
+    assert output.state.is_half_removed()
+    state = output.state
+    state.start(ScoringConfig((), 0.01))
+    assert state.next_attempt() == 1
+    manifest = write_manifest(
+        [make_rows([ManifestRow(ImageRef(f"{number}.png"), "nut") for number in range(10)])],
+        output.manifest,
+        segment_rows=8,
+        attempt=1,
+    )
+    write_task(output, manifest.segments(output.manifest)[0], slice(0, 8))
+    later = output.with_attempt(1)
+    assert take_over(later, state, OPTIONS, manifest, 3) == {}
+    remove_leftovers(later)
+    assert later.files() == []

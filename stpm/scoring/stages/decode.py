@@ -109,8 +109,8 @@ class Decode:
                 fetch = done.pop()
                 i, _ = fetches.pop(fetch)
                 outcomes[i] = self._decode(rows[i], fetch, in_child)
-                continue
-            for fetch in [fetch for fetch, (_, late) in fetches.items() if late <= time.monotonic()]:
+            now = time.monotonic()
+            for fetch in [fetch for fetch, (_, late) in fetches.items() if late <= now and not fetch.done()]:
                 i, _ = fetches.pop(fetch)
                 # The next run tries it again.
                 outcomes[i] = timeout_error("fetch", self._seconds)
@@ -126,7 +126,8 @@ class Decode:
                 check_in_child(data, preprocessing, self._seconds)
             return self._in_time("decode", _in_thread(decoding.decode, data, preprocessing))
         except ImageError as error:
-            return error
+            # Without its traceback, which would keep the file's bytes as long as the error.
+            return ImageError(error.kind, str(error))
 
     def _in_time(self, step: str, result: Future[T]) -> T:
         wait([result], self._seconds)

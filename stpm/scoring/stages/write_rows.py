@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,10 +60,12 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         """
         tables = [block for block in blocks if block.num_rows]
         task = task_of(self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx))
-        summary_uri = storage.join(self._summaries, f"{task}.json")
         # Ray repeats a task whose node was lost after it ended: keep the rows, which are complete.
-        if not tables or storage.exists(summary_uri):
+        if not tables or storage.files_starting(self._summaries, f"{task}_"):
             return
+        # An earlier try may be suspended, and go on later.
+        self._try = uuid.uuid4().hex[:8]
+        name = f"{task}_{self._try}"
         check(self._output.fence)
         super().write(tables, ctx)
         try:
@@ -70,8 +73,13 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         except RunInterruptedError:
             # The run that holds the lease now may have ended, and removes no more files.
             for uri in self._output.files():
-                if task_of(uri) == task:
+                if task_of(uri) == name:
                     storage.remove(uri)
             raise
-        summaries = (RowSummary.of_rows(table, task, self._max_ranked) for table in tables)
-        storage.publish(summary_uri, RowSummary.total(summaries, self._max_ranked).to_json())
+        summaries = (RowSummary.of_rows(table, name, self._max_ranked) for table in tables)
+        summary = RowSummary.total(summaries, self._max_ranked)
+        storage.publish(storage.join(self._summaries, f"{name}.json"), summary.to_json())
+
+    def _get_basename_template(self, filename: str, write_uuid: str) -> str:
+        template: str = super()._get_basename_template(filename, write_uuid)
+        return template.replace("-{i}", f"_{self._try}-{{i}}")

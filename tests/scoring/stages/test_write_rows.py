@@ -18,12 +18,12 @@ from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.row_summary import RowSummary, task_of
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.schema import OUTPUT
 from stpm.scoring.stages.draw_heatmaps import with_folder_names
 from stpm.scoring.stages.write_rows import RowWriter
-from stpm.scoring.written_rows import finish_segment
+from stpm.scoring.written_rows import finish_segment, remove_leftovers, total_of_finished
 from tests.datasets import make_output
 
 
@@ -67,7 +67,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
     # The tasks named five images each.
     assert [row["score"] for row in ranked_rows.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
-    lost = f"{output.scores}/**/scores_000000_uuid_000000-*.parquet"
+    lost = f"{output.scores}/**/scores_000000_uuid_000000_*.parquet"
     for uri in storage.glob(lost)[0]:
         storage.remove(uri)
     with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
@@ -85,18 +85,40 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
     assert RowSummary.from_json(summary.read_bytes()).categories == ranked_rows.scan_rows(output, 0).categories
 
 
-def test_a_task_that_runs_again_after_its_end_writes_nothing(tmp_path: Path) -> None:
-    output = RunOutput.single(str(tmp_path))
-    files = RowWriter(output, OutputOptions(), 0, rows_per_file=1, max_ranked=5)
-    context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=7)
-    files.write([output_rows(0, 9)], context)
-    (summary,) = tmp_path.rglob("*.json")
-    summary.unlink()
-    # Without a summary it writes the same files again.
-    files.write([output_rows(0, 10)], context)
-    files.write([output_rows(0, 4)], context)
-    assert open_rows(output).count_rows() == 10
-    assert RowSummary.from_json(summary.read_bytes()).rows == 10
+@pytest.mark.parametrize("partition_by", ["none", "category"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_of_a_task_that_ray_repeats_one_try_counts(
+    tmp_path: Path, ended: bool, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is suspended, with fewer rows, and goes on after the second or after the segment; a third does nothing."""
+    output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
+    segment = Segment(0, (Shard("", 10),))
+
+    def write(count: int) -> None:
+        writer = RowWriter(output, options, 0, rows_per_file=1, max_ranked=5)
+        writer.write([output_rows(0, count)], SimpleNamespace(kwargs={"write_uuid": 32 * "a"}, task_idx=7))
+
+    publish = storage.publish
+
+    def suspended(uri: str, data: bytes) -> None:
+        monkeypatch.setattr(storage, "publish", publish)
+        write(10)
+        if ended:
+            assert finish_segment(output, options, segment, 5).rows == 10
+        publish(uri, data)
+
+    monkeypatch.setattr(storage, "publish", suspended)
+    write(9)
+    write(4)
+    summary = finish_segment(output, options, segment, 5)
+    assert summary.rows == (10 if ended else open_rows(output, files=files_of(output, summary)).count_rows())
+    remove_leftovers(output)
+    assert total_of_finished(output, summary.rows).tasks == summary.tasks
+    assert open_rows(output).count_rows() == summary.rows
+
+
+def files_of(output: RunOutput, summary: RowSummary) -> list[str]:
+    return [uri for uri in output.files() if task_of(uri) in summary.tasks]
 
 
 @pytest.mark.parametrize("partition_by", ["none", "category"])
@@ -125,5 +147,6 @@ def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
             with pytest.raises(RunInterruptedError, match="lease 0 is lost, the latest is 1"):
                 write(task)
             assert storage.files(output.scores) == before
-        assert [path.stem for path in tmp_path.glob("summaries/**/*.json")] == ["scores_000000_uuid_000000"]
+        (summary,) = tmp_path.glob("summaries/**/*.json")
+        assert summary.stem.startswith("scores_000000_uuid_000000_")
         storage.remove(f"{folder}/.lease/1.json")
