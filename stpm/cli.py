@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ _METAVARS = {
     Size: "{HEIGHTxWIDTH,SIDE,auto}",
 }
 _BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+# Characters of a value in a message.
+_MAX_SHOWN = 200
 _YAML_NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -107,9 +110,9 @@ class _Option(argparse.Action):
                 return _BOOLEANS[_text(value).lower()]
             if choices := get_args(self.kind):
                 return choices[choices.index(value)]
-            return self.kind(_text(value))
+            return (_finite if self.kind is float else self.kind)(_text(value))
         except (KeyError, TypeError, ValueError) as error:
-            shown = "not valid" if self.field.metadata["is_secret"] else value or "empty"
+            shown = "not valid" if self.field.metadata["is_secret"] else _shown(value)
             what = f"{flag(self.field.name)} is {shown}{where and f' in {where}'}"
             raise ConfigError(hide_urls(f"{what}; give {self.metavar}; see --help")) from error
 
@@ -278,28 +281,51 @@ def _read_config(path: str, options: Mapping[str, _Option]) -> Iterator[tuple[st
         ConfigError: if there is no such file, it is no YAML, or an option or a value is not valid. The message quotes
             no line, which may hold a secret.
     """
+    shown = hide_urls(path)
     try:
         loader = yaml.BaseLoader(Path(path).read_text("utf-8"))
         content = loader.get_single_node()
         if not isinstance(content, yaml.MappingNode):
-            raise ConfigError(f"--config {path} has no lines `option: value`")
+            raise ConfigError(f"--config {shown} has no lines `option: value`")
         for key, node in content.value:
-            where, name = f"{path}, line {key.start_mark.line + 1}", str(key.value).replace("-", "_")
+            where = f"{shown}, line {key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{where}: an option's name is text")
+            name = str(key.value).replace("-", "_")
             if name == "config":
                 raise ConfigError(f"{where}: a file cannot name another one; give --config several times")
             if name not in options:
                 raise _no_option(flag(name), map(flag, options), f"{where}: ")
-            if isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _YAML_NULLS:
+            if any(map(_is_null, node.value if isinstance(node, yaml.SequenceNode) else [node])):
                 raise ConfigError(f"{flag(name)} is null in {where}; give a value, or leave it out")
             yield name, options[name].parse(loader.construct_object(node, deep=True), where)
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}; see --help") from error
+        raise ConfigError(f"--config {shown} cannot be read: {error.strerror}; see --help") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path} is not UTF-8; save it as UTF-8") from error
+        raise ConfigError(f"--config {shown} is not UTF-8; save it as UTF-8") from error
     except yaml.YAMLError as error:
         line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         problem = getattr(error, "problem", "it has a character that YAML does not allow")
-        raise ConfigError(f"--config {path}{line}: {problem}") from None
+        raise ConfigError(f"--config {shown}{line}: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {shown} is nested too deeply; give `option: value` lines") from None
+
+
+def _finite(text: str) -> float:
+    """Parse a finite number. Raises ValueError."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def _shown(value: Any) -> Any:
+    """Shorten what is too long for a message."""
+    is_long = isinstance(value, str) and len(value) > _MAX_SHOWN
+    return f"{value[:_MAX_SHOWN]}…" if is_long else value or "empty"
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _YAML_NULLS
 
 
 def _text(value: Any) -> str:

@@ -82,6 +82,8 @@ def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsy
         with pytest.raises(ConfigError, match=r"https://host/\.\.\.: this URI holds a user or password") as caught:
             COMMANDS["nightly"].parse([*argv, option, "https://me:SECRET@host/{date}"])
         assert "SECRET" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--config https://host/\.\.\. cannot be read: No such file"):
+        COMMANDS["nightly"].parse(["--config", "https://me:SECRET@host/x?key=SECRET"])
     for option in ("--data", "--out", "--teacher-weights"):
         with pytest.raises(ConfigError, match=r"s3://bucket/\.\.\.: this URI holds a user or password"):
             COMMANDS["benchmark"].parse([option, "s3://key:SECRET@bucket/x"])
@@ -105,7 +107,11 @@ FILE_ERRORS = [
     ("fit", b"epochs: [1]\n", "--epochs is ['1'] in FILE, line 1; give INTEGER; see --help"),
     ("fit", b"levels: {a: 1}\n", "--levels is {'a': '1'} in FILE, line 1; give INTEGER,INTEGER,...; see --help"),
     ("benchmark", b"seeds: a\n", "--seeds is a in FILE, line 1; give INTEGER,INTEGER,...; see --help"),
-    ("fit", b"learning_rate: " + b"9" * 400, "--learning-rate is inf; give a finite number"),
+    ("fit", b"learning_rate: .inf\n", "--learning-rate is .inf in FILE, line 1; give NUMBER; see --help"),
+    ("fit", b"learning_rate: " + b"9" * 400, f"--learning-rate is {200 * '9'}… in FILE, line 1; give NUMBER; see"),
+    ("nightly", b"? {webhook: SECRET}\n: 1\n", "FILE, line 1: an option's name is text"),
+    ("fit", b"categories: [a, ~]\n", "--categories is null in FILE, line 1; give a value, or leave it out"),
+    ("fit", b"categories: " + b"[" * 3000, "FILE is nested too deeply; give `option: value` lines"),
     ("fit", b"size: 0x140\n", "--size is '0x140'; give 32 to 4096"),
     ("fit", b"size: 1:30\n", "--size is 1:30 in FILE, line 1; give {HEIGHTxWIDTH,SIDE,auto}; see --help"),
     *(
@@ -177,8 +183,8 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
         (["--epochs", "0"], "epochs is 0; give at least 1"),
         (["--workers", "-1"], "workers is -1; give at least 0"),
         (["--tolerance", "-1"], "tolerance is -1.0; give at least 0"),
-        (["--worker-ram-gib", "nan"], "worker-ram-gib is nan; give a finite number"),
-        (["--model-ram-gib", "inf"], "model-ram-gib is inf; give a finite number"),
+        (["--worker-ram-gib", "nan"], "worker-ram-gib is nan; give NUMBER"),
+        (["--model-ram-gib", "inf"], "model-ram-gib is inf; give NUMBER"),
         (["--image-seconds", "1e10"], "image-seconds is 10000000000.0; give more than 0 and at most 86400"),
         (["--student", "none", "--memory", "0"], "student is 'none'; give --memory too"),
         (["--preset", "paper", "--memory", "9"], "fusion is 'product'; give quantile"),

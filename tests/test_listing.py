@@ -213,13 +213,15 @@ def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_
 
 @pytest.fixture
 def requests_of_s3(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """Let S3 answer with pages of three entries; return the requests for them."""
+    """Let S3 answer with pages of three entries, as some servers without a date; return the requests for them."""
     asked: list[dict[str, str]] = []
     call = S3FileSystem.call_s3
 
     def record(self: Any, method: str, *rest: Any, **more: Any) -> Any:
         asked.append(more)
-        return call(self, method, *rest, **more)
+        answer = call(self, method, *rest, **more)
+        del answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+        return answer
 
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
     monkeypatch.setattr(S3FileSystem, "call_s3", record)

@@ -41,9 +41,9 @@ def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, 
     if key:
         headers[SIGNATURE] = f"sha256={hmac.new(os.fsencode(key), body, hashlib.sha256).hexdigest()}"
 
-    # Otherwise requests would look for other credentials first.
-    user, password = urlsplit(url).username, urlsplit(url).password or ""
-    auth = (unquote_to_bytes(user), unquote_to_bytes(password)) if user else None
+    # Without this, requests would send what ~/.netrc has for the host, or for any.
+    user, password = urlsplit(url).username or "", urlsplit(url).password or ""
+    auth = (unquote_to_bytes(user), unquote_to_bytes(password)) if user or password else lambda request: request
 
     # urllib3 would try again by itself, and log the URL.
     @tenacity.retry(

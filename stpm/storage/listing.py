@@ -381,7 +381,8 @@ def _walk_s3(fs: Any, uri: str, path: str) -> Iterator[_Page]:
             # The parts are so many that to list each of them takes more requests than to list the whole.
             return ([], 0.0), [(prefix, _PREFIX_LEVELS, "")]
         found = (each for each in answer.get("Contents", ()) if not each["Key"].endswith("/"))
-        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        now = parsedate_to_datetime(date).timestamp() if date else time.time()
         page = [_Entry(f"{bucket}/{each['Key']}", "file", each) for each in found], now
         if answer["IsTruncated"]:
             return page, [(prefix, level, answer["NextContinuationToken"])]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,16 @@ def test_the_message_arrives_once_signed_and_with_the_users_credentials(server: 
     assert headers["Authorization"] == "Basic bWU6cGFzcy13b3Jk"
     expected = f"sha256={hmac.new(key, BODY, hashlib.sha256).hexdigest()}"
     assert headers.get(SIGNATURE) == (expected if key else None)
+
+
+def test_a_url_without_a_user_sends_no_credentials_of_netrc(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("default login anybody password SECRET\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    post(f"http://127.0.0.1:{server.server_port}/hooks", BODY, "")
+    ((_, headers, _),) = server.received
+    assert "Authorization" not in headers
 
 
 def test_temporary_failures_are_tried_again(server: Server) -> None:

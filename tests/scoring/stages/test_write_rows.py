@@ -90,7 +90,7 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
 def test_of_a_task_that_ray_repeats_one_try_counts(
     tmp_path: Path, ended: bool, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first is suspended, with fewer rows, and goes on after the second or after the segment; a third does nothing."""
+    """The first, with fewer rows, is suspended until the second or the segment has ended; a third does nothing."""
     output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
     segment = Segment(0, (Shard("", 10),))
 
