@@ -101,7 +101,7 @@ class Nightly:
                 progress.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
                 if chunk:
                     made = pa.concat_tables([output_rows([row], models[row["category"]].model_id) for row in chunk])
-                    task = f"{run.output.name}_{abs(chunk[0]['image_id'])}"
+                    task = f"{run.output.name}_{abs(chunk[0]['image_id'])}_try"
                     storage.publish(
                         f"{run.output.scores}/{task}-0.parquet", storage.encode_parquet(made), durable=False
                     )
