@@ -271,15 +271,15 @@ def _in_turn(first: T, list_page: Callable[[T, int], tuple[_Page, list[T]]]) -> 
     `list_page` also gets the largest number of listings that waited until now.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        waiting, most = deque([first]), 1
+        waiting, most_waiting = deque([first]), 1
         listed: deque[Future[tuple[_Page, list[T]]]] = deque()
         while waiting or listed:
             # Names that are listed long before they are needed take memory.
             while waiting and len(listed) < THREADS:
-                listed.append(pool.submit(list_page, waiting.popleft(), most))
+                listed.append(pool.submit(list_page, waiting.popleft(), most_waiting))
             page, more = listed.popleft().result()
             waiting.extend(more)
-            most = max(most, len(waiting) + len(listed))
+            most_waiting = max(most_waiting, len(waiting) + len(listed))
             yield page
 
 
@@ -371,9 +371,9 @@ def _walk_s3(fs: Any, uri: str, path: str) -> Iterator[_Page]:
     """
     bucket, _, key = path.partition("/")
 
-    def list_page(part: tuple[str, int, str], most: int) -> tuple[_Page, list[tuple[str, int, str]]]:
+    def list_page(part: tuple[str, int, str], most_waiting: int) -> tuple[_Page, list[tuple[str, int, str]]]:
         prefix, level, token = part
-        divides = not token and level < _PREFIX_LEVELS and most < THREADS
+        divides = not token and level < _PREFIX_LEVELS and most_waiting < THREADS
         arguments = {"Delimiter": "/"} if divides else {"ContinuationToken": token} if token else {}
         request = partial(fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **arguments)
         answer: dict[str, Any] = with_retries(uri, request)
