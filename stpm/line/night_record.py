@@ -158,7 +158,7 @@ def _choose_models(
     for night in earlier:
         models |= {name: category.model_id for name, category in night.categories.items() if category.scored}
     for output in outputs:
-        models |= output.state.model_ids() or {}
+        models |= output.state.record.models or {}
     models |= {name: counter.models.most_common(1)[0][0] for name, counter in rows.items() if counter.models}
     return dict(sorted(models.items()))
 

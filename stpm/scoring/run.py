@@ -60,15 +60,14 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
             f"all images of this run are scored already; its result is in {state.uri}. Files that came after it began "
             "are not in it"
         )
-        # Raise if summaries are missing: then it is not known which rows count.
-        total_of_finished(run.output, finished.rows)
     scored = finished or _score_remaining(run, state, manifest, models)
     if scored.unfinished:
         return scored, models
+    # Raise if summaries are missing: then it is not known which rows count.
+    total = total_of_finished(run.output, scored.rows, run.triage_images)
     remove_leftovers(run.output)
-    result = _find_discoveries(run, scored, models)
+    result = _find_discoveries(run, scored, models, total)
     if run.triage_images and (run.triage_images != state.record.triage_images or result != scored):
-        total = total_of_finished(run.output, result.rows, run.triage_images)
         preprocessing = {name: record.preprocessing for name, record in models.items()}
         write_triage(run.output, total, run.triage_images, preprocessing, result.discoveries)
         state.write(dataclasses.replace(state.record, triage_images=run.triage_images))
@@ -79,15 +78,14 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     return result, models
 
 
-def _find_discoveries(run: ScoringRun, result: RunResult, models: ModelRecords) -> RunResult:
+def _find_discoveries(run: ScoringRun, result: RunResult, models: ModelRecords, total: RowSummary) -> RunResult:
     """Return the result with the discoveries at the run's rate, unless it has them already."""
     if run.fdr == (result.discoveries.rate if result.discoveries else 0.0):
         return result
     if not run.fdr:
         return dataclasses.replace(result, discoveries=None)
-    p_values = total_of_finished(run.output, result.rows).p_values
     calibration = {name: record.fit.calibration_count for name, record in models.items()}
-    return dataclasses.replace(result, discoveries=find_discoveries(p_values, calibration, run.fdr))
+    return dataclasses.replace(result, discoveries=find_discoveries(total.p_values, calibration, run.fdr))
 
 
 def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, models: ModelRecords) -> RunResult:

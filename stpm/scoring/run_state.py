@@ -132,10 +132,6 @@ class RunState:
         value: PartitionBy | None = self.record.config.get("partition_by")
         return value and self._check(PartitionBy, value, "partition_by")
 
-    def model_ids(self) -> dict[str, str] | None:
-        """Return the model id of each category that has one; None if no models are bound yet."""
-        return self.record.models
-
     def store_and_model_ids(self) -> tuple[str, dict[str, str]]:
         """Return the URI of the model store, and the model id of each category.
 

@@ -7,9 +7,10 @@ the first one starts.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -81,16 +82,16 @@ def divide_evenly(shards: Sequence[Shard], max_rows: int) -> list[list[Part]]:
     total = sum(shard.rows for shard in shards)
     count = -(-total // max_rows)
     bounds = [total * number // count for number in range(count + 1)] if count else []
-    tasks: list[list[Part]] = []
-    for start, stop in pairwise(bounds):
-        parts, first = [], 0
-        for shard in shards:
-            inside = slice(max(start - first, 0), min(stop - first, shard.rows))
-            if inside.start < inside.stop:
-                parts.append((shard, inside))
-            first += shard.rows
-        tasks.append(parts)
-    return tasks
+    firsts = [0, *accumulate(shard.rows for shard in shards)]
+
+    def part(number: int, start: int, stop: int) -> Part:
+        first, shard = firsts[number], shards[number]
+        return shard, slice(max(start - first, 0), min(stop - first, shard.rows))
+
+    return [
+        [part(number, start, stop) for number in range(bisect_right(firsts, start) - 1, bisect_left(firsts, stop))]
+        for start, stop in pairwise(bounds)
+    ]
 
 
 def _count_rows(parts: Sequence[Part]) -> int:

@@ -56,15 +56,15 @@ class DetectorCache:
 
     def detector(self, category: str) -> Detector:
         """Return the detector of a category. Raise ImageError if it cannot be loaded."""
-        detector = self._detectors.get(category) or self._load(category, self._load_detector)
-        self._detectors[category] = detector
+        if category not in self._detectors:
+            self._detectors[category] = self._load(category, self._load_detector)
+            while len(self._detectors) > 1 and self._nbytes() > self._max_bytes:
+                self._detectors.popitem(last=False)
         self._detectors.move_to_end(category)
-        while len(self._detectors) > 1 and self._nbytes() > self._max_bytes:
-            self._detectors.popitem(last=False)
-        return detector
+        return self._detectors[category]
 
     def _load_teacher(self, category: str) -> Teacher:
-        return load_teacher(self._store, TeacherSpec.of_model(self._models[category], self._device, self._arithmetic))
+        return load_teacher(self._store, self.teacher_spec(category))
 
     def _load_detector(self, category: str) -> Detector:
         teacher = self._load_teacher(category)
