@@ -34,6 +34,7 @@ from stpm.detector import Detector
 from stpm.method.calibration import threshold
 from stpm.method.recipe import PRESETS, Precision, Recipe
 from stpm.method.teacher import Teacher
+from stpm.method.views import choose_views
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend
 
@@ -65,15 +66,17 @@ def score(store: ModelStore, model: Model, category: mvtec.Category, way: str) -
     """Score the test images in one way."""
     backend, precision = _WAYS[way]
     record = model.record
-    backbone = store.load_teacher(record.recipe.teacher, record.recipe.levels, record.teacher_digest)
-    teacher = Teacher(backbone, record.preprocessing, torch.device("cpu"), precision, backend)
+    recipe, preprocessing = record.recipe, record.preprocessing
+    backbone = store.load_teacher(recipe.teacher, recipe.teacher_levels, record.teacher_digest)
+    views = choose_views(recipe, preprocessing)
+    teacher = Teacher(backbone, preprocessing, torch.device("cpu"), precision, backend, views)
     detector = Detector.from_model(model, teacher)
     scores = []
     for start in range(0, len(category.test), _BATCH):
         files = [(storage.read(image.uri), None) for image in category.test[start : start + _BATCH]]
         compared = compare(detector, files)
         maps = detector.anomaly_maps(compared.distances, compared.content)
-        scores += [each.score(record.recipe.top_fraction).total for each in maps]
+        scores += [each.score(recipe.top_fraction) for each in maps]
     return scores
 
 

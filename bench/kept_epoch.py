@@ -78,12 +78,8 @@ class EveryEpoch(Checkpoint):
         assert detector.student
         losses = []
         for batch in split_batches(self.others, EVALUATION_BATCH_SIZE):
-            levels = zip(
-                features(batch),
-                teacher.compute(detector.student, features.inputs(batch)),
-                features.content_masks(batch),
-                strict=True,
-            )
+            inputs, targets, valid = features.of_student(batch, self.recipe.levels)
+            levels = zip(targets, teacher.compute(detector.student, inputs), valid, strict=True)
             per_level = [_image_losses(*level) for level in levels]
             losses += np.mean(per_level, axis=0).tolist()
         self.losses.append(np.array(losses, np.float32))

@@ -32,19 +32,20 @@ from stpm.method import backbones
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import StateDict
 from stpm.method.device import device_capabilities
-from stpm.method.fusion import Distances, sample_distances
-from stpm.method.memory_bank import KINDS
+from stpm.method.fusion import Distances, Float32Array, sample_distances
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Recipe
-from stpm.method.scales import fit_distance_scale
+from stpm.method.scales import fit_scales
 from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
+from stpm.method.views import choose_views
 from stpm.metrics.category_metrics import AUPRO_LIMITS
 from stpm.metrics.pixel_metrics import Mask, PixelCounts, count_pixels
 from stpm.models.store import ModelStore
-from stpm.options import Integers, WantedBackend
+from stpm.options import WantedBackend
 
 _BATCH = 16
+_FALSE_ALARMS = 0.02
 # Bytes that decoded images, and features, may take.
 _RAM_BUDGET = 4 * 2**30
 
@@ -62,7 +63,7 @@ def make_fit_parser(description: str | None) -> argparse.ArgumentParser:
 
 def make_task(store: ModelStore, category: mvtec.Category, recipe: Recipe) -> FitTask:
     """Put the recipe's teacher into a store, and return the task that fits the category's model there."""
-    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels))
     recipe = recipe.for_image_count(len(category.train))
     return FitTask(category.name, category.train, recipe, store.uri, digest)
 
@@ -94,18 +95,16 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
 def teacher_from(recipe: Recipe, preprocessing: Preprocessing) -> Teacher:
     """Return the recipe's teacher on this process's device, computed by PyTorch."""
     device = assigned_device()
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-    backbone = backbones.load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
+    backbone = backbones.load_backbone(recipe.teacher, recipe.teacher_levels, weights, recipe.teacher)
     arithmetic = choose_arithmetic([device_capabilities(device)], "pytorch")
-    return Teacher(backbone, preprocessing, device, arithmetic.precision_to_fit(recipe.precision))
+    precision = arithmetic.precision_to_fit(recipe.precision)
+    return Teacher(backbone, preprocessing, device, precision, "pytorch", choose_views(recipe, preprocessing))
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A fitted detector that is not calibrated, the files of its held-out images, and the seconds of the fit.
-
-    Its recipe names the memory levels that the fit has chosen.
-    """
+    """A fitted detector that is not calibrated, the files of its held-out images, and the seconds of the fit."""
 
     detector: Detector
     student: StateDict | None
@@ -128,8 +127,6 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     seconds = time.perf_counter() - start
     held = [storage.read(uris[i]) for i in held_out]
     kept = trained.kept_epoch
-    chosen = sorted({recipe.levels[bank.spec.level_index] for bank in memory})
-    recipe = dataclasses.replace(recipe, memory_levels=Integers(chosen))
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
     return Fitted(detector, trained.student, held, seconds, None if kept is None else kept.validation_loss)
 
@@ -169,31 +166,40 @@ def concatenate(batches: Sequence[Distances]) -> Distances:
 
 
 def measure(compared: ComparedImages, normal: ComparedImages, detector: Detector, variant: str) -> list[float | None]:
-    """Return METRICS of a variant of a fit; `normal` gives the scales of its parts."""
-    recipe = detector.recipe
-    varied = change_recipe(recipe, variant)
-    changed = dataclasses.replace(detector, recipe=varied)
-    scales = [fit_distance_scale(sample_distances(each)) for each in kept_parts(normal.distances, recipe, varied).maps]
-    distances = kept_parts(compared.distances, recipe, varied)
+    """Return METRICS, and the recall at 2 % false alarms, of a variant of a fit; `normal` gives the scales."""
+    varied = change_recipe(detector.recipe, variant)
+    changed = dataclasses.replace(
+        detector,
+        recipe=varied,
+        student=detector.student if varied.student != "none" else None,
+        memory=detector.memory if varied.memory else (),
+    )
+    normal_maps = changed.on_one_grid(_kept(normal.distances, changed), normal.content)
+    scales = fit_scales(sample_distances(normal_maps), changed.map_weights)
     scores = []
     counts = PixelCounts.empty()
+    distances = _kept(compared.distances, changed)
     for start in range(0, len(compared.truth), _BATCH):
         part = slice(start, start + _BATCH)
         maps = changed.anomaly_maps(distances.select(part), compared.content[part], scales)
-        scores += [each.score(varied.top_fraction).total for each in maps]
+        scores += [each.score(varied.top_fraction) for each in maps]
         counts += count_pixels([each.total for each in maps], compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
     if any(mask.any() for mask in compared.truth):
         values[1:] = counts.auroc().value, counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
+    values.append(recall(np.array(scores), compared.is_defect))
     return [value and round(value, 4) for value in values]
 
 
-def kept_parts(distances: Distances, fitted: Recipe, varied: Recipe) -> Distances:
-    """Return the distances of those levels and banks that a variant keeps of a fit."""
-    student = [d for d, level in zip(distances.student, fitted.levels, strict=False) if level in varied.levels]
-    levels = [level for level in fitted.memory_levels for _ in KINDS]
-    memory = [d for d, level in zip(distances.memory, levels, strict=False) if level in varied.memory_levels]
-    return Distances(tuple(student) if varied.student != "none" else (), tuple(memory) if varied.memory else ())
+def recall(scores: Float32Array, is_defect: Mask) -> float:
+    """Return the share of defects above the cut that at most 2 % of the good test images exceed, in hindsight."""
+    good = np.sort(scores[~is_defect])
+    return float((scores[is_defect] > good[-1 - int(_FALSE_ALARMS * len(good))]).mean())
+
+
+def _kept(distances: Distances, detector: Detector) -> Distances:
+    """Return the distances of those parts that a detector has."""
+    return Distances(distances.student if detector.student else (), distances.memory if detector.memory else ())
 
 
 def compare_real(detector: Detector, category: mvtec.Category) -> ComparedImages:

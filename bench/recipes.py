@@ -39,8 +39,10 @@ from stpm.method.recipe import PRESETS, Recipe
 from stpm.metrics.pixel_metrics import Mask
 
 _KINDS = ("real", "drawn")
+# METRICS, and the recall.
+_MEASURED = len(METRICS) + 1
 # What a variant may change of a recipe: what is used after the fit.
-_VARIED = {"student", "memory", "levels", "memory_levels", "fusion", "student_weight", "smoothing", "top_fraction"}
+_VARIED = {"student", "memory", "fusion", "student_weight", "smoothing", "top_fraction", "coarse_weight"}
 _DRAWN_PER_IMAGE = 4
 
 
@@ -122,11 +124,11 @@ def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
         return statistics.fmean(values) if values else math.nan
 
     def shown(name: str, category: str) -> str:
-        return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in range(len(METRICS)))
+        return " / ".join("–" if (v := mean(name, category, m)) is None else f"{v:.4f}" for m in range(_MEASURED))
 
     rows = []
     for name in by_choice:
-        means = " / ".join(f"{average(name, m):.4f}" for m in range(len(METRICS)))
+        means = " / ".join(f"{average(name, m):.4f}" for m in range(_MEASURED))
         rows.append([name, *(shown(name, category) for category in categories), means])
     text = tabulate(rows, [kind, *categories, "mean"], tablefmt="pipe", disable_numparse=True)
     if len(categories) == 1:

@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import NoReturn, overload
+from typing import Any, NoReturn, overload
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -29,13 +30,24 @@ from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_
 from stpm.method.backbones import Backbone, StateDict, load_backbone
 from stpm.method.calibration import Calibration
 from stpm.method.device import device_capabilities, is_out_of_memory, local_device
-from stpm.method.fusion import AnomalyMap, Distances, fuse
+from stpm.method.fusion import (
+    AnomalyMap,
+    Distances,
+    Float32Array,
+    fuse_levels,
+    fuse_views,
+    map_weights,
+    on_one_grid,
+    soft_maximum,
+    upsample,
+)
 from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
-from stpm.method.scales import DistanceScale
-from stpm.method.teacher import FeatureExtractor, Teacher, spatial_shape
+from stpm.method.scales import DistanceScale, Floats
+from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
+from stpm.method.views import View, choose_views
 from stpm.metrics.category_metrics import (
     CategoryMetrics,
     LabelledPixels,
@@ -66,6 +78,7 @@ class TeacherSpec:
     levels: tuple[int, ...]
     digest: str
     preprocessing: Preprocessing
+    views: tuple[View, ...]
     precision: Precision
     device: torch.device
     backend: Backend
@@ -73,9 +86,10 @@ class TeacherSpec:
     @classmethod
     def of_model(cls, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> TeacherSpec:
         """Return the spec with which a stored model scores."""
-        recipe, preprocessing, digest = record.recipe, record.preprocessing, record.teacher_digest
         precision = arithmetic.precision_to_score(record.precision)
-        return cls(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
+        return cls._make(
+            record.recipe, record.teacher_digest, record.preprocessing, precision, device, arithmetic.backend
+        )
 
     @classmethod
     def to_fit(
@@ -83,7 +97,12 @@ class TeacherSpec:
     ) -> TeacherSpec:
         """Return the spec with which a model is fitted."""
         precision = arithmetic.precision_to_fit(recipe.precision)
-        return cls(recipe.teacher, recipe.levels, digest, preprocessing, precision, device, arithmetic.backend)
+        return cls._make(recipe, digest, preprocessing, precision, device, arithmetic.backend)
+
+    @classmethod
+    def _make(cls, recipe: Recipe, digest: str, preprocessing: Preprocessing, *computed_by: Any) -> TeacherSpec:
+        views = choose_views(recipe, preprocessing)
+        return cls(recipe.teacher, recipe.teacher_levels, digest, preprocessing, views, *computed_by)
 
 
 # Each lives as long as a detector that uses it.
@@ -94,7 +113,7 @@ def share_teacher(spec: TeacherSpec, load_backbone: Callable[[], Backbone]) -> T
     """Return the teacher of another detector of this process whose spec is equal, or else make one."""
     teacher = _teachers.get(spec)
     if not teacher:
-        teacher = Teacher(load_backbone(), spec.preprocessing, spec.device, spec.precision, spec.backend)
+        teacher = Teacher(load_backbone(), spec.preprocessing, spec.device, spec.precision, spec.backend, spec.views)
         _teachers[spec] = teacher
     return teacher
 
@@ -119,7 +138,8 @@ class Detector:
         teacher: the frozen teacher, with the preprocessing.
         student: the student in eval mode; None if the recipe has none.
         memory: the memory banks; empty if the recipe has none.
-        distance_scales: scale of each distance map, in the order of `Distances.maps`; only fusion by quantiles has any.
+        distance_scales: scale of each distance map, in the order of `Distances.maps`, and then of each of two views'
+            maps; only fusion by quantiles has any.
         calibration: scores of good images; None: not calibrated yet, so that it gives distances and maps alone.
         model_record: what is known of the model besides its weights; None: not calibrated yet.
         publish: writes the model to a store, under a category's name, and returns its record.
@@ -191,7 +211,7 @@ class Detector:
         # Before it is saved, a model has no category, with which its id begins.
         name = self.model_record.model_id.removeprefix("-") if self.model_record else "not calibrated"
         teacher = self.teacher
-        seen = f"{self.recipe.teacher} at {teacher.preprocessing.size_text}, {teacher.precision}, {teacher.backend}"
+        seen = f"{self.recipe.teacher} at {teacher.input_size}, {teacher.precision}, {teacher.backend}"
         return f"Detector({name}, {seen}, {teacher.device})"
 
     @property
@@ -261,7 +281,7 @@ class Detector:
 
     def score_inputs(
         self,
-        inputs: Tensor,
+        inputs: Inputs,
         sizes: Sequence[tuple[int, int]],
         false_alarm_rate: float,
         features: Sequence[Tensor] = (),
@@ -273,20 +293,21 @@ class Detector:
         preprocessing = self.teacher.preprocessing
         content = preprocessing.content_boxes(sizes)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
-        scores = [each.score(self.recipe.top_fraction) for each in maps]
-        p_values = calibration.p_values(np.array([score.total for score in scores], np.float32))
+        scores = np.array([each.score(self.recipe.top_fraction) for each in maps], np.float32)
+        p_values = calibration.p_values(scores)
         threshold = np.float32(calibration.threshold(false_alarm_rate))
         results = []
         for (width, height), anomaly_map, score, p_value in zip(sizes, maps, scores, p_values, strict=True):
-            values, total = anomaly_map.total, np.float32(score.total)
+            values = anomaly_map.total
             y, x = divmod(int(values.argmax()), values.shape[1])
+            fine, coarse, *_ = (*anomaly_map.view_scores(self.recipe.top_fraction), None, None)
             results.append(
                 Result(
-                    score=float(total),
-                    student_score=score.student,
-                    memory_score=score.memory,
+                    score=float(score),
+                    fine_score=fine,
+                    coarse_score=coarse,
                     p_value=float(p_value),
-                    is_anomalous=bool(total > threshold),
+                    is_anomalous=bool(score > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
                     area=float((values > threshold).mean()),
@@ -301,19 +322,20 @@ class Detector:
         return results
 
     @torch.no_grad()
-    def distances(self, inputs: Tensor, content: Boxes, features: Sequence[Tensor] = ()) -> Distances:
+    def distances(self, inputs: Inputs, content: Boxes, features: Sequence[Tensor] = ()) -> Distances:
         """Measure how far the teacher's features are from the student's, and from each memory bank.
 
         Args:
-            inputs: (B, 3, H, W) float32, from `Teacher.inputs`.
+            inputs: of B images, from `Teacher.inputs`.
             content: (B, 4) int32 content boxes of the same images.
-            features: the teacher's, one (B, Cₗ, Hₗ, Wₗ) tensor per level; empty: compute them.
+            features: the teacher's, of all levels, (B, Cₗ, Hₗ, Wₗ) each; empty: compute them.
         """
         features = features or self.teacher(inputs)
         student: tuple[Tensor, ...] = ()
         if self.student:
-            matched = self.teacher.compute(self.student, inputs)
-            student = tuple(distance_map(t, s) for t, s in zip(features, matched, strict=True))
+            matched = self.teacher.compute(self.student, inputs[-1])
+            targets = [features[i] for i in self.teacher.student_indices(self.recipe.levels)]
+            student = tuple(distance_map(t, s) for t, s in zip(targets, matched, strict=True))
         valid = self.teacher.content_masks(content, [spatial_shape(level) for level in features])
         memory = (
             bank.distance_map(features[bank.spec.level_index], valid[bank.spec.level_index]) for bank in self.memory
@@ -323,23 +345,45 @@ class Detector:
     def anomaly_maps(
         self, distances: Distances, content: Boxes, scales: Sequence[DistanceScale] | None = None
     ) -> list[AnomalyMap]:
-        """Fuse distances of B images into one smoothed anomaly map per image, cut to the image's content box, (B, 4).
+        """Fuse B images' distances into one map per content box, with the model's distance scales or others.
 
-        `scales` are those of the distance maps; None: the detector's own.
+        Args:
+            distances: from `distances`.
+            content: (B, 4) int32 content boxes of the same images.
+            scales: as `distance_scales`; None: the model's.
         """
-        valid = self.teacher.content_masks(content, [spatial_shape(d) for d in distances.maps])
         scales = self.distance_scales if scales is None else scales
-        total, *parts = fuse(distances, scales, self.recipe, self.teacher.preprocessing.input_shape, valid)
-        arrays = [None if maps is None else maps.cpu().numpy() for maps in parts]
+        shape = self.teacher.preprocessing.input_shape
+        views: list[Float32Array] = []
+        if self.recipe.fusion == "quantile":
+            fused = fuse_views(self.on_one_grid(distances, content), self.map_weights, scales)
+            views = list(fused.cpu().numpy())
+            (valid,) = self.teacher.content_masks(content, [spatial_shape(fused)])
+            total = upsample(soft_maximum(fused, self.recipe.coarse_weight), shape, valid)
+        else:
+            levels = self.teacher.content_masks(content, [spatial_shape(each) for each in distances.student])
+            total = fuse_levels(distances.student, levels, self.recipe.fusion, shape)
         results = []
-        for i, (whole, (left, top, right, bottom)) in enumerate(
-            zip(total.cpu().numpy(), content.tolist(), strict=True)
-        ):
-            box = slice(top, bottom), slice(left, right)
-            student, memory = (None if maps is None else maps[i][box] for maps in arrays)
-            anomaly_map = AnomalyMap(np.ascontiguousarray(whole[box]), student, memory)
+        for i, (whole, box) in enumerate(zip(total.cpu().numpy(), content.tolist(), strict=True)):
+            anomaly_map = AnomalyMap(
+                np.ascontiguousarray(_crop(whole, box, shape)), tuple(_crop(view[i], box, shape) for view in views)
+            )
             results.append(anomaly_map.smoothed(self.recipe.smoothing))
         return results
+
+    def on_one_grid(self, distances: Distances, content: Boxes) -> Tensor:
+        """Bring K distance maps of B images with these content boxes to the finest one's shape: (K, B, h, w)."""
+        valid = self.teacher.content_masks(content, [spatial_shape(each) for each in distances.maps])
+        return on_one_grid(distances.maps, valid)
+
+    @cached_property
+    def map_weights(self) -> Floats:
+        """Return the weight of each distance map in each view, (V, K) float32; see `stpm.method.fusion.map_weights`."""
+        last = len(self.teacher.views) - 1
+        student = [last] * len(self.recipe.levels) if self.student else []
+        of_level = [index for index, view in enumerate(self.teacher.views) for _ in view.levels]
+        memory = [of_level[bank.spec.level_index] for bank in self.memory]
+        return map_weights(student, memory, self.recipe.student_weight)
 
     def evaluate(self, folder: str | os.PathLike[str], *, false_alarm_rate: float = 0.01) -> CategoryMetrics:
         """Score labelled images, and return metrics as the benchmark's report has them, shown as a table.
@@ -440,6 +484,14 @@ def load(
         publish=lambda target, name: target.copy_model(models, model.record, name),
         read_history=lambda: models.history(model.record),
     )
+
+
+def _crop(values: Float32Array, box: Sequence[int], input_shape: tuple[int, int]) -> Float32Array:
+    """Cut a box, given in an input's pixels, out of a map of any shape; at least one position."""
+    left, top, right, bottom = box
+    rows, columns = (length / whole for length, whole in zip(values.shape, input_shape, strict=True))
+    y, x = int(top * rows), int(left * columns)
+    return values[y : max(round(bottom * rows), y + 1), x : max(round(right * columns), x + 1)]
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class Result:
 
     Args:
         score: mean of the anomaly map's highest values; larger is more anomalous. NaN with an error.
-        student_score, memory_score: their parts of the score; None if the score is not a sum.
+        fine_score, coarse_score: the mean of each view's own map at the pixels that make the score: which view has seen
+            the defect. None if the model has no such view, or its map is a product of levels.
         p_value: conformal p-value against held-out good images, in (0, 1]. NaN with an error.
         is_anomalous: score > threshold.
         threshold: score above which an image is called anomalous. NaN with an error.
@@ -42,8 +43,8 @@ class Result:
     """
 
     score: float = _NAN
-    student_score: float | None = None
-    memory_score: float | None = None
+    fine_score: float | None = None
+    coarse_score: float | None = None
     p_value: float = _NAN
     is_anomalous: bool = False
     threshold: float = _NAN

@@ -28,6 +28,7 @@ from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
+from stpm.method.views import choose_views
 from stpm.options import Integers, Size
 
 # Processes of tests share the cores, and threads that wait for each other spin. Jobs choose their own number.
@@ -62,6 +63,7 @@ MODELS = {
     "student": TINY,
     "student and memory": dataclasses.replace(MEMORY, top_fraction=0.01, smoothing=1.0),
     "memory": dataclasses.replace(MEMORY, student="none"),
+    "two views": dataclasses.replace(MEMORY, coarse_pixels=1024, coarse_levels=Integers((1, 2))),
 }
 
 
@@ -137,9 +139,11 @@ def make_teacher() -> Callable[[Recipe], Teacher]:
     """Return a function that makes an untrained teacher on the CPU."""
 
     def make(recipe: Recipe) -> Teacher:
-        state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
-        backbone = load_backbone(recipe.teacher, recipe.levels, state, "test")
-        return Teacher(backbone, preprocessing_for(recipe, []), torch.device("cpu"), "float32")
+        state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
+        backbone = load_backbone(recipe.teacher, recipe.teacher_levels, state, "test")
+        preprocessing = preprocessing_for(recipe, [])
+        views = choose_views(recipe, preprocessing)
+        return Teacher(backbone, preprocessing, torch.device("cpu"), "float32", views=views)
 
     return make
 

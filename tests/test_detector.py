@@ -25,7 +25,7 @@ from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
 from stpm.method.recipe import Recipe
-from stpm.method.teacher import Teacher
+from stpm.method.teacher import Inputs, Teacher
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
 from tests.conftest import MODELS, REPOSITORY, SETTINGS, TINY
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_job_bit_for_bit(run: Path, category: str) -> No
     detector = stpm.load(str(run / "models"), category, backend="pytorch")
     results = list(detector.score((row["uri"] for row in written), false_alarm_rate=0.3))
     for row, result in zip(written, results, strict=True):
-        for name in ("score", "p_value", "threshold", "student_score", "memory_score", "area"):
+        for name in ("score", "p_value", "threshold", "coarse_score", "fine_score", "area"):
             value = getattr(result, name)
             assert row[name] == (None if value is None else np.float32(value)), name
         assert (row["is_anomalous"], row["model_id"]) == (result.is_anomalous, result.model_id)
@@ -78,8 +78,8 @@ def test_the_teacher_runs_once_for_a_batch_of_three_categories(run: Path, monkey
     passes: list[int] = []
     original = Teacher.__call__
 
-    def count(teacher: Teacher, inputs: torch.Tensor) -> list[torch.Tensor]:
-        passes.append(len(inputs))
+    def count(teacher: Teacher, inputs: Inputs) -> list[torch.Tensor]:
+        passes.append(len(inputs[0]))
         return original(teacher, inputs)
 
     monkeypatch.setattr(Teacher, "__call__", count)

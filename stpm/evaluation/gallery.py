@@ -17,13 +17,13 @@ from stpm.data.masks import crop_mask, read_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError
 from stpm.evaluation.category import MASK_COLUMNS, ScoredCategory
-from stpm.pages import score_parts
+from stpm.pages import view_scores
 
 _COUNT = 4
 # Pixels: sides of an image in the sheet and in a gallery, space between images, height of a caption.
 _SHEET_SIZE, _GALLERY_SIZE, _GAP, _CAPTION = 256, 160, 8, 40
 _OUTLINE = (0, 255, 255)
-_SCORES = ("score", "student_score", "memory_score", "is_anomalous")
+_SCORES = ("score", "fine_score", "coarse_score", "is_anomalous")
 _COLUMNS = (*MASK_COLUMNS, "archive_start", "archive_length", *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]
@@ -85,9 +85,9 @@ def _is_defect(row: Row) -> bool:
 
 def _caption(row: Row) -> tuple[str, str]:
     """Name an image by its folder and file, and say what was found."""
-    parts = score_parts(row)
+    views = view_scores(row)
     verdict = "anomalous" if row["is_anomalous"] else "not anomalous"
-    found = f"{row['label']}, score {row['score']:.3g}{parts and f' = {parts}'}, {verdict}"
+    found = f"{row['label']}, score {row['score']:.3g}{views and f' ({views})'}, {verdict}"
     return "/".join(row["uri"].split("/")[-2:]), found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,16 +12,14 @@ from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
 from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank, stride_of, strided_shape, window_size
 from stpm.method.recipe import Recipe
+from stpm.method.views import choose_memory_levels
 
 # Descriptors to choose a bank's coreset from. With more, this takes longer than a small student's training.
 _MAX_CANDIDATES = 65_536
-# By default a level has banks if it has at least this many channels: banks of a level with 24 made detection worse
-# (docs/recipes.md).
-_MIN_CHANNELS = 32
 
 
 def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> tuple[MemoryBank, ...]:
-    """Build two banks for each of the recipe's memory levels: one of features and one of directions.
+    """Build two banks for each memory level of each view: one of features and one of directions.
 
     The same training images, recipe and kind of device give the same banks.
     """
@@ -49,24 +46,18 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
 
 
 def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpec]:
-    """Specify the descriptors of each bank: both kinds for each memory level."""
-    level_indices = choose_levels(recipe, features.channels)
-    coarsest = features.shapes[level_indices[-1]]
+    """Specify the descriptors of each bank: both kinds for each memory level of each view."""
     specs = []
-    for index in level_indices:
-        shape = features.shapes[index]
-        stride = stride_of(shape, features.teacher.preprocessing.input_shape)
-        window = window_size(shape, coarsest, stride)
-        specs += [DescriptorSpec(index, kind, window, stride) for kind in KINDS]
+    first = 0
+    for view, levels in zip(features.teacher.views, choose_memory_levels(recipe), strict=True):
+        shapes = dict(zip(view.levels, features.shapes[first:], strict=False))
+        for level in levels:
+            stride = stride_of(shapes[level], view.input_shape)
+            window = window_size(shapes[level], shapes[levels[-1]], stride)
+            index = first + view.levels.index(level)
+            specs += [DescriptorSpec(index, kind, window, stride) for kind in KINDS]
+        first += len(view.levels)
     return specs
-
-
-def choose_levels(recipe: Recipe, channels: Sequence[int]) -> list[int]:
-    """Return the indices of the levels with memory banks: the recipe's, or those with enough channels."""
-    if recipe.memory_levels:
-        return [recipe.levels.index(level) for level in recipe.memory_levels]
-    wide = [index for index, count in enumerate(channels) if count >= _MIN_CHANNELS]
-    return wide or [len(channels) - 1]
 
 
 def _choose_candidates(

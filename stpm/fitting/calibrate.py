@@ -21,7 +21,7 @@ from stpm.method.scales import (
     DistanceScale,
     HeatmapScale,
     HeatmapScaleBuilder,
-    fit_distance_scale,
+    fit_scales,
     leave_one_out_scales,
 )
 from stpm.method.teacher import spatial_shape
@@ -40,17 +40,18 @@ def calibrate_detector(
     There are one image or more; two or more if the recipe fuses by quantiles.
 
     Returns:
-        The (n,) scores of the images, in their order; the model's heatmap scale; the scale of each distance map, in
-        the order of `Distances.maps`: none unless the recipe fuses by quantiles.
+        The (n,) scores of the images, in their order; the model's heatmap scale; the scales as in
+        `Detector.distance_scales`.
     """
     samples, maps = _compare(detector, features, held_out)
     left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
     heatmap_scale = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
     scores = []
     for anomaly_map in maps:
-        scores.append(anomaly_map.score(detector.recipe.top_fraction).total)
+        scores.append(anomaly_map.score(detector.recipe.top_fraction))
         heatmap_scale.add(anomaly_map.total)
-    return np.array(scores, np.float32), heatmap_scale.build(), tuple(map(fit_distance_scale, samples))
+    scales = fit_scales(samples, detector.map_weights) if samples else ()
+    return np.array(scores, np.float32), heatmap_scale.build(), scales
 
 
 def cross_validate_scores(
@@ -67,52 +68,49 @@ def cross_validate_scores(
         memory = build_memory(features, rest, recipe)
         student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, checkpoint).student
         _, maps = _compare(Detector.assemble(features.teacher, recipe, student, memory), features, fold)
-        scores[fold] = [anomaly_map.score(recipe.top_fraction).total for anomaly_map in maps]
+        scores[fold] = [anomaly_map.score(recipe.top_fraction) for anomaly_map in maps]
     return scores
 
 
 def _compare(
     detector: Detector, features: TeacherFeatures, held_out: Indices
-) -> tuple[list[list[Float32Array]], Iterator[AnomalyMap]]:
+) -> tuple[list[Float32Array], Iterator[AnomalyMap]]:
     """Compare held-out images with a detector that is not calibrated.
 
-    An anomaly map needs distance scales from the other held-out images, so compute all distance maps first. Those that
-    RAM does not hold are computed again, to the same bits.
+    An anomaly map needs scales from the other held-out images, so compute all distance maps first. Those that RAM does
+    not hold are computed again, to the same bits.
 
     Returns:
-        For each distance map, in the order of `Distances.maps`, samples of each image, as `sample_distances` returns
-        them: none unless the recipe fuses by quantiles. And an iterator over the images' anomaly maps, each on scales
-        from the other images.
+        Of each image, values of the distance maps at the same positions, for `fit_scales`: none unless the recipe fuses
+        by quantiles. And an iterator over the images' anomaly maps, each on scales from the other images.
     """
+    content = features.images.content
 
     def compute(batch: Indices) -> Distances:
         # The teacher runs again, too: cached features are rounded, and scoring's are not.
-        return detector.distances(features.inputs(batch), features.images.content[batch])
+        return detector.distances(features.inputs(batch), content[batch])
 
     batches = split_batches(held_out, EVALUATION_BATCH_SIZE)
     kept: list[Distances | None] = []
-    samples: list[list[Float32Array]] = []
+    samples: list[Float32Array] = []
     ram_left = features.ram_left
     for batch in batches:
         distances = compute(batch)
         ram_left -= distances.nbytes
         kept.append(distances.to(torch.device("cpu")) if ram_left >= 0 else None)
         if detector.recipe.fusion == "quantile":
-            samples = samples or [[] for _ in distances.maps]
-            shapes = [spatial_shape(distance_map) for distance_map in distances.maps]
-            masks = features.teacher.content_masks(features.images.content[batch], shapes)
-            for of_images, distance_map, mask in zip(samples, distances.maps, masks, strict=True):
-                of_images.extend(sample_distances(distance_map, mask, len(held_out)))
+            maps = detector.on_one_grid(distances, content[batch])
+            (mask,) = features.teacher.content_masks(content[batch], [spatial_shape(maps)])
+            samples += sample_distances(maps, mask, len(held_out))
 
     def anomaly_maps() -> Iterator[AnomalyMap]:
         scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
         if samples:
-            scales = zip(*map(leave_one_out_scales, samples), strict=True)
+            scales = iter(leave_one_out_scales(samples, detector.map_weights))
         for batch, in_ram in zip(batches, kept, strict=True):
             distances = in_ram.to(detector.teacher.device) if in_ram else compute(batch)
-            content = features.images.content[batch]
             for one in (slice(i, i + 1) for i in range(len(batch))):
-                yield from detector.anomaly_maps(distances.select(one), content[one], next(scales))
+                yield from detector.anomaly_maps(distances.select(one), content[batch][one], next(scales))
 
     return samples, anomaly_maps()
 

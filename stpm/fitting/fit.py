@@ -82,7 +82,7 @@ def fit(
         seed=recipe.seed if seed is None else seed,
     ).for_image_count(len(listed))
     recipe.check_image_count(len(listed))
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
     digest = storage.digest(serialise(weights))
     device = local_device()
     arithmetic = choose_arithmetic([device_capabilities(device)], backend)
@@ -100,7 +100,7 @@ def fit(
                 log.info(event)
 
         detector = fit_detector(
-            share_teacher(spec, lambda: load_backbone(recipe.teacher, recipe.levels, weights, recipe.teacher)),
+            share_teacher(spec, lambda: load_backbone(recipe.teacher, recipe.teacher_levels, weights, recipe.teacher)),
             recipe,
             listed,
             report,

@@ -92,7 +92,7 @@ def fit_categories(
         DeviceError: if torch cannot use a GPU that Ray assigns.
         RunInterruptedError: if no node came in time, or Ray failed.
     """
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
     # Raise the error of an unknown normalisation once, instead of in each category.
     choose_normalisation(recipe)
     with ExitStack() as leases:

@@ -138,7 +138,7 @@ def _load(teacher: Teacher, pictures: Sequence[Picture], report: Reporter, ram: 
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); input "
-        f"{teacher.preprocessing.size_text}, at {smallest if smallest == largest else f'{smallest} to {largest}'} of "
+        f"{teacher.input_size}, at {smallest if smallest == largest else f'{smallest} to {largest}'} of "
         f"the images' size; {teacher.precision}, {teacher.backend}"
     )
     return features

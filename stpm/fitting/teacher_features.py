@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.teacher import Teacher, spatial_shape
+from stpm.method.teacher import Inputs, Teacher, spatial_shape
 
 # Results do not depend on it: evaluation uses no batch statistics.
 EVALUATION_BATCH_SIZE = 16
@@ -46,19 +48,32 @@ class TeacherFeatures:
                     level[torch.from_numpy(batch)] = computed.clamp(-_MAX_HALF, _MAX_HALF).half()
 
     def __call__(self, indices: Indices) -> list[Tensor]:
-        """Return the features of B images, one (B, Cₗ, Hₗ, Wₗ) tensor per level."""
+        """Return the features of B images, of all levels of the teacher, (B, Cₗ, Hₗ, Wₗ) each."""
         if not self.cached:
             return self._compute(indices)
         chosen = torch.from_numpy(indices)
         return [level[chosen] for level in self._features]
 
-    def inputs(self, indices: Indices) -> Tensor:
-        """Return the network inputs of B images, (B, 3, H, W) float32."""
+    def inputs(self, indices: Indices) -> Inputs:
+        """Return the teacher's inputs of B images."""
         return self.teacher.inputs(self._pixels[torch.from_numpy(indices)])
 
     def content_masks(self, indices: Indices) -> list[Tensor | None]:
         """Mask the positions of the features that are on no padding, as `Teacher.content_masks` does."""
         return self.teacher.content_masks(self.images.content[indices], self.shapes)
+
+    def of_student(self, indices: Indices, levels: Sequence[int]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """Return a student's inputs of B images, and its targets: the teacher's features in its view, and their masks.
+
+        The inputs are (B, 3, H, W) float32; there are features and a mask, or None, for each of the student's levels.
+        """
+        chosen, of_levels = torch.from_numpy(indices), self.teacher.student_indices(levels)
+        inputs = self.teacher.student_inputs(self._pixels[chosen])
+        masks = self.teacher.content_masks(self.images.content[indices], [self.shapes[i] for i in of_levels])
+        if self.cached:
+            return inputs, [self._features[i][chosen] for i in of_levels], masks
+        computed = self.teacher.student_targets(inputs)
+        return inputs, [computed[i] for i in of_levels], masks
 
     def _compute(self, indices: Indices) -> list[Tensor]:
         return self.teacher(self.inputs(indices))

@@ -104,11 +104,13 @@ def train_student(
 
 def _check_positions(features: TeacherFeatures, recipe: Recipe) -> None:
     """Raise ConfigError if a level has a single position: BatchNorm has no variance if a batch has one image."""
-    for level, shape in zip(recipe.levels, features.shapes, strict=True):
-        if shape == (1, 1):
+    teacher = features.teacher
+    for level, index in zip(recipe.levels, teacher.student_indices(recipe.levels), strict=True):
+        if features.shapes[index] == (1, 1):
+            size = "x".join(map(str, teacher.views[-1].input_shape))
             raise ConfigError(
-                f"level {level} of {recipe.teacher} has a single position at an input of "
-                f"{features.teacher.preprocessing.size_text}; give a larger --size, or leave it out of --levels"
+                f"level {level} of {recipe.teacher} has a single position at an input of {size}; give a larger "
+                f"{'--coarse-pixels' if recipe.coarse_pixels else '--size'}, or leave it out of --levels"
             )
 
 
@@ -163,5 +165,5 @@ def _validation_loss(student: Backbone, features: TeacherFeatures, held_out: Ind
 
 
 def _loss(student: Backbone, features: TeacherFeatures, batch: Indices) -> Tensor:
-    student_features = features.teacher.compute(student, features.inputs(batch))
-    return matching_loss(features(batch), student_features, features.content_masks(batch))
+    inputs, targets, valid = features.of_student(batch, student.levels)
+    return matching_loss(targets, features.teacher.compute(student, inputs), valid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from textwrap import shorten
 
 import timm
@@ -44,6 +45,13 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(images)
         return [level.permute(0, 3, 1, 2) for level in features] if self._channels_last else features
+
+    def cut(self, levels: tuple[int, ...]) -> Backbone:
+        """Return the same network with some of its levels, cut after the last of them. It has copies of the weights."""
+        other = build_backbone(self.architecture, levels)
+        weights = self.net.state_dict()
+        other.net.load_state_dict({name: weights[name] for name in other.net.state_dict()})
+        return other.train(self.training)
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +95,13 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
         # timm keeps the stages after the last level, and computes them.
         net.blocks = net.blocks[: max(net._stage_out_idx)]
     return Backbone(net, architecture, levels)
+
+
+@lru_cache(maxsize=64)
+def level_channels(teacher: str, levels: tuple[int, ...]) -> list[int]:
+    """Return the number of channels of each level; raise ConfigError as `build_backbone` does."""
+    with torch.device("meta"):
+        return build_backbone(teacher, levels).channels
 
 
 def build_seeded_backbone(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:

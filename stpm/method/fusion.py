@@ -1,9 +1,10 @@
 """Combine the distance maps of a model into one anomaly map and one score, as pure functions.
 
 There is one map for each level of the student and for each memory bank. They are combined by the product of the
-student's levels (Wang et al., equation 4), or by a weighted mean of the student and the memory, each of them the mean
-of its maps, which are scaled by quantiles of their values on held-out images (EfficientAD: Batzner et al., WACV 2024,
-arXiv 2303.14535, section 3.4).
+student's levels (Wang et al., equation 4), or view by view: a weighted mean of the student and the memory, each of them
+the mean of its maps, which are scaled by quantiles of their values on held-out images (EfficientAD: Batzner et al.,
+WACV 2024, arXiv 2303.14535, section 3.4). The maps of two views are scaled likewise, and combined by a soft maximum: a
+defect that one view cannot see is as high as it is in the other.
 
 Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the input's shape, all float32. A mask `valid` is
 (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid.
@@ -11,9 +12,9 @@ Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the inp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +23,16 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stpm.method.recipe import Recipe
-from stpm.method.scales import DistanceScale
+from stpm.method.recipe import FusionMethod
+from stpm.method.scales import DistanceScale, Floats
 
 Float32Array = npt.NDArray[np.float32]
 
 _EPS = 1e-12
 # Sampled distances of an image, minimum and maximum, and of all images: enough for quantiles.
 _MIN_SAMPLES, _MAX_SAMPLES, _MAX_TOTAL_SAMPLES = 16, 1024, 256 * 1024
+# The soft maximum of two values that are this far apart is hardly above the larger one (docs/recipes.md).
+_SOFTNESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,22 @@ class Distances:
         return Distances(tuple(d.to(device) for d in self.student), tuple(d.to(device) for d in self.memory))
 
 
-def sample_distances(distances: Tensor, valid: Tensor | None = None, total_images: int = 0) -> list[Float32Array]:
-    """Sample the distances on each image, evenly spaced over the valid positions.
+def sample_distances(maps: Tensor, valid: Tensor | None = None, total_images: int = 0) -> list[Float32Array]:
+    """Sample K maps on each of B images, (K, B, h, w), at the same positions, evenly spaced over the valid ones.
 
-    Return one array per image, of at most 1,024 distances; if more than 256 images calibrate the model (`total_images`,
-    where there are more than B), of fewer, but at least 16.
+    Return (K, P) values for each image, for at most 1,024 positions; if more than 256 images calibrate the model
+    (`total_images`, where there are more than B), for fewer, but at least 16.
     """
-    images = list(distances.flatten(1).cpu().numpy())
+    images = list(maps.flatten(2).transpose(0, 1).cpu().numpy())
     if valid is not None:
-        images = [image[keep] for image, keep in zip(images, valid.flatten(1).cpu().numpy(), strict=True)]
+        images = [image[:, keep] for image, keep in zip(images, valid.flatten(1).cpu().numpy(), strict=True)]
     max_samples = min(_MAX_SAMPLES, _MAX_TOTAL_SAMPLES // max(total_images, len(images), 1))
     max_samples = max(max_samples, _MIN_SAMPLES)
-    return [image[np.linspace(0, len(image) - 1, min(len(image), max_samples)).astype(int)] for image in images]
+    counts = [image.shape[1] for image in images]
+    return [
+        image[:, np.linspace(0, count - 1, min(count, max_samples)).astype(int)]
+        for image, count in zip(images, counts, strict=True)
+    ]
 
 
 def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | None = None) -> Tensor:
@@ -84,86 +91,105 @@ def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | No
 
 
 @dataclass(frozen=True)
-class Score:
-    """An image's score, and what the student and the memory add to it; None as in `AnomalyMap`."""
-
-    total: float
-    student: float | None
-    memory: float | None
-
-
-@dataclass(frozen=True)
 class AnomalyMap:
-    """An image's anomaly map, (H, W) float32, and what its parts add to it: `student` + `memory` = `total`.
+    """An image's anomaly map, (H, W) float32, and the maps of its views, (h, w) float32 each, coarser than it.
 
-    The parts' maps are None where the total is a product, or the model has no such part.
+    The latter are empty where the total is a product or a sum.
     """
 
     total: Float32Array
-    student: Float32Array | None = None
-    memory: Float32Array | None = None
+    views: tuple[Float32Array, ...] = ()
 
     def smoothed(self, sigma: float) -> AnomalyMap:
         """Smooth the map by a Gaussian that is cut off at three standard deviations (pixels); borders are repeated."""
         if not sigma:
             return self
-        gaussian = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
-        student, memory = (None if part is None else gaussian(part) for part in (self.student, self.memory))
-        return AnomalyMap(gaussian(self.total), student, memory)
+        return AnomalyMap(gaussian_filter(self.total, sigma=sigma, mode="nearest", truncate=3.0), self.views)
 
-    def score(self, top_fraction: float) -> Score:
+    def score(self, top_fraction: float) -> float:
         """Compute the image's score: the mean of the highest pixels, this fraction of them, at least one."""
-        total = self.total.ravel()
-        count = max(round(top_fraction * total.size), 1)
-        top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count)[-count:]
-        student, memory = (None if part is None else _mean(part, top) for part in (self.student, self.memory))
-        return Score(_mean(self.total, top), student, memory)
+        return float(self.total.ravel()[self._top(top_fraction)].mean(dtype=np.float64))
+
+    def view_scores(self, top_fraction: float) -> list[float]:
+        """Compute the mean of each view's map at the pixels that make the score."""
+        rows, columns = np.divmod(self._top(top_fraction), self.total.shape[1])
+        height, width = self.total.shape
+        at = [(rows * view.shape[0] // height, columns * view.shape[1] // width) for view in self.views]
+        return [float(view[index].mean(dtype=np.float64)) for view, index in zip(self.views, at, strict=True)]
+
+    def _top(self, fraction: float) -> npt.NDArray[np.int64]:
+        count = max(round(fraction * self.total.size), 1)
+        return np.array([self.total.argmax()]) if count == 1 else np.argpartition(self.total, -count, None)[-count:]
 
 
-def fuse(
-    distances: Distances,
-    scales: Sequence[DistanceScale],
-    recipe: Recipe,
-    input_shape: tuple[int, int],
-    valid: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Combine distance maps by the recipe's fusion: the total, and what student and memory add to it, (B, H, W) each.
+def fuse_levels(
+    maps: Sequence[Tensor], valid: Sequence[Tensor | None], method: FusionMethod, shape: tuple[int, int]
+) -> Tensor:
+    """Combine the maps of a student's levels by their product or sum: (B, H, W) of this shape.
 
-    There are a scale and a mask for each of `distances.maps`. Fusion by `product` and `sum` needs no scales, and takes
-    no memory; by `quantile`, the student has the recipe's `student_weight`, and the memory the rest.
+    There is a mask for each map.
     """
-    maps = list(distances.maps)
-    if recipe.fusion == "product":
-        levels = [upsample(d, input_shape, v) for d, v in zip(maps, valid, strict=True)]
-        return torch.stack(levels).prod(dim=0), None, None
-    n = len(distances.student)
-    if recipe.fusion == "quantile":
-        weights = _map_weights(n, len(distances.memory), recipe.student_weight)
-        maps = [(d - s.low) * (w / s.spread) for d, s, w in zip(maps, scales, weights, strict=True)]
-    student = _add(maps[:n], valid[:n], input_shape) if distances.student else None
-    memory = _add(maps[n:], valid[n:], input_shape) if distances.memory else None
-    total = torch.stack([part for part in (student, memory) if part is not None]).sum(dim=0)
-    return total, student, memory
+    levels = torch.stack([upsample(d, shape, v) for d, v in zip(maps, valid, strict=True)])
+    return levels.prod(dim=0) if method == "product" else levels.sum(dim=0)
 
 
-def _map_weights(levels: int, banks: int, student_weight: float) -> list[float]:
-    """Return the weight of each map, the student's levels first; they add up to 1, also without a student or memory."""
-    if not (levels and banks):
-        return [1 / (levels + banks)] * (levels + banks)
-    return [student_weight / levels] * levels + [(1 - student_weight) / banks] * banks
+def on_one_grid(maps: Sequence[Tensor], valid: Sequence[Tensor | None]) -> Tensor:
+    """Upsample K maps of B images to the shape of the finest of them: (K, B, h, w). There is a mask for each."""
+    shape = max((each.shape[-2], each.shape[-1]) for each in maps)
+    return torch.stack([upsample(each, shape, mask) for each, mask in zip(maps, valid, strict=True)])
 
 
-def _add(maps: Sequence[Tensor], valid: Sequence[Tensor | None], input_shape: tuple[int, int]) -> Tensor:
-    """Add distance maps at the input's shape. Maps of one shape have the same mask and are upsampled together."""
-    by_shape: dict[torch.Size, tuple[Tensor, Tensor | None]] = {}
-    for distances, mask in zip(maps, valid, strict=True):
-        sum_so_far, _ = by_shape.get(distances.shape, (0.0, None))
-        by_shape[distances.shape] = distances + sum_so_far, mask
-    return torch.stack([upsample(d, input_shape, v) for d, v in by_shape.values()]).sum(dim=0)
+def fuse_views(maps: Tensor, weights: Floats, scales: Sequence[DistanceScale]) -> Tensor:
+    """Combine K maps, (K, B, h, w), into those of V views, (V, B, h, w), scaled by quantiles.
+
+    Args:
+        weights: (V, K), from `map_weights`.
+        scales: one for each of the K maps, and then one for each view if there are two.
+    """
+    low, spread = _columns(scales[: len(maps)], maps)
+    views = torch.einsum("vk,kbhw->vbhw", torch.from_numpy(weights).to(maps), (maps - low) / spread)
+    if len(views) == 1:
+        return views
+    low, spread = _columns(scales[len(maps) :], maps)
+    return (views - low) / spread
 
 
-def _mean(values: Float32Array, indices: npt.NDArray[np.int64]) -> float:
-    return float(values.ravel()[indices].mean(dtype=np.float64))
+def soft_maximum(views: Tensor, coarse_weight: float) -> Tensor:
+    """Combine the maps of a fine and a coarse view, (2, …) to (…): t log((1 − w) exp(fine / t) + w exp(coarse / t)).
+
+    The map of a single view is left as it is.
+
+    >>> soft_maximum(torch.tensor([[1.0, 9.0], [1.0, 0.0]]), 0.5)
+    tensor([1.0000, 8.6534])
+    """
+    if len(views) == 1:
+        return views[0]
+    fine, coarse = views[0] / _SOFTNESS + math.log(1 - coarse_weight), views[1] / _SOFTNESS + math.log(coarse_weight)
+    return torch.logaddexp(fine, coarse) * _SOFTNESS
+
+
+def map_weights(student: Sequence[int], memory: Sequence[int], student_weight: float) -> Floats:
+    """Return the weight of each map in each view, (V, K) float32; those of a view add up to 1.
+
+    `student` and `memory` are the views of their maps. Where a view has both, the student has its weight in all.
+
+    >>> map_weights([1, 1], [0, 1], 0.4)
+    array([[0. , 0. , 1. , 0. ],
+           [0.2, 0.2, 0. , 0.6]], dtype=float32)
+    """
+    rows = []
+    for view in range(max(*student, *memory, 0) + 1):
+        counts = student.count(view), memory.count(view)
+        shares = (student_weight, 1 - student_weight) if all(counts) else (1.0, 1.0)
+        one, other = (share / max(count, 1) for share, count in zip(shares, counts, strict=True))
+        rows.append([one * (of == view) for of in student] + [other * (of == view) for of in memory])
+    return np.array(rows, np.float32)
+
+
+def _columns(scales: Sequence[DistanceScale], maps: Tensor) -> tuple[Tensor, Tensor]:
+    values = torch.tensor([(scale.low, scale.spread) for scale in scales], device=maps.device)
+    low, spread = values.view(-1, 2, 1, 1, 1).unbind(dim=1)
+    return low, spread
 
 
 def _resize(maps: Tensor, shape: tuple[int, int]) -> Tensor:

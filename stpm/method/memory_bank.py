@@ -41,7 +41,7 @@ class DescriptorSpec:
     """How descriptors are made of the features of one pyramid level.
 
     Args:
-        level_index: index of the level among the recipe's `levels`, 0 the finest.
+        level_index: index of the level among all levels of the teacher's views.
         kind: `directions` scales each averaged vector to length 1.
         window: side of the square of positions that a descriptor averages; at a border, only valid ones are averaged.
         stride: positions from one descriptor to the next, in both directions; of the same parity as the window.

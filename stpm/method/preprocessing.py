@@ -83,7 +83,7 @@ class Preprocessing:
         return red, green, blue
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Normalise images of model size: (B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, channels last in memory."""
+        """Normalise images of any size: (B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, channels last in memory."""
         import torch
 
         mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
@@ -165,6 +165,16 @@ def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[i
         content = min(height, width / median_aspect)
         height, width = min(height, _next_multiple(content)), min(width, _next_multiple(content * median_aspect))
     return height, width
+
+
+def coarse_shape(input_shape: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """Return height and width of a coarser input: about this many pixels in the input's proportions, or the input's.
+
+    >>> coarse_shape((576, 832), 36_864)
+    (160, 224)
+    """
+    shrink = min(sqrt(pixels / (input_shape[0] * input_shape[1])), 1.0)
+    return _nearest_multiple(input_shape[0] * shrink), _nearest_multiple(input_shape[1] * shrink)
 
 
 def _next_multiple(side: float) -> int:

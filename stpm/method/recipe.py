@@ -30,7 +30,10 @@ class Recipe(Options):
     teacher_weights: str = option(
         "", "read the teacher's weights from this .safetensors or .pth file (URI); `random`: an untrained control"
     )
-    levels: Integers = option(Integers((1, 2, 3)), "pyramid levels, as timm's out_indices, finest first")
+    levels: Integers = option(
+        Integers((1, 2, 3)),
+        "pyramid levels of the student and of the first view's memory banks, as timm's out_indices, finest first",
+    )
     size: Size = option(
         Size("256"),
         "height x width of the networks' input in pixels, such as 640x256; one number: a square; `auto`: the training "
@@ -42,6 +45,23 @@ class Recipe(Options):
         "proportion",
         minimum=1024,
         maximum=MAX_SIDE**2,
+    )
+    coarse_pixels: int = option(
+        0,
+        "pixels of a second, coarse view of the same image, in which a part that is missing or misplaced is seen as a "
+        "whole; the student is in this view, memory banks are in both; 0: one view",
+        minimum=0,
+        maximum=MAX_SIDE**2,
+    )
+    coarse_levels: Integers = option(
+        Integers((2, 3, 4)),
+        "pyramid levels of the coarse view, finest first; those with at least 32 channels have memory banks",
+    )
+    coarse_weight: float = option(
+        0.2,
+        "weight of the coarse view in the soft maximum of the views' maps; the fine view has the rest of 1",
+        above=0,
+        below=1,
     )
     resize: Resize = option(
         "stretch",
@@ -98,9 +118,9 @@ class Recipe(Options):
     )
     fusion: FusionMethod = option(
         "product",
-        "how to combine distance maps. `product` or `sum`: of the student's levels; `quantile`: the mean of the "
-        "student's levels and that of the memory banks, each scaled by its quantiles on held-out images, averaged by "
-        "--student-weight",
+        "how to combine distance maps. `product` or `sum`: of the student's levels; `quantile`: in each view the mean "
+        "of the student's levels and that of the memory banks, each scaled by its quantiles on held-out images, "
+        "averaged by --student-weight; of two views the soft maximum",
     )
     student_weight: float = option(
         0.25, "weight of the student where fusion is `quantile`; the memory has the rest of 1", above=0, below=1
@@ -131,11 +151,11 @@ class Recipe(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         levels, memory_levels, sides = list(self.levels), list(self.memory_levels), self.size.sides
-        increasing = min(levels, default=-1) >= 0 and levels == sorted({*levels})
         in_range = sides is None or all(32 <= side <= MAX_SIDE for side in sides)
         for name, holds, valid in (
             ("teacher", bool(self.teacher), "ARCHITECTURE.TAG, such as resnet18.tv_in1k"),
-            ("levels", increasing, "increasing levels, such as 1,2,3"),
+            ("levels", _are_levels(self.levels), "increasing levels, such as 1,2,3"),
+            ("coarse_levels", _are_levels(self.coarse_levels), "increasing levels, such as 2,3,4"),
             ("size", in_range, f"32 to {MAX_SIDE} pixels each, or auto"),
             ("warmup_epochs", self.warmup_epochs < self.epochs, f"fewer than the {self.epochs} epochs"),
             (
@@ -149,6 +169,11 @@ class Recipe(Options):
                 f"some of the levels {','.join(map(str, levels))}, increasing",
             ),
             (
+                "coarse_pixels",
+                not self.coarse_pixels or self.memory > 0,
+                "0, or --memory: the fine view has no student",
+            ),
+            (
                 "fusion",
                 not self.memory or self.fusion == "quantile",
                 "quantile: distances of a student and of a memory have different scales; or give --memory 0",
@@ -157,6 +182,11 @@ class Recipe(Options):
         ):
             if not holds:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; give {valid}")
+
+    @property
+    def teacher_levels(self) -> tuple[int, ...]:
+        """Return the pyramid levels of all views, finest first."""
+        return tuple(sorted({*self.levels, *(self.coarse_levels if self.coarse_pixels else ())}))
 
     def held_out_count(self, images: int) -> int:
         """Return how many of a category's good images are held out: the fraction, and at least what fusion needs."""
@@ -194,10 +224,16 @@ class Recipe(Options):
         return 2 if self.fusion == "quantile" else 1
 
 
+def _are_levels(levels: Integers) -> bool:
+    return min(levels, default=-1) >= 0 and list(levels) == sorted({*levels})
+
+
 # The products' labels were seen while `default` was chosen: see docs/recipes.md.
 PRESETS: dict[Preset, Recipe] = {
     "default": Recipe(
         size=Size("auto"),
+        pixels=491_520,
+        coarse_pixels=36_864,
         resize="fit",
         schedule="cosine",
         warmup_epochs=1,

@@ -105,11 +105,38 @@ def fit_distance_scale(values: Sequence[Floats]) -> DistanceScale:
     return DistanceScale(float(low), float(high))
 
 
-def leave_one_out_scales(values: Sequence[Floats]) -> list[DistanceScale]:
-    """Return, for each of two or more held-out images, the scale that `fit_distance_scale` gives for the others.
+def fit_scales(samples: Sequence[Floats], weights: Floats) -> tuple[DistanceScale, ...]:
+    """Return the scales of K distance maps and, if there are two, of V views.
 
-    An image that contributes to its own scale looks better than any later image.
+    Args:
+        samples: of each held-out image, values of the maps at the same positions, (K, P); one image or more.
+        weights: (V, K), of the maps in each view.
     """
+    maps = tuple(map(fit_distance_scale, zip(*samples, strict=True)))
+    return maps + _view_scales(samples, weights, maps)
+
+
+def leave_one_out_scales(samples: Sequence[Floats], weights: Floats) -> list[tuple[DistanceScale, ...]]:
+    """Return, for each of two or more held-out images, the scales that `fit_scales` gives for the others.
+
+    An image that contributes to its own scales looks better than any later image.
+    """
+    of_maps = zip(*(_leave_one_out(values) for values in zip(*samples, strict=True)), strict=True)
+    return [maps + _view_scales([*samples[:i], *samples[i + 1 :]], weights, maps) for i, maps in enumerate(of_maps)]
+
+
+def _view_scales(
+    samples: Sequence[Floats], weights: Floats, maps: Sequence[DistanceScale]
+) -> tuple[DistanceScale, ...]:
+    if len(weights) == 1:
+        return ()
+    low, spread = np.array([(scale.low, scale.spread) for scale in maps], np.float32).T
+    pooled = np.concatenate(samples, axis=1)
+    views = (weights / spread) @ pooled - (weights @ (low / spread))[:, None]
+    return tuple(fit_distance_scale([view]) for view in views)
+
+
+def _leave_one_out(values: Sequence[Floats]) -> list[DistanceScale]:
     pooled = np.concatenate(values)
     order = np.argsort(pooled, kind="stable")
     ordered = pooled[order]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, one_hot
+from torch.nn.functional import conv2d, interpolate, one_hot
 from torch.overrides import TorchFunctionMode
 
 from stpm.errors import ModelError
@@ -17,7 +17,11 @@ from stpm.method.backbones import Backbone
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision
+from stpm.method.views import View
 from stpm.options import Backend
+
+# For each view, (B, 3, H, W) float32, channels last in memory.
+Inputs = tuple[Tensor, ...]
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +41,13 @@ class FeatureExtractor(Protocol):
 class Teacher:
     """A frozen backbone in eval mode, with its preprocessing, on a device. Detectors of the same teacher share one.
 
-    Convolutions have the precision, distances are always float32. The backend computes features where no gradient is
-    needed.
+    It sees an image in one view or two. Features are listed by view, and in each by level: lists "of all levels" are in
+    this order. The student is in the last view. Convolutions have the precision, distances are always float32. The
+    backend computes features where no gradient is needed.
+
+    Args:
+        backbone: has the levels of all views.
+        views: the first has the preprocessing's input shape; None: that one alone, with all levels of the backbone.
     """
 
     def __init__(
@@ -48,29 +57,53 @@ class Teacher:
         device: torch.device,
         precision: Precision,
         backend: Backend = "pytorch",
+        views: Sequence[View] | None = None,
     ) -> None:
         self.preprocessing = preprocessing
+        self.views = tuple(views or [View(preprocessing.input_shape, backbone.levels)])
         self.device = device
         self.precision = precision
         self.backend: Backend = backend
-        frozen = to_device(backbone, device).eval().requires_grad_(False)
-        self.backbone = self._compile(frozen)
-        if self.backbone is frozen:
+        self.backbones = [
+            self._compile(self._freeze(backbone if view.levels == backbone.levels else backbone.cut(view.levels)), view)
+            for view in self.views
+        ]
+        if any(isinstance(each, Backbone) for each in self.backbones):
             # If OpenVINO cannot compile the teacher, PyTorch computes the student too.
             self.backend = "pytorch"
 
-    def inputs(self, images: Tensor) -> Tensor:
-        """Normalise images: (B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, channels last in memory."""
-        return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of all weights."""
+        return sum(each.nbytes for each in self.backbones)
+
+    @property
+    def input_size(self) -> str:
+        """Return height and width of each view's input: `704x672 and 192x192`."""
+        return " and ".join("x".join(map(str, view.input_shape)) for view in self.views)
+
+    def inputs(self, images: Tensor) -> Inputs:
+        """Make the inputs of each view of images of model size: from (B, H, W, 3) uint8 RGB."""
+        images = images.to(self.device, non_blocking=True)
+        shapes = [view.input_shape for view in self.views]
+        return tuple(self.preprocessing.normalise(_shrink(images, *shape)) for shape in shapes)
+
+    def student_inputs(self, images: Tensor) -> Tensor:
+        """Make the inputs of the student's view alone."""
+        images = images.to(self.device, non_blocking=True)
+        return self.preprocessing.normalise(_shrink(images, *self.views[-1].input_shape))
 
     def compile(self, backbone: Backbone) -> FeatureExtractor:
         """Prepare another backbone of the same architecture, a student in eval mode, to be computed as this one is."""
-        return self._compile(to_device(backbone, self.device))
+        return self._compile(to_device(backbone, self.device), self.views[-1])
 
-    def _compile(self, backbone: Backbone) -> FeatureExtractor:
+    def _freeze(self, backbone: Backbone) -> Backbone:
+        return to_device(backbone, self.device).eval().requires_grad_(False)
+
+    def _compile(self, backbone: Backbone, view: View) -> FeatureExtractor:
         if self.backend == "openvino":
             try:
-                return OpenVinoBackbone(backbone, *self.preprocessing.input_shape, self.precision)
+                return OpenVinoBackbone(backbone, *view.input_shape, self.precision)
             except ModelError as error:
                 log.warning("%s; PyTorch computes it instead", error)
         return backbone
@@ -83,10 +116,24 @@ class Teacher:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced), depthwise:
             return backbone(inputs)
 
-    def __call__(self, inputs: Tensor) -> list[Tensor]:
-        """Compute the teacher's features, one (B, Cₗ, Hₗ, Wₗ) tensor per level, without gradient."""
+    def __call__(self, inputs: Inputs) -> list[Tensor]:
+        """Compute the teacher's features of all levels, (B, Cₗ, Hₗ, Wₗ) each, without gradient."""
         with torch.no_grad():
-            return self.compute(self.backbone, inputs)
+            return [
+                level
+                for backbone, of_view in zip(self.backbones, inputs, strict=True)
+                for level in self.compute(backbone, of_view)
+            ]
+
+    def student_targets(self, inputs: Tensor) -> list[Tensor]:
+        """Compute the teacher's features of all levels of the student's view alone."""
+        with torch.no_grad():
+            return self.compute(self.backbones[-1], inputs)
+
+    def student_indices(self, levels: Sequence[int]) -> list[int]:
+        """Return the indices of a student's levels among all levels, counted from the end: negative."""
+        own = self.views[-1].levels
+        return [own.index(level) - len(own) for level in levels]
 
     def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
         """Mark the valid positions of each level, those not on padding, of B images with these (B, 4) content boxes.
@@ -141,6 +188,17 @@ class Float32Depthwise(TorchFunctionMode):
         images, *rest = args
         with torch.autocast(images.device.type, enabled=False):
             return func(images.float(), *rest).bfloat16()
+
+
+def _shrink(images: Tensor, height: int, width: int) -> Tensor:
+    """Shrink images, (B, H, W, 3) uint8, with the filter of Pillow's `BILINEAR`."""
+    if images.shape[1:3] == (height, width):
+        return images
+    # Torch shrinks bytes on a CPU alone, there 20 times as fast as floats.
+    pixels = images.permute(0, 3, 1, 2)
+    pixels = pixels if images.device.type == "cpu" else pixels.float()
+    small = interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return (small if small.dtype == torch.uint8 else small.round().byte()).permute(0, 2, 3, 1)
 
 
 def spatial_shape(level: Tensor) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from stpm import storage
-from stpm.method.preprocessing import Preprocessing
+from stpm.method.preprocessing import Preprocessing, coarse_shape
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
 from stpm.models.libraries import installed_versions
@@ -106,6 +106,15 @@ class ModelRecord:
     def good_count(self) -> int:
         """Count all good images: those of the fit, and those that were added."""
         return self.fit.good_count + len(self.added_images)
+
+    @property
+    def input_size(self) -> str:
+        """Return height and width of each view's input: `704x672 and 192x192`."""
+        sizes = self.preprocessing.size_text
+        if self.recipe.coarse_pixels:
+            height, width = coarse_shape(self.preprocessing.input_shape, self.recipe.coarse_pixels)
+            sizes += f" and {height}x{width}"
+        return sizes
 
     @cached_property
     def model_id(self) -> str:

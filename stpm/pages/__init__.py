@@ -33,10 +33,10 @@ def jpeg_uri(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def score_parts(row: Mapping[str, Any]) -> str:
-    """Write what student and memory add to an image's score; "" if the score is not their sum."""
-    parts = {name: row[f"{name}_score"] for name in ("student", "memory")}
-    return " + ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
+def view_scores(row: Mapping[str, Any]) -> str:
+    """Write what each of two views has in an image's anomaly map; "" if the model has one view."""
+    scores = [f"{view} {row[name]:.3g}" for view in ("fine", "coarse") if row[name := f"{view}_score"] is not None]
+    return ", ".join(scores) if len(scores) > 1 else ""
 
 
 _TEMPLATES.filters["jpeg_uri"] = jpeg_uri

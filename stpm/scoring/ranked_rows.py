@@ -11,11 +11,11 @@ import pyarrow.dataset as ds
 from stpm.errors import RunDamagedError
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import naming_damaged_file, open_rows
-from stpm.scoring.row_summary import COLUMNS, SCORE_PARTS, RankedImage, RowSummary, task_of
+from stpm.scoring.row_summary import COLUMNS, VIEW_SCORES, RankedImage, RowSummary, task_of
 from stpm.scoring.written_rows import committed_summaries
 
 _HEATMAP = ["heatmap", "heatmap_png"]
-_VALUES = ["score", *SCORE_PARTS, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
+_VALUES = ["score", *VIEW_SCORES, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
 _COLUMNS = ["image_id", "uri", "archive_start", "archive_length", "category", "model_id", *_VALUES, *_HEATMAP]
 
 

@@ -26,8 +26,8 @@ T = TypeVar("T")
 # Maximum number of images with an error that a summary names.
 _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
-SCORE_PARTS = ["student_score", "memory_score"]
-_VALUES = ["score", *SCORE_PARTS, "p_value", "threshold", "is_anomalous"]
+VIEW_SCORES = ["fine_score", "coarse_score"]
+_VALUES = ["score", *VIEW_SCORES, "p_value", "threshold", "is_anomalous"]
 # Columns that a summary is made from.
 COLUMNS = [*_ERROR_COLUMNS, *_VALUES, "image_id", "category", "bytes"]
 # Thresholds are at least this in the division by them.
@@ -174,11 +174,11 @@ def _first_examples(examples: Iterable[str]) -> list[str]:
 def _margins(scored: pa.Table) -> npt.NDArray[np.float64]:
     """Compute how far scores are above their thresholds, comparable over models.
 
-    Take the difference where the score is a sum of parts, which has the same scale in all models. Otherwise divide the
-    difference by the threshold.
+    Take the difference where the score has a view's: its scale is that of quantiles, the same in all models. Otherwise
+    divide the difference by the threshold.
     """
     scores, thresholds = (scored[name].cast(pa.float64()).to_numpy() for name in ("score", "threshold"))
-    is_sum = np.any([scored[name].is_valid().to_numpy() for name in SCORE_PARTS], axis=0)
-    scales = np.where(is_sum, 1.0, np.maximum(np.abs(thresholds), _MIN_THRESHOLD))
+    has_scale = np.any([scored[name].is_valid().to_numpy() for name in VIEW_SCORES], axis=0)
+    scales = np.where(has_scale, 1.0, np.maximum(np.abs(thresholds), _MIN_THRESHOLD))
     above: npt.NDArray[np.float64] = (scores - thresholds) / scales
     return above

@@ -68,8 +68,8 @@ DECODED = pa.schema(
 
 _SCORE = [
     _optional("score", pa.float32(), "mean of the anomaly map's highest values; larger is more anomalous"),
-    _optional("student_score", pa.float32(), "the student's part of the score; null if the score is not a sum"),
-    _optional("memory_score", pa.float32(), "the memory's part of the score; null if the score is not a sum"),
+    _optional("fine_score", pa.float32(), "what the fine view alone has there; null if the map is a product of levels"),
+    _optional("coarse_score", pa.float32(), "what the coarse view alone has there; null if the model has none"),
     _optional("p_value", pa.float32(), "conformal p-value against held-out good images, 0 to 1"),
     _optional("is_anomalous", pa.bool_(), "score > threshold"),
     _optional(

@@ -13,7 +13,7 @@ from stpm.data.encode import encode_jpeg
 from stpm.data.heatmaps import read_overlay
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
-from stpm.pages import jpeg_uri, render, score_parts
+from stpm.pages import jpeg_uri, render, view_scores
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.row_summary import RowSummary
@@ -41,7 +41,7 @@ def write_triage(
     cut_off = discoveries.cut_off if discoveries else 0.0
     pictures = storage.in_parallel(lambda row: picture(output, row, preprocessing[row["category"]]), rows, THREADS)
     shown = [
-        row | {"picture": drawn, "parts": score_parts(row), "is_discovery": row["p_value"] <= cut_off}
+        row | {"picture": drawn, "views": view_scores(row), "is_discovery": row["p_value"] <= cut_off}
         for row, drawn in zip(rows, pictures, strict=True)
     ]
     page = render("scoring/triage.html", rows=shown, folder=output.folder, discoveries=discoveries)

@@ -32,14 +32,14 @@ def scored_run(
     broken: int = 0,
     unlabelled: int = 0,
     maps: bool = True,
-    parts: bool = False,
+    views: bool = False,
     types: tuple[str, ...] = ("square",),
     preprocessing: Preprocessing = PREPROCESSING,
 ) -> ScoredCategory:
     """Write a category "nut" as scoring does, with random maps; defects score a little higher.
 
     The first images, which are good, may be broken or without a label; defects take the types in turn. Of a score with
-    parts, the student gives a quarter.
+    views, the student gives a quarter.
     """
     make_category(str(root / "data"), "nut", good=6, defects=6, masks=masks)
     rng = np.random.default_rng(1)
@@ -55,7 +55,7 @@ def scored_run(
         storage.publish(f"{output.folder}/{heatmap}", palette_png(np.full(shape, 255, np.uint8)))
         row: dict[str, object] = {"width": 40, "height": 48, "error_kind": "", "error_message": "", "heatmap": heatmap}
         row |= {"score": score, "threshold": 1.0, "is_anomalous": score > 1.0}
-        row |= {"student_score": 0.25 * score, "memory_score": 0.75 * score} if parts else {}
+        row |= {"coarse_score": 0.25 * score, "fine_score": 0.75 * score} if views else {}
         row["anomaly_map"] = anomaly_map.tobytes() if maps else None
         if i < broken:
             row |= dict.fromkeys(("score", "threshold", "is_anomalous", "anomaly_map"))

@@ -78,7 +78,9 @@ def test_the_weight_of_the_student_is_shown_where_there_is_a_memory_too() -> Non
     made = result("nut", 0, 0.5, 0.5)
     for name, recipe in MODELS.items():
         found = dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe))
-        assert ("<dt>student weight</dt>" in Report("data", [found]).page()) == (name == "student and memory")
+        assert ("<dt>student weight</dt>" in Report("data", [found]).page()) == (
+            name in ("student and memory", "two views")
+        )
 
 
 def test_below_a_value_is_its_interval_or_with_several_seeds_its_deviation() -> None:
@@ -86,19 +88,19 @@ def test_below_a_value_is_its_interval_or_with_several_seeds_its_deviation() -> 
     assert "0.500<small>± 0.354</small>" in REPORT.page()
 
 
-@pytest.mark.parametrize("parts", [False, True])
-def test_a_scored_run_is_rendered_with_the_parts_of_its_scores(tmp_path: Path, parts: bool) -> None:
-    category = scored_run(tmp_path, parts=parts)
+@pytest.mark.parametrize("views", [False, True])
+def test_a_scored_run_is_rendered_with_the_scores_of_its_views(tmp_path: Path, views: bool) -> None:
+    category = scored_run(tmp_path, views=views)
     made = result("nut", 0, 0.5, 0.5)
-    made = without_student(made) if parts else made
-    charts = draw_charts(read_scores(category), {} if parts else HISTORY, 2, salt="")
+    made = without_student(made) if views else made
+    charts = draw_charts(read_scores(category), {} if views else HISTORY, 2, salt="")
     text = Report("data", [CategoryResult(made.model, measured(category), charts, galleries(category))]).page()
     tags = [tag for tag, _ in Tags(text).found]
     # Without a student there are no losses to draw.
-    assert tags.count("svg") == (2 if parts else 3)
+    assert tags.count("svg") == (2 if views else 3)
     assert tags.count("img") >= 4
     score = max(row["score"] for row in category.rows().to_pylist())
-    shown = f" = student {0.25 * score:.3g} + memory {0.75 * score:.3g}" if parts else ""
+    shown = f" (fine {0.75 * score:.3g}, coarse {0.25 * score:.3g})" if views else ""
     assert f"score {score:.3g}{shown}, anomalous" in text
 
 

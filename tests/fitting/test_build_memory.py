@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory, choose_levels
+from stpm.fitting.build_memory import build_memory
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.memory_bank import MemoryBank
 from stpm.options import Integers
@@ -82,21 +82,6 @@ def test_memory_candidates_are_spread_evenly_over_images(
     sizes = [len(bank.vectors) for bank in build_memory(features_of(WHOLE), np.arange(9), WHOLE)]
     # The levels have 8 × 8 and 4 × 4 positions: 20 of each image, or all.
     assert sizes == [180, 180, 144, 144]
-
-
-@pytest.mark.parametrize(
-    ("levels", "channels", "indices"),
-    [
-        ((), [64, 128, 256], [0, 1, 2]),
-        ((), [24, 40, 112], [1, 2]),
-        ((), [8, 16, 24], [2]),
-        ((1, 3), [24, 40, 112], [0, 2]),
-    ],
-)
-def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
-    levels: tuple[int, ...], channels: list[int], indices: list[int]
-) -> None:
-    assert choose_levels(dataclasses.replace(WHOLE, memory_levels=Integers(levels)), channels) == indices
 
 
 def test_the_finest_level_has_a_descriptor_every_eight_pixels(images: TrainingImages, features_of: FeaturesOf) -> None:

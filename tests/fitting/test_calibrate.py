@@ -32,13 +32,15 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     train, held_out = split_images(len(images), recipe)
     detector = fit_uncalibrated(features, train, held_out, recipe)
     scores, heatmap_scale, distance_scales = calibrate_detector(detector, features, held_out)
-    maps_count = (3 if detector.student else 0) + len(detector.memory)
-    assert len(distance_scales) == (maps_count if recipe.fusion == "quantile" else 0)
+    views = len(detector.teacher.views)
+    maps_count = (len(recipe.levels) if detector.student else 0) + len(detector.memory)
+    scales_count = maps_count + (views if views > 1 else 0)
+    assert len(distance_scales) == (scales_count if recipe.fusion == "quantile" else 0)
     maps = []
     for i in held_out:
         _, _, scales = calibrate_detector(detector, features, held_out[held_out != i])
         maps += anomaly_maps(detector, select(images, [i]), scales)
-    expected = [each.score(recipe.top_fraction).total for each in maps]
+    expected = [each.score(recipe.top_fraction) for each in maps]
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4)
     pixels = np.concatenate([each.total.ravel() for each in maps])
     assert heatmap_scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=1e-4)
@@ -85,7 +87,8 @@ def test_distance_scales_are_quantiles_on_held_out_images(
     inputs = detector.teacher.inputs(torch.from_numpy(images.pixels[held_out]))
     distances = detector.distances(inputs, images.content[held_out])
     _, _, scales = calibrate_detector(detector, features, held_out)
-    for scale, part in zip(scales, distances.maps, strict=True):
+    maps = detector.on_one_grid(distances, images.content[held_out])
+    for scale, part in zip(scales, maps, strict=len(detector.teacher.views) == 1):
         # Maps of this size are not sampled: all positions count.
         expected = np.quantile(part.numpy(), (0.9, 0.995), method="inverted_cdf")
         assert [scale.low, scale.high] == pytest.approx(expected.tolist(), rel=1e-3)
@@ -137,7 +140,7 @@ def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, features
         later = rng.permutation(np.arange(20, 90))
         calibrating, heatmap_scale, scales = calibrate_detector(detector, features, np.sort(later[:4]))
         maps = anomaly_maps(detector, select(images, later[4:34]), scales)
-        scores = np.array([each.score(any_model.top_fraction).total for each in maps], np.float32)
+        scores = np.array([each.score(any_model.top_fraction) for each in maps], np.float32)
         p_values.append(Calibration(np.sort(calibrating), heatmap_scale).p_values(scores))
     for rate in (0.2, 0.4):
         alarms = (np.array(p_values) <= rate + 1e-6).mean(axis=1)
@@ -154,7 +157,7 @@ def test_patch_scores_above_normal_images(any_model: Recipe, features_of: Featur
     odd = normal.copy()
     odd[:, 20:40, 20:40] = 250
     maps = anomaly_maps(detector, unpadded(np.concatenate([normal, odd])), scales)
-    scores = np.array([each.score(recipe.top_fraction).total for each in maps])
+    scores = np.array([each.score(recipe.top_fraction) for each in maps])
     assert scores[6:].min() > 2 * scores[:6].max()
 
 

@@ -81,7 +81,7 @@ def fit_until(task: FitTask, number: int) -> None:
     assert stored_model(task) is None
 
 
-@pytest.mark.parametrize("kind", ["student", "student and memory"])
+@pytest.mark.parametrize("kind", ["student", "student and memory", "two views"])
 def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> None:
     recipe = dataclasses.replace(MODELS[kind], epochs=4)
     undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
@@ -196,11 +196,13 @@ def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> N
     else:
         assert (outcome.epochs, len(epochs)) == (2, 2)
         assert outcome.validation_loss == epochs[outcome.kept_epoch - 1].validation_loss
-    banks = 4 if any_model.memory else 0
+    views = 2 if any_model.coarse_pixels else 1
+    banks = 4 * views if any_model.memory else 0
     assert len(model.memory) == banks
-    maps = banks + (3 if model.student else 0)
+    maps = banks + (3 if model.student else 0) + (views if views > 1 else 0)
     assert len(record.distance_scales) == (maps if any_model.fusion == "quantile" else 0)
-    assert any("memory of 200 vectors in 4 banks" in each for each in reported if isinstance(each, str)) == bool(banks)
+    messages = [each for each in reported if isinstance(each, str)]
+    assert any(f"memory of {50 * banks} vectors in {banks} banks" in each for each in messages) == bool(banks)
     # With folds every image calibrates.
     folded = dataclasses.replace(task, recipe=dataclasses.replace(any_model, calibration_folds=2))
     assert fit(folded).fit.calibration_count == len(ModelStore(task.store).load("nut").calibration.scores) == 8

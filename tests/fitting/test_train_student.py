@@ -125,7 +125,7 @@ def test_gradient_does_not_depend_on_the_batch_size(
     for batch in (images.pixels[:3], np.concatenate([images.pixels[:3], images.pixels[:3]])):
         student = load_backbone(tiny.teacher, tiny.levels, weights, "test")
         inputs = teacher.inputs(torch.from_numpy(batch))
-        loss = matching_loss(teacher(inputs), student(inputs), [None] * 3) * tiny.loss_factor
+        loss = matching_loss(teacher(inputs), student(inputs[0]), [None] * 3) * tiny.loss_factor
         loss.backward()
         gradients.append(next(student.parameters()).grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)

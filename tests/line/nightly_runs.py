@@ -41,7 +41,7 @@ def output_rows(rows: list[dict[str, Any]], model_id: str = "nut-1") -> pa.Table
         # The path of the test's folder would make other scores in each run of the tests.
         fraction = int(storage.digest("/".join(path.parts[-3:]).encode())[:8], 16) / 2**32
         bad = path.stem == "bad"
-        scored = dict.fromkeys(("score", "memory_score", *COMPARED[2:]), 0.5 + fraction)
+        scored = dict.fromkeys(("score", "fine_score", *COMPARED[2:]), 0.5 + fraction)
         scored |= {"threshold": 1.4, "p_value": 1 - fraction, "is_anomalous": fraction > 0.9, "width": 40, "height": 48}
         made = {name: row[name] for name in ("image_id", "uri", "category")}
         made |= {"error_kind": "damaged", "error_message": "cut off"} if bad else scored | {"model_id": model_id}

@@ -13,11 +13,19 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from stpm.method.calibration import Calibration
-from stpm.method.fusion import AnomalyMap, Distances, sample_distances, upsample
-from stpm.method.fusion import fuse as fuse_distances
+from stpm.method.fusion import (
+    AnomalyMap,
+    fuse_levels,
+    fuse_views,
+    map_weights,
+    on_one_grid,
+    sample_distances,
+    soft_maximum,
+    upsample,
+)
 from stpm.method.loss import distance_map
-from stpm.method.recipe import FusionMethod, Recipe
-from stpm.method.scales import DistanceScale, HeatmapScale, fit_distance_scale, leave_one_out_scales
+from stpm.method.recipe import FusionMethod
+from stpm.method.scales import DistanceScale, HeatmapScale, fit_scales, leave_one_out_scales
 from stpm.method.teacher import content_mask
 from tests.method.test_loss import boxes, features, reference_distance
 
@@ -39,17 +47,18 @@ def random_maps(*shapes: tuple[int, int], images: int = 2, seed: int = 0) -> lis
     return [torch.rand(images, *shape, generator=generator) for shape in shapes]
 
 
-def fuse(
-    student: list[Tensor],
-    memory: list[Tensor],
+def quantile_fuse(
+    student: Sequence[Tensor],
+    memory: Sequence[Tensor],
     scales: Sequence[DistanceScale],
-    method: FusionMethod,
-    student_weight: float,
-    input_shape: tuple[int, int],
-    valid: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    recipe = Recipe(fusion=method, student_weight=student_weight)
-    return fuse_distances(Distances(tuple(student), tuple(memory)), scales, recipe, input_shape, valid)
+    student_weight: float = 0.25,
+    shape: tuple[int, int] = (32, 24),
+    valid: Sequence[Tensor | None] = (),
+) -> Tensor:
+    maps = [*student, *memory]
+    weights = map_weights([0] * len(student), [0] * len(memory), student_weight)
+    (fused,) = fuse_views(on_one_grid(maps, valid or [None] * len(maps)), weights, scales)
+    return upsample(fused, shape, max(valid, key=lambda mask: 0 if mask is None else mask.numel(), default=None))
 
 
 def test_fuse_product_matches_paper() -> None:
@@ -58,47 +67,58 @@ def test_fuse_product_matches_paper() -> None:
     for t, s in zip(teacher, student, strict=True):
         expected *= np.stack([reference_upsample(image, (64, 48)) for image in reference_distance(t, s)])
     maps = [distance_map(torch.from_numpy(t), torch.from_numpy(s)) for t, s in zip(teacher, student, strict=True)]
-    total, *parts = fuse(maps, [], (), "product", 0.25, (64, 48), [None] * 3)
+    total = fuse_levels(maps, [None] * 3, "product", (64, 48))
     np.testing.assert_allclose(total.numpy(), expected, atol=1e-5)
-    assert parts == [None, None]
     for image, reference in zip(total.numpy(), expected, strict=True):
-        score = AnomalyMap(image).score(0.0)
-        assert score.total == pytest.approx(reference.max(), abs=1e-5)
-        assert (score.student, score.memory) == (None, None)
+        assert AnomalyMap(image).score(0.0) == pytest.approx(reference.max(), abs=1e-5)
+        assert AnomalyMap(image).view_scores(0.0) == []
 
 
 def test_fuse_sum_adds_upsampled_maps() -> None:
     distances = random_maps((4, 6), (8, 5))
     expected = sum(reference_upsample(d[0].numpy(), (16, 24)) for d in distances)
-    total, student, memory = fuse(distances, [], (), "sum", 0.25, (16, 24), [None] * 2)
+    total = fuse_levels(distances, [None] * 2, "sum", (16, 24))
     np.testing.assert_allclose(total[0].numpy(), expected, atol=1e-6)
-    torch.testing.assert_close(student, total)
-    assert memory is None
 
 
 @pytest.mark.parametrize(("levels", "banks"), [(2, 3), (0, 3), (2, 0), (1, 1)])
 @pytest.mark.parametrize("student_weight", [0.25, 0.6])
-def test_fuse_quantile_averages_student_and_memory_by_their_weights(
-    levels: int, banks: int, student_weight: float
-) -> None:
-    maps = random_maps(*[(8 - i, 4 + i) for i in range(levels + banks)])
+def test_a_view_averages_student_and_memory_by_their_weights(levels: int, banks: int, student_weight: float) -> None:
+    maps = random_maps(*[(32, 20)] * (levels + banks))
     # A spread of 0 is replaced by a twentieth of the high quantile.
     scales = [DistanceScale(0.1 * i, 0.1 * i + 0.5) if i else DistanceScale(2.0, 2.0) for i in range(levels + banks)]
-    scaled = [
-        reference_upsample((d[0].numpy() - s.low) / (s.high - s.low or 0.1), (32, 20))
-        for d, s in zip(maps, scales, strict=True)
-    ]
-    total, *parts = fuse(maps[:levels], maps[levels:], scales, "quantile", student_weight, (32, 20), [None] * len(maps))
+    scaled = [(d[0].numpy() - s.low) / (s.high - s.low or 0.1) for d, s in zip(maps, scales, strict=True)]
+    total = quantile_fuse(maps[:levels], maps[levels:], scales, student_weight, (32, 20))
     weights = (student_weight, 1 - student_weight) if levels and banks else (1.0, 1.0)
-    expected = [
-        weight * np.mean(own, axis=0) if own else None
+    expected = sum(
+        weight * np.mean(own, axis=0)
         for weight, own in zip(weights, (scaled[:levels], scaled[levels:]), strict=True)
-    ]
-    np.testing.assert_allclose(total[0].numpy(), sum(e for e in expected if e is not None), rtol=1e-4, atol=1e-5)
-    for part, reference in zip(parts, expected, strict=True):
-        assert (part is None) == (reference is None)
-        if part is not None:
-            np.testing.assert_allclose(part[0].numpy(), reference, rtol=1e-4, atol=1e-5)
+        if own
+    )
+    np.testing.assert_allclose(total[0].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_are_brought_to_the_grid_of_the_finest() -> None:
+    maps = random_maps((4, 6), (8, 12), (2, 3))
+    for found, given_map in zip(on_one_grid(maps, [None] * 3), maps, strict=True):
+        np.testing.assert_allclose(found[0].numpy(), reference_upsample(given_map[0].numpy(), (8, 12)), atol=1e-6)
+
+
+def test_each_view_is_scaled_before_they_are_combined() -> None:
+    maps = torch.stack(random_maps((5, 4), (5, 4), (5, 4)))
+    scales = [DistanceScale(0.1, 0.6), DistanceScale(0.2, 0.4), DistanceScale(0.0, 1.0)]
+    units = [DistanceScale(1.0, 3.0), DistanceScale(-1.0, 1.0)]
+    fine, coarse = fuse_views(maps, map_weights([1], [0, 1], 0.25), scales + units)
+    torch.testing.assert_close(fine, ((maps[1] - 0.2) / 0.2 - 1) / 2)
+    torch.testing.assert_close(coarse, (0.25 * (maps[0] - 0.1) / 0.5 + 0.75 * maps[2] + 1) / 2)
+
+
+@given(st.floats(-50, 50), st.floats(-50, 50), st.floats(0.01, 0.99))
+def test_soft_maximum_is_between_the_weighted_mean_and_the_maximum(fine: float, coarse: float, weight: float) -> None:
+    found = float(soft_maximum(torch.tensor([fine, coarse]), weight))
+    expected = 0.5 * np.logaddexp(np.log(1 - weight) + 2 * fine, np.log(weight) + 2 * coarse)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert (1 - weight) * fine + weight * coarse - 1e-4 <= found <= max(fine, coarse) + 1e-4
 
 
 @given(st.floats(0.3, 4.0), st.integers(13, 40), st.integers(13, 40))
@@ -114,43 +134,50 @@ def test_smoothed_matches_gaussian_with_repeated_borders(sigma: float, height: i
     np.testing.assert_allclose(AnomalyMap(image).smoothed(sigma).total, expected, atol=1e-5)
 
 
-def test_smoothed_keeps_sum_of_parts_and_sigma_0_changes_nothing() -> None:
-    student, memory = (each[0].numpy() for each in random_maps((20, 30), (20, 30)))
-    plain = AnomalyMap(student + memory, student, memory)
-    smoothed = plain.smoothed(2.0)
-    assert smoothed.student is not None
-    assert smoothed.memory is not None
-    np.testing.assert_allclose(smoothed.student + smoothed.memory, smoothed.total, atol=1e-5)
+def test_sigma_0_changes_nothing_and_views_are_kept() -> None:
+    total, view = (each[0].numpy() for each in random_maps((20, 30), (5, 7)))
+    plain = AnomalyMap(total, (view,))
     assert plain.smoothed(0.0) is plain
-    assert AnomalyMap(student).smoothed(1.0).memory is None
+    assert plain.smoothed(2.0).views == (view,)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 0.99), st.integers(0, 1000))
-def test_score_is_mean_of_highest_pixels_and_sum_of_parts(height: int, width: int, fraction: float, seed: int) -> None:
-    student, memory = np.random.default_rng(seed).normal(size=(2, height, width)).astype(np.float32)
-    total = student + memory
-    score = AnomalyMap(total, student, memory).score(fraction)
+def test_score_is_mean_of_highest_pixels_and_views_are_read_there(
+    height: int, width: int, fraction: float, seed: int
+) -> None:
+    view = np.random.default_rng(seed).permutation(height * width).reshape(height, width).astype(np.float32)
+    # Each position of the view is a square of pixels.
+    total = view.repeat(2, axis=0).repeat(2, axis=1)
+    found = AnomalyMap(total, (view, -view))
     count = max(round(fraction * total.size), 1)
-    order = np.argsort(total.ravel())[::-1][:count]
-    assert score.total == pytest.approx(total.ravel()[order].mean(), abs=1e-5)
-    assert score.student == pytest.approx(student.ravel()[order].mean(), abs=1e-5)
-    assert score.memory == pytest.approx(memory.ravel()[order].mean(), abs=1e-5)
-    assert score.student + score.memory == pytest.approx(score.total, abs=1e-5)
+    highest = np.sort(total.ravel())[::-1][:count]
+    assert found.score(fraction) == pytest.approx(highest.mean(), abs=1e-5)
+    assert found.view_scores(fraction) == pytest.approx([highest.mean(), -highest.mean()], abs=1e-5)
 
 
 def test_sample_distances_are_evenly_spaced_over_valid_positions() -> None:
     distances = torch.arange(2 * 50 * 40.0).reshape(2, 50, 40)
-    for image, values in zip(distances, sample_distances(distances), strict=True):
-        assert len(values) == 1024
-        assert (values[0], values[-1]) == (image.min(), image.max())
-        assert set(np.diff(values)) == {1.0, 2.0}
+    maps = torch.stack([distances, -distances])
+    for image, values in zip(distances, sample_distances(maps), strict=True):
+        assert values.shape == (2, 1024)
+        assert (values[0, 0], values[0, -1]) == (image.min(), image.max())
+        assert set(np.diff(values[0])) == {1.0, 2.0}
+        # All maps are read at the same positions.
+        np.testing.assert_array_equal(values[0], -values[1])
     valid = torch.zeros(2, 50, 40, dtype=torch.bool)
     valid[0, :30] = valid[1, 7, 3] = True
-    first, second = sample_distances(distances, valid)
-    assert (len(first), first[0], first[-1]) == (1024, 0.0, 1199.0)
-    assert second.tolist() == [distances[1, 7, 3].item()]
-    for image, values in zip(distances[:, :5], sample_distances(distances[:, :5]), strict=True):
-        np.testing.assert_array_equal(values, image.numpy().ravel())
+    first, second = sample_distances(maps, valid)
+    assert (first.shape, first[0, 0], first[0, -1]) == ((2, 1024), 0.0, 1199.0)
+    assert second[0].tolist() == [distances[1, 7, 3].item()]
+    for image, values in zip(distances[:, :5], sample_distances(maps[:, :, :5]), strict=True):
+        np.testing.assert_array_equal(values[0], image.numpy().ravel())
+
+
+def fuse_any(method: FusionMethod, maps: Sequence[Tensor], valid: Sequence[Tensor | None], *shape: int) -> Tensor:
+    if method != "quantile":
+        return fuse_levels(maps, valid, method, (shape[0], shape[1]))
+    scales = [DistanceScale(0.5, 0.75)] * len(maps)
+    return quantile_fuse(maps[:1], maps[1:], scales, 0.25, (shape[0], shape[1]), valid)
 
 
 @given(boxes(), st.integers(0, 2**31), st.sampled_from(["product", "sum", "quantile"]))
@@ -160,12 +187,7 @@ def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int
     valid = [content_mask(torch.tensor([case[1]]), input_shape, shape) for shape in shapes]
     maps, other = (random_maps(*shapes, images=1, seed=seed + i) for i in range(2))
     other = [torch.where(v, d, 1e6 * o) for v, d, o in zip(valid, maps, other, strict=True)]
-    scales = [DistanceScale(0.5, 0.75)] * 3
-    levels = 1 if method == "quantile" else 3
-    first, second = (
-        fuse(d[:levels], d[levels:], scales, method, 0.25, input_shape, valid)[0][:, top:bottom, left:right]
-        for d in (maps, other)
-    )
+    first, second = (fuse_any(method, d, valid, *input_shape)[:, top:bottom, left:right] for d in (maps, other))
     torch.testing.assert_close(first, second)
     for d, o, v in zip(maps, other, valid, strict=True):
         for given_maps in (d, o):
@@ -173,7 +195,7 @@ def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int
             raised = upsample(given_maps, input_shape, v)[:, top:bottom, left:right]
             assert d[v].min() - 1e-4 <= raised.min() <= raised.max() <= d[v].max() + 1e-4
     for d, o, v in zip(maps, other, valid, strict=True):
-        for one, two in zip(sample_distances(d, v), sample_distances(o, v), strict=True):
+        for one, two in zip(sample_distances(d[None], v), sample_distances(o[None], v), strict=True):
             np.testing.assert_array_equal(one, two)
 
 
@@ -181,25 +203,26 @@ def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int
 def test_fuse_with_full_mask_equals_no_mask(method: FusionMethod) -> None:
     maps = random_maps((8, 6), (4, 3))
     everything = [torch.ones_like(d, dtype=torch.bool) for d in maps]
-    scales = [DistanceScale(0.5, 0.9)] * 2
-    first, second = (fuse(maps, [], scales, method, 0.25, (32, 24), v)[0] for v in (everything, [None] * 2))
+    first, second = (fuse_any(method, maps, valid, 32, 24) for valid in (everything, [None] * 2))
     torch.testing.assert_close(first, second)
 
 
 def score_all(
-    held_out: list[Tensor], new: list[Tensor], levels: int, student_weight: float = 0.25
+    held_out: list[Tensor], new: list[Tensor], levels: int, student_weight: float = 0.25, two_views: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score held-out images, each with the scales of the others, and new images, as fitting and scoring do."""
-    input_shape, valid = (32, 32), [None] * len(new)
-    values = [sample_distances(d) for d in held_out]
+    samples = sample_distances(on_one_grid(held_out, [None] * len(held_out)))
+    # In one view, or the first half of the student's levels and of the banks in another.
+    views = [[int(two_views and 2 * i < n) for i in range(n)] for n in (levels, len(held_out) - levels)]
+    weights = map_weights(*views, student_weight)
 
-    def scores(maps: list[Tensor], scales: list[DistanceScale]) -> list[float]:
-        total, *_ = fuse(maps[:levels], maps[levels:], scales, "quantile", student_weight, input_shape, valid)
-        return [AnomalyMap(each).score(0.02).total for each in total.numpy()]
+    def scores(maps: list[Tensor], scales: Sequence[DistanceScale]) -> list[float]:
+        fused = soft_maximum(fuse_views(on_one_grid(maps, [None] * len(maps)), weights, scales), 0.2)
+        return [AnomalyMap(each).score(0.02) for each in upsample(fused, (32, 32)).numpy()]
 
-    without_each = zip(*map(leave_one_out_scales, values), strict=True)
+    without_each = leave_one_out_scales(samples, weights)
     held_out_scores = [scores([d[i : i + 1] for d in held_out], scales)[0] for i, scales in enumerate(without_each)]
-    return np.array(held_out_scores), np.array(scores(new, [fit_distance_scale(part) for part in values]))
+    return np.array(held_out_scores), np.array(scores(new, fit_scales(samples, weights)))
 
 
 @pytest.mark.parametrize("factor", [1000.0, 1e-3])
@@ -236,7 +259,8 @@ def test_fuse_quantile_keeps_signal_of_one_part_among_noisy_ones(clear: int, hea
     ("n", "draws", "student_weight"),
     [(2, 500, 0.5), (5, 500, 0.5), (40, 100, 0.5), (2, 500, 0.25), (10, 300, 0.25), (40, 100, 0.25)],
 )
-def test_p_values_of_new_normal_images_are_valid(n: int, draws: int, student_weight: float) -> None:
+@pytest.mark.parametrize("two_views", [False, True])
+def test_p_values_of_new_normal_images_are_valid(n: int, draws: int, student_weight: float, two_views: bool) -> None:
     """Images differ in how anomalous they look, in parts of different scale, shape and tail."""
     rng = np.random.default_rng(n)
     new_images = 10
@@ -247,7 +271,7 @@ def test_p_values_of_new_normal_images_are_valid(n: int, draws: int, student_wei
             image = rng.lognormal(0.0, tail, (n + new_images, 1, 1))
             maps.append(torch.from_numpy((scale * image * rng.gamma(2.0, size=(n + new_images, *shape))).astype("f")))
         held_out, new = [d[:n] for d in maps], [d[n:] for d in maps]
-        held_out_scores, new_scores = score_all(held_out, new, 2, student_weight)
+        held_out_scores, new_scores = score_all(held_out, new, 2, student_weight, two_views)
         calibration = Calibration(np.sort(held_out_scores).astype(np.float32), HeatmapScale(0.0, 1.0))
         p_values.append(calibration.p_values(new_scores.astype(np.float32)))
     for rate in (1 / (n + 1), 0.05, 0.1, 0.2, 0.5):

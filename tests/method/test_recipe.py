@@ -20,13 +20,13 @@ def test_presets_match_their_sources() -> None:
     changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
     assert changed == {
         *("schedule", "warmup_epochs", "batch_size", "epochs", "min_steps", "size", "resize"),
-        *("memory", "fusion", "top_fraction"),
+        *("memory", "fusion", "top_fraction", "pixels", "coarse_pixels"),
     }
     for preset in (paper, notebook):
         assert (preset.student, preset.memory, preset.fusion, preset.resize) == ("stpm", 0, "product", "stretch")
         assert (preset.smoothing, preset.top_fraction, preset.held_out_fraction) == (0.0, 0.0, 0.2)
     assert (default.memory, default.fusion, default.top_fraction) == (2000, "quantile", 0.005)
-    assert (default.size, default.resize, default.pixels) == ("auto", "fit", 163_840)
+    assert (default.size, default.resize, default.pixels, default.coarse_pixels) == ("auto", "fit", 491_520, 36_864)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from stpm.method.scales import (
     DistanceScale,
     HeatmapScale,
     HeatmapScaleBuilder,
-    fit_distance_scale,
+    fit_scales,
     leave_one_out_scales,
 )
 
@@ -90,17 +90,33 @@ def reference_quantile(values: list[float], fraction: float) -> float:
     return next(v for v in sorted(values) if sum(other <= v for other in values) >= fraction * len(values))
 
 
+ONE_VIEW = np.ones((1, 1), np.float32)
+
+
 @given(PARTS)
 def test_leave_one_out_scales_match_quantiles_of_the_others(part: list[list[float]]) -> None:
-    arrays = [np.array(image, np.float32) for image in part]
-    found = leave_one_out_scales(arrays)
+    arrays = [np.array([image], np.float32) for image in part]
+    found = leave_one_out_scales(arrays, ONE_VIEW)
     assert len(found) == len(part)
-    for i, scale in enumerate(found):
+    for i, (scale,) in enumerate(found):
         others = [v for j, image in enumerate(part) for v in image if j != i]
         assert scale.low == pytest.approx(reference_quantile(others, 0.9), rel=1e-5, abs=1e-5)
         assert scale.high == pytest.approx(reference_quantile(others, 0.995), rel=1e-5, abs=1e-5)
     every = [v for image in part for v in image]
-    assert fit_distance_scale(arrays).high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
+    assert fit_scales(arrays, ONE_VIEW)[0].high == pytest.approx(reference_quantile(every, 0.995), rel=1e-5, abs=1e-5)
+
+
+def test_views_have_scales_of_the_weighted_sum_of_their_scaled_maps() -> None:
+    rng = np.random.default_rng(0)
+    weights = np.array([[0, 0, 1], [0.25, 0.75, 0]], np.float32)
+    images = [rng.gamma(2.0, size=(3, 40 + i)).astype(np.float32) for i in range(5)]
+    one, two, three, fine, coarse = fit_scales(images, weights)
+    pooled = np.concatenate(images, axis=1)
+    scaled = [(row - s.low) / s.spread for row, s in zip(pooled, (one, two, three), strict=True)]
+    for scale, view in ((fine, scaled[2]), (coarse, 0.25 * scaled[0] + 0.75 * scaled[1])):
+        expected = np.quantile(view, (0.9, 0.995), method="inverted_cdf")
+        assert [scale.low, scale.high] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert leave_one_out_scales(images, weights)[2] == fit_scales(images[:2] + images[3:], weights)
 
 
 def test_part_scale_spread_is_positive() -> None:
@@ -111,6 +127,5 @@ def test_part_scale_spread_is_positive() -> None:
 
 
 def test_part_scale_of_equal_images_equals_leave_one_out_scale() -> None:
-    image = np.linspace(1.0, 3.0, 64, dtype=np.float32)
-    held_out = [image] * 8
-    assert fit_distance_scale(held_out) == leave_one_out_scales(held_out)[0]
+    held_out = [np.linspace(1.0, 3.0, 64, dtype=np.float32)[None]] * 8
+    assert fit_scales(held_out, ONE_VIEW) == leave_one_out_scales(held_out, ONE_VIEW)[0]

@@ -24,8 +24,8 @@ def make_rows(drawn: list[tuple[str, float | None, float, bool]]) -> list[dict[s
             "uri": f"/{number:03}.png",
             "category": category,
             "score": score,
-            "student_score": score if is_sum else None,
-            "memory_score": None,
+            "coarse_score": score if is_scaled else None,
+            "fine_score": None,
             "threshold": None if score is None else threshold,
             "p_value": None if score is None else abs(score) / 4,
             "is_anomalous": None if score is None else score > threshold,
@@ -33,13 +33,13 @@ def make_rows(drawn: list[tuple[str, float | None, float, bool]]) -> list[dict[s
             "error_kind": ("empty", "damaged")[number % 2] if score is None else "",
             "error_message": "no bytes" if score is None else "",
         }
-        for number, (category, score, threshold, is_sum) in enumerate(drawn)
+        for number, (category, score, threshold, is_scaled) in enumerate(drawn)
     ]
 
 
 def margin(row: dict[str, Any]) -> float:
     above: float = row["score"] - row["threshold"]
-    return above if row["student_score"] is not None else above / max(abs(row["threshold"]), 1e-30)
+    return above if row["coarse_score"] is not None else above / max(abs(row["threshold"]), 1e-30)
 
 
 @given(st.lists(_ROW, max_size=40), st.lists(st.integers(0, 40), max_size=4), st.integers(0, 12))

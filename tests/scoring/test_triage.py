@@ -38,7 +38,7 @@ def output(tmp_path: Path) -> RunOutput:
         columns["threshold"][i] = 1.0 if category == "nut" else 100.0
         columns["score"][i] = None if i == 0 else (i / 50) * columns["threshold"][i]
         if category == "nut" and i:
-            columns["student_score"][i], columns["memory_score"][i] = 0.25, columns["score"][i] - 0.25
+            columns["coarse_score"][i], columns["fine_score"][i] = 0.25, columns["score"][i] - 0.25
         columns["p_value"][i] = None if i == 0 else 0.02
         columns["is_anomalous"][i] = None if i == 0 else i > 50
         columns["peak_x"][i] = columns["peak_y"][i] = i
@@ -67,18 +67,18 @@ def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunO
 
 
 @pytest.mark.parametrize(
-    ("scores", "thresholds", "are_sums", "order"),
+    ("scores", "thresholds", "are_scaled", "order"),
     [
         *(([-3, 7, -0.75, 0, 2.5, -0.25], [level] * 6, False, [7, 2.5, 0, -0.25]) for level in (2.0, 0.0, -0.5)),
-        # Sums of parts have one scale: by their difference to the threshold.
+        # Scores of views have one scale: by their difference to the threshold.
         ([9.5, 12.25, 3], [0.1, 1.5, -2], True, [12.25, 9.5, 3]),
     ],
 )
 def test_larger_scores_come_first_for_any_sign_of_the_threshold(
-    tmp_path: Path, scores: list[float], thresholds: list[float], are_sums: bool, order: list[float]
+    tmp_path: Path, scores: list[float], thresholds: list[float], are_scaled: bool, order: list[float]
 ) -> None:
     output = RunOutput.single(str(tmp_path))
-    parts = {"memory_score": scores} if are_sums else {}
+    parts = {"fine_score": scores} if are_scaled else {}
     write_rows(output, make_output(len(scores), score=scores, threshold=thresholds, **parts))
     assert [row["score"] for row in most_anomalous(output, 4)] == order
 
@@ -102,9 +102,9 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path, ca
         assert blue > red
         assert blue > green
     assert text.count("<script") == 1
-    # One of the two models has scores of two parts.
-    assert sum("student 0.25 + memory " in piece for piece in page.texts) == 10
-    assert "student 0.25 + memory 1.71" in page.texts
+    # One of the two models has two views.
+    assert sum(piece.endswith(", coarse 0.25") for piece in page.texts) == 10
+    assert "fine 1.71, coarse 0.25" in page.texts
 
 
 def test_discoveries_are_marked_and_a_run_without_scores_has_a_page(output: RunOutput, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class DetectorCache:
 
     def _nbytes(self) -> int:
         teachers = {detector.teacher for detector in self._detectors.values()}
-        return sum(each.nbytes for each in self._detectors.values()) + sum(each.backbone.nbytes for each in teachers)
+        return sum(each.nbytes for each in self._detectors.values()) + sum(each.nbytes for each in teachers)
 
     def _load(self, category: str, load: Callable[[str], T]) -> T:
         """Load something of a category. If the memory does not suffice, drop all models and try once more.

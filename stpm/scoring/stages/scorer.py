@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     import torch
 
     from stpm.detector import TeacherSpec
-    from stpm.method.teacher import Teacher
+    from stpm.method.teacher import Inputs, Teacher
     from stpm.result import Result
 
 log = logging.getLogger(__name__)
 
 # Columns of SCORED that are fields of a result.
-_COPIED = ("score", "student_score", "memory_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
+_COPIED = ("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
@@ -219,13 +219,15 @@ class Scorer:
         for category, group in groupby(images, key=lambda image: image["category"]):
             sizes = [(image["width"], image["height"]) for image in group]
             part = slice(len(outcomes), len(outcomes) + len(sizes))
-            outcomes += self._score_category(category, inputs[part], sizes, [level[part] for level in features])
+            outcomes += self._score_category(
+                category, tuple(view[part] for view in inputs), sizes, [level[part] for level in features]
+            )
         return outcomes
 
     def _score_category(
         self,
         category: str,
-        inputs: torch.Tensor,
+        inputs: Inputs,
         sizes: Sequence[tuple[int, int]],
         features: Sequence[torch.Tensor],
     ) -> Sequence[Outcome]:

@@ -34,7 +34,7 @@ def test_detector_cache_keeps_the_models_used_last_within_its_budget(
         ModelStore, "load", lambda self, name, model: loaded.append(name) or original(self, name, model)
     )
     total = sum(make_cache(run).detector(name).nbytes for name in CATEGORIES)
-    total += make_cache(run).teacher("nut").backbone.nbytes
+    total += make_cache(run).teacher("nut").nbytes
     for max_bytes, wanted, expected in (
         (2**30, "nut grey screw nut grey screw", "nut grey screw"),
         (1, "nut nut grey nut screw nut", "nut grey nut screw nut"),

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from stpm.method.recipe import PRESETS
+from stpm.method.views import View, choose_memory_levels, choose_views
+from stpm.options import Integers
+from tests.conftest import make_preprocessing
+
+
+@pytest.mark.parametrize(
+    ("teacher", "named", "levels"),
+    [
+        ("resnet18.tv_in1k", (), (1, 2, 3)),
+        ("demo", (), (2, 3)),
+        # Its levels have 24, 32 and 48 channels.
+        ("test_efficientnet", (), (2, 3)),
+        ("demo", (1, 3), (1, 3)),
+    ],
+)
+def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
+    teacher: str, named: tuple[int, ...], levels: tuple[int, ...]
+) -> None:
+    recipe = dataclasses.replace(PRESETS["default"], teacher=teacher, memory_levels=Integers(named))
+    assert choose_memory_levels(recipe)[0] == levels
+
+
+def test_the_coarse_view_is_small_and_has_the_students_levels() -> None:
+    recipe = dataclasses.replace(PRESETS["default"], teacher="demo")
+    assert recipe.teacher_levels == (1, 2, 3, 4)
+    fine, coarse = choose_views(recipe, make_preprocessing(576, 832))
+    assert fine == View((576, 832), (2, 3))
+    assert coarse == View((160, 224), (1, 2, 3, 4))
+    assert choose_views(dataclasses.replace(recipe, coarse_pixels=0), make_preprocessing(64)) == (
+        View((64, 64), (1, 2, 3)),
+    )
