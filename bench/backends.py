@@ -34,7 +34,7 @@ from stpm.detector import Detector
 from stpm.method.calibration import threshold
 from stpm.method.recipe import PRESETS, Precision, Recipe
 from stpm.method.teacher import Teacher
-from stpm.method.views import choose_views
+from stpm.method.views import choose_views, levels_of_teacher
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend
 
@@ -67,7 +67,7 @@ def score(store: ModelStore, model: Model, category: mvtec.Category, way: str) -
     backend, precision = _WAYS[way]
     record = model.record
     recipe, preprocessing = record.recipe, record.preprocessing
-    backbone = store.load_teacher(recipe.teacher, recipe.teacher_levels, record.teacher_digest)
+    backbone = store.load_teacher(recipe.teacher, levels_of_teacher(recipe), record.teacher_digest)
     views = choose_views(recipe, preprocessing)
     teacher = Teacher(backbone, preprocessing, torch.device("cpu"), precision, backend, views)
     detector = Detector.from_model(model, teacher)

@@ -38,7 +38,7 @@ from stpm.method.recipe import Recipe
 from stpm.method.scales import fit_scales
 from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
-from stpm.method.views import choose_views
+from stpm.method.views import choose_views, levels_of_teacher
 from stpm.metrics.category_metrics import AUPRO_LIMITS
 from stpm.metrics.pixel_metrics import Mask, PixelCounts, count_pixels
 from stpm.models.store import ModelStore
@@ -63,7 +63,7 @@ def make_fit_parser(description: str | None) -> argparse.ArgumentParser:
 
 def make_task(store: ModelStore, category: mvtec.Category, recipe: Recipe) -> FitTask:
     """Put the recipe's teacher into a store, and return the task that fits the category's model there."""
-    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels))
+    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe)))
     recipe = recipe.for_image_count(len(category.train))
     return FitTask(category.name, category.train, recipe, store.uri, digest)
 
@@ -95,8 +95,8 @@ def change_recipe(base: Recipe, text: str) -> Recipe:
 def teacher_from(recipe: Recipe, preprocessing: Preprocessing) -> Teacher:
     """Return the recipe's teacher on this process's device, computed by PyTorch."""
     device = assigned_device()
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
-    backbone = backbones.load_backbone(recipe.teacher, recipe.teacher_levels, weights, recipe.teacher)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe))
+    backbone = backbones.load_backbone(recipe.teacher, levels_of_teacher(recipe), weights, recipe.teacher)
     arithmetic = choose_arithmetic([device_capabilities(device)], "pytorch")
     precision = arithmetic.precision_to_fit(recipe.precision)
     return Teacher(backbone, preprocessing, device, precision, "pytorch", choose_views(recipe, preprocessing))

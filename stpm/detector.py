@@ -47,7 +47,7 @@ from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, Floats
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
-from stpm.method.views import View, choose_views
+from stpm.method.views import View, choose_views, levels_of_teacher
 from stpm.metrics.category_metrics import (
     CategoryMetrics,
     LabelledPixels,
@@ -102,7 +102,7 @@ class TeacherSpec:
     @classmethod
     def _make(cls, recipe: Recipe, digest: str, preprocessing: Preprocessing, *computed_by: Any) -> TeacherSpec:
         views = choose_views(recipe, preprocessing)
-        return cls(recipe.teacher, recipe.teacher_levels, digest, preprocessing, views, *computed_by)
+        return cls(recipe.teacher, levels_of_teacher(recipe), digest, preprocessing, views, *computed_by)
 
 
 # Each lives as long as a detector that uses it.
@@ -211,7 +211,7 @@ class Detector:
         # Before it is saved, a model has no category, with which its id begins.
         name = self.model_record.model_id.removeprefix("-") if self.model_record else "not calibrated"
         teacher = self.teacher
-        seen = f"{self.recipe.teacher} at {teacher.input_size}, {teacher.precision}, {teacher.backend}"
+        seen = f"{self.recipe.teacher} at {teacher.preprocessing.size_text}, {teacher.precision}, {teacher.backend}"
         return f"Detector({name}, {seen}, {teacher.device})"
 
     @property

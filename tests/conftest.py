@@ -28,7 +28,7 @@ from stpm.method.preprocessing import IMAGENET, Preprocessing, Resize
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
-from stpm.method.views import choose_views
+from stpm.method.views import choose_views, levels_of_teacher
 from stpm.options import Integers, Size
 
 # Processes of tests share the cores, and threads that wait for each other spin. Jobs choose their own number.
@@ -139,8 +139,8 @@ def make_teacher() -> Callable[[Recipe], Teacher]:
     """Return a function that makes an untrained teacher on the CPU."""
 
     def make(recipe: Recipe) -> Teacher:
-        state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
-        backbone = load_backbone(recipe.teacher, recipe.teacher_levels, state, "test")
+        state = load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe))
+        backbone = load_backbone(recipe.teacher, levels_of_teacher(recipe), state, "test")
         preprocessing = preprocessing_for(recipe, [])
         views = choose_views(recipe, preprocessing)
         return Teacher(backbone, preprocessing, torch.device("cpu"), "float32", views=views)

@@ -24,10 +24,11 @@ from stpm.data.masks import decode_mask, resize_mask
 from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
-from stpm.method.recipe import Recipe
+from stpm.method.recipe import PRESETS, Recipe, StudentKind
 from stpm.method.teacher import Inputs, Teacher
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.store import ModelStore
+from stpm.options import Backend, Integers
 from tests.conftest import MODELS, REPOSITORY, SETTINGS, TINY
 from tests.datasets import make_category
 from tests.fitting.test_fit_category import contents, stored_model, task_in
@@ -256,6 +257,52 @@ def test_plain_values_make_a_recipe() -> None:
     for value in ("wide", 3.5, (1, 2, 3)):
         with pytest.raises(ConfigError, match="--size is"):
             Recipe(size=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "openvino"])
+@pytest.mark.parametrize(
+    ("teacher", "student", "size"),
+    [
+        ("test_vit", "stpm", "224x288 and 128x160"),
+        ("test_convnext", "stpm", "224x288 and 128x160"),
+        # Its patches have 14 pixels, and its position embeddings fit 518 x 518 until they are interpolated.
+        ("vit_small_patch14_dinov2", "none", "224x280 and 126x154"),
+        ("vit_tiny_patch16_dinov3_qkvb", "none", "224x288 and 128x160"),
+    ],
+)
+def test_transformers_and_convnext_are_teachers(
+    tmp_path: Path, rng: np.random.Generator, teacher: str, student: StudentKind, size: str, backend: Backend
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="openvino is not installed: its backend was not tried")
+    good = list(rng.integers(90, 130, (8, 120, 150, 3), dtype=np.uint8))
+    odd = good[0].copy()
+    odd[40:80, 40:80] = 250
+    recipe = dataclasses.replace(
+        PRESETS["default"],
+        teacher=teacher,
+        teacher_weights="random",
+        normalisation="imagenet",
+        student=student,
+        levels=Integers((1, 2)),
+        coarse_pixels=20_000,
+        memory=50,
+        epochs=2,
+        min_steps=0,
+    )
+    detector = stpm.fit(good, recipe, backend=backend, progress=False)
+    assert detector.teacher.preprocessing.size_text == size
+    assert detector.teacher.backend == backend
+    fine, anomalous = detector.score([good[0], odd])
+    assert anomalous.score > fine.score + 5
+    assert anomalous.is_anomalous
+    detector.save(tmp_path, "nut")
+    again = stpm.load(tmp_path, backend=backend).score(odd)
+    assert (again.score, again.fine_score, again.coarse_score) == (
+        anomalous.score,
+        anomalous.fine_score,
+        anomalous.coarse_score,
+    )
 
 
 def test_what_cannot_be_fitted_is_refused_in_one_line(tmp_path: Path) -> None:

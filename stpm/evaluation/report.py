@@ -62,7 +62,7 @@ class CategoryResult:
             "fit_seconds": fit.pop("seconds"),
             **fit,
             "error_count": self.metrics.error_count,
-            "input_size": self.model.input_size,
+            "input_size": self.model.preprocessing.size_text,
             "precision": self.model.precision,
             "model_id": self.model.model_id,
         }
@@ -277,9 +277,10 @@ def _model_protocol(model: ModelRecord) -> dict[str, str]:
     mean, std = (", ".join(map(str, values)) for values in (preprocessing.mean, preprocessing.std))
     highest = f"mean of the highest {100 * top_fraction:g} %" if top_fraction else "maximum"
     return {
-        "input_size": model.input_size,
+        "input_size": preprocessing.size_text,
         "resize": f"{preprocessing.resize}, {preprocessing.interpolation} with antialiasing",
         "normalisation": f"mean {mean}; std {std}",
+        "teacher_licence": model.teacher_licence or "not known",
         "image_score": f"{highest} of the anomaly map",
     }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,10 +29,12 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
         return ()
     specs = _make_specs(features, recipe)
     shapes = {spec.level_index: strided_shape(features.shapes[spec.level_index], spec.stride) for spec in specs}
-    per_image = math.ceil(_MAX_CANDIDATES / len(train))
+    lamps = (0.0, recipe.brightness) if recipe.brightness else (0.0,)
+    per_image = math.ceil(_MAX_CANDIDATES / len(train) / len(lamps))
     candidates: list[list[Tensor]] = [[] for _ in specs]
-    for batch in split_batches(train, EVALUATION_BATCH_SIZE):
-        levels, valid = features(batch), features.content_masks(batch)
+    for batch, lamp in itertools.product(split_batches(train, EVALUATION_BATCH_SIZE), lamps):
+        levels = features.brightened(batch, _factors(batch, lamp, recipe.seed)) if lamp else features(batch)
+        valid = features.content_masks(batch)
         strided_valid = features.teacher.content_masks(features.images.content[batch], list(shapes.values()))
         chosen = {
             index: _choose_candidates(shape, mask, batch, per_image, recipe.seed).to(levels[index].device)
@@ -58,6 +62,12 @@ def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpe
             specs += [DescriptorSpec(index, kind, window, stride) for kind in KINDS]
         first += len(view.levels)
     return specs
+
+
+def _factors(images: Indices, brightness: float, seed: int) -> npt.NDArray[np.float32]:
+    """Draw the brightness of each image, around 1."""
+    drawn = [np.random.default_rng((seed, image)).uniform(1 - brightness, 1 + brightness) for image in images.tolist()]
+    return np.array(drawn, np.float32)
 
 
 def _choose_candidates(

@@ -30,6 +30,7 @@ from stpm.method.backbones import load_backbone, serialise
 from stpm.method.device import device_capabilities, local_device
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.method.teacher_weights import load_teacher_weights
+from stpm.method.views import levels_of_teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
@@ -82,7 +83,8 @@ def fit(
         seed=recipe.seed if seed is None else seed,
     ).for_image_count(len(listed))
     recipe.check_image_count(len(listed))
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
+    levels = levels_of_teacher(recipe)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels)
     digest = storage.digest(serialise(weights))
     device = local_device()
     arithmetic = choose_arithmetic([device_capabilities(device)], backend)
@@ -100,7 +102,7 @@ def fit(
                 log.info(event)
 
         detector = fit_detector(
-            share_teacher(spec, lambda: load_backbone(recipe.teacher, recipe.teacher_levels, weights, recipe.teacher)),
+            share_teacher(spec, lambda: load_backbone(recipe.teacher, levels, weights, recipe.teacher)),
             recipe,
             listed,
             report,

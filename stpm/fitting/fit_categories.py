@@ -26,6 +26,7 @@ from stpm.lease import hold_lease
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
+from stpm.method.views import levels_of_teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
@@ -92,7 +93,7 @@ def fit_categories(
         DeviceError: if torch cannot use a GPU that Ray assigns.
         RunInterruptedError: if no node came in time, or Ray failed.
     """
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.teacher_levels)
+    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe))
     # Raise the error of an unknown normalisation once, instead of in each category.
     choose_normalisation(recipe)
     with ExitStack() as leases:

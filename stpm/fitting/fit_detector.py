@@ -21,6 +21,7 @@ from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images
+from stpm.method.backbones import teacher_licence
 from stpm.method.calibration import Calibration
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
@@ -99,6 +100,7 @@ def fit_detector(
         preprocessing=teacher.preprocessing,
         precision=teacher.precision,
         teacher_digest=teacher_digest,
+        teacher_licence="" if recipe.teacher_weights else teacher_licence(recipe.teacher),
         heatmap_scale=heatmap_scale,
         distance_scales=distance_scales,
         fit=FitRecord(
@@ -138,7 +140,7 @@ def _load(teacher: Teacher, pictures: Sequence[Picture], report: Reporter, ram: 
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); input "
-        f"{teacher.input_size}, at {smallest if smallest == largest else f'{smallest} to {largest}'} of "
+        f"{teacher.preprocessing.size_text}, at {smallest if smallest == largest else f'{smallest} to {largest}'} of "
         f"the images' size; {teacher.precision}, {teacher.backend}"
     )
     return features

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,6 +58,11 @@ class TeacherFeatures:
     def inputs(self, indices: Indices) -> Inputs:
         """Return the teacher's inputs of B images."""
         return self.teacher.inputs(self._pixels[torch.from_numpy(indices)])
+
+    def brightened(self, indices: Indices, factors: npt.NDArray[np.float32]) -> list[Tensor]:
+        """Return the features of B images whose values are multiplied by a factor, up to 255: (B,) float32."""
+        pixels = self._pixels[torch.from_numpy(indices)] * torch.from_numpy(factors).view(-1, 1, 1, 1)
+        return self.teacher(self.teacher.inputs(pixels.round().clamp(max=255).byte()))
 
     def content_masks(self, indices: Indices) -> list[Tensor | None]:
         """Mask the positions of the features that are on no padding, as `Teacher.content_masks` does."""

@@ -19,9 +19,18 @@ from stpm.data import decoding, pictures
 from stpm.data.decoding import Fetched, Pixels
 from stpm.data.image_statistics import COMPARED
 from stpm.data.pictures import Picture
-from stpm.errors import DataError, ImageError, join_first
-from stpm.method.backbones import resolve_data_config
-from stpm.method.preprocessing import IMAGENET, UNSCALED, Boxes, DataConfig, Preprocessing, choose_input_shape
+from stpm.errors import ConfigError, DataError, ImageError, join_first
+from stpm.method.backbones import describe_levels, resolve_data_config
+from stpm.method.preprocessing import (
+    IMAGENET,
+    SIDE_MULTIPLE,
+    UNSCALED,
+    Boxes,
+    DataConfig,
+    Preprocessing,
+    choose_coarse_shape,
+    choose_input_shape,
+)
 from stpm.method.recipe import Recipe
 
 _READERS = 8
@@ -104,12 +113,16 @@ def preprocessing_for(recipe: Recipe, training: Sequence[Picture]) -> Preprocess
     """Return a recipe's preprocessing of these training images. For the size `auto`, read the headers of some.
 
     Raises:
-        ConfigError: if the recipe takes the teacher's normalisation, and timm does not know the teacher.
+        ConfigError: if the teacher is unknown, or cannot take the size.
         DataError: if the size is `auto` and none of the headers can be read.
     """
     config = choose_normalisation(recipe)
-    height, width = recipe.size.sides or choose_input_shape(_read_some_sizes(training), recipe.pixels)
-    return Preprocessing(height, width, recipe.resize, config.interpolation, config.mean, config.std)
+    multiple = describe_levels(recipe.teacher, tuple(recipe.levels)).side_multiple
+    shape = recipe.size.sides or choose_input_shape(_read_some_sizes(training), recipe.pixels, multiple)
+    if multiple != SIDE_MULTIPLE and any(side % multiple for side in shape):
+        raise ConfigError(f"--size is {recipe.size}; {recipe.teacher} needs multiples of {multiple} pixels, or auto")
+    coarse = choose_coarse_shape(shape, recipe.coarse_pixels, multiple) if recipe.coarse_pixels else None
+    return Preprocessing(*shape, recipe.resize, config.interpolation, config.mean, config.std, coarse)
 
 
 def _read_some_sizes(training: Sequence[Picture]) -> list[tuple[int, int]]:

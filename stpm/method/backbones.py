@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from textwrap import shorten
+from typing import NamedTuple
 
 import timm
 import torch
@@ -12,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from timm.layers import Format
+from timm.models._features import FeatureGetterNet, FeatureInfo
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from stpm.errors import ConfigError, ModelError
-from stpm.method.preprocessing import DataConfig
+from stpm.method.preprocessing import SIDE_MULTIPLE, DataConfig
 
 StateDict = Mapping[str, Tensor]
 
@@ -38,7 +40,10 @@ class Backbone(nn.Module):
         self.net = net
         self.architecture = architecture
         self.levels = levels
-        self.channels: list[int] = list(net.feature_info.channels())  # type: ignore[union-attr, operator]
+        info: FeatureInfo = net.feature_info
+        self.channels: list[int] = list(info.channels())
+        # Input pixels from one position to the next.
+        self.strides: list[int] = list(info.reduction())
         # Swin and others keep channels last. A class of timm that names no format keeps them first.
         self._channels_last = getattr(net, "output_fmt", Format.NCHW) == Format.NHWC
 
@@ -76,6 +81,12 @@ def resolve_data_config(teacher: str) -> DataConfig:
     return DataConfig(tuple(config.mean), tuple(config.std), config.interpolation)
 
 
+def teacher_licence(teacher: str) -> str:
+    """Return the licence of a teacher's weights, as timm names it; "" if timm does not know it."""
+    config = timm.get_pretrained_cfg(DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher, allow_unregistered=True)
+    return (config and config.license) or ""
+
+
 def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
     """Build a teacher's architecture with timm's random initialisation, drawn from torch's global generator.
 
@@ -85,9 +96,12 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
         ConfigError: if timm does not have the architecture, or the architecture does not have the levels.
     """
     architecture = architecture_name(teacher)
+    config = timm.get_pretrained_cfg(architecture)
+    # A vision transformer whose position embeddings fit a single size has them interpolated.
+    any_size = {"dynamic_img_size": True} if config and config.fixed_input_size else {}
     try:
-        net = timm.create_model(architecture, pretrained=False, features_only=True, out_indices=levels)
-    except (RuntimeError, AttributeError, IndexError, AssertionError, ValueError) as error:
+        net = timm.create_model(architecture, pretrained=False, features_only=True, out_indices=levels, **any_size)
+    except (RuntimeError, AttributeError, IndexError, AssertionError, ValueError, TypeError) as error:
         known = timm.is_model(architecture)
         problem = f"cannot give pyramid levels {levels}: {error}" if known else "is not an architecture of timm"
         raise ConfigError(f"teacher: {architecture!r} {problem}; try resnet18.tv_in1k with levels 1,2,3") from error
@@ -97,11 +111,34 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
     return Backbone(net, architecture, levels)
 
 
+class LevelInfo(NamedTuple):
+    """What is known of an architecture's levels without its weights.
+
+    Args:
+        channels: of each level.
+        is_transformer: all levels, which are blocks then, have one position for each patch of the image.
+        side_multiple: an input's sides are multiples of it, pixels.
+        has_next: whether the architecture has another level after the last.
+    """
+
+    channels: tuple[int, ...]
+    is_transformer: bool
+    side_multiple: int
+    has_next: bool
+
+
 @lru_cache(maxsize=64)
-def level_channels(teacher: str, levels: tuple[int, ...]) -> list[int]:
-    """Return the number of channels of each level; raise ConfigError as `build_backbone` does."""
+def describe_levels(teacher: str, levels: tuple[int, ...]) -> LevelInfo:
+    """Describe an architecture's levels; raise ConfigError as `build_backbone` does."""
     with torch.device("meta"):
-        return build_backbone(teacher, levels).channels
+        backbone = build_backbone(teacher, levels)
+        try:
+            has_next = bool(build_backbone(teacher, (levels[-1] + 1,)))
+        except ConfigError:
+            has_next = False
+    is_transformer = isinstance(backbone.net, FeatureGetterNet)
+    multiple = backbone.strides[-1] if is_transformer else SIDE_MULTIPLE
+    return LevelInfo(tuple(backbone.channels), is_transformer, multiple, has_next)
 
 
 def build_seeded_backbone(teacher: str, levels: tuple[int, ...], seed: int, zero_init_residual: bool) -> Backbone:

@@ -29,7 +29,8 @@ _SAME_ASPECT = 1.1
 
 # Pixels.
 MAX_SIDE = 4096
-_SIDE_MULTIPLE = 32
+# Of the sides of an input, unless the teacher divides it into patches.
+SIDE_MULTIPLE = 32
 _MIN_PIXELS = 65_536
 # Width by height.
 _MAX_ASPECT = 32.0
@@ -57,6 +58,7 @@ class Preprocessing:
         resize: see `Recipe.resize`.
         mean: mean per channel, of pixels in [0, 1].
         std: standard deviation per channel, of pixels in [0, 1].
+        coarse_shape: height and width of the coarse view's input, pixels; None: there is one view.
     """
 
     height: int
@@ -65,6 +67,7 @@ class Preprocessing:
     interpolation: Interpolation
     mean: PerChannel
     std: PerChannel
+    coarse_shape: tuple[int, int] | None = None
 
     @property
     def input_shape(self) -> tuple[int, int]:
@@ -73,8 +76,9 @@ class Preprocessing:
 
     @property
     def size_text(self) -> str:
-        """Return the input's height and width as `640x256`."""
-        return f"{self.height}x{self.width}"
+        """Return height and width of each view's input: `704x672 and 192x192`."""
+        shapes = [self.input_shape, *([self.coarse_shape] if self.coarse_shape else [])]
+        return " and ".join(f"{height}x{width}" for height, width in shapes)
 
     @property
     def padding_colour(self) -> tuple[int, int, int]:
@@ -145,41 +149,39 @@ class Preprocessing:
         return max(round(sides[0] * scale), 1), max(round(sides[1] * scale), 1)
 
 
-def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
+def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int, multiple: int = SIDE_MULTIPLE) -> tuple[int, int]:
     """Choose the input's height and width for images of these sizes (width, height).
 
     The input has the images' median aspect ratio (between 1:32 and 32:1) and about as many pixels as the median image,
-    at least 65,536 and at most the budget, which is at least 1024. Height and width are multiples of 32, from 32 to
-    4096.
+    at least 65,536 and at most the budget, which is at least 1024. Height and width are multiples of `multiple`, from
+    it to 4096.
     """
     median_aspect = exp(statistics.median(log(width / height) for width, height in sizes))
     aspect = min(max(median_aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)
     max_pixels = min(budget, MAX_SIDE**2 * min(aspect, 1 / aspect))
     pixels = min(max(statistics.median(width * height for width, height in sizes), _MIN_PIXELS), max_pixels)
-    height, width = _nearest_multiple(sqrt(pixels / aspect)), _nearest_multiple(sqrt(pixels * aspect))
-    while height * width > budget:
-        smaller = [(height - _SIDE_MULTIPLE, width), (height, width - _SIDE_MULTIPLE)]
+    height = _nearest_multiple(sqrt(pixels / aspect), multiple)
+    width = _nearest_multiple(sqrt(pixels * aspect), multiple)
+    while height * width > budget or max(height, width) > MAX_SIDE:
+        smaller = [(height - multiple, width), (height, width - multiple)]
         height, width = min((s for s in smaller if min(s) > 0), key=lambda s: abs(log(s[1] / s[0] / aspect)))
     if not 1 / _SAME_ASPECT <= width / height / median_aspect <= _SAME_ASPECT:
         # The images are padded: drop whole steps of padding.
         content = min(height, width / median_aspect)
-        height, width = min(height, _next_multiple(content)), min(width, _next_multiple(content * median_aspect))
+        height = min(height, ceil(content / multiple) * multiple)
+        width = min(width, ceil(content * median_aspect / multiple) * multiple)
     return height, width
 
 
-def coarse_shape(input_shape: tuple[int, int], pixels: int) -> tuple[int, int]:
+def choose_coarse_shape(input_shape: tuple[int, int], pixels: int, multiple: int = SIDE_MULTIPLE) -> tuple[int, int]:
     """Return height and width of a coarser input: about this many pixels in the input's proportions, or the input's.
 
-    >>> coarse_shape((576, 832), 36_864)
+    >>> choose_coarse_shape((576, 832), 36_864)
     (160, 224)
     """
     shrink = min(sqrt(pixels / (input_shape[0] * input_shape[1])), 1.0)
-    return _nearest_multiple(input_shape[0] * shrink), _nearest_multiple(input_shape[1] * shrink)
+    return _nearest_multiple(input_shape[0] * shrink, multiple), _nearest_multiple(input_shape[1] * shrink, multiple)
 
 
-def _next_multiple(side: float) -> int:
-    return ceil(side / _SIDE_MULTIPLE) * _SIDE_MULTIPLE
-
-
-def _nearest_multiple(side: float) -> int:
-    return max(round(side / _SIDE_MULTIPLE), 1) * _SIDE_MULTIPLE
+def _nearest_multiple(side: float, multiple: int) -> int:
+    return max(round(side / multiple), 1) * multiple

@@ -32,7 +32,8 @@ class Recipe(Options):
     )
     levels: Integers = option(
         Integers((1, 2, 3)),
-        "pyramid levels of the student and of the first view's memory banks, as timm's out_indices, finest first",
+        "pyramid levels of the student and of the fine view's memory banks, as timm's out_indices, finest first; of a "
+        "transformer its blocks, such as 5,8,11",
     )
     size: Size = option(
         Size("256"),
@@ -54,8 +55,9 @@ class Recipe(Options):
         maximum=MAX_SIDE**2,
     )
     coarse_levels: Integers = option(
-        Integers((2, 3, 4)),
-        "pyramid levels of the coarse view, finest first; those with at least 32 channels have memory banks",
+        Integers(),
+        "pyramid levels with memory banks in the coarse view; none: those of --levels but the finest, and the next one "
+        "if the architecture has it, of which those with at least 32 channels; of a transformer --levels",
     )
     coarse_weight: float = option(
         0.2,
@@ -116,6 +118,13 @@ class Recipe(Options):
     memory_levels: Integers = option(
         Integers(), "pyramid levels with memory banks, some of --levels; none: those with at least 32 channels"
     )
+    brightness: float = option(
+        0.0,
+        "fill half of the memory banks from training images that are brighter or darker by up to this fraction: lamps "
+        "age; 0: as they are",
+        minimum=0,
+        below=1,
+    )
     fusion: FusionMethod = option(
         "product",
         "how to combine distance maps. `product` or `sum`: of the student's levels; `quantile`: in each view the mean "
@@ -123,7 +132,7 @@ class Recipe(Options):
         "averaged by --student-weight; of two views the soft maximum",
     )
     student_weight: float = option(
-        0.25, "weight of the student where fusion is `quantile`; the memory has the rest of 1", above=0, below=1
+        0.5, "weight of the student where fusion is `quantile`; the memory has the rest of 1", above=0, below=1
     )
     smoothing: float = option(
         0.0, "std of the Gaussian that smooths the anomaly map, in input pixels; 0: none", minimum=0, maximum=100
@@ -155,7 +164,11 @@ class Recipe(Options):
         for name, holds, valid in (
             ("teacher", bool(self.teacher), "ARCHITECTURE.TAG, such as resnet18.tv_in1k"),
             ("levels", _are_levels(self.levels), "increasing levels, such as 1,2,3"),
-            ("coarse_levels", _are_levels(self.coarse_levels), "increasing levels, such as 2,3,4"),
+            (
+                "coarse_levels",
+                not self.coarse_levels or _are_levels(self.coarse_levels),
+                "increasing levels, such as 2,3",
+            ),
             ("size", in_range, f"32 to {MAX_SIDE} pixels each, or auto"),
             ("warmup_epochs", self.warmup_epochs < self.epochs, f"fewer than the {self.epochs} epochs"),
             (
@@ -182,11 +195,6 @@ class Recipe(Options):
         ):
             if not holds:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; give {valid}")
-
-    @property
-    def teacher_levels(self) -> tuple[int, ...]:
-        """Return the pyramid levels of all views, finest first."""
-        return tuple(sorted({*self.levels, *(self.coarse_levels if self.coarse_pixels else ())}))
 
     def held_out_count(self, images: int) -> int:
         """Return how many of a category's good images are held out: the fraction, and at least what fusion needs."""
@@ -241,6 +249,7 @@ PRESETS: dict[Preset, Recipe] = {
         epochs=5,
         min_steps=400,
         memory=2000,
+        brightness=0.2,
         fusion="quantile",
         top_fraction=0.005,
     ),

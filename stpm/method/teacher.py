@@ -77,11 +77,6 @@ class Teacher:
         """Count the bytes of all weights."""
         return sum(each.nbytes for each in self.backbones)
 
-    @property
-    def input_size(self) -> str:
-        """Return height and width of each view's input: `704x672 and 192x192`."""
-        return " and ".join("x".join(map(str, view.input_shape)) for view in self.views)
-
     def inputs(self, images: Tensor) -> Inputs:
         """Make the inputs of each view of images of model size: from (B, H, W, 3) uint8 RGB."""
         images = images.to(self.device, non_blocking=True)

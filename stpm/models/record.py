@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from stpm import storage
-from stpm.method.preprocessing import Preprocessing, coarse_shape
+from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, HeatmapScale
 from stpm.models.libraries import installed_versions
@@ -79,6 +79,7 @@ class ModelRecord:
             `auto`.
         preprocessing: how an image becomes an input, at the size that was chosen for the category.
         precision: number format of convolutions.
+        teacher_licence: of the teacher's weights, as timm names it; "" where it is not known.
         heatmap_scale: values of the anomaly map that become grey levels 0 and 128 of heatmaps.
         distance_scales: scale of each distance map, in the order of `Distances.maps`; empty unless the recipe fuses
             by quantiles.
@@ -93,6 +94,7 @@ class ModelRecord:
     preprocessing: Preprocessing
     precision: Precision
     teacher_digest: str
+    teacher_licence: str
     heatmap_scale: HeatmapScale
     distance_scales: tuple[DistanceScale, ...]
     fit: FitRecord
@@ -100,21 +102,12 @@ class ModelRecord:
     files: dict[str, StoredFile] = field(default_factory=dict)
     library_versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=timestamp)
-    format: Literal[7] = 7
+    format: Literal[8] = 8
 
     @property
     def good_count(self) -> int:
         """Count all good images: those of the fit, and those that were added."""
         return self.fit.good_count + len(self.added_images)
-
-    @property
-    def input_size(self) -> str:
-        """Return height and width of each view's input: `704x672 and 192x192`."""
-        sizes = self.preprocessing.size_text
-        if self.recipe.coarse_pixels:
-            height, width = coarse_shape(self.preprocessing.input_shape, self.recipe.coarse_pixels)
-            sizes += f" and {height}x{width}"
-        return sizes
 
     @cached_property
     def model_id(self) -> str:

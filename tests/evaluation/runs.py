@@ -80,6 +80,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         preprocessing=PREPROCESSING,
         precision="float32",
         teacher_digest="t",
+        teacher_licence="apache-2.0",
         heatmap_scale=HeatmapScale(0.1, 1.0),
         distance_scales=(),
         fit=FitRecord(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),

@@ -75,6 +75,19 @@ def test_memory_holds_no_padding(images: TrainingImages, features_of: FeaturesOf
     assert same_banks(before, build_memory(features, np.arange(9), recipe))
 
 
+def test_a_memory_of_brighter_and_darker_images_knows_an_aged_lamp(
+    images: TrainingImages, features_of: FeaturesOf
+) -> None:
+    recipe = dataclasses.replace(WHOLE, brightness=0.2)
+    features, train = features_of(WHOLE), np.arange(9)
+    darker = features.brightened(train, np.full(9, 0.88, np.float32))
+    for plain, aged in zip(build_memory(features, train, WHOLE), build_memory(features, train, recipe), strict=True):
+        assert len(aged.vectors) == 2 * len(plain.vectors)
+        distances = [bank.distance_map(darker[bank.spec.level_index]).mean() for bank in (plain, aged)]
+        assert distances[1] < distances[0]
+    assert same_banks(build_memory(features, train, recipe), build_memory(features, train, recipe))
+
+
 def test_memory_candidates_are_spread_evenly_over_images(
     features_of: FeaturesOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

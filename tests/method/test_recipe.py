@@ -20,7 +20,7 @@ def test_presets_match_their_sources() -> None:
     changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
     assert changed == {
         *("schedule", "warmup_epochs", "batch_size", "epochs", "min_steps", "size", "resize"),
-        *("memory", "fusion", "top_fraction", "pixels", "coarse_pixels"),
+        *("memory", "fusion", "top_fraction", "pixels", "coarse_pixels", "brightness"),
     }
     for preset in (paper, notebook):
         assert (preset.student, preset.memory, preset.fusion, preset.resize) == ("stpm", 0, "product", "stretch")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from stpm.method.recipe import PRESETS
-from stpm.method.views import View, choose_memory_levels, choose_views
+from stpm.method.views import View, choose_memory_levels, choose_views, levels_of_teacher
 from stpm.options import Integers
 from tests.conftest import make_preprocessing
 
@@ -29,10 +29,8 @@ def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
 
 def test_the_coarse_view_is_small_and_has_the_students_levels() -> None:
     recipe = dataclasses.replace(PRESETS["default"], teacher="demo")
-    assert recipe.teacher_levels == (1, 2, 3, 4)
-    fine, coarse = choose_views(recipe, make_preprocessing(576, 832))
+    assert levels_of_teacher(recipe) == (1, 2, 3, 4)
+    fine, coarse = choose_views(recipe, dataclasses.replace(make_preprocessing(576, 832), coarse_shape=(160, 224)))
     assert fine == View((576, 832), (2, 3))
     assert coarse == View((160, 224), (1, 2, 3, 4))
-    assert choose_views(dataclasses.replace(recipe, coarse_pixels=0), make_preprocessing(64)) == (
-        View((64, 64), (1, 2, 3)),
-    )
+    assert choose_views(recipe, make_preprocessing(64)) == (View((64, 64), (1, 2, 3)),)

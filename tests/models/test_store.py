@@ -63,7 +63,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
     teacher = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
     preprocessing, scale = make_preprocessing(64, 48, "fit"), CALIBRATION.scale
     return store.save(
-        ModelRecord(category, recipe, preprocessing, "float32", teacher, scale, make_scales(recipe), FIT),
+        ModelRecord(category, recipe, preprocessing, "float32", teacher, "", scale, make_scales(recipe), FIT),
         encode_model(
             make_student(recipe, seed),
             make_banks(recipe, seed),
