@@ -53,7 +53,8 @@ def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpe
     """Specify the descriptors of each bank: both kinds for each memory level of each view."""
     specs = []
     first = 0
-    for view, levels in zip(features.teacher.views, choose_memory_levels(recipe), strict=True):
+    # A small image has no coarse view.
+    for view, levels in zip(features.teacher.views, choose_memory_levels(recipe), strict=False):
         shapes = dict(zip(view.levels, features.shapes[first:], strict=False))
         for level in levels:
             stride = stride_of(shapes[level], view.input_shape)

@@ -110,7 +110,7 @@ def _check_positions(features: TeacherFeatures, recipe: Recipe) -> None:
             size = "x".join(map(str, teacher.views[-1].input_shape))
             raise ConfigError(
                 f"level {level} of {recipe.teacher} has a single position at an input of {size}; give a larger "
-                f"{'--coarse-pixels' if recipe.coarse_pixels else '--size'}, or leave it out of --levels"
+                f"{'--coarse-pixels' if len(teacher.views) > 1 else '--size'}, or leave it out of --levels"
             )
 
 

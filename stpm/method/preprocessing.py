@@ -32,6 +32,8 @@ MAX_SIDE = 4096
 # Of the sides of an input, unless the teacher divides it into patches.
 SIDE_MULTIPLE = 32
 _MIN_PIXELS = 65_536
+# Of the sides of a coarse view: it has at most half of the pixels.
+_MAX_SHRINK = sqrt(0.5)
 # Width by height.
 _MAX_ASPECT = 32.0
 
@@ -173,13 +175,19 @@ def choose_input_shape(sizes: Sequence[tuple[int, int]], budget: int, multiple: 
     return height, width
 
 
-def choose_coarse_shape(input_shape: tuple[int, int], pixels: int, multiple: int = SIDE_MULTIPLE) -> tuple[int, int]:
-    """Return height and width of a coarser input: about this many pixels in the input's proportions, or the input's.
+def choose_coarse_shape(
+    input_shape: tuple[int, int], pixels: int, multiple: int = SIDE_MULTIPLE
+) -> tuple[int, int] | None:
+    """Return height and width of a coarse view, of about this many pixels in the input's proportions.
+
+    None if the input itself has less than twice as many: it sees a part as a whole, too.
 
     >>> choose_coarse_shape((576, 832), 36_864)
     (160, 224)
     """
-    shrink = min(sqrt(pixels / (input_shape[0] * input_shape[1])), 1.0)
+    shrink = sqrt(pixels / (input_shape[0] * input_shape[1]))
+    if not pixels or shrink > _MAX_SHRINK:
+        return None
     return _nearest_multiple(input_shape[0] * shrink, multiple), _nearest_multiple(input_shape[1] * shrink, multiple)
 
 

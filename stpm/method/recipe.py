@@ -50,7 +50,7 @@ class Recipe(Options):
     coarse_pixels: int = option(
         0,
         "pixels of a second, coarse view of the same image, in which a part that is missing or misplaced is seen as a "
-        "whole; the student is in this view, memory banks are in both; 0: one view",
+        "whole; the student is in this view, memory banks are in both; 0, or more than half of the pixels: one view",
         minimum=0,
         maximum=MAX_SIDE**2,
     )
