@@ -35,8 +35,8 @@ from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import calibrate_detector
 from stpm.fitting.checkpoint import Checkpoint, FitState
-from stpm.fitting.splits import Indices, split_batches
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
+from stpm.fitting.splits import Indices
+from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.calibration import threshold, threshold_rank
@@ -77,7 +77,7 @@ class EveryEpoch(Checkpoint):
         detector = Detector.assemble(teacher, self.recipe, state.student, self.memory)
         assert detector.student
         losses = []
-        for batch in split_batches(self.others, EVALUATION_BATCH_SIZE):
+        for batch in features.batches(self.others):
             inputs, targets, valid = features.of_student(batch, self.recipe.levels)
             levels = zip(targets, teacher.compute(detector.student, inputs), valid, strict=True)
             per_level = [_image_losses(*level) for level in levels]

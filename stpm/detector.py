@@ -63,9 +63,6 @@ from stpm.result import Result
 
 log = logging.getLogger(__name__)
 
-# Images per forward pass. Scores do not depend on it.
-_BATCH_SIZE = 16
-
 
 @dataclass(frozen=True)
 class TeacherSpec:
@@ -257,7 +254,7 @@ class Detector:
 
     def _score_each(self, images: Iterable[Picture], false_alarm_rate: float) -> Iterator[Result]:
         remaining = iter(images)
-        while batch := list(islice(remaining, _BATCH_SIZE)):
+        while batch := list(islice(remaining, self.teacher.preprocessing.batch_size)):
             outcomes = [self._decode(image) for image in batch]
             decoded = [outcome for outcome in outcomes if isinstance(outcome, Decoded)]
             scored: Iterator[Result] = iter(())
@@ -406,7 +403,7 @@ class Detector:
             problems += [no_pixels] if isinstance(error, DataError) else []
         results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate)
         outcomes = zip(tests, results, strict=True)
-        while batch := list(islice(outcomes, _BATCH_SIZE)):
+        while batch := list(islice(outcomes, self.teacher.preprocessing.batch_size)):
             problems += [str(result.error) for _, result in batch if result.error]
             batch = [(test, result) for test, result in batch if not result.error]
             if not no_pixels:

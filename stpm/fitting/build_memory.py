@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stpm.fitting.splits import Indices, split_batches
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
+from stpm.fitting.splits import Indices
+from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank, stride_of, strided_shape, window_size
 from stpm.method.recipe import Recipe
 from stpm.method.views import choose_memory_levels
@@ -32,7 +32,7 @@ def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> t
     lamps = (0.0, recipe.brightness) if recipe.brightness else (0.0,)
     per_image = math.ceil(_MAX_CANDIDATES / len(train) / len(lamps))
     candidates: list[list[Tensor]] = [[] for _ in specs]
-    for batch, lamp in itertools.product(split_batches(train, EVALUATION_BATCH_SIZE), lamps):
+    for batch, lamp in itertools.product(features.batches(train), lamps):
         levels = features.brightened(batch, _factors(batch, lamp, recipe.seed)) if lamp else features(batch)
         valid = features.content_masks(batch)
         strided_valid = features.teacher.content_masks(features.images.content[batch], list(shapes.values()))

@@ -12,8 +12,8 @@ import torch
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.checkpoint import Checkpoint
-from stpm.fitting.splits import Indices, split_batches, split_folds
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
+from stpm.fitting.splits import Indices, split_folds
+from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.method.fusion import AnomalyMap, Distances, Float32Array, sample_distances
 from stpm.method.recipe import Recipe
@@ -90,7 +90,7 @@ def _compare(
         # The teacher runs again, too: cached features are rounded, and scoring's are not.
         return detector.distances(features.inputs(batch), content[batch])
 
-    batches = split_batches(held_out, EVALUATION_BATCH_SIZE)
+    batches = features.batches(held_out)
     kept: list[Distances | None] = []
     samples: list[Float32Array] = []
     ram_left = features.ram_left

@@ -13,8 +13,6 @@ from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.teacher import Inputs, Teacher, spatial_shape
 
-# Results do not depend on it: evaluation uses no batch statistics.
-EVALUATION_BATCH_SIZE = 16
 _MAX_HALF = torch.finfo(torch.float16).max
 
 
@@ -44,7 +42,7 @@ class TeacherFeatures:
         if self.cached:
             self.ram_left -= self.nbytes if on_cpu else 0
             self._features = [self._allocate(level) for level in first]
-            for batch in split_batches(np.arange(len(images)), EVALUATION_BATCH_SIZE):
+            for batch in self.batches(np.arange(len(images))):
                 for level, computed in zip(self._features, self._compute(batch), strict=True):
                     level[torch.from_numpy(batch)] = computed.clamp(-_MAX_HALF, _MAX_HALF).half()
 
@@ -54,6 +52,10 @@ class TeacherFeatures:
             return self._compute(indices)
         chosen = torch.from_numpy(indices)
         return [level[chosen] for level in self._features]
+
+    def batches(self, indices: Indices) -> list[Indices]:
+        """Split images into batches to evaluate. Results do not depend on their size: there are no batch statistics."""
+        return split_batches(indices, self.teacher.preprocessing.batch_size)
 
     def inputs(self, indices: Indices) -> Inputs:
         """Return the teacher's inputs of B images."""

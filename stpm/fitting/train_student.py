@@ -15,7 +15,7 @@ from stpm.errors import ConfigError, DivergedError
 from stpm.fitting.checkpoint import Checkpoint, FitState
 from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.task import Epoch
-from stpm.fitting.teacher_features import EVALUATION_BATCH_SIZE, TeacherFeatures
+from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.method.backbones import Backbone, StateDict, build_seeded_backbone
 from stpm.method.loss import matching_loss
 from stpm.method.recipe import Recipe
@@ -160,7 +160,7 @@ def _train_epoch(
 @torch.no_grad()
 def _validation_loss(student: Backbone, features: TeacherFeatures, held_out: Indices) -> float:
     student.eval()
-    batches = split_batches(held_out, EVALUATION_BATCH_SIZE)
+    batches = features.batches(held_out)
     return sum(float(_loss(student, features, batch)) * len(batch) for batch in batches) / len(held_out)
 
 

@@ -32,6 +32,9 @@ MAX_SIDE = 4096
 # Of the sides of an input, unless the teacher divides it into patches.
 SIDE_MULTIPLE = 32
 _MIN_PIXELS = 65_536
+# Of a forward pass on a CPU, and pixels of its images together.
+MAX_CPU_BATCH = 16
+_MAX_CPU_PIXELS = 8 * 2**20
 # Of the sides of a coarse view: it has at most half of the pixels.
 _MAX_SHRINK = sqrt(0.5)
 # Width by height.
@@ -81,6 +84,11 @@ class Preprocessing:
         """Return height and width of each view's input: `704x672 and 192x192`."""
         shapes = [self.input_shape, *([self.coarse_shape] if self.coarse_shape else [])]
         return " and ".join(f"{height}x{width}" for height, width in shapes)
+
+    @property
+    def batch_size(self) -> int:
+        """Return how many images a forward pass takes on a CPU, where more are no faster: fewer if they are large."""
+        return max(min(MAX_CPU_BATCH, _MAX_CPU_PIXELS // (self.height * self.width)), 1)
 
     @property
     def padding_colour(self) -> tuple[int, int, int]:

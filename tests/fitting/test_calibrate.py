@@ -14,6 +14,7 @@ from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
+from stpm.method import preprocessing
 from stpm.method.calibration import Calibration
 from stpm.method.recipe import Recipe
 from tests.conftest import MODELS
@@ -57,7 +58,7 @@ def test_distances_that_ram_does_not_hold_are_recomputed_to_the_same_bits(
         images = dataclasses.replace(images, content=PADDED)
     features, held_out = features_of(any_model, images), np.arange(9)
     detector = fit_uncalibrated(features, held_out, held_out, any_model)
-    monkeypatch.setattr(calibrate, "EVALUATION_BATCH_SIZE", 2)
+    monkeypatch.setattr(preprocessing, "MAX_CPU_BATCH", 2)
     a_batch = detector.distances(features.inputs(held_out[:2]), images.content[:2]).nbytes
     computed: list[int] = []
     original = Detector.distances

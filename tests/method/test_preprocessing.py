@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stpm.method.preprocessing import IMAGENET, Resize, choose_input_shape
+from stpm.method.preprocessing import IMAGENET, Resize, choose_coarse_shape, choose_input_shape
 from stpm.options import Size
 from tests.conftest import make_preprocessing
 
@@ -143,3 +143,26 @@ def test_size_is_written_height_by_width_and_refuses_other_text() -> None:
     for text in ("", "256x", "x256", "256X256", "-1", "1x2x3", "2.5", "Auto", "256 "):
         with pytest.raises(ValueError, match="is not a size; give HEIGHTxWIDTH"):
             Size(text)
+
+
+@pytest.mark.parametrize(("side", "images"), [(64, 16), (704, 16), (1024, 8), (4096, 1)])
+def test_large_images_are_computed_in_smaller_batches(side: int, images: int) -> None:
+    assert make_preprocessing(side).batch_size == images
+
+
+@pytest.mark.parametrize(
+    ("shape", "coarse"),
+    [
+        ((704, 672), (192, 192)),
+        ((288, 288), (192, 192)),
+        # It has less than twice as many pixels itself.
+        ((256, 256), None),
+        ((1024, 32), None),
+        ((4096, 128), (1088, 32)),
+    ],
+)
+def test_a_coarse_view_has_about_its_pixels_and_at_most_half_of_the_fine_ones(
+    shape: tuple[int, int], coarse: tuple[int, int] | None
+) -> None:
+    assert choose_coarse_shape(shape, 36_864) == coarse
+    assert choose_coarse_shape(shape, 0) is None

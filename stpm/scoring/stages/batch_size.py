@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Images per forward pass.
-FIRST_BATCH = 16
+from stpm.method.preprocessing import MAX_CPU_BATCH
+
 MAX_BATCH = 256
 # A larger batch has to be this much faster.
 _MIN_SPEED_UP = 1.05
@@ -13,12 +13,12 @@ class BatchSize:
     """The number of images per forward pass: fixed, or doubled while that is faster; halved after out-of-memory.
 
     Args:
-        fixed: the number; 0: start at `FIRST_BATCH`.
+        fixed: the number; 0: start at `MAX_CPU_BATCH`.
         grows: double the number while that is faster, as it may be on a GPU.
     """
 
     def __init__(self, fixed: int, grows: bool) -> None:
-        self.current = fixed or FIRST_BATCH
+        self.current = fixed or MAX_CPU_BATCH
         self._is_final = bool(fixed) or not grows
         self._best_speed = 0.0
         self._is_warm = False

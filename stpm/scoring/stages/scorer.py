@@ -178,8 +178,10 @@ class Scorer:
     def _score_shared(self, teacher: Teacher, images: Sequence[Row]) -> list[Outcome]:
         """Score images whose models share a teacher, batch by batch."""
         outcomes: list[Outcome] = []
+        # A GPU's memory is not known to suffice either, but there a batch that does not fit is halved.
+        most = teacher.preprocessing.batch_size if teacher.device.type == "cpu" else len(images)
         while len(outcomes) < len(images):
-            batch = images[len(outcomes) : len(outcomes) + self._batch_size.current]
+            batch = images[len(outcomes) : len(outcomes) + min(self._batch_size.current, most)]
             began = time.perf_counter()
             outcomes += self._score_batch(teacher, batch)
             self._batch_size.update(len(batch), time.perf_counter() - began)
