@@ -33,6 +33,8 @@ _EPS = 1e-12
 _MIN_SAMPLES, _MAX_SAMPLES, _MAX_TOTAL_SAMPLES = 16, 1024, 256 * 1024
 # The soft maximum of two values that are this far apart is hardly above the larger one (docs/recipes.md).
 _SOFTNESS = 0.5
+# Above it, what a coarse view adds grows with the logarithm.
+_COARSE_KNEE = 2.0
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,17 @@ def fuse_views(maps: Tensor, weights: Floats, scales: Sequence[DistanceScale]) -
 def soft_maximum(views: Tensor, coarse_weight: float) -> Tensor:
     """Combine the maps of a fine and a coarse view, (2, …) to (…): t log((1 − w) exp(fine / t) + w exp(coarse / t)).
 
-    The map of a single view is left as it is.
+    Where the coarse map is large, it is wide, and the fine one shows where the defect ends: above 2 the coarse map is
+    replaced by 2 + log(coarse − 1). The map of a single view is left as it is.
 
-    >>> soft_maximum(torch.tensor([[1.0, 9.0], [1.0, 0.0]]), 0.5)
-    tensor([1.0000, 8.6534])
+    >>> soft_maximum(torch.tensor([[1.0, 9.0, 0.0], [1.0, 0.0, 9.0]]), 0.5)
+    tensor([1.0000, 8.6534, 3.7330])
     """
     if len(views) == 1:
         return views[0]
-    fine, coarse = views[0] / _SOFTNESS + math.log(1 - coarse_weight), views[1] / _SOFTNESS + math.log(coarse_weight)
+    fine, coarse = views
+    coarse = torch.minimum(coarse, _COARSE_KNEE + (coarse - _COARSE_KNEE).clamp_min(0.0).log1p())
+    fine, coarse = fine / _SOFTNESS + math.log(1 - coarse_weight), coarse / _SOFTNESS + math.log(coarse_weight)
     return torch.logaddexp(fine, coarse) * _SOFTNESS
 
 
