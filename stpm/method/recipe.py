@@ -249,7 +249,7 @@ PRESETS: dict[Preset, Recipe] = {
         epochs=5,
         min_steps=400,
         memory=2000,
-        brightness=0.2,
+        brightness=0.1,
         fusion="quantile",
         top_fraction=0.005,
     ),
