@@ -37,6 +37,7 @@ from stpm.method.fusion import (
     fuse_levels,
     fuse_views,
     map_weights,
+    nearest_positions,
     on_one_grid,
     soft_maximum,
     upsample,
@@ -361,10 +362,18 @@ class Detector:
             levels = self.teacher.content_masks(content, [spatial_shape(each) for each in distances.student])
             total = fuse_levels(distances.student, levels, self.recipe.fusion, shape)
         results = []
-        for i, (whole, box) in enumerate(zip(total.cpu().numpy(), content.tolist(), strict=True)):
-            anomaly_map = AnomalyMap(
-                np.ascontiguousarray(_crop(whole, box, shape)), tuple(_crop(view[i], box, shape) for view in views)
-            )
+        for i, (whole, (left, top, right, bottom)) in enumerate(
+            zip(total.cpu().numpy(), content.tolist(), strict=True)
+        ):
+            anomaly_map = AnomalyMap(np.ascontiguousarray(whole[top:bottom, left:right]))
+            if views:
+                rows, columns = views[0].shape[1:]
+                anomaly_map = AnomalyMap(
+                    anomaly_map.total,
+                    tuple(view[i] for view in views),
+                    nearest_positions(top, bottom, shape[0], rows),
+                    nearest_positions(left, right, shape[1], columns),
+                )
             results.append(anomaly_map.smoothed(self.recipe.smoothing))
         return results
 
@@ -481,14 +490,6 @@ def load(
         publish=lambda target, name: target.copy_model(models, model.record, name),
         read_history=lambda: models.history(model.record),
     )
-
-
-def _crop(values: Float32Array, box: Sequence[int], input_shape: tuple[int, int]) -> Float32Array:
-    """Cut a box, given in an input's pixels, out of a map of any shape; at least one position."""
-    left, top, right, bottom = box
-    rows, columns = (length / whole for length, whole in zip(values.shape, input_shape, strict=True))
-    y, x = int(top * rows), int(left * columns)
-    return values[y : max(round(bottom * rows), y + 1), x : max(round(right * columns), x + 1)]
 
 
 @contextmanager

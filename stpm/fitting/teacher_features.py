@@ -62,9 +62,16 @@ class TeacherFeatures:
         return self.teacher.inputs(self._pixels[torch.from_numpy(indices)])
 
     def brightened(self, indices: Indices, factors: npt.NDArray[np.float32]) -> list[Tensor]:
-        """Return the features of B images whose values are multiplied by a factor, up to 255: (B,) float32."""
-        pixels = self._pixels[torch.from_numpy(indices)] * torch.from_numpy(factors).view(-1, 1, 1, 1)
-        return self.teacher(self.teacher.inputs(pixels.round().clamp(max=255).byte()))
+        """Return the features of B images whose values, padding excepted, are multiplied by a factor, up to 255.
+
+        `factors` are (B,) float32.
+        """
+        pixels = self._pixels[torch.from_numpy(indices)].clone()
+        boxes = self.images.content[indices].tolist()
+        for image, factor, (left, top, right, bottom) in zip(pixels, factors.tolist(), boxes, strict=True):
+            part = image[top:bottom, left:right]
+            part.copy_((part * factor).round().clamp(max=255))
+        return self.teacher(self.teacher.inputs(pixels))
 
     def content_masks(self, indices: Indices) -> list[Tensor | None]:
         """Mask the positions of the features that are on no padding, as `Teacher.content_masks` does."""

@@ -121,7 +121,7 @@ def preprocessing_for(recipe: Recipe, training: Sequence[Picture]) -> Preprocess
     shape = recipe.size.sides or choose_input_shape(_read_some_sizes(training), recipe.pixels, multiple)
     if multiple != SIDE_MULTIPLE and any(side % multiple for side in shape):
         raise ConfigError(f"--size is {recipe.size}; {recipe.teacher} needs multiples of {multiple} pixels, or auto")
-    coarse = choose_coarse_shape(shape, recipe.coarse_pixels, multiple)
+    coarse = choose_coarse_shape(shape, recipe.coarse_pixels, multiple) if recipe.max_views > 1 else None
     return Preprocessing(*shape, recipe.resize, config.interpolation, config.mean, config.std, coarse)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -96,12 +97,9 @@ def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:
         ConfigError: if timm does not have the architecture, or the architecture does not have the levels.
     """
     architecture = architecture_name(teacher)
-    config = timm.get_pretrained_cfg(architecture)
-    # A vision transformer whose position embeddings fit a single size has them interpolated.
-    any_size = {"dynamic_img_size": True} if config and config.fixed_input_size else {}
     try:
-        net = timm.create_model(architecture, pretrained=False, features_only=True, out_indices=levels, **any_size)
-    except (RuntimeError, AttributeError, IndexError, AssertionError, ValueError, TypeError) as error:
+        net = _create(architecture, levels)
+    except (RuntimeError, AttributeError, IndexError, AssertionError, ValueError) as error:
         known = timm.is_model(architecture)
         problem = f"cannot give pyramid levels {levels}: {error}" if known else "is not an architecture of timm"
         raise ConfigError(f"teacher: {architecture!r} {problem}; try resnet18.tv_in1k with levels 1,2,3") from error
@@ -125,6 +123,15 @@ class LevelInfo(NamedTuple):
     is_transformer: bool
     side_multiple: int
     has_next: bool
+
+
+def _create(architecture: str, levels: tuple[int, ...]) -> Any:
+    config = timm.get_pretrained_cfg(architecture)
+    if config and config.fixed_input_size:
+        # Position embeddings that fit a single size are interpolated, where the architecture can.
+        with suppress(TypeError):
+            return timm.create_model(architecture, features_only=True, out_indices=levels, dynamic_img_size=True)
+    return timm.create_model(architecture, features_only=True, out_indices=levels)
 
 
 @lru_cache(maxsize=64)

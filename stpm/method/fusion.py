@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from stpm.method.recipe import FusionMethod
 from stpm.method.scales import DistanceScale, Floats
 
 Float32Array = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 
 _EPS = 1e-12
 # Sampled distances of an image, minimum and maximum, and of all images: enough for quantiles.
@@ -94,19 +95,24 @@ def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | No
 
 @dataclass(frozen=True)
 class AnomalyMap:
-    """An image's anomaly map, (H, W) float32, and the maps of its views, (h, w) float32 each, coarser than it.
+    """An image's anomaly map, (H, W) float32, and the maps of its views.
 
-    The latter are empty where the total is a product or a sum.
+    Args:
+        views: (h, w) float32 each, of the whole input; empty where the total is a product or a sum.
+        rows: (H,) row of the views' maps for each row of the total, on no padding.
+        columns: (W,) the same for its columns.
     """
 
     total: Float32Array
     views: tuple[Float32Array, ...] = ()
+    rows: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    columns: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def smoothed(self, sigma: float) -> AnomalyMap:
         """Smooth the map by a Gaussian that is cut off at three standard deviations (pixels); borders are repeated."""
         if not sigma:
             return self
-        return AnomalyMap(gaussian_filter(self.total, sigma=sigma, mode="nearest", truncate=3.0), self.views)
+        return replace(self, total=gaussian_filter(self.total, sigma=sigma, mode="nearest", truncate=3.0))
 
     def score(self, top_fraction: float) -> float:
         """Compute the image's score: the mean of the highest pixels, this fraction of them, at least one."""
@@ -114,14 +120,30 @@ class AnomalyMap:
 
     def view_scores(self, top_fraction: float) -> list[float]:
         """Compute the mean of each view's map at the pixels that make the score."""
-        rows, columns = np.divmod(self._top(top_fraction), self.total.shape[1])
-        height, width = self.total.shape
-        at = [(rows * view.shape[0] // height, columns * view.shape[1] // width) for view in self.views]
-        return [float(view[index].mean(dtype=np.float64)) for view, index in zip(self.views, at, strict=True)]
+        if not self.views:
+            return []
+        y, x = np.divmod(self._top(top_fraction), self.total.shape[1])
+        return [float(view[self.rows[y], self.columns[x]].mean(dtype=np.float64)) for view in self.views]
 
-    def _top(self, fraction: float) -> npt.NDArray[np.int64]:
+    def _top(self, fraction: float) -> Indices:
         count = max(round(fraction * self.total.size), 1)
         return np.array([self.total.argmax()]) if count == 1 else np.argpartition(self.total, -count, None)[-count:]
+
+
+def nearest_positions(start: int, stop: int, length: int, positions: int) -> Indices:
+    """Return the position of a level nearest to each pixel of a span of the input that is no padding.
+
+    The level has `positions` over the `length` pixels of an axis. The position's centre is in [start, stop), as in
+    `content_mask`; where there is none, it is the one that holds the middle.
+
+    >>> nearest_positions(5, 12, length=16, positions=4)
+    array([1, 1, 1, 2, 2, 2, 2])
+    """
+    centres = (np.arange(positions) + 0.5) * length / positions
+    inside = np.flatnonzero((start <= centres) & (centres < stop))
+    if not len(inside):
+        inside = np.array([(start + stop) * positions // (2 * length)])
+    return np.clip(np.arange(start, stop) * positions // length, inside[0], inside[-1])
 
 
 def fuse_levels(
@@ -137,7 +159,7 @@ def fuse_levels(
 
 def on_one_grid(maps: Sequence[Tensor], valid: Sequence[Tensor | None]) -> Tensor:
     """Upsample K maps of B images to the shape of the finest of them: (K, B, h, w). There is a mask for each."""
-    shape = max((each.shape[-2], each.shape[-1]) for each in maps)
+    shape = max(each.shape[-2] for each in maps), max(each.shape[-1] for each in maps)
     return torch.stack([upsample(each, shape, mask) for each, mask in zip(maps, valid, strict=True)])
 
 

@@ -188,15 +188,15 @@ def choose_coarse_shape(
 ) -> tuple[int, int] | None:
     """Return height and width of a coarse view, of about this many pixels in the input's proportions.
 
-    None if the input itself has less than twice as many: it sees a part as a whole, too.
+    None if the input itself has less than twice as many, where it sees a part as a whole, too, or is too narrow.
 
     >>> choose_coarse_shape((576, 832), 36_864)
     (160, 224)
     """
-    shrink = sqrt(pixels / (input_shape[0] * input_shape[1]))
-    if not pixels or shrink > _MAX_SHRINK:
-        return None
-    return _nearest_multiple(input_shape[0] * shrink, multiple), _nearest_multiple(input_shape[1] * shrink, multiple)
+    height, width = input_shape
+    shrink = sqrt(pixels / (height * width))
+    coarse = _nearest_multiple(height * shrink, multiple), _nearest_multiple(width * shrink, multiple)
+    return coarse if max(coarse[0] / height, coarse[1] / width) <= _MAX_SHRINK else None
 
 
 def _nearest_multiple(side: float, multiple: int) -> int:

@@ -38,7 +38,8 @@ class Recipe(Options):
     size: Size = option(
         Size("256"),
         "height x width of the networks' input in pixels, such as 640x256; one number: a square; `auto`: the training "
-        "images' median proportions and number of pixels, at least 65536 and at most --pixels, in multiples of 32",
+        "images' median proportions and number of pixels, at least 65536 and at most --pixels, in multiples of 32 or "
+        "of a transformer's patches",
     )
     pixels: int = option(
         163_840,
@@ -50,7 +51,7 @@ class Recipe(Options):
     coarse_pixels: int = option(
         0,
         "pixels of a second, coarse view of the same image, in which a part that is missing or misplaced is seen as a "
-        "whole; the student is in this view, memory banks are in both; 0, or more than half of the pixels: one view",
+        "whole; the student is in this view, memory banks are in both; 0, no memory, or small images: one view",
         minimum=0,
         maximum=MAX_SIDE**2,
     )
@@ -181,11 +182,7 @@ class Recipe(Options):
                 not self.memory or memory_levels == sorted({*memory_levels} & {*levels}),
                 f"some of the levels {','.join(map(str, levels))}, increasing",
             ),
-            (
-                "coarse_pixels",
-                not self.coarse_pixels or self.memory > 0,
-                "0, or --memory: the fine view has no student",
-            ),
+            ("coarse_pixels", not 0 < self.coarse_pixels < 1024, "1024 or more, or 0"),
             (
                 "fusion",
                 not self.memory or self.fusion == "quantile",
@@ -195,6 +192,11 @@ class Recipe(Options):
         ):
             if not holds:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; give {valid}")
+
+    @property
+    def max_views(self) -> int:
+        """Return 2 if a model has a coarse view where images are large enough. The fine view needs a memory."""
+        return 2 if self.coarse_pixels and self.memory else 1
 
     def held_out_count(self, images: int) -> int:
         """Return how many of a category's good images are held out: the fraction, and at least what fusion needs."""

@@ -133,7 +133,9 @@ def _view_scales(
     low, spread = np.array([(scale.low, scale.spread) for scale in maps], np.float32).T
     pooled = np.concatenate(samples, axis=1)
     views = (weights / spread) @ pooled - (weights @ (low / spread))[:, None]
-    return tuple(fit_distance_scale([view]) for view in views)
+    scales = (fit_distance_scale([view]) for view in views)
+    # They are in units of their maps' spread already: a value near 0 is no measure of it.
+    return tuple(DistanceScale(each.low, max(each.high, each.low + _MIN_SPREAD)) for each in scales)
 
 
 def _leave_one_out(values: Sequence[Floats]) -> list[DistanceScale]:

@@ -64,18 +64,20 @@ class Teacher:
         self.device = device
         self.precision = precision
         self.backend: Backend = backend
-        self.backbones = [
-            self._compile(self._freeze(backbone if view.levels == backbone.levels else backbone.cut(view.levels)), view)
+        frozen = [
+            self._freeze(backbone if view.levels == backbone.levels else backbone.cut(view.levels))
             for view in self.views
         ]
+        self.backbones = [self._compile(each, view) for each, view in zip(frozen, self.views, strict=True)]
         if any(isinstance(each, Backbone) for each in self.backbones):
-            # If OpenVINO cannot compile the teacher, PyTorch computes the student too.
-            self.backend = "pytorch"
+            # If OpenVINO cannot compile the teacher in a view, PyTorch computes all of it, and the student.
+            self.backbones, self.backend = [*frozen], "pytorch"
 
     @property
     def nbytes(self) -> int:
         """Count the bytes of all weights."""
-        return sum(each.nbytes for each in self.backbones)
+        # Views of the same levels share one.
+        return sum(each.nbytes for each in {*self.backbones})
 
     def inputs(self, images: Tensor) -> Inputs:
         """Make the inputs of each view of images of model size: from (B, H, W, 3) uint8 RGB."""

@@ -52,9 +52,14 @@ def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) ->
     else:
         # timm's weights include stages after the last level: leave them out.
         return {key: value for key, value in _download(teacher, levels).items() if key in keys}
-    if state.keys() != keys:
-        return _cut_to_backbone(architecture, levels, state, keys, origin)
-    load_weights(backbone.net, state, origin, architecture)
+    try:
+        if state.keys() != keys:
+            return _cut_to_backbone(architecture, levels, state, keys, origin)
+        load_weights(backbone.net, state, origin, architecture)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; if they end before level {levels[-1]}, give --levels and --coarse-levels that they have"
+        ) from error
     return state
 
 

@@ -37,7 +37,7 @@ def choose_views(recipe: Recipe, preprocessing: Preprocessing) -> tuple[View, ..
 
 def levels_of_teacher(recipe: Recipe) -> tuple[int, ...]:
     """Return the pyramid levels of all views, finest first. Raise ConfigError as `choose_views` does."""
-    coarse = choose_memory_levels(recipe)[1] if recipe.coarse_pixels else ()
+    coarse = choose_memory_levels(recipe)[1] if recipe.max_views > 1 else ()
     return tuple(sorted({*recipe.levels, *coarse}))
 
 
@@ -45,7 +45,7 @@ def choose_memory_levels(recipe: Recipe) -> list[tuple[int, ...]]:
     """Return the levels with memory banks in each view: those that the recipe names, or else its defaults."""
     levels = tuple(recipe.levels)
     chosen = [tuple(recipe.memory_levels) or _wide_levels(recipe.teacher, levels)]
-    if recipe.coarse_pixels:
+    if recipe.max_views > 1:
         coarse = tuple(recipe.coarse_levels)
         if not coarse:
             known = describe_levels(recipe.teacher, levels)

@@ -88,6 +88,20 @@ def test_a_memory_of_brighter_and_darker_images_knows_an_aged_lamp(
     assert same_banks(build_memory(features, train, recipe), build_memory(features, train, recipe))
 
 
+def test_padding_is_as_bright_as_ever(images: TrainingImages, features_of: FeaturesOf) -> None:
+    features = features_of(WHOLE, dataclasses.replace(images, content=PADDED))
+    seen: list[np.ndarray] = []
+    features.teacher.inputs = lambda pixels: seen.append(pixels.numpy()) or original(pixels)  # type: ignore[method-assign, func-returns-value, assignment]
+    original = type(features.teacher).inputs.__get__(features.teacher)
+    features.brightened(np.arange(2), np.array([0.5, 0.5], np.float32))
+    (pixels,) = seen
+    for before, after, (left, top, right, bottom) in zip(images.pixels, pixels, PADDED.tolist(), strict=False):
+        inside = np.zeros(before.shape[:2], bool)
+        inside[top:bottom, left:right] = True
+        np.testing.assert_array_equal(after[~inside], before[~inside])
+        np.testing.assert_allclose(after[inside], before[inside] * 0.5, atol=0.5)
+
+
 def test_memory_candidates_are_spread_evenly_over_images(
     features_of: FeaturesOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

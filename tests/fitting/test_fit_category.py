@@ -209,7 +209,7 @@ def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> N
     assert not checkpoints(folded)
 
 
-@pytest.mark.parametrize("kind", ["student", "student and memory"])
+@pytest.mark.parametrize("kind", ["student", "two views"])
 @pytest.mark.parametrize("dies_in_fold", [1, 2])
 def test_interrupted_calibration_continues_with_the_same_fold(
     tmp_path: Path, kind: str, dies_in_fold: int, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from stpm.method.fusion import (
     fuse_levels,
     fuse_views,
     map_weights,
+    nearest_positions,
     on_one_grid,
     sample_distances,
     soft_maximum,
@@ -99,7 +100,7 @@ def test_a_view_averages_student_and_memory_by_their_weights(levels: int, banks:
 
 
 def test_maps_are_brought_to_the_grid_of_the_finest() -> None:
-    maps = random_maps((4, 6), (8, 12), (2, 3))
+    maps = random_maps((4, 12), (8, 6), (2, 3))
     for found, given_map in zip(on_one_grid(maps, [None] * 3), maps, strict=True):
         np.testing.assert_allclose(found[0].numpy(), reference_upsample(given_map[0].numpy(), (8, 12)), atol=1e-6)
 
@@ -149,7 +150,7 @@ def test_score_is_mean_of_highest_pixels_and_views_are_read_there(
     view = np.random.default_rng(seed).permutation(height * width).reshape(height, width).astype(np.float32)
     # Each position of the view is a square of pixels.
     total = view.repeat(2, axis=0).repeat(2, axis=1)
-    found = AnomalyMap(total, (view, -view))
+    found = AnomalyMap(total, (view, -view), np.arange(2 * height) // 2, np.arange(2 * width) // 2)
     count = max(round(fraction * total.size), 1)
     highest = np.sort(total.ravel())[::-1][:count]
     assert found.score(fraction) == pytest.approx(highest.mean(), abs=1e-5)
@@ -179,6 +180,21 @@ def fuse_any(method: FusionMethod, maps: Sequence[Tensor], valid: Sequence[Tenso
         return fuse_levels(maps, valid, method, (shape[0], shape[1]))
     scales = [DistanceScale(0.5, 0.75)] * len(maps)
     return quantile_fuse(maps[:1], maps[1:], scales, 0.25, (shape[0], shape[1]), valid)
+
+
+@given(boxes(), st.sampled_from([4, 8, 16]))
+def test_each_pixel_reads_a_views_map_where_there_is_no_padding(
+    case: tuple[tuple[int, int], list[int]], stride: int
+) -> None:
+    input_shape, (left, top, right, bottom) = case
+    shape = (-(-input_shape[0] // stride), -(-input_shape[1] // stride))
+    (mask,) = content_mask(torch.tensor([case[1]]), input_shape, shape).numpy()
+    rows = nearest_positions(top, bottom, input_shape[0], shape[0])
+    columns = nearest_positions(left, right, input_shape[1], shape[1])
+    assert (len(rows), len(columns)) == (bottom - top, right - left)
+    assert mask[np.ix_(rows, columns)].all()
+    assert {*rows} == {*np.flatnonzero(mask.any(axis=1))}
+    assert {*columns} == {*np.flatnonzero(mask.any(axis=0))}
 
 
 @given(boxes(), st.integers(0, 2**31), st.sampled_from(["product", "sum", "quantile"]))

@@ -119,6 +119,13 @@ def test_views_have_scales_of_the_weighted_sum_of_their_scaled_maps() -> None:
     assert leave_one_out_scales(images, weights)[2] == fit_scales(images[:2] + images[3:], weights)
 
 
+def test_a_view_that_hardly_varies_has_a_spread_in_its_own_units() -> None:
+    images = [np.array([[1.0, 2.0]], np.float32)] * 3
+    weights = np.array([[1.0], [1.0]], np.float32)
+    for scale in fit_scales(images, weights)[1:]:
+        assert scale.spread >= 0.05 - 1e-6
+
+
 def test_part_scale_spread_is_positive() -> None:
     assert DistanceScale(0.0, 0.0).spread > 0
     assert DistanceScale(4.0, 4.0).spread == pytest.approx(0.2)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from stpm.method.backbones import describe_levels
 from stpm.method.recipe import PRESETS
 from stpm.method.views import View, choose_memory_levels, choose_views, levels_of_teacher
 from stpm.options import Integers
@@ -25,6 +26,28 @@ def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
 ) -> None:
     recipe = dataclasses.replace(PRESETS["default"], teacher=teacher, memory_levels=Integers(named))
     assert choose_memory_levels(recipe)[0] == levels
+
+
+@pytest.mark.parametrize(
+    ("teacher", "levels", "known"),
+    [
+        ("demo", (1, 2, 3), (False, 32, True)),
+        ("convnext_tiny", (1, 2, 3), (False, 32, False)),
+        ("vit_small_patch14_dinov2", (5, 11), (True, 14, False)),
+        # Its input has a fixed size, and it cannot interpolate.
+        ("maxvit_tiny_rw_224", (1, 2), (False, 32, True)),
+    ],
+)
+def test_levels_are_described_without_weights(
+    teacher: str, levels: tuple[int, ...], known: tuple[bool, int, bool]
+) -> None:
+    assert describe_levels(teacher, levels)[1:] == known
+
+
+def test_a_recipe_without_memory_has_one_view() -> None:
+    recipe = dataclasses.replace(PRESETS["default"], teacher="demo", memory=0)
+    assert recipe.max_views == 1
+    assert levels_of_teacher(recipe) == (1, 2, 3)
 
 
 def test_the_coarse_view_is_small_and_has_the_students_levels() -> None:
