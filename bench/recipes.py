@@ -5,10 +5,11 @@
 
 Each choice is a change to preset `default`, fitted once per category and seed, in one process and without Ray. A
 variant changes how the parts of that fit are fused, or drops parts: it needs no fit of its own. Appends a JSON line per
-fit to FILE: seconds, validation loss, and for each variant image AUROC, pixel AUROC and AUPRO. `drawn` defects are
-faint scratches and displaced patches painted on held-out good images at their own resolution, and need no label. `real`
-are the test images. A fit that FILE holds with the same options is not repeated. Then prints two tables of the fits of
-this call: the means over seeds, and for each category the metrics of the choice that is best on all others.
+fit to FILE: seconds, validation loss, and for each variant image AUROC, pixel AUROC, AUPRO, and the recall at 2 % false
+alarms in hindsight. `drawn` defects are faint scratches and displaced patches painted on held-out good images at their
+own resolution, and need no label. `real` are the test images. A fit that FILE holds with the same options is not
+repeated. Then prints two tables of the fits of this call: the means over seeds, and for each category the metrics of
+the choice that is best on all others.
 """
 
 from __future__ import annotations
