@@ -4,7 +4,7 @@ There is one map for each level of the student and for each memory bank. They ar
 student's levels (Wang et al., equation 4), or view by view: a weighted mean of the student and the memory, each of them
 the mean of its maps, which are scaled by quantiles of their values on held-out images (EfficientAD: Batzner et al.,
 WACV 2024, arXiv 2303.14535, section 3.4). The maps of two views are scaled likewise, and combined by a soft maximum: a
-defect that one view cannot see is as high as it is in the other.
+defect counts nearly as much as the view that sees it better says.
 
 Convention: distance maps are (B, Hₗ, Wₗ), anomaly maps (B, H, W) of the input's shape, all float32. A mask `valid` is
 (B, Hₗ, Wₗ) bool, true at valid positions, those not on padding; None: all are valid.
@@ -32,7 +32,7 @@ Indices = npt.NDArray[np.int64]
 _EPS = 1e-12
 # Sampled distances of an image, minimum and maximum, and of all images: enough for quantiles.
 _MIN_SAMPLES, _MAX_SAMPLES, _MAX_TOTAL_SAMPLES = 16, 1024, 256 * 1024
-# The soft maximum of two values that are this far apart is hardly above the larger one (docs/recipes.md).
+# Of the soft maximum, in units of the maps; 0 would be the maximum itself.
 _SOFTNESS = 0.5
 # Above it, what a coarse view adds grows with the logarithm.
 _COARSE_KNEE = 2.0
