@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, NoReturn, overload
+from typing import NoReturn, overload
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -33,7 +33,6 @@ from stpm.method.device import device_capabilities, is_out_of_memory, local_devi
 from stpm.method.fusion import (
     AnomalyMap,
     Distances,
-    Float32Array,
     fuse_levels,
     fuse_views,
     map_weights,
@@ -85,9 +84,8 @@ class TeacherSpec:
     def of_model(cls, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> TeacherSpec:
         """Return the spec with which a stored model scores."""
         precision = arithmetic.precision_to_score(record.precision)
-        return cls._make(
-            record.recipe, record.teacher_digest, record.preprocessing, precision, device, arithmetic.backend
-        )
+        digest, preprocessing = record.teacher_digest, record.preprocessing
+        return cls._make(record.recipe, digest, preprocessing, precision, device, arithmetic.backend)
 
     @classmethod
     def to_fit(
@@ -98,9 +96,17 @@ class TeacherSpec:
         return cls._make(recipe, digest, preprocessing, precision, device, arithmetic.backend)
 
     @classmethod
-    def _make(cls, recipe: Recipe, digest: str, preprocessing: Preprocessing, *computed_by: Any) -> TeacherSpec:
-        views = choose_views(recipe, preprocessing)
-        return cls(recipe.teacher, levels_of_teacher(recipe), digest, preprocessing, views, *computed_by)
+    def _make(
+        cls,
+        recipe: Recipe,
+        digest: str,
+        preprocessing: Preprocessing,
+        precision: Precision,
+        device: torch.device,
+        backend: Backend,
+    ) -> TeacherSpec:
+        levels, views = levels_of_teacher(recipe), choose_views(recipe, preprocessing)
+        return cls(recipe.teacher, levels, digest, preprocessing, views, precision, device, backend)
 
 
 # Each lives as long as a detector that uses it.
@@ -291,21 +297,24 @@ class Detector:
         preprocessing = self.teacher.preprocessing
         content = preprocessing.content_boxes(sizes)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
-        scores = np.array([each.score(self.recipe.top_fraction) for each in maps], np.float32)
-        p_values = calibration.p_values(scores)
+        scores = [each.scores(self.recipe.top_fraction) for each in maps]
+        totals = np.array([total for total, *_ in scores], np.float32)
+        p_values = calibration.p_values(totals)
         threshold = np.float32(calibration.threshold(false_alarm_rate))
         results = []
-        for (width, height), anomaly_map, score, p_value in zip(sizes, maps, scores, p_values, strict=True):
+        for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
+            sizes, maps, totals, scores, p_values, strict=True
+        ):
             values = anomaly_map.total
             y, x = divmod(int(values.argmax()), values.shape[1])
-            fine, coarse, *_ = (*anomaly_map.view_scores(self.recipe.top_fraction), None, None)
+            fine, coarse, *_ = (*of_views, None, None)
             results.append(
                 Result(
-                    score=float(score),
+                    score=float(total),
                     fine_score=fine,
                     coarse_score=coarse,
                     p_value=float(p_value),
-                    is_anomalous=bool(score > threshold),
+                    is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
                     area=float((values > threshold).mean()),
@@ -352,10 +361,10 @@ class Detector:
         """
         scales = self.distance_scales if scales is None else scales
         shape = self.teacher.preprocessing.input_shape
-        views: list[Float32Array] = []
+        views = np.zeros((0, len(content), 1, 1), np.float32)
         if self.recipe.fusion == "quantile":
             fused = fuse_views(self.on_one_grid(distances, content), self.map_weights, scales)
-            views = list(fused.cpu().numpy())
+            views = fused.cpu().numpy()
             (valid,) = self.teacher.content_masks(content, [spatial_shape(fused)])
             total = upsample(soft_maximum(fused, self.recipe.coarse_weight), shape, valid)
         else:
@@ -365,15 +374,12 @@ class Detector:
         for i, (whole, (left, top, right, bottom)) in enumerate(
             zip(total.cpu().numpy(), content.tolist(), strict=True)
         ):
-            anomaly_map = AnomalyMap(np.ascontiguousarray(whole[top:bottom, left:right]))
-            if views:
-                rows, columns = views[0].shape[1:]
-                anomaly_map = AnomalyMap(
-                    anomaly_map.total,
-                    tuple(view[i] for view in views),
-                    nearest_positions(top, bottom, shape[0], rows),
-                    nearest_positions(left, right, shape[1], columns),
-                )
+            anomaly_map = AnomalyMap(
+                np.ascontiguousarray(whole[top:bottom, left:right]),
+                tuple(views[:, i]),
+                nearest_positions(top, bottom, shape[0], views.shape[2]),
+                nearest_positions(left, right, shape[1], views.shape[3]),
+            )
             results.append(anomaly_map.smoothed(self.recipe.smoothing))
         return results
 

@@ -74,7 +74,7 @@ def resolve_data_config(teacher: str) -> DataConfig:
     """Look up in timm how a teacher's training images were prepared; raise ConfigError if timm does not know it."""
     remedy = "Name a tag that timm lists, or set --normalisation to imagenet or none"
     try:
-        config = timm.get_pretrained_cfg(DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher)
+        config = _pretrained_config(teacher)
     except RuntimeError as error:
         raise ConfigError(f"teacher {teacher!r}: {error} {remedy}") from error
     if config is None:
@@ -84,8 +84,12 @@ def resolve_data_config(teacher: str) -> DataConfig:
 
 def teacher_licence(teacher: str) -> str:
     """Return the licence of a teacher's weights, as timm names it; "" if timm does not know it."""
-    config = timm.get_pretrained_cfg(DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher, allow_unregistered=True)
+    config = _pretrained_config(teacher)
     return (config and config.license) or ""
+
+
+def _pretrained_config(teacher: str) -> Any:
+    return timm.get_pretrained_cfg(DEMO_ARCHITECTURE if teacher == DEMO_TEACHER else teacher)
 
 
 def build_backbone(teacher: str, levels: tuple[int, ...]) -> Backbone:

@@ -116,18 +116,16 @@ class AnomalyMap:
 
     def score(self, top_fraction: float) -> float:
         """Compute the image's score: the mean of the highest pixels, this fraction of them, at least one."""
-        return float(self.total.ravel()[self._top(top_fraction)].mean(dtype=np.float64))
+        return self.scores(top_fraction)[0]
 
-    def view_scores(self, top_fraction: float) -> list[float]:
-        """Compute the mean of each view's map at the pixels that make the score."""
-        if not self.views:
-            return []
-        y, x = np.divmod(self._top(top_fraction), self.total.shape[1])
-        return [float(view[self.rows[y], self.columns[x]].mean(dtype=np.float64)) for view in self.views]
-
-    def _top(self, fraction: float) -> Indices:
-        count = max(round(fraction * self.total.size), 1)
-        return np.array([self.total.argmax()]) if count == 1 else np.argpartition(self.total, -count, None)[-count:]
+    def scores(self, top_fraction: float) -> list[float]:
+        """Compute the image's score, and the mean of each view's map at the pixels that make it."""
+        count = max(round(top_fraction * self.total.size), 1)
+        # To partition a map takes as long as all that follows.
+        top = np.array([self.total.argmax()]) if count == 1 else np.argpartition(self.total, -count, None)[-count:]
+        y, x = np.divmod(top, self.total.shape[1])
+        of_views = [view[self.rows[y], self.columns[x]] for view in self.views]
+        return [float(values.mean(dtype=np.float64)) for values in (self.total[y, x], *of_views)]
 
 
 def nearest_positions(start: int, stop: int, length: int, positions: int) -> Indices:

@@ -82,13 +82,14 @@ class Teacher:
     def inputs(self, images: Tensor) -> Inputs:
         """Make the inputs of each view of images of model size: from (B, H, W, 3) uint8 RGB."""
         images = images.to(self.device, non_blocking=True)
-        shapes = [view.input_shape for view in self.views]
-        return tuple(self.preprocessing.normalise(_shrink(images, *shape)) for shape in shapes)
+        return tuple(self._input(images, view) for view in self.views)
 
     def student_inputs(self, images: Tensor) -> Tensor:
         """Make the inputs of the student's view alone."""
-        images = images.to(self.device, non_blocking=True)
-        return self.preprocessing.normalise(_shrink(images, *self.views[-1].input_shape))
+        return self._input(images.to(self.device, non_blocking=True), self.views[-1])
+
+    def _input(self, images: Tensor, view: View) -> Tensor:
+        return self.preprocessing.normalise(_shrink(images, *view.input_shape))
 
     def compile(self, backbone: Backbone) -> FeatureExtractor:
         """Prepare another backbone of the same architecture, a student in eval mode, to be computed as this one is."""

@@ -44,11 +44,15 @@ class DetectorCache:
         self._max_bytes = max_bytes
         # A detector keeps its teacher in memory.
         self._detectors: OrderedDict[str, Detector] = OrderedDict()
+        self._specs: dict[str, TeacherSpec] = {}
         self._failures: dict[str, tuple[ImageError, float]] = {}
 
     def teacher_spec(self, category: str) -> TeacherSpec:
         """Return what the teacher of a category is made from. Categories of one spec share it."""
-        return TeacherSpec.of_model(self._models[category], self._device, self._arithmetic)
+        # A scorer asks for each image.
+        if category not in self._specs:
+            self._specs[category] = TeacherSpec.of_model(self._models[category], self._device, self._arithmetic)
+        return self._specs[category]
 
     def teacher(self, category: str) -> Teacher:
         """Return the teacher of a category, see `teacher_spec`. Raise ImageError if it cannot be loaded."""
