@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import betaincinv
 
 from stpm.errors import join_first
 from stpm.method.scales import HeatmapScale
@@ -61,6 +62,29 @@ def threshold_rank(count: int, false_alarm_rate: float) -> int:
     """
     # The small term keeps a product that should be whole from being rounded down.
     return min(max(int(false_alarm_rate * (count + 1) + 1e-9), 1), count)
+
+
+def expected_false_alarm_rate(count: int, rank: int) -> float:
+    """Return the fraction of new good images that score above the rank-th largest of `count` calibration scores.
+
+    It is the mean over calibration sets: for one set the fraction follows Beta(rank, count + 1 - rank), if good images
+    are exchangeable (Vovk, Conditional validity of inductive conformal predictors, 2012).
+
+    >>> expected_false_alarm_rate(199, 2)
+    0.01
+    """
+    return rank / (count + 1)
+
+
+def false_alarm_bound(count: int, rank: int, confidence: float = 0.9) -> float:
+    """Return the fraction of false alarms that a calibration set's own fraction exceeds in 1 - confidence of all sets.
+
+    It is a quantile of the distribution that `expected_false_alarm_rate` is the mean of.
+
+    >>> round(false_alarm_bound(99, 1), 4)
+    0.023
+    """
+    return float(betaincinv(rank, count + 1 - rank, confidence))
 
 
 def min_calibration_images(false_alarm_rate: float) -> int:
