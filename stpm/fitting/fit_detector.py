@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +13,11 @@ import torch
 from stpm.data import pictures
 from stpm.data.pictures import Picture
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import calibrate_detector, cross_validate_scores, find_outlier
+from stpm.fitting.build_memory import MemoryCandidates
+from stpm.fitting.calibrate import calibrate, find_outlier, fit_folds
 from stpm.fitting.checkpoint import Checkpoint
-from stpm.fitting.splits import split_images
+from stpm.fitting.groups import group_images
+from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -68,22 +69,26 @@ def fit_detector(
         DivergedError: if a loss is not finite.
     """
     features = _load(teacher, images, report, ram, gpu_ram)
-    train, held_out = split_images(len(images), recipe)
+    names = [pictures.name_of(image) for image in images]
+    groups = group_images(names, features.images.pixels, recipe)
+    train, held_out = split_images(groups, recipe)
     for problem in features.images.find_problems(teacher.preprocessing):
         report(FitWarning(problem))
     started_memory = time.perf_counter()
-    if memory := build_memory(features, train, recipe):
+    folds = recipe.fold_count(len(images))
+    candidates = MemoryCandidates(features, np.arange(len(images)) if folds else train, recipe)
+    if memory := candidates.banks:
         count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started_memory
         report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
     trained = train_student(features, train, held_out, recipe, report, checkpoint(0))
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
-    scores, heatmap_scale, distance_scales = calibrate_detector(detector, features, held_out)
-    calibrating = held_out
-    if folds := recipe.fold_count(len(images)):
-        report(f"fitting {folds} more models, to calibrate on every image")
-        scores = cross_validate_scores(features, recipe, [checkpoint(1 + fold) for fold in range(folds)])
-        calibrating = np.arange(len(scores))
-    if outlier := find_outlier(scores, [pictures.name_of(images[i]) or f"image {i}" for i in calibrating]):
+    parts: Iterable[tuple[Detector, Indices]] = [(detector, held_out)]
+    if folds:
+        report(f"calibrating on every image, by {folds} models that have not seen a fold of them")
+        parts = fit_folds(features, groups, candidates, recipe, [checkpoint(1 + fold) for fold in range(folds)])
+    scores, heatmap_scale, distance_scales = calibrate(detector, features, parts)
+    calibrating = np.arange(len(images)) if folds else held_out
+    if outlier := find_outlier(scores, [names[i] or f"image {i}" for i in calibrating]):
         report(FitWarning(outlier))
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
