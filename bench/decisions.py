@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.calibration import false_alarm_bound, threshold, threshold_rank
+from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import PRESETS, Recipe
 
 _RATE = 0.01
@@ -81,9 +82,19 @@ class Bench:
         own = np.sort(order[:count])
         fresh = np.concatenate([self._good, order[count:]])[:_MAX_FRESH]
         found = {}
-        for way, fit in (("held out", self._fit_held_out), ("folds", self._fit_folds)):
-            detector, parts = fit(own, rng.permutation(own))
-            scores, _, scales = calibrate(detector, self.features, parts)
+        shuffled = rng.permutation(own)
+        held_out = np.sort(shuffled[: self.recipe.held_out_count(len(own))])
+        train = np.setdiff1d(own, held_out)
+        recipe = self.recipe.for_image_count(len(own))
+        student = train_student(self.features, train, held_out, recipe, lambda epoch: None).student
+        for way, images in (("held out", train), ("folds", own)):
+            candidates = MemoryCandidates(self.features, images, recipe)
+            detector = Detector.assemble(self.features.teacher, self.recipe, student, candidates.banks)
+            parts: Iterable[tuple[Sequence[MemoryBank], Indices]] = [(candidates.banks, held_out)]
+            if way == "folds":
+                folds = map(np.sort, np.array_split(shuffled, min(_FOLDS, count)))
+                parts = ((candidates.banks_without(fold), fold) for fold in folds)
+            scores, _, scales = calibrate(detector, self.features, parts, held_out)
             detector = dataclasses.replace(detector, distance_scales=scales)
             found[way] = {
                 "calibration": np.sort(scores).tolist(),
@@ -91,29 +102,6 @@ class Bench:
                 "defects": self._score(detector, self._defects),
             }
         return {"ways": found}
-
-    def _fit_held_out(self, own: Indices, order: Indices) -> tuple[Detector, list[tuple[Detector, Indices]]]:
-        held_out = np.sort(order[: self.recipe.held_out_count(len(own))])
-        detector = self._fit(np.setdiff1d(own, held_out), held_out)
-        return detector, [(detector, held_out)]
-
-    def _fit_folds(self, own: Indices, order: Indices) -> tuple[Detector, list[tuple[Detector, Indices]]]:
-        candidates = MemoryCandidates(self.features, own, self.recipe)
-        count = len(own) - self.recipe.held_out_count(len(own))
-        detector = self._assemble(np.sort(order[:count]), order[count:], candidates.banks)
-        parts = []
-        for fold in map(np.sort, np.array_split(order, min(_FOLDS, len(order)))):
-            others = order[~np.isin(order, fold)][:count]
-            parts.append((self._assemble(np.sort(others), fold, candidates.banks_without(fold)), fold))
-        return detector, parts
-
-    def _fit(self, train: Indices, held_out: Indices) -> Detector:
-        return self._assemble(train, held_out, MemoryCandidates(self.features, train, self.recipe).banks)
-
-    def _assemble(self, train: Indices, held_out: Indices, banks: Any) -> Detector:
-        recipe = self.recipe.for_image_count(len(train))
-        student = train_student(self.features, train, held_out, recipe, lambda epoch: None).student
-        return Detector.assemble(self.features.teacher, self.recipe, student, banks)
 
     @torch.inference_mode()
     def _score(self, detector: Detector, images: Indices) -> list[float]:

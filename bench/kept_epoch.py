@@ -66,7 +66,7 @@ class EveryEpoch(Checkpoint):
     def load(self) -> None:
         """Start from the beginning."""
 
-    def is_due(self, training_ended: bool) -> bool:
+    def is_due(self) -> bool:
         """Save after each epoch."""
         return True
 
@@ -83,7 +83,7 @@ class EveryEpoch(Checkpoint):
             per_level = [_image_losses(*level) for level in levels]
             losses += np.mean(per_level, axis=0).tolist()
         self.losses.append(np.array(losses, np.float32))
-        self.scores.append(calibrate(detector, features, [(detector, self.others)])[0])
+        self.scores.append(calibrate(detector, features, [(detector.memory, self.others)], self.others)[0])
 
 
 def _image_losses(teacher: Tensor, student: Tensor, valid: Tensor | None) -> list[float]:

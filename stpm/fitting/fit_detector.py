@@ -14,16 +14,17 @@ from stpm.data import pictures
 from stpm.data.pictures import Picture
 from stpm.detector import Detector
 from stpm.fitting.build_memory import MemoryCandidates
-from stpm.fitting.calibrate import calibrate, find_outlier, fit_folds
+from stpm.fitting.calibrate import calibrate, find_outlier
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.groups import group_images
-from stpm.fitting.splits import Indices, split_images
+from stpm.fitting.splits import Indices, split_folds, split_images
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images
 from stpm.method.backbones import teacher_licence
 from stpm.method.calibration import Calibration
+from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
 from stpm.models.record import FitRecord, ModelRecord
@@ -43,7 +44,7 @@ def fit_detector(
     gpu_ram: int,
     teacher_digest: str,
     data_fingerprint: str,
-    checkpoint: Callable[[int], Checkpoint | None] = lambda number: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Detector:
     """Decode the images, train the student, build the memory, and calibrate.
 
@@ -58,7 +59,7 @@ def fit_detector(
         gpu_ram: bytes of a GPU's memory for the teacher's features.
         teacher_digest: SHA-256 of the teacher's weights.
         data_fingerprint: of the images, see `stpm.fitting.task.fingerprint`; a store keeps it.
-        checkpoint: makes that of a student by its number: 0 is the model's, 1 that of the first calibration fold.
+        checkpoint: of the student's training.
 
     Returns:
         The detector, which can be published to a store that has its teacher. Its record names no category.
@@ -80,13 +81,13 @@ def fit_detector(
     if memory := candidates.banks:
         count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started_memory
         report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
-    trained = train_student(features, train, held_out, recipe, report, checkpoint(0))
+    trained = train_student(features, train, held_out, recipe, report, checkpoint)
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
-    parts: Iterable[tuple[Detector, Indices]] = [(detector, held_out)]
+    held_out_parts: Iterable[tuple[Sequence[MemoryBank], Indices]] = [(detector.memory, held_out)]
     if folds:
-        report(f"calibrating on every image, by {folds} models that have not seen a fold of them")
-        parts = fit_folds(features, groups, candidates, recipe, [checkpoint(1 + fold) for fold in range(folds)])
-    scores, heatmap_scale, distance_scales = calibrate(detector, features, parts)
+        report("calibrating on every image, by memory banks without it")
+        held_out_parts = ((candidates.banks_without(fold), fold) for fold in split_folds(groups, recipe))
+    scores, heatmap_scale, distance_scales = calibrate(detector, features, held_out_parts, held_out)
     calibrating = np.arange(len(images)) if folds else held_out
     if outlier := find_outlier(scores, [names[i] or f"image {i}" for i in calibrating]):
         report(FitWarning(outlier))

@@ -37,28 +37,18 @@ def split_images(groups: Indices, recipe: Recipe) -> tuple[Indices, Indices]:
     return np.setdiff1d(np.arange(count), held_out), np.sort(held_out)
 
 
-def split_folds(groups: Indices, recipe: Recipe) -> list[tuple[Indices, Indices]]:
-    """Split images at random into calibration folds of about the same size, of whole groups.
-
-    Returns:
-        For each fold, the indices of the images to train a student on and those of the fold, both ascending. The images
-        to train on are others, and at most as many as the model's student is trained on: from more, a fold's student
-        would score good images lower than the model's does.
-    """
-    count = len(groups)
+def split_folds(groups: Indices, recipe: Recipe) -> list[Indices]:
+    """Split images at random into two or more calibration folds of about the same size, of whole groups, ascending."""
     parts = _shuffle(groups, recipe)
     starts = np.cumsum([0, *map(len, parts[:-1])])
-    numbers = starts * recipe.fold_count(count) // count
+    numbers = starts * recipe.fold_count(len(groups)) // len(groups)
     if not numbers.any():
         # The last group begins in the first fold.
         numbers = starts > 0
     folds: dict[int, list[Indices]] = {}
     for number, part in zip(numbers.tolist(), parts, strict=True):
         folds.setdefault(number, []).append(part)
-    order = np.concatenate(parts)
-    fit_count = count - recipe.held_out_count(count)
-    held_out = (np.concatenate(fold) for fold in folds.values())
-    return [(np.sort(order[~np.isin(order, fold)][:fit_count]), np.sort(fold)) for fold in held_out]
+    return [np.sort(np.concatenate(fold)) for fold in folds.values()]
 
 
 def split_batches(indices: Indices, size: int) -> list[Indices]:

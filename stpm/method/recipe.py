@@ -149,8 +149,7 @@ class Recipe(Options):
     calibration_folds: int = option(
         0,
         "calibrate on every good image: split them into this many folds, at least two, and score each fold by memory "
-        "banks that were fitted without it, and by a student of its own; the model's banks hold all images. 0: "
-        "calibrate on the held-out images alone",
+        "banks without it; the model's banks hold all images. 0: calibrate on the held-out images alone",
         minimum=0,
     )
     group_from: str = option(
@@ -197,6 +196,7 @@ class Recipe(Options):
                 "quantile: distances of a student and of a memory have different scales; or give --memory 0",
             ),
             ("calibration_folds", self.calibration_folds != 1, "2 or more, or 0"),
+            ("calibration_folds", not self.calibration_folds or self.memory > 0, "0 without --memory"),
         ):
             if not holds:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; give {valid}")
@@ -270,6 +270,7 @@ PRESETS: dict[Preset, Recipe] = {
         epochs=5,
         min_steps=400,
         memory=2000,
+        calibration_folds=5,
         brightness=0.1,
         fusion="quantile",
         top_fraction=0.005,
