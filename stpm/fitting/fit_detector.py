@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore, describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
+Banks = tuple[MemoryBank, ...]
 
 
 def fit_detector(
@@ -75,20 +76,11 @@ def fit_detector(
     train, held_out = split_images(groups, recipe)
     for problem in features.images.find_problems(teacher.preprocessing):
         report(FitWarning(problem))
-    started_memory = time.perf_counter()
-    folds = recipe.fold_count(len(images))
-    candidates = MemoryCandidates(features, np.arange(len(images)) if folds else train, recipe)
-    if memory := candidates.banks:
-        count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started_memory
-        report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
+    memory, parts = _build_banks(features, groups, train, held_out, recipe, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoint)
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
-    held_out_parts: Iterable[tuple[Sequence[MemoryBank], Indices]] = [(detector.memory, held_out)]
-    if folds:
-        report("calibrating on every image, by memory banks without it")
-        held_out_parts = ((candidates.banks_without(fold), fold) for fold in split_folds(groups, recipe))
-    scores, heatmap_scale, distance_scales = calibrate(detector, features, held_out_parts, held_out)
-    calibrating = np.arange(len(images)) if folds else held_out
+    scores, heatmap_scale, distance_scales = calibrate(detector, features, parts, held_out)
+    calibrating = np.sort(np.concatenate([part for _, part in parts]))
     if outlier := find_outlier(scores, [names[i] or f"image {i}" for i in calibrating]):
         report(FitWarning(outlier))
     kept = trained.kept_epoch
@@ -134,6 +126,25 @@ def fit_detector(
         publish=publish,
         read_history=lambda: history,
     )
+
+
+def _build_banks(
+    features: TeacherFeatures, groups: Indices, train: Indices, held_out: Indices, recipe: Recipe, report: Reporter
+) -> tuple[Banks, list[tuple[Banks, Indices]]]:
+    """Build a model's memory banks, and those to calibrate with, each with the images that they do not hold."""
+    if not recipe.memory:
+        return (), [((), held_out)]
+    started = time.perf_counter()
+    candidates = MemoryCandidates(features, np.arange(len(groups)) if recipe.calibration_folds else train, recipe)
+    memory = candidates.banks
+    count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started
+    report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
+    if not recipe.calibration_folds:
+        return memory, [(memory, held_out)]
+    folds = split_folds(groups, recipe)
+    parts = [(candidates.banks_without(fold), fold) for fold in folds]
+    report(f"the same without each of {len(folds)} folds, in {time.perf_counter() - started - seconds:.1f} s")
+    return memory, parts
 
 
 def _load(teacher: Teacher, pictures: Sequence[Picture], report: Reporter, ram: int, gpu_ram: int) -> TeacherFeatures:

@@ -29,12 +29,13 @@ def split_images(groups: Indices, recipe: Recipe) -> tuple[Indices, Indices]:
     for part in parts:
         if len(held_out) < wanted and len(held_out) + len(part) <= max(wanted, count // 2):
             held_out += part.tolist()
-    held_out = held_out or min(parts, key=len).tolist()
+    if wanted and not held_out:
+        held_out = min(parts, key=len).tolist()
     if len(held_out) < min(wanted, 2):
         raise DataError(
             f"the {len(parts)} groups of good images leave only {len(held_out)} image to hold out; give more"
         )
-    return np.setdiff1d(np.arange(count), held_out), np.sort(held_out)
+    return np.setdiff1d(np.arange(count), held_out), np.array(sorted(held_out), np.int64)
 
 
 def split_folds(groups: Indices, recipe: Recipe) -> list[Indices]:

@@ -216,8 +216,11 @@ class Recipe(Options):
     def held_out_count(self, images: int) -> int:
         """Return how many of a category's good images the student is not trained on, but validated with.
 
-        They are a fraction, and at least what fusion needs, if they calibrate the model.
+        They are a fraction, and at least what fusion needs, if they calibrate the model. Where folds calibrate a model
+        without a student, there are none.
         """
+        if self.calibration_folds and self.student == "none":
+            return 0
         least = 1 if self.calibration_folds else self._min_calibration
         return min(max(round(images * self.held_out_fraction), least), images - 1)
 

@@ -13,8 +13,7 @@ import torch
 
 from stpm import storage
 from stpm.data import mvtec
-from stpm.fitting import train_student as training
-from stpm.fitting.build_memory import MemoryCandidates
+from stpm.fitting import fit_detector
 from stpm.fitting.fit_categories import existing_model
 from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.task import Epoch, FitTask
@@ -223,7 +222,7 @@ def test_a_fit_that_is_killed_while_it_calibrates_by_folds_gives_the_same_bits(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryCandidates, "banks_without", die)
+        patch.setattr(fit_detector, "calibrate", die)
         with pytest.raises(Killed):
             fit_category(task, EVERY_EPOCH, lambda message: None)
     assert len(checkpoints(task)) == (1 if recipe.student == "stpm" else 0)
