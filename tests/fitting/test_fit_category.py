@@ -14,6 +14,7 @@ import torch
 from stpm import storage
 from stpm.data import mvtec
 from stpm.fitting import fit_detector
+from stpm.fitting import train_student as training
 from stpm.fitting.fit_categories import existing_model
 from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.task import Epoch, FitTask
