@@ -33,7 +33,7 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import calibrate_detector
+from stpm.fitting.calibrate import calibrate
 from stpm.fitting.checkpoint import Checkpoint, FitState
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
@@ -66,7 +66,7 @@ class EveryEpoch(Checkpoint):
     def load(self) -> None:
         """Start from the beginning."""
 
-    def is_due(self, training_ended: bool) -> bool:
+    def is_due(self) -> bool:
         """Save after each epoch."""
         return True
 
@@ -83,7 +83,7 @@ class EveryEpoch(Checkpoint):
             per_level = [_image_losses(*level) for level in levels]
             losses += np.mean(per_level, axis=0).tolist()
         self.losses.append(np.array(losses, np.float32))
-        self.scores.append(calibrate_detector(detector, features, self.others)[0])
+        self.scores.append(calibrate(detector, features, [(detector.memory, self.others)], self.others)[0])
 
 
 def _image_losses(teacher: Tensor, student: Tensor, valid: Tensor | None) -> list[float]:

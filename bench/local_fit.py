@@ -121,7 +121,7 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     start = time.perf_counter()
     good = load_images(uris, preprocessing, _RAM_BUDGET)
     features = TeacherFeatures(teacher, good, _RAM_BUDGET, _RAM_BUDGET)
-    train, held_out = split_images(len(good), recipe)
+    train, held_out = split_images(np.arange(len(good)), recipe)
     memory = build_memory(features, train, recipe)
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start

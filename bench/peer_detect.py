@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from anomalib_peer import Teacher, fit_anomalib
 from commands import CORES, integers, job_command, make_parser, time_command, words
 from metrics import METRICS, map_metrics
@@ -149,7 +150,7 @@ def training_images(category: mvtec.Category, seed: int, ours: Run) -> list[str]
     """Return the URIs of the images that a run of ours trained on."""
     count = len(category.train)
     recipe = dataclasses.replace(PRESETS["paper"], seed=seed, held_out_fraction=ours.held_out_count / count)
-    chosen, _ = split_images(count, recipe)
+    chosen, _ = split_images(np.arange(count), recipe)
     if len(chosen) != ours.train_count:
         sys.exit(f"{category.name}: {len(chosen)} of {count} images to train on, and our side had {ours.train_count}")
     return [category.train[int(number)][0] for number in chosen]

@@ -231,7 +231,7 @@ def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:
 def fit_by_peer(bench: Bench) -> dict[str, Any]:
     """Return cost and metrics of anomalib's fit on the images that our recipe trains on."""
     train = bench.category.train
-    chosen, _ = split_images(len(train), dataclasses.replace(PRESETS["paper"], seed=bench.seed))
+    chosen, _ = split_images(np.arange(len(train)), dataclasses.replace(PRESETS["paper"], seed=bench.seed))
     uris = [train[number][0] for number in chosen.tolist()]
     options = {"seed": bench.seed, "epochs": bench.arguments.epochs, "threads": CORES}
     fitted = fit_anomalib(

@@ -1,7 +1,7 @@
 """Make the demo data set: crops of textures, with drawn defects and their masks, in the MVTec AD layout.
 
 The textures (brick, grass, gravel) are in scikit-image, under CC0. Test crops come from a part of each texture that no
-training crop touches.
+training crop touches. Training crops come from three lots, bands of the texture, and only crops of one lot overlap.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ GOOD_IMAGES = 20
 IMAGES_PER_DEFECT = 5
 # Side of a crop, pixels.
 CROP = 128
+LOTS = 3
+# Finds the lot in a training crop's name.
+GROUP_FROM = "{group}_{name}"
 
 
 def make(root: str) -> None:
     """Write the demo set under a folder, unless the folder has it. Raise ConfigError if scikit-image is missing."""
-    marker = storage.join(root, ".demo-v1")
+    marker = storage.join(root, ".demo-v2")
     if storage.exists(marker):
         return
     for number, (name, other) in enumerate(TEXTURES.items()):
@@ -54,8 +57,9 @@ def _make_category(folder: str, texture: Grey, other: Grey, rng: np.random.Gener
 
     edge = texture.shape[1] - CROP - CROP // 4
     train, test = texture[:, :edge], texture[:, edge:]
+    lots = np.array_split(train, LOTS)
     for i in range(TRAIN_IMAGES):
-        write(f"train/good/{i:03}.png", _crop(rng, train))
+        write(f"train/good/lot-{i % LOTS}_{i:03}.png", _crop(rng, lots[i % LOTS]))
     for i in range(GOOD_IMAGES):
         write(f"test/good/{i:03}.png", _crop(rng, test))
     for kind, draw in _DEFECTS.items():

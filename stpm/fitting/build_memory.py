@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,33 +21,72 @@ from stpm.method.views import choose_memory_levels
 _MAX_CANDIDATES = 65_536
 
 
-def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> tuple[MemoryBank, ...]:
-    """Build two banks for each memory level of each view: one of features and one of directions.
+class MemoryCandidates:
+    """Descriptors of a category's images, among which the coresets of its memory banks are chosen.
 
-    The same training images, recipe and kind of device give the same banks.
+    There are two banks for each memory level of each view: one of features and one of directions. The same images,
+    recipe and kind of device give the same banks.
     """
-    if not recipe.memory:
-        return ()
-    specs = _make_specs(features, recipe)
-    shapes = {spec.level_index: strided_shape(features.shapes[spec.level_index], spec.stride) for spec in specs}
-    lamps = (0.0, recipe.brightness) if recipe.brightness else (0.0,)
-    per_image = math.ceil(_MAX_CANDIDATES / len(train) / len(lamps))
-    candidates: list[list[Tensor]] = [[] for _ in specs]
-    for batch, lamp in itertools.product(features.batches(train), lamps):
-        levels = features.brightened(batch, _factors(batch, lamp, recipe.seed)) if lamp else features(batch)
-        valid = features.content_masks(batch)
-        strided_valid = features.teacher.content_masks(features.images.content[batch], list(shapes.values()))
-        chosen = {
-            index: _choose_candidates(shape, mask, batch, per_image, recipe.seed).to(levels[index].device)
-            for (index, shape), mask in zip(shapes.items(), strided_valid, strict=True)
+
+    def __init__(self, features: TeacherFeatures, images: Indices, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._specs = _make_specs(features, recipe) if recipe.memory else []
+        shapes = {
+            spec.level_index: strided_shape(features.shapes[spec.level_index], spec.stride) for spec in self._specs
         }
-        for spec, found in zip(specs, candidates, strict=True):
-            descriptors = spec.describe(levels[spec.level_index], valid[spec.level_index])
-            found.append(descriptors.flatten(0, 2)[chosen[spec.level_index]])
-    return tuple(
-        fit_bank(torch.cat(found), spec, recipe.memory, recipe.seed)
-        for spec, found in zip(specs, candidates, strict=True)
-    )
+        lamps = (0.0, recipe.brightness) if recipe.brightness else (0.0,)
+        per_image = math.ceil(_MAX_CANDIDATES / len(images) / len(lamps))
+        descriptors: list[list[Tensor]] = [[] for _ in self._specs]
+        origins: list[list[Tensor]] = [[] for _ in self._specs]
+        for batch, lamp in itertools.product(features.batches(images), lamps) if self._specs else ():
+            levels = features.brightened(batch, _factors(batch, lamp, recipe.seed)) if lamp else features(batch)
+            valid = features.content_masks(batch)
+            strided_valid = features.teacher.content_masks(features.images.content[batch], list(shapes.values()))
+            chosen = {
+                index: _choose_candidates(shape, mask, batch, per_image, recipe.seed)
+                for (index, shape), mask in zip(shapes.items(), strided_valid, strict=True)
+            }
+            for spec, found, origin in zip(self._specs, descriptors, origins, strict=True):
+                index = spec.level_index
+                described = spec.describe(levels[index], valid[index])
+                found.append(described.flatten(0, 2)[chosen[index].to(described.device)])
+                origin.append(torch.from_numpy(batch)[chosen[index] // math.prod(shapes[index])])
+        self._descriptors = [torch.cat(found) for found in descriptors]
+        self._images = [torch.cat(origin) for origin in origins]
+
+    @cached_property
+    def _fitted(self) -> list[tuple[MemoryBank, Tensor]]:
+        return [
+            fit_bank(found, spec, self._recipe.memory, self._recipe.seed)
+            for found, spec in zip(self._descriptors, self._specs, strict=True)
+        ]
+
+    @property
+    def banks(self) -> tuple[MemoryBank, ...]:
+        """Return the banks of all images; none if the recipe has no memory."""
+        return tuple(bank for bank, _ in self._fitted)
+
+    def banks_without(self, images: Indices) -> tuple[MemoryBank, ...]:
+        """Return the banks of all images but these.
+
+        Only these images' vectors in a coreset are chosen anew: it takes a fraction of the time, and
+        bench/RESULTS-quality.md shows that held-out images score as with banks that never saw them.
+        """
+        banks = []
+        for found, origin, spec, (_, chosen) in zip(
+            self._descriptors, self._images, self._specs, self._fitted, strict=True
+        ):
+            keep = ~torch.isin(origin, torch.from_numpy(images))
+            number = (keep.cumsum(0) - 1).to(chosen.device)
+            start = number[chosen[keep.to(chosen.device)[chosen]]]
+            bank, _ = fit_bank(found[keep.to(found.device)], spec, self._recipe.memory, self._recipe.seed, start)
+            banks.append(bank)
+        return tuple(banks)
+
+
+def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> tuple[MemoryBank, ...]:
+    """Build the memory banks of training images; none if the recipe has no memory."""
+    return MemoryCandidates(features, train, recipe).banks
 
 
 def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpec]:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress, repeat
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory
-from stpm.fitting.checkpoint import Checkpoint
-from stpm.fitting.splits import Indices, split_folds
+from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.fitting.train_student import train_student
-from stpm.method.fusion import AnomalyMap, Distances, Float32Array, sample_distances
-from stpm.method.recipe import Recipe
+from stpm.method.fusion import Distances, Float32Array, sample_distances
+from stpm.method.memory_bank import MemoryBank
 from stpm.method.scales import (
     DistanceScale,
     HeatmapScale,
     HeatmapScaleBuilder,
+    fit_distance_scale,
     fit_scales,
     leave_one_out_scales,
 )
@@ -32,87 +33,115 @@ _FAR_ABOVE = 6.0
 _MIN_SCORES = 10
 
 
-def calibrate_detector(
-    detector: Detector, features: TeacherFeatures, held_out: Indices
+def calibrate(
+    detector: Detector,
+    features: TeacherFeatures,
+    parts: Iterable[tuple[Sequence[MemoryBank], Indices]],
+    held_out: Indices,
 ) -> tuple[Float32Array, HeatmapScale, tuple[DistanceScale, ...]]:
-    """Measure scores, heatmap scale and distance scales on n images that a detector was not fitted on.
+    """Measure scores, heatmap scale and distance scales on good images that a detector was not fitted on.
 
-    There are one image or more; two or more if the recipe fuses by quantiles.
+    Args:
+        detector: the one to calibrate, not calibrated yet.
+        features: of all images.
+        parts: memory banks as the detector's, with the images that they do not hold: the detector's own and those that
+            were held out, or those without each fold (cross-conformal prediction: Vovk, Cross-conformal predictors,
+            2015). There are n images in all, one or more; two or more if the recipe fuses by quantiles.
+        held_out: the images that the student was not trained on. Its distance maps of the others are brought to the
+            quantiles of theirs: bench/RESULTS-quality.md compares that with a student of each fold's own.
 
     Returns:
-        The (n,) scores of the images, in their order; the model's heatmap scale; the scales as in
+        The (n,) scores of the images, by ascending index; the model's heatmap scale; the scales as in
         `Detector.distance_scales`.
     """
-    samples, maps = _compare(detector, features, held_out)
-    left, top, right, bottom = features.images.content[held_out].T.astype(np.int64)
+    compared = _compare(detector, features, parts)
+    images = np.concatenate([each.images for each in compared])
+    samples = [sample for each in compared for sample in each.samples]
+    is_known = ~np.isin(images, held_out)
+    corrections = []
+    if is_known.any() and samples:
+        corrections = _correct_student(samples, is_known, len(detector.recipe.levels) if detector.student else 0)
+    left, top, right, bottom = features.images.content[images].T.astype(np.int64)
     heatmap_scale = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
+    scales_of: Iterator[tuple[DistanceScale, ...]] = repeat(())
+    if samples:
+        scales_of = iter(leave_one_out_scales(samples, detector.map_weights))
     scores = []
-    for anomaly_map in maps:
-        scores.append(anomaly_map.score(detector.recipe.top_fraction))
-        heatmap_scale.add(anomaly_map.total)
+    for each in compared:
+        distances = each.distances().to(detector.teacher.device)
+        for i, image in enumerate(each.images):
+            one = distances.select(slice(i, i + 1))
+            if corrections and image not in held_out:
+                one = Distances(
+                    tuple(a * d + b for d, (a, b) in zip(one.student, corrections, strict=True)), one.memory
+                )
+            content = features.images.content[image : image + 1]
+            (anomaly_map,) = detector.anomaly_maps(one, content, next(scales_of))
+            scores.append(anomaly_map.score(detector.recipe.top_fraction))
+            heatmap_scale.add(anomaly_map.total)
     scales = fit_scales(samples, detector.map_weights) if samples else ()
-    return np.array(scores, np.float32), heatmap_scale.build(), scales
+    return np.array(scores, np.float32)[np.argsort(images)], heatmap_scale.build(), scales
 
 
-def cross_validate_scores(
-    features: TeacherFeatures, recipe: Recipe, checkpoints: Sequence[Checkpoint | None]
-) -> Float32Array:
-    """Score every image by a model fitted without it (k-fold cross-validation); return (N,) scores in their order.
+@dataclass(frozen=True)
+class _Compared:
+    """A batch of images, their distance maps, and values of these at the same positions, (K, P) for each image.
 
-    Train the students of all folds for all epochs, and keep the last: to choose an epoch on the fold that is scored
-    would bias its scores. The recipe has two `calibration_folds` or more; each fold's student has a checkpoint or None.
+    There are no samples unless the recipe fuses by quantiles.
     """
-    fold_recipe = dataclasses.replace(recipe, keep="last", early_stopping=0)
-    scores = np.empty(len(features.images), np.float32)
-    for (rest, fold), checkpoint in zip(split_folds(len(scores), recipe), checkpoints, strict=True):
-        memory = build_memory(features, rest, recipe)
-        student = train_student(features, rest, fold, fold_recipe, lambda epoch: None, checkpoint).student
-        _, maps = _compare(Detector.assemble(features.teacher, recipe, student, memory), features, fold)
-        scores[fold] = [anomaly_map.score(recipe.top_fraction) for anomaly_map in maps]
-    return scores
+
+    images: Indices
+    distances: Callable[[], Distances]
+    samples: Sequence[Float32Array]
 
 
 def _compare(
-    detector: Detector, features: TeacherFeatures, held_out: Indices
-) -> tuple[list[Float32Array], Iterator[AnomalyMap]]:
-    """Compare held-out images with a detector that is not calibrated.
+    detector: Detector, features: TeacherFeatures, parts: Iterable[tuple[Sequence[MemoryBank], Indices]]
+) -> list[_Compared]:
+    """Compare images with the banks that do not hold them.
 
-    An anomaly map needs scales from the other held-out images, so compute all distance maps first. Those that RAM does
-    not hold are computed again, to the same bits.
-
-    Returns:
-        Of each image, values of the distance maps at the same positions, for `fit_scales`: none unless the recipe fuses
-        by quantiles. And an iterator over the images' anomaly maps, each on scales from the other images.
+    An anomaly map needs scales from the other images, so compute all distance maps first. Those that RAM does not hold
+    are computed again, to the same bits.
     """
-    content = features.images.content
-
-    def compute(batch: Indices) -> Distances:
-        # The teacher runs again, too: cached features are rounded, and scoring's are not.
-        return detector.distances(features.inputs(batch), content[batch])
-
-    batches = features.batches(held_out)
-    kept: list[Distances | None] = []
-    samples: list[Float32Array] = []
+    compared = []
     ram_left = features.ram_left
-    for batch in batches:
-        distances = compute(batch)
-        ram_left -= distances.nbytes
-        kept.append(distances.to(torch.device("cpu")) if ram_left >= 0 else None)
-        if detector.recipe.fusion == "quantile":
-            maps = detector.on_one_grid(distances, content[batch])
-            (mask,) = features.teacher.content_masks(content[batch], [spatial_shape(maps)])
-            samples += sample_distances(maps, mask, len(held_out))
+    for banks, part in parts:
+        one = dataclasses.replace(detector, memory=tuple(bank.to(detector.teacher.device) for bank in banks))
+        for batch in features.batches(part):
+            compute = partial(_distances, one, features, batch)
+            distances, samples = compute(), []
+            ram_left -= distances.nbytes
+            if detector.recipe.fusion == "quantile":
+                content = features.images.content[batch]
+                maps = detector.on_one_grid(distances, content)
+                (mask,) = features.teacher.content_masks(content, [spatial_shape(maps)])
+                samples = sample_distances(maps, mask, len(features.images))
+            keep = partial(distances.to, torch.device("cpu"))
+            compared.append(_Compared(batch, keep if ram_left >= 0 else compute, samples))
+    return compared
 
-    def anomaly_maps() -> Iterator[AnomalyMap]:
-        scales: Iterator[tuple[DistanceScale, ...]] = repeat(())
-        if samples:
-            scales = iter(leave_one_out_scales(samples, detector.map_weights))
-        for batch, in_ram in zip(batches, kept, strict=True):
-            distances = in_ram.to(detector.teacher.device) if in_ram else compute(batch)
-            for one in (slice(i, i + 1) for i in range(len(batch))):
-                yield from detector.anomaly_maps(distances.select(one), content[batch][one], next(scales))
 
-    return samples, anomaly_maps()
+def _distances(detector: Detector, features: TeacherFeatures, batch: Indices) -> Distances:
+    levels = [level.float() for level in features(batch)]
+    return detector.distances(features.inputs(batch), features.images.content[batch], levels)
+
+
+def _correct_student(
+    samples: Sequence[Float32Array], is_known: npt.NDArray[np.bool_], levels: int
+) -> list[tuple[float, float]]:
+    """Bring a student's distances of images that it was trained on to the quantiles of the others.
+
+    Changes the samples of its maps, the first of each image, and returns factor and summand of each map.
+    """
+    corrections = []
+    for level in range(levels):
+        known = [sample[level] for sample in compress(samples, is_known)]
+        others = [sample[level] for sample in compress(samples, ~is_known)]
+        factor, summand = fit_distance_scale(known).to(fit_distance_scale(others))
+        corrections.append((factor, summand))
+        for values in known:
+            values[:] = factor * values + summand
+    return corrections
 
 
 def find_outlier(scores: Float32Array, names: Sequence[str]) -> str:

@@ -40,19 +40,17 @@ class FitState:
 
 
 class Checkpoint:
-    """The checkpoint of one student's training.
+    """The checkpoint of a student's training.
 
     Args:
         fingerprint: digest of everything that the student depends on; a checkpoint with another one is ignored.
         interval: minimum seconds between two checkpoints.
-        save_end: also save the end of the training, for tasks that train several students.
     """
 
-    def __init__(self, uri: str, fingerprint: str, interval: float, *, save_end: bool) -> None:
+    def __init__(self, uri: str, fingerprint: str, interval: float) -> None:
         self._uri = uri
         self._fingerprint = fingerprint
         self._interval = interval
-        self._save_end = save_end
         self._saved_at = time.monotonic()
 
     def load(self) -> FitState | None:
@@ -71,9 +69,9 @@ class Checkpoint:
         history = tuple(Epoch(**epoch) for epoch in header["history"])
         return FitState(_select("student.", tensors), optimiser, _select("best.", tensors), history)
 
-    def is_due(self, training_ended: bool) -> bool:
+    def is_due(self) -> bool:
         """Return whether to save now, at the end of an epoch."""
-        return self._save_end if training_ended else time.monotonic() - self._saved_at >= self._interval
+        return time.monotonic() - self._saved_at >= self._interval
 
     def save(self, state: FitState) -> None:
         """Save a state in place of the previous one."""

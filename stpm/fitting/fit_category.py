@@ -71,11 +71,6 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
     teacher = last_teacher(task.store, spec)
     computed_by = (teacher.preprocessing, teacher.precision, teacher.device.type, teacher.backend)
     fingerprint = "-".join(map(str, (task.fingerprint, *computed_by)))
-
-    def checkpoint(number: int) -> Checkpoint:
-        uri = store.checkpoint_uri(task.category, number)
-        return Checkpoint(uri, fingerprint, settings.checkpoint_seconds, save_end=task.fit_count > 1)
-
     detector = fit_detector(
         teacher,
         task.recipe,
@@ -86,14 +81,14 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
         gpu_ram=settings.gpu_ram,
         teacher_digest=digest,
         data_fingerprint=task.data_fingerprint,
-        checkpoint=checkpoint,
+        checkpoint=Checkpoint(store.checkpoint_uri(task.category), fingerprint, settings.checkpoint_seconds),
     )
     record = detector.publish(store, task.category)
     try:
-        store.remove_checkpoints(task.category)
+        storage.remove(store.checkpoint_uri(task.category))
     except OSError as error:
         # The model is published. A later fit takes no checkpoint of other images or of another recipe.
-        report(FitWarning(f"its checkpoints are left: {error}"))
+        report(FitWarning(f"its checkpoint is left: {error}"))
     return record
 
 

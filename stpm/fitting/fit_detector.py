@@ -13,22 +13,25 @@ import torch
 from stpm.data import pictures
 from stpm.data.pictures import Picture
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import calibrate_detector, cross_validate_scores, find_outlier
+from stpm.fitting.build_memory import MemoryCandidates
+from stpm.fitting.calibrate import calibrate, find_outlier
 from stpm.fitting.checkpoint import Checkpoint
-from stpm.fitting.splits import split_images
+from stpm.fitting.groups import group_images
+from stpm.fitting.splits import Indices, split_folds, split_images
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images
 from stpm.method.backbones import teacher_licence
 from stpm.method.calibration import Calibration
+from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore, describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
+Banks = tuple[MemoryBank, ...]
 
 
 def fit_detector(
@@ -42,7 +45,7 @@ def fit_detector(
     gpu_ram: int,
     teacher_digest: str,
     data_fingerprint: str,
-    checkpoint: Callable[[int], Checkpoint | None] = lambda number: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Detector:
     """Decode the images, train the student, build the memory, and calibrate.
 
@@ -57,7 +60,7 @@ def fit_detector(
         gpu_ram: bytes of a GPU's memory for the teacher's features.
         teacher_digest: SHA-256 of the teacher's weights.
         data_fingerprint: of the images, see `stpm.fitting.task.fingerprint`; a store keeps it.
-        checkpoint: makes that of a student by its number: 0 is the model's, 1 that of the first calibration fold.
+        checkpoint: of the student's training.
 
     Returns:
         The detector, which can be published to a store that has its teacher. Its record names no category.
@@ -68,22 +71,17 @@ def fit_detector(
         DivergedError: if a loss is not finite.
     """
     features = _load(teacher, images, report, ram, gpu_ram)
-    train, held_out = split_images(len(images), recipe)
+    names = [pictures.name_of(image) for image in images]
+    groups = group_images(names, features.images.pixels, recipe)
+    train, held_out = split_images(groups, recipe)
     for problem in features.images.find_problems(teacher.preprocessing):
         report(FitWarning(problem))
-    started_memory = time.perf_counter()
-    if memory := build_memory(features, train, recipe):
-        count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started_memory
-        report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
-    trained = train_student(features, train, held_out, recipe, report, checkpoint(0))
+    memory, parts = _build_banks(features, groups, train, held_out, recipe, report)
+    trained = train_student(features, train, held_out, recipe, report, checkpoint)
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
-    scores, heatmap_scale, distance_scales = calibrate_detector(detector, features, held_out)
-    calibrating = held_out
-    if folds := recipe.fold_count(len(images)):
-        report(f"fitting {folds} more models, to calibrate on every image")
-        scores = cross_validate_scores(features, recipe, [checkpoint(1 + fold) for fold in range(folds)])
-        calibrating = np.arange(len(scores))
-    if outlier := find_outlier(scores, [pictures.name_of(images[i]) or f"image {i}" for i in calibrating]):
+    scores, heatmap_scale, distance_scales = calibrate(detector, features, parts, held_out)
+    calibrating = np.sort(np.concatenate([part for _, part in parts]))
+    if outlier := find_outlier(scores, [names[i] or f"image {i}" for i in calibrating]):
         report(FitWarning(outlier))
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
@@ -128,6 +126,25 @@ def fit_detector(
         publish=publish,
         read_history=lambda: history,
     )
+
+
+def _build_banks(
+    features: TeacherFeatures, groups: Indices, train: Indices, held_out: Indices, recipe: Recipe, report: Reporter
+) -> tuple[Banks, list[tuple[Banks, Indices]]]:
+    """Build a model's memory banks, and those to calibrate with, each with the images that they do not hold."""
+    if not recipe.memory:
+        return (), [((), held_out)]
+    started = time.perf_counter()
+    candidates = MemoryCandidates(features, np.arange(len(groups)) if recipe.calibration_folds else train, recipe)
+    memory = candidates.banks
+    count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started
+    report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
+    if not recipe.calibration_folds:
+        return memory, [(memory, held_out)]
+    folds = split_folds(groups, recipe)
+    parts = [(candidates.banks_without(fold), fold) for fold in folds]
+    report(f"the same without each of {len(folds)} folds, in {time.perf_counter() - started - seconds:.1f} s")
+    return memory, parts
 
 
 def _load(teacher: Teacher, pictures: Sequence[Picture], report: Reporter, ram: int, gpu_ram: int) -> TeacherFeatures:

@@ -32,8 +32,7 @@ class _TaskProgress:
         if self.ended and not earlier:
             return self.task.cost
         number = (self.epochs[0].number - 1 if earlier else self.epochs[-1].number) if self.epochs else 0
-        # The epochs are those of the first fit.
-        return self.task.cost * number / (self.task.recipe.epochs * self.task.fit_count)
+        return self.task.cost * number / self.task.recipe.epochs
 
 
 class FitProgress:

@@ -34,14 +34,9 @@ class FitTask:
         return f"{self.category} (seed {self.recipe.seed})"
 
     @property
-    def fit_count(self) -> int:
-        """Number of fits: that of the model, and one for each calibration fold."""
-        return 1 + self.recipe.fold_count(len(self.train))
-
-    @property
     def cost(self) -> int:
-        """An estimate of the task's duration: images shown over all epochs of all fits."""
-        return len(self.train) * (self.recipe.epochs if self.recipe.student != "none" else 1) * self.fit_count
+        """An estimate of the task's duration: images shown over all epochs."""
+        return len(self.train) * (self.recipe.epochs if self.recipe.student != "none" else 1)
 
     @cached_property
     def data_fingerprint(self) -> str:

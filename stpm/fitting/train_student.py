@@ -93,7 +93,7 @@ def train_student(
         on_epoch(epoch)
         if recipe.keep == "best" and _best_epoch(history) is epoch:
             best = {name: weight.clone() for name, weight in student.net.state_dict().items()}
-        if checkpoint and checkpoint.is_due(_has_ended(history, recipe)):
+        if checkpoint and checkpoint.is_due():
             # Without momentum, a parameter's state is None.
             saved = optimiser.state_dict()["state"].items()
             state_of = {index: {k: v for k, v in state.items() if v is not None} for index, state in saved}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def run_benchmark(
         with hold_lease(out, options.wait) as fence:
             if not options.data:
                 demo.make(data)
+                recipe = dataclasses.replace(recipe, group_from=recipe.group_from or demo.GROUP_FROM)
             categories, unreadable = read_categories(data, options.categories)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []

@@ -111,7 +111,6 @@ def warn_about_few_good_images(counts: Mapping[str, tuple[int, int]], false_alar
     if few:
         log.warning(
             f"--false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
-            f"{join_first(few)}. Raise --false-alarm-rate, or give at least {needed} good images and fit with "
-            "--calibration-folds 5, so that all of them calibrate. Until then their threshold is the largest score of "
-            "a good image"
+            f"{join_first(few)}. Their threshold is the largest score of a good image; give more good images (all of "
+            "them calibrate with --calibration-folds 5), or raise --false-alarm-rate"
         )

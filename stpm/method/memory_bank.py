@@ -153,12 +153,17 @@ def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) 
     return smallest + (smallest - stride) % 2
 
 
-def fit_bank(descriptors: Tensor, spec: DescriptorSpec, count: int, seed: int) -> MemoryBank:
-    """Fit a bank to N normal descriptors, (N, C) float32: compute mean and whitening, and choose a coreset."""
+def fit_bank(
+    descriptors: Tensor, spec: DescriptorSpec, count: int, seed: int, start: Tensor | None = None
+) -> tuple[MemoryBank, Tensor]:
+    """Fit a bank to N normal descriptors, (N, C) float32: compute mean and whitening, and choose a coreset.
+
+    Return also the coreset's indices; `start` is as for `greedy_coreset`.
+    """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
-    chosen = greedy_coreset(whitened, count, seed)
-    return MemoryBank(spec, mean, whitening, whitened[chosen].half().float())
+    chosen = greedy_coreset(whitened, count, seed, start)
+    return MemoryBank(spec, mean, whitening, whitened[chosen].half().float()), chosen
 
 
 def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,12 +181,12 @@ def fit_whitening(descriptors: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (axes / (variances + ridge).sqrt()).float()
 
 
-def greedy_coreset(vectors: Tensor, count: int, seed: int) -> Tensor:
+def greedy_coreset(vectors: Tensor, count: int, seed: int, start: Tensor | None = None) -> Tensor:
     """Choose a subset that is near every vector: greedy k-centre (Sener and Savarese, ICLR 2018).
 
-    Start at the vector nearest to the mean, then repeatedly add the vector farthest from all chosen ones, by distance
-    after a random projection. The same vectors, (N, D) float32, and seed give the same indices: (min(count, N),) int64,
-    in the order in which they were chosen.
+    Start at the vector nearest to the mean, or with some that are chosen already, up to `count`; then repeatedly add
+    the vector farthest from all chosen ones, by distance after a random projection. The same vectors, (N, D) float32,
+    seed and start, (K,) int64 indices, give the same indices: (min(count, N),) int64, in the order of the choice.
     """
     if len(vectors) <= count:
         return torch.arange(len(vectors), device=vectors.device)
@@ -193,15 +198,17 @@ def greedy_coreset(vectors: Tensor, count: int, seed: int) -> Tensor:
         )
         points = vectors @ projection.to(vectors.device)
     squares = points.square().sum(dim=1)
+    if start is None or not len(start):
+        start = (points - points.mean(dim=0)).square().sum(dim=1).argmin()[None]
     chosen = torch.empty(count, dtype=torch.int64, device=vectors.device)
-    chosen[0] = (points - points.mean(dim=0)).square().sum(dim=1).argmin()
-    nearest = torch.full_like(squares, torch.inf)
-    for k in range(1, count):
-        last = chosen[k - 1]
+    chosen[: len(start)] = start
+    nearest = nearest_distance(points, points[start]).square()
+    # Rounding may leave a chosen vector slightly away from itself.
+    nearest[start] = -torch.inf
+    for k in range(len(start), count):
+        last = chosen[k] = nearest.argmax()
         torch.minimum(nearest, squares + squares[last] - 2 * (points @ points[last]), out=nearest)
-        # Rounding may leave a chosen vector slightly away from itself.
         nearest[last] = -torch.inf
-        chosen[k] = nearest.argmax()
     return chosen
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from stpm.errors import ConfigError, DataError
 from stpm.method.preprocessing import MAX_SIDE, Resize
 from stpm.options import Integers, Options, Size, flag, option
+from stpm.path_pattern import PathPattern
 
 Preset = Literal["default", "paper", "notebook"]
 Precision = Literal["float32", "bfloat16"]
@@ -146,9 +148,14 @@ class Recipe(Options):
     )
     calibration_folds: int = option(
         0,
-        "calibrate on every good image: fit this many more models, at least two, each without one fold of the images, "
-        "and score that fold with it; 0: calibrate on the held-out images alone",
+        "calibrate on every good image: split them into this many folds, at least two, and score each fold by memory "
+        "banks without it; the model's banks hold all images. 0: calibrate on the held-out images alone",
         minimum=0,
+    )
+    group_from: str = option(
+        "",
+        "what in a training image's path names its part, lot or video, such as {group}_{name}: images of one group are "
+        "held out together; copies always are",
     )
     precision: WantedPrecision = option(
         "auto",
@@ -189,9 +196,17 @@ class Recipe(Options):
                 "quantile: distances of a student and of a memory have different scales; or give --memory 0",
             ),
             ("calibration_folds", self.calibration_folds != 1, "2 or more, or 0"),
+            ("calibration_folds", not self.calibration_folds or self.memory > 0, "0 without --memory"),
         ):
             if not holds:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; give {valid}")
+        if self.group_from:
+            self.groups  # noqa: B018
+
+    @cached_property
+    def groups(self) -> PathPattern:
+        """Return the pattern that finds an image's group, where there is one. Raises ConfigError if it is none."""
+        return PathPattern(self.group_from, "group", "--group-from")
 
     @property
     def max_views(self) -> int:
@@ -199,12 +214,19 @@ class Recipe(Options):
         return 2 if self.coarse_pixels and self.memory else 1
 
     def held_out_count(self, images: int) -> int:
-        """Return how many of a category's good images are held out: the fraction, and at least what fusion needs."""
-        return min(max(round(images * self.held_out_fraction), self._min_held_out), images - 1)
+        """Return how many of a category's good images the student is not trained on, but validated with.
+
+        They are a fraction, and at least what fusion needs, if they calibrate the model. Where folds calibrate a model
+        without a student, there are none.
+        """
+        if self.calibration_folds and self.student == "none":
+            return 0
+        least = 1 if self.calibration_folds else self._min_calibration
+        return min(max(round(images * self.held_out_fraction), least), images - 1)
 
     def fold_count(self, images: int) -> int:
-        """Return how many calibration folds a category's good images make: fewer than asked for if they are few."""
-        return min(self.calibration_folds, images // 2)
+        """Return how many calibration folds a category's good images make: no more than there are images."""
+        return min(self.calibration_folds, images)
 
     def calibration_count(self, images: int) -> int:
         """Return how many of a category's good images calibrate its model."""
@@ -213,15 +235,15 @@ class Recipe(Options):
     @property
     def min_images(self) -> int:
         """Return how many good images a category needs, to fit on and to calibrate with."""
-        return 4 if self.calibration_folds else 1 + self._min_held_out
+        return 1 + self._min_calibration
 
     def check_image_count(self, images: int) -> None:
         """Raise DataError if a category has too few good images."""
         if images < self.min_images:
-            why = f"1 to fit on and {self._min_held_out} to hold out"
-            if self.calibration_folds:
-                why = "2 in each of 2 folds"
-            raise DataError(f"good images: {images}; this recipe needs at least {self.min_images}, {why}; give more")
+            raise DataError(
+                f"good images: {images}; this recipe needs at least {self.min_images}, 1 to fit on and "
+                f"{self._min_calibration} to calibrate with; give more"
+            )
 
     def for_image_count(self, images: int) -> Recipe:
         """Return the recipe with as many epochs as a category with this many good images needs for `min_steps`."""
@@ -229,8 +251,8 @@ class Recipe(Options):
         return dataclasses.replace(self, epochs=max(self.epochs, math.ceil(self.min_steps / steps_per_epoch)))
 
     @property
-    def _min_held_out(self) -> int:
-        # With quantiles, each held-out image is scaled by the others.
+    def _min_calibration(self) -> int:
+        # With quantiles, each calibration image is scaled by the others.
         return 2 if self.fusion == "quantile" else 1
 
 
@@ -251,6 +273,7 @@ PRESETS: dict[Preset, Recipe] = {
         epochs=5,
         min_steps=400,
         memory=2000,
+        calibration_folds=5,
         brightness=0.1,
         fusion="quantile",
         top_fraction=0.005,

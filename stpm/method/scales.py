@@ -97,6 +97,11 @@ class DistanceScale:
         """Return high − low, kept above 0 where distances hardly vary."""
         return max(self.high - self.low, _MIN_SPREAD * abs(self.high), 1e-6)
 
+    def to(self, other: DistanceScale) -> tuple[float, float]:
+        """Return factor and summand that bring distances of this scale to another's."""
+        factor = other.spread / self.spread
+        return factor, other.low - factor * self.low
+
 
 def fit_distance_scale(values: Sequence[Floats]) -> DistanceScale:
     """Return the scale of a distance map, given its values on each held-out image, one image or more."""

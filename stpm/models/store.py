@@ -49,7 +49,7 @@ _TEACHERS = "teachers"
 _CURRENT = "current.json"
 _RECORD = "model.json"
 _HISTORY = "history.parquet"
-_CHECKPOINT = "checkpoint-"
+_CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -310,14 +310,9 @@ class ModelStore:
         """Return the folder of a category."""
         return storage.join(self.uri, safe_name(category, "category"))
 
-    def checkpoint_uri(self, category: str, number: int) -> str:
-        """Return the URI of the checkpoint of a running fit; a task with several fits numbers them."""
-        return storage.join(self.folder(category), f"{_CHECKPOINT}{number}.safetensors")
-
-    def remove_checkpoints(self, category: str) -> None:
-        """Remove the checkpoints of a category, also those of an earlier fit with more folds, which a kill leaves."""
-        for uri in storage.files_starting(self.folder(category), _CHECKPOINT):
-            storage.remove(uri)
+    def checkpoint_uri(self, category: str) -> str:
+        """Return the URI of the checkpoint of a running fit."""
+        return storage.join(self.folder(category), _CHECKPOINT)
 
     def history(self, record: ModelRecord) -> pa.Table:
         """Read the losses per epoch, in columns of `stpm.fitting.task.Epoch`; the table is empty without a student."""

@@ -30,7 +30,7 @@ def test_demo_set_is_complete_and_reproducible_and_not_overwritten(
             assert mask.shape == (demo.CROP, demo.CROP)
             assert 0.005 < mask.mean() < 0.2
             assert storage.read(image.uri) == storage.read(image.uri.replace("/one/", "/two/"))
-    changed = tmp_path / "one" / "brick" / "train" / "good" / "000.png"
+    changed = tmp_path / "one" / "brick" / "train" / "good" / "lot-0_000.png"
     Image.new("L", (1, 1)).save(changed)
     demo.make(str(tmp_path / "one"))
     assert Image.open(changed).size == (1, 1)

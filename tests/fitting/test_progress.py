@@ -81,19 +81,6 @@ def test_time_left_after_a_resume_counts_the_epochs_of_this_run() -> None:
     assert shown == ["[#########...........] 0/2 ended, about 9 min left"]
 
 
-def test_bar_counts_the_fits_of_calibration_folds() -> None:
-    """Three of four fits come after the model's own training, without epochs that are reported."""
-    shown: list[str] = []
-    clock = Clock()
-    task = dataclasses.replace(TASK, recipe=dataclasses.replace(TASK.recipe, calibration_folds=3))
-    progress = FitProgress([task], shown.append, clock)
-    for number in range(1, 101):
-        clock.now += 1
-        progress((task.key, Epoch(number, 1 / number, 2 / number, 50.0)))
-    assert shown[49] == "[##..................] 0/1 ended, about 6 min left"
-    assert shown[99] == "[#####...............] 0/1 ended, about 5 min left"
-
-
 def test_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     progress = FitProgress([TASK], lambda line: None)
     for number, loss in enumerate((0.8, 0.5, 0.9), 1):

@@ -47,7 +47,7 @@ class InMemoryCheckpoint(Checkpoint):
     def load(self) -> FitState | None:
         return self.state
 
-    def is_due(self, training_ended: bool) -> bool:
+    def is_due(self) -> bool:
         return True
 
     def save(self, state: FitState) -> None:

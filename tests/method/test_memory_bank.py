@@ -38,7 +38,7 @@ def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tens
 
 def make_bank(features: Tensor, kind: Kind, window: int = 1, count: int = 10**6) -> MemoryBank:
     spec = DescriptorSpec(0, kind, window, 1)
-    return fit_bank(spec.describe(features).flatten(0, 2), spec, count, 0)
+    return fit_bank(spec.describe(features).flatten(0, 2), spec, count, 0)[0]
 
 
 def correlated(count: int, channels: int, seed: int = 0) -> Tensor:

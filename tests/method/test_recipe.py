@@ -21,6 +21,7 @@ def test_presets_match_their_sources() -> None:
     assert changed == {
         *("schedule", "warmup_epochs", "batch_size", "epochs", "min_steps", "size", "resize"),
         *("memory", "fusion", "top_fraction", "pixels", "coarse_pixels", "brightness"),
+        "calibration_folds",
     }
     for preset in (paper, notebook):
         assert (preset.student, preset.memory, preset.fusion, preset.resize) == ("stpm", 0, "product", "stretch")
@@ -72,6 +73,8 @@ def test_recipe_refuses_values_out_of_range(field: str, value: Any) -> None:
     [
         ({"student": "none"}, "student is 'none'; give --memory too"),
         ({"memory": 9}, "fusion is 'product'; give quantile: .* or give --memory 0"),
+        ({"calibration_folds": 5}, "calibration-folds is 5; give 0 without --memory"),
+        ({"calibration_folds": 1}, "calibration-folds is 1; give 2 or more"),
         ({"memory": 9, "fusion": "sum"}, "fusion is 'sum'; give quantile"),
         (
             {"memory": 9, "fusion": "quantile", "memory_levels": Integers((2, 4))},
@@ -104,16 +107,17 @@ def test_for_image_count_raises_epochs_to_reach_min_steps() -> None:
 def test_held_out_count_is_fraction_within_limits() -> None:
     paper, default = PRESETS["paper"], PRESETS["default"]
     assert [paper.held_out_count(n) for n in (2, 4, 8, 209)] == [1, 1, 2, 42]
-    assert [default.held_out_count(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
+    assert [default.held_out_count(n) for n in (2, 3, 4, 8, 209)] == [1, 1, 1, 2, 42]
+    one_model = dataclasses.replace(default, calibration_folds=0)
+    assert [one_model.held_out_count(n) for n in (2, 3, 4, 8, 209)] == [1, 2, 2, 2, 42]
 
 
 @pytest.mark.parametrize(
     ("recipe", "needed", "why"),
     [
-        (PRESETS["paper"], 2, "1 to fit on and 1 to hold out"),
-        (PRESETS["default"], 3, "1 to fit on and 2 to hold out"),
-        (dataclasses.replace(PRESETS["paper"], calibration_folds=5), 4, "2 in each of 2 folds"),
-        (dataclasses.replace(PRESETS["default"], calibration_folds=2), 4, "2 in each of 2 folds"),
+        (PRESETS["paper"], 2, "1 to fit on and 1 to calibrate with"),
+        (PRESETS["default"], 3, "1 to fit on and 2 to calibrate with"),
+        (dataclasses.replace(PRESETS["default"], calibration_folds=0), 3, "1 to fit on and 2 to calibrate with"),
     ],
 )
 def test_check_image_count_refuses_too_few_with_reason(recipe: Recipe, needed: int, why: str) -> None:
@@ -123,7 +127,7 @@ def test_check_image_count_refuses_too_few_with_reason(recipe: Recipe, needed: i
             recipe.check_image_count(images)
 
 
-def test_fold_count_gives_each_fold_two_images() -> None:
-    recipe = Recipe(calibration_folds=5)
-    assert [recipe.fold_count(images) for images in (4, 5, 9, 10, 14, 209)] == [2, 2, 4, 5, 5, 5]
+def test_there_are_no_more_folds_than_images() -> None:
+    recipe = PRESETS["default"]
+    assert [recipe.fold_count(images) for images in (2, 3, 5, 6, 209)] == [2, 3, 5, 5, 5]
     assert [each.calibration_count(14) for each in (recipe, PRESETS["paper"])] == [14, 3]

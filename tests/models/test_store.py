@@ -42,7 +42,7 @@ def make_banks(recipe: Recipe, seed: int = 0) -> tuple[MemoryBank, ...]:
     for level, window, stride in ((1, 3, 2), (2, 1, 1)):
         for kind in KINDS:
             descriptors = torch.randn(90, 60 + level, generator=generator)
-            banks.append(fit_bank(descriptors, DescriptorSpec(level, kind, window, stride), recipe.memory, seed))
+            banks.append(fit_bank(descriptors, DescriptorSpec(level, kind, window, stride), recipe.memory, seed)[0])
     return tuple(banks)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
 from stpm.errors import ConfigError
-
-_FIELD = re.compile(r"\{(\w+)\}")
+from stpm.path_pattern import PathPattern
 
 
 @dataclass(frozen=True)
@@ -29,26 +27,13 @@ class CategoryRule:
     def __post_init__(self) -> None:
         if self.fixed and self.pattern:
             raise ConfigError("--category and --category-from are both given; give one")
-        names, problem = _FIELD.findall(self.pattern), ""
-        if invalid := [name for name in names if not name.isidentifier()]:
-            problem = f"{{{invalid[0]}}} is not a name: begin it with a letter"
-        elif re.search("[{}]", _FIELD.sub("", self.pattern)):
-            problem = "a name in braces has only letters, digits and _"
-        elif self.pattern and (names.count("category") != 1 or len(set(names)) < len(names)):
-            problem = "use {category} exactly once, and every other name at most once"
-        if problem:
-            raise ConfigError(f"--category-from is {self.pattern!r}; {problem}, as in {{category}}/{{date}}/{{name}}")
+        if self.pattern:
+            self._compiled  # noqa: B018
 
     def category(self, path: str) -> str:
         """Return the category of the image at a path, or "" if the pattern does not match."""
-        if not self.pattern:
-            return self.fixed
-        match = self._expression.search(path)
-        return match["category"] if match else ""
+        return self._compiled.find(path) if self.pattern else self.fixed
 
     @cached_property
-    def _expression(self) -> re.Pattern[str]:
-        parts = _FIELD.split(self.pattern.strip("/"))
-        # Every second part is the name of a field.
-        texts = (f"(?P<{part}>[^/]+)" if number % 2 else re.escape(part) for number, part in enumerate(parts))
-        return re.compile(f"(?:^|/){''.join(texts)}$")
+    def _compiled(self) -> PathPattern:
+        return PathPattern(self.pattern, "category", "--category-from")
