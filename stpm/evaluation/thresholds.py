@@ -64,7 +64,7 @@ class CategoryThresholds:
             expected, bound = promised_rates(self.scores, threshold)
             # The shortest text of the same number: copied, the threshold is the same.
             row = {"": "in force" if threshold == np.float32(self.current) else "", "threshold": str(threshold)}
-            row |= {"false-alarm rate": f"{expected:.4f}", "of 1,000 good images": f"{1000 * expected:.1f}"}
+            row |= {"false-alarm rate": f"{expected:.4f}", "expected of 1,000 good": f"{1000 * expected:.1f}"}
             row["in 9 of 10 cases at most"] = f"{1000 * bound:.1f}"
             if self.defects is not None:
                 is_found = self.defects > threshold

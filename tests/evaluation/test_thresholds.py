@@ -45,7 +45,7 @@ def test_the_numbers_are_those_that_anyone_can_count(rng: np.random.Generator) -
         low, high = stats.binomtest(int(found), 40).proportion_ci(method="wilson")
         bound = stats.beta.ppf(0.9, rate * 61, 61 - rate * 61)
         assert row["false-alarm rate"] == f"{rate:.4f}"
-        assert row["of 1,000 good images"] == f"{1000 * rate:.1f}"
+        assert row["expected of 1,000 good"] == f"{1000 * rate:.1f}"
         assert row["in 9 of 10 cases at most"] == f"{1000 * bound:.1f}"
         assert (row["found"], row["recall"]) == (f"{found} of 40", f"{found / 40:.3f} ({low:.3f} to {high:.3f})")
         costs.append(1000 * (0.99 * rate + 0.01 * 50 * (1 - found / 40)))
