@@ -85,12 +85,10 @@ def test_more_defects_than_on_earlier_nights_are_named(line: Line) -> None:
     assert found.reasons[0].startswith("more alarms than the requested 1.0 %: ")
     # They are expected at a threshold that lets them through.
     many = replace(line.night(defects=0.3), false_alarm_rate=0.3, decision="0.5, decided by ann")
-    assert verdict([many], line.reference).changes[:1] != found.changes[:1]
     assert "alarms" not in [change.name for change in verdict([many], line.reference).changes]
     found = verdict([replace(many, alarms=250)], line.reference)
-    assert (
-        found.reasons[0].startswith("more alarms than the threshold that a person decided lets expect 30 %: ") or found
-    )
+    expected = "more alarms than the threshold that a person decided lets expect 30 %: "
+    assert [reason.startswith(expected) for reason in found.reasons if "alarms" in reason] == [True]
 
 
 @pytest.mark.parametrize("fault", [0, 14])
