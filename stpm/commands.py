@@ -82,7 +82,7 @@ _JOBS = (
     ),
     Job(
         name="models",
-        description="List the models of a store with their versions, roll back to an earlier one, and remove old ones.",
+        description="List models, and what thresholds promise; decide a threshold, roll back, and remove old models.",
         groups=_groups(ModelsOptions),
         run="stpm.jobs.models:run_models",
         example="stpm models --models s3://plant/models --categories bottle --roll-back",

@@ -216,7 +216,8 @@ class Detector:
         name = self.model_record.model_id.removeprefix("-") if self.model_record else "not calibrated"
         teacher = self.teacher
         seen = f"{self.recipe.teacher} at {teacher.preprocessing.size_text}, {teacher.precision}, {teacher.backend}"
-        return f"Detector({name}, {seen}, {teacher.device})"
+        decided = f", threshold {self.record.decision}" if self.model_record and self.record.decision else ""
+        return f"Detector({name}, {seen}, {teacher.device}{decided})"
 
     @property
     def nbytes(self) -> int:
@@ -237,7 +238,7 @@ class Detector:
             images: a path, a URI, the bytes of a file, a PIL image or an array, see `stpm.data.pictures.Picture`; or
                 many of them.
             false_alarm_rate: fraction of good images to call anomalous at most, in (0, 1). n calibration images support
-                no rate below 1/(n+1).
+                no rate below 1/(n+1). Where a person decided the threshold, the rate does not change it.
 
         Returns:
             The image's result; of many, an iterator over their results, in which an image that cannot be scored is a
@@ -300,7 +301,7 @@ class Detector:
         scores = [each.scores(self.recipe.top_fraction) for each in maps]
         totals = np.array([total for total, *_ in scores], np.float32)
         p_values = calibration.p_values(totals)
-        threshold = np.float32(calibration.threshold(false_alarm_rate))
+        threshold = np.float32(self.record.threshold(calibration.scores, false_alarm_rate))
         results = []
         for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
             sizes, maps, totals, scores, p_values, strict=True

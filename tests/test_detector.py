@@ -24,11 +24,13 @@ from stpm.data.masks import decode_mask, resize_mask
 from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
+from stpm.jobs.models import run_models
 from stpm.method.recipe import PRESETS, Recipe, StudentKind
 from stpm.method.teacher import Inputs, Teacher
 from stpm.method.teacher_weights import load_teacher_weights
+from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
-from stpm.options import Backend, Integers
+from stpm.options import Backend, Integers, Names
 from tests.conftest import MODELS, REPOSITORY, SETTINGS, TINY
 from tests.datasets import make_category
 from tests.fitting.test_fit_category import contents, stored_model, task_in
@@ -73,6 +75,33 @@ def test_scores_are_those_of_the_job_bit_for_bit(run: Path, category: str) -> No
         assert (row["peak_x"], row["peak_y"]) == result.peak
         assert row["anomaly_map"] == result.model_map.tobytes()
         assert row["heatmap_levels"] == result.heatmap_scale.apply(result.model_map).tobytes()
+
+
+def test_a_decided_threshold_is_that_of_detector_and_job_at_any_rate(run: Path, tmp_path: Path, nut: Detector) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    rows = manifest(run).filter(np.array([name == "nut" for name in manifest(run)["category"].to_pylist()]))
+    before = score(run, rows)
+    # Between two scores, and in no float32.
+    low, high = np.sort(before["score"].to_numpy())[2:4]
+    threshold = (float(low) + float(high)) / 2
+    options = ModelsOptions(f"{tmp_path}/models", threshold=Names([f"nut={threshold}"]), by="ann", because="scrap")
+    assert run_models(options) == 0
+    written = score(tmp_path, rows)
+    same = ["uri", "score", "p_value", "peak_x", "heatmap_levels"]
+    assert written.select(same) == before.select(same)
+    assert {*written["threshold"].to_pylist()} == {float(np.float32(threshold))}
+    assert sum(written["is_anomalous"].to_pylist()) == rows.num_rows - 3
+    detector = stpm.load(f"{tmp_path}/models", "nut", backend="pytorch")
+    for rate in (0.01, 0.9):
+        found = list(detector.score(rows["uri"].to_pylist(), false_alarm_rate=rate))
+        assert [each.is_anomalous for each in found] == written["is_anomalous"].to_pylist()
+        assert [np.float32(each.threshold) for each in found] == written["threshold"].to_pylist()
+        assert [np.float32(each.area) for each in found] == written["area"].to_pylist()
+    assert repr(detector).endswith(f", threshold {detector.record.decision})")
+    assert "threshold" not in repr(nut)
+    assert " because: scrap" in repr(detector)
+    # A copy in another store keeps it.
+    assert detector.save(tmp_path / "other", "bolt").decision == detector.record.decision
 
 
 def test_the_teacher_runs_once_for_a_batch_of_three_categories(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,28 @@ def draw_charts(
     return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items() if draw}
 
 
+def draw_thresholds(
+    scores: Scores, thresholds: Sequence[float], current: float, defects: Scores | None, salt: str
+) -> str:
+    """Draw which part of the calibration scores, and of labelled defects, is above each score, as SVG.
+
+    Dots are some thresholds, and the dashed line is the current one. The salt is as in `draw_charts`.
+    """
+
+    def draw(axes: Axes) -> None:
+        for name, values in {"good images": scores, "labelled defects": defects}.items():
+            if values is not None:
+                x = np.sort(values)
+                axes.step(x, 100 * np.arange(len(x) - 1, -1, -1) / len(x), where="post", label=name)
+        above = [100 * float((scores > np.float32(each)).mean()) for each in thresholds]
+        axes.plot(thresholds, above, "o", color=_INK, markersize=3, label="thresholds")
+        axes.axvline(current, color=_INK, linestyle="--", linewidth=1, label="in force")
+        axes.set(xlabel="score", ylabel="images above, %")
+        axes.legend(fontsize=7)
+
+    return _svg(draw, salt)
+
+
 def roc_curves(scores: LabelledScores) -> dict[str, Curve]:
     """Compute false positive rate (x) and recall or per-region overlap (y) of each curve that is defined."""
     curves: dict[str, Curve] = {}

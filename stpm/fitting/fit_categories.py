@@ -160,6 +160,8 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
             f"a new model begins without the images that were added to {current.model_id} ({added}): give their tables "
             "to --add-good again",
         )
+    if current.decision:
+        _log(task, f"a new model begins without the threshold of {current.model_id}: {current.decision}")
     return None
 
 

@@ -1,60 +1,102 @@
-"""The models job: list the models of a store, roll back and forward, and remove old models."""
+"""The models job: list models and thresholds, take down decisions, roll back and forward, and remove old models."""
 
 from __future__ import annotations
 
+import dataclasses
+import getpass
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.console import log_lines
-from stpm.errors import DataError, ModelError
+from stpm.console import log_lines, visible
+from stpm.errors import ConfigError, DataError, ModelError
 from stpm.exit_codes import exit_code
 from stpm.lease import hold_lease
-from stpm.method.calibration import threshold
+from stpm.method.calibration import promised_rates
 from stpm.models.options import ModelsOptions
+from stpm.models.record import Decision
 from stpm.models.store import ModelStore
+from stpm.times import timestamp
 
 log = logging.getLogger(__name__)
 
-_HEAD = ["model", "", "created", "good images", "added", "calibrate", "validation loss", "threshold", "problem"]
-_ALIGN = [*["left"] * 3, *["right"] * 5, "left"]
+_COUNTS = ["good images", "added", "calibrate", "validation loss", "threshold"]
+# The last two are left out where no model has any.
+_HEAD = ["model", "", "created", *_COUNTS, "decided by", "problem"]
+_ALIGN = [*["left"] * 3, *["right"] * len(_COUNTS), *["left"] * 2]
 
 
 def run_models(options: ModelsOptions) -> int:
     """Run the models job; return its exit code: 0 all done, 2 some categories failed, 3 all of them.
 
     Raises:
-        ConfigError: if another run holds the store.
+        ConfigError: if another run holds the store, or it is not known who decides.
         DataError: if there is no store.
     """
     store = ModelStore(options.models)
-    changes = options.roll_back or options.roll_forward or options.keep > 0
+    changes = bool(options.threshold) or options.roll_back or options.roll_forward or options.keep > 0
+    try:
+        by = options.by or getpass.getuser() if options.threshold else ""
+    except (KeyError, OSError) as error:
+        raise ConfigError("--by is missing, and this process has no login name; say who decides") from error
+    decisions = {
+        category: None if value is None else Decision(value, by, options.because)
+        for category, value in options.decisions.items()
+    }
     if not storage.exists(store.uri):
         raise DataError(f"{store.uri}: no such folder; give the --models of the fit job")
-    categories = list(dict.fromkeys(options.categories)) if options.names_categories else store.categories()
+    categories = options.wanted or store.categories()
     if not categories:
         raise DataError(f"{store.uri}: no category has a model there; fit one with stpm fit")
     failed = set()
     with hold_lease(storage.output_folder(options.models), options.wait) if changes else nullcontext():
         for category in categories:
             try:
-                _change(store, category, options)
+                _change(store, category, options, decisions)
             except (DataError, ModelError) as error:
                 failed.add(category)
                 log.error(f"{category}: failed: {error}", extra={"category": category})
     done = [category for category in categories if category not in failed]
     if done:
         lines = [line for category in done for line in _describe(store, category, options.false_alarm_rate)]
-        columns = len(_HEAD) if any(line[-1] for line in lines) else len(_HEAD) - 1
-        shown = [line[:columns] for line in lines]
-        log_lines(tabulate(shown, _HEAD[:columns], disable_numparse=True, colalign=_ALIGN[:columns]))
-    return exit_code(len(done), len(failed))
+        columns = [i for i in range(len(_HEAD)) if i < len(_HEAD) - 2 or any(line[i] for line in lines)]
+        head, align, *shown = ([line[i] for i in columns] for line in (_HEAD, _ALIGN, *lines))
+        log_lines(tabulate(shown, head, disable_numparse=True, colalign=align))
+    if options.thresholds or options.page or options.labelled:
+        # It imports matplotlib, which takes a second.
+        from stpm.evaluation.thresholds import show_thresholds
+
+        failed |= show_thresholds(store, done, options)
+    return exit_code(len(categories) - len(failed), len(failed))
 
 
-def _change(store: ModelStore, category: str, options: ModelsOptions) -> None:
+def _decide(store: ModelStore, category: str, decision: Decision | None, false_alarm_rate: float) -> None:
+    """Publish the current model with a decision, or without one, and say what that changes."""
+    versions = store.versions(category)
+    before = store.record(category, versions.current.model_id)
+    after = dataclasses.replace(before, decision=decision, created=timestamp())
+    if replaced := versions.describe_replaced(after.model_id):
+        _log(category, replaced)
+    store.save(after, store.read_files(before), versions.current.data_fingerprint)
+    scores = store.calibration_scores(before)["score"].to_numpy()
+    limit = after.threshold(scores, false_alarm_rate)
+    was, now = (each.decision or "what the false-alarm rate of a run makes it" for each in (before, after))
+    expected, bound = (round(1000 * rate) for rate in promised_rates(scores, limit))
+    _log(
+        category,
+        f"the threshold is {now}; it was {was}. {(scores > limit).sum()} of {len(scores)} calibration images are above "
+        f"{limit:.4g}: of 1,000 good images expect at most {expected}, and in 9 of 10 cases at most {bound}. Runs that "
+        f"have begun keep theirs. To undo this: {store.roll_command(category, '--roll-back')}",
+    )
+
+
+def _change(store: ModelStore, category: str, options: ModelsOptions, decisions: Mapping[str, Decision | None]) -> None:
     """Make the changes that the options ask for in one category. Raises ModelError if one is not possible."""
+    if category in decisions:
+        _decide(store, category, decisions[category], options.false_alarm_rate)
     before = versions = store.versions(category)
     if options.roll_back:
         versions = versions.roll_back()
@@ -64,17 +106,18 @@ def _change(store: ModelStore, category: str, options: ModelsOptions) -> None:
         # A damaged model does not become current.
         store.read_files(store.record(category, versions.current.model_id))
         store.set_versions(category, versions)
-        log.info(
-            f"{category}: the current model is {versions.current.model_id}, it was {before.current.model_id}",
-            extra={"category": category},
-        )
+        _log(category, f"the current model is {versions.current.model_id}, it was {before.current.model_id}")
     if options.keep:
         versions = versions.forget(options.keep)
         store.set_versions(category, versions)
         for model_id in store.model_folders(category):
             if not versions.position(model_id):
                 store.remove(category, model_id)
-                log.info(f"{category}: removed {model_id}", extra={"category": category})
+                _log(category, f"removed {model_id}")
+
+
+def _log(category: str, message: str) -> None:
+    log.info(f"{category}: {message}", extra={"category": category})
 
 
 def _describe(store: ModelStore, category: str, false_alarm_rate: float) -> list[list[str]]:
@@ -86,11 +129,13 @@ def _describe(store: ModelStore, category: str, false_alarm_rate: float) -> list
             record = store.record(category, model_id)
             scores = store.calibration_scores(record)["score"].to_numpy()
         except ModelError as error:
-            lines.append([model_id, versions.position(model_id), *[""] * 6, str(error)])
+            lines.append([model_id, versions.position(model_id), *[""] * 7, str(error)])
             continue
         fit = record.fit
         loss = "" if fit.validation_loss is None else f"{fit.validation_loss:.4f}"
         counts = [str(record.good_count), str(len(record.added_images) or ""), str(fit.calibration_count)]
-        limit = f"{threshold(scores, false_alarm_rate):.4g}"
-        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, limit, ""])
+        limit, by = f"{record.threshold(scores, false_alarm_rate):.4g}", ""
+        if made := record.decision:
+            limit, by = f"{made.threshold:.9g}", visible(" ".join(filter(None, [made.by, made.at, made.because])))
+        lines.append([model_id, versions.position(model_id), record.created, *counts, loss, limit, by, ""])
     return sorted(lines, key=lambda line: line[2])

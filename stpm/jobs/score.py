@@ -81,7 +81,7 @@ def run_score(
                 result, models = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
         return SOME_FAILED
-    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items()}
+    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items() if not each.decision}
     warn_about_few_good_images(counts, scoring.false_alarm_rate)
     _log_result(result, run.output)
     if result.rows and result.error_count == result.rows:

@@ -17,7 +17,6 @@ from stpm.detector import Detector, load
 from stpm.errors import DataError, ImageError, ModelError, join_first
 from stpm.lease import hold_lease
 from stpm.line.marks import Marks
-from stpm.method.calibration import threshold
 from stpm.method.scales import HeatmapScale
 from stpm.models.libraries import installed_versions
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, AddedImage, ModelRecord
@@ -163,7 +162,7 @@ def _recalibrate(store: ModelStore, record: ModelRecord, new: Sequence[_NewImage
         created=timestamp(),
     )
     # Before the model becomes current: a change that the log does not tell would be hard to notice.
-    _log_change(category, before, after, new, false_alarm_rate)
+    _log_change(record, before, after, new, false_alarm_rate)
     if replaced := versions.describe_replaced(changed.model_id):
         _log(category, replaced)
     store.save(changed, files, versions.current.data_fingerprint)
@@ -172,10 +171,12 @@ def _recalibrate(store: ModelStore, record: ModelRecord, new: Sequence[_NewImage
 
 
 def _log_change(
-    category: str, before: pa.Table, after: pa.Table, new: Sequence[_NewImage], false_alarm_rate: float
+    record: ModelRecord, before: pa.Table, after: pa.Table, new: Sequence[_NewImage], false_alarm_rate: float
 ) -> None:
     """Compare two calibrations of a model by their thresholds, and by the good images that score above them."""
-    was, now = (threshold(each["score"].to_numpy(), false_alarm_rate) for each in (before, after))
+    was, now = (record.threshold(each["score"].to_numpy(), false_alarm_rate) for each in (before, after))
+    if record.decision:
+        _log(record.category, f"the threshold stays as it is: {record.decision}")
     held_out = before.filter(~before["is_added"].to_numpy())["score"].to_numpy()
     added = np.array([image.score for image in new], np.float32)
     above = [
@@ -183,14 +184,14 @@ def _log_change(
         for scores in (held_out, added)
     ]
     _log(
-        category,
+        record.category,
         f"calibrated again: threshold {was:.4g} before, {now:.4g} after; held-out good images above it {above[0]}; "
         f"added good images above it {above[1]}",
     )
     # A defect that is marked as good by mistake hides all others like it.
     highest = sorted(new, key=lambda image: -image.score)[:_NAMED]
     if over := [f"{image.uris[0]} ({image.score:.4g})" for image in highest if image.score > was]:
-        _log(category, f"look again at the added images that scored highest: {join_first(over)}")
+        _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
 
 
 def _log(category: str, message: str) -> None:

@@ -21,7 +21,8 @@ class CategoryNight:
         images: number of rows.
         alarms: how many of them are anomalous.
         errors: how many of them have no score, by error kind.
-        false_alarm_rate: that was requested.
+        false_alarm_rate: that was requested, or that is expected at the threshold that a person decided.
+        decision: that threshold, for people; "" if there is none.
         median_p_value: about 0.5 on a night of good images; None without scores.
         medians: of image statistics, by name; empty without scores.
         training_medians: the same of the training images; empty if unknown.
@@ -33,6 +34,7 @@ class CategoryNight:
     alarms: int
     errors: dict[str, int]
     false_alarm_rate: float
+    decision: str = ""
     median_p_value: float | None = None
     medians: dict[str, float] = field(default_factory=dict)
     training_medians: dict[str, float] = field(default_factory=dict)

@@ -27,6 +27,7 @@ from stpm.line.rows import RowCounter, read_rows
 from stpm.line.score_nights import NightlyJob
 from stpm.line.significance import FloatArray
 from stpm.line.verdict import EARLIER, Reference, judge_categories
+from stpm.method.calibration import promised_rates
 from stpm.method.false_discovery import Discoveries, find_discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
@@ -120,12 +121,14 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
     categories = {}
     for name, counter in counters.items():
         (p_values, statistics), reference = samples[name], references[name]
+        decision = "" if isinstance(reference, str) else reference.decision
         categories[name] = CategoryNight(
             model_id=models[name],
             images=counter.images,
             alarms=counter.alarms,
             errors=dict(counter.errors.most_common()),
-            false_alarm_rate=rate,
+            false_alarm_rate=reference.decided_rate if isinstance(reference, Reference) and decision else rate,
+            decision=decision,
             median_p_value=float(np.median(p_values)) if len(p_values) else None,
             medians=_medians(statistics),
             training_medians={} if isinstance(reference, str) else _medians(reference.statistics),
@@ -174,11 +177,13 @@ def _load_reference(store: ModelStore, category: str, model_id: str) -> Referenc
     try:
         record = store.record(category, model_id)
         table = store.image_statistics(record)
-        is_added = store.calibration_scores(record)["is_added"].to_numpy()
+        scores, is_added = (column.to_numpy() for column in store.calibration_scores(record).columns)
     except ModelDamagedError as error:
         return f"its model cannot be read: {error}"
     statistics = {name: table[name].to_numpy() for name in table.column_names}
-    return Reference(len(is_added), statistics, np.flatnonzero(is_added[::-1]) + 1.0)
+    decided_rate = promised_rates(scores, record.decision.threshold)[0] if record.decision else 0.0
+    added = np.flatnonzero(is_added[::-1]) + 1.0
+    return Reference(len(is_added), statistics, added, str(record.decision or ""), decided_rate)
 
 
 def _medians(values: Mapping[str, FloatArray]) -> dict[str, float]:

@@ -64,6 +64,7 @@ def _category(category: CategoryNight) -> dict[str, Any]:
         "alarm_rate": rate and rate.value,
         "alarm_rate_interval": rate and rate.interval(),
         "false_alarm_rate": category.false_alarm_rate,
+        "decision": category.decision,
         "median_p_value": category.median_p_value,
         "errors": category.errors,
     }

@@ -99,7 +99,8 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                         connection.enter_context(connected())
                         log.info(f"{date}, run {run.output.name}: scoring into {folder.uri}")
                         _, models = run_scoring(run)
-                        counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items()}
+                        by_rate = {name: each for name, each in models.items() if not each.decision}
+                        counts = {name: (each.good_count, each.fit.calibration_count) for name, each in by_rate.items()}
                         warn_about_few_good_images(counts, job.scoring.false_alarm_rate)
             except (ConfigError, RunInterruptedError, DataError, ModelError, OSError) as error:
                 problem = as_utf8(str(error))

@@ -78,11 +78,15 @@ class Reference:
     Args:
         statistics: one value for each good image, by name: `stpm.data.image_statistics.COMPARED`.
         added: ranks of the calibration images that a person added, ascending; 1 is the highest score.
+        decision: the threshold that a person set, for people; "": the requested rate sets it.
+        decided_rate: of good images, the fraction that is expected above that threshold.
     """
 
     calibration_count: int
     statistics: Mapping[str, FloatArray]
     added: FloatArray = field(default_factory=lambda: np.empty(0))
+    decision: str = ""
+    decided_rate: float = 0.0
 
     def held_out_p_values(self, p_values: FloatArray) -> FloatArray:
         """Return the p-values by a calibration without the added images, which are not a random sample."""
@@ -272,7 +276,8 @@ def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_
     rank = threshold_rank(calibration_count, night.false_alarm_rate)
     defects = min(math.ceil(_ALARMS.watch * rate.total), rate.events)
     p_value = exceedances(rate.events - defects, rate.total - defects, calibration_count, rank)
-    text = f"more alarms than the requested {percent(night.false_alarm_rate)}: {_describe(rate)}"
+    what = "the threshold that a person decided lets expect" if night.decision else "the requested"
+    text = f"more alarms than {what} {percent(night.false_alarm_rate)}: {_describe(rate)}"
     yield _ALARMS.change("alarms", rate.value - rank / (calibration_count + 1), p_value, text)
 
 

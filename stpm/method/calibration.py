@@ -87,6 +87,17 @@ def false_alarm_bound(count: int, rank: int, confidence: float = 0.9) -> float:
     return float(betaincinv(rank, count + 1 - rank, confidence))
 
 
+def promised_rates(scores: npt.NDArray[np.float32], threshold: float) -> tuple[float, float]:
+    """Return `expected_false_alarm_rate` and `false_alarm_bound` of any threshold: those of the largest score below it.
+
+    >>> promised_rates(np.array([1, 2, 3], np.float32), 2.5)[0], promised_rates(np.array([1], np.float32), 0.5)
+    (0.5, (1.0, 1.0))
+    """
+    rank = 1 + int((scores > np.float32(threshold)).sum())
+    bound = false_alarm_bound(len(scores), rank) if rank <= len(scores) else 1.0
+    return expected_false_alarm_rate(len(scores), rank), bound
+
+
 def min_calibration_images(false_alarm_rate: float) -> int:
     """Return the number of calibration images that a rate needs: the smallest n with 1/(n+1) ≤ the rate.
 

@@ -23,7 +23,7 @@ def render(template: str, /, **values: Any) -> str:
     hash of the page's last script, so that no other one runs.
     """
     page = _TEMPLATES.get_template(template).render(values)
-    script = _SCRIPT.findall(page)[-1]
+    script = ["", *_SCRIPT.findall(page)][-1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return page.replace("SCRIPT-HASH", f"sha256-{digest}", 1)
 

@@ -33,6 +33,8 @@ def resume_or_start(run: ScoringRun, *, start_over: bool, replace: bool) -> tupl
     state = run.output.state
     manifest, models = (None if start_over else _resume(run, state, replace=replace)) or _start(run, state)
     state.bind_models(_model_ids(models), run.store.uri)
+    if decided := [f"{name} {record.decision}" for name, record in models.items() if record.decision]:
+        log.info(f"thresholds that --false-alarm-rate does not change: {join_first(decided)}")
     return state, manifest, models
 
 

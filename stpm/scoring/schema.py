@@ -75,8 +75,8 @@ _SCORE = [
     _optional(
         "threshold",
         pa.float32(),
-        "score above which an image is called anomalous; of good images, on average at most the false-alarm rate or, "
-        "if n calibration images are too few for it, 1/(n+1)",
+        "score above which an image is called anomalous: what a person decided, or so that of good images on average "
+        "at most the false-alarm rate or, if n calibration images are too few for it, 1/(n+1) are",
     ),
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),

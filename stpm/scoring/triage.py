@@ -13,6 +13,7 @@ from stpm.data.encode import encode_jpeg
 from stpm.data.heatmaps import read_overlay
 from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
+from stpm.models.record import ModelRecord
 from stpm.pages import jpeg_uri, render, view_scores
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous
@@ -30,21 +31,23 @@ def write_triage(
     output: RunOutput,
     summary: RowSummary,
     max_images: int,
-    preprocessing: Mapping[str, Preprocessing],
+    models: Mapping[str, ModelRecord],
     discoveries: Discoveries | None = None,
 ) -> None:
     """Write the page, with its pictures embedded, to the state folder of a run that has scored all images.
 
-    It takes a summary of all rows, each category's preprocessing, and the discoveries, if the run looks for them.
+    It takes a summary of all rows, each category's model, and the discoveries, if the run looks for them.
     """
     rows = most_anomalous(output, max_images, summary)
     cut_off = discoveries.cut_off if discoveries else 0.0
-    pictures = storage.in_parallel(lambda row: picture(output, row, preprocessing[row["category"]]), rows, THREADS)
+    pictures = storage.in_parallel(
+        lambda row: picture(output, row, models[row["category"]].preprocessing), rows, THREADS
+    )
     shown = [
         row | {"picture": drawn, "views": view_scores(row), "is_discovery": row["p_value"] <= cut_off}
         for row, drawn in zip(rows, pictures, strict=True)
     ]
-    page = render("scoring/triage.html", rows=shown, folder=output.folder, discoveries=discoveries)
+    page = render("scoring/triage.html", rows=shown, folder=output.folder, discoveries=discoveries, models=models)
     storage.publish(output.triage, page.encode())
 
 

@@ -17,6 +17,7 @@ from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import Tile, galleries
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.metrics.category_metrics import LabelledScores, Metric
+from stpm.models.record import Decision
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import MODELS
 from tests.evaluation.runs import REPORT, measured, result, scored_run, without_student
@@ -50,12 +51,16 @@ def evil_page() -> str:
             defects={EVIL: made.metrics.defects["dent"]},
         )
         charts = draw_charts(scores, HISTORY, 2, salt=name)
-        results.append(CategoryResult(made.model, metrics, charts, {"Largest scores": [tile], "False alarms": []}))
+        model = dataclasses.replace(made.model, decision=Decision(0.6, EVIL) if name == "b" else None)
+        results.append(CategoryResult(model, metrics, charts, {"Largest scores": [tile], "False alarms": []}))
     return Report(f"s3://b/{EVIL}", results, [Failure(EVIL, EVIL)]).page([EVIL])
 
 
 def test_text_from_data_is_escaped_and_nothing_is_loaded() -> None:
     tags = Tags(evil_page()).found
+    assert [f"The threshold is 0.6, decided by {EVIL} on " in piece for piece in Tags(evil_page()).texts].count(
+        True
+    ) == 1
     assert [tag for tag, _ in tags].count("script") == 1
     for tag, attributes in tags:
         assert not any(name.startswith("on") for name in attributes), tag

@@ -6,17 +6,21 @@ import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from stpm import storage
+from stpm.console import start_logging
 from stpm.errors import ConfigError, DataError
 from stpm.jobs.models import run_models
 from stpm.lease import hold_lease
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
+from stpm.models.record import Decision
 from stpm.models.store import ModelStore
 from tests.conftest import REPOSITORY
 from tests.models.test_store import save
@@ -147,6 +151,96 @@ def test_options_that_exclude_each_other_are_refused() -> None:
         ({"roll_back": True}, r"without --categories; name them, or give --categories '\*' for all"),
         ({"roll_forward": True}, r"without --categories; name them, or give --categories '\*' for all"),
         ({"keep": -1}, "keep is -1; give at least 0"),
+        ({"threshold": ["nut=1"], "roll_back": True}, "--threshold and --roll-back are both given; give one"),
+        ({"threshold": ["nut=1"], "categories": ["nut"]}, "--threshold alone names the categories"),
+        ({"threshold": ["nut=1", "nut=2"]}, "--threshold is nut=1,nut=2; give each category once"),
+        *(
+            ({"threshold": [text]}, f"--threshold is '{text}'; give CATEGORY=NUMBER, or CATEGORY=auto")
+            for text in ("nut=nan", "nut=-inf", "nut", "=1", "nut=high")
+        ),
+        ({"cost_of_miss": 50.0, "defect_rate": 0.1}, "the least cost needs all of --cost-of-false-alarm, "),
+        ({"cost_of_miss": 5.0, "cost_of_false_alarm": 1.0, "defect_rate": 0.1}, "; give all of them, or none"),
     ):
         with pytest.raises(ConfigError, match=message):
             ModelsOptions("m", **options)  # type: ignore[arg-type]
+
+
+EVIL = "<b>\x1b[2J\n5 % of \u202e scrap"
+
+
+def test_a_decision_is_a_version_that_can_be_rolled_back(
+    models: ModelStore, ids: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ann")
+    start_logging("models", "text")
+    first, weights = models.record("nut"), models.read_files(models.record("nut"))
+    assert run(models, threshold=["nut=-0.25", "bolt=0"], because=EVIL) == 0
+    decided = models.record("nut")
+    assert decided.decision
+    at = decided.decision.at
+    assert decided.decision == Decision(-0.25, "ann", EVIL, at)
+    assert decided == dataclasses.replace(first, decision=decided.decision, created=decided.created)
+    assert decided.model_id != ids[2]
+    assert models.load("nut").record == decided
+    assert models.read_files(decided) == weights
+    assert models.current("nut").data_fingerprint == "fingerprint"
+    printed = capsys.readouterr().out
+    # Three calibration images: all are above a negative score, and above 0.
+    assert "nut: the threshold is -0.25, decided by ann on 20" in printed
+    assert "3 of 3 calibration images are above -0.25: of 1,000 good images expect at most 1000, and" in printed
+    assert f"stpm models --models {models.uri} --categories nut --roll-back" in printed
+    # In the table, the texts of a person stay in their cells.
+    (row,) = (line for line in printed.splitlines() if line.startswith(decided.model_id))
+    assert row.split()[-8:-5] == ["-0.25", "ann", at]
+    assert row.endswith(r"<b>\x1b[2J\n5 % of \u202e scrap")
+    assert "\x1b" not in printed
+    assert run(models, "nut", roll_back=True) == 0
+    assert models.record("nut") == first
+    assert run(models, "nut", roll_forward=True, keep=1) == 0
+    assert models.load("nut").record == decided
+    assert [each.model_id for each in models.versions("nut").every] == [ids[2], decided.model_id]
+    # Another one replaces it, and is not the same though it decides the same.
+    assert run(models, threshold=["nut=-0.25"], by="bob") == 0
+    assert models.record("nut").model_id not in (ids[2], decided.model_id)
+    assert f"it was -0.25, decided by ann on {at} because: <b>" in capsys.readouterr().out
+    for text in ("nut=", "nut=auto"):
+        assert run(models, threshold=[text]) == 0
+        assert models.record("nut") == first
+    assert run(models, "nut", roll_back=True) == 0
+    assert str(models.record("nut").decision).startswith("-0.25, decided by bob on ")
+    # Without the model before it, a decision is still complete.
+    assert run(models, "nut", keep=1) == 0
+    assert run(models, threshold=["nut=0.5"], keep=1) == 0
+    assert ids[2] not in models.model_ids("nut")
+    models.load("nut")
+
+
+def test_a_decision_on_a_category_without_a_model_fails_and_the_others_are_made(
+    models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(models, threshold=["nut=0.8", "screw=1", "../nut=1"], by="ann") == 2
+    assert "screw: failed: " in caplog.text
+    assert str(models.record("nut").decision).startswith("0.8, decided by ann on ")
+    storage.publish(f"{models.uri}/bolt/{ids[3]}/student.safetensors", b"x")
+    assert run(models, threshold=["bolt=0.8"], by="ann") == 3
+    assert models.record("bolt").decision is None
+    monkeypatch.setattr("getpass.getuser", Mock(side_effect=OSError))
+    with pytest.raises(ConfigError, match="--by is missing, and this process has no login name"):
+        run(models, threshold=["nut=0.9"])
+    for by, because in (("ann\udcff", ""), ("ann", "\ud800")):
+        with pytest.raises(ConfigError, match="whose name and reason are UTF-8"):
+            run(models, threshold=["nut=0.9"], by=by, because=because)
+    with pytest.raises(ConfigError, match=r"the threshold is 1e\+39; give a finite number"):
+        run(models, threshold=["nut=1e39"], by="ann")
+
+
+def test_of_two_people_at_once_one_is_refused_and_both_decisions_are_kept(models: ModelStore, ids: list[str]) -> None:
+    with hold_lease(models.uri, False):
+        with pytest.raises(ConfigError, match="is held by process"):
+            run(models, threshold=["nut=0.8"], by="ann")
+        assert models.record("nut").model_id == ids[2]
+    with ThreadPoolExecutor() as threads:
+        decided = [threads.submit(run, models, threshold=[f"nut={i}"], by="ann", wait=True) for i in range(4)]
+    assert [each.result() for each in decided] == [0] * 4
+    made = [models.record("nut", version.model_id).decision for version in models.versions("nut").every[3:]]
+    assert {each and each.threshold for each in made} == {0.0, 1.0, 2.0, 3.0}

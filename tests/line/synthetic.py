@@ -32,6 +32,7 @@ def make_record(rng: np.random.Generator, level: Level | None, reason: str) -> C
         alarms=alarms,
         errors={"damaged": 2, "empty": 1} if level == "watch" else {},
         false_alarm_rate=0.01,
+        decision=reason if level == "act" else "",
         median_p_value=float(rng.uniform(0.45, 0.55)) if level == "fine" else 0.3,
         medians={"brightness": brightness},
         training_medians={"brightness": 120.0},

@@ -188,6 +188,26 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     assert len(student.store.versions("nut").previous) == 1
 
 
+def test_a_decided_threshold_stays_and_a_new_model_begins_without_it(
+    student: Plant, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_models(ModelsOptions(student.store.uri, threshold=Names(["nut=0.125"]), by="ann")) == 0
+    decided = student.store.record("nut")
+    assert student.add(student.good(0, 1)) == 0
+    record = student.store.record("nut")
+    assert record.decision == decided.decision
+    assert record.fit.calibration_count == decided.fit.calibration_count + 2
+    assert f"nut: the threshold stays as it is: {decided.decision}" in caplog.messages
+    assert "calibrated again: threshold 0.125 before, 0.125 after" in caplog.text
+    # A fit of the same images reuses the model, and one of others scores on another scale.
+    assert student.fit() == 0
+    assert student.store.record("nut") == record
+    make_category(f"{student.root}/data", "nut", train=11)
+    assert student.fit() == 0
+    assert student.store.record("nut").decision is None
+    assert f"a new model begins without the threshold of {record.model_id}: {decided.decision}" in caplog.text
+
+
 def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
     # The teacher is untrained: not every defect scores high.
     defects = [str(path) for path in sorted(Path(f"{student.root}/nights/nut/test/square").iterdir())]

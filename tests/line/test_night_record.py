@@ -12,11 +12,13 @@ import pytest
 
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
+from stpm.jobs.models import run_models
 from stpm.line.night import Night
 from stpm.line.night_folder import NightFolder
 from stpm.line.night_record import make_record
 from stpm.line.options import MonitoringOptions, NightlyOptions
 from stpm.line.score_nights import NightlyJob
+from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 from stpm.scoring.inputs.manifest import write_manifest
@@ -87,6 +89,21 @@ def test_equal_nights_are_fine_and_a_change_is_named(nights: Nights) -> None:
     assert abs(record.medians["brightness"] - record.training_medians["brightness"]) <= 1.5
     level, names = reasons(nights.add(300, brightness=30.0))
     assert (level, names[0]) == ("act", "brightness")
+
+
+def test_a_night_expects_the_false_alarms_of_a_decided_threshold(nights: Nights) -> None:
+    assert (nights.add(300).categories["nut"].false_alarm_rate, nights.nights[0].categories["nut"].decision) == (
+        0.25,
+        "",
+    )
+    # Of three calibration scores, two are above.
+    run_models(ModelsOptions(nights.store.uri, threshold=Names(["nut=0.3"]), by="ann"))
+    nights.model_id = nights.store.record("nut").model_id
+    night = nights.add(300)
+    assert night.categories["nut"].false_alarm_rate == 0.75
+    assert night.categories["nut"].decision == str(nights.store.record("nut").decision)
+    assert reasons(night) == ("fine", [])
+    assert reasons(nights.add(0)) == ("fine", [])
 
 
 def test_a_night_without_images_is_compared_with_earlier_ones(nights: Nights) -> None:

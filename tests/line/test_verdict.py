@@ -83,6 +83,12 @@ def test_more_defects_than_on_earlier_nights_are_named(line: Line) -> None:
     found = verdict([line.night(defects=0.3)], line.reference)
     assert found.level == "act"
     assert found.reasons[0].startswith("more alarms than the requested 1.0 %: ")
+    # They are expected at a threshold that lets them through.
+    many = replace(line.night(defects=0.3), false_alarm_rate=0.3, decision="0.5, decided by ann")
+    assert "alarms" not in [change.name for change in verdict([many], line.reference).changes]
+    found = verdict([replace(many, alarms=250)], line.reference)
+    expected = "more alarms than the threshold that a person decided lets expect 30 %: "
+    assert [reason.startswith(expected) for reason in found.reasons if "alarms" in reason] == [True]
 
 
 @pytest.mark.parametrize("fault", [0, 14])

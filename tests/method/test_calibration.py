@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from stpm.method.calibration import Calibration, min_calibration_images, warn_about_few_good_images
+from stpm.method.calibration import Calibration, min_calibration_images, promised_rates, warn_about_few_good_images
 from stpm.method.scales import HeatmapScale
 
 SCORES = st.lists(st.floats(0, 8, width=32), min_size=1, max_size=60)
@@ -39,6 +40,16 @@ def test_threshold_keeps_false_alarm_rate_for_each_left_out_score(values: list[f
     scores = np.array(values, np.float32)
     alarms = sum(scores[i] > calibrate(np.delete(scores, i)).threshold(rate) for i in range(len(scores)))
     assert alarms <= max(rate * len(scores) + 1e-6, 1)
+
+
+@given(SCORES, st.floats(-1, 9))
+def test_any_threshold_promises_what_the_rate_with_the_same_alarms_does(values: list[float], threshold: float) -> None:
+    scores = calibrate(values).scores
+    above, n = sum(score > np.float32(threshold) for score in scores), len(scores)
+    expected, bound = promised_rates(scores, threshold)
+    assert expected == pytest.approx((1 + above) / (n + 1))
+    # Of n good images at most `above` exceed a threshold that this fraction exceeds: in one of ten cases.
+    assert bound == 1.0 if above == n else stats.binom.cdf(above, n, bound) == pytest.approx(0.1)
 
 
 @given(st.floats(0.0005, 0.999))

@@ -30,12 +30,14 @@ from stpm.errors import (
     StpmError,
 )
 from stpm.jobs import score as score_job
+from stpm.jobs.models import run_models
 from stpm.jobs.score import run_score
 from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
 from stpm.models import libraries
+from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions
+from stpm.options import ClusterOptions, Names
 from stpm.scoring import resume as resume_module
 from stpm.scoring import run as run_module
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -276,6 +278,32 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
         resume_or_start(run, start_over=False, replace=False)
     _, _, models = resume_or_start(run, start_over=False, replace=True)
     assert models["nut"].model_id == second.model_id
+
+
+def test_a_run_that_has_begun_keeps_the_threshold_that_it_began_with(
+    tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path, "/a.png")
+    save(run.store, tiny)
+
+    def decided_threshold() -> float | None:
+        caplog.clear()
+        _, _, models = resume_or_start(run, start_over=False, replace=False)
+        storage.publish(f"{run.output.scores}/scores_0.parquet", b"x")
+        decision = models["nut"].decision
+        named = [each for each in caplog.messages if each.startswith("thresholds that --false-alarm-rate does not")]
+        assert named == ([f"thresholds that --false-alarm-rate does not change: nut {decision}"] if decision else [])
+        return decision and decision.threshold
+
+    for number, now in enumerate((None, 0.5)):
+        if now:
+            run = dataclasses.replace(run, output=RunOutput.single(str(tmp_path / f"run {number}")))
+        assert decided_threshold() == now
+        run_models(ModelsOptions(run.store.uri, threshold=Names([f"nut={number}.5"]), by="ann"))
+        assert decided_threshold() == now
+    RunState(run.output.state_folder).finish(RunResult(1))
+    with pytest.raises(OtherRunError, match=r"of another run: nut was 'nut-.*' and is 'nut-"):
+        decided_threshold()
 
 
 def test_nodes_are_compared_with_the_versions_that_a_run_began_with(

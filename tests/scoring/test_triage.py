@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import subprocess
 import sys
@@ -15,15 +16,20 @@ from stpm import storage
 from stpm.data.heatmaps import palette_png
 from stpm.line.marks import Marks, read_marks
 from stpm.method.false_discovery import Discoveries
+from stpm.models.record import Decision
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows
 from stpm.scoring.triage import write_triage
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, make_output, write_rows
+from tests.evaluation.runs import result
 
-PREPROCESSING = dict.fromkeys(("nut", "a b#c"), make_preprocessing(64))
 EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
+DECISION = Decision(100.0, "ann", EVIL)
+# The two models have the same preprocessing, and a person decided the threshold of one.
+NUT = dataclasses.replace(result("nut", 0, None, None).model, preprocessing=make_preprocessing(64))
+MODELS = {"nut": NUT, "a b#c": dataclasses.replace(NUT, category="a b#c", decision=DECISION)}
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ def output(tmp_path: Path) -> RunOutput:
 
 
 def write_page(output: RunOutput, max_images: int, discoveries: Discoveries | None = None) -> None:
-    write_triage(output, scan_rows(output, max_images), max_images, PREPROCESSING, discoveries)
+    write_triage(output, scan_rows(output, max_images), max_images, MODELS, discoveries)
 
 
 def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunOutput) -> None:
@@ -105,6 +111,7 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path, ca
     # One of the two models has two views.
     assert sum(piece.endswith(", coarse 0.25") for piece in page.texts) == 10
     assert "fine 1.71, coarse 0.25" in page.texts
+    assert sum(piece.endswith(f", threshold {DECISION}") for piece in page.texts) == 10
 
 
 def test_discoveries_are_marked_and_a_run_without_scores_has_a_page(output: RunOutput, tmp_path: Path) -> None:
