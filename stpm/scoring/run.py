@@ -68,8 +68,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     remove_leftovers(run.output)
     result = _find_discoveries(run, scored, models, total)
     if run.triage_images and (run.triage_images != state.record.triage_images or result != scored):
-        preprocessing = {name: record.preprocessing for name, record in models.items()}
-        write_triage(run.output, total, run.triage_images, preprocessing, result.discoveries)
+        write_triage(run.output, total, run.triage_images, models, result.discoveries)
         state.write(dataclasses.replace(state.record, triage_images=run.triage_images))
     if not finished:
         state.finish(result)

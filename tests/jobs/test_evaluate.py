@@ -111,7 +111,7 @@ def test_labels_without_a_model_are_failures_and_a_run_without_labels_is_reporte
     finish_run(output, record.model_id, store.uri)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
     monkeypatch.setattr(
-        evaluate_job, "evaluate_categories", lambda *_: [evaluate_category(output, record, {}, "model")[0]]
+        evaluate_job, "evaluate_categories", lambda *_: [evaluate_category(output, record, {}, "model")]
     )
     with pytest.raises(DataError, match="no image has a label; score a table that has the column `label`"):
         evaluate(run=output.folder)
