@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,18 +44,11 @@ _PALETTE = jet_palette()
 FIRST_LEVEL = 32
 # Levels that are free for lines, as those below the first have no colour.
 _CONTOUR, _MASK_OUTLINE = 1, 2
-
-
-def _overlay_colours() -> npt.NDArray[np.uint8]:
-    opacity = np.interp(np.arange(256), (FIRST_LEVEL, GOOD_MAX_LEVEL, 255), (64, 130, 160))
-    colours = np.column_stack([_PALETTE, opacity.astype(np.uint8)])
-    colours[:FIRST_LEVEL] = 0
-    colours[_CONTOUR], colours[_MASK_OUTLINE] = (255, 255, 255, 255), (0, 255, 255, 255)
-    return colours
-
-
 # The colour of each level over an image, and of lines, with its opacity: (256, 4) uint8 RGBA.
-OVERLAY_COLOURS = _overlay_colours()
+_OPACITY = np.interp(np.arange(256), (FIRST_LEVEL, GOOD_MAX_LEVEL, 255), (64, 130, 160))
+OVERLAY_COLOURS: npt.NDArray[np.uint8] = np.column_stack([_PALETTE, _OPACITY.astype(np.uint8)])
+OVERLAY_COLOURS[:FIRST_LEVEL] = 0
+OVERLAY_COLOURS[[_CONTOUR, _MASK_OUTLINE]] = (255, 255, 255, 255), (0, 255, 255, 255)
 
 
 def coloured(levels: Pixels) -> Pixels:
@@ -65,9 +58,7 @@ def coloured(levels: Pixels) -> Pixels:
 
 def palette_png(levels: Pixels) -> bytes:
     """Encode (H, W) uint8 grey levels as a palette PNG, in which the index of a pixel is its grey level."""
-    image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
-    image.putpalette(_PALETTE.tobytes())
-    return encode_png(image, compress_level=1)
+    return encode_png(_indexed(levels, "RGB", _PALETTE), compress_level=1)
 
 
 def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
@@ -75,37 +66,33 @@ def overlay(pixels: Pixels, levels: Pixels) -> Pixels:
 
     Pixels below FIRST_LEVEL stay as they are. A line surrounds what is above the largest pixel of good images.
     """
-    layer, drawn = _layer(levels), pixels.copy()
-    # Few pixels of most images: the others cost no arithmetic.
-    shown = layer > 0
-    colours = OVERLAY_COLOURS[layer[shown]].astype(np.uint16)
-    opacity = colours[:, 3:]
-    drawn[shown] = (drawn[shown] * (255 - opacity) + colours[:, :3] * opacity + 127) // 255
-    return drawn
+    if levels.max() < FIRST_LEVEL:
+        return pixels
+    picture, layer = Image.fromarray(pixels), _layer(levels).convert("RGBA")
+    picture.paste(layer, mask=layer)
+    return np.asarray(picture)
 
 
 def overlay_png(levels: Pixels) -> bytes:
     """Encode a heatmap as the transparent PNG that, laid over an image, gives the `overlay`."""
-    return _layer_png(_layer(levels))
+    return encode_png(_layer(levels))
 
 
 def mask_png(mask: npt.NDArray[np.bool_]) -> bytes:
     """Encode the outline of an (H, W) mask as a transparent PNG."""
-    return _layer_png(outline(mask) * np.uint8(_MASK_OUTLINE))
+    return encode_png(_indexed(outline(mask) * np.uint8(_MASK_OUTLINE), "RGBA", OVERLAY_COLOURS))
 
 
-def _layer(levels: Pixels) -> Pixels:
-    layer = levels.copy()
-    layer[levels < FIRST_LEVEL] = 0
-    layer[outline(levels > GOOD_MAX_LEVEL)] = _CONTOUR
-    return layer
+def _layer(levels: Pixels) -> Image.Image:
+    shown = levels * (levels >= FIRST_LEVEL)
+    shown[outline(levels > GOOD_MAX_LEVEL)] = _CONTOUR
+    return _indexed(shown, "RGBA", OVERLAY_COLOURS)
 
 
-def _layer_png(layer: Pixels) -> bytes:
-    image = Image.frombytes("P", layer.shape[::-1], layer.tobytes())
-    image.putpalette(OVERLAY_COLOURS[:, :3].tobytes())
-    image.info["transparency"] = OVERLAY_COLOURS[:, 3].tobytes()
-    return encode_png(image)
+def _indexed(indices: Pixels, mode: Literal["RGB", "RGBA"], colours: Pixels) -> Image.Image:
+    image = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
+    image.putpalette(colours.tobytes(), mode)
+    return image
 
 
 def outline(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -135,7 +122,8 @@ def read_shown(
     """
     try:
         pixels = _read_picture(row, preprocessing, shorter, longest)
-        if not (png := read_heatmap(out, row)):
+        png = storage.read(storage.join(out, row["heatmap"])) if row["heatmap"] else row["heatmap_png"]
+        if not png:
             return pixels, None
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             levels = Image.fromarray(np.asarray(image)).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
@@ -156,10 +144,3 @@ def _read_picture(row: Mapping[str, Any], preprocessing: Preprocessing, shorter:
         return decoding.decode_picture(whole, preprocessing, shorter, longest)
 
     return _LARGE.submit(decode).result()
-
-
-def read_heatmap(out: str, row: Mapping[str, Any]) -> bytes:
-    """Read the palette PNG of a row of OUTPUT, from its file or from the row; empty if there is none. Raise OSError."""
-    if row["heatmap"]:
-        return storage.read(storage.join(out, row["heatmap"]))
-    return row["heatmap_png"] or b""

@@ -25,7 +25,14 @@ def _bar_colours() -> str:
     return ", ".join(f"{colour} {i / 2.55:.1f}%" for colour, i in zip(colours, stops, strict=True))
 
 
+def _view_scores(row: Mapping[str, Any]) -> str:
+    """Write what each of two views has in an image's anomaly map; "" if the model has one view."""
+    scores = [f"{view} {row[name]:.3g}" for view in ("fine", "coarse") if row[name := f"{view}_score"] is not None]
+    return ", ".join(scores) if len(scores) > 1 else ""
+
+
 _TEMPLATES.globals["bar_colours"] = _bar_colours()
+_TEMPLATES.filters["views"] = _view_scores
 
 
 def render(template: str, /, **values: Any) -> str:
@@ -43,9 +50,3 @@ def render(template: str, /, **values: Any) -> str:
 def data_uri(kind: Literal["jpeg", "png"], picture: bytes) -> str:
     """Write a picture as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
-
-
-def view_scores(row: Mapping[str, Any]) -> str:
-    """Write what each of two views has in an image's anomaly map; "" if the model has one view."""
-    scores = [f"{view} {row[name]:.3g}" for view in ("fine", "coarse") if row[name := f"{view}_score"] is not None]
-    return ", ".join(scores) if len(scores) > 1 else ""

@@ -193,7 +193,7 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     model = result("nut", 0, None, None).model
     split().score([model], ModelStore(str(tmp_path / "models")), output)
     assert not output.files()
-    report = Report("data", [evaluate_category(output, model, {}, "model")[0]])
+    report = Report("data", [evaluate_category(output, model, {}, "model")])
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()
