@@ -41,11 +41,11 @@ def jet_palette() -> npt.NDArray[np.uint8]:
 _PALETTE = jet_palette()
 # A heatmap over an image shows nothing below this level, and then a tint that can be seen: the defects that a threshold
 # misses are weak. What is above all good pixels has a contour.
-FIRST_LEVEL = 32
+FIRST_LEVEL = 16
 # Levels that are free for lines, as those below the first have no colour.
 _CONTOUR, _MASK_OUTLINE = 1, 2
 # The colour of each level over an image, and of lines, with its opacity: (256, 4) uint8 RGBA.
-_OPACITY = np.interp(np.arange(256), (FIRST_LEVEL, GOOD_MAX_LEVEL, 255), (64, 130, 160))
+_OPACITY = np.interp(np.arange(256), (FIRST_LEVEL, GOOD_MAX_LEVEL, 255), (50, 130, 160))
 OVERLAY_COLOURS: npt.NDArray[np.uint8] = np.column_stack([_PALETTE, _OPACITY.astype(np.uint8)])
 OVERLAY_COLOURS[:FIRST_LEVEL] = 0
 OVERLAY_COLOURS[[_CONTOUR, _MASK_OUTLINE]] = (255, 255, 255, 255), (0, 255, 255, 255)
