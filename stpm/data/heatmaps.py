@@ -80,12 +80,12 @@ def overlay_png(levels: Pixels) -> bytes:
 
 def mask_png(mask: npt.NDArray[np.bool_]) -> bytes:
     """Encode the outline of an (H, W) mask as a transparent PNG."""
-    return encode_png(_indexed(outline(mask) * np.uint8(_MASK_OUTLINE), "RGBA", OVERLAY_COLOURS))
+    return encode_png(_indexed(_outline(mask) * np.uint8(_MASK_OUTLINE), "RGBA", OVERLAY_COLOURS))
 
 
 def _layer(levels: Pixels) -> Image.Image:
     shown = levels * (levels >= FIRST_LEVEL)
-    shown[outline(levels > GOOD_MAX_LEVEL)] = _CONTOUR
+    shown[_outline(levels > GOOD_MAX_LEVEL)] = _CONTOUR
     return _indexed(shown, "RGBA", OVERLAY_COLOURS)
 
 
@@ -95,7 +95,7 @@ def _indexed(indices: Pixels, mode: Literal["RGB", "RGBA"], colours: Pixels) -> 
     return image
 
 
-def outline(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _outline(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Find the pixels of an (H, W) region within a line's width of its border, but not at that of the image."""
     if not inside.any():
         return inside

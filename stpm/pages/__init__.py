@@ -9,20 +9,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
 
-from stpm.data.heatmaps import FIRST_LEVEL, OVERLAY_COLOURS
+from stpm.data.heatmaps import overlay_png
 
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("stpm", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
-
-
-def _bar_colours() -> str:
-    """Write the colours of overlays as a gradient of CSS, from level 0 to 255."""
-    stops = [FIRST_LEVEL - 1, *range(FIRST_LEVEL, 256, 16), 255]
-    colours = ("rgb({} {} {} / {:.0%})".format(*OVERLAY_COLOURS[i, :3], OVERLAY_COLOURS[i, 3] / 255) for i in stops)
-    return ", ".join(f"{colour} {i / 2.55:.1f}%" for colour, i in zip(colours, stops, strict=True))
 
 
 def _view_scores(row: Mapping[str, Any]) -> str:
@@ -31,7 +25,7 @@ def _view_scores(row: Mapping[str, Any]) -> str:
     return ", ".join(scores) if len(scores) > 1 else ""
 
 
-_TEMPLATES.globals["bar_colours"] = _bar_colours()
+_TEMPLATES.globals["bar_colours"] = lambda: data_uri("png", overlay_png(np.arange(256, dtype=np.uint8)[None]))
 _TEMPLATES.filters["views"] = _view_scores
 
 

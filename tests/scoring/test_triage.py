@@ -223,6 +223,10 @@ def test_by_keys_a_person_goes_through_large_pictures_and_marks_them(
     def large() -> list[str]:
         return tab.locator("li.large dl dd:last-of-type").all_text_contents()
 
+    # A key marks no image that is not chosen.
+    tab.keyboard.press("d")
+    assert marks.count() == 0
+    assert press("ArrowRight") == "99, 99"
     assert press("ArrowRight") == "98, 98"
     assert large() == []
     assert press("Enter") == "98, 98"
