@@ -77,6 +77,15 @@ def test_text_from_data_is_escaped_and_nothing_is_loaded() -> None:
     assert "Missed defects: 1 of 812 shown" in evil_page()
 
 
+def test_the_bar_of_colours_is_in_the_scores_own_units() -> None:
+    page = Tags(evil_page())
+    left = [str(attributes["style"]) for tag, attributes in page.found if tag == "i"]
+    # Threshold and score: 0.56 and 0.44 of the way from `low` to `good_max`, which is half of the bar.
+    positions = [float(each.removeprefix("left: ").removesuffix("%")) for each in left[:2]]
+    assert positions == pytest.approx([50 * 0.5 / 0.9, 50 * 0.4 / 0.9], abs=0.3)
+    assert "|".join(text for text in page.texts if text.strip()).count("▼|0.1|1|4.6|") == 4
+
+
 def test_ids_in_charts_are_unique() -> None:
     ids = [str(attributes["id"]) for _, attributes in Tags(evil_page()).found if attributes.get("id")]
     # No text refers to those that matplotlib gives to its groups.
