@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jinja2
@@ -25,10 +26,6 @@ def _view_scores(row: Mapping[str, Any]) -> str:
     return ", ".join(scores) if len(scores) > 1 else ""
 
 
-_TEMPLATES.globals["bar_colours"] = lambda: data_uri("png", overlay_png(np.arange(256, dtype=np.uint8)[None]))
-_TEMPLATES.filters["views"] = _view_scores
-
-
 def render(template: str, /, **values: Any) -> str:
     """Render a page from a template, given by its path in the package.
 
@@ -44,3 +41,7 @@ def render(template: str, /, **values: Any) -> str:
 def data_uri(kind: Literal["jpeg", "png"], picture: bytes) -> str:
     """Write a picture as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+_TEMPLATES.globals["bar_colours"] = lambda: data_uri("png", overlay_png(np.arange(256, dtype=np.uint8)[None]))
+_TEMPLATES.filters |= {"views": _view_scores, "jpeg_uri": partial(data_uri, "jpeg")}
