@@ -14,7 +14,7 @@ from stpm.cluster.ray_failures import interrupted_by_ray, results_of
 from stpm.console import log_lines
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.charts import draw_charts
-from stpm.evaluation.gallery import defect_sheet, galleries
+from stpm.evaluation.gallery import galleries
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.report import CategoryResult, Failure, Report
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_categories(
-    output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, masks_at: MasksAt, out: str
+    output: RunOutput, records: Sequence[ModelRecord], store: ModelStore, masks_at: MasksAt
 ) -> list[CategoryResult]:
-    """Evaluate categories of a run, each in a Ray task; write their sheets of defects beside the report.
+    """Evaluate categories of a run, each in a Ray task.
 
     Needs a connection to Ray.
 
@@ -44,12 +44,7 @@ def evaluate_categories(
     history = {record.category: store.history(record).to_pydict() for record in records}
     tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
     with interrupted_by_ray("evaluation"):
-        evaluated = results_of(tasks)
-    # The report may go to a path that only the driver reaches.
-    for result, sheet in evaluated:
-        if sheet:
-            storage.publish(storage.join(out, "gallery", output.name, f"{result.model.category}.png"), sheet)
-    return [result for result, _ in evaluated]
+        return results_of(tasks)
 
 
 def find_labels_without_model(output: RunOutput, categories: Collection[str]) -> list[Failure]:
@@ -66,8 +61,8 @@ def find_labels_without_model(output: RunOutput, categories: Collection[str]) ->
 
 def evaluate_category(
     output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
-) -> tuple[CategoryResult, bytes | None]:
-    """Measure one category, and draw its charts, pictures, and sheet of defects, a PNG; None if it has no defects.
+) -> CategoryResult:
+    """Measure one category, and draw its charts and pictures.
 
     Its images are those that a run scored with the model of this record. `history` is as in `draw_charts`.
     """
@@ -75,8 +70,7 @@ def evaluate_category(
     # First: it finds rows that the pictures cannot be drawn from.
     scores = read_scores(category, masks_at)
     charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
-    result = CategoryResult(record, measure_category(scores), charts, galleries(category))
-    return result, defect_sheet(category)
+    return CategoryResult(record, measure_category(scores), charts, galleries(category, record.heatmap_scale))
 
 
 def publish_report(report: Report, out: str, gate: Gate) -> int:

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.errors import join_first
-from stpm.evaluation.gallery import Tile
+from stpm.evaluation.gallery import Gallery
 from stpm.evaluation.options import MasksAt
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
@@ -52,7 +52,7 @@ class CategoryResult:
     model: ModelRecord
     metrics: CategoryMetrics
     charts: Mapping[str, str] = field(default_factory=dict)
-    galleries: Mapping[str, Sequence[Tile]] = field(default_factory=dict)
+    galleries: Mapping[str, Gallery] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """Make the row of report.parquet, and the interval of each metric that has one."""

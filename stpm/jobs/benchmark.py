@@ -109,12 +109,12 @@ class TestSplit:
         with with_remedy(f"remove {files}, or give another --out"):
             try:
                 self.score(records, store, output)
-                return evaluate_categories(output, records, store, self.masks_at, output.folder)
+                return evaluate_categories(output, records, store, self.masks_at)
             except RunDamagedError as error:
                 log.warning(f"{error}; {output.name} is scored again")
                 output.clear()
                 self.score(records, store, output)
-                return evaluate_categories(output, records, store, self.masks_at, output.folder)
+                return evaluate_categories(output, records, store, self.masks_at)
 
     def score(self, records: Sequence[ModelRecord], store: ModelStore, output: RunOutput) -> None:
         """Score the categories of these models; rows of an earlier run with the same configuration are kept.

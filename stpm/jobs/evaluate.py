@@ -52,7 +52,7 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
                 )
         with connected():
             for output, store, records in runs:
-                results += evaluate_categories(output, records, store, reporting.masks_at, out)
+                results += evaluate_categories(output, records, store, reporting.masks_at)
                 failures += find_labels_without_model(output, {record.category for record in records})
     if results and not failures and not any(result.metrics.labelled_count for result in results):
         raise DataError(f"{run}: no image has a label; score a table that has the column `label` (docs/evaluation.md)")

@@ -15,6 +15,8 @@ Floats = npt.NDArray[np.floating]
 # them.
 _HEATMAP_QUANTILE = 0.99
 _LOGARITHMIC_UNTIL = 5.0
+# The grey level of the largest of them.
+GOOD_MAX_LEVEL = 128
 # Quantiles of distances that become 0 and 1.
 _DISTANCE_QUANTILES = (0.9, 0.995)
 # Distances that hardly vary on good images would outweigh all others: their spread is at least this fraction of `high`.
@@ -36,6 +38,11 @@ class HeatmapScale:
 
     low: float
     good_max: float
+
+    @property
+    def top(self) -> float:
+        """Return the smallest value of level 255."""
+        return self.low + _LOGARITHMIC_UNTIL * (self.good_max - self.low)
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
         """Convert a map of any shape to grey levels 0 to 255."""

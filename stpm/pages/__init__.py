@@ -6,14 +6,24 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jinja2
+import numpy as np
+
+from stpm.data.heatmaps import overlay_png
 
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("stpm", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
+
+
+def _view_scores(row: Mapping[str, Any]) -> str:
+    """Write what each of two views has in an image's anomaly map; "" if the model has one view."""
+    scores = [f"{view} {row[name]:.3g}" for view in ("fine", "coarse") if row[name := f"{view}_score"] is not None]
+    return ", ".join(scores) if len(scores) > 1 else ""
 
 
 def render(template: str, /, **values: Any) -> str:
@@ -28,15 +38,10 @@ def render(template: str, /, **values: Any) -> str:
     return page.replace("SCRIPT-HASH", f"sha256-{digest}", 1)
 
 
-def jpeg_uri(jpeg: bytes) -> str:
-    """Write a JPEG as a data URI."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+def data_uri(kind: Literal["jpeg", "png"], picture: bytes) -> str:
+    """Write a picture as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def view_scores(row: Mapping[str, Any]) -> str:
-    """Write what each of two views has in an image's anomaly map; "" if the model has one view."""
-    scores = [f"{view} {row[name]:.3g}" for view in ("fine", "coarse") if row[name := f"{view}_score"] is not None]
-    return ", ".join(scores) if len(scores) > 1 else ""
-
-
-_TEMPLATES.filters["jpeg_uri"] = jpeg_uri
+_TEMPLATES.globals["bar_colours"] = lambda: data_uri("png", overlay_png(np.arange(256, dtype=np.uint8)[None]))
+_TEMPLATES.filters |= {"views": _view_scores, "jpeg_uri": partial(data_uri, "jpeg")}

@@ -121,8 +121,6 @@ def test_every_test_image_has_one_row_and_a_heatmap_per_seed(run: Finished) -> N
             if row != error:
                 with Image.open(run.out / row["heatmap"]) as image:
                     assert image.size == (64, 64)
-        with Image.open(run.out / "gallery" / f"seed-{seed}" / "colour.png") as image:
-            assert image.width > 1000
 
 
 def test_duckdb_and_pandas_find_the_most_anomalous_images_of_each_category(run: Finished) -> None:

@@ -72,7 +72,6 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
     assert nut["pixel_aupro"] is not None
     assert {path.name for path in Path("report").iterdir()} == {
         "defects.parquet",
-        "gallery",
         "report.html",
         "report.json",
         "report.md",

@@ -1,55 +1,71 @@
 from __future__ import annotations
 
-import dataclasses
+import base64
 import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
-from stpm.evaluation.gallery import defect_sheet, galleries
+from stpm.evaluation import gallery
+from stpm.evaluation.gallery import galleries
+from stpm.method.scales import HeatmapScale
+from tests.datasets import write_rows
 from tests.evaluation.runs import measured, scored_run
 
+SCALE = HeatmapScale(0.1, 1.0)
 
-def test_the_sheet_shows_four_defects(tmp_path: Path) -> None:
+
+def decode(uri: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
+        return np.asarray(image.convert("RGBA"))
+
+
+def test_galleries_show_all_missed_defects_and_false_alarms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     category = scored_run(tmp_path)
-    picture = defect_sheet(category)
-    assert picture
-    with Image.open(io.BytesIO(picture)) as image:
-        assert image.size == (2 * 520 + 24, 2 * 296 + 24)
-        # The second half of each cell is half image, of some grey, and half heatmap, of the palette's last red.
-        red, green, blue = image.getpixel((8 + 256 + 8 + 200, 8 + 200))  # type: ignore[misc]
-        assert 100 < red < 135
-        assert max(green, blue) < 70
-        # The first half has the outline of the mask, two pixels wide.
-        half = np.asarray(image.crop((8, 8, 264, 264)))
-        assert 100 < (half == (0, 255, 255)).all(axis=2).sum() < 1000
-    assert defect_sheet(dataclasses.replace(category, name="no-such-category")) is None
-
-
-def test_galleries_show_missed_defects_and_false_alarms(tmp_path: Path) -> None:
-    category = scored_run(tmp_path)
+    (file,) = category.output.files()
+    table = pq.read_table(file)
+    flags = pa.array([i % 3 == 0 for i in range(12)])
+    write_rows(category.output, table.set_column(table.schema.get_field_index("is_anomalous"), "is_anomalous", flags))
     rows = sorted(category.rows().to_pylist(), key=lambda row: row["score"])
-    found = galleries(category, max_tiles=20)
     expected = {
-        "Largest scores": rows[::-1],
         "Missed defects": [row for row in rows if row["label"] != "good" and not row["is_anomalous"]],
         "False alarms": [row for row in rows[::-1] if row["label"] == "good" and row["is_anomalous"]],
+        "Largest scores": rows[::-1],
     }
-    for title, shown in expected.items():
-        assert [tile.name for tile in found[title]] == ["/".join(row["uri"].split("/")[-2:]) for row in shown]
-        verdict = "not anomalous" if title == "Missed defects" else "anomalous"
-        assert title == "Largest scores" or all(tile.found.endswith(f", {verdict}") for tile in found[title])
-    with Image.open(io.BytesIO(found["Largest scores"][0].picture)) as image:
-        assert (image.format, image.size) == ("JPEG", (328, 160))
+    assert list(map(len, expected.values())) == [4, 2, 12]
+    for limit in (60, 1):
+        monkeypatch.setattr(gallery, "_MAX_TILES", limit)
+        found = galleries(category, SCALE)
+        assert list(found) == list(expected)
+        for title, shown in expected.items():
+            assert found[title].total == len(shown)
+            first = shown[: 8 if title == "Largest scores" else limit]
+            assert [tile.row["uri"] for tile in found[title].tiles] == [row["uri"] for row in first]
+
+
+def test_a_tile_has_the_picture_its_heatmap_and_the_outline_of_the_mask(tmp_path: Path) -> None:
+    tiles = galleries(scored_run(tmp_path), SCALE)["Largest scores"].tiles
+    good, defect = (
+        next(tile for tile in tiles if (tile.row["label"] == "good") == is_good) for is_good in (True, False)
+    )
+    assert good.outline == ""
+    for tile in (good, defect):
+        assert (tile.size, decode(tile.picture).shape) == ((160, 192), (192, 160, 4))
+        # The heatmaps are of the palette's last red, and opaque enough.
+        np.testing.assert_array_equal(decode(tile.heatmap), np.broadcast_to([128, 0, 0, 160], (192, 160, 4)))
+    opaque = decode(defect.outline)[..., 3] == 255
+    assert 50 < opaque.sum() < 1000
 
 
 def test_images_without_a_label_or_that_are_gone_are_left_out(tmp_path: Path) -> None:
     category = scored_run(tmp_path, unlabelled=12)
-    found = galleries(category, max_tiles=20)
-    assert (len(found["Largest scores"]), found["Missed defects"], found["False alarms"]) == (12, [], [])
-    assert defect_sheet(category) is None
-    for row in category.rows().to_pylist()[:3]:
+    found = galleries(category, SCALE)
+    assert [(len(each.tiles), each.total) for each in found.values()] == [(0, 0), (0, 0), (8, 12)]
+    for row in category.rows().to_pylist()[:5]:
         Path(str(row["uri"])).unlink()
-    assert len(galleries(category, max_tiles=20)["Largest scores"]) == 9
+    assert len(galleries(category, SCALE)["Largest scores"].tiles) == 7
     assert measured(category).unlabelled_count == 12

@@ -14,10 +14,13 @@ from PIL import Image
 from stpm.data.encode import encode_jpeg
 from stpm.evaluation.category import read_scores
 from stpm.evaluation.charts import draw_charts
-from stpm.evaluation.gallery import Tile, galleries
+from stpm.evaluation.gallery import Gallery, galleries
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.method.scales import HeatmapScale
 from stpm.metrics.category_metrics import LabelledScores, Metric
 from stpm.models.record import Decision
+from stpm.pages import data_uri
+from stpm.pages.tiles import Tile
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import MODELS
 from tests.evaluation.runs import REPORT, measured, result, scored_run, without_student
@@ -29,7 +32,10 @@ HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 
 @cache
 def evil_page() -> str:
     """Render a page whose every text from data is markup, also where `safe_name` would refuse it."""
-    tile = Tile(f"{EVIL}/{EVIL}.png", f"{EVIL}, score 0.5 = {EVIL}", encode_jpeg(Image.new("RGB", (328, 160))))
+    jpeg = data_uri("jpeg", encode_jpeg(Image.new("RGB", (192, 160))))
+    row = {"uri": f"{EVIL}/{EVIL}.png", "label": EVIL, "score": 0.5, "threshold": 0.6, "is_anomalous": False}
+    row |= {"fine_score": None, "coarse_score": None}
+    tile = Tile(row, HeatmapScale(0.1, 1.0), jpeg, "", "", (192, 160))
     scores = LabelledScores(
         labels=np.array(["good", "good", EVIL]),
         scores=np.array([0.1, 0.2, 0.9], np.float32),
@@ -52,7 +58,8 @@ def evil_page() -> str:
         )
         charts = draw_charts(scores, HISTORY, 2, salt=name)
         model = dataclasses.replace(made.model, decision=Decision(0.6, EVIL) if name == "b" else None)
-        results.append(CategoryResult(model, metrics, charts, {"Largest scores": [tile], "False alarms": []}))
+        shown = {"Missed defects": Gallery([tile], 812), "False alarms": Gallery([], 0)}
+        results.append(CategoryResult(model, metrics, charts, shown))
     return Report(f"s3://b/{EVIL}", results, [Failure(EVIL, EVIL)]).page([EVIL])
 
 
@@ -64,11 +71,21 @@ def test_text_from_data_is_escaped_and_nothing_is_loaded() -> None:
     assert [tag for tag, _ in tags].count("script") == 1
     for tag, attributes in tags:
         assert not any(name.startswith("on") for name in attributes), tag
-        assert tag != "img" or str(attributes["src"]).startswith("data:image/jpeg;base64,")
+        assert tag != "image" or str(attributes["href"]).startswith("data:image/jpeg;base64,")
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name) or ""
             assert value.startswith(("data:", "#")) or not value, (tag, value)
     assert "@import" not in evil_page()
+    assert "Missed defects: 1 of 812 shown" in evil_page()
+
+
+def test_the_bar_of_colours_is_in_the_scores_own_units() -> None:
+    page = Tags(evil_page())
+    left = [str(attributes["style"]) for tag, attributes in page.found if tag == "i"]
+    # Threshold and score: 0.56 and 0.44 of the way from `low` to `good_max`, which is half of the bar.
+    positions = [float(each.removeprefix("left: ").removesuffix("%")) for each in left[:2]]
+    assert positions == pytest.approx([50 * 0.5 / 0.9, 50 * 0.4 / 0.9], abs=0.3)
+    assert "|".join(text for text in page.texts if text.strip()).count("▼|0.1|1|4.6|") == 4
 
 
 def test_ids_in_charts_are_unique() -> None:
@@ -99,14 +116,16 @@ def test_a_scored_run_is_rendered_with_the_scores_of_its_views(tmp_path: Path, v
     made = result("nut", 0, 0.5, 0.5)
     made = without_student(made) if views else made
     charts = draw_charts(read_scores(category), {} if views else HISTORY, 2, salt="")
-    text = Report("data", [CategoryResult(made.model, measured(category), charts, galleries(category))]).page()
+    text = Report(
+        "data", [CategoryResult(made.model, measured(category), charts, galleries(category, made.model.heatmap_scale))]
+    ).page()
     tags = [tag for tag, _ in Tags(text).found]
     # Without a student there are no losses to draw.
-    assert tags.count("svg") == (2 if views else 3)
-    assert tags.count("img") >= 4
+    assert tags.count("image") >= 4
+    assert tags.count("svg") == (2 if views else 3) + 2 * text.count('"pair"')
     score = max(row["score"] for row in category.rows().to_pylist())
     shown = f" (fine {0.75 * score:.3g}, coarse {0.25 * score:.3g})" if views else ""
-    assert f"score {score:.3g}{shown}, anomalous" in text
+    assert f"score {score:.3g}{shown}, threshold 1, anomalous" in text
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from PIL import Image
 from stpm.data.encode import encode_jpeg
 from stpm.line.change import Change, Level, Verdict
 from stpm.line.night import CategoryNight, ErrorExample, Night, TopImage
-from stpm.pages import jpeg_uri
+from stpm.pages import data_uri
 
 LAST = datetime.date(2026, 11, 24)
 
@@ -56,7 +56,7 @@ def make_nights(
             is_anomalous=True,
             picture=picture,
         )
-        for i, picture in enumerate([jpeg_uri(jpeg)] * 11 + [""])
+        for i, picture in enumerate([data_uri("jpeg", jpeg)] * 11 + [""])
     )
     examples = tuple(
         ErrorExample(kind=kind, category=categories[-1], uri=f"s3://dump/{text}/{kind}.png", message=text)

@@ -21,14 +21,13 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows
 from stpm.scoring.triage import write_triage
 from tests.browser import Tags, check_page, open_tab
-from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, make_output, write_rows
 from tests.evaluation.runs import result
 
 EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 DECISION = Decision(100.0, "ann", EVIL)
-# The two models have the same preprocessing, and a person decided the threshold of one.
-NUT = dataclasses.replace(result("nut", 0, None, None).model, preprocessing=make_preprocessing(64))
+# A person decided the threshold of one model.
+NUT = result("nut", 0, None, None).model
 MODELS = {"nut": NUT, "a b#c": dataclasses.replace(NUT, category="a b#c", decision=DECISION)}
 
 
@@ -55,7 +54,7 @@ def output(tmp_path: Path) -> RunOutput:
             # An image is found by its position: no header names it.
             columns["uri"][i] = f"{path}#{i}.png"
             columns["archive_start"][i], columns["archive_length"][i] = 512 * i, len(data)
-            storage.publish(str(tmp_path / columns["heatmap"][i]), palette_png(np.zeros((64, 64), np.uint8)))
+            storage.publish(str(tmp_path / columns["heatmap"][i]), palette_png(np.full((64, 64), 255, np.uint8)))
     rows = make_output(100, **columns)
     write_rows(output, rows.slice(0, 60))
     write_rows(output, rows.slice(60), 1)
@@ -96,22 +95,24 @@ def test_the_page_escapes_values_from_data(output: RunOutput, tmp_path: Path, ca
     text = (tmp_path / "triage.html").read_text()
     page = Tags(text)
     assert EVIL in page.texts
-    pictures = [attributes for tag, attributes in page.found if tag == "img"]
-    assert all(set(picture) == {"src", "alt"} for picture in pictures)
-    assert len(pictures) == 2
+    # Each picture, and its heatmap, which lies over the second copy of it.
+    pictures = [str(attributes["href"]).split(",") for tag, attributes in page.found if tag == "image"]
+    assert [kind for kind, _ in pictures] == ["data:image/jpeg;base64", "data:image/png;base64"] * 2
     assert sum("the image can no longer be read" in piece for piece in page.texts) == 18
-    kind, data = str(pictures[0]["src"]).split(",")
-    assert kind == "data:image/jpeg;base64"
-    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-        assert image.size == (512, 256)
-        red, green, blue = image.convert("RGB").resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
-        assert blue > red
-        assert blue > green
+    sizes, colours = zip(*(_size_and_colour(base64.b64decode(data)) for _, data in pictures[:2]), strict=True)
+    assert sizes == ((1024, 512), (1024, 512))
+    assert max(colours[0][:3]) - min(colours[0][:3]) < 5
+    assert colours[1] == (128, 0, 0, 160)
     assert text.count("<script") == 1
     # One of the two models has two views.
     assert sum(piece.endswith(", coarse 0.25") for piece in page.texts) == 10
     assert "fine 1.71, coarse 0.25" in page.texts
     assert sum(piece.endswith(f", threshold {DECISION}") for piece in page.texts) == 10
+
+
+def _size_and_colour(data: bytes) -> tuple[tuple[int, int], tuple[int, ...]]:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size, image.convert("RGBA").getpixel((99, 99))  # type: ignore[return-value]
 
 
 def test_discoveries_are_marked_and_a_run_without_scores_has_a_page(output: RunOutput, tmp_path: Path) -> None:
@@ -207,5 +208,57 @@ def test_marks_are_saved_as_a_table_that_feedback_reads(browser: Any, tmp_path: 
     assert (marks.other, marks.refused) == ({"defect": 1}, {})
     buttons["good"].nth(1).click()
     assert save_marks().good["a b#c"][1] == uris[1]
+    assert messages == []
+    tab.close()
+
+
+def test_by_keys_a_person_goes_through_large_pictures_and_marks_them(
+    output: RunOutput, browser: Any, tmp_path: Path
+) -> None:
+    write_page(output, 4)
+    tab, messages = open_tab(browser, (tmp_path / "triage.html").as_uri())
+    tab.set_viewport_size({"width": 390, "height": 844})
+    marks = tab.locator("[aria-pressed=true]")
+
+    def press(*keys: str) -> str:
+        for key in keys:
+            tab.keyboard.press(key)
+        # The image that has the focus, by its row's number.
+        return tab.locator("li:has(:focus) dl dd").last.text_content()
+
+    def large() -> list[str]:
+        return tab.locator("li.large dl dd:last-of-type").all_text_contents()
+
+    # A key marks no image that is not chosen.
+    tab.keyboard.press("d")
+    assert marks.count() == 0
+    assert press("ArrowRight") == "99, 99"
+    assert press("ArrowRight") == "98, 98"
+    assert large() == []
+    assert press("Enter") == "98, 98"
+    assert large() == ["98, 98"]
+    picture, heatmap = (tab.locator("li.large svg").nth(i).bounding_box() for i in (0, 1))
+    # One above the other on a phone, side by side on a screen.
+    assert picture["width"] > 300
+    assert heatmap["y"] >= picture["y"] + picture["height"]
+    tab.set_viewport_size({"width": 1400, "height": 900})
+    picture, heatmap = (tab.locator("li.large svg").nth(i).bounding_box() for i in (0, 1))
+    assert picture["width"] > 600
+    assert (heatmap["y"], heatmap["x"] >= picture["x"] + picture["width"]) == (picture["y"], True)
+    assert press("d", "ArrowRight", "g") == "97, 97"
+    assert large() == ["97, 97"]
+    assert [marks.nth(i).get_attribute("value") for i in (0, 1)] == ["defect", "good"]
+    assert tab.locator("output").text_content() == "1 good, 1 defect"
+    assert tab.locator("li.large .heatmap").is_visible()
+    press("h")
+    assert not tab.locator("li.large .heatmap").is_visible()
+    tab.get_by_role("button", name="next").click()
+    assert press("ArrowRight", "ArrowRight") == "96, 96"
+    assert press("Escape", "ArrowLeft") == "97, 97"
+    assert large() == []
+    tab.locator(".open").first.click()
+    assert large() == ["99, 99"]
+    tab.locator(".open").first.click()
+    assert large() == []
     assert messages == []
     tab.close()
