@@ -121,9 +121,8 @@ def test_read_at_most_does_not_read_longer_files_pipes_or_folders(tmp_path: Path
 def test_a_damaged_table_is_named(root: str) -> None:
     uri = f"{root}/rows.parquet"
     storage.publish(uri, b"PAR1 damaged")
-    for read in (storage.read_table, storage.count_rows):
-        with pytest.raises(DataError, match=f"{re.escape(uri)} is damaged"):
-            read(uri)
+    with pytest.raises(DataError, match=f"{re.escape(uri)} is damaged"):
+        storage.read_table(uri)
 
 
 def test_exists_does_not_take_a_failure_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
             state, _, _ = resume_or_start(run, start_over=False, replace=False)
         except ConfigError as error:
             assert "holds the rows of another run" in str(error)
-            assert not RunState(run.output.state_folder).is_half_removed()
+            assert RunState(run.output.state_folder).record.config
         else:
             assert uris_in(run.output) == list(run.config.images)
             assert len(run.output.files()) == (2 if state.is_finished() else 0)

@@ -242,7 +242,7 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     assert begin(new) == ["5.png", "6.png", "7.png"]
     write_task(stale, first, slice(5, 8))
     storage.publish(f"{output.scores}/scores_of_mine.parquet", b"the user's")
-    remove_leftovers(new)
+    remove_leftovers(new, tasks)
     assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
     write_task(old, first, slice(5, 6))
     write_task(stale, first, slice(5, 8))
@@ -251,11 +251,11 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
         finish_segment(stale, OPTIONS, first, 3)
     with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
-        remove_leftovers(stale)
+        remove_leftovers(stale, [])
     storage.publish(stale.segment_summary(0), b"late")
     assert finish_segment(new, OPTIONS, first, 3).tasks == tasks
     assert [summary.tasks for summary in committed_summaries(output)] == [tasks]
-    remove_leftovers(new)
+    remove_leftovers(new, tasks)
     assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
     assert storage.files(output.summaries) == [new.segment_summary(0)]
 
@@ -270,8 +270,7 @@ def test_a_late_request_of_a_suspended_driver_removes_no_rows(output: RunOutput,
         write_task(later, segment, slice(0, segment.rows))
         finish_segment(later, OPTIONS, segment, 3)
     suspended.write(stale)
-    remove_leftovers(later)
-    assert total_of_finished(later, 10).rows == 10
+    remove_leftovers(later, total_of_finished(later, 10).tasks)
     assert len(later.files()) == 2
 
 
@@ -280,7 +279,7 @@ def test_a_run_that_starts_over_takes_no_rows_of_tasks_that_still_write(
 ) -> None:
     """Also if the same process starts it over, under the same lease."""
     output.clear()
-    assert output.state.is_half_removed()
+    assert not output.state.record.config
     state = output.state
     state.start(ScoringConfig((), 0.01))
     assert state.next_attempt() == 1
@@ -293,5 +292,5 @@ def test_a_run_that_starts_over_takes_no_rows_of_tasks_that_still_write(
     write_task(output, manifest.segments(output.manifest)[0], slice(0, 8))
     later = output.with_attempt(1)
     assert take_over(later, state, OPTIONS, manifest, 3) == {}
-    remove_leftovers(later)
+    remove_leftovers(later, [])
     assert later.files() == []
