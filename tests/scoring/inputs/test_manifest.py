@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -43,9 +45,15 @@ def test_duplicates_are_left_out_and_counted_within_and_across_chunks(folder: st
     assert all(row["image_id"] == image_id(str(row["uri"])) for row in rows_in(folder))
 
 
-def test_an_unfinished_manifest_does_not_count(folder: str) -> None:
+def test_an_unfinished_manifest_does_not_count(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
     def cut_off() -> Iterator[pa.Table]:
         yield chunk(["old"])
+        # A killed process would leave no ids on the disk.
+        assert list(temporary.iterdir()) == []
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -85,7 +93,7 @@ def test_passthrough_columns_are_kept_and_must_agree(folder: str, segment_rows: 
 def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], segment_rows: int) -> None:
     fsspec.filesystem("memory").store.clear()
     written = write_manifest(
-        [chunk([f"{i}.png" for i in ids]) for ids in chunks if ids], "memory://list", segment_rows=segment_rows
+        [chunk([f"{i}.png" for i in ids]) for ids in chunks], "memory://list", segment_rows=segment_rows
     )
     found = []
     for number, segment in enumerate(written.segments("memory://list")):
