@@ -36,22 +36,18 @@ from tests.datasets import encode_image, make_category
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
 
 
-def test_each_stage_keeps_its_schema(run: Path, tmp_path: Path) -> None:
-    decoded = decode(manifest(run))
-    assert decoded.schema.equals(DECODED)
-    scored = scorer(run, overlays=True)(decoded)
-    assert scored.schema.equals(SCORED)
-    assert write_heatmaps(scored, tmp_path).schema.equals(OUTPUT)
-    assert all(field.metadata[b"description"] for field in OUTPUT)
-
-
-def test_passthrough_columns_stay_with_their_rows(run: Path, tmp_path: Path) -> None:
-    rows = manifest(run)
-    rows = rows.append_column("line", pa.array([f"line {i}" for i in range(rows.num_rows)]))
+def test_each_stage_keeps_its_schema_and_the_users_columns(run: Path, tmp_path: Path) -> None:
+    plain = manifest(run)
+    rows = plain.append_column("line", pa.array([f"line {i}" for i in range(plain.num_rows)]))
     # Times that no Python object can hold.
     rows = rows.append_column("at", pa.array([2**60] * rows.num_rows, pa.timestamp("s")))
-    out = write_heatmaps(score(run, rows), tmp_path, "none")
-    assert out.schema.names == [*OUTPUT.names, "line", "at"]
+    decoded = decode(rows)
+    scored = scorer(run, overlays=True)(decoded)
+    out = write_heatmaps(scored, tmp_path)
+    for table, schema in ((decoded, DECODED), (scored, SCORED), (out, OUTPUT)):
+        assert table.schema.names == [*schema.names, "line", "at"]
+        assert table.select(schema.names).schema.equals(schema)
+    assert all(field.metadata[b"description"] for field in OUTPUT)
     assert out["at"].equals(rows["at"])
     lines = dict(zip(rows["uri"].to_pylist(), rows["line"].to_pylist(), strict=True))
     assert all(lines[row["uri"]] == row["line"] for row in out.select(["uri", "line"]).to_pylist())
