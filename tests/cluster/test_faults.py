@@ -113,5 +113,5 @@ def test_a_category_that_crashes_its_worker_twice_fails(tmp_path: Path) -> None:
     options = ["--data", data, "--models", models, "--workers", "2", "--epochs", "2", *TINY_RECIPE]
     ran = run_job("fit", *options, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
     assert ran.returncode == 2
-    assert "crashing: failed: its worker process died 2 times" in ran.stdout
+    assert "  failed: its worker process died 2 times" in ran.stdout
     assert fitted_categories(models) == ["a", "b"]

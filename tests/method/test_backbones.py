@@ -56,7 +56,7 @@ def test_serialise_round_trips_and_deserialise_refuses_damage() -> None:
 
 @pytest.mark.parametrize(
     "teacher",
-    ["demo", "resnet18.tv_in1k", "resnet18", "wide_resnet50_2", "tf_efficientnet_b0.ns_jft_in1k"],
+    ["demo", "resnet18.tv_in1k", "test_resnet.r160_in1k", "wide_resnet50_2", "tf_efficientnet_b0.ns_jft_in1k"],
 )
 def test_resolve_data_config_matches_timm(teacher: str) -> None:
     with torch.device("meta"):
