@@ -165,14 +165,17 @@ def test_another_list_on_standard_input_is_another_run(tmp_path: Path, monkeypat
             score(other)
 
 
-def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
-    """Write rows with a score as a task does, in one file; the values of some columns may be given."""
+def publish_rows(output: RunOutput, start: int, stop: int) -> None:
+    """Write rows with a score as a task does, in one file."""
+    count = stop - start
     same = {"category": ["nut"], "threshold": [1.0], "is_anomalous": [True], "p_value": [0.1], "bytes": [1]}
     values = {name: each * count for name, each in same.items()} | {"score": range(count)}
-    rows = make_output(count, uri=uris_in(output)[:count], **values | columns)
-    storage.publish(f"{output.scores}/scores_0-0.parquet", storage.encode_parquet(rows))
-    summary = RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json()
-    storage.publish(f"{output.task_summaries(0)}/scores_0.json", summary)
+    shards = pa.concat_tables(read_shards(output.manifest)).slice(start, count)
+    rows = make_output(count, **values, **{name: shards[name].to_pylist() for name in ("image_id", "uri")})
+    task = f"scores_{output.attempt:06}_{32 * 'a'}_{start:06}_{8 * 'c'}"
+    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(rows))
+    summary = RowSummary.of_rows(rows, task, max_ranked=2).to_json()
+    storage.publish(f"{output.task_summaries(0)}/{task}.json", summary)
 
 
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:
@@ -191,7 +194,7 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
     make_category(str(tmp_path), "nut", good=2)
 
     def score_shards(run: ScoringRun, *_: Any) -> None:
-        publish_rows(run.output, 2)
+        publish_rows(run.output, 0, 2)
 
     replace_ray(monkeypatch, score_shards)
 
@@ -210,7 +213,8 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
 ) -> None:
     first = score(top=2)
     shards = {"000000-000000.parquet", "manifest.json"}
-    assert first.keys() == shards | {"run.json", "000000.json", "scores_0-0.parquet", "triage.html", "_SUCCESS"}
+    rows = f"scores_000000_{32 * 'a'}_000000_{8 * 'c'}-0.parquet"
+    assert first.keys() == shards | {"run.json", "000000.json", rows, "triage.html", "_SUCCESS"}
     with monkeypatch.context() as patch:
         patch.setattr("pyarrow.dataset.dataset", lambda *_, **__: pytest.fail("rows were read"))
         assert score(top=2) == first
@@ -275,7 +279,7 @@ def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
     monkeypatch.setattr(libraries, "version", lambda name: "1.0")
     resume_or_start(run, start_over=False, replace=False)
     monkeypatch.setattr(libraries, "version", lambda name: "2.0")
-    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1))
+    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 0, 1))
     show = Mock(wraps=run_module.show_scoring_progress)
     monkeypatch.setattr(run_module, "show_scoring_progress", show)
     run_scoring(make_run(tmp_path, "/a.png"))
@@ -304,23 +308,26 @@ def test_unfinished_heatmaps_of_killed_processes_are_removed(
         heatmaps.mkdir(parents=True)
         for name in (f".{32 * 'a'}.part", "b.png"):
             (heatmaps / name).touch()
-        publish_rows(run.output, 2)
+        publish_rows(run.output, 0, 2)
 
     replace_ray(monkeypatch, score_shards)
     score()
     assert [path.name for path in heatmaps.iterdir()] == ["b.png"]
 
 
-def test_a_run_without_all_rows_is_unfinished(
+def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
     score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1), "/b.png")
+    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 0, 1), "/b.png")
     with pytest.raises(AssertionError, match="2 == 0"):
         score()
     assert "/b.png: unreadable: expired" in caplog.text
     (summary,) = [each for each in caplog.records if "1 images are unfinished" in each.getMessage()]
     assert summary.levelname == "ERROR"
     assert not (tmp_path / "run" / "_SUCCESS").exists()
+    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1, 2))
+    score()
+    assert len(RunOutput.single(f"{tmp_path}/run").files()) == 2
 
 
 @pytest.mark.parametrize(
