@@ -325,7 +325,13 @@ def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
     (summary,) = [each for each in caplog.records if "1 images are unfinished" in each.getMessage()]
     assert summary.levelname == "ERROR"
     assert not (tmp_path / "run" / "_SUCCESS").exists()
-    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1, 2))
+
+    def score_rest(run: ScoringRun, *_: Any) -> None:
+        publish_rows(run.output, 1, 2)
+        left = f"scores_000001_{32 * 'b'}_000000_{8 * 'd'}-0.parquet"
+        storage.publish(f"{run.output.scores}/{left}", b"of a killed process")
+
+    replace_ray(monkeypatch, score_rest)
     score()
     assert len(RunOutput.single(f"{tmp_path}/run").files()) == 2
 
