@@ -254,6 +254,8 @@ def test_a_late_request_of_a_suspended_driver_removes_no_rows(output: RunOutput,
         write_task(later, segment, slice(0, segment.rows))
         finish_segment(later, OPTIONS, segment, 3)
     suspended.write(stale)
+    # What the earlier attempt removes is none of the later one's.
+    remove_leftovers(output, [])
     remove_leftovers(later, total_of_finished(later, 10).tasks)
     assert len(later.files()) == 2
 
