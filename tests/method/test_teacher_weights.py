@@ -85,15 +85,16 @@ def test_load_teacher_weights_refuses_other_files_and_pickles_with_code(
     assert not (tmp_path / "bomb-went-off").exists()
 
 
-def test_load_teacher_weights_names_missing_file_architecture_levels_and_a_remedy_when_a_download_fails(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_load_teacher_weights_names_missing_file_architecture_and_levels() -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_teacher_weights("resnet18", "/nowhere/w.pth", LEVELS)
     with pytest.raises(ConfigError, match="'resnet81' is not an architecture of timm"):
         load_teacher_weights("resnet81", "random", LEVELS)
     with pytest.raises(ConfigError, match=r"cannot give pyramid levels \(1, 9\)"):
         load_teacher_weights("resnet18", "random", (1, 9))
+
+
+def test_load_teacher_weights_names_a_remedy_when_download_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="give --teacher-weights FILE"):
         load_teacher_weights("resnet18.no_such_tag", "", LEVELS)

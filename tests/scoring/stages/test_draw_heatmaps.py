@@ -17,18 +17,10 @@ from tests.scoring.stages.helpers import manifest, score, write_heatmaps
 
 
 def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
-    """In Parquet they are the same bytes as in files."""
     rows = score(run, manifest(run))
     out = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
-    inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
-    assert not (tmp_path / "no").exists()
     store = ModelStore(str(run / "models"))
-    for row, before, other in zip(out, rows.to_pylist(), inside, strict=True):
-        assert (other["heatmap"], other["overlay"]) == ("", "")
-        assert other["heatmap_png"] == (tmp_path / row["heatmap"]).read_bytes() == read_heatmap(str(tmp_path), row)
-        assert other["overlay_jpeg"] == (tmp_path / row["overlay"]).read_bytes()
-        assert read_heatmap("nowhere", other) == other["heatmap_png"]
-        assert row["heatmap_png"] is row["overlay_jpeg"] is None
+    for row, before in zip(out, rows.to_pylist(), strict=True):
         image_id = f"{row['image_id'] & (2**64 - 1):016x}"
         name = f"heatmaps/scores/{row['category']}/{image_id[:2]}/{image_id}"
         assert (row["heatmap"], row["overlay"]) == (f"{name}.png", f"{name}_overlay.jpg")
@@ -45,6 +37,19 @@ def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path,
             expected = np.asarray(Image.fromarray(overlay(pixels, levels)).resize((64, 77)), float)
             # JPEG changes the pixels: of these, which are drawn at random, by four grey levels in the mean at most.
             assert np.abs(np.asarray(image) - expected).mean() < 4
+
+
+def test_heatmaps_in_parquet_are_the_same_bytes_as_in_files(run: Path, tmp_path: Path) -> None:
+    rows = score(run, manifest(run))
+    files = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
+    inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
+    assert not (tmp_path / "no").exists()
+    for one, other in zip(files, inside, strict=True):
+        assert (other["heatmap"], other["overlay"]) == ("", "")
+        assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes() == read_heatmap(str(tmp_path), one)
+        assert other["overlay_jpeg"] == (tmp_path / one["overlay"]).read_bytes()
+        assert read_heatmap("nowhere", other) == other["heatmap_png"]
+        assert one["heatmap_png"] is one["overlay_jpeg"] is None
 
 
 @pytest.mark.parametrize(("heatmaps", "expected"), [("all", 8), ("none", 0), ("anomalous", 3)])
