@@ -63,6 +63,7 @@ def test_a_record_is_read_as_it_was_written(kind: str) -> None:
     record = KINDS[kind]
     for indent in (None, 2):
         assert from_json(type(record), to_json(record, indent=indent)) == record
+    assert convert(float, 3, "a number of seconds") == 3.0
 
 
 @pytest.mark.parametrize("kind", KINDS)

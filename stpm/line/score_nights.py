@@ -157,7 +157,7 @@ def _runs_to_score(job: NightlyJob, folder: NightFolder) -> Iterator[ScoringRun]
     Score each run before taking the next one: scoring fixes its list of images.
     """
     for output in folder.outputs():
-        if output.state.is_half_removed():
+        if not output.state.record.config:
             # Its removal was cut off.
             output.remove()
     for output in folder.manifests():

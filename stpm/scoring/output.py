@@ -158,7 +158,7 @@ class RunOutput:
     def remove(self) -> None:
         """Remove all that runs wrote here, and then the mark that a run wrote it."""
         self.clear()
-        self.state.forget()
+        storage.remove(self.state.uri)
 
     def remove_earlier_attempts(self) -> None:
         """Remove the summaries that counted for earlier attempts."""

@@ -51,8 +51,7 @@ def _resume(run: ScoringRun, state: RunState, *, replace: bool) -> tuple[Manifes
                 log.info("the models are those that this run began with, even if others became current since")
             return manifest, models
     # A run without rows may be replaced, and one whose removal was cut off. `clear` keeps rows without a run.json.
-    may_be_replaced = replace or state.is_half_removed() or not state.exists()
-    if not may_be_replaced and run.output.files():
+    if state.record.config and not replace and run.output.files():
         raise OtherRunError(f"{run.output.folder} holds the rows of another run: {join_first(differences)}")
     return None
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from contextlib import suppress
+from itertools import chain
 
 from stpm import storage
 from stpm.cluster.connection import connected
@@ -65,7 +66,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         return scored, models
     # Raise if summaries are missing: then it is not known which rows count.
     total = total_of_finished(run.output, scored.rows, run.triage_images)
-    remove_leftovers(run.output)
+    remove_leftovers(run.output, total.tasks)
     result = _find_discoveries(run, scored, models, total)
     if run.triage_images and (run.triage_images != state.record.triage_images or result != scored):
         write_triage(run.output, total, run.triage_images, models, result.discoveries)
@@ -127,7 +128,7 @@ def _score_segments(
     """
     output, options, segments = run.output, run.config.output, manifest.segments(run.output.manifest)
     written = take_over(output, state, options, manifest, run.triage_images)
-    remove_leftovers(output)
+    remove_leftovers(output, chain.from_iterable(summary.tasks for summary in written.values()))
     rows = manifest.rows - sum(summary.rows for summary in written.values())
     if rows < manifest.rows:
         log.info(f"{manifest.rows - rows} images are scored already, {rows} remain")

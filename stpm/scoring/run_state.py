@@ -19,9 +19,6 @@ from stpm.scoring.options import OutputOptions, PartitionBy
 from stpm.scoring.run_statistics import RunResult
 from stpm.times import timestamp
 
-# In run.json while the run's files are being removed; beside it only the number of the attempt.
-_CLEARED = {"cleared": True}
-
 
 @dataclass(frozen=True)
 class ScoringConfig:
@@ -60,7 +57,7 @@ class RunRecord:
     """The content of run.json; a run fills in one field after the other.
 
     Args:
-        config: `ScoringConfig.to_json` of the run; empty: there is no run to resume.
+        config: `ScoringConfig.to_json` of the run; empty: there is no run to resume, or its files are being removed.
         versions: of the libraries at its start, by name.
         models: the model id of each category that has one; None: no models are bound yet.
         store: URI of the model store, which may change between runs.
@@ -102,14 +99,20 @@ class RunState:
         """Return whether there is a run.json, even of a run whose files are being removed."""
         return storage.exists(self.uri)
 
-    @property
+    @cached_property
     def record(self) -> RunRecord:
         """The content of run.json; that of no run if there is none."""
-        return self._content[0]
-
-    def is_half_removed(self) -> bool:
-        """Return whether the removal of the run's files was cut off."""
-        return self._content[1]
+        try:
+            values = parse_json(storage.read(self.uri))
+        except FileNotFoundError:
+            return RunRecord()
+        except (ValueError, IsADirectoryError) as error:
+            raise OtherRunError(f"{self.uri} is not the record of a run ({error})") from error
+        if not isinstance(values, dict) or "config" not in values:
+            raise OtherRunError(f"{self.uri} is not the record of a run")
+        types = get_type_hints(RunRecord)
+        # Other versions have other fields.
+        return RunRecord(**{name: self._check(types[name], values[name], name) for name in types.keys() & values})
 
     def config_differences(self, config: ScoringConfig) -> list[str]:
         """List how the run differs from a configuration; one line if there is no run to resume."""
@@ -181,8 +184,10 @@ class RunState:
 
     def write(self, record: RunRecord) -> None:
         """Replace the content of run.json, for instance by `replace(state.record, attempt=2)`."""
-        self._publish({name: value for name, value in asdict(record).items() if value is not None})
-        self._content = record, False
+        values = {name: value for name, value in asdict(record).items() if value is not None}
+        check(self._fence)
+        storage.publish(self.uri, json.dumps(values, indent=2, ensure_ascii=False).encode())
+        self.record = record
 
     def clear(self) -> None:
         """Forget the run, but keep a mark that a run wrote the remaining files: they may be removed.
@@ -194,29 +199,8 @@ class RunState:
             # Tasks of earlier attempts may still write: later attempts have higher numbers.
             with suppress(OtherRunError, RunDamagedError):
                 attempt = self.record.attempt
-            self._publish(_CLEARED | {"attempt": attempt})
-            self._content = RunRecord(attempt=attempt), True
+            self.write(RunRecord(attempt=attempt))
         storage.remove(self._success_uri)
-
-    def forget(self) -> None:
-        """Remove run.json, after all other files of the run."""
-        storage.remove(self.uri)
-
-    @cached_property
-    def _content(self) -> tuple[RunRecord, bool]:
-        """What run.json says, and whether its run is cleared."""
-        try:
-            values = parse_json(storage.read(self.uri))
-        except FileNotFoundError:
-            return RunRecord(), False
-        except (ValueError, IsADirectoryError) as error:
-            raise OtherRunError(f"{self.uri} is not the record of a run ({error})") from error
-        if not isinstance(values, dict) or not ("config" in values or _CLEARED.items() <= values.items()):
-            raise OtherRunError(f"{self.uri} is not the record of a run")
-        types = get_type_hints(RunRecord)
-        # Other versions have other fields.
-        record = RunRecord(**{name: self._check(types[name], values[name], name) for name in types.keys() & values})
-        return record, "config" not in values
 
     def _check(self, kind: Any, value: Any, name: str) -> Any:
         """Convert a value of run.json. Raise RunDamagedError if it is of another type."""
@@ -224,10 +208,6 @@ class RunState:
             return convert(kind, value, name)
         except ValueError as error:
             raise RunDamagedError(f"{self.uri} is damaged: {error}") from error
-
-    def _publish(self, values: dict[str, Any]) -> None:
-        check(self._fence)
-        storage.publish(self.uri, json.dumps(values, indent=2, ensure_ascii=False).encode())
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, product
 
@@ -171,32 +171,27 @@ def unwritten_shards(output: RunOutput, options: OutputOptions, segment: Segment
     return [shard for shard in storage.in_parallel(without_written, segment.shards) if shard.rows]
 
 
-def remove_leftovers(output: RunOutput) -> None:
+def remove_leftovers(output: RunOutput, tasks: Iterable[str]) -> None:
     """Remove the rows that do not count, which killed or suspended processes left, and what earlier attempts left.
 
     Args:
         output: of the run, with the attempt that counts.
+        tasks: names of those whose rows count.
 
     Raises:
         RunInterruptedError: if another run has taken the lease.
     """
-    tasks = {task for summary in _summaries_of(output) for task in summary.tasks}
-    leftovers = []
+    counting, leftovers = set(tasks), []
     for uri in output.files():
-        attempt = _attempt_of(task_of(uri), output.name)
+        task = task_of(uri)
+        name = _TASK.fullmatch(task.removeprefix(f"{output.name}_"))
         # Others may be the user's, or of a later attempt.
-        if attempt is not None and attempt <= output.attempt and task_of(uri) not in tasks:
+        if name and int(name[1]) <= output.attempt and task not in counting:
             leftovers.append(uri)
     # What did not count while this process held the lease will not count for any later attempt.
     check(output.fence)
     storage.in_parallel(storage.remove, leftovers)
     output.remove_earlier_attempts()
-
-
-def _attempt_of(task: str, run: str) -> int | None:
-    """Return the number of the attempt that a task of a run belongs to; None if the name is not one of a task."""
-    found = _TASK.fullmatch(task.removeprefix(f"{run}_"))
-    return int(found[1]) if found else None
 
 
 def _files_of(output: RunOutput, options: OutputOptions, tasks: Collection[str]) -> list[str]:

@@ -15,5 +15,5 @@ from stpm.storage.objects import (
     sync,
 )
 from stpm.storage.retries import as_os_errors, in_parallel
-from stpm.storage.tables import count_rows, decode_parquet, encode_parquet, read_columns, read_table
+from stpm.storage.tables import decode_parquet, encode_parquet, read_columns, read_table
 from stpm.storage.uris import absolute, arrow_filesystem, filesystem, is_local, join, output_folder

@@ -7,8 +7,6 @@ import pyarrow.parquet as pq
 
 from stpm.errors import DataError
 from stpm.storage.objects import read
-from stpm.storage.retries import with_retries
-from stpm.storage.uris import arrow_filesystem
 
 
 def encode_parquet(table: pa.Table) -> bytes:
@@ -36,7 +34,8 @@ def read_table(uri: str) -> pa.Table:
     try:
         return decode_parquet(data)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise _damaged(uri, error) from error
+        # A message of pyarrow may have several lines.
+        raise DataError(f"{uri} is damaged: {' '.join(str(error).split())}") from error
 
 
 def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
@@ -55,21 +54,3 @@ def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
         if rows[index].null_count:
             raise DataError(f"{uri} has a row without {column.name}")
     return rows
-
-
-def count_rows(uri: str) -> int:
-    """Read the number of rows of a Parquet file from its footer.
-
-    Raises:
-        DataError: if it is damaged.
-    """
-    filesystem, path = arrow_filesystem(uri)
-    try:
-        return int(with_retries(uri, lambda: pq.read_metadata(path, filesystem=filesystem).num_rows))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _damaged(uri, error) from error
-
-
-def _damaged(uri: str, error: Exception) -> DataError:
-    # A message of pyarrow may have several lines.
-    return DataError(f"{uri} is damaged: {' '.join(str(error).split())}")

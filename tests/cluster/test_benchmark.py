@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
-import pandas as pd
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -121,24 +119,6 @@ def test_every_test_image_has_one_row_and_a_heatmap_per_seed(run: Finished) -> N
             if row != error:
                 with Image.open(run.out / row["heatmap"]) as image:
                     assert image.size == (64, 64)
-
-
-def test_duckdb_and_pandas_find_the_most_anomalous_images_of_each_category(run: Finished) -> None:
-    expected = {}
-    for category in FITTED:
-        rows = [row for row in run.rows(0, category) if row["score"] is not None]
-        expected[category] = [row["uri"] for row in sorted(rows, key=lambda row: -row["score"])[:3]]
-    query = (
-        "select category, uri from read_parquet(?) where error_kind = '' "
-        "qualify row_number() over (partition by category order by score desc) <= 3 order by score desc"
-    )
-    found: dict[str, list[str]] = {}
-    for category, uri in duckdb.execute(query, [str(run.out / "scores" / "seed-0_*.parquet")]).fetchall():
-        found.setdefault(category, []).append(uri)
-    assert found == expected
-    frame = pd.concat([pd.read_parquet(path) for path in sorted((run.out / "scores").glob("seed-0_*.parquet"))])
-    top = frame[frame.error_kind == ""].sort_values("score", ascending=False).groupby("category").head(3)
-    assert {name: group.uri.tolist() for name, group in top.groupby("category")} == expected
 
 
 def test_metrics_in_the_report_agree_with_the_rows(run: Finished) -> None:

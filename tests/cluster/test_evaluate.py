@@ -40,6 +40,7 @@ def check_partitions() -> None:
     assert "no model for category '../../a'" in found[0][2]
     frame = pd.read_parquet("run/scores")
     assert (frame.category == "nut").sum() == 8
+    assert sorted(frame.uri) == sorted(row["uri"] for row in read_rows("run"))
     result = json.loads(Path("run/run.json").read_text())["result"]
     assert result["rows"] == 13
     assert {name: category["rows"] for name, category in result["categories"].items()} == {

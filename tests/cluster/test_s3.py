@@ -25,20 +25,6 @@ from tests.datasets import make_category, make_output
 pytestmark = pytest.mark.cluster
 
 
-def test_an_image_written_again_has_another_version_only_with_other_bytes(s3: dict[str, str]) -> None:
-    data = "s3://bucket/versions"
-    make_category(data, "nut")
-    uri = f"{data}/nut/train/good/000.png"
-    before = storage.file_versions(f"{data}/nut")
-    storage.publish(uri, storage.read(uri))
-    assert storage.file_versions(f"{data}/nut") == before
-    # Other bytes of the same length.
-    storage.publish(uri, storage.read(uri)[:-1] + b"x")
-    assert [one for one, other in zip(storage.file_versions(f"{data}/nut"), before, strict=True) if one != other] == [
-        (uri, dict(storage.file_versions(f"{data}/nut"))[uri])
-    ]
-
-
 def test_of_an_archive_only_headers_are_read_and_a_picture_by_its_position(
     s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from stpm.errors import ConfigError
 from stpm.method.arithmetic import Arithmetic, Capabilities, choose_arithmetic, cpu_capabilities
@@ -48,9 +49,6 @@ def test_a_recipe_may_ask_for_a_precision_and_a_model_keeps_its_own_where_it_is_
     fitted: tuple[Precision, ...] = ("float32", "bfloat16")
     assert [PYTORCH.precision_to_score(each) for each in fitted] == ["float32", "bfloat16"]
     assert [IN_FLOAT32.precision_to_score(each) for each in fitted] == ["float32", "float32"]
-
-
-def test_openvino_that_is_not_installed_everywhere_is_refused() -> None:
     with pytest.raises(ConfigError, match="which is not installed on each node; pip install"):
         choose_arithmetic([CPU, BARE_CPU], "openvino")
 
@@ -68,10 +66,5 @@ def test_bfloat16_of_a_cpu_is_read_from_its_flags(tmp_path: Path, text: str, nat
     (tmp_path / "cpuinfo").write_text(text)
     assert cpu_capabilities(tmp_path / "cpuinfo") == (False, native, find_spec("openvino") is not None)
     assert not cpu_capabilities(tmp_path / "missing").has_bfloat16
-
-
-def test_the_flags_say_what_torch_says() -> None:
-    torch = pytest.importorskip("torch")
-    assert cpu_capabilities().has_bfloat16 == (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    says_torch = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert cpu_capabilities().has_bfloat16 == says_torch

@@ -75,10 +75,11 @@ def test_picture_size_keeps_proportions_within_limits(
     assert abs(width - max((right - left) * scale, 1)) <= 0.5 + scale / 2 + (right - left) / (bottom - top)
 
 
-def test_padding_colour_is_zero_after_normalisation() -> None:
+def test_padding_colour_is_zero_after_normalisation_and_batches_of_large_images_are_smaller() -> None:
     colour = np.array(make_preprocessing(64).padding_colour) / 255
     assert np.abs((colour - IMAGENET.mean) / IMAGENET.std).max() < 0.01
     assert dataclasses.replace(make_preprocessing(64), mean=(0.0, 0.0, 0.0)).padding_colour == (0, 0, 0)
+    assert [make_preprocessing(side).batch_size for side in (64, 704, 1024, 4096)] == [16, 16, 8, 1]
 
 
 @pytest.mark.parametrize(
@@ -134,20 +135,12 @@ def test_choose_input_shape_keeps_budget_and_proportions(sizes: list[tuple[int, 
 
 
 def test_size_is_written_height_by_width_and_refuses_other_text() -> None:
-    for text, written, sides in (
-        ("256", "256x256", (256, 256)),
-        ("640x256", "640x256", (640, 256)),
-        ("auto", "auto", None),
-    ):
+    sizes = {"256": ("256x256", (256, 256)), "640x256": ("640x256", (640, 256)), "auto": ("auto", None)}
+    for text, (written, sides) in sizes.items():
         assert (Size(text), Size(text).sides, Size(Size(text))) == (written, sides, Size(text))
     for text in ("", "256x", "x256", "256X256", "-1", "1x2x3", "2.5", "Auto", "256 "):
         with pytest.raises(ValueError, match="is not a size; give HEIGHTxWIDTH"):
             Size(text)
-
-
-@pytest.mark.parametrize(("side", "images"), [(64, 16), (704, 16), (1024, 8), (4096, 1)])
-def test_large_images_are_computed_in_smaller_batches(side: int, images: int) -> None:
-    assert make_preprocessing(side).batch_size == images
 
 
 @pytest.mark.parametrize(

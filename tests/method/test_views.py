@@ -44,12 +44,6 @@ def test_levels_are_described_without_weights(
     assert describe_levels(teacher, levels)[1:] == known
 
 
-def test_a_recipe_without_memory_has_one_view() -> None:
-    recipe = dataclasses.replace(PRESETS["default"], teacher="demo", memory=0)
-    assert recipe.max_views == 1
-    assert levels_of_teacher(recipe) == (1, 2, 3)
-
-
 def test_the_coarse_view_is_small_and_has_the_students_levels() -> None:
     recipe = dataclasses.replace(PRESETS["default"], teacher="demo")
     assert levels_of_teacher(recipe) == (1, 2, 3, 4)
@@ -57,3 +51,5 @@ def test_the_coarse_view_is_small_and_has_the_students_levels() -> None:
     assert fine == View((576, 832), (2, 3))
     assert coarse == View((160, 224), (1, 2, 3, 4))
     assert choose_views(recipe, make_preprocessing(64)) == (View((64, 64), (1, 2, 3)),)
+    alone = dataclasses.replace(recipe, memory=0)
+    assert (alone.max_views, levels_of_teacher(alone)) == (1, (1, 2, 3))

@@ -16,13 +16,8 @@ def test_other_versions_are_described_once_with_their_first_node() -> None:
         "missing, pillow 13.0.0: results may differ slightly. Install deploy/constraints.txt on all nodes"
     )
     assert "node d has torch 3" in check.add(NodeVersions("d", FIRST | {"torch": "3"}))
-
-
-def test_without_a_record_the_first_node_is_the_measure() -> None:
+    # Without a record the first node is the measure.
     check = VersionCheck()
     assert check.add(NodeVersions("a", OTHER)) == check.add(NodeVersions("b", OTHER)) == ""
     assert "began with torch 2.14.1, pillow 13.0.0," in check.add(NodeVersions("c", FIRST))
-
-
-def test_what_changes_results_has_a_version_here() -> None:
     assert installed_versions().keys() >= {"python", "torch", "timm", "ray", "numpy", "pillow"}

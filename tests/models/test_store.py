@@ -124,14 +124,8 @@ def test_a_model_is_loaded_as_it_was_saved_without_the_network(
     store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)
 
 
-COMMON_FILES = {"current.json", "model.json", "calibration.parquet", "image_statistics.parquet"}
-STUDENT_FILES = {"student.safetensors", "history.parquet"}
-MEMORY_FILES = {"memory.safetensors"}
-FILES = {
-    "student": COMMON_FILES | STUDENT_FILES,
-    "student and memory": COMMON_FILES | STUDENT_FILES | MEMORY_FILES,
-    "memory": COMMON_FILES | MEMORY_FILES,
-}
+FILES = {"student": {"student.safetensors", "history.parquet"}, "memory": {"memory.safetensors"}}
+FILES["student and memory"] = FILES["student"] | FILES["memory"]
 
 
 @pytest.mark.parametrize("before", FILES)
@@ -139,7 +133,8 @@ FILES = {
 def test_a_store_has_the_expected_files_and_keeps_older_models(store: ModelStore, before: str, after: str) -> None:
     first = save(store, MODELS[before])
     old = contents(store)
-    assert {uri.rpartition("/")[2] for uri in old} == FILES[before]
+    common = {"current.json", "model.json", "calibration.parquet", "image_statistics.parquet"}
+    assert {uri.rpartition("/")[2] for uri in old} == common | FILES[before]
     second = save(store, MODELS[after], seed=1)
     assert store.record("nut").model_id == second.model_id != first.model_id
     assert store.load("nut").record == second
@@ -174,13 +169,6 @@ def test_a_model_and_its_teacher_are_copied_to_another_store(store: ModelStore, 
         storage.publish(f"{memory}/teachers/{record.teacher_digest}.safetensors", b"damaged")
 
 
-def test_model_id_depends_on_student_and_memory(store: ModelStore) -> None:
-    recipes = [MODELS["student"], MODELS["student and memory"], MODELS["memory"]]
-    ids = [save(store, recipe, seed=seed).model_id for recipe in recipes for seed in (0, 1)]
-    assert len(set(ids)) == 6
-    assert save(store, recipes[1]).model_id == ids[2]
-
-
 def test_model_id_depends_on_everything_that_affects_scores(store: ModelStore, tiny: Recipe) -> None:
     """Otherwise a run with an earlier calibration, or another way to compute scores, would count as done."""
     record = save(store, dataclasses.replace(tiny, memory=50, fusion="quantile"))
@@ -200,9 +188,7 @@ def test_a_model_of_another_category_is_refused(store: ModelStore, tiny: Recipe)
     save(store, tiny)
     for uri, data in contents(store).items():
         storage.publish(uri.replace("/nut/", "/bolt/", 1), data)
-    with pytest.raises(
-        ModelError, match=r"model\.json: its contents are those of nut-.* of category 'nut'; fit the mod"
-    ):
+    with pytest.raises(ModelError, match=r"model\.json: its contents are those of nut-.* of category 'nut'; fit th"):
         store.record("bolt")
 
 
@@ -261,41 +247,26 @@ def test_damaged_files_are_refused(store: ModelStore, file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value", "message"),
     [
-        ({"format": 99}, "ModelRecord.format is 99, not of type"),
-        ({"surprise": 1}, "ModelRecord has missing or unknown fields: surprise"),
-        ({"heatmap_scale": {"low": 1.0}}, "heatmap_scale has missing or unknown fields: good_max"),
-        ({"recipe.epochs": 0}, "epochs is 0"),
-        ({"recipe.epochs": "5"}, "recipe.epochs is '5', not of type int"),
-        ({"recipe.epochs": True}, "recipe.epochs is True, not of type int"),
-        ({"recipe.levels": [1, "2"]}, "recipe.levels is '2', not of type int"),
-        ({"recipe.keep": "first"}, "recipe.keep is 'first'"),
-        ({"recipe.size": "big"}, "'big' is not a size"),
-        ({"recipe.size": 64}, "recipe.size is 64, not of type Size"),
-        ({"fit.train_loss": "low"}, "fit.train_loss is 'low', not of type float"),
-        ({"preprocessing.height": 64.5}, "preprocessing.height is 64.5, not of type int"),
-        ({"preprocessing.mean": [0.5, 0.5]}, "its contents are those of nut-.*; fit the model again"),
-        ({"distance_scales": []}, "its contents are those of nut-.*; fit the model again"),
-        ({"files": {"student.safetensors": "0"}}, "files.student.safetensors is '0', not of type StoredFile"),
+        ("format", 99, "ModelRecord.format is 99, not of type"),
+        ("surprise", 1, "ModelRecord has missing or unknown fields: surprise"),
+        ("heatmap_scale", {"low": 1.0}, "heatmap_scale has missing or unknown fields: good_max"),
+        ("recipe.epochs", 0, "epochs is 0"),
+        ("recipe.levels", [1, "2"], "recipe.levels is '2', not of type int"),
+        ("recipe.keep", "first", "recipe.keep is 'first'"),
+        ("recipe.size", "big", "'big' is not a size"),
+        ("preprocessing.mean", [0.5, 0.5], "its contents are those of nut-.*; fit the model again"),
+        ("files", {"student.safetensors": "0"}, "files.student.safetensors is '0', not of type StoredFile"),
     ],
 )
 def test_record_of_wrong_fields_or_types_is_refused(
-    store: ModelStore, tiny: Recipe, change: dict[str, object], message: str
+    store: ModelStore, tiny: Recipe, name: str, value: object, message: str
 ) -> None:
     save(store, tiny)
     values = json.loads(storage.read(stored(store, "model.json")))
-    for name, value in change.items():
-        *parents, field = name.split(".")
-        (values[parents[0]] if parents else values)[field] = value
+    parent, _, field = name.rpartition(".")
+    (values[parent] if parent else values)[field] = value
     storage.publish(stored(store, "model.json"), json.dumps(values).encode())
     with pytest.raises(ModelError, match=rf"model\.json: .*{message}"):
         store.load("nut")
-
-
-def test_record_accepts_integers_in_float_fields(store: ModelStore, tiny: Recipe) -> None:
-    record = save(store, tiny)
-    values = json.loads(storage.read(stored(store, "model.json")))
-    values["fit"]["seconds"] = 3
-    storage.publish(stored(store, "model.json"), json.dumps(values).encode())
-    assert store.record("nut") == dataclasses.replace(record, fit=dataclasses.replace(record.fit, seconds=3.0))

@@ -21,18 +21,18 @@ from stpm.scoring.run_state import ScoringConfig
 from tests.conftest import make_preprocessing
 from tests.datasets import make_output, write_rows
 
-
-def evaluate(output: RunOutput) -> Any:
-    return read_scores(ScoredCategory(output, "nut", make_preprocessing(32)))
+READERS: dict[str, Callable[[RunOutput], Any]] = {
+    "evaluation": lambda run: read_scores(ScoredCategory(run, "nut", make_preprocessing(32))),
+    "line": lambda run: read_rows([run]),
+    "scan": lambda run: scan_rows(run, 5),
+    "triage": lambda run: most_anomalous(run, 50),
+}
 
 
 @pytest.mark.parametrize("damage", ["pages", "footer", "empty"])
-@pytest.mark.parametrize(
-    "read", [evaluate, lambda run: read_rows([run]), lambda run: scan_rows(run, 5), lambda run: most_anomalous(run, 50)]
-)
-def test_an_error_names_the_damaged_file_of_several(
-    tmp_path: Path, read: Callable[[RunOutput], Any], damage: str
-) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_an_error_names_the_damaged_file_of_several(tmp_path: Path, reader: str, damage: str) -> None:
+    read = READERS[reader]
     output = RunOutput.single(str(tmp_path))
     rows = make_output(90, category=["nut"] * 90, score=[*range(90)], threshold=[1.0] * 90)
     for number in range(3):
@@ -77,26 +77,14 @@ def read_ranked(run: RunOutput) -> Any:
 
 @pytest.mark.parametrize("number", [0, 2], ids=["first", "last"])
 @pytest.mark.parametrize("problem", FOREIGN)
-@pytest.mark.parametrize(
-    "read",
-    [
-        evaluate,
-        lambda run: read_rows([run]),
-        lambda run: scan_rows(run, 5),
-        lambda run: most_anomalous(run, 50),
-        read_ranked,
-    ],
-    ids=["evaluation", "line", "scan", "triage", "ranked"],
-)
-def test_a_file_of_other_columns_is_named(
-    tmp_path: Path, read: Callable[[RunOutput], Any], problem: str, number: int
-) -> None:
+@pytest.mark.parametrize("reader", [*READERS, "ranked"])
+def test_a_file_of_other_columns_is_named(tmp_path: Path, reader: str, problem: str, number: int) -> None:
     output = RunOutput.single(str(tmp_path))
     for each in range(3):
         write_rows(output, FOREIGN[problem] if each == number else GOOD, each)
     file = re.escape(f"{output.scores}/scores_{number}.parquet")
     with pytest.raises(RunDamagedError, match=f"^{file} is not a file of rows: it has {problem}$"):
-        read(output)
+        (READERS | {"ranked": read_ranked})[reader](output)
 
 
 def test_a_foreign_file_beside_partitions_is_named(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
             state, _, _ = resume_or_start(run, start_over=False, replace=False)
         except ConfigError as error:
             assert "holds the rows of another run" in str(error)
-            assert not RunState(run.output.state_folder).is_half_removed()
+            assert RunState(run.output.state_folder).record.config
         else:
             assert uris_in(run.output) == list(run.config.images)
             assert len(run.output.files()) == (2 if state.is_finished() else 0)
@@ -143,39 +143,41 @@ def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, mon
         assert RunState(run.output.state_folder).is_finished()
 
 
-def score_standard_input(root: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Run a score job that reads a list until Ray would start, and return the images of its manifest."""
+@pytest.mark.usefixtures("no_models")
+def test_another_list_on_standard_input_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = CollectionOptions(models=f"{tmp_path}/models", images=["-"], out=f"{tmp_path}/run", category="nut")  # type: ignore[arg-type]
+    output = RunOutput.single(options.out)
 
     def stop_before_ray(run: ScoringRun, *, start_over: bool) -> None:
         resume_or_start(run, start_over=start_over, replace=False)
-        storage.publish(f"{run.output.scores}/scores_0.parquet", b"x")
+        storage.publish(f"{output.scores}/scores_0.parquet", b"x")
         raise DataError
 
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    monkeypatch.setattr(score_job, "run_scoring", stop_before_ray)
-    options = CollectionOptions(models=str(root / "models"), images=("-",), out=str(root / "run"), category="nut")  # type: ignore[arg-type]
-    with suppress(DataError):
+    def score(lines: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         run_score(options, OutputOptions(), ScoreOptions(), ClusterOptions())
-    return uris_in(RunOutput.single(str(root / "run")))
 
-
-@pytest.mark.usefixtures("no_models")
-def test_another_list_on_standard_input_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert score_standard_input(tmp_path, "/a.png\n/b.png\n", monkeypatch) == ["/a.png", "/b.png"]
-    assert score_standard_input(tmp_path, "/b.png\n\n /a.png", monkeypatch) == ["/a.png", "/b.png"]
+    monkeypatch.setattr(score_job, "run_scoring", stop_before_ray)
+    for same in ("/a.png\n/b.png\n", "/b.png\n\n /a.png"):
+        with pytest.raises(DataError):
+            score(same)
+        assert uris_in(output) == ["/a.png", "/b.png"]
     for other in ("/c.png\n/d.png\n", "/a.png\n", ""):
         with pytest.raises(ConfigError, match=r"standard_input was '2 lines, digest .*' and is '"):
-            score_standard_input(tmp_path, other, monkeypatch)
+            score(other)
 
 
-def publish_rows(output: RunOutput, count: int, **columns: list[Any]) -> None:
-    """Write rows with a score as a task does, in one file; the values of some columns may be given."""
+def publish_rows(output: RunOutput, start: int, stop: int) -> None:
+    """Write rows with a score as a task does, in one file."""
+    count = stop - start
     same = {"category": ["nut"], "threshold": [1.0], "is_anomalous": [True], "p_value": [0.1], "bytes": [1]}
     values = {name: each * count for name, each in same.items()} | {"score": range(count)}
-    rows = make_output(count, uri=uris_in(output)[:count], **values | columns)
-    storage.publish(f"{output.scores}/scores_0-0.parquet", storage.encode_parquet(rows))
-    summary = RowSummary.of_rows(rows, "scores_0", max_ranked=2).to_json()
-    storage.publish(f"{output.task_summaries(0)}/scores_0.json", summary)
+    shards = pa.concat_tables(read_shards(output.manifest)).slice(start, count)
+    rows = make_output(count, **values, **{name: shards[name].to_pylist() for name in ("image_id", "uri")})
+    task = f"scores_{output.attempt:06}_{32 * 'a'}_{start:06}_{8 * 'c'}"
+    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(rows))
+    summary = RowSummary.of_rows(rows, task, max_ranked=2).to_json()
+    storage.publish(f"{output.task_summaries(0)}/{task}.json", summary)
 
 
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:
@@ -194,7 +196,7 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
     make_category(str(tmp_path), "nut", good=2)
 
     def score_shards(run: ScoringRun, *_: Any) -> None:
-        publish_rows(run.output, 2)
+        publish_rows(run.output, 0, 2)
 
     replace_ray(monkeypatch, score_shards)
 
@@ -212,15 +214,9 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
     score: Callable[..., dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = score(top=2)
-    assert first.keys() == {
-        "000000-000000.parquet",
-        "manifest.json",
-        "run.json",
-        "000000.json",
-        "scores_0-0.parquet",
-        "triage.html",
-        "_SUCCESS",
-    }
+    shards = {"000000-000000.parquet", "manifest.json"}
+    rows = f"scores_000000_{32 * 'a'}_000000_{8 * 'c'}-0.parquet"
+    assert first.keys() == shards | {"run.json", "000000.json", rows, "triage.html", "_SUCCESS"}
     with monkeypatch.context() as patch:
         patch.setattr("pyarrow.dataset.dataset", lambda *_, **__: pytest.fail("rows were read"))
         assert score(top=2) == first
@@ -243,10 +239,7 @@ def test_discoveries_follow_the_rate_without_scoring_again(
     score()
     assert state().result().discoveries is None
     storage.remove(f"{tmp_path}/run/summaries/000000/000000.json")
-    with pytest.raises(
-        DataError,
-        match=rf"/summaries are of 0 rows, .*; restore the files, or give another --out{OR_FRESH}$",
-    ):
+    with pytest.raises(DataError, match=rf"/summaries are of 0 rows, .*; restore the files, or give .*{OR_FRESH}$"):
         score(fdr=0.2)
 
 
@@ -314,7 +307,7 @@ def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
     monkeypatch.setattr(libraries, "version", lambda name: "1.0")
     resume_or_start(run, start_over=False, replace=False)
     monkeypatch.setattr(libraries, "version", lambda name: "2.0")
-    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1))
+    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 0, 1))
     show = Mock(wraps=run_module.show_scoring_progress)
     monkeypatch.setattr(run_module, "show_scoring_progress", show)
     run_scoring(make_run(tmp_path, "/a.png"))
@@ -343,17 +336,17 @@ def test_unfinished_heatmaps_of_killed_processes_are_removed(
         heatmaps.mkdir(parents=True)
         for name in (f".{32 * 'a'}.part", "b.png"):
             (heatmaps / name).touch()
-        publish_rows(run.output, 2)
+        publish_rows(run.output, 0, 2)
 
     replace_ray(monkeypatch, score_shards)
     score()
     assert [path.name for path in heatmaps.iterdir()] == ["b.png"]
 
 
-def test_a_run_without_all_rows_is_unfinished(
+def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
     score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 1), "/b.png")
+    replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 0, 1), "/b.png")
     with pytest.raises(AssertionError, match="2 == 0"):
         score()
     assert "/b.png: unreadable: expired" in caplog.text
@@ -361,17 +354,22 @@ def test_a_run_without_all_rows_is_unfinished(
     assert summary.levelname == "ERROR"
     assert not (tmp_path / "run" / "_SUCCESS").exists()
 
+    def score_rest(run: ScoringRun, *_: Any) -> None:
+        publish_rows(run.output, 1, 2)
+        left = f"scores_000001_{32 * 'b'}_000000_{8 * 'd'}-0.parquet"
+        storage.publish(f"{run.output.scores}/{left}", b"of a killed process")
+
+    replace_ray(monkeypatch, score_rest)
+    score()
+    assert len(RunOutput.single(f"{tmp_path}/run").files()) == 2
+
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            b"PAR1",
-            rf"000000\.parquet, which lists images of this run, is damaged .*{OR_FRESH}$",
-        ),
-        (
-            None,
-            rf"000000\.parquet, which lists images of this run, is damaged or missing .*{OR_FRESH}$",
+        *(
+            (each, rf"000000\.parquet, which lists images of this run, is damaged .*{OR_FRESH}$")
+            for each in (b"PAR1", None)
         ),
         (OSError("503 Slow Down"), "a task failed; finished work is kept; run the same command again to continue"),
     ],
@@ -418,17 +416,23 @@ def test_a_failure_of_ray_cuts_the_run_off(
 ) -> None:
     monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=failure))
     cut_off = rf"^scoring was interrupted: {reason}; finished work is kept; run the same "
-    with pytest.raises(
-        *((RunInterruptedError,) if reason else (AssertionError,)), match=cut_off if reason else "a bug of ours"
-    ):
+    kind, message = (RunInterruptedError, cut_off) if reason else (AssertionError, "a bug of ours")
+    with pytest.raises(kind, match=message):
         score()
 
 
-def test_an_unreadable_model_ends_the_run_before_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), None])
+def test_an_unreadable_or_damaged_model_ends_the_run_before_any_row(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, error: PermissionError | None
+) -> None:
     """If it were treated as missing, its rows would be errors, and never be scored again."""
     run = make_run(tmp_path, "/a.png")
-    fail_to_read(monkeypatch, PermissionError("403 Forbidden"), ["nut/current.json"])
-    with pytest.raises(ModelUnreadableError, match=r"nut/current.json: cannot be read: 403 Forbidden"):
+    record = save(run.store, tiny)
+    (tmp_path / "models" / "nut" / record.model_id / "model.json").write_bytes(b"{")
+    if error:
+        fail_to_read(monkeypatch, error, ["nut/current.json"])
+    message = r"nut/current.json: cannot be read: 403 Forbidden" if error else r"model.json: cannot be read"
+    with pytest.raises(ModelUnreadableError if error else ModelError, match=message):
         run_scoring(run)
     assert not run.output.files()
 
@@ -439,17 +443,8 @@ def test_files_that_no_run_wrote_are_never_removed(tmp_path: Path) -> None:
     for name in ("summaries/epoch5.json", "manifest/list.csv", "triage.html", "scores/scores_0.parquet"):
         storage.publish(f"{run.output.folder}/{name}", b"precious")
         for start_over in (False, True):
-            with pytest.raises(
-                ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name another"
-            ):
+            with pytest.raises(ConfigError, match=r"exists, but no .*run\.json shows that a run wrote it; name anot"):
                 resume_or_start(run, start_over=start_over, replace=True)
         assert storage.read(f"{run.output.folder}/{name}") == b"precious"
         storage.remove(f"{run.output.folder}/{name.partition('/')[0]}")
     resume_or_start(run, start_over=False, replace=False)
-
-
-def test_a_damaged_model_ends_the_run(tmp_path: Path, tiny: Recipe) -> None:
-    record = save(ModelStore(str(tmp_path / "models")), tiny)
-    (tmp_path / "models" / "nut" / record.model_id / "model.json").write_bytes(b"{")
-    with pytest.raises(ModelError, match=r"model.json: cannot be read"):
-        run_scoring(make_run(tmp_path, "/a.png"))

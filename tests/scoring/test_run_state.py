@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,22 +26,24 @@ def state(tmp_path: Path) -> RunState:
 def test_a_run_differs_from_each_other_configuration(state: RunState, tmp_path: Path) -> None:
     assert state.config_differences(CONFIG) == [f"{tmp_path}/run.json is missing"]
     state.start(CONFIG)
-    for known in (state, RunState(str(tmp_path))):
-        assert known.config_differences(CONFIG) == []
-        other = dataclasses.replace(
-            CONFIG, false_alarm_rate=0.05, images=("s3://a",), output=OutputOptions(heatmaps="none")
-        )
-        assert known.config_differences(other) == [
-            "images was ['s3://a', 's3://b'] and is ['s3://a']",
-            "false_alarm_rate was 0.01 and is 0.05",
-            "heatmaps was 'all' and is 'none'",
-        ]
-        other = dataclasses.replace(CONFIG, category="", category_from="{category}/{name}", allow=("s3://c",))
-        assert known.config_differences(other) == [
-            "category was 'nut' and is ''",
-            "category_from was '' and is '{category}/{name}'",
-            "allow was [] and is ['s3://c']",
-        ]
+    output = OutputOptions(heatmaps="none")
+    others: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, []),
+        (
+            {"images": ("s3://a",), "output": output},
+            ["images was ['s3://a', 's3://b'] and is ['s3://a']", "heatmaps was 'all' and is 'none'"],
+        ),
+        (
+            {"category": "", "category_from": "{category}/{name}"},
+            ["category was 'nut' and is ''", "category_from was '' and is '{category}/{name}'"],
+        ),
+        (
+            {"allow": ("s3://c",), "false_alarm_rate": 0.05},
+            ["false_alarm_rate was 0.01 and is 0.05", "allow was [] and is ['s3://c']"],
+        ),
+    ]
+    for known, (changes, differences) in product((state, RunState(str(tmp_path))), others):
+        assert known.config_differences(dataclasses.replace(CONFIG, **changes)) == differences
 
 
 def test_a_run_is_bound_to_its_models(state: RunState, tmp_path: Path) -> None:
@@ -58,37 +62,27 @@ def test_a_run_is_bound_to_its_models(state: RunState, tmp_path: Path) -> None:
     assert RunState(str(tmp_path)).store_and_model_ids() == ("elsewhere", MODELS)
 
 
-def test_a_finished_run_has_a_result_and_a_success_file(state: RunState, tmp_path: Path) -> None:
+def test_a_finished_run_has_a_result_and_a_success_file_until_it_is_cleared(state: RunState, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no record of a scored run"):
+        state.store_and_model_ids()
     state.start(CONFIG)
     assert not state.is_finished()
     with pytest.raises(DataError, match="no record of a finished run"):
         state.result()
-    result = RunResult(
-        rows=10,
-        anomalous=2,
-        errors={"empty": 1},
-        error_examples=["a.png: empty: no bytes"],
-        categories={"nut": CategoryCounts(rows=10, anomalous=2, errors=1)},
-        bytes_read=12345,
-        seconds=2.0,
-        statistics=RunStatistics(images=5, steady_images_per_second=9.0),
-    )
+    counts = {"nut": CategoryCounts(rows=10, anomalous=2, errors=1)}
+    statistics = RunStatistics(images=5, steady_images_per_second=9.0)
+    result = RunResult(10, 2, {"empty": 1}, ["a.png: empty"], counts, 12345, seconds=2.0, statistics=statistics)
     state.finish(result)
-    assert (tmp_path / "_SUCCESS").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "_SUCCESS"}
     read = RunState(str(tmp_path))
     assert read.is_finished()
     assert read.result() == result
     assert (result.error_count, result.steady_images_per_second) == (1, 9.0)
     assert RunResult(seconds=2.0, statistics=RunStatistics(images=5)).steady_images_per_second == 2.5
     run = json.loads((tmp_path / "run.json").read_text())
-    assert run["result"]["bytes_read"] == 12345
-    assert run["config"]["category"] == "nut"
+    assert (run["result"]["bytes_read"], run["config"]["category"]) == (12345, "nut")
     assert run["started"] <= run["ended"]
-
-
-def test_a_cleared_run_cannot_be_resumed_but_leaves_a_mark(state: RunState, tmp_path: Path) -> None:
-    state.start(CONFIG)
-    state.finish(RunResult())
+    # A mark is left, but nothing to resume.
     state.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     for known in (state, RunState(str(tmp_path))):
@@ -97,60 +91,42 @@ def test_a_cleared_run_cannot_be_resumed_but_leaves_a_mark(state: RunState, tmp_
         assert known.config_differences(CONFIG)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}', "[" * 200_000])
-def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Path, content: str) -> None:
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(OtherRunError, match="is not the record of a run"):
+@pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}', "[" * 200_000, None])
+def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        (tmp_path / "run.json").mkdir()
+    else:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(OtherRunError, match=r"run\.json is not the record of a run"):
         state.config_differences(CONFIG)
-    # That does not keep --fresh from replacing it.
-    state.clear()
-    assert RunState(str(tmp_path)).config_differences(CONFIG)
+    if content:
+        # That does not keep --fresh from replacing it.
+        state.clear()
+        assert RunState(str(tmp_path)).config_differences(CONFIG)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("path", "value"),
     [
-        {"result": {}},
-        {"result": {"statistics": {"image": 1}}},
-        {"result": {"statistics": {}, "row": 1}},
-        {"result.rows": "10"},
-        {"result.categories": ["nut"]},
-        {"result.statistics.images": 1.5},
-        {"result.discoveries": 5},
-        {"config": []},
-        {"config.false_alarm_rate": "much"},
-        {"models": ["nut-1"]},
-        {"models.nut": 1},
-        {"triage_images": "many"},
-        {"arithmetic": "pytorch"},
-        {"arithmetic.precision": "float16"},
-        {"store": 5},
+        ("result", {"statistics": {"image": 1}}),
+        ("result.rows", "10"),
+        ("result.discoveries", 5),
+        ("config", []),
+        ("config.false_alarm_rate", "much"),
+        ("models.nut", 1),
+        ("triage_images", "many"),
+        ("arithmetic.precision", "float16"),
+        ("store", 5),
     ],
 )
-def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, path: str, value: object) -> None:
     state.start(CONFIG)
     state.bind_models(MODELS, "store")
     state.write(dataclasses.replace(state.record, triage_images=50, arithmetic=Arithmetic()))
     state.finish(RunResult(10))
     values = json.loads((tmp_path / "run.json").read_text())
-    ((path, new),) = change.items()
-    *parents, name = path.split(".")
-    inner = values
-    for parent in parents:
-        inner = inner[parent]
-    inner[name] = new
+    parent, _, name = path.rpartition(".")
+    (values[parent] if parent else values)[name] = value
     (tmp_path / "run.json").write_text(json.dumps(values))
     with pytest.raises(RunDamagedError, match=rf"run\.json is damaged: .*{name}.*$"):
         RunState(str(tmp_path)).false_alarm_rate()
-
-
-def test_a_run_without_its_store_has_no_record_of_models(state: RunState, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "models": {}}))
-    with pytest.raises(DataError, match="no record of a scored run"):
-        state.store_and_model_ids()
-
-
-def test_a_folder_in_the_place_of_run_json_is_refused(state: RunState, tmp_path: Path) -> None:
-    (tmp_path / "run.json").mkdir()
-    with pytest.raises(OtherRunError, match=r"run\.json is not the record of a run .*$"):
-        state.config_differences(CONFIG)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import ray
 from hypothesis import given
@@ -38,24 +40,6 @@ def test_each_gpu_has_a_scorer_and_the_other_stages_have_room(kinds: list[tuple[
     assert (pool.size, pool.scorer_gpus) == (sum(gpus for _, gpus in kinds), 1.0)
     assert 0 < pool.scorer_cpus <= 1
     assert all(cpus - gpus * pool.scorer_cpus >= pool.task_cpus - 1e-9 for cpus, gpus in kinds if gpus)
-
-
-def test_beside_a_gpu_scorer_two_tasks_share_a_core() -> None:
-    pool = ScorerPool.for_nodes(0, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}], blocks=100, grows=False)
-    assert pool == ScorerPool(
-        size=1,
-        max_size=1,
-        scorer_cpus=1.0,
-        scorer_gpus=1.0,
-        task_cpus=0.5,
-        reserved_fraction=0.5,
-    )
-
-
-def test_tasks_request_their_memory_up_to_a_fraction_of_the_smallest_node() -> None:
-    nodes = [{"CPU": 8.0, "memory": 32e9}, {"CPU": 8.0, "memory": 8e9}]
-    pool = ScorerPool.for_nodes(0, nodes, blocks=100, grows=False)
-    assert (pool.ram_for(10**9), pool.ram_for(10**10)) == (1e9, 2e9)
 
 
 KINDS = [*((n, 0) for n in (1, 2, 3, 4, 8, 16, 64)), (1, 1), (2, 1), (4, 1), (8, 1), (4, 4), (6, 4), (7, 5), (32, 4)]
@@ -117,10 +101,16 @@ def test_ray_data_counts_on_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pool_grows_with_the_cluster_up_to_the_requested_size() -> None:
-    nodes = [{"CPU": 8.0, "GPU": 1.0}]
-    assert ScorerPool.for_nodes(0, nodes, blocks=100, grows=True) == ScorerPool(1, 100, 1.0, 1.0, 0.5, 0.5)
-    assert ScorerPool.for_nodes(4, nodes, blocks=100, grows=True) == ScorerPool(1, 4, 1.0, 1.0, 0.5, 0.5)
-    assert ScorerPool.for_nodes(0, nodes, blocks=1, grows=True).max_size == 1
+    # Beside a GPU's scorer two tasks share a core.
+    nodes = [{"CPU": 8.0, "GPU": 1.0, "memory": 32e9}, {"CPU": 16.0, "memory": 8e9}]
+    fixed = ScorerPool.for_nodes(0, nodes, blocks=100, grows=False)
+    assert fixed == replace(
+        fixed, size=1, max_size=1, scorer_cpus=1.0, scorer_gpus=1.0, task_cpus=0.5, reserved_fraction=0.5
+    )
+    for scorers, blocks, most in ((0, 100, 100), (4, 100, 4), (0, 1, 1)):
+        assert ScorerPool.for_nodes(scorers, nodes, blocks=blocks, grows=True) == replace(fixed, max_size=most)
+    # Tasks request their memory, up to a fraction of the smallest node's.
+    assert (fixed.ram_for(10**9), fixed.ram_for(10**10)) == (1e9, 2e9)
 
 
 def test_scorers_that_do_not_fit_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     # No scorer runs in the process of a fit, which keeps its teacher.
     last_teacher.cache_clear()
     return record
+
+
+def refit(run: Path, root: Path, **changes: Any) -> None:
+    """Copy a data set and its models, and fit `nut` again with other values of its recipe."""
+    shutil.copytree(run, root, dirs_exist_ok=True)
+    fit(root, "nut", dataclasses.replace(MODELS[KINDS["nut"]], **changes))
 
 
 def manifest(root: Path) -> pa.Table:

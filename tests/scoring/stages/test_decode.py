@@ -48,13 +48,9 @@ def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
     hanging = [Path(rows["uri"][i].as_py()).read_bytes() for i in (0, 5)]
     release = threading.Event()
     original = decoding.decode
-
-    def decode_slowly(data: bytes, preprocessing: Preprocessing) -> Decoded:
-        if data in hanging:
-            release.wait(60)
-        return original(data, preprocessing)
-
-    monkeypatch.setattr(decoding, "decode", decode_slowly)
+    monkeypatch.setattr(
+        decoding, "decode", lambda data, how: (data in hanging and release.wait(60), original(data, how))[1]
+    )
     out = Decode(PREPROCESSING, seconds=1.0)(rows)
     release.set()
     assert out["error_kind"].to_pylist() == ["decode_timeout" if i in (0, 5) else "" for i in range(12)]
@@ -99,13 +95,14 @@ def test_a_large_file_is_fetched_when_it_is_its_turn(run: Path, monkeypatch: pyt
     assert decode(rows)["error_kind"].to_pylist() == ["too_large"] * 3
 
 
-def test_a_row_with_an_error_in_its_manifest_is_not_read(run: Path) -> None:
+def test_a_row_with_an_error_is_not_read_and_has_no_statistics(run: Path, tmp_path: Path) -> None:
     rows = manifest(run).slice(0, 1)
-    rows = rows.set_column(
-        MANIFEST.get_field_index("error_kind"), MANIFEST.field("error_kind"), pa.array(["not_allowed"])
-    )
+    refused = pa.array(["not_allowed"])
+    rows = rows.set_column(MANIFEST.get_field_index("error_kind"), MANIFEST.field("error_kind"), refused)
     (row,) = decode(rows).to_pylist()
     assert (row["error_kind"], row["pixels"], row["bytes"]) == ("not_allowed", b"", None)
+    (row,) = decode(nut_rows([str(tmp_path / "missing.png")])).select(COMPARED).to_pylist()
+    assert set(row.values()) == {None}
 
 
 def test_statistics_are_those_that_fitting_stored_of_the_same_images(run: Path) -> None:
@@ -115,8 +112,3 @@ def test_statistics_are_those_that_fitting_stored_of_the_same_images(run: Path) 
     found = decode(nut_rows(uris)).select(COMPARED)
     assert found.cast(stored.schema).equals(stored)
     assert len(set(stored["brightness"].to_pylist())) == len(uris)
-
-
-def test_a_row_with_an_error_has_no_statistics(tmp_path: Path) -> None:
-    (row,) = decode(nut_rows([str(tmp_path / "missing.png")])).select(COMPARED).to_pylist()
-    assert set(row.values()) == {None}

@@ -42,6 +42,14 @@ def output_rows(start: int, stop: int) -> pa.Table:
     )
 
 
+def write(
+    output: RunOutput, options: OutputOptions, blocks: list[pa.Table], task: int = 7, rows_per_file: int = 1
+) -> None:
+    """Write rows as a task does."""
+    writer = RowWriter(output, options, 0, rows_per_file, max_ranked=5)
+    writer.write(blocks, SimpleNamespace(kwargs={"write_uuid": 32 * "a"}, task_idx=task))
+
+
 @pytest.mark.parametrize("partition_by", ["none", "category"])
 def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
@@ -50,11 +58,9 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     state = RunState(output.state_folder)
     state.start(ScoringConfig((), 0.01))
     state.write(replace(state.record, attempt=0))
-    files = RowWriter(output, options, 0, rows_per_file=20, max_ranked=5)
     for task, bounds in enumerate([(0, 30), (30, 31), (31, 100)]):
-        context = SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task)
         rows = output_rows(*bounds)
-        files.write([rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], context)
+        write(output, options, [rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], task, rows_per_file=20)
     scanned = ranked_rows.scan_rows(output, max_ranked=5)
     assert finish_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100
@@ -67,8 +73,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
     # The tasks named five images each.
     assert [row["score"] for row in ranked_rows.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
-    lost = f"{output.scores}/**/scores_000000_uuid_000000_*.parquet"
-    for uri in storage.glob(lost)[0]:
+    for uri in storage.glob(f"{output.scores}/**/scores_000000_{32 * 'a'}_000000_*.parquet")[0]:
         storage.remove(uri)
     with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
         ranked_rows.most_anomalous(output, 4)
@@ -79,8 +84,7 @@ def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(t
     names = ["", "..", "a/b", "a=b", "%41", "é" * 100, "x" * 300, HIVE_NULL, "a\nb", "\0z", "~"]
     rows = output_rows(0, len(names))
     rows = rows.set_column(rows.schema.get_field_index("category"), OUTPUT.field("category"), [names])
-    files = RowWriter(output, options, 0, rows_per_file=20, max_ranked=0)
-    files.write([with_folder_names(rows)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=0))
+    write(output, options, [with_folder_names(rows)])
     (summary,) = tmp_path.rglob("*.json")
     assert RowSummary.from_json(summary.read_bytes()).categories == ranked_rows.scan_rows(output, 0).categories
 
@@ -93,32 +97,23 @@ def test_of_a_task_that_ray_repeats_one_try_counts(
     """The first, with fewer rows, is suspended until the second or the segment has ended; a third does nothing."""
     output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
     segment = Segment(0, (Shard("", 10),))
-
-    def write(count: int) -> None:
-        writer = RowWriter(output, options, 0, rows_per_file=1, max_ranked=5)
-        writer.write([output_rows(0, count)], SimpleNamespace(kwargs={"write_uuid": 32 * "a"}, task_idx=7))
-
     publish = storage.publish
 
     def suspended(uri: str, data: bytes) -> None:
         monkeypatch.setattr(storage, "publish", publish)
-        write(10)
+        write(output, options, [output_rows(0, 10)])
         if ended:
             assert finish_segment(output, options, segment, 5).rows == 10
         publish(uri, data)
 
     monkeypatch.setattr(storage, "publish", suspended)
-    write(9)
-    write(4)
+    write(output, options, [output_rows(0, 9)])
+    write(output, options, [output_rows(0, 4)])
     summary = finish_segment(output, options, segment, 5)
-    assert summary.rows == (10 if ended else open_rows(output, files=files_of(output, summary)).count_rows())
-    remove_leftovers(output)
-    assert total_of_finished(output, summary.rows).tasks == summary.tasks
+    files = [uri for uri in output.files() if task_of(uri) in summary.tasks]
+    assert summary.rows == (10 if ended else open_rows(output, files=files).count_rows())
+    remove_leftovers(output, total_of_finished(output, summary.rows).tasks)
     assert open_rows(output).count_rows() == summary.rows
-
-
-def files_of(output: RunOutput, summary: RowSummary) -> list[str]:
-    return [uri for uri in output.files() if task_of(uri) in summary.tasks]
 
 
 @pytest.mark.parametrize("partition_by", ["none", "category"])
@@ -126,14 +121,9 @@ def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
     tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, options = str(tmp_path), OutputOptions(partition_by=partition_by)
-
-    def write(task: int) -> None:
-        writer = RowWriter(output, options, 0, rows_per_file=1, max_ranked=5)
-        writer.write([output_rows(0, 9)], SimpleNamespace(kwargs={"write_uuid": "uuid"}, task_idx=task))
-
     with hold_lease(folder, False) as fence:
         output = RunOutput.single(folder, fence)
-        write(0)
+        write(output, options, [output_rows(0, 9)], 0)
         before = storage.files(output.scores)
         write_file = ParquetDatasink.write
 
@@ -145,8 +135,8 @@ def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
         monkeypatch.setattr(ParquetDatasink, "write", suspended)
         for task in (1, 2):
             with pytest.raises(RunInterruptedError, match="lease 0 is lost, the latest is 1"):
-                write(task)
+                write(output, options, [output_rows(0, 9)], task)
             assert storage.files(output.scores) == before
         (summary,) = tmp_path.glob("summaries/**/*.json")
-        assert summary.stem.startswith("scores_000000_uuid_000000_")
+        assert summary.stem.startswith(f"scores_000000_{32 * 'a'}_000000_")
         storage.remove(f"{folder}/.lease/1.json")
