@@ -10,13 +10,14 @@ with @ or #, are ignored.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from stpm import storage
 from stpm.data.decoding import SUFFIXES
-from stpm.errors import DataError
+from stpm.errors import DataError, join_first
 from stpm.names import is_utf8, other_form, safe_name
 
 GOOD = "good"
@@ -80,6 +81,36 @@ def read_category(root: str, name: str) -> Category:
             "inside a category"
         )
     return Category(name, train, test)
+
+
+def exclude(categories: Sequence[Category], file: str) -> list[Category]:
+    """Return the categories without the training images that a text file lists, one a line.
+
+    A line is the URI of an image, or its end: a file name, or `bottle/train/good/007.png`.
+
+    Raises:
+        DataError: if there is no such file, or a line is the end of no image's URI, or of images of two categories.
+    """
+    try:
+        lines = storage.read(storage.absolute(file)).decode().splitlines()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: no such text file; give one with the name of an image in each line") from error
+    wrong, excluded = [], set()
+    for name in filter(None, map(str.strip, lines)):
+        found = {
+            uri: category.name for category in categories for uri, _ in category.train if f"/{uri}".endswith(f"/{name}")
+        }
+        if names := sorted({*found.values()}):
+            excluded |= {*found}
+        if len(names) != 1:
+            wrong.append(f"{name} ({f'one in {names[0]} and in {names[1]}' if names else 'no good image'})")
+    if wrong:
+        raise DataError(
+            f"{file}: cannot be excluded: {join_first(wrong)}; give the URIs of good images, or so much of their ends "
+            "that only one category that is read here has them"
+        )
+    kept = ([image for image in category.train if image[0] not in excluded] for category in categories)
+    return [dataclasses.replace(category, train=tuple(train)) for category, train in zip(categories, kept, strict=True)]
 
 
 def read_tests(folder: str) -> tuple[TestImage, ...]:

@@ -26,11 +26,6 @@ from stpm.method.scales import (
 )
 from stpm.method.teacher import spatial_shape
 
-# An image stands out if its score is this many times as far above the second as that is above the median. Of 20 scores
-# with an exponential tail, the largest is in one of 1000 cases.
-_FAR_ABOVE = 6.0
-_MIN_SCORES = 10
-
 
 def calibrate_detector(
     detector: Detector, features: TeacherFeatures, held_out: Indices
@@ -113,17 +108,3 @@ def _compare(
                 yield from detector.anomaly_maps(distances.select(one), content[batch][one], next(scales))
 
     return samples, anomaly_maps()
-
-
-def find_outlier(scores: Float32Array, names: Sequence[str]) -> str:
-    """Name the calibration image whose score is far above all others; "" if there is none, or fewer than ten images."""
-    if len(scores) < _MIN_SCORES:
-        return ""
-    largest = int(scores.argmax())
-    second = float(np.sort(scores)[-2])
-    if scores[largest] - second <= _FAR_ABOVE * (second - float(np.median(scores))):
-        return ""
-    return (
-        f"look at {names[largest]}: it scores {scores[largest]:.3g}, all other good images at most {second:.3g}; if it "
-        "has a defect, remove it and fit again: it raises the threshold"
-    )

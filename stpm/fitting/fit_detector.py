@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stpm.data import pictures
 from stpm.data.pictures import Picture
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
-from stpm.fitting.calibrate import calibrate_detector, cross_validate_scores, find_outlier
+from stpm.fitting.calibrate import calibrate_detector, cross_validate_scores
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.splits import split_images
+from stpm.fitting.suspects import find_suspects
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -25,7 +25,7 @@ from stpm.method.backbones import teacher_licence
 from stpm.method.calibration import Calibration
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
-from stpm.models.record import FitRecord, ModelRecord
+from stpm.models.record import FIT_PAGE, FitRecord, ModelRecord
 from stpm.models.store import ModelStore, describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
@@ -83,8 +83,9 @@ def fit_detector(
         report(f"fitting {folds} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, [checkpoint(1 + fold) for fold in range(folds)])
         calibrating = np.arange(len(scores))
-    if outlier := find_outlier(scores, [pictures.name_of(images[i]) or f"image {i}" for i in calibrating]):
-        report(FitWarning(outlier))
+    suspects = find_suspects(features, calibrating, scores, recipe.seed)
+    if warning := suspects.warning():
+        report(FitWarning(warning))
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     files = encode_model(
@@ -118,7 +119,10 @@ def fit_detector(
     )
 
     def publish(store: ModelStore, category: str) -> ModelRecord:
-        return store.save(dataclasses.replace(record, category=category), files, data_fingerprint)
+        named, page = dataclasses.replace(record, category=category), suspects.page(category)
+        stored = store.save(named, files | {FIT_PAGE: page}, data_fingerprint)
+        report(f"good images, those unlike all others first: {store.page_uri(stored)}")
+        return stored
 
     return dataclasses.replace(
         detector,
