@@ -4,8 +4,8 @@
 
 Prints, for 1, 5 and 10 % of test defects among the good training images, the share of them that is in the first places,
 as many places as there are defects / twice as many, by the distance to the k-th nearest image in the coarsest level of
-the coarse view, as in a fit, and of the fine view. Then how many defects, and how many good images, lie far out, of all.
-Means over draws of the defects.
+the coarse view, as in a fit, and of the fine view. Then how many defects, and how many good images, lie far out in the
+coarse view. Means over draws of the defects.
 """
 
 from __future__ import annotations

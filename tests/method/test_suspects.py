@@ -24,7 +24,7 @@ def plain(
             difference = descriptors[other][valid[other]] - descriptors[image, position]
             to_images.append(min(np.sqrt(each @ inverse @ each) for each in difference))
         found[image, position] = sorted(to_images)[neighbour - 1]
-    return found / np.median(found[valid])
+    return found / np.sort(found[valid])[(valid.sum() - 1) // 2]
 
 
 def draw(rng: np.random.Generator, count: int, positions: int = 5) -> torch.Tensor:
