@@ -43,7 +43,7 @@ def describe(uris: Sequence[str], good: Sequence[str], recipe: Recipe) -> list[T
         stride = math.ceil(math.sqrt(math.prod(features.shapes[index]) / _MAX_POSITIONS))
         spec = DescriptorSpec(index, "features", stride, stride)
         batches = features.batches(np.arange(len(images)))
-        described.append(torch.cat([spec.describe(features(batch)[index]).flatten(1, 2).half() for batch in batches]))
+        described.append(torch.cat([spec.describe(features(batch)[index]).flatten(1, 2) for batch in batches]))
     return described
 
 
@@ -52,7 +52,9 @@ def count(described: Tensor, good: int, share: float, seed: int) -> list[float]:
     wanted = min(max(round(share * good), 1), len(described) - good)
     defects = good + np.random.default_rng(seed).choice(len(described) - good, wanted, replace=False)
     mixed = torch.from_numpy(np.concatenate([np.arange(good), defects]))
-    scores = score_images(neighbour_distances(described[mixed], None, seed))
+    scores = score_images(
+        neighbour_distances(described[mixed], torch.ones(len(mixed), described.shape[1], dtype=torch.bool), seed)
+    )
     is_defect = scores.argsort(descending=True) >= good
     far = lies_far(scores)
     found = [float(is_defect[: places * wanted].sum()) / wanted for places in (1, 2)]

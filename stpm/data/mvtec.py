@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 
 from stpm import storage
 from stpm.data.decoding import SUFFIXES
-from stpm.errors import DataError, join_first
+from stpm.errors import DataError
 from stpm.names import is_utf8, other_form, safe_name
 
 GOOD = "good"
@@ -95,22 +95,18 @@ def exclude(categories: Sequence[Category], file: str) -> list[Category]:
         lines = storage.read(storage.absolute(file)).decode().splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: no such text file; give one with the name of an image in each line") from error
-    wrong, excluded = [], set()
+    owners = {uri: category.name for category in categories for uri, _ in category.train}
+    excluded: set[str] = set()
     for name in filter(None, map(str.strip, lines)):
-        found = {
-            uri: category.name for category in categories for uri, _ in category.train if f"/{uri}".endswith(f"/{name}")
-        }
-        if names := sorted({*found.values()}):
-            excluded |= {*found}
-        if len(names) != 1:
-            wrong.append(f"{name} ({f'one in {names[0]} and in {names[1]}' if names else 'no good image'})")
-    if wrong:
-        raise DataError(
-            f"{file}: cannot be excluded: {join_first(wrong)}; give the URIs of good images, or so much of their ends "
-            "that only one category that is read here has them"
-        )
-    kept = ([image for image in category.train if image[0] not in excluded] for category in categories)
-    return [dataclasses.replace(category, train=tuple(train)) for category, train in zip(categories, kept, strict=True)]
+        found = {uri for uri in owners if f"/{uri}".endswith(f"/{name}")}
+        if len(in_categories := sorted({owners[uri] for uri in found})) != 1:
+            what = f"is in {' and in '.join(in_categories)}" if found else "is no good image of the categories to fit"
+            raise DataError(
+                f"{file}: {name} {what}; give the URI of a good image, or as much of its end as only it has"
+            )
+        excluded |= found
+    kept = [tuple(image for image in category.train if image[0] not in excluded) for category in categories]
+    return [dataclasses.replace(category, train=train) for category, train in zip(categories, kept, strict=True)]
 
 
 def read_tests(folder: str) -> tuple[TestImage, ...]:

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from stpm import storage
 from stpm.data.pictures import Picture
 from stpm.detector import Detector
 from stpm.fitting.build_memory import build_memory
 from stpm.fitting.calibrate import calibrate_detector, cross_validate_scores
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.splits import split_images
-from stpm.fitting.suspects import find_suspects
+from stpm.fitting.suspects import PAGE, find_suspects
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -25,7 +26,7 @@ from stpm.method.backbones import teacher_licence
 from stpm.method.calibration import Calibration
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
-from stpm.models.record import FIT_PAGE, FitRecord, ModelRecord
+from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore, describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
@@ -83,9 +84,9 @@ def fit_detector(
         report(f"fitting {folds} more models, to calibrate on every image")
         scores = cross_validate_scores(features, recipe, [checkpoint(1 + fold) for fold in range(folds)])
         calibrating = np.arange(len(scores))
-    suspects = find_suspects(features, calibrating, scores, recipe.seed)
-    if warning := suspects.warning():
-        report(FitWarning(warning))
+    suspicious, page = find_suspects(features, calibrating, scores, recipe.seed)
+    if suspicious:
+        report(FitWarning(suspicious))
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     files = encode_model(
@@ -95,6 +96,7 @@ def fit_detector(
         features.images.statistics_table,
         history,
     )
+    files[PAGE] = page
     record = ModelRecord(
         category="",
         recipe=recipe,
@@ -119,9 +121,9 @@ def fit_detector(
     )
 
     def publish(store: ModelStore, category: str) -> ModelRecord:
-        named, page = dataclasses.replace(record, category=category), suspects.page(category)
-        stored = store.save(named, files | {FIT_PAGE: page}, data_fingerprint)
-        report(f"good images, those unlike all others first: {store.page_uri(stored)}")
+        stored = store.save(dataclasses.replace(record, category=category), files, data_fingerprint)
+        shown = storage.join(store.folder(category), stored.model_id, PAGE)
+        report(f"good images, those unlike all others first: {shown}")
         return stored
 
     return dataclasses.replace(

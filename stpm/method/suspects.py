@@ -1,4 +1,4 @@
-"""How far each good image lies from the other ones, to find defects among them, as a pure tensor function.
+"""How far each good image lies from the other ones, to find defects among them, as pure tensor functions.
 
 Each position of an image is compared with whole other images: its distance to one is that to the nearest of its
 positions, and its distance to all is that to the k-th nearest image. So k images with a like defect do not hide each
@@ -14,8 +14,8 @@ from stpm.method.memory_bank import fit_whitening
 
 # The k-th nearest image counts: the third, or of many images the one at this fraction.
 _NEIGHBOUR, _NEIGHBOUR_FRACTION = 3, 0.05
-# Descriptors to compare with, and to whiten by, at most: with more, many images would take minutes.
-_MAX_REFERENCES, _MAX_WHITENED = 8_192, 65_536
+# Positions to compare with, at most: with more, thousands of images would take minutes. Queries per matrix product.
+_MAX_REFERENCES, _QUERIES = 8_192, 512
 # The fraction of an image's positions, the farthest, whose mean distance is its score.
 _TOP = 0.25
 # An image lies far out if its score is this many times as far above the median as the upper quartile is, which is at
@@ -23,45 +23,39 @@ _TOP = 0.25
 _FAR, _MIN_SPREAD, _MIN_IMAGES = 5.0, 0.02, 10
 # Where all images are alike, distances are as if their median were this.
 _MIN_DISTANCE = 1e-6
-# Queries per matrix product.
-_QUERIES = 512
 
 
-def neighbour_distances(descriptors: Tensor, valid: Tensor | None, seed: int) -> Tensor:
+def neighbour_distances(descriptors: Tensor, valid: Tensor, seed: int) -> Tensor:
     """Compute how far each position of N images lies from the other images, as a multiple of the median.
 
     Of many images each is compared with some, the same for all, which the seed chooses.
 
     Args:
-        descriptors: (N, P, C) of any float type, N at least 2; not whitened.
-        valid: (N, P) bool, true at positions that are not on padding, of each image at least one; None: all are.
+        descriptors: (N, P, C) float32, N at least 2; not whitened.
+        valid: (N, P) bool, true at positions that are not on padding, of each image at least one.
 
     Returns:
-        (N, P) float32, 0 or more; 0 at positions that are not valid. The median of the others is 1, unless all are 0.
+        (N, P) float32, 0 or more; 0 at positions that are not valid. The median of the others is 1, unless it was 0.
     """
-    count, positions, channels = descriptors.shape
-    valid = torch.ones(count, positions, dtype=torch.bool, device=descriptors.device) if valid is None else valid
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(total: int, most: int) -> Tensor:
-        return torch.randperm(total, generator=generator)[:most].sort().values.to(descriptors.device)
-
-    normal = descriptors[valid]
-    mean, whitening = fit_whitening(normal[choose(len(normal), _MAX_WHITENED)].float())
-    compared = choose(count, max(_MAX_REFERENCES // positions, _NEIGHBOUR + 1))
+    count, positions, _ = descriptors.shape
+    valid = valid.to(descriptors.device)
+    most = max(_MAX_REFERENCES // positions, _NEIGHBOUR + 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    compared = order[:most].sort().values.to(descriptors.device)
     neighbour = min(max(_NEIGHBOUR, round(_NEIGHBOUR_FRACTION * len(compared))), len(compared) - 1)
-    references = (descriptors[compared].reshape(-1, channels).float() - mean) @ whitening
+    mean, whitening = fit_whitening(descriptors[compared][valid[compared]])
+    references = (descriptors[compared].flatten(0, 1) - mean) @ whitening
     # A reference on padding is infinitely far.
     squares = references.square().sum(dim=1).where(valid[compared].flatten(), torch.inf)
-    found = torch.zeros(count, positions, device=descriptors.device)
+    found = []
     for images in torch.split(torch.arange(count, device=descriptors.device), max(_QUERIES // positions, 1)):
-        queries = (descriptors[images].reshape(-1, channels).float() - mean) @ whitening
+        queries = (descriptors[images].flatten(0, 1) - mean) @ whitening
         to_all = torch.addmm(squares, queries, references.T, alpha=-2) + queries.square().sum(dim=1, keepdim=True)
         to_images = to_all.reshape(len(images), positions, len(compared), positions).amin(dim=3)
-        itself = (images[:, None] == compared)[:, None]
-        nearest = to_images.masked_fill(itself, torch.inf).kthvalue(neighbour, dim=2).values
-        found[images] = nearest.clamp_min(0).sqrt()
-    return found.where(valid, 0) / found[valid].median().clamp_min(_MIN_DISTANCE)
+        to_others = to_images.masked_fill((images[:, None] == compared)[:, None], torch.inf)
+        found.append(to_others.kthvalue(neighbour, dim=2).values.clamp_min(0).sqrt())
+    distances = torch.cat(found).where(valid, 0)
+    return distances / distances[valid].median().clamp_min(_MIN_DISTANCE)
 
 
 def score_images(distances: Tensor) -> Tensor:
@@ -70,7 +64,7 @@ def score_images(distances: Tensor) -> Tensor:
 
 
 def lies_far(scores: Tensor) -> Tensor:
-    """Mark the images whose scores, (N,), are far above most: (N,) bool, none of fewer than ten."""
+    """Mark the images whose scores, (N,), are far above most: (N,) bool; none of fewer than ten."""
     middle, upper = scores.median(), scores.quantile(0.75)
     is_far = scores > middle + _FAR * torch.maximum(upper - middle, _MIN_SPREAD * middle)
     return is_far & (len(scores) >= _MIN_IMAGES)

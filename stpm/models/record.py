@@ -18,7 +18,6 @@ STUDENT = "student.safetensors"
 MEMORY = "memory.safetensors"
 CALIBRATION = "calibration.parquet"
 IMAGE_STATISTICS = "image_statistics.parquet"
-FIT_PAGE = "fit.html"
 
 
 @dataclass(frozen=True)

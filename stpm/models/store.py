@@ -34,7 +34,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.errors import DataError, ModelDamagedError, ModelError, ModelUnreadableError, NoModelError
 from stpm.method.calibration import Calibration
-from stpm.models.record import CALIBRATION, FIT_PAGE, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, StoredFile
+from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, MEMORY, STUDENT, ModelRecord, StoredFile
 from stpm.models.versions import Version, Versions
 from stpm.names import other_form, safe_name, unicode_forms
 from stpm.records import from_json, to_json
@@ -310,10 +310,6 @@ class ModelStore:
     def folder(self, category: str) -> str:
         """Return the folder of a category."""
         return storage.join(self.uri, safe_name(category, "category"))
-
-    def page_uri(self, record: ModelRecord) -> str:
-        """Return the URI of the page about a model's good images."""
-        return self._uri(record, FIT_PAGE)
 
     def checkpoint_uri(self, category: str, number: int) -> str:
         """Return the URI of the checkpoint of a running fit; a task with several fits numbers them."""

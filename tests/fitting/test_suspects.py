@@ -19,7 +19,7 @@ from stpm.fitting.suspects import find_suspects
 from stpm.fitting.task import FitTask, FitWarning
 from stpm.method.calibration import threshold
 from stpm.method.recipe import Recipe
-from stpm.models.store import ModelStore
+from stpm.models.record import ModelRecord
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import MODELS
 from tests.datasets import encode_image, make_category
@@ -42,6 +42,10 @@ def with_defects(root: Path, recipe: Recipe, count: int = 24) -> FitTask:
     return dataclasses.replace(task, train=mvtec.read_category(f"{root}/data", "nut").train)
 
 
+def page_of(task: FitTask, record: ModelRecord) -> str:
+    return f"{task.store}/nut/{record.model_id}/fit.html"
+
+
 def names_of(warnings: list[FitWarning]) -> list[list[str]]:
     return [re.findall(r"([^/]*\.png) \(", each) for each in warnings if "unlike all others" in each]
 
@@ -54,7 +58,7 @@ def test_alike_defects_among_good_images_are_named_and_shown_and_left_out_by_the
     record = fit(task, reported=reported)
     warnings = [each for each in reported if isinstance(each, FitWarning)]
     assert [sorted(names) for names in names_of(warnings)] == [["008.png", "<b>&.png"]]
-    page = ModelStore(task.store).page_uri(record)
+    page = page_of(task, record)
     assert f"good images, those unlike all others first: {page}" in reported
     # The page is a file of the model: a copy of the model has it, and damage is found.
     assert "fit.html" in record.files
@@ -86,21 +90,17 @@ def test_scores_ignore_padding_and_thresholds_are_those_of_the_other_images(
     pixels = rng.integers(90, 130, (12, 64, 64, 3), dtype=np.uint8)
     pixels[5, 24:40, 20:44] = (255, 0, 0)
     images = dataclasses.replace(unpadded(pixels), content=np.concatenate([PADDED, PADDED[:3]]))
-    features = features_of(MODELS["memory"], images, ram)
     calibrating, scores = np.array([1, 5, 9]), np.array([2.0, 9.0, 4.0], np.float32)
-    found = find_suspects(features, calibrating, scores, 0)
-    assert found.order[0] == 5
-    left, top, right, bottom = images.content[5]
-    x, y = found.peaks[5] * 64
-    assert left <= x < right
-    assert top <= y < bottom
-    for count in range(12):
-        rest = [score for i, score in zip(calibrating, scores, strict=True) if i not in found.order[:count]]
-        expected = threshold(np.sort(np.array(rest, np.float32)), 0.01) if rest else np.nan
-        np.testing.assert_equal(found.threshold_without(count), expected)
-    assert "not 9" in found.warning()
-    assert found.page("<nut>").count(b"data:image/jpeg") == 12
-    assert b"<nut>" not in found.page("<nut>")
+    warning, page = find_suspects(features_of(MODELS["memory"], images, ram), calibrating, scores, 0)
+    assert re.search(r"unlike all others: /good/5.png .* would be about 4, not 9. If one has a defect", warning)
+    order = [int(Path(str(values["alt"])).stem) for name, values in Tags(page.decode()).found if name == "img"]
+    assert sorted(order) == list(range(12))
+    shown = re.findall(r"threshold without (\S+)</p>", page.decode())
+    for count, text in enumerate(shown, 1):
+        rest = [score for i, score in zip(calibrating, scores, strict=True) if i not in order[:count]]
+        assert text == (f"{threshold(np.sort(np.array(rest, np.float32)), 0.01):.3g}" if rest else "none")
+    # Where it alone calibrates, nothing is known without it.
+    assert "threshold" not in find_suspects(features_of(MODELS["memory"], images, ram), np.array([5]), scores[:1], 0)[0]
 
 
 @pytest.mark.parametrize(("kind", "count"), [("student", 2), ("memory", 3), ("two views", 3)])
@@ -108,14 +108,14 @@ def test_the_smallest_number_of_images_has_a_page_and_no_warning(tmp_path: Path,
     task, reported = task_in(tmp_path, MODELS[kind], train=count), []
     record = fit(task, reported=reported)
     assert not names_of([each for each in reported if isinstance(each, FitWarning)])
-    assert storage.read(ModelStore(task.store).page_uri(record)).count(b"<img") == count
+    assert storage.read(page_of(task, record)).count(b"<img") == count
 
 
 def test_a_fit_that_is_repeated_has_the_same_page(tmp_path: Path) -> None:
     pages = []
     for store in ("one", "two"):
         task = task_in(tmp_path, MODELS["two views"], store, train=9)
-        pages.append(storage.read(ModelStore(task.store).page_uri(fit(task))))
+        pages.append(storage.read(page_of(task, fit(task))))
     assert pages[0] == pages[1]
 
 
@@ -123,11 +123,11 @@ def test_a_fit_that_is_repeated_has_the_same_page(tmp_path: Path) -> None:
     ("lines", "left", "error"),
     [
         (["{root}/nut/train/good/002.png", "", "  nut/train/good/004.png "], {"nut": 6, "bolt": 8}, ""),
-        (["009.png"], {}, "no good image"),
-        (["10.png", "11.png"], {}, r"10.png \(no good image\); 11.png \(no good image\)"),
-        (["good/007.png"], {}, r"good/007.png \(one in bolt and in nut\)"),
-        (["nut/test/good/001.png"], {}, "no good image"),
-        (["nut/train/good/00*.png"], {}, "no good image"),
+        (["009.png"], {}, "is no good image of the categories"),
+        (["001.png"], {}, "001.png is in bolt and in nut"),
+        (["good/007.png"], {}, "good/007.png is in bolt and in nut"),
+        (["nut/test/good/001.png"], {}, "is no good image of the categories"),
+        (["nut/train/good/00*.png"], {}, "is no good image of the categories"),
         (None, {}, "no such text file"),
     ],
 )
