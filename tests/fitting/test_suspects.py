@@ -90,6 +90,7 @@ def test_scores_ignore_padding_and_thresholds_are_those_of_the_other_images(
     pixels = rng.integers(90, 130, (12, 64, 64, 3), dtype=np.uint8)
     pixels[5, 24:40, 20:44] = (255, 0, 0)
     images = dataclasses.replace(unpadded(pixels), content=np.concatenate([PADDED, PADDED[:3]]))
+    images.statistics[:, :2] = 64
     calibrating, scores = np.array([1, 5, 9]), np.array([2.0, 9.0, 4.0], np.float32)
     warning, page = find_suspects(features_of(MODELS["memory"], images, ram), calibrating, scores, 0)
     assert re.search(r"unlike all others: /good/5.png .* would be about 4, not 9. If one has a defect", warning)
