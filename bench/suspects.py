@@ -30,7 +30,7 @@ from stpm.method.suspects import lies_far, neighbour_distances, score_images
 _RAM_BUDGET = 4 * 2**30
 _SHARES = (0.01, 0.05, 0.1)
 _MAX_POSITIONS = 64
-_DRAWS = 3
+_DRAWS = 2
 
 
 def describe(uris: Sequence[str], good: Sequence[str], recipe: Recipe) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 Each position of an image is compared with whole other images: its distance to one is that to the nearest of its
 positions, and its distance to all is that to the k-th nearest image. So k images with a like defect do not hide each
-other, as they do in a memory that holds them; and a part may lie anywhere.
+other, as they do in a memory that holds them; and a part may lie anywhere. Channels are standardised, and
+not whitened as in the banks: a covariance that saw a defect makes its direction a usual one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stpm.method.memory_bank import fit_whitening
-
-# The k-th nearest image counts: the third, or of many images the one at this fraction.
-_NEIGHBOUR, _NEIGHBOUR_FRACTION = 3, 0.05
+# The k-th nearest image counts.
+_NEIGHBOUR = 3
 # Positions to compare with, at most: with more, thousands of images would take minutes. Queries per matrix product.
 _MAX_REFERENCES, _QUERIES = 8_192, 512
 # The fraction of an image's positions, the farthest, whose mean distance is its score.
@@ -21,7 +20,7 @@ _TOP = 0.25
 # An image lies far out if its score is this many times as far above the median as the upper quartile is, which is at
 # least the other number times the median above it. Fewer images have no such quartile.
 _FAR, _MIN_SPREAD, _MIN_IMAGES = 5.0, 0.02, 10
-# Where all images are alike, distances are as if their median were this.
+# Where all images are alike, a channel's deviation, and the median distance, are this.
 _MIN_DISTANCE = 1e-6
 
 
@@ -31,7 +30,7 @@ def neighbour_distances(descriptors: Tensor, valid: Tensor, seed: int) -> Tensor
     Of many images each is compared with some, the same for all, which the seed chooses.
 
     Args:
-        descriptors: (N, P, C) float32, N at least 2; not whitened.
+        descriptors: (N, P, C) float32, N at least 2.
         valid: (N, P) bool, true at positions that are not on padding, of each image at least one.
 
     Returns:
@@ -42,18 +41,18 @@ def neighbour_distances(descriptors: Tensor, valid: Tensor, seed: int) -> Tensor
     most = max(_MAX_REFERENCES // positions, _NEIGHBOUR + 1)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     compared = order[:most].sort().values.to(descriptors.device)
-    neighbour = min(max(_NEIGHBOUR, round(_NEIGHBOUR_FRACTION * len(compared))), len(compared) - 1)
-    mean, whitening = fit_whitening(descriptors[compared][valid[compared]])
-    references = (descriptors[compared].flatten(0, 1) - mean) @ whitening
+    normal = descriptors[compared][valid[compared]]
+    scaled = (descriptors - normal.mean(dim=0)) / normal.std(dim=0, correction=0).clamp_min(_MIN_DISTANCE)
+    references = scaled[compared].flatten(0, 1)
     # A reference on padding is infinitely far.
     squares = references.square().sum(dim=1).where(valid[compared].flatten(), torch.inf)
     found = []
     for images in torch.split(torch.arange(count, device=descriptors.device), max(_QUERIES // positions, 1)):
-        queries = (descriptors[images].flatten(0, 1) - mean) @ whitening
+        queries = scaled[images].flatten(0, 1)
         to_all = torch.addmm(squares, queries, references.T, alpha=-2) + queries.square().sum(dim=1, keepdim=True)
         to_images = to_all.reshape(len(images), positions, len(compared), positions).amin(dim=3)
         to_others = to_images.masked_fill((images[:, None] == compared)[:, None], torch.inf)
-        found.append(to_others.kthvalue(neighbour, dim=2).values.clamp_min(0).sqrt())
+        found.append(to_others.kthvalue(min(_NEIGHBOUR, len(compared) - 1), dim=2).values.clamp_min(0).sqrt())
     distances = torch.cat(found).where(valid, 0)
     return distances / distances[valid].median().clamp_min(_MIN_DISTANCE)
 

@@ -13,17 +13,16 @@ from stpm.method.suspects import lies_far, neighbour_distances, score_images
 def plain(
     descriptors: np.ndarray, valid: np.ndarray, neighbour: int, references: list[int] | None = None
 ) -> np.ndarray:
-    """Compute what `neighbour_distances` does by NumPy, by the inverse of the covariance with its ridge."""
+    """Compute what `neighbour_distances` does by NumPy."""
     compared = sorted(references or range(len(descriptors)))
     normal = descriptors[compared][valid[compared]]
-    covariance = np.cov(normal.T, bias=True)
-    inverse = np.linalg.inv(covariance + 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(covariance)))
+    scale = np.sqrt(((normal - normal.mean(axis=0)) ** 2).mean(axis=0))
     found = np.zeros(valid.shape)
     for image, position in np.argwhere(valid):
         to_images = []
         for other in {*compared} - {image}:
-            difference = descriptors[other][valid[other]] - descriptors[image, position]
-            to_images.append(min(np.sqrt(each @ inverse @ each) for each in difference))
+            difference = (descriptors[other][valid[other]] - descriptors[image, position]) / scale
+            to_images.append(min(np.linalg.norm(each) for each in difference))
         found[image, position] = sorted(to_images)[neighbour - 1]
     return found / np.sort(found[valid])[(valid.sum() - 1) // 2]
 
@@ -35,7 +34,7 @@ def draw(rng: np.random.Generator, count: int, positions: int = 5) -> torch.Tens
 
 
 @pytest.mark.parametrize("queries", [1, 7, 512])
-@pytest.mark.parametrize(("count", "neighbour"), [(2, 1), (3, 2), (9, 3), (70, 4)])
+@pytest.mark.parametrize(("count", "neighbour"), [(2, 1), (3, 2), (9, 3), (30, 3)])
 def test_distances_are_those_of_a_plain_computation(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, count: int, neighbour: int, queries: int
 ) -> None:
