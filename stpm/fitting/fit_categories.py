@@ -35,7 +35,7 @@ from stpm.options import ClusterOptions
 log = logging.getLogger(__name__)
 
 
-def read_categories(root: str, wanted: Sequence[str], exclude: str) -> tuple[list[mvtec.Category], dict[str, str]]:
+def read_categories(root: str, wanted: Sequence[str], exclude: str = "") -> tuple[list[mvtec.Category], dict[str, str]]:
     """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
     Leave out the good images that the file `exclude` lists, if one is given.

@@ -89,7 +89,7 @@ def find_suspects(
 def _compare(features: TeacherFeatures, seed: int) -> Tensor:
     """Compute (N, rows, columns) distances of positions, by the coarsest level of the teacher's last view.
 
-    Of defects that were mixed into good images, it names more than finer ones do (bench/RESULTS-quality.md).
+    Of defects that were mixed into good images, it names more than the fine view does (bench/RESULTS-quality.md).
     """
     stride = math.ceil(math.sqrt(math.prod(features.shapes[-1]) / _MAX_POSITIONS))
     shape, spec = strided_shape(features.shapes[-1], stride), DescriptorSpec(-1, "features", stride, stride)
