@@ -46,6 +46,7 @@ class Decoded:
         pixels: (H, W, 3) uint8 RGB at model size, padding included.
         width: of the image itself, pixels, as are its height and statistics.
         bytes: size of the file; 0 if there is none.
+        mode: Pillow's name of the kind of pixels that the image had: RGB, L (grey), I;16, RGBA and others.
     """
 
     pixels: Pixels
@@ -53,6 +54,7 @@ class Decoded:
     height: int
     bytes: int
     statistics: ImageStatistics
+    mode: str
 
 
 @contextmanager
@@ -88,7 +90,7 @@ def decode(fetched: Fetched, preprocessing: Preprocessing) -> Decoded:
         padded.paste(rgb, preprocessing.content_box(width, height))
         rgb = padded
     file_bytes = len(fetched) if isinstance(fetched, bytes) else 0
-    return Decoded(np.asarray(rgb), width, height, file_bytes, statistics)
+    return Decoded(np.asarray(rgb), width, height, file_bytes, statistics, image.mode)
 
 
 @_decoding_errors()

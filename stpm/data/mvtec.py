@@ -10,6 +10,7 @@ with @ or #, are ignored.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -80,6 +81,32 @@ def read_category(root: str, name: str) -> Category:
             "inside a category"
         )
     return Category(name, train, test)
+
+
+def exclude(categories: Sequence[Category], file: str) -> list[Category]:
+    """Return the categories without the training images that a text file lists, one a line.
+
+    A line is the URI of an image, or its end: a file name, or `bottle/train/good/007.png`.
+
+    Raises:
+        DataError: if there is no such file, or a line is the end of no image's URI, or of images of two categories.
+    """
+    try:
+        lines = storage.read(storage.absolute(file)).decode().splitlines()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: no such text file; give one with the name of an image in each line") from error
+    owners = {uri: category.name for category in categories for uri, _ in category.train}
+    excluded: set[str] = set()
+    for name in filter(None, map(str.strip, lines)):
+        found = {uri for uri in owners if f"/{uri}".endswith(f"/{name}")}
+        if len(in_categories := sorted({owners[uri] for uri in found})) != 1:
+            what = f"is in {' and in '.join(in_categories)}" if found else "is no good image of the categories to fit"
+            raise DataError(
+                f"{file}: {name} {what}; give the URI of a good image, or as much of its end as only it has"
+            )
+        excluded |= found
+    kept = [tuple(image for image in category.train if image[0] not in excluded) for category in categories]
+    return [dataclasses.replace(category, train=train) for category, train in zip(categories, kept, strict=True)]
 
 
 def read_tests(folder: str) -> tuple[TestImage, ...]:

@@ -27,11 +27,6 @@ from stpm.method.scales import (
 )
 from stpm.method.teacher import spatial_shape
 
-# An image stands out if its score is this many times as far above the second as that is above the median. Of 20 scores
-# with an exponential tail, the largest is in one of 1000 cases.
-_FAR_ABOVE = 6.0
-_MIN_SCORES = 10
-
 
 def calibrate(
     detector: Detector,
@@ -68,7 +63,7 @@ def calibrate(
         scales_of = iter(leave_one_out_scales(samples, detector.map_weights))
     scores = []
     for each in compared:
-        distances = each.distances().to(detector.teacher.device)
+        distances = (each.kept or each.compute()).to(detector.teacher.device)
         for i, image in enumerate(each.images):
             one = distances.select(slice(i, i + 1))
             if corrections and image not in held_out:
@@ -85,13 +80,16 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Compared:
-    """A batch of images, their distance maps, and values of these at the same positions, (K, P) for each image.
+    """A batch of images, their distance maps, if RAM holds them, and what computes these.
 
-    There are no samples unless the recipe fuses by quantiles.
+    Args:
+        samples: values of the maps at the same positions, (K, P) for each image; none unless the recipe fuses by
+            quantiles.
     """
 
     images: Indices
-    distances: Callable[[], Distances]
+    kept: Distances | None
+    compute: Callable[[], Distances]
     samples: Sequence[Float32Array]
 
 
@@ -116,8 +114,8 @@ def _compare(
                 maps = detector.on_one_grid(distances, content)
                 (mask,) = features.teacher.content_masks(content, [spatial_shape(maps)])
                 samples = sample_distances(maps, mask, len(features.images))
-            keep = partial(distances.to, torch.device("cpu"))
-            compared.append(_Compared(batch, keep if ram_left >= 0 else compute, samples))
+            kept = distances.to(torch.device("cpu")) if ram_left >= 0 else None
+            compared.append(_Compared(batch, kept, compute, samples))
     return compared
 
 
@@ -142,17 +140,3 @@ def _correct_student(
         for values in known:
             values[:] = factor * values + summand
     return corrections
-
-
-def find_outlier(scores: Float32Array, names: Sequence[str]) -> str:
-    """Name the calibration image whose score is far above all others; "" if there is none, or fewer than ten images."""
-    if len(scores) < _MIN_SCORES:
-        return ""
-    largest = int(scores.argmax())
-    second = float(np.sort(scores)[-2])
-    if scores[largest] - second <= _FAR_ABOVE * (second - float(np.median(scores))):
-        return ""
-    return (
-        f"look at {names[largest]}: it scores {scores[largest]:.3g}, all other good images at most {second:.3g}; if it "
-        "has a defect, remove it and fit again: it raises the threshold"
-    )

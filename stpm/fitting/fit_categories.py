@@ -35,11 +35,13 @@ from stpm.options import ClusterOptions
 log = logging.getLogger(__name__)
 
 
-def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Category], dict[str, str]]:
+def read_categories(root: str, wanted: Sequence[str], exclude: str = "") -> tuple[list[mvtec.Category], dict[str, str]]:
     """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
+    Leave out the good images that the file `exclude` lists, if one is given.
+
     Raises:
-        DataError: if the data set is missing or empty, or a wanted category does not exist.
+        DataError: if the data set is missing or empty, or a wanted category does not exist; or as `mvtec.exclude`.
     """
     names = mvtec.find_categories(root, wanted)
     in_lower_case = Counter(map(str.casefold, names))
@@ -57,7 +59,8 @@ def read_categories(root: str, wanted: Sequence[str]) -> tuple[list[mvtec.Catego
     failures = {name: str(result) for name, result in found.items() if isinstance(result, Exception)}
     for name, reason in failures.items():
         log.error(f"{name}: failed: {reason}", extra={"category": name})
-    return [result for result in found.values() if isinstance(result, mvtec.Category)], failures
+    usable = [result for result in found.values() if isinstance(result, mvtec.Category)]
+    return mvtec.exclude(usable, exclude) if exclude else usable, failures
 
 
 def count_good_images(categories: Sequence[mvtec.Category], recipe: Recipe) -> dict[str, tuple[int, int]]:

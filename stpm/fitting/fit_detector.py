@@ -10,14 +10,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from stpm import storage
 from stpm.data import pictures
 from stpm.data.pictures import Picture
 from stpm.detector import Detector
 from stpm.fitting.build_memory import MemoryCandidates
-from stpm.fitting.calibrate import calibrate, find_outlier
+from stpm.fitting.calibrate import calibrate
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.groups import group_images
 from stpm.fitting.splits import Indices, split_folds, split_images
+from stpm.fitting.suspects import PAGE, find_suspects
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -71,8 +73,7 @@ def fit_detector(
         DivergedError: if a loss is not finite.
     """
     features = _load(teacher, images, report, ram, gpu_ram)
-    names = [pictures.name_of(image) for image in images]
-    groups = group_images(names, features.images.pixels, recipe)
+    groups = group_images([pictures.name_of(image) for image in images], features.images.pixels, recipe)
     train, held_out = split_images(groups, recipe)
     for problem in features.images.find_problems(teacher.preprocessing):
         report(FitWarning(problem))
@@ -81,8 +82,9 @@ def fit_detector(
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
     scores, heatmap_scale, distance_scales = calibrate(detector, features, parts, held_out)
     calibrating = np.sort(np.concatenate([part for _, part in parts]))
-    if outlier := find_outlier(scores, [names[i] or f"image {i}" for i in calibrating]):
-        report(FitWarning(outlier))
+    suspicious, page = find_suspects(features, calibrating, scores, recipe.seed)
+    if suspicious:
+        report(FitWarning(suspicious))
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     files = encode_model(
@@ -92,6 +94,7 @@ def fit_detector(
         features.images.statistics_table,
         history,
     )
+    files[PAGE] = page
     record = ModelRecord(
         category="",
         recipe=recipe,
@@ -116,7 +119,10 @@ def fit_detector(
     )
 
     def publish(store: ModelStore, category: str) -> ModelRecord:
-        return store.save(dataclasses.replace(record, category=category), files, data_fingerprint)
+        stored = store.save(dataclasses.replace(record, category=category), files, data_fingerprint)
+        shown = storage.join(store.folder(category), stored.model_id, PAGE)
+        report(f"good images, those unlike all others first: {shown}")
+        return stored
 
     return dataclasses.replace(
         detector,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ _MAX_HEADERS_READ = 32
 _LASTING = (FileNotFoundError, PermissionError)
 # Luma, 0 to 255. Values of 12 bits in a file of 16 become at most 15.
 _ALMOST_BLACK = 16.0
+# Brightness or sharpness, as a fraction of the median, below which an image is dark or blurred.
+_LOW = 0.5
 # The largest image's scale over the smallest's.
 _MIXED_SCALES = 2.0
 
@@ -51,11 +54,15 @@ class TrainingImages:
         pixels: (N, H, W, 3) uint8 RGB, in memory or in a file.
         content: (N, 4) int32 content boxes.
         statistics: (N, len(COMPARED)) float32 of the images' own pixels, in the order of COMPARED.
+        modes: Pillow's name of the kind of pixels of each image's file.
+        names: of each image.
     """
 
     pixels: Pixels
     content: Boxes
     statistics: npt.NDArray[np.float32]
+    modes: tuple[str, ...]
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -77,17 +84,31 @@ class TrainingImages:
     def find_problems(self, preprocessing: Preprocessing) -> list[str]:
         """Describe what would make a model with this preprocessing worse than its scores say; [] if nothing would."""
         problems = []
-        brightness, contrast = (self.statistics[:, COMPARED.index(name)] for name in ("brightness", "contrast"))
+        brightness, contrast, sharpness = (
+            self.statistics[:, COMPARED.index(name)] for name in ("brightness", "contrast", "sharpness")
+        )
         # The mean plus the standard deviation: a dark image may have bright parts.
         if (brightness + contrast * (brightness + 1)).max() < _ALMOST_BLACK:
             problems.append(
                 f"all images are almost black (mean brightness at most {brightness.max():.0f} of 255); if these are "
                 "values of 10 or 12 bits in files of 16, write them in the whole range"
             )
-        if copies := len(self) - len(np.unique(self.statistics, axis=0)):
+        distinct, first = np.unique(self.statistics, axis=0, return_index=True)
+        if len(distinct) < len(self):
             problems.append(
-                f"{copies} of {len(self)} images are copies of others; remove them: those that are held out score too "
-                "low, and the threshold with them"
+                f"{self._count(np.isin(np.arange(len(self)), first, invert=True))} copies of others; remove them: "
+                "those that are held out score too low, and the threshold with them"
+            )
+        for low, what in ((brightness, "dark"), (sharpness, "blurred")):
+            if (is_low := low < _LOW * np.median(low)).any():
+                problems.append(
+                    f"{self._count(is_low)} {what} beside the others; leave them out, unless good images may be so"
+                )
+        mode, *others = Counter(self.modes).most_common()
+        if others:
+            problems.append(
+                f"{self._count(np.array(self.modes) != mode[0])} of another kind of pixels "
+                f"({', '.join(kind for kind, _ in others)}; most are {mode[0]}); save all alike"
             )
         smallest, largest = self.scale_range(preprocessing)
         if largest > _MIXED_SCALES * smallest:
@@ -96,6 +117,11 @@ class TrainingImages:
                 f"{largest:.0%} of their size; give each kind a category of its own"
             )
         return problems
+
+    def _count(self, chosen: npt.NDArray[np.bool_]) -> str:
+        """Say how many images are chosen, and which."""
+        named = join_first([self.names[i] for i in np.flatnonzero(chosen)], 3, ", ")
+        return f"{chosen.sum()} of {len(self)} images ({named}) are"
 
 
 def choose_normalisation(recipe: Recipe) -> DataConfig:
@@ -145,6 +171,7 @@ def load_images(training: Sequence[Picture], preprocessing: Preprocessing, budge
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
     content = np.empty((len(training), 4), np.int32)
     statistics = np.empty((len(training), len(COMPARED)), np.float32)
+    modes = [""] * len(training)
     one_large_image = Lock()
 
     def decode(index: int, fetched: Fetched) -> None:
@@ -154,10 +181,12 @@ def load_images(training: Sequence[Picture], preprocessing: Preprocessing, budge
         pixels[index] = decoded.pixels
         content[index] = preprocessing.content_box(decoded.width, decoded.height)
         statistics[index] = decoded.width, decoded.height, *decoded.statistics
+        modes[index] = decoded.mode
 
     if errors := _read_all(training, decode):
         raise _unreadable(errors, len(training))
-    return TrainingImages(pixels, content, statistics)
+    names = [pictures.name_of(picture) or f"image {i}" for i, picture in enumerate(training)]
+    return TrainingImages(pixels, content, statistics, tuple(modes), tuple(names))
 
 
 def _read_all(training: Sequence[Picture], use: Callable[[int, Fetched], None]) -> dict[str, Exception]:

@@ -68,7 +68,7 @@ def run_benchmark(
             if not options.data:
                 demo.make(data)
                 recipe = dataclasses.replace(recipe, group_from=recipe.group_from or demo.GROUP_FROM)
-            categories, unreadable = read_categories(data, options.categories)
+            categories, unreadable = read_categories(data, options.categories, options.exclude)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:

@@ -8,6 +8,7 @@
 <store>/<category>/<model id>/calibration.parquet    columns `score`: float32, ascending, and
                                                      `is_added`: of an image that was marked as good
 <store>/<category>/<model id>/image_statistics.parquet  a row per good image: stpm.data.image_statistics.COMPARED
+<store>/<category>/<model id>/fit.html               the good images, those unlike all others first
 <store>/<category>/<model id>/history.parquet        one row per epoch, if there is a student
 <store>/<category>/<model id>/model.json             written last; a folder without it is not a model
 <store>/<category>/checkpoint-<n>.safetensors        of an unfinished fit

@@ -29,7 +29,9 @@ PADDED = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int
 def unpadded(pixels: np.ndarray) -> TrainingImages:
     """Make images that fill the input."""
     content = np.array([[0, 0, pixels.shape[2], pixels.shape[1]]] * len(pixels), np.int32)
-    return TrainingImages(pixels, content, np.zeros((len(pixels), len(COMPARED)), np.float32))
+    statistics = np.zeros((len(pixels), len(COMPARED)), np.float32)
+    names = tuple(f"/good/{i}.png" for i in range(len(pixels)))
+    return TrainingImages(pixels, content, statistics, ("RGB",) * len(pixels), names)
 
 
 def train_on(
@@ -72,4 +74,5 @@ def anomaly_maps(detector: Detector, images: TrainingImages, scales: Sequence[Di
 
 def select(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:
     chosen = list(indices)
-    return TrainingImages(images.pixels[chosen], images.content[chosen], images.statistics[chosen])
+    modes, names = (tuple(each[i] for i in chosen) for each in (images.modes, images.names))
+    return TrainingImages(images.pixels[chosen], images.content[chosen], images.statistics[chosen], modes, names)

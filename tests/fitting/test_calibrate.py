@@ -9,7 +9,7 @@ import torch
 
 from stpm.detector import Detector
 from stpm.fitting.build_memory import MemoryCandidates, build_memory
-from stpm.fitting.calibrate import calibrate, find_outlier
+from stpm.fitting.calibrate import calibrate
 from stpm.fitting.splits import Indices, split_folds, split_images
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -202,15 +202,3 @@ def test_patch_scores_above_normal_images(any_model: Recipe, features_of: Featur
     maps = anomaly_maps(detector, unpadded(np.concatenate([normal, odd])), scales)
     scores = np.array([each.score(recipe.top_fraction) for each in maps])
     assert scores[6:].min() > 2 * scores[:6].max()
-
-
-@pytest.mark.parametrize("count", [9, 10, 20, 100])
-def test_an_image_far_above_all_others_is_named_unless_there_are_fewer_than_ten(count: int) -> None:
-    # Quantiles of an exponential distribution.
-    scores = -np.log1p(-(np.arange(count) + 0.5) / count).astype(np.float32)[::-1].copy()
-    uris = [f"/good/{number}.png" for number in range(count)]
-    assert find_outlier(scores, uris) == ""
-    scores[3] = scores.max() * 8
-    named = f"look at /good/3.png: it scores {scores[3]:.3g}, all other good"
-    assert find_outlier(scores, uris).startswith(named if count >= 10 else "")
-    assert bool(find_outlier(scores, uris)) == (count >= 10)

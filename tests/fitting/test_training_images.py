@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stpm import storage
 from stpm.data import decoding
@@ -19,6 +20,7 @@ from stpm.method.recipe import Recipe
 from stpm.options import Size
 from tests.conftest import make_preprocessing
 from tests.datasets import make_category
+from tests.fitting.helpers import unpadded
 
 
 def make_images(root: Path, count: int = 9, **options: Any) -> list[str]:
@@ -111,17 +113,18 @@ FIT = make_preprocessing(256, 256, "fit")
 
 def with_sizes(*sizes: tuple[int, int], brightness: float = 100.0) -> TrainingImages:
     """Make images of these sizes (width, height), each of another brightness. Their pixels are not needed."""
-    statistics = np.zeros((len(sizes), len(COMPARED)), np.float32)
+    images, statistics = unpadded(np.empty((len(sizes), 1, 1, 3), np.uint8)), np.ones((len(sizes), len(COMPARED)), "f4")
+    statistics[:, COMPARED.index("contrast")] = 0
     statistics[:, :2] = sizes
     statistics[:, BRIGHTNESS] = brightness + np.arange(len(sizes)) / len(sizes)
-    return TrainingImages(np.empty((len(sizes), 1, 1, 3), np.uint8), np.empty((len(sizes), 4), np.int32), statistics)
+    return dataclasses.replace(images, statistics=statistics)
 
 
 def test_almost_black_images_and_copies_are_reported() -> None:
     assert with_sizes(*[(1024, 1024)] * 20, (900, 1000)).find_problems(FIT) == []
     (problem,) = with_sizes(*[(512, 512)] * 20, brightness=14.5).find_problems(FIT)
     assert problem.startswith("all images are almost black (mean brightness at most 15 of 255); if these are values")
-    for column, value in ((BRIGHTNESS, 40.0), (COMPARED.index("contrast"), 1.5)):
+    for column, value in ((BRIGHTNESS, 25.0), (COMPARED.index("contrast"), 1.5)):
         # One image is brighter, or has bright parts.
         dark = with_sizes(*[(512, 512)] * 20, brightness=14.5)
         dark.statistics[7, column] = value
@@ -129,7 +132,35 @@ def test_almost_black_images_and_copies_are_reported() -> None:
     copied = with_sizes(*[(512, 512)] * 20)
     copied.statistics[[3, 5, 9]] = copied.statistics[4]
     (problem,) = copied.find_problems(FIT)
-    assert problem.startswith("3 of 20 images are copies of others; remove them")
+    assert problem == (
+        "3 of 20 images (/good/4.png, /good/5.png, /good/9.png) are copies of others; remove them: those that are held "
+        "out score too low, and the threshold with them"
+    )
+
+
+@pytest.mark.parametrize(("name", "what"), [("brightness", "dark"), ("sharpness", "blurred")])
+def test_dark_and_blurred_images_are_named(name: str, what: str) -> None:
+    images = with_sizes(*[(512, 512)] * 20)
+    column = COMPARED.index(name)
+    images.statistics[[2, 7], column] = np.array([0.55, 0.56]) * np.median(images.statistics[:, column])
+    assert images.find_problems(FIT) == []
+    images.statistics[[2, 7], column] *= 0.8
+    (problem,) = images.find_problems(FIT)
+    assert problem.startswith(f"2 of 20 images (/good/2.png, /good/7.png) are {what} beside the others")
+
+
+def test_images_of_another_kind_of_pixels_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    uris = make_images(tmp_path)
+    for number, pixels in ((1, "u2"), (4, "LA"), (6, "RGBA"), (7, "L")):
+        image = rng.integers(90, 130, (48, 40), dtype=np.uint8)
+        wide = Image.fromarray(image.astype("u2") * 257) if pixels == "u2" else Image.fromarray(image).convert(pixels)
+        wide.save(uris[number])
+    images = load_images(uris, make_preprocessing(64), 2**30)
+    (problem,) = images.find_problems(make_preprocessing(64))
+    assert problem == (
+        f"4 of 9 images ({uris[1]}, {uris[4]}, {uris[6]}, and 1 more) are of another kind of pixels "
+        "(I;16, LA, RGBA, L; most are RGB); save all alike"
+    )
 
 
 def test_images_that_turn_are_reported() -> None:
