@@ -176,7 +176,7 @@ def healthy_year(seed: int, categories: int, nights: int = 360) -> Year:
         if number % _MONTH == 0:
             levels.append(set())
         for record in night.categories.values():
-            if record.verdict and record.verdict.changes:
+            if record.verdict and record.verdict.level in ("watch", "act"):
                 levels[-1].add(record.verdict.level)
                 reasons[f"{record.verdict.level}: {record.verdict.reasons[0]}"] += 1
     false = Counter(level for month in levels for level in month) + Counter(any=sum(map(bool, levels)))

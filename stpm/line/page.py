@@ -42,6 +42,7 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
     """
     ordered = nights[-1].ordered_categories()
     flagged = [(name, category) for name, category in ordered if category.level in ("act", "watch")]
+    unclear = [(name, category) for name, category in ordered if category.level == "cannot tell"]
     return render(
         "line/nightly.html",
         nights=nights,
@@ -50,6 +51,7 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
         created=created,
         cards=[(name, category, _card_trends(nights, name)) for name, category in flagged[:_MAX_CARDS]],
         more_flagged=max(len(flagged) - _MAX_CARDS, 0),
+        unclear=unclear[:_MAX_CARDS],
         rows=[(name, category, alarm_trend(nights, name)) for name, category in ordered],
         percent=percent,
         width=_WIDTH,

@@ -213,8 +213,9 @@ def _list_images(job: NightlyJob, date: datetime.date) -> Iterator[pa.Table]:
         try:
             yield from image_rows([source], job.options.rule, job.options.allow, settle=settle)
         except NoImagesError as error:
-            # The other sources may have some.
-            log.info(str(error))
+            # The other sources may have some. Of a night before that was never scored, there may never have been any.
+            if str(date) == job.options.date or storage.exists(NightFolder.of(job.out, date).uri):
+                log.info(str(error))
         if settle.left:
             log.warning(
                 f"{source}: left {len(settle.left)} files to the next start, they were modified less than "
