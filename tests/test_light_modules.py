@@ -46,6 +46,14 @@ def test_help_and_errors_import_nothing_heavy(argv: list[str]) -> None:
     assert not found & {"torch", "ray", "timm", "pyarrow", "fsspec", "PIL", "scipy", "sklearn", "matplotlib"}
 
 
+@pytest.mark.parametrize("argv", [["fit", "--data"], ["benchmark", "--data"], ["evaluate", "--run"]], ids=" ".join)
+def test_a_path_that_leads_nowhere_is_refused_before_anything_heavy_is_imported(argv: list[str]) -> None:
+    other = "--models" if argv[0] == "fit" else "--out"
+    found = imported_by("from stpm.commands import main; main()", *argv, "/nowhere", other, "/nowhere/o")
+    assert "fsspec" in found
+    assert not found & {"torch", "ray", "timm", "scipy", "sklearn", "matplotlib"}
+
+
 @pytest.mark.parametrize("names", [["models"], ["score", "evaluate", "nightly"]], ids=" ".join)
 def test_drivers_that_do_not_fit_import_no_torch(names: list[str]) -> None:
     drivers = [COMMANDS[name].run for name in names]

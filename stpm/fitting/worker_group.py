@@ -51,7 +51,7 @@ def run_worker_group(
     resources: WorkerResources,
     arithmetic: Arithmetic,
     scratch: str,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[Event | None], None],
 ) -> list[FitResult]:
     """Run all tasks on the connected cluster.
 
@@ -60,7 +60,7 @@ def run_worker_group(
         options: number of the workers, their RAM, and the time between checkpoints.
         resources: the CPU cores and GPUs that one worker takes.
         scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
-        on_event: called with each event, on one thread that is not the caller's.
+        on_event: called with each event, and with None while there are none, on one thread that is not the caller's.
 
     Returns:
         One result per task, in the order in which they ended. Tasks that never ran have failed.
@@ -208,7 +208,7 @@ def _remove_stuck_placement_groups() -> None:
 class _Monitor:
     """Pass on the queue's events and watch for lost nodes, in a thread, while Ray Train blocks the main thread."""
 
-    def __init__(self, queue: Any, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, queue: Any, on_event: Callable[[Event | None], None]) -> None:
         self._queue = queue
         self._on_event = on_event
         self._event_count = 0
@@ -250,3 +250,4 @@ class _Monitor:
             if isinstance(event, FitResult):
                 self._results.append(event)
             self._on_event(event)
+        self._on_event(None)
