@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError, RayTaskError
 
+from stpm import storage
 from stpm.errors import HOW_TO_CONTINUE, RunInterruptedError, last_line
 
 log = logging.getLogger(__name__)
@@ -48,5 +50,10 @@ def interrupted_by_ray(work: str) -> Iterator[None]:
     except Exception as error:
         if not is_ray_failure(error):
             raise
+        if any(os.strerror(each) in str(error) for each in storage.FULL_DISK):
+            raise RunInterruptedError(
+                f"{work} was interrupted: {last_line(error)}; make room on that disk first, then run the same command "
+                "again: finished work is kept"
+            ) from error
         log.exception("Ray failed")
         raise RunInterruptedError(f"{work} was interrupted: {last_line(error)}; {HOW_TO_CONTINUE}") from error

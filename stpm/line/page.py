@@ -13,7 +13,7 @@ from stpm.line.night import CategoryNight, Night
 from stpm.pages import render
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
-# Maximum number of categories to act on or to watch that have a card; the table has all.
+# Maximum number of categories that are not fine and have a card; the table has all.
 _MAX_CARDS = 60
 # A trend of rates reaches this many times the requested rate or higher, so that noise does not look like a change.
 _RATE_RANGE = 3.0
@@ -41,8 +41,7 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
     Text from data is escaped, nothing is loaded, and no script runs but the page's own.
     """
     ordered = nights[-1].ordered_categories()
-    flagged = [(name, category) for name, category in ordered if category.level in ("act", "watch")]
-    unclear = [(name, category) for name, category in ordered if category.level == "cannot tell"]
+    flagged = [(name, category) for name, category in ordered if category.level not in (None, "fine")]
     return render(
         "line/nightly.html",
         nights=nights,
@@ -51,7 +50,6 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
         created=created,
         cards=[(name, category, _card_trends(nights, name)) for name, category in flagged[:_MAX_CARDS]],
         more_flagged=max(len(flagged) - _MAX_CARDS, 0),
-        unclear=unclear[:_MAX_CARDS],
         rows=[(name, category, alarm_trend(nights, name)) for name, category in ordered],
         percent=percent,
         width=_WIDTH,
