@@ -46,6 +46,11 @@ def stop_on_signals() -> None:
             signal.signal(each, stop)
 
 
+def is_stopping() -> bool:
+    """Return whether a signal has asked the job to end."""
+    return bool(_stop_signals)
+
+
 def stop_signal() -> signal.Signals:
     """Return the signal that asked the job to end."""
     return _stop_signals[-1] if _stop_signals else signal.SIGINT

@@ -80,7 +80,13 @@ def connected() -> Iterator[None]:
         raise ConfigError(hide_urls(message) if "@" in address else message) from error
     # Ray has replaced the handler.
     stop_on_signals()
-    for name, level in (("train", "WARNING"), ("data", "WARNING"), ("data._internal.progress", "ERROR")):
+    for name, level in (
+        ("train", "WARNING"),
+        ("data", "WARNING"),
+        ("data._internal.progress", "ERROR"),
+        # They become errors of ours, see `stpm.cluster.ray_failures`.
+        ("data.exceptions", "CRITICAL"),
+    ):
         logging.getLogger(f"ray.{name}").setLevel(level)
     context = DataContext.get_current()
     context.enable_progress_bars = False

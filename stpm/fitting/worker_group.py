@@ -24,7 +24,8 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, living_nodes, on_driver_node, working_nodes
 from stpm.cluster.device import assigned_device
-from stpm.errors import HOW_TO_CONTINUE, DeviceError, last_line
+from stpm.cluster.ray_failures import how_to_continue
+from stpm.errors import DeviceError, last_line
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import Event, FitResult, FitTask
 from stpm.fitting.task_queue import WAIT, TaskQueue
@@ -95,8 +96,8 @@ def run_worker_group(
     try:
         retry_after_node_loss(train, monitor.count_lost_nodes)
     except ray.train.TrainingFailedError as error:
-        failure = f"the worker group could not go on: {last_line(error)}; {HOW_TO_CONTINUE}"
-        log.exception("Ray Train gave up")
+        remedy = how_to_continue(error, "Ray Train gave up")
+        failure = f"the worker group could not go on: {last_line(error)}; {remedy}"
     finally:
         try:
             results = monitor.stop()

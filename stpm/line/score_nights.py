@@ -92,6 +92,8 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                     if job.options.fresh and date == dates[0]:
                         _remove_rows(job, folder)
                     for run in _runs_to_score(job, folder):
+                        if not storage.exists(job.store.uri):
+                            raise NoModelError(f"{job.store.uri}: no models here; fit them first, or see --models")
                         if not folder.read():
                             # The record shows that this job wrote the folder; --keep-days removes no other.
                             folder.write(job.empty_night(date))

@@ -96,6 +96,13 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     assert job.starts == 1
 
 
+def test_without_models_no_scoring_starts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.dump(DATE, "a")
+    monkeypatch.setattr(score_nights, "connected", lambda: pytest.fail("Ray was started"))
+    assert job(models="/nowhere") == 3
+    assert record(job).problem == "/nowhere: no models here; fit them first, or see --models"
+
+
 def test_late_files_are_scored_into_their_night_by_a_run_of_their_own(job: Nightly) -> None:
     job.dump(BEFORE, "a", "b")
     assert job(BEFORE) == 0
