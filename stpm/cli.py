@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,8 +247,9 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
     try:
         code = job(argv)
     except KeyboardInterrupt:
-        log.info(f"stopped by {stop_signal().name}: {HOW_TO_CONTINUE}")
-        code = STOPPED + stop_signal()
+        number = stop_signal() or signal.SIGINT
+        log.info(f"stopped by {number.name}: {HOW_TO_CONTINUE}")
+        code = STOPPED + number
     except StpmError as error:
         log.critical("%s", error)
         code = exit_code_for(error)

@@ -80,14 +80,10 @@ def connected() -> Iterator[None]:
         raise ConfigError(hide_urls(message) if "@" in address else message) from error
     # Ray has replaced the handler.
     stop_on_signals()
-    for name, level in (
-        ("train", "WARNING"),
-        ("data", "WARNING"),
-        ("data._internal.progress", "ERROR"),
-        # They become errors of ours, see `stpm.cluster.ray_failures`.
-        ("data.exceptions", "CRITICAL"),
-    ):
+    for name, level in (("train", "WARNING"), ("data", "WARNING"), ("data._internal.progress", "ERROR")):
         logging.getLogger(f"ray.{name}").setLevel(level)
+    # What it would log is raised, too: see `interrupted_by_ray`.
+    logging.getLogger("ray.data.exceptions").setLevel("CRITICAL")
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

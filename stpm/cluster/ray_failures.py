@@ -13,7 +13,7 @@ from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError, RayTaskError
 
 from stpm import storage
-from stpm.console import is_stopping
+from stpm.console import stop_signal
 from stpm.errors import HOW_TO_CONTINUE, RunInterruptedError, last_line
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def how_to_continue(error: Exception, message: str) -> str:
     Raises:
         KeyboardInterrupt: if a signal asked the job to end: it may have ended Ray's processes, too.
     """
-    if is_stopping():
+    if stop_signal():
         raise KeyboardInterrupt from error
     if any(os.strerror(each) in str(error) for each in storage.FULL_DISK):
         return f"make room on that disk; then {HOW_TO_CONTINUE}"

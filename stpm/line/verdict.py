@@ -197,16 +197,13 @@ def _doubts(
 
     candidates = (count, min_calibration_images(rate), *_SIZES)
     needed = next((each for each in candidates if each >= count and tells(_SIZES[-1], each)), _SIZES[-1])
-    reasons = []
+    text = f"{percent(share)} of the images could be alarms by chance"
     if needed > count:
-        reasons.append(
-            f"the threshold cannot support the requested {percent(rate)}: {count} good images calibrate it, and "
-            f"{needed} are needed"
-        )
+        text += f"; the threshold cannot support the requested {percent(rate)}: {count} good images calibrate it, and "
+        text += f"{needed} are needed"
     if not tells(night.scored, needed):
         images = next((each for each in _SIZES if each > night.scored and tells(each, needed)), _SIZES[-1])
-        reasons.append(f"too few images: {night.scored} with a score, {images} are needed")
-    text = f"{percent(share)} of the images could be alarms by chance: {'; '.join(reasons)}"
+        text += f"; too few images: {night.scored} with a score, and {images} are needed"
     yield Change("alarms", "cannot tell", p_value=1.0, size=0.0, text=text)
 
 

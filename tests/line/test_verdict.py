@@ -178,9 +178,9 @@ def test_a_significant_difference_that_does_not_matter_is_fine(rng: np.random.Ge
     [
         (7, 27, 30, "the threshold cannot support the requested 1.0 %: 7 good images calibrate it, and 99 are needed"),
         (99, 10, 30, ""),
-        (500, 5, 30, "too few images: 5 with a score, 10 are needed"),
-        (7, 5, 30, "7 good images calibrate it, and 99 are needed; too few images: 5 with a score, 10 are needed"),
-        (40, 20, 6000, "too few images: 20 with a score, 30 are needed"),
+        (500, 5, 30, "too few images: 5 with a score, and 10 are needed"),
+        (7, 5, 30, "7 good images calibrate it, and 99 are needed; too few images: 5 with a score, and 10 are needed"),
+        (40, 20, 6000, "too few images: 20 with a score, and 30 are needed"),
         (40, 30, 6000, ""),
         (20, 300, 6000, "20 good images calibrate it, and 99 are needed"),
     ],
@@ -204,7 +204,7 @@ def test_a_night_that_could_not_show_that_half_of_it_are_alarms_cannot_tell(
 def test_a_night_of_errors_that_chance_explains_cannot_tell(line: Line) -> None:
     found = verdict([replace(line.empty(5), images=1, errors={"damaged": 1})], line.reference)
     assert found.reasons == (
-        "50 % of the images could be alarms by chance: too few images: 0 with a score, 10 are needed",
+        "50 % of the images could be alarms by chance; too few images: 0 with a score, and 10 are needed",
     )
 
 
