@@ -132,8 +132,8 @@ class Job:
             the exit code.
         hidden: fields that are not the user's to set.
         without_data: defaults by field name, instead of the preset's, where no data set is given.
-        check: an option, and the name of a function that takes its value and raises StpmError if nothing is there: the
-            modules that `run` needs take many seconds to import.
+        check: an option, and the name of a function that takes its absolute URI and raises StpmError if nothing is
+            there: the modules that `run` needs take many seconds to import.
     """
 
     name: str
@@ -151,7 +151,9 @@ class Job:
         start_logging(self.name, log_format)
         log.info("%s of stpm %s starts", self.name, __version__)
         if self.check and (value := getattr(options[0], self.check[0])):
-            resolve_name(self.check[1])(value)
+            from stpm import storage
+
+            resolve_name(self.check[1])(storage.absolute(value))
         code: int = resolve_name(self.run)(*options)
         return code
 
