@@ -5,7 +5,7 @@
 Nothing but random numbers, judged by the nightly job's own code. A healthy category has half an image to 1,000 images
 on a working night, a pattern of weekdays (most rest on Sundays, some at weekends), numbers of images and rates of
 alarms and errors that differ from night to night, images whose statistics move a little together, and a new model every
-few weeks. A year begins without earlier nights. A month is 30 nights; one with any verdict that is not fine is false.
+few weeks. A year begins without earlier nights. A month is 30 nights; one with any to watch or act on is false.
 
 A planted fault begins after 91 healthy nights, 45 of them with the current model, of a category that works every night
 and is judged as one of 200 on a page of 30 nights. It is found if a verdict names its kind on the first night, by the
@@ -152,7 +152,7 @@ class Line:
 
 
 class Year(NamedTuple):
-    """Verdicts on one year of healthy categories: months with any that is not fine, and what they said, by level."""
+    """Verdicts on one year of healthy categories: months with any to watch or act on, and what they said, by level."""
 
     months: int
     false: Counter[str]
@@ -176,7 +176,7 @@ def healthy_year(seed: int, categories: int, nights: int = 360) -> Year:
         if number % _MONTH == 0:
             levels.append(set())
         for record in night.categories.values():
-            if record.verdict and record.verdict.changes:
+            if record.verdict and record.verdict.level in ("watch", "act"):
                 levels[-1].add(record.verdict.level)
                 reasons[f"{record.verdict.level}: {record.verdict.reasons[0]}"] += 1
     false = Counter(level for month in levels for level in month) + Counter(any=sum(map(bool, levels)))

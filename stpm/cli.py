@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,12 +89,13 @@ class _Option(argparse.Action):
             values = "no" if str(option_string).startswith("--no-") else "yes"
         namespace.kept.append((self.dest, values, ""))
 
-    def explain(self, default: Any) -> None:
+    def explain(self, default: Any, without_data: Any = "") -> None:
         """Make the help text. It names no empty default, which the option's own text explains."""
         if isinstance(default, bool):
             default = "yes" if default else "no"
         note = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).removesuffix(".0")
         note = "required" if self.field.metadata["required"] else note and f"default: {note}"
+        note = "; ".join(filter(None, (note, without_data and f"without --data: {without_data}")))
         self.help = f"{self.field.metadata['help']}{note and f' ({note})'}".replace("%", "%%")
 
     def parse(self, value: Any, where: str = "") -> Any:
@@ -130,6 +132,8 @@ class Job:
             the exit code.
         hidden: fields that are not the user's to set.
         without_data: defaults by field name, instead of the preset's, where no data set is given.
+        check: an option, and the name of a function that takes its absolute URI and raises StpmError if nothing is
+            there: the modules that `run` needs take many seconds to import.
     """
 
     name: str
@@ -139,12 +143,17 @@ class Job:
     example: str
     hidden: tuple[str, ...] = ()
     without_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    check: tuple[str, str] | None = None
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Parse the options, run the job, and return its exit code. Raises StpmError."""
         *options, log_format = self.parse(argv)
         start_logging(self.name, log_format)
         log.info("%s of stpm %s starts", self.name, __version__)
+        if self.check and (value := getattr(options[0], self.check[0])):
+            from stpm import storage
+
+            resolve_name(self.check[1])(storage.absolute(value))
         code: int = resolve_name(self.run)(*options)
         return code
 
@@ -169,14 +178,12 @@ class Job:
         values = {name: each.field.default for name, each in options.items()}
         if "preset" in options:
             values |= vars(PRESETS[chosen.get("preset", "default")])
-        if not chosen.get("data"):
-            values |= self.without_data
         if words.help:
             for name, each in options.items():
-                each.explain(values[name])
+                each.explain(values[name], self.without_data.get(name, ""))
             print(parser.format_help(), end="")
             sys.exit(ALL_DONE)
-        values |= chosen
+        values |= chosen if chosen.get("data") else {**self.without_data, **chosen}
         if words.print_config:
             # What may hold a secret still comes from the environment.
             shown = {name: values[name] for name, each in options.items() if not each.field.metadata["is_secret"]}
@@ -242,8 +249,9 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
     try:
         code = job(argv)
     except KeyboardInterrupt:
-        log.info(f"stopped by {stop_signal().name}: {HOW_TO_CONTINUE}")
-        code = STOPPED + stop_signal()
+        number = stop_signal() or signal.SIGINT
+        log.info(f"stopped by {number.name}: {HOW_TO_CONTINUE}")
+        code = STOPPED + number
     except StpmError as error:
         log.critical("%s", error)
         code = exit_code_for(error)

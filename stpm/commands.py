@@ -42,6 +42,7 @@ _JOBS = (
         name="fit",
         description="Fit one model per category of a data set in the MVTec AD layout, with Ray Train.",
         groups=_groups(FitOptions, Recipe, WorkerOptions, ClusterOptions),
+        check=("data", "stpm.data.mvtec:find_categories"),
         run="stpm.jobs.fit:run_fit",
         example="stpm fit --data s3://plant/reference --models s3://plant/models",
     ),
@@ -57,6 +58,7 @@ _JOBS = (
         description="Report on a run that is scored already: a benchmark, or a score job with labelled images.",
         groups=_groups(EvaluateOptions, ReportOptions, ClusterOptions),
         hidden=("backend", "first_node", "plan"),
+        check=("run", "stpm.scoring.output:RunOutput.find_all"),
         run="stpm.jobs.evaluate:run_evaluate",
         example="stpm evaluate --run runs/benchmark --out runs/at-full-size --masks-at original",
     ),
@@ -65,6 +67,7 @@ _JOBS = (
         description="Fit one model per category, score every test image, and report metrics, on a demo without --data.",
         groups=_groups(BenchmarkOptions, Recipe, WorkerOptions, ScoreOptions, ReportOptions, ClusterOptions),
         hidden=("seed",),
+        check=("data", "stpm.data.mvtec:find_categories"),
         # The demo set has crops of 128 x 128 pixels.
         without_data={"teacher": "demo", "size": Size("128")},
         run="stpm.jobs.benchmark:run_benchmark",

@@ -46,9 +46,9 @@ def stop_on_signals() -> None:
             signal.signal(each, stop)
 
 
-def stop_signal() -> signal.Signals:
-    """Return the signal that asked the job to end."""
-    return _stop_signals[-1] if _stop_signals else signal.SIGINT
+def stop_signal() -> signal.Signals | None:
+    """Return the signal that asked the job to end, if there was one."""
+    return _stop_signals[-1] if _stop_signals else None
 
 
 def start_logging(job: str, log_format: LogFormat) -> None:

@@ -66,9 +66,13 @@ def test_defaults_are_those_of_the_preset_or_without_data_of_the_demo_set(capsys
     assert parse_recipe("--preset", "paper") == PRESETS["paper"]
     demo = COMMANDS["benchmark"].parse(["--epochs", "2"])[1]
     assert demo == dataclasses.replace(PRESETS["default"], teacher="demo", size="128", epochs=2)
-    with pytest.raises(SystemExit):
-        COMMANDS["fit"].parse(["--preset", "notebook", "--help"])
-    assert "default: 0.0004)" in " ".join(capsys.readouterr().out.split())
+    for name, wanted in (
+        ("fit", "default: 0.0004)"),
+        ("benchmark", "default: resnet18.tv_in1k; without --data: demo)"),
+    ):
+        with pytest.raises(SystemExit):
+            COMMANDS[name].parse(["--preset", "notebook", "--help"])
+        assert wanted in " ".join(capsys.readouterr().out.split())
 
 
 def test_no_secret_is_printed_or_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,8 +314,8 @@ FIT = ["fit", "--data", "data", "--models", "m"]
         *(([name], 1, " missing; see --help") for name in ("fit", "score", "evaluate", "nightly")),
         ([*SCORE, "i", "--out", "file/run"], 1, "file is a file"),
         ([*FIT[:3], "--models", "file"], 1, "file is a file"),
-        (["benchmark", "--data", "d", "--out", "file/run"], 1, "file is a file"),
-        (["evaluate", "--run", "d", "--out", "file/run"], 1, "file is a file"),
+        (["benchmark", "--data", "data", "--out", "file/run"], 1, "file is a file"),
+        (["evaluate", "--run", "d", "--out", "o"], 3, "d: no scores here"),
         ([*SCORE, "i", "--out", "o", "--category=", "--category-from", "{category}/{2}"], 1, "{2} is not a name"),
         ([*SCORE, os.fsdecode(b"\xff"), "--out", "o"], 1, "%FF: a name that is not UTF-8"),
         ([*SCORE, "nonsense://i", "--out", "nonsense://o"], 1, "use a local path, s3://"),

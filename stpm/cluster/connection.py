@@ -82,6 +82,8 @@ def connected() -> Iterator[None]:
     stop_on_signals()
     for name, level in (("train", "WARNING"), ("data", "WARNING"), ("data._internal.progress", "ERROR")):
         logging.getLogger(f"ray.{name}").setLevel(level)
+    # What it would log is raised, too: see `interrupted_by_ray`.
+    logging.getLogger("ray.data.exceptions").setLevel("CRITICAL")
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError, RayTaskError
 
+from stpm import storage
+from stpm.console import stop_signal
 from stpm.errors import HOW_TO_CONTINUE, RunInterruptedError, last_line
 
 log = logging.getLogger(__name__)
@@ -33,9 +36,23 @@ def results_of(tasks: Sequence[Any]) -> list[Any]:
     return results
 
 
+def how_to_continue(error: Exception, message: str) -> str:
+    """Say what to do about a failure of Ray; log it with its traceback, unless a disk is full.
+
+    Raises:
+        KeyboardInterrupt: if a signal asked the job to end: it may have ended Ray's processes, too.
+    """
+    if stop_signal():
+        raise KeyboardInterrupt from error
+    if any(os.strerror(each) in str(error) for each in storage.FULL_DISK):
+        return f"make room on that disk; then {HOW_TO_CONTINUE}"
+    log.exception(message)
+    return HOW_TO_CONTINUE
+
+
 @contextmanager
 def interrupted_by_ray(work: str) -> Iterator[None]:
-    """Log a failure of Ray in the block with its traceback, and raise it as one line.
+    """Raise a failure of Ray in the block as one line, see `how_to_continue`.
 
     Args:
         work: what the block does, for the message, such as "scoring".
@@ -48,5 +65,5 @@ def interrupted_by_ray(work: str) -> Iterator[None]:
     except Exception as error:
         if not is_ray_failure(error):
             raise
-        log.exception("Ray failed")
-        raise RunInterruptedError(f"{work} was interrupted: {last_line(error)}; {HOW_TO_CONTINUE}") from error
+        remedy = how_to_continue(error, "Ray failed")
+        raise RunInterruptedError(f"{work} was interrupted: {last_line(error)}; {remedy}") from error

@@ -51,9 +51,12 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
     """List a data set's categories, sorted; `wanted` selects some of them.
 
     Raises:
-        DataError: if the data set is missing or empty, or does not have a wanted category.
+        DataError: if the data set is missing or empty, is one category, or does not have a wanted category.
     """
     names = storage.subfolders(root, links=True)
+    if "train" in names and GOOD in storage.subfolders(storage.join(root, "train"), links=True):
+        parent, name = storage.absolute(root).rstrip("/").rsplit("/", 1)
+        raise DataError(f"{root}: this is one category; give its parent: --data {parent} --categories {name}")
     if not names:
         raise DataError(f"{root}: no category folders; expected <category>/train/good/ in the MVTec AD layout")
     unknown = sorted(set(wanted) - set(names))

@@ -14,6 +14,8 @@ from stpm.times import duration
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
+# Longest silence of a log: banks of memory, and calibration folds, take minutes.
+_SILENT_SECONDS = 30.0
 _BAR_WIDTH = 20
 
 
@@ -36,7 +38,7 @@ class _TaskProgress:
 
 
 class FitProgress:
-    """Log events, and show a progress bar. Call it with each event, on one thread.
+    """Log events, and show a progress bar. Call it with each event, and now and then with None, on one thread.
 
     Args:
         show: shows the progress bar on a terminal. None: log the bar after each task, and as one line the epochs of a
@@ -51,10 +53,15 @@ class FitProgress:
         self._show = show
         self._tasks = {task.key: _TaskProgress(task) for task in tasks}
         self._versions = VersionCheck()
-        self._start = clock()
+        self._start = self._said = clock()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event | None) -> None:
+        if not event and self._clock() - self._said < _SILENT_SECONDS:
+            return
+        self._said = self._clock()
         match event:
+            case None:
+                log.info(f"{self._bar()}, at work for {duration(self._said - self._start)}")
             case FitResult():
                 self._end(event)
             case (key, Epoch() as epoch):

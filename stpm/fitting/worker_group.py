@@ -24,7 +24,8 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from stpm import storage
 from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, living_nodes, on_driver_node, working_nodes
 from stpm.cluster.device import assigned_device
-from stpm.errors import HOW_TO_CONTINUE, DeviceError, last_line
+from stpm.cluster.ray_failures import how_to_continue
+from stpm.errors import DeviceError, last_line
 from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import Event, FitResult, FitTask
 from stpm.fitting.task_queue import WAIT, TaskQueue
@@ -51,7 +52,7 @@ def run_worker_group(
     resources: WorkerResources,
     arithmetic: Arithmetic,
     scratch: str,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[Event | None], None],
 ) -> list[FitResult]:
     """Run all tasks on the connected cluster.
 
@@ -60,7 +61,7 @@ def run_worker_group(
         options: number of the workers, their RAM, and the time between checkpoints.
         resources: the CPU cores and GPUs that one worker takes.
         scratch: URI that every node can reach, for Ray Train's own files. It is removed at the end.
-        on_event: called with each event, on one thread that is not the caller's.
+        on_event: called with each event, and with None while there are none, on one thread that is not the caller's.
 
     Returns:
         One result per task, in the order in which they ended. Tasks that never ran have failed.
@@ -95,8 +96,8 @@ def run_worker_group(
     try:
         retry_after_node_loss(train, monitor.count_lost_nodes)
     except ray.train.TrainingFailedError as error:
-        failure = f"the worker group could not go on: {last_line(error)}; {HOW_TO_CONTINUE}"
-        log.exception("Ray Train gave up")
+        remedy = how_to_continue(error, "Ray Train gave up")
+        failure = f"the worker group could not go on: {last_line(error)}; {remedy}"
     finally:
         try:
             results = monitor.stop()
@@ -208,7 +209,7 @@ def _remove_stuck_placement_groups() -> None:
 class _Monitor:
     """Pass on the queue's events and watch for lost nodes, in a thread, while Ray Train blocks the main thread."""
 
-    def __init__(self, queue: Any, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, queue: Any, on_event: Callable[[Event | None], None]) -> None:
         self._queue = queue
         self._on_event = on_event
         self._event_count = 0
@@ -250,3 +251,4 @@ class _Monitor:
             if isinstance(event, FitResult):
                 self._results.append(event)
             self._on_event(event)
+        self._on_event(None)

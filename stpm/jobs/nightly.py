@@ -47,8 +47,8 @@ def run_nightly(
     Raises:
         ConfigError: if the options are invalid, or the folder is in use.
     """
-    job = NightlyJob(options, monitoring, output, scoring, cluster)
     date = options.night(datetime.datetime.now(datetime.timezone.utc))
+    job = NightlyJob(replace(options, date=str(date)), monitoring, output, scoring, cluster)
     with on_cluster(cluster, [options.models, job.out, *options.allow, *job.sources(date)]):
         if cluster.plan:
             log_plan({"scores": partial(describe_plan, scoring)})

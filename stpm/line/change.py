@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Level = Literal["fine", "watch", "act"]
-LEVELS: tuple[Level, ...] = ("fine", "watch", "act")
+Level = Literal["fine", "cannot tell", "watch", "act"]
+LEVELS: tuple[Level, ...] = ("fine", "cannot tell", "watch", "act")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that changed.
+    """One thing that changed, or that chance would hide if it had: then the level is `cannot tell`.
 
     Args:
         name: a statistic's name, or `images`, `repeated`, `errors`, `alarms`, `scores` or `model`.

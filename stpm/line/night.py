@@ -158,8 +158,8 @@ class Night:
         return bool(self.runs) and not self.unfinished and all(each.verdict for each in self.categories.values())
 
     def ordered_categories(self) -> list[tuple[str, CategoryNight]]:
-        """List the categories: those to act on, to watch, not judged, and fine; large changes before small ones."""
-        levels = ("act", "watch", None, "fine")
+        """List the categories: to act on, to watch, not judged, unable to tell, fine; large changes come first."""
+        levels = ("act", "watch", None, "cannot tell", "fine")
 
         def key(item: tuple[str, CategoryNight]) -> tuple[int, float, str]:
             name, category = item
@@ -173,7 +173,7 @@ class Night:
         parts = [f"{self.images} images, {self.alarms} alarms, {self.error_count} errors"]
         if self.unfinished:
             parts.append(f"{self.unfinished} images without a row")
-        for level in ("act", "watch"):
+        for level in ("act", "watch", "cannot tell"):
             if names := [name for name, category in self.categories.items() if category.level == level]:
                 parts.append(f"{level}: {join_first(names, separator=', ')}")
         parts.append(f"categories fine: {self.levels['fine']}")

@@ -27,7 +27,7 @@ def nightly_json(nights: Sequence[Night], out: str, created: str) -> bytes:
 def webhook_message(night: Night, out: str, created: str) -> bytes:
     """Write the message of the webhook: the night, with the categories to look at. Chats show its `text`."""
     values = _night(night, out)
-    flagged = [item for item in values["categories"].items() if item[1]["level"] in ("act", "watch")]
+    flagged = [item for item in values["categories"].items() if item[1]["level"] not in (None, "fine")]
     # Escape what chats take for markup: a category named `<!channel>` would call everybody.
     text = "".join(character if character.isprintable() else " " for character in night.headline())
     message = {

@@ -13,7 +13,7 @@ from stpm.line.night import CategoryNight, Night
 from stpm.pages import render
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
-# Maximum number of categories to act on or to watch that have a card; the table has all.
+# Maximum number of categories that are not fine and have a card; the table has all.
 _MAX_CARDS = 60
 # A trend of rates reaches this many times the requested rate or higher, so that noise does not look like a change.
 _RATE_RANGE = 3.0
@@ -41,7 +41,7 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
     Text from data is escaped, nothing is loaded, and no script runs but the page's own.
     """
     ordered = nights[-1].ordered_categories()
-    flagged = [(name, category) for name, category in ordered if category.level in ("act", "watch")]
+    flagged = [(name, category) for name, category in ordered if category.level not in (None, "fine")]
     return render(
         "line/nightly.html",
         nights=nights,

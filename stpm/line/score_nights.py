@@ -92,6 +92,8 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                     if job.options.fresh and date == dates[0]:
                         _remove_rows(job, folder)
                     for run in _runs_to_score(job, folder):
+                        if not storage.exists(job.store.uri):
+                            raise NoModelError(f"{job.store.uri}: no models here; fit them first, or see --models")
                         if not folder.read():
                             # The record shows that this job wrote the folder; --keep-days removes no other.
                             folder.write(job.empty_night(date))
@@ -214,8 +216,9 @@ def _list_images(job: NightlyJob, date: datetime.date) -> Iterator[pa.Table]:
         try:
             yield from image_rows([source], job.options.rule, job.options.allow, settle=settle)
         except NoImagesError as error:
-            # The other sources may have some.
-            log.info(str(error))
+            # The other sources may have some. Of a night before that was never scored, there may never have been any.
+            if str(date) == job.options.date or storage.exists(NightFolder.of(job.out, date).uri):
+                log.info(str(error))
         if settle.left:
             log.warning(
                 f"{source}: left {len(settle.left)} files to the next start, they were modified less than "

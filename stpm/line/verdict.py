@@ -17,7 +17,7 @@ import numpy as np
 
 from stpm.data.image_statistics import COMPARED
 from stpm.line import image_drift
-from stpm.line.change import Change, Level, Limits, Verdict, percent
+from stpm.line.change import LEVELS, Change, Level, Limits, Verdict, percent
 from stpm.line.night import CategoryNight, Night
 from stpm.line.options import MonitoringOptions
 from stpm.line.significance import (
@@ -29,7 +29,7 @@ from stpm.line.significance import (
     exceedances,
     pool,
 )
-from stpm.method.calibration import threshold_rank
+from stpm.method.calibration import min_calibration_images, threshold_rank
 
 # Nights with which a night is compared: thirteen weeks, from which it shows how much the same weekdays differ.
 EARLIER = 91
@@ -56,6 +56,10 @@ _ORDER = {
 _SCORES = Limits(0.25, 0.5)
 # Alarms beyond the requested rate, as a fraction of the images: some defects are expected.
 _ALARMS = Limits(0.05, 0.15)
+# A night cannot tell if chance may explain as many alarms: the requested ones, and half of the other images.
+_PLAIN = 0.5
+# Numbers of images, or of calibration images, that a night may need: round ones, as the need is no sharp limit.
+_SIZES = (5, 10, 15, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000, 10_000, 100_000)
 # Alarms beyond those of earlier nights.
 _MORE_ALARMS = Limits(0.02, 0.05)
 _ERRORS = Limits(0.01, 0.1)
@@ -162,7 +166,7 @@ def judge(
         date: of the night, for its weekday.
         is_idle: most categories have no images on this night.
         tests: number of verdicts that are given together (categories × nights).
-        false_verdict_rate: probability, in (0, 1), that any of these verdicts is not `fine` though nothing changed.
+        false_verdict_rate: probability, in (0, 1), that any of these is `watch` or `act` though nothing has changed.
     """
     changes = (
         *_fewer_images(night, date, earlier, is_idle),
@@ -175,9 +179,36 @@ def judge(
         adjusted = min(change.p_value * _BONFERRONI.get(change.name, 1) * tests, 1.0)
         if change.level != "fine" and adjusted <= false_verdict_rate:
             found[change.name] = replace(change, p_value=adjusted)
+    if not found and night.images and reference:
+        limit = false_verdict_rate / (_BONFERRONI["alarms"] * tests)
+        found = {change.name: change for change in _doubts(night, list(earlier.values()), reference, limit)}
     ordered = sorted(found.values(), key=lambda change: (_ORDER[change.name], -change.size))
-    level: Level = "act" if any(change.level == "act" for change in ordered) else "watch" if ordered else "fine"
-    return Verdict(level, tuple(ordered))
+    return Verdict(max((change.level for change in ordered), default="fine", key=LEVELS.index), tuple(ordered))
+
+
+def _doubts(
+    night: CategoryNight, earlier: Sequence[CategoryNight], reference: Reference, limit: float
+) -> Iterator[Change]:
+    """Say what a night needs, unless the p-value of plainly too many alarms would be at most the limit."""
+    count, rate = reference.calibration_count, night.false_alarm_rate
+    share = rate + _PLAIN * (1 - rate)
+    plain = replace(night, alarms=math.ceil(share * night.scored))
+    if any(change.p_value <= limit for change in _alarms(plain, earlier, count)):
+        return
+
+    def tells(images: int, calibration: int) -> bool:
+        return _above_requested(math.ceil(share * images), images, calibration, rate) <= limit
+
+    candidates = (count, min_calibration_images(rate), *_SIZES)
+    needed = next((each for each in candidates if each >= count and tells(_SIZES[-1], each)), _SIZES[-1])
+    text = f"{percent(share)} of the images could be alarms by chance"
+    if needed > count:
+        text += f"; the threshold cannot support the requested {percent(rate)}: {count} good images calibrate it, and "
+        text += f"{needed} are needed"
+    if not tells(night.scored, needed):
+        images = next((each for each in _SIZES if each > night.scored and tells(each, needed)), _SIZES[-1])
+        text += f"; too few images: {night.scored} with a score, and {images} are needed"
+    yield Change("alarms", "cannot tell", p_value=1.0, size=0.0, text=text)
 
 
 def _images_and_scores(
@@ -273,12 +304,18 @@ def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_
         nights = f"{percent(before)} on {len(usual)} nights before"
         text = f"more alarms than usual: {_describe(recent)}{_on(now)}, {nights}"
         yield _MORE_ALARMS.change("alarms", recent.value - before, p_value, text)
-    rank = threshold_rank(calibration_count, night.false_alarm_rate)
-    defects = min(math.ceil(_ALARMS.watch * rate.total), rate.events)
-    p_value = exceedances(rate.events - defects, rate.total - defects, calibration_count, rank)
     what = "the threshold that a person decided lets expect" if night.decision else "the requested"
     text = f"more alarms than {what} {percent(night.false_alarm_rate)}: {_describe(rate)}"
+    p_value = _above_requested(*rate, calibration_count, night.false_alarm_rate)
+    rank = threshold_rank(calibration_count, night.false_alarm_rate)
     yield _ALARMS.change("alarms", rate.value - rank / (calibration_count + 1), p_value, text)
+
+
+def _above_requested(alarms: int, images: int, calibration_count: int, false_alarm_rate: float) -> float:
+    """Return the p-value of as many alarms or more above a calibration's threshold, beside the expected defects."""
+    defects = min(math.ceil(_ALARMS.watch * images), alarms)
+    rank = threshold_rank(calibration_count, false_alarm_rate)
+    return exceedances(alarms - defects, images - defects, calibration_count, rank)
 
 
 def _describe(rate: Rate) -> str:

@@ -6,12 +6,14 @@ import io
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
+import requests
 import timm
 import torch
+from huggingface_hub import constants as hub
 from torch import Tensor
 
 from stpm import storage
-from stpm.errors import ConfigError, ModelError
+from stpm.errors import ConfigError, ModelError, one_line
 from stpm.method.backbones import (
     DEMO_ARCHITECTURE,
     DEMO_TEACHER,
@@ -26,6 +28,8 @@ from stpm.method.backbones import (
 RANDOM_WEIGHTS = "random"
 # Larger than every seed of a recipe: no student may start as the teacher.
 _RANDOM_TEACHER_SEED = 2**31
+# Seconds in which the Hugging Face Hub must answer.
+_HUB_SECONDS = 5.0
 
 
 def load_teacher_weights(teacher: str, weights: str, levels: tuple[int, ...]) -> StateDict:
@@ -100,14 +104,23 @@ def _packaged_weights() -> StateDict:
 
 
 def _download(teacher: str, levels: tuple[int, ...]) -> StateDict:
+    was_offline, unreachable = hub.HF_HUB_OFFLINE, ""
+    try:
+        if not was_offline:
+            requests.head(hub.ENDPOINT, timeout=_HUB_SECONDS)
+    except requests.RequestException:
+        # The hub's client would try for a minute. Offline, it takes what it has downloaded before.
+        hub.HF_HUB_OFFLINE, unreachable = True, f"{hub.ENDPOINT} cannot be reached"
     try:
         net = timm.create_model(teacher, pretrained=True, features_only=True, out_indices=levels)
     except Exception as error:
+        reason = unreachable if unreachable and isinstance(error, OSError) else one_line(error)
         raise ConfigError(
-            f"teacher {teacher!r}: timm could not provide its weights ({type(error).__name__}: {error}); name a tag "
-            "that timm lists, allow this machine to reach the Hugging Face Hub, or give --teacher-weights FILE, or "
-            "--teacher demo, which needs no network"
+            f"teacher {teacher!r}: timm could not provide its weights: {reason}; give "
+            "--teacher demo, which needs no network, or --teacher-weights FILE, or name a tag that timm lists"
         ) from error
+    finally:
+        hub.HF_HUB_OFFLINE = was_offline
     state: StateDict = net.state_dict()
     return state
 

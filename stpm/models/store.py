@@ -191,7 +191,8 @@ class ModelStore:
             # Ask for these alone: a listing of all categories, for each that is missing, takes far more requests.
             other = other_form(category, filter(self._has_models, unicode_forms(category)))
             raise NoModelError(
-                f"{self.uri}: no model for category {category!r}; {other or f'{self._list_command()} lists them'}"
+                f"{self.uri}: no model for category {category!r}; "
+                f"{other or f'fit it first (stpm fit --data DATA --models {shlex.quote(self.uri)})'}"
             ) from error
 
     def set_versions(self, category: str, versions: Versions) -> None:

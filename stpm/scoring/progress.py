@@ -1,6 +1,6 @@
 """The progress of a run: stages report to an actor; the driver reads it once a second, and shows it.
 
-On a terminal it is a line at the bottom, in a log a line every five seconds.
+On a terminal it is a line at the bottom, in a log a line every five seconds, or every 30 while it stays the same.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 _LOG_SECONDS = 5.0
+_SAME_SECONDS = 30.0
 # Seconds between the times at which the number of finished images is kept, at least.
 _MARK_SECONDS = 1.0
 # A run stops once more than half of this number of images failed, the latest ones of a stage.
@@ -213,7 +214,7 @@ class ProgressDisplay:
         self._total = total
         self._show = show
         self._clock = clock
-        self._last_logged = clock()
+        self._last_logged, self._last_line = clock(), ""
         self._warning_count = 0
 
     def update(self, snapshot: Snapshot) -> None:
@@ -228,8 +229,8 @@ class ProgressDisplay:
             line += f", {speed:.0f} images/s, about {duration((self._total - images) / speed)} left"
         if self._show:
             self._show(line)
-        elif self._clock() - self._last_logged >= _LOG_SECONDS:
-            self._last_logged = self._clock()
+        elif self._clock() - self._last_logged >= (_SAME_SECONDS if line == self._last_line else _LOG_SECONDS):
+            self._last_logged, self._last_line = self._clock(), line
             log.info(line)
 
     def end(self, snapshot: Snapshot) -> None:

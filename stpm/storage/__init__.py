@@ -2,6 +2,7 @@
 
 from stpm.storage.listing import Settle, file_sizes, file_versions, files, files_starting, glob, iter_files, subfolders
 from stpm.storage.objects import (
+    FULL_DISK,
     check_size,
     create,
     digest,

@@ -23,6 +23,8 @@ _UNFINISHED = ".part"
 # Bytes of an object to fetch before its size is asked for, which is one more request.
 _FIRST_BYTES = 32 * 2**20
 
+# Errors that say that a disk, or the user's share of it, is full.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # Errors that say that a path leads nowhere.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -132,8 +134,11 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            # The system's own error does not say which disk it is.
+            error.filename = str(target)
         raise
     if durable:
         folder = os.open(target.parent, os.O_RDONLY)

@@ -92,6 +92,8 @@ def test_missing_empty_and_unsafe_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no category folders"):
         mvtec.find_categories(str(tmp_path))
     (tmp_path / "hollow" / "train" / "good").mkdir(parents=True)
+    with pytest.raises(DataError, match=rf"this is one category; give .*: --data {tmp_path} --categories hollow$"):
+        mvtec.find_categories(str(tmp_path / "hollow"), ["hollow"])
     with pytest.raises(DataError, match=r"hollow: no images in train/good"):
         mvtec.read_category(str(tmp_path), "hollow")
     with pytest.raises(DataError, match=r"category 'a:b' holds the character ':'"):

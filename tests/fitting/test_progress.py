@@ -54,6 +54,15 @@ def test_log_has_few_lines_with_every_loss_unless_epochs_are_slow(caplog: pytest
     assert caplog.messages[-1] == "[##########..........] 1/2 ended, about 10 min left"
 
 
+def test_a_log_is_never_silent_for_long(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    progress = FitProgress([TASK], None, clock)
+    for clock.now in range(0, 90, 3):
+        progress((TASK.key, "memory of 5 vectors") if clock.now == 39 else None)
+    bar = "[....................] 0/1 ended, at work for"
+    assert caplog.messages == [f"{bar} 30 s", f"{TASK.key}  memory of 5 vectors", f"{bar} 69 s"]
+
+
 def test_gathered_epochs_are_logged_before_the_result(caplog: pytest.LogCaptureFixture) -> None:
     follow(terminal=False, seconds_per_epoch=0.1, epochs=3)
     lines = caplog.messages

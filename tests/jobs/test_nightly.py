@@ -96,6 +96,13 @@ def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch:
     assert job.starts == 1
 
 
+def test_without_models_no_scoring_starts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.dump(DATE, "a")
+    monkeypatch.setattr(score_nights, "connected", lambda: pytest.fail("Ray was started"))
+    assert job(models="/nowhere") == 3
+    assert record(job).problem == "/nowhere: no models here; fit them first, or see --models"
+
+
 def test_late_files_are_scored_into_their_night_by_a_run_of_their_own(job: Nightly) -> None:
     job.dump(BEFORE, "a", "b")
     assert job(BEFORE) == 0
@@ -251,11 +258,13 @@ def test_fresh_keeps_the_rows_where_they_cannot_be_made_again(
     assert problem in record(job).problem
     assert "503" in problem or "--fresh left the rows as they are" in record(job).problem
     # It was judged before.
-    assert "None: every category is fine." in storage.read(f"{job.out}/nightly.html").decode()
+    assert "50 % of the images could be alarms by chance" in storage.read(f"{job.out}/nightly.html").decode()
 
 
-def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly) -> None:
+def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
     assert job() == 3
+    # Nights before the first one may never have been.
+    assert [f"{DATE}: no images here" in message for message in caplog.messages if "no images" in message] == [True]
     assert "There are no images to judge." in storage.read(f"{job.out}/nightly.html").decode()
     job.dump(DATE, "a")
     assert job() == 0
@@ -278,7 +287,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
     assert night.categories["nut"].verdict is None
     assert job() == 0
     assert record(job).problem == ""
-    assert record(job).categories["nut"].verdict == Verdict("fine")
+    assert record(job).categories["nut"].level == "cannot tell"
 
 
 def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(

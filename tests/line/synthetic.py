@@ -19,7 +19,9 @@ def make_record(rng: np.random.Generator, level: Level | None, reason: str) -> C
     """Make a night of a category with 2,000 images."""
     alarms = int(rng.binomial(2000, 0.01 if level == "fine" else 0.04))
     verdict = Verdict("fine", ()) if level else None
-    if level and level != "fine":
+    if level == "cannot tell":
+        verdict = Verdict(level, (Change("alarms", level, p_value=1.0, size=0.0, text=reason),))
+    elif level and level != "fine":
         changes = (
             Change("brightness", level, p_value=1e-9, size=2.0, text=reason),
             Change("alarms", level, p_value=1e-4, size=1.0, text=reason),
@@ -41,9 +43,15 @@ def make_record(rng: np.random.Generator, level: Level | None, reason: str) -> C
 
 
 def make_nights(
-    categories: list[str], count: int, *, act: int, watch: int, text: str = "brighter by 10 %: 132 instead of 120"
+    categories: list[str],
+    count: int,
+    *,
+    act: int,
+    watch: int,
+    unclear: int = 0,
+    text: str = "brighter by 10 %: 132 instead of 120",
 ) -> list[Night]:
-    """Make nights on the last of which the first categories are to act on, and the next ones to watch."""
+    """Make nights on the last of which the first categories are to act on, the next ones to watch, the next unclear."""
     rng = np.random.default_rng(0)
     jpeg = encode_jpeg(Image.fromarray(rng.integers(60, 200, (64, 96, 3), np.uint8)).resize((384, 256)))
     top = tuple(
@@ -67,7 +75,13 @@ def make_nights(
         date = LAST - datetime.timedelta(days=count - 1 - number)
         is_last = number == count - 1
         levels: list[Level] = [
-            "act" if i < act and is_last else "watch" if i < act + watch and number > count - 4 else "fine"
+            "act"
+            if i < act and is_last
+            else "watch"
+            if i < act + watch and number > count - 4
+            else "cannot tell"
+            if act + watch <= i < act + watch + unclear
+            else "fine"
             for i in range(len(categories))
         ]
         nights.append(

@@ -57,7 +57,11 @@ def test_a_table_names_only_what_scoring_would_allow(tmp_path: Path) -> None:
     marks = read_marks(uri)
     assert marks.good == {"nut": [f"{tmp_path}/marks/in.png"]}
     assert len(marks.refused) == 4
-    assert f"may name only what is under {tmp_path}/marks; see --allow" in marks.refused["s3://b/x.png"]
+    assert (
+        f"may name only what is under {tmp_path}/marks; to allow it, give --allow s3://b"
+        in marks.refused["s3://b/x.png"]
+    )
+    assert marks.refused[f"{tmp_path}/x.png"].endswith(f"give --allow {tmp_path}")
     assert marks.refused[f"{uri}, row 5"] == "it has no uri"
     assert read_marks(uri, ["s3://b", str(tmp_path)]).good["nut"] == [
         f"{tmp_path}/x.png",

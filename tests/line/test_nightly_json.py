@@ -23,11 +23,14 @@ def parsed(nights: list[Night]) -> Any:
 
 
 def test_nightly_json_has_the_stated_schema() -> None:
-    values = parsed(make_nights(["a", "b", "c"], 3, act=1, watch=1))
+    values = parsed(make_nights(["a", "b", "c", "d"], 3, act=1, watch=1, unclear=1))
     assert [night["date"] for night in values["nights"]] == ["2026-11-22", "2026-11-23", "2026-11-24"]
     last = values["nights"][-1]
     assert last["folder"] == "s3://plant/nights/date=2026-11-24"
-    assert (last["levels"], list(last["categories"])) == ({"act": 1, "watch": 1, "fine": 1}, ["a", "b", "c"])
+    assert (last["levels"], list(last["categories"])) == (
+        {"act": 1, "watch": 1, "cannot tell": 1, "fine": 1},
+        ["a", "b", "c", "d"],
+    )
     low, high = last["categories"]["a"]["alarm_rate_interval"]
     assert low < last["categories"]["a"]["alarm_rate"] < high
     # Without images or verdicts.
@@ -38,13 +41,15 @@ def test_nightly_json_has_the_stated_schema() -> None:
 
 
 def test_the_webhooks_message_names_what_is_to_be_looked_at() -> None:
-    night = make_nights([f"c{i:03}" for i in range(300)], 1, act=20, watch=100)[-1]
+    night = make_nights([f"c{i:03}" for i in range(300)], 1, act=20, watch=70, unclear=30)[-1]
     message = json.loads(webhook_message(night, OUT, CREATED))
     assert message["page"] == "s3://plant/nights/nightly.html"
     assert message["text"] == night.headline()
-    assert message["levels"] == {"act": 20, "watch": 100, "fine": 180}
-    assert [category["level"] for category in message["categories"].values()] == ["act"] * 20 + ["watch"] * 80
+    assert message["levels"] == {"act": 20, "watch": 70, "cannot tell": 30, "fine": 180}
+    levels = ["act"] * 20 + ["watch"] * 70 + ["cannot tell"] * 10
+    assert [category["level"] for category in message["categories"].values()] == levels
     assert "act: c000, c001, c002, c003, c004, and 15 more; watch: c020" in message["text"]
+    assert "cannot tell: c090" in message["text"]
 
 
 def test_no_name_of_a_category_is_markup_in_a_chat() -> None:

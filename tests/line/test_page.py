@@ -35,10 +35,10 @@ def test_text_from_data_is_escaped_and_nothing_is_loaded() -> None:
 
 
 def test_what_is_to_be_looked_at_is_on_top_and_every_category_in_the_table() -> None:
-    nights = make_nights(MANY, 30, act=3, watch=70)
+    nights = make_nights(MANY, 30, act=3, watch=50, unclear=20)
     text = page(nights, "s3://plant/nights", CREATED)
-    cards = re.findall(r"<h3>(product \d+) <span class=\"level\">(\w+)", text)
-    assert [level for _, level in cards] == ["act"] * 3 + ["watch"] * 57
+    cards = re.findall(r"<h3>(product \d+) <span class=\"level\">([\w ]+)", text)
+    assert [level for _, level in cards] == ["act"] * 3 + ["watch"] * 50 + ["cannot tell"] * 7
     assert "13 more are in the table of all categories" in text
     assert text.index("Categories to look at") < text.index("Most anomalous images") < text.index("All 500 categories")
     rows = re.findall(r"<tr><td>(product \d+)</td>", text)
@@ -73,6 +73,12 @@ def test_a_night_without_a_category_to_look_at_tells_whether_it_is_judged(
     }
     assert [each for each in texts if each in text] == [shown]
     assert ("No image has a score." in text) == (not categories)
+
+
+def test_a_page_whose_only_categories_cannot_tell_calls_none_fine() -> None:
+    text = page(make_nights(["a"], 1, act=0, watch=0, unclear=1), "s3://nights", CREATED)
+    assert "every category is fine" not in text
+    assert "<b>1</b> cannot tell" in text
 
 
 def test_the_links_lead_to_files_of_the_nights() -> None:

@@ -33,6 +33,10 @@ def verdict(nights: list[DrawnNight], reference: Reference | None, tests: int = 
     return judge(night, night.sample, by_date, reference, date=night.date, tests=tests, **options)
 
 
+def is_false(verdict: Verdict) -> bool:
+    return verdict.level in ("watch", "act")
+
+
 def changed(night: DrawnNight, **factors: float) -> DrawnNight:
     """Multiply some of a night's statistics."""
     statistics = {name: values * np.float32(factors.get(name, 1)) for name, values in night.statistics.items()}
@@ -46,7 +50,7 @@ def test_nights_of_the_calibrations_own_distribution_are_fine_at_the_stated_rate
         line = Line(rng, calibration=int(rng.integers(10, 100)), good=int(rng.integers(20, 200)))
         nights = line.nights(int(rng.integers(1, 6)), images=int(rng.integers(5, 400)))
         for tests, rate in false:
-            false[tests, rate] += verdict(nights, line.reference, tests, false_verdict_rate=rate).level != "fine"
+            false[tests, rate] += is_false(verdict(nights, line.reference, tests, false_verdict_rate=rate))
     assert all(count <= stats.binom.ppf(0.999, 1000, rate / tests) for (tests, rate), count in false.items())
 
 
@@ -55,7 +59,7 @@ def test_a_few_defects_are_part_of_a_normal_night(rng: np.random.Generator) -> N
     for i in range(300):
         line = Line(rng)
         nights = line.nights(1 + i % 6, images=1000, defects=0.04)
-        false += verdict(nights, line.reference).level != "fine"
+        false += is_false(verdict(nights, line.reference))
     assert false <= stats.binom.ppf(0.999, 300, 0.05 / 20)
 
 
@@ -172,7 +176,42 @@ def test_a_significant_difference_that_does_not_matter_is_fine(rng: np.random.Ge
     assert found == Verdict("fine")
     # Nor does a large one of few images.
     line = Line(rng)
-    assert verdict([changed(line.night(images=2), brightness=1.3)], line.reference).level == "fine"
+    assert not is_false(verdict([changed(line.night(images=2), brightness=1.3)], line.reference))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "images", "tests", "needs"),
+    [
+        (7, 27, 30, "the threshold cannot support the requested 1.0 %: 7 good images calibrate it, and 99 are needed"),
+        (99, 10, 30, ""),
+        (500, 5, 30, "too few images: 5 with a score, and 10 are needed"),
+        (7, 5, 30, "7 good images calibrate it, and 99 are needed; too few images: 5 with a score, and 10 are needed"),
+        (40, 20, 6000, "too few images: 20 with a score, and 30 are needed"),
+        (40, 30, 6000, ""),
+        (20, 300, 6000, "20 good images calibrate it, and 99 are needed"),
+    ],
+)
+def test_a_night_that_could_not_show_that_half_of_it_are_alarms_cannot_tell(
+    rng: np.random.Generator, calibration: int, images: int, tests: int, needs: str
+) -> None:
+    line = Line(rng, calibration)
+    night = replace(line.night(images=images), alarms=1)
+    found = verdict([night], line.reference, tests)
+    assert (found.level, bool(found.changes)) == (("cannot tell", True) if needs else ("fine", False))
+    assert not needs or found.reasons[0].endswith(needs)
+    # If half of them are, other verdicts are given.
+    flood = verdict([replace(night, alarms=-(-images * 101 // 200))], line.reference, tests)
+    assert is_false(flood) == (not needs)
+    # Earlier nights show it, too.
+    if images == 300:
+        assert verdict([*line.nights(30, images=images), night], line.reference, tests).level == "fine"
+
+
+def test_a_night_of_errors_that_chance_explains_cannot_tell(line: Line) -> None:
+    found = verdict([replace(line.empty(5), images=1, errors={"damaged": 1})], line.reference)
+    assert found.reasons == (
+        "50 % of the images could be alarms by chance; too few images: 0 with a score, and 10 are needed",
+    )
 
 
 def test_an_empty_night_is_named(line: Line) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 
 from stpm import storage
@@ -94,10 +95,18 @@ def test_load_teacher_weights_names_missing_file_architecture_and_levels() -> No
         load_teacher_weights("resnet18", "random", (1, 9))
 
 
-def test_load_teacher_weights_names_a_remedy_when_download_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="give --teacher-weights FILE"):
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's client would try for a minute, and print each try."""
+    # Nobody listens there.
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9 cannot be reached; give --teacher demo, which needs no"):
+        load_teacher_weights("resnet18.tv_in1k", "", LEVELS)
+    with pytest.raises(ConfigError, match=r"Invalid pretrained tag.*or name a tag that timm lists"):
         load_teacher_weights("resnet18.no_such_tag", "", LEVELS)
+    assert capfd.readouterr() == ("", "")
+    assert not hub.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])

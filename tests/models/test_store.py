@@ -196,7 +196,7 @@ def test_a_missing_model_whose_name_is_there_in_another_unicode_form_is_named(st
     save(store, tiny, "Geha\u0308use")
     with pytest.raises(NoModelError, match=r"two Unicode forms; rename one$"):
         store.record("Geh\u00e4use")
-    with pytest.raises(NoModelError, match=r"stpm models --models .* lists them$"):
+    with pytest.raises(NoModelError, match=r"fit it first \(stpm fit --data DATA --models .*\)$"):
         store.record("\u00e4")
     with pytest.raises(DataError, match=r"'../nut' holds the character '/'"):
         store.load("../nut")

@@ -32,7 +32,12 @@ def test_progress_is_a_line_at_each_update_on_a_terminal_and_every_five_seconds_
             speed = 50.0 if second > 10 else 0.0
             statistics = RunStatistics(max(second - 10, 0) * 50, 2, 1, steady_images_per_second=speed)
             display.update(Snapshot(statistics, [], "", []))
-    assert (len(shown), len(caplog.messages)) == (20, 4)
+    # At 5, 11 and 16 s: a line that stays the same is not repeated.
+    assert (len(shown), len(caplog.messages)) == (20, 3)
+    for _ in range(60):
+        clock.now += 1
+        display.update(Snapshot(statistics, [], "", []))
+    assert caplog.messages[3:] == [shown[-1]] * 2
     assert shown[0] == "0/1000 images, 2 errors, 1 anomalous"
     assert shown[-1] == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
 

@@ -25,9 +25,13 @@ def allowed_prefixes(table: str, prefixes: Sequence[str]) -> tuple[str, ...]:
 
 def check_allowed(uris: Iterable[str], prefixes: Sequence[str]) -> ImageError | None:
     """Return an error if one of the URIs is not under one of the prefixes. Empty URIs are ignored."""
-    if all(_is_allowed(uri, prefixes) for uri in uris if uri):
+    outside = next((uri for uri in uris if uri and not _is_allowed(uri, prefixes)), "")
+    if not outside:
         return None
-    return ImageError("not_allowed", f"the table may name only what is under {', '.join(prefixes)}; see --allow")
+    folder = outside.rpartition("/")[0] or outside
+    # Nothing allows a name that goes up.
+    remedy = "see --allow" if ".." in folder.split("/") else f"to allow it, give --allow {folder}"
+    return ImageError("not_allowed", f"the table may name only what is under {', '.join(prefixes)}; {remedy}")
 
 
 def _is_allowed(uri: str, prefixes: Sequence[str]) -> bool:
