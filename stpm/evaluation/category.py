@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,10 @@ import pyarrow.dataset as ds
 
 from stpm.data.heatmaps import resize_map
 from stpm.data.masks import crop_mask, read_mask
-from stpm.data.mvtec import GOOD
-from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
+from stpm.errors import RunDamagedError, UndefinedMetricError
 from stpm.evaluation.options import MasksAt
 from stpm.method.preprocessing import Preprocessing
-from stpm.metrics.category_metrics import LabelledPixels, LabelledScores, MaskedMap, require_masks
+from stpm.metrics.category_metrics import LabelledScores, MaskedMap, ScoredImage, label_scores
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import naming_damaged_file, open_rows, read_batches
 
@@ -56,60 +56,36 @@ def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> Labell
     Raises:
         RunDamagedError: if a file of rows is damaged, or a row without an error lacks a value or has a wrong map.
     """
-    every = category.rows()
-    rows = every.filter(pc.not_equal(every["label"], ""))
-    is_scored = pc.equal(rows["error_kind"], "")
-    scored, failed = rows.filter(is_scored), rows.filter(pc.invert(is_scored))
-    for name in _VALUES:
-        if scored[name].null_count:
-            uri = scored.filter(pc.is_null(scored[name]))["uri"][0]
-            raise RunDamagedError(f"{category.output.scores}: the row of {uri} has neither an error nor a {name}")
-    problems = [f"{r['uri']}: {r['error_kind']}: {r['error_message']}" for r in failed.to_pylist()]
-    pixels, no_pixels = LabelledPixels(), ""
-    try:
-        pixels = _count_pixels(category, scored, masks_at)
-    except RunDamagedError:
-        raise
-    except (UndefinedMetricError, DataError) as error:
-        no_pixels = str(error)
-        problems += [no_pixels] if isinstance(error, DataError) else []
-    return LabelledScores(
-        labels=np.array(scored["label"].to_pylist(), np.str_),
-        scores=scored["score"].to_numpy().astype(np.float32),
-        is_anomalous=np.array(scored["is_anomalous"].to_pylist(), bool),
-        threshold=scored["threshold"][0].as_py() if scored.num_rows else np.nan,
-        pixels=pixels.counts,
-        no_pixels=no_pixels,
-        error_count=failed.num_rows,
-        unlabelled_count=every.num_rows - rows.num_rows,
-        vanished_masks=tuple(pixels.vanished),
-        problems=tuple(problems),
-    )
+    every = category.rows(("uri", "label", "mask"))
+    columns = [*_COLUMNS, "anomaly_map"] if pc.any(pc.not_equal(every["mask"], "")).as_py() else [*_COLUMNS]
+    labelled = (ds.field("category") == category.name) & (ds.field("label") != "")
+    batches = read_batches(category.output, columns, labelled, _BATCH_SIZE[masks_at])
+    images = (_scored_image(category, row, masks_at) for batch in batches for row in batch.to_pylist())
+    unlabelled_count = pc.sum(pc.equal(every["label"], "")).as_py() or 0
+    return label_scores(images, _BATCH_SIZE[masks_at], unlabelled_count)
 
 
-def _count_pixels(category: ScoredCategory, scored: pa.Table, masks_at: MasksAt) -> LabelledPixels:
-    """Count pixels by label, with a few maps in memory at a time."""
-    by_uri = {row["uri"]: row for row in scored.to_pylist()}
-    require_masks({uri: row["mask"] for uri, row in by_uri.items() if row["label"] != GOOD})
-    chosen = (ds.field("category") == category.name) & (ds.field("error_kind") == "") & (ds.field("label") != "")
-    pixels = LabelledPixels()
-    for batch in read_batches(category.output, ["uri", "anomaly_map"], chosen, _BATCH_SIZE[masks_at]):
-        pixels.add(
-            _masked_map(category, data, by_uri[uri], masks_at)
-            for uri, data in zip(*batch.to_pydict().values(), strict=True)
+def _scored_image(
+    category: ScoredCategory, row: Mapping[str, Any], masks_at: MasksAt
+) -> tuple[ScoredImage, Callable[[], MaskedMap]]:
+    error = row["error_kind"] and f"{row['uri']}: {row['error_kind']}: {row['error_message']}"
+    if not error and (missing := [name for name in _VALUES if row[name] is None]):
+        raise RunDamagedError(
+            f"{category.output.scores}: the row of {row['uri']} has neither an error nor a {missing[0]}"
         )
-    return pixels
+    image = ScoredImage(**{name: row[name] for name in ScoredImage._fields if name != "error"}, error=error)
+    return image, partial(_masked_map, category, row, masks_at)
 
 
-def _masked_map(category: ScoredCategory, data: bytes | None, row: Mapping[str, Any], masks_at: MasksAt) -> MaskedMap:
+def _masked_map(category: ScoredCategory, row: Mapping[str, Any], masks_at: MasksAt) -> MaskedMap:
     """Bring an image's map, float32 as bytes, and its mask to one size."""
-    if data is None:
+    if row.get("anomaly_map") is None:
         raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
     preprocessing = category.preprocessing
     mask = read_mask(*(row[name] for name in MASK_COLUMNS))
     try:
         shape = preprocessing.content_shape(row["width"], row["height"])
-        anomaly_map = np.frombuffer(data, np.float32).reshape(shape)
+        anomaly_map = np.frombuffer(row["anomaly_map"], np.float32).reshape(shape)
     except (ValueError, ArithmeticError) as error:
         raise RunDamagedError(
             f"{category.output.scores}: the anomaly map of {row['uri']} is not of its image's size ({error})"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import groupby
+from itertools import groupby, islice
 from operator import add, attrgetter
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from stpm.data.masks import crop_mask, resize_mask
 from stpm.data.mvtec import GOOD
-from stpm.errors import DataError, UndefinedMetricError
+from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
 from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
 from stpm.metrics.pixel_metrics import Map, Mask, PixelCounts, count_pixels
@@ -92,6 +92,18 @@ class LabelledScores:
         )
 
 
+class ScoredImage(NamedTuple):
+    """A labelled image: its URI, "good" or a defect type, its mask's URI or "", its score and verdict, or its error."""
+
+    uri: str
+    label: str
+    mask: str
+    score: float
+    is_anomalous: bool
+    threshold: float
+    error: str
+
+
 class MaskedMap(NamedTuple):
     """The anomaly map and the mask of an image, (H, W) both; the mask's URI if its defect is too small for the map."""
 
@@ -110,36 +122,61 @@ class MaskedMap(NamedTuple):
         return cls(label, anomaly_map, resized, mask_uri if is_vanished else "")
 
 
-class LabelledPixels:
-    """Counts the pixels of labelled images, a batch after the other, so that few maps are in memory.
+def label_scores(
+    images: Iterable[tuple[ScoredImage, Callable[[], MaskedMap]]], batch_size: int, unlabelled_count: int = 0
+) -> LabelledScores:
+    """Collect the scores of labelled images, and count their pixels with `batch_size` maps in memory at a time.
 
-    `counts` has the pixel counts by label, and `vanished` the URIs of masks whose defects are too small for the map.
+    Pixels count where every image has a map and every defect a mask: the function beside an image makes them, or raises
+    UndefinedMetricError if there are none, or DataError, which is a problem, if they cannot be read.
     """
+    scored: list[ScoredImage] = []
+    problems: list[str] = []
+    reasons: list[UndefinedMetricError | DataError] = []
+    counts: dict[str, PixelCounts] = {}
+    vanished: list[str] = []
+    remaining = iter(images)
+    while batch := list(islice(remaining, batch_size)):
+        problems += [image.error for image, _ in batch if image.error]
+        scored += [image for image, _ in batch if not image.error]
+        if reasons:
+            continue
+        try:
+            maps = sorted((read() for image, read in batch if not image.error), key=attrgetter("label"))
+            for label, some in groupby(maps, attrgetter("label")):
+                _, anomaly_maps, masks, _ = zip(*some, strict=True)
+                counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(anomaly_maps, masks)
+            vanished += [each.vanished_mask for each in maps if each.vanished_mask]
+        except RunDamagedError:
+            raise
+        except (UndefinedMetricError, DataError) as error:
+            reasons.append(error)
+    try:
+        _require_masks([image for image in scored if image.label != GOOD])
+    except (UndefinedMetricError, DataError) as error:
+        reasons.append(error)
+    return LabelledScores(
+        labels=np.array([image.label for image in scored], np.str_),
+        scores=np.array([image.score for image in scored], np.float32),
+        is_anomalous=np.array([image.is_anomalous for image in scored], bool),
+        threshold=scored[0].threshold if scored else np.nan,
+        pixels=counts,
+        no_pixels=str(reasons[-1]) if reasons else "",
+        error_count=len(problems),
+        unlabelled_count=unlabelled_count,
+        vanished_masks=tuple(sorted(vanished)),
+        problems=(*sorted(problems), *(str(reason) for reason in reasons if isinstance(reason, DataError))),
+    )
 
-    def __init__(self) -> None:
-        self.counts: dict[str, PixelCounts] = {}
-        self.vanished: list[str] = []
 
-    def add(self, batch: Iterable[MaskedMap]) -> None:
-        """Count the pixels of some images. Raise UndefinedMetricError if a value of a map is not finite."""
-        images = sorted(batch, key=attrgetter("label"))
-        self.vanished += [image.vanished_mask for image in images if image.vanished_mask]
-        for label, some in groupby(images, attrgetter("label")):
-            _, maps, masks, _ = zip(*some, strict=True)
-            self.counts[label] = self.counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
-
-
-def require_masks(masks: Mapping[str, str]) -> None:
-    """Raise UndefinedMetricError if no defect has a mask, and DataError if only some have one.
-
-    `masks` has the URI of the mask of each defective image, or "", by that of the image.
-    """
-    unmasked = [uri for uri, mask in masks.items() if not mask]
-    if len(unmasked) == len(masks):
+def _require_masks(defects: Sequence[ScoredImage]) -> None:
+    """Raise UndefinedMetricError if no defect has a mask, and DataError if only some have one."""
+    unmasked = sorted(image.uri for image in defects if not image.mask)
+    if len(unmasked) == len(defects):
         raise UndefinedMetricError("no masks")
     if unmasked:
         raise DataError(
-            f"{len(unmasked)} of {len(masks)} defects have no mask, {unmasked[0]} among them; add or remove masks"
+            f"{len(unmasked)} of {len(defects)} defects have no mask, {unmasked[0]} among them; add or remove masks"
         )
 
 
