@@ -18,8 +18,10 @@ from stpm.evaluation.gallery import defect_sheet, galleries
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.evaluation.threshold import Threshold
 from stpm.exit_codes import ALL_DONE, SOME_FAILED, exit_code
 from stpm.metrics.category_metrics import measure_category
+from stpm.metrics.intervals import Scores
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
@@ -41,8 +43,11 @@ def evaluate_categories(
     """
     check_row_count(output)
     remote = ray.remote(evaluate_category)
-    history = {record.category: store.history(record).to_pydict() for record in records}
-    tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
+    fits = [(store.history(record).to_pydict(), store.calibration_scores(record)["score"]) for record in records]
+    tasks = [
+        remote.remote(output, record, history, scores.to_numpy(), masks_at)
+        for record, (history, scores) in zip(records, fits, strict=True)
+    ]
     with interrupted_by_ray("evaluation"):
         evaluated = results_of(tasks)
     # The report may go to a path that only the driver reaches.
@@ -65,17 +70,23 @@ def find_labels_without_model(output: RunOutput, categories: Collection[str]) ->
 
 
 def evaluate_category(
-    output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
+    output: RunOutput,
+    record: ModelRecord,
+    history: Mapping[str, Sequence[float]],
+    calibration: Scores,
+    masks_at: MasksAt,
 ) -> tuple[CategoryResult, bytes | None]:
     """Measure one category, and draw its charts, pictures, and sheet of defects, a PNG; None if it has no defects.
 
-    Its images are those that a run scored with the model of this record. `history` is as in `draw_charts`.
+    Its images are those that a run scored with the model of this record, which has these calibration scores, (n,).
+    `history` is as in `draw_charts`.
     """
     category = ScoredCategory(output, record.category, record.preprocessing)
     # First: it finds rows that the pictures cannot be drawn from.
     scores = read_scores(category, masks_at)
     charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
-    result = CategoryResult(record, measure_category(scores), charts, galleries(category))
+    threshold = Threshold.among(scores.threshold, calibration) if len(scores.scores) else None
+    result = CategoryResult(record, measure_category(scores), charts, galleries(category), threshold)
     return result, defect_sheet(category)
 
 

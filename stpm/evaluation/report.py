@@ -7,15 +7,16 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-from tabulate import tabulate
 
 from stpm import storage
 from stpm.errors import join_first
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.options import MasksAt
+from stpm.evaluation.summary import Table, escape_markdown, headline, metrics_table, summary_table
+from stpm.evaluation.threshold import Threshold
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
 from stpm.models.libraries import installed_versions
@@ -24,12 +25,15 @@ from stpm.pages import render
 from stpm.times import timestamp
 
 _FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
-_COUNTS = ("train_count", "held_out_count", "good_count", "defect_count", "error_count")
+_AVERAGED = (*METRICS, *_FIT_METRICS, "expected_false_alarm_rate")
+_JUDGED_COUNTS = ("found_count", "false_alarm_count")
+_THRESHOLD = ("threshold", "threshold_rank", "expected_false_alarm_rate", "false_alarm_bound")
+_COUNTS = ("train_count", "held_out_count", "calibration_count", "good_count", "defect_count", "error_count")
 _METRIC_TYPES = {
     "category": pa.string(),
     "seed": pa.int64(),
     **dict.fromkeys((*METRICS, "pixel_error"), pa.float64()),
-    **dict.fromkeys(("good_count", "defect_count"), pa.int64()),
+    **dict.fromkeys(("good_count", "defect_count", *_JUDGED_COUNTS), pa.int64()),
 }
 _DEFECTS_SCHEMA = pa.schema({**_METRIC_TYPES, "defect": pa.string()})
 _REPORT_SCHEMA = pa.schema(
@@ -37,28 +41,38 @@ _REPORT_SCHEMA = pa.schema(
         **_METRIC_TYPES,
         **dict.fromkeys(("error_count", "train_count", "held_out_count", "calibration_count"), pa.int64()),
         **dict.fromkeys(("epochs", "kept_epoch"), pa.int64()),
-        **dict.fromkeys(_FIT_METRICS, pa.float64()),
-        **dict.fromkeys(("input_size", "precision", "device", "model_id"), pa.string()),
+        **dict.fromkeys((*_FIT_METRICS, *_THRESHOLD), pa.float64()),
+        "threshold_rank": pa.int64(),
+        **dict.fromkeys(("input_size", "precision", "device", "model_id", "threshold_source"), pa.string()),
     }
 )
-# Columns of the printed table, and the metrics that they show.
-_TABLE_METRICS = {"image AUROC": "image_auroc", "pixel AUROC": "pixel_auroc", "AUPRO": "pixel_aupro"}
 
 
 @dataclass(frozen=True)
 class CategoryResult:
-    """The metrics of one model, of one category and seed; charts (SVG) and galleries are by title."""
+    """The metrics of one model, of one category and seed; charts (SVG) and galleries are by title.
+
+    `threshold` is None where no image was scored.
+    """
 
     model: ModelRecord
     metrics: CategoryMetrics
     charts: Mapping[str, str] = field(default_factory=dict)
     galleries: Mapping[str, Sequence[Tile]] = field(default_factory=dict)
+    threshold: Threshold | None = None
+
+    @property
+    def breaks_promise(self) -> bool:
+        """Whether even the low end of the false-alarm rate's interval is above what the threshold promises."""
+        interval = self.metrics.metrics["image_false_alarm_rate"].interval
+        return bool(self.threshold and interval and interval[0] > self.threshold.false_alarm_bound)
 
     def row(self) -> dict[str, Any]:
         """Make the row of report.parquet, and the interval of each metric that has one."""
         fit = asdict(self.model.fit)
         return {
             **self._metrics_row(self.metrics),
+            **(self.threshold.row() if self.threshold else dict.fromkeys((*_THRESHOLD, "threshold_source"))),
             "fit_seconds": fit.pop("seconds"),
             **fit,
             "error_count": self.metrics.error_count,
@@ -80,6 +94,8 @@ class CategoryResult:
             "pixel_error": metrics.pixel_error,
             "good_count": metrics.good_count,
             "defect_count": metrics.defect_count,
+            "found_count": metrics.found_count,
+            "false_alarm_count": metrics.false_alarm_count,
         }
 
 
@@ -108,13 +124,20 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What limits the meaning of the metrics: a line for each category with masks that vanish at model size."""
-        return [
-            f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
-            f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
-            for name, results in self.by_category.items()
-            if (masks := results[0].metrics.vanished_masks)
-        ]
+        """What limits the meaning of the values: masks that vanish at model size, promises that thresholds break."""
+        notes = []
+        for name, results in self.by_category.items():
+            if masks := results[0].metrics.vanished_masks:
+                notes.append(
+                    f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
+                    f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
+                )
+            if any(result.breaks_promise for result in results):
+                notes.append(
+                    f"{name}: more false alarms than its threshold promises: the images that calibrate it are not like "
+                    "the good ones here (docs/recipes.md#what-held-out-images-must-be)"
+                )
+        return notes
 
     @property
     def seeds(self) -> list[int]:
@@ -134,11 +157,14 @@ class Report:
         """The content of report.json.
 
         `categories.<name>` and `mean` hold means over seeds. Beside a metric, `_std` is its standard deviation over
-        seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval.
+        seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval. `sum` adds up the
+        images of all categories. Of good images, `expected_false_alarm_rate` are false alarms on average over
+        calibration sets, and with nine of ten sets at most `false_alarm_bound`.
         """
         categories = {name: _category_values(results) for name, results in self.by_category.items()}
-        mean = {key: _mean([values[key] for values in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
+        mean = {key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED}
         std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
+        summed = ("good_count", "defect_count", "error_count", *_JUDGED_COUNTS)
         return {
             "created": timestamp(),
             "data": self.data,
@@ -146,13 +172,14 @@ class Report:
             "protocol": self._protocol(),
             "categories": categories,
             "mean": {**mean, **std, "categories": len(categories)},
+            "sum": {key: sum(values[key] for values in categories.values()) for key in summed},
             "notes": self.notes,
             "failures": [asdict(failure) for failure in self.failures],
         }
 
     def text(self) -> str:
-        """Make the text that is printed: the table, undefined metrics, notes, failures."""
-        return "\n".join(filter(None, [self._table("simple"), *self._remarks()]))
+        """Make the text that is printed: the table and headline, undefined metrics, notes, failures."""
+        return "\n".join(filter(None, [self._summary.text("simple"), "", self._headline[0], *self._remarks()]))
 
     def markdown(self) -> str:
         """Make report.md: the same, and what the values mean."""
@@ -162,7 +189,8 @@ class Report:
             f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
             f"AUPRO: {protocol['aupro']}."
         )
-        return "\n\n".join([self._table("pipe"), meaning, *(f"- {_escape(line)}" for line in self._remarks())]) + "\n"
+        parts = [escape_markdown(self._headline[0]), self._summary.text("pipe"), meaning]
+        return "\n\n".join([*parts, *(f"- {escape_markdown(line)}" for line in self._remarks())]) + "\n"
 
     def page(self, shortfalls: Sequence[str] = ()) -> str:
         """Make report.html, with the charts and pictures of the first seed, and the shortfalls from the gate.
@@ -172,6 +200,14 @@ class Report:
         return render(
             "evaluation/report.html",
             report=self.contents,
+            headline=self._headline,
+            summary=self._summary,
+            all_metrics=metrics_table("category", self.contents["categories"], self._every),
+            types={
+                name: metrics_table("type", values["defects"])
+                for name, values in self.contents["categories"].items()
+                if values["defects"]
+            },
             metrics=METRICS,
             first_seed={name: results[0] for name, results in self.by_category.items()},
             seeds=self.seeds,
@@ -190,27 +226,18 @@ class Report:
             "report.md": self.markdown().encode(),
         }
 
-    def _table(self, tablefmt: Literal["simple", "pipe"]) -> str:
-        """Make a table with a line per category, and their mean; "" without results. `pipe` is Markdown."""
-        mean = self.contents["mean"]
-        lines = [
-            {
-                "category": _escape(name) if tablefmt == "pipe" else name,
-                **_table_metrics(values),
-                "train+held out": f"{values['train_count']}+{values['held_out_count']}",
-                "good+defect": f"{values['good_count']}+{values['defect_count']}",
-                "fit s": f"{values['fit_seconds']:.1f}",
-                "train loss": "" if values["train_loss"] is None else f"{values['train_loss']:.4f}",
-                "val. loss": "" if values["validation_loss"] is None else f"{values['validation_loss']:.4f}",
-                "seeds": ",".join(values["seeds"]),
-            }
-            for name, values in self.contents["categories"].items()
-        ]
-        if not lines:
-            return ""
-        lines.append({"category": "mean", **_table_metrics(mean), "fit s": f"{mean['fit_seconds']:.1f}"})
-        align = ("left", *("right",) * (len(lines[0]) - 1))
-        return str(tabulate(lines, "keys", tablefmt, disable_numparse=True, colalign=align))
+    @property
+    def _every(self) -> dict[str, Any]:
+        """What the last row of a table shows: the means of metrics, and the sums of counts."""
+        return {**self.contents["mean"], **self.contents["sum"]}
+
+    @cached_property
+    def _summary(self) -> Table:
+        return summary_table(self.contents["categories"], self._every)
+
+    @cached_property
+    def _headline(self) -> tuple[str, dict[str, str]]:
+        return headline(self.contents["categories"], self._every)
 
     def _remarks(self) -> list[str]:
         undefined: dict[tuple[str, str], list[str]] = {}
@@ -251,8 +278,9 @@ def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
     return {
         **_over_seeds(rows),
         "undefined": first.undefined,
-        **{key: _mean([row[key] for row in rows]) for key in _FIT_METRICS},
+        **{key: _mean([row[key] for row in rows]) for key in (*_FIT_METRICS, *_THRESHOLD)},
         **{key: rows[0][key] for key in (*_COUNTS, "input_size")},
+        "threshold_source": _in_common({"source": row["threshold_source"]} for row in rows)["source"],
         "defects": {
             name: _over_seeds([row for row in defect_rows if row["defect"] == name]) | {"undefined": metrics.undefined}
             for name, metrics in first.defects.items()
@@ -262,8 +290,9 @@ def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compute means and standard deviations over seeds; counts are those of the first seed."""
+    """Compute means and standard deviations over seeds; numbers of images are those of the first seed."""
     values: dict[str, Any] = {key: rows[0][key] for key in ("good_count", "defect_count")}
+    values |= {key: statistics.fmean(row[key] for row in rows) for key in _JUDGED_COUNTS}
     for metric in METRICS:
         by_seed = [row[metric] for row in rows]
         values |= {metric: _mean(by_seed), f"{metric}_std": _std(by_seed)}
@@ -303,16 +332,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _std(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.stdev(known) if len(known) > 1 else None
-
-
-def _table_metrics(values: Mapping[str, Any]) -> dict[str, str]:
-    cells = {}
-    for title, metric in _TABLE_METRICS.items():
-        value, std = values[metric], values[f"{metric}_std"]
-        cells[title] = "–" if value is None else f"{value:.4f}" + ("" if std is None else f" ± {std:.4f}")
-    return cells
-
-
-def _escape(text: str) -> str:
-    """Escape the special characters of Markdown's tables and of HTML."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#&" else " " if c in "\r\n" else c for c in text)

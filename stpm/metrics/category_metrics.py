@@ -199,6 +199,8 @@ class CategoryMetrics:
 
     Args:
         metrics: each of METRICS.
+        found_count: number of defects that are anomalous.
+        false_alarm_count: number of good images that are.
         error_count: as in `LabelledScores`, and so are the fields up to `problems`.
         defects: metrics of each defect type.
     """
@@ -206,6 +208,8 @@ class CategoryMetrics:
     metrics: Mapping[str, Metric]
     good_count: int
     defect_count: int
+    found_count: int
+    false_alarm_count: int
     error_count: int = 0
     unlabelled_count: int = 0
     vanished_masks: tuple[str, ...] = ()
@@ -257,15 +261,18 @@ def measure_category(scores: LabelledScores) -> CategoryMetrics:
 
 
 def _measure(scores: LabelledScores) -> CategoryMetrics:
-    is_defect = scores.is_defect
+    is_defect, found = scores.is_defect, scores.is_anomalous
     metrics = {
         **_rank_metrics(is_defect, scores.scores),
         **_pixel_metrics(scores),
-        "image_recall": _fraction(scores.is_anomalous[is_defect], "defective ones"),
-        "image_false_alarm_rate": _fraction(scores.is_anomalous[~is_defect], "good ones"),
+        "image_recall": _fraction(found[is_defect], "defective ones"),
+        "image_false_alarm_rate": _fraction(found[~is_defect], "good ones"),
     }
-    defects = int(is_defect.sum())
-    return CategoryMetrics({name: metrics[name] for name in METRICS}, len(is_defect) - defects, defects)
+    good_count, defect_count, found_count, false_alarm_count = (
+        int(flags.sum()) for flags in (~is_defect, is_defect, is_defect & found, ~is_defect & found)
+    )
+    ordered = {name: metrics[name] for name in METRICS}
+    return CategoryMetrics(ordered, good_count, defect_count, found_count, false_alarm_count)
 
 
 def _rank_metrics(is_defect: Flags, scores: Scores) -> dict[str, Metric]:

@@ -84,8 +84,8 @@ def test_the_weight_of_the_student_is_shown_where_there_is_a_memory_too() -> Non
 
 
 def test_below_a_value_is_its_interval_or_with_several_seeds_its_deviation() -> None:
-    assert "0.500<small>0.400 to 0.600</small>" in Report("data", [result("nut", 0, 0.5, 0.5)]).page()
-    assert "0.500<small>± 0.354</small>" in REPORT.page()
+    assert "0.5000<small>0.400 to 0.600</small>" in Report("data", [result("nut", 0, 0.5, 0.5)]).page()
+    assert "0.5000<small>± 0.3536</small>" in REPORT.page()
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -117,9 +117,10 @@ def test_in_a_browser_no_markup_from_data_runs_and_nothing_overflows(browser: An
 
 def test_in_a_browser_the_table_sorts_by_mouse_and_by_keyboard(browser: Any, evil_uri: str) -> None:
     tab, _ = open_tab(browser, evil_uri)
-    names = tab.locator("#figures tbody tr td:first-child")
+    summary = tab.locator("table").first
+    names = summary.locator("tbody td:first-child")
     assert names.all_inner_texts() == [EVIL, "b", "bottle", "d"]
-    header = tab.get_by_role("button", name="image AUROC")
+    header = summary.get_by_role("button", name="image AUROC")
     header.click()
     assert names.all_inner_texts() == ["b", "d", EVIL, "bottle"]
     assert tab.locator("th[aria-sort=ascending]").inner_text() == "image AUROC"

@@ -52,7 +52,7 @@ def test_the_text_names_undefined_metrics_and_failures() -> None:
 
 def test_an_empty_report_is_written() -> None:
     empty = Report("data", [], [Failure("c", "gone")])
-    assert empty.text() == "c: failed: gone"
+    assert empty.text() == "Nothing was evaluated.\nc: failed: gone"
     assert "1 failed" in empty.page()
     assert empty.contents["mean"]["image_auroc"] is None
     assert rows_of(empty) == []
@@ -111,7 +111,7 @@ def test_a_model_without_a_student_is_reported_without_losses() -> None:
 def test_the_markdown_table_escapes_names() -> None:
     report = Report("data", [result("a|b", 0, 0.5, None)], [Failure("c", "<b>\n| x")])
     text = report.markdown()
-    table = text.split("\n\n")[0].splitlines()
+    table = text.split("\n\n")[1].splitlines()
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     assert "0.5000" in table[2]
     assert "\\<b\\>" in text
