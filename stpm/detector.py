@@ -21,8 +21,7 @@ from torch import Tensor
 
 from stpm.data import pictures
 from stpm.data.decoding import Decoded, decode
-from stpm.data.masks import read_mask
-from stpm.data.mvtec import TestImage, read_tests
+from stpm.data.mvtec import read_tests
 from stpm.data.pictures import Picture
 from stpm.errors import ConfigError, ImageError, ModelError, one_line
 from stpm.lease import hold_lease
@@ -48,13 +47,7 @@ from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, Floats
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
 from stpm.method.views import View, choose_views, levels_of_teacher
-from stpm.metrics.category_metrics import (
-    CategoryMetrics,
-    MaskedMap,
-    ScoredImage,
-    label_scores,
-    measure_category,
-)
+from stpm.metrics.category_metrics import CategoryMetrics, ScoredImage, label_scores, measure_category
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend
@@ -407,16 +400,18 @@ class Detector:
         """
         tests = read_tests(os.fspath(folder))
         results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate)
-        images = (self._scored_image(test, result) for test, result in zip(tests, results, strict=True))
-        return measure_category(label_scores(images, self.teacher.preprocessing.batch_size))
-
-    def _scored_image(self, test: TestImage, result: Result) -> tuple[ScoredImage, Callable[[], MaskedMap]]:
-        def masked_map() -> MaskedMap:
-            mask = read_mask(test.uri, test.label, test.mask, *result.size)
-            return MaskedMap.at_model_size(test.label, result.model_map, mask, test.mask, self.teacher.preprocessing)
-
-        verdict = (result.score, result.is_anomalous, result.threshold, str(result.error or ""))
-        return ScoredImage(test.uri, test.label, test.mask, *verdict), masked_map
+        images = (
+            (
+                ScoredImage(
+                    *(test.uri, test.label, test.mask, *result.size),
+                    *(result.score, result.is_anomalous, result.threshold, str(result.error or "")),
+                ),
+                result.model_map,
+            )
+            for test, result in zip(tests, results, strict=True)
+        )
+        preprocessing = self.teacher.preprocessing
+        return measure_category(label_scores(images, preprocessing, batch_size=preprocessing.batch_size))
 
     def save(self, store: str | os.PathLike[str], category: str) -> ModelRecord:
         """Publish the model as a new version of a category, as the fit job does, and make it the current one.

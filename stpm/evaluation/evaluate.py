@@ -18,7 +18,7 @@ from stpm.evaluation.gallery import defect_sheet, galleries
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.evaluation.threshold import Threshold
+from stpm.evaluation.threshold import place_threshold
 from stpm.exit_codes import ALL_DONE, SOME_FAILED, exit_code
 from stpm.metrics.category_metrics import measure_category
 from stpm.metrics.intervals import Scores
@@ -43,10 +43,10 @@ def evaluate_categories(
     """
     check_row_count(output)
     remote = ray.remote(evaluate_category)
-    fits = [(store.history(record).to_pydict(), store.calibration_scores(record)["score"]) for record in records]
+    history = {record.category: store.history(record).to_pydict() for record in records}
+    calibration = {record.category: store.calibration_scores(record)["score"].to_numpy() for record in records}
     tasks = [
-        remote.remote(output, record, history, scores.to_numpy(), masks_at)
-        for record, (history, scores) in zip(records, fits, strict=True)
+        remote.remote(output, each, history[each.category], calibration[each.category], masks_at) for each in records
     ]
     with interrupted_by_ray("evaluation"):
         evaluated = results_of(tasks)
@@ -85,7 +85,7 @@ def evaluate_category(
     # First: it finds rows that the pictures cannot be drawn from.
     scores = read_scores(category, masks_at)
     charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
-    threshold = Threshold.among(scores.threshold, calibration) if len(scores.scores) else None
+    threshold = place_threshold(scores.threshold, calibration)
     result = CategoryResult(record, measure_category(scores), charts, galleries(category), threshold)
     return result, defect_sheet(category)
 

@@ -15,7 +15,7 @@ from stpm import storage
 from stpm.errors import join_first
 from stpm.evaluation.gallery import Tile
 from stpm.evaluation.options import MasksAt
-from stpm.evaluation.summary import Table, escape_markdown, headline, metrics_table, summary_table
+from stpm.evaluation.summary import escape_markdown, headline, metric_rows, summary_rows, write_table
 from stpm.evaluation.threshold import Threshold
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
@@ -24,55 +24,43 @@ from stpm.models.record import ModelRecord
 from stpm.pages import render
 from stpm.times import timestamp
 
-_FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
-_AVERAGED = (*METRICS, *_FIT_METRICS, "expected_false_alarm_rate")
-_JUDGED_COUNTS = ("found_count", "false_alarm_count")
-_THRESHOLD = ("threshold", "threshold_rank", "expected_false_alarm_rate", "false_alarm_bound")
-_COUNTS = ("train_count", "held_out_count", "calibration_count", "good_count", "defect_count", "error_count")
+_IMAGE_COUNTS = ("good_count", "defect_count", "found_count", "false_alarm_count")
+# Beside the metrics, what the categories have a mean of.
+_AVERAGED = ("fit_seconds", "train_loss", "validation_loss", "expected_false_alarm_rate")
 _METRIC_TYPES = {
     "category": pa.string(),
     "seed": pa.int64(),
     **dict.fromkeys((*METRICS, "pixel_error"), pa.float64()),
-    **dict.fromkeys(("good_count", "defect_count", *_JUDGED_COUNTS), pa.int64()),
+    **dict.fromkeys(_IMAGE_COUNTS, pa.int64()),
 }
 _DEFECTS_SCHEMA = pa.schema({**_METRIC_TYPES, "defect": pa.string()})
 _REPORT_SCHEMA = pa.schema(
     {
         **_METRIC_TYPES,
         **dict.fromkeys(("error_count", "train_count", "held_out_count", "calibration_count"), pa.int64()),
-        **dict.fromkeys(("epochs", "kept_epoch"), pa.int64()),
-        **dict.fromkeys((*_FIT_METRICS, *_THRESHOLD), pa.float64()),
-        "threshold_rank": pa.int64(),
-        **dict.fromkeys(("input_size", "precision", "device", "model_id", "threshold_source"), pa.string()),
+        **dict.fromkeys(("epochs", "kept_epoch", "threshold_rank"), pa.int64()),
+        **dict.fromkeys((*_AVERAGED, "threshold", "false_alarm_bound"), pa.float64()),
+        **dict.fromkeys(("threshold_source", "input_size", "precision", "device", "model_id"), pa.string()),
     }
 )
 
 
 @dataclass(frozen=True)
 class CategoryResult:
-    """The metrics of one model, of one category and seed; charts (SVG) and galleries are by title.
-
-    `threshold` is None where no image was scored.
-    """
+    """The metrics of one model, of one category and seed; charts (SVG) and galleries are by title."""
 
     model: ModelRecord
     metrics: CategoryMetrics
     charts: Mapping[str, str] = field(default_factory=dict)
     galleries: Mapping[str, Sequence[Tile]] = field(default_factory=dict)
-    threshold: Threshold | None = None
-
-    @property
-    def breaks_promise(self) -> bool:
-        """Whether even the low end of the false-alarm rate's interval is above what the threshold promises."""
-        interval = self.metrics.metrics["image_false_alarm_rate"].interval
-        return bool(self.threshold and interval and interval[0] > self.threshold.false_alarm_bound)
+    threshold: Threshold = field(default_factory=Threshold)
 
     def row(self) -> dict[str, Any]:
         """Make the row of report.parquet, and the interval of each metric that has one."""
         fit = asdict(self.model.fit)
         return {
             **self._metrics_row(self.metrics),
-            **(self.threshold.row() if self.threshold else dict.fromkeys((*_THRESHOLD, "threshold_source"))),
+            **self.threshold._asdict(),
             "fit_seconds": fit.pop("seconds"),
             **fit,
             "error_count": self.metrics.error_count,
@@ -92,10 +80,7 @@ class CategoryResult:
             **metrics.values,
             **{f"{name}_interval": metric.interval for name, metric in metrics.metrics.items() if metric.interval},
             "pixel_error": metrics.pixel_error,
-            "good_count": metrics.good_count,
-            "defect_count": metrics.defect_count,
-            "found_count": metrics.found_count,
-            "false_alarm_count": metrics.false_alarm_count,
+            **{name: getattr(metrics, name) for name in _IMAGE_COUNTS},
         }
 
 
@@ -124,20 +109,28 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What limits the meaning of the values: masks that vanish at model size, promises that thresholds break."""
-        notes = []
-        for name, results in self.by_category.items():
-            if masks := results[0].metrics.vanished_masks:
-                notes.append(
-                    f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
-                    f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
-                )
-            if any(result.breaks_promise for result in results):
-                notes.append(
-                    f"{name}: more false alarms than its threshold promises: the images that calibrate it are not like "
-                    "the good ones here (docs/recipes.md#what-held-out-images-must-be)"
-                )
-        return notes
+        """What limits the meaning of the values: undefined metrics, vanished masks, promises that are not kept."""
+        firsts = {name: results[0] for name, results in self.by_category.items()}
+        undefined: dict[tuple[str, str], list[str]] = {}
+        for name, first in firsts.items():
+            for metric, reason in first.metrics.undefined.items():
+                undefined.setdefault((name, reason), []).append(metric)
+        return [
+            *(f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()),
+            *(
+                f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
+                f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
+                for name, first in firsts.items()
+                if (masks := first.metrics.vanished_masks)
+            ),
+            *(
+                f"{name}: more false alarms than its threshold promises: the images that calibrate it are unlike the "
+                "good ones here (docs/recipes.md#what-held-out-images-must-be)"
+                for name, first in firsts.items()
+                if (interval := first.metrics.metrics["image_false_alarm_rate"].interval)
+                and interval[0] > (first.threshold.false_alarm_bound or 1)
+            ),
+        ]
 
     @property
     def seeds(self) -> list[int]:
@@ -162,24 +155,26 @@ class Report:
         calibration sets, and with nine of ten sets at most `false_alarm_bound`.
         """
         categories = {name: _category_values(results) for name, results in self.by_category.items()}
-        mean = {key: _mean([values[key] for values in categories.values()]) for key in _AVERAGED}
+        mean = {key: _mean([values[key] for values in categories.values()]) for key in (*METRICS, *_AVERAGED)}
         std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
-        summed = ("good_count", "defect_count", "error_count", *_JUDGED_COUNTS)
+        total = {key: sum(values[key] for values in categories.values()) for key in _IMAGE_COUNTS}
         return {
             "created": timestamp(),
             "data": self.data,
             "recipe": _in_common(asdict(result.model.recipe) for result in self.results),
             "protocol": self._protocol(),
+            "headline": headline(categories, total),
             "categories": categories,
             "mean": {**mean, **std, "categories": len(categories)},
-            "sum": {key: sum(values[key] for values in categories.values()) for key in summed},
+            "sum": total,
             "notes": self.notes,
             "failures": [asdict(failure) for failure in self.failures],
         }
 
     def text(self) -> str:
         """Make the text that is printed: the table and headline, undefined metrics, notes, failures."""
-        return "\n".join(filter(None, [self._summary.text("simple"), "", self._headline[0], *self._remarks()]))
+        lines = [write_table(summary_rows(self._rows()), "simple"), self.contents["headline"], *self._remarks()]
+        return "\n".join(filter(None, lines))
 
     def markdown(self) -> str:
         """Make report.md: the same, and what the values mean."""
@@ -189,7 +184,7 @@ class Report:
             f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
             f"AUPRO: {protocol['aupro']}."
         )
-        parts = [escape_markdown(self._headline[0]), self._summary.text("pipe"), meaning]
+        parts = [escape_markdown(self.contents["headline"]), write_table(summary_rows(self._rows()), "pipe"), meaning]
         return "\n\n".join([*parts, *(f"- {escape_markdown(line)}" for line in self._remarks())]) + "\n"
 
     def page(self, shortfalls: Sequence[str] = ()) -> str:
@@ -200,15 +195,9 @@ class Report:
         return render(
             "evaluation/report.html",
             report=self.contents,
-            headline=self._headline,
-            summary=self._summary,
-            all_metrics=metrics_table("category", self.contents["categories"], self._every),
-            types={
-                name: metrics_table("type", values["defects"])
-                for name, values in self.contents["categories"].items()
-                if values["defects"]
-            },
-            metrics=METRICS,
+            summary=summary_rows(self._rows()),
+            metric_rows=metric_rows,
+            every=self._rows(),
             first_seed={name: results[0] for name, results in self.by_category.items()},
             seeds=self.seeds,
             shortfalls=shortfalls,
@@ -226,35 +215,22 @@ class Report:
             "report.md": self.markdown().encode(),
         }
 
-    @property
-    def _every(self) -> dict[str, Any]:
-        """What the last row of a table shows: the means of metrics, and the sums of counts."""
-        return {**self.contents["mean"], **self.contents["sum"]}
-
-    @cached_property
-    def _summary(self) -> Table:
-        return summary_table(self.contents["categories"], self._every)
-
-    @cached_property
-    def _headline(self) -> tuple[str, dict[str, str]]:
-        return headline(self.contents["categories"], self._every)
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        """Return the values of each category and then of all: the means of metrics, and the sums of counts."""
+        contents = self.contents
+        return {**contents["categories"], "mean, sum": contents["mean"] | contents["sum"]} if self.results else {}
 
     def _remarks(self) -> list[str]:
-        undefined: dict[tuple[str, str], list[str]] = {}
-        for name, values in self.contents["categories"].items():
-            for metric, reason in values["undefined"].items():
-                undefined.setdefault((name, reason), []).append(metric)
-        reasons = [f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()]
-        return [*reasons, *self.notes, *(f"{failure.category}: failed: {failure.reason}" for failure in self.failures)]
+        return [*self.notes, *(f"{failure.category}: failed: {failure.reason}" for failure in self.failures)]
 
     def _std_of_mean(self, metric: str) -> float | None:
         """Compute the std over seeds of the mean over categories; None unless every category has every seed."""
-        by_seed: dict[int, list[float]] = {seed: [] for seed in self.seeds}
-        for result in self.results:
-            if (value := result.metrics.values[metric]) is not None:
-                by_seed[result.model.recipe.seed].append(value)
-        complete = all(len(values) == len(self.by_category) for values in by_seed.values())
-        return _std([_mean(values) for values in by_seed.values()]) if complete else None
+        by_seed = [
+            [result.metrics.values[metric] for result in self.results if result.model.recipe.seed == seed]
+            for seed in self.seeds
+        ]
+        complete = all(None not in values and len(values) == len(self.by_category) for values in by_seed)
+        return _std([_mean(values) for values in by_seed]) if complete else None
 
     def _protocol(self) -> dict[str, Any]:
         models = _in_common(_model_protocol(result.model) for result in self.results)
@@ -278,27 +254,28 @@ def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
     return {
         **_over_seeds(rows),
         "undefined": first.undefined,
-        **{key: _mean([row[key] for row in rows]) for key in (*_FIT_METRICS, *_THRESHOLD)},
-        **{key: rows[0][key] for key in (*_COUNTS, "input_size")},
-        "threshold_source": _in_common({"source": row["threshold_source"]} for row in rows)["source"],
         "defects": {
             name: _over_seeds([row for row in defect_rows if row["defect"] == name]) | {"undefined": metrics.undefined}
             for name, metrics in first.defects.items()
         },
-        "seeds": {str(row["seed"]): {key: row[key] for key in row if key not in _COUNTS} for row in rows},
+        "seeds": {str(row["seed"]): row for row in rows},
     }
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compute means and standard deviations over seeds; numbers of images are those of the first seed."""
-    values: dict[str, Any] = {key: rows[0][key] for key in ("good_count", "defect_count")}
-    values |= {key: statistics.fmean(row[key] for row in rows) for key in _JUDGED_COUNTS}
-    for metric in METRICS:
-        by_seed = [row[metric] for row in rows]
-        values |= {metric: _mean(by_seed), f"{metric}_std": _std(by_seed)}
-        if intervals := [row[f"{metric}_interval"] for row in rows if f"{metric}_interval" in row]:
-            values[f"{metric}_interval"] = [statistics.fmean(ends) for ends in zip(*intervals, strict=True)]
-    return values
+    """Merge the rows of several seeds: numbers become their means, and a text that differs "varies"."""
+    merged: dict[str, Any] = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if key.endswith("_interval"):
+            merged[key] = [statistics.fmean(ends) for ends in zip(*values, strict=True)]
+        elif len(set(values)) < 2:
+            merged[key] = values[0] if values else None
+        else:
+            merged[key] = "varies" if isinstance(values[0], str) else statistics.fmean(values)
+        if key in METRICS:
+            merged[f"{key}_std"] = _std(values)
+    return merged
 
 
 def _model_protocol(model: ModelRecord) -> dict[str, str]:

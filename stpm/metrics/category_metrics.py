@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import groupby, islice
-from operator import add, attrgetter
-from typing import NamedTuple
+from itertools import islice
+from operator import add
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tabulate import tabulate
 
-from stpm.data.masks import crop_mask, resize_mask
+from stpm.data.heatmaps import resize_map
+from stpm.data.masks import crop_mask, read_mask, resize_mask
 from stpm.data.mvtec import GOOD
-from stpm.errors import DataError, RunDamagedError, UndefinedMetricError
+from stpm.errors import DataError, UndefinedMetricError
 from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
 from stpm.metrics.pixel_metrics import Map, Mask, PixelCounts, count_pixels
@@ -93,91 +94,88 @@ class LabelledScores:
 
 
 class ScoredImage(NamedTuple):
-    """A labelled image: its URI, "good" or a defect type, its mask's URI or "", its score and verdict, or its error."""
+    """A labelled image: "good" or a defect type, its mask's URI or "", its size in pixels, its score, or its error."""
 
     uri: str
     label: str
     mask: str
+    width: int
+    height: int
     score: float
     is_anomalous: bool
     threshold: float
     error: str
 
 
-class MaskedMap(NamedTuple):
-    """The anomaly map and the mask of an image, (H, W) both; the mask's URI if its defect is too small for the map."""
-
-    label: str
-    anomaly_map: Map
-    mask: Mask
-    vanished_mask: str = ""
-
-    @classmethod
-    def at_model_size(
-        cls, label: str, anomaly_map: Map, mask: Mask, mask_uri: str, preprocessing: Preprocessing
-    ) -> MaskedMap:
-        """Bring the mask of an image to the map's size by nearest neighbour, as the paper's authors do."""
-        resized = resize_mask(mask, preprocessing)
-        is_vanished = crop_mask(mask, preprocessing).any() and not resized.any()
-        return cls(label, anomaly_map, resized, mask_uri if is_vanished else "")
-
-
 def label_scores(
-    images: Iterable[tuple[ScoredImage, Callable[[], MaskedMap]]], batch_size: int, unlabelled_count: int = 0
+    images: Iterable[tuple[ScoredImage, Map | None]],
+    preprocessing: Preprocessing,
+    *,
+    at_original_size: bool = False,
+    batch_size: int,
+    unlabelled_count: int = 0,
 ) -> LabelledScores:
-    """Collect the scores of labelled images, and count their pixels with `batch_size` maps in memory at a time.
+    """Collect the scores of labelled images, and count pixels by score with `batch_size` maps in memory at a time.
 
-    Pixels count where every image has a map and every defect a mask: the function beside an image makes them, or raises
-    UndefinedMetricError if there are none, or DataError, which is a problem, if they cannot be read.
+    Masks are brought to the size of the anomaly maps by nearest neighbour, as the paper's authors do; or, at original
+    size, maps linearly to that of the image as the model sees it. Pixels are counted if there is each map, and each
+    mask of a defect can be read; one that cannot is a problem.
     """
     scored: list[ScoredImage] = []
+    failed: list[str] = []
     problems: list[str] = []
-    reasons: list[UndefinedMetricError | DataError] = []
     counts: dict[str, PixelCounts] = {}
     vanished: list[str] = []
+    no_pixels = ""
     remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):
-        problems += [image.error for image, _ in batch if image.error]
+        failed += [image.error for image, _ in batch if image.error]
         scored += [image for image, _ in batch if not image.error]
-        if reasons:
-            continue
+        by_label: dict[str, list[Sequence[Any]]] = {}
         try:
-            maps = sorted((read() for image, read in batch if not image.error), key=attrgetter("label"))
-            for label, some in groupby(maps, attrgetter("label")):
-                _, anomaly_maps, masks, _ = zip(*some, strict=True)
-                counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(anomaly_maps, masks)
-            vanished += [each.vanished_mask for each in maps if each.vanished_mask]
-        except RunDamagedError:
-            raise
+            for image, anomaly_map in () if no_pixels else batch:
+                if not image.error:
+                    *pair, is_vanished = _at_one_size(image, anomaly_map, preprocessing, at_original_size)
+                    by_label.setdefault(image.label, []).append(pair)
+                    vanished += [image.mask] if is_vanished else []
+            for label, pairs in by_label.items():
+                maps, masks = zip(*pairs, strict=True)
+                counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
         except (UndefinedMetricError, DataError) as error:
-            reasons.append(error)
-    try:
-        _require_masks([image for image in scored if image.label != GOOD])
-    except (UndefinedMetricError, DataError) as error:
-        reasons.append(error)
+            no_pixels = str(error)
+            problems += [no_pixels] if isinstance(error, DataError) else []
+    given = [image.mask for image in scored if image.label != GOOD]
+    if not any(given):
+        no_pixels = "no masks"
+    elif not all(given):
+        first = min(image.uri for image in scored if image.label != GOOD and not image.mask)
+        no_pixels = f"{given.count('')} of {len(given)} defects have no mask, {first} among them; add or remove masks"
+        problems = [no_pixels]
     return LabelledScores(
         labels=np.array([image.label for image in scored], np.str_),
         scores=np.array([image.score for image in scored], np.float32),
         is_anomalous=np.array([image.is_anomalous for image in scored], bool),
         threshold=scored[0].threshold if scored else np.nan,
         pixels=counts,
-        no_pixels=str(reasons[-1]) if reasons else "",
-        error_count=len(problems),
+        no_pixels=no_pixels,
+        error_count=len(failed),
         unlabelled_count=unlabelled_count,
         vanished_masks=tuple(sorted(vanished)),
-        problems=(*sorted(problems), *(str(reason) for reason in reasons if isinstance(reason, DataError))),
+        problems=(*sorted(failed), *problems),
     )
 
 
-def _require_masks(defects: Sequence[ScoredImage]) -> None:
-    """Raise UndefinedMetricError if no defect has a mask, and DataError if only some have one."""
-    unmasked = sorted(image.uri for image in defects if not image.mask)
-    if len(unmasked) == len(defects):
-        raise UndefinedMetricError("no masks")
-    if unmasked:
-        raise DataError(
-            f"{len(unmasked)} of {len(defects)} defects have no mask, {unmasked[0]} among them; add or remove masks"
-        )
+def _at_one_size(
+    image: ScoredImage, anomaly_map: Map | None, preprocessing: Preprocessing, at_original_size: bool
+) -> tuple[Map, Mask, bool]:
+    """Bring an image's map and mask to one size, and say whether the mask has vanished; raise if one is missing."""
+    if anomaly_map is None:
+        raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
+    mask = read_mask(image.uri, image.label, image.mask, image.width, image.height)
+    cropped, resized = crop_mask(mask, preprocessing), resize_mask(mask, preprocessing)
+    if at_original_size:
+        return resize_map(anomaly_map, *cropped.shape), cropped, False
+    return anomaly_map, resized, bool(cropped.any() and not resized.any())
 
 
 @dataclass(frozen=True)
@@ -226,11 +224,6 @@ class CategoryMetrics:
         header = (f"{self.good_count} good, {self.defect_count} defective", "value", "95 % interval")
         # Parsed as numbers, values would lose their last zeros.
         return tabulate(rows, header, disable_numparse=True)
-
-    @property
-    def labelled_count(self) -> int:
-        """The number of images with a label."""
-        return self.good_count + self.defect_count + self.error_count
 
     @property
     def values(self) -> dict[str, float | None]:

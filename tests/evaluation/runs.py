@@ -12,7 +12,7 @@ from stpm.data.heatmaps import palette_png
 from stpm.data.mvtec import read_category
 from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.evaluation.threshold import Threshold
+from stpm.evaluation.threshold import place_threshold
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.scales import HeatmapScale
 from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
@@ -97,7 +97,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
     metrics["pixel_auroc"] = Metric(undefined="no masks") if pixel is None else Metric(pixel)
     measured = CategoryMetrics(metrics, 4, 5, 3, 1)
     measured = dataclasses.replace(measured, defects={"dent": measured})
-    return CategoryResult(record, measured, threshold=Threshold(1.5 + seed, 2, 199))
+    return CategoryResult(record, measured, threshold=place_threshold(1.0 + 0.25 * seed, CALIBRATION))
 
 
 def without_student(made: CategoryResult) -> CategoryResult:

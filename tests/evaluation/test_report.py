@@ -52,7 +52,7 @@ def test_the_text_names_undefined_metrics_and_failures() -> None:
 
 def test_an_empty_report_is_written() -> None:
     empty = Report("data", [], [Failure("c", "gone")])
-    assert empty.text() == "Nothing was evaluated.\nc: failed: gone"
+    assert empty.text() == "0 of 0 defects are found, and 0 of 0 good images are false alarms.\nc: failed: gone"
     assert "1 failed" in empty.page()
     assert empty.contents["mean"]["image_auroc"] is None
     assert rows_of(empty) == []
