@@ -48,6 +48,8 @@ def evil_page() -> str:
             made.metrics,
             metrics={**made.metrics.metrics, "pixel_auroc": Metric(undefined=EVIL)},
             defects={EVIL: made.metrics.defects["dent"]},
+            found_count=5 if name == "b" else 3,
+            defect_count=1000 if name == "b" else 5,
         )
         charts = draw_charts(scores, HISTORY, 2, salt=name)
         results.append(CategoryResult(made.model, metrics, charts, {"Largest scores": [tile], "False alarms": []}))
@@ -127,4 +129,7 @@ def test_in_a_browser_the_table_sorts_by_mouse_and_by_keyboard(browser: Any, evi
     header.focus()
     tab.keyboard.press("Enter")
     assert names.all_inner_texts() == [EVIL, "d", "b", "bottle"]
+    # A count is sorted by its share.
+    summary.get_by_role("button", name="defects found").click()
+    assert names.first.inner_text() == "b"
     tab.close()
