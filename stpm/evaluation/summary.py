@@ -30,7 +30,7 @@ def summary_rows(rows: Mapping[str, Values]) -> list[Row]:
             "false alarms": _share(*_ALARMS, "image_false_alarm_rate", values),
             "threshold": _optional("{:.4g}", values.get("threshold")),
             "which is the": values.get("threshold_source", ""),
-            "expected false alarms": _optional("{:.2%}", values.get("expected_false_alarm_rate")),
+            "expected alarms": _optional("{:.2%}", values.get("expected_false_alarm_rate")),
             "at most (90%)": _optional("{:.2%}", values.get("false_alarm_bound")),
         }
         for name, values in rows.items()
