@@ -110,27 +110,24 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What limits the meaning of the values: undefined metrics, vanished masks, promises that are not kept."""
-        firsts = {name: results[0] for name, results in self.by_category.items()}
-        undefined: dict[tuple[str, str], list[str]] = {}
-        for name, first in firsts.items():
+        notes = []
+        for name, (first, *_) in self.by_category.items():
+            undefined: dict[str, list[str]] = {}
             for metric, reason in first.metrics.undefined.items():
-                undefined.setdefault((name, reason), []).append(metric)
-        return [
-            *(f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()),
-            *(
-                f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
-                f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
-                for name, first in firsts.items()
-                if (masks := first.metrics.vanished_masks)
-            ),
-            *(
-                f"{name}: more false alarms than its threshold promises: the images that calibrate it are unlike the "
-                "good ones here (docs/recipes.md#what-held-out-images-must-be)"
-                for name, first in firsts.items()
-                if (interval := first.metrics.metrics["image_false_alarm_rate"].interval)
-                and interval[0] > (first.threshold.false_alarm_bound or 1)
-            ),
-        ]
+                undefined.setdefault(reason, []).append(metric)
+            notes += [f"{name}: {', '.join(metrics)} undefined: {reason}" for reason, metrics in undefined.items()]
+            if masks := first.metrics.vanished_masks:
+                notes.append(
+                    f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
+                    f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
+                )
+            interval = first.metrics.metrics["image_false_alarm_rate"].interval
+            if interval and interval[0] > (first.threshold.false_alarm_bound or 1):
+                notes.append(
+                    f"{name}: more false alarms than its threshold promises: the images that calibrate it are unlike "
+                    "the good ones here (docs/recipes.md#what-held-out-images-must-be)"
+                )
+        return notes
 
     @property
     def seeds(self) -> list[int]:
@@ -265,7 +262,7 @@ def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
 def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge the rows of several seeds: numbers become their means, and a text that differs "varies"."""
     merged: dict[str, Any] = {}
-    for key in rows[0]:
+    for key in (key for key in rows[0] if key not in ("category", "defect", "seed")):
         values = [row[key] for row in rows if row.get(key) is not None]
         if key.endswith("_interval"):
             merged[key] = [statistics.fmean(ends) for ends in zip(*values, strict=True)]
