@@ -125,7 +125,7 @@ class Report:
             if interval and interval[0] > (first.threshold.false_alarm_bound or 1):
                 notes.append(
                     f"{name}: more false alarms than its threshold promises: the images that calibrate it are unlike "
-                    "the good ones here (docs/recipes.md#what-held-out-images-must-be)"
+                    "the good ones here (docs/recipes.md)"
                 )
         return notes
 
