@@ -21,10 +21,9 @@ from torch import Tensor
 
 from stpm.data import pictures
 from stpm.data.decoding import Decoded, decode
-from stpm.data.masks import read_mask
-from stpm.data.mvtec import GOOD, TestImage, read_tests
+from stpm.data.mvtec import read_tests
 from stpm.data.pictures import Picture
-from stpm.errors import ConfigError, DataError, ImageError, ModelError, UndefinedMetricError, one_line
+from stpm.errors import ConfigError, ImageError, ModelError, one_line
 from stpm.lease import hold_lease
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.method.backbones import Backbone, StateDict, load_backbone
@@ -48,14 +47,7 @@ from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, Floats
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
 from stpm.method.views import View, choose_views, levels_of_teacher
-from stpm.metrics.category_metrics import (
-    CategoryMetrics,
-    LabelledPixels,
-    LabelledScores,
-    MaskedMap,
-    measure_category,
-    require_masks,
-)
+from stpm.metrics.category_metrics import CategoryMetrics, ScoredImage, label_scores, measure_category
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend
@@ -405,45 +397,22 @@ class Detector:
         compared at model size.
 
         Raises:
-            DataError: if there are no test images, or a mask cannot be read.
+            DataError: if there are no test images.
         """
         tests = read_tests(os.fspath(folder))
-        pixels, no_pixels = LabelledPixels(), ""
-        scored: list[Result] = []
-        labels: list[str] = []
-        problems: list[str] = []
-        try:
-            require_masks({test.uri: test.mask for test in tests if test.label != GOOD})
-        except (UndefinedMetricError, DataError) as error:
-            no_pixels = str(error)
-            problems += [no_pixels] if isinstance(error, DataError) else []
         results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate)
-        outcomes = zip(tests, results, strict=True)
-        while batch := list(islice(outcomes, self.teacher.preprocessing.batch_size)):
-            problems += [str(result.error) for _, result in batch if result.error]
-            batch = [(test, result) for test, result in batch if not result.error]
-            if not no_pixels:
-                pixels.add(self._masked_map(test, result) for test, result in batch)
-            labels += [test.label for test, _ in batch]
-            scored += [dataclasses.replace(result, model_map=np.zeros((0, 0), np.float32)) for _, result in batch]
-        return measure_category(
-            LabelledScores(
-                labels=np.array(labels, np.str_),
-                scores=np.array([result.score for result in scored], np.float32),
-                is_anomalous=np.array([result.is_anomalous for result in scored], bool),
-                threshold=scored[0].threshold if scored else np.nan,
-                pixels=pixels.counts,
-                no_pixels=no_pixels,
-                error_count=len(tests) - len(scored),
-                unlabelled_count=0,
-                vanished_masks=tuple(pixels.vanished),
-                problems=tuple(problems),
+        images = (
+            (
+                ScoredImage(
+                    *(test.uri, test.label, test.mask, *result.size),
+                    *(result.score, result.is_anomalous, result.threshold, str(result.error or "")),
+                ),
+                result.model_map,
             )
+            for test, result in zip(tests, results, strict=True)
         )
-
-    def _masked_map(self, test: TestImage, result: Result) -> MaskedMap:
-        mask = read_mask(test.uri, test.label, test.mask, *result.size)
-        return MaskedMap.at_model_size(test.label, result.model_map, mask, test.mask, self.teacher.preprocessing)
+        preprocessing = self.teacher.preprocessing
+        return measure_category(label_scores(images, preprocessing, batch_size=preprocessing.batch_size))
 
     def save(self, store: str | os.PathLike[str], category: str) -> ModelRecord:
         """Publish the model as a new version of a category, as the fit job does, and make it the current one.

@@ -273,7 +273,9 @@ def test_evaluate_says_why_there_are_no_pixel_metrics_as_the_report_does(
     assert partly.problems == (partly.undefined["pixel_auroc"],)
     assert re.search(rf"^1 of {len(others) + 1} defects have no mask, .*; add or remove masks$", partly.problems[0])
     assert partly.values["image_auroc"] is not None
-    for mask in others:
+    first.write_bytes(b"no image")
+    assert re.search(rf"^mask {first} cannot be read", nut.evaluate(tmp_path / "nut" / "test").undefined["pixel_auroc"])
+    for mask in (first, *others):
         mask.unlink()
     unmasked = nut.evaluate(tmp_path / "nut" / "test")
     assert (unmasked.undefined["pixel_auroc"], unmasked.problems, unmasked.error_count) == ("no masks", (), 0)

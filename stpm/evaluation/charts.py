@@ -126,7 +126,7 @@ def _draw_histogram(axes: Axes, scores: LabelledScores) -> None:
         # Powers of ten need mathematical text, which is off.
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper right")
 
 
 def _draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch: int) -> None:
@@ -139,7 +139,7 @@ def _draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch:
     axes.set(xlabel="epoch", ylabel="loss")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    axes.legend(loc="upper right")
 
 
 def _svg(draw: Callable[[Axes], None], salt: str) -> str:

@@ -18,8 +18,10 @@ from stpm.evaluation.gallery import galleries
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.evaluation.threshold import place_threshold
 from stpm.exit_codes import ALL_DONE, SOME_FAILED, exit_code
 from stpm.metrics.category_metrics import measure_category
+from stpm.metrics.intervals import Scores
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
@@ -42,7 +44,10 @@ def evaluate_categories(
     check_row_count(output)
     remote = ray.remote(evaluate_category)
     history = {record.category: store.history(record).to_pydict() for record in records}
-    tasks = [remote.remote(output, record, history[record.category], masks_at) for record in records]
+    calibration = {record.category: store.calibration_scores(record)["score"].to_numpy() for record in records}
+    tasks = [
+        remote.remote(output, each, history[each.category], calibration[each.category], masks_at) for each in records
+    ]
     with interrupted_by_ray("evaluation"):
         return results_of(tasks)
 
@@ -60,17 +65,24 @@ def find_labels_without_model(output: RunOutput, categories: Collection[str]) ->
 
 
 def evaluate_category(
-    output: RunOutput, record: ModelRecord, history: Mapping[str, Sequence[float]], masks_at: MasksAt
+    output: RunOutput,
+    record: ModelRecord,
+    history: Mapping[str, Sequence[float]],
+    calibration: Scores,
+    masks_at: MasksAt,
 ) -> CategoryResult:
     """Measure one category, and draw its charts and pictures.
 
-    Its images are those that a run scored with the model of this record. `history` is as in `draw_charts`.
+    Its images are those that a run scored with the model of this record, which has these calibration scores, (n,).
+    `history` is as in `draw_charts`.
     """
     category = ScoredCategory(output, record.category, record.preprocessing)
     # First: it finds rows that the pictures cannot be drawn from.
     scores = read_scores(category, masks_at)
     charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
-    return CategoryResult(record, measure_category(scores), charts, galleries(category, record.heatmap_scale))
+    threshold = place_threshold(scores.threshold, calibration, record.decision)
+    shown = galleries(category, record.heatmap_scale)
+    return CategoryResult(record, measure_category(scores), charts, shown, threshold)
 
 
 def publish_report(report: Report, out: str, gate: Gate) -> int:

@@ -7,15 +7,16 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-from tabulate import tabulate
 
 from stpm import storage
 from stpm.errors import join_first
 from stpm.evaluation.gallery import Gallery
 from stpm.evaluation.options import MasksAt
+from stpm.evaluation.summary import escape_markdown, headline, metric_rows, summary_rows, write_table
+from stpm.evaluation.threshold import Threshold
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
 from stpm.models.libraries import installed_versions
@@ -23,26 +24,25 @@ from stpm.models.record import ModelRecord
 from stpm.pages import render
 from stpm.times import timestamp
 
-_FIT_METRICS = ("fit_seconds", "train_loss", "validation_loss")
-_COUNTS = ("train_count", "held_out_count", "good_count", "defect_count", "error_count")
+_IMAGE_COUNTS = ("good_count", "defect_count", "found_count", "false_alarm_count")
+# Beside the metrics, what the categories have a mean of.
+_AVERAGED = ("fit_seconds", "train_loss", "validation_loss", "expected_false_alarm_rate")
 _METRIC_TYPES = {
     "category": pa.string(),
     "seed": pa.int64(),
     **dict.fromkeys((*METRICS, "pixel_error"), pa.float64()),
-    **dict.fromkeys(("good_count", "defect_count"), pa.int64()),
+    **dict.fromkeys(_IMAGE_COUNTS, pa.int64()),
 }
 _DEFECTS_SCHEMA = pa.schema({**_METRIC_TYPES, "defect": pa.string()})
 _REPORT_SCHEMA = pa.schema(
     {
         **_METRIC_TYPES,
         **dict.fromkeys(("error_count", "train_count", "held_out_count", "calibration_count"), pa.int64()),
-        **dict.fromkeys(("epochs", "kept_epoch"), pa.int64()),
-        **dict.fromkeys(_FIT_METRICS, pa.float64()),
-        **dict.fromkeys(("input_size", "precision", "device", "model_id"), pa.string()),
+        **dict.fromkeys(("epochs", "kept_epoch", "threshold_rank"), pa.int64()),
+        **dict.fromkeys((*_AVERAGED, "threshold", "false_alarm_bound"), pa.float64()),
+        **dict.fromkeys(("threshold_source", "input_size", "precision", "device", "model_id"), pa.string()),
     }
 )
-# Columns of the printed table, and the metrics that they show.
-_TABLE_METRICS = {"image AUROC": "image_auroc", "pixel AUROC": "pixel_auroc", "AUPRO": "pixel_aupro"}
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class CategoryResult:
     metrics: CategoryMetrics
     charts: Mapping[str, str] = field(default_factory=dict)
     galleries: Mapping[str, Gallery] = field(default_factory=dict)
+    threshold: Threshold = field(default_factory=Threshold)
 
     def row(self) -> dict[str, Any]:
         """Make the row of report.parquet, and the interval of each metric that has one."""
         fit = asdict(self.model.fit)
         return {
             **self._metrics_row(self.metrics),
+            **self.threshold._asdict(),
             "fit_seconds": fit.pop("seconds"),
             **fit,
             "error_count": self.metrics.error_count,
@@ -78,8 +80,7 @@ class CategoryResult:
             **metrics.values,
             **{f"{name}_interval": metric.interval for name, metric in metrics.metrics.items() if metric.interval},
             "pixel_error": metrics.pixel_error,
-            "good_count": metrics.good_count,
-            "defect_count": metrics.defect_count,
+            **{name: getattr(metrics, name) for name in _IMAGE_COUNTS},
         }
 
 
@@ -108,13 +109,25 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What limits the meaning of the metrics: a line for each category with masks that vanish at model size."""
-        return [
-            f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
-            f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
-            for name, results in self.by_category.items()
-            if (masks := results[0].metrics.vanished_masks)
-        ]
+        """What limits the meaning of the values: undefined metrics, vanished masks, promises that are not kept."""
+        notes = []
+        for name, (first, *_) in self.by_category.items():
+            undefined: dict[str, list[str]] = {}
+            for metric, reason in first.metrics.undefined.items():
+                undefined.setdefault(reason, []).append(metric)
+            notes += [f"{name}: {', '.join(metrics)} undefined: {reason}" for reason, metrics in undefined.items()]
+            if masks := first.metrics.vanished_masks:
+                notes.append(
+                    f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
+                    f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
+                )
+            interval = first.metrics.metrics["image_false_alarm_rate"].interval
+            if interval and interval[0] > (first.threshold.false_alarm_bound or 1):
+                notes.append(
+                    f"{name}: more false alarms than its threshold promises: the images that calibrate it are unlike "
+                    "the good ones here (docs/recipes.md)"
+                )
+        return notes
 
     @property
     def seeds(self) -> list[int]:
@@ -134,25 +147,31 @@ class Report:
         """The content of report.json.
 
         `categories.<name>` and `mean` hold means over seeds. Beside a metric, `_std` is its standard deviation over
-        seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval.
+        seeds, and `_interval` the mean over seeds of the ends of its 95 % confidence interval. `sum` adds up the
+        images of all categories. Of good images, `expected_false_alarm_rate` are false alarms on average over
+        calibration sets, and with nine of ten sets at most `false_alarm_bound`.
         """
         categories = {name: _category_values(results) for name, results in self.by_category.items()}
-        mean = {key: _mean([values[key] for values in categories.values()]) for key in (*METRICS, *_FIT_METRICS)}
+        mean = {key: _mean([values[key] for values in categories.values()]) for key in (*METRICS, *_AVERAGED)}
         std = {f"{metric}_std": self._std_of_mean(metric) for metric in METRICS}
+        total = {key: sum(values[key] for values in categories.values()) for key in _IMAGE_COUNTS}
         return {
             "created": timestamp(),
             "data": self.data,
             "recipe": _in_common(asdict(result.model.recipe) for result in self.results),
             "protocol": self._protocol(),
+            "headline": headline(categories, total),
             "categories": categories,
             "mean": {**mean, **std, "categories": len(categories)},
+            "sum": total,
             "notes": self.notes,
             "failures": [asdict(failure) for failure in self.failures],
         }
 
     def text(self) -> str:
-        """Make the text that is printed: the table, undefined metrics, notes, failures."""
-        return "\n".join(filter(None, [self._table("simple"), *self._remarks()]))
+        """Make the text that is printed: the table and headline, undefined metrics, notes, failures."""
+        lines = [write_table(summary_rows(self._rows()), "simple"), self.contents["headline"], *self._remarks()]
+        return "\n".join(filter(None, lines))
 
     def markdown(self) -> str:
         """Make report.md: the same, and what the values mean."""
@@ -162,7 +181,8 @@ class Report:
             f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
             f"AUPRO: {protocol['aupro']}."
         )
-        return "\n\n".join([self._table("pipe"), meaning, *(f"- {_escape(line)}" for line in self._remarks())]) + "\n"
+        parts = [escape_markdown(self.contents["headline"]), write_table(summary_rows(self._rows()), "pipe"), meaning]
+        return "\n\n".join([*parts, *(f"- {escape_markdown(line)}" for line in self._remarks())]) + "\n"
 
     def page(self, shortfalls: Sequence[str] = ()) -> str:
         """Make report.html, with the charts and pictures of the first seed, and the shortfalls from the gate.
@@ -172,7 +192,9 @@ class Report:
         return render(
             "evaluation/report.html",
             report=self.contents,
-            metrics=METRICS,
+            summary=summary_rows(self._rows()),
+            metric_rows=metric_rows,
+            every=self._rows(),
             first_seed={name: results[0] for name, results in self.by_category.items()},
             seeds=self.seeds,
             shortfalls=shortfalls,
@@ -190,44 +212,22 @@ class Report:
             "report.md": self.markdown().encode(),
         }
 
-    def _table(self, tablefmt: Literal["simple", "pipe"]) -> str:
-        """Make a table with a line per category, and their mean; "" without results. `pipe` is Markdown."""
-        mean = self.contents["mean"]
-        lines = [
-            {
-                "category": _escape(name) if tablefmt == "pipe" else name,
-                **_table_metrics(values),
-                "train+held out": f"{values['train_count']}+{values['held_out_count']}",
-                "good+defect": f"{values['good_count']}+{values['defect_count']}",
-                "fit s": f"{values['fit_seconds']:.1f}",
-                "train loss": "" if values["train_loss"] is None else f"{values['train_loss']:.4f}",
-                "val. loss": "" if values["validation_loss"] is None else f"{values['validation_loss']:.4f}",
-                "seeds": ",".join(values["seeds"]),
-            }
-            for name, values in self.contents["categories"].items()
-        ]
-        if not lines:
-            return ""
-        lines.append({"category": "mean", **_table_metrics(mean), "fit s": f"{mean['fit_seconds']:.1f}"})
-        align = ("left", *("right",) * (len(lines[0]) - 1))
-        return str(tabulate(lines, "keys", tablefmt, disable_numparse=True, colalign=align))
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        """Return the values of each category and then of all: the means of metrics, and the sums of counts."""
+        contents = self.contents
+        return {**contents["categories"], "mean, sum": contents["mean"] | contents["sum"]} if self.results else {}
 
     def _remarks(self) -> list[str]:
-        undefined: dict[tuple[str, str], list[str]] = {}
-        for name, values in self.contents["categories"].items():
-            for metric, reason in values["undefined"].items():
-                undefined.setdefault((name, reason), []).append(metric)
-        reasons = [f"{name}: {', '.join(metrics)} undefined: {why}" for (name, why), metrics in undefined.items()]
-        return [*reasons, *self.notes, *(f"{failure.category}: failed: {failure.reason}" for failure in self.failures)]
+        return [*self.notes, *(f"{failure.category}: failed: {failure.reason}" for failure in self.failures)]
 
     def _std_of_mean(self, metric: str) -> float | None:
         """Compute the std over seeds of the mean over categories; None unless every category has every seed."""
-        by_seed: dict[int, list[float]] = {seed: [] for seed in self.seeds}
-        for result in self.results:
-            if (value := result.metrics.values[metric]) is not None:
-                by_seed[result.model.recipe.seed].append(value)
-        complete = all(len(values) == len(self.by_category) for values in by_seed.values())
-        return _std([_mean(values) for values in by_seed.values()]) if complete else None
+        by_seed = [
+            [result.metrics.values[metric] for result in self.results if result.model.recipe.seed == seed]
+            for seed in self.seeds
+        ]
+        complete = all(None not in values and len(values) == len(self.by_category) for values in by_seed)
+        return _std([_mean(values) for values in by_seed]) if complete else None
 
     def _protocol(self) -> dict[str, Any]:
         models = _in_common(_model_protocol(result.model) for result in self.results)
@@ -251,25 +251,28 @@ def _category_values(results: Sequence[CategoryResult]) -> dict[str, Any]:
     return {
         **_over_seeds(rows),
         "undefined": first.undefined,
-        **{key: _mean([row[key] for row in rows]) for key in _FIT_METRICS},
-        **{key: rows[0][key] for key in (*_COUNTS, "input_size")},
         "defects": {
             name: _over_seeds([row for row in defect_rows if row["defect"] == name]) | {"undefined": metrics.undefined}
             for name, metrics in first.defects.items()
         },
-        "seeds": {str(row["seed"]): {key: row[key] for key in row if key not in _COUNTS} for row in rows},
+        "seeds": {str(row["seed"]): row for row in rows},
     }
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compute means and standard deviations over seeds; counts are those of the first seed."""
-    values: dict[str, Any] = {key: rows[0][key] for key in ("good_count", "defect_count")}
-    for metric in METRICS:
-        by_seed = [row[metric] for row in rows]
-        values |= {metric: _mean(by_seed), f"{metric}_std": _std(by_seed)}
-        if intervals := [row[f"{metric}_interval"] for row in rows if f"{metric}_interval" in row]:
-            values[f"{metric}_interval"] = [statistics.fmean(ends) for ends in zip(*intervals, strict=True)]
-    return values
+    """Merge the rows of several seeds: numbers become their means, and a text that differs "varies"."""
+    merged: dict[str, Any] = {}
+    for key in (key for key in rows[0] if key not in ("category", "defect", "seed")):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if key.endswith("_interval"):
+            merged[key] = [statistics.fmean(ends) for ends in zip(*values, strict=True)]
+        elif len(set(values)) < 2:
+            merged[key] = values[0] if values else None
+        else:
+            merged[key] = "varies" if isinstance(values[0], str) else statistics.fmean(values)
+        if key in METRICS:
+            merged[f"{key}_std"] = _std(values)
+    return merged
 
 
 def _model_protocol(model: ModelRecord) -> dict[str, str]:
@@ -303,16 +306,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _std(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.stdev(known) if len(known) > 1 else None
-
-
-def _table_metrics(values: Mapping[str, Any]) -> dict[str, str]:
-    cells = {}
-    for title, metric in _TABLE_METRICS.items():
-        value, std = values[metric], values[f"{metric}_std"]
-        cells[title] = "–" if value is None else f"{value:.4f}" + ("" if std is None else f" ± {std:.4f}")
-    return cells
-
-
-def _escape(text: str) -> str:
-    """Escape the special characters of Markdown's tables and of HTML."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#&" else " " if c in "\r\n" else c for c in text)

@@ -54,7 +54,12 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
             for output, store, records in runs:
                 results += evaluate_categories(output, records, store, reporting.masks_at)
                 failures += find_labels_without_model(output, {record.category for record in records})
-    if results and not failures and not any(result.metrics.labelled_count for result in results):
+    measured = [result.metrics for result in results]
+    if (
+        results
+        and not failures
+        and not any(each.good_count + each.defect_count + each.error_count for each in measured)
+    ):
         raise DataError(f"{run}: no image has a label; score a table that has the column `label` (docs/evaluation.md)")
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:

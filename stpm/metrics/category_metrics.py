@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import groupby
-from operator import add, attrgetter
-from typing import NamedTuple
+from itertools import islice
+from operator import add
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tabulate import tabulate
 
-from stpm.data.masks import crop_mask, resize_mask
+from stpm.data.heatmaps import resize_map
+from stpm.data.masks import crop_mask, read_mask, resize_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, UndefinedMetricError
 from stpm.method.preprocessing import Preprocessing
@@ -92,55 +93,89 @@ class LabelledScores:
         )
 
 
-class MaskedMap(NamedTuple):
-    """The anomaly map and the mask of an image, (H, W) both; the mask's URI if its defect is too small for the map."""
+class ScoredImage(NamedTuple):
+    """A labelled image: "good" or a defect type, its mask's URI or "", its size in pixels, its score, or its error."""
 
+    uri: str
     label: str
-    anomaly_map: Map
-    mask: Mask
-    vanished_mask: str = ""
-
-    @classmethod
-    def at_model_size(
-        cls, label: str, anomaly_map: Map, mask: Mask, mask_uri: str, preprocessing: Preprocessing
-    ) -> MaskedMap:
-        """Bring the mask of an image to the map's size by nearest neighbour, as the paper's authors do."""
-        resized = resize_mask(mask, preprocessing)
-        is_vanished = crop_mask(mask, preprocessing).any() and not resized.any()
-        return cls(label, anomaly_map, resized, mask_uri if is_vanished else "")
+    mask: str
+    width: int
+    height: int
+    score: float
+    is_anomalous: bool
+    threshold: float
+    error: str
 
 
-class LabelledPixels:
-    """Counts the pixels of labelled images, a batch after the other, so that few maps are in memory.
+def label_scores(
+    images: Iterable[tuple[ScoredImage, Map | None]],
+    preprocessing: Preprocessing,
+    *,
+    at_original_size: bool = False,
+    batch_size: int,
+    unlabelled_count: int = 0,
+) -> LabelledScores:
+    """Collect the scores of labelled images, and count pixels by score with `batch_size` maps in memory at a time.
 
-    `counts` has the pixel counts by label, and `vanished` the URIs of masks whose defects are too small for the map.
+    Masks are brought to the size of the anomaly maps by nearest neighbour, as the paper's authors do; or, at original
+    size, maps linearly to that of the image as the model sees it. Pixels are counted if there is each map, and each
+    mask of a defect can be read; one that cannot is a problem.
     """
+    scored: list[ScoredImage] = []
+    failed: list[str] = []
+    problems: list[str] = []
+    counts: dict[str, PixelCounts] = {}
+    vanished: list[str] = []
+    no_pixels = ""
+    remaining = iter(images)
+    while batch := list(islice(remaining, batch_size)):
+        failed += [image.error for image, _ in batch if image.error]
+        scored += [image for image, _ in batch if not image.error]
+        by_label: dict[str, list[Sequence[Any]]] = {}
+        try:
+            for image, anomaly_map in () if no_pixels else batch:
+                if not image.error:
+                    *pair, is_vanished = _at_one_size(image, anomaly_map, preprocessing, at_original_size)
+                    by_label.setdefault(image.label, []).append(pair)
+                    vanished += [image.mask] if is_vanished else []
+            for label, pairs in by_label.items():
+                maps, masks = zip(*pairs, strict=True)
+                counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
+        except (UndefinedMetricError, DataError) as error:
+            no_pixels = str(error)
+            problems += [no_pixels] if isinstance(error, DataError) else []
+    given = [image.mask for image in scored if image.label != GOOD]
+    if not any(given):
+        no_pixels = "no masks"
+    elif not all(given):
+        first = min(image.uri for image in scored if image.label != GOOD and not image.mask)
+        no_pixels = f"{given.count('')} of {len(given)} defects have no mask, {first} among them; add or remove masks"
+        problems = [no_pixels]
+    return LabelledScores(
+        labels=np.array([image.label for image in scored], np.str_),
+        scores=np.array([image.score for image in scored], np.float32),
+        is_anomalous=np.array([image.is_anomalous for image in scored], bool),
+        threshold=scored[0].threshold if scored else np.nan,
+        pixels=counts,
+        no_pixels=no_pixels,
+        error_count=len(failed),
+        unlabelled_count=unlabelled_count,
+        vanished_masks=tuple(sorted(vanished)),
+        problems=(*sorted(failed), *problems),
+    )
 
-    def __init__(self) -> None:
-        self.counts: dict[str, PixelCounts] = {}
-        self.vanished: list[str] = []
 
-    def add(self, batch: Iterable[MaskedMap]) -> None:
-        """Count the pixels of some images. Raise UndefinedMetricError if a value of a map is not finite."""
-        images = sorted(batch, key=attrgetter("label"))
-        self.vanished += [image.vanished_mask for image in images if image.vanished_mask]
-        for label, some in groupby(images, attrgetter("label")):
-            _, maps, masks, _ = zip(*some, strict=True)
-            self.counts[label] = self.counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
-
-
-def require_masks(masks: Mapping[str, str]) -> None:
-    """Raise UndefinedMetricError if no defect has a mask, and DataError if only some have one.
-
-    `masks` has the URI of the mask of each defective image, or "", by that of the image.
-    """
-    unmasked = [uri for uri, mask in masks.items() if not mask]
-    if len(unmasked) == len(masks):
-        raise UndefinedMetricError("no masks")
-    if unmasked:
-        raise DataError(
-            f"{len(unmasked)} of {len(masks)} defects have no mask, {unmasked[0]} among them; add or remove masks"
-        )
+def _at_one_size(
+    image: ScoredImage, anomaly_map: Map | None, preprocessing: Preprocessing, at_original_size: bool
+) -> tuple[Map, Mask, bool]:
+    """Bring an image's map and mask to one size, and say whether the mask has vanished; raise if one is missing."""
+    if anomaly_map is None:
+        raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
+    mask = read_mask(image.uri, image.label, image.mask, image.width, image.height)
+    cropped, resized = crop_mask(mask, preprocessing), resize_mask(mask, preprocessing)
+    if at_original_size:
+        return resize_map(anomaly_map, *cropped.shape), cropped, False
+    return anomaly_map, resized, bool(cropped.any() and not resized.any())
 
 
 @dataclass(frozen=True)
@@ -162,6 +197,8 @@ class CategoryMetrics:
 
     Args:
         metrics: each of METRICS.
+        found_count: number of defects that are anomalous.
+        false_alarm_count: number of good images that are.
         error_count: as in `LabelledScores`, and so are the fields up to `problems`.
         defects: metrics of each defect type.
     """
@@ -169,6 +206,8 @@ class CategoryMetrics:
     metrics: Mapping[str, Metric]
     good_count: int
     defect_count: int
+    found_count: int
+    false_alarm_count: int
     error_count: int = 0
     unlabelled_count: int = 0
     vanished_masks: tuple[str, ...] = ()
@@ -185,11 +224,6 @@ class CategoryMetrics:
         header = (f"{self.good_count} good, {self.defect_count} defective", "value", "95 % interval")
         # Parsed as numbers, values would lose their last zeros.
         return tabulate(rows, header, disable_numparse=True)
-
-    @property
-    def labelled_count(self) -> int:
-        """The number of images with a label."""
-        return self.good_count + self.defect_count + self.error_count
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -220,15 +254,18 @@ def measure_category(scores: LabelledScores) -> CategoryMetrics:
 
 
 def _measure(scores: LabelledScores) -> CategoryMetrics:
-    is_defect = scores.is_defect
+    is_defect, found = scores.is_defect, scores.is_anomalous
     metrics = {
         **_rank_metrics(is_defect, scores.scores),
         **_pixel_metrics(scores),
-        "image_recall": _fraction(scores.is_anomalous[is_defect], "defective ones"),
-        "image_false_alarm_rate": _fraction(scores.is_anomalous[~is_defect], "good ones"),
+        "image_recall": _fraction(found[is_defect], "defective ones"),
+        "image_false_alarm_rate": _fraction(found[~is_defect], "good ones"),
     }
-    defects = int(is_defect.sum())
-    return CategoryMetrics({name: metrics[name] for name in METRICS}, len(is_defect) - defects, defects)
+    good_count, defect_count, found_count, false_alarm_count = (
+        int(flags.sum()) for flags in (~is_defect, is_defect, is_defect & found, ~is_defect & found)
+    )
+    ordered = {name: metrics[name] for name in METRICS}
+    return CategoryMetrics(ordered, good_count, defect_count, found_count, false_alarm_count)
 
 
 def _rank_metrics(is_defect: Flags, scores: Scores) -> dict[str, Metric]:

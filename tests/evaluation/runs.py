@@ -12,6 +12,7 @@ from stpm.data.heatmaps import palette_png
 from stpm.data.mvtec import read_category
 from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
 from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.evaluation.threshold import place_threshold
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.scales import HeatmapScale
 from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
@@ -23,6 +24,8 @@ from tests.datasets import make_category, make_output, write_rows
 
 SIZE = 64
 PREPROCESSING = make_preprocessing(SIZE)
+# Scores of a model's calibration images; the threshold of `scored_run` is the second largest.
+CALIBRATION = np.array([0.25, 0.5, 1.0, 1.25], np.float32)
 
 
 def scored_run(
@@ -92,8 +95,9 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
     if image is not None:
         metrics["image_auroc"] = Metric(image, (image - 0.1, image + 0.1))
     metrics["pixel_auroc"] = Metric(undefined="no masks") if pixel is None else Metric(pixel)
-    measured = CategoryMetrics(metrics, 4, 5)
-    return CategoryResult(record, dataclasses.replace(measured, defects={"dent": measured}))
+    measured = CategoryMetrics(metrics, 4, 5, 3, 1)
+    measured = dataclasses.replace(measured, defects={"dent": measured})
+    return CategoryResult(record, measured, threshold=place_threshold(1.0 + 0.25 * seed, CALIBRATION))
 
 
 def without_student(made: CategoryResult) -> CategoryResult:

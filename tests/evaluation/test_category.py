@@ -50,6 +50,11 @@ def test_image_metrics_agree_with_sklearn_and_each_defect_type_is_measured_again
     for name, found in {"": metrics, **metrics.defects}.items():
         chosen = [row for row in rows if row["label"] == "good" or not name or row["label"] == name]
         assert (found.good_count, found.defect_count) == (6, 3 if name else 6)
+        called = [row["label"] for row in chosen if row["is_anomalous"]]
+        assert (found.found_count, found.false_alarm_count) == (
+            len(called) - called.count("good"),
+            called.count("good"),
+        )
         is_defect = np.array([row["label"] != "good" for row in chosen])
         scores, is_anomalous = (np.array([row[column] for row in chosen]) for column in ("score", "is_anomalous"))
         expected = {

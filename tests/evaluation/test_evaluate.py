@@ -19,7 +19,7 @@ from stpm.scoring.output_rows import check_row_count
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
 from tests.datasets import write_rows
-from tests.evaluation.runs import result, scored_run
+from tests.evaluation.runs import CALIBRATION, result, scored_run
 
 
 def test_a_category_is_evaluated_published_and_checked_against_the_gate(
@@ -27,7 +27,8 @@ def test_a_category_is_evaluated_published_and_checked_against_the_gate(
 ) -> None:
     category = scored_run(tmp_path / "scored")
     out = str(tmp_path / "report")
-    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, "model")
+    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, CALIBRATION, "model")
+    assert found.threshold[:3] == (1.0, 2, "2nd of 4 good")
     report = Report("data", [found])
     assert publish_report(report, out, Gate((), {})) == 0
     assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}

@@ -55,6 +55,8 @@ def evil_page() -> str:
             made.metrics,
             metrics={**made.metrics.metrics, "pixel_auroc": Metric(undefined=EVIL)},
             defects={EVIL: made.metrics.defects["dent"]},
+            found_count=5 if name == "b" else 3,
+            defect_count=1000 if name == "b" else 5,
         )
         charts = draw_charts(scores, HISTORY, 2, salt=name)
         model = dataclasses.replace(made.model, decision=Decision(0.6, EVIL) if name == "b" else None)
@@ -106,8 +108,8 @@ def test_the_weight_of_the_student_is_shown_where_there_is_a_memory_too() -> Non
 
 
 def test_below_a_value_is_its_interval_or_with_several_seeds_its_deviation() -> None:
-    assert "0.500<small>0.400 to 0.600</small>" in Report("data", [result("nut", 0, 0.5, 0.5)]).page()
-    assert "0.500<small>± 0.354</small>" in REPORT.page()
+    assert "0.5000<small>0.400 to 0.600</small>" in Report("data", [result("nut", 0, 0.5, 0.5)]).page()
+    assert "0.5000 ± 0.3536" in REPORT.page()
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -141,13 +143,17 @@ def test_in_a_browser_no_markup_from_data_runs_and_nothing_overflows(browser: An
 
 def test_in_a_browser_the_table_sorts_by_mouse_and_by_keyboard(browser: Any, evil_uri: str) -> None:
     tab, _ = open_tab(browser, evil_uri)
-    names = tab.locator("#figures tbody tr td:first-child")
+    summary = tab.locator("table").first
+    names = summary.locator("tbody td:first-child")
     assert names.all_inner_texts() == [EVIL, "b", "bottle", "d"]
-    header = tab.get_by_role("button", name="image AUROC")
+    header = summary.get_by_role("button", name="image AUROC")
     header.click()
     assert names.all_inner_texts() == ["b", "d", EVIL, "bottle"]
     assert tab.locator("th[aria-sort=ascending]").inner_text() == "image AUROC"
     header.focus()
     tab.keyboard.press("Enter")
     assert names.all_inner_texts() == [EVIL, "d", "b", "bottle"]
+    # A count is sorted by its share.
+    summary.get_by_role("button", name="defects found").click()
+    assert names.first.inner_text() == "b"
     tab.close()

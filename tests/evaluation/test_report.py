@@ -3,13 +3,17 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import beta
 
-from stpm.evaluation.report import Failure, Report
+from stpm.evaluation.report import CategoryResult, Failure, Report
+from stpm.metrics.category_metrics import Metric
+from stpm.metrics.intervals import wilson_interval
 from tests.conftest import make_preprocessing
 from tests.evaluation.runs import REPORT, result, without_student
 
@@ -43,6 +47,52 @@ def test_the_tables_have_a_row_per_category_and_seed_and_one_per_defect_type(nam
     assert found == [("a", 0, defect, 0.25), ("a", 1, defect, 0.75), ("b", 0, defect, 0.5)]
 
 
+def test_counts_thresholds_and_their_promises_are_in_every_file() -> None:
+    """Of the four calibration scores, the threshold of seed 0 is the second largest, and that of seed 1 the largest."""
+    report = json.loads(REPORT.files()["report.json"])
+    a, b, every = report["categories"]["a"], report["categories"]["b"], report["sum"]
+    assert (a["found_count"], a["defect_count"], a["false_alarm_count"], a["good_count"]) == (3, 5, 1, 4)
+    assert every == {"good_count": 8, "defect_count": 10, "found_count": 6, "false_alarm_count": 2}
+    assert (a["threshold"], a["threshold_source"], b["threshold_source"]) == (1.125, "varies", "2nd of 4 good")
+    assert b["expected_false_alarm_rate"] == 2 / 5
+    assert beta.cdf(b["false_alarm_bound"], 2, 3) == pytest.approx(0.9)
+    assert report["mean"]["expected_false_alarm_rate"] == pytest.approx((0.3 + 0.4) / 2)
+    row, _, other = rows_of(REPORT)
+    assert [row[name] for name in ("threshold", "threshold_rank", "found_count")] == [1.0, 2, 3]
+    assert other["threshold_source"] == "2nd of 4 good"
+    headline = "6 of 10 defects are found, and 2 of 8 good images are false alarms."
+    for shown in (REPORT.text(), REPORT.page(), REPORT.markdown(), report["headline"]):
+        assert headline in shown
+    cells = ["b", "0.5000", "–", "–", "3 of 5", "1 of 4", "1", "2nd of 4 good", "40.00%", "67.95%"]
+    assert "  ".join(cells) in re.sub(" {2,}", "  ", REPORT.text())
+    assert " | ".join(cells) in re.sub(" +", " ", REPORT.markdown())
+
+
+def test_the_headline_names_the_worst_category_and_seeds_count_in_the_mean() -> None:
+    def found(category: str, seed: int, found: int, alarms: int) -> CategoryResult:
+        made = result(category, seed, 0.5, None)
+        metrics = dataclasses.replace(made.metrics, found_count=found, false_alarm_count=alarms)
+        return dataclasses.replace(made, metrics=metrics)
+
+    every = [found("a", 0, 5, 4), found("a", 1, 4, 4), found("b", 0, 1, 0), found("b", 1, 1, 0)]
+    sentence = (
+        "5.5 of 10 defects are found (fewest of b: 1 of 5), and "
+        "4 of 8 good images are false alarms (most of a: 4 of 4)."
+    )
+    assert Report("data", every).contents["headline"] == sentence
+
+
+@pytest.mark.parametrize(("alarms", "is_broken"), [(0, False), (3, False), (4, True)])
+def test_more_false_alarms_than_the_threshold_promises_are_a_note(alarms: int, is_broken: bool) -> None:
+    """The bound is 0.68; Wilson's interval of 30 in 40 good images begins at 0.60, and that of all of them at 0.91."""
+    made = result("nut", 0, 0.5, None)
+    flags = np.arange(40) < 10 * alarms
+    rate = Metric(float(flags.mean()), wilson_interval(flags))
+    metrics = dataclasses.replace(made.metrics, metrics={**made.metrics.metrics, "image_false_alarm_rate": rate})
+    report = Report("data", [dataclasses.replace(made, metrics=metrics)])
+    assert ("nut: more false alarms than its threshold promises" in report.text()) == is_broken
+
+
 def test_the_text_names_undefined_metrics_and_failures() -> None:
     text = REPORT.text()
     assert "0.5000 ± 0.3536" in text
@@ -52,7 +102,7 @@ def test_the_text_names_undefined_metrics_and_failures() -> None:
 
 def test_an_empty_report_is_written() -> None:
     empty = Report("data", [], [Failure("c", "gone")])
-    assert empty.text() == "c: failed: gone"
+    assert empty.text() == "0 of 0 defects are found, and 0 of 0 good images are false alarms.\nc: failed: gone"
     assert "1 failed" in empty.page()
     assert empty.contents["mean"]["image_auroc"] is None
     assert rows_of(empty) == []
@@ -111,7 +161,7 @@ def test_a_model_without_a_student_is_reported_without_losses() -> None:
 def test_the_markdown_table_escapes_names() -> None:
     report = Report("data", [result("a|b", 0, 0.5, None)], [Failure("c", "<b>\n| x")])
     text = report.markdown()
-    table = text.split("\n\n")[0].splitlines()
+    table = text.split("\n\n")[1].splitlines()
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     assert "0.5000" in table[2]
     assert "\\<b\\>" in text
