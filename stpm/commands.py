@@ -68,8 +68,8 @@ _JOBS = (
         groups=_groups(BenchmarkOptions, Recipe, WorkerOptions, ScoreOptions, ReportOptions, ClusterOptions),
         hidden=("seed",),
         check=("data", "stpm.data.mvtec:find_categories"),
-        # The demo set has crops of 128 x 128 pixels.
-        without_data={"teacher": "demo", "size": Size("128")},
+        # The demo set has crops of 128 x 128 pixels, whose names begin with their lot.
+        without_data={"teacher": "demo", "size": Size("128"), "group_from": "{group}_{name}"},
         run="stpm.jobs.benchmark:run_benchmark",
         example="stpm benchmark --data /data/mvtec_ad --out runs/mvtec --preset paper --seeds 0,1,2",
     ),

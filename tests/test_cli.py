@@ -37,7 +37,7 @@ def test_a_command_line_becomes_dataclasses() -> None:
     )
     options, recipe, pool, _, gate, _, log = COMMANDS["benchmark"].parse(line.split())
     # A list that is given several times has all values; of another option the last one counts.
-    assert options == BenchmarkOptions("s3://b/d", "s3://b/o", ("a", "b"), (0, 1, 4))
+    assert options == BenchmarkOptions("s3://b/d", "s3://b/o", ("a", "b"), seeds=(0, 1, 4))
     assert recipe == dataclasses.replace(PRESETS["notebook"], epochs=3, teacher_weights="/w.pth")
     assert (pool.workers, log) == (2, "text")
     assert gate.require == ("mean.image_auroc=0.9", "nut.image_auroc=0.8", "a.image_recall=0")
@@ -65,7 +65,7 @@ def test_defaults_are_those_of_the_preset_or_without_data_of_the_demo_set(capsys
     assert parse_recipe() == PRESETS["default"]
     assert parse_recipe("--preset", "paper") == PRESETS["paper"]
     demo = COMMANDS["benchmark"].parse(["--epochs", "2"])[1]
-    assert demo == dataclasses.replace(PRESETS["default"], teacher="demo", size="128", epochs=2)
+    assert demo == dataclasses.replace(PRESETS["default"], teacher="demo", size="128", group_from="{group}_{name}", epochs=2)
     for name, wanted in (
         ("fit", "default: 0.0004)"),
         ("benchmark", "default: resnet18.tv_in1k; without --data: demo)"),

@@ -29,8 +29,6 @@ IMAGES_PER_DEFECT = 5
 # Side of a crop, pixels.
 CROP = 128
 LOTS = 3
-# Finds the lot in a training crop's name.
-GROUP_FROM = "{group}_{name}"
 
 
 def make(root: str) -> None:

@@ -141,11 +141,11 @@ def _build_banks(
     if not recipe.memory:
         return (), [((), held_out)]
     started = time.perf_counter()
-    candidates = MemoryCandidates(features, np.arange(len(groups)) if recipe.calibration_folds else train, recipe)
+    candidates = MemoryCandidates(features, np.arange(len(groups)) if recipe.folds else train, recipe)
     memory = candidates.banks
     count, seconds = sum(len(bank.vectors) for bank in memory), time.perf_counter() - started
     report(f"memory of {count} vectors in {len(memory)} banks, in {seconds:.1f} s")
-    if not recipe.calibration_folds:
+    if not recipe.folds:
         return memory, [(memory, held_out)]
     folds = split_folds(groups, recipe)
     parts = [(candidates.banks_without(fold), fold) for fold in folds]

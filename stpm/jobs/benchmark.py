@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +66,6 @@ def run_benchmark(
         with hold_lease(out, options.wait) as fence:
             if not options.data:
                 demo.make(data)
-                recipe = dataclasses.replace(recipe, group_from=recipe.group_from or demo.GROUP_FROM)
             categories, unreadable = read_categories(data, options.categories, options.exclude)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []

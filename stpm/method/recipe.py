@@ -149,7 +149,7 @@ class Recipe(Options):
     calibration_folds: int = option(
         0,
         "calibrate on every good image: split them into this many folds, at least two, and score each fold by memory "
-        "banks without it; the model's banks hold all images. 0: calibrate on the held-out images alone",
+        "banks without it; the model's banks hold all images. 0, or no memory: calibrate on the held-out images alone",
         minimum=0,
     )
     group_from: str = option(
@@ -196,7 +196,6 @@ class Recipe(Options):
                 "quantile: distances of a student and of a memory have different scales; or give --memory 0",
             ),
             ("calibration_folds", self.calibration_folds != 1, "2 or more, or 0"),
-            ("calibration_folds", not self.calibration_folds or self.memory > 0, "0 without --memory"),
         ):
             if not holds:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; give {valid}")
@@ -213,24 +212,29 @@ class Recipe(Options):
         """Return 2 if a model has a coarse view where images are large enough. The fine view needs a memory."""
         return 2 if self.coarse_pixels and self.memory else 1
 
+    @property
+    def folds(self) -> int:
+        """Return how many calibration folds are wanted. They need a memory: the student knows all of its images."""
+        return self.calibration_folds if self.memory else 0
+
     def held_out_count(self, images: int) -> int:
         """Return how many of a category's good images the student is not trained on, but validated with.
 
         They are a fraction, and at least what fusion needs, if they calibrate the model. Where folds calibrate a model
         without a student, there are none.
         """
-        if self.calibration_folds and self.student == "none":
+        if self.folds and self.student == "none":
             return 0
-        least = 1 if self.calibration_folds else self._min_calibration
+        least = 1 if self.folds else self._min_calibration
         return min(max(round(images * self.held_out_fraction), least), images - 1)
 
     def fold_count(self, images: int) -> int:
         """Return how many calibration folds a category's good images make: no more than there are images."""
-        return min(self.calibration_folds, images)
+        return min(self.folds, images)
 
     def calibration_count(self, images: int) -> int:
         """Return how many of a category's good images calibrate its model."""
-        return images if self.calibration_folds else self.held_out_count(images)
+        return images if self.folds else self.held_out_count(images)
 
     @property
     def min_images(self) -> int:

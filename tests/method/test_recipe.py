@@ -73,7 +73,6 @@ def test_recipe_refuses_values_out_of_range(field: str, value: Any) -> None:
     [
         ({"student": "none"}, "student is 'none'; give --memory too"),
         ({"memory": 9}, "fusion is 'product'; give quantile: .* or give --memory 0"),
-        ({"calibration_folds": 5}, "calibration-folds is 5; give 0 without --memory"),
         ({"calibration_folds": 1}, "calibration-folds is 1; give 2 or more"),
         ({"memory": 9, "fusion": "sum"}, "fusion is 'sum'; give quantile"),
         (
@@ -130,4 +129,5 @@ def test_check_image_count_refuses_too_few_with_reason(recipe: Recipe, needed: i
 def test_there_are_no_more_folds_than_images() -> None:
     recipe = PRESETS["default"]
     assert [recipe.fold_count(images) for images in (2, 3, 5, 6, 209)] == [2, 3, 5, 5, 5]
-    assert [each.calibration_count(14) for each in (recipe, PRESETS["paper"])] == [14, 3]
+    alone = dataclasses.replace(recipe, memory=0, student="stpm")
+    assert [each.calibration_count(14) for each in (recipe, PRESETS["paper"], alone)] == [14, 3, 3]
