@@ -65,7 +65,9 @@ def test_defaults_are_those_of_the_preset_or_without_data_of_the_demo_set(capsys
     assert parse_recipe() == PRESETS["default"]
     assert parse_recipe("--preset", "paper") == PRESETS["paper"]
     demo = COMMANDS["benchmark"].parse(["--epochs", "2"])[1]
-    assert demo == dataclasses.replace(PRESETS["default"], teacher="demo", size="128", group_from="{group}_{name}", epochs=2)
+    assert demo == dataclasses.replace(
+        PRESETS["default"], teacher="demo", size="128", group_from="{group}_{name}", epochs=2
+    )
     for name, wanted in (
         ("fit", "default: 0.0004)"),
         ("benchmark", "default: resnet18.tv_in1k; without --data: demo)"),

@@ -17,7 +17,7 @@ from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, ModelDamagedError, ModelError
 from stpm.evaluation.category import ScoredCategory
 from stpm.evaluation.charts import draw_thresholds
-from stpm.method.calibration import promised_rates
+from stpm.method.calibration import log_normal_limit, promised_rates
 from stpm.metrics.intervals import Scores, wilson_interval
 from stpm.models.options import Costs, ModelsOptions
 from stpm.models.record import ModelRecord
@@ -27,6 +27,8 @@ from stpm.scoring.output import RunOutput
 
 # Thresholds of a category that are listed, at most; and that which is in force.
 _LISTED = 12
+# Rates that few images do not support, whose thresholds are guessed, and the smallest number of images for that.
+_BEYOND, _MIN_TO_GUESS = (0.01, 0.001), 20
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +53,17 @@ class CategoryThresholds:
     costs: Costs | None = None
 
     @property
+    def beyond(self) -> dict[float, float]:
+        """The rates that the scores are too few for, by the threshold that they have if scores are log-normal."""
+        n = len(self.scores)
+        rates = (rate for rate in _BEYOND if rate * (n + 1) < 1 and n >= _MIN_TO_GUESS)
+        return {float(np.float32(log_normal_limit(self.scores, rate))): rate for rate in rates}
+
+    @property
     def listed(self) -> list[float]:
         """The thresholds to choose from, the highest first: some scores down to the median, and the current one."""
         ranks = np.unique(np.geomspace(1, len(self.scores) // 2 + 1, _LISTED).round()).astype(int)
-        return sorted({*self.scores[-ranks].tolist(), float(np.float32(self.current))}, reverse=True)
+        return sorted({*self.scores[-ranks].tolist(), float(np.float32(self.current)), *self.beyond}, reverse=True)
 
     @property
     def rows(self) -> list[dict[str, str]]:
@@ -62,10 +71,13 @@ class CategoryThresholds:
         rows, costs = [], []
         for threshold in map(np.float32, self.listed):
             expected, bound = promised_rates(self.scores, threshold)
+            guessed = self.beyond.get(float(threshold))
             # The shortest text of the same number: copied, the threshold is the same.
             row = {"": "in force" if threshold == np.float32(self.current) else "", "threshold": str(threshold)}
             row |= {"false-alarm rate": f"{expected:.4f}", "expected of 1,000 good": f"{1000 * expected:.1f}"}
             row["in 9 of 10 cases at most"] = f"{1000 * bound:.1f}"
+            if self.beyond:
+                row["if log-normal"] = f"{1000 * guessed:g}" if guessed else ""
             if self.defects is not None:
                 is_found = self.defects > threshold
                 recall, (low, high) = is_found.mean(), wilson_interval(is_found)
@@ -88,6 +100,8 @@ class CategoryThresholds:
             f"{len(self.scores)} good images calibrate {self.model.model_id}. Of 1,000 new ones like them, so many "
             "score above the threshold on average over calibrations; 9 of 10 calibrations keep the second number."
         )
+        if self.beyond:
+            promise += " A third number is a guess, as if scores were log-normal: the images are too few for that rate."
         return list(filter(None, [decided, promise, self.note, str(self.costs or "")]))
 
     def chart(self) -> str:

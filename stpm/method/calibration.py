@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv
+from scipy.special import betaincinv, stdtrit
 
 from stpm.errors import join_first
 from stpm.method.scales import HeatmapScale
@@ -96,6 +96,19 @@ def promised_rates(scores: npt.NDArray[np.float32], threshold: float) -> tuple[f
     rank = 1 + int((scores > np.float32(threshold)).sum())
     bound = false_alarm_bound(len(scores), rank) if rank <= len(scores) else 1.0
     return expected_false_alarm_rate(len(scores), rank), bound
+
+
+def log_normal_limit(scores: npt.NDArray[np.float32], false_alarm_rate: float) -> float:
+    """Return the threshold for a rate that n scores, (n,) ascending, two or more, are too few for.
+
+    It is the upper prediction limit of one more score, if the distances of scores from a point below the smallest are
+    log-normal (Hahn and Meeker, Statistical Intervals, section 4.8). bench/RESULTS-quality.md compares it with others.
+    """
+    n, median = len(scores), float(np.median(scores))
+    start = float(scores[0]) - 0.5 * (median - float(scores[0])) - 1e-6
+    logs = np.log(scores.astype(np.float64) - start)
+    width = stdtrit(n - 1, 1 - false_alarm_rate) * logs.std(ddof=1) * math.sqrt(1 + 1 / n)
+    return float(np.exp(logs.mean() + width) + start)
 
 
 def min_calibration_images(false_alarm_rate: float) -> int:

@@ -14,6 +14,7 @@ from scipy import stats
 from stpm.errors import DataError
 from stpm.evaluation.thresholds import CategoryThresholds
 from stpm.jobs.models import run_models
+from stpm.method.calibration import log_normal_limit
 from stpm.models.options import Costs, ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import Names
@@ -35,10 +36,12 @@ def test_the_numbers_are_those_that_anyone_can_count(rng: np.random.Generator) -
     table = CategoryThresholds(MODEL, scores, 0.5, defects, costs=Costs(1, 50, 0.01))
     thresholds = [np.float32(row["threshold"]) for row in table.rows]
     assert thresholds == sorted(thresholds, reverse=True)
-    assert {*thresholds} <= {*scores, np.float32(0.5)}
+    guessed = {row["if log-normal"]: np.float32(row["threshold"]) for row in table.rows if row["if log-normal"]}
+    assert guessed == {f"{1000 * rate:g}": np.float32(log_normal_limit(scores, rate)) for rate in (0.01, 0.001)}
+    assert {*thresholds} <= {*scores, np.float32(0.5), *guessed.values()}
     assert [row["threshold"] for row in table.rows if "in force" in row[""]] == ["0.5"]
-    assert (thresholds[0], thresholds[-1]) == (scores[-1], scores[-31])
-    assert 8 <= len(thresholds) <= 13
+    assert (max({*thresholds} - {*guessed.values()}), thresholds[-1]) == (scores[-1], scores[-31])
+    assert 10 <= len(thresholds) <= 15
     costs = []
     for threshold, row in zip(thresholds, table.rows, strict=True):
         rate, found = (1 + (scores > threshold).sum()) / 61, (defects > threshold).sum()

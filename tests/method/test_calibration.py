@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.stats import lognorm
 
-from stpm.method.calibration import Calibration, min_calibration_images, promised_rates, warn_about_few_good_images
+from stpm.method.calibration import (
+    Calibration,
+    log_normal_limit,
+    min_calibration_images,
+    promised_rates,
+    warn_about_few_good_images,
+)
 from stpm.method.scales import HeatmapScale
 
 SCORES = st.lists(st.floats(0, 8, width=32), min_size=1, max_size=60)
@@ -50,6 +57,16 @@ def test_any_threshold_promises_what_the_rate_with_the_same_alarms_does(values: 
     assert expected == pytest.approx((1 + above) / (n + 1))
     # Of n good images at most `above` exceed a threshold that this fraction exceeds: in one of ten cases.
     assert bound == 1.0 if above == n else stats.binom.cdf(above, n, bound) == pytest.approx(0.1)
+
+
+def test_a_log_normal_limit_is_exceeded_at_its_rate_and_moves_with_the_scores() -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.sort(rng.lognormal(0, 0.4, (2000, 30)), axis=1).astype(np.float32)
+    limits = np.array([log_normal_limit(scores, 0.01) for scores in drawn])
+    # The point that distances are from is not the true one, 0.
+    assert 0.005 < lognorm.sf(limits, 0.4).mean() < 0.02
+    assert log_normal_limit(3 * drawn[0] - 7, 0.01) == pytest.approx(3 * limits[0] - 7, rel=1e-3)
+    assert log_normal_limit(np.full(5, 2, np.float32), 0.001) == pytest.approx(2, abs=1e-3)
 
 
 @given(st.floats(0.0005, 0.999))
