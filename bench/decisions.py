@@ -3,7 +3,7 @@
     python bench/decisions.py --data DATA --out FILE.jsonl 'student=none'
 
 Fits preset `default`, with the name=value pairs of each choice on top, on n good images of each category, n = 10, 20,
-40 and 80, chosen at random, several draws each; and sets the threshold for a rate of one percent in two ways: `held
+40 and 80, chosen at random, several draws each; and sets the threshold for `--rate` in two ways: `held
 out`, from a fifth of the images, which the model is not fitted on, and `folds`, from all of them. Scores the test
 images, and as more good ones those training images that no model of the draw has seen. Appends a JSON line per draw to
 FILE, with all scores; does not repeat a draw that FILE holds. Then prints for each n, way and rule of the threshold:
@@ -42,11 +42,10 @@ from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.calibration import false_alarm_bound, threshold, threshold_rank
+from stpm.method.calibration import false_alarm_bound, log_normal_limit, threshold, threshold_rank
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import PRESETS, Recipe
 
-_RATE = 0.01
 _RAM_BUDGET = 4 * 2**30
 _FOLDS = 5
 # Good images that no model of a draw has seen, and defects, at most.
@@ -114,44 +113,35 @@ class Bench:
         return scores
 
 
-def log_normal(scores: Array) -> float:
-    """Return the limit of one more score; scores may be below 0, so distances to the smallest count."""
-    shift = scores.min() - 0.5 * (np.median(scores) - scores.min()) - 1e-6
-    logs = np.log(scores - shift)
-    n = len(logs)
-    spread = logs.std(ddof=1) * np.sqrt(1 + 1 / n)
-    return float(np.exp(logs.mean() + stats.t.ppf(1 - _RATE, n - 1) * spread) + shift)
-
-
-def pareto(scores: Array) -> float:
+def pareto(scores: Array, rate: float) -> float:
     """Return the quantile of a generalised Pareto distribution of what exceeds the 80th percentile."""
     start = float(np.quantile(scores, 0.8))
     shape, _, scale = stats.genpareto.fit(scores[scores > start] - start, floc=0)
-    return start + float(stats.genpareto.ppf(1 - _RATE / 0.2, shape, 0, scale))
+    return start + float(stats.genpareto.ppf(1 - rate / 0.2, shape, 0, scale))
 
 
-def excess(scores: Array, n: int) -> float:
+def excess(scores: Array, n: int, rate: float) -> float:
     """Return how far the quantile of many scores is above the expected largest of n, in units of their spread."""
     low, high = np.quantile(scores, [0.5, 0.9])
     largest = np.quantile(scores, n / (n + 1))
-    return float((np.quantile(scores, 1 - _RATE) - largest) / max(high - low, 1e-6))
+    return float((np.quantile(scores, 1 - rate) - largest) / max(high - low, 1e-6))
 
 
-def thresholds(scores: Array, others: Sequence[Array]) -> dict[str, float]:
+def thresholds(scores: Array, others: Sequence[Array], rate: float) -> dict[str, float]:
     """Return the threshold of each rule; `others` are scores of good images of other categories."""
     n = len(scores)
-    largest, (low, high) = threshold(scores, _RATE), np.quantile(scores, [0.5, 0.9])
-    beyond = np.mean([excess(each, n) for each in others]) if others and (n + 1) * _RATE < 1 else 0.0
+    largest, (low, high) = threshold(scores, rate), np.quantile(scores, [0.5, 0.9])
+    beyond = np.mean([excess(each, n, rate) for each in others]) if others and (n + 1) * rate < 1 else 0.0
     return {
         "rank": largest,
-        "log-normal": log_normal(scores),
-        "Pareto": pareto(scores),
+        "log-normal": log_normal_limit(scores, rate),
+        "Pareto": pareto(scores, rate),
         "1.421 x": 1.421 * float(np.quantile(scores, 0.95)),
         "pooled": largest + float(beyond) * float(high - low),
     }
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
+def table(lines: Sequence[Mapping[str, Any]], rate: float) -> str:
     """Return the figures of each number of images, way and rule; the means are over categories and draws."""
     groups: dict[tuple[int, str, str], list[tuple[float, ...]]] = {}
     for line in lines:
@@ -163,10 +153,10 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
                 if other["settings"]["category"] != line["settings"]["category"]
                 and other["settings"]["images"] == line["settings"]["images"]
             ]
-            bound = false_alarm_bound(len(scores), threshold_rank(len(scores), _RATE))
+            bound = false_alarm_bound(len(scores), threshold_rank(len(scores), rate))
             is_defect = np.repeat([False, True], [len(good), len(defects)])
             hindsight = recall(np.concatenate([good, defects]), is_defect)
-            for rule, cut in thresholds(scores, others).items():
+            for rule, cut in thresholds(scores, others, rate).items():
                 alarms = float((good > cut).mean())
                 row = (len(scores), alarms, alarms > bound, float((defects > cut).mean()), hindsight)
                 groups.setdefault((line["settings"]["images"], way, rule), []).append(row)
@@ -193,6 +183,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = make_fit_parser(__doc__)
     parser.add_argument("--images", type=integers, default="10,20,40,80", help="good images (default: 10,20,40,80)")
+    parser.add_argument("--rate", type=float, default=0.01, help="false-alarm rate asked for (default: 0.01)")
     parser.add_argument("--draws", type=int, default=5, help="of each (default: 5)")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines; an existing one is continued")
     parser.add_argument("choices", nargs="*", default=["student=none"], help="name=value pairs on top of the preset")
@@ -217,7 +208,7 @@ def main() -> None:
                 settings |= {"teacher": arguments.teacher, "weights": arguments.teacher_weights}
                 once: Callable[[], dict[str, Any]] = partial(measure, count, number, name, choice, bench)
                 lines.append(results.once(settings, once))
-        print(f"\n{choice}\n\n{table(lines)}")
+        print(f"\n{choice}\n\n{table(lines, arguments.rate)}")
 
 
 if __name__ == "__main__":
