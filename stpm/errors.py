@@ -150,7 +150,7 @@ def last_line(error: Exception) -> str:
 
     Around an error of a stage, Ray Data puts one of its own, which advises to change Ray's options.
 
-    >>> last_line(ValueError("OSError: no such file\\n\\nThe above exception was...\\nUserCodeException: no\\nTo change"))
+    >>> last_line(ValueError("OSError: no such file\\n\\nThe above exception was\\nUserCodeException\\nTo change"))
     'OSError: no such file'
     """
     text = str(error)
