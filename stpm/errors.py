@@ -147,8 +147,16 @@ def last_line(error: Exception) -> str:
 
     >>> last_line(ValueError("Traceback\\n  line 1\\nOSError: no such file\\n"))
     'OSError: no such file'
+
+    Around an error of a stage, Ray Data puts one of its own, which advises to change Ray's options.
+
+    >>> last_line(ValueError("OSError: no such file\\n\\nThe above exception was\\nUserCodeException\\nTo change"))
+    'OSError: no such file'
     """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = str(error)
+    if "UserCodeException" in text:
+        text = text.rpartition("\n\nThe above exception was")[0] or text
+    lines = text.strip().splitlines() or [type(error).__name__]
     return lines[-1]
 
 

@@ -73,10 +73,11 @@ def draw_thresholds(
     """
 
     def draw(axes: Axes) -> None:
+        lowest = min(*thresholds, *(values.min() for values in (scores, defects) if values is not None))
         for name, values in {"good images": scores, "labelled defects": defects}.items():
             if values is not None:
-                x = np.sort(values)
-                axes.step(x, 100 * np.arange(len(x) - 1, -1, -1) / len(x), where="post", label=name)
+                x = [lowest, *np.sort(values)]
+                axes.step(x, 100 * np.arange(len(values), -1, -1) / len(values), where="post", label=name)
         above = [100 * float((scores > np.float32(each)).mean()) for each in thresholds]
         axes.plot(thresholds, above, "o", color=_INK, markersize=3, label="thresholds")
         axes.axvline(current, color=_INK, linestyle="--", linewidth=1, label="in force")

@@ -200,13 +200,15 @@ def _doubts(
         return _above_requested(math.ceil(share * images), images, calibration, rate) <= limit
 
     candidates = (count, min_calibration_images(rate), *_SIZES)
-    needed = next((each for each in candidates if each >= count and tells(_SIZES[-1], each)), _SIZES[-1])
+    needed = next((each for each in candidates if each >= count and tells(_SIZES[-1], each)), 0)
     text = f"{percent(share)} of the images could be alarms by chance"
-    if needed > count:
-        text += f"; the threshold cannot support the requested {percent(rate)}: {count} good images calibrate it, and "
-        text += f"{needed} are needed"
-    if not tells(night.scored, needed):
-        images = next((each for each in _SIZES if each > night.scored and tells(each, needed)), _SIZES[-1])
+    if not needed:
+        text += f"; too many false alarms are expected, {percent(rate)}: set a threshold that makes fewer"
+    elif needed > count:
+        what = "does not promise the expected" if night.decision else "cannot support the requested"
+        text += f"; the threshold {what} {percent(rate)}: {count} good images calibrate it, and {needed} are needed"
+    if needed and not tells(night.scored, needed):
+        images = next(each for each in _SIZES if each > night.scored and tells(each, needed))
         text += f"; too few images: {night.scored} with a score, and {images} are needed"
     yield Change("alarms", "cannot tell", p_value=1.0, size=0.0, text=text)
 
@@ -314,6 +316,9 @@ def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_
 def _above_requested(alarms: int, images: int, calibration_count: int, false_alarm_rate: float) -> float:
     """Return the p-value of as many alarms or more above a calibration's threshold, beside the expected defects."""
     defects = min(math.ceil(_ALARMS.watch * images), alarms)
+    if false_alarm_rate >= 1:
+        # A person decided a threshold below all calibration scores.
+        return 1.0
     rank = threshold_rank(calibration_count, false_alarm_rate)
     return exceedances(alarms - defects, images - defects, calibration_count, rank)
 

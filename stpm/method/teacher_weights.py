@@ -108,6 +108,9 @@ def _download(teacher: str, levels: tuple[int, ...]) -> StateDict:
     try:
         if not was_offline:
             requests.head(hub.ENDPOINT, timeout=_HUB_SECONDS)
+    except requests.exceptions.SSLError:
+        # It answers, and the hub's client may know other certificates.
+        pass
     except requests.RequestException:
         # The hub's client would try for a minute. Offline, it takes what it has downloaded before.
         hub.HF_HUB_OFFLINE, unreachable = True, f"{hub.ENDPOINT} cannot be reached"

@@ -39,7 +39,9 @@ def count_images(rows: Iterable[tuple[str, str, bool]]) -> None:
 
     The category of an image without a model must be "": category names come from data, and may be as many as images.
     """
-    for category, error_kind, anomalous in rows:
+    for name, error_kind, anomalous in rows:
+        # Ray takes no other characters.
+        category = name.encode("ascii", "backslashreplace").decode()
         _counter(IMAGES).inc(tags={"category": category, "error_kind": error_kind})
         if anomalous:
             _counter(ANOMALIES).inc(tags={"category": category})

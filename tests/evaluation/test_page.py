@@ -109,7 +109,7 @@ def test_the_weight_of_the_student_is_shown_where_there_is_a_memory_too() -> Non
 
 def test_below_a_value_is_its_interval_or_with_several_seeds_its_deviation() -> None:
     assert "0.5000<small>0.400 to 0.600</small>" in Report("data", [result("nut", 0, 0.5, 0.5)]).page()
-    assert "0.5000 ± 0.3536" in REPORT.page()
+    assert "0.5000<small>± 0.3536</small>" in REPORT.page()
 
 
 @pytest.mark.parametrize("views", [False, True])

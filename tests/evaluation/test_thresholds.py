@@ -144,6 +144,8 @@ def test_the_page_is_readable_and_escapes_what_a_person_wrote(store: Store, brow
     assert any("decided by ann" in piece and EVIL in piece for piece in Tags(text).texts)
     assert [tag for tag, _ in Tags(text).found].count("svg") == 1
     assert "<script" not in text
+    # Below all scores is every image.
+    assert "100" in Tags(text).texts
     # A dot at each threshold, and one in the legend.
     dots = re.search(r'<g id="line2d_\d+">(?:(?!</g>).)*?(?:<use[^>]*>\s*){3}', text, re.DOTALL)
     assert dots

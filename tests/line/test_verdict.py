@@ -207,6 +207,25 @@ def test_a_night_that_could_not_show_that_half_of_it_are_alarms_cannot_tell(
         assert verdict([*line.nights(30, images=images), night], line.reference, tests).level == "fine"
 
 
+@pytest.mark.parametrize(
+    ("rate", "needs"),
+    [
+        (1.0, "; too many false alarms are expected, 100 %: set a threshold that makes fewer"),
+        (2 / 3, "; the threshold does not promise the expected 67 %: 2 good images calibrate it, and 100 are needed"),
+    ],
+)
+def test_at_a_threshold_that_a_person_decided_too_low_a_night_cannot_tell(
+    rng: np.random.Generator, rate: float, needs: str
+) -> None:
+    line = Line(rng, 2)
+    night = replace(
+        line.night(images=50), alarms=50 if rate == 1 else 30, false_alarm_rate=rate, decision="1, decided by ann"
+    )
+    (reason,) = verdict([night], line.reference).reasons
+    assert needs in reason
+    assert ("are needed" in reason) == (rate < 1)
+
+
 def test_a_night_of_errors_that_chance_explains_cannot_tell(line: Line) -> None:
     found = verdict([replace(line.empty(5), images=1, errors={"damaged": 1})], line.reference)
     assert found.reasons == (

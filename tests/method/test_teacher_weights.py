@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 import timm
 import torch
 from huggingface_hub import constants as hub
@@ -128,9 +130,18 @@ def test_demo_teacher_has_trained_weights() -> None:
 
 @pytest.mark.parametrize("teacher", ["mobilenetv3_small_050.lamb_in1k", "resnet18.tv_in1k"])
 def test_a_downloaded_teacher_fits_its_backbone(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    create_model = timm.create_model
-    monkeypatch.setattr(
-        timm, "create_model", lambda name, **options: create_model(name, **options | {"pretrained": False})
-    )
+    create_model, offline = timm.create_model, []
+
+    def create(name: str, **options: Any) -> Any:
+        offline.append(hub.HF_HUB_OFFLINE)
+        return create_model(name, **options | {"pretrained": False})
+
+    def refuse(uri: str, **options: Any) -> None:
+        # Where a company's proxy signs certificates, the hub's client may still trust them.
+        raise requests.exceptions.SSLError(uri)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(requests, "head", refuse)
     weights = load_teacher_weights(teacher, "", (1, 2, 3))
     assert load_backbone(teacher, (1, 2, 3), weights, "the download").net.state_dict().keys() == weights.keys()
+    assert not any(offline)

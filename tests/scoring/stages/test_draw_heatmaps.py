@@ -59,6 +59,10 @@ def test_only_the_wanted_images_have_heatmaps(run: Path, tmp_path: Path, heatmap
     out = write_heatmaps(rows, tmp_path, heatmaps).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert {row["overlay"] for row in out} == {""}
+    # Ray's metrics refuse the name of such a category.
+    category = pa.array(["größer"] * 8)
+    named = rows.set_column(rows.schema.get_field_index("category"), SCORED.field("category"), category)
+    assert write_heatmaps(named, tmp_path, "none")["category"].unique().to_pylist() == ["größer"]
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == expected
 
 
